@@ -1,0 +1,137 @@
+"""Text to `Config` and back. Errors name the dotted path, the value, and the valid keys or range."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ncsn.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line per mistake."""
+
+
+def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
+    """Parse one complete experiment.
+
+    Args:
+        text: YAML (or JSON, a subset of it).
+        overrides: `a.b=value` strings applied in order; the value is read as YAML.
+        origin: where the text came from, for error messages.
+
+    Raises:
+        ConfigError: naming each wrong key or value.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail, tree) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def from_json(text: str) -> Config:
+    """Parse the canonical string that travels between processes."""
+    return from_yaml(text, origin="config (JSON)")
+
+
+def to_json(config: Config) -> str:
+    """Canonical form: sorted keys, no spaces. Equal configs give equal strings."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def to_yaml(config: Config) -> str:
+    """Readable form in schema order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, raw = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: expected a.b=value, for example noise.num_levels=50")
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section")
+    try:
+        node[keys[-1]] = _number(yaml.safe_load(raw))
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (no dot) as text; a person means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
+    path = _dotted(detail["loc"], tree)
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        valid = _valid_keys(path)
+        close = difflib.get_close_matches(path.split(".")[-1], valid, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{path}: missing; it has no default"
+    if kind == "union_tag_not_found":
+        return f"{path}.kind: missing; valid: {detail['ctx']['expected_tags']}"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind: {detail['ctx']['tag']!r} is not one of {detail['ctx']['expected_tags']}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    if kind == "string_pattern_mismatch":
+        message = "1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit"
+    return f"{path}: {value!r} is not valid: {message[0].lower()}{message[1:]}"
+
+
+def _dotted(location: Sequence[int | str], tree: Any) -> str:
+    """Pydantic's location without the tags that it adds for discriminated unions."""
+    parts: list[str] = []
+    node = tree
+    for part in location:
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue
+        parts.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return ".".join(parts)
+
+
+def _valid_keys(path: str) -> list[str]:
+    """Keys that may stand beside the last part of `path`."""
+    models: list[type[BaseModel]] = [Config]
+    for part in path.split(".")[:-1]:
+        models = [found for model in models if part in model.model_fields for found in section_models(model, part)]
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """The section classes that a field may hold: one, or each arm of a union; none for a plain value."""
+    annotation = model.model_fields[field].annotation
+    arms = get_args(annotation) or (annotation,)
+    return [arm for arm in arms if isinstance(arm, type) and issubclass(arm, BaseModel)]

@@ -1,0 +1,220 @@
+"""Every setting of an experiment, with its meaning, unit and range.
+
+One frozen object describes a complete experiment: there is no inheritance and no hidden default elsewhere. What
+changes a result is here; addresses and secrets are in the environment. Sizes of progress are counted in training
+images (`*_images`), not in steps or epochs, so that batch size and worker count can change without changing what a
+schedule means. The sections `compute`, `storage` and `tracking` say where the work happens and do not change results.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, and how they are brought to one shape."""
+
+    source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
+        description="Where the images come from. All but sklearn_digits read files below data.root."
+    )
+    root: str | None = Field(None, description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source.")
+    download: bool = Field(False, description="Let torchvision download fashion_mnist, mnist or cifar10 into data.root.")
+    image_size: int = Field(ge=8, le=1024, description="Height and width in pixels after centre crop and resize.")
+    channels: Literal[1, 3] = Field(description="1 = gray, 3 = RGB. A source of the other kind is refused unless converted.")
+    convert_channels: bool = Field(False, description="Convert gray to RGB or RGB to gray instead of refusing.")
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the images held out as test split, where the source has no split of its own."
+    )
+    max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null keeps all.")
+    on_bad_image: Literal["fail", "skip"] = Field(
+        "fail", description="What to do with an image that does not decode: stop and name it, or skip and count it."
+    )
+    rows_per_part: int = Field(16384, ge=1, description="Rows per Parquet part file.")
+    dequantize: bool = Field(True, description="Add uniform noise below one gray step, fresh at each use (spec 1.7).")
+    horizontal_flip: bool = Field(False, description="Mirror each training image with probability one half.")
+
+
+class NoiseConfig(Section):
+    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
+
+    sigma_1: float = Field(1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1].")
+    sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
+    num_levels: int = Field(10, ge=2, le=10000, description="Number of levels L.")
+
+    @model_validator(mode="after")
+    def _descending(self) -> NoiseConfig:
+        if self.sigma_1 <= self.sigma_L:
+            raise ValueError(
+                f"sigma_1 must be larger than sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}; "
+                "the levels run from most to least noise"
+            )
+        return self
+
+
+class NcsnNetworkConfig(Section):
+    """The RefineNet of the 2019 paper (appendix A), conditioned by instance normalisation++."""
+
+    kind: Literal["ncsn"] = Field(description="The paper's network.")
+    num_features: int = Field(128, ge=4, le=1024, description="Channels of the first stage: 128 for CIFAR-10, 64 for MNIST.")
+
+
+class UnetNetworkConfig(Section):
+    """A compact U-Net with the preconditioning of Karras et al. 2022."""
+
+    kind: Literal["unet"] = Field(description="A compact U-Net.")
+    widths: tuple[int, ...] = Field(
+        (32, 64, 64), min_length=1, max_length=6, description="Channels at each resolution; each next one has half the size."
+    )
+    blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
+    embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
+    attention_sizes: tuple[int, ...] = Field((), description="Feature map sizes in pixels that get self-attention.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability inside the residual blocks.")
+    sigma_data: float = Field(0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning.")
+
+
+NetworkConfig = Annotated[NcsnNetworkConfig | UnetNetworkConfig, Field(discriminator="kind")]
+
+
+class LossConfig(Section):
+    """Denoising score matching (paper eq. 5 and 6)."""
+
+    anneal_power: float = Field(2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2.")
+
+
+class OptimizerConfig(Section):
+    """Adam and its learning-rate schedule."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the first moment.")
+    beta_2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, le=1e-2, description="Adam's denominator offset.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
+    grad_clip_norm: float | None = Field(None, gt=0, description="Clip the global gradient norm to this; null = off.")
+    warmup_images: int = Field(0, ge=0, description="Images over which the rate rises linearly from zero.")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="Fall of the rate to zero at train.num_images.")
+
+
+class TrainConfig(Section):
+    """Length of training and what is kept of it."""
+
+    batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step over all workers together.")
+    num_images: int = Field(ge=1, description="Training images to consume in all (images, not epochs).")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay per step of the running average of the weights.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Arithmetic of the network's convolutions; norms, loss and optimizer stay in float32."
+    )
+    checkpoint_every_images: int = Field(ge=1, description="A checkpoint every so many images, and one at the end.")
+    report_every_images: int = Field(ge=1, description="Images between two entries of the loss curves.")
+    keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
+
+    @model_validator(mode="after")
+    def _reach_one_step(self) -> TrainConfig:
+        if self.num_images < self.batch_size:
+            raise ValueError(
+                f"num_images = {self.num_images} is less than one batch of batch_size = {self.batch_size}; raise num_images"
+            )
+        return self
+
+
+class AnnealedLangevinConfig(Section):
+    """Annealed Langevin dynamics (paper, Algorithm 1)."""
+
+    kind: Literal["annealed_langevin"] = Field(description="The paper's sampler.")
+    steps_per_level: int = Field(100, ge=1, le=100000, description="Langevin steps T at each level; NFE = T * num_levels.")
+    epsilon: float = Field(
+        2e-5,
+        gt=0,
+        le=1,
+        description="Step size at the last level: a_i = epsilon * sigma_i^2 / sigma_L^2, x += a_i s + sqrt(2 a_i) z. "
+        "The paper's printed Algorithm 1 with its epsilon is this one with epsilon / 2.",
+    )
+    denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE (Tweedie's formula).")
+
+
+class SamplingConfig(Section):
+    """How images are generated from the EMA weights."""
+
+    num_images: int = Field(512, ge=1, description="Images to generate.")
+    batch_size: int = Field(64, ge=1, le=65536, description="Images per network evaluation. Does not change the images.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends on (seed, i) only.")
+    sampler: AnnealedLangevinConfig = Field(description="The sampler and its settings.")
+
+
+class EvaluationConfig(Section):
+    """What the samples are measured with."""
+
+    extractor: Literal["classifier"] = Field(
+        "classifier", description="Feature extractor: a small classifier trained on the ingested images."
+    )
+    classifier_epochs: int = Field(10, ge=1, le=1000, description="Passes over the training split for the classifier.")
+    num_splits: int = Field(10, ge=1, le=100, description="Contiguous splits of the samples for the score's mean and deviation.")
+    batch_size: int = Field(256, ge=1, le=65536, description="Images per extractor evaluation.")
+
+
+class ComputeConfig(Section):
+    """How much of which machine. Changes speed, not results."""
+
+    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
+    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
+    use_gpu: bool = Field(False, description="One GPU per worker.")
+    max_failures: int = Field(3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint.")
+
+
+class StorageConfig(Section):
+    """Where bytes live."""
+
+    root: str = Field(".ncsn", min_length=1, description="Folder or s3://bucket/prefix of datasets and runs.")
+
+
+class TrackingConfig(Section):
+    """MLflow's experiment and registry."""
+
+    uri: str | None = Field(
+        None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file below a local storage.root."
+    )
+    experiment: str = Field("ncsn", min_length=1, description="MLflow experiment.")
+    registered_model: str | None = Field(None, description="Name in the registry; null = ncsn-<name>.")
+
+
+class Config(Section):
+    """One complete experiment."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, image order, noise and levels.")
+    data: DataConfig
+    noise: NoiseConfig = NoiseConfig()
+    network: NetworkConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compute: ComputeConfig = ComputeConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        batch, workers = self.train.batch_size, self.compute.num_workers
+        if batch % workers:
+            raise ValueError(
+                f"train.batch_size = {batch} does not divide over compute.num_workers = {workers}: "
+                f"{batch} / {workers} = {batch / workers:g} images per worker; "
+                f"use {batch - batch % workers or workers} or {batch + workers - batch % workers}"
+            )
+        return self
+
+    @property
+    def registered_model(self) -> str:
+        """Name of the model in the registry."""
+        return self.tracking.registered_model or f"ncsn-{self.name}"

@@ -1,0 +1,210 @@
+"""The store: one way to name, read and publish bytes on a local disk or in S3.
+
+A URI is an absolute local path or `s3://bucket/prefix`. Addresses and keys come from the environment
+(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`). Everything is written under a
+temporary name and published last, so that a reader never sees half of anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+S3_SCHEME = "s3://"
+
+
+def absolute(uri: str) -> str:
+    """Absolute form of a local path or an S3 URI, without a trailing slash.
+
+    Raises:
+        ValueError: for a scheme other than s3, or an S3 URI without a bucket.
+    """
+    if uri.startswith(S3_SCHEME):
+        if not uri.removeprefix(S3_SCHEME).strip("/"):
+            raise ValueError(f"{uri!r} names no bucket; use s3://bucket/prefix")
+        return uri.rstrip("/")
+    if "://" in uri and not uri.startswith("file://"):
+        raise ValueError(f"{uri!r}: unknown scheme; use a local path or s3://bucket/prefix")
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, separated by single slashes."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path on this machine's disk."""
+    return not uri.startswith(S3_SCHEME)
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path inside it."""
+    if is_local(uri):
+        return fs.LocalFileSystem(), absolute(uri)
+    bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
+    return _s3_filesystem(bucket), "/".join(part for part in (bucket, key) if part)
+
+
+@functools.cache
+def _s3_filesystem(bucket: str) -> fs.FileSystem:
+    # from_uri honours AWS_ENDPOINT_URL; the S3FileSystem constructor does not.
+    return fs.FileSystem.from_uri(f"{S3_SCHEME}{bucket}")[0]
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder stands at `uri`."""
+    filesystem_, path = filesystem(uri)
+    return filesystem_.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_names(uri: str) -> list[str]:
+    """Sorted names directly below the folder `uri`; empty if there is none."""
+    filesystem_, path = filesystem(uri)
+    selector = fs.FileSelector(path, allow_not_found=True)
+    return sorted(info.base_name for info in filesystem_.get_file_info(selector))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        FileNotFoundError: if there is none, naming `uri`.
+    """
+    filesystem_, path = filesystem(uri)
+    try:
+        with filesystem_.open_input_file(path) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file at {uri}") from None
+
+
+def read_text(uri: str) -> str:
+    """The whole file as UTF-8."""
+    return read_bytes(uri).decode()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Publish a file atomically, replacing what stood there."""
+    if is_local(uri):
+        with _temporary_sibling(uri) as temporary:
+            temporary.write_bytes(data)
+            os.replace(temporary, uri)
+    else:
+        filesystem_, path = filesystem(uri)
+        with filesystem_.open_output_stream(path) as stream:
+            stream.write(data)
+
+
+def write_text(uri: str, text: str) -> None:
+    """Publish a UTF-8 file atomically."""
+    write_bytes(uri, text.encode())
+
+
+def publish_once(uri: str, data: bytes) -> bool:
+    """Publish a file only if none stands there; of several writers exactly one succeeds.
+
+    Returns:
+        True if this call published it, False if there was one already.
+    """
+    if is_local(uri):
+        with _temporary_sibling(uri) as temporary:
+            temporary.write_bytes(data)
+            try:
+                os.link(temporary, uri)
+            except FileExistsError:
+                return False
+        return True
+    return _s3_put_if_absent(uri, data)
+
+
+@contextmanager
+def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
+    """A local folder to fill, published at `uri` when the block ends without an error.
+
+    Readers take the file `marker` as the sign that the folder is complete: it is published last. If the block
+    raises, nothing appears at `uri`. If another writer published first, theirs stays.
+    """
+    if not is_local(uri):
+        with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
+            yield Path(name)
+            _upload_folder(Path(name), uri, marker=marker)
+        return
+    Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(f"{uri}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        staging.mkdir()
+        yield staging
+        try:
+            os.rename(staging, uri)
+        except OSError:
+            if not exists(join(uri, marker)):
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """The folder `uri` as a local folder: itself if it is local, else a temporary download."""
+    if is_local(uri):
+        if not Path(uri).is_dir():
+            raise FileNotFoundError(f"no folder at {uri}")
+        yield Path(uri)
+        return
+    if not list_names(uri):
+        raise FileNotFoundError(f"no folder at {uri}")
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
+        filesystem_, path = filesystem(uri)
+        fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())
+        yield Path(name)
+
+
+def _upload_folder(folder: Path, uri: str, *, marker: str) -> None:
+    filesystem_, _ = filesystem(uri)
+    for file in sorted(folder.rglob("*"), key=lambda file: file == folder / marker):
+        if file.is_file():
+            _, target = filesystem(join(uri, file.relative_to(folder).as_posix()))
+            fs.copy_files(
+                str(file), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem_
+            )
+
+
+@contextmanager
+def _temporary_sibling(uri: str) -> Iterator[Path]:
+    target = Path(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _s3_client() -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+def _s3_put_if_absent(uri: str, data: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
+    try:
+        _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise
+    return True
