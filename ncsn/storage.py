@@ -110,6 +110,13 @@ def write_text(uri: str, text: str) -> None:
     write_bytes(uri, text.encode())
 
 
+def delete_file(uri: str) -> None:
+    """Delete a file; no error if there is none."""
+    filesystem_, path = filesystem(uri)
+    if filesystem_.get_file_info(path).type == fs.FileType.File:
+        filesystem_.delete_file(path)
+
+
 def publish_once(uri: str, data: bytes) -> bool:
     """Publish a file only if none stands there; of several writers exactly one succeeds.
 

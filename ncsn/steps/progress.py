@@ -1,0 +1,36 @@
+"""How far a step is, as a small file in the run's folder.
+
+The step may run in another process or on another machine than the person who waits for it, so progress travels
+through the store: whoever shows a bar polls the file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+
+from ncsn import storage
+
+
+@dataclass
+class ProgressFile:
+    """Callable `(done, total)` that publishes `{"done", "total", "unit"}` at `uri`, at most once per `interval` seconds.
+
+    Picklable, so that a Ray worker can carry it. A store that cannot be written does not stop the work.
+    """
+
+    uri: str
+    unit: str
+    interval: float = 1.0
+    _next: float = field(default=0.0, repr=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now < self._next and done < total:
+            return
+        self._next = now + self.interval
+        try:
+            storage.write_text(self.uri, json.dumps({"done": done, "total": total, "unit": self.unit}))
+        except OSError:
+            self._next = now + 30 * self.interval

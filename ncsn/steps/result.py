@@ -1,0 +1,172 @@
+"""What every step shares: the run's folder, the claim on a run name, and doing the work once.
+
+A step is idempotent: asked again with the same inputs it returns the stored result. Its result is JSON in the store,
+so that a launcher on another machine needs no back-channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from ncsn import storage
+from ncsn.config import Config, changed_paths, from_yaml, to_yaml
+from ncsn.steps.progress import ProgressFile
+
+STEPS = ("ingest", "train", "sample", "evaluate", "register")
+RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """URIs of everything that one run keeps."""
+
+    root: str
+    run: str
+
+    @property
+    def uri(self) -> str:
+        """`<root>/runs/<run>`."""
+        return storage.join(self.root, "runs", self.run)
+
+    @property
+    def config(self) -> str:
+        """The experiment that owns this run name."""
+        return storage.join(self.uri, "config.yaml")
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints, managed by Ray Train."""
+        return storage.join(self.uri, "checkpoints")
+
+    @property
+    def evaluation(self) -> str:
+        """Folder of the evaluation figures."""
+        return storage.join(self.uri, "evaluation")
+
+    def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
+        """Folder of the images that one sampler made from one checkpoint."""
+        return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
+
+    def step(self, step: str, file: str) -> str:
+        """A file that one step keeps: `result.json`, `progress.json` or `error.json`."""
+        return storage.join(self.uri, "steps", step, file)
+
+
+def run_folder(config: Config, run: str) -> RunFolder:
+    """The folder of `run` below `config.storage.root`.
+
+    Raises:
+        ValueError: for a name that cannot be a folder, a Ray job and an MLflow run at once.
+    """
+    if not RUN_PATTERN.fullmatch(run):
+        raise ValueError(
+            f"run name {run!r} is not valid: 1 to 63 lower-case letters, digits, '-', '_' and '.', "
+            "starting and ending with a letter or digit"
+        )
+    return RunFolder(root=storage.absolute(config.storage.root), run=run)
+
+
+def claim_run(config: Config, run: str) -> RunFolder:
+    """Take the run name for this experiment, or find that it is this experiment's already.
+
+    Raises:
+        ValueError: if another config (in what decides the weights) uses the name; the message says what differs.
+    """
+    folder = run_folder(config, run)
+    if storage.publish_once(folder.config, to_yaml(config).encode()):
+        return folder
+    owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
+    changed = changed_paths(owner, config)
+    if changed:
+        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(f"run {run!r} belongs to another config: {shown}{more}; choose another --run NAME")
+    return folder
+
+
+def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
+    """The stored result of an earlier step.
+
+    Raises:
+        ValueError: if that step has not finished in this run.
+    """
+    stored = _stored(folder, step)
+    if stored is None:
+        raise ValueError(f"run {folder.run!r} has no result of step {step!r}; run `ncsn {step} --run {folder.run}` first")
+    return result_type(**stored["result"])
+
+
+def once(
+    folder: RunFolder,
+    step: str,
+    *,
+    inputs: Mapping[str, Any],
+    result_type: type[R],
+    outputs: Callable[[R], Sequence[str]],
+    unit: str,
+    work: Callable[[ProgressFile], R],
+) -> R:
+    """Do the step's work unless its result for the same inputs is there.
+
+    Args:
+        folder: The run.
+        step: Name of the step, one of `STEPS`.
+        inputs: Plain values that decide the result; equal inputs mean equal work.
+        result_type: Frozen dataclass of plain values.
+        outputs: URIs that a stored result needs to be of use; if one is gone the work is done again.
+        unit: What the progress counts.
+        work: Does the work; gets the callable that publishes progress.
+
+    Returns:
+        The stored or the new result. A failure is recorded as `error.json` and raised.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    stored = _stored(folder, step)
+    if stored is not None and stored["inputs"] == inputs:
+        result = result_type(**stored["result"])
+        if all(storage.exists(uri) for uri in outputs(result)):
+            return result
+    progress = ProgressFile(folder.step(step, "progress.json"), unit)
+    started = time.time()
+    try:
+        result = work(progress)
+    except BaseException as error:
+        _record_error(folder, step, error)
+        raise
+    record = {
+        "step": step,
+        "run": folder.run,
+        "inputs": inputs,
+        "result": dataclasses.asdict(result),  # type: ignore[call-overload]
+        "seconds": round(time.time() - started, 3),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
+    storage.delete_file(folder.step(step, "error.json"))
+    return result
+
+
+def _stored(folder: RunFolder, step: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(storage.read_text(folder.step(step, "result.json")))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
+    """Leave the reason where the launcher finds it. A full disk must not hide the first error."""
+    record = {"type": type(error).__name__, "user": isinstance(error, (ValueError, FileNotFoundError)), "message": str(error)}
+    try:
+        storage.write_text(folder.step(step, "error.json"), json.dumps(record))
+    except OSError as failure:
+        error.add_note(f"(the error could not be recorded in the store: {failure})")
