@@ -1,0 +1,157 @@
+"""Counter-based random numbers: each value is a function of its key and never of the batch, rank or device.
+
+A row (one image's draw) is addressed by (seed, stream, kind, index). Philox maps that address to bits without any
+state, so a shard of images or a resumed run reproduces exactly the numbers of an undivided run. The bits are the same
+on every machine; normals are computed in float64 and rounded once to float32, so they too agree to the last bit
+except where two mathematical libraries differ by more than a float64 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WORDS_PER_BLOCK = 4
+_UNIFORM, _NORMAL, _PERMUTATION = range(3)
+_LOW_32 = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """Numbers of the streams in use, so that no two purposes share random numbers.
+
+    Sampling draw number `step` uses stream `SAMPLING + step`; every other purpose has one stream below it.
+    """
+
+    LEVEL = 1
+    NOISE = 2
+    DEQUANTIZE = 3
+    MIRROR = 4
+    PROJECTION = 5
+    TEST_LEVEL = 11
+    TEST_NOISE = 12
+    TEST_DEQUANTIZE = 13
+    SAMPLING = 2**32
+
+
+def keyed_uniform(
+    seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform numbers of rows `first`, ..., `first + count - 1`.
+
+    Args:
+        seed: Seed of the experiment, 0 <= seed < 2^64.
+        stream: What the numbers are for, see `Stream`.
+        first: Index of the first row.
+        count: Number of rows.
+        size: Numbers per row. Another size gives other numbers.
+        device: Device of the result.
+
+    Returns:
+        float32 of shape [count, size], each strictly between 0 and 1 (an odd multiple of 2^-24).
+    """
+    words = _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
+    # 23 bits and a half: the largest count whose midpoints are exact in float32, so neither 0 nor 1 can be rounded to.
+    bits = torch.cat(((words >> 41) & 0x7FFFFF, (words >> 9) & 0x7FFFFF), dim=1)
+    return (bits[:, :size].to(torch.float32) + 0.5) * 2.0**-23
+
+
+def keyed_normal(
+    seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal numbers of rows `first`, ..., `first + count - 1`, by the Box-Muller transform.
+
+    Args:
+        seed: Seed of the experiment, 0 <= seed < 2^64.
+        stream: What the numbers are for, see `Stream`.
+        first: Index of the first row.
+        count: Number of rows.
+        size: Numbers per row. Another size gives other numbers.
+        device: Device on which the transform runs and the result lies.
+
+    Returns:
+        float32 of shape [count, size]; no value exceeds 6.77 in magnitude.
+    """
+    words = _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
+    uniform = ((words >> 32) & _LOW_32).to(torch.float64).add_(0.5).mul_(2.0**-32)
+    radius = uniform.log_().mul_(-2.0).sqrt_()
+    angle = (words & _LOW_32).to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
+    normal = torch.empty(count, 2 * words.shape[1], dtype=torch.float32, device=words.device)
+    normal[:, : words.shape[1]] = torch.cos(angle).mul_(radius)
+    normal[:, words.shape[1] :] = angle.sin_().mul_(radius)
+    return normal if normal.shape[1] == size else normal[:, :size].contiguous()
+
+
+def keyed_permutation(seed: int, *, epoch: int, size: int) -> np.ndarray:
+    """A random order of 0, ..., size - 1 that depends on (seed, epoch, size) only.
+
+    Returns:
+        int64 array of shape [size].
+    """
+    words = _words(seed, kind=_PERMUTATION, stream=epoch, first=0, count=1, words=size).numpy()[0]
+    return np.argsort(words, kind="stable")
+
+
+class _Draw(Protocol):
+    def __call__(
+        self, seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
+    ) -> Tensor: ...
+
+
+class KeyedNoise:
+    """The random draws of a range of generated images; image `first + k` gets the same in whatever batch it is.
+
+    Args:
+        seed: Seed of the sampling run.
+        first: Index of the first image.
+        count: Number of images.
+        shape: Shape (channels, height, width) of an image.
+        device: Device of the draws.
+    """
+
+    def __init__(
+        self, seed: int, *, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> None:
+        self.seed = seed
+        self.first = first
+        self.count = count
+        self.shape = tuple(shape)
+        self.device = torch.device(device)
+
+    def __call__(self, step: int) -> Tensor:
+        """Standard normal draw number `step` >= 0, float32 [count, *shape]."""
+        return self._draw(keyed_normal, step)
+
+    def uniform(self, step: int) -> Tensor:
+        """Uniform (0, 1) draw number `step` >= 0, float32 [count, *shape]; independent of the normal draws."""
+        return self._draw(keyed_uniform, step)
+
+    def _draw(self, draw: _Draw, step: int) -> Tensor:
+        if step < 0:
+            raise ValueError(f"the number of a draw must be at least 0, got step = {step}")
+        values = draw(
+            self.seed,
+            stream=Stream.SAMPLING + step,
+            first=self.first,
+            count=self.count,
+            size=math.prod(self.shape),
+            device=self.device,
+        )
+        return values.view(self.count, *self.shape)
+
+
+def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: int) -> Tensor:
+    """Random 64-bit words as int64 [count, words]. A row starts at a counter of its own, a whole number of blocks."""
+    for name, value in (("seed", seed), ("stream", stream), ("first", first)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} must be in [0, 2^64), got {value}")
+    if count < 0 or words < 1:
+        raise ValueError(f"count must be at least 0 and size at least 1, got count = {count} and {words} words per row")
+    blocks = -(-words // _WORDS_PER_BLOCK)
+    generator = np.random.Philox(key=seed + (stream << 64), counter=(kind << 192) + first * blocks)
+    raw = generator.random_raw(count * blocks * _WORDS_PER_BLOCK).view(np.int64)
+    return torch.from_numpy(raw).view(count, blocks * _WORDS_PER_BLOCK)[:, :words]

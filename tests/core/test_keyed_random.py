@@ -1,0 +1,157 @@
+"""Keyed randomness against a Philox written here from its definition, and against the distributions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
+
+MASK = 2**64 - 1
+
+
+def philox4x64(counter: int, key: int) -> list[int]:
+    """Ten rounds of Philox4x64 (Salmon et al. 2011) in plain Python."""
+    c = [(counter >> 64 * i) & MASK for i in range(4)]
+    k = [key & MASK, key >> 64]
+    for _ in range(10):
+        low, high = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
+        c = [(high >> 64) ^ c[1] ^ k[0], high & MASK, (low >> 64) ^ c[3] ^ k[1], low & MASK]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & MASK, (k[1] + 0xBB67AE8584CAA73B) & MASK]
+    return c
+
+
+def test_the_reference_philox_gives_the_published_known_answer():
+    assert philox4x64(0, 0) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
+
+
+def words(kind: int, *, seed: int, stream: int, index: int, blocks: int) -> list[int]:
+    start = (kind << 192) + index * blocks + 1
+    return [word for block in range(blocks) for word in philox4x64(start + block, seed + (stream << 64))]
+
+
+def test_normal_is_box_muller_of_philox():
+    drawn = keyed_normal(2**63 + 5, stream=7, first=3, count=1, size=11)[0]
+    expected_cos, expected_sin = [], []
+    for word in words(1, seed=2**63 + 5, stream=7, index=3, blocks=2)[:6]:
+        radius = math.sqrt(-2 * math.log(((word >> 32) + 0.5) / 2**32))
+        angle = 2 * math.pi * (word & 0xFFFFFFFF) / 2**32
+        expected_cos.append(radius * math.cos(angle))
+        expected_sin.append(radius * math.sin(angle))
+    torch.testing.assert_close(drawn, torch.tensor((expected_cos + expected_sin)[:11]), rtol=1e-6, atol=1e-9)
+
+
+def test_uniform_is_the_top_bits_of_philox():
+    drawn = keyed_uniform(9, stream=2, first=4, count=1, size=6)[0].tolist()
+    row = words(0, seed=9, stream=2, index=4, blocks=1)[:3]
+    bits = [word >> 41 for word in row] + [(word >> 9) & 0x7FFFFF for word in row]
+    assert drawn == [(b + 0.5) / 2**23 for b in bits]
+
+
+def test_permutation_sorts_the_words_of_its_epoch():
+    row = words(2, seed=4, stream=6, index=0, blocks=25)[:99]
+    signed = np.array(row, dtype=np.uint64).view(np.int64)
+    order = keyed_permutation(4, epoch=6, size=99)
+    assert order.dtype == np.int64
+    assert order.tolist() == sorted(range(99), key=lambda i: signed[i])
+
+
+def test_known_answers_stay():
+    normal = keyed_normal(0, stream=0, first=0, count=1, size=4)[0].tolist()
+    assert normal == pytest.approx([-0.25147155, 0.69438040, -1.44276905, 0.78698516], abs=1e-7)
+    uniform = keyed_uniform(0, stream=0, first=0, count=1, size=4)[0].tolist()
+    assert uniform == [0.011546790599822998, 0.24154919385910034, 0.03474193811416626, 0.6119502186775208]
+    assert keyed_permutation(0, epoch=0, size=8).tolist() == [7, 5, 1, 4, 3, 0, 2, 6]
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 785])
+@pytest.mark.parametrize("draw", [keyed_normal, keyed_uniform])
+def test_a_row_does_not_depend_on_the_rows_drawn_with_it(draw, size):
+    whole = draw(3, stream=5, first=10, count=12, size=size)
+    assert whole.shape == (12, size) and whole.dtype == torch.float32 and whole.is_contiguous()
+    parts = [draw(3, stream=5, first=first, count=count, size=size) for first, count in [(10, 1), (11, 6), (17, 5)]]
+    assert torch.equal(whole, torch.cat(parts))
+    assert draw(3, stream=5, first=10, count=0, size=size).shape == (0, size)
+
+
+def test_normal_distribution():
+    z = keyed_normal(1, stream=Stream.NOISE, first=0, count=400, size=500).double().flatten().numpy()
+    n = z.size
+    assert abs(z.mean()) < 4 / math.sqrt(n)
+    assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((z**3).mean()) < 4 * math.sqrt(15 / n)
+    assert abs((z**4).mean() - 3) < 4 * math.sqrt(96 / n)
+    assert stats.kstest(z, "norm").pvalue > 1e-3
+    # The cosine and the sine of one angle are independent, as are neighbouring rows.
+    rows = z.reshape(400, 500)
+    assert abs(np.corrcoef(rows[:, :250].ravel(), rows[:, 250:].ravel())[0, 1]) < 4 / math.sqrt(n / 2)
+    assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 4 / math.sqrt(n)
+
+
+def test_uniform_distribution():
+    u = keyed_uniform(1, stream=Stream.LEVEL, first=0, count=400, size=500).double().flatten().numpy()
+    assert 0 < u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.size)
+    assert abs(u.var() - 1 / 12) < 4 * math.sqrt(1 / 180 / u.size)
+    assert stats.kstest(u, "uniform").pvalue > 1e-3
+
+
+def test_streams_seeds_and_kinds_share_nothing():
+    draws = [keyed_normal(s, stream=t, first=0, count=50, size=40) for s in (0, 1) for t in (0, 1, 2**32)]
+    draws.append(stats_normal(keyed_uniform(0, stream=0, first=0, count=50, size=40)))
+    draws.append(keyed_normal(0, stream=0, first=50, count=50, size=40))
+    for a, b in itertools.combinations(draws, 2):
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 4.5 / math.sqrt(2000)
+
+
+def stats_normal(u: torch.Tensor) -> torch.Tensor:
+    return math.sqrt(2) * torch.erfinv(2 * u - 1)
+
+
+def test_stream_numbers_differ_and_sampling_comes_last():
+    assert len({s.value for s in Stream}) == len(Stream)
+    assert max(Stream) == Stream.SAMPLING
+
+
+def test_permutations_are_permutations_and_uniform():
+    orders = np.stack([keyed_permutation(2, epoch=epoch, size=4) for epoch in range(2400)])
+    assert (np.sort(orders, axis=1) == np.arange(4)).all()
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert counts.size == 24 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_keyed_noise_of_an_image_is_the_same_in_every_batch():
+    whole = KeyedNoise(5, first=0, count=6, shape=(3, 4, 5))
+    part = KeyedNoise(5, first=2, count=3, shape=(3, 4, 5))
+    for step in (0, 7):
+        assert torch.equal(whole(step)[2:5], part(step))
+        assert torch.equal(whole.uniform(step)[2:5], part.uniform(step))
+        assert 0 < whole.uniform(step).min() and whole.uniform(step).max() < 1
+    assert not torch.equal(whole(0), whole(1))
+    assert whole(0).shape == (6, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\^64\), got -1"),
+        ({"first": -3}, "first must be in"),
+        ({"stream": 2**64}, "stream must be in"),
+        ({"count": -1}, "count must be at least 0"),
+        ({"size": 0}, "size at least 1"),
+    ],
+)
+def test_bad_addresses_are_refused(arguments, message):
+    good = {"seed": 0, "stream": 0, "first": 0, "count": 1, "size": 1} | arguments
+    with pytest.raises(ValueError, match=message):
+        keyed_normal(good.pop("seed"), **good)
+
+
+def test_a_negative_draw_number_is_refused():
+    with pytest.raises(ValueError, match="step = -1"):
+        KeyedNoise(0, first=0, count=1, shape=(1, 2, 2))(-1)
