@@ -1,0 +1,1 @@
+"""Noise levels, losses, networks and samplers, on torch and numpy alone."""
