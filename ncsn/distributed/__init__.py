@@ -1,0 +1,1 @@
+"""Everything that runs on Ray. Nothing outside this package imports ray."""

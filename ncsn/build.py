@@ -1,0 +1,60 @@
+"""`Config` to the objects it names. The only place that maps names to classes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ncsn.config import Config
+from ncsn.config.schema import NcsnNetworkConfig
+from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.unet import UnetNetwork
+from ncsn.core.noise_schedule import geometric_sigmas
+
+
+def sigmas(config: Config) -> Tensor:
+    """The noise levels, `[num_levels]` float32, descending."""
+    return geometric_sigmas(config.noise.sigma_1, config.noise.sigma_L, config.noise.num_levels)
+
+
+def network(config: Config) -> nn.Module:
+    """The score network with its initial weights, a function of `config.seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if isinstance(config.network, NcsnNetworkConfig):
+            return NcsnNetwork(
+                num_features=config.network.num_features,
+                channels=config.data.channels,
+                num_levels=config.noise.num_levels,
+            )
+        return UnetNetwork(
+            channels=config.data.channels,
+            image_size=config.data.image_size,
+            sigmas=sigmas(config),
+            **config.network.model_dump(exclude={"kind"}),
+        )
+
+
+def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
+    """Adam over all parameters of `network`, in their order of registration."""
+    settings = config.optimizer
+    return torch.optim.Adam(
+        network.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta_1, settings.beta_2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(config: Config, images_seen: int) -> float:
+    """The rate for the batch that starts at `images_seen`: linear warm-up times the chosen decay."""
+    settings, batch = config.optimizer, config.train.batch_size
+    done = (images_seen + batch) / max(settings.warmup_images, 1)
+    warmup = min(1.0, done) if settings.warmup_images else 1.0
+    left = max(0.0, 1.0 - images_seen / config.train.num_images)
+    fall = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.decay]
+    return settings.learning_rate * warmup * fall

@@ -1,0 +1,198 @@
+"""A checkpoint: one folder that training resumes from and sampling needs nothing besides.
+
+    weights.safetensors    network parameters and buffers
+    ema.safetensors        EMA weights
+    optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
+    state.json             images_seen, EMA counter
+    config.yaml            the experiment
+    checkpoint.json        format version and the SHA-256 of each file above; written last
+
+No generator state is kept, because all randomness is a function of (seed, place in the image order).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ncsn import build, storage
+from ncsn.config import Config, changed_paths, from_yaml, to_yaml
+from ncsn.core.ema import Ema
+
+FORMAT_VERSION = 1
+INDEX = "checkpoint.json"
+FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or belongs to something else."""
+
+
+@dataclass(frozen=True)
+class SamplingCheckpoint:
+    """What sampling takes from a checkpoint.
+
+    Attributes:
+        config: The experiment that was trained.
+        network: The score network with EMA weights, in eval mode.
+        images_seen: Training images consumed.
+        digest: First 16 hex digits of the SHA-256 of the EMA weights.
+    """
+
+    config: Config
+    network: nn.Module
+    images_seen: int
+    digest: str
+
+
+def folder_name(images_seen: int) -> str:
+    """Name of the checkpoint folder; sorts by progress."""
+    return f"images-{images_seen:09d}"
+
+
+def save(
+    folder: Path, *, config: Config, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, images_seen: int
+) -> None:
+    """Write a complete checkpoint into the existing, empty `folder`."""
+    save_file(_plain(network.state_dict()), folder / "weights.safetensors")
+    save_file(_plain(ema.weights), folder / "ema.safetensors")
+    save_file(_optimizer_tensors(network, optimizer), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps({"images_seen": images_seen, "ema_updates": ema.num_updates}))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def load(folder: Path, *, config: Config, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> int:
+    """Restore everything in place, strictly.
+
+    Returns:
+        images_seen.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config.
+    """
+    verify(folder)
+    saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
+    require_same_training(saved, config, origin=str(folder))
+    state = json.loads((folder / "state.json").read_text())
+    _load_strictly(network, load_file(folder / "weights.safetensors"), origin=str(folder))
+    ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": state["ema_updates"]})
+    _load_optimizer(network, optimizer, load_file(folder / "optimizer.safetensors"))
+    return int(state["images_seen"])
+
+
+def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
+    """Read the EMA weights and the config of the checkpoint at `uri`.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or it does not fit the network of its own config.
+    """
+    try:
+        with storage.local_copy(uri) as folder:
+            verify(folder)
+            config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
+            state = json.loads((folder / "state.json").read_text())
+            weights = load_file(folder / "ema.safetensors")
+            digest = _sha256(folder / "ema.safetensors")[:16]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{uri} is not a checkpoint: {error}") from None
+    network = network_from_weights(config, weights, origin=uri).to(device)
+    return SamplingCheckpoint(config=config, network=network, images_seen=int(state["images_seen"]), digest=digest)
+
+
+def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
+    """The network of `config` with `weights` (parameters; buffers come from the config), in eval mode.
+
+    Raises:
+        CheckpointError: naming missing, extra and misshapen tensors.
+    """
+    network = build.network(config)
+    _load_strictly(network, {**dict(network.named_buffers()), **weights}, origin=origin)
+    return network.eval().requires_grad_(False)
+
+
+def verify(folder: Path) -> None:
+    """Check that every file is there and unchanged.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or altered.
+    """
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {INDEX} is missing")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except json.JSONDecodeError:
+        raise CheckpointError(f"{folder} is damaged: {INDEX} is not valid JSON") from None
+    if index.get("version") != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}")
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+        if _sha256(folder / name) != index["sha256"].get(name):
+            raise CheckpointError(f"{folder} is damaged: {name} differs from its checksum")
+
+
+def require_same_training(saved: Config, wanted: Config, *, origin: str) -> None:
+    """Refuse a checkpoint of another config.
+
+    Raises:
+        CheckpointError: naming the first settings that differ.
+    """
+    changed = changed_paths(saved, wanted)
+    if changed:
+        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
+        raise CheckpointError(f"{origin} was trained with another config: {shown}")
+
+
+def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+    wanted = network.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in wanted.keys() & tensors.keys()
+        if tensors[name].shape != wanted[name].shape
+    ]
+    problems = [
+        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for label, names in (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes)))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{origin} does not fit this network: tensors {'; '.join(problems)}")
+    network.load_state_dict(dict(tensors), strict=True)
+
+
+def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for index, (name, _) in enumerate(network.named_parameters()):
+        moments = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        if moments:
+            state[index] = moments
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,205 @@
+"""Annealed sampling as Ray tasks, one per shard of images.
+
+Image i of a run is a function of (checkpoint, sampler settings, seed, i). Shards therefore never disagree, and a
+second call makes only the ranges that are missing.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ncsn import build, checkpoint, storage
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.images import to_uint8
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.langevin import annealed_langevin
+from ncsn.data.row import schema
+
+SHARD_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images `first .. first + count` of one set of samples.
+
+    Attributes:
+        checkpoint: URI of the checkpoint.
+        sampling: Sampler and seed.
+        folder: URI that receives the shard.
+        first: Index of the first image.
+        count: Number of images.
+        threads: torch threads.
+        use_gpu: Compute on the task's GPU.
+    """
+
+    checkpoint: str
+    sampling: SamplingConfig
+    folder: str
+    first: int
+    count: int
+    threads: int
+    use_gpu: bool
+
+    @property
+    def uri(self) -> str:
+        """Where the shard is published."""
+        last = self.first + self.count
+        return storage.join(self.folder, f"shard-{self.first:09d}-{last:09d}.parquet")
+
+
+def missing_ranges(names: list[str], *, num_images: int) -> list[tuple[int, int]]:
+    """Index ranges `[first, last)` below `num_images` that no shard among `names` holds."""
+    present = sorted(tuple(map(int, match.groups())) for match in map(SHARD_NAME.fullmatch, names) if match)
+    gaps, position = [], 0
+    for first, last in [*present, (num_images, num_images)]:
+        if min(first, num_images) > position:
+            gaps.append((position, min(first, num_images)))
+        position = max(position, last)
+    return gaps
+
+
+def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int, int], None]) -> int:
+    """Make what is missing of images `0 .. num_images` on the connected Ray cluster.
+
+    Args:
+        template: A shard whose `count` is the batch size.
+        num_images: Images wanted in all.
+        progress: Called with (images there, images wanted).
+
+    Returns:
+        How many images were made now.
+
+    Raises:
+        ValueError: if the sampler leaves the finite numbers.
+    """
+    gaps = missing_ranges(storage.list_names(template.folder), num_images=num_images)
+    shards = [
+        replace(template, first=first, count=min(template.count, last - first))
+        for start, last in gaps
+        for first in range(start, last, template.count)
+    ]
+    made, there = 0, num_images - sum(shard.count for shard in shards)
+    task = _sample_shard.options(num_cpus=template.threads, num_gpus=1 if template.use_gpu else 0)
+    waiting = {task.remote(shard): shard for shard in shards}
+    try:
+        while waiting:
+            (finished,), _ = ray.wait(list(waiting), num_returns=1)
+            ray.get(finished)
+            made += waiting.pop(finished).count
+            progress(there + made, num_images)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+    return made
+
+
+def sample_batch(
+    loaded: checkpoint.SamplingCheckpoint,
+    *,
+    sampling: SamplingConfig,
+    first: int,
+    count: int,
+    device: str = "cpu",
+    on_level: Callable[[int, Tensor], None] | None = None,
+) -> NDArray[np.uint8]:
+    """Images `first .. first + count` for the seed of `sampling`.
+
+    Returns:
+        `[count, H, W, C]` uint8.
+
+    Raises:
+        ValueError: if an image is not finite.
+    """
+    data, sampler = loaded.config.data, sampling.sampler
+    shape = (data.channels, data.image_size, data.image_size)
+    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
+    with torch.inference_mode():
+        x = annealed_langevin(
+            loaded.network,
+            x=noise.uniform(0),
+            sigmas=build.sigmas(loaded.config).to(device),
+            epsilon=sampler.epsilon,
+            steps_per_level=sampler.steps_per_level,
+            noise=noise,
+            denoise=sampler.denoise,
+            on_level=on_level,
+        )
+    broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of images {first} to {first + count - 1} are not finite with sampling.sampler.epsilon = "
+            f"{sampler.epsilon:g}; lower epsilon, or train longer"
+        )
+    return to_uint8(x).cpu().numpy()
+
+
+def sample_levels(shard: Shard) -> NDArray[np.uint8]:
+    """The shard's images as they stand at the start and after each noise level; nothing is written.
+
+    Returns:
+        `[num_levels + 1, count, H, W, C]` uint8; the last entry is the finished images.
+    """
+    task = _sample_levels.options(num_cpus=shard.threads, num_gpus=1 if shard.use_gpu else 0)
+    frames: NDArray[np.uint8] = ray.get(task.remote(shard))
+    return frames
+
+
+@ray.remote(max_retries=3)
+def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
+    torch.set_num_threads(shard.threads)
+    device = "cuda" if shard.use_gpu else "cpu"
+    loaded = _load(shard.checkpoint, device)
+    data = loaded.config.data
+    shape = (data.channels, data.image_size, data.image_size)
+    start = KeyedNoise(shard.sampling.seed, first=shard.first, count=shard.count, shape=shape).uniform(0)
+    frames = [to_uint8(start).numpy()]
+    final = sample_batch(
+        loaded,
+        sampling=shard.sampling,
+        first=shard.first,
+        count=shard.count,
+        device=device,
+        on_level=lambda level, x: frames.append(to_uint8(x).cpu().numpy()),
+    )
+    return np.stack([*frames[:-1], final])
+
+
+@ray.remote(max_retries=3)
+def _sample_shard(shard: Shard) -> None:
+    torch.set_num_threads(shard.threads)
+    device = "cuda" if shard.use_gpu else "cpu"
+    images = sample_batch(
+        _load(shard.checkpoint, device), sampling=shard.sampling, first=shard.first, count=shard.count, device=device
+    )
+    storage.write_bytes(shard.uri, _parquet_bytes(images))
+
+
+@lru_cache(maxsize=1)
+def _load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
+    return checkpoint.load_for_sampling(uri, device=device)
+
+
+def _parquet_bytes(images: NDArray[np.uint8]) -> bytes:
+    table_schema = schema(*images.shape[1:])
+    columns: list[Any] = [
+        pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images)),
+        pa.array(np.full(len(images), -1, dtype=np.int64)),
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=table_schema), buffer)
+    return buffer.getvalue()

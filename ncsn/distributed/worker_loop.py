@@ -1,0 +1,263 @@
+"""The training loop of one worker: denoising score matching over the noise levels.
+
+The loop knows its worker context and nothing of Ray. Everything random is a function of (seed, place in the image
+order), so the images of a global batch, their levels and their noise do not depend on how many workers share it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ncsn import build, checkpoint
+from ncsn.config import Config
+from ncsn.core.ema import Ema
+from ncsn.core.images import dequantize, mirror, to_unit
+from ncsn.core.keyed_random import keyed_normal, keyed_uniform
+from ncsn.core.losses import dsm_loss
+from ncsn.data.cache import CachedSplit, image_indices, open_cache
+from ncsn.distributed.worker_context import WorkerContext
+
+LEVEL, NOISE, DEQUANTIZE, MIRROR = range(4)
+"""Streams of the keyed randomness, one per purpose."""
+
+
+class DivergedError(ValueError):
+    """Training has left the finite numbers."""
+
+
+class MetricsSink(Protocol):
+    """Receives the curves on rank 0. Must neither block nor raise."""
+
+    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+        """Take one point of each curve."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a worker needs to know; picklable.
+
+    Attributes:
+        config: The experiment.
+        dataset: URI of the ingested data set.
+        sink: Where rank 0 sends the curves, or None.
+        progress: Called on rank 0 with (images_seen, num_images), or None.
+    """
+
+    config: Config
+    dataset: str
+    sink: MetricsSink | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a global batch.
+
+    Attributes:
+        x: `[B, C, H, W]` float32 in [0, 1).
+        level: `[B]` int64.
+        z: Standard normal noise, shape of `x`.
+    """
+
+    x: Tensor
+    level: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What training leaves behind.
+
+    Attributes:
+        images_seen: Training images consumed by all workers.
+        loss: Mean normalised loss since the last report (a zero network reads 1); None if nothing was left to do.
+        images_per_second: Over this call, without start-up.
+        seconds: Duration of this call.
+        checkpoint: Name of the last checkpoint folder.
+    """
+
+    images_seen: int
+    loss: float | None
+    images_per_second: float
+    seconds: float
+    checkpoint: str
+
+
+def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
+    """The images at places `first .. first + count` of the endless shuffled order, with their levels and noise."""
+    seed = config.seed
+    indices = image_indices(seed, first=first, count=count, size=len(split.labels))
+    x = to_unit(torch.from_numpy(split.images[indices]))
+    size = x[0].numel()
+    if config.data.dequantize:
+        x = dequantize(x, keyed_uniform(seed, stream=DEQUANTIZE, first=first, count=count, size=size).view_as(x))
+    if config.data.horizontal_flip:
+        x = mirror(x, keyed_uniform(seed, stream=MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
+    level = keyed_uniform(seed, stream=LEVEL, first=first, count=count, size=1)[:, 0] * config.noise.num_levels
+    z = keyed_normal(seed, stream=NOISE, first=first, count=count, size=size).view_as(x)
+    return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z)
+
+
+class Curves:
+    """Sums of the losses between two reports, by noise level, over all workers."""
+
+    def __init__(self, num_levels: int, context: WorkerContext) -> None:
+        self._context = context
+        self._sums = torch.zeros(2, num_levels, dtype=torch.float64, device=context.device)
+        self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
+        self._started, self._images = time.perf_counter(), 0
+
+    def add(self, level: Tensor, per_image: Tensor, grad_norm: Tensor, *, images: int) -> None:
+        """Take one step: this worker's levels and losses `[B]`, the global gradient norm and batch size."""
+        values = torch.stack([per_image.double(), torch.ones_like(per_image, dtype=torch.float64)])
+        self._sums.index_add_(1, level, values)
+        self._grad_norm = torch.maximum(self._grad_norm, grad_norm.double())
+        self._images += images
+
+    def take(self) -> dict[str, float]:
+        """The curves' next point, and start anew. A collective call."""
+        losses, counts = self._context.sum_over_workers(self._sums.clone()).cpu()
+        now = time.perf_counter()
+        point = {
+            "train/loss": float(losses.sum() / counts.sum()),
+            "train/grad_norm_max": float(self._grad_norm),
+            "train/images_per_second": self._images / (now - self._started),
+        }
+        width = len(str(len(losses) - 1))
+        for index in counts.nonzero().flatten().tolist():
+            point[f"train/loss_level_{index:0{width}d}"] = float(losses[index] / counts[index])
+        self._sums.zero_()
+        self._grad_norm.zero_()
+        self._started, self._images = now, 0
+        return point
+
+
+class Training:
+    """State of one worker and the three things it does: step, report, save."""
+
+    def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
+        self.job, self.config, self.context = job, job.config, context
+        self.split = open_cache(job.dataset, "train")
+        self.network = build.network(self.config).to(context.device)
+        self.ema = Ema(self.network, decay=self.config.train.ema_decay)
+        self.optimizer = build.optimizer(self.config, self.network)
+        self.sigmas = build.sigmas(self.config).to(context.device)
+        self.images_seen, self.saved = 0, ""
+        self._resume()
+        self.model = context.wrap(self.network)
+        self.curves = Curves(self.config.noise.num_levels, context)
+        self.point: dict[str, float] = {}
+
+    def _resume(self) -> None:
+        with self.context.latest_checkpoint() as folder:
+            if folder is not None:
+                self.images_seen = checkpoint.load(
+                    folder, config=self.config, network=self.network, ema=self.ema, optimizer=self.optimizer
+                )
+                self.saved = checkpoint.folder_name(self.images_seen)
+
+    def step(self) -> None:
+        """One optimizer step on the next global batch."""
+        train, context = self.config.train, self.context
+        share = train.batch_size // context.world_size
+        batch = draw_batch(self.config, self.split, first=self.images_seen + context.rank * share, count=share)
+        x, level, z = (part.to(context.device, non_blocking=True) for part in (batch.x, batch.level, batch.z))
+        rate = build.learning_rate(self.config, self.images_seen)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+            loss = dsm_loss(
+                self.model, x, level=level, sigmas=self.sigmas, z=z, anneal_power=self.config.loss.anneal_power
+            )
+        loss.loss.backward()
+        limit = self.config.optimizer.grad_clip_norm or float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit, foreach=True)
+        self.optimizer.step()
+        self.ema.update(self.network)
+        self.images_seen += train.batch_size
+        self.curves.add(level, loss.per_image, grad_norm, images=train.batch_size)
+
+    def report(self) -> None:
+        """Close a stretch of the curves; stop if training has diverged."""
+        point = self.curves.take()
+        finite = all(map(torch.isfinite, torch.tensor([point["train/loss"], point["train/grad_norm_max"]])))
+        if not finite:
+            kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise DivergedError(
+                f"the loss became {point['train/loss']} by images_seen = {self.images_seen}; {kept}; "
+                "lower optimizer.learning_rate or set optimizer.grad_clip_norm"
+            )
+        self.point = point | {"train/learning_rate": build.learning_rate(self.config, self.images_seen)}
+        if self.context.rank == 0 and self.job.sink:
+            self.job.sink.log(self.point, self.images_seen)
+
+    def save(self) -> None:
+        """Publish a checkpoint. A collective call."""
+        name = checkpoint.folder_name(self.images_seen)
+        metrics = {"images_seen": self.images_seen, "loss": self.point["train/loss"]}
+        if self.context.rank != 0:
+            self.context.publish(None, name=name, metrics=metrics)
+        else:
+            with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
+                checkpoint.save(
+                    Path(folder),
+                    config=self.config,
+                    network=self.network,
+                    ema=self.ema,
+                    optimizer=self.optimizer,
+                    images_seen=self.images_seen,
+                )
+                self.context.publish(Path(folder), name=name, metrics=metrics)
+        self.saved = name
+
+
+def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
+    """Train from the latest checkpoint to `train.num_images`, rounded up to whole batches.
+
+    Raises:
+        DivergedError: if the loss or a gradient is not finite; on every worker alike, and nothing is saved.
+        CheckpointError: if the checkpoint to resume from is damaged or of another config.
+    """
+    train = job.config.train
+    torch.set_num_threads(job.config.compute.cpus_per_worker)
+    training = Training(job, context)
+    started, first = time.perf_counter(), training.images_seen
+    try:
+        while training.images_seen < train.num_images:
+            training.step()
+            done = training.images_seen >= train.num_images
+            save = done or _crossed(training.images_seen, train.batch_size, train.checkpoint_every_images)
+            if save or _crossed(training.images_seen, train.batch_size, train.report_every_images):
+                training.report()
+            if save:
+                training.save()
+            if context.rank == 0 and job.progress:
+                job.progress(training.images_seen, train.num_images)
+    finally:
+        if context.rank == 0 and job.sink:
+            job.sink.close()
+    seconds = time.perf_counter() - started
+    return TrainOutcome(
+        images_seen=training.images_seen,
+        loss=training.point.get("train/loss"),
+        images_per_second=(training.images_seen - first) / max(seconds, 1e-9),
+        seconds=seconds,
+        checkpoint=training.saved,
+    )
+
+
+def _crossed(images_seen: int, batch_size: int, every: int) -> bool:
+    """Whether the last batch reached or passed a multiple of `every`."""
+    return images_seen // every > (images_seen - batch_size) // every

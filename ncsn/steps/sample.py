@@ -1,0 +1,147 @@
+"""Step 3: images by annealed Langevin dynamics from the EMA weights, as Ray tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ncsn import checkpoint as checkpoints
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.schema import AnnealedLangevinConfig
+from ncsn.data.row import images_from_table
+from ncsn.distributed.local_cluster import ray_cluster, require_resources
+from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
+from ncsn.report.figures import grid_png, strip_png
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import once, run_folder
+from ncsn.tracking.run import step_run
+
+GRID_IMAGES = 64
+STRIP_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One set of samples.
+
+    Attributes:
+        uri: Folder of the Parquet shards and their manifest.
+        grid: URI of a PNG with the first images.
+        strip: URI of a PNG that shows some images at every noise level.
+        num_images: Images in the folder.
+        nfe: Score-network evaluations per image.
+        seconds: Duration of this call's sampling.
+        checkpoint: URI of the checkpoint.
+    """
+
+    uri: str
+    grid: str
+    strip: str
+    num_images: int
+    nfe: int
+    seconds: float
+    checkpoint: str
+
+
+def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
+    """Generate `config.sampling.num_images` images; only those that are missing are made.
+
+    Args:
+        config: The experiment; its sampling section decides how.
+        run: Name of the run that keeps the samples.
+        checkpoint: URI of the checkpoint to sample from.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or of another config, or the sampler diverges.
+    """
+    folder = run_folder(config, run)
+    loaded = checkpoints.load_for_sampling(checkpoint)
+    checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
+    sampling = config.sampling
+    sampler_key = {"sampler": sampling.sampler.model_dump(), "seed": sampling.seed}
+    sampler_digest = hashlib.sha256(json.dumps(sampler_key, sort_keys=True).encode()).hexdigest()[:12]
+    uri = folder.samples(loaded.digest, sampler_digest)
+
+    def work(progress: ProgressFile) -> SampleResult:
+        with step_run(config, run=run, step="sample") as tracked, ray_cluster(config):
+            require_resources(config)
+            started = time.perf_counter()
+            shard = Shard(
+                checkpoint=checkpoint,
+                sampling=sampling,
+                folder=uri,
+                first=0,
+                count=sampling.batch_size,
+                threads=config.compute.cpus_per_worker,
+                use_gpu=config.compute.use_gpu,
+            )
+            made = sample_missing(shard, num_images=sampling.num_images, progress=progress)
+            seconds = time.perf_counter() - started
+            result = SampleResult(
+                uri=uri,
+                grid=storage.join(uri, "grid.png"),
+                strip=storage.join(uri, "strip.png"),
+                num_images=sampling.num_images,
+                nfe=evaluations_per_image(sampling.sampler, config.noise.num_levels),
+                seconds=round(seconds, 1),
+                checkpoint=checkpoint,
+            )
+            _publish_pictures(result, shard)
+            _publish_manifest(result, sampler_key, loaded.digest)
+            tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
+            tracked.log_file(result.grid)
+            tracked.log_file(result.strip)
+            return result
+
+    return once(
+        folder,
+        "sample",
+        inputs={"uri": uri, "num_images": sampling.num_images},
+        result_type=SampleResult,
+        outputs=lambda result: [result.uri, result.grid, result.strip],
+        unit="images",
+        work=work,
+    )
+
+
+def evaluations_per_image(sampler: AnnealedLangevinConfig, num_levels: int) -> int:
+    """NFE of one image."""
+    return sampler.steps_per_level * num_levels + int(sampler.denoise)
+
+
+def read_samples(uri: str, *, limit: int) -> NDArray[np.uint8]:
+    """The first `limit` images of a samples folder, `[limit, H, W, C]` uint8."""
+    batches: list[NDArray[np.uint8]] = []
+    for name in storage.list_names(uri):
+        if sum(map(len, batches)) >= limit:
+            break
+        if name.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))))
+            batches.append(images_from_table(table))
+    return np.concatenate(batches)[:limit]
+
+
+def _publish_pictures(result: SampleResult, shard: Shard) -> None:
+    storage.write_bytes(result.grid, grid_png(read_samples(result.uri, limit=min(GRID_IMAGES, result.num_images))))
+    if not storage.exists(result.strip):
+        few = Shard(**{**shard.__dict__, "count": min(STRIP_IMAGES, result.num_images)})
+        storage.write_bytes(result.strip, strip_png(sample_levels(few)))
+
+
+def _publish_manifest(result: SampleResult, sampler_key: dict[str, object], checkpoint_digest: str) -> None:
+    manifest = {
+        "checkpoint": result.checkpoint,
+        "checkpoint_digest": checkpoint_digest,
+        "num_images": result.num_images,
+        "nfe": result.nfe,
+        **sampler_key,
+    }
+    storage.write_text(storage.join(result.uri, "manifest.json"), json.dumps(manifest, indent=1))

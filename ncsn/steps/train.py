@@ -1,0 +1,74 @@
+"""Step 2: denoising score matching on Ray Train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.distributed import trainer
+from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import claim_run, once
+from ncsn.tracking.run import step_run
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves behind.
+
+    Attributes:
+        checkpoint: URI of the last checkpoint.
+        images_seen: Training images consumed by all workers.
+        loss: Mean normalised loss at the end (a zero network reads 1); None if there was nothing left to train.
+        images_per_second: Over this call's training, without start-up.
+        seconds: Duration of this call's training.
+        dataset: URI of the data set.
+    """
+
+    checkpoint: str
+    images_seen: int
+    loss: float | None
+    images_per_second: float
+    seconds: float
+    dataset: str
+
+
+def run(config: Config, *, run: str, dataset: str) -> TrainResult:
+    """Train, or resume the run from its latest checkpoint, or return the result if it is complete.
+
+    Args:
+        config: The experiment.
+        run: Name of the run.
+        dataset: URI of the ingested data set.
+
+    Raises:
+        ValueError: if the run belongs to another config, training diverges, or the cluster is too small.
+    """
+    folder = claim_run(config, run)
+    if not storage.exists(storage.join(dataset, "manifest.json")):
+        raise ValueError(f"no data set at {dataset}; run `ncsn ingest` first")
+
+    def work(progress: ProgressFile) -> TrainResult:
+        with step_run(config, run=run, step="train") as tracked, ray_cluster(config):
+            job = TrainingJob(config=config, dataset=dataset, sink=tracked.metrics_sink(), progress=progress)
+            outcome = trainer.train(job, run_uri=folder.uri)
+            return TrainResult(
+                checkpoint=storage.join(folder.checkpoints, outcome.checkpoint),
+                images_seen=outcome.images_seen,
+                loss=outcome.loss,
+                images_per_second=round(outcome.images_per_second, 1),
+                seconds=round(outcome.seconds, 1),
+                dataset=dataset,
+            )
+
+    return once(
+        folder,
+        "train",
+        inputs={"dataset": dataset, "num_images": config.train.num_images},
+        result_type=TrainResult,
+        outputs=lambda result: [result.checkpoint],
+        unit="images",
+        work=work,
+    )
