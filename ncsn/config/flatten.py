@@ -16,7 +16,9 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(_walk(config.model_dump(mode="json"), ""))
 
 
-def changed_paths(one: Config, other: Config, *, sections: Iterable[str] = TRAINING_SECTIONS) -> dict[str, tuple[Any, Any]]:
+def changed_paths(
+    one: Config, other: Config, *, sections: Iterable[str] = TRAINING_SECTIONS
+) -> dict[str, tuple[Any, Any]]:
     """Dotted paths below `sections` whose values differ -> (value in one, value in other)."""
     wanted = tuple(sections)
     left, right = flatten(one), flatten(other)

@@ -89,8 +89,8 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
     path = _dotted(detail["loc"], tree)
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        valid = _valid_keys(path)
-        close = difflib.get_close_matches(path.split(".")[-1], valid, n=1)
+        valid = _valid_keys(path, tree)
+        close = difflib.get_close_matches(path.split(".")[-1], valid, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
     if kind == "missing":
@@ -122,11 +122,17 @@ def _dotted(location: Sequence[int | str], tree: Any) -> str:
     return ".".join(parts)
 
 
-def _valid_keys(path: str) -> list[str]:
-    """Keys that may stand beside the last part of `path`."""
+def _valid_keys(path: str, tree: dict[str, Any]) -> list[str]:
+    """Keys that may stand beside the last part of `path`, for the kind that the tree chose there."""
     models: list[type[BaseModel]] = [Config]
+    node: Any = tree
     for part in path.split(".")[:-1]:
-        models = [found for model in models if part in model.model_fields for found in section_models(model, part)]
+        node = node.get(part) if isinstance(node, dict) else None
+        kind = node.get("kind") if isinstance(node, dict) else None
+        arms = [arm for model in models if part in model.model_fields for arm in section_models(model, part)]
+        models = [
+            arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
+        ] or arms
     return sorted({key for model in models for key in model.model_fields})
 
 

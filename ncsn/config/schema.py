@@ -27,15 +27,26 @@ class DataConfig(Section):
     source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
         description="Where the images come from. All but sklearn_digits read files below data.root."
     )
-    root: str | None = Field(None, description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source.")
-    download: bool = Field(False, description="Let torchvision download fashion_mnist, mnist or cifar10 into data.root.")
+    root: str | None = Field(
+        None, description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source."
+    )
+    download: bool = Field(
+        False, description="Let torchvision download fashion_mnist, mnist or cifar10 into data.root."
+    )
     image_size: int = Field(ge=8, le=1024, description="Height and width in pixels after centre crop and resize.")
-    channels: Literal[1, 3] = Field(description="1 = gray, 3 = RGB. A source of the other kind is refused unless converted.")
+    channels: Literal[1, 3] = Field(
+        description="1 = gray, 3 = RGB. A source of the other kind is refused unless converted."
+    )
     convert_channels: bool = Field(False, description="Convert gray to RGB or RGB to gray instead of refusing.")
     test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of the images held out as test split, where the source has no split of its own."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the images held out as test split, where the source has no split of its own.",
     )
-    max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null keeps all.")
+    max_images: int | None = Field(
+        None, ge=2, description="Keep only the first N images of each split; null keeps all."
+    )
     on_bad_image: Literal["fail", "skip"] = Field(
         "fail", description="What to do with an image that does not decode: stop and name it, or skip and count it."
     )
@@ -47,7 +58,9 @@ class DataConfig(Section):
 class NoiseConfig(Section):
     """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
 
-    sigma_1: float = Field(1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1].")
+    sigma_1: float = Field(
+        1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
+    )
     sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
     num_levels: int = Field(10, ge=2, le=10000, description="Number of levels L.")
 
@@ -65,7 +78,9 @@ class NcsnNetworkConfig(Section):
     """The RefineNet of the 2019 paper (appendix A), conditioned by instance normalisation++."""
 
     kind: Literal["ncsn"] = Field(description="The paper's network.")
-    num_features: int = Field(128, ge=4, le=1024, description="Channels of the first stage: 128 for CIFAR-10, 64 for MNIST.")
+    num_features: int = Field(
+        128, ge=4, le=1024, description="Channels of the first stage: 128 for CIFAR-10, 64 for MNIST."
+    )
 
 
 class UnetNetworkConfig(Section):
@@ -73,13 +88,18 @@ class UnetNetworkConfig(Section):
 
     kind: Literal["unet"] = Field(description="A compact U-Net.")
     widths: tuple[int, ...] = Field(
-        (32, 64, 64), min_length=1, max_length=6, description="Channels at each resolution; each next one has half the size."
+        (32, 64, 64),
+        min_length=1,
+        max_length=6,
+        description="Channels at each resolution; each next one has half the size.",
     )
     blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
     embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
     attention_sizes: tuple[int, ...] = Field((), description="Feature map sizes in pixels that get self-attention.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability inside the residual blocks.")
-    sigma_data: float = Field(0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning.")
+    sigma_data: float = Field(
+        0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning."
+    )
 
 
 NetworkConfig = Annotated[NcsnNetworkConfig | UnetNetworkConfig, Field(discriminator="kind")]
@@ -88,7 +108,9 @@ NetworkConfig = Annotated[NcsnNetworkConfig | UnetNetworkConfig, Field(discrimin
 class LossConfig(Section):
     """Denoising score matching (paper eq. 5 and 6)."""
 
-    anneal_power: float = Field(2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2.")
+    anneal_power: float = Field(
+        2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2."
+    )
 
 
 class OptimizerConfig(Section):
@@ -101,7 +123,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
     grad_clip_norm: float | None = Field(None, gt=0, description="Clip the global gradient norm to this; null = off.")
     warmup_images: int = Field(0, ge=0, description="Images over which the rate rises linearly from zero.")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="Fall of the rate to zero at train.num_images.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Fall of the rate to zero at train.num_images."
+    )
 
 
 class TrainConfig(Section):
@@ -130,7 +154,9 @@ class AnnealedLangevinConfig(Section):
     """Annealed Langevin dynamics (paper, Algorithm 1)."""
 
     kind: Literal["annealed_langevin"] = Field(description="The paper's sampler.")
-    steps_per_level: int = Field(100, ge=1, le=100000, description="Langevin steps T at each level; NFE = T * num_levels.")
+    steps_per_level: int = Field(
+        100, ge=1, le=100000, description="Langevin steps T at each level; NFE = T * num_levels."
+    )
     epsilon: float = Field(
         2e-5,
         gt=0,
@@ -145,7 +171,9 @@ class SamplingConfig(Section):
     """How images are generated from the EMA weights."""
 
     num_images: int = Field(512, ge=1, description="Images to generate.")
-    batch_size: int = Field(64, ge=1, le=65536, description="Images per network evaluation. Does not change the images.")
+    batch_size: int = Field(
+        64, ge=1, le=65536, description="Images per network evaluation. Does not change the images."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends on (seed, i) only.")
     sampler: AnnealedLangevinConfig = Field(description="The sampler and its settings.")
 
@@ -157,7 +185,9 @@ class EvaluationConfig(Section):
         "classifier", description="Feature extractor: a small classifier trained on the ingested images."
     )
     classifier_epochs: int = Field(10, ge=1, le=1000, description="Passes over the training split for the classifier.")
-    num_splits: int = Field(10, ge=1, le=100, description="Contiguous splits of the samples for the score's mean and deviation.")
+    num_splits: int = Field(
+        10, ge=1, le=100, description="Contiguous splits of the samples for the score's mean and deviation."
+    )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per extractor evaluation.")
 
 
@@ -167,7 +197,9 @@ class ComputeConfig(Section):
     num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
-    max_failures: int = Field(3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint.")
+    max_failures: int = Field(
+        3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint."
+    )
 
 
 class StorageConfig(Section):
@@ -189,7 +221,9 @@ class TrackingConfig(Section):
 class Config(Section):
     """One complete experiment."""
 
-    name: str = Field(pattern=NAME_PATTERN, description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
+    name: str = Field(
+        pattern=NAME_PATTERN, description="Name of the experiment: lower-case letters, digits, '-' and '_'."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, image order, noise and levels.")
     data: DataConfig
     noise: NoiseConfig = NoiseConfig()

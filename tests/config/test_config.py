@@ -1,0 +1,107 @@
+"""The config refuses what is wrong, says where, and survives its journeys unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ncsn.config import Config, ConfigError, changed_paths, flatten, from_json, from_yaml, to_json, to_yaml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_round_trips(path: Path) -> None:
+    config = from_yaml(path.read_text())
+    assert from_json(to_json(config)) == config
+    assert from_yaml(to_yaml(config)) == config
+    assert to_json(from_json(to_json(config))) == to_json(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("noise.num_level=3", "noise.num_level: unknown key; did you mean 'num_levels'? valid keys: "),
+        ("noise.sigma_1=0.001", "noise: sigma_1 must be larger than sigma_L, got sigma_1 = 0.001 and sigma_L = 0.01"),
+        ("network.kind=resnet", "network.kind: 'resnet' is not one of 'ncsn'"),
+        ("network.num_features=8", "network.num_features: unknown key; valid keys: attention_sizes, "),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate: -1 is not valid: input should be greater than 0"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate: nan is not valid"),
+        ("name=Foo Bar", "name: 'Foo Bar' is not valid: 1 to 40 lower-case letters"),
+        ("foo.bar=1", "foo: unknown key; valid keys: compute, data, "),
+        ("network.widths=[a]", "network.widths.0: 'a' is not valid"),
+        ("sampling.sampler.kind=ddim", "sampling.sampler.kind: 'ddim'"),
+        ("noise", "--set 'noise': expected a.b=value"),
+        ("seed.x=1", "--set 'seed.x=1': 'seed' is a value, not a section"),
+        ("noise.sigma_1=[", "the value is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=[override], origin="digits.yaml")
+    assert message in str(caught.value)
+
+
+def test_batch_that_does_not_divide_shows_the_arithmetic() -> None:
+    with pytest.raises(ConfigError, match=r"127 / 2 = 63\.5 images per worker; use 126 or 128"):
+        from_yaml(DIGITS, overrides=["train.batch_size=127", "compute.num_workers=2"])
+
+
+def test_every_mistake_is_listed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=["noise.x=1", "train.batch_size=0"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "null", "name: x"])
+def test_not_a_config(text: str) -> None:
+    with pytest.raises(ConfigError):
+        from_yaml(text)
+
+
+def test_yaml_floats_without_a_dot_are_numbers() -> None:
+    assert from_yaml(DIGITS, overrides=["optimizer.learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
+
+
+def test_python_tags_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        from_yaml("name: !!python/object/apply:os.system ['true']")
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        from_yaml(DIGITS).seed = 1  # type: ignore[misc]
+
+
+def test_flatten_names_every_value() -> None:
+    config = from_yaml(DIGITS)
+    flat = flatten(config)
+    assert flat["noise.sigma_1"] == config.noise.sigma_1
+    assert flat["sampling.sampler.kind"] == "annealed_langevin"
+    assert all(not isinstance(value, dict) for value in flat.values())
+
+
+def test_changed_paths_ignores_where_the_work_happens() -> None:
+    one = from_yaml(DIGITS)
+    elsewhere = from_yaml(DIGITS, overrides=["compute.num_workers=1", "storage.root=s3://b/p", "sampling.seed=3"])
+    other = from_yaml(DIGITS, overrides=["seed=5"])
+    assert changed_paths(one, elsewhere) == {}
+    assert changed_paths(one, other) == {"seed": (0, 5)}
+
+
+def test_every_field_is_described() -> None:
+    def undescribed(node: object) -> list[str]:
+        if isinstance(node, dict):
+            here = [
+                name
+                for name, field in node.get("properties", {}).items()
+                if "description" not in field and "$ref" not in str(field)
+            ]
+            return here + [name for value in node.values() for name in undescribed(value)]
+        return [name for value in node for name in undescribed(value)] if isinstance(node, list) else []
+
+    assert undescribed(yaml.safe_load(yaml.safe_dump(Config.model_json_schema()))) == []
