@@ -29,7 +29,7 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move the average towards the module's present parameters; call once after each optimizer step."""
-        parameters = [parameter for _, parameter in self._matched(module)]
+        parameters: list[Tensor] = [parameter for _, parameter in self._matched(module)]
         torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - self.decay)
         self.num_updates += 1
 
@@ -56,10 +56,9 @@ class Ema:
                 f"these EMA weights belong to another network: missing {sorted(missing)}, extra {sorted(extra)}"
             )
         for name, weight in weights.items():
-            if weight.shape != self.weights[name].shape:
-                raise ValueError(
-                    f"EMA weight {name} has shape {list(weight.shape)}, the network needs {list(self.weights[name].shape)}"
-                )
+            needed = self.weights[name].shape
+            if weight.shape != needed:
+                raise ValueError(f"EMA weight {name} has shape {list(weight.shape)}, the network needs {list(needed)}")
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
         self.num_updates = int(state["num_updates"])

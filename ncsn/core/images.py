@@ -57,7 +57,7 @@ def to_uint8(x: Tensor) -> Tensor:
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged; lower its step size (epsilon)"
+            f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged, lower its epsilon"
         )
     gray = x.float().clamp(0, 1).mul_(255).add_(0.5).floor_().to(torch.uint8)
     return gray.permute(0, 2, 3, 1).contiguous()

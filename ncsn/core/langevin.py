@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ncsn.core.losses import ScoreFunction
+if TYPE_CHECKING:
+    from ncsn.core.losses import ScoreFunction
 
 NoiseSource = Callable[[int], Tensor]
 """Number of a draw (0, 1, ...) -> standard normal tensor of the state's shape."""

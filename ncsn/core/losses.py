@@ -57,7 +57,7 @@ def dsm_loss(
 
 
 def scaled_residual(network: ScoreFunction, x: Tensor, *, level: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
-    """sigma s(x + sigma z, level) + z, of x's shape: zero for a network that sees the noise."""
+    """Give sigma s(x + sigma z, level) + z, of x's shape: zero for a network that sees the noise."""
     scale = per_pixel(sigma, x)
     score = network(torch.addcmul(x, z, scale), level).to(x.dtype)
     return torch.addcmul(z, score, scale)

@@ -1,0 +1,247 @@
+"""The parts of the RefineNets of NCSN (2019, appendix A) and NCSNv2 (2020, appendix A).
+
+Modules are registered in the order of the released code, because its optimizer states number parameters by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from ncsn.core.networks.normalization import NormFactory
+
+Pool = Callable[[Tensor], Tensor]
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """5x5 mean with stride 1, over zeros outside the map too; NCSN's chained pooling."""
+    return functional.avg_pool2d(x, kernel_size=5, stride=1, padding=2, count_include_pad=True)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """5x5 maximum with stride 1; NCSNv2's chained pooling."""
+    return functional.max_pool2d(x, kernel_size=5, stride=1, padding=2)
+
+
+def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A 3x3 convolution that keeps height and width."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
+
+
+def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
+    """Raise ValueError unless `level` is int64 [batch] within 0, ..., num_levels - 1.
+
+    The range is looked at on the CPU only, where this costs nothing; a GPU would have to be waited for.
+    """
+    if level.shape != (batch,) or level.dtype != torch.int64:
+        raise ValueError(f"level must be int64 of shape [{batch}], got {level.dtype} of shape {list(level.shape)}")
+    if level.device.type == "cpu" and batch and not 0 <= int(level.min()) <= int(level.max()) < num_levels:
+        raise ValueError(
+            f"levels run from 0 (most noise) to {num_levels - 1}, got {int(level.min())} to {int(level.max())}"
+        )
+
+
+class _PooledConv(nn.Module):
+    """A convolution followed by a 2x2 mean pool."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.avg_pool2d(self.conv(x), kernel_size=2)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block: shortcut(x) + conv2(ELU(norm2(conv1(ELU(norm1(x)))))).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; equal to in_channels unless `down`.
+        norm: Makes the normalisations.
+        down: Change the channels, and halve height and width unless dilated: with dilation the size stays.
+        dilation: Dilation of all 3x3 convolutions, None for undilated.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+    ) -> None:
+        super().__init__()
+        assert down or in_channels == out_channels
+        spread = dilation or 1
+        middle = in_channels if down else out_channels
+        conv2 = conv3x3(middle, out_channels, dilation=spread)
+        halves = down and dilation is None
+        self.conv1 = conv3x3(in_channels, middle, dilation=spread)
+        self.normalize2 = norm(middle)
+        self.conv2 = _PooledConv(conv2) if halves else conv2
+        if halves:
+            self.shortcut: nn.Module | None = _PooledConv(nn.Conv2d(in_channels, out_channels, kernel_size=1))
+        elif down:
+            self.shortcut = conv3x3(in_channels, out_channels, dilation=spread)
+        else:
+            self.shortcut = None
+        self.normalize1 = norm(in_channels)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, in_channels, H, W] at level int64 [B]."""
+        h: Tensor = self.conv1(functional.elu(self.normalize1(x, level)))
+        h = self.conv2(functional.elu(self.normalize2(h, level)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ResidualStage(nn.ModuleList):
+    """Two residual blocks, of which the first may change channels and size.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        norm: Makes the normalisations.
+        down: Whether the first block changes channels, and halves the size unless dilated.
+        dilation: Dilation of both blocks.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+    ) -> None:
+        first = ResidualBlock(in_channels, out_channels, norm=norm, down=down, dilation=dilation)
+        super().__init__([first, ResidualBlock(out_channels, out_channels, norm=norm, dilation=dilation)])
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, in_channels, H, W] at level int64 [B]."""
+        for block in self:
+            x = block(x, level)
+        return x
+
+
+def _normalized(norm: nn.Module | None, x: Tensor, level: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    normalized: Tensor = norm(x, level)
+    return normalized
+
+
+class ResidualConvUnit(nn.Module):
+    """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases.
+
+    Args:
+        channels: Channels of input and output.
+        num_blocks: Number of blocks.
+        norm: Makes the normalisations; None for none.
+    """
+
+    def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory | None) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
+        for block in range(1, num_blocks + 1):
+            for stage in (1, 2):
+                self.add_module(f"{block}_{stage}_norm", norm(channels) if norm is not None else None)
+                self.add_module(f"{block}_{stage}_conv", conv3x3(channels, channels, bias=False))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, channels, H, W] at level int64 [B]."""
+        for block in range(1, self.num_blocks + 1):
+            h = x
+            for stage in (1, 2):
+                h = functional.elu(_normalized(getattr(self, f"{block}_{stage}_norm"), h, level))
+                h = getattr(self, f"{block}_{stage}_conv")(h)
+            x = x + h
+        return x
+
+
+class _ConvsThenNorms(nn.Module):
+    """Pairs of a normalisation and a convolution, registered convolutions first."""
+
+    def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(norm(conv.in_channels) for conv in convs) if norm is not None else None
+
+    def _normalized(self, index: int, x: Tensor, level: Tensor) -> Tensor:
+        return x if self.norms is None else _normalized(self.norms[index], x, level)
+
+
+class MultiScaleFusion(_ConvsThenNorms):
+    """MSF: the sum of conv(norm(x_k)), each brought to one size by bilinear interpolation with aligned corners.
+
+    Args:
+        in_channels: Channels of each input.
+        out_channels: Channels of the output.
+        norm: Makes the normalisations; None for none.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory | None) -> None:
+        super().__init__([conv3x3(channels, out_channels) for channels in in_channels], norm=norm)
+
+    def forward(self, xs: Sequence[Tensor], level: Tensor, size: torch.Size) -> Tensor:
+        """Fuse xs, each [B, in_channels[k], H_k, W_k], to [B, out_channels, *size]."""
+        terms = []
+        for index, x in enumerate(xs):
+            h = self.convs[index](self._normalized(index, x, level))
+            if h.shape[2:] != size:
+                h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True)
+            terms.append(h)
+        return torch.stack(terms).sum(dim=0) if len(terms) > 2 else terms[0] + terms[1]
+
+
+class ChainedResidualPooling(_ConvsThenNorms):
+    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x.
+
+    Args:
+        channels: Channels of input and output.
+        norm: Makes the normalisations; None for none.
+        pool: A pooling that keeps the size.
+    """
+
+    def __init__(self, channels: int, *, norm: NormFactory | None, pool: Pool) -> None:
+        super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], norm=norm)
+        self._pool = pool
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Transform x [B, channels, H, W] at level int64 [B]."""
+        x = pooled = functional.elu(x)
+        for index, conv in enumerate(self.convs):
+            pooled = conv(self._pool(self._normalized(index, pooled, level)))
+            x = x + pooled
+        return x
+
+
+class RefineBlock(nn.Module):
+    """RefineNet block: an RCU per input, their fusion, chained pooling, and an output RCU.
+
+    Args:
+        in_channels: Channels of each input: [encoder, previous refine block], or the encoder alone.
+        out_channels: Channels of the output.
+        norm: Makes the normalisations; None for none.
+        pool: Pooling of the chained pooling.
+        end: Whether this is the last block, which has three output blocks instead of one.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        norm: NormFactory | None,
+        pool: Pool,
+        end: bool = False,
+    ) -> None:
+        super().__init__()
+        assert len(in_channels) == 2 or list(in_channels) == [out_channels]
+        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, num_blocks=2, norm=norm) for c in in_channels)
+        self.output_convs = ResidualConvUnit(out_channels, num_blocks=3 if end else 1, norm=norm)
+        if len(in_channels) > 1:
+            self.msf = MultiScaleFusion(in_channels, out_channels, norm=norm)
+        self.crp = ChainedResidualPooling(out_channels, norm=norm, pool=pool)
+
+    def forward(self, xs: Sequence[Tensor], level: Tensor) -> Tensor:
+        """Refine xs to [B, out_channels, H, W] of the first input's size."""
+        adapted = [adapt(x, level) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
+        fused = self.msf(adapted, level, xs[0].shape[2:]) if len(adapted) > 1 else adapted[0]
+        refined: Tensor = self.output_convs(self.crp(fused, level), level)
+        return refined
