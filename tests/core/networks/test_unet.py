@@ -1,0 +1,208 @@
+"""The U-Net's preconditioning, its layers against PyTorch's plain ones, and the shapes that it accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ncsn.core.networks.unet import FilmGroupNorm, UnetNetwork, Upsample
+
+SIGMAS = torch.logspace(0, -2, 10)
+
+
+def make_network(**changes: Any) -> UnetNetwork:
+    settings: dict[str, Any] = {
+        "channels": 1,
+        "image_size": 8,
+        "sigmas": SIGMAS,
+        "widths": (8, 16),
+        "blocks_per_resolution": 1,
+        "embedding_features": 16,
+        "attention_sizes": (),
+        "dropout": 0.0,
+        "sigma_data": 0.25,
+    }
+    return UnetNetwork(**(settings | changes))
+
+
+def randomize(network: nn.Module, *, seed: int = 0) -> None:
+    """Replaces the zero start, with which most of the network has no influence yet."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(batch, channels, size, size, generator=generator)
+    return x, torch.arange(batch) % len(SIGMAS)
+
+
+def test_fresh_network_is_the_score_of_a_gaussian_around_mid_gray() -> None:
+    x, _ = random_batch()
+    sigma = torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03, 0.001])
+    expected = -(x - 0.5) / (sigma.square() + 0.25**2)[:, None, None, None]
+    torch.testing.assert_close(make_network().score_at(x, sigma), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_denoiser_is_that_of_equation_7() -> None:
+    network = make_network().double()
+    randomize(network)
+    x = random_batch()[0].double()
+    sigma = torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03, 0.01], dtype=torch.float64)
+    sd, sigma2x = 0.5, (2 * sigma)[:, None, None, None]
+    x2x = 2 * x - 1
+    c_skip = sd**2 / (sigma2x**2 + sd**2)
+    c_out = sigma2x * sd / (sigma2x**2 + sd**2).sqrt()
+    c_in = 1 / (sigma2x**2 + sd**2).sqrt()
+    denoised2x = c_skip * x2x + c_out * network._raw(c_in * x2x, sigma2x.flatten().log() / 4)
+    score = ((denoised2x + 1) / 2 - x) / sigma.square()[:, None, None, None]
+    torch.testing.assert_close(network.score_at(x, sigma), score, rtol=1e-9, atol=1e-9)
+
+
+def test_level_is_the_index_into_the_schedule() -> None:
+    network = make_network()
+    randomize(network)
+    x, level = random_batch()
+    torch.testing.assert_close(network(x, level), network.score_at(x, SIGMAS[level]), rtol=0, atol=0)
+    assert not torch.allclose(network._raw(x, SIGMAS[level].log() / 4), network._raw(x, SIGMAS[level + 1].log() / 4))
+
+
+def test_schedule_travels_with_the_weights() -> None:
+    network = make_network()
+    other = make_network(sigmas=SIGMAS.flip(0))
+    other.load_state_dict(network.state_dict(), strict=True)
+    assert torch.equal(other.sigmas, SIGMAS)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "widths", "attention_sizes"),
+    [
+        (8, 1, (8,), ()),
+        (8, 3, (8, 16), (4, 8)),
+        (9, 1, (8, 12, 20, 24), ()),
+        (28, 1, (8, 16, 24), (7,)),
+        (33, 3, (4, 6, 10), (9,)),
+    ],
+)
+def test_shapes(size: int, channels: int, widths: tuple[int, ...], attention_sizes: tuple[int, ...]) -> None:
+    network = make_network(channels=channels, image_size=size, widths=widths, attention_sizes=attention_sizes)
+    randomize(network)
+    x, level = random_batch(channels=channels, size=size)
+    score = network(x, level)
+    assert score.shape == x.shape
+    assert score.isfinite().all()
+
+
+def test_image_score_does_not_depend_on_its_batch() -> None:
+    network = make_network(attention_sizes=(4,))
+    randomize(network)
+    x, level = random_batch()
+    alone = torch.cat([network(x[i : i + 1], level[i : i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(network(x, level), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network = make_network(dropout=0.5)
+    randomize(network)
+    x, level = random_batch()
+    assert not torch.equal(network(x, level), network(x, level))
+    network.eval()
+    assert torch.equal(network(x, level), network(x, level))
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    network = make_network(attention_sizes=(4,))
+    randomize(network)
+    x, level = random_batch()
+    network(x, level).square().mean().backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # A shift of all keys moves every logit of a query alike: softmax does not see it, so only rounding is left there.
+    assert without == []
+
+
+def test_bfloat16_autocast_returns_float32_near_float32() -> None:
+    network = make_network(attention_sizes=(4,))
+    randomize(network)
+    x, level = random_batch()
+    exact = network(x, level)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = network(x, level)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_memory_format_does_not_change_the_score() -> None:
+    network = make_network(attention_sizes=(4,))
+    randomize(network)
+    x, level = random_batch()
+    expected = network(x, level)
+    actual = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), level)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_film_group_norm_is_group_norm_then_scale_and_shift() -> None:
+    norm = FilmGroupNorm(12, embedding_features=5)
+    x, embedding = torch.randn(4, 12, 3, 3), torch.randn(4, 5)
+    scale, shift = norm.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+    expected = functional.group_norm(x, norm.num_groups) * (1 + scale) + shift
+    torch.testing.assert_close(norm(x, embedding), expected)
+
+
+def test_upsample_repeats_pixels() -> None:
+    upsample = Upsample(3, out_width=2)
+    x = torch.randn(2, 3, 4, 4)
+    expected = upsample.conv(x).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(upsample(x, size=(8, 8)), expected)
+    assert upsample(x, size=(7, 7)).shape == (2, 2, 7, 7)
+
+
+def test_learns_to_remove_the_noise_from_a_single_image() -> None:
+    torch.manual_seed(0)
+    sigmas = torch.logspace(0, -1, 10)
+    network = make_network(sigmas=sigmas, widths=(16, 16))
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    image = torch.rand(1, 1, 8, 8)
+    losses = []
+    for _ in range(150):
+        level, z = torch.randint(len(sigmas), (32,)), torch.randn(32, 1, 8, 8)
+        sigma = sigmas[level][:, None, None, None]
+        loss = (sigma * network(image + sigma * z, level) + z).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # A network that knows the image reads 0, the fresh one (a Gaussian's score) about 0.4 and a zero score 1.
+    assert sum(losses[:3]) / 3 > 0.3
+    assert sum(losses[-10:]) / 10 < 0.05
+
+
+def test_sizes_from_compact_to_large() -> None:
+    with torch.device("meta"):
+        compact = make_network(widths=(32, 64), blocks_per_resolution=2, embedding_features=128)
+        large = make_network(
+            channels=3,
+            image_size=64,
+            widths=(128, 256, 256, 384),
+            blocks_per_resolution=3,
+            embedding_features=512,
+            attention_sizes=(16, 8),
+        )
+    assert 0.4e6 < sum(p.numel() for p in compact.parameters()) < 0.7e6
+    assert 40e6 < sum(p.numel() for p in large.parameters()) < 80e6
+
+
+def test_refuses_too_many_widths() -> None:
+    with pytest.raises(ValueError, match="8-pixel image can be halved only 3 times; use at most 4 widths"):
+        make_network(widths=(8, 8, 8, 8, 8))
+
+
+def test_refuses_attention_at_a_size_that_does_not_occur() -> None:
+    with pytest.raises(ValueError, match=r"attention_sizes = \[6\] do not occur.*sizes \[8, 4\]"):
+        make_network(attention_sizes=(4, 6))
