@@ -1,0 +1,65 @@
+# Every target works in a fresh clone: .venv is made when needed, kept while it is current, and made anew if it is broken.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# What to make .venv with; override with `make PYTHON=/path/to/python3.12 demo`.
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+endif
+# The interpreter behind it, also where PYTHON is that of an activated environment.
+BASE_PYTHON := $(shell "$(PYTHON)" -c 'import sys; print(sys._base_executable)' 2>/dev/null)
+IMAGE ?= ncsn:latest
+CONFIG ?= configs/digits.yaml
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# Named after all that decides what is installed: a change of content, not of a file's date, renews .venv.
+KEY := $(shell { cat pyproject.toml constraints.txt; pwd; echo "$(BASE_PYTHON)"; "$(BASE_PYTHON)" -V; } 2>&1 | cksum | tr ' ' -)
+STAMP := .venv/current-$(KEY)
+
+.PHONY: help
+help: ## Say what each target does (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(STAMP) ## Set up, then run the whole pipeline on real handwritten digits and register the model
+	@$(BIN)/ncsn run --config $(CONFIG)
+
+.PHONY: test
+test: lint ## Set up, then check style, types and layers and run every test that takes seconds
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: lint ## The same with the tests that take minutes
+	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## Check style (ruff), types (mypy) and layers (import-linter)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+.PHONY: format
+format: $(STAMP) ## Rewrite the files in the one style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: ui
+ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
+	@$(BIN)/ncsn ui --config $(CONFIG)
+
+.PHONY: image
+image: ## Build the container image (needs docker; see the Dockerfile for the CUDA arguments)
+	docker build --tag $(IMAGE) --build-arg REVISION="$$(git rev-parse HEAD)" .
+
+.PHONY: clean
+clean: ## Remove caches and build outputs; .venv and the store .ncsn stay
+	@rm -rf build dist local_outputs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(STAMP):
+	@bash scripts/make_venv.sh "$(or $(BASE_PYTHON),$(PYTHON))" "$@"
