@@ -1,0 +1,11 @@
+"""MLflow: the record of every run and the registry. The only package that imports mlflow.
+
+MLflow reads these settings when it is imported: no report to its makers' servers (a run needs no network), no links
+and progress lines printed between our own. A value that is already in the environment wins.
+"""
+
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -1,0 +1,211 @@
+"""Where runs are recorded: which tracking server, whether it answers, and MLflow's database on a local disk.
+
+Importing mlflow takes more than a second, so it is imported inside the functions that use it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from ncsn import storage
+from ncsn.config import Config
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+SQLITE = "sqlite:///"
+REMOTE = ("http://", "https://")
+SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
+
+PROBE_SECONDS = 4
+MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  (only the parent of a private temporary folder)
+
+
+class TrackingError(ValueError):
+    """The record of runs cannot be used; one line says what to do."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An MLflow client that answered, and where its runs go."""
+
+    client: MlflowClient
+    uri: str
+    experiment_id: str
+
+
+def tracking_uri(config: Config) -> str:
+    """Absolute URI of the tracking server or database.
+
+    `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file below a local `storage.root`.
+
+    Raises:
+        TrackingError: if the store is not a local folder and nothing names a server, or for a folder of run files,
+            which MLflow does not serve any more.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    root = storage.absolute(config.storage.root)
+    if not uri and not storage.is_local(root):
+        raise TrackingError(
+            f"storage.root = {root!r} cannot hold MLflow's database; "
+            "set tracking.uri or MLFLOW_TRACKING_URI to a tracking server"
+        )
+    uri = uri or f"{SQLITE}{root}/mlflow.db"
+    if not uri.startswith(SERVERS):
+        raise TrackingError(
+            f"tracking URI {uri!r} is not a server or database; use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
+        )
+    if uri.startswith(SQLITE):
+        # A Ray worker has another working folder, so a relative file would become another database there.
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    return uri
+
+
+def connect(config: Config) -> Connection:
+    """A client whose server has answered, with the experiment created if it is new.
+
+    Takes at most about ten seconds to find that a server does not answer, where MLflow alone retries for minutes.
+
+    Raises:
+        TrackingError: if the server does not answer, refuses the credentials, or the experiment is deleted.
+    """
+    client, uri = open_client(config)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment_id = _experiment_id(client, uri, config.tracking.experiment)
+    except MlflowException as error:
+        raise TrackingError(f"tracking server {uri}: {one_line(error)}") from error
+    return Connection(client=client, uri=uri, experiment_id=experiment_id)
+
+
+def open_client(config: Config) -> tuple[MlflowClient, str]:
+    """A client and the URI that it talks to, for reading; creates no experiment.
+
+    Raises:
+        TrackingError: if the server does not answer.
+    """
+    uri = tracking_uri(config)
+    if uri.startswith(REMOTE):
+        _probe(uri, config.tracking.experiment)
+    return client_at(uri), uri
+
+
+def client_at(uri: str) -> MlflowClient:
+    """A client of exactly this server, for tracking and registry both; a new SQLite file gets its tables first."""
+    from mlflow.tracking import MlflowClient
+
+    if uri.startswith(SQLITE):
+        _create_database(Path(uri.removeprefix(SQLITE)))
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that serves MLflow's pages for a local database, to `exec`.
+
+    Raises:
+        TrackingError: if the runs are on a server already; the message has its address.
+    """
+    uri = tracking_uri(config)
+    if uri.startswith((*REMOTE, "databricks")):
+        raise TrackingError(f"the runs are on a tracking server already: open {uri}")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri]
+    if uri.startswith(SQLITE):
+        database = Path(uri.removeprefix(SQLITE))
+        _create_database(database)
+        command += ["--artifacts-destination", _artifacts_uri(database)]
+    return command
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error, for a message; MLflow's go on with SQL and links."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return _experiment_id(client, uri, name)
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(f"experiment {name!r} is deleted in MLflow; restore it or set another tracking.experiment")
+    return str(experiment.experiment_id)
+
+
+def _artifacts_uri(database: Path) -> str:
+    return database.with_name("mlartifacts").as_uri()
+
+
+def _create_database(path: Path) -> None:
+    """Publish a database with all tables at `path`, unless one is there.
+
+    MLflow creates the tables by some fifty migrations, each with its own wait for the disk, and two processes that
+    start at once break each other's. So the file is made in memory, under a lock, and appears when complete.
+    """
+    if path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        memory = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix="ncsn-", dir=memory) as folder:
+            database = Path(folder) / "mlflow.db"
+            SqlAlchemyStore(f"{SQLITE}{database}", _artifacts_uri(path)).engine.dispose()  # type: ignore[no-untyped-call]
+            # Readers and the one writer then do not wait for each other, and a commit waits for the disk only once.
+            with closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+            temporary = path.with_name(f".{path.name}.tmp")
+            shutil.copyfile(database, temporary)
+            os.replace(temporary, path)
+
+
+def _probe(uri: str, experiment: str) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        response = http_request(  # type: ignore[no-untyped-call]
+            get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+            "/api/2.0/mlflow/experiments/get-by-name",
+            "GET",
+            params={"experiment_name": experiment},
+            max_retries=1,
+            backoff_factor=0,
+            backoff_jitter=0.0,
+            timeout=PROBE_SECONDS,
+            raise_on_status=False,
+        )
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking server {uri} does not answer; start it, or set tracking.uri or MLFLOW_TRACKING_URI to another"
+        ) from error
+    if response.status_code in (401, 403):
+        raise TrackingError(
+            f"tracking server {uri} refuses the request ({response.status_code}); "
+            "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if response.status_code >= 500:
+        raise TrackingError(f"tracking server {uri} answers with an error ({response.status_code}); look at its log")
