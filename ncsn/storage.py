@@ -64,7 +64,8 @@ def _s3_filesystem(bucket: str) -> fs.FileSystem:
 def exists(uri: str) -> bool:
     """Whether a file or folder stands at `uri`."""
     filesystem_, path = filesystem(uri)
-    return filesystem_.get_file_info(path).type != fs.FileType.NotFound
+    found: bool = filesystem_.get_file_info(path).type != fs.FileType.NotFound
+    return found
 
 
 def list_names(uri: str) -> list[str]:
@@ -83,9 +84,10 @@ def read_bytes(uri: str) -> bytes:
     filesystem_, path = filesystem(uri)
     try:
         with filesystem_.open_input_file(path) as stream:
-            return stream.read()
+            data: bytes = stream.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"no file at {uri}") from None
+    return data
 
 
 def read_text(uri: str) -> str:
@@ -98,6 +100,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_local(uri):
         with _temporary_sibling(uri) as temporary:
             temporary.write_bytes(data)
+            _flush_to_disk(temporary)
             os.replace(temporary, uri)
     else:
         filesystem_, path = filesystem(uri)
@@ -126,6 +129,7 @@ def publish_once(uri: str, data: bytes) -> bool:
     if is_local(uri):
         with _temporary_sibling(uri) as temporary:
             temporary.write_bytes(data)
+            _flush_to_disk(temporary)
             try:
                 os.link(temporary, uri)
             except FileExistsError:
@@ -141,23 +145,48 @@ def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
     Readers take the file `marker` as the sign that the folder is complete: it is published last. If the block
     raises, nothing appears at `uri`. If another writer published first, theirs stays.
     """
-    if not is_local(uri):
+    with scratch_folder(uri.rpartition("/")[0]) as staging:
+        yield staging
+        publish_folder(staging, uri, marker=marker)
+
+
+@contextmanager
+def scratch_folder(near: str) -> Iterator[Path]:
+    """A private local folder, gone when the block ends; on the same disk as `near` if that is local."""
+    if not is_local(near):
         with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
             yield Path(name)
-            _upload_folder(Path(name), uri, marker=marker)
         return
-    Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(f"{uri}.tmp-{uuid.uuid4().hex[:8]}")
+    scratch = Path(near) / f".tmp-{uuid.uuid4().hex[:8]}"
     try:
-        staging.mkdir()
-        yield staging
-        try:
-            os.rename(staging, uri)
-        except OSError:
-            if not exists(join(uri, marker)):
-                raise
+        scratch.mkdir(parents=True)
+        yield scratch
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def publish_folder(folder: Path, uri: str, *, marker: str) -> bool:
+    """Publish a local folder at `uri`, complete as soon as the file `marker` stands in it.
+
+    A local folder is moved and has to be on the same disk; `scratch_folder` gives one that is.
+
+    Returns:
+        True if this call published it, False if there was a complete one already, which stays.
+    """
+    if exists(join(uri, marker)):
+        return False
+    if not is_local(uri):
+        return _upload_folder(folder, uri, marker=marker)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush_to_disk(file)
+    try:
+        os.rename(folder, uri)
+    except OSError:
+        if not exists(join(uri, marker)):
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -176,14 +205,19 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(name)
 
 
-def _upload_folder(folder: Path, uri: str, *, marker: str) -> None:
-    filesystem_, _ = filesystem(uri)
-    for file in sorted(folder.rglob("*"), key=lambda file: file == folder / marker):
-        if file.is_file():
-            _, target = filesystem(join(uri, file.relative_to(folder).as_posix()))
-            fs.copy_files(
-                str(file), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem_
-            )
+def _upload_folder(folder: Path, uri: str, *, marker: str) -> bool:
+    local, (remote, target) = fs.LocalFileSystem(), filesystem(uri)
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / marker:
+            key = join(target, file.relative_to(folder).as_posix())
+            fs.copy_files(str(file), key, source_filesystem=local, destination_filesystem=remote)
+    return publish_once(join(uri, marker), (folder / marker).read_bytes())
+
+
+def _flush_to_disk(file: Path) -> None:
+    """Force the bytes out, so that after a power failure no published name stands for an empty file."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""CIFAR-10 from its Python pickles or its binary files, in a folder or in the .tar.gz as it is published."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncsn.config.schema import DataConfig
+from ncsn.data.source import Example, Source, Split, fit_of, root_of, safe_member
+
+_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
+_SHAPE = (3, 32, 32)
+_PIXELS = 3072
+_FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
+_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError,
+)  # fmt: skip
+
+Reader = Callable[[], bytes]
+
+
+def open_cifar10(data: DataConfig) -> Source:
+    """CIFAR-10 from data.root: the archive, a folder that holds it, or its unpacked folder."""
+    if data.download and data.root is not None:
+        _download(Path(data.root).expanduser())
+    root = root_of(data)
+    batches = _locate(root)
+    return Source(
+        description="CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
+        license="no licence stated by its authors; collected from the web",
+        class_names=_CLASSES,
+        splits={split: _open_split(data, {name: batches[name] for name in names}) for split, names in _BATCHES.items()},
+    )
+
+
+def parse_pickle(content: bytes, *, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one pickled batch with an unpickler that builds nothing but numpy arrays and plain values.
+
+    Returns:
+        uint8 [N, 3, 32, 32] and int64 [N].
+
+    Raises:
+        ValueError: if the pickle asks for anything else, or is not a CIFAR-10 batch.
+    """
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+    except _ForbiddenGlobalError as error:
+        raise ValueError(f"{name} is refused: {error}; fetch the archive again from a source that you trust") from error
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{name} is not a CIFAR-10 batch or is truncated ({error}); fetch the archive again"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS or labels.dtype.kind not in "iu":
+        raise ValueError(f"{name} is not a CIFAR-10 batch: expected uint8 data [N, {_PIXELS}] and whole-number labels")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{name} holds {len(images)} images but {labels.size} labels; fetch the archive again")
+    return images.reshape(-1, *_SHAPE), labels.astype(np.int64)
+
+
+def parse_binary(content: bytes, *, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one batch of the binary version: records of a label byte and 3072 pixel bytes.
+
+    Returns:
+        uint8 [N, 3, 32, 32] and int64 [N].
+
+    Raises:
+        ValueError: if the size is not a whole number of records.
+    """
+    record = 1 + _PIXELS
+    if not content or len(content) % record:
+        rows = len(content) // record
+        raise ValueError(
+            f"{name} is truncated: expected a multiple of {record} bytes, found {len(content)} "
+            f"({rows} images and {len(content) - rows * record} bytes); fetch the archive again"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].astype(np.int64)
+
+
+def _open_split(data: DataConfig, batches: Mapping[str, tuple[str, Reader]]) -> Split:
+    fit = fit_of(data)
+    # The images of a batch are counted only by reading it; the published batches have 10,000 each.
+    expected = 10_000 * len(batches)
+
+    def stream() -> Iterator[Example]:
+        for name, read in batches.values():
+            parse = parse_binary if name.endswith(".bin") else parse_pickle
+            images, labels = parse(read(), name=name)
+            _check_labels(labels, name)
+            for index, (image, label) in enumerate(zip(images.transpose(0, 2, 3, 1), labels.tolist(), strict=True)):
+                yield Example(fit.array(image, name=f"image {index} of {name}"), label)
+
+    return Split(expected, stream)
+
+
+def _check_labels(labels: np.ndarray, name: str) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(_CLASSES)))
+    if wrong.size:
+        raise ValueError(f"{name} gives image {wrong[0]} label {labels[wrong[0]]}; labels are 0 to {len(_CLASSES) - 1}")
+
+
+def _locate(root: Path) -> dict[str, tuple[str, Reader]]:
+    """Batch -> its name for messages, and how to read it."""
+    if root.is_file():
+        return _archive_batches(root)
+    for folder in (root / name for name in _FOLDERS):
+        found = _folder_batches(folder)
+        if found:
+            return found
+    for archive in (root / name for name in _ARCHIVES):
+        if archive.is_file():
+            return _archive_batches(archive)
+    raise FileNotFoundError(
+        f"no CIFAR-10 in data.root {str(root)!r}: expected {_ARCHIVES[0]} or {_ARCHIVES[1]}, or their folder with "
+        "data_batch_1 to 5 and test_batch; put one there, or set data.download to true"
+    )
+
+
+def _folder_batches(folder: Path) -> dict[str, tuple[str, Reader]]:
+    names = [name for group in _BATCHES.values() for name in group]
+    for suffix in ("", ".bin"):
+        paths = {name: folder / f"{name}{suffix}" for name in names}
+        missing = [path for path in paths.values() if not path.is_file()]
+        if not missing:
+            return {name: (str(path), path.read_bytes) for name, path in paths.items()}
+        if len(missing) < len(names):
+            raise FileNotFoundError(f"CIFAR-10 is incomplete: {missing[0]} is missing; unpack the archive again")
+    return {}
+
+
+def _archive_batches(archive: Path) -> dict[str, tuple[str, Reader]]:
+    names = {name for group in _BATCHES.values() for name in group}
+    members: dict[str, str] = {}
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                path = safe_member(member.name, archive=archive)
+                if member.isfile() and path.name.removesuffix(".bin") in names:
+                    members[path.name.removesuffix(".bin")] = member.name
+    except _BROKEN_ARCHIVE as error:
+        raise _damaged_archive(archive, error) from error
+    missing = sorted(names - members.keys())
+    if missing:
+        raise ValueError(f"{archive} is not CIFAR-10: it holds no {missing[0]}; fetch it again")
+    return {name: (f"{archive}:{member}", _member_reader(archive, member)) for name, member in members.items()}
+
+
+_BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+def _member_reader(archive: Path, member: str) -> Reader:
+    def read() -> bytes:
+        try:
+            with tarfile.open(archive, "r:*") as tar:
+                stream = tar.extractfile(member)
+                assert stream is not None, member
+                return stream.read()
+        except _BROKEN_ARCHIVE as error:
+            raise _damaged_archive(archive, error) from error
+
+    return read
+
+
+def _damaged_archive(archive: Path, error: BaseException) -> ValueError:
+    return ValueError(f"{archive} is not a whole tar archive ({' '.join(str(error).split())}); fetch it again")
+
+
+def _download(root: Path) -> None:
+    """Fetch the archive with its checksum verified; it is read in place and never unpickled by torchvision."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
+
+    if root.is_file() or any(_folder_batches(root / folder) for folder in _FOLDERS):
+        return
+    try:
+        download_url(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"torchvision could not download CIFAR-10 into {root}: {reason}; put {CIFAR10.filename} there by hand"
+        ) from error
+
+
+class _ForbiddenGlobalError(pickle.UnpicklingError):
+    """The pickle names a function or class that a CIFAR-10 batch has no use for."""
+
+
+def _empty_array(_kind: type[np.ndarray], _shape: tuple[int, ...], _typecode: bytes) -> np.ndarray:
+    """Stands in for numpy's _reconstruct: the array's state follows and sets its shape, so the arguments are unused."""
+    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
+
+
+def _latin1(text: str, _encoding: str) -> bytes:
+    """Stands in for _codecs.encode, by which Python 3 writes bytes in old protocols."""
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    _ALLOWED: Mapping[tuple[str, str], Any] = {
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _latin1,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what rebuilds a numpy array."""
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise _ForbiddenGlobalError(
+                f"its pickle asks for {module}.{name}, which image data does not need"
+            ) from None

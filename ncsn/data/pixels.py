@@ -1,0 +1,117 @@
+"""From encoded bytes or raw arrays to uint8 images of one size and channel count."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FILTER = Image.Resampling.BILINEAR
+"""Pillow widens its filters when it shrinks, so this is an antialiased resize. The paper's code used the same one."""
+
+_MODES = {1: "L", 3: "RGB"}
+_WORDS = {1: "gray", 3: "RGB"}
+_NOT_DECODED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class BadImageError(ValueError):
+    """An image whose bytes do not decode; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Brings an image to [image_size, image_size, channels].
+
+    A centre crop to a square comes first, then an antialiased resize. An image that has the size already keeps its
+    pixels as they are.
+
+    Attributes:
+        image_size: Height and width of the result in pixels.
+        channels: 1 = gray, 3 = RGB.
+        convert: Turn gray into RGB or RGB into gray (ITU-R 601 luma) instead of refusing.
+        crop: Side of the centre crop in pixels; None = the shorter side.
+    """
+
+    image_size: int
+    channels: int
+    convert: bool = False
+    crop: int | None = None
+
+    def array(self, image: np.ndarray, *, name: str) -> np.ndarray:
+        """Fit a uint8 array [H, W, C] with C = 1 or 3.
+
+        Raises:
+            ValueError: for the wrong channel count, naming the image.
+        """
+        if image.shape == (self.image_size, self.image_size, self.channels) and self.crop is None:
+            return image
+        return self.image(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), name=name)
+
+    def image(self, image: Image.Image, *, name: str) -> np.ndarray:
+        """Fit a decoded image.
+
+        Returns:
+            uint8 [image_size, image_size, channels].
+
+        Raises:
+            ValueError: for a kind of pixel that is not accepted or the wrong channel count, naming the image.
+        """
+        image = self._to_channels(_plain(image, name=name), name=name)
+        square = self._centre(image, name=name)
+        if square.size != (self.image_size, self.image_size):
+            square = square.resize((self.image_size, self.image_size), FILTER)
+        return np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
+
+    def _to_channels(self, image: Image.Image, *, name: str) -> Image.Image:
+        channels = len(image.getbands())
+        if channels == self.channels:
+            return image
+        if not self.convert:
+            raise ValueError(
+                f"{name} is {_WORDS[channels]} but data.channels is {self.channels} ({_WORDS[self.channels]}); "
+                f"set data.channels to {channels}, or data.convert_channels to true"
+            )
+        return image.convert(_MODES[self.channels])
+
+    def _centre(self, image: Image.Image, *, name: str) -> Image.Image:
+        width, height = image.size
+        side = self.crop or min(width, height)
+        if side > min(width, height):
+            raise ValueError(
+                f"{name} has {width}x{height} pixels, less than the {side}x{side} that are cut from its centre"
+            )
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a PNG or JPEG completely and turn it upright by its EXIF orientation.
+
+    Raises:
+        BadImageError: if the bytes are not a whole PNG or JPEG image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except _NOT_DECODED as error:
+        reason = "not a PNG or JPEG" if isinstance(error, OSError) and "cannot identify" in str(error) else str(error)
+        raise BadImageError(" ".join(reason.split())) from error
+
+
+def _plain(image: Image.Image, *, name: str) -> Image.Image:
+    """As mode L or RGB. Opaque alpha is dropped and palettes are looked up; what would need a choice is refused."""
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("LA", "PA", "RGBA", "P"):
+        gray, transparent = image.mode == "LA", image.has_transparency_data
+        if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            raise ValueError(f"{name} has transparent pixels; flatten it on a background first")
+        return image.convert("L" if gray else "RGB")
+    raise ValueError(f"{name} has pixels of kind {image.mode!r}; convert it to 8-bit gray or RGB first")

@@ -1,0 +1,46 @@
+"""Where images come from: one interface over every source, with a train and a test split that stream.
+
+A source is opened (its files found and their headers checked) before anything is written, and gives its images one by
+one, so that memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+from ncsn.config.schema import DataConfig
+from ncsn.data.celeba import open_celeba
+from ncsn.data.cifar10 import open_cifar10
+from ncsn.data.digits import open_digits
+from ncsn.data.idx import open_fashion_mnist, open_mnist
+from ncsn.data.image_folder import open_image_folder
+from ncsn.data.source import Source, Split
+
+_OPENERS: dict[str, Callable[[DataConfig], Source]] = {
+    "sklearn_digits": open_digits,
+    "fashion_mnist": open_fashion_mnist,
+    "mnist": open_mnist,
+    "cifar10": open_cifar10,
+    "celeba": open_celeba,
+    "image_folder": open_image_folder,
+}
+
+
+def open_source(data: DataConfig) -> Source:
+    """Find and check the files of the configured source.
+
+    Raises:
+        FileNotFoundError: if data.root or a file that belongs below it is missing.
+        ValueError: if data.root is not set, or a file is not what it should be.
+    """
+    source = _OPENERS[data.source](data)
+    if data.max_images is None:
+        return source
+    limited = {name: _first(split, data.max_images) for name, split in source.splits.items()}
+    return replace(source, splits=limited)
+
+
+def _first(split: Split, count: int) -> Split:
+    return Split(min(split.count, count), lambda: itertools.islice(split.stream(), count))
