@@ -1,0 +1,105 @@
+"""Pixel ranges: spec oracles 16 (dequantisation) and 17 (logit), and round trips."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ncsn.core.images import dequantize, image_grid, logit, mirror, to_uint8, to_unit, unlogit
+
+
+def every_gray() -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+
+
+def test_to_unit_moves_channels_and_scales():
+    images = torch.tensor([[[[0, 51, 255]], [[255, 102, 0]]]], dtype=torch.uint8)
+    x = to_unit(images)
+    assert x.shape == (1, 3, 2, 1) and x.dtype == torch.float32 and x.is_contiguous()
+    torch.testing.assert_close(x[0, :, :, 0], torch.tensor([[0, 1], [0.2, 0.4], [1, 0]]))
+    assert images[0, 0, 0, 2] == 255
+
+
+def test_every_gray_survives_the_round_trip():
+    assert torch.equal(to_uint8(to_unit(every_gray())), every_gray())
+
+
+def test_to_uint8_clamps_and_rounds_half_up():
+    x = torch.tensor([-0.3, 0.0, 0.49 / 255, 0.5 / 255, 1.5 / 255, 2.0]).view(1, 1, 1, 6)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 0, 1, 2, 255]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_to_uint8_refuses_what_is_not_a_number(bad):
+    x = torch.zeros(1, 1, 2, 2)
+    x[0, 0, 1, 1] = bad
+    with pytest.raises(ValueError, match="1 of 4 pixel values are NaN or infinite"):
+        to_uint8(x)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 2, 2, 1), torch.zeros(2, 2, 1, dtype=torch.uint8)])
+def test_to_unit_refuses_other_types_and_shapes(images):
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        to_unit(images)
+
+
+@pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
+def test_dequantised_gray_is_recovered_at_the_ends_of_the_noise(u):
+    x = to_unit(every_gray())
+    spread = dequantize(x, torch.full_like(x, u))
+    assert spread.min() >= 0 and spread.max() < 1
+    assert torch.equal((256 * spread).floor().to(torch.uint8), every_gray().permute(0, 3, 1, 2))
+
+
+def test_dequantised_gray_is_always_recovered():
+    x = to_unit(every_gray()).expand(2000, 1, 16, 16)
+    spread = dequantize(x, torch.rand(x.shape, generator=torch.Generator().manual_seed(0)))
+    assert spread.max() < 1
+    misses = (256 * spread).floor() != (255 * x).round()
+    assert int(misses.sum()) == 0, "512,000 draws: the spec allows 4 misses in float32, this form has none"
+
+
+def test_dequantised_images_fill_the_gray_step_evenly():
+    x = torch.full((1, 1, 200, 200), 7 / 255)
+    spread = dequantize(x, torch.rand(x.shape, generator=torch.Generator().manual_seed(1)))
+    assert stats.kstest((256 * spread - 7).flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_logit_round_trip_stays_within_the_margin():
+    x = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    y = logit(x)
+    assert torch.isfinite(y).all()
+    torch.testing.assert_close(unlogit(y), 1e-6 + (1 - 2e-6) * x, rtol=0, atol=1e-12)
+    assert (unlogit(y) - x).abs().max() <= 1.001e-6
+
+
+def test_mirror_flips_the_chosen_images_left_to_right():
+    x = torch.arange(8.0).view(2, 1, 2, 2)
+    mirrored = mirror(x, torch.tensor([False, True]))
+    assert mirrored.flatten().tolist() == [0, 1, 2, 3, 5, 4, 7, 6]
+
+
+def test_grid_places_images_row_by_row():
+    images = np.arange(1, 4, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(2, axis=2)
+    grid = image_grid(images, columns=2)
+    assert grid[:, :, 0].tolist() == [
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 2, 2, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 3, 3, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert image_grid(torch.from_numpy(images), columns=9, padding=0).shape == (1, 6, 1)
+
+
+@pytest.mark.parametrize("arguments", [{"columns": 0}, {"columns": 1, "padding": -1}])
+def test_grid_refuses_bad_layouts(arguments):
+    with pytest.raises(ValueError, match="columns >= 1"):
+        image_grid(np.zeros((1, 2, 2, 1), np.uint8), **arguments)
+
+
+def test_grid_refuses_no_images():
+    with pytest.raises(ValueError, match="N >= 1"):
+        image_grid(np.zeros((0, 2, 2, 1), np.uint8), columns=1)

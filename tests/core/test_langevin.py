@@ -1,0 +1,123 @@
+"""Langevin dynamics: spec oracles 6 (stationary variance), 8 (point mass: the step convention) and determinism."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.langevin import annealed_langevin, denoise_step, langevin_step, step_sizes
+from ncsn.core.noise_schedule import geometric_sigmas
+
+SIGMAS = geometric_sigmas(1.0, 0.01, 10)
+
+
+def point_mass(sigmas, at=0.3):
+    return lambda x, level: (at - x) / sigmas.to(x.dtype)[level].view(-1, 1, 1, 1) ** 2
+
+
+def test_steps_shrink_with_the_square_of_sigma():
+    expected = [0.2, 0.071876, 0.025831, 0.009283, 0.003336, 0.001199, 0.000431, 0.000155, 5.6e-5, 2e-5]
+    assert step_sizes(SIGMAS, 2e-5).tolist() == pytest.approx(expected, rel=1e-2)
+    assert step_sizes(SIGMAS, 2e-5)[-1].item() == 2e-5
+
+
+def test_one_step_is_the_stated_update():
+    x, score, z = (torch.full((1, 1, 1, 1), v) for v in (1.0, -2.0, 0.5))
+    assert langevin_step(x, score=score, step_size=0.08, z=z).item() == pytest.approx(1 - 0.16 + 0.4 * 0.5)
+    assert x.item() == 1.0
+
+
+@pytest.mark.parametrize("step_size", [0.02, 0.2, 0.5, 1.0])
+def test_stationary_variance_of_a_standard_normal(step_size):
+    x, generator = torch.zeros(100_000), torch.Generator().manual_seed(1)
+    for _ in range(math.ceil(3 / step_size)):
+        x = langevin_step(x, score=-x, step_size=step_size, z=torch.randn(x.shape, generator=generator))
+    assert x.var().item() == pytest.approx(2 / (2 - step_size), rel=0.02)
+
+
+def chain(epsilon, *, denoise, dtype=torch.float64):
+    noise = KeyedNoise(0, first=0, count=200, shape=(1, 10, 10))
+    return annealed_langevin(
+        point_mass(SIGMAS),
+        x=noise.uniform(0).to(dtype),
+        sigmas=SIGMAS,
+        epsilon=epsilon,
+        steps_per_level=40,
+        noise=lambda step: noise(step).to(dtype),
+        denoise=denoise,
+    )
+
+
+@pytest.mark.parametrize(("epsilon", "ratio"), [(2e-5, 1.1111), (1e-5, 1.0526)])
+def test_point_mass_tells_the_full_step_from_the_half_step(epsilon, ratio):
+    # 20,000 values: standard error 1 % of the variance; the two forms are 5.5 % apart.
+    x = chain(epsilon, denoise=False)
+    assert x.mean().item() == pytest.approx(0.3, abs=2e-4)
+    assert x.var().item() / 0.01**2 == pytest.approx(ratio, rel=0.025)
+
+
+def test_denoising_brings_a_point_mass_home():
+    x = chain(2e-5, denoise=True)
+    assert (x - 0.3).abs().max() < 1e-7
+    exact = denoise_step(lambda x, _: (0.3 - x) / 0.01**2, torch.rand(5, 1, 2, 2).double(), level=0, sigma=0.01)
+    assert exact.var().item() < 1e-12
+
+
+def test_an_image_is_the_same_in_every_batch():
+    def run(first, count):
+        noise = KeyedNoise(3, first=first, count=count, shape=(1, 4, 4))
+        return annealed_langevin(
+            lambda x, level: -x / (0.1 + SIGMAS[level].view(-1, 1, 1, 1) ** 2),
+            x=noise.uniform(0),
+            sigmas=SIGMAS,
+            epsilon=2e-5,
+            steps_per_level=3,
+            noise=noise,
+            denoise=True,
+        )
+
+    whole = run(0, 7)
+    assert torch.equal(whole, torch.cat([run(0, 2), run(2, 4), run(6, 1)]))
+
+
+def test_levels_stream_in_order_with_the_right_noise_and_no_gradient():
+    seen, asked, levels = [], [], []
+
+    def noise(step):
+        asked.append(step)
+        return torch.zeros(2, 1, 2, 2)
+
+    def network(x, level):
+        levels.append(level.tolist())
+        return torch.nn.functional.conv2d(x, torch.ones(1, 1, 1, 1, requires_grad=True))
+
+    start = torch.ones(2, 1, 2, 2)
+    x = annealed_langevin(
+        network,
+        x=start,
+        sigmas=SIGMAS[:3],
+        epsilon=1e-5,
+        steps_per_level=2,
+        noise=noise,
+        denoise=True,
+        on_level=lambda level, state: seen.append((level, state.mean().item())),
+    )
+    assert asked == list(range(6))
+    assert levels == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2]]
+    assert [level for level, _ in seen] == [0, 1, 2] and not x.requires_grad
+    a = step_sizes(SIGMAS[:3], 1e-5).tolist()
+    expected = [(1 + a[0]) ** 2, (1 + a[0]) ** 2 * (1 + a[1]) ** 2, ((1 + a[0]) * (1 + a[1]) * (1 + a[2])) ** 2]
+    assert [value for _, value in seen] == pytest.approx(expected, rel=1e-6)
+    assert x.mean().item() == pytest.approx(expected[-1] * (1 + float(SIGMAS[2]) ** 2), rel=1e-6)
+    assert torch.equal(start, torch.ones(2, 1, 2, 2))
+
+
+def test_impossible_settings_are_refused():
+    arguments = {"x": torch.zeros(1, 1, 2, 2), "sigmas": SIGMAS, "noise": lambda _: None, "denoise": False}
+    with pytest.raises(ValueError, match="epsilon = 0"):
+        annealed_langevin(lambda x, _: x, epsilon=0, steps_per_level=1, **arguments)
+    with pytest.raises(ValueError, match="steps_per_level must be at least 1, got 0"):
+        annealed_langevin(lambda x, _: x, epsilon=1e-5, steps_per_level=0, **arguments)
