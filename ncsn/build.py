@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.schema import NcsnNetworkConfig
+from ncsn.core.ema import Ema
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.train_state import TrainState
 
 
 def sigmas(config: Config) -> Tensor:
@@ -47,6 +49,16 @@ def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,
+    )
+
+
+def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
+    """Network, optimizer and EMA weights at the start of training."""
+    score_network = network(config).to(device)
+    return TrainState(
+        network=score_network,
+        optimizer=optimizer(config, score_network),
+        ema=Ema(score_network, decay=config.train.ema_decay),
     )
 
 

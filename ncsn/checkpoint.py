@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ncsn import build, storage
 from ncsn.config import Config, changed_paths, from_yaml, to_yaml
-from ncsn.core.ema import Ema
+from ncsn.core.train_state import TrainState
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
@@ -58,24 +58,20 @@ def folder_name(images_seen: int) -> str:
     return f"images-{images_seen:09d}"
 
 
-def save(
-    folder: Path, *, config: Config, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, images_seen: int
-) -> None:
+def save(folder: Path, *, config: Config, state: TrainState) -> None:
     """Write a complete checkpoint into the existing, empty `folder`."""
-    save_file(_plain(network.state_dict()), folder / "weights.safetensors")
-    save_file(_plain(ema.weights), folder / "ema.safetensors")
-    save_file(_optimizer_tensors(network, optimizer), folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"images_seen": images_seen, "ema_updates": ema.num_updates}))
+    save_file(_plain(state.network.state_dict()), folder / "weights.safetensors")
+    save_file(_plain(state.ema.weights), folder / "ema.safetensors")
+    save_file(_optimizer_tensors(state.network, state.optimizer), folder / "optimizer.safetensors")
+    counters = {"images_seen": state.images_seen, "ema_updates": state.ema.num_updates}
+    (folder / "state.json").write_text(json.dumps(counters))
     (folder / "config.yaml").write_text(to_yaml(config))
     index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def load(folder: Path, *, config: Config, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> int:
-    """Restore everything in place, strictly.
-
-    Returns:
-        images_seen.
+def load(folder: Path, *, config: Config, state: TrainState) -> None:
+    """Restore everything into `state`, strictly.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config.
@@ -83,11 +79,13 @@ def load(folder: Path, *, config: Config, network: nn.Module, ema: Ema, optimize
     verify(folder)
     saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
     require_same_training(saved, config, origin=str(folder))
-    state = json.loads((folder / "state.json").read_text())
-    _load_strictly(network, load_file(folder / "weights.safetensors"), origin=str(folder))
-    ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": state["ema_updates"]})
-    _load_optimizer(network, optimizer, load_file(folder / "optimizer.safetensors"))
-    return int(state["images_seen"])
+    counters = json.loads((folder / "state.json").read_text())
+    _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
+    state.ema.load_state_dict(
+        {"weights": load_file(folder / "ema.safetensors"), "num_updates": counters["ema_updates"]}
+    )
+    _load_optimizer(state.network, state.optimizer, load_file(folder / "optimizer.safetensors"))
+    state.images_seen = int(counters["images_seen"])
 
 
 def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
@@ -116,7 +114,9 @@ def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origi
         CheckpointError: naming missing, extra and misshapen tensors.
     """
     network = build.network(config)
-    _load_strictly(network, {**dict(network.named_buffers()), **weights}, origin=origin)
+    parameters = dict(network.named_parameters())
+    buffers = {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
+    _load_strictly(network, {**buffers, **weights}, origin=origin)
     return network.eval().requires_grad_(False)
 
 
@@ -133,7 +133,9 @@ def verify(folder: Path) -> None:
     except json.JSONDecodeError:
         raise CheckpointError(f"{folder} is damaged: {INDEX} is not valid JSON") from None
     if index.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{folder} has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}"
+        )
     for name in FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")

@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -26,7 +24,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.langevin import annealed_langevin
-from ncsn.data.row import schema
+from ncsn.data.row import NO_LABEL, Images, to_table
 
 SHARD_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
 
@@ -174,7 +172,7 @@ def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
         first=shard.first,
         count=shard.count,
         device=device,
-        on_level=lambda level, x: frames.append(to_uint8(x).cpu().numpy()),
+        on_level=lambda _, x: frames.append(to_uint8(x).cpu().numpy()),
     )
     return np.stack([*frames[:-1], final])
 
@@ -195,11 +193,6 @@ def _load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
 
 
 def _parquet_bytes(images: NDArray[np.uint8]) -> bytes:
-    table_schema = schema(*images.shape[1:])
-    columns: list[Any] = [
-        pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images)),
-        pa.array(np.full(len(images), -1, dtype=np.int64)),
-    ]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(columns, schema=table_schema), buffer)
+    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer)
     return buffer.getvalue()

@@ -42,9 +42,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
             name=CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=compute.max_failures, controller_failure_limit=STARTUP_ATTEMPTS
-            ),
+            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=STARTUP_ATTEMPTS),
             checkpoint_config=CheckpointConfig(num_to_keep=job.config.train.keep_checkpoints),
         ),
     )

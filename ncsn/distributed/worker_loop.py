@@ -6,6 +6,7 @@ order), so the images of a global batch, their levels and their noise do not dep
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,19 +15,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncsn import build, checkpoint
 from ncsn.config import Config
-from ncsn.core.ema import Ema
 from ncsn.core.images import dequantize, mirror, to_unit
-from ncsn.core.keyed_random import keyed_normal, keyed_uniform
-from ncsn.core.losses import dsm_loss
+from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
+from ncsn.core.losses import level_sums
+from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import CachedSplit, image_indices, open_cache
 from ncsn.distributed.worker_context import WorkerContext
-
-LEVEL, NOISE, DEQUANTIZE, MIRROR = range(4)
-"""Streams of the keyed randomness, one per purpose."""
 
 
 class DivergedError(ValueError):
@@ -101,11 +99,11 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
     x = to_unit(torch.from_numpy(split.images[indices]))
     size = x[0].numel()
     if config.data.dequantize:
-        x = dequantize(x, keyed_uniform(seed, stream=DEQUANTIZE, first=first, count=count, size=size).view_as(x))
+        x = dequantize(x, keyed_uniform(seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size).view_as(x))
     if config.data.horizontal_flip:
-        x = mirror(x, keyed_uniform(seed, stream=MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
-    level = keyed_uniform(seed, stream=LEVEL, first=first, count=count, size=1)[:, 0] * config.noise.num_levels
-    z = keyed_normal(seed, stream=NOISE, first=first, count=count, size=size).view_as(x)
+        x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
+    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.noise.num_levels
+    z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
     return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z)
 
 
@@ -118,11 +116,10 @@ class Curves:
         self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
         self._started, self._images = time.perf_counter(), 0
 
-    def add(self, level: Tensor, per_image: Tensor, grad_norm: Tensor, *, images: int) -> None:
-        """Take one step: this worker's levels and losses `[B]`, the global gradient norm and batch size."""
-        values = torch.stack([per_image.double(), torch.ones_like(per_image, dtype=torch.float64)])
-        self._sums.index_add_(1, level, values)
-        self._grad_norm = torch.maximum(self._grad_norm, grad_norm.double())
+    def add(self, level: Tensor, step: StepReport, *, images: int) -> None:
+        """Take one step: this worker's levels `[B]` and losses, and the size of the global batch."""
+        self._sums += torch.stack(level_sums(step.per_image, level=level, num_levels=self._sums.shape[1]))
+        self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
         self._images += images
 
     def take(self) -> dict[str, float]:
@@ -149,76 +146,62 @@ class Training:
     def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
         self.job, self.config, self.context = job, job.config, context
         self.split = open_cache(job.dataset, "train")
-        self.network = build.network(self.config).to(context.device)
-        self.ema = Ema(self.network, decay=self.config.train.ema_decay)
-        self.optimizer = build.optimizer(self.config, self.network)
+        self.state = build.train_state(self.config, device=context.device)
         self.sigmas = build.sigmas(self.config).to(context.device)
-        self.images_seen, self.saved = 0, ""
-        self._resume()
-        self.model = context.wrap(self.network)
+        self.saved = ""
+        with context.latest_checkpoint() as folder:
+            if folder is not None:
+                checkpoint.load(folder, config=self.config, state=self.state)
+                self.saved = checkpoint.folder_name(self.state.images_seen)
+        self.model = context.wrap(self.state.network)
         self.curves = Curves(self.config.noise.num_levels, context)
         self.point: dict[str, float] = {}
 
-    def _resume(self) -> None:
-        with self.context.latest_checkpoint() as folder:
-            if folder is not None:
-                self.images_seen = checkpoint.load(
-                    folder, config=self.config, network=self.network, ema=self.ema, optimizer=self.optimizer
-                )
-                self.saved = checkpoint.folder_name(self.images_seen)
-
     def step(self) -> None:
         """One optimizer step on the next global batch."""
-        train, context = self.config.train, self.context
-        share = train.batch_size // context.world_size
-        batch = draw_batch(self.config, self.split, first=self.images_seen + context.rank * share, count=share)
+        config, context, state = self.config, self.context, self.state
+        share = config.train.batch_size // context.world_size
+        batch = draw_batch(config, self.split, first=state.images_seen + context.rank * share, count=share)
         x, level, z = (part.to(context.device, non_blocking=True) for part in (batch.x, batch.level, batch.z))
-        rate = build.learning_rate(self.config, self.images_seen)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(context.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-            loss = dsm_loss(
-                self.model, x, level=level, sigmas=self.sigmas, z=z, anneal_power=self.config.loss.anneal_power
-            )
-        loss.loss.backward()
-        limit = self.config.optimizer.grad_clip_norm or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit, foreach=True)
-        self.optimizer.step()
-        self.ema.update(self.network)
-        self.images_seen += train.batch_size
-        self.curves.add(level, loss.per_image, grad_norm, images=train.batch_size)
+        for group in state.optimizer.param_groups:
+            group["lr"] = build.learning_rate(config, state.images_seen)
+        report = train_step(
+            self.model,
+            optimizer=state.optimizer,
+            ema=state.ema,
+            x=x,
+            level=level,
+            z=z,
+            sigmas=self.sigmas,
+            anneal_power=config.loss.anneal_power,
+            grad_clip_norm=config.optimizer.grad_clip_norm,
+            autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
+        )
+        state.images_seen += config.train.batch_size
+        self.curves.add(level, report, images=config.train.batch_size)
 
     def report(self) -> None:
-        """Close a stretch of the curves; stop if training has diverged."""
-        point = self.curves.take()
-        finite = all(map(torch.isfinite, torch.tensor([point["train/loss"], point["train/grad_norm_max"]])))
-        if not finite:
+        """Close a stretch of the curves; stop if training has diverged. A collective call."""
+        point, images_seen = self.curves.take(), self.state.images_seen
+        if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
             raise DivergedError(
-                f"the loss became {point['train/loss']} by images_seen = {self.images_seen}; {kept}; "
-                "lower optimizer.learning_rate or set optimizer.grad_clip_norm"
+                f"training diverged: loss {point['train/loss']}, gradient norm {point['train/grad_norm_max']} by "
+                f"images_seen = {images_seen}; {kept}; lower optimizer.learning_rate or set optimizer.grad_clip_norm"
             )
-        self.point = point | {"train/learning_rate": build.learning_rate(self.config, self.images_seen)}
+        self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         if self.context.rank == 0 and self.job.sink:
-            self.job.sink.log(self.point, self.images_seen)
+            self.job.sink.log(self.point, images_seen)
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
-        name = checkpoint.folder_name(self.images_seen)
-        metrics = {"images_seen": self.images_seen, "loss": self.point["train/loss"]}
+        name = checkpoint.folder_name(self.state.images_seen)
+        metrics = {"images_seen": self.state.images_seen, "loss": self.point["train/loss"]}
         if self.context.rank != 0:
             self.context.publish(None, name=name, metrics=metrics)
         else:
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
-                checkpoint.save(
-                    Path(folder),
-                    config=self.config,
-                    network=self.network,
-                    ema=self.ema,
-                    optimizer=self.optimizer,
-                    images_seen=self.images_seen,
-                )
+                checkpoint.save(Path(folder), config=self.config, state=self.state)
                 self.context.publish(Path(folder), name=name, metrics=metrics)
         self.saved = name
 
@@ -233,26 +216,26 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     training = Training(job, context)
-    started, first = time.perf_counter(), training.images_seen
+    started, first = time.perf_counter(), training.state.images_seen
     try:
-        while training.images_seen < train.num_images:
+        while training.state.images_seen < train.num_images:
             training.step()
-            done = training.images_seen >= train.num_images
-            save = done or _crossed(training.images_seen, train.batch_size, train.checkpoint_every_images)
-            if save or _crossed(training.images_seen, train.batch_size, train.report_every_images):
+            seen = training.state.images_seen
+            save = seen >= train.num_images or _crossed(seen, train.batch_size, train.checkpoint_every_images)
+            if save or _crossed(seen, train.batch_size, train.report_every_images):
                 training.report()
             if save:
                 training.save()
             if context.rank == 0 and job.progress:
-                job.progress(training.images_seen, train.num_images)
+                job.progress(seen, train.num_images)
     finally:
         if context.rank == 0 and job.sink:
             job.sink.close()
     seconds = time.perf_counter() - started
     return TrainOutcome(
-        images_seen=training.images_seen,
+        images_seen=training.state.images_seen,
         loss=training.point.get("train/loss"),
-        images_per_second=(training.images_seen - first) / max(seconds, 1e-9),
+        images_per_second=(training.state.images_seen - first) / max(seconds, 1e-9),
         seconds=seconds,
         checkpoint=training.saved,
     )

@@ -15,7 +15,7 @@ from ncsn import storage
 
 @dataclass
 class ProgressFile:
-    """Callable `(done, total)` that publishes `{"done", "total", "unit"}` at `uri`, at most once per `interval` seconds.
+    """Publishes `{"done", "total", "unit"}` at `uri`, at most once per `interval` seconds.
 
     Picklable, so that a Ray worker can carry it. A store that cannot be written does not stop the work.
     """
@@ -26,6 +26,7 @@ class ProgressFile:
     _next: float = field(default=0.0, repr=False)
 
     def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` units are done."""
         now = time.monotonic()
         if now < self._next and done < total:
             return

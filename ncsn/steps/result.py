@@ -101,7 +101,9 @@ def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
     """
     stored = _stored(folder, step)
     if stored is None:
-        raise ValueError(f"run {folder.run!r} has no result of step {step!r}; run `ncsn {step} --run {folder.run}` first")
+        raise ValueError(
+            f"run {folder.run!r} has no result of step {step!r}; run `ncsn {step} --run {folder.run}` first"
+        )
     return result_type(**stored["result"])
 
 
@@ -165,7 +167,8 @@ def _stored(folder: RunFolder, step: str) -> dict[str, Any] | None:
 
 def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
     """Leave the reason where the launcher finds it. A full disk must not hide the first error."""
-    record = {"type": type(error).__name__, "user": isinstance(error, (ValueError, FileNotFoundError)), "message": str(error)}
+    user = isinstance(error, (ValueError, FileNotFoundError))
+    record = {"type": type(error).__name__, "user": user, "message": str(error)}
     try:
         storage.write_text(folder.step(step, "error.json"), json.dumps(record))
     except OSError as failure:

@@ -16,7 +16,7 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import AnnealedLangevinConfig
-from ncsn.data.row import images_from_table
+from ncsn.data.row import from_table
 from ncsn.distributed.local_cluster import ray_cluster, require_resources
 from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
 from ncsn.report.figures import grid_png, strip_png
@@ -125,7 +125,7 @@ def read_samples(uri: str, *, limit: int) -> NDArray[np.uint8]:
             break
         if name.endswith(".parquet"):
             table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))))
-            batches.append(images_from_table(table))
+            batches.append(from_table(table).images)
     return np.concatenate(batches)[:limit]
 
 

@@ -1,0 +1,184 @@
+"""The training loop without Ray: determinism, resume, divergence, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn import build
+from ncsn.config import Config, from_yaml
+from ncsn.core.train_state import train_step
+from ncsn.data.cache import open_cache
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import DivergedError, TrainingJob, draw_batch, train_loop
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, horizontal_flip: true}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+optimizer: {warmup_images: 32, decay: cosine, grad_clip_norm: 1.0}
+train: {batch_size: 16, num_images: 160, ema_decay: 0.9, checkpoint_every_images: 80, report_every_images: 32,
+  keep_checkpoints: 10}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+compute: {num_workers: 1}
+"""
+
+
+@dataclass
+class Recorder:
+    """A sink that remembers."""
+
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    closed: bool = False
+
+    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+        self.points.append((images_seen, metrics))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = from_yaml(TEXT)
+    root = tmp_path_factory.mktemp("data")
+    return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint."""
+    outcome = train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(folder))
+    last = folder / outcome.checkpoint
+    return {
+        f"{name}:{key}": tensor
+        for name in ("weights", "ema", "optimizer")
+        for key, tensor in load_file(last / f"{name}.safetensors").items()
+    }
+
+
+def test_resume_is_bitwise(dataset: str, tmp_path: Path) -> None:
+    """10 steps = 5 + resume + 5 (spec 7.22)."""
+    config, halves = from_yaml(TEXT), from_yaml(TEXT)
+    whole = train(config, dataset, tmp_path / "whole")
+    sink = Recorder()
+
+    class Killed(Exception):
+        pass
+
+    class DiesAfterFirstCheckpoint(LocalContext):
+        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
+            super().publish(folder, name=name, metrics=metrics)
+            raise Killed
+
+    with pytest.raises(Killed):
+        job = TrainingJob(config=halves, dataset=dataset, sink=sink)
+        train_loop(job, DiesAfterFirstCheckpoint(tmp_path / "halves"))
+    assert sink.closed
+    resumed = Recorder()
+    second = train(halves, dataset, tmp_path / "halves", resumed)
+    assert [seen for seen, _ in resumed.points] == [96, 128, 160]
+    assert whole.keys() == second.keys()
+    assert all(torch.equal(whole[key], second[key]) for key in whole)
+
+
+def test_the_same_config_gives_the_same_weights_and_another_seed_others(dataset: str, tmp_path: Path) -> None:
+    one = train(from_yaml(TEXT), dataset, tmp_path / "one")
+    same = train(from_yaml(TEXT), dataset, tmp_path / "same")
+    other = train(from_yaml(TEXT, overrides=["seed=1"]), dataset, tmp_path / "other")
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_complete_run_has_nothing_left_to_do(dataset: str, tmp_path: Path) -> None:
+    train(from_yaml(TEXT), dataset, tmp_path)
+    again = train_loop(TrainingJob(config=from_yaml(TEXT), dataset=dataset), LocalContext(tmp_path))
+    assert again.images_seen == 160 and again.loss is None and again.checkpoint == "images-000000160"
+
+
+def test_parts_of_a_batch_are_the_batch(dataset: str, _own_cache: None) -> None:
+    """Images, levels and noise depend on the place in the order, not on which worker draws them."""
+    config, split = from_yaml(TEXT), open_cache(dataset, "train")
+    whole = draw_batch(config, split, first=1250, count=16)
+    parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(4)]
+    for name in ("x", "level", "z"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    assert whole.x.min() >= 0 and whole.x.max() < 1
+    assert set(whole.level.tolist()) <= set(range(4))
+
+
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(dataset: str, _own_cache: None) -> None:
+    """1 worker x batch 8 and 2 workers x batch 4 give the same gradients (1e-6)."""
+    config, split = from_yaml(TEXT), open_cache(dataset, "train")
+
+    def gradients(first: int, count: int) -> list[torch.Tensor]:
+        state = build.train_state(config)
+        with torch.no_grad():
+            for parameter in state.network.parameters():
+                parameter.add_(0.1)  # the output layer starts at zero and would hide most gradients
+        batch = draw_batch(config, split, first=first, count=count)
+        train_step(
+            state.network,
+            optimizer=torch.optim.SGD(state.network.parameters(), lr=0.0),
+            ema=state.ema,
+            x=batch.x,
+            level=batch.level,
+            z=batch.z,
+            sigmas=build.sigmas(config),
+        )
+        return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
+
+    whole, left, right = gradients(0, 8), gradients(0, 4), gradients(4, 4)
+    for together, one, two in zip(whole, left, right, strict=True):
+        assert torch.allclose(together, (one + two) / 2, rtol=1e-5, atol=1e-6 * float(together.abs().max() + 1))
+
+
+def test_curves_have_a_point_per_report_and_checkpoint(dataset: str, tmp_path: Path) -> None:
+    sink = Recorder()
+    train(from_yaml(TEXT), dataset, tmp_path, sink)
+    assert [seen for seen, _ in sink.points] == [32, 64, 80, 96, 128, 160]
+    for _, point in sink.points:
+        assert {"train/loss", "train/grad_norm_max", "train/images_per_second", "train/learning_rate"} <= point.keys()
+        levels = [point[key] for key in point if key.startswith("train/loss_level_")]
+        assert levels and min(levels) <= point["train/loss"] <= max(levels)
+    assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(dataset: str, tmp_path: Path) -> None:
+    config = from_yaml(TEXT, overrides=["optimizer.grad_clip_norm=null"])
+
+    class Poisoned(LocalContext):
+        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
+            super().publish(folder, name=name, metrics=metrics)
+            for parameter in self.network.parameters():
+                parameter.data.fill_(float("nan"))
+
+        def wrap(self, network: torch.nn.Module) -> torch.nn.Module:
+            self.network = network
+            return network
+
+    with pytest.raises(
+        DivergedError, match=r"loss nan.* by images_seen = 96; the last good checkpoint is images-0*80;"
+    ):
+        train_loop(TrainingJob(config=config, dataset=dataset), Poisoned(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["images-000000080"]
+
+
+def test_learning_rate_warms_up_and_falls(dataset: str) -> None:
+    config = from_yaml(TEXT)
+    rates = [build.learning_rate(config, seen) for seen in range(0, 160, 16)]
+    assert rates[0] == pytest.approx(config.optimizer.learning_rate / 2 * 1.0)
+    assert np.argmax(rates) == 1
+    assert rates[-1] < 0.05 * config.optimizer.learning_rate

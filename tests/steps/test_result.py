@@ -1,0 +1,106 @@
+"""Run names are claimed once, and a step does its work once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import RunFolder, claim_run, load_result, once, run_folder
+
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+
+@dataclass(frozen=True)
+class Made:
+    uri: str
+    number: int
+
+
+def config_at(root: Path, *overrides: str) -> Config:
+    return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
+
+
+def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1, fail: Exception | None = None) -> Made:
+    target = storage.join(folder.uri, "made.txt")
+
+    def work(progress: ProgressFile) -> Made:
+        if fail:
+            raise fail
+        progress(1, 1)
+        storage.write_text(target, str(number))
+        return Made(uri=target, number=number)
+
+    return once(
+        folder,
+        "train",
+        inputs=inputs,
+        result_type=Made,
+        outputs=lambda result: [result.uri],
+        unit="images",
+        work=work,
+    )
+
+
+def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
+    claim_run(config_at(tmp_path), "first")
+    claim_run(config_at(tmp_path, "compute.num_workers=1", "sampling.seed=4"), "first")
+    with pytest.raises(
+        ValueError, match=r"run 'first' belongs to another config: seed is 0 there and 7 here"
+    ) as caught:
+        claim_run(config_at(tmp_path, "seed=7"), "first")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "A", "-a", "a/", "x" * 64])
+def test_names_that_cannot_be_folders_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="run name"):
+        run_folder(config_at(tmp_path), name)
+
+
+def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
+    folder = claim_run(config_at(tmp_path), "once")
+    assert make(folder, inputs={"a": 1}, number=1).number == 1
+    assert make(folder, inputs={"a": 1}, number=2).number == 1
+    assert make(folder, inputs={"a": 2}, number=3).number == 3
+    assert load_result(folder, "train", Made).number == 3
+
+
+def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
+    folder = claim_run(config_at(tmp_path), "gone")
+    first = make(folder, inputs={}, number=1)
+    Path(first.uri).unlink()
+    assert make(folder, inputs={}, number=2).number == 2
+
+
+def test_a_failure_is_recorded_then_forgotten_after_success(tmp_path: Path) -> None:
+    folder = claim_run(config_at(tmp_path), "fails")
+    with pytest.raises(ValueError, match="too small"):
+        make(folder, inputs={}, fail=ValueError("too small"))
+    error = json.loads(storage.read_text(folder.step("train", "error.json")))
+    assert error == {"type": "ValueError", "user": True, "message": "too small"}
+    with pytest.raises(ValueError, match="run `ncsn train --run fails` first"):
+        load_result(folder, "train", Made)
+    make(folder, inputs={})
+    assert not storage.exists(folder.step("train", "error.json"))
+
+
+def test_progress_is_published_and_throttled(tmp_path: Path) -> None:
+    uri = str(tmp_path / "steps" / "train" / "progress.json")
+    progress = ProgressFile(uri, "images", interval=3600)
+    progress(1, 10)
+    progress(2, 10)
+    assert json.loads(Path(uri).read_text()) == {"done": 1, "total": 10, "unit": "images"}
+    progress(10, 10)
+    assert json.loads(Path(uri).read_text())["done"] == 10
+
+
+def test_progress_never_stops_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ProgressFile(str(tmp_path / "file" / "progress.json"), "images")(1, 2)
+    assert (tmp_path / "file").read_text() == ""

@@ -1,0 +1,112 @@
+"""A checkpoint restores everything or says what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn import build, checkpoint
+from ncsn.config import Config, from_yaml
+from ncsn.core.train_state import TrainState, train_step
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+"""
+
+
+def trained(config: Config) -> TrainState:
+    """A state after one step, so that every part of it is filled."""
+    state = build.train_state(config)
+    train_step(
+        state.network,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        x=torch.rand(4, 1, 8, 8),
+        level=torch.arange(4),
+        z=torch.randn(4, 1, 8, 8),
+        sigmas=build.sigmas(config),
+    )
+    state.images_seen = 32
+    return state
+
+
+@pytest.fixture
+def config() -> Config:
+    return from_yaml(TEXT)
+
+
+@pytest.fixture
+def saved(config: Config, tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path, config=config, state=trained(config))
+    return tmp_path
+
+
+def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
+    before, after = trained(config), build.train_state(config)
+    checkpoint.save(tmp_path, config=config, state=before)
+    checkpoint.load(tmp_path, config=config, state=after)
+    assert after.images_seen == 32 and after.ema.num_updates == 1
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(after.network.state_dict()[name], tensor)
+    for name, tensor in before.ema.weights.items():
+        assert torch.equal(after.ema.weights[name], tensor)
+    old, new = before.optimizer.state_dict()["state"], after.optimizer.state_dict()["state"]
+    assert old.keys() == new.keys() and len(old) == len(list(before.network.parameters()))
+    for index in old:
+        assert all(torch.equal(old[index][key], new[index][key]) for key in old[index])
+
+
+def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: Path) -> None:
+    loaded = checkpoint.load_for_sampling(str(saved))
+    assert loaded.config == config and loaded.images_seen == 32 and len(loaded.digest) == 16
+    weights = load_file(saved / "ema.safetensors")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.network.named_parameters())
+    assert not loaded.network.training
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_truncated_file_is_named(config: Config, saved: Path, name: str) -> None:
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(checkpoint.CheckpointError, match=f"damaged: {name} differs from its checksum"):
+        checkpoint.load(saved, config=config, state=build.train_state(config))
+
+
+def test_a_missing_file_is_named(saved: Path) -> None:
+    (saved / "ema.safetensors").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"ema\.safetensors is missing"):
+        checkpoint.load_for_sampling(str(saved))
+
+
+def test_another_config_is_refused(saved: Path) -> None:
+    other = from_yaml(TEXT, overrides=["noise.sigma_1=2.0"])
+    with pytest.raises(checkpoint.CheckpointError, match=r"another config: noise\.sigma_1 is 1\.0 there and 2\.0 here"):
+        checkpoint.load(saved, config=other, state=build.train_state(other))
+
+
+def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: Path) -> None:
+    weights = load_file(saved / "ema.safetensors")
+    first, *_ = sorted(weights)
+    weights["stranger"] = weights.pop(first)
+    with pytest.raises(checkpoint.CheckpointError, match=r"1 missing .*; 1 unexpected \(stranger\)") as caught:
+        checkpoint.network_from_weights(config, weights, origin="here")
+    assert first in str(caught.value)
+
+
+def test_no_folder_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint: no folder at"):
+        checkpoint.load_for_sampling(str(tmp_path / "nowhere"))
+
+
+def test_a_foreign_version_is_refused(saved: Path) -> None:
+    (saved / checkpoint.INDEX).write_text('{"version": 99, "sha256": {}}')
+    with pytest.raises(checkpoint.CheckpointError, match="format version 99"):
+        checkpoint.load_for_sampling(str(saved))
