@@ -1,0 +1,57 @@
+"""The pipeline's steps as KFP components, one file each, and what they share.
+
+A component hands the canonical config, the name of the run and the URIs of its inputs to one function of `ncsn.steps`.
+The data lies in the store; a KFP artifact is the step's result as JSON, with the URIs in its metadata.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
+"""Image of every task; NCSN_IMAGE at compile time names another."""
+
+
+def publish(artifact: dsl.Artifact, result: Any, **metadata: str) -> None:
+    """Write `result`, a frozen dataclass, as JSON, and attach `metadata` for the tasks that follow."""
+    Path(artifact.path).write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    artifact.metadata.update(metadata)
+
+
+def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) -> None:
+    """Log the numbers; the file is there too, because KFP's local cache takes an artifact without one for lost."""
+    known = {name: float(value) for name, value in values.items() if value is not None}
+    for name, value in known.items():
+        metrics.log_metric(name, value)
+    Path(metrics.path).write_text(json.dumps(known, indent=1))
+
+
+def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
+    """Write one self-contained page; KFP shows it in a frame that cannot fetch anything.
+
+    Args:
+        page: The artifact.
+        pictures: Caption -> PNG.
+    """
+    figures = (
+        f'<figure><img style="image-rendering: pixelated; max-width: 100%" alt="{caption}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{caption}</figcaption></figure>'
+        for caption, png in pictures.items()
+    )
+    Path(page.path).write_text(f'<!doctype html><meta charset="utf-8">{"".join(figures)}')
+
+
+def publish_scores(page: dsl.Markdown, samples: Mapping[str, float], real: Mapping[str, float]) -> None:
+    """Write the scores of the samples and of real images as two tables."""
+    lines = []
+    for title, values in (("samples", samples), ("real test images", real)):
+        lines += [f"| {title} | value |", "|---|---:|"]
+        lines += [f"| `{name}` | {value:.4g} |" for name, value in values.items()]
+        lines += [""]
+    Path(page.path).write_text("\n".join(lines))

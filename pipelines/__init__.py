@@ -1,0 +1,1 @@
+"""KFP pipelines made of the components."""

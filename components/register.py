@@ -1,0 +1,25 @@
+"""Step 5: the model in the registry."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Register the EMA weights; they become champion if they beat the present one."""
+    from components import publish, publish_metrics
+    from ncsn.config import from_json
+    from ncsn.steps import register
+
+    uris = {"checkpoint": checkpoint.metadata["uri"], "evaluation": evaluation.metadata["uri"]}
+    result = register.run(from_json(config), run=run, **uris)
+    publish(model, result, uri=f"models:/{result.model}/{result.version}", framework="mlflow")
+    publish_metrics(metrics, {"register/promoted": float(result.promoted)})

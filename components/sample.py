@@ -1,0 +1,26 @@
+"""Step 3: images from the EMA weights."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def sample(
+    config: str,
+    run: str,
+    checkpoint: dsl.Input[dsl.Model],
+    samples: dsl.Output[dsl.Dataset],
+    pictures: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Generate images by annealed Langevin dynamics."""
+    from components import publish, publish_metrics, publish_pictures
+    from ncsn.config import from_json
+    from ncsn.steps import sample
+    from ncsn.storage import read_bytes
+
+    result = sample.run(from_json(config), run=run, checkpoint=checkpoint.metadata["uri"])
+    publish(samples, result, uri=result.uri)
+    publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
+    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

@@ -1,0 +1,24 @@
+"""Step 2: the score network."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def train(
+    config: str,
+    run: str,
+    dataset: dsl.Input[dsl.Dataset],
+    checkpoint: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Train the score network on Ray, or resume it."""
+    from components import publish, publish_metrics
+    from ncsn.config import from_json
+    from ncsn.steps import train
+
+    result = train.run(from_json(config), run=run, dataset=dataset.metadata["uri"])
+    publish(checkpoint, result, uri=result.checkpoint, framework="pytorch")
+    figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}
+    publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})

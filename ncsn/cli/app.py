@@ -1,0 +1,125 @@
+"""The commands. Their imports are inside, so that `ncsn --help` does not wait for torch, Ray or MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ncsn.cli.catalogue import CATALOGUE
+from ncsn.cli.failures import ReportingCommand
+
+Decorated = Callable[..., Any]
+
+
+class _InOrder(click.Group):
+    """Lists its commands as they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+
+_HELP = """Noise conditional score networks: from images to a registered model that generates images.
+
+\b
+ncsn run --config configs/digits.yaml           the whole pipeline
+ncsn show-config --config configs/digits.yaml   what the config means
+ncsn sample --run NAME --set sampling.seed=1    one step of a run again
+"""
+
+
+@click.group(cls=_InOrder, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ncsn", message="%(version)s")
+def app() -> None:
+    """The `ncsn` command."""
+
+
+def main() -> None:
+    """Entry point of the `ncsn` command."""
+    app(prog_name="ncsn")
+
+
+def _experiment_options(command: Decorated) -> Decorated:
+    for option in (
+        click.option("--run", "run_name", metavar="NAME", help="Name of the run; default: made from the config."),
+        click.option(
+            "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
+        ),
+        click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file."),
+    ):
+        command = option(command)
+    return command
+
+
+def _json_option(command: Decorated) -> Decorated:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
+    )(command)
+
+
+@app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or what is left of it.")
+@_experiment_options
+@_json_option
+def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool) -> None:
+    """Run the whole pipeline: ingest, train, sample, evaluate, register.
+
+    The same command again resumes where it stopped, and returns at once when all is done.
+    """
+    from ncsn.cli.commands import run_pipeline
+    from ncsn.cli.inputs import resolve
+
+    run_pipeline(resolve(config_uri, overrides=overrides, run=run_name), as_json=as_json)
+
+
+def _add_step_command(step: str) -> None:
+    def command(
+        *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool, **given: str | None
+    ) -> None:
+        from ncsn.cli.commands import run_step
+        from ncsn.cli.inputs import resolve
+
+        target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
+        run_step(step, target, given=given, as_json=as_json)
+
+    decorated: Decorated = _json_option(command)
+    for name, source in reversed(list(CATALOGUE[step].inputs.items())):
+        decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
+            decorated
+        )
+    app.command(step, cls=ReportingCommand, help=CATALOGUE[step].summary)(_experiment_options(decorated))
+
+
+for _step in CATALOGUE:
+    _add_step_command(_step)
+
+
+@app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")
+@_experiment_options
+@_json_option
+def show_config_command(
+    *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool
+) -> None:
+    """Print the resolved config, each field with its meaning and range. The output is a valid config file."""
+    from ncsn.cli.inputs import resolve
+    from ncsn.cli.show_config import documented_yaml
+    from ncsn.config import to_json
+
+    config = resolve(config_uri, overrides=overrides, run=run_name).config
+    click.echo(to_json(config) if as_json else documented_yaml(config), nl=as_json)
+
+
+@app.command("ui", cls=ReportingCommand)
+@_experiment_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
+def ui_command(
+    *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, host: str, port: int
+) -> None:
+    """Serve MLflow's pages for the runs in the store. Ctrl-C ends it."""
+    from ncsn.cli.commands import serve_ui
+    from ncsn.cli.inputs import any_run, resolve
+
+    if config_uri is None and run_name is None:
+        run_name = any_run(overrides)
+    serve_ui(resolve(config_uri, overrides=overrides, run=run_name).config, host=host, port=port)

@@ -1,0 +1,53 @@
+"""The steps as the command line shows them. Imports nothing, so that `ncsn --help` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input comes from if no option names it: a field of the result of an earlier step of the same run."""
+
+    step: str
+    field: str
+    what: str
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One step.
+
+    Attributes:
+        summary: What it does, one line.
+        inputs: Argument of the step -> where its URI comes from.
+    """
+
+    summary: str
+    inputs: Mapping[str, Source] = field(default_factory=dict)
+
+
+CATALOGUE: Mapping[str, StepInfo] = {
+    "ingest": StepInfo("Read the images into the store, once."),
+    "train": StepInfo(
+        "Train the score network, or resume it.", {"dataset": Source("ingest", "uri", "ingested data set")}
+    ),
+    "sample": StepInfo(
+        "Generate images by annealed Langevin dynamics.", {"checkpoint": Source("train", "checkpoint", "checkpoint")}
+    ),
+    "evaluate": StepInfo(
+        "Measure the samples, next to real images.",
+        {
+            "samples": Source("sample", "uri", "folder of samples"),
+            "dataset": Source("ingest", "uri", "ingested data set"),
+        },
+    ),
+    "register": StepInfo(
+        "Put the model into MLflow's registry.",
+        {
+            "checkpoint": Source("train", "checkpoint", "checkpoint"),
+            "evaluation": Source("evaluate", "uri", "evaluation that decides about the alias champion"),
+        },
+    ),
+}

@@ -1,0 +1,138 @@
+"""What the commands do, once the options are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from filelock import FileLock, Timeout
+
+from ncsn import storage
+from ncsn.cli.inputs import Target
+from ncsn.cli.output import console_on, quiet_libraries
+from ncsn.cli.progress_view import ProgressView
+from ncsn.cli.records import (
+    StepRecord,
+    complete_records,
+    forget_attempts,
+    mark_complete,
+    read_progress,
+)
+from ncsn.cli.summary import describe_result, print_summary
+from ncsn.cli.supervisor import Supervisor, work_folder
+from ncsn.cli.upstream import find_inputs
+from ncsn.config import Config, to_json
+from ncsn.steps.result import RunFolder, claim_run, run_folder
+
+_EXCLUSIVE = ("train", "run")
+_POLL_SECONDS = 0.5
+
+
+def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
+    """Run one step in this process and print its result."""
+    folder = run_folder(target.config, target.run)
+    inputs = find_inputs(folder, step, given)
+    log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
+    with _alone(folder, step), quiet_libraries(log) as console:
+        console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
+        storage.delete_file(folder.step(step, "progress.json"))
+        with ProgressView(console) as view, _shown_progress(folder, step, view):
+            module = importlib.import_module(f"ncsn.steps.{step}")
+            result = module.run(target.config, run=target.run, **inputs)
+    values = dataclasses.asdict(result)
+    click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
+
+
+def run_pipeline(target: Target, *, as_json: bool) -> None:
+    """Run all steps through KFP on one Ray cluster, or find that they are done."""
+    config = target.config
+    folder = claim_run(config, target.run)
+    records = complete_records(folder, config)
+    if records is None:
+        with _alone(folder, "run"):
+            records = _execute(config, folder)
+    if as_json:
+        results = {step: record.result for step, record in records.items()}
+        click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))
+    else:
+        print_summary(console_on(sys.stdout), folder, config, records)
+
+
+def serve_ui(config: Config, *, host: str, port: int) -> None:
+    """Become the MLflow server."""
+    from ncsn.tracking.connection import server_command
+
+    command = server_command(config, host=host, port=port)
+    click.echo(f"http://{host}:{port}", err=True)
+    os.execv(command[0], command)  # noqa: S606
+
+
+def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
+    forget_attempts(folder)
+    work = work_folder(folder)
+    with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
+        supervisor = Supervisor(folder, work, view)
+        console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
+        # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
+        from ncsn.distributed.local_cluster import ray_cluster
+
+        with ray_cluster(config) as address:
+            console.print(f"ray    {address}", soft_wrap=True)
+            supervisor.run(to_json(config))
+    return mark_complete(folder, config)
+
+
+@contextmanager
+def _shown_progress(folder: RunFolder, step: str, view: ProgressView) -> Iterator[None]:
+    """Show what the step publishes while the block runs in this thread."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            progress = read_progress(folder, step)
+            if progress is not None:
+                view.update(step, progress)
+
+    started = time.monotonic()
+    view.start(step)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    view.finish(step, f"done in {time.monotonic() - started:,.1f} s")
+
+
+@contextmanager
+def _alone(folder: RunFolder, step: str) -> Iterator[None]:
+    """Refuse to train one run twice at once: both would write the same checkpoints.
+
+    The kernel frees the lock when its process ends, however it ends. A store that is not local has no lock.
+    """
+    if step not in _EXCLUSIVE or not storage.is_local(folder.uri):
+        yield
+        return
+    path = Path(folder.uri) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"run {folder.run!r} is at work in another process; wait for it, or take another --run"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

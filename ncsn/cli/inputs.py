@@ -1,0 +1,106 @@
+"""From options to a config and a run name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ncsn import storage
+from ncsn.config import Config, ConfigError, from_yaml
+from ncsn.config.flatten import TRAINING_SECTIONS
+from ncsn.config.schema import StorageConfig
+
+_ROOT_OVERRIDE = "storage.root"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command works on."""
+
+    config: Config
+    run: str
+
+
+def resolve(
+    config_uri: str | None, *, overrides: Sequence[str] = (), run: str | None = None, checkpoint: str | None = None
+) -> Target:
+    """The config and the run that the options name.
+
+    The config comes from `config_uri`, else from `checkpoint`, else from the folder of `run`. The run is `run`, else
+    the one that the checkpoint lies in, else `default_run` of the config.
+
+    Raises:
+        ValueError: if no option names a config, or it is not usable.
+        FileNotFoundError: if there is no such file.
+    """
+    if config_uri is not None:
+        config = from_yaml(_read(config_uri), overrides=overrides, origin=config_uri)
+    elif checkpoint is not None:
+        origin = storage.join(storage.absolute(checkpoint), "config.yaml")
+        config = from_yaml(_read(origin), overrides=overrides, origin=origin)
+    elif run is not None:
+        origin = storage.join(_root(overrides), "runs", run, "config.yaml")
+        config = from_yaml(_read_of_run(origin, run), overrides=overrides, origin=origin)
+    else:
+        raise ValueError("which experiment? Give --config PATH-or-URI, or --run NAME of a run that exists")
+    if run is None and checkpoint is not None:
+        run = _run_of_checkpoint(checkpoint, config)
+    return Target(config, run or default_run(config))
+
+
+def default_run(config: Config) -> str:
+    """`<name>-<8 hex digits>` of what decides the weights: the same experiment resumes, another starts anew."""
+    tree = config.model_dump(mode="json")
+    deciding = json.dumps({section: tree[section] for section in TRAINING_SECTIONS}, sort_keys=True)
+    return f"{config.name}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
+
+
+def any_run(overrides: Sequence[str]) -> str:
+    """The name of a run in the store, for commands that need no more of a config than its store.
+
+    Raises:
+        FileNotFoundError: if the store has none.
+    """
+    root = _root(overrides)
+    runs = storage.join(root, "runs")
+    for name in storage.list_names(runs):
+        if storage.exists(storage.join(runs, name, "config.yaml")):
+            return name
+    raise FileNotFoundError(
+        f"no run in the store {root}; give --config, or --set {_ROOT_OVERRIDE}=URI of another store"
+    )
+
+
+def _read(uri: str) -> str:
+    absolute = storage.absolute(uri)
+    if storage.is_local(absolute) and Path(absolute).is_dir():
+        raise ConfigError(f"{uri} is a folder; expected a YAML file")
+    try:
+        return storage.read_text(absolute)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{uri} is not a text file; expected YAML") from None
+
+
+def _read_of_run(origin: str, run: str) -> str:
+    try:
+        return _read(origin)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no run {run!r}: no file at {origin}; give --config, or --set {_ROOT_OVERRIDE}=URI if it lies elsewhere"
+        ) from None
+
+
+def _root(overrides: Sequence[str]) -> str:
+    """The store in which to look for a run whose config is not known yet."""
+    values = [value for path, _, value in (override.partition("=") for override in overrides) if path == _ROOT_OVERRIDE]
+    return storage.absolute(values[-1] if values else StorageConfig().root)
+
+
+def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
+    runs = storage.join(storage.absolute(config.storage.root), "runs")
+    inside = storage.absolute(checkpoint).removeprefix(f"{runs}/")
+    parts = inside.split("/")
+    return parts[0] if len(parts) >= 3 and parts[1] == "checkpoints" else None

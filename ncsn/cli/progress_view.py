@@ -1,0 +1,83 @@
+"""Shows how far the steps are: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ncsn.cli.records import StepProgress
+
+_LINE_EVERY_SECONDS = 30.0
+_LINE_EVERY_SHARE = 0.25
+
+
+class ProgressView:
+    """Context manager that draws on `console` while it is open."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks: dict[str, TaskID] = {}
+        self._lines = _LineThrottle()
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> ProgressView:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, step: str) -> None:
+        """A step begins; nothing is known of its length yet."""
+        if self._console.is_terminal:
+            self._tasks[step] = self._bars.add_task(step, total=None, text="starting")
+        else:
+            self._console.print(f"{step:<9} starting", highlight=False)
+        self._lines = _LineThrottle()
+
+    def update(self, step: str, progress: StepProgress) -> None:
+        """A step published how far it is."""
+        text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
+        if self._console.is_terminal:
+            self._bars.update(self._tasks[step], completed=progress.done, total=progress.total or None, text=text)
+        elif self._lines.due(progress):
+            self._console.print(f"{step:<9} {text}", highlight=False)
+
+    def finish(self, step: str, text: str) -> None:
+        """A step ended; `text` says with what."""
+        if self._console.is_terminal:
+            self._bars.remove_task(self._tasks.pop(step))
+        mark = "[green]✓[/] " if self._console.is_terminal else ""
+        self._console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
+
+
+class _LineThrottle:
+    """Lets a line pass at every quarter of a step and every half minute, so that a log stays short."""
+
+    def __init__(self) -> None:
+        self._share = 0.0
+        self._time = time.monotonic()
+
+    def due(self, progress: StepProgress) -> bool:
+        share = progress.done / progress.total if progress.total else 0.0
+        now = time.monotonic()
+        if share < self._share + _LINE_EVERY_SHARE and now < self._time + _LINE_EVERY_SECONDS:
+            return False
+        self._share = share - share % _LINE_EVERY_SHARE
+        self._time = now
+        return True

@@ -1,0 +1,155 @@
+"""Runs the pipeline in a process of its own and watches it through the store.
+
+KFP and Ray print much, from several processes, at the level of file descriptors. So the pipeline gets its own process
+whose output is a log file; what a person sees is read from the run's folder. The process is tied to this one: when
+this one ends, however it ends, the pipe to its standard input closes and it ends itself with all its children.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ncsn import storage
+from ncsn.cli.failures import StepFailed
+from ncsn.cli.progress_view import ProgressView
+from ncsn.cli.records import StepRecord, read_error, read_progress, read_record
+from ncsn.steps.result import STEPS, RunFolder
+
+_POLL_SECONDS = 0.5
+_PATIENCE = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+_ERROR_LINE = re.compile(r"^\s*(?:[a-zA-Z_]\w*\.)*(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<message>.+)$")
+_LOG_TAIL_BYTES = 65536
+
+
+@dataclass
+class Supervisor:
+    """One execution of the pipeline.
+
+    Attributes:
+        folder: The run.
+        work: Local folder for KFP's own files and the log.
+        view: Where progress is shown.
+    """
+
+    folder: RunFolder
+    work: Path
+    view: ProgressView
+    _before: dict[str, StepRecord | None] = field(default_factory=dict, init=False)
+
+    @property
+    def log(self) -> Path:
+        """Everything that KFP, Ray and the steps print."""
+        return self.work / "pipeline.log"
+
+    def run(self, config: str) -> None:
+        """Execute the pipeline to its end.
+
+        Args:
+            config: The experiment as canonical JSON.
+
+        Raises:
+            StepFailed: naming the step and its reason.
+        """
+        self._before = {step: read_record(self.folder, step) for step in STEPS}
+        kfp_root = self.work / "kfp"
+        earlier = set(kfp_root.glob("*"))
+        request = {"config": config, "run": self.folder.run, "pipeline_root": str(kfp_root)}
+        with _pipeline_process(request, self.log) as process:
+            for step in STEPS:
+                self.view.start(step)
+                if not self._wait_for(step, process, kfp_root, earlier):
+                    raise self._failure(step)
+                self.view.finish(step, self._verdict(step))
+            if process.wait() != 0:
+                raise self._failure(STEPS[-1])
+
+    def _wait_for(self, step: str, process: subprocess.Popen[bytes], kfp_root: Path, earlier: set[Path]) -> bool:
+        """Show the step's progress until KFP has its outputs; False if the pipeline ended without them."""
+        while True:
+            ended = process.poll() is not None
+            if any((new / step / "executor_output.json").exists() for new in set(kfp_root.glob("*")) - earlier):
+                return True
+            if ended:
+                return False
+            progress = read_progress(self.folder, step)
+            if progress is not None:
+                self.view.update(step, progress)
+            time.sleep(_POLL_SECONDS)
+
+    def _verdict(self, step: str) -> str:
+        record = read_record(self.folder, step)
+        if record is None or record == self._before[step]:
+            return "already done"
+        return f"done in {record.seconds:,.1f} s"
+
+    def _failure(self, step: str) -> StepFailed:
+        recorded = read_error(self.folder, step)
+        if recorded is None:
+            reason, mistake = _last_error_line(self.log) or "ended without a result", False
+        else:
+            reason = recorded.message if recorded.mistake else f"{recorded.kind}: {recorded.message}"
+            mistake = recorded.mistake
+        first, *more = reason.strip().splitlines() or ["no reason given"]
+        extra = [line for line in more if line.strip()] if mistake else []
+        return StepFailed("\n".join([f"step {step}: {first}", *extra]), mistake=mistake)
+
+
+def work_folder(folder: RunFolder) -> Path:
+    """Local folder for the log and KFP's files: the run's own, or one below `.ncsn` if the store is not local."""
+    if storage.is_local(folder.uri):
+        return Path(folder.uri)
+    return Path(".ncsn").absolute() / "runs" / folder.run
+
+
+@contextmanager
+def _pipeline_process(request: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.local"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        yield process
+    finally:
+        _stop(process)
+        process.stdin.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its children, gently first."""
+    for number, patience in _PATIENCE:
+        if process.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def _last_error_line(log: Path) -> str | None:
+    """The last exception that a step's process printed, for a step that could not record its error."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _LOG_TAIL_BYTES))
+        lines = stream.read().decode(errors="replace").splitlines()
+    found = [
+        match for match in map(_ERROR_LINE.match, lines) if match and "finished with status" not in match["message"]
+    ]
+    return f"{found[-1]['kind']}: {found[-1]['message']}" if found else None
