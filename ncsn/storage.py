@@ -21,6 +21,8 @@ from pyarrow import fs
 
 S3_SCHEME = "s3://"
 
+_TRIES_IN_CONFLICT = 5
+
 
 def absolute(uri: str) -> str:
     """Absolute form of a local path or an S3 URI, without a trailing slash.
@@ -124,7 +126,8 @@ def publish_once(uri: str, data: bytes) -> bool:
     """Publish a file only if none stands there; of several writers exactly one succeeds.
 
     Returns:
-        True if this call published it, False if there was one already.
+        True if this call published it, False if there was one already. Where S3's answer is lost on the way and the
+        request is repeated, the first try counts as "one already".
     """
     if is_local(uri):
         with _temporary_sibling(uri) as temporary:
@@ -235,17 +238,24 @@ def _temporary_sibling(uri: str) -> Iterator[Path]:
 def _s3_client() -> Any:
     import boto3
 
-    return boto3.client("s3")
+    # A session of its own: boto3's shared one must not make clients in two threads at once.
+    return boto3.session.Session().client("s3")
 
 
 def _s3_put_if_absent(uri: str, data: bytes) -> bool:
     from botocore.exceptions import ClientError
 
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
-    try:
-        _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    except ClientError as error:
-        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return False
-        raise
+    for tries_left in reversed(range(_TRIES_IN_CONFLICT)):
+        try:
+            _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code == "PreconditionFailed":
+                return False
+            # Two writers at the same moment: S3 may refuse both, and wants to be asked again.
+            if code != "ConditionalRequestConflict" or not tries_left:
+                raise
+        else:
+            break
     return True

@@ -1,0 +1,220 @@
+"""The store on a local disk and on a real S3 server: the same promises on both."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ncsn import storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path) -> str:
+    """An empty folder of each kind."""
+    return str(tmp_path / "store") if request.param == "local" else f"{request.getfixturevalue('s3_root')}/some/prefix"
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_absolute_makes_local_paths_absolute_and_keeps_s3(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert storage.absolute("store") == str(tmp_path / "store")
+    assert storage.absolute("file:///a/b/") == "/a/b"
+    assert storage.absolute("~/store") == "/home/somebody/store"
+    assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///", "gs://bucket/prefix", "http://host/path"])
+def test_absolute_refuses_what_it_cannot_reach(uri):
+    with pytest.raises(ValueError, match=r"use (s3|a local path)"):
+        storage.absolute(uri)
+
+
+def test_join_puts_single_slashes():
+    assert storage.join("s3://bucket/", "/a/", "b/c") == "s3://bucket/a/b/c"
+    assert storage.join("/folder", "a") == "/folder/a"
+
+
+def test_a_written_file_reads_back_and_is_replaced(root):
+    uri = storage.join(root, "a", "file.txt")
+    assert not storage.exists(uri)
+    storage.write_text(uri, "first \N{SNOWMAN}")
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(root, "a"))
+    assert storage.read_text(uri) == "first \N{SNOWMAN}"
+    storage.write_text(uri, "second")
+    assert storage.read_bytes(uri) == b"second"
+    assert storage.list_names(storage.join(root, "a")) == ["file.txt"]
+
+
+def test_an_empty_file_is_a_file(root):
+    uri = storage.join(root, "empty")
+    storage.write_bytes(uri, b"")
+    assert storage.exists(uri)
+    assert storage.read_bytes(uri) == b""
+
+
+def test_a_missing_file_is_named(root):
+    uri = storage.join(root, "nothing.txt")
+    with pytest.raises(FileNotFoundError, match=f"no file at {uri}"):
+        storage.read_bytes(uri)
+
+
+def test_deleting_is_idempotent_and_leaves_the_neighbours(root):
+    for name in ("a", "b"):
+        storage.write_text(storage.join(root, name), name)
+    storage.delete_file(storage.join(root, "a"))
+    storage.delete_file(storage.join(root, "a"))
+    assert storage.list_names(root) == ["b"]
+
+
+def test_list_names_is_sorted_direct_and_empty_for_nothing(root):
+    assert storage.list_names(storage.join(root, "nowhere")) == []
+    for name in ("b/1", "b/2", "a", "c/d/e"):
+        storage.write_text(storage.join(root, *name.split("/")), name)
+    assert storage.list_names(root) == ["a", "b", "c"]
+    assert storage.list_names(storage.join(root, "b")) == ["1", "2"]
+
+
+def test_publish_once_keeps_the_first(root):
+    uri = storage.join(root, "claim")
+    assert storage.publish_once(uri, b"first") is True
+    assert storage.publish_once(uri, b"second") is False
+    assert storage.read_bytes(uri) == b"first"
+    assert storage.list_names(root) == ["claim"]
+
+
+def test_of_many_writers_at_once_exactly_one_publishes(root):
+    writers = 4
+    barrier = threading.Barrier(writers)
+
+    def claim(round_and_writer: tuple[int, int]) -> bool:
+        number, writer = round_and_writer
+        barrier.wait()
+        return storage.publish_once(storage.join(root, f"claim-{number}"), str(writer).encode())
+
+    with ThreadPoolExecutor(writers) as pool:
+        for number in range(3):
+            won = list(pool.map(claim, [(number, writer) for writer in range(writers)]))
+            assert won.count(True) == 1
+            assert storage.read_text(storage.join(root, f"claim-{number}")) == str(won.index(True))
+    assert storage.list_names(root) == [f"claim-{number}" for number in range(3)]
+
+
+def test_a_staged_folder_appears_whole(root):
+    uri = storage.join(root, "dataset")
+    with storage.staged_folder(uri, marker="done.json") as folder:
+        (folder / "train").mkdir()
+        (folder / "train" / "part").write_bytes(b"rows")
+        (folder / "done.json").write_text("{}")
+        assert not storage.exists(uri)
+    assert storage.list_names(root) == ["dataset"]
+    assert storage.list_names(uri) == ["done.json", "train"]
+    assert storage.read_bytes(storage.join(uri, "train", "part")) == b"rows"
+
+
+def test_a_staged_folder_that_fails_leaves_nothing(root):
+    def fail_half_way() -> None:
+        with storage.staged_folder(storage.join(root, "dataset"), marker="done.json") as folder:
+            (folder / "done.json").write_text("{}")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert storage.list_names(root) == []
+
+
+def test_the_marker_is_published_last(s3_root, monkeypatch):
+    seen = []
+    publish_once = storage.publish_once
+
+    def watch(uri: str, data: bytes) -> bool:
+        seen.append((uri, storage.list_names(f"{s3_root}/dataset")))
+        return publish_once(uri, data)
+
+    monkeypatch.setattr(storage, "publish_once", watch)
+    with storage.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
+        for name in ("a-marker", "b", "z"):
+            (folder / name).write_text(name)
+    assert seen == [(f"{s3_root}/dataset/a-marker", ["b", "z"])]
+
+
+def test_of_two_staged_folders_the_first_published_stays(root):
+    uri = storage.join(root, "dataset")
+    with storage.staged_folder(uri, marker="done") as late:
+        (late / "done").write_text("late")
+        with storage.staged_folder(uri, marker="done") as early:
+            (early / "done").write_text("early")
+    assert storage.read_text(storage.join(uri, "done")) == "early"
+    assert storage.list_names(root) == ["dataset"]
+
+
+def test_publish_folder_says_who_published(root):
+    uri = storage.join(root, "dataset")
+    outcomes = []
+    for text in ("first", "second"):
+        with storage.scratch_folder(root) as folder:
+            (folder / "done").write_text(text)
+            outcomes.append(storage.publish_folder(folder, uri, marker="done"))
+    assert outcomes == [True, False]
+    assert storage.read_text(storage.join(uri, "done")) == "first"
+
+
+def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "stray").write_text("not ours")
+    with (
+        pytest.raises(OSError, match="not empty"),
+        storage.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
+    ):
+        (folder / "done").write_text("")
+    assert names_below(tmp_path) == ["dataset", "dataset/stray"]
+
+
+def test_local_copy_brings_every_file(root):
+    uri = storage.join(root, "folder")
+    for name in ("a", "b/c"):
+        storage.write_text(storage.join(uri, *name.split("/")), name)
+    with storage.local_copy(uri) as folder:
+        assert names_below(folder) == ["a", "b", "b/c"]
+        assert (folder / "b" / "c").read_text() == "b/c"
+
+
+def test_local_copy_names_a_missing_folder(root):
+    uri = storage.join(root, "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"no folder at {uri}"), storage.local_copy(uri):
+        pass
+
+
+def test_a_large_file_reaches_the_bucket_whole(s3_root, tmp_path):
+    content = os.urandom(12 << 20)  # above the size from which uploads go in several parts
+    with storage.staged_folder(f"{s3_root}/dataset", marker="done") as folder:
+        (folder / "part").write_bytes(content)
+        (folder / "done").write_text("")
+    assert storage.read_bytes(f"{s3_root}/dataset/part") == content
+
+
+def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
+    storage.write_text(f"{s3_root}/file", "text")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._s3_filesystem.cache_clear()
+    storage._s3_client.cache_clear()
+    with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
+        storage.exists(f"{s3_root}/file")
+
+
+def test_a_write_that_fails_keeps_the_old_file(small_disk):
+    uri = str(small_disk.folder / "file")
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(OSError, match=os.strerror(small_disk.full)) as failure:
+        storage.write_bytes(uri, bytes(16 << 20))
+    assert failure.value.errno == small_disk.full
+    assert storage.read_bytes(uri) == b"old"
+    assert names_below(small_disk.folder) == ["file"]
