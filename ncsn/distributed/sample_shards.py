@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ncsn import build, checkpoint, storage
+from ncsn import checkpoint, storage
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin
 from ncsn.data.row import NO_LABEL, Images, to_table
+from ncsn.generation import generate
 
 SHARD_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
 
@@ -106,46 +105,6 @@ def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int,
     return made
 
 
-def sample_batch(
-    loaded: checkpoint.SamplingCheckpoint,
-    *,
-    sampling: SamplingConfig,
-    first: int,
-    count: int,
-    device: str = "cpu",
-    on_level: Callable[[int, Tensor], None] | None = None,
-) -> NDArray[np.uint8]:
-    """Images `first .. first + count` for the seed of `sampling`.
-
-    Returns:
-        `[count, H, W, C]` uint8.
-
-    Raises:
-        ValueError: if an image is not finite.
-    """
-    data, sampler = loaded.config.data, sampling.sampler
-    shape = (data.channels, data.image_size, data.image_size)
-    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
-    with torch.inference_mode():
-        x = annealed_langevin(
-            loaded.network,
-            x=noise.uniform(0),
-            sigmas=build.sigmas(loaded.config).to(device),
-            epsilon=sampler.epsilon,
-            steps_per_level=sampler.steps_per_level,
-            noise=noise,
-            denoise=sampler.denoise,
-            on_level=on_level,
-        )
-    broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    if broken:
-        raise ValueError(
-            f"{broken} of images {first} to {first + count - 1} are not finite with sampling.sampler.epsilon = "
-            f"{sampler.epsilon:g}; lower epsilon, or train longer"
-        )
-    return to_uint8(x).cpu().numpy()
-
-
 def sample_levels(shard: Shard) -> NDArray[np.uint8]:
     """The shard's images as they stand at the start and after each noise level; nothing is written.
 
@@ -166,8 +125,9 @@ def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
     shape = (data.channels, data.image_size, data.image_size)
     start = KeyedNoise(shard.sampling.seed, first=shard.first, count=shard.count, shape=shape).uniform(0)
     frames = [to_uint8(start).numpy()]
-    final = sample_batch(
-        loaded,
+    final = generate(
+        loaded.network,
+        config=loaded.config,
         sampling=shard.sampling,
         first=shard.first,
         count=shard.count,
@@ -181,8 +141,14 @@ def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
 def _sample_shard(shard: Shard) -> None:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
-    images = sample_batch(
-        _load(shard.checkpoint, device), sampling=shard.sampling, first=shard.first, count=shard.count, device=device
+    loaded = _load(shard.checkpoint, device)
+    images = generate(
+        loaded.network,
+        config=loaded.config,
+        sampling=shard.sampling,
+        first=shard.first,
+        count=shard.count,
+        device=device,
     )
     storage.write_bytes(shard.uri, _parquet_bytes(images))
 
