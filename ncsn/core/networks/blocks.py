@@ -46,6 +46,15 @@ def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
         )
 
 
+def check_size(x: Tensor, *, halvings: int) -> None:
+    """Raise ValueError unless height and width can be halved so many times."""
+    step = 2**halvings
+    if x.shape[2] % step or x.shape[3] % step:
+        raise ValueError(
+            f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
+        )
+
+
 class _PooledConv(nn.Module):
     """A convolution followed by a 2x2 mean pool."""
 

@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_levels, conv3x3
+from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_levels, check_size, conv3x3
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus
 
 if TYPE_CHECKING:
     from ncsn.core.networks.normalization import NormFactory
-
-
-def check_even(x: Tensor, *, halvings: int = 1) -> None:
-    """Raise ValueError unless height and width can be halved so many times."""
-    step = 2**halvings
-    if x.shape[2] % step or x.shape[3] % step:
-        raise ValueError(
-            f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
-        )
 
 
 class NcsnNetwork(nn.Module):
@@ -34,14 +25,16 @@ class NcsnNetwork(nn.Module):
         num_features: Channels of the first stage, twice that in the later ones.
         channels: Channels of the images.
         num_levels: Number of noise levels L.
+        rescale: Feed 2x - 1 to the first layer, for images in [0, 1]; off for logit-transformed ones.
     """
 
-    def __init__(self, num_features: int, *, channels: int, num_levels: int) -> None:
+    def __init__(self, num_features: int, *, channels: int, num_levels: int, rescale: bool = True) -> None:
         super().__init__()
         n = num_features
         norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
         refine = partial(RefineBlock, norm=norm, pool=average_pool)
         self.num_levels = num_levels
+        self.rescale = rescale
         self.begin_conv = conv3x3(channels, n)
         self.normalizer = norm(n)
         self.end_conv = conv3x3(n, channels)
@@ -65,8 +58,8 @@ class NcsnNetwork(nn.Module):
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
         """
         check_levels(level, batch=len(x), num_levels=self.num_levels)
-        check_even(x)
-        stage1 = self.res1(self.begin_conv(2 * x - 1), level)
+        check_size(x, halvings=1)
+        stage1 = self.res1(self.begin_conv(2 * x - 1 if self.rescale else x), level)
         stage2 = self.res2(stage1, level)
         stage3 = self.res3(stage2, level)
         stage4 = self.res4(stage3, level)

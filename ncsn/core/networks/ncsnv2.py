@@ -1,0 +1,132 @@
+"""The networks of NCSNv2 (Song & Ermon 2020, appendix A): unconditional RefineNets in three depths."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ncsn.core.networks.blocks import (
+    RefineBlock,
+    ResidualStage,
+    check_levels,
+    check_size,
+    conv3x3,
+    max_pool,
+)
+from ncsn.core.networks.normalization import InstanceNormPlus
+
+Depth = Literal["standard", "deeper", "deepest"]
+
+
+class _Stage(NamedTuple):
+    """An encoder stage and the refine block that takes its output, widths in units of num_features."""
+
+    suffix: str
+    inside: int
+    out: int
+    dilation: int | None
+    refine_suffix: str
+    refine_in: tuple[int, ...]
+    refine_out: int
+
+
+# From the image down. The first stage keeps the size; of the others those without dilation halve it.
+_STAGES: dict[Depth, tuple[_Stage, ...]] = {
+    "standard": (
+        _Stage("1", 1, 1, None, "4", (1, 1), 1),
+        _Stage("2", 1, 2, None, "3", (2, 2), 1),
+        _Stage("3", 2, 2, 2, "2", (2, 2), 2),
+        _Stage("4", 2, 2, 4, "1", (2,), 2),
+    ),
+    "deeper": (
+        _Stage("1", 1, 1, None, "5", (1, 1), 1),
+        _Stage("2", 1, 2, None, "4", (2, 2), 1),
+        _Stage("3", 2, 2, None, "3", (2, 2), 2),
+        _Stage("4", 2, 4, 2, "2", (4, 4), 2),
+        _Stage("5", 4, 4, 4, "1", (4,), 4),
+    ),
+    "deepest": (
+        _Stage("1", 1, 1, None, "5", (1, 1), 1),
+        _Stage("2", 1, 2, None, "4", (2, 2), 1),
+        _Stage("3", 2, 2, None, "3", (2, 2), 2),
+        _Stage("31", 2, 2, None, "31", (2, 2), 2),
+        _Stage("4", 2, 4, 2, "2", (4, 4), 2),
+        _Stage("5", 4, 4, 4, "1", (4,), 4),
+    ),
+}
+
+
+class NcsnV2Network(nn.Module):
+    """Score network s(x, level) = f(x) / sigma_level with an unconditional f (technique 3).
+
+    Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
+    depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256).
+
+    Args:
+        num_features: Channels of the first stage.
+        channels: Channels of the images.
+        sigmas: Noise levels [L], descending; kept as a buffer.
+        depth: Number of stages: 4, 5 or 6, which halve the image 1, 2 or 3 times.
+        rescale: Feed 2x - 1 to the first layer, for images in [0, 1]; off for logit-transformed ones.
+    """
+
+    sigmas: Tensor
+
+    def __init__(
+        self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard", rescale: bool = True
+    ) -> None:
+        super().__init__()
+        n, stages = num_features, _STAGES[depth]
+        self.rescale = rescale
+        self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))
+        self.begin_conv = conv3x3(channels, n)
+        self.normalizer = InstanceNormPlus(n)
+        self.end_conv = conv3x3(n, channels)
+        encode = partial(ResidualStage, norm=InstanceNormPlus)
+        for index, stage in enumerate(stages):
+            module = encode(n * stage.inside, n * stage.out, down=index > 0, dilation=stage.dilation)
+            self.add_module(f"res{stage.suffix}", module)
+        # By name, as in the released code: refine31 is registered after refine3, though it is used before it.
+        for stage in sorted(stages, key=lambda stage: stage.refine_suffix):
+            inputs = [n * width for width in stage.refine_in]
+            block = RefineBlock(inputs, n * stage.refine_out, norm=None, pool=max_pool, end=stage is stages[0])
+            self.add_module(f"refine{stage.refine_suffix}", block)
+        self._encoder = [f"res{stage.suffix}" for stage in stages]
+        self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
+        self._halvings = sum(stage.dilation is None for stage in stages[1:])
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Score of noisy images at levels of the schedule.
+
+        Args:
+            x: [B, C, H, W] around [0, 1]; H and W divisible by 2, 4 or 8 with the depth.
+            level: int64 [B], 0 = most noise.
+
+        Returns:
+            Score [B, C, H, W] per pixel unit of x.
+        """
+        check_levels(level, batch=len(x), num_levels=len(self.sigmas))
+        return self.score_at(x, self.sigmas[level])
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score at any noise standard deviations sigma [B], on the schedule or between its levels."""
+        return self._unscaled(x) / sigma.to(x.dtype).view(-1, 1, 1, 1)
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        check_size(x, halvings=self._halvings)
+        # The blocks hand a level to their norms; these norms are the same at every level.
+        level = torch.empty(0)
+        h: Tensor = self.begin_conv(2 * x - 1 if self.rescale else x)
+        features = []
+        for name in self._encoder:
+            h = self.get_submodule(name)(h, level)
+            features.append(h)
+        for index, name in enumerate(self._decoder):
+            skip = features.pop()
+            h = self.get_submodule(name)([skip] if index == 0 else [skip, h], level)
+        out: Tensor = self.end_conv(functional.elu(self.normalizer(h, level)))
+        return out
