@@ -1,0 +1,1 @@
+"""Metrics on feature extractors, and the extractors."""

@@ -1,0 +1,241 @@
+"""The domain classifier: a small convolutional network trained on the ingested images themselves.
+
+Its softmax gives the classifier score and its last hidden layer the features of the classifier's Frechet distance.
+Neither compares with figures from the 2015 Inception graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncsn.evaluation.extractors import Extracted, Images, batches, fingerprint_of, require_images
+
+Labels = npt.NDArray[np.int64]
+
+RECIPE_VERSION = 1
+NUM_FEATURES = 128
+LARGEST_SIDE = 32
+SMALL_SET = 10_000
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-2
+DROPOUT = 0.25
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """What decides the classifier, given its training images.
+
+    Attributes:
+        image_size: height and width of the images in pixels, at least 4.
+        channels: 1 or 3.
+        num_classes: at least 2; labels are 0..num_classes-1.
+        epochs: passes over the training images.
+        seed: of weights, order and dropout.
+    """
+
+    image_size: int
+    channels: int
+    num_classes: int
+    epochs: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Folder name of this recipe's classifier, 16 hex digits."""
+        return fingerprint_of(version=RECIPE_VERSION, **asdict(self))[:16]
+
+
+class ClassifierNetwork(nn.Module):
+    """conv32 - conv64 - maxpool - fc128 - fc K on pixels normalised by the training images' mean and deviation.
+
+    Images larger than 32 pixels are first averaged down by a whole factor; from 16 pixels on the first convolution has
+    stride 2, which makes the network four times cheaper.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, *, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self.reduction = -(-image_size // LARGEST_SIDE)
+        side = image_size // self.reduction
+        kernel, stride = (5, 2) if side >= 16 else (3, 1)
+        pooled = ((side - 1) // stride + 1) // 2
+        self.register_buffer("pixel_mean", torch.zeros(channels))
+        self.register_buffer("pixel_std", torch.ones(channels))
+        self.conv_1 = nn.Conv2d(channels, 32, kernel, stride=stride, padding=kernel // 2)
+        self.norm_1 = nn.BatchNorm2d(32)
+        self.conv_2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.norm_2 = nn.BatchNorm2d(64)
+        self.hidden = nn.Linear(64 * pooled * pooled, NUM_FEATURES)
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 128] of [B, C, H, W] pixels in [0, 255]."""
+        x = (images - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+        if self.reduction > 1:
+            x = F.avg_pool2d(x, self.reduction)
+        x = F.relu(self.norm_1(self.conv_1(x)))
+        x = F.max_pool2d(F.relu(self.norm_2(self.conv_2(x))), 2)
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, K] of [B, 128] features."""
+        logits: Tensor = self.head(F.dropout(features, DROPOUT, self.training))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, K] logits of [B, C, H, W] pixels in [0, 255]."""
+        return self.logits(self.features(images))
+
+
+class ClassifierExtractor:
+    """The classifier as an `Extractor`; see there."""
+
+    name = "classifier"
+    num_features = NUM_FEATURES
+
+    def __init__(self, network: ClassifierNetwork, *, weights_sha256: str) -> None:
+        self.network = network.eval()
+        self.fingerprint = fingerprint_of(
+            kind="classifier", version=RECIPE_VERSION, weights=weights_sha256, reduction=network.reduction
+        )
+
+    def extract(self, images: Images) -> Extracted:
+        """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
+        size = self.network.image_size
+        require_images(images, height=size, width=size, channels=self.network.channels)
+        with torch.inference_mode():
+            features = self.network.features(_to_network(images, self.network.pixel_mean.device))
+            log_probabilities = F.log_softmax(self.network.logits(features).double(), dim=1)
+        return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
+
+
+def train_classifier(
+    recipe: ClassifierRecipe,
+    *,
+    images: Images,
+    labels: Labels,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ClassifierNetwork:
+    """Train by cross-entropy with AdamW and a one-cycle learning rate; deterministic for a seed and a thread count.
+
+    Args:
+        recipe: architecture, passes and seed.
+        images: [N, H, W, C] uint8; a memory map is fine.
+        labels: [N] class of each image; images of label -1 (no label) are left out.
+        device: torch device to train on.
+        on_progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: if no image has a label, a label is out of range, or images have another shape than the recipe's.
+    """
+    require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
+    labelled = labelled_indices(labels, num_classes=recipe.num_classes)
+    batch_size = _batch_size(len(labelled))
+    steps = recipe.epochs * -(-len(labelled) // batch_size)
+    with _seeded(recipe.seed, device), _threads(small=len(labelled) < SMALL_SET):
+        network = ClassifierNetwork(
+            image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes
+        )
+        _set_pixel_statistics(network, images)
+        network.to(device).train()
+        optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.2)
+        for epoch in range(recipe.epochs):
+            order = labelled[torch.randperm(len(labelled)).numpy()]
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                target = torch.from_numpy(labels[chosen]).to(device)
+                loss = F.cross_entropy(network(_to_network(images[chosen], device)), target)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                if on_progress is not None:
+                    on_progress(epoch * len(order) + first + len(chosen), recipe.epochs * len(order))
+    return network.eval()
+
+
+def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batch_size: int = 500) -> float:
+    """Share of the labelled images whose most probable class is their label, in [0, 1]; NaN if none has a label."""
+    right = total = 0
+    network.eval()
+    with torch.inference_mode():
+        for first, batch in enumerate(batches(images, batch_size=batch_size)):
+            target = labels[first * batch_size : first * batch_size + len(batch)]
+            predicted = network(_to_network(batch, network.pixel_mean.device)).argmax(dim=1).cpu().numpy()
+            right += int((predicted == target)[target >= 0].sum())
+            total += int((target >= 0).sum())
+    return right / total if total else float("nan")
+
+
+def labelled_indices(labels: Labels, *, num_classes: int) -> Labels:
+    """Indices of the images that have a label.
+
+    Raises:
+        ValueError: if there are none, or a label is not below `num_classes`, saying what to do.
+    """
+    indices = np.flatnonzero(np.asarray(labels) >= 0)
+    if len(indices) == 0:
+        raise ValueError(
+            "the data set has no labels (all are -1), so no classifier can be trained on it; "
+            "use a source with classes, for example one subfolder per class"
+        )
+    if num_classes < 2:
+        raise ValueError(f"a classifier needs images of at least 2 classes, the data set has {num_classes}")
+    largest = int(labels[indices].max())
+    if largest >= num_classes:
+        raise ValueError(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")
+    return indices
+
+
+def _batch_size(count: int) -> int:
+    """Small sets need small batches to take enough steps in a few passes."""
+    return 32 if count < SMALL_SET else 128
+
+
+def _to_network(images: Images, device: torch.device | str) -> Tensor:
+    pixels = torch.from_numpy(np.array(images)).to(device)  # a copy: torch takes no read-only memory map
+    return pixels.permute(0, 3, 1, 2).contiguous().float()
+
+
+def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
+    count, total, squares = 0, np.zeros(network.channels), np.zeros(network.channels)
+    for batch in batches(images, batch_size=4096):
+        pixels = batch.reshape(-1, network.channels).astype(np.float64)
+        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
+    network.pixel_mean.copy_(torch.from_numpy(mean))
+    network.pixel_std.copy_(torch.from_numpy(std))
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Seed the global generators, which dropout and initialisation use, and give them back as they were."""
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _threads(*, small: bool) -> Iterator[None]:
+    """One thread where the work is too small to share: faster on a busy machine, and equal on any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

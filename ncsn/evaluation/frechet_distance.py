@@ -1,0 +1,114 @@
+"""Frechet distance between Gaussians fitted to features (Heusel et al. 2017), in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FrechetStatistics:
+    """First and second moments of a set of D-dimensional features; those of disjoint sets merge exactly.
+
+    Attributes:
+        count: number of feature vectors N.
+        mean: [D].
+        scatter: [D, D], the sum of (f - mean)(f - mean)^T over the set.
+    """
+
+    count: int
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, features: npt.ArrayLike) -> FrechetStatistics:
+        """Statistics of `features`, [N, D] with N >= 1.
+
+        Raises:
+            ValueError: for another shape, or for NaN or infinite values, with how many.
+        """
+        values = np.asarray(features, dtype=np.float64)
+        if values.ndim != 2 or len(values) == 0:
+            raise ValueError(f"features must be [images, dimensions] with at least one image, got {list(values.shape)}")
+        bad = int((~np.isfinite(values)).any(axis=1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(values)} feature vectors hold NaN or infinity; check the samples for them")
+        mean = values.mean(axis=0)
+        centred = values - mean
+        return cls(count=len(values), mean=mean, scatter=centred.T @ centred)
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[npt.ArrayLike]) -> FrechetStatistics:
+        """Statistics of a stream of [n, D] batches, in one pass with constant memory."""
+        total: FrechetStatistics | None = None
+        for batch in batches:
+            part = cls.of(batch)
+            total = part if total is None else total.merge(part)
+        if total is None:
+            raise ValueError("no features: the stream of batches is empty")
+        return total
+
+    def merge(self, other: FrechetStatistics) -> FrechetStatistics:
+        """Statistics of the union of two disjoint sets (the pairwise update of Chan et al. 1979)."""
+        _same_dimension(self, other)
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        return FrechetStatistics(
+            count=count,
+            mean=self.mean + shift * (other.count / count),
+            scatter=self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count),
+        )
+
+    @property
+    def covariance(self) -> Array:
+        """[D, D], with divisor N - 1.
+
+        Raises:
+            ValueError: for fewer than two feature vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+    """||m_a - m_b||^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), at least 0.
+
+    Biased upwards by about 1/N for N images, so compare only figures of equal counts.
+
+    Raises:
+        ValueError: for different dimensions or fewer than two images.
+    """
+    _same_dimension(a, b)
+    return frechet_distance_of_gaussians(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
+    """Frechet distance of N(mean_a, covariance_a) and N(mean_b, covariance_b)."""
+    # Tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2). Both roots are symmetric, so nothing
+    # complex appears, and no square root is taken of a product's rounding error, as in eigenvalues of S_a S_b.
+    product = symmetric_root(covariance_a) @ symmetric_root(covariance_b)
+    root_trace = np.linalg.svd(product, compute_uv=False).sum()
+    shift = mean_a - mean_b
+    distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root_trace
+    return max(float(distance), 0.0)
+
+
+def symmetric_root(matrix: Array) -> Array:
+    """The positive semi-definite square root of a symmetric positive semi-definite [D, D] matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    root: Array = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+def _same_dimension(a: FrechetStatistics, b: FrechetStatistics) -> None:
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared; "
+            "use one extractor for both"
+        )

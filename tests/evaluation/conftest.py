@@ -1,0 +1,28 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from ncsn.data.row import Images
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads that share one busy core are slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Images, Images]:
+    """The 1,797 real 8x8 digits as (train, test) splits of 1,257 and 540 images."""
+    data = load_digits()
+    images = np.floor(data.images / 16 * 255 + 0.5).astype(np.uint8)[..., None]
+    order = np.random.default_rng(0).permutation(len(images))
+    labels = data.target.astype(np.int64)
+    train, test = order[540:], order[:540]
+    return Images(images[train], labels[train]), Images(images[test], labels[test])

@@ -1,0 +1,144 @@
+"""The domain classifier learns real images, is deterministic for a seed, and is kept beside its data set."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ncsn.data.row import Images
+from ncsn.evaluation.classifier import (
+    ClassifierExtractor,
+    ClassifierNetwork,
+    ClassifierRecipe,
+    accuracy,
+    train_classifier,
+)
+from ncsn.evaluation.classifier_store import DESCRIPTION, WEIGHTS, load_classifier, obtain_classifier
+
+RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
+QUICK = replace(RECIPE, epochs=1)
+
+Splits = tuple[Images, Images]
+
+
+def test_reads_real_digits_and_is_stored_with_its_accuracy(digits: Splits, tmp_path: Path) -> None:
+    train, test = digits
+    calls: list[tuple[int, int]] = []
+    stored = obtain_classifier(
+        str(tmp_path), RECIPE, train=train, test=test, on_progress=lambda done, total: calls.append((done, total))
+    )
+    assert stored.test_accuracy >= 0.97
+    assert calls[-1] == (12570, 12570)
+    assert stored.uri == str(tmp_path / "classifier" / RECIPE.key)
+    assert json.loads((Path(stored.uri) / DESCRIPTION).read_text())["test_accuracy"] == stored.test_accuracy
+    assert accuracy(stored.extractor.network, images=test.images, labels=test.labels) == stored.test_accuracy
+
+
+def test_a_stored_classifier_is_reused(digits: Splits, tmp_path: Path) -> None:
+    train, test = digits
+    first = obtain_classifier(str(tmp_path), QUICK, train=train, test=test)
+    calls: list[int] = []
+    again = obtain_classifier(
+        str(tmp_path), QUICK, train=train, test=test, on_progress=lambda done, total: calls.append(done)
+    )
+    assert calls == []
+    assert again.extractor.fingerprint == first.extractor.fingerprint
+    other = obtain_classifier(str(tmp_path), replace(QUICK, seed=1), train=train, test=test)
+    assert other.uri != first.uri
+    assert other.extractor.fingerprint != first.extractor.fingerprint
+
+
+def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alone(digits: Splits) -> None:
+    train, _ = digits
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, two, other = (
+        train_classifier(replace(QUICK, seed=seed), images=train.images, labels=train.labels).state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (28, 3), (33, 3), (64, 3), (100, 1)])
+def test_every_size_and_channel_count(size: int, channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, size, size, channels), dtype=np.uint8)
+    recipe = ClassifierRecipe(image_size=size, channels=channels, num_classes=3, epochs=1, seed=0)
+    network = train_classifier(recipe, images=images, labels=np.arange(6) % 3)
+    extracted = ClassifierExtractor(network, weights_sha256="0").extract(images)
+    assert extracted.features.shape == (6, 128)
+    np.testing.assert_allclose(np.exp(extracted.log_probabilities).sum(axis=1), 1, atol=1e-12)
+
+
+def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> None:
+    network = ClassifierNetwork(image_size=28, channels=1, num_classes=10)
+    assert network.features(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
+    shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters() if weight.ndim > 1}
+    assert shapes == {
+        "conv_1.weight": (32, 1, 5, 5),
+        "conv_2.weight": (64, 32, 3, 3),
+        "hidden.weight": (128, 64 * 7 * 7),
+        "head.weight": (10, 128),
+    }
+
+
+def test_features_do_not_depend_on_the_batch(digits: Splits) -> None:
+    train, test = digits
+    network = train_classifier(QUICK, images=train.images, labels=train.labels)
+    extractor = ClassifierExtractor(network, weights_sha256="0")
+    together = extractor.extract(test.images[:7])
+    alone = np.concatenate([extractor.extract(test.images[row : row + 1]).features for row in range(7)])
+    np.testing.assert_allclose(alone, together.features, atol=1e-4)
+
+
+def test_unlabelled_images_are_left_out(digits: Splits) -> None:
+    train, test = digits
+    labels = train.labels.copy()
+    labels[:600] = -1
+    calls: list[tuple[int, int]] = []
+    network = train_classifier(
+        QUICK, images=train.images, labels=labels, on_progress=lambda done, total: calls.append((done, total))
+    )
+    assert calls[-1] == (657, 657)
+    half = np.where(np.arange(540) < 270, test.labels, -1)
+    assert accuracy(network, images=test.images, labels=half) == accuracy(
+        network, images=test.images[:270], labels=test.labels[:270]
+    )
+    assert np.isnan(accuracy(network, images=test.images, labels=np.full(540, -1)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (np.full(6, -1), 0, "has no labels .*one subfolder per class"),
+        (np.zeros(6, np.int64), 1, "at least 2 classes, the data set has 1"),
+        (np.arange(6), 5, "label 5 is out of range for 5 classes"),
+    ],
+)
+def test_labels_that_cannot_be_learnt_are_refused(labels: np.ndarray, classes: int, message: str) -> None:
+    recipe = replace(QUICK, num_classes=classes)
+    with pytest.raises(ValueError, match=message):
+        train_classifier(recipe, images=np.zeros((6, 8, 8, 1), np.uint8), labels=labels)
+
+
+def test_images_of_another_shape_or_type_are_refused() -> None:
+    extractor = ClassifierExtractor(ClassifierNetwork(image_size=8, channels=1, num_classes=2), weights_sha256="0")
+    with pytest.raises(ValueError, match=r"must be \[N, 8, 8, 1\], got \[2, 28, 28, 1\]"):
+        extractor.extract(np.zeros((2, 28, 28, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"must be uint8 in 0..255, got float32"):
+        extractor.extract(np.zeros((2, 8, 8, 1), np.float32))  # type: ignore[arg-type]
+
+
+def test_damaged_weights_and_a_missing_classifier_are_refused(digits: Splits, tmp_path: Path) -> None:
+    train, test = digits
+    stored = obtain_classifier(str(tmp_path), QUICK, train=train, test=test)
+    weights = Path(stored.uri) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=r"is damaged.*delete the folder"):
+        load_classifier(stored.uri)
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        load_classifier(str(tmp_path / "nowhere"))

@@ -1,0 +1,98 @@
+"""Known values of the Frechet distance (spec, oracle 19) and agreement with scipy's matrix square root."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from ncsn.evaluation.frechet_distance import (
+    FrechetStatistics,
+    frechet_distance,
+    frechet_distance_of_gaussians,
+    symmetric_root,
+)
+
+
+def random_covariance(rng: np.random.Generator, size: int, *, rank: int) -> np.ndarray:
+    factor = rng.standard_normal((size, rank))
+    return factor @ factor.T / rank
+
+
+def test_shifted_and_scaled_gaussian() -> None:
+    mean, identity = np.zeros(64), np.eye(64)
+    # ||0.5||^2 * 64 + Tr(I + 4I - 2 * 2I) = 16 + 64.
+    assert frechet_distance_of_gaussians(mean, identity, mean + 0.5, 4 * identity) == pytest.approx(80, abs=1e-8)
+
+
+def test_a_set_has_no_distance_to_itself() -> None:
+    statistics = FrechetStatistics.of(np.random.default_rng(0).standard_normal((40, 64)))
+    assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-9)
+
+
+def test_symmetric_and_invariant_under_rotation() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((200, 12)), 0.3 + 2 * rng.standard_normal((300, 12))
+    rotation, _ = np.linalg.qr(rng.standard_normal((12, 12)))
+    distance = frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(b))
+    assert frechet_distance(FrechetStatistics.of(b), FrechetStatistics.of(a)) == pytest.approx(distance, rel=1e-10)
+    rotated = frechet_distance(FrechetStatistics.of(a @ rotation), FrechetStatistics.of(b @ rotation))
+    assert rotated == pytest.approx(distance, rel=1e-10)
+
+
+def test_diagonal_covariances_have_the_closed_form() -> None:
+    u, v = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 0.0])
+    zero = np.zeros(3)
+    expected = ((np.sqrt(u) - np.sqrt(v)) ** 2).sum()
+    assert frechet_distance_of_gaussians(zero, np.diag(u), zero, np.diag(v)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("rank", [40, 10])
+def test_agrees_with_scipys_square_root(rank: int) -> None:
+    """Also for rank-deficient covariances, as with fewer images than features."""
+    rng = np.random.default_rng(rank)
+    a, b = random_covariance(rng, 30, rank=rank), random_covariance(rng, 30, rank=rank + 5)
+    zero = np.zeros(30)
+    expected = np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
+    assert frechet_distance_of_gaussians(zero, a, zero, b) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(symmetric_root(a) @ symmetric_root(a), a, atol=1e-12)
+
+
+def test_merged_statistics_are_those_of_the_union() -> None:
+    features = np.random.default_rng(2).standard_normal((101, 8)) * 3 + 1e3
+    merged = FrechetStatistics.of_batches([features[:1], features[1:40], features[40:]])
+    assert merged.count == 101
+    np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_finite_sample_bias_falls_as_one_over_n() -> None:
+    """n against 2n draws of N(0, I), d = 64: to first order (d + d (d + 1) / 4) (1 / n + 1 / 2n)."""
+    rng = np.random.default_rng(3)
+    for count, expected in ((500, 3.30), (1000, 1.67), (5000, 0.337)):
+        a, b = rng.standard_normal((count, 64)), rng.standard_normal((2 * count, 64))
+        distance = frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(b))
+        assert distance == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.array([[0.0, np.nan], [1.0, 2.0]]), "1 of 2 feature vectors hold NaN or infinity"),
+        (np.zeros(4), r"got \[4\]"),
+        (np.zeros((0, 4)), "at least one image"),
+    ],
+)
+def test_bad_features_are_refused(features: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FrechetStatistics.of(features)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    one, two = FrechetStatistics.of(np.zeros((3, 4))), FrechetStatistics.of(np.zeros((3, 5)))
+    with pytest.raises(ValueError, match="4 and 5 dimensions"):
+        frechet_distance(one, two)
+    with pytest.raises(ValueError, match="4 and 5 dimensions"):
+        one.merge(two)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        frechet_distance(FrechetStatistics.of(np.zeros((1, 4))), one)
+    with pytest.raises(ValueError, match="stream of batches is empty"):
+        FrechetStatistics.of_batches([])

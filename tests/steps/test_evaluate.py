@@ -1,0 +1,138 @@
+"""The evaluate step on real digits: real images score as real, noise does not, and a second call does nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ncsn.config import Config
+from ncsn.data.cache import open_cache
+from ncsn.data.parquet import write_dataset
+from ncsn.data.row import Images, to_table
+from ncsn.data.sources import open_source
+from ncsn.evaluation.measurement import Measurement
+from ncsn.steps import evaluate as step
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(store / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    torch.set_num_threads(1)
+
+
+def make_config(store: Path, **sections: dict[str, object]) -> Config:
+    tree: dict[str, object] = {
+        "name": "digits",
+        "data": {"source": "sklearn_digits", "image_size": 8, "channels": 1, "test_fraction": 0.3},
+        "network": {"kind": "unet", "widths": [8]},
+        "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
+        "sampling": {"num_images": 500, "sampler": {"kind": "annealed_langevin"}},
+        "storage": {"root": str(store)},
+    }
+    return Config.model_validate(tree | sections)
+
+
+@pytest.fixture(scope="module")
+def dataset(store: Path) -> str:
+    data = make_config(store).data
+    return write_dataset(open_source(data), str(store / "datasets" / "digits"), name="digits", data=data).uri
+
+
+def write_samples(folder: Path, images: np.ndarray) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = Images(np.ascontiguousarray(images), np.full(len(images), -1))
+    pq.write_table(to_table(rows), folder / f"shard-{0:09d}-{len(images):09d}.parquet")
+    return str(folder)
+
+
+def evaluate(config: Config, *, samples: str, dataset: str, folder: Path) -> step.EvaluateResult:
+    return step.evaluate(
+        config, samples=samples, dataset=dataset, folder=str(folder), progress=lambda done, total: None
+    )
+
+
+def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str) -> None:
+    config = make_config(store)
+    samples = write_samples(store / "real", open_cache(dataset, "test").images[:500])
+    result = step.run(config, run="real", samples=samples, dataset=dataset)
+    metrics, real = result.metrics, result.real_metrics
+    assert metrics["eval/classifier_test_accuracy"] >= 0.97
+    assert metrics["eval/classifier_score_n500"] > 8
+    assert metrics["eval/classifier_score_ratio_n500"] == pytest.approx(1, abs=0.06)
+    assert metrics["eval/classifier_fid_n500"] == pytest.approx(real["eval/real_classifier_fid_n500"], rel=0.1)
+    assert metrics["eval/classifier_class_tv_n500"] < 0.06
+    assert metrics["eval/classifier_confidence_n500"] > 0.95
+    assert (result.num_images, result.num_real_images, result.notes) == (500, 500, [])
+    gate = Measurement(**result.gate)
+    assert gate.name == "eval/classifier_fid_n500"
+    assert gate.value == metrics[gate.name]
+    assert gate.lower_is_better
+    assert gate.fingerprint == result.fingerprint
+    written = json.loads(Path(result.uri).read_text())
+    assert written["metrics"] == metrics
+    assert written["reference_split"] == "train"
+    assert Path(result.uri).parent == store / "runs" / "real" / "evaluation"
+    assert not [name for name in [*metrics, *real] if "inception" in name]
+
+
+def test_a_second_call_returns_the_first_result(store: Path, dataset: str) -> None:
+    config = make_config(store)
+    samples = write_samples(store / "again", open_cache(dataset, "test").images[:500])
+    first = step.run(config, run="again", samples=samples, dataset=dataset)
+    written = Path(first.uri).stat().st_mtime_ns
+    assert step.run(config, run="again", samples=samples, dataset=dataset) == first
+    assert Path(first.uri).stat().st_mtime_ns == written
+
+
+def test_noise_is_told_from_digits(store: Path, dataset: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), dtype=np.uint8)
+    result = evaluate(
+        make_config(store), samples=write_samples(tmp_path / "noise", noise), dataset=dataset, folder=tmp_path
+    )
+    real = result.real_metrics
+    assert result.metrics["eval/classifier_fid_n500"] > 10 * real["eval/real_classifier_fid_n500"]
+    assert result.metrics["eval/classifier_score_n500"] < 0.8 * real["eval/real_classifier_score_n500"]
+
+
+def test_one_class_only_shows_in_the_histogram(store: Path, dataset: str, tmp_path: Path) -> None:
+    test = open_cache(dataset, "test")
+    threes = np.tile(test.images[np.asarray(test.labels) == 3], (11, 1, 1, 1))[:500]
+    result = evaluate(
+        make_config(store), samples=write_samples(tmp_path / "threes", threes), dataset=dataset, folder=tmp_path
+    )
+    assert result.metrics["eval/classifier_class_tv_n500"] == pytest.approx(0.9, abs=0.03)
+    assert result.metrics["eval/classifier_score_n500"] < 1.5
+
+
+def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_path: Path) -> None:
+    train = open_cache(dataset, "train").images[:600]
+    config = make_config(store, sampling={"num_images": 600, "sampler": {"kind": "annealed_langevin"}})
+    result = evaluate(config, samples=write_samples(tmp_path / "many", train), dataset=dataset, folder=tmp_path)
+    count = len(open_cache(dataset, "test").images)
+    assert (result.num_images, result.num_real_images) == (600, count)
+    assert f"eval/real_classifier_fid_n{count}" in result.real_metrics
+    assert f"only {count} images" in result.notes[0]
+
+
+def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:
+    config = make_config(store)
+    samples = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"are 28x28x1, the data set has 8x8x1; evaluate them against"):
+        evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match=r"no samples folder at .*nowhere; run `ncsn sample` first"):
+        step.run(config, run="bad", samples=str(tmp_path / "nowhere"), dataset=dataset)
+    with pytest.raises(ValueError, match=r"no data set at .*; run `ncsn ingest` first"):
+        step.run(config, run="bad", samples=samples, dataset=str(tmp_path))
+    few = make_config(store, sampling={"num_images": 9, "sampler": {"kind": "annealed_langevin"}})
+    with pytest.raises(ValueError, match=r"num_images = 9 images do not fill evaluation.num_splits = 10"):
+        step.run(few, run="bad", samples=samples, dataset=dataset)
