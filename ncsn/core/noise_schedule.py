@@ -1,10 +1,22 @@
-"""The noise levels sigma_1 > ... > sigma_L (Song & Ermon 2019, section 3.2)."""
+"""The noise levels sigma_1 > ... > sigma_L, given or chosen from a data set.
+
+Song & Ermon 2019, section 3.2; Song & Ermon 2020, techniques 1, 2 and 4.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ncsn.core.keyed_random import keyed_permutation
+
+_BLOCK = 2048
+_DISTANCE_BINS = 65536
+_EPSILON_CANDIDATES = 200_000
 
 
 def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
@@ -23,3 +35,197 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     if num_levels < 2:
         raise ValueError(f"a geometric sequence needs at least 2 levels, got num_levels = {num_levels}")
     return torch.from_numpy(np.geomspace(sigma_1, sigma_L, num_levels)).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class PairDistances:
+    """Euclidean distances between the images of a data set.
+
+    Attributes:
+        maximum: Largest distance, in pixel units of [0, 1].
+        quantile_999: 99.9th percentile, to a relative 2^-16 of the largest norm; it shows whether outliers make the
+            maximum.
+        num_images: Images compared.
+        exact: Whether these were all images and not a sample.
+    """
+
+    maximum: float
+    quantile_999: float
+    num_images: int
+    exact: bool
+
+
+def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) -> PairDistances:
+    """Distances between all pairs of images, block by block.
+
+    Args:
+        x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
+        flips: Whether training mirrors images, so that mirrored ones count as images too.
+        max_images: Up to so many images all pairs are compared, above it those of a random sample of 10,000.
+    """
+    if len(x) < 2:
+        raise ValueError(f"distances need at least 2 images, got {len(x)}")
+    exact = len(x) <= max_images
+    if not exact:
+        x = x[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(x))[:10_000]))]
+    images = x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
+    flat = images.flatten(1)
+    mean = flat.mean(dim=0)
+    others = [(flat - mean, False)]
+    if flips:
+        others.append((images.flip(-1).flatten(1) - mean, True))
+    histogram, maximum, limit = _distance_histogram(others)
+    rank = 0.999 * histogram.sum()
+    index = int(torch.searchsorted(histogram.cumsum(0), rank).clamp(max=_DISTANCE_BINS - 1))
+    quantile = min((index + 1) / _DISTANCE_BINS * limit, maximum)
+    return PairDistances(maximum=maximum, quantile_999=quantile, num_images=len(x), exact=exact)
+
+
+def _distance_histogram(others: list[tuple[Tensor, bool]]) -> tuple[Tensor, float, float]:
+    """Histogram of the distances over [0, limit], the maximum, and the limit.
+
+    `others` are the centred images, and their mirror images with a mark. Two mirror images are as far apart as the
+    originals, so only originals with mirror images are compared besides originals with each other.
+    """
+    flat = others[0][0]
+    norms = flat.square().sum(dim=1)
+    limit = 2 * max(float(other.square().sum(dim=1).max().sqrt()) for other, _ in others) or 1.0
+    histogram, maximum = torch.zeros(_DISTANCE_BINS, dtype=torch.float64), 0.0
+    for other, mirrored in others:
+        other_norms = other.square().sum(dim=1)
+        for row in range(0, len(flat), _BLOCK):
+            for column in range(0, row + 1, _BLOCK):
+                a, b = slice(row, row + _BLOCK), slice(column, column + _BLOCK)
+                squared = torch.addmm(other_norms[b], flat[a], other[b].T, alpha=-2).add_(norms[a, None]).clamp_(min=0)
+                distance = squared.sqrt_()
+                if row == column:
+                    keep = torch.ones_like(distance, dtype=torch.bool).tril(0 if mirrored else -1)
+                    distance = distance[keep]
+                maximum = max(maximum, float(distance.max())) if distance.numel() else maximum
+                histogram += torch.histc(distance, bins=_DISTANCE_BINS, min=0, max=limit).double()
+    return histogram, maximum, limit
+
+
+def level_overlap(ratio: float, *, dimension: int) -> float:
+    """Technique 2's C: the share of one level's shell of radii that lies in the 3-sigma shell of the next.
+
+    Args:
+        ratio: gamma = sigma_i / sigma_{i+1} > 1.
+        dimension: D, number of pixels times channels.
+
+    Returns:
+        Phi(sqrt(2D) (gamma - 1) + 3 gamma) - Phi(sqrt(2D) (gamma - 1) - 3 gamma), falling from about 1 to 0.
+    """
+    gap = math.sqrt(2 * dimension) * (ratio - 1)
+    # Upper tails, because both arguments are far above zero where the overlap is small.
+    return 0.5 * (math.erfc((gap - 3 * ratio) / math.sqrt(2)) - math.erfc((gap + 3 * ratio) / math.sqrt(2)))
+
+
+def ratio_for_overlap(dimension: int, *, overlap: float = 0.5) -> float:
+    """The ratio gamma in (1, 3) of neighbouring levels at which `level_overlap` is `overlap` (technique 2)."""
+    if dimension < 1 or not 0 < overlap < 0.99:
+        raise ValueError(f"need dimension >= 1 and 0 < overlap < 0.99, got {dimension} and {overlap}")
+    low, high = 1.0, 3.0
+    if level_overlap(high, dimension=dimension) > overlap:
+        raise ValueError(f"with {dimension} dimensions levels a factor 3 apart still overlap by more than {overlap}")
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if level_overlap(middle, dimension=dimension) > overlap else (low, middle)
+    return 0.5 * (low + high)
+
+
+def num_levels_for(sigma_1: float, sigma_L: float, *, ratio: float) -> int:
+    """Number of levels L so that neighbours are at most `ratio` apart (technique 2)."""
+    return 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(ratio))
+
+
+def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_level: int) -> float:
+    """Technique 4: variance after T Langevin steps at a level over its sigma^2, for a point mass as data.
+
+    Args:
+        epsilon: Step size at the last level, in the convention of `ncsn.core.langevin`.
+        sigma_L: Smallest sigma.
+        ratio: gamma, by which the level before has a larger sigma.
+        steps_per_level: T.
+
+    Returns:
+        (1 - r)^{2T} (gamma^2 - b) + b with r = epsilon / sigma_L^2 and b = 2 / (2 - r); above 1, and 1 is ideal.
+    """
+    r = epsilon / sigma_L**2
+    if not 0 < r < 2:
+        raise ValueError(f"epsilon must be within 0 and 2 sigma_L^2 = {2 * sigma_L**2:g}, got {epsilon:g}")
+    stationary = 2 / (2 - r)
+    return (1 - r) ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
+
+
+def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float:
+    """Technique 4: the epsilon in (0, sigma_L^2) whose `variance_ratio` is closest to 1, by grid search.
+
+    The ratio need not have a single minimum; the grid's neighbours are 0.007 % apart.
+    """
+    r = np.geomspace(1e-6, 1, _EPSILON_CANDIDATES, endpoint=False)
+    stationary = 2 / (2 - r)
+    ratios = (1 - r) ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
+    return float(r[np.argmin(np.abs(ratios - 1))]) * sigma_L**2
+
+
+@dataclass(frozen=True)
+class NoiseSuggestion:
+    """Noise levels and Langevin step for a data set.
+
+    Attributes:
+        sigma_1: Largest sigma: the largest distance between two images (technique 1).
+        sigma_L: Smallest sigma, as given.
+        num_levels: L (technique 2).
+        ratio: Ratio of neighbouring levels of that schedule.
+        overlap: C of technique 2 at that ratio.
+        steps_per_level: T, as given.
+        epsilon: Step size at the last level (technique 4).
+        variance_ratio: What technique 4 predicts for it; 1 is ideal.
+        distances: What sigma_1 rests on.
+    """
+
+    sigma_1: float
+    sigma_L: float
+    num_levels: int
+    ratio: float
+    overlap: float
+    steps_per_level: int
+    epsilon: float
+    variance_ratio: float
+    distances: PairDistances
+
+
+def suggest_noise(
+    distances: PairDistances, *, dimension: int, sigma_L: float = 0.01, overlap: float = 0.5, steps_per_level: int = 5
+) -> NoiseSuggestion:
+    """Techniques 1, 2 and 4 of NCSNv2 in turn.
+
+    Args:
+        distances: Of the training images.
+        dimension: D, number of pixels times channels.
+        sigma_L: Smallest sigma.
+        overlap: C that neighbouring levels should have; the published settings have 0.567.
+        steps_per_level: Langevin steps per level T that the sampler can afford.
+    """
+    sigma_1 = distances.maximum
+    if sigma_1 <= sigma_L:
+        raise ValueError(
+            f"the largest distance between images is {sigma_1:g}, not above sigma_L = {sigma_L:g}: "
+            "the images are all alike; lower sigma_L"
+        )
+    wanted = ratio_for_overlap(dimension, overlap=overlap)
+    num_levels = max(2, num_levels_for(sigma_1, sigma_L, ratio=wanted))
+    ratio = (sigma_1 / sigma_L) ** (1 / (num_levels - 1))
+    epsilon = best_epsilon(sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level)
+    return NoiseSuggestion(
+        sigma_1=sigma_1,
+        sigma_L=sigma_L,
+        num_levels=num_levels,
+        ratio=ratio,
+        overlap=level_overlap(ratio, dimension=dimension),
+        steps_per_level=steps_per_level,
+        epsilon=epsilon,
+        variance_ratio=variance_ratio(epsilon, sigma_L=sigma_L, ratio=ratio, steps_per_level=steps_per_level),
+        distances=distances,
+    )

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import dsm_loss, level_sums
+from ncsn.core.losses import dsm_loss, level_sums, single_sigma_loss, ssm_loss
+from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
@@ -91,3 +92,93 @@ def test_level_sums_add_up_over_batches_to_the_mean_at_each_level():
 def test_nan_stays_at_its_level():
     sums, _ = level_sums(torch.tensor([1.0, math.nan]), level=torch.tensor([0, 1]), num_levels=2)
     assert sums[0] == 1 and math.isnan(sums[1])
+
+
+def test_antithetic_pairs_average_the_two_signs():
+    x, z, level = torch.rand(3, 1, 4, 4), draws(3, 1, 4, 4), torch.tensor([0, 5, 9])
+
+    def network(noisy, noise_level):
+        return torch.sin(9 * noisy) + noise_level.view(-1, 1, 1, 1)
+
+    pair = dsm_loss(network, x, level=level, sigmas=SIGMAS, z=z, anneal_power=1.0, antithetic=True)
+    signs = [dsm_loss(network, x, level=level, sigmas=SIGMAS, z=s * z, anneal_power=1.0) for s in (1, -1)]
+    assert pair.loss.item() == pytest.approx(sum(s.loss.item() for s in signs) / 2, rel=1e-6)
+    torch.testing.assert_close(pair.per_image, (signs[0].per_image + signs[1].per_image) / 2)
+
+
+def test_antithetic_pairs_have_less_variance_than_twice_the_draws():
+    # At small sigma the noise of |sigma s + z|^2 around |z|^2 comes from 2 sigma s . z, which the pair cancels.
+    x, sigmas = torch.zeros(4000, 1, 1, 8), torch.tensor([0.01])
+    level, s2 = torch.zeros(4000, dtype=torch.int64), 0.04
+
+    def network(noisy, _):
+        return (0.5 - noisy) / s2
+
+    def excess(z, *, antithetic):
+        loss = dsm_loss(network, x[: len(z)], level=level[: len(z)], sigmas=sigmas, z=z, antithetic=antithetic)
+        return loss.per_image - z.square().flatten(1).mean(1)
+
+    pairs = excess(draws(2000, 1, 1, 8), antithetic=True)
+    singles = excess(draws(4000, 1, 1, 8), antithetic=False).view(2, 2000).mean(dim=0)
+    assert pairs.mean().item() == pytest.approx(singles.mean().item(), abs=5e-3)
+    assert pairs.std() < 0.2 * singles.std()
+
+
+def test_baseline_is_unweighted_at_one_sigma():
+    x, z = torch.rand(16, 3, 32, 32), draws(16, 3, 32, 32)
+    result = single_sigma_loss(zero, x, sigma=0.01, z=z)
+    assert result.loss.item() == pytest.approx(1.5e7, rel=0.05)
+    assert result.loss.item() == pytest.approx(0.5 * (z / 0.01).square().sum().item() / 16, rel=1e-5)
+    assert result.per_image.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def ssm_of_gaussian(v_net, *, s2=0.7, sigma=0.5, size=4, count=400_000):
+    x, z, v = math.sqrt(s2) * draws(count, size, seed=1), draws(count, size, seed=2), draws(1, count, size, seed=3)
+    level, sigmas = torch.zeros(count, dtype=torch.int64), torch.tensor([sigma])
+    return ssm_loss(lambda noisy, _: -noisy / v_net, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
+
+
+def test_sliced_score_matching_of_gaussian_data():
+    d, total = 4, 0.7 + 0.25
+    losses = {v: ssm_of_gaussian(v).loss.item() for v in (1.3, total)}
+    for v, loss in losses.items():
+        assert loss == pytest.approx(d * total / (2 * v**2) - d / v, abs=0.03)
+    assert losses[total] == pytest.approx(-d / (2 * total), abs=0.03)
+    assert ssm_of_gaussian(1.3).loss.item() == pytest.approx(-1.9527, abs=0.03)
+
+
+def test_sliced_and_denoising_score_matching_report_the_same_figure():
+    x, level = 0.5 * draws(100_000, 4, seed=1), torch.zeros(100_000, dtype=torch.int64)
+    arguments = {"level": level, "sigmas": torch.tensor([0.4]), "z": draws(100_000, 4, seed=2)}
+
+    def network(noisy, _):
+        return torch.tanh(-3 * noisy)
+
+    sliced = ssm_loss(network, x, v=draws(2, 100_000, 4, seed=3), **arguments).per_image.mean().item()
+    assert sliced == pytest.approx(dsm_loss(network, x, **arguments).per_image.mean().item(), abs=0.01)
+    assert ssm_loss(zero_with_gradient, x, v=draws(1, 100_000, 4), **arguments).per_image.eq(1).all()
+
+
+def zero_with_gradient(x, level):
+    return 0 * x
+
+
+def test_sliced_score_matching_trains_a_convolutional_network():
+    torch.manual_seed(0)
+    network = NcsnNetwork(8, channels=1, num_levels=10)
+    x, level = torch.rand(2, 1, 8, 8), torch.tensor([1, 4])
+    result = ssm_loss(network, x, level=level, sigmas=SIGMAS, z=draws(2, 1, 8, 8), v=draws(2, 2, 1, 8, 8, seed=1))
+    result.loss.backward()
+    reached = [name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    # Only the last bias has no part in the gradient term, and it still has one in |s|^2.
+    assert len(reached) == len(list(network.parameters()))
+
+
+def test_slope_term_is_the_jacobian_along_the_projection():
+    torch.manual_seed(0)
+    matrix = torch.randn(3, 3, dtype=torch.float64)
+    x, v = draws(1, 3).double(), draws(2, 1, 3, seed=5).double()
+    arguments = {"level": torch.tensor([0]), "sigmas": torch.tensor([2.0]), "z": torch.zeros(1, 3).double(), "v": v}
+    loss = ssm_loss(lambda noisy, _: noisy @ matrix.T, x, anneal_power=1.0, **arguments).loss.item()
+    slope = sum((p @ matrix @ p).item() for p in v[:, 0]) / 2
+    assert loss == pytest.approx(2 * (0.5 * (x @ matrix.T).square().sum().item() + slope), rel=1e-12)

@@ -1,11 +1,21 @@
-"""The noise levels."""
+"""The noise levels; spec oracle 7: techniques 1, 2 and 4 of NCSNv2 against its published settings."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.noise_schedule import (
+    PairDistances,
+    best_epsilon,
+    geometric_sigmas,
+    level_overlap,
+    num_levels_for,
+    pair_distances,
+    ratio_for_overlap,
+    suggest_noise,
+    variance_ratio,
+)
 
 
 def test_levels_of_the_paper():
@@ -34,3 +44,99 @@ def test_ends_are_exact_over_many_levels():
 def test_impossible_schedules_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         geometric_sigmas(*arguments)
+
+
+# name, D, sigma_1, L, T, gamma, C, published epsilon and its ratio, best epsilon and its ratio, gamma and L at C = 0.5
+TABLE = [
+    ("v1 CIFAR", 3072, 1, 10, 100, 1.66810, 0.0000, 2e-5, 1.1111, 3.228e-6, 1.0189, 1.03980, 120),
+    ("v2 CIFAR", 3072, 50, 232, 5, 1.03756, 0.5670, 6.2e-6, 1.0555, 6.184e-6, 1.0555, 1.03980, 220),
+    ("CelebA64", 12288, 90, 500, 5, 1.01841, 0.5669, 3.3e-6, 1.0314, 3.337e-6, 1.0314, 1.01951, 473),
+    ("church96", 27648, 140, 788, 4, 1.01220, 0.5662, 4.9e-6, 1.0247, 2.312e-6, 1.0224, 1.01292, 745),
+    ("128px", 49152, 190, 1086, 3, 1.00912, 0.5665, 1.8e-6, 1.0174, 1.767e-6, 1.0174, 1.00966, 1026),
+    ("FFHQ256", 196608, 348, 2311, 3, 1.00454, 0.5669, 0.9e-6, 1.0089, 8.93e-7, 1.0089, 1.00481, 2182),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
+def test_techniques_2_and_4_reproduce_the_published_settings(row):
+    _, dimension, sigma_1, levels, steps, ratio, overlap, published, at_published, best, at_best, half, half_levels = (
+        row
+    )
+    gamma = (sigma_1 / 0.01) ** (1 / (levels - 1))
+    assert gamma == pytest.approx(ratio, abs=1e-5)
+    assert level_overlap(gamma, dimension=dimension) == pytest.approx(overlap, abs=1e-4)
+    settings = {"sigma_L": 0.01, "ratio": gamma, "steps_per_level": steps}
+    assert variance_ratio(published, **settings) == pytest.approx(at_published, abs=1e-4)
+    assert best_epsilon(**settings) == pytest.approx(best, rel=0.01)
+    assert variance_ratio(best, **settings) == pytest.approx(at_best, abs=1e-4)
+    wanted = ratio_for_overlap(dimension)
+    assert wanted == pytest.approx(half, abs=1e-5)
+    assert num_levels_for(sigma_1, 0.01, ratio=wanted) == half_L
+
+
+def test_ratio_for_28_pixels():
+    assert ratio_for_overlap(784) == pytest.approx(1.08197, abs=1e-5)
+    assert num_levels_for(1.0, 0.01, ratio=ratio_for_overlap(784)) == 60
+
+
+def test_variance_ratio_is_what_the_chain_does():
+    # One level of a point mass in exact arithmetic: variance v <- (1 - r)^2 v + 2 r, in units of sigma^2.
+    r, v = 0.06, 1.2**2
+    for _ in range(7):
+        v = (1 - r) ** 2 * v + 2 * r
+    assert variance_ratio(0.06 * 0.02**2, sigma_L=0.02, ratio=1.2, steps_per_level=7) == pytest.approx(v, rel=1e-12)
+    with pytest.raises(ValueError, match="epsilon must be within"):
+        variance_ratio(2.1e-4, sigma_L=0.01, ratio=1.1, steps_per_level=5)
+
+
+def images(count, seed=0):
+    return torch.rand(count, 2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_pair_distances_are_exact_over_blocks(monkeypatch, flips):
+    monkeypatch.setattr("ncsn.core.noise_schedule._BLOCK", 7)
+    x = images(40)
+    flat = x.flatten(1).double()
+    pairs = [torch.pdist(flat)]
+    if flips:
+        cross = torch.cdist(flat, x.flip(-1).flatten(1).double())
+        pairs.append(cross[torch.ones_like(cross).tril().bool()])
+    distances = torch.cat(pairs)
+    result = pair_distances(x, flips=flips)
+    assert result.maximum == pytest.approx(distances.max().item(), rel=1e-5)
+    assert result.quantile_999 <= result.maximum and result.exact and result.num_images == 40
+    quantile = distances.quantile(0.999, interpolation="higher").item()
+    assert result.quantile_999 == pytest.approx(quantile, rel=1e-3)
+
+
+def test_pair_distances_ignore_an_outlier_in_the_quantile_and_read_uint8():
+    x = torch.zeros(3000, 1, 1, 1)
+    x[:, 0, 0, 0] = torch.linspace(0, 0.4, 3000)
+    x[7] = 1.0
+    result = pair_distances((255 * x).round().to(torch.uint8))
+    assert result.maximum == 1.0
+    assert result.quantile_999 < 0.95
+
+
+def test_pair_distances_of_too_many_images_are_a_sample():
+    result = pair_distances(torch.rand(12_000, 1, 1, 2), max_images=11_000)
+    assert result.num_images == 10_000 and not result.exact and 1.3 < result.maximum < 2**0.5
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        pair_distances(images(1))
+
+
+def test_suggestion_applies_the_techniques_in_turn():
+    distances = PairDistances(maximum=50.0, quantile_999=30.0, num_images=60_000, exact=True)
+    suggestion = suggest_noise(distances, dimension=3072, overlap=0.567, steps_per_level=5)
+    assert suggestion.sigma_1 == 50 and suggestion.num_levels == pytest.approx(232, abs=1)
+    assert suggestion.overlap >= 0.567 and suggestion.epsilon == pytest.approx(6.2e-6, rel=0.02)
+    assert suggestion.variance_ratio == pytest.approx(1.0555, abs=1e-3)
+    with pytest.raises(ValueError, match="images are all alike"):
+        suggest_noise(PairDistances(0.0, 0.0, 5, True), dimension=4)
+
+
+@pytest.mark.parametrize(("dimension", "overlap"), [(0, 0.5), (3072, 1.0), (1, 0.1)])
+def test_impossible_overlaps_are_refused(dimension, overlap):
+    with pytest.raises(ValueError, match="overlap"):
+        ratio_for_overlap(dimension, overlap=overlap)
