@@ -11,7 +11,7 @@ PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 endif
 # The interpreter behind it, also where PYTHON is that of an activated environment.
 BASE_PYTHON := $(shell "$(PYTHON)" -c 'import sys; print(sys._base_executable)' 2>/dev/null)
-IMAGE ?= ncsn:latest
+IMAGE ?= ncsn-python:0.1.0
 CONFIG ?= configs/digits.yaml
 PYTEST_ARGS ?=
 
@@ -53,7 +53,7 @@ ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
 	@$(BIN)/ncsn ui --config $(CONFIG)
 
 .PHONY: image
-image: ## Build the container image (needs docker; see the Dockerfile for the CUDA arguments)
+image: ## Build the container image (needs docker; IMAGE=name:tag names it)
 	docker build --tag $(IMAGE) --build-arg REVISION="$$(git rev-parse HEAD)" .
 
 .PHONY: clean

@@ -1,0 +1,138 @@
+"""The house in order: targets and settings explain themselves, pins are complete, nothing is local to a machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from pydantic import BaseModel
+
+from ncsn.config import Config, from_yaml
+from ncsn.config.load import section_models
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# Any build of torch will do, and sympy goes with it.
+RANGES = {"torch", "torchvision", "sympy"}
+
+
+def test_every_make_target_explains_itself() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    explained = set(re.findall(r"^([a-z-]+):.*## \w", makefile, flags=re.MULTILINE))
+    phony = set(re.findall(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE))
+    assert targets == explained == phony
+    assert {"demo", "test", "test-all", "lint", "ui", "image", "clean", "help"} <= targets
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_parses_and_is_named_after_its_file(path: Path) -> None:
+    assert from_yaml(path.read_text(), origin=path.name).name.replace("-", "_") == path.stem
+
+
+def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for name in model.model_fields:
+        for section in section_models(model, name):
+            yield from _sections(section)
+
+
+@pytest.mark.parametrize("model", list(_sections(Config)), ids=lambda model: model.__name__)
+def test_every_setting_has_its_meaning(model: type[BaseModel]) -> None:
+    assert model.__doc__
+    values = {name: field for name, field in model.model_fields.items() if not section_models(model, name)}
+    assert [name for name, field in values.items() if not field.description] == []
+
+
+def _constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def _installed_for_project() -> dict[str, str]:
+    """Name -> version of what the project and its dev extra need here, directly or through others."""
+    found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [("ncsn", "dev")]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        for text in metadata.requires(name) or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", extra)):
+                needed = canonicalize_name(requirement.name)
+                found[needed] = metadata.version(needed)
+                if needed not in RANGES:
+                    waiting += [(needed, wanted) for wanted in ("", *requirement.extras)]
+    return found
+
+
+def test_constraints_pin_everything_but_torch() -> None:
+    constraints = _constraints()
+    loose = {name for name, requirement in constraints.items() if not str(requirement.specifier).startswith("==")}
+    assert loose == RANGES
+    assert _installed_for_project().keys() - constraints.keys() == set()
+
+
+def test_constraints_lie_in_the_ranges_of_the_project() -> None:
+    constraints = _constraints()
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        pin = constraints[canonicalize_name(requirement.name)]
+        if requirement.name in RANGES:
+            assert pin.specifier == requirement.specifier
+        else:
+            version = str(pin.specifier).removeprefix("==")
+            assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
+
+
+def _tracked_text() -> Iterator[tuple[str, str]]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        path = ROOT / name
+        if name and path.is_file() and path.suffix not in {".png", ".safetensors", ".npz", ".parquet"}:
+            yield name, path.read_text()
+
+
+def test_nothing_is_local_to_one_machine() -> None:
+    forbidden = re.compile(
+        r"(?<![\w.])/(work|root|home/\w+|Users/\w+)/|pypi\.org|pythonhosted\.org|download\.pytorch\.org"
+    )
+    found = [f"{name}: {match[0]}" for name, text in _tracked_text() for match in forbidden.finditer(text)]
+    assert found == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    marks = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b(?![|)])")
+    found = [f"{name}: {match[0]}" for name, text in _tracked_text() for match in marks.finditer(text)]
+    assert found == []
+
+
+def test_image_is_pinned_and_not_root() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    images = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, flags=re.MULTILINE)
+    assert images
+    assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]+", image) for image in images)
+    users = re.findall(r"^USER (\S+)$", dockerfile, flags=re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d*", users[-1]), "Kubernetes checks runAsNonRoot against a number"
+
+
+def test_make_builds_the_image_that_the_components_name() -> None:
+    assert f"\nIMAGE ?= ncsn-python:{PROJECT['version']}\n" in (ROOT / "Makefile").read_text()
+    assert f'"ncsn-python:{PROJECT["version"]}"' in (ROOT / "components" / "__init__.py").read_text()
+    assert f"\nARG VERSION={PROJECT['version']}\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
