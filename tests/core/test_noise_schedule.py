@@ -59,13 +59,12 @@ TABLE = [
 
 @pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
 def test_techniques_2_and_4_reproduce_the_published_settings(row):
-    _, dimension, sigma_1, levels, steps, ratio, overlap, published, at_published, best, at_best, half, half_levels = (
-        row
-    )
-    gamma = (sigma_1 / 0.01) ** (1 / (levels - 1))
-    assert gamma == pytest.approx(ratio, abs=1e-5)
-    assert level_overlap(gamma, dimension=dimension) == pytest.approx(overlap, abs=1e-4)
-    settings = {"sigma_L": 0.01, "ratio": gamma, "steps_per_level": steps}
+    _, dimension, sigma_1, levels, steps, gamma, overlap = row[:7]
+    published, at_published, best, at_best, half, half_L = row[7:]
+    ratio = (sigma_1 / 0.01) ** (1 / (levels - 1))
+    assert ratio == pytest.approx(gamma, abs=1e-5)
+    assert level_overlap(ratio, dimension=dimension) == pytest.approx(overlap, abs=1e-4)
+    settings = {"sigma_L": 0.01, "ratio": ratio, "steps_per_level": steps}
     assert variance_ratio(published, **settings) == pytest.approx(at_published, abs=1e-4)
     assert best_epsilon(**settings) == pytest.approx(best, rel=0.01)
     assert variance_ratio(best, **settings) == pytest.approx(at_best, abs=1e-4)
