@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,44 +11,57 @@ import ray
 
 from ncsn.config import Config
 
-AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
-    An own cluster listens on loopback only, has the dashboard on and asks for a token made for this run. Its address
-    and token stand in the environment meanwhile, so that child processes join it. Ray ties its processes to this one:
-    if this process is killed, they end too.
+    An own cluster listens on loopback only, has the dashboard on and asks for a token. Its address stands in the
+    environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
+    killed, they end too.
 
     Yields:
         The address of the cluster.
 
     Raises:
         ConnectionError: if RAY_ADDRESS is set and no cluster answers there.
+        RuntimeError: if an own cluster would listen beyond loopback.
     """
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    with _environment({} if address else _own_cluster_environment()):
-        # Ray reads these three when it starts, and tells nothing else about where it listens.
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                logging_level=logging.WARNING,
-            )
-            address = ray.get_runtime_context().gcs_address
-            os.environ["RAY_ADDRESS"] = address
+    elif address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, logging_level=logging.WARNING)
         try:
             yield address
         finally:
             ray.shutdown()
+    else:
+        address = _start(config)
+        os.environ["RAY_ADDRESS"] = address
+        try:
+            yield address
+        finally:
+            del os.environ["RAY_ADDRESS"]
+            ray.shutdown()
+
+
+def _start(config: Config) -> str:
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
+        include_dashboard=True,
+        dashboard_host=LOOPBACK,
+        logging_level=logging.WARNING,
+    )
+    if ray.util.get_node_ip_address() != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError(
+            "Ray was imported before ncsn.distributed, or RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER is set to 1, so its "
+            f"servers would listen beyond {LOOPBACK}; import ncsn.distributed first or unset the variable"
+        )
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 def require_resources(config: Config) -> None:
@@ -75,29 +87,3 @@ def _cpus_needed(config: Config) -> int:
 def _autoscales() -> bool:
     """KubeRay's autoscaler announces itself to the head and its workers by this variable."""
     return os.environ.get("RAY_ENABLE_AUTOSCALER_V2") is not None
-
-
-def _own_cluster_environment() -> dict[str, str]:
-    variables = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the only switch that makes every Ray process listen on loopback
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ADDRESS": "",
-    }
-    if not any(name in os.environ for name in AUTH_VARIABLES):
-        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return variables
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for the block, and put back what stood there."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update({name: value for name, value in variables.items() if value})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
