@@ -8,10 +8,12 @@ schedule means. The sections `compute`, `storage` and `tracking` say where the w
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 
@@ -181,14 +183,38 @@ class SamplingConfig(Section):
 class EvaluationConfig(Section):
     """What the samples are measured with."""
 
-    extractor: Literal["classifier"] = Field(
-        "classifier", description="Feature extractor: a small classifier trained on the ingested images."
+    extractor: Literal["classifier", "inception"] = Field(
+        "classifier",
+        description="Feature extractor: a small classifier trained on the ingested images, or the 2015 Inception graph.",
+    )
+    weights: str | None = Field(
+        None,
+        description="Weights of the inception extractor: local path, http(s) URL or s3 URI; kept in the cache once fetched.",
+    )
+    weights_sha256: str = Field(
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        description="SHA-256 that the weights must have. The default is that of weights-inception-2015-12-05-6726825d.pth; "
+        "with any other file the figures are not named Inception figures.",
     )
     classifier_epochs: int = Field(10, ge=1, le=1000, description="Passes over the training split for the classifier.")
     num_splits: int = Field(
         10, ge=1, le=100, description="Contiguous splits of the samples for the score's mean and deviation."
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per extractor evaluation.")
+
+    @model_validator(mode="after")
+    def _weights_named(self) -> EvaluationConfig:
+        if self.extractor == "inception" and self.weights is None:
+            raise ValueError(
+                "extractor: inception needs evaluation.weights, the path, URL or s3 URI of its weights file "
+                "weights-inception-2015-12-05-6726825d.pth; nothing is fetched that the config does not name"
+            )
+        if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
+            raise ValueError(
+                f"weights_sha256 = {self.weights_sha256!r} is not a SHA-256: give 64 lower-case hexadecimal digits, "
+                "as `sha256sum FILE` prints them"
+            )
+        return self
 
 
 class ComputeConfig(Section):
@@ -215,7 +241,19 @@ class TrackingConfig(Section):
         None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file below a local storage.root."
     )
     experiment: str = Field("ncsn", min_length=1, description="MLflow experiment.")
-    registered_model: str | None = Field(None, description="Name in the registry; null = ncsn-<name>.")
+    registered_model: str | None = Field(
+        None, description="Name in the registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
+    )
+
+    @field_validator("registered_model")
+    @classmethod
+    def _addressable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(MODEL_NAME_PATTERN, name):
+            raise ValueError(
+                f"registered model name {name!r} is not valid; use letters, digits, '.', '-' and '_', "
+                "no spaces, '/' or ':', which addresses such as models:/NAME@champion could not hold"
+            )
+        return name
 
 
 class Config(Section):

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
@@ -61,9 +62,14 @@ def tracking_uri(config: Config) -> str:
             "set tracking.uri or MLFLOW_TRACKING_URI to a tracking server"
         )
     uri = uri or f"{SQLITE}{root}/mlflow.db"
+    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+        raise TrackingError(
+            f"tracking.uri = {shown(uri)!r} has a password in it, and a config is recorded with every run; "
+            "set MLFLOW_TRACKING_URI in the environment in its place"
+        )
     if not uri.startswith(SERVERS):
         raise TrackingError(
-            f"tracking URI {uri!r} is not a server or database; use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
+            f"tracking URI {shown(uri)!r} is not a server or database; use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
         )
     if uri.startswith(SQLITE):
         # A Ray worker has another working folder, so a relative file would become another database there.
@@ -85,7 +91,7 @@ def connect(config: Config) -> Connection:
     try:
         experiment_id = _experiment_id(client, uri, config.tracking.experiment)
     except MlflowException as error:
-        raise TrackingError(f"tracking server {uri}: {one_line(error)}") from error
+        raise TrackingError(f"tracking server {shown(uri)}: {one_line(error)}") from error
     return Connection(client=client, uri=uri, experiment_id=experiment_id)
 
 
@@ -118,7 +124,7 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
     """
     uri = tracking_uri(config)
     if uri.startswith((*REMOTE, "databricks")):
-        raise TrackingError(f"the runs are on a tracking server already: open {uri}")
+        raise TrackingError(f"the runs are on a tracking server already: open {shown(uri)}")
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri]
     if uri.startswith(SQLITE):
@@ -126,6 +132,12 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
         _create_database(database)
         command += ["--artifacts-destination", _artifacts_uri(database)]
     return command
+
+
+def shown(uri: str) -> str:
+    """The URI without user name and password, for messages and records."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def one_line(error: Exception) -> str:
@@ -200,12 +212,12 @@ def _probe(uri: str, experiment: str) -> None:
         )
     except MlflowException as error:
         raise TrackingError(
-            f"tracking server {uri} does not answer; start it, or set tracking.uri or MLFLOW_TRACKING_URI to another"
+            f"tracking server {shown(uri)} does not answer; start it, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
     if response.status_code in (401, 403):
         raise TrackingError(
-            f"tracking server {uri} refuses the request ({response.status_code}); "
+            f"tracking server {shown(uri)} refuses the request ({response.status_code}); "
             "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if response.status_code >= 500:
-        raise TrackingError(f"tracking server {uri} answers with an error ({response.status_code}); look at its log")
+        raise TrackingError(f"tracking server {shown(uri)} answers with error {response.status_code}; look at its log")

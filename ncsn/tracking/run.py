@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
-from ncsn.tracking.connection import Connection, TrackingError, connect, one_line
+from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
 from ncsn.tracking.sink import MetricsSink
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool
         try:
             found = client.get_run(adopted)
         except MlflowException as error:
-            raise TrackingError(f"MLFLOW_RUN_ID = {adopted!r} at {connection.uri}: {one_line(error)}") from error
+            raise TrackingError(f"MLFLOW_RUN_ID = {adopted!r} at {shown(connection.uri)}: {one_line(error)}") from error
         _set_tags(client, adopted, identity)
         return found, True
     whole = " and ".join([_filter(identity), "tags.`ncsn.part` = 'run'"])

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ncsn.tracking.connection import client_at, one_line
+from ncsn.tracking.connection import client_at, one_line, shown
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -125,7 +125,7 @@ class MetricsSink:
             report = SinkReport(sent=self._sent, unsent=unsent, reason=self._reason if unsent else "")
         if unsent:
             _logger.warning(
-                "%d of %d metrics did not reach %s: %s", unsent, unsent + report.sent, self.uri, report.reason
+                "%d of %d metrics did not reach %s: %s", unsent, unsent + report.sent, shown(self.uri), report.reason
             )
         return report
 

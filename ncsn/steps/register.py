@@ -1,0 +1,142 @@
+"""Step 5: the EMA weights as a version in MLflow's registry, champion if they beat the present one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ncsn import checkpoint as checkpoints
+from ncsn import storage
+from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.config import Config
+from ncsn.data.manifest import load_manifest
+from ncsn.evaluation.measurement import Measurement
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import claim_run, once
+from ncsn.tracking import registry
+from ncsn.tracking.connection import open_client, shown, tracking_uri
+from ncsn.tracking.model_card import Scores, model_card
+from ncsn.tracking.run import StepRun, step_run
+
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class RegisterResult:
+    """A version in the registry.
+
+    Attributes:
+        model: Name of the registered model.
+        version: Its version.
+        aliases: Aliases of the version when the step ended.
+        promoted: Whether the gate made it champion.
+        reason: Why, or why not, with the numbers.
+        uri: `models:/<model>/<version>`.
+    """
+
+    model: str
+    version: str
+    aliases: list[str]
+    promoted: bool
+    reason: str
+    uri: str
+
+
+def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
+    """Register a checkpoint once, however often it is asked.
+
+    Args:
+        config: The experiment; its sampling section becomes the model's default.
+        run: Name of the run.
+        checkpoint: URI of the checkpoint.
+        evaluation: URI of the evaluation of its samples, as the evaluate step leaves it.
+
+    Raises:
+        FileNotFoundError: if there is no evaluation.
+        ValueError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
+    """
+    folder = claim_run(config, run)
+    loaded = checkpoints.load_for_sampling(checkpoint)
+    checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
+    loaded = replace(loaded, config=config)
+    figures = json.loads(storage.read_text(evaluation))
+
+    def work(progress: ProgressFile) -> RegisterResult:
+        with step_run(config, run=run, step="register") as tracked:
+            candidate = _candidate(tracked, loaded, figures, run=run, checkpoint=checkpoint)
+            progress(1, STAGES)
+            version = registry.register(tracked, candidate)
+            progress(2, STAGES)
+            return _decide(tracked, candidate.name, str(version.version), Measurement(**figures["gate"]))
+
+    def registered() -> RegisterResult:
+        inputs = {
+            "checkpoint": loaded.digest,
+            "sampler": config.sampling.sampler.model_dump(mode="json"),
+            "evaluation": evaluation,
+            "model": config.registered_model,
+            "registry": shown(tracking_uri(config)),
+        }
+        return once(
+            folder,
+            "register",
+            inputs=inputs,
+            result_type=RegisterResult,
+            outputs=lambda _: [],
+            unit="stages",
+            work=work,
+        )
+
+    result = registered()
+    client, _ = open_client(config)
+    if not registry.has_version(client, result.model, result.version):
+        storage.delete_file(folder.step("register", "result.json"))
+        result = registered()
+    return result
+
+
+def _candidate(
+    tracked: StepRun, loaded: SamplingCheckpoint, figures: dict[str, Any], *, run: str, checkpoint: str
+) -> registry.Candidate:
+    name = loaded.config.registered_model
+    manifest = load_manifest(figures["dataset"])
+    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
+    grid = storage.join(figures["samples"], "grid.png")
+    files = {"grid.png": storage.read_bytes(grid)} if storage.exists(grid) else {}
+    scores = Scores(figures["metrics"], figures["real_metrics"], figures["fingerprint"], figures["notes"])
+    card = model_card(
+        name, checkpoint=loaded, manifest=manifest, scores=scores, run=run, grid="grid.png" if files else None
+    )
+    tracked.log_text(card, "model_card.md")
+    return registry.Candidate(
+        name=name,
+        checkpoint=loaded,
+        card=card,
+        files=files,
+        metrics={**scores.metrics, **scores.real_metrics},
+        tags={
+            "ncsn.run": run,
+            "ncsn.root": storage.absolute(loaded.config.storage.root),
+            "ncsn.checkpoint_uri": checkpoint,
+            "dataset.digest": manifest.digest,
+            "eval.fingerprint": scores.fingerprint,
+        },
+    )
+
+
+def _decide(tracked: StepRun, name: str, version: str, measurement: Measurement) -> RegisterResult:
+    decision = registry.pass_gate(tracked.client, name=name, version=version, measurement=measurement)
+    result = RegisterResult(
+        model=name,
+        version=version,
+        aliases=registry.aliases_of(tracked.client, name, version),
+        promoted=decision.promoted,
+        reason=decision.reason,
+        uri=f"models:/{name}/{version}",
+    )
+    tracked.log_json({"model": name, "version": version, **asdict(decision)}, "gate.json")
+    tracked.set_tags(
+        {"model.uri": result.uri, "gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
+    )
+    return result
