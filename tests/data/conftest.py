@@ -1,0 +1,121 @@
+"""Small files in the formats of the sources, made for each test."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ncsn.config.schema import DataConfig
+
+
+class Formats:
+    """Bytes in the formats of the sources."""
+
+    @staticmethod
+    def idx(array: np.ndarray) -> bytes:
+        """An IDX file of uint8."""
+        return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+    @staticmethod
+    def cifar_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
+        """A batch as the published archive pickles it: protocol 2, keys of bytes."""
+        names = [b"x.png"] * len(images)
+        batch = {b"batch_label": b"a batch", b"labels": labels.tolist(), b"data": images, b"filenames": names}
+        return pickle.dumps(batch, protocol=2)
+
+    @staticmethod
+    def cifar_binary(images: np.ndarray, labels: np.ndarray) -> bytes:
+        """A batch of the binary version."""
+        return np.concatenate([labels.astype(np.uint8)[:, None], images], axis=1).tobytes()
+
+    @staticmethod
+    def tar(members: Mapping[str, bytes]) -> bytes:
+        """A .tar.gz."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    @staticmethod
+    def zip(members: Mapping[str, bytes]) -> bytes:
+        """A zip archive of stored members."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+    @staticmethod
+    def image(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+        """An encoded image; a gray one may have a last axis of length 1."""
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+
+@pytest.fixture
+def formats() -> type[Formats]:
+    return Formats
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def data_config() -> Callable[..., DataConfig]:
+    """A data section with the values that a test does not care about."""
+
+    def make(source: str, root: Path | None = None, **settings: Any) -> DataConfig:
+        defaults = {"image_size": 8, "channels": 1, "test_fraction": 0.25}
+        return DataConfig(source=source, root=None if root is None else str(root), **{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def idx_folder(tmp_path, rng) -> Callable[..., tuple[Path, dict[str, np.ndarray]]]:
+    """Writes the four IDX files; gives their folder and what is in them."""
+
+    def make(
+        *, folder: str = "idx", train: int = 12, test: int = 5, side: int = 8, compress: bool = False
+    ) -> tuple[Path, dict[str, np.ndarray]]:
+        target = tmp_path / folder
+        target.mkdir(parents=True)
+        arrays = {}
+        for prefix, count in (("train", train), ("t10k", test)):
+            arrays[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (count, side, side), np.uint8)
+            arrays[f"{prefix}-labels-idx1-ubyte"] = rng.integers(0, 10, count, np.uint8)
+        for name, array in arrays.items():
+            content = Formats.idx(array)
+            path = target / (f"{name}.gz" if compress else name)
+            path.write_bytes(gzip.compress(content) if compress else content)
+        return target, arrays
+
+    return make
+
+
+CIFAR_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+
+
+@pytest.fixture
+def cifar_batches(rng) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Batch -> uint8 [3, 3072] and labels."""
+    return {name: (rng.integers(0, 256, (3, 3072), np.uint8), rng.integers(0, 10, 3)) for name in CIFAR_BATCHES}

@@ -1,0 +1,303 @@
+"""Writing datasets and reading them back, on a disk and in a bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ncsn import storage
+from ncsn.data import row
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import read_blocks, read_split, write_dataset
+from ncsn.data.row import Images, SplitDigest, from_table, to_table
+from ncsn.data.source import Example, SkippedImage, Source, Split
+
+
+@pytest.fixture
+def images(rng):
+    """Split -> 50 and 20 random RGB images."""
+    return {
+        split: Images(rng.integers(0, 256, (count, 8, 8, 3), np.uint8), rng.integers(0, 3, count))
+        for split, count in (("train", 50), ("test", 20))
+    }
+
+
+@pytest.fixture
+def config(data_config):
+    return data_config("image_folder", channels=3)
+
+
+def source_of(images, **fields) -> Source:
+    def split(rows: Images) -> Split:
+        return Split(len(rows), lambda: (Example(i, int(n)) for i, n in zip(rows.images, rows.labels, strict=True)))
+
+    splits = {name: split(rows) for name, rows in images.items()}
+    return Source(
+        **{"description": "noise", "license": "none", "class_names": ("a", "b", "c"), "splits": splits, **fields}
+    )
+
+
+def write(images, folder, config, **fields):
+    return write_dataset(source_of(images, **fields), str(folder), name="noise", data=config)
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_what_is_written_reads_back(request, tmp_path, images, config, place):
+    folder = str(tmp_path / "noise") if place == "local" else f"{request.getfixturevalue('s3_root')}/datasets/noise"
+    config = config.model_copy(update={"rows_per_part": 16})
+    dataset = write(images, folder, config)
+    assert dataset.created
+    assert dataset.uri == f"{folder}/{dataset.manifest.digest}"
+    for split, rows in images.items():
+        read = read_split(dataset.uri, split)
+        assert np.array_equal(read.images, rows.images)
+        assert np.array_equal(read.labels, rows.labels)
+        few = read_split(dataset.uri, split, limit=17)
+        assert np.array_equal(few.images, rows.images[:17])
+    assert storage.list_names(f"{dataset.uri}/train") == [f"part-0000{part}.parquet" for part in range(4)]
+    assert not write(images, folder, config).created
+    assert storage.list_names(folder) == [dataset.manifest.digest]
+
+
+def test_the_manifest_describes_the_dataset(tmp_path, images, config):
+    dataset = write(images, tmp_path, config.model_copy(update={"rows_per_part": 30}))
+    manifest = load_manifest(dataset.uri)
+    assert manifest == dataset.manifest
+    unit = images["train"].images / 255
+    assert manifest.mean == pytest.approx(unit.mean(axis=(0, 1, 2)))
+    assert manifest.std == pytest.approx(unit.std(axis=(0, 1, 2)))
+    assert manifest.counts == {"train": 50, "test": 20}
+    assert manifest.class_counts == {s: np.bincount(rows.labels, minlength=3).tolist() for s, rows in images.items()}
+    assert manifest.shape == (8, 8, 3)
+    assert [part.rows for part in manifest.parts["train"]] == [30, 20]
+    assert manifest.settings["test_fraction"] == 0.25
+    assert "root" not in manifest.settings  # where the files lay is no property of their content
+    text = json.loads((Path(dataset.uri) / "manifest.json").read_text())
+    assert text["format_version"] == 1
+    assert text["schema"]["image"] == "fixed_shape_tensor<uint8>[8, 8, 3]"
+
+
+def test_any_arrow_reader_sees_tensors(tmp_path, images, config):
+    dataset = write(images, tmp_path, config)
+    table = pq.read_table(Path(dataset.uri) / "train" / "part-00000.parquet")
+    assert table.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (8, 8, 3))
+    tensors = table.column("image").combine_chunks()
+    tensors = tensors.chunk(0) if isinstance(tensors, pa.ChunkedArray) else tensors
+    assert np.array_equal(tensors.to_numpy_ndarray(), images["train"].images)
+
+
+def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config):
+    digests = {
+        write(images, tmp_path / str(rows), config.model_copy(update={"rows_per_part": rows})).manifest.digest
+        for rows in (1, 7, 50, 16384)
+    }
+    assert len(digests) == 1
+    again = write(images, tmp_path / "7", config)
+    assert not again.created
+    assert len(again.manifest.parts["train"]) == 8  # the dataset that was there stays as it is
+
+
+def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
+    def changed(split, *, pixel=0, label=0):
+        rows = Images(images[split].images.copy(), images[split].labels.copy())
+        rows.images[3, 4, 5, 1] ^= pixel
+        rows.labels[2] = (rows.labels[2] + label) % 3
+        return {**images, split: rows}
+
+    backwards = {**images, "train": Images(images["train"].images[::-1], images["train"].labels[::-1])}
+    shorter = {**images, "train": Images(images["train"].images[:-1], images["train"].labels[:-1])}
+    variants = [
+        images,
+        changed("train", pixel=1),
+        changed("test", pixel=1),
+        changed("test", label=1),
+        backwards,
+        shorter,
+    ]
+    digests = {write(variant, tmp_path, config).manifest.digest for variant in variants}
+    digests.add(write(images, tmp_path, config, class_names=("a", "b", "d")).manifest.digest)
+    assert len(digests) == 7
+
+
+def test_the_same_input_writes_the_same_bytes(tmp_path, images, config):
+    one, other = (Path(write(images, tmp_path / name, config).uri) for name in ("one", "other"))
+    assert (
+        files_below(one)
+        == files_below(other)
+        == ["manifest.json", "test/part-00000.parquet", "train/part-00000.parquet"]
+    )
+    for name in files_below(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 20 * 192)
+    dataset = write(images, tmp_path, config)
+    blocks = list(read_blocks(dataset.uri, "train"))
+    assert [len(block) for block in blocks] == [20, 20, 10]
+    assert np.array_equal(np.concatenate([block.images for block in blocks]), images["train"].images)
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config):
+    image = np.zeros((64, 64, 3), np.uint8)
+
+    def peak(count: int) -> int:
+        splits = {
+            name: Split(count, lambda: itertools.repeat(Example(image.copy(), 0), count)) for name in ("train", "test")
+        }
+        tracemalloc.start()
+        pa.default_memory_pool().release_unused()
+        write_dataset(
+            Source("zeros", "none", ("a",), splits),
+            str(tmp_path / str(count)),
+            name="zeros",
+            data=data_config("image_folder", image_size=64, channels=3),
+        )
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    few, many = peak(300), peak(1500)
+    assert many < 1.5 * few
+    assert many < 1500 * image.nbytes / 2
+
+
+def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config, monkeypatch):
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 16 * 192)
+    seen = []
+    write_dataset(
+        source_of(images),
+        str(tmp_path),
+        name="noise",
+        data=config,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[0] == (0, 70)
+    assert seen[-1] == (70, 70)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) > 4
+
+
+def test_skipped_images_are_named_in_the_manifest(tmp_path, images, config):
+    skipped = [SkippedImage("a/b.png", "cut short")]
+    assert load_manifest(write(images, tmp_path, config, skipped=skipped).uri).skipped == skipped
+
+
+def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
+    def broken():
+        yield Example(images["test"].images[0], 0)
+        raise ValueError("image 1 is damaged")
+
+    source = source_of(images)
+    source = dataclasses.replace(source, splits={**source.splits, "test": Split(20, broken)})
+    with pytest.raises(ValueError, match="image 1 is damaged"):
+        write_dataset(source, str(tmp_path), name="noise", data=config)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_are_refused(tmp_path, images, config, count):
+    few = {**images, "test": Images(images["test"].images[:count], images["test"].labels[:count])}
+    with pytest.raises(ValueError, match=rf"gives {count} image\(s\) for the test split; at least 2 are needed"):
+        write(few, tmp_path, config)
+    assert files_below(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(small_disk, data_config, rng):
+    noise = rng.integers(0, 256, (1500, 64, 64, 1), np.uint8)  # 6 MB that do not compress
+    rows = Images(noise, np.zeros(len(noise), np.int64))
+    with pytest.raises(OSError, match=r"No space left|File too large") as failure:
+        write({"train": rows, "test": rows}, small_disk.folder, data_config("image_folder", image_size=64))
+    assert failure.value.errno == small_disk.full
+    assert list(small_disk.folder.iterdir()) == []
+
+
+def test_a_missing_dataset_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no dataset at {tmp_path}; run `ncsn ingest` first"):
+        load_manifest(str(tmp_path))
+
+
+def test_a_future_format_is_refused(tmp_path, images, config):
+    dataset = write(images, tmp_path, config)
+    path = Path(dataset.uri) / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="has format version 2, not 1"):
+        load_manifest(dataset.uri)
+
+
+def test_an_unknown_split_is_refused(tmp_path, images, config):
+    uri = write(images, tmp_path, config).uri
+    with pytest.raises(ValueError, match="has no split 'valid'; it has train, test"):
+        read_split(uri, "valid")
+
+
+def test_a_part_of_other_rows_is_refused(tmp_path, images, config):
+    uri = write(images, tmp_path, config).uri
+    pq.write_table(
+        to_table(Images(images["train"].images[:9], images["train"].labels[:9])), f"{uri}/train/part-00000.parquet"
+    )
+    with pytest.raises(ValueError, match=r"part-00000\.parquet holds 9 rows .* says 50 images of \(8, 8, 3\)"):
+        read_split(uri, "train")
+
+
+WRITER = """
+import sys
+from ncsn.config.schema import DataConfig
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+
+config = DataConfig(source="sklearn_digits", image_size=8, channels=1, max_images=100)
+source = open_source(config)
+print("ready", flush=True)
+sys.stdin.readline()
+dataset = write_dataset(source, sys.argv[1], name="digits", data=config)
+print(dataset.created, dataset.uri)
+"""
+
+
+def test_of_processes_that_write_at_once_one_creates(tmp_path):
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = sorted(process.communicate(timeout=60)[0].split() for process in processes)
+    assert [created for created, _ in results] == ["False", "True"]
+    (uri,) = {uri for _, uri in results}
+    assert [path.name for path in tmp_path.iterdir()] == [Path(uri).name]
+    assert len(read_split(uri, "train")) == 100
+
+
+def test_rows_make_the_round_trip_through_arrow(images):
+    table = to_table(images["train"])
+    assert table.schema == row.schema(8, 8, 3)
+    back = from_table(pa.concat_tables([table.slice(0, 13), table.slice(13)]))
+    assert np.array_equal(back.images, images["train"].images)
+    assert np.array_equal(back.labels, images["train"].labels)
+    assert from_table(table.slice(0, 0)).images.shape == (0, 8, 8, 3)
+
+
+def test_a_split_digest_does_not_depend_on_the_blocks(images):
+    rows, whole, pieces = images["train"], SplitDigest(), SplitDigest()
+    whole.update(rows)
+    for first in (0, 1, 30):
+        last = {0: 1, 1: 30, 30: 50}[first]
+        pieces.update(Images(rows.images[first:last], rows.labels[first:last]))
+    assert pieces.hexdigest() == whole.hexdigest()
+    assert pieces.count == 50

@@ -1,0 +1,121 @@
+"""The ingest step: done once, and nothing half-written when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ncsn.config import Config
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import read_split
+from ncsn.steps import ingest
+
+
+@pytest.fixture
+def config(tmp_path):
+    """An experiment on digits with its store below the test's folder."""
+
+    def make(**data) -> Config:
+        return Config.model_validate(
+            {
+                "name": "digits",
+                "data": {"source": "sklearn_digits", "image_size": 8, "channels": 1, **data},
+                "network": {"kind": "unet", "widths": [8]},
+                "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
+                "sampling": {"sampler": {"kind": "annealed_langevin"}},
+                "storage": {"root": str(tmp_path / "store")},
+            }
+        )
+
+    return make
+
+
+def datasets(tmp_path: Path) -> list[str]:
+    return sorted(path.relative_to(tmp_path / "store" / "datasets").as_posix() for path in tmp_path.rglob("*.parquet"))
+
+
+def test_digits_become_a_dataset(config, tmp_path):
+    result = ingest.run(config(test_fraction=0.3), run="one")
+    assert result.counts == {"train": 1258, "test": 539}
+    assert result.created
+    assert result.uri == f"{tmp_path}/store/datasets/sklearn_digits/{result.digest}"
+    assert load_manifest(result.uri).digest == result.digest
+    assert read_split(result.uri, "train").images.shape == (1258, 8, 8, 1)
+
+
+def test_another_run_finds_the_same_dataset(config, tmp_path):
+    first = ingest.run(config(), run="one")
+    before = {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")}
+    second = ingest.run(config(), run="two")
+    assert second == ingest.IngestResult(first.uri, first.digest, first.counts, created=False)
+    assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
+
+
+def test_another_share_of_test_images_is_another_dataset(config):
+    assert (
+        ingest.run(config(test_fraction=0.2), run="a").digest != ingest.run(config(test_fraction=0.3), run="b").digest
+    )
+
+
+def test_the_same_run_returns_its_stored_result(config, monkeypatch):
+    first = ingest.run(config(), run="one")
+    monkeypatch.setattr(ingest, "open_source", None)  # the source is not even looked at
+    assert ingest.run(config(), run="one") == first
+
+
+def test_a_dataset_that_is_gone_is_made_again(config):
+    first = ingest.run(config(), run="one")
+    (Path(first.uri) / "manifest.json").unlink()
+    for path in sorted(Path(first.uri).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    Path(first.uri).rmdir()
+    assert ingest.run(config(), run="one") == first
+    assert load_manifest(first.uri).digest == first.digest
+
+
+def test_progress_is_told(config):
+    seen = []
+    ingest.run(config(), run="one", on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, 1797)
+    assert seen[-1] == (1797, 1797)
+
+
+def test_a_failure_is_recorded_and_leaves_no_dataset(config, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="no image that ends in"):
+        ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="one")
+    error = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "error.json").read_text())
+    assert error["user"]
+    assert "no image that ends in" in error["message"]
+    assert datasets(tmp_path) == []
+
+
+def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(np.full((10, 10), number, np.uint8)).save(folder / f"{number}.png")
+    (folder / "5.png").write_bytes(b"broken")
+    settings = {"source": "image_folder", "root": str(folder), "test_fraction": 0.25}
+    with pytest.raises(ValueError, match=r"5\.png does not decode"):
+        ingest.run(config(**settings), run="strict")
+    assert datasets(tmp_path) == []
+    result = ingest.run(config(**settings, on_bad_image="skip"), run="lenient")
+    assert sum(result.counts.values()) == 19
+    assert [Path(image.name).name for image in load_manifest(result.uri).skipped] == ["5.png"]
+
+
+def test_a_bucket_is_as_good_as_a_folder(config, s3_root):
+    experiment = config(max_images=50).model_copy(
+        update={"storage": config().storage.model_copy(update={"root": s3_root})}
+    )
+    first = ingest.run(experiment, run="one")
+    assert first.uri.startswith(f"{s3_root}/datasets/sklearn_digits/")
+    assert first.counts == {"train": 50, "test": 50}
+    assert not ingest.run(experiment, run="two").created
