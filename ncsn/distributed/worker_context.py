@@ -67,7 +67,7 @@ class LocalContext(WorkerContext):
         folders = sorted(self.checkpoints.glob("images-*")) if self.checkpoints.is_dir() else []
         yield folders[-1] if folders else None
 
-    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:
+    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
         """Copy the folder, renamed into place."""
         assert folder is not None
         self.checkpoints.mkdir(parents=True, exist_ok=True)

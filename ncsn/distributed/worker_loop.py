@@ -37,7 +37,7 @@ class MetricsSink(Protocol):
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         """Take one point of each curve."""
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Send what is left."""
 
 

@@ -14,22 +14,8 @@ from ncsn import build
 from ncsn.config import Config, from_yaml
 from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
-from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, draw_batch, train_loop
-
-TEXT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, horizontal_flip: true}
-noise: {num_levels: 4}
-network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
-optimizer: {warmup_images: 32, decay: cosine, grad_clip_norm: 1.0}
-train: {batch_size: 16, num_images: 160, ema_decay: 0.9, checkpoint_every_images: 80, report_every_images: 32,
-  keep_checkpoints: 10}
-sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
-compute: {num_workers: 1}
-"""
 
 
 @dataclass
@@ -46,18 +32,6 @@ class Recorder:
         self.closed = True
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = from_yaml(TEXT)
-    root = tmp_path_factory.mktemp("data")
-    return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
     outcome = train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(folder))
@@ -69,9 +43,9 @@ def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = No
     }
 
 
-def test_resume_is_bitwise(dataset: str, tmp_path: Path) -> None:
+def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
     """10 steps = 5 + resume + 5 (spec 7.22)."""
-    config, halves = from_yaml(TEXT), from_yaml(TEXT)
+    config, halves = from_yaml(tiny), from_yaml(tiny)
     whole = train(config, dataset, tmp_path / "whole")
     sink = Recorder()
 
@@ -83,8 +57,8 @@ def test_resume_is_bitwise(dataset: str, tmp_path: Path) -> None:
             super().publish(folder, name=name, metrics=metrics)
             raise Killed
 
+    job = TrainingJob(config=halves, dataset=dataset, sink=sink)
     with pytest.raises(Killed):
-        job = TrainingJob(config=halves, dataset=dataset, sink=sink)
         train_loop(job, DiesAfterFirstCheckpoint(tmp_path / "halves"))
     assert sink.closed
     resumed = Recorder()
@@ -94,23 +68,25 @@ def test_resume_is_bitwise(dataset: str, tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], second[key]) for key in whole)
 
 
-def test_the_same_config_gives_the_same_weights_and_another_seed_others(dataset: str, tmp_path: Path) -> None:
-    one = train(from_yaml(TEXT), dataset, tmp_path / "one")
-    same = train(from_yaml(TEXT), dataset, tmp_path / "same")
-    other = train(from_yaml(TEXT, overrides=["seed=1"]), dataset, tmp_path / "other")
+def test_the_same_config_gives_the_same_weights_and_another_seed_others(
+    tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    one = train(from_yaml(tiny), dataset, tmp_path / "one")
+    same = train(from_yaml(tiny), dataset, tmp_path / "same")
+    other = train(from_yaml(tiny, overrides=["seed=1"]), dataset, tmp_path / "other")
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_complete_run_has_nothing_left_to_do(dataset: str, tmp_path: Path) -> None:
-    train(from_yaml(TEXT), dataset, tmp_path)
-    again = train_loop(TrainingJob(config=from_yaml(TEXT), dataset=dataset), LocalContext(tmp_path))
+def test_a_complete_run_has_nothing_left_to_do(tiny: str, dataset: str, tmp_path: Path) -> None:
+    train(from_yaml(tiny), dataset, tmp_path)
+    again = train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset), LocalContext(tmp_path))
     assert again.images_seen == 160 and again.loss is None and again.checkpoint == "images-000000160"
 
 
-def test_parts_of_a_batch_are_the_batch(dataset: str, _own_cache: None) -> None:
+def test_parts_of_a_batch_are_the_batch(tiny: str, dataset: str) -> None:
     """Images, levels and noise depend on the place in the order, not on which worker draws them."""
-    config, split = from_yaml(TEXT), open_cache(dataset, "train")
+    config, split = from_yaml(tiny), open_cache(dataset, "train")
     whole = draw_batch(config, split, first=1250, count=16)
     parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(4)]
     for name in ("x", "level", "z"):
@@ -119,9 +95,9 @@ def test_parts_of_a_batch_are_the_batch(dataset: str, _own_cache: None) -> None:
     assert set(whole.level.tolist()) <= set(range(4))
 
 
-def test_gradients_of_parts_average_to_the_gradient_of_the_batch(dataset: str, _own_cache: None) -> None:
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, dataset: str) -> None:
     """1 worker x batch 8 and 2 workers x batch 4 give the same gradients (1e-6)."""
-    config, split = from_yaml(TEXT), open_cache(dataset, "train")
+    config, split = from_yaml(tiny), open_cache(dataset, "train")
 
     def gradients(first: int, count: int) -> list[torch.Tensor]:
         state = build.train_state(config)
@@ -145,9 +121,9 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(dataset: str, _
         assert torch.allclose(together, (one + two) / 2, rtol=1e-5, atol=1e-6 * float(together.abs().max() + 1))
 
 
-def test_curves_have_a_point_per_report_and_checkpoint(dataset: str, tmp_path: Path) -> None:
+def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
     sink = Recorder()
-    train(from_yaml(TEXT), dataset, tmp_path, sink)
+    train(from_yaml(tiny), dataset, tmp_path, sink)
     assert [seen for seen, _ in sink.points] == [32, 64, 80, 96, 128, 160]
     for _, point in sink.points:
         assert {"train/loss", "train/grad_norm_max", "train/images_per_second", "train/learning_rate"} <= point.keys()
@@ -156,8 +132,8 @@ def test_curves_have_a_point_per_report_and_checkpoint(dataset: str, tmp_path: P
     assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
 
 
-def test_divergence_stops_with_the_last_good_checkpoint(dataset: str, tmp_path: Path) -> None:
-    config = from_yaml(TEXT, overrides=["optimizer.grad_clip_norm=null"])
+def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny, overrides=["optimizer.grad_clip_norm=null"])
 
     class Poisoned(LocalContext):
         def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
@@ -176,8 +152,8 @@ def test_divergence_stops_with_the_last_good_checkpoint(dataset: str, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["images-000000080"]
 
 
-def test_learning_rate_warms_up_and_falls(dataset: str) -> None:
-    config = from_yaml(TEXT)
+def test_learning_rate_warms_up_and_falls(tiny: str, dataset: str) -> None:
+    config = from_yaml(tiny)
     rates = [build.learning_rate(config, seen) for seen in range(0, 160, 16)]
     assert rates[0] == pytest.approx(config.optimizer.learning_rate / 2 * 1.0)
     assert np.argmax(rates) == 1

@@ -1,0 +1,48 @@
+"""A tiny experiment and its data set, shared by the tests of training and sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ncsn.config import from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+
+TINY = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, horizontal_flip: true}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+optimizer: {warmup_images: 32, decay: cosine, grad_clip_norm: 1.0}
+train: {batch_size: 16, num_images: 160, ema_decay: 0.9, checkpoint_every_images: 80, report_every_images: 32,
+  keep_checkpoints: 10}
+sampling: {num_images: 10, batch_size: 4, sampler: {kind: annealed_langevin, steps_per_level: 2}}
+compute: {num_workers: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """YAML of the experiment."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of the digits."""
+    config = from_yaml(TINY)
+    root = tmp_path_factory.mktemp("data")
+    return write_dataset(open_source(config.data), str(root), name="digits", data=config.data).uri
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node-local cache of the tests' own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(cache_dir))

@@ -1,0 +1,170 @@
+"""Training and sampling on a real Ray cluster: the worker count changes nothing, mistakes are not retried."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn.config import Config, from_yaml
+from ncsn.data.row import from_table
+from ncsn.distributed import trainer
+from ncsn.distributed.local_cluster import ray_cluster, require_resources
+from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_levels, sample_missing
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny: str, cache_dir: Path) -> Iterator[str]:
+    """One cluster for the module; its workers inherit the cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_cluster(from_yaml(tiny, overrides=["compute.num_workers=2"])) as address:
+            yield address
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: str, tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained by two workers."""
+    run = tmp_path_factory.mktemp("run")
+    outcome = trainer.train(TrainingJob(config=two_workers(tiny), dataset=dataset), run_uri=str(run))
+    assert outcome.images_seen == 160
+    return run
+
+
+def two_workers(tiny: str, *overrides: str) -> Config:
+    return from_yaml(tiny, overrides=["compute.num_workers=2", *overrides])
+
+
+def tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / f"{name}.safetensors")
+
+
+def test_everything_listens_on_loopback(cluster: str) -> None:
+    """No Ray process accepts a connection from another machine."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
+    listening = [
+        connection.laddr
+        for connection in psutil.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in ours
+    ]
+    assert len(listening) > 3
+    assert {address.ip for address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    host, port = cluster.split(":")
+    assert host == "127.0.0.1"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        assert connection.getpeername()[1] == int(port)
+
+
+def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path: Path) -> None:
+    """The same images, levels and noise whatever the worker count: equal weights to rounding."""
+    train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset), LocalContext(tmp_path))
+    for step in ("images-000000080", "images-000000160"):
+        for name in ("weights", "ema"):
+            one, two = tensors(tmp_path / step, name), tensors(trained / "checkpoints" / step, name)
+            assert one.keys() == two.keys()
+            for key in one:
+                assert torch.allclose(one[key], two[key], rtol=1e-4, atol=1e-5), f"{name} {key}"
+
+
+def test_the_same_run_resumes_and_has_nothing_left_to_do(trained: Path, tiny: str, dataset: str) -> None:
+    again = trainer.train(TrainingJob(config=two_workers(tiny), dataset=dataset), run_uri=str(trained))
+    assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
+
+
+def test_a_mistake_is_not_retried(trained: Path, tiny: str, dataset: str) -> None:
+    """A checkpoint of another config would fail at every retry."""
+    other = two_workers(tiny, "noise.sigma_1=2.0")
+    with pytest.raises(ValueError, match=r"trained with another config: noise\.sigma_1 is 1\.0 there and 2\.0 here"):
+        trainer.train(TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
+
+
+def test_more_workers_than_the_cluster_has_are_refused(cluster: str, tiny: str) -> None:
+    with pytest.raises(ValueError, match=r"compute\.num_workers = 8 needs 8 CPUs and the cluster has [2-7];"):
+        require_resources(from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
+
+
+def sample(trained: Path, folder: Path, config: Config, *, batch: int, count: int = 10) -> tuple[int, np.ndarray]:
+    shard = Shard(
+        checkpoint=str(trained / "checkpoints" / "images-000000160"),
+        sampling=config.sampling,
+        folder=str(folder),
+        first=0,
+        count=batch,
+        threads=1,
+        use_gpu=False,
+    )
+    seen: list[tuple[int, int]] = []
+    made = sample_missing(shard, num_images=count, progress=lambda done, total: seen.append((done, total)))
+    assert not seen or seen[-1] == (count, count)
+    tables = [pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))]
+    return made, np.concatenate([from_table(table).images for table in tables])
+
+
+def test_images_do_not_depend_on_how_they_are_sharded(trained: Path, tiny: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny)
+    made, whole = sample(trained, tmp_path / "whole", config, batch=10)
+    assert made == 10 and whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
+    _, parts = sample(trained, tmp_path / "parts", config, batch=3)
+    assert np.array_equal(whole, parts)
+    _, other = sample(trained, tmp_path / "other", from_yaml(tiny, overrides=["sampling.seed=1"]), batch=10)
+    assert not np.array_equal(whole, other)
+
+
+def test_only_missing_images_are_made(trained: Path, tiny: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny)
+    _, before = sample(trained, tmp_path, config, batch=4)
+    assert sample(trained, tmp_path, config, batch=4)[0] == 0
+    (tmp_path / "shard-000000004-000000008.parquet").unlink()
+    made, after = sample(trained, tmp_path, config, batch=3)
+    assert made == 4
+    assert np.array_equal(before, after)
+
+
+def test_levels_end_with_the_images(trained: Path, tiny: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny)
+    _, images = sample(trained, tmp_path, config, batch=4)
+    shard = Shard(str(trained / "checkpoints" / "images-000000160"), config.sampling, "", 0, 4, 1, use_gpu=False)
+    frames = sample_levels(shard)
+    assert frames.shape == (5, 4, 8, 8, 1)
+    assert np.array_equal(frames[-1], images[:4])
+
+
+def test_a_sampler_that_diverges_is_a_mistake(trained: Path, tiny: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny, overrides=["sampling.sampler.epsilon=1.0", "sampling.sampler.steps_per_level=200"])
+    with pytest.raises(
+        ValueError, match=r"are not finite with sampling\.sampler\.epsilon = 1; lower epsilon"
+    ) as caught:
+        sample(trained, tmp_path, config, batch=10)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "gaps"),
+    [
+        ([], [(0, 10)]),
+        (["shard-000000000-000000004.parquet"], [(4, 10)]),
+        (["shard-000000004-000000008.parquet", "manifest.json"], [(0, 4), (8, 10)]),
+        (["shard-000000000-000000020.parquet"], []),
+        (["shard-000000012-000000020.parquet"], [(0, 10)]),
+    ],
+)
+def test_missing_ranges(names: list[str], gaps: list[tuple[int, int]]) -> None:
+    assert missing_ranges(names, num_images=10) == gaps
+
+
+def test_snapshot_names_the_checkpoints(trained: Path) -> None:
+    """What Ray resumes from is in the store beside the checkpoints."""
+    snapshot = json.loads((trained / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    assert "images-000000160" in json.dumps(snapshot)
