@@ -1,0 +1,72 @@
+"""The README and the docs say what is so: commands exist and take these options, files and links are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from ncsn.cli import app
+from ncsn.config import from_yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+README = (ROOT / "README.md").read_text()
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """Words of each command in the shell blocks of a page, comments and continuation lines resolved."""
+    scripts = [text for language, text in _BLOCK.findall(page.read_text()) if language in ("bash", "sh", "shell")]
+    lines = [line for script in scripts for line in script.replace("\\\n", " ").splitlines()]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def _run_by(program: str) -> list[pytest.param]:
+    return [
+        pytest.param(words[1:], id=f"{page.name}: {shlex.join(words)}"[:100])
+        for page in PAGES
+        for words in _commands(page)
+        if words[0].removeprefix(".venv/bin/") == program
+    ]
+
+
+def test_the_first_commands_are_demo_and_test() -> None:
+    assert _commands(ROOT / "README.md")[:2] == [["make", "demo"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("words", _run_by("make"))
+def test_make_target_exists(words: list[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {word for word in words if "=" not in word} <= targets
+
+
+@pytest.mark.parametrize("words", _run_by("ncsn"))
+def test_ncsn_command_takes_these_options(words: list[str]) -> None:
+    name, *arguments = words
+    context = app.commands[name].make_context(name, list(arguments), parent=click.Context(app))
+    uri = context.params.get("config_uri")
+    if uri is not None and uri.startswith("configs/"):
+        from_yaml((ROOT / uri).read_text(), overrides=context.params["overrides"])
+
+
+def test_every_command_is_in_the_readme() -> None:
+    shown = {words[1] for words in _commands(ROOT / "README.md") if words[0].removeprefix(".venv/bin/") == "ncsn"}
+    assert set(app.commands) - shown == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = _BLOCK.sub("", page.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) + re.findall(r'src="([^"]+)"', prose)
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_tree_is_the_tree() -> None:
+    tree = next(text for language, text in _BLOCK.findall(README) if language == "text" and "ncsn/core/" in text)
+    paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
