@@ -17,6 +17,7 @@ import click
 from filelock import FileLock, Timeout
 
 from ncsn import storage
+from ncsn.cli.failures import stop_cleanly_on_sigterm
 from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
 from ncsn.cli.progress_view import ProgressView
@@ -26,6 +27,7 @@ from ncsn.cli.records import (
     forget_attempts,
     mark_complete,
     read_progress,
+    stored_records,
 )
 from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
@@ -54,8 +56,12 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_j
 
 def run_pipeline(target: Target, *, as_json: bool) -> None:
     """Run all steps through KFP on one Ray cluster, or find that they are done."""
+    from ncsn.tracking.connection import tracking_uri
+
     config = target.config
+    tracking_uri(config)  # raises now what the second step would find
     folder = claim_run(config, target.run)
+    before = stored_records(folder)
     records = complete_records(folder, config)
     if records is None:
         with _alone(folder, "run"):
@@ -64,7 +70,8 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
         results = {step: record.result for step, record in records.items()}
         click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))
     else:
-        print_summary(console_on(sys.stdout), folder, config, records)
+        earlier = [step for step, record in records.items() if record == before.get(step)]
+        print_summary(console_on(sys.stdout), folder, config, records, earlier=earlier)
 
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:
@@ -86,6 +93,8 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
         from ncsn.distributed.local_cluster import ray_cluster
 
         with ray_cluster(config) as address:
+            # Ray puts a handler of its own in place that aborts the process after three seconds.
+            stop_cleanly_on_sigterm()
             console.print(f"ray    {address}", soft_wrap=True)
             supervisor.run(to_json(config))
     return mark_complete(folder, config)

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,11 +27,17 @@ _DISK_FULL = f"[Errno {errno.ENOSPC}]"
 
 
 class StepFailed(Exception):
-    """A step failed in another process; what it said there is known, its traceback is in a log."""
+    """A step failed in another process.
 
-    def __init__(self, message: str, *, mistake: bool) -> None:
+    Attributes:
+        mistake: Whether it was a user's mistake.
+        log: The file with its traceback.
+    """
+
+    def __init__(self, message: str, *, mistake: bool, log: Path) -> None:
         super().__init__(message)
         self.mistake = mistake
+        self.log = log
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class ReportingCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the code of `describe` if it raises."""
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)
+        stop_cleanly_on_sigterm()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -98,13 +105,20 @@ class ReportingCommand(click.Command):
             ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False)))
 
 
+def stop_cleanly_on_sigterm() -> None:
+    """Make SIGTERM an exception, so that `finally` blocks stop what this process started."""
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+
+
 def _report(error: Exception, *, with_traceback: bool) -> int:
     failure = describe(error)
     if with_traceback and not isinstance(error, StepFailed):
         traceback.print_exception(error)
     for line in failure.lines:
         click.echo(f"error: {line}", err=True)
-    if failure.code == FAILURE and not with_traceback and not isinstance(error, StepFailed):
+    if isinstance(error, StepFailed):
+        click.echo(f"({error.log} says more)", err=True)
+    elif failure.code == FAILURE and not with_traceback:
         click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
     return failure.code
 
@@ -114,5 +128,4 @@ def _remember_traceback(ctx: click.Context, _parameter: click.Parameter, value: 
 
 
 def _exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    # As an exception, so that `finally` blocks stop what this process started.
     sys.exit(TERMINATED)

@@ -11,9 +11,10 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.config.flatten import TRAINING_SECTIONS
-from ncsn.config.schema import StorageConfig
 
 _ROOT_OVERRIDE = "storage.root"
+DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
+"""The store of an experiment that names none."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _read_of_run(origin: str, run: str) -> str:
 def _root(overrides: Sequence[str]) -> str:
     """The store in which to look for a run whose config is not known yet."""
     values = [value for path, _, value in (override.partition("=") for override in overrides) if path == _ROOT_OVERRIDE]
-    return storage.absolute(values[-1] if values else StorageConfig().root)
+    return storage.absolute(values[-1] if values else DEFAULT_ROOT)
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:

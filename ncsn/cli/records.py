@@ -50,6 +50,12 @@ def read_record(folder: RunFolder, step: str) -> StepRecord | None:
     return StepRecord(step, record["result"], record["seconds"], record["finished_at"])
 
 
+def stored_records(folder: RunFolder) -> dict[str, StepRecord]:
+    """The records of all steps that have finished in this run, in the pipeline's order."""
+    records = {step: read_record(folder, step) for step in STEPS}
+    return {step: record for step, record in records.items() if record is not None}
+
+
 def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
     """The last progress that `step` published, or None."""
     record = _read_json(folder.step(step, "progress.json"))
@@ -71,7 +77,7 @@ def forget_attempts(folder: RunFolder) -> None:
 
 def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
     """Note that this config's whole pipeline stands in the run's folder; the records of its steps."""
-    records = {record.step: record for record in _records(folder)}
+    records = stored_records(folder)
     mark = {"config": to_json(config), "finished_at": {step: record.finished_at for step, record in records.items()}}
     storage.write_text(storage.join(folder.uri, _COMPLETE), json.dumps(mark, indent=1))
     return records
@@ -82,18 +88,11 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
     mark = _read_json(storage.join(folder.uri, _COMPLETE))
     if mark is None or mark["config"] != to_json(config):
         return None
-    records = {record.step: record for record in _records(folder)}
+    records = stored_records(folder)
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
         return None
     outputs = (uri for record in records.values() for uri in _uris(record.result, folder.root))
     return records if all(storage.exists(uri) for uri in outputs) else None
-
-
-def _records(folder: RunFolder) -> Iterator[StepRecord]:
-    for step in STEPS:
-        record = read_record(folder, step)
-        if record is not None:
-            yield record
 
 
 def _uris(result: Mapping[str, Any], root: str) -> Iterator[str]:

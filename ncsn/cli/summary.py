@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ncsn import storage
+from ncsn.cli.inputs import DEFAULT_ROOT
 from ncsn.cli.records import StepRecord
 from ncsn.config import Config
 from ncsn.steps.result import RunFolder
 
 _REAL = "eval/real_"
+_STD = "_std"
 _DIGEST_SHOWN = 12
 
 
@@ -41,23 +44,34 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
     raise AssertionError(step)
 
 
-def print_summary(console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> None:
-    """The whole run: its steps, its scores beside those of real images, where things are, what to do next."""
-    console.print(_steps_table(records))
-    evaluated = records["evaluate"].result
-    console.print(_scores_table(evaluated))
-    for note in evaluated.get("notes", ()):
+def print_summary(
+    console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
+) -> None:
+    """The whole run: its steps, its scores beside those of real images, where things are, what to do next.
+
+    Args:
+        console: Where to print.
+        folder: The run.
+        config: The experiment.
+        records: Step -> its stored result.
+        earlier: Steps whose work an earlier call did.
+    """
+    console.print(_steps_table(records, earlier))
+    console.print(_scores_table(records["evaluate"].result))
+    for note in records["evaluate"].result["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
     for name, value in _whereabouts(folder, config, records):
         console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
 
 
-def _steps_table(records: Mapping[str, StepRecord]) -> Table:
+def _steps_table(records: Mapping[str, StepRecord], earlier: Collection[str]) -> Table:
     table = Table("step", box=SIMPLE_HEAD)
     table.add_column("seconds", justify="right")
     table.add_column("result")
     for step, record in records.items():
-        table.add_row(step, f"{record.seconds:,.1f}", result_line(step, record.result))
+        when = "  [dim](earlier)[/]" if step in earlier else ""
+        table.add_row(step, f"{record.seconds:,.1f}", f"{result_line(step, record.result)}{when}")
     table.add_row("[bold]all", f"[bold]{sum(record.seconds for record in records.values()):,.1f}", "")
     return table
 
@@ -66,15 +80,21 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
     table = Table("score", box=SIMPLE_HEAD)
     for column in ("samples", "real images", "samples / real"):
         table.add_column(column, justify="right")
+    metrics = {_figure(name): value for name, value in evaluated["metrics"].items()}
     real = {_figure(name): value for name, value in evaluated["real_metrics"].items()}
     for name, value in evaluated["metrics"].items():
-        beside = real.get(_figure(name))
-        if beside is None:
-            table.add_row(name, f"{value:.4g}", "", "")
-        else:
-            ratio = f"{value / beside:.3g}" if beside else ""
-            table.add_row(name, f"{value:.4g}", f"{beside:.4g}", ratio)
+        figure = _figure(name)
+        beside = real.get(figure)
+        if beside is None or figure.endswith(_STD):
+            continue
+        ratio = f"{value / beside:.3g}" if value > 0 and beside > 0 else ""
+        table.add_row(name, _with_std(metrics, figure), _with_std(real, figure), ratio)
     return table
+
+
+def _with_std(values: Mapping[str, float], figure: str) -> str:
+    std = values.get(figure + _STD)
+    return f"{values[figure]:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
 
 def _figure(name: str) -> str:
@@ -90,10 +110,13 @@ def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _whereabouts(folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> Iterator[tuple[str, str]]:
-    registered = records["register"].result
-    sampled = records["sample"].result
-    yield "grid", sampled["grid"]
-    yield "strip", sampled["strip"]
-    yield "model", f"models:/{registered['model']}/{registered['version']}"
-    yield "next", f"ncsn ui --run {folder.run}"
-    yield "", f"ncsn sample --run {folder.run} --set sampling.seed={config.sampling.seed + 1}"
+    from ncsn.tracking.connection import shown, tracking_uri
+
+    yield "grid", records["sample"].result["grid"]
+    yield "strip", records["sample"].result["strip"]
+    yield "model", records["register"].result["uri"]
+    yield "mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {shown(tracking_uri(config))}"
+    found = folder.root == storage.absolute(DEFAULT_ROOT)
+    this_run = f"--run {folder.run}" if found else f"--run {folder.run} --config {folder.config}"
+    yield "next", f"ncsn ui {this_run}"
+    yield "", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"

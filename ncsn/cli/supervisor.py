@@ -22,7 +22,7 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.cli.failures import StepFailed
 from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import StepRecord, read_error, read_progress, read_record
+from ncsn.cli.records import StepRecord, read_error, read_progress, read_record, stored_records
 from ncsn.steps.result import STEPS, RunFolder
 
 _POLL_SECONDS = 0.5
@@ -44,7 +44,7 @@ class Supervisor:
     folder: RunFolder
     work: Path
     view: ProgressView
-    _before: dict[str, StepRecord | None] = field(default_factory=dict, init=False)
+    _before: dict[str, StepRecord] = field(default_factory=dict, init=False)
 
     @property
     def log(self) -> Path:
@@ -60,7 +60,7 @@ class Supervisor:
         Raises:
             StepFailed: naming the step and its reason.
         """
-        self._before = {step: read_record(self.folder, step) for step in STEPS}
+        self._before = stored_records(self.folder)
         kfp_root = self.work / "kfp"
         earlier = set(kfp_root.glob("*"))
         request = {"config": config, "run": self.folder.run, "pipeline_root": str(kfp_root)}
@@ -88,7 +88,7 @@ class Supervisor:
 
     def _verdict(self, step: str) -> str:
         record = read_record(self.folder, step)
-        if record is None or record == self._before[step]:
+        if record is None or record == self._before.get(step):
             return "already done"
         return f"done in {record.seconds:,.1f} s"
 
@@ -101,7 +101,7 @@ class Supervisor:
             mistake = recorded.mistake
         first, *more = reason.strip().splitlines() or ["no reason given"]
         extra = [line for line in more if line.strip()] if mistake else []
-        return StepFailed("\n".join([f"step {step}: {first}", *extra]), mistake=mistake)
+        return StepFailed("\n".join([f"step {step}: {first}", *extra]), mistake=mistake, log=self.log)
 
 
 def work_folder(folder: RunFolder) -> Path:
