@@ -1,0 +1,164 @@
+"""Inpainting: spec oracle 13."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ncsn.core.inpainting import inpaint
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.langevin import annealed_langevin
+from ncsn.core.noise_schedule import geometric_sigmas
+
+RHO, KNOWN = 0.8, 1.3
+
+
+def correlated_score(sigmas):
+    covariance = torch.tensor([[1.0, RHO], [RHO, 1.0]])
+    precisions = torch.stack([torch.linalg.inv(covariance + s**2 * torch.eye(2)) for s in sigmas])
+
+    def score(x, level):
+        return -torch.einsum("bij,bj->bi", precisions[level], x.flatten(1)).view_as(x)
+
+    return score
+
+
+def complete(levels, epsilon, steps, *, count=20_000, restore=True, denoise=False):
+    sigmas = geometric_sigmas(1.0, 0.01, levels)
+    noise = KeyedNoise(0, first=0, count=count, shape=(1, 1, 2))
+    return inpaint(
+        correlated_score(sigmas),
+        x=noise.uniform(0),
+        reference=torch.tensor([KNOWN, 99.0]).expand(count, 1, 1, 2),
+        mask=torch.tensor([[True, False]]),
+        sigmas=sigmas,
+        epsilon=epsilon,
+        steps_per_level=steps,
+        noise=noise,
+        denoise=denoise,
+        restore=restore,
+    )
+
+
+@pytest.mark.parametrize(
+    ("levels", "epsilon", "steps", "mean", "variance", "tolerance"),
+    [
+        pytest.param(30, 5e-5, 100, 1.042, 0.359, 0.02, marks=pytest.mark.slow),
+        (10, 2e-5, 100, 1.02, 0.382, 0.03),
+    ],
+)
+def test_conditional_distribution_of_a_gaussian(levels, epsilon, steps, mean, variance, tolerance):
+    unknown = complete(levels, epsilon, steps, count=8000)[:, 0, 0, 1]
+    assert unknown.mean().item() == pytest.approx(mean, abs=tolerance)
+    assert unknown.var().item() == pytest.approx(variance, abs=tolerance)
+    assert unknown.mean().item() == pytest.approx(RHO * KNOWN, abs=0.03)
+    assert unknown.var().item() == pytest.approx(1 - RHO**2, abs=0.03)
+
+
+def test_known_pixels_carry_the_last_noise_until_they_are_restored():
+    rough = complete(10, 2e-5, 2, restore=False)[..., 0] - KNOWN
+    assert rough.std().item() == pytest.approx(0.01, abs=0.0003) and abs(rough.mean().item()) < 3e-4
+    assert complete(10, 2e-5, 2, count=50)[..., 0].eq(torch.tensor(KNOWN)).all()
+    assert complete(10, 2e-5, 2, count=50, denoise=True)[..., 0].eq(torch.tensor(KNOWN)).all()
+
+
+SIGMAS = geometric_sigmas(1.0, 0.01, 4)
+
+
+def images(mask, **changes):
+    noise = KeyedNoise(1, first=0, count=3, shape=(2, 4, 5))
+    arguments = {
+        "x": noise.uniform(0),
+        "reference": noise.uniform(1),
+        "mask": mask,
+        "sigmas": SIGMAS,
+        "epsilon": 2e-5,
+        "steps_per_level": 3,
+        "noise": noise,
+    } | changes
+    return inpaint(score, **arguments), arguments
+
+
+def score(x, level):
+    return (0.4 - x) / (0.1 + SIGMAS[level].view(-1, 1, 1, 1) ** 2)
+
+
+def test_everything_known_returns_the_reference_bitwise():
+    x, arguments = images(torch.ones(4, 5, dtype=torch.bool))
+    assert torch.equal(x, arguments["reference"])
+
+
+@pytest.mark.parametrize("denoise", [False, True])
+def test_nothing_known_is_annealed_langevin_bitwise(denoise):
+    x, arguments = images(torch.zeros(1, 4, 5, dtype=torch.bool), denoise=denoise)
+    plain = {key: arguments[key] for key in ("x", "sigmas", "epsilon", "steps_per_level", "noise")}
+    assert torch.equal(x, annealed_langevin(score, denoise=denoise, **plain))
+
+
+def test_unknown_pixels_of_the_reference_are_not_used():
+    mask = torch.arange(20).view(4, 5) % 2 == 0
+    x, arguments = images(mask)
+    other = torch.where(mask, arguments["reference"], torch.full_like(arguments["reference"], math.nan))
+    assert torch.equal(images(mask, reference=other)[0], x)
+
+
+def test_known_pixels_keep_one_noise_through_a_level():
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[:, :2] = True
+    seen, levels = [], []
+
+    def spying(x, level):
+        seen.append(x[..., :2].clone())
+        levels.append(int(level[0]))
+        return score(x, level)
+
+    noise = KeyedNoise(1, first=0, count=3, shape=(2, 4, 5))
+    reference = noise.uniform(1)
+    inpaint(
+        spying,
+        x=noise.uniform(0),
+        reference=reference,
+        mask=mask,
+        sigmas=SIGMAS,
+        epsilon=2e-5,
+        steps_per_level=3,
+        noise=noise,
+        denoise=False,
+    )
+    # The first evaluation of a level still sees the level before; later ones see reference + sigma z of their own.
+    for call, level in enumerate(levels):
+        if call % 3:
+            expected = reference + SIGMAS[level] * noise(12 + level)
+            torch.testing.assert_close(seen[call], expected[..., :2])
+
+
+def test_masks_differ_by_image_and_channel():
+    mask = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    x, arguments = images(mask)
+    assert torch.equal(x[mask], arguments["reference"][mask])
+    assert not torch.isclose(x[~mask], arguments["reference"][~mask]).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            torch.ones(5, 4, dtype=torch.bool),
+            r"the mask has shape \[5, 4\]; for images of 2 x 4 x 5 it must be \[4, 5\]",
+        ),
+        (torch.ones(3, 4, 5, dtype=torch.bool), r"\[1 or 2, 4, 5\]"),
+        (torch.ones(2, 1, 4, 5, dtype=torch.bool), "one such per image"),
+        (torch.ones(5, dtype=torch.bool), r"has shape \[5\]"),
+        (torch.ones(4, 5), "must be bool"),
+    ],
+)
+def test_masks_of_the_wrong_shape_or_type_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        images(mask)
+
+
+def test_references_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="the reference has shape"):
+        images(torch.ones(4, 5, dtype=torch.bool), reference=torch.zeros(1, 2, 4, 5))

@@ -1,0 +1,68 @@
+"""Which levels a sampler visits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ncsn.core.level_grid import LevelGrid, choose_levels, karras_sigmas, score_at_sigma
+from ncsn.core.noise_schedule import geometric_sigmas
+
+V2 = geometric_sigmas(50.0, 0.01, 232)
+
+
+def test_all_levels_unless_fewer_are_asked_for():
+    assert choose_levels(V2, None) == choose_levels(V2, 232) == choose_levels(V2, 500) == list(range(232))
+
+
+@pytest.mark.parametrize("count", [2, 3, 30, 117, 231])
+def test_geometric_subset_is_even_and_has_both_ends(count):
+    indices = choose_levels(V2, count)
+    assert len(indices) == count and indices[0] == 0 and indices[-1] == 231
+    exact = [k * 231 / (count - 1) for k in range(count)]
+    assert max(abs(i - e) for i, e in zip(indices, exact, strict=True)) <= 0.5001
+    assert indices == sorted(set(indices))
+
+
+def test_geometric_subset_of_uneven_levels_has_no_duplicates():
+    sigmas = torch.tensor([10.0, 9.9, 9.8, 9.7, 0.02, 0.01])
+    for count in range(2, 7):
+        indices = choose_levels(sigmas, count)
+        assert len(set(indices)) == count and indices == sorted(indices) and indices[0] == 0 and indices[-1] == 5
+
+
+def test_karras_grid():
+    grid = karras_sigmas(80.0, 0.002, 18)
+    assert grid[0] == 80.0 and grid[-1] == 0.002 and len(grid) == 18
+    # Worked by hand: (80^(1/7) + (0.002^(1/7) - 80^(1/7)) / 17)^7 = 57.586.
+    assert grid[1] == pytest.approx(57.586, abs=1e-3)
+    assert karras_sigmas(4.0, 1.0, 3, rho=1.0) == [4.0, 2.5, 1.0]
+    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+        karras_sigmas(1.0, 0.1, 1)
+
+
+def test_karras_subset_moves_to_trained_levels_and_drops_duplicates():
+    few = geometric_sigmas(1.0, 0.01, 10)
+    indices = choose_levels(few, 9, spacing="karras")
+    assert indices == sorted(set(indices)) and indices[0] == 0 and indices[-1] == 9
+    many = choose_levels(V2, 18, spacing="karras")
+    for index, sigma in zip(many, karras_sigmas(50.0, 0.01, 18), strict=True):
+        assert V2[index].item() == pytest.approx(sigma, rel=0.02)
+
+
+def test_one_level_is_too_few():
+    with pytest.raises(ValueError, match="num_levels = 1"):
+        choose_levels(V2, 1)
+
+
+def test_refined_grid_keeps_the_old_levels(analytic):
+    sigmas = geometric_sigmas(1.0, 0.01, 5).double()
+    grid = LevelGrid.refined(analytic.GaussianScore(sigmas, s2=0.3), sigmas, 4)
+    assert len(grid.sigmas) == 17
+    torch.testing.assert_close(torch.tensor(grid.sigmas[::4], dtype=torch.float64), sigmas, rtol=1e-6, atol=0)
+
+
+def test_a_network_of_levels_refuses_a_sigma(analytic):
+    network = analytic.ByLevelOnly(analytic.GaussianScore(V2, s2=1.0))
+    with pytest.raises(ValueError, match="ByLevelOnly knows its own noise levels only"):
+        score_at_sigma(network, torch.zeros(1, 1, 2, 2), sigma=0.5)
