@@ -53,8 +53,8 @@ def test_conditional_distribution_of_a_gaussian(levels, epsilon, steps, mean, va
     unknown = complete(levels, epsilon, steps, count=8000)[:, 0, 0, 1]
     assert unknown.mean().item() == pytest.approx(mean, abs=tolerance)
     assert unknown.var().item() == pytest.approx(variance, abs=tolerance)
-    assert unknown.mean().item() == pytest.approx(RHO * KNOWN, abs=0.03)
-    assert unknown.var().item() == pytest.approx(1 - RHO**2, abs=0.03)
+    assert unknown.mean().item() == pytest.approx(RHO * KNOWN, abs=0.05)
+    assert unknown.var().item() == pytest.approx(1 - RHO**2, abs=0.05)
 
 
 def test_known_pixels_carry_the_last_noise_until_they_are_restored():
