@@ -6,8 +6,11 @@ import io
 import lzma
 import pickle
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,31 @@ _DAMAGED = (
     MemoryError,
 )  # fmt: skip
 
-Reader = Callable[[], bytes]
+_BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch in a file of its own, and its name for messages."""
+
+    name: str
+    path: Path
+
+
+# Gives the batches of these names while its block lasts.
+_Opener = Callable[[Sequence[str]], AbstractContextManager[list[_Batch]]]
 
 
 def open_cifar10(data: DataConfig) -> Source:
     """CIFAR-10 from data.root: the archive, a folder that holds it, or its unpacked folder."""
     if data.download and data.root is not None:
         _download(Path(data.root).expanduser())
-    root = root_of(data)
-    batches = _locate(root)
+    batches = _locate(root_of(data))
     return Source(
         description="CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
         license="no licence stated by its authors; collected from the web",
         class_names=_CLASSES,
-        splits={split: _open_split(data, {name: batches[name] for name in names}) for split, names in _BATCHES.items()},
+        splits={split: _open_split(data, names, batches) for split, names in _BATCHES.items()},
     )
 
 
@@ -89,20 +103,20 @@ def parse_binary(content: bytes, *, name: str) -> tuple[np.ndarray, np.ndarray]:
     return records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].astype(np.int64)
 
 
-def _open_split(data: DataConfig, batches: Mapping[str, tuple[str, Reader]]) -> Split:
+def _open_split(data: DataConfig, names: Sequence[str], batches: _Opener) -> Split:
     fit = fit_of(data)
-    # The images of a batch are counted only by reading it; the published batches have 10,000 each.
-    expected = 10_000 * len(batches)
 
     def stream() -> Iterator[Example]:
-        for name, read in batches.values():
-            parse = parse_binary if name.endswith(".bin") else parse_pickle
-            images, labels = parse(read(), name=name)
-            _check_labels(labels, name)
-            for index, (image, label) in enumerate(zip(images.transpose(0, 2, 3, 1), labels.tolist(), strict=True)):
-                yield Example(fit.array(image, name=f"image {index} of {name}"), label)
+        with batches(names) as opened:
+            for batch in opened:
+                parse = parse_binary if batch.name.endswith(".bin") else parse_pickle
+                images, labels = parse(batch.path.read_bytes(), name=batch.name)
+                _check_labels(labels, batch.name)
+                for index, (image, label) in enumerate(zip(images.transpose(0, 2, 3, 1), labels.tolist(), strict=True)):
+                    yield Example(fit.array(image, name=f"image {index} of {batch.name}"), label)
 
-    return Split(expected, stream)
+    # Only reading a batch tells how many images it holds; the published ones have 10,000 each.
+    return Split(10_000 * len(names), stream)
 
 
 def _check_labels(labels: np.ndarray, name: str) -> None:
@@ -111,14 +125,13 @@ def _check_labels(labels: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} gives image {wrong[0]} label {labels[wrong[0]]}; labels are 0 to {len(_CLASSES) - 1}")
 
 
-def _locate(root: Path) -> dict[str, tuple[str, Reader]]:
-    """Batch -> its name for messages, and how to read it."""
+def _locate(root: Path) -> _Opener:
     if root.is_file():
         return _archive_batches(root)
     for folder in (root / name for name in _FOLDERS):
         found = _folder_batches(folder)
         if found:
-            return found
+            return lambda names: nullcontext([found[name] for name in names])
     for archive in (root / name for name in _ARCHIVES):
         if archive.is_file():
             return _archive_batches(archive)
@@ -128,49 +141,60 @@ def _locate(root: Path) -> dict[str, tuple[str, Reader]]:
     )
 
 
-def _folder_batches(folder: Path) -> dict[str, tuple[str, Reader]]:
+def _folder_batches(folder: Path) -> dict[str, _Batch]:
     names = [name for group in _BATCHES.values() for name in group]
     for suffix in ("", ".bin"):
         paths = {name: folder / f"{name}{suffix}" for name in names}
         missing = [path for path in paths.values() if not path.is_file()]
         if not missing:
-            return {name: (str(path), path.read_bytes) for name, path in paths.items()}
+            return {name: _Batch(str(path), path) for name, path in paths.items()}
         if len(missing) < len(names):
             raise FileNotFoundError(f"CIFAR-10 is incomplete: {missing[0]} is missing; unpack the archive again")
     return {}
 
 
-def _archive_batches(archive: Path) -> dict[str, tuple[str, Reader]]:
-    names = {name for group in _BATCHES.values() for name in group}
-    members: dict[str, str] = {}
-    try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                path = safe_member(member.name, archive=archive)
-                if member.isfile() and path.name.removesuffix(".bin") in names:
-                    members[path.name.removesuffix(".bin")] = member.name
-    except _BROKEN_ARCHIVE as error:
-        raise _damaged_archive(archive, error) from error
-    missing = sorted(names - members.keys())
+def _archive_batches(archive: Path) -> _Opener:
+    wanted = {name for group in _BATCHES.values() for name in group}
+    members = {}
+    for name, _ in _read_members(archive, ()):
+        members[Path(name).name.removesuffix(".bin")] = name
+    missing = sorted(wanted - members.keys())
     if missing:
         raise ValueError(f"{archive} is not CIFAR-10: it holds no {missing[0]}; fetch it again")
-    return {name: (f"{archive}:{member}", _member_reader(archive, member)) for name, member in members.items()}
+    return lambda names: _unpacked(archive, [members[name] for name in names])
 
 
-_BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+@contextmanager
+def _unpacked(archive: Path, members: Sequence[str]) -> Iterator[list[_Batch]]:
+    """The members in temporary files: the archive can only be read from its start, and has them in another order."""
+    with tempfile.TemporaryDirectory(prefix="ncsn-cifar-") as folder:
+        batches = {name: _Batch(f"{archive}:{name}", Path(folder) / Path(name).name) for name in members}
+        for name, content in _read_members(archive, members):
+            if name in batches:
+                batches[name].path.write_bytes(content)
+        yield list(batches.values())
 
 
-def _member_reader(archive: Path, member: str) -> Reader:
-    def read() -> bytes:
+def _read_members(archive: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """Name of each file in the archive, and the content of those in `names`, in one pass."""
+    members = _walk(archive, names)
+    while True:
         try:
-            with tarfile.open(archive, "r:*") as tar:
-                stream = tar.extractfile(member)
-                assert stream is not None, member
-                return stream.read()
+            member = next(members, None)
         except _BROKEN_ARCHIVE as error:
             raise _damaged_archive(archive, error) from error
+        if member is None:
+            return
+        yield member
 
-    return read
+
+def _walk(archive: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(archive, "r|*") as tar:
+        for member in tar:
+            safe_member(member.name, archive=archive)
+            stream = tar.extractfile(member) if member.isfile() else None
+            if stream is not None:
+                yield member.name, stream.read() if member.name in names else b""
 
 
 def _damaged_archive(archive: Path, error: BaseException) -> ValueError:
@@ -182,7 +206,8 @@ def _download(root: Path) -> None:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
 
-    if root.is_file() or any(_folder_batches(root / folder) for folder in _FOLDERS):
+    archive = any((root / name).is_file() for name in _ARCHIVES[1:])
+    if root.is_file() or archive or any(_folder_batches(root / folder) for folder in _FOLDERS):
         return
     try:
         download_url(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)

@@ -95,7 +95,7 @@ def test_a_damaged_copy_is_named(dataset, tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_config):
-    config = data_config("sklearn_digits", image_size=64)
+    config = data_config("sklearn_digits", image_size=64, rows_per_part=100)
     uri = write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
     with pytest.raises(OSError, match=r"No space left|File too large") as failure:
         open_cache(uri, "train", cache_dir=small_disk.folder)
