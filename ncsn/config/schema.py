@@ -185,16 +185,16 @@ class EvaluationConfig(Section):
 
     extractor: Literal["classifier", "inception"] = Field(
         "classifier",
-        description="Feature extractor: a small classifier trained on the ingested images, or the 2015 Inception graph.",
+        description="Feature extractor: a small classifier of the ingested images, or the 2015 Inception graph.",
     )
     weights: str | None = Field(
         None,
-        description="Weights of the inception extractor: local path, http(s) URL or s3 URI; kept in the cache once fetched.",
+        description="Weights of the inception extractor: local path, http(s) URL (kept in the cache) or s3 URI.",
     )
     weights_sha256: str = Field(
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        description="SHA-256 that the weights must have. The default is that of weights-inception-2015-12-05-6726825d.pth; "
-        "with any other file the figures are not named Inception figures.",
+        description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; with "
+        "any other file the figures are not named Inception figures.",
     )
     classifier_epochs: int = Field(10, ge=1, le=1000, description="Passes over the training split for the classifier.")
     num_splits: int = Field(

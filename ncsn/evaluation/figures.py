@@ -2,36 +2,119 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
-from ncsn.evaluation.extractors import Extracted
+from ncsn.core.keyed_random import keyed_permutation
+from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.inception_score import inception_score
+from ncsn.evaluation.kernel_distance import kernel_distance
+from ncsn.evaluation.neighbours import Neighbours, nearest_neighbours
+from ncsn.evaluation.precision_recall import precision_recall
 from ncsn.evaluation.reference import Reference, class_histogram
 
+BALL_IMAGES = 10_000
+"""Images for precision, recall, density and coverage, whose cost grows with their square."""
+NEIGHBOUR_IMAGES = 256
+"""Images whose nearest training images are sought."""
+SHOWN_NEIGHBOURS = 16
+"""Images whose nearest training images are listed."""
+FEWEST_BALLS = 6
 
-def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int) -> dict[str, float]:
-    """Figures by short name: `score`, `score_std`, `fid`, `class_tv` and `confidence`.
 
-    `score` is the Inception-score formula over contiguous splits, `fid` the Frechet distance to all reference images,
-    `class_tv` the total-variation distance in [0, 1] of the histograms of most probable classes, and `confidence` the
-    mean largest class probability.
+@dataclass(frozen=True)
+class Figure:
+    """A figure and the images behind it."""
+
+    value: float
+    num_images: int
+
+
+def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, seed: int) -> dict[str, Figure]:
+    """Figures by short name.
+
+    - `score`, `score_std`: the Inception-score formula over contiguous splits.
+    - `fid`: Frechet distance to all reference images.
+    - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 256 images.
+    - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
+    - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
+    - `confidence`: mean largest class probability.
+
+    Args:
+        extracted: the images through the extractor.
+        reference: the reference images through the same one.
+        num_splits: of the score.
+        seed: of the subsets that are drawn.
 
     Raises:
         ValueError: for fewer images than splits, or features that are not finite.
     """
+    count = len(extracted.features)
     score = inception_score(extracted.log_probabilities, num_splits=num_splits)
     distance = frechet_distance(FrechetStatistics.of(extracted.features), reference.statistics)
+    kernel = kernel_distance(extracted.features, reference.features, seed=seed)
     difference = class_histogram(extracted.log_probabilities) - reference.class_histogram
-    return {
+    values = {
         "score": score.mean,
         "score_std": score.std,
         "fid": distance,
+        "kid": kernel.mean,
+        "kid_std": kernel.std,
         "class_tv": float(0.5 * np.abs(difference).sum()),
         "confidence": float(np.exp(extracted.log_probabilities.max(axis=1)).mean()),
     }
+    return {name: Figure(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
+
+
+def pixel_neighbours(images: Images, training_images: Images) -> Neighbours:
+    """The two nearest training images, by Euclidean distance of pixels in 0..255, of at most 256 images."""
+    return nearest_neighbours(images[:NEIGHBOUR_IMAGES], training_images, k=2)
+
+
+def neighbour_figures(neighbours: Neighbours) -> dict[str, Figure]:
+    """`memorised`, the share in [0, 1] of images that copy a training image, and `nn_distance`.
+
+    `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. Well below that of
+    real test images it says that the model repeats its training images.
+    """
+    count = len(neighbours.distances)
+    return {
+        "memorised": Figure(float(neighbours.memorised.mean()), count),
+        "nn_distance": Figure(float(np.median(neighbours.distances[:, 0])), count),
+    }
+
+
+def neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[str, Any]]:
+    """Of the first 16 images: the nearest rows of the train split by pixels and by features, nearest first."""
+    spaces = {"pixels": pixels, "features": features}
+    return [
+        {
+            "image": row,
+            "memorised": bool(pixels.memorised[row]),
+            **{f"{name}_rows": found.indices[row].tolist() for name, found in spaces.items()},
+            **{f"{name}_distances": found.distances[row].round(3).tolist() for name, found in spaces.items()},
+        }
+        for row in range(min(SHOWN_NEIGHBOURS, len(features.indices)))
+    ]
 
 
 def metric_name(figure: str, *, extractor: str, num_images: int, real: bool = False) -> str:
     """`eval/classifier_fid_n512`, or `eval/real_classifier_fid_n512` for real test images."""
     return f"eval/{'real_' if real else ''}{extractor}_{figure}_n{num_images}"
+
+
+def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str, Figure]:
+    count = min(len(extracted.features), len(reference.features), BALL_IMAGES)
+    if count < FEWEST_BALLS:
+        return {}
+    chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:count])
+    shares = precision_recall(extracted.features[:count], reference.features[chosen])
+    return {
+        "precision": Figure(shares.precision, count),
+        "recall": Figure(shares.recall, count),
+        "density": Figure(shares.density, count),
+        "coverage": Figure(shares.coverage, count),
+    }

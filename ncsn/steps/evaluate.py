@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ncsn import storage
@@ -17,15 +20,28 @@ from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.classifier_store import obtain_classifier
 from ncsn.evaluation.extractors import Extractor, Images, batches, fingerprint_of
-from ncsn.evaluation.figures import figures_of, metric_name
+from ncsn.evaluation.figures import (
+    NEIGHBOUR_IMAGES,
+    SHOWN_NEIGHBOURS,
+    Figure,
+    figures_of,
+    metric_name,
+    neighbour_figures,
+    neighbour_table,
+    pixel_neighbours,
+)
+from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.measurement import Measurement
-from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.evaluation.neighbours import nearest_neighbours
+from ncsn.evaluation.reference import Reference, extract_all, obtain_reference
 from ncsn.evaluation.samples import read_samples
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
 
 REFERENCE_SPLIT = "train"
+SEED = 0
+"""Of the classifier and of what is drawn: the same for all experiments on a data set, so that they compare."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class _Meter:
     done: int = 0
 
     def add(self, count: int) -> None:
+        """Count images of the part at hand."""
         self.done += count
         self.publish(self.done, self.total)
 
@@ -109,7 +126,6 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
             "dataset": dataset,
             "num_images": config.sampling.num_images,
             "evaluation": config.evaluation.model_dump(mode="json"),
-            "seed": config.seed,
         },
         result_type=EvaluateResult,
         outputs=lambda result: [result.uri],
@@ -125,10 +141,10 @@ def evaluate(
     settings, count = config.evaluation, config.sampling.num_images
     manifest = load_manifest(dataset)
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
-    num_real = min(count, len(test.images))
-    training = settings.classifier_epochs * len(train.images)
-    meter = _Meter(progress, training + len(train.images) + count + num_real)
-    extractor, facts = _classifier(config, dataset, manifest, train, test, meter.part(training))
+    num_real = min(count, len(test))
+    training = settings.classifier_epochs * len(train) if settings.extractor == "classifier" else 0
+    meter = _Meter(progress, training + len(train) + count + num_real)
+    extractor, facts = _extractor(config, dataset, manifest, train, test, meter.part(training))
     meter.done = training
     reference = obtain_reference(
         dataset,
@@ -137,29 +153,80 @@ def evaluate(
         dataset_digest=manifest.digest,
         split=REFERENCE_SPLIT,
         batch_size=settings.batch_size,
-        on_progress=meter.part(len(train.images)),
+        on_progress=meter.part(len(train)),
     )
-    meter.done = training + len(train.images)
-    stream = _of_shape(read_samples(samples, num_images=count, batch_size=settings.batch_size), manifest, samples)
-    generated = extract_all(extractor, stream, on_images=meter.add)
-    chosen = test.images[keyed_permutation(config.seed, epoch=0, size=len(test.images))[:num_real]]
-    real = extract_all(extractor, batches(chosen, batch_size=settings.batch_size), on_images=meter.add)
-    figures = figures_of(generated, reference, num_splits=settings.num_splits)
-    real_figures = figures_of(real, reference, num_splits=settings.num_splits)
-    figures["score_ratio"] = figures["score"] / real_figures["score"]
+    meter.done = training + len(train)
+    stream = read_samples(samples, num_images=count, batch_size=settings.batch_size)
+    chosen = test.images[keyed_permutation(SEED, epoch=0, size=len(test))[:num_real]]
+    compare = partial(_compare, extractor, reference, train.images, settings.num_splits, meter)
+    generated = compare(_of_shape(stream, manifest, samples))
+    real = compare(batches(chosen, batch_size=settings.batch_size))
+    generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{extractor.name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=facts | _named(figures, extractor, count),
-        real_metrics=_named(real_figures, extractor, num_real, real=True),
+        metrics=facts | generated.named(extractor),
+        real_metrics=real.named(extractor, real=True),
         fingerprint=reference.fingerprint,
         num_images=count,
         num_real_images=num_real,
-        gate=asdict(_gate(figures["fid"], extractor, count, reference.fingerprint)),
+        gate=asdict(_gate(generated.figures["fid"], extractor, reference.fingerprint)),
         notes=_notes(count, num_real),
     )
-    provenance = {"samples": samples, "dataset": dataset, "reference_split": REFERENCE_SPLIT}
-    storage.write_text(result.uri, json.dumps(asdict(result) | provenance, indent=1))
+    evidence = {
+        "samples": samples,
+        "dataset": dataset,
+        "reference_split": REFERENCE_SPLIT,
+        "nearest_training_images": generated.nearest,
+    }
+    storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
     return result
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The figures of one set of images, and the nearest training images of its first ones."""
+
+    figures: dict[str, Figure]
+    nearest: list[dict[str, Any]]
+
+    def value(self, figure: str) -> float:
+        return self.figures[figure].value
+
+    def named(self, extractor: Extractor, *, real: bool = False) -> dict[str, float]:
+        return {
+            metric_name(name, extractor=extractor.name, num_images=figure.num_images, real=real): figure.value
+            for name, figure in self.figures.items()
+        }
+
+
+def _compare(
+    extractor: Extractor,
+    reference: Reference,
+    training_images: Images,
+    num_splits: int,
+    meter: _Meter,
+    stream: Iterator[Images],
+) -> _Compared:
+    first_images: list[Images] = []
+    missing = NEIGHBOUR_IMAGES
+
+    def observed() -> Iterator[Images]:
+        nonlocal missing
+        for batch in stream:
+            if missing > 0:
+                first_images.append(batch[:missing])
+                missing -= len(first_images[-1])
+            yield batch
+            meter.add(len(batch))
+
+    extracted = extract_all(extractor, observed())
+    pixels = pixel_neighbours(np.concatenate(first_images), training_images)
+    features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
+    figures = figures_of(extracted, reference, num_splits=num_splits, seed=SEED)
+    return _Compared(
+        figures=figures | neighbour_figures(pixels),
+        nearest=neighbour_table(pixels=pixels, features=features),
+    )
 
 
 def _check_inputs(config: Config, samples: str, dataset: str) -> None:
@@ -174,7 +241,7 @@ def _check_inputs(config: Config, samples: str, dataset: str) -> None:
         )
 
 
-def _classifier(
+def _extractor(
     config: Config,
     dataset: str,
     manifest: Manifest,
@@ -182,22 +249,27 @@ def _classifier(
     test: CachedSplit,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Extractor, dict[str, float]]:
+    """The configured extractor, and what is known of its quality as metrics."""
+    settings = config.evaluation
+    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
+    if len(test) < settings.num_splits:
+        raise ValueError(
+            f"the test split has {len(test)} images, fewer than evaluation.num_splits = {settings.num_splits}; "
+            "lower evaluation.num_splits or raise data.test_fraction"
+        )
+    if settings.extractor == "inception":
+        assert settings.weights is not None, "the schema asks for weights"
+        return InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device), {}
     recipe = ClassifierRecipe(
         image_size=manifest.image_size,
         channels=manifest.channels,
         num_classes=len(manifest.class_names),
-        epochs=config.evaluation.classifier_epochs,
-        seed=config.seed,
+        epochs=settings.classifier_epochs,
+        seed=SEED,
     )
-    stored = obtain_classifier(
-        dataset,
-        recipe,
-        train=train,
-        test=test,
-        device="cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu",
-        on_progress=on_progress,
-    )
-    return stored.extractor, {"eval/classifier_test_accuracy": stored.test_accuracy}
+    stored = obtain_classifier(dataset, recipe, train=train, test=test, device=device, on_progress=on_progress)
+    known = not math.isnan(stored.test_accuracy)
+    return stored.extractor, {"eval/classifier_test_accuracy": stored.test_accuracy} if known else {}
 
 
 def _of_shape(stream: Iterator[Images], manifest: Manifest, samples: str) -> Iterator[Images]:
@@ -214,18 +286,11 @@ def _pixels(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _named(figures: dict[str, float], extractor: Extractor, num_images: int, *, real: bool = False) -> dict[str, float]:
-    return {
-        metric_name(figure, extractor=extractor.name, num_images=num_images, real=real): value
-        for figure, value in figures.items()
-    }
-
-
-def _gate(distance: float, extractor: Extractor, num_images: int, fingerprint: str) -> Measurement:
+def _gate(distance: Figure, extractor: Extractor, fingerprint: str) -> Measurement:
     return Measurement(
-        name=metric_name("fid", extractor=extractor.name, num_images=num_images),
-        value=distance,
-        num_images=num_images,
+        name=metric_name("fid", extractor=extractor.name, num_images=distance.num_images),
+        value=distance.value,
+        num_images=distance.num_images,
         fingerprint=fingerprint,
         lower_is_better=True,
     )

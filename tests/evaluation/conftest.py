@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 from ncsn.data.row import Images
 
@@ -13,7 +14,8 @@ def _one_thread() -> Iterator[None]:
     """Two threads that share one busy core are slower than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with threadpool_limits(1):
+        yield
     torch.set_num_threads(before)
 
 

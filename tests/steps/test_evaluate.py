@@ -1,12 +1,14 @@
 """The evaluate step on real digits: real images score as real, noise does not, and a second call does nothing."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
@@ -23,10 +25,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCSN_CACHE_DIR", str(store / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _one_thread() -> Iterator[None]:
+    """Two threads that share one busy core are slower than one."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
 
 
 def make_config(store: Path, **sections: dict[str, object]) -> Config:
@@ -71,6 +76,12 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert metrics["eval/classifier_fid_n500"] == pytest.approx(real["eval/real_classifier_fid_n500"], rel=0.1)
     assert metrics["eval/classifier_class_tv_n500"] < 0.06
     assert metrics["eval/classifier_confidence_n500"] > 0.95
+    assert metrics["eval/classifier_kid_n500"] == pytest.approx(
+        real["eval/real_classifier_kid_n500"], abs=4 * metrics["eval/classifier_kid_std_n500"]
+    )
+    assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
+    assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
+    assert metrics["eval/classifier_memorised_n256"] < 0.05
     assert (result.num_images, result.num_real_images, result.notes) == (500, 500, [])
     gate = Measurement(**result.gate)
     assert gate.name == "eval/classifier_fid_n500"
@@ -80,6 +91,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     written = json.loads(Path(result.uri).read_text())
     assert written["metrics"] == metrics
     assert written["reference_split"] == "train"
+    assert len(written["nearest_training_images"]) == 16
     assert Path(result.uri).parent == store / "runs" / "real" / "evaluation"
     assert not [name for name in [*metrics, *real] if "inception" in name]
 
@@ -101,6 +113,17 @@ def test_noise_is_told_from_digits(store: Path, dataset: str, tmp_path: Path) ->
     real = result.real_metrics
     assert result.metrics["eval/classifier_fid_n500"] > 10 * real["eval/real_classifier_fid_n500"]
     assert result.metrics["eval/classifier_score_n500"] < 0.8 * real["eval/real_classifier_score_n500"]
+
+
+def test_copies_of_training_images_are_flagged(store: Path, dataset: str, tmp_path: Path) -> None:
+    copies = write_samples(tmp_path / "copies", open_cache(dataset, "train").images[:500])
+    result = evaluate(make_config(store), samples=copies, dataset=dataset, folder=tmp_path)
+    assert result.metrics["eval/classifier_memorised_n256"] > 0.99
+    assert result.metrics["eval/classifier_nn_distance_n256"] == 0
+    assert result.real_metrics["eval/real_classifier_nn_distance_n256"] > 10
+    shown = json.loads(Path(result.uri).read_text())["nearest_training_images"]
+    assert [row["pixels_rows"][0] for row in shown] == list(range(16))
+    assert all(row["memorised"] for row in shown)
 
 
 def test_one_class_only_shows_in_the_histogram(store: Path, dataset: str, tmp_path: Path) -> None:

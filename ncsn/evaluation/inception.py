@@ -1,0 +1,74 @@
+"""The 2015 Inception graph as an extractor, by torch-fidelity's port: what published scores and FIDs use."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ncsn.evaluation.extractors import Extracted, Images, fingerprint_of, require_images
+from ncsn.evaluation.weights import obtain_weights
+
+OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use."""
+
+FEATURES = "2048"
+LOGITS = "logits_unbiased"
+
+
+class InceptionExtractor:
+    """Pool features [N, 2048] and class probabilities [N, 1008] without the last bias; an `Extractor`, see there.
+
+    Images are resized to 299 pixels as TensorFlow 1 did (bilinear, no half-pixel offset), gray ones repeated to RGB.
+    With other weights than the official ones the figures are not called Inception figures: the name changes.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str, *, sha256: str = OFFICIAL_SHA256, device: str = "cpu") -> None:
+        """Load the graph.
+
+        Args:
+            weights: local path, URL or s3 URI of the weights file.
+            sha256: its SHA-256.
+            device: torch device to compute on.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is another one or not such weights, or torch-fidelity is not installed.
+        """
+        self.name = "inception" if sha256 == OFFICIAL_SHA256 else "custom_graph"
+        self.fingerprint = fingerprint_of(
+            kind="inception-2015-12-05", port="torch-fidelity", weights=sha256, resize="tf1-bilinear-299"
+        )
+        self._device = device
+        self._graph = _load_graph(obtain_weights(weights, sha256=sha256)).to(device)
+
+    def extract(self, images: Images) -> Extracted:
+        """Features [N, 2048] and log probabilities [N, 1008] of uint8 [N, H, W, 1 or 3] images."""
+        require_images(images, height=None, width=None, channels=1 if images.shape[-1] == 1 else 3)
+        pixels = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            features, logits = self._graph(pixels.expand(-1, 3, -1, -1))
+            log_probabilities = F.log_softmax(logits.double(), dim=1)
+        return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
+
+
+def _load_graph(path: Path) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise ValueError(
+            "evaluation.extractor: inception needs torch-fidelity; install it with `pip install torch-fidelity`"
+        ) from None
+    try:
+        # torch-fidelity unpickles without restriction: only a file that a restricted read accepts may reach it.
+        torch.load(path, map_location="meta", weights_only=True)
+        return FeatureExtractorInceptionV3("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} does not hold weights of the 2015 Inception graph: {reason}") from None

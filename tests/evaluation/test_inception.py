@@ -1,0 +1,175 @@
+"""The Inception extractor: its plumbing with random weights, and the same figures as torch-fidelity's.
+
+The official weights are not at hand where the tests run, so that their values are not tested.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from ncsn.config import Config
+from ncsn.config.schema import EvaluationConfig
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
+from ncsn.evaluation.inception import InceptionExtractor
+from ncsn.evaluation.inception_score import inception_score
+from ncsn.evaluation.kernel_distance import kernel_distance
+from ncsn.evaluation.precision_recall import precision_recall
+from ncsn.steps import evaluate
+
+
+class RandomGraph(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """The graph as initialised: it loads nothing."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A file of random weights of the right layout, and its SHA-256."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    torch.manual_seed(0)
+    graph = RandomGraph("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    path = folder / "weights.pth"
+    torch.save(graph.state_dict(), path)
+    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_features_and_probabilities_are_the_ports(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    extractor = InceptionExtractor(path, sha256=sha256)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    images.flags.writeable = False
+    extracted = extractor.extract(images)
+    graph = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+    features, logits = graph(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_array_equal(extracted.features, features.numpy())
+    np.testing.assert_array_equal(extracted.log_probabilities, logits.double().log_softmax(1).numpy())
+    assert (extracted.features.shape, extracted.log_probabilities.shape) == ((2, 2048), (2, 1008))
+
+
+def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    extractor = InceptionExtractor(path, sha256=sha256)
+    gray = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        extractor.extract(gray).features, extractor.extract(np.repeat(gray, 3, axis=3)).features
+    )
+    with pytest.raises(ValueError, match=r"must be \[N, H, W, 3\], got \[1, 8, 8, 2\]"):
+        extractor.extract(np.zeros((1, 8, 8, 2), np.uint8))
+
+
+def test_only_the_official_weights_give_inception_figures(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    assert InceptionExtractor(path, sha256=sha256).name == "custom_graph"
+    with pytest.raises(ValueError, match=f"has SHA-256 {sha256}, expected 6726825d"):
+        InceptionExtractor(path)
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    def refusal(content: Any) -> str:
+        path = tmp_path / "other.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match="does not hold weights of the 2015 Inception graph") as caught:
+            InceptionExtractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        return str(caught.value)
+
+    for content in (b"not a checkpoint", {"fc.weight": torch.zeros(3)}, Path("an object that must be unpickled")):
+        assert "\n" not in refusal(content)
+
+
+def test_the_evaluate_step_loads_it_before_it_reads_an_image(weights: tuple[str, str], tmp_path: Path) -> None:
+    """Up to the check of the hash: the distance of 2048-dimensional features takes longer than a test should."""
+    path, sha256 = weights
+    data = {"source": "sklearn_digits", "image_size": 8, "channels": 1, "max_images": 6}
+    tree = {
+        "name": "digits",
+        "data": data,
+        "network": {"kind": "unet"},
+        "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
+        "sampling": {"num_images": 6, "sampler": {"kind": "annealed_langevin"}},
+        "evaluation": {"extractor": "inception", "weights": path, "num_splits": 1},
+    }
+    config = Config.model_validate(tree)
+    dataset = write_dataset(open_source(config.data), str(tmp_path / "datasets"), name="digits", data=config.data)
+    with pytest.raises(ValueError, match=f"evaluation.weights: {path} has SHA-256 {sha256}, expected 6726825d"):
+        evaluate.evaluate(
+            config,
+            samples=str(tmp_path),
+            dataset=dataset.uri,
+            folder=str(tmp_path / "evaluation"),
+            progress=lambda done, total: None,
+        )
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"extractor": "inception"}, "needs evaluation.weights"),
+        ({"weights_sha256": "abc"}, "'abc' is not a SHA-256: give 64 lower-case"),
+    ],
+)
+def test_the_config_names_weights_and_hash(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def features() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(2)
+    mixing = rng.standard_normal((48, 48)) / 7
+    one, two = np.abs(rng.standard_normal((600, 48)) @ mixing), np.abs(rng.standard_normal((600, 48)) @ mixing + 0.2)
+    return torch.from_numpy(one).float(), torch.from_numpy(two).float()
+
+
+def test_frechet_distance_agrees_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    expected = fid_statistics_to_metric(
+        fid_features_to_statistics(one.double()), fid_features_to_statistics(two.double()), verbose=False
+    )
+    measured = frechet_distance(FrechetStatistics.of(one.numpy()), FrechetStatistics.of(two.numpy()))
+    assert measured == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+
+
+def test_kernel_distance_agrees_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    whole = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=600, verbose=False)
+    measured = kernel_distance(one.numpy(), two.numpy())
+    assert measured.mean == pytest.approx(whole["kernel_inception_distance_mean"], rel=1e-3)
+    subsets = kid_features_to_metric(one, two, kid_subsets=100, kid_subset_size=200, verbose=False)
+    measured = kernel_distance(one.numpy(), two.numpy(), subset_size=200)
+    error = subsets["kernel_inception_distance_std"] / 10
+    assert measured.mean == pytest.approx(subsets["kernel_inception_distance_mean"], abs=4 * error)
+
+
+def test_score_agrees_with_torch_fidelity() -> None:
+    logits = torch.from_numpy(np.random.default_rng(3).standard_normal((605, 100)) * 3).float()
+    expected = isc_features_to_metric(logits, splits=10, shuffle=False)
+    measured = inception_score(logits.double().log_softmax(1).numpy(), num_splits=10)
+    assert measured.mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+    assert measured.std == pytest.approx(expected["inception_score_std"], rel=1e-6)
+
+
+def test_precision_and_recall_agree_with_torch_fidelity(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    one, two = features
+    expected = prc_features_to_metric(one.double(), two.double(), verbose=False)
+    measured = precision_recall(one.numpy(), two.numpy())
+    assert measured.precision == pytest.approx(expected["precision"], abs=1e-6)
+    assert measured.recall == pytest.approx(expected["recall"], abs=1e-6)
+    assert 0.05 < measured.precision < 0.95
