@@ -44,7 +44,7 @@ show_progress() {
         case $line in
             "Collecting "*) ((++packages % 25)) || echo "  $packages packages resolved" ;;
             *Downloading*[0-9][0-9].[0-9]" MB)") echo "  ${line#"${line%%[![:space:]]*}"}" ;;
-            "Installing collected packages:"*) echo "  installing the packages, a minute or two" ;;
+            "Installing collected packages:"*) echo "  installing the packages, a minute or more" ;;
         esac
     done
 }
