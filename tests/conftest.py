@@ -70,9 +70,7 @@ def s3_server() -> Iterator[S3Server]:
         try:
             yield server
         finally:
-            # It takes over ten seconds to leave when asked politely, and its data is thrown away.
-            process.kill()
-            process.wait()
+            _stop_weed(process)
 
 
 @pytest.fixture
@@ -140,9 +138,18 @@ def _start_weed(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
         server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key)
         if _wait_for(server, process):
             return process, server
-        process.kill()
-        process.wait()
+        _stop_weed(process)
     raise RuntimeError(f"the S3 server did not start:\n{(folder / 'weed.log').read_text()[-2000:]}")
+
+
+def _stop_weed(process: subprocess.Popen[bytes]) -> None:
+    """Kill it: it takes over ten seconds to leave when asked politely, and its data is thrown away."""
+    process.kill()
+    process.wait()
+    for argument in map(str, process.args):
+        if ".port.grpc=" in argument:  # its sockets for this port have a fixed place and outlive it
+            for leftover in Path("/tmp").glob(f"seaweedfs-*-grpc-{argument.partition('=')[2]}.sock"):
+                leftover.unlink()
 
 
 def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
