@@ -31,6 +31,9 @@ class ProgressView:
             console=console,
             transient=True,
             disable=not console.is_terminal,
+            # Ray keeps whatever stands in sys.stdout until the interpreter ends, so that must not be this object's.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> ProgressView:
@@ -54,7 +57,9 @@ class ProgressView:
         """A step published how far it is."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
         if self._console.is_terminal:
-            self._bars.update(self._tasks[step], completed=progress.done, total=progress.total or None, text=text)
+            self._bars.update(
+                self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True
+            )
         elif self._lines.due(progress):
             self._console.print(f"{step:<9} {text}", highlight=False)
 
@@ -62,6 +67,7 @@ class ProgressView:
         """A step ended; `text` says with what."""
         if self._console.is_terminal:
             self._bars.remove_task(self._tasks.pop(step))
+            self._bars.refresh()
         mark = "[green]✓[/] " if self._console.is_terminal else ""
         self._console.print(f"{mark}{step:<9} {text}", highlight=False, soft_wrap=True)
 

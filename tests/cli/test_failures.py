@@ -1,0 +1,82 @@
+"""Every error is one line and a code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ncsn.cli.failures import ReportingCommand, StepFailed, describe
+from ncsn.config import ConfigError
+
+
+def disk_full() -> OSError:
+    with pytest.raises(OSError, match="No space left") as caught:
+        Path("/dev/full").write_text("x")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (ValueError("bad value"), 2, ("bad value",)),
+        (ConfigError("one\ntwo"), 2, ("one", "two")),
+        (FileNotFoundError("no file at /x"), 2, ("no file at /x",)),
+        (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
+        (KeyError("missing"), 1, ("KeyError: 'missing'",)),
+        (TimeoutError(), 1, ("TimeoutError",)),
+        (StepFailed("step train: lost", mistake=False, log=Path("/log")), 1, ("step train: lost",)),
+        (StepFailed("step ingest: no folder", mistake=True, log=Path("/log")), 2, ("step ingest: no folder",)),
+        (
+            StepFailed(
+                "step train: OSError: [Errno 28] No space left on device: '/x'", mistake=False, log=Path("/log")
+            ),
+            1,
+            ("disk full: step train: OSError: [Errno 28] No space left on device: '/x'",),
+        ),
+    ],
+)
+def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
+    failure = describe(error)
+    assert (failure.code, failure.lines) == (code, lines)
+
+
+def test_a_full_disk_is_called_so() -> None:
+    failure = describe(disk_full())
+    assert failure.code == 1
+    assert failure.lines[0].startswith("disk full: ")
+
+
+def command_that_raises(error: BaseException) -> click.Command:
+    def fail() -> None:
+        raise error
+
+    return ReportingCommand("fail", callback=fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("bad value"), 2, "error: bad value\n"),
+        (RuntimeError("broke"), 1, "error: RuntimeError: broke\n(--traceback or NCSN_TRACEBACK=1 shows where)\n"),
+        (
+            StepFailed("step train: x", mistake=False, log=Path("/p.log")),
+            1,
+            "error: step train: x\n(/p.log says more)\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_a_command_prints_no_traceback(error: BaseException, code: int, text: str) -> None:
+    result = CliRunner().invoke(command_that_raises(error))
+    assert (result.exit_code, result.stderr, result.stdout) == (code, text, "")
+
+
+@pytest.mark.parametrize(("args", "env"), [(["--traceback"], {}), ([], {"NCSN_TRACEBACK": "1"})])
+def test_the_traceback_can_be_had(args: list[str], env: dict[str, str]) -> None:
+    result = CliRunner().invoke(command_that_raises(ValueError("bad value")), args, env=env)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("error: bad value\n")

@@ -1,0 +1,95 @@
+"""What a run's folder says of its steps, and when a whole run counts as done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ncsn import storage
+from ncsn.cli.catalogue import CATALOGUE
+from ncsn.cli.inputs import resolve
+from ncsn.cli.records import (
+    StepError,
+    complete_records,
+    forget_attempts,
+    mark_complete,
+    read_error,
+    read_progress,
+    stored_records,
+)
+from ncsn.cli.upstream import find_inputs
+from ncsn.config import Config, from_yaml
+from ncsn.steps.result import STEPS, RunFolder, claim_run
+
+
+@pytest.fixture
+def config(config_file: Path) -> Config:
+    return resolve(str(config_file)).config
+
+
+@pytest.fixture
+def folder(config: Config) -> RunFolder:
+    return claim_run(config, "mine")
+
+
+def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
+    record = {"step": step, "inputs": {}, "result": result, "seconds": 1.5, "finished_at": at}
+    storage.write_text(folder.step(step, "result.json"), json.dumps(record))
+
+
+def finish_all(folder: RunFolder) -> str:
+    """Results of all steps; the URI of an output of the first."""
+    output = storage.join(folder.uri, "data")
+    storage.write_text(output, "x")
+    for step in STEPS:
+        store_result(folder, step, {"uri": output if step == "ingest" else "models:/m/1"})
+    return output
+
+
+def test_the_catalogue_follows_the_pipeline() -> None:
+    assert tuple(CATALOGUE) == STEPS
+
+
+def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:
+    output = finish_all(folder)
+    assert complete_records(folder, config) is None
+    marked = mark_complete(folder, config)
+    assert complete_records(folder, config) == marked
+    assert list(marked) == list(STEPS)
+
+    other = from_yaml(storage.read_text(folder.config), overrides=["sampling.num_images=9"])
+    assert complete_records(folder, other) is None
+
+    store_result(folder, "sample", {"uri": "elsewhere"}, at="2026-01-02")
+    assert complete_records(folder, config) is None
+
+    mark_complete(folder, config)
+    assert complete_records(folder, config) is not None
+    Path(output).unlink()
+    assert complete_records(folder, config) is None
+
+
+def test_earlier_attempts_are_forgotten_and_results_kept(folder: RunFolder) -> None:
+    store_result(folder, "ingest", {"uri": "x"})
+    error = {"type": "ValueError", "user": True, "message": "no folder"}
+    storage.write_text(folder.step("train", "error.json"), json.dumps(error))
+    storage.write_text(folder.step("train", "progress.json"), json.dumps({"done": 1, "total": 2, "unit": "images"}))
+    assert read_error(folder, "train") == StepError("ValueError", "no folder", mistake=True)
+    forget_attempts(folder)
+    assert read_error(folder, "train") is None
+    assert read_progress(folder, "train") is None
+    assert list(stored_records(folder)) == ["ingest"]
+
+
+def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> None:
+    store_result(folder, "ingest", {"uri": "/data/set"})
+    store_result(folder, "sample", {"uri": "/samples"})
+    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None})
+    assert found == {"samples": "/other", "dataset": "/data/set"}
+
+
+def test_a_missing_input_names_the_step_to_run(folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match=r"sample needs the checkpoint.*`ncsn train`.*--checkpoint URI"):
+        find_inputs(folder, "sample", {"checkpoint": None})
