@@ -96,7 +96,8 @@ class LevelGrid:
     ) -> LevelGrid:
         """So many of the network's own levels, see `choose_levels`."""
         indices = choose_levels(sigmas, count, spacing=spacing)
-        return cls(network, [float(sigmas[i]) for i in indices], indices)
+        values = sigmas.tolist()
+        return cls(network, [values[i] for i in indices], indices)
 
     @classmethod
     def refined(cls, network: ScoreFunction, sigmas: Tensor, refine: int) -> LevelGrid:

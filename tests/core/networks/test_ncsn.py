@@ -160,3 +160,10 @@ def test_autocast_computes_convolutions_in_bfloat16_and_norms_in_float32(network
 def test_odd_sizes_are_refused(network):
     with pytest.raises(ValueError, match="divisible by 2, got 7 x 8"):
         network(torch.zeros(1, 2, 7, 8), torch.zeros(1, dtype=torch.int64))
+
+
+def test_images_in_unit_range_are_centred_and_logits_are_not(network, x):
+    level = torch.tensor([0, 2, 4])
+    logits = NcsnNetwork(8, channels=2, num_levels=5, rescale=False)
+    logits.load_state_dict(network.state_dict())
+    assert torch.equal(network(x, level), logits(2 * x - 1, level))
