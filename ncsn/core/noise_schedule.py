@@ -43,7 +43,7 @@ class PairDistances:
 
     Attributes:
         maximum: Largest distance, in pixel units of [0, 1].
-        quantile_999: 99.9th percentile, to a relative 2^-16 of the largest norm; it shows whether outliers make the
+        quantile_999: 99.9th percentile, to 2^-15 of the largest norm; it shows whether outliers make the
             maximum.
         num_images: Images compared.
         exact: Whether these were all images and not a sample.
@@ -69,11 +69,9 @@ def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) 
     if not exact:
         x = x[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(x))[:10_000]))]
     images = x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
-    flat = images.flatten(1)
-    mean = flat.mean(dim=0)
-    others = [(flat - mean, False)]
+    others = [(images.flatten(1), False)]
     if flips:
-        others.append((images.flip(-1).flatten(1) - mean, True))
+        others.append((images.flip(-1).flatten(1), True))
     histogram, maximum, limit = _distance_histogram(others)
     rank = 0.999 * histogram.sum()
     index = int(torch.searchsorted(histogram.cumsum(0), rank).clamp(max=_DISTANCE_BINS - 1))
@@ -84,7 +82,7 @@ def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) 
 def _distance_histogram(others: list[tuple[Tensor, bool]]) -> tuple[Tensor, float, float]:
     """Histogram of the distances over [0, limit], the maximum, and the limit.
 
-    `others` are the centred images, and their mirror images with a mark. Two mirror images are as far apart as the
+    `others` are the images, and their mirror images with a mark. Two mirror images are as far apart as the
     originals, so only originals with mirror images are compared besides originals with each other.
     """
     flat = others[0][0]
