@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.evaluation.extractors import Extracted, Images
+from ncsn.evaluation.extractors import Extracted, Extractor, Images
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.inception_score import inception_score
 from ncsn.evaluation.kernel_distance import kernel_distance
 from ncsn.evaluation.neighbours import Neighbours, nearest_neighbours
 from ncsn.evaluation.precision_recall import precision_recall
-from ncsn.evaluation.reference import Reference, class_histogram
+from ncsn.evaluation.reference import Reference, class_histogram, extract_all
 
 BALL_IMAGES = 10_000
 """Images for precision, recall, density and coverage, whose cost grows with their square."""
@@ -31,6 +32,70 @@ class Figure:
 
     value: float
     num_images: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One set of images, measured.
+
+    Attributes:
+        figures: short name -> figure.
+        nearest: nearest training images of the first 16 images, as `neighbour_table` lists them.
+    """
+
+    figures: dict[str, Figure]
+    nearest: list[dict[str, Any]]
+
+    def value(self, figure: str) -> float:
+        """The figure of that short name."""
+        return self.figures[figure].value
+
+    def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
+        """Metric name -> value."""
+        return {
+            metric_name(name, extractor=extractor, num_images=figure.num_images, real=real): figure.value
+            for name, figure in self.figures.items()
+        }
+
+
+def measure_images(
+    stream: Iterator[Images],
+    *,
+    extractor: Extractor,
+    reference: Reference,
+    training_images: Images,
+    num_splits: int,
+    seed: int,
+    on_images: Callable[[int], None],
+) -> Measured:
+    """All figures of a stream of [n, H, W, C] uint8 batches, of which only the first 256 images are kept.
+
+    Args:
+        stream: the images.
+        extractor: what looks at them.
+        reference: the training images through the same extractor.
+        training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
+        num_splits: of the score.
+        seed: of the subsets that are drawn.
+        on_images: called with n after each batch.
+
+    Raises:
+        ValueError: for images that do not fit the extractor, or fewer of them than splits.
+    """
+    kept: list[Images] = []
+
+    def observed() -> Iterator[Images]:
+        missing = NEIGHBOUR_IMAGES
+        for batch in stream:
+            kept.append(batch[:missing])
+            missing -= len(kept[-1])
+            yield batch
+
+    extracted = extract_all(extractor, observed(), on_images=on_images)
+    pixels = pixel_neighbours(np.concatenate(kept), training_images)
+    features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
+    figures = figures_of(extracted, reference, num_splits=num_splits, seed=seed) | neighbour_figures(pixels)
+    return Measured(figures=figures, nearest=neighbour_table(pixels=pixels, features=features))
 
 
 def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, seed: int) -> dict[str, Figure]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from ncsn import storage
@@ -19,22 +18,12 @@ from ncsn.data.cache import CachedSplit, open_cache
 from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.classifier_store import obtain_classifier
-from ncsn.evaluation.extractors import Extractor, Images, batches, fingerprint_of
-from ncsn.evaluation.figures import (
-    NEIGHBOUR_IMAGES,
-    SHOWN_NEIGHBOURS,
-    Figure,
-    figures_of,
-    metric_name,
-    neighbour_figures,
-    neighbour_table,
-    pixel_neighbours,
-)
+from ncsn.evaluation.extractors import Extractor, batches, fingerprint_of
+from ncsn.evaluation.figures import Figure, measure_images, metric_name
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.measurement import Measurement
-from ncsn.evaluation.neighbours import nearest_neighbours
-from ncsn.evaluation.reference import Reference, extract_all, obtain_reference
-from ncsn.evaluation.samples import read_samples
+from ncsn.evaluation.reference import obtain_reference
+from ncsn.evaluation.samples import read_samples, samples_shape
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
@@ -140,6 +129,7 @@ def evaluate(
     """Compute the figures and write them below `folder`; what `run` does without its bookkeeping."""
     settings, count = config.evaluation, config.sampling.num_images
     manifest = load_manifest(dataset)
+    _check_shape(samples_shape(samples, num_images=count), manifest, samples)
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
     num_real = min(count, len(test))
     training = settings.classifier_epochs * len(train) if settings.extractor == "classifier" else 0
@@ -156,77 +146,41 @@ def evaluate(
         on_progress=meter.part(len(train)),
     )
     meter.done = training + len(train)
-    stream = read_samples(samples, num_images=count, batch_size=settings.batch_size)
     chosen = test.images[keyed_permutation(SEED, epoch=0, size=len(test))[:num_real]]
-    compare = partial(_compare, extractor, reference, train.images, settings.num_splits, meter)
-    generated = compare(_of_shape(stream, manifest, samples))
-    real = compare(batches(chosen, batch_size=settings.batch_size))
+    measure = partial(
+        measure_images,
+        extractor=extractor,
+        reference=reference,
+        training_images=train.images,
+        num_splits=settings.num_splits,
+        seed=SEED,
+        on_images=meter.add,
+    )
+    generated = measure(read_samples(samples, num_images=count, batch_size=settings.batch_size))
+    real = measure(batches(chosen, batch_size=settings.batch_size))
     generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{extractor.name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=facts | generated.named(extractor),
-        real_metrics=real.named(extractor, real=True),
+        metrics=facts | generated.named(extractor.name),
+        real_metrics=real.named(extractor.name, real=True),
         fingerprint=reference.fingerprint,
         num_images=count,
         num_real_images=num_real,
         gate=asdict(_gate(generated.figures["fid"], extractor, reference.fingerprint)),
         notes=_notes(count, num_real),
     )
+    _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
+    return result
+
+
+def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[dict[str, Any]]) -> None:
     evidence = {
         "samples": samples,
         "dataset": dataset,
         "reference_split": REFERENCE_SPLIT,
-        "nearest_training_images": generated.nearest,
+        "nearest_training_images": nearest,
     }
     storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
-    return result
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """The figures of one set of images, and the nearest training images of its first ones."""
-
-    figures: dict[str, Figure]
-    nearest: list[dict[str, Any]]
-
-    def value(self, figure: str) -> float:
-        return self.figures[figure].value
-
-    def named(self, extractor: Extractor, *, real: bool = False) -> dict[str, float]:
-        return {
-            metric_name(name, extractor=extractor.name, num_images=figure.num_images, real=real): figure.value
-            for name, figure in self.figures.items()
-        }
-
-
-def _compare(
-    extractor: Extractor,
-    reference: Reference,
-    training_images: Images,
-    num_splits: int,
-    meter: _Meter,
-    stream: Iterator[Images],
-) -> _Compared:
-    first_images: list[Images] = []
-    missing = NEIGHBOUR_IMAGES
-
-    def observed() -> Iterator[Images]:
-        nonlocal missing
-        for batch in stream:
-            if missing > 0:
-                first_images.append(batch[:missing])
-                missing -= len(first_images[-1])
-            yield batch
-            meter.add(len(batch))
-
-    extracted = extract_all(extractor, observed())
-    pixels = pixel_neighbours(np.concatenate(first_images), training_images)
-    features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
-    figures = figures_of(extracted, reference, num_splits=num_splits, seed=SEED)
-    return _Compared(
-        figures=figures | neighbour_figures(pixels),
-        nearest=neighbour_table(pixels=pixels, features=features),
-    )
 
 
 def _check_inputs(config: Config, samples: str, dataset: str) -> None:
@@ -272,14 +226,12 @@ def _extractor(
     return stored.extractor, {"eval/classifier_test_accuracy": stored.test_accuracy} if known else {}
 
 
-def _of_shape(stream: Iterator[Images], manifest: Manifest, samples: str) -> Iterator[Images]:
-    for batch in stream:
-        if batch.shape[1:] != manifest.shape:
-            raise ValueError(
-                f"the samples at {samples} are {_pixels(batch.shape[1:])}, the data set has {_pixels(manifest.shape)}; "
-                "evaluate them against the data set that their model was trained on"
-            )
-        yield batch
+def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> None:
+    if shape != manifest.shape:
+        raise ValueError(
+            f"the samples at {samples} are {_pixels(shape)}, the data set has {_pixels(manifest.shape)}; "
+            "evaluate them against the data set that their model was trained on"
+        )
 
 
 def _pixels(shape: tuple[int, ...]) -> str:

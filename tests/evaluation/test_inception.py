@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -19,7 +20,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
-from ncsn.data.parquet import write_dataset
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.row import to_table
 from ncsn.data.sources import open_source
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.inception import InceptionExtractor
@@ -93,7 +95,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in refusal(content)
 
 
-def test_the_evaluate_step_loads_it_before_it_reads_an_image(weights: tuple[str, str], tmp_path: Path) -> None:
+def test_the_evaluate_step_uses_it(weights: tuple[str, str], tmp_path: Path) -> None:
     """Up to the check of the hash: the distance of 2048-dimensional features takes longer than a test should."""
     path, sha256 = weights
     data = {"source": "sklearn_digits", "image_size": 8, "channels": 1, "max_images": 6}
@@ -107,10 +109,13 @@ def test_the_evaluate_step_loads_it_before_it_reads_an_image(weights: tuple[str,
     }
     config = Config.model_validate(tree)
     dataset = write_dataset(open_source(config.data), str(tmp_path / "datasets"), name="digits", data=config.data)
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    pq.write_table(to_table(read_split(dataset.uri, "test")), samples / f"shard-{0:09d}-{6:09d}.parquet")
     with pytest.raises(ValueError, match=f"evaluation.weights: {path} has SHA-256 {sha256}, expected 6726825d"):
         evaluate.evaluate(
             config,
-            samples=str(tmp_path),
+            samples=str(samples),
             dataset=dataset.uri,
             folder=str(tmp_path / "evaluation"),
             progress=lambda done, total: None,

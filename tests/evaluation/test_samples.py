@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ncsn.data.row import Images, to_table
-from ncsn.evaluation.samples import read_samples
+from ncsn.evaluation.samples import read_samples, samples_shape
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
 
@@ -28,6 +29,7 @@ def test_overlapping_shards_give_each_image_once(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     np.testing.assert_array_equal(read(tmp_path, 20), IMAGES)
     np.testing.assert_array_equal(read(tmp_path, 7), IMAGES[:7])
+    assert samples_shape(str(tmp_path), num_images=20) == (4, 4, 3)
     batches = list(read_samples(str(tmp_path), num_images=20, batch_size=4))
     assert max(map(len, batches)) == 4
 
@@ -39,6 +41,8 @@ def test_gaps_and_missing_folders_say_what_is_missing(tmp_path: Path) -> None:
     write_shard(tmp_path, 8, 20)
     with pytest.raises(ValueError, match="holds images 0 to 4 without a gap, but 6 are to be evaluated"):
         read(tmp_path, 6)
+    with pytest.raises(ValueError, match="but 6 are to be evaluated"):
+        samples_shape(str(tmp_path), num_images=6)
     np.testing.assert_array_equal(read(tmp_path, 5), IMAGES[:5])
     with pytest.raises(FileNotFoundError, match="no samples folder at"):
         read(tmp_path / "nowhere", 5)
@@ -50,5 +54,9 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         read(tmp_path, 6)
     damaged = tmp_path / "shard-000000000-000000007.parquet"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is not a readable shard of samples"):
+    for reading in (read, lambda folder, count: samples_shape(str(folder), num_images=count)):
+        with pytest.raises(ValueError, match="is not a readable shard of samples"):
+            reading(tmp_path, 6)
+    pq.write_table(pa.table({"image": [1] * 7}), damaged)
+    with pytest.raises(ValueError, match="column 'image' is int64, expected a fixed-shape tensor of uint8"):
         read(tmp_path, 6)
