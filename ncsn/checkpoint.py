@@ -3,7 +3,7 @@
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter
+    state.json             images_seen, EMA counter, digest of the data set
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ncsn import build, storage
-from ncsn.config import Config, changed_paths, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.core.train_state import TrainState
 
 FORMAT_VERSION = 1
@@ -44,12 +44,14 @@ class SamplingCheckpoint:
         config: The experiment that was trained.
         network: The score network with EMA weights, in eval mode.
         images_seen: Training images consumed.
+        dataset_digest: Digest of the data set that was trained on.
         digest: First 16 hex digits of the SHA-256 of the EMA weights.
     """
 
     config: Config
     network: nn.Module
     images_seen: int
+    dataset_digest: str
     digest: str
 
 
@@ -58,34 +60,42 @@ def folder_name(images_seen: int) -> str:
     return f"images-{images_seen:09d}"
 
 
-def save(folder: Path, *, config: Config, state: TrainState) -> None:
+def save(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
     """Write a complete checkpoint into the existing, empty `folder`."""
     save_file(_plain(state.network.state_dict()), folder / "weights.safetensors")
     save_file(_plain(state.ema.weights), folder / "ema.safetensors")
     save_file(_optimizer_tensors(state.network, state.optimizer), folder / "optimizer.safetensors")
-    counters = {"images_seen": state.images_seen, "ema_updates": state.ema.num_updates}
-    (folder / "state.json").write_text(json.dumps(counters))
+    facts = {
+        "images_seen": state.images_seen,
+        "ema_updates": state.ema.num_updates,
+        "dataset_digest": dataset_digest,
+    }
+    (folder / "state.json").write_text(json.dumps(facts))
     (folder / "config.yaml").write_text(to_yaml(config))
     index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def load(folder: Path, *, config: Config, state: TrainState) -> None:
+def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
     """Restore everything into `state`, strictly.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config.
+        CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config or from other
+            images.
     """
     verify(folder)
     saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
     require_same_training(saved, config, origin=str(folder))
-    counters = json.loads((folder / "state.json").read_text())
+    facts = json.loads((folder / "state.json").read_text())
+    if facts["dataset_digest"] != dataset_digest:
+        raise CheckpointError(
+            f"{folder} was trained on the data set {facts['dataset_digest']}, not {dataset_digest}: the images have "
+            "changed since; choose another --run NAME"
+        )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
-    state.ema.load_state_dict(
-        {"weights": load_file(folder / "ema.safetensors"), "num_updates": counters["ema_updates"]}
-    )
+    state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
     _load_optimizer(state.network, state.optimizer, load_file(folder / "optimizer.safetensors"))
-    state.images_seen = int(counters["images_seen"])
+    state.images_seen = int(facts["images_seen"])
 
 
 def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
@@ -98,13 +108,19 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         with storage.local_copy(uri) as folder:
             verify(folder)
             config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
-            state = json.loads((folder / "state.json").read_text())
+            facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
             digest = _sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError as error:
         raise CheckpointError(f"{uri} is not a checkpoint: {error}") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
-    return SamplingCheckpoint(config=config, network=network, images_seen=int(state["images_seen"]), digest=digest)
+    return SamplingCheckpoint(
+        config=config,
+        network=network,
+        images_seen=int(facts["images_seen"]),
+        dataset_digest=facts["dataset_digest"],
+        digest=digest,
+    )
 
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
@@ -149,7 +165,7 @@ def require_same_training(saved: Config, wanted: Config, *, origin: str) -> None
     Raises:
         CheckpointError: naming the first settings that differ.
     """
-    changed = changed_paths(saved, wanted)
+    changed = changed_settings(saved, wanted)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         raise CheckpointError(f"{origin} was trained with another config: {shown}")

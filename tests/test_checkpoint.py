@@ -45,14 +45,14 @@ def config() -> Config:
 
 @pytest.fixture
 def saved(config: Config, tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path, config=config, state=trained(config))
+    checkpoint.save(tmp_path, config=config, state=trained(config), dataset_digest="d1")
     return tmp_path
 
 
 def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
     before, after = trained(config), build.train_state(config)
-    checkpoint.save(tmp_path, config=config, state=before)
-    checkpoint.load(tmp_path, config=config, state=after)
+    checkpoint.save(tmp_path, config=config, state=before, dataset_digest="d1")
+    checkpoint.load(tmp_path, config=config, state=after, dataset_digest="d1")
     assert after.images_seen == 32 and after.ema.num_updates == 1
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(after.network.state_dict()[name], tensor)
@@ -77,7 +77,7 @@ def test_a_truncated_file_is_named(config: Config, saved: Path, name: str) -> No
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(checkpoint.CheckpointError, match=f"damaged: {name} differs from its checksum"):
-        checkpoint.load(saved, config=config, state=build.train_state(config))
+        checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d1")
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_missing_file_is_named(saved: Path) -> None:
 def test_another_config_is_refused(saved: Path) -> None:
     other = from_yaml(TEXT, overrides=["noise.sigma_1=2.0"])
     with pytest.raises(checkpoint.CheckpointError, match=r"another config: noise\.sigma_1 is 1\.0 there and 2\.0 here"):
-        checkpoint.load(saved, config=other, state=build.train_state(other))
+        checkpoint.load(saved, config=other, state=build.train_state(other), dataset_digest="d1")
 
 
 def test_missing_and_extra_tensors_are_counted_and_named(config: Config, saved: Path) -> None:
@@ -110,3 +110,8 @@ def test_a_foreign_version_is_refused(saved: Path) -> None:
     (saved / checkpoint.INDEX).write_text('{"version": 99, "sha256": {}}')
     with pytest.raises(checkpoint.CheckpointError, match="format version 99"):
         checkpoint.load_for_sampling(str(saved))
+
+
+def test_other_images_are_refused(config: Config, saved: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="was trained on the data set d1, not d2"):
+        checkpoint.load(saved, config=config, state=build.train_state(config), dataset_digest="d2")

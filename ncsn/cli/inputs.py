@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ncsn import storage
-from ncsn.config import Config, ConfigError, from_yaml
-from ncsn.config.flatten import TRAINING_SECTIONS
+from ncsn.config import Config, ConfigError, from_yaml, training_settings
 
 _ROOT_OVERRIDE = "storage.root"
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
@@ -54,8 +53,7 @@ def resolve(
 
 def default_run(config: Config) -> str:
     """`<name>-<8 hex digits>` of what decides the weights: the same experiment resumes, another starts anew."""
-    tree = config.model_dump(mode="json")
-    deciding = json.dumps({section: tree[section] for section in TRAINING_SECTIONS}, sort_keys=True)
+    deciding = json.dumps(training_settings(config), sort_keys=True)
     return f"{config.name}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
 
 

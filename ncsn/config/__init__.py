@@ -1,7 +1,17 @@
 """The one typed configuration: schema, parsing and flattening. Imports nothing else of this package."""
 
-from ncsn.config.flatten import changed_paths, flatten
+from ncsn.config.flatten import changed_settings, flatten, training_settings
 from ncsn.config.load import ConfigError, from_json, from_yaml, to_json, to_yaml
 from ncsn.config.schema import Config
 
-__all__ = ["Config", "ConfigError", "changed_paths", "flatten", "from_json", "from_yaml", "to_json", "to_yaml"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "changed_settings",
+    "flatten",
+    "from_json",
+    "from_yaml",
+    "to_json",
+    "to_yaml",
+    "training_settings",
+]

@@ -7,8 +7,15 @@ from typing import Any
 
 from ncsn.config.schema import Config
 
-TRAINING_SECTIONS = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
-"""What decides the weights. A run name belongs to one choice of these."""
+_DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
+_NOT_DECIDING = (
+    "data.root",
+    "data.download",
+    "data.rows_per_part",
+    "train.checkpoint_every_images",
+    "train.report_every_images",
+    "train.keep_checkpoints",
+)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -16,16 +23,25 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(_walk(config.model_dump(mode="json"), ""))
 
 
-def changed_paths(
-    one: Config, other: Config, *, sections: Iterable[str] = TRAINING_SECTIONS
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted paths below `sections` whose values differ -> (value in one, value in other)."""
-    wanted = tuple(sections)
-    left, right = flatten(one), flatten(other)
+def training_settings(config: Config) -> dict[str, Any]:
+    """What decides the weights, as dotted path -> value. A run name belongs to one choice of these.
+
+    Where the images and the work are, and how often something is kept or reported, is not among them.
+    """
+    return {
+        path: value
+        for path, value in flatten(config).items()
+        if path.split(".")[0] in _DECIDING and path not in _NOT_DECIDING
+    }
+
+
+def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Those of `training_settings` that differ -> (value in one, value in other)."""
+    left, right = training_settings(one), training_settings(other)
     return {
         path: (left.get(path), right.get(path))
         for path in sorted(left.keys() | right.keys())
-        if path.split(".")[0] in wanted and left.get(path) != right.get(path)
+        if left.get(path) != right.get(path)
     }
 
 

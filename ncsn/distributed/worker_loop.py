@@ -24,6 +24,7 @@ from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import level_sums
 from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import CachedSplit, image_indices, open_cache
+from ncsn.data.manifest import load_manifest
 from ncsn.distributed.worker_context import WorkerContext
 
 
@@ -146,12 +147,13 @@ class Training:
     def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
         self.job, self.config, self.context = job, job.config, context
         self.split = open_cache(job.dataset, "train")
+        self.dataset_digest = load_manifest(job.dataset).digest
         self.state = build.train_state(self.config, device=context.device)
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.saved = ""
         with context.latest_checkpoint() as folder:
             if folder is not None:
-                checkpoint.load(folder, config=self.config, state=self.state)
+                checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=self.dataset_digest)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
         self.model = context.wrap(self.state.network)
         self.curves = Curves(self.config.noise.num_levels, context)
@@ -201,7 +203,7 @@ class Training:
             self.context.publish(None, name=name, metrics=metrics)
         else:
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
-                checkpoint.save(Path(folder), config=self.config, state=self.state)
+                checkpoint.save(Path(folder), config=self.config, state=self.state, dataset_digest=self.dataset_digest)
                 self.context.publish(Path(folder), name=name, metrics=metrics)
         self.saved = name
 

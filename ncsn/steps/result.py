@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ncsn import storage
-from ncsn.config import Config, changed_paths, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.steps.progress import ProgressFile
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register")
@@ -85,7 +85,7 @@ def claim_run(config: Config, run: str) -> RunFolder:
     if storage.publish_once(folder.config, to_yaml(config).encode()):
         return folder
     owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
-    changed = changed_paths(owner, config)
+    changed = changed_settings(owner, config)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -76,11 +76,17 @@ def test_a_dataset_that_is_gone_is_made_again(config):
     assert load_manifest(first.uri).digest == first.digest
 
 
-def test_progress_is_told(config):
-    seen = []
-    ingest.run(config(), run="one", on_progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (0, 1797)
-    assert seen[-1] == (1797, 1797)
+def test_progress_is_told(config, tmp_path):
+    ingest.run(config(), run="one")
+    progress = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "progress.json").read_text())
+    assert progress == {"done": 1797, "total": 1797, "unit": "images"}
+
+
+def test_the_right_folder_may_follow_the_wrong_one(config, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ingest.run(config(source="image_folder", root=str(tmp_path / "nowhere")), run="one")
+    with pytest.raises(ValueError, match="no image that ends in"):
+        ingest.run(config(source="image_folder", root=str(tmp_path)), run="one")
 
 
 def test_a_failure_is_recorded_and_leaves_no_dataset(config, tmp_path):
