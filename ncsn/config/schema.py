@@ -147,7 +147,8 @@ class TrainConfig(Section):
     def _reach_one_step(self) -> TrainConfig:
         if self.num_images < self.batch_size:
             raise ValueError(
-                f"num_images = {self.num_images} is less than one batch of batch_size = {self.batch_size}; raise num_images"
+                f"num_images = {self.num_images} is less than one batch of batch_size = {self.batch_size}; "
+                "raise num_images"
             )
         return self
 
