@@ -141,7 +141,7 @@ class Hostile:
 
 
 def test_code_inside_a_file_does_not_run(tmp_path, capsys):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps([Hostile(), {}]))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps([Hostile(), {}], protocol=2))
     torch.save([Hostile(), {}], tmp_path / "evil_zip.pth")
     for name in ("evil.pth", "evil_zip.pth"):
         with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
