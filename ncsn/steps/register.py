@@ -101,6 +101,11 @@ def _candidate(
 ) -> registry.Candidate:
     name = loaded.config.registered_model
     manifest = load_manifest(figures["dataset"])
+    if manifest.digest != loaded.dataset_digest:
+        raise ValueError(
+            f"{checkpoint} was trained on the data set {loaded.dataset_digest}, but {figures['uri']} measures against "
+            f"{manifest.digest}; evaluate with the data set of the training"
+        )
     tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
     grid = storage.join(figures["samples"], "grid.png")
     files = {"grid.png": storage.read_bytes(grid)} if storage.exists(grid) else {}

@@ -1,7 +1,8 @@
 """MLflow: the record of every run and the registry. The only package that imports mlflow.
 
 MLflow reads these settings when it is imported: no report to its makers' servers (a run needs no network), no links
-and progress lines printed between our own. A value that is already in the environment wins.
+and progress lines printed between our own, and beside a server of ours no eight processes for jobs of language models.
+A value that is already in the environment wins.
 """
 
 import os
@@ -10,3 +11,4 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -103,7 +103,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         model_id=logged.model_id,
     )
     first = find_version(client, candidate.name, digest=candidate.digest) or created
-    if first.version != created.version:
+    if int(first.version) != int(created.version):
         # Another process registered the same at the same moment; the lower number stays.
         client.delete_model_version(candidate.name, created.version)
     return first

@@ -75,6 +75,7 @@ class MetricsSink:
         self._sent = 0
         self._lost = 0
         self._reason = ""
+        self._failures = 0
 
     def __reduce__(self) -> tuple[type[MetricsSink], tuple[str, str]]:
         return MetricsSink, (self.uri, self.run_id)
@@ -84,6 +85,11 @@ class MetricsSink:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last try to send did not reach the server."""
+        return self._failures > 0
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Hand over the values of one moment.
@@ -138,15 +144,14 @@ class MetricsSink:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         client: MlflowClient | None = None
-        failures = 0
-        while self._wait(failures):
+        while self._wait(self._failures):
             try:
                 client = client or client_at(self.uri)
                 self._send(client)
-                failures = 0
+                self._failures = 0
             except Exception as error:  # noqa: BLE001  (whatever the server or the disk does, training goes on)
                 self._reason = one_line(error)
-                failures += 1
+                self._failures += 1
 
     def _wait(self, failures: int) -> bool:
         """Sleep until the next try is due; False when there is nothing more to do."""

@@ -1,4 +1,4 @@
-"""A tiny experiment, one SQLite store for all tests, and one real MLflow server that can be stopped and started."""
+"""A tiny experiment, one SQLite store for all tests, and real MLflow servers."""
 
 from __future__ import annotations
 
@@ -51,42 +51,39 @@ def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float = 120
     raise AssertionError(f"{url} did not answer within {seconds} s")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kill a server that was started with `start_new_session`, and the workers in its group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(20)
-
-
 class Server:
-    """`mlflow server` on loopback with a SQLite file of its own."""
+    """A command that serves HTTP on a loopback port of its own, and can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, command: list[str], *, health: str, folder: Path) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._health = self.url + health
+        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("ab") as log:
+        # `mlflow models serve` looks for uvicorn on the PATH.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                self._command,
                 stdout=log,
                 stderr=log,
-                cwd=self.folder,
+                cwd=self._folder,
                 start_new_session=True,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env=environment,
             )
-        wait_for(f"{self.url}/health", self._process)
+        wait_for(self._health, self._process)
 
-    def stop(self) -> None:
-        """Stop it, if it runs."""
+    def kill(self) -> None:
+        """Kill it and its workers, if it runs."""
         if self._process is not None:
-            stop(self._process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(20)
             self._process = None
 
 
@@ -111,10 +108,35 @@ def config(make_config: MakeConfig) -> Config:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+    """A real tracking server."""
+    folder = tmp_path_factory.mktemp("server")
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    server = Server(command, health="/health", folder=folder)
     server.start()
     yield server
-    server.stop()
+    server.kill()
+
+
+@pytest.fixture
+def serve_model(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """URI of a model -> address of `mlflow models serve`."""
+    started: list[Server] = []
+
+    def serve(uri: str) -> str:
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "--model-uri", uri]
+        started.append(Server(command, health="/ping", folder=tmp_path))
+        started[-1].start()
+        return started[-1].url
+
+    yield serve
+    for server in started:
+        server.kill()
 
 
 @pytest.fixture(scope="session")

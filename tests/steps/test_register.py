@@ -1,0 +1,143 @@
+"""The register step: once is once, and what it leaves in the registry and the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ncsn import build, checkpoint, storage
+from ncsn.config import Config, from_yaml
+from ncsn.core.ema import Ema
+from ncsn.core.train_state import TrainState
+from ncsn.data.manifest import load_manifest
+from ncsn.report.figures import grid_png
+from ncsn.steps import ingest, register
+from ncsn.tracking.connection import connect
+
+EXPERIMENT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
+noise: {num_levels: 2, sigma_L: 0.1}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def config(root) -> Config:
+    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
+
+
+@pytest.fixture(scope="module")
+def dataset(config) -> str:
+    return ingest.run(config, run="data").uri
+
+
+@pytest.fixture(scope="module")
+def saved(config, root, dataset) -> str:
+    """A checkpoint that was never trained."""
+    folder = root / "checkpoint"
+    folder.mkdir()
+    network = build.network(config)
+    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    checkpoint.save(folder, config=config, state=state, dataset_digest=load_manifest(dataset).digest)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def evaluate(root, dataset):
+    """Writes an evaluation with a chosen figure, as the evaluate step leaves it."""
+    samples = str(root / "samples")
+    storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+
+    def write(value: float, *, dataset: str = dataset) -> str:
+        name = "eval/classifier_fid_n4"
+        figures = {
+            "metrics": {name: value},
+            "real_metrics": {"eval/real_classifier_fid_n2": 1.0},
+            "fingerprint": "f" * 64,
+            "num_images": 4,
+            "notes": [],
+            "gate": {
+                "name": name,
+                "value": value,
+                "num_images": 4,
+                "fingerprint": "f" * 64,
+                "lower_is_better": True,
+            },
+            "samples": samples,
+            "dataset": dataset,
+        }
+        uri = str(root / f"evaluation-{value}.json")
+        figures["uri"] = uri
+        storage.write_text(uri, json.dumps(figures))
+        return uri
+
+    return write
+
+
+def test_first_version_is_champion_and_a_second_call_changes_nothing(config, saved, evaluate, tmp_path):
+    evaluation = evaluate(5.0)
+    first = register.run(config, run="one", checkpoint=saved, evaluation=evaluation)
+    assert (first.model, first.version, first.uri) == ("ncsn-tiny", "1", "models:/ncsn-tiny/1")
+    assert (first.promoted, first.aliases) == (True, ["challenger", "champion"])
+    assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
+    storage.delete_file(storage.join(config.storage.root, "runs/one/steps/register/result.json"))
+    assert register.run(config, run="one", checkpoint=saved, evaluation=evaluation) == first
+    client = connect(config).client
+    (version,) = client.search_model_versions("name = 'ncsn-tiny'")
+    assert "# ncsn-tiny" in version.description
+    assert version.tags["ncsn.run"] == "one"
+    run = client.get_run(version.run_id)
+    assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
+    gate = json.loads(Path(client.download_artifacts(version.run_id, "gate.json", str(tmp_path))).read_text())
+    assert (gate["promoted"], gate["measurement"]["value"]) == (True, 5.0)
+    (output,) = run.outputs.model_outputs
+    stored = {file.path for file in client.list_logged_model_artifacts(output.model_id)}
+    assert {"MLmodel", "model.py", "artifacts", "code", "grid.png", "model_card.md"} <= stored
+    assert run.inputs.dataset_inputs[0].dataset.name == "sklearn_digits"
+
+
+def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved, evaluate):
+    register.run(config, run="one", checkpoint=saved, evaluation=evaluate(5.0))
+    longer = from_yaml(
+        EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "sampling.sampler.steps_per_level=3"]
+    )
+    result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0))
+    assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
+    assert result.reason == "eval/classifier_fid_n4 = 6 is not better than 5 of champion version 1"
+
+
+def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
+    named = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": "gone"})})
+    first = register.run(named, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    connect(named).client.delete_model_version("gone", first.version)
+    again = register.run(named, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    assert again.version == "2"
+
+
+def test_checkpoint_of_another_config_is_refused(config, saved, evaluate):
+    other = from_yaml(EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "noise.num_levels=3"])
+    with pytest.raises(ValueError, match=r"noise\.num_levels is 2 there and 3 here"):
+        register.run(other, run="other", checkpoint=saved, evaluation=evaluate(5.0))
+
+
+def test_evaluation_against_other_images_is_refused(config, saved, evaluate):
+    fewer = from_yaml(EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "data.max_images=10"])
+    evaluation = evaluate(4.0, dataset=ingest.run(fewer, run="fewer").uri)
+    with pytest.raises(ValueError, match="evaluate with the data set of the training"):
+        register.run(config, run="one", checkpoint=saved, evaluation=evaluation)
+
+
+def test_missing_evaluation_is_named(config, saved, root):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        register.run(config, run="none", checkpoint=saved, evaluation=str(root / "nothing.json"))

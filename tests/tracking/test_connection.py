@@ -1,0 +1,145 @@
+"""Which server; what is said when it does not answer; two processes at one new database."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from ncsn.tracking import connection
+from ncsn.tracking.connection import TrackingError, client_at, connect, server_command, shown, tracking_uri
+
+BOTH_START = """
+import sys
+from ncsn.config import from_json
+from ncsn.tracking.run import step_run
+
+with step_run(from_json(sys.argv[1]), run="both", step=sys.argv[2]) as tracked:
+    for step in range(40):
+        tracked.log_metrics({"a/b": float(step)}, step)
+        tracked.set_tags({"last": str(step)})
+"""
+
+
+def test_config_wins_over_environment_wins_over_the_file_in_the_store(make_config, root, monkeypatch):
+    assert tracking_uri(make_config()) == f"sqlite:///{root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment:5000")
+    assert tracking_uri(make_config()) == "http://from-environment:5000"
+    assert tracking_uri(make_config("tracking.uri=http://from-config:5000")) == "http://from-config:5000"
+
+
+def test_relative_database_does_not_depend_on_the_working_folder(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(make_config("tracking.uri=sqlite:///here.db")) == f"sqlite:///{tmp_path}/here.db"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("storage.root=s3://bucket/prefix", "set tracking.uri or MLFLOW_TRACKING_URI"),
+        ("tracking.uri=./mlruns", "not a server or database"),
+        ("tracking.uri=http://me:secret@host:5000", "has a password in it"),
+    ],
+)
+def test_unusable_place_is_refused_in_one_line_without_secrets(make_config, override, message):
+    with pytest.raises(TrackingError, match=message) as caught:
+        tracking_uri(make_config(override))
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_shown_drops_credentials():
+    assert shown("http://me:secret@host:5000/a") == "http://host:5000/a"
+    assert shown("sqlite:////folder/with@sign/mlflow.db") == "sqlite:////folder/with@sign/mlflow.db"
+
+
+def test_closed_port_is_named_at_once(make_config):
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    with pytest.raises(TrackingError, match=f"127.0.0.1:{port} does not answer"):
+        connect(make_config(f"tracking.uri=http://127.0.0.1:{port}"))
+
+
+def test_server_that_accepts_and_says_nothing_is_given_up(make_config, monkeypatch):
+    monkeypatch.setattr(connection, "PROBE_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TrackingError, match="does not answer"):
+            connect(make_config(f"tracking.uri=http://127.0.0.1:{port}"))
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "refuses the request"), (500, "answers with error 500")])
+def test_proxy_that_refuses_is_told_apart(make_config, status, message):
+    with _answering(status) as url, pytest.raises(TrackingError, match=message):
+        connect(make_config(f"tracking.uri={url}"))
+
+
+def test_deleted_experiment_is_not_written_to(make_config):
+    config = make_config("tracking.experiment=thrown-away")
+    opened = connect(config)
+    opened.client.delete_experiment(opened.experiment_id)
+    with pytest.raises(TrackingError, match="'thrown-away' is deleted"):
+        connect(config)
+
+
+def test_artifacts_lie_beside_a_local_database(config, root):
+    opened = connect(config)
+    assert opened.client.get_experiment(opened.experiment_id).artifact_location == (root / "mlartifacts").as_uri()
+
+
+def test_two_processes_that_start_at_once_share_one_database_and_one_parent(make_config, tmp_path):
+    from ncsn.config import to_json
+
+    config = make_config(f"storage.root={tmp_path / 'fresh'}")
+    steps = ("sample", "evaluate")
+    command = [sys.executable, "-c", BOTH_START, to_json(config)]
+    started = [subprocess.Popen([*command, step], stderr=subprocess.PIPE, text=True) for step in steps]
+    errors = [process.communicate(timeout=200)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    client = client_at(tracking_uri(config))
+    runs = client.search_runs([connect(config).experiment_id])
+    children = [run for run in runs if "ncsn.step" in run.data.tags]
+    (parent,) = (run for run in runs if "ncsn.step" not in run.data.tags)
+    assert {run.data.tags["ncsn.step"] for run in children} == set(steps)
+    for run in children:
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, "a/b")] == list(range(40))
+
+
+def test_command_of_the_pages_is_on_loopback_and_only_for_a_local_database(make_config, root):
+    command = server_command(make_config(), port=5001)
+    assert command[:3] == [sys.executable, "-m", "mlflow"]
+    assert f"sqlite:///{root}/mlflow.db" in command
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert Path(root, "mlflow.db").exists()
+    with pytest.raises(TrackingError, match="open http://host:5000"):
+        server_command(make_config("tracking.uri=http://host:5000"))
+
+
+@contextmanager
+def _answering(status: int) -> Iterator[str]:
+    """A server that has one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

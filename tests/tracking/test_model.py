@@ -1,0 +1,135 @@
+"""The registered model, loaded by a fresh process that may not unpickle, and served over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ncsn.generation import generate
+from ncsn.tracking.packaging import requirements, write_model
+
+LOAD = """
+import sys
+import mlflow
+import numpy as np
+
+model = mlflow.pyfunc.load_model(sys.argv[1])
+np.save(sys.argv[2], model.predict(None, params={"n_images": 5, "seed": 7}))
+print(sys.modules["ncsn"].__file__)
+print({"ray", "kfp", "sklearn"} & sys.modules.keys())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory) -> Path:
+    """A model as the registry gets it."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    write_model(folder, checkpoint, metadata={"images_seen": 8}, files={"model_card.md": b"# card"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    import mlflow.pyfunc
+
+    return mlflow.pyfunc.load_model(str(folder))
+
+
+def images_one_by_one(checkpoint, *, count: int, **changes: int) -> np.ndarray:
+    """What the sample step makes, each image as a batch of its own."""
+    config = checkpoint.config
+    sampling = config.sampling.model_copy(update=changes)
+    made = [generate(checkpoint.network, config=config, sampling=sampling, first=i, count=1) for i in range(count)]
+    return np.concatenate(made)
+
+
+def test_fresh_process_loads_it_without_pickle_and_makes_the_sample_steps_images(folder, checkpoint, tmp_path):
+    environment = {
+        **os.environ,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PYTHONWARNINGS": "error:Add type hints",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "images.npy")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    code, foreign = done.stdout.splitlines()[-2:]
+    assert Path(code) == folder / "code" / "ncsn" / "__init__.py"
+    assert foreign == "set()"
+    images = np.load(tmp_path / "images.npy")
+    assert (images.dtype, images.shape) == (np.uint8, (5, 8, 8, 1))
+    expected = images_one_by_one(checkpoint, count=5, seed=7)
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+    assert (images != expected).mean() < 0.01
+
+
+def test_nothing_in_the_folder_needs_pickle(folder):
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()} - {".py", ""}
+    assert suffixes == {".json", ".md", ".safetensors", ".txt", ".yaml"}
+    assert not list(folder.rglob("__pycache__"))
+
+
+def test_defaults_are_the_experiments_own(model, checkpoint):
+    images = model.predict([])
+    assert images.shape == (16, 8, 8, 1)
+    expected = images_one_by_one(checkpoint, count=2)
+    np.testing.assert_allclose(images[:2].astype(int), expected.astype(int), atol=1)
+
+
+def test_longer_chain_gives_other_images_of_the_same_start(model):
+    usual = model.predict(None, params={"n_images": 2})
+    assert (usual == model.predict(None, params={"n_images": 2, "nfe": 5})).all()
+    assert (usual != model.predict(None, params={"n_images": 2, "nfe": 9})).any()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"n_images": 0}, "n_images = 0; use 1 to"),
+        ({"seed": -1}, "seed = -1; use 0 to"),
+        ({"nfe": 6}, r"nfe = 6 is not steps_per_level \* 2 levels \+ 1 to denoise; use 5 or 7"),
+        ({"nfe": 1}, "use 3 or 5"),
+    ],
+)
+def test_param_out_of_range_says_what_is_allowed(model, params, message):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match=message):
+        model.predict(None, params=params)
+
+
+def test_requirements_are_this_projects_ranges_without_its_cluster():
+    lines = requirements()
+    assert any(re.fullmatch(r"torch(?=.*>=)(?=.*<3).*", line) for line in lines)
+    assert not any(line.startswith(("ray", "kfp", "ncsn")) for line in lines)
+
+
+def test_serves_images_over_http(folder, checkpoint, serve_model):
+    url = serve_model(str(folder))
+    answer = _post(f"{url}/invocations", {"inputs": [], "params": {"n_images": 2, "seed": 7}})
+    images = np.array(answer["predictions"])
+    expected = images_one_by_one(checkpoint, count=2, seed=7)
+    np.testing.assert_allclose(images, expected.astype(int), atol=1)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        _post(f"{url}/invocations", {"inputs": [], "params": {"n_images": 0}})
+    assert refused.value.code == 400
+    assert "n_images = 0" in refused.value.read().decode()
+
+
+def _post(url: str, body: object) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
