@@ -7,7 +7,6 @@ second call makes only the ranges that are missing.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,9 +22,8 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.data.row import NO_LABEL, Images, to_table
+from ncsn.evaluation.samples import SHARD_NAME
 from ncsn.generation import generate
-
-SHARD_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import AnnealedLangevinConfig
-from ncsn.data.row import from_table
 from ncsn.distributed.local_cluster import ray_cluster, require_resources
 from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
+from ncsn.evaluation.samples import read_samples
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import once, run_folder
@@ -117,20 +114,10 @@ def evaluations_per_image(sampler: AnnealedLangevinConfig, num_levels: int) -> i
     return sampler.steps_per_level * num_levels + int(sampler.denoise)
 
 
-def read_samples(uri: str, *, limit: int) -> NDArray[np.uint8]:
-    """The first `limit` images of a samples folder, `[limit, H, W, C]` uint8."""
-    batches: list[NDArray[np.uint8]] = []
-    for name in storage.list_names(uri):
-        if sum(map(len, batches)) >= limit:
-            break
-        if name.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, name))))
-            batches.append(from_table(table).images)
-    return np.concatenate(batches)[:limit]
-
-
 def _publish_pictures(result: SampleResult, shard: Shard) -> None:
-    storage.write_bytes(result.grid, grid_png(read_samples(result.uri, limit=min(GRID_IMAGES, result.num_images))))
+    count = min(GRID_IMAGES, result.num_images)
+    first_images = np.concatenate(list(read_samples(result.uri, num_images=count, batch_size=count)))
+    storage.write_bytes(result.grid, grid_png(first_images))
     if not storage.exists(result.strip):
         few = Shard(**{**shard.__dict__, "count": min(STRIP_IMAGES, result.num_images)})
         storage.write_bytes(result.strip, strip_png(sample_levels(few)))
