@@ -114,6 +114,8 @@ def _candidate(
         name, checkpoint=loaded, manifest=manifest, scores=scores, run=run, grid="grid.png" if files else None
     )
     tracked.log_text(card, "model_card.md")
+    if files:
+        tracked.log_file(grid)
     return registry.Candidate(
         name=name,
         checkpoint=loaded,

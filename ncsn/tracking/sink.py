@@ -106,7 +106,7 @@ class MetricsSink:
                 continue
             try:
                 entries.append((name, float(value), now, images_seen))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for several elements
                 self._lose(1, f"{name} = {value!r} is not a number")
         with self._wake:
             self._queue.extend(entries)

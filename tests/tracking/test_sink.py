@@ -6,6 +6,7 @@ import pickle
 import time
 
 import pytest
+import torch
 
 from ncsn.tracking import sink as sinks
 from ncsn.tracking.run import step_run
@@ -74,10 +75,12 @@ def test_deleted_run_is_not_waited_for(config):
 def test_what_is_no_metric_is_counted_and_costs_no_other(config):
     with step_run(config, run="bad", step="train") as tracked:
         sink = tracked.metrics_sink()
-        sink.log({"train/loss": 1.0, "train/name?": 1.0, "train/text": "high"}, images_seen=1)  # type: ignore[dict-item]
+        sink.log(
+            {"train/loss": 1.0, "train/name?": 1.0, "train/text": "high", "train/two": torch.ones(2)}, images_seen=1
+        )  # type: ignore[dict-item]
         report = sink.close()
-    assert (report.sent, report.unsent) == (1, 2)
-    assert report.reason == "train/text = 'high' is not a number"
+    assert (report.sent, report.unsent) == (1, 3)
+    assert report.reason == "train/two = tensor([1., 1.]) is not a number"
     assert tracked.client.get_run(tracked.run_id).data.metrics == {"train/loss": 1.0}
 
 
