@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import urllib.request
 
 import numpy as np
 import pytest
@@ -191,6 +192,8 @@ def test_a_download_without_a_network_is_one_clear_line(data_config, tmp_path, m
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: nothing listens
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
+    # urllib keeps the proxies that it saw first, so give this test an opener of its own and later ones theirs.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     with pytest.raises(ConnectionError, match=r"could not download MNIST into .* by hand") as failure:
         open_source(data_config("mnist", tmp_path / "new", download=True))
     assert "\n" not in str(failure.value)
