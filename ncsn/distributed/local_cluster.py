@@ -64,6 +64,15 @@ def _start(config: Config) -> str:
     return address
 
 
+def ray_tags() -> dict[str, str]:
+    """What names the work in Ray's dashboard and logs."""
+    context = ray.get_runtime_context()
+    tags = {"ray.job_id": context.get_job_id(), "ray.session": context.get_session_name()}
+    if submission := os.environ.get("RAY_JOB_SUBMISSION_ID"):
+        tags["ray.submission_id"] = submission
+    return tags
+
+
 def require_resources(config: Config) -> None:
     """Refuse work that the cluster can never start, instead of waiting for ever.
 

@@ -13,7 +13,7 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import AnnealedLangevinConfig
-from ncsn.distributed.local_cluster import ray_cluster, require_resources
+from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
 from ncsn.evaluation.samples import read_samples
 from ncsn.report.figures import grid_png, strip_png
@@ -70,6 +70,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
     def work(progress: ProgressFile) -> SampleResult:
         with step_run(config, run=run, step="sample") as tracked, ray_cluster(config):
             require_resources(config)
+            tracked.set_tags(ray_tags())
             started = time.perf_counter()
             shard = Shard(
                 checkpoint=checkpoint,

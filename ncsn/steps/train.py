@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
-from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
@@ -44,14 +45,16 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
         dataset: URI of the ingested data set.
 
     Raises:
+        FileNotFoundError: if there is no data set at `dataset`.
         ValueError: if the run belongs to another config, training diverges, or the cluster is too small.
     """
     folder = claim_run(config, run)
-    if not storage.exists(storage.join(dataset, "manifest.json")):
-        raise ValueError(f"no data set at {dataset}; run `ncsn ingest` first")
+    manifest = load_manifest(dataset)
 
     def work(progress: ProgressFile) -> TrainResult:
         with step_run(config, run=run, step="train") as tracked, ray_cluster(config):
+            tracked.set_tags(ray_tags())
+            tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
             job = TrainingJob(config=config, dataset=dataset, sink=tracked.metrics_sink(), progress=progress)
             outcome = trainer.train(job, run_uri=folder.uri)
             return TrainResult(
