@@ -1,0 +1,101 @@
+"""Whole runs of the real command, and a way to see which processes they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 32, num_images: 640, ema_decay: 0.9, checkpoint_every_images: 320, report_every_images: 160}}
+sampling: {{num_images: 16, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+compute: {{num_workers: 2}}
+storage: {{root: {root}}}
+"""
+MARK = "NCSN_TEST_MARK"
+PATIENCE_SECONDS = 240
+
+
+@dataclass
+class Workplace:
+    """A store with an experiment, and the commands run on it.
+
+    Attributes:
+        root: The store.
+        config: The experiment's file.
+        mark: In the environment of every process that the commands start.
+    """
+
+    root: Path
+    config: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ncsn", *args, "--config", str(self.config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Ray Train passes on at most one report in this interval; its default of two seconds is for long runs.
+            env=os.environ | {MARK: self.mark, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"},
+            **options,
+        )
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*args)
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+        return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+    def processes(self) -> dict[int, str]:
+        """Living processes that descend from the commands, in whatever session or group they are."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    def wait_until(self, condition: Callable[[], object], *, what: str) -> None:
+        """Poll until the condition holds; fail if it never does."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"waited in vain until {what}; alive: {self.processes()}"
+            time.sleep(0.1)
+
+    def wait_for_silence(self) -> None:
+        """Wait until no process of the commands is left."""
+        self.wait_until(lambda: not self.processes(), what="every process of the run has ended")
+
+    def folder(self, run: str) -> Path:
+        return self.root / "runs" / run
+
+    def result(self, run: str, step: str) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.folder(run) / "steps" / step / "result.json").read_text())
+        result: dict[str, Any] = record["result"]
+        return result
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    folder = tmp_path_factory.mktemp("e2e")
+    place = Workplace(folder / "store", folder / "tiny.yaml")
+    place.config.write_text(TINY.format(root=place.root))
+    yield place
+    for pid in place.processes():
+        os.kill(pid, 9)

@@ -1,0 +1,163 @@
+"""`ncsn run` for real: KFP's local runner, Ray, MLflow and the store, on real digits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from ncsn.checkpoint import load_for_sampling
+from ncsn.config import from_yaml
+from ncsn.evaluation.samples import read_samples
+from ncsn.steps.result import STEPS
+
+RUN = "mine"
+
+
+@pytest.fixture(scope="module")
+def finished(workplace) -> subprocess.CompletedProcess[str]:
+    done = workplace.run("run", "--run", RUN, "--json")
+    assert done.returncode == 0, done.stderr + (workplace.folder(RUN) / "pipeline.log").read_text()
+    return done
+
+
+@pytest.fixture(scope="module")
+def client(workplace, finished) -> MlflowClient:
+    uri = f"sqlite:///{workplace.root}/mlflow.db"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def test_every_step_has_its_result_in_the_store(workplace, finished) -> None:
+    printed = json.loads(finished.stdout)
+    assert printed["run"] == RUN
+    assert list(printed["steps"]) == list(STEPS)
+    assert {step: workplace.result(RUN, step) for step in STEPS} == printed["steps"]
+    assert not list(workplace.folder(RUN).glob("steps/*/error.json"))
+
+
+def test_the_run_leaves_no_process(workplace, finished) -> None:
+    workplace.wait_for_silence()
+
+
+def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> None:
+    lines = finished.stderr.splitlines()
+    assert f"log    {workplace.folder(RUN)}/pipeline.log" in lines
+    for step in STEPS:
+        assert f"{step:<9} starting" in lines
+    assert all(line.startswith((*STEPS, "run ", "log ", "ray ")) for line in lines), finished.stderr
+    log = (workplace.folder(RUN) / "pipeline.log").read_text()
+    assert "RayTrainWorker" in log
+    assert "Executing task" in log
+
+
+def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
+    folder = workplace.folder(RUN)
+    assert from_yaml((folder / "config.yaml").read_text()).name == "tiny"
+    assert [path.name for path in sorted(folder.glob("checkpoints/images-*"))] == [
+        "images-000000320",
+        "images-000000640",
+    ]
+    dataset = Path(workplace.result(RUN, "ingest")["uri"])
+    assert dataset.parent.parent == workplace.root / "datasets"
+    assert {"train", "test", "manifest.json", "classifier"} <= {path.name for path in dataset.iterdir()}
+    samples = Path(workplace.result(RUN, "sample")["uri"])
+    assert samples.parent.parent == folder / "samples"
+    assert {"manifest.json", "grid.png", "strip.png"} <= {path.name for path in samples.iterdir()}
+    assert sorted(path.name for path in samples.glob("*.parquet")) == [
+        "shard-000000000-000000008.parquet",
+        "shard-000000008-000000016.parquet",
+    ]
+    assert Path(workplace.result(RUN, "evaluate")["uri"]).parent == folder / "evaluation"
+    assert not list(workplace.root.rglob("*.tmp-*"))
+
+
+def test_training_saw_all_images_and_its_checkpoint_samples(workplace, finished) -> None:
+    result = workplace.result(RUN, "train")
+    assert result["images_seen"] == 640
+    assert 0 < result["loss"] < 1, "a zero network reads 1"
+    loaded = load_for_sampling(result["checkpoint"])
+    assert loaded.images_seen == 640
+    assert loaded.config.name == "tiny"
+
+
+def test_the_pictures_show_every_image_and_level(workplace, finished) -> None:
+    result = workplace.result(RUN, "sample")
+    assert result["nfe"] == 4 * 2 + 1
+    for name in ("grid", "strip"):
+        with Image.open(result[name]) as picture:
+            assert np.asarray(picture).std() > 0
+
+
+def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
+    outputs = {path.parent.name: json.loads(path.read_text()) for path in workplace.root.rglob("executor_output.json")}
+    assert set(outputs) == set(STEPS)
+    metadata = {
+        (step, name): artifact["artifacts"][0]["metadata"]
+        for step, output in outputs.items()
+        for name, artifact in output["artifacts"].items()
+    }
+    assert metadata["ingest", "dataset"]["uri"] == workplace.result(RUN, "ingest")["uri"]
+    assert metadata["train", "checkpoint"]["uri"] == workplace.result(RUN, "train")["checkpoint"]
+    assert metadata["sample", "samples"]["uri"] == workplace.result(RUN, "sample")["uri"]
+    assert metadata["register", "model"]["uri"] == workplace.result(RUN, "register")["uri"]
+    assert metadata["evaluate", "metrics"].items() >= workplace.result(RUN, "evaluate")["metrics"].items()
+    page = outputs["sample"]["artifacts"]["pictures"]["artifacts"][0]["uri"]
+    assert "data:image/png;base64," in Path(page).read_text()
+
+
+def test_scores_stand_beside_those_of_real_images(workplace, finished) -> None:
+    result = workplace.result(RUN, "evaluate")
+    assert "eval/classifier_score_n16" in result["metrics"]
+    assert "eval/classifier_fid_n16" in result["metrics"]
+    assert "eval/real_classifier_score_n16" in result["real_metrics"]
+    assert result["metrics"]["eval/classifier_fid_n16"] > result["real_metrics"]["eval/real_classifier_fid_n16"]
+
+
+def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -> None:
+    experiment = client.get_experiment_by_name("ncsn")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == [RUN]
+    children = {run.info.run_name: run for run in runs if run not in parents}
+    assert {"train", "sample", "evaluate", "register"} <= set(children)
+    for child in children.values():
+        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert child.info.status == "FINISHED"
+        assert child.data.params["noise.num_levels"] == "4"
+    losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
+    assert [point.step for point in losses] == [160, 320, 480, 640]
+    assert "train/loss_level_0" in children["train"].data.metrics
+
+
+def test_the_registered_model_generates_images(workplace, client) -> None:
+    result = workplace.result(RUN, "register")
+    assert sorted(result["aliases"]) == ["challenger", "champion"]
+    assert str(client.get_model_version_by_alias("ncsn-tiny", "champion").version) == result["version"]
+    mlflow.set_tracking_uri(f"sqlite:///{workplace.root}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/ncsn-tiny@champion")
+    images = np.asarray(model.predict(None, params={"n_images": 2}))
+    (sampled,) = read_samples(workplace.result(RUN, "sample")["uri"], num_images=2, batch_size=2)
+    np.testing.assert_array_equal(images, sampled)
+
+
+def test_a_second_call_finds_the_run_complete(workplace, finished) -> None:
+    log = workplace.folder(RUN) / "pipeline.log"
+    size = log.stat().st_size
+    again = workplace.run("run", "--run", RUN, "--json")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == finished.stdout
+    assert log.stat().st_size == size, "the pipeline was executed again"
+
+
+def test_a_step_runs_by_hand_on_what_the_pipeline_left(workplace, finished) -> None:
+    done = workplace.run("evaluate", "--run", RUN, "--set", "evaluation.num_splits=4", "--json")
+    assert done.returncode == 0, done.stderr
+    ours, pipelines = json.loads(done.stdout), json.loads(finished.stdout)["steps"]["evaluate"]
+    assert ours["metrics"]["eval/classifier_fid_n16"] == pipelines["metrics"]["eval/classifier_fid_n16"]
+    assert ours["fingerprint"] == pipelines["fingerprint"]
