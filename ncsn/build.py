@@ -8,12 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.schema import NcsnNetworkConfig
+from ncsn.config.schema import (
+    AnnealedLangevinConfig,
+    ConsistentAnnealedConfig,
+    KarrasHeunConfig,
+    LangevinConfig,
+    NcsnNetworkConfig,
+    NcsnV2NetworkConfig,
+    PredictorCorrectorConfig,
+    ProbabilityFlowConfig,
+    SamplerConfig,
+)
 from ncsn.core.ema import Ema
 from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.ncsnv2 import NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector, Sampler
 from ncsn.core.train_state import TrainState
+
+_SAMPLERS: dict[type[object], type[Sampler]] = {
+    AnnealedLangevinConfig: AnnealedLangevin,
+    LangevinConfig: Langevin,
+    ConsistentAnnealedConfig: ConsistentAnnealed,
+    PredictorCorrectorConfig: PredictorCorrector,
+    ProbabilityFlowConfig: ProbabilityFlow,
+    KarrasHeunConfig: KarrasHeun,
+}
 
 
 def sigmas(config: Config) -> Tensor:
@@ -31,12 +53,24 @@ def network(config: Config) -> nn.Module:
                 channels=config.data.channels,
                 num_levels=config.noise.num_levels,
             )
+        if isinstance(config.network, NcsnV2NetworkConfig):
+            return NcsnV2Network(
+                config.network.num_features,
+                channels=config.data.channels,
+                sigmas=sigmas(config),
+                depth=config.network.depth,
+            )
         return UnetNetwork(
             channels=config.data.channels,
             image_size=config.data.image_size,
             sigmas=sigmas(config),
             **config.network.model_dump(exclude={"kind"}),
         )
+
+
+def sampler(settings: SamplerConfig) -> Sampler:
+    """The sampler, ready to run on any network."""
+    return _SAMPLERS[type(settings)](**settings.model_dump(exclude={"kind"}))
 
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:

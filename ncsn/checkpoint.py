@@ -2,6 +2,7 @@
 
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights
+    moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the data set
     config.yaml            the experiment
@@ -25,11 +26,19 @@ from torch import Tensor, nn
 
 from ncsn import build, storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import TrainState
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
-FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+FILES = (
+    "weights.safetensors",
+    "ema.safetensors",
+    "moments.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+)
 
 
 class CheckpointError(ValueError):
@@ -37,19 +46,30 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class SamplingCheckpoint:
-    """What sampling takes from a checkpoint.
+class TrainedNetwork:
+    """What generating images takes.
 
     Attributes:
         config: The experiment that was trained.
         network: The score network with EMA weights, in eval mode.
+        moments: Mean and covariance of the training images.
+    """
+
+    config: Config
+    network: nn.Module
+    moments: DataMoments
+
+
+@dataclass(frozen=True)
+class SamplingCheckpoint(TrainedNetwork):
+    """A trained network and where it comes from.
+
+    Attributes:
         images_seen: Training images consumed.
         dataset_digest: Digest of the data set that was trained on.
         digest: First 16 hex digits of the SHA-256 of the EMA weights.
     """
 
-    config: Config
-    network: nn.Module
     images_seen: int
     dataset_digest: str
     digest: str
@@ -60,10 +80,11 @@ def folder_name(images_seen: int) -> str:
     return f"images-{images_seen:09d}"
 
 
-def save(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
+def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoments, dataset_digest: str) -> None:
     """Write a complete checkpoint into the existing, empty `folder`."""
     save_file(_plain(state.network.state_dict()), folder / "weights.safetensors")
     save_file(_plain(state.ema.weights), folder / "ema.safetensors")
+    save_moments(moments, folder / "moments.safetensors")
     save_file(_optimizer_tensors(state.network, state.optimizer), folder / "optimizer.safetensors")
     facts = {
         "images_seen": state.images_seen,
@@ -110,6 +131,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
             facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
+            moments = load_moments(folder / "moments.safetensors")
             digest = _sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError as error:
         raise CheckpointError(f"{uri} is not a checkpoint: {error}") from None
@@ -117,9 +139,26 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
     return SamplingCheckpoint(
         config=config,
         network=network,
+        moments=moments,
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
+    )
+
+
+def save_moments(moments: DataMoments, path: Path) -> None:
+    """Write the moments as safetensors."""
+    save_file({name: torch.as_tensor(value).contiguous() for name, value in vars(moments).items()}, path)
+
+
+def load_moments(path: Path) -> DataMoments:
+    """Inverse of `save_moments`."""
+    tensors = load_file(path)
+    return DataMoments(
+        mean=tensors["mean"],
+        directions=tensors["directions"],
+        variances=tensors["variances"],
+        rest=float(tensors["rest"]),
     )
 
 

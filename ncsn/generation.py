@@ -7,20 +7,29 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncsn import build
-from ncsn.config import Config
-from ncsn.config.schema import SamplingConfig
+from ncsn.checkpoint import TrainedNetwork
+from ncsn.config.schema import (
+    AnnealedLangevinConfig,
+    KarrasHeunConfig,
+    LangevinConfig,
+    ProbabilityFlowConfig,
+    SamplerConfig,
+    SamplingConfig,
+)
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin
+from ncsn.core.starts import moment_matched_start
+
+_START_DRAW = 2**31
+"""Number of the draw that a moment-matched start takes, far beyond those of any chain."""
 
 
 def generate(
-    network: nn.Module,
+    trained: TrainedNetwork,
     *,
-    config: Config,
     sampling: SamplingConfig,
     first: int,
     count: int,
@@ -30,38 +39,81 @@ def generate(
     """Images `first .. first + count` for the seed of `sampling`; image i is the same in whatever batch it is made.
 
     Args:
-        network: The score network with EMA weights, in eval mode, on `device`.
-        config: The experiment that was trained: image shape and noise levels.
+        trained: The experiment, its network on `device` and the moments of its images.
         sampling: Sampler and seed.
         first: Index of the first image.
         count: Number of images, made as one batch.
         device: Where to compute.
-        on_level: See `annealed_langevin`.
+        on_level: Receives the number of each stage and the state: 0 is the start, then one per visited level.
 
     Returns:
         `[count, H, W, C]` uint8.
 
     Raises:
-        ValueError: if an image is not finite.
+        ValueError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
-    data, sampler = config.data, sampling.sampler
-    shape = (data.channels, data.image_size, data.image_size)
+    config = trained.config
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
     with torch.inference_mode():
-        x = annealed_langevin(
-            network,
-            x=noise.uniform(0),
+        x = start(trained, sampling.sampler, noise=noise)
+        if on_level is not None:
+            on_level(0, x)
+        x = build.sampler(sampling.sampler)(
+            trained.network,
+            x=x,
             sigmas=build.sigmas(config).to(device),
-            epsilon=sampler.epsilon,
-            steps_per_level=sampler.steps_per_level,
             noise=noise,
-            denoise=sampler.denoise,
-            on_level=on_level,
+            on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of images {first} to {first + count - 1} are not finite with sampling.sampler.epsilon = "
-            f"{sampler.epsilon:g}; lower epsilon, or train longer"
+            f"{broken} of images {first} to {first + count - 1} are not finite with sampling.sampler "
+            f"{sampling.sampler.model_dump()}; lower its step size, or train longer"
         )
     return to_uint8(x).cpu().numpy()
+
+
+def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise) -> Tensor:
+    """Where the chain begins: uniform for Langevin dynamics, which forgets it, else data plus noise of sigma_1."""
+    if isinstance(sampler, AnnealedLangevinConfig | LangevinConfig):
+        return noise.uniform(0)
+    return moment_matched_start(trained.moments, sigma=trained.config.noise.sigma_1, z=noise(_START_DRAW))
+
+
+def evaluations_per_image(sampler: SamplerConfig, *, num_levels: int) -> int:
+    """NFE of one image for a network of `num_levels` levels."""
+    return build.sampler(sampler).num_evaluations(num_levels)
+
+
+def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
+    """The sampler with a chain of another length.
+
+    Raises:
+        ValueError: if it has no length of its own, or none that takes exactly `nfe` evaluations; with the nearest.
+    """
+    field = {
+        AnnealedLangevinConfig: "steps_per_level",
+        LangevinConfig: "num_steps",
+        ProbabilityFlowConfig: "num_levels",
+        KarrasHeunConfig: "num_steps",
+    }.get(type(sampler))
+    if evaluations_per_image(sampler, num_levels=num_levels) == nfe:
+        return sampler
+    if field is None:
+        raise ValueError(f"nfe cannot be chosen for the sampler {sampler.kind!r}")
+    least = 1 if field == "steps_per_level" or isinstance(sampler, LangevinConfig) else 2
+    most = num_levels if field == "num_levels" else max(nfe, least)
+    below: int | None = None
+    for value in range(least, most + 1):
+        changed = sampler.model_copy(update={field: value})
+        reached = evaluations_per_image(changed, num_levels=num_levels)
+        if reached == nfe:
+            return changed
+        if reached > nfe:
+            break
+        below = reached
+    above = "" if below == reached else str(reached)
+    nearest = " or ".join(filter(None, ("" if below is None else str(below), above)))
+    raise ValueError(f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {nearest}")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ncsn import build, checkpoint
 from ncsn.config import Config, from_yaml
+from ncsn.core.starts import fit_moments
 from ncsn.core.train_state import TrainState, train_step
 
 TEXT = """
@@ -20,6 +21,9 @@ network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_featur
 train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
 sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
 """
+
+
+MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
 
 
 def trained(config: Config) -> TrainState:
@@ -45,13 +49,13 @@ def config() -> Config:
 
 @pytest.fixture
 def saved(config: Config, tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path, config=config, state=trained(config), dataset_digest="d1")
+    checkpoint.save(tmp_path, config=config, state=trained(config), moments=MOMENTS, dataset_digest="d1")
     return tmp_path
 
 
 def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
     before, after = trained(config), build.train_state(config)
-    checkpoint.save(tmp_path, config=config, state=before, dataset_digest="d1")
+    checkpoint.save(tmp_path, config=config, state=before, moments=MOMENTS, dataset_digest="d1")
     checkpoint.load(tmp_path, config=config, state=after, dataset_digest="d1")
     assert after.images_seen == 32 and after.ema.num_updates == 1
     for name, tensor in before.network.state_dict().items():
@@ -70,6 +74,9 @@ def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: P
     weights = load_file(saved / "ema.safetensors")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.network.named_parameters())
     assert not loaded.network.training
+    assert torch.equal(loaded.moments.mean, MOMENTS.mean)
+    assert torch.equal(loaded.moments.directions, MOMENTS.directions)
+    assert loaded.moments.rest == pytest.approx(MOMENTS.rest, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", checkpoint.FILES)

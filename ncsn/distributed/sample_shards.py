@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from ncsn import checkpoint, storage
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
-from ncsn.core.keyed_random import KeyedNoise
 from ncsn.data.row import NO_LABEL, Images, to_table
 from ncsn.evaluation.samples import SHARD_NAME
 from ncsn.generation import generate
@@ -107,7 +106,7 @@ def sample_levels(shard: Shard) -> NDArray[np.uint8]:
     """The shard's images as they stand at the start and after each noise level; nothing is written.
 
     Returns:
-        `[num_levels + 1, count, H, W, C]` uint8; the last entry is the finished images.
+        `[levels + 1, count, H, W, C]` uint8; the last entry is the finished images.
     """
     task = _sample_levels.options(num_cpus=shard.threads, num_gpus=1 if shard.use_gpu else 0)
     frames: NDArray[np.uint8] = ray.get(task.remote(shard))
@@ -119,13 +118,9 @@ def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
     loaded = _load(shard.checkpoint, device)
-    data = loaded.config.data
-    shape = (data.channels, data.image_size, data.image_size)
-    start = KeyedNoise(shard.sampling.seed, first=shard.first, count=shard.count, shape=shape).uniform(0)
-    frames = [to_uint8(start).numpy()]
+    frames: list[NDArray[np.uint8]] = []
     final = generate(
-        loaded.network,
-        config=loaded.config,
+        loaded,
         sampling=shard.sampling,
         first=shard.first,
         count=shard.count,
@@ -141,8 +136,7 @@ def _sample_shard(shard: Shard) -> None:
     device = "cuda" if shard.use_gpu else "cpu"
     loaded = _load(shard.checkpoint, device)
     images = generate(
-        loaded.network,
-        config=loaded.config,
+        loaded,
         sampling=shard.sampling,
         first=shard.first,
         count=shard.count,

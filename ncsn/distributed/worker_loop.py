@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,13 @@ from ncsn.config import Config
 from ncsn.core.images import dequantize, mirror, to_unit
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import level_sums
+from ncsn.core.starts import DataMoments, fit_moments
 from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import CachedSplit, image_indices, open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.worker_context import WorkerContext
+
+MOMENT_IMAGES = 10_000
 
 
 class DivergedError(ValueError):
@@ -159,6 +163,11 @@ class Training:
         self.curves = Curves(self.config.noise.num_levels, context)
         self.point: dict[str, float] = {}
 
+    @cached_property
+    def moments(self) -> DataMoments:
+        """Mean and covariance of the training images, from the first `MOMENT_IMAGES` of them."""
+        return fit_moments(to_unit(torch.tensor(self.split.images[:MOMENT_IMAGES])))
+
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
@@ -203,7 +212,13 @@ class Training:
             self.context.publish(None, name=name, metrics=metrics)
         else:
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
-                checkpoint.save(Path(folder), config=self.config, state=self.state, dataset_digest=self.dataset_digest)
+                checkpoint.save(
+                    Path(folder),
+                    config=self.config,
+                    state=self.state,
+                    moments=self.moments,
+                    dataset_digest=self.dataset_digest,
+                )
                 self.context.publish(Path(folder), name=name, metrics=metrics)
         self.saved = name
 

@@ -1,4 +1,4 @@
-"""Step 3: images by annealed Langevin dynamics from the EMA weights, as Ray tasks."""
+"""Step 3: images from the EMA weights by the configured sampler, as Ray tasks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.schema import AnnealedLangevinConfig
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
 from ncsn.evaluation.samples import read_samples
+from ncsn.generation import evaluations_per_image
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import once, run_folder
@@ -88,7 +88,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
                 grid=storage.join(uri, "grid.png"),
                 strip=storage.join(uri, "strip.png"),
                 num_images=sampling.num_images,
-                nfe=evaluations_per_image(sampling.sampler, config.noise.num_levels),
+                nfe=evaluations_per_image(sampling.sampler, num_levels=config.noise.num_levels),
                 seconds=round(seconds, 1),
                 checkpoint=checkpoint,
             )
@@ -108,11 +108,6 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
         unit="images",
         work=work,
     )
-
-
-def evaluations_per_image(sampler: AnnealedLangevinConfig, num_levels: int) -> int:
-    """NFE of one image."""
-    return sampler.steps_per_level * num_levels + int(sampler.denoise)
 
 
 def _publish_pictures(result: SampleResult, shard: Shard) -> None:

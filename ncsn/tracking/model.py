@@ -16,10 +16,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from ncsn.checkpoint import network_from_weights
+from ncsn.checkpoint import TrainedNetwork, load_moments, network_from_weights
 from ncsn.config import from_json
 from ncsn.config.schema import SamplingConfig
-from ncsn.generation import generate
+from ncsn.generation import generate, with_evaluations
 
 MAX_IMAGES = 65536
 
@@ -28,11 +28,13 @@ class ScoreModel(PythonModel):
     """Generates images; `predict` takes everything as params."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Rebuild the network of `config.json` with the EMA weights of `ema.safetensors`."""
-        self.config = from_json(Path(context.artifacts["config"]).read_text())
+        """Rebuild the network of `config.json` with the EMA weights, and read the moments."""
+        config = from_json(Path(context.artifacts["config"]).read_text())
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        weights = load_file(context.artifacts["weights"])
-        self.network = network_from_weights(self.config, weights, origin="the model").to(self.device)
+        weights = load_file(context.artifacts["ema"])
+        network = network_from_weights(config, weights, origin="the model").to(self.device)
+        moments = load_moments(Path(context.artifacts["moments"]))
+        self.trained = TrainedNetwork(config=config, network=network, moments=moments)
 
     def predict(
         self,
@@ -61,8 +63,7 @@ class ScoreModel(PythonModel):
         sampling = self._sampling(seed=chosen.get("seed"), nfe=chosen.get("nfe"))
         batches = [
             generate(
-                self.network,
-                config=self.config,
+                self.trained,
                 sampling=sampling,
                 first=first,
                 count=min(sampling.batch_size, n_images - first),
@@ -74,26 +75,19 @@ class ScoreModel(PythonModel):
 
     def _sampling(self, *, seed: int | None, nfe: int | None) -> SamplingConfig:
         """The experiment's sampling section with another seed or length of the chain."""
-        sampling = self.config.sampling
+        config = self.trained.config
+        sampling = config.sampling
         if seed is not None:
             if not 0 <= seed < 2**63:
                 raise MlflowException.invalid_parameter_value(f"seed = {seed}; use 0 to 2^63 - 1")
             sampling = sampling.model_copy(update={"seed": int(seed)})
         if nfe is not None:
-            sampler = sampling.sampler.model_copy(update={"steps_per_level": self._steps_per_level(int(nfe))})
+            try:
+                sampler = with_evaluations(sampling.sampler, nfe=int(nfe), num_levels=config.noise.num_levels)
+            except ValueError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
             sampling = sampling.model_copy(update={"sampler": sampler})
         return sampling
-
-    def _steps_per_level(self, nfe: int) -> int:
-        sampler, levels = self.config.sampling.sampler, self.config.noise.num_levels
-        steps, rest = divmod(nfe - int(sampler.denoise), levels)
-        if rest or steps < 1:
-            below = max(steps, 1) * levels + int(sampler.denoise)
-            last = " + 1 to denoise" if sampler.denoise else ""
-            raise MlflowException.invalid_parameter_value(
-                f"nfe = {nfe} is not steps_per_level * {levels} levels{last}; use {below} or {below + levels}"
-            )
-        return steps
 
 
 mlflow.models.set_model(ScoreModel())

@@ -9,7 +9,7 @@ from typing import Any
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.data.manifest import Manifest
-from ncsn.tracking.packaging import sampler_nfe
+from ncsn.generation import evaluations_per_image
 
 LIMITS = (
     "The images are samples of a distribution that was fitted to the data above and carry its biases and its "
@@ -92,8 +92,8 @@ def _settings(checkpoint: SamplingCheckpoint) -> list[tuple[str, str]]:
         ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}"),
         (
             "sampler",
-            f"{sampler.kind}, {sampler.steps_per_level} steps per level, epsilon {sampler.epsilon:g}, "
-            f"{'' if sampler.denoise else 'not '}denoised at the end: NFE {sampler_nfe(config)}",
+            ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items())
+            + f": NFE {evaluations_per_image(sampler, num_levels=noise.num_levels)}",
         ),
         ("seed", str(config.seed)),
     ]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import ncsn
-from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.checkpoint import SamplingCheckpoint, save_moments
 from ncsn.config import Config, to_json
+from ncsn.generation import evaluations_per_image
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
@@ -26,12 +27,6 @@ def requirements() -> list[str]:
         re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own if "extra ==" not in line
     }
     return [by_name[name] for name in NEEDED]
-
-
-def sampler_nfe(config: Config) -> int:
-    """Score-network evaluations per image with the experiment's own sampler."""
-    sampler = config.sampling.sampler
-    return sampler.steps_per_level * config.noise.num_levels + int(sampler.denoise)
 
 
 def write_model(
@@ -59,12 +54,13 @@ def write_model(
     # Buffers are rebuilt from the config.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.network.named_parameters()}
     save_file(weights, inputs / "ema.safetensors")
+    save_moments(checkpoint.moments, inputs / "moments.safetensors")
     (inputs / "config.json").write_text(to_json(checkpoint.config))
     signature, example = _signature(checkpoint.config)
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(MODEL_FILE),
-        artifacts={"weights": str(inputs / "ema.safetensors"), "config": str(inputs / "config.json")},
+        artifacts={path.stem: str(path) for path in sorted(inputs.iterdir())},
         code_paths=[str(Path(ncsn.__file__).parent)],
         signature=signature,
         input_example=example,
@@ -90,7 +86,9 @@ def _signature(config: Config) -> tuple[Any, Any]:
         [
             ParamSpec("n_images", "long", 16),
             ParamSpec("seed", "long", config.sampling.seed),
-            ParamSpec("nfe", "long", sampler_nfe(config)),
+            ParamSpec(
+                "nfe", "long", evaluations_per_image(config.sampling.sampler, num_levels=config.noise.num_levels)
+            ),
         ]
     )
     example = (np.empty(0), {"n_images": EXAMPLE_IMAGES})

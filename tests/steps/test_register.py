@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config, from_yaml
 from ncsn.core.ema import Ema
+from ncsn.core.images import to_unit
+from ncsn.core.starts import fit_moments
 from ncsn.core.train_state import TrainState
 from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import read_split
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking.connection import connect
@@ -49,7 +53,9 @@ def saved(config, root, dataset) -> str:
     folder.mkdir()
     network = build.network(config)
     state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
-    checkpoint.save(folder, config=config, state=state, dataset_digest=load_manifest(dataset).digest)
+    moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
+    digest = load_manifest(dataset).digest
+    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
     return str(folder)
 
 

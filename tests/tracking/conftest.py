@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config, from_yaml
+from ncsn.core.starts import fit_moments
 
 EXPERIMENT = """
 name: tiny
@@ -144,6 +146,7 @@ def checkpoint(config: Config) -> SamplingCheckpoint:
     return SamplingCheckpoint(
         config=config,
         network=build.network(config).eval(),
+        moments=fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))),
         images_seen=8,
         dataset_digest="d1",
         digest="0123456789abcdef",

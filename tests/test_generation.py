@@ -1,0 +1,138 @@
+"""Every sampler of the config runs on a trained network, image by image the same in any batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ncsn import build
+from ncsn.checkpoint import TrainedNetwork
+from ncsn.config import Config, from_yaml
+from ncsn.core.starts import fit_moments
+from ncsn.generation import evaluations_per_image, generate, with_evaluations
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+noise: {num_levels: 6, sigma_1: 1.0, sigma_L: 0.05}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 3, epsilon: 2.0e-4}}
+"""
+SAMPLERS = {
+    "annealed_langevin": ({"steps_per_level": 3, "epsilon": 2e-4}, 19),
+    "langevin": ({"num_steps": 7, "step_size": 1e-4}, 8),
+    "consistent_annealed": ({"epsilon": 2e-3, "denoise": True}, 7),
+    "predictor_corrector": ({"predictor": "ancestral", "corrector_steps": 1}, 12),
+    "probability_flow": ({"method": "heun"}, 11),
+    "karras_heun": ({"num_steps": 5, "churn": 2.0}, 9),
+}
+
+
+def config_with(kind: str) -> Config:
+    tree = yaml.safe_load(TEXT)
+    tree["sampling"]["sampler"] = {"kind": kind, **SAMPLERS[kind][0]}
+    return from_yaml(yaml.safe_dump(tree))
+
+
+def trained(config: Config) -> TrainedNetwork:
+    """A network that has learnt nothing but gives a score, and moments of noise."""
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = build.network(config).eval().requires_grad_(False)
+    return TrainedNetwork(config=config, network=network, moments=fit_moments(images))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_each_sampler_of_the_config_makes_images(kind: str) -> None:
+    config = config_with(kind)
+    images = generate(trained(config), sampling=config.sampling, first=0, count=4)
+    assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8
+    assert images.std() > 0
+    assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(kind: str) -> None:
+    config = config_with(kind)
+    network = trained(config)
+    whole = generate(network, sampling=config.sampling, first=0, count=5)
+    alone = generate(network, sampling=config.sampling, first=3, count=1)
+    assert np.abs(whole[3].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "nfe"), [(kind, nfe) for kind, (_, nfe) in SAMPLERS.items()])
+def test_nfe_is_what_the_network_is_asked(kind: str, nfe: int) -> None:
+    config = config_with(kind)
+    network = trained(config)
+    calls = 0
+    inner = network.network.score_at
+
+    def counted(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return inner(x, sigma)
+
+    network.network.score_at = counted  # type: ignore[assignment]
+    network.network.forward = lambda x, level: counted(x, network.network.sigmas[level])  # type: ignore[assignment,index]
+    generate(network, sampling=config.sampling, first=0, count=1)
+    assert calls == nfe == evaluations_per_image(config.sampling.sampler, num_levels=6)
+
+
+def test_stages_begin_with_the_start() -> None:
+    config = config_with("annealed_langevin")
+    stages: list[int] = []
+    generate(trained(config), sampling=config.sampling, first=0, count=1, on_level=lambda k, _: stages.append(k))
+    assert stages == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "nfe", "field", "value"),
+    [
+        ("annealed_langevin", 31, "steps_per_level", 5),
+        ("langevin", 4, "num_steps", 3),
+        ("probability_flow", 5, "num_levels", 3),
+        ("karras_heun", 35, "num_steps", 18),
+    ],
+)
+def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, value: int) -> None:
+    changed = with_evaluations(config_with(kind).sampling.sampler, nfe=nfe, num_levels=6)
+    assert getattr(changed, field) == value
+    assert evaluations_per_image(changed, num_levels=6) == nfe
+
+
+@pytest.mark.parametrize(
+    ("kind", "nfe", "message"),
+    [
+        ("annealed_langevin", 20, "use 19 or 25"),
+        ("probability_flow", 40, "use 11$"),
+        ("predictor_corrector", 3, "nfe cannot be chosen for the sampler 'predictor_corrector'"),
+    ],
+)
+def test_lengths_out_of_reach_name_the_nearest(kind: str, nfe: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_evaluations(config_with(kind).sampling.sampler, nfe=nfe, num_levels=6)
+
+
+def test_a_sampler_for_continuous_networks_refuses_the_2019_network() -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["network"] = {"kind": "ncsn", "num_features": 4}
+    tree["sampling"]["sampler"] = {"kind": "karras_heun", "num_steps": 3}
+    config = from_yaml(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match="needs a network that takes any sigma"):
+        generate(trained(config), sampling=config.sampling, first=0, count=1)
+
+
+@pytest.mark.parametrize("depth", ["standard", "deeper", "deepest"])
+def test_the_2020_network_is_built_in_each_depth(depth: str) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["network"] = {"kind": "ncsnv2", "num_features": 4, "depth": depth}
+    tree["data"]["image_size"] = 16
+    config = from_yaml(yaml.safe_dump(tree))
+    network = build.network(config)
+    x = torch.rand(2, 1, 16, 16)
+    score = network(x, torch.tensor([0, 5]))
+    assert score.shape == x.shape
+    same = network(x[:1].expand(2, -1, -1, -1), torch.tensor([0, 5])) * build.sigmas(config)[[0, 5], None, None, None]
+    assert torch.allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
