@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import click
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.cli.failures import stop_cleanly_on_sigterm
+from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
 from ncsn.cli.progress_view import ProgressView
@@ -49,7 +50,8 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_j
         storage.delete_file(folder.step(step, "progress.json"))
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
-            result = module.run(target.config, run=target.run, **inputs)
+            with _interruption_by_ray():
+                result = module.run(target.config, run=target.run, **inputs)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
 
@@ -98,6 +100,17 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
             console.print(f"ray    {address}", soft_wrap=True)
             supervisor.run(to_json(config))
     return mark_complete(folder, config)
+
+
+@contextmanager
+def _interruption_by_ray() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, aborts the training and exits with 0 or 1, where 130 is due."""
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code in (TERMINATED, signal.SIGTERM):
+            sys.exit(TERMINATED)
+        raise KeyboardInterrupt from stop
 
 
 @contextmanager
