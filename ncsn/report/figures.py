@@ -11,7 +11,7 @@ from PIL import Image
 
 from ncsn.core.images import image_grid
 
-GRID_PIXELS = 640
+GRID_PIXELS = 960
 """Wanted side of a picture; small images are enlarged by whole factors."""
 
 
