@@ -9,7 +9,8 @@ import signal
 import pytest
 
 RUN = "stopped"
-LONG = ("run", "--run", RUN, "--json", "--set", "train.num_images=4800", "--set", "train.keep_checkpoints=100")
+SETTINGS = ("train.num_images=4800", "train.checkpoint_every_images=960", "train.keep_checkpoints=100")
+LONG = ("run", "--run", RUN, "--json", *(part for setting in SETTINGS for part in ("--set", setting)))
 
 
 def checkpoints(workplace) -> dict[str, int]:

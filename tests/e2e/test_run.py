@@ -135,11 +135,11 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
     assert "train/loss_level_0" in children["train"].data.metrics
 
 
-def test_the_registered_model_generates_images(workplace, client) -> None:
+def test_the_registered_model_generates_images(workplace, client, monkeypatch: pytest.MonkeyPatch) -> None:
     result = workplace.result(RUN, "register")
     assert sorted(result["aliases"]) == ["challenger", "champion"]
     assert str(client.get_model_version_by_alias("ncsn-tiny", "champion").version) == result["version"]
-    mlflow.set_tracking_uri(f"sqlite:///{workplace.root}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace.root}/mlflow.db")
     model = mlflow.pyfunc.load_model("models:/ncsn-tiny@champion")
     images = np.asarray(model.predict(None, params={"n_images": 2}))
     (sampled,) = read_samples(workplace.result(RUN, "sample")["uri"], num_images=2, batch_size=2)
