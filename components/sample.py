@@ -14,7 +14,7 @@ def sample(
     pictures: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Generate images by annealed Langevin dynamics."""
+    """Generate images by the configured sampler."""
     from components import publish, publish_metrics, publish_pictures
     from ncsn.config import from_json
     from ncsn.steps import sample

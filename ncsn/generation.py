@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,7 @@ from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.starts import moment_matched_start
 
+_LONGEST_CHAIN = 100_000
 _START_DRAW = 2**31
 """Number of the draw that a moment-matched start takes, far beyond those of any chain."""
 
@@ -104,16 +106,17 @@ def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> Sa
     if field is None:
         raise ValueError(f"nfe cannot be chosen for the sampler {sampler.kind!r}")
     least = 1 if field == "steps_per_level" or isinstance(sampler, LangevinConfig) else 2
-    most = num_levels if field == "num_levels" else max(nfe, least)
-    below: int | None = None
-    for value in range(least, most + 1):
-        changed = sampler.model_copy(update={field: value})
-        reached = evaluations_per_image(changed, num_levels=num_levels)
-        if reached == nfe:
-            return changed
-        if reached > nfe:
-            break
-        below = reached
-    above = "" if below == reached else str(reached)
-    nearest = " or ".join(filter(None, ("" if below is None else str(below), above)))
-    raise ValueError(f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {nearest}")
+    lengths = range(least, min(num_levels if field == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
+
+    def with_length(length: int) -> SamplerConfig:
+        return sampler.model_copy(update={field: length})
+
+    def evaluations(length: int) -> int:
+        return evaluations_per_image(with_length(length), num_levels=num_levels)
+
+    index = bisect_left(lengths, nfe, key=evaluations)
+    near = [evaluations(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [evaluations(least)]
+    if nfe not in near:
+        nearest = " or ".join(map(str, near))
+        raise ValueError(f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {nearest}")
+    return with_length(lengths[index])

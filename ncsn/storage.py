@@ -239,7 +239,7 @@ def _s3_client() -> Any:
     import boto3
 
     # A session of its own: boto3's shared one must not make clients in two threads at once.
-    return boto3.session.Session().client("s3")
+    return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"))
 
 
 def _s3_put_if_absent(uri: str, data: bytes) -> bool:

@@ -78,7 +78,10 @@ def forget_attempts(folder: RunFolder) -> None:
 def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
     """Note that this config's whole pipeline stands in the run's folder; the records of its steps."""
     records = stored_records(folder)
-    mark = {"config": to_json(config), "finished_at": {step: record.finished_at for step, record in records.items()}}
+    mark = {
+        "of": _circumstances(config),
+        "finished_at": {step: record.finished_at for step, record in records.items()},
+    }
     storage.write_text(storage.join(folder.uri, _COMPLETE), json.dumps(mark, indent=1))
     return records
 
@@ -86,13 +89,25 @@ def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
 def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord] | None:
     """The records of a pipeline that ran to its end with this very config, if nothing was changed or lost since."""
     mark = _read_json(storage.join(folder.uri, _COMPLETE))
-    if mark is None or mark["config"] != to_json(config):
+    if mark is None or mark["of"] != _circumstances(config):
         return None
     records = stored_records(folder)
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
         return None
     outputs = (uri for record in records.values() for uri in _uris(record.result, folder.root))
     return records if all(storage.exists(uri) for uri in outputs) else None
+
+
+def _circumstances(config: Config) -> dict[str, str]:
+    """What a whole run's results depend on besides each other."""
+    from ncsn.data.source import source_fingerprint
+    from ncsn.tracking.connection import shown, tracking_uri
+
+    return {
+        "config": to_json(config),
+        "files": source_fingerprint(config.data),
+        "registry": shown(tracking_uri(config)),
+    }
 
 
 def _uris(result: Mapping[str, Any], root: str) -> Iterator[str]:

@@ -137,11 +137,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the process and its children, gently first."""
     for number, patience in _PATIENCE:
         if process.poll() is not None:
-            return
+            break
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a child that was slower to end than its parent
 
 
 def _last_error_line(log: Path) -> str | None:

@@ -139,3 +139,15 @@ def safe_member(name: str, *, archive: Path) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
         raise ValueError(f"{archive} is refused: its member {name!r} points outside of it")
     return path
+
+
+def source_fingerprint(data: DataConfig) -> str:
+    """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
+    digest = hashlib.sha256()
+    if data.root is not None:
+        root = Path(data.root).expanduser()
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file():
+                status = path.stat()
+                digest.update(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

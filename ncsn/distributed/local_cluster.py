@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,19 +34,30 @@ def ray_cluster(config: Config) -> Iterator[str]:
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level=logging.WARNING)
+        with _own_sigterm():
+            ray.init(address=address, logging_level=logging.WARNING)
         try:
             yield address
         finally:
             ray.shutdown()
     else:
-        address = _start(config)
+        with _own_sigterm():
+            address = _start(config)
         os.environ["RAY_ADDRESS"] = address
         try:
             yield address
         finally:
             del os.environ["RAY_ADDRESS"]
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray installs one that aborts the process before it can clean up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _start(config: Config) -> str:

@@ -25,6 +25,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
     Raises:
         ValueError: for a mistake that a retry cannot mend (divergence, a checkpoint of another config, too few CPUs).
+        KeyboardInterrupt: on Ctrl-C.
         ray.train.TrainingFailedError: if workers were lost more often than `compute.max_failures`.
     """
     require_resources(job.config)
@@ -46,7 +47,12 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
             checkpoint_config=CheckpointConfig(num_to_keep=job.config.train.keep_checkpoints),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except SystemExit as stop:
+        if stop.code in (0, 1):  # what Ray makes of Ctrl-C; 0 would read as success
+            raise KeyboardInterrupt from None
+        raise
     outcome = result.return_value
     if isinstance(outcome, ValueError):
         raise outcome

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,11 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
     return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z)
 
 
+def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
+    """Seed of torch's own generator for one step. Only dropout draws from it, which has no keyed form."""
+    return int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0])
+
+
 class Curves:
     """Sums of the losses between two reports, by noise level, over all workers."""
 
@@ -174,6 +180,7 @@ class Training:
         share = config.train.batch_size // context.world_size
         batch = draw_batch(config, self.split, first=state.images_seen + context.rank * share, count=share)
         x, level, z = (part.to(context.device, non_blocking=True) for part in (batch.x, batch.level, batch.z))
+        torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         report = train_step(

@@ -103,7 +103,7 @@ def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, s
 
     - `score`, `score_std`: the Inception-score formula over contiguous splits.
     - `fid`: Frechet distance to all reference images.
-    - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 256 images.
+    - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
     - `confidence`: mean largest class probability.

@@ -61,6 +61,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)
     figures = json.loads(storage.read_text(evaluation))
+    _require_own_samples(figures, loaded)
 
     def work(progress: ProgressFile) -> RegisterResult:
         with step_run(config, run=run, step="register") as tracked:
@@ -75,6 +76,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
             "checkpoint": loaded.digest,
             "sampler": config.sampling.sampler.model_dump(mode="json"),
             "evaluation": evaluation,
+            "gate": figures["gate"],
             "model": config.registered_model,
             "registry": shown(tracking_uri(config)),
         }
@@ -94,6 +96,21 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         storage.delete_file(folder.step("register", "result.json"))
         result = registered()
     return result
+
+
+def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) -> None:
+    """Refuse figures of other weights or of another sampler than those to be registered."""
+    manifest = json.loads(storage.read_text(storage.join(figures["samples"], "manifest.json")))
+    wanted = {
+        "checkpoint_digest": loaded.digest,
+        "sampler": loaded.config.sampling.sampler.model_dump(mode="json"),
+    }
+    for key, value in wanted.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{figures['uri']} measures samples of {key} {manifest[key]}, not of {value}; "
+                "sample and evaluate with the checkpoint and the sampler that are to be registered"
+            )
 
 
 def _candidate(

@@ -18,7 +18,7 @@ from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import once, run_folder
+from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
 
 GRID_IMAGES = 64
@@ -57,9 +57,10 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
         checkpoint: URI of the checkpoint to sample from.
 
     Raises:
-        ValueError: if the checkpoint is damaged or of another config, or the sampler diverges.
+        ValueError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, or the sampler
+            diverges.
     """
-    folder = run_folder(config, run)
+    folder = claim_run(config, run)
     loaded = checkpoints.load_for_sampling(checkpoint)
     checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling

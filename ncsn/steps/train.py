@@ -50,6 +50,11 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
     """
     folder = claim_run(config, run)
     manifest = load_manifest(dataset)
+    if config.evaluation.extractor == "classifier" and not manifest.class_names:
+        raise ValueError(
+            f"the data set {dataset} has no labels, so its samples could not be evaluated by a classifier; sort the "
+            "images into one subfolder per class, or set evaluation.extractor to inception and evaluation.weights"
+        )
 
     def work(progress: ProgressFile) -> TrainResult:
         with step_run(config, run=run, step="train") as tracked, ray_cluster(config):

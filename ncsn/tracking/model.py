@@ -21,6 +21,7 @@ from ncsn.config import from_json
 from ncsn.config.schema import SamplingConfig
 from ncsn.generation import generate, with_evaluations
 
+DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
 
 
@@ -57,7 +58,7 @@ class ScoreModel(PythonModel):
             MlflowException: for a param out of range.
         """
         chosen = params or {}
-        n_images = int(chosen.get("n_images", 1))
+        n_images = int(chosen.get("n_images", DEFAULT_IMAGES))
         if not 1 <= n_images <= MAX_IMAGES:
             raise MlflowException.invalid_parameter_value(f"n_images = {n_images}; use 1 to {MAX_IMAGES}")
         sampling = self._sampling(seed=chosen.get("seed"), nfe=chosen.get("nfe"))

@@ -125,7 +125,7 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == [RUN]
     children = {run.info.run_name: run for run in runs if run not in parents}
-    assert {"train", "sample", "evaluate", "register"} <= set(children)
+    assert set(children) == set(STEPS)
     for child in children.values():
         assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert child.info.status == "FINISHED"

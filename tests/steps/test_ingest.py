@@ -7,11 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.steps import ingest
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory) -> str:
+    """One MLflow database for all tests: making it takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def _tracked(tracking, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
 
 
 @pytest.fixture
@@ -80,6 +92,21 @@ def test_progress_is_told(config, tmp_path):
     ingest.run(config(), run="one")
     progress = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "progress.json").read_text())
     assert progress == {"done": 1797, "total": 1797, "unit": "images"}
+
+
+def test_new_files_in_the_folder_are_noticed(config, tmp_path):
+    folder = tmp_path / "images"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for k in range(20):
+            Image.fromarray(np.full((8, 8), 10 * k, np.uint8)).save(folder / label / f"{k}.png")
+    experiment = config(source="image_folder", root=str(folder), test_fraction=0.2)
+    first = ingest.run(experiment, run="grows")
+    assert ingest.run(experiment, run="grows") == first
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(folder / "a" / "new.png")
+    second = ingest.run(experiment, run="grows")
+    assert sum(second.counts.values()) == sum(first.counts.values()) + 1
+    assert second.digest != first.digest
 
 
 def test_the_right_folder_may_follow_the_wrong_one(config, tmp_path):

@@ -60,12 +60,15 @@ def saved(config, root, dataset) -> str:
 
 
 @pytest.fixture(scope="module")
-def evaluate(root, dataset):
-    """Writes an evaluation with a chosen figure, as the evaluate step leaves it."""
-    samples = str(root / "samples")
-    storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+def evaluate(config, root, dataset, saved):
+    """Writes an evaluation with a chosen figure, as the sample and evaluate steps leave it."""
 
-    def write(value: float, *, dataset: str = dataset) -> str:
+    def write(value: float, *, dataset: str = dataset, of: Config = config, name_of_file: str = "") -> str:
+        sampler = of.sampling.sampler.model_dump(mode="json")
+        samples = str(root / f"samples-{sampler['steps_per_level']}")
+        storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+        manifest = {"checkpoint_digest": checkpoint.load_for_sampling(saved).digest, "sampler": sampler}
+        storage.write_text(storage.join(samples, "manifest.json"), json.dumps(manifest))
         name = "eval/classifier_fid_n4"
         figures = {
             "metrics": {name: value},
@@ -83,7 +86,7 @@ def evaluate(root, dataset):
             "samples": samples,
             "dataset": dataset,
         }
-        uri = str(root / f"evaluation-{value}.json")
+        uri = str(root / f"evaluation-{name_of_file or value}.json")
         figures["uri"] = uri
         storage.write_text(uri, json.dumps(figures))
         return uri
@@ -118,9 +121,25 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
     longer = from_yaml(
         EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "sampling.sampler.steps_per_level=3"]
     )
-    result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0))
+    result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
     assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
     assert result.reason == "eval/classifier_fid_n4 = 6 is not better than 5 of champion version 1"
+
+
+def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
+    longer = from_yaml(
+        EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "sampling.sampler.steps_per_level=4"]
+    )
+    with pytest.raises(ValueError, match=r"measures samples of sampler .*'steps_per_level': 2.*, not of .*: 4"):
+        register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluate(5.0))
+
+
+def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
+    named = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": "renewed"})})
+    first = register.run(named, run="renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
+    second = register.run(named, run="renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
+    assert first.reason.startswith("eval/classifier_fid_n4 = 9")
+    assert "8" in second.reason and second.version == first.version
 
 
 def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
