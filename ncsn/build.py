@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.schema import (
+from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig
+from ncsn.config.samplers import (
     AnnealedLangevinConfig,
     ConsistentAnnealedConfig,
     KarrasHeunConfig,
     LangevinConfig,
-    NcsnNetworkConfig,
-    NcsnV2NetworkConfig,
     PredictorCorrectorConfig,
     ProbabilityFlowConfig,
     SamplerConfig,

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
-from ncsn.config.schema import (
+from ncsn.config.samplers import (
     AnnealedLangevinConfig,
     KarrasHeunConfig,
     LangevinConfig,
     ProbabilityFlowConfig,
     SamplerConfig,
-    SamplingConfig,
 )
+from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.starts import moment_matched_start

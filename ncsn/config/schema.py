@@ -9,18 +9,16 @@ schedule means. The sections `compute`, `storage` and `tracking` say where the w
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from ncsn.config.networks import NetworkConfig
+from ncsn.config.samplers import SamplerConfig
+from ncsn.config.section import Section
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -76,49 +74,6 @@ class NoiseConfig(Section):
         return self
 
 
-class NcsnNetworkConfig(Section):
-    """The RefineNet of the 2019 paper (appendix A), conditioned by instance normalisation++."""
-
-    kind: Literal["ncsn"] = Field(description="The paper's network.")
-    num_features: int = Field(
-        128, ge=4, le=1024, description="Channels of the first stage: 128 for CIFAR-10, 64 for MNIST."
-    )
-
-
-class NcsnV2NetworkConfig(Section):
-    """The network of NCSNv2 (Song & Ermon 2020): unconditional, its output divided by sigma."""
-
-    kind: Literal["ncsnv2"] = Field(description="The network of the 2020 paper.")
-    num_features: int = Field(128, ge=4, le=1024, description="Channels of the first stage; the paper uses 128.")
-    depth: Literal["standard", "deeper", "deepest"] = Field(
-        "standard", description="For images up to 64, 128 and 256 pixels."
-    )
-
-
-class UnetNetworkConfig(Section):
-    """A compact U-Net with the preconditioning of Karras et al. 2022."""
-
-    kind: Literal["unet"] = Field(description="A compact U-Net.")
-    widths: tuple[int, ...] = Field(
-        (32, 64, 64),
-        min_length=1,
-        max_length=6,
-        description="Channels at each resolution; each next one has half the size.",
-    )
-    blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
-    embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
-    attention_sizes: tuple[int, ...] = Field((), description="Feature map sizes in pixels that get self-attention.")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout probability inside the blocks. Its masks depend on the number of workers."
-    )
-    sigma_data: float = Field(
-        0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning."
-    )
-
-
-NetworkConfig = Annotated[NcsnNetworkConfig | NcsnV2NetworkConfig | UnetNetworkConfig, Field(discriminator="kind")]
-
-
 class LossConfig(Section):
     """Denoising score matching (paper eq. 5 and 6)."""
 
@@ -163,90 +118,6 @@ class TrainConfig(Section):
                 "raise num_images"
             )
         return self
-
-
-class AnnealedLangevinConfig(Section):
-    """Annealed Langevin dynamics (paper, Algorithm 1)."""
-
-    kind: Literal["annealed_langevin"] = Field(description="The paper's sampler.")
-    steps_per_level: int = Field(
-        100, ge=1, le=100000, description="Langevin steps T at each level; NFE = T * num_levels."
-    )
-    epsilon: float = Field(
-        2e-5,
-        gt=0,
-        le=1,
-        description="Step size at the last level: a_i = epsilon * sigma_i^2 / sigma_L^2, x += a_i s + sqrt(2 a_i) z. "
-        "The paper's printed Algorithm 1 with its epsilon is this one with epsilon / 2.",
-    )
-    denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE (Tweedie's formula).")
-
-
-class LangevinConfig(Section):
-    """Langevin dynamics at one noise level (paper, equation 4)."""
-
-    kind: Literal["langevin"] = Field(description="Langevin dynamics at a single level, without annealing.")
-    level: int = Field(
-        -1, ge=-10000, lt=10000, description="The level, 0 = most noise; negative ones count from the last."
-    )
-    num_steps: int = Field(200, ge=1, le=1_000_000, description="Number of steps, the NFE.")
-    step_size: float = Field(5e-5, gt=0, le=1, description="a in x += a s + sqrt(2 a) z.")
-    denoise: bool = Field(True, description="End with x + sigma^2 s(x), one more NFE.")
-
-
-class ConsistentAnnealedConfig(Section):
-    """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020)."""
-
-    kind: Literal["consistent_annealed"] = Field(description="One step per level that leaves exactly the next sigma.")
-    epsilon: float = Field(
-        gt=0, le=1, description="Step size at the last level; within (1 +- q) sigma_L^2 for the ratio q of the levels."
-    )
-    refine: int = Field(1, ge=1, le=1000, description="Make the grid so many times finer; needs a continuous network.")
-    denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE.")
-
-
-class PredictorCorrectorConfig(Section):
-    """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021)."""
-
-    kind: Literal["predictor_corrector"] = Field(
-        description="A step of the reverse SDE, then Langevin steps, per level."
-    )
-    predictor: Literal["reverse_diffusion", "ancestral"] = Field("reverse_diffusion", description="The SDE's step.")
-    corrector_steps: int = Field(1, ge=0, le=1000, description="Langevin steps per level.")
-    snr: float = Field(0.16, gt=0, le=1, description="Signal-to-noise ratio r of the corrector's steps.")
-    num_levels: int | None = Field(None, ge=2, description="Visit so many of the network's levels; null = all.")
-    denoise: bool = Field(True, description="End with the predictor's step to sigma = 0, one more NFE.")
-
-
-class ProbabilityFlowConfig(Section):
-    """The probability-flow ODE on the network's own levels (Song et al. 2021)."""
-
-    kind: Literal["probability_flow"] = Field(description="Deterministic: Euler (1 NFE per level) or Heun (2).")
-    method: Literal["euler", "heun"] = Field("heun", description="First or second order.")
-    num_levels: int | None = Field(None, ge=2, description="Visit so many of the network's levels; null = all.")
-    spacing: Literal["geometric", "karras"] = Field("geometric", description="How the visited levels spread.")
-    denoise: bool = Field(True, description="End with the step to sigma = 0, one more NFE.")
-
-
-class KarrasHeunConfig(Section):
-    """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2); needs a continuous network."""
-
-    kind: Literal["karras_heun"] = Field(description="Heun on the grid of Karras et al., with churn.")
-    num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")
-    rho: float = Field(7.0, gt=0, le=100, description="Exponent of the grid.")
-    churn: float = Field(0.0, ge=0, le=1000, description="Total noise added again on the way; 0 = deterministic.")
-    denoise: bool = Field(True, description="End with the step to sigma = 0.")
-
-
-SamplerConfig = Annotated[
-    AnnealedLangevinConfig
-    | LangevinConfig
-    | ConsistentAnnealedConfig
-    | PredictorCorrectorConfig
-    | ProbabilityFlowConfig
-    | KarrasHeunConfig,
-    Field(discriminator="kind"),
-]
 
 
 class SamplingConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,15 +73,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
             require_resources(config)
             tracked.set_tags(ray_tags())
             started = time.perf_counter()
-            shard = Shard(
-                checkpoint=checkpoint,
-                sampling=sampling,
-                folder=uri,
-                first=0,
-                count=sampling.batch_size,
-                threads=config.compute.cpus_per_worker,
-                use_gpu=config.compute.use_gpu,
-            )
+            shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
             made = sample_missing(shard, num_images=sampling.num_images, progress=progress)
             seconds = time.perf_counter() - started
             result = SampleResult(
@@ -111,12 +103,24 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
     )
 
 
+def _first_shard(config: Config, *, checkpoint: str, folder: str) -> Shard:
+    return Shard(
+        checkpoint=checkpoint,
+        sampling=config.sampling,
+        folder=folder,
+        first=0,
+        count=config.sampling.batch_size,
+        threads=config.compute.cpus_per_worker,
+        use_gpu=config.compute.use_gpu,
+    )
+
+
 def _publish_pictures(result: SampleResult, shard: Shard) -> None:
     count = min(GRID_IMAGES, result.num_images)
     first_images = np.concatenate(list(read_samples(result.uri, num_images=count, batch_size=count)))
     storage.write_bytes(result.grid, grid_png(first_images))
     if not storage.exists(result.strip):
-        few = Shard(**{**shard.__dict__, "count": min(STRIP_IMAGES, result.num_images)})
+        few = replace(shard, count=min(STRIP_IMAGES, result.num_images))
         storage.write_bytes(result.strip, strip_png(sample_levels(few)))
 
 
