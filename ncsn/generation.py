@@ -42,7 +42,7 @@ def generate(
 
     Args:
         trained: The experiment, its network on `device` and the moments of its images.
-        sampling: Sampler and seed.
+        sampling: Sampler, seed and precision.
         first: Index of the first image.
         count: Number of images, made as one batch.
         device: Where to compute.
@@ -57,7 +57,8 @@ def generate(
     config = trained.config
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
-    with torch.inference_mode():
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=sampling.precision == "bfloat16")
+    with torch.inference_mode(), autocast:
         x = start(trained, sampling.sampler, noise=noise)
         if on_level is not None:
             on_level(0, x)

@@ -62,6 +62,27 @@ def test_an_image_does_not_depend_on_its_batch(kind: str) -> None:
     assert np.abs(whole[3].astype(int) - alone[0].astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["annealed_langevin", "karras_heun"])
+def test_bfloat16_is_the_networks_alone(kind: str) -> None:
+    config = config_with(kind)
+    network = trained(config)
+    torch.nn.init.normal_(network.network.output.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    convolved: set[torch.dtype] = set()
+    network.network.input.register_forward_hook(lambda module, given, made: convolved.add(made.dtype))  # type: ignore[operator]
+    states: set[torch.dtype] = set()
+    halved = generate(
+        network,
+        sampling=config.sampling.model_copy(update={"precision": "bfloat16"}),
+        first=0,
+        count=4,
+        on_level=lambda _, x: states.add(x.dtype),
+    )
+    assert (convolved, states) == ({torch.bfloat16}, {torch.float32})
+    exact = generate(network, sampling=config.sampling, first=0, count=4)
+    difference = np.abs(halved.astype(int) - exact.astype(int))
+    assert difference.max() > 0 and difference.mean() < 2
+
+
 @pytest.mark.parametrize(("kind", "nfe"), [(kind, nfe) for kind, (_, nfe) in SAMPLERS.items()])
 def test_nfe_is_what_the_network_is_asked(kind: str, nfe: int) -> None:
     config = config_with(kind)

@@ -128,6 +128,9 @@ class SamplingConfig(Section):
         64, ge=1, le=65536, description="Images per network evaluation. Does not change the images."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends on (seed, i) only.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Arithmetic of the network's convolutions; the state of the chain stays in float32."
+    )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
 
 

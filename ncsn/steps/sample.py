@@ -64,7 +64,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
     loaded = checkpoints.load_for_sampling(checkpoint)
     checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling
-    sampler_key = {"sampler": sampling.sampler.model_dump(), "seed": sampling.seed}
+    sampler_key = sampling.model_dump(include={"sampler", "seed", "precision"})
     sampler_digest = hashlib.sha256(json.dumps(sampler_key, sort_keys=True).encode()).hexdigest()[:12]
     uri = folder.samples(loaded.digest, sampler_digest)
 

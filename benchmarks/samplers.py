@@ -1,0 +1,190 @@
+"""Quality against the number of network evaluations: one checkpoint, many samplers.
+
+    python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml --out samplers.json
+
+SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and if need be its own
+`precision` and `num_images`. Images are kept below --work by what they depend on, so a second call makes only what is
+missing. Seconds are CPU seconds of one core for 64 images, the median over the batches made, so that other work on the
+machine changes them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ncsn.checkpoint import SamplingCheckpoint, load_for_sampling
+from ncsn.config.schema import SamplingConfig
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.evaluation.classifier import ClassifierRecipe
+from ncsn.evaluation.classifier_store import obtain_classifier
+from ncsn.evaluation.figures import figures_of
+from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.generation import evaluations_per_image, generate
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    name: str
+    sampling: SamplingConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a setting gave."""
+
+    name: str
+    nfe: int
+    num_images: int
+    seconds_per_64: float
+    fid: float
+    kid: float
+    score: float
+    recall: float
+    sampler: dict[str, Any]
+    precision: str
+
+
+def main() -> None:
+    """Make the images, measure them, print the table and write it as JSON."""
+    options = _options()
+    checkpoint = load_for_sampling(options.checkpoint)
+    settings = list(_settings(options, checkpoint))
+    _make_images(options, settings)
+    rows = _measure(options, checkpoint, settings)
+    print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | images |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.nfe} | {row.seconds_per_64:.2f} | {row.fid:.2f} | {1000 * row.kid:.1f} "
+            f"| {row.score:.2f} | {row.recall:.3f} | {row.num_images:,} |"
+        )
+    if options.out is not None:
+        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Quality against the number of network evaluations.")
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("dataset", help="folder of the ingested data set, with labels")
+    parser.add_argument("settings", type=Path, help="YAML list of {name, sampler, precision, num_images}")
+    parser.add_argument("--num-images", type=int, default=10_000, help="images per setting that does not say its own")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/samplers"), help="where images are kept")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def _settings(options: argparse.Namespace, checkpoint: SamplingCheckpoint) -> Iterator[Setting]:
+    for entry in yaml.safe_load(options.settings.read_text()):
+        sampling = SamplingConfig.model_validate(
+            {"num_images": options.num_images, "batch_size": BATCH} | {k: v for k, v in entry.items() if k != "name"}
+        )
+        key = sampling.model_dump_json(include={"sampler", "seed", "precision"}) + checkpoint.digest
+        yield Setting(entry["name"], sampling, options.work / hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def _make_images(options: argparse.Namespace, settings: list[Setting]) -> None:
+    tasks = [
+        (setting, first, min(BATCH, setting.sampling.num_images - first))
+        for setting in settings
+        for first in range(0, setting.sampling.num_images, BATCH)
+        if not (setting.folder / f"{first:06d}.npz").exists()
+    ]
+    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_make_batch, options.checkpoint, *task) for task in tasks]
+        for count, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            if count % 20 == 0 or count == len(tasks):
+                print(f"{time.strftime('%H:%M:%S')} {count} of {len(tasks)} batches", flush=True)
+
+
+def _make_batch(checkpoint: str, setting: Setting, first: int, count: int) -> None:
+    torch.set_num_threads(1)
+    trained = _load(checkpoint)
+    began = time.process_time()
+    images = generate(trained, sampling=setting.sampling, first=first, count=count)
+    seconds = time.process_time() - began
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    target = setting.folder / f"{first:06d}.npz"
+    part = target.with_suffix(".part.npz")
+    np.savez(part, images=images, seconds=seconds)
+    part.replace(target)
+
+
+@lru_cache(maxsize=1)
+def _load(uri: str) -> SamplingCheckpoint:
+    return load_for_sampling(uri)
+
+
+def _measure(options: argparse.Namespace, checkpoint: SamplingCheckpoint, settings: list[Setting]) -> list[Row]:
+    manifest = load_manifest(options.dataset)
+    train, test = open_cache(options.dataset, "train"), open_cache(options.dataset, "test")
+    recipe = ClassifierRecipe(
+        image_size=manifest.image_size,
+        channels=manifest.channels,
+        num_classes=len(manifest.class_names),
+        epochs=checkpoint.config.evaluation.classifier_epochs,
+        seed=0,
+    )
+    extractor = obtain_classifier(options.dataset, recipe, train=train, test=test).extractor
+    reference = obtain_reference(
+        options.dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train"
+    )
+
+    def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
+        extracted = extract_all(extractor, iter(images))
+        figures = figures_of(extracted, reference, num_splits=10, seed=0)
+        values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
+        return Row(name=name, num_images=sum(map(len, images)), **values, **known)
+
+    rows = [
+        row(
+            setting.name,
+            images,
+            nfe=evaluations_per_image(setting.sampling.sampler, num_levels=checkpoint.config.noise.num_levels),
+            seconds_per_64=statistics.median(seconds),
+            sampler=setting.sampling.sampler.model_dump(),
+            precision=setting.sampling.precision,
+        )
+        for setting in settings
+        for images, seconds in [_kept(setting)]
+    ]
+    real = test.images[: options.num_images]
+    batches = [real[first : first + BATCH] for first in range(0, len(real), BATCH)]
+    return [*rows, row("real test images", batches, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
+
+
+def _kept(setting: Setting) -> tuple[list[np.ndarray], list[float]]:
+    """The images of a setting and the seconds of each whole batch."""
+    images, seconds = [], []
+    for first in range(0, setting.sampling.num_images, BATCH):
+        with np.load(setting.folder / f"{first:06d}.npz") as stored:
+            images.append(stored["images"][: setting.sampling.num_images - first])
+            if len(stored["images"]) == BATCH:
+                seconds.append(float(stored["seconds"]))
+    return images, seconds
+
+
+if __name__ == "__main__":
+    main()
