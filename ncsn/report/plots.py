@@ -1,0 +1,246 @@
+"""Plots of curves and numbers: plain arrays in, a matplotlib figure out. `ncsn.report.style` makes files of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from numpy.typing import ArrayLike, NDArray
+
+from ncsn.report.style import HEAT, INK, LEVEL_COLOURS, PALETTE, new_figure, styled
+
+Array = NDArray[np.float64]
+
+UNDER_TRAINED = 1.25
+"""A level is called under-trained if its loss is so many times what its neighbours let expect."""
+LOSS_LABEL = "normalised loss (a zero network reads 1)"
+SEEN_LABEL = "images seen"
+SIGMA_LABEL = "sigma (pixels in [0, 1])"
+NFE_LABEL = "NFE (score-network evaluations per image)"
+
+
+def under_trained_levels(losses: ArrayLike) -> list[int]:
+    """Levels whose loss stands well above what their neighbours let expect.
+
+    The loss rises smoothly as sigma falls, so a level is expected at the mean of its two neighbours. The first level is
+    expected at the second's loss; the last on the line through the two before it, but not below the one before.
+
+    Args:
+        losses: Normalised loss of each level [L], most noise first; NaN where it is not known.
+    """
+    values = np.asarray(losses, np.float64)
+    if len(values) < 3:
+        return []
+    expected = np.empty_like(values)
+    expected[1:-1] = (values[:-2] + values[2:]) / 2
+    expected[0] = values[1]
+    expected[-1] = max(values[-2], 2 * values[-2] - values[-3])
+    above: list[int] = np.flatnonzero(values > UNDER_TRAINED * expected).tolist()
+    return above
+
+
+@styled
+def loss_curves(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
+    """The loss of each noise level over training, one line per level, coloured by sigma.
+
+    Args:
+        images_seen: [P].
+        level_losses: [P, L] normalised losses; NaN where no image had that level.
+        sigmas: [L], descending.
+    """
+    seen, losses, levels = _history(images_seen, level_losses, sigmas)
+    figure = new_figure(7, 3.6)
+    axes = figure.subplots()
+    norm = LogNorm(levels[-1], levels[0]) if levels[0] > levels[-1] else Normalize(levels[0] - 1, levels[0] + 1)
+    for level, sigma in enumerate(levels):
+        known = np.isfinite(losses[:, level])
+        marker = "o" if known.sum() == 1 else None
+        colour = LEVEL_COLOURS(norm(sigma))
+        axes.plot(seen[known], losses[known, level], color=colour, linewidth=1.1, marker=marker, markersize=3)
+    axes.axhline(1, color=INK, linestyle="--", linewidth=0.8)
+    axes.set(xlabel=SEEN_LABEL, ylabel=LOSS_LABEL, yscale="log")
+    _count_axis(axes)
+    bar = figure.colorbar(ScalarMappable(norm, LEVEL_COLOURS), ax=axes, label=SIGMA_LABEL)
+    bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def loss_heat_map(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
+    """The loss of each noise level over training as a map, with an arrow at each level that looks under-trained.
+
+    Args:
+        images_seen: [P].
+        level_losses: [P, L] normalised losses; NaN where no image had that level.
+        sigmas: [L], descending.
+    """
+    seen, losses, levels = _history(images_seen, level_losses, sigmas)
+    figure = new_figure(7, 3.6)
+    axes = figure.subplots()
+    edges = np.concatenate([[0.0], seen])
+    finite = losses[np.isfinite(losses) & (losses > 0)]
+    norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.01))
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(levels) + 1) - 0.5, losses.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True
+    )
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
+    axes.set(xlabel=SEEN_LABEL, ylabel="level: sigma")
+    _count_axis(axes)
+    for level in under_trained_levels(_last_known(losses)):
+        at = {"xycoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
+        axes.annotate("◀", (1.01, level), color=PALETTE[1], fontsize=9, **at)  # type: ignore[arg-type]
+    bar = figure.colorbar(mesh, ax=axes, label=LOSS_LABEL, pad=0.06)
+    bar.outline.set_visible(False)
+    if under_trained_levels(_last_known(losses)):
+        axes.set_title("◀ ends well above its neighbours: train longer", color=PALETTE[1], loc="right", fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class NfeCurve:
+    """One sampler at several lengths of its chain.
+
+    Attributes:
+        nfe: Evaluations per image [P].
+        quality: Figure of merit at each [P].
+        labels: A word beside each point, such as its seconds; empty for none.
+    """
+
+    nfe: Sequence[int]
+    quality: Sequence[float]
+    labels: Sequence[str] = ()
+
+
+@styled
+def quality_versus_nfe(
+    curves: Mapping[str, NfeCurve], *, quality_label: str, real: float | None = None, real_label: str = "real images"
+) -> Figure:
+    """What more evaluations per image buy, one line per sampler.
+
+    Args:
+        curves: Name of the sampler -> its points.
+        quality_label: Name of the figure with extractor and sample count.
+        real: The same figure of real images, as a dashed line.
+        real_label: What that line is.
+
+    Raises:
+        ValueError: if a figure is not finite.
+    """
+    figure = new_figure(7, 3.8)
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
+        require_finite(f"quality of {name}", curve.quality)
+        order = np.argsort(curve.nfe, kind="stable")
+        x, y = np.asarray(curve.nfe)[order], np.asarray(curve.quality)[order]
+        axes.plot(x, y, "o-", color=colour, markersize=5, label=name)
+        for nfe, quality, label in zip(curve.nfe, curve.quality, curve.labels, strict=False):
+            offset = {"xytext": (4, 5), "textcoords": "offset points"}
+            axes.annotate(label, (nfe, quality), fontsize=7, **offset)  # type: ignore[arg-type]
+    if real is not None:
+        require_finite(real_label, [real])
+        axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
+    axes.set(xlabel=NFE_LABEL, ylabel=quality_label, xscale="log")
+    log_scale_where_positive(axes, [value for curve in curves.values() for value in curve.quality] + [real or math.inf])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(sorted({nfe for curve in curves.values() for nfe in curve.nfe}), minor=False)
+    axes.xaxis.minorticks_off()
+    axes.legend(loc="upper right")
+    return figure
+
+
+@styled
+def timing_bars(seconds: Mapping[str, float], *, notes: Mapping[str, str] | None = None) -> Figure:
+    """Seconds as horizontal bars, in the given order from above.
+
+    Args:
+        seconds: What -> how long.
+        notes: What -> a word behind its number.
+    """
+    figure = new_figure(7, 0.7 + 0.32 * len(seconds))
+    axes = figure.subplots()
+    names, values = list(seconds), np.array(list(seconds.values()), np.float64)
+    require_finite("seconds", values)
+    bars = axes.barh(names, values, color=PALETTE[0], height=0.65)
+    texts = [f"{value:,.1f} s  {(notes or {}).get(name, '')}".rstrip() for name, value in seconds.items()]
+    axes.bar_label(bars, texts, padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="seconds")
+    return figure
+
+
+def log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
+    """A logarithmic y axis if the figures allow it and spread over more than a factor of 3."""
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) and finite.min() > 0 and finite.max() > 3 * finite.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _if_round(value)))
+
+
+def require_finite(what: str, values: ArrayLike) -> None:
+    """Refuse numbers that a plot would silently leave out.
+
+    Raises:
+        ValueError: naming them.
+    """
+    numbers = np.asarray(values, np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{what} must be finite, got {numbers.tolist()}")
+
+
+def colours(count: int) -> list[str]:
+    """So many colours of the palette, from its start again when it is used up."""
+    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+
+
+def _history(images_seen: ArrayLike, level_losses: ArrayLike, sigmas: ArrayLike) -> tuple[Array, Array, Array]:
+    seen, losses, levels = (np.asarray(part, np.float64) for part in (images_seen, level_losses, sigmas))
+    if losses.shape != (len(seen), len(levels)) or not losses.size:
+        raise ValueError(
+            f"the losses must have {len(seen)} points of {len(levels)} levels, at least one, got {list(losses.shape)}"
+        )
+    return seen, losses, levels
+
+
+def _last_known(losses: Array) -> Array:
+    """[L] the last loss of each level that is not NaN."""
+    last = np.full(losses.shape[1], np.nan)
+    for row in losses:
+        last = np.where(np.isfinite(row), row, last)
+    return last
+
+
+def _count_axis(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short_count(count)))
+
+
+def _short_count(count: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:g}{letter}"
+    return f"{count:g}"
+
+
+def _if_round(value: float) -> str:
+    """A text for 2, 3 and 5 times a power of ten, and none for what would stand too close to them."""
+    return f"{value:g}" if f"{value:e}"[0] in "235" else ""
+
+
+def _level_name(level: float, sigmas: Array) -> str:
+    index = int(level)
+    return f"{index}: {sigmas[index]:.3g}" if index == level and 0 <= index < len(sigmas) else ""

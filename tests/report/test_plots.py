@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from ncsn.report.plots import (
+    NfeCurve,
+    loss_curves,
+    loss_heat_map,
+    quality_versus_nfe,
+    timing_bars,
+    under_trained_levels,
+)
+from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
+from ncsn.report.style import INK, LEVEL_COLOURS, PALETTE, to_png, to_svg
+
+SIGMAS = np.geomspace(1, 0.01, 10)
+SEEN = np.array([1000, 2000, 3000])
+MINIMUM = 0.25**2 / (0.25**2 + SIGMAS**2)
+"""Normalised loss of the perfect network for data of standard deviation 0.25."""
+LOSSES = MINIMUM * np.array([[3.0], [1.5], [1.0]])
+PAGES = ((1.0, 1.0, 1.0), to_rgb("#161616"))
+FID = "Fréchet distance (classifier, 512 images)"
+
+
+def contrast(a, b) -> float:
+    """WCAG 2: (lighter + 0.05) / (darker + 0.05) of the relative luminances."""
+
+    def luminance(colour) -> float:
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_ink_and_colours_are_legible_on_a_light_and_on_a_dark_page(page) -> None:
+    colours = [to_rgb(INK), *map(to_rgb, PALETTE), *(LEVEL_COLOURS(t)[:3] for t in np.linspace(0, 1, 21))]
+    assert min(contrast(colour, page) for colour in colours) >= 3
+
+
+def test_a_perfect_network_is_not_called_under_trained() -> None:
+    assert under_trained_levels(MINIMUM) == []
+
+
+@pytest.mark.parametrize("level", range(10))
+def test_each_level_that_is_well_above_its_due_is_found(level) -> None:
+    losses = MINIMUM.copy()
+    losses[level] *= 2 if level else 4  # the first level's due is not known, but it is below the second's
+    assert under_trained_levels(losses) == [level]
+
+
+def test_two_levels_have_no_neighbours_to_compare_with() -> None:
+    assert under_trained_levels([0.1, 0.9]) == []
+
+
+def test_loss_curves_hold_the_numbers() -> None:
+    losses = LOSSES.copy()
+    losses[1, 4] = np.nan
+    axes = loss_curves(SEEN, losses, sigmas=SIGMAS).axes[0]
+    lines = axes.get_lines()[: len(SIGMAS)]
+    for level, line in enumerate(lines):
+        known = np.isfinite(losses[:, level])
+        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([SEEN, losses[:, level]])[known])
+    assert axes.get_xlabel() == "images seen"
+    assert "zero network reads 1" in axes.get_ylabel()
+
+
+def test_heat_map_points_at_the_under_trained_level() -> None:
+    losses = LOSSES.copy()
+    losses[-1, 6] *= 2
+    axes = loss_heat_map(SEEN, losses, sigmas=SIGMAS).axes[0]
+    assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("◀", 6)]
+    assert not loss_heat_map(SEEN, LOSSES, sigmas=SIGMAS).axes[0].texts
+
+
+def test_one_point_and_one_level_are_drawn() -> None:
+    for plot in (loss_curves, loss_heat_map):
+        assert to_png(plot([1000], [[0.5]], sigmas=[0.1]))
+
+
+def test_losses_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 points of 10 levels, at least one, got \[10, 3\]"):
+        loss_curves(SEEN, LOSSES.T, sigmas=SIGMAS)
+
+
+def test_quality_is_drawn_in_order_of_nfe() -> None:
+    curve = NfeCurve(nfe=[100, 10, 50], quality=[5.0, 30.0, 8.0], labels=["1 s", "2 s", "3 s"])
+    axes = quality_versus_nfe({"heun": curve}, quality_label=FID, real=2.0).axes[0]
+    assert axes.get_lines()[0].get_xydata().tolist() == [[10, 30], [50, 8], [100, 5]]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"1 s": (100, 5.0), "2 s": (10, 30.0), "3 s": (50, 8.0)}
+    assert axes.get_ylabel() == FID
+
+
+def test_a_quality_that_is_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"quality of heun must be finite, got \[5.0, nan\]"):
+        quality_versus_nfe({"heun": NfeCurve([10, 20], [5.0, float("nan")])}, quality_label=FID)
+
+
+def test_a_diverged_epsilon_is_marked_apart() -> None:
+    axes = epsilon_versus_quality([1e-3, 1e-5, 1e-4], [np.nan, 9.0, 4.0], quality_label=FID, chosen=1e-4).axes[0]
+    curve, diverged, chosen = axes.get_lines()
+    assert curve.get_xydata().tolist() == [[1e-5, 9], [1e-4, 4]]
+    assert diverged.get_xdata().tolist() == [1e-3]
+    assert list(chosen.get_xdata()) == [1e-4, 1e-4]
+
+
+def test_search_lays_numbers_out_by_their_logarithm_and_words_by_the_alphabet() -> None:
+    settings = {"optimizer.learning_rate": [1e-4, 1e-3, 1e-2], "network.kind": ["unet", "ncsn", "unet"]}
+    figure = search_coordinates(settings, [10.0, 30.0, float("nan")], quality_label="fid")
+    lines = {tuple(np.round(line.get_ydata(), 6)): line for line in figure.axes[0].get_lines()}
+    best, worst, failed = lines[0, 1, 0], lines[0.5, 0, 1], lines[1, 1]
+    assert best.get_linewidth() > worst.get_linewidth() > failed.get_linewidth()
+
+
+def test_timing_bars_are_as_long_as_their_seconds() -> None:
+    axes = timing_bars({"train": 60.0, "sample": 12.5}, notes={"train": "900 images/s"}).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [60, 12.5]
+    assert [text.get_text() for text in axes.texts] == ["60.0 s  900 images/s", "12.5 s"]
+
+
+def test_files_depend_on_the_figure_alone_and_have_no_background() -> None:
+    def files() -> tuple[bytes, str]:
+        figure = timing_bars({"train": 1.0})
+        return to_png(figure), to_svg(figure)
+
+    png, svg = files()
+    with mpl.rc_context({"axes.facecolor": "red", "savefig.facecolor": "red", "font.size": 30}):
+        assert files() == (png, svg)
+    assert Image.open(io.BytesIO(png)).convert("RGBA").getpixel((0, 0))[3] == 0
+    assert svg.startswith("<svg") and "currentColor" in svg and INK not in svg
+    assert "<date>" not in svg and "dc:date" not in svg
+
+
+def test_ids_of_two_plots_in_one_page_differ_by_their_salt() -> None:
+    figure = timing_bars({"train": 1.0})
+    one, two = to_svg(figure, salt="one"), to_svg(figure, salt="two")
+    assert one != two and len(one) == len(two)
