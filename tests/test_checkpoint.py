@@ -20,6 +20,7 @@ noise: {num_levels: 4}
 network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
 train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
 sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+evaluation: {num_splits: 2}
 """
 
 

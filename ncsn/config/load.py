@@ -40,7 +40,7 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(detail, tree) for detail in error.errors()]
+        lines = [line for detail in error.errors() for line in _explain(detail, tree).splitlines()]
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.section import Section
@@ -230,14 +231,10 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Config:
-        batch, workers = self.train.batch_size, self.compute.num_workers
-        if batch % workers:
-            raise ValueError(
-                f"train.batch_size = {batch} does not divide over compute.num_workers = {workers}: "
-                f"{batch} / {workers} = {batch / workers:g} images per worker; "
-                f"use {batch - batch % workers or workers} or {batch + workers - batch % workers}"
-            )
+    def _fits(self) -> Config:
+        found = misfits(self)
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     @property

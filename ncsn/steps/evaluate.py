@@ -97,7 +97,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
     """
     folder = claim_run(config, run)
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
-    _check_inputs(config, samples, dataset)
+    _check_inputs(samples, dataset)
 
     def work(progress: ProgressFile) -> EvaluateResult:
         with step_run(config, run=run, step="evaluate") as tracked:
@@ -183,16 +183,11 @@ def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[
     storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
 
 
-def _check_inputs(config: Config, samples: str, dataset: str) -> None:
+def _check_inputs(samples: str, dataset: str) -> None:
     if not storage.exists(storage.join(dataset, MANIFEST)):
         raise ValueError(f"no data set at {dataset}; run `ncsn ingest` first")
     if not storage.exists(samples):
         raise FileNotFoundError(f"no samples folder at {samples}; run `ncsn sample` first")
-    if config.sampling.num_images < config.evaluation.num_splits:
-        raise ValueError(
-            f"sampling.num_images = {config.sampling.num_images} images do not fill evaluation.num_splits = "
-            f"{config.evaluation.num_splits} splits; generate more images or lower evaluation.num_splits"
-        )
 
 
 def _extractor(

@@ -13,6 +13,7 @@ noise: {{num_levels: 4}}
 network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
 train: {{batch_size: 16, num_images: 160, checkpoint_every_images: 80, report_every_images: 80}}
 sampling: {{num_images: 8, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
+evaluation: {{num_splits: 2}}
 storage: {{root: {root}}}
 """
 

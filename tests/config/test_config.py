@@ -46,6 +46,55 @@ def test_mistakes_are_named(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+NCSN = "network={kind: ncsn}"
+MISFITS = [
+    (
+        [NCSN, "sampling.sampler={kind: karras_heun}"],
+        "sampling.sampler.kind = karras_heun needs a network that takes any sigma, and network.kind = ncsn knows",
+    ),
+    (
+        [NCSN, "sampling.sampler={kind: consistent_annealed, epsilon: 9.0e-4, refine: 2}"],
+        "sampling.sampler.refine = 2 needs a network that takes any sigma",
+    ),
+    # q = 0.03^(1/19) = 0.83148, and epsilon / 0.03^2 must be within 1 +- q.
+    (
+        ["sampling.sampler={kind: consistent_annealed, epsilon: 2.0e-3}"],
+        "sampling.sampler.epsilon = 0.002 does not fit the noise levels; consistent annealed sampling needs "
+        "0.0001517 to 0.001648",
+    ),
+    (["sampling.sampler={kind: langevin, level: 20}"], "level = 20 is not among noise.num_levels = 20; use 0 to 19"),
+    (["sampling.sampler={kind: langevin, level: -21}"], "level = -21 is not among noise.num_levels = 20"),
+    (
+        ["sampling.sampler={kind: probability_flow, num_levels: 21}"],
+        "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
+    ),
+    (
+        ["sampling.sampler={kind: predictor_corrector, num_levels: 21}"],
+        "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
+    ),
+    (["sampling.num_images=9"], "sampling.num_images = 9 images do not fill evaluation.num_splits = 10"),
+    (["network.widths=[8,8,8,8,8]"], "data.image_size = 8 can be halved only 3 times; use at most 4 widths"),
+    (["network.attention_sizes=[4,5]"], "network.attention_sizes = [5] do not occur"),
+    ([NCSN, "data.image_size=27"], "data.image_size = 27 is not divisible by 2, which network.kind = ncsn needs"),
+    (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "is not divisible by 8"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISFITS)
+def test_settings_that_do_not_go_together_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=overrides, origin="digits.yaml")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("digits.yaml: ")
+    assert message in line
+
+
+def test_all_that_does_not_go_together_is_listed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=3"], origin="digits.yaml")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["digits.yaml"] * 2
+
+
 def test_batch_that_does_not_divide_shows_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"127 / 2 = 63\.5 images per worker; use 126 or 128"):
         from_yaml(DIGITS, overrides=["train.batch_size=127", "compute.num_workers=2"])

@@ -28,6 +28,7 @@ noise: {num_levels: 2, sigma_L: 0.1}
 network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
 train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
 sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+evaluation: {num_splits: 2}
 """
 
 
