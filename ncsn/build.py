@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
+from ncsn.config.losses import DsmLossConfig, SsmLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig
 from ncsn.config.samplers import (
     AnnealedLangevinConfig,
@@ -23,6 +24,7 @@ from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.networks.ncsnv2 import NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.objectives import DenoisingScoreMatching, Objective, SingleSigma, SlicedScoreMatching
 from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector, Sampler
 from ncsn.core.train_state import TrainState
@@ -70,6 +72,21 @@ def network(config: Config) -> nn.Module:
 def sampler(settings: SamplerConfig) -> Sampler:
     """The sampler, ready to run on any network."""
     return _SAMPLERS[type(settings)](**settings.model_dump(exclude={"kind"}))
+
+
+def objective(config: Config) -> Objective:
+    """What training minimises."""
+    loss = config.loss
+    if isinstance(loss, DsmLossConfig):
+        return DenoisingScoreMatching(anneal_power=loss.anneal_power, antithetic=loss.antithetic)
+    if isinstance(loss, SsmLossConfig):
+        return SlicedScoreMatching(anneal_power=loss.anneal_power)
+    return SingleSigma()
+
+
+def num_projections(config: Config) -> int:
+    """Random directions per image that the objective takes."""
+    return config.loss.num_projections if isinstance(config.loss, SsmLossConfig) else 0
 
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:

@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 
 from ncsn.config.schema import Config
 
+_DEFAULT_KINDS = {"loss": "dsm"}
+"""Kinds of sections that may leave theirs out."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message has one line per mistake."""
@@ -37,6 +40,9 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
         raise ConfigError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    for section, kind in _DEFAULT_KINDS.items():
+        if isinstance(tree.get(section), dict):
+            tree[section] = {"kind": kind, **tree[section]}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ncsn.config.losses import SingleSigmaLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.samplers import (
     ConsistentAnnealedConfig,
@@ -22,13 +23,8 @@ _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 
 def misfits(config: Config) -> list[str]:
     """One line for each pair of settings that do not fit, naming both by their dotted paths."""
-    return [
-        *_batch(config),
-        *_network_size(config),
-        *_sampler_network(config),
-        *_sampler_levels(config),
-        *_splits(config),
-    ]
+    checks = (_batch, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
+    return [line for check in checks for line in check(config)]
 
 
 def _batch(config: Config) -> Iterator[str]:
@@ -66,6 +62,20 @@ def _network_size(config: Config) -> Iterator[str]:
         )
 
 
+def _one_level(config: Config) -> Iterator[str]:
+    loss, sampler, num_levels = config.loss, config.sampling.sampler, config.noise.num_levels
+    if isinstance(loss, SingleSigmaLossConfig) and num_levels > 1:
+        yield (
+            f"loss.kind = single_sigma trains at one noise level, but noise.num_levels = {num_levels}; "
+            "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L"
+        )
+    if num_levels == 1 and not isinstance(sampler, LangevinConfig):
+        yield (
+            f"sampling.sampler.kind = {sampler.kind} goes through several noise levels, but noise.num_levels = 1; "
+            "use sampling.sampler.kind = langevin"
+        )
+
+
 def _sampler_network(config: Config) -> Iterator[str]:
     """Samplers that go between the network's levels."""
     sampler = config.sampling.sampler
@@ -99,7 +109,7 @@ def _sampler_levels(config: Config) -> Iterator[str]:
             f"sampling.sampler.num_levels = {sampler.num_levels} is more than noise.num_levels = {noise.num_levels}; "
             "use fewer, or null for all"
         )
-    if isinstance(sampler, ConsistentAnnealedConfig):
+    if isinstance(sampler, ConsistentAnnealedConfig) and noise.num_levels > 1:
         step = (noise.sigma_L / noise.sigma_1) ** (1 / ((noise.num_levels - 1) * sampler.refine))
         low, high = ((1 + sign * step) * noise.sigma_L**2 for sign in (-1, 1))
         if not low <= sampler.epsilon <= high:

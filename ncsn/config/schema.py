@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ncsn.config.losses import DsmLossConfig, LossConfig
 from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
 from ncsn.config.samplers import SamplerConfig
@@ -63,24 +64,22 @@ class NoiseConfig(Section):
         1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
     )
     sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
-    num_levels: int = Field(10, ge=2, le=10000, description="Number of levels L.")
+    num_levels: int = Field(
+        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, is no annealing."
+    )
 
     @model_validator(mode="after")
     def _descending(self) -> NoiseConfig:
-        if self.sigma_1 <= self.sigma_L:
+        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
+            raise ValueError(
+                f"num_levels = 1 needs sigma_1 = sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}"
+            )
+        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
             raise ValueError(
                 f"sigma_1 must be larger than sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}; "
                 "the levels run from most to least noise"
             )
         return self
-
-
-class LossConfig(Section):
-    """Denoising score matching (paper eq. 5 and 6)."""
-
-    anneal_power: float = Field(
-        2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2."
-    )
 
 
 class OptimizerConfig(Section):
@@ -221,7 +220,7 @@ class Config(Section):
     data: DataConfig
     noise: NoiseConfig = NoiseConfig()
     network: NetworkConfig
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = DsmLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     sampling: SamplingConfig

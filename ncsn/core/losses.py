@@ -79,15 +79,6 @@ def _squared_residual(network: ScoreFunction, x: Tensor, *, level: Tensor, sigma
     return torch.addcmul(z, score, scale).square().flatten(1).sum(dim=1)
 
 
-def single_sigma_loss(network: ScoreFunction, x: Tensor, *, sigma: float, z: Tensor) -> DsmLoss:
-    """The paper's baseline: equation 5 at one sigma and without weight, for an unconditional network.
-
-    At the paper's sigma = 0.01 a zero network has a loss of D / 2 * 10^4, which is no sign of divergence.
-    """
-    level = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return dsm_loss(network, x, level=level, sigmas=torch.tensor([sigma], device=x.device), z=z, anneal_power=0.0)
-
-
 def ssm_loss(
     network: ScoreFunction,
     x: Tensor,

@@ -25,11 +25,13 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     Args:
         sigma_1: Largest noise standard deviation, in pixel units of [0, 1].
         sigma_L: Smallest one, 0 < sigma_L < sigma_1.
-        num_levels: Number of levels L >= 2.
+        num_levels: Number of levels L; a single one needs sigma_1 = sigma_L.
 
     Returns:
         float32 [L], descending, computed in float64; both ends are exact.
     """
+    if num_levels == 1 and 0 < sigma_L == sigma_1 < float("inf"):
+        return torch.tensor([sigma_1], dtype=torch.float32)
     if not 0 < sigma_L < sigma_1 < float("inf"):
         raise ValueError(f"need 0 < sigma_L < sigma_1, got sigma_1 = {sigma_1} and sigma_L = {sigma_L}")
     if num_levels < 2:

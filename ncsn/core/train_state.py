@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn.core.ema import Ema
-from ncsn.core.losses import dsm_loss
+from ncsn.core.objectives import DenoisingScoreMatching, Objective
+
+_DSM = DenoisingScoreMatching()
 
 
 @dataclass
@@ -35,7 +37,7 @@ class StepReport:
     """Figures of one optimizer step on this worker, left on their device so that reading them is the caller's choice.
 
     Attributes:
-        loss: Scalar, equation 6 over this worker's images.
+        loss: Scalar, the objective over this worker's images.
         per_image: float32 [B], normalised so that a zero network reads 1.0.
         grad_norm: Scalar, norm of the whole gradient before clipping; after DDP's averaging if the network is wrapped.
     """
@@ -54,11 +56,12 @@ def train_step(
     level: Tensor,
     z: Tensor,
     sigmas: Tensor,
-    anneal_power: float = 2.0,
+    v: Tensor | None = None,
+    objective: Objective = _DSM,
     grad_clip_norm: float | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> StepReport:
-    """One optimizer step of denoising score matching, and the update of the running average.
+    """One optimizer step, and the update of the running average.
 
     Args:
         network: The score network in train mode, wrapped in DistributedDataParallel or not.
@@ -68,7 +71,8 @@ def train_step(
         level: Noise level of each image, int64 [B].
         z: Standard normal numbers of x's shape.
         sigmas: Noise levels [L], descending.
-        anneal_power: See `dsm_loss`.
+        v: Projections [P, B, C, H, W], for the objective that needs them.
+        objective: What is minimised.
         grad_clip_norm: Clip the gradient's norm to this; None leaves it.
         autocast_dtype: Compute the network's convolutions in this type; None computes them in the parameters' type.
     """
@@ -79,7 +83,7 @@ def train_step(
         return result
 
     optimizer.zero_grad(set_to_none=True)
-    result = dsm_loss(score, x, level=level, sigmas=sigmas, z=z, anneal_power=anneal_power)
+    result = objective(score, x, level=level, sigmas=sigmas, z=z, v=v)
     torch.autograd.backward(result.loss)
     max_norm = math.inf if grad_clip_norm is None else grad_clip_norm
     grad_norm = clip_gradient(network, max_norm=max_norm)

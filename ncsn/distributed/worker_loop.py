@@ -1,4 +1,4 @@
-"""The training loop of one worker: denoising score matching over the noise levels.
+"""The training loop of one worker: score matching over the noise levels.
 
 The loop knows its worker context and nothing of Ray. Everything random is a function of (seed, place in the image
 order), so the images of a global batch, their levels and their noise do not depend on how many workers share it.
@@ -72,11 +72,13 @@ class Batch:
         x: `[B, C, H, W]` float32 in [0, 1).
         level: `[B]` int64.
         z: Standard normal noise, shape of `x`.
+        v: Projections `[P, B, C, H, W]` where the objective needs them.
     """
 
     x: Tensor
     level: Tensor
     z: Tensor
+    v: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TrainOutcome:
 
 
 def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
-    """The images at places `first .. first + count` of the endless shuffled order, with their levels and noise."""
+    """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
     seed = config.seed
     indices = image_indices(seed, first=first, count=count, size=len(split.labels))
     x = to_unit(torch.from_numpy(split.images[indices]))
@@ -110,7 +112,11 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
     level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.noise.num_levels
     z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
-    return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z)
+    v, projections = None, build.num_projections(config)
+    if projections:
+        rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
+        v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
+    return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z, v=v)
 
 
 def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
@@ -160,6 +166,7 @@ class Training:
         self.dataset_digest = load_manifest(job.dataset).digest
         self.state = build.train_state(self.config, device=context.device)
         self.sigmas = build.sigmas(self.config).to(context.device)
+        self.objective = build.objective(self.config)
         self.saved = ""
         with context.latest_checkpoint() as folder:
             if folder is not None:
@@ -180,6 +187,7 @@ class Training:
         share = config.train.batch_size // context.world_size
         batch = draw_batch(config, self.split, first=state.images_seen + context.rank * share, count=share)
         x, level, z = (part.to(context.device, non_blocking=True) for part in (batch.x, batch.level, batch.z))
+        v = None if batch.v is None else batch.v.to(context.device, non_blocking=True)
         torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
@@ -191,7 +199,8 @@ class Training:
             level=level,
             z=z,
             sigmas=self.sigmas,
-            anneal_power=config.loss.anneal_power,
+            v=v,
+            objective=self.objective,
             grad_clip_norm=config.optimizer.grad_clip_norm,
             autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
         )

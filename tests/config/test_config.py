@@ -34,6 +34,12 @@ def test_round_trips(path: Path) -> None:
         ("name=Foo Bar", "name: 'Foo Bar' is not valid: 1 to 40 lower-case letters"),
         ("foo.bar=1", "foo: unknown key; valid keys: compute, data, "),
         ("network.widths=[a]", "network.widths.0: 'a' is not valid"),
+        ("loss.kind=mse", "loss.kind: 'mse' is not one of 'dsm', 'ssm', 'single_sigma'"),
+        ("loss={antithetic: maybe}", "loss.antithetic: 'maybe' is not valid"),
+        (
+            "noise={num_levels: 1}",
+            "noise: num_levels = 1 needs sigma_1 = sigma_L, got sigma_1 = 1.0 and sigma_L = 0.01",
+        ),
         ("sampling.sampler.kind=ddim", "sampling.sampler.kind: 'ddim'"),
         ("noise", "--set 'noise': expected a.b=value"),
         ("seed.x=1", "--set 'seed.x=1': 'seed' is a value, not a section"),
@@ -71,6 +77,11 @@ MISFITS = [
     (
         ["sampling.sampler={kind: predictor_corrector, num_levels: 21}"],
         "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
+    ),
+    (["loss={kind: single_sigma}"], "loss.kind = single_sigma trains at one noise level, but noise.num_levels = 20"),
+    (
+        ["noise={sigma_1: 0.01, num_levels: 1}"],
+        "sampling.sampler.kind = annealed_langevin goes through several noise levels, but noise.num_levels = 1",
     ),
     (["sampling.num_images=9"], "sampling.num_images = 9 images do not fill evaluation.num_splits = 10"),
     (["network.widths=[8,8,8,8,8]"], "data.image_size = 8 can be halved only 3 times; use at most 4 widths"),

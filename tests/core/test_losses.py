@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import dsm_loss, level_sums, single_sigma_loss, ssm_loss
+from ncsn.core.losses import dsm_loss, level_sums, ssm_loss
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.objectives import SingleSigma
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 
@@ -126,7 +127,8 @@ def test_antithetic_pairs_have_less_variance_than_twice_the_draws():
 
 def test_baseline_is_unweighted_at_one_sigma():
     x, z = torch.rand(16, 3, 32, 32), draws(16, 3, 32, 32)
-    result = single_sigma_loss(zero, x, sigma=0.01, z=z)
+    level = torch.zeros(16, dtype=torch.int64)
+    result = SingleSigma()(zero, x, level=level, sigmas=torch.tensor([0.01]), z=z)
     assert result.loss.item() == pytest.approx(1.5e7, rel=0.05)
     assert result.loss.item() == pytest.approx(0.5 * (z / 0.01).square().sum().item() / 16, rel=1e-5)
     assert result.per_image.mean().item() == pytest.approx(1, abs=0.02)

@@ -32,6 +32,10 @@ def test_ends_are_exact_over_many_levels():
     assert (sigmas.diff() < 0).all()
 
 
+def test_a_single_level():
+    assert geometric_sigmas(0.01, 0.01, 1).equal(torch.tensor([0.01]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

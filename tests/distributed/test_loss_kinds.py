@@ -1,0 +1,117 @@
+"""Each loss that a config can choose trains, resumes to the last bit, and belongs to the run's identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn import build, checkpoint
+from ncsn.config import changed_settings, from_yaml
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.losses import dsm_loss
+from ncsn.data.cache import open_cache
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, draw_batch, train_loop
+from ncsn.generation import generate
+
+SSM = "loss={kind: ssm, num_projections: 2}"
+ONE_SIGMA = (
+    "loss={kind: single_sigma}",
+    "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
+    "network={kind: ncsn, num_features: 4}",
+    "sampling.sampler={kind: langevin, num_steps: 3, step_size: 1.0e-4}",
+)
+
+
+def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
+    config = from_yaml(tiny, overrides=overrides)
+    return folder / train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder)).checkpoint
+
+
+@pytest.mark.parametrize("overrides", [(SSM,), ("loss.antithetic=true",), ONE_SIGMA], ids=["ssm", "antithetic", "one"])
+def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, tmp_path: Path) -> None:
+    """6 steps = 3 + resume + 3, whatever is minimised."""
+    short = ("train.num_images=96", "optimizer.decay=constant")
+    whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
+
+    class DiesAfterFirstCheckpoint(LocalContext):
+        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
+            super().publish(folder, name=name, metrics=metrics)
+            raise KeyboardInterrupt
+
+    halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])
+    with pytest.raises(KeyboardInterrupt):
+        train_loop(TrainingJob(config=halves, dataset=dataset), DiesAfterFirstCheckpoint(tmp_path / "halves"))
+    second = checkpoint_after(tiny, dataset, tmp_path / "halves", *overrides, *short)
+    assert (tmp_path / "halves" / "images-000000048").is_dir()
+    for name in ("weights", "ema", "optimizer"):
+        one, two = (load_file(folder / f"{name}.safetensors") for folder in (whole, second))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "{kind: unet, widths: [8], embedding_features: 8, attention_sizes: [8], dropout: 0.1}",
+        "{kind: ncsn, num_features: 4}",
+        "{kind: ncsnv2, num_features: 4}",
+    ],
+)
+def test_sliced_score_matching_differentiates_every_network_twice(network: str, tiny: str, dataset: str) -> None:
+    config = from_yaml(tiny, overrides=[SSM, f"network={network}"])
+    state = build.train_state(config)
+    with torch.no_grad():
+        for parameter in state.network.parameters():
+            parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
+    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4)
+    loss = build.objective(config)(
+        state.network, batch.x, level=batch.level, sigmas=build.sigmas(config), z=batch.z, v=batch.v
+    ).loss
+    torch.autograd.backward(loss)
+    gradients = [parameter.grad for parameter in state.network.parameters()]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_projections_belong_to_the_image_and_not_to_the_batch(tiny: str, dataset: str) -> None:
+    config, split = from_yaml(tiny, overrides=[SSM]), open_cache(dataset, "train")
+    whole = draw_batch(config, split, first=1250, count=8)
+    parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(2)]
+    assert whole.v is not None and whole.v.shape == (2, 8, 1, 8, 8)
+    assert torch.equal(whole.v, torch.cat([part.v for part in parts if part.v is not None], dim=1))
+    assert not torch.equal(whole.v[0], whole.v[1]) and not torch.equal(whole.v[0], whole.z)
+
+
+def test_the_antithetic_loss_is_the_mean_over_both_signs(tiny: str, dataset: str) -> None:
+    config = from_yaml(tiny, overrides=["loss.antithetic=true"])
+    batch, sigmas = draw_batch(config, open_cache(dataset, "train"), first=0, count=8), build.sigmas(config)
+    network = build.network(config)
+    pair = build.objective(config)(network, batch.x, level=batch.level, sigmas=sigmas, z=batch.z).loss
+    one, other = (dsm_loss(network, batch.x, level=batch.level, sigmas=sigmas, z=s * batch.z).loss for s in (1, -1))
+    assert pair.item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-5)
+
+
+def test_the_negative_control_is_trained_and_sampled_at_its_one_sigma(tiny: str, dataset: str, tmp_path: Path) -> None:
+    folder = checkpoint_after(tiny, dataset, tmp_path, *ONE_SIGMA)
+    trained = checkpoint.load_for_sampling(str(folder))
+    assert build.sigmas(trained.config).tolist() == [pytest.approx(0.1)]
+    sampling: SamplingConfig = trained.config.sampling
+    images = generate(trained, sampling=sampling, first=0, count=2)
+    assert images.shape == (2, 8, 8, 1)
+    assert not (images[0] == images[1]).all()
+
+
+def test_the_loss_is_part_of_the_runs_identity(tiny: str) -> None:
+    plain = from_yaml(tiny)
+    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={anneal_power: 2.0}"])) == {}
+    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={antithetic: true}"])) == {
+        "loss.antithetic": (False, True)
+    }
+    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={kind: ssm}"])).keys() == {
+        "loss.antithetic",
+        "loss.kind",
+        "loss.num_projections",
+    }
