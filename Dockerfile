@@ -47,6 +47,7 @@ COPY --from=build /usr/local /usr/local
 # Ray here spans nodes, so its switch for loopback-only clusters stays unset.
 ENV PYTHONUNBUFFERED=1 \
     NCSN_CACHE_DIR=/var/cache/ncsn \
+    NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
@@ -54,5 +55,7 @@ ENV PYTHONUNBUFFERED=1 \
 USER 1000
 WORKDIR /home/ncsn
 COPY configs configs
+# The reviewed template of the RayJobs that a step of this image starts.
+COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml
 ENTRYPOINT ["ncsn"]
 CMD ["--help"]

@@ -133,6 +133,9 @@ def _valid_keys(path: str, tree: dict[str, Any]) -> list[str]:
     models: list[type[BaseModel]] = [Config]
     node: Any = tree
     for part in path.split(".")[:-1]:
+        if isinstance(node, list) and part.isdigit():
+            node = node[int(part)]
+            continue
         node = node.get(part) if isinstance(node, dict) else None
         kind = node.get("kind") if isinstance(node, dict) else None
         arms = [arm for model in models if part in model.model_fields for arm in section_models(model, part)]

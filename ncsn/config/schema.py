@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ncsn.config.compute import ComputeConfig
 from ncsn.config.losses import DsmLossConfig, LossConfig
 from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
@@ -169,17 +170,6 @@ class EvaluationConfig(Section):
                 "as `sha256sum FILE` prints them"
             )
         return self
-
-
-class ComputeConfig(Section):
-    """How much of which machine. Changes speed, not results."""
-
-    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
-    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
-    use_gpu: bool = Field(False, description="One GPU per worker.")
-    max_failures: int = Field(
-        3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint."
-    )
 
 
 class StorageConfig(Section):

@@ -1,0 +1,193 @@
+"""From a step to a RayJob: a reviewed template in which only named fields are filled.
+
+The template is `infra/base/kuberay/rayjob.yaml` of the source tree. The image carries it as a file that
+NCSN_RAYJOB_TEMPLATE names.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ncsn.config.compute import ComputeConfig, KubeRayConfig
+
+Manifest = dict[str, Any]
+
+TEMPLATE_VARIABLE = "NCSN_RAYJOB_TEMPLATE"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+RUN_LABEL = "ncsn.dev/run"
+STEP_LABEL = "ncsn.dev/step"
+KFP_RUN_LABEL = "ncsn.dev/kfp-run-id"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+REQUEST_ANNOTATION = "ncsn.dev/request"
+RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
+
+MAX_NAME = 47
+"""KubeRay makes names of 53 characters from a RayJob's by adding 6."""
+
+_DIGEST_CHARACTERS = 8
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What one RayJob runs.
+
+    Attributes:
+        run: Name of the run.
+        step: Name of the step.
+        uri: Folder of the step in the store; with `run` and `step` it decides the RayJob's name.
+        entrypoint: Command and arguments for the head.
+        image: Image of every pod.
+        env: Addresses for the Ray pods. Never a secret.
+        labels: Further labels.
+        owner: Owner reference to the workflow that started the step, or None.
+    """
+
+    run: str
+    step: str
+    uri: str
+    entrypoint: tuple[str, ...]
+    image: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    owner: Manifest | None = None
+
+    @property
+    def name(self) -> str:
+        """`ncsn-<run>-<step>-<digest>`, at most 47 characters of DNS-1035; the same for every attempt."""
+        digest = hashlib.sha256(self.uri.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+        readable = re.sub(r"[^a-z0-9]+", "-", self.run.lower()).strip("-")
+        room = MAX_NAME - len(f"ncsn--{self.step}-{digest}")
+        return f"ncsn-{readable[:room].strip('-')}-{self.step}-{digest}"
+
+    @property
+    def digest(self) -> str:
+        """Tells another attempt at the same work from other work under the same name."""
+        return hashlib.sha256("\0".join(self.entrypoint).encode()).hexdigest()[:16]
+
+
+def load_template(path: str | None = None) -> Manifest:
+    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of the source tree.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file holds no RayJob.
+    """
+    in_source_tree = Path(__file__).parents[2] / "infra" / "base" / "kuberay" / "rayjob.yaml"
+    file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or in_source_tree)
+    if not file.is_file():
+        raise FileNotFoundError(f"no RayJob template at {file}; set {TEMPLATE_VARIABLE} to a copy of rayjob.yaml")
+    template = yaml.safe_load(file.read_text())
+    if not isinstance(template, dict) or template.get("kind") != "RayJob":
+        raise ValueError(f"{file} is not a RayJob; set {TEMPLATE_VARIABLE} to a copy of infra/base/kuberay/rayjob.yaml")
+    return template
+
+
+def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, namespace: str) -> Manifest:
+    """The RayJob of `request`: `template` with the named fields filled, complete and unbounded in nothing."""
+    manifest = copy.deepcopy(template)
+    settings = compute.kuberay
+    labels = {RUN_LABEL: request.run, STEP_LABEL: request.step, **request.labels}
+    _fill_metadata(manifest["metadata"], request, labels=labels, namespace=namespace)
+    spec = manifest["spec"]
+    spec["entrypoint"] = shlex.join(request.entrypoint)
+    spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
+    spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
+    _fill_deletion_rules(spec, settings)
+    cluster = spec["rayClusterSpec"]
+    cluster["rayVersion"] = metadata.version("ray")
+    (workers,) = cluster["workerGroupSpecs"]
+    workers |= dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), compute.num_workers)
+    for template_ in (cluster["headGroupSpec"]["template"], workers["template"]):
+        template_["metadata"]["labels"] |= labels
+        (container,) = template_["spec"]["containers"]
+        container["env"] += [{"name": name, "value": value} for name, value in sorted(request.env.items())]
+        container["image"] = request.image
+    spec["submitterPodTemplate"]["spec"]["containers"][0]["image"] = request.image
+    _fill_worker_pod(workers["template"]["spec"], compute)
+    if settings.queue is not None:
+        manifest["metadata"]["labels"][QUEUE_LABEL] = settings.queue
+        _shut_down_by_time(spec)
+    return manifest
+
+
+def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[str]]:
+    """The manifest without fields that the cluster's CRD does not know, and the dotted paths of those.
+
+    Args:
+        manifest: A rendered RayJob.
+        schema: OpenAPI schema of the RayJob that is installed.
+    """
+    unknown: list[str] = []
+    fitted = _known_part(manifest, schema, "", unknown)
+    if not fitted["spec"].get("deletionStrategy", {}).get("deletionRules") and "deletionStrategy" in manifest["spec"]:
+        fitted["spec"]["deletionStrategy"] = manifest["spec"]["deletionStrategy"]
+        _shut_down_by_time(fitted["spec"])
+    return fitted, unknown
+
+
+def _fill_metadata(node: Manifest, request: JobRequest, *, labels: Mapping[str, str], namespace: str) -> None:
+    node["name"], node["namespace"] = request.name, namespace
+    node.setdefault("labels", {}).update(labels)
+    node.setdefault("annotations", {})[REQUEST_ANNOTATION] = request.digest
+    if request.owner is not None:
+        node["ownerReferences"] = [request.owner]
+
+
+def _fill_deletion_rules(spec: Manifest, settings: KubeRayConfig) -> None:
+    for rule in spec["deletionStrategy"]["deletionRules"]:
+        condition = rule["condition"]
+        if rule["policy"] == "DeleteSelf" and condition.get("jobStatus") != "SUCCEEDED":
+            condition["ttlSeconds"] = round(settings.keep_failed_minutes * 60)
+
+
+def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
+    settings = compute.kuberay
+    resources = {"cpu": str(compute.cpus_per_worker), "memory": settings.memory_per_worker}
+    if compute.use_gpu:
+        resources["nvidia.com/gpu"] = "1"
+    pod["containers"][0]["resources"] = {"requests": dict(resources), "limits": dict(resources)}
+    (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
+    shm["emptyDir"]["sizeLimit"] = settings.shm_per_worker
+    if settings.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_selector
+    if settings.tolerations:
+        more = [toleration.model_dump(exclude_none=True) for toleration in settings.tolerations]
+        pod["tolerations"] = [*pod.get("tolerations", []), *more]
+
+
+def _shut_down_by_time(spec: Manifest) -> None:
+    """Replace the deletion rules by the older pair of fields, which Kueue insists on."""
+    rules = spec.pop("deletionStrategy")["deletionRules"]
+    spec["shutdownAfterJobFinishes"] = True
+    spec["ttlSecondsAfterFinished"] = max(
+        rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteSelf"
+    )
+
+
+def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> Any:
+    if isinstance(node, list):
+        return [
+            _known_part(item, schema.get("items", {}), f"{path}[{index}]", unknown) for index, item in enumerate(node)
+        ]
+    known = schema.get("properties")
+    if not isinstance(node, dict) or known is None or schema.get("x-kubernetes-preserve-unknown-fields"):
+        return node
+    fitted = {}
+    for key, value in node.items():
+        below = f"{path}.{key}" if path else key
+        if key in known:
+            fitted[key] = _known_part(value, known[key], below, unknown)
+        else:
+            unknown.append(below)
+    return fitted

@@ -1,0 +1,72 @@
+"""Where a step computes, and on how much of which machine. Changes speed, not results."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ncsn.config.section import Section
+
+_QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)")
+
+
+class Toleration(Section):
+    """A node taint that the worker pods put up with."""
+
+    key: str = Field(min_length=1, description="Key of the taint, for example nvidia.com/gpu.")
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="Whether the value is compared too.")
+    value: str | None = Field(None, description="Value of the taint, for operator: Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Effect of the taint; null = every effect."
+    )
+
+
+class KubeRayConfig(Section):
+    """How a step becomes a RayJob, for compute.backend: kuberay."""
+
+    namespace: str | None = Field(
+        None, description="Namespace of the RayJobs; null = that of this pod, or of the current kubeconfig context."
+    )
+    image: str | None = Field(
+        None, description="Image of every pod; null = that of this pod, else NCSN_IMAGE, which then must be set."
+    )
+    queue: str | None = Field(None, min_length=1, description="Kueue's LocalQueue that admits the RayJob; null = none.")
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes for the worker pods.")
+    tolerations: tuple[Toleration, ...] = Field((), description="Node taints that the worker pods put up with.")
+    memory_per_worker: str = Field("4Gi", description="Memory of each worker pod, /dev/shm included.")
+    shm_per_worker: str = Field("1Gi", description="Size of /dev/shm of each worker pod: Ray's object store.")
+    max_start_minutes: float = Field(
+        30.0, gt=0, le=10080, description="Minutes in which the cluster must start, once admitted by its queue."
+    )
+    max_hours: float = Field(
+        24.0, gt=0, le=8760, description="Hours after which the step is stopped, whatever it does."
+    )
+    keep_failed_minutes: float = Field(
+        10.0, ge=1, le=10080, description="Minutes for which the head of a failed RayJob stays, to be looked at."
+    )
+
+    @field_validator("memory_per_worker", "shm_per_worker")
+    @classmethod
+    def _is_quantity(cls, value: str) -> str:
+        if not _QUANTITY.fullmatch(value):
+            raise ValueError(f"{value!r} is not an amount of memory; write for example 512Mi or 8Gi")
+        return value
+
+
+class ComputeConfig(Section):
+    """How much of which machine. Changes speed, not results."""
+
+    backend: Literal["local", "kuberay"] = Field(
+        "local",
+        description="Where train and sample run: local = in this process, on a Ray cluster that it starts or joins "
+        "through RAY_ADDRESS; kuberay = as a RayJob on Kubernetes, which needs storage.root in S3.",
+    )
+    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
+    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
+    use_gpu: bool = Field(False, description="One GPU per worker.")
+    max_failures: int = Field(
+        3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint."
+    )
+    kuberay: KubeRayConfig = KubeRayConfig()

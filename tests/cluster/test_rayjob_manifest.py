@@ -1,0 +1,196 @@
+"""Every RayJob that can be rendered passes the CRDs' schemas, the operator's rules and the project's own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kuberay_rules import house_errors, load_schemas, operator_errors, schema_errors
+
+from ncsn.cluster.rayjob_manifest import JobRequest, fit_to_schema, load_template, render
+from ncsn.config.compute import ComputeConfig
+
+SCHEMAS = load_schemas("RayJob")
+needs_schemas = pytest.mark.skipif(
+    not SCHEMAS, reason="no CRD schemas: NCSN_CRD_SCHEMAS names none and ../shared/crds is not there"
+)
+OWNER = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "ncsn-train-x7k2p",
+    "uid": "0c9d2a34-0000-4000-8000-000000000000",
+    "blockOwnerDeletion": False,
+}
+
+
+def request(run: str = "digits-0a1b2c3d", **changes: Any) -> JobRequest:
+    values: dict[str, Any] = {
+        "run": run,
+        "step": "train",
+        "uri": f"s3://bucket/ncsn/runs/{run}/steps/train",
+        "entrypoint": ("ncsn", "train", "--run", run),
+        "image": "registry.example/ncsn-python:0.1.0",
+    }
+    return JobRequest(**values | changes)
+
+
+def rendered(*, request_: JobRequest | None = None, **compute: Any) -> dict[str, Any]:
+    return render(
+        load_template(), request_ or request(), compute=ComputeConfig.model_validate(compute), namespace="kubeflow"
+    )
+
+
+VARIANTS = {
+    "plain": rendered(),
+    "four GPU workers": rendered(num_workers=4, cpus_per_worker=8, use_gpu=True),
+    "queue": rendered(kuberay={"queue": "research"}),
+    "GPU nodes": rendered(
+        use_gpu=True,
+        kuberay={
+            "node_selector": {"cloud.google.com/gke-accelerator": "nvidia-l4"},
+            "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}],
+        },
+    ),
+    "owned, with variables": rendered(
+        request_=request(owner=OWNER, env={"MLFLOW_RUN_ID": "abc"}, labels={"ncsn.dev/kfp-run-id": "5f3a"})
+    ),
+    "hardly kept": rendered(kuberay={"keep_failed_minutes": 1, "max_hours": 0.0001}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_operator_and_the_house_accept_it(name: str) -> None:
+    assert operator_errors(VARIANTS[name]) == []
+    assert house_errors(VARIANTS[name]) == []
+
+
+@needs_schemas
+@pytest.mark.parametrize(("name", "version"), list(itertools.product(VARIANTS, SCHEMAS or ["none"])))
+def test_the_api_server_accepts_it(name: str, version: str) -> None:
+    fitted, unknown = fit_to_schema(VARIANTS[name], SCHEMAS[version])
+    assert unknown == [], "this version of the CRD knows every field"
+    assert fitted == VARIANTS[name]
+    assert schema_errors(fitted, SCHEMAS[version]) == []
+
+
+@needs_schemas
+def test_the_schemas_refuse_what_they_do_not_know() -> None:
+    """Else the test above could not fail."""
+    wrong = copy.deepcopy(VARIANTS["plain"])
+    wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 1
+    assert all("maxReplica" in schema_errors(wrong, schema)[0] for schema in SCHEMAS.values())
+
+
+BREAKS = {
+    "name": (("metadata", "name"), "Upper", "DNS-1035"),
+    "long name": (("metadata", "name"), "a" * 48, "at most 47"),
+    "ttl alone": (("spec", "ttlSecondsAfterFinished"), 5, "needs shutdownAfterJobFinishes"),
+    "both deletions": (("spec", "shutdownAfterJobFinishes"), True, "deletionStrategy excludes"),
+    "selector": (("spec", "clusterSelector"), {"a": "b"}, "exactly one of"),
+    "sidecar": (("spec", "submissionMode"), "SidecarMode", "SidecarMode takes no"),
+    "old ray": (("spec", "rayClusterSpec", "rayVersion"), "2.51.1", "2.52 or later"),
+    "unbounded": (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), 2147483647, "is unbounded"),
+    "empty": (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), 0, "replicas outside"),
+    "head": (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), "2", "the head computes"),
+    "token": (("spec", "submitterPodTemplate", "spec", "automountServiceAccountToken"), True, "token is mounted"),
+    "queue": (("metadata", "labels", "kueue.x-k8s.io/queue-name"), "q", "Kueue needs shutdown"),
+    "deadline": (("spec", "activeDeadlineSeconds"), 0, "must be positive"),
+    "early": (("spec", "deletionStrategy", "deletionRules", 1, "condition", "ttlSeconds"), 9000, "shorter ttlSeconds"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_the_rules_refuse_what_is_wrong(case: str) -> None:
+    (*path, last), value, message = BREAKS[case]
+    wrong = copy.deepcopy(VARIANTS["plain"])
+    node: Any = wrong
+    for key in path:
+        node = node[key]
+    node[last] = value
+    assert any(message in error for error in operator_errors(wrong) + house_errors(wrong))
+
+
+@pytest.mark.parametrize(
+    "run", ["a", "digits-0a1b2c3d", "x" * 63, "2024.with_every-sign", "9" * 20, "tail-" + "-" * 30 + "x"]
+)
+def test_names_are_valid_and_the_same_for_every_attempt(run: str) -> None:
+    for step in ("train", "sample", "evaluate"):
+        name = request(run, step=step).name
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
+        assert name == request(run, step=step, image="another").name
+        assert f"-{step}-" in name
+
+
+def test_names_of_other_runs_and_stores_differ() -> None:
+    long = "an-experiment-with-a-name-of-many-words-"
+    requests = [request(f"{long}1"), request(f"{long}2"), request(f"{long}1", uri="s3://other/steps/train")]
+    assert len({each.name for each in requests}) == 3
+
+
+def test_only_named_fields_are_filled() -> None:
+    """The template decides the rest: a change that a reviewer makes there arrives in the cluster."""
+    template = load_template()
+    template["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["priorityClassName"] = "reviewed"
+    template["spec"]["backoffLimit"] = 3
+    manifest = render(template, request(), compute=ComputeConfig(), namespace="kubeflow")
+    assert manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["priorityClassName"] == "reviewed"
+    assert manifest["spec"]["backoffLimit"] == 3
+    assert template["metadata"]["name"] == "ncsn-template", "rendering changes its own copy"
+
+
+def test_the_fields_say_what_was_asked() -> None:
+    manifest = rendered(
+        num_workers=3, cpus_per_worker=4, use_gpu=True, kuberay={"max_hours": 2, "shm_per_worker": "3Gi"}
+    )
+    spec, (workers,) = manifest["spec"], manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert spec["entrypoint"] == "ncsn train --run digits-0a1b2c3d"
+    assert spec["activeDeadlineSeconds"] == 7200
+    assert spec["rayClusterSpec"]["rayVersion"] == metadata.version("ray")
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"cpu": "4", "memory": "4Gi", "nvidia.com/gpu": "1"}
+    assert workers["template"]["spec"]["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "3Gi"}
+    assert manifest["metadata"]["labels"]["ncsn.dev/run"] == "digits-0a1b2c3d"
+
+
+def test_a_queue_replaces_the_deletion_rules() -> None:
+    spec = VARIANTS["queue"]["spec"]
+    assert "deletionStrategy" not in spec
+    assert (spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"]) == (True, 600)
+
+
+def _older(schema: dict[str, Any], *, rules: bool) -> dict[str, Any]:
+    """The schema as it was before token auth, the deadline before running and, maybe, deletion rules."""
+    old = copy.deepcopy(schema)
+    spec = old["properties"]["spec"]["properties"]
+    del spec["preRunningDeadlineSeconds"], spec["rayClusterSpec"]["properties"]["authOptions"]
+    if rules:
+        del spec["deletionStrategy"]["properties"]["deletionRules"]
+    else:
+        del spec["deletionStrategy"]
+    return old
+
+
+@needs_schemas
+@pytest.mark.parametrize("rules", [True, False], ids=["no rules yet", "no strategy yet"])
+def test_an_older_crd_gets_no_field_that_it_does_not_know(*, rules: bool) -> None:
+    schema = _older(next(iter(SCHEMAS.values())), rules=rules)
+    fitted, unknown = fit_to_schema(VARIANTS["plain"], schema)
+    assert {"spec.preRunningDeadlineSeconds", "spec.rayClusterSpec.authOptions"} < set(unknown)
+    assert (fitted["spec"]["shutdownAfterJobFinishes"], fitted["spec"]["ttlSecondsAfterFinished"]) == (True, 600)
+    assert schema_errors(fitted, schema) == operator_errors(fitted) == house_errors(fitted) == []
+
+
+def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "rayjob.yaml"
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(other))
+    with pytest.raises(FileNotFoundError, match="set NCSN_RAYJOB_TEMPLATE"):
+        load_template()
+    other.write_text("kind: Pod")
+    with pytest.raises(ValueError, match="is not a RayJob"):
+        load_template()

@@ -1,0 +1,224 @@
+"""The manifests: one resource per file, known fields only, pods without root or secrets, and nothing that dangles."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kuberay_rules import SECRET_NAME, house_errors, load_schemas, operator_errors, schema_errors
+from kubernetes.client import models
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+KUSTOMIZATIONS = sorted(INFRA.glob("*/*/kustomization.yaml"))
+RESOURCES = sorted(
+    path for path in INFRA.glob("*/*/*.yaml") if path.name not in {"kustomization.yaml", "docker-compose.yaml"}
+)
+TEMPLATE = INFRA / "base" / "kuberay" / "rayjob.yaml"
+POD_KINDS = {"Deployment", "StatefulSet", "Job"}
+# Resources of other projects, of which no schema is at hand: their fields are not checked here.
+FOREIGN = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue", "RayJob"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(INFRA))
+
+
+@cache
+def load(path: Path) -> dict[str, Any]:
+    (document,) = yaml.safe_load_all(path.read_text())
+    return document
+
+
+def unknown_fields(value: Any, kind: str, path: str) -> Iterator[str]:
+    """Fields that the API type of this name does not have, by the Kubernetes client's own models."""
+    if match := re.fullmatch(r"list\[(.*)\]", kind):
+        for index, item in enumerate(value):
+            yield from unknown_fields(item, match[1], f"{path}[{index}]")
+    elif isinstance(value, dict) and (model := getattr(models, kind, None)) is not None:
+        types = {model.attribute_map[name]: type_ for name, type_ in model.openapi_types.items()}
+        for key, below in value.items():
+            if key not in types:
+                yield f"{path}.{key}"
+            else:
+                yield from unknown_fields(below, types[key], f"{path}.{key}")
+
+
+def references(node: Any, kind: str) -> Iterator[str]:
+    """Names of the Secrets or ConfigMaps that a pod refers to."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in {f"{kind}Ref", f"{kind}KeyRef"}:
+                yield value["name"]
+            elif key == kind and "secretName" in value:
+                yield value["secretName"]
+            else:
+                yield from references(value, kind)
+    elif isinstance(node, list):
+        for item in node:
+            yield from references(item, kind)
+
+
+def resources_of(kustomization: Path) -> Iterator[tuple[str, str, str]]:
+    """(kind, namespace, name) of everything that a kustomization applies, resolved as kustomize resolves it."""
+    settings = load(kustomization)
+    for entry in settings["resources"]:
+        path = (kustomization.parent / entry).resolve()
+        below = resources_of(path / "kustomization.yaml") if path.is_dir() else [identity(load(path))]
+        for kind, namespace, name in below:
+            yield kind, settings.get("namespace", namespace), name
+    for generated in settings.get("configMapGenerator", []):
+        yield "ConfigMap", settings["namespace"], generated["name"]
+
+
+def identity(resource: dict[str, Any]) -> tuple[str, str, str]:
+    return resource["kind"], resource["metadata"].get("namespace", ""), resource["metadata"]["name"]
+
+
+@pytest.mark.parametrize("path", RESOURCES, ids=name_of)
+def test_a_file_holds_one_resource_with_known_fields(path: Path) -> None:
+    resource = load(path)
+    assert resource["apiVersion"] and resource["metadata"]["name"]
+    if resource["kind"] in FOREIGN:
+        return
+    version = resource["apiVersion"].rpartition("/")[2]
+    model = f"{version[0].upper()}{version[1:]}{resource['kind']}"
+    assert hasattr(models, model)
+    assert list(unknown_fields(resource, model, "")) == []
+
+
+def test_the_check_of_fields_finds_a_typo() -> None:
+    wrong = {"spec": {"template": {"spec": {"containers": [{"name": "a", "readynessProbe": {}}]}}}}
+    assert list(unknown_fields(wrong, "V1Deployment", "")) == [".spec.template.spec.containers[0].readynessProbe"]
+
+
+@pytest.mark.parametrize("path", [path for path in RESOURCES if load(path)["kind"] in POD_KINDS], ids=name_of)
+def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
+    pod = load(path)["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+    for container in pod["containers"]:
+        assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
+        for variable in container.get("env", []):
+            assert "valueFrom" in variable or not SECRET_NAME.search(variable["name"])
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=name_of)
+def test_a_kustomization_resolves_and_applies_nothing_twice(path: Path) -> None:
+    applied = list(resources_of(path))
+    assert applied
+    assert len(set(applied)) == len(applied)
+    for generated in load(path).get("configMapGenerator", []):
+        assert all((path.parent / file).is_file() for file in generated["files"])
+
+
+def test_every_resource_is_applied_or_an_example() -> None:
+    listed = {
+        (kustomization.parent / entry).resolve()
+        for kustomization in KUSTOMIZATIONS
+        for entry in load(kustomization)["resources"]
+    }
+    assert set(RESOURCES) - listed == {TEMPLATE, *INFRA.rglob("*.example.yaml")}
+    assert all((path / "kustomization.yaml").is_file() for path in listed if path.is_dir())
+
+
+def test_every_secret_that_a_pod_needs_has_an_example_and_every_address_a_service() -> None:
+    everything = [load(path) for path in RESOURCES]
+    examples = {load(path)["metadata"]["name"] for path in INFRA.rglob("*.example.yaml")}
+    assert {name for resource in everything for name in references(resource, "secret")} == examples
+    maps = {name for resource in everything for name in references(resource, "configMap")}
+    assert maps <= {resource["metadata"]["name"] for resource in everything if resource["kind"] == "ConfigMap"}
+    services = {
+        f"{resource['metadata']['name']}.ncsn-system:{port['port']}"
+        for resource in everything
+        if resource["kind"] == "Service"
+        for port in resource["spec"]["ports"]
+    }
+    addresses = load(INFRA / "base" / "kuberay" / "environment.yaml")["data"].values()
+    assert {address.removeprefix("http://") for address in addresses if "://" in address} <= services
+
+
+def test_no_file_holds_a_secret() -> None:
+    for path in RESOURCES:
+        resource = load(path)
+        if resource["kind"] == "Secret":
+            assert path.name.endswith(".example.yaml")
+            assert all("REPLACE-ME" in value for value in resource["stringData"].values())
+
+
+def test_the_launcher_has_the_same_few_rights_everywhere() -> None:
+    role = load(INFRA / "base" / "rbac" / "launcher-role.yaml")
+    aggregated = load(INFRA / "overlays" / "multi-user" / "launcher-cluster-role.yaml")
+    assert role["rules"] == aggregated["rules"]
+    assert not any({"secrets", "*"} & set(rule["resources"] + rule["verbs"]) for rule in role["rules"])
+    binding = load(INFRA / "base" / "rbac" / "launcher-role-binding.yaml")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+
+
+def test_the_template_is_a_valid_rayjob() -> None:
+    template = load(TEMPLATE)
+    assert operator_errors(template) == house_errors(template) == []
+    for schema in load_schemas("RayJob").values():
+        assert schema_errors(template, schema) == []
+    for schema in load_schemas("RayCluster").values():
+        cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "x"}}
+        assert schema_errors(cluster | {"spec": template["spec"]["rayClusterSpec"]}, schema) == []
+
+
+def test_the_template_the_image_and_the_pins_agree() -> None:
+    pin = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
+    images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-python:\S+)", path.read_text())}
+    assert images == {f"ncsn-python:{VERSION}"}
+    assert load(INFRA / "overlays" / "standalone" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
+    assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in (INFRA / "compose" / "docker-compose.yaml").read_text()
+
+
+def test_the_image_carries_what_kuberay_needs() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml" in dockerfile
+    assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
+    assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
+    final = dockerfile.rpartition("\nFROM ")[2]
+    assert "pip install" not in final
+    user = re.search(r"^USER (\d+)$", final, flags=re.MULTILINE)
+    pods = load(TEMPLATE)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert user and int(user[1]) == pods["securityContext"]["runAsUser"]
+
+
+def test_the_dashboard_asks_for_metrics_that_ray_has() -> None:
+    dashboard = json.loads((INFRA / "base" / "monitoring" / "ncsn-dashboard.json").read_text())
+    ray = find_spec("ray")
+    assert ray and ray.origin
+    panels = Path(ray.origin).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    known = "".join(path.read_text() for path in panels.glob("*.py"))
+    for panel in dashboard["panels"]:
+        for metric in re.findall(r"\bray_(\w+)", panel["targets"][0]["expr"]):
+            assert f"ray_{metric}" in known, panel["title"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 6
+
+
+def test_compose_publishes_on_loopback_and_takes_secrets_from_the_environment() -> None:
+    text = (INFRA / "compose" / "docker-compose.yaml").read_text()
+    compose = yaml.safe_load(text)
+    asked = set(re.findall(r"\$\{(\w+):\?", text))
+    given = dict(re.findall(r"^(\w+)=(.*)$", (INFRA / "compose" / ".env.example").read_text(), flags=re.MULTILINE))
+    assert asked == given.keys() and set(given.values()) == {"REPLACE-ME"}
+    for name, service in compose["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert service["image"].startswith("${NCSN_IMAGE") or re.search(r":v?\d+\.\d+", service["image"])
+        for other in service.get("depends_on", {}):
+            assert other in compose["services"]
+        for key, value in service.get("environment", {}).items():
+            assert not SECRET_NAME.search(key) or value.startswith("${")
