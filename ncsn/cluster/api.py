@@ -1,0 +1,271 @@
+"""The Kubernetes API as this package uses it: RayJobs, their pods, and what the caller may do.
+
+Every call goes on through an API server that is away for a while, and says in one line what a cluster refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+
+from ncsn.cluster.backend import say
+
+Resource = dict[str, Any]
+
+GROUP, VERSION, RAYJOBS = "ray.io", "v1", "rayjobs"
+PATIENCE_SECONDS = 900.0
+
+_IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_TIMEOUTS = (5, 30)
+_AWAY = {429, 500, 502, 503, 504}
+_LONGEST_PAUSE = 10.0
+
+
+class Conflict(Exception):
+    """The resource exists."""
+
+
+class KubernetesApi:
+    """One namespace of one cluster.
+
+    Args:
+        namespace: Where to work; None for that of this pod, or of the current kubeconfig context.
+        patience: Seconds for which an API server may be away.
+
+    Raises:
+        ValueError: if neither a pod's service account nor a kubeconfig names a cluster.
+    """
+
+    def __init__(self, namespace: str | None = None, *, patience: float = PATIENCE_SECONDS) -> None:
+        configuration, default_namespace = _load_configuration()
+        configuration.retries = False
+        self.server: str = configuration.host
+        self.namespace = namespace or default_namespace
+        self.own_namespace = default_namespace
+        self.patience = patience
+        self._client = client.ApiClient(configuration)
+        self._custom = client.CustomObjectsApi(self._client)
+        self._core = client.CoreV1Api(self._client)
+        self._authorization = client.AuthorizationV1Api(self._client)
+        self._rayjobs = (GROUP, VERSION, self.namespace, RAYJOBS)
+
+    def rayjob_schema(self) -> Resource:
+        """OpenAPI schema of the RayJob that is installed. Every authenticated user may read it.
+
+        Raises:
+            ValueError: if the cluster has no RayJob.
+        """
+        path = f"/openapi/v3/apis/{GROUP}/{VERSION}"
+        document = self._call("get", path, self._raw, path, "GET", missing=None)
+        for schema in (document or {}).get("components", {}).get("schemas", {}).values():
+            if {"group": GROUP, "version": VERSION, "kind": "RayJob"} in schema.get(
+                "x-kubernetes-group-version-kind", []
+            ):
+                found: Resource = schema
+                return found
+        raise ValueError(
+            f"the cluster {self.server} knows no RayJob {GROUP}/{VERSION}; install the KubeRay operator: "
+            "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+        )
+
+    def create_rayjob(self, manifest: Resource) -> Resource:
+        """Create it.
+
+        Raises:
+            Conflict: if there is one of that name.
+        """
+        created: Resource = self._call(
+            "create", RAYJOBS, self._custom.create_namespaced_custom_object, *self._rayjobs, manifest
+        )
+        return created
+
+    def rayjob(self, name: str) -> Resource | None:
+        """The RayJob, or None."""
+        found: Resource | None = self._call(
+            "get", RAYJOBS, self._custom.get_namespaced_custom_object, *self._rayjobs, name, missing=None
+        )
+        return found
+
+    def list_rayjobs(self, labels: str) -> list[Resource]:
+        """The RayJobs with these labels."""
+        listed = self._call(
+            "list", RAYJOBS, self._custom.list_namespaced_custom_object, *self._rayjobs, label_selector=labels
+        )
+        items: list[Resource] = listed["items"]
+        return items
+
+    def annotate_rayjob(self, name: str, annotations: dict[str, str]) -> None:
+        """Set annotations; nothing happens if it is gone."""
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{RAYJOBS}/{name}"
+        body = {"metadata": {"annotations": annotations}}
+        self._call("patch", RAYJOBS, self._raw, path, "PATCH", body, missing=None)
+
+    def delete_rayjob(self, name: str) -> None:
+        """Delete it and, in the background, its cluster; nothing happens if it is gone."""
+        self._call("delete", RAYJOBS, self._delete, name, missing=None)
+
+    def delete_rayjob_at_once(self, name: str) -> None:
+        """One request with a short timeout: for a process that is being killed.
+
+        Raises:
+            ApiException, urllib3.exceptions.HTTPError: if that one request fails.
+        """
+        try:
+            self._delete(name, _request_timeout=(2, 3))
+        except ApiException as error:
+            if error.status != 404:
+                raise
+
+    def wait_for_change(self, name: str, *, since: str, seconds: float) -> None:
+        """Return when the RayJob changes after resource version `since`, or a while later, whatever happens.
+
+        The caller reads the RayJob again: what a watch delivers is only the sign to look. So neither a version that is
+        gone (410), nor a watch that the server cuts, nor a server that is away needs an answer here.
+        """
+        started = time.monotonic()
+        try:
+            events = watch.Watch().stream(
+                self._custom.list_namespaced_custom_object,
+                *self._rayjobs,
+                field_selector=f"metadata.name={name}",
+                resource_version=since,
+                timeout_seconds=max(1, round(seconds)),
+                _request_timeout=(_TIMEOUTS[0], seconds + 5),
+            )
+            for _event in events:
+                return
+        except (ApiException, urllib3.exceptions.HTTPError, json.JSONDecodeError):
+            time.sleep(max(0.0, min(1.0, seconds) - (time.monotonic() - started)))
+
+    def pods(self, labels: str) -> list[Resource]:
+        """The pods with these labels, oldest first."""
+        listed = self._call("list", "pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
+        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
+        return sorted(items, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+
+    def pod(self, name: str) -> Resource | None:
+        """The pod, or None."""
+        found = self._call("get", "pods", self._core.read_namespaced_pod, name, self.namespace, missing=None)
+        return None if found is None else self._client.sanitize_for_serialization(found)
+
+    @contextmanager
+    def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:
+        """Pieces of the pod's log, each line with its time, until the container ends or the stream is cut."""
+        response = self._call(
+            "get",
+            "pods/log",
+            self._core.read_namespaced_pod_log,
+            pod,
+            self.namespace,
+            follow=True,
+            timestamps=True,
+            _preload_content=False,
+            _request_timeout=(_TIMEOUTS[0], 300),
+            **({} if since_seconds is None else {"since_seconds": since_seconds}),
+        )
+        try:
+            yield response.stream(amt=None, decode_content=True)
+        finally:
+            response.close()
+
+    def allowed(self, verb: str, resource: str) -> bool:
+        """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
+        name, _, group = resource.partition(".")
+        plural, _, subresource = name.partition("/")
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
+        body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
+        review = self._call(
+            "create", "selfsubjectaccessreviews", self._authorization.create_self_subject_access_review, body
+        )
+        return bool(review.status.allowed)
+
+    def _raw(self, path: str, method: str, body: Any = None, **options: Any) -> Any:
+        headers = {"Accept": "application/json", "Content-Type": "application/merge-patch+json"}
+        return self._client.call_api(
+            path,
+            method,
+            header_params=headers,
+            body=body,
+            response_type="object",
+            auth_settings=["BearerToken"],
+            _return_http_data_only=True,
+            **options,
+        )
+
+    def _delete(self, name: str, **options: Any) -> None:
+        body = client.V1DeleteOptions(propagation_policy="Background")
+        self._custom.delete_namespaced_custom_object(*self._rayjobs, name, body=body, **options)
+
+    def _call(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call until the API server answers. With `missing` given, that stands for 404."""
+        ends = time.monotonic() + self.patience
+        has_missing, missing = "missing" in options, options.pop("missing", None)
+        options.setdefault("_request_timeout", _TIMEOUTS)
+        pause = 0.5
+        while True:
+            try:
+                return function(*args, **options)
+            except ApiException as error:
+                if error.status == 404 and has_missing:
+                    return missing
+                if error.status == 409 and verb == "create":
+                    raise Conflict from None
+                if error.status not in _AWAY:
+                    raise self._refusal(verb, resource, error) from None
+                reason = f"HTTP {error.status}"
+            except urllib3.exceptions.HTTPError as error:
+                reason = type(error).__name__
+            if time.monotonic() + pause > ends:
+                raise ConnectionError(
+                    f"the Kubernetes API at {self.server} has not answered for {self.patience:g} s ({reason}); "
+                    "what runs there goes on, and the same command attaches to it again"
+                )
+            say(f"the Kubernetes API is away ({reason}); asking again in {pause:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
+        message = _message_of(error)
+        if error.status == 403:
+            return PermissionError(
+                f"forbidden: this account lacks the verb {verb!r} on {resource} in namespace {self.namespace!r}; "
+                f"`kubectl apply -k infra/base/rbac` grants it ({message})"
+            )
+        if error.status == 401:
+            return PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
+        return ValueError(f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}")
+
+
+def _load_configuration() -> tuple[client.Configuration, str]:
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+        return configuration, _IN_CLUSTER_NAMESPACE.read_text().strip()
+    except config.ConfigException:
+        file = os.environ.get("KUBECONFIG")
+    try:
+        config.load_kube_config(config_file=file, client_configuration=configuration)
+        _, context = config.list_kube_config_contexts(config_file=file)
+    except config.ConfigException as error:
+        raise ValueError(
+            f"no Kubernetes cluster: this is no pod, and the kubeconfig {file or '~/.kube/config'} is not usable "
+            f"({error}); set KUBECONFIG, or compute.backend to local"
+        ) from None
+    return configuration, context["context"].get("namespace", "default")
+
+
+def _message_of(error: ApiException) -> str:
+    try:
+        message = str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        message = str(error.reason)
+    return " ".join(message.split())

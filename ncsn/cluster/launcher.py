@@ -1,0 +1,66 @@
+"""Who starts the RayJob: a pod of a Kubeflow pipeline, or a person."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.rayjob_manifest import KFP_RUN_LABEL
+
+_POD_VARIABLE = "KFP_POD_NAME"
+_KFP_RUN_POD_LABEL = "pipeline/runid"
+# What joins the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
+_FORWARDED = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_TRACKING_AUTH",
+)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a RayJob takes over from the pod that starts it.
+
+    Attributes:
+        image: Image of the pod, or None.
+        owner: Owner reference to the pod's Argo Workflow, so that the RayJob goes when the Workflow does; or None.
+        labels: Labels for the RayJob.
+    """
+
+    image: str | None = None
+    owner: dict[str, Any] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_launcher(api: KubernetesApi) -> Launcher:
+    """What is known of this pod; nothing where KFP did not start this process in the namespace of the RayJobs."""
+    name = os.environ.get(_POD_VARIABLE)
+    pod = api.pod(name) if name and api.namespace == api.own_namespace else None
+    if pod is None:
+        return Launcher()
+    owners = [owner for owner in pod["metadata"].get("ownerReferences", []) if owner["kind"] == "Workflow"]
+    images = [container["image"] for container in pod["spec"]["containers"] if container["name"] == "main"]
+    run = pod["metadata"].get("labels", {}).get(_KFP_RUN_POD_LABEL)
+    return Launcher(
+        image=images[0] if images else None,
+        owner=_owner(owners[0]) if owners else None,
+        labels={KFP_RUN_LABEL: run} if run else {},
+    )
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Variables of this process that the Ray pods need. An address with a password in it is not among them."""
+    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
+    return {name: value for name, value in values.items() if "@" not in value}
+
+
+def _owner(reference: dict[str, Any]) -> dict[str, Any]:
+    named = {key: reference[key] for key in ("apiVersion", "kind", "name", "uid")}
+    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+    return named | {"controller": False, "blockOwnerDeletion": False}

@@ -1,0 +1,110 @@
+"""An emulated cluster with KubeRay, which the kubeconfig of the environment names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kuberay_operator import Operator
+from kubernetes_api import ApiServer, Cluster, rules_of
+
+from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.backend import RemoteStep
+from ncsn.cluster.kuberay import KubeRay
+from ncsn.config.compute import ComputeConfig
+
+ROLE = Path(__file__).parents[2] / "infra" / "base" / "rbac" / "launcher-role.yaml"
+_LAUNCHER = """
+import json, sys
+from ncsn.cluster.backend import RemoteStep
+from ncsn.cluster.kuberay import KubeRay
+from ncsn.config.compute import ComputeConfig
+step = json.loads(sys.argv[1])
+KubeRay(ComputeConfig(), renew_seconds=0.2).execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+"""
+
+
+@dataclass
+class Emulation:
+    """The cluster, its operator, and a step to run on it."""
+
+    cluster: Cluster
+    operator: Operator
+    server: ApiServer
+    folder: Path
+
+    def step(self, code: str, **changes: Any) -> RemoteStep:
+        """A step whose entrypoint is Python code."""
+        uri = self.folder / "runs" / "mine" / "steps" / "train"
+        return replace(RemoteStep(run="mine", step="train", uri=str(uri), command=("python", "-c", code)), **changes)
+
+    def execute(self, code: str, *, lease_seconds: float = 60, patience: float = 60, **compute: Any) -> None:
+        """Run the code as a RayJob, in this process."""
+        api = KubernetesApi(patience=patience)
+        settings = ComputeConfig.model_validate(compute)
+        KubeRay(settings, api=api, renew_seconds=0.2, lease_seconds=lease_seconds).execute(self.step(code))
+
+    def launch(self, code: str) -> subprocess.Popen[str]:
+        """Run the code as a RayJob, from a process of its own."""
+        step = json.dumps(vars(self.step(code)))
+        return subprocess.Popen([sys.executable, "-c", _LAUNCHER, step], stderr=subprocess.PIPE, text=True)
+
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        return self.cluster.list("rayjobs")
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "runs/mine/steps/train/driver.log").read_text()
+
+
+@pytest.fixture
+def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    cluster = Cluster(rules=rules_of(ROLE))
+    server, operator = ApiServer(cluster), Operator(cluster)
+    server.write_kubeconfig(tmp_path / "kubeconfig")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:0.1.0")
+    for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield Emulation(cluster, operator, server, tmp_path)
+    cluster.away = False
+    operator.silent = False
+    operator.close()
+    server.close()
+    assert cluster.list("rayjobs") == [] and cluster.list("pods") == []
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until a condition holds; fail if it never does."""
+
+    def wait(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+        ends = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < ends, f"waited in vain until {what}"
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def alive() -> Callable[[int], bool]:
+    """Whether a process exists and is no zombie."""
+
+    def check(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except (ProcessLookupError, FileNotFoundError):
+            return False
+
+    return check

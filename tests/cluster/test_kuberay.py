@@ -1,0 +1,315 @@
+"""A step as a RayJob, against an API server and an operator that fail as real ones do. No test leaves a RayJob."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from kuberay_rules import load_schemas, schema_errors
+from kubernetes_api import pairs
+
+from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.backend import RemoteFailure
+from ncsn.cluster.rayjob_manifest import load_template
+from ncsn.cluster.reap import find_orphans, reap
+
+HELLO = "print('first'); print('second'); print('third')"
+SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
+BOOM = "import sys; print('starting'); raise ValueError('no such data')"
+
+
+def wait_for_file(path: Path) -> str:
+    """Code that says it works, waits until the file is there, and counts to nine."""
+    return (
+        "import pathlib, time\nprint('at work', flush=True)\n"
+        f"while not pathlib.Path({str(path)!r}).exists(): time.sleep(0.02)\n"
+        "for n in range(10): print('line', n, flush=True)"
+    )
+
+
+def test_a_step_runs_shows_its_log_and_leaves_nothing(
+    emulation, eventually, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulation.execute(HELLO)
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert emulation.log == "first\nsecond\nthird\n"
+    shown = capsys.readouterr().err.splitlines()
+    assert [line for line in shown if line in {"first", "second", "third"}] == ["first", "second", "third"]
+    assert any(line.endswith("Complete / SUCCEEDED") for line in shown)
+
+
+def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulation.operator.references = {"ncsn-environment": {"WHERE": "here"}, "ncsn-credentials": {"A_KEY": "secret"}}
+    monkeypatch.setenv("OF_THE_LAUNCHER", "1")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:word@mlflow")
+    names = ("WHERE", "A_KEY", "OF_THE_LAUNCHER", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI")
+    emulation.execute(f"import os; print([os.environ.get(name) for name in {names}])")
+    assert emulation.log == "['here', 'secret', None, 'abc', None]\n"
+
+
+def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, eventually) -> None:
+    emulation.operator.second = 0.005
+    with pytest.raises(
+        RemoteFailure, match=r"RayJob ncsn-mine-train-\w{8} failed \(AppFailed\): ValueError: no such data;"
+    ):
+        emulation.execute(BOOM)
+    assert len(emulation.jobs) == 1, "it stays to be looked at"
+    assert len(emulation.operator.started) == 2, "a lost cluster is replaced once"
+    eventually(lambda: not emulation.jobs, "the operator deletes it")
+    assert emulation.log.count("ValueError") >= 1
+
+
+def test_the_first_traceback_is_the_cause(emulation) -> None:
+    code = (
+        "print('Traceback (most recent call last):')\n"
+        "print('(RayTrainWorker pid=7, ip=10.0.0.2) torch.OutOfMemoryError: CUDA out of memory')\n"
+        "raise RuntimeError('a worker died')"
+    )
+    with pytest.raises(RemoteFailure, match=r"\): torch\.OutOfMemoryError: CUDA out of memory; log"):
+        emulation.execute(code)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
+def test_complete_is_not_success(emulation, status: str) -> None:
+    emulation.operator.ends = status
+    with pytest.raises(RemoteFailure, match=f"Complete / {status}"):
+        emulation.execute(HELLO)
+
+
+def test_validation_failed_is_the_end(emulation, eventually, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = load_template()
+    template["spec"]["shutdownAfterJobFinishes"] = True
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(template))
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "wrong.yaml"))
+    with pytest.raises(RemoteFailure, match=r"failed \(ValidationFailed\): .*deletionStrategy excludes"):
+        emulation.execute(HELLO)
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert emulation.operator.started == []
+
+
+def test_a_deadline_ends_it(emulation) -> None:
+    with pytest.raises(RemoteFailure, match=r"failed \(DeadlineExceeded\): .*activeDeadlineSeconds"):
+        emulation.execute(SLEEP, kuberay={"max_hours": 1 / 3600})
+
+
+def test_the_next_attempt_attaches_after_the_launcher_is_killed(emulation, eventually, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    launcher = emulation.launch(wait_for_file(go))
+    eventually(lambda: emulation.operator.started, "the entrypoint runs")
+    launcher.kill()
+    launcher.communicate()
+    threading.Timer(1, go.touch).start()
+    emulation.execute(wait_for_file(go))
+    assert len(emulation.operator.started) == 1, "a second cluster was started"
+    assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
+
+
+def test_sigterm_deletes_the_rayjob(emulation, eventually, alive) -> None:
+    launcher = emulation.launch(SLEEP)
+    eventually(lambda: emulation.operator.started, "the entrypoint runs")
+    (process,) = emulation.operator.processes.values()
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 143
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert not alive(process.pid)
+
+
+def test_a_cut_log_is_shown_once_and_whole(emulation, tmp_path: Path) -> None:
+    emulation.cluster.cut_logs = 3
+    (tmp_path / "go").touch()
+    emulation.execute(wait_for_file(tmp_path / "go") + "\ntime.sleep(4)")
+    assert emulation.cluster.cut_logs == 0
+    assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
+
+
+def test_versions_that_are_gone_are_read_anew(emulation) -> None:
+    emulation.cluster.forget_versions = True
+    emulation.execute("import time; time.sleep(1.5); print('done')")
+    assert emulation.log == "done\n"
+    assert emulation.cluster.requests.count(("watch", "rayjobs")) >= 2
+
+
+def test_an_operator_that_is_down_is_waited_for(emulation) -> None:
+    emulation.operator.silent = True
+    threading.Timer(1, setattr, (emulation.operator, "silent", False)).start()
+    emulation.execute(HELLO)
+    assert emulation.log == "first\nsecond\nthird\n"
+
+
+def test_an_api_server_that_is_away_for_a_while_stops_nothing(
+    emulation, eventually, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = Path(emulation.step("").uri) / "lease.json"
+    renewed: list[str] = []
+
+    def outage() -> None:
+        eventually(lambda: emulation.operator.started, "the entrypoint runs")
+        emulation.cluster.away = True
+        renewed.append(lease.read_text())
+        time.sleep(2.5)
+        renewed.append(lease.read_text())
+        emulation.cluster.away = False
+        (tmp_path / "go").touch()
+
+    thread = threading.Thread(target=outage)
+    thread.start()
+    emulation.execute(wait_for_file(tmp_path / "go"))
+    thread.join()
+    assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
+    assert renewed[0] != renewed[1], "the lease in the store does not depend on the API server"
+    assert "the Kubernetes API is away" in capsys.readouterr().err
+
+
+def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
+    emulation.cluster.away = True
+    with pytest.raises(ConnectionError, match=r"has not answered for 1 s .*the same command attaches to it again"):
+        emulation.execute(HELLO, patience=1)
+
+
+@pytest.mark.parametrize("verb", ["create", "get", "delete"])
+def test_a_missing_right_is_named(emulation, verb: str) -> None:
+    rules = emulation.cluster.rules
+    rules[0]["verbs"] = [other for other in rules[0]["verbs"] if other != verb]
+    with pytest.raises(PermissionError, match=rf"lacks the verb '{verb}' on rayjobs in namespace 'kubeflow'"):
+        emulation.execute(HELLO)
+    rules[0]["verbs"].append(verb)
+
+
+def test_without_the_right_to_read_logs_the_step_runs(emulation, capsys: pytest.CaptureFixture[str]) -> None:
+    emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "pods/log" not in rule["resources"]]
+    emulation.execute(HELLO)
+    assert (
+        "the log cannot be shown: forbidden: this account lacks the verb 'get' on pods/log" in capsys.readouterr().err
+    )
+
+
+def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "nobody")
+    emulation.execute("import time; time.sleep(1)")
+    reap(KubernetesApi(), older_than=0)
+    granted = set(pairs(emulation.cluster.rules))
+    assert set(emulation.cluster.requests) == granted
+    api = KubernetesApi()
+    assert all(
+        api.allowed(verb, f"{resource}.ray.io" if resource == "rayjobs" else resource) for verb, resource in granted
+    )
+    assert not api.allowed("get", "secrets")
+
+
+def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [owner]},
+        "spec": {"containers": [{"name": "wait", "image": "argo"}, {"name": "main", "image": "ours:1.2"}]},
+    }
+    emulation.cluster.create("pods", copy.deepcopy(pod))
+    monkeypatch.setenv("KFP_POD_NAME", "task")
+    created: list[dict] = []
+    start = emulation.cluster.on_create
+    emulation.cluster.on_create = lambda name: (created.extend(emulation.jobs), start(name))
+    emulation.execute(HELLO)
+    emulation.cluster.delete("pods", "task")
+    (job,) = created
+    assert job["metadata"]["ownerReferences"] == [owner | {"controller": False, "blockOwnerDeletion": False}]
+    assert job["metadata"]["labels"]["ncsn.dev/kfp-run-id"] == "5f3a"
+    assert job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"] == "ours:1.2"
+    for schema in load_schemas("RayJob").values():
+        assert schema_errors(job, schema) == []
+
+
+def test_without_an_image_it_says_what_to_set(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCSN_IMAGE")
+    with pytest.raises(ValueError, match=r"set compute\.kuberay\.image or NCSN_IMAGE"):
+        emulation.execute(HELLO)
+
+
+def test_a_cluster_without_kuberay_is_told_apart(emulation) -> None:
+    emulation.cluster.installed = False
+    with pytest.raises(ValueError, match="install the KubeRay operator: helm install"):
+        emulation.execute(HELLO)
+    emulation.cluster.installed = True
+
+
+def test_an_older_crd_is_served_with_what_it_knows(emulation, eventually, capsys: pytest.CaptureFixture[str]) -> None:
+    schemas = load_schemas("RayJob")
+    if not schemas:
+        pytest.skip("no CRD schemas: NCSN_CRD_SCHEMAS names none and ../shared/crds is not there")
+    emulation.cluster.schema = next(iter(schemas.values()))
+    spec = emulation.cluster.schema["properties"]["spec"]["properties"]
+    del spec["preRunningDeadlineSeconds"], spec["deletionStrategy"]
+    with pytest.raises(RemoteFailure, match="no such data"):
+        emulation.execute(BOOM)
+    assert "spec.preRunningDeadlineSeconds, spec.deletionStrategy" in capsys.readouterr().err
+    eventually(lambda: not emulation.jobs, "the launcher deletes what no rule would")
+
+
+def test_a_queue_is_waited_for(emulation, eventually, capsys: pytest.CaptureFixture[str]) -> None:
+    threading.Timer(1, emulation.operator.admitted.set).start()
+    emulation.execute(HELLO, kuberay={"queue": "research"})
+    assert "Suspended, waiting for quota in Kueue's queue research" in capsys.readouterr().err
+
+
+def test_other_work_under_the_same_name_is_left_alone(emulation, eventually) -> None:
+    launcher = emulation.launch(SLEEP)
+    eventually(lambda: emulation.operator.started, "the entrypoint runs")
+    with pytest.raises(ValueError, match="is at work on other inputs of the same step; wait for it, or delete it"):
+        emulation.execute(HELLO)
+    assert len(emulation.jobs) == 1 and "deletionTimestamp" not in emulation.jobs[0]["metadata"]
+    launcher.kill()
+    launcher.communicate()
+
+
+def test_a_retry_replaces_what_failed(emulation, tmp_path: Path) -> None:
+    flaky = f"import pathlib; pathlib.Path({str(tmp_path / 'ok')!r}).read_text(); print('done')"
+    emulation.operator.second = 100
+    with pytest.raises(RemoteFailure, match="FileNotFoundError"):
+        emulation.execute(flaky)
+    assert len(emulation.jobs) == 1
+    (tmp_path / "ok").touch()
+    emulation.execute(flaky)
+    assert emulation.log == "done\n"
+
+
+def test_a_rayjob_that_somebody_deletes_is_a_failure(emulation, eventually) -> None:
+    def delete() -> None:
+        eventually(lambda: emulation.operator.started, "the entrypoint runs")
+        emulation.cluster.delete("rayjobs", emulation.operator.started[0])
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    with pytest.raises(RemoteFailure, match="was deleted while it was at work"):
+        emulation.execute(SLEEP)
+    thread.join()
+
+
+def test_reap_takes_what_nobody_waits_for(emulation, eventually) -> None:
+    launcher = emulation.launch(SLEEP)
+    eventually(lambda: emulation.operator.started, "the entrypoint runs")
+    api = KubernetesApi()
+    time.sleep(1)
+    assert find_orphans(api, older_than=30) == [], "its launcher lives"
+    assert find_orphans(api, older_than=0, run="another") == []
+    launcher.kill()
+    launcher.communicate()
+    (job,) = emulation.jobs
+    silent = {"ncsn.dev/renewed-at": "2026-01-01T00:00:00+00:00"}
+    emulation.cluster.update("rayjobs", job["metadata"]["name"], lambda j: j["metadata"]["annotations"].update(silent))
+    (orphan,) = reap(api, older_than=7200)
+    assert (orphan.run, orphan.step, orphan.state) == ("mine", "train", "Running / RUNNING")
+    assert orphan.silent_seconds > 7200
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+
+
+def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"no Kubernetes cluster: this is no pod, and the kubeconfig .* is not usable"):
+        KubernetesApi()

@@ -1,0 +1,243 @@
+"""KubeRay's operator behind the emulated API. Leaves out pods but the submitter's, separate nodes, and autoscaling.
+
+A RayJob's entrypoint really runs, as a process of its own with the environment that its pod would have and nothing
+else: what the head's container names, and the ConfigMaps and Secrets it refers to. With `ray=True` it finds a real Ray
+cluster, on loopback and with token auth, with as many CPUs as all workers together.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kuberay_rules import QUEUE_LABEL, operator_errors
+from kubernetes_api import POLL_SECONDS, Cluster, PodLog, Refusal, Resource
+
+FINALIZER = "ray.io/rayjob-finalizer"
+_HEAD = """
+import sys
+import ncsn.distributed
+import ray
+ray.init(num_cpus=int(sys.argv[1]), include_dashboard=False, logging_level=30)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+class Deleted(Exception):
+    """The RayJob is being deleted."""
+
+
+@dataclass
+class Operator:
+    """Reconciles RayJobs, each in a thread.
+
+    Attributes:
+        cluster: The API server's contents.
+        references: Name of a ConfigMap or Secret -> its data.
+        ray: Start a Ray cluster for each RayJob.
+        second: How long a second of a TTL takes here.
+        admitted: Kueue's answer: a RayJob with a queue waits for it.
+        ends: jobStatus that stands in for the real one of a job that ended, with deployment Complete.
+        silent: Don't touch anything: an operator that is down.
+    """
+
+    cluster: Cluster
+    references: dict[str, dict[str, str]] = field(default_factory=dict)
+    ray: bool = False
+    second: float = 0.002
+    admitted: threading.Event = field(default_factory=threading.Event)
+    ends: str | None = None
+    silent: bool = False
+    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cluster.on_create = self._reconcile_in_thread
+
+    def close(self) -> None:
+        """Delete what is left and wait for every thread."""
+        for job in self.cluster.list("rayjobs"):
+            with suppress(Refusal):
+                self.cluster.delete("rayjobs", job["metadata"]["name"])
+        for thread in self._threads:
+            thread.join(30)
+
+    def _reconcile_in_thread(self, name: str) -> None:
+        self.cluster.update("rayjobs", name, lambda job: job["metadata"].update(finalizers=[FINALIZER]))
+        self._threads.append(threading.Thread(target=self._reconcile, args=(name,), daemon=True))
+        self._threads[-1].start()
+
+    def _reconcile(self, name: str) -> None:
+        try:
+            while self.silent:
+                self._pause(name)
+            job = self.cluster.get("rayjobs", name)
+            assert job is not None
+            if errors := operator_errors(job):
+                self._set(name, jobDeploymentStatus="ValidationFailed", reason="ValidationFailed", message=errors[0])
+            else:
+                self._run_attempts(name, job)
+                self._clean_up(name, job["spec"])
+            while True:
+                self._pause(name)
+        except Deleted:
+            for pod in self.cluster.list("pods", f"job-name={name}"):
+                self.cluster.delete("pods", pod["metadata"]["name"])
+            self.cluster.update("rayjobs", name, lambda job: job["metadata"].update(finalizers=[]))
+
+    def _run_attempts(self, name: str, job: Resource) -> None:
+        spec = job["spec"]
+        deadline = time.monotonic() + spec.get("activeDeadlineSeconds", 1e9)
+        self._wait_in_queue(name, job)
+        for attempt in range(spec.get("backoffLimit", 0) + 1):
+            self._set(name, jobDeploymentStatus="Initializing", jobStatus="", failed=attempt)
+            with self._ray(name, spec["rayClusterSpec"]) as ray:
+                code = self._run_entrypoint(name, spec, ray, deadline)
+            if code is None:
+                message = "The RayJob has passed the activeDeadlineSeconds."
+                self._set(name, jobDeploymentStatus="Failed", reason="DeadlineExceeded", message=message)
+                return
+            if code == 0 or self.ends:
+                self._set(name, jobDeploymentStatus="Complete", jobStatus=self.ends or "SUCCEEDED", succeeded=1)
+                return
+            message = f"Job entrypoint command failed with exit code {code}"
+            self._set(name, jobDeploymentStatus="Retrying", jobStatus="FAILED", reason="AppFailed", message=message)
+        self._set(name, jobDeploymentStatus="Failed", failed=attempt + 1)
+
+    def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
+        head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+        log = self._start_pod(name)
+        self._set(name, jobDeploymentStatus="Running", jobStatus="PENDING")
+        process = subprocess.Popen(
+            shlex.split(spec["entrypoint"]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self._environment(head) | ray,
+            start_new_session=True,
+        )
+        self.processes[name] = process
+        self.started.append(name)
+        reader = threading.Thread(target=_copy_lines, args=(process, log), daemon=True)
+        reader.start()
+        self._set(name, jobStatus="RUNNING")
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    return None
+                self._pause(name)
+        finally:
+            _end(process)
+            reader.join(5)
+            log.ended = True
+        return process.returncode
+
+    def _environment(self, container: Resource) -> dict[str, str]:
+        """What the image and the manifest give to the container; of this process only what stands in for the image."""
+        image = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": os.environ.get("HOME", "/"),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "PYTHONUNBUFFERED": "1",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "NCSN_CACHE_DIR": os.environ["NCSN_CACHE_DIR"],
+        }
+        for source in container.get("envFrom", []):
+            (reference,) = source.values()
+            image |= self.references.get(reference["name"], {})
+        return image | {variable["name"]: variable["value"] for variable in container.get("env", [])}
+
+    @contextmanager
+    def _ray(self, name: str, cluster: Resource) -> Iterator[dict[str, str]]:
+        if not self.ray:
+            yield {}
+            return
+        (workers,) = cluster["workerGroupSpecs"]
+        limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        head = subprocess.Popen(
+            [sys.executable, "-c", _HEAD, str(workers["replicas"] * int(limits["cpu"]))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment(cluster["headGroupSpec"]["template"]["spec"]["containers"][0]) | auth,
+        )
+        assert head.stdout
+        try:
+            yield auth | {"RAY_ADDRESS": head.stdout.readline().strip()}
+        finally:
+            head.communicate("")
+
+    def _start_pod(self, name: str) -> PodLog:
+        pod = f"{name}-{secrets.token_hex(3)}"
+        self.cluster.create(
+            "pods", {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod, "labels": {"job-name": name}}}
+        )
+        log = self.cluster.logs[pod] = PodLog()
+        return log
+
+    def _wait_in_queue(self, name: str, job: Resource) -> None:
+        if QUEUE_LABEL in job["metadata"]["labels"]:
+            self._set(name, jobDeploymentStatus="Suspended")
+            while not self.admitted.is_set():
+                self._pause(name)
+
+    def _clean_up(self, name: str, spec: Resource) -> None:
+        status = (self.cluster.get("rayjobs", name) or {}).get("status", {})
+        for seconds in _ttls(spec, status):
+            ends = time.monotonic() + seconds * self.second
+            while time.monotonic() < ends:
+                self._pause(name)
+            self.cluster.delete("rayjobs", name)
+
+    def _set(self, name: str, **status: Any) -> None:
+        self._raise_if_deleted(name)
+        self.cluster.update("rayjobs", name, lambda job: job.setdefault("status", {}).update(status))
+
+    def _pause(self, name: str) -> None:
+        self._raise_if_deleted(name)
+        time.sleep(POLL_SECONDS)
+
+    def _raise_if_deleted(self, name: str) -> None:
+        job = self.cluster.get("rayjobs", name)
+        if job is None or "deletionTimestamp" in job["metadata"]:
+            raise Deleted
+
+
+def _ttls(spec: Resource, status: Resource) -> Iterator[float]:
+    """After how many seconds the RayJob deletes itself; nothing if it stays, as it does without deletion rules."""
+    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
+        condition = {key: value for key, value in rule["condition"].items() if key != "ttlSeconds"}
+        if rule["policy"] == "DeleteSelf" and condition.items() <= status.items():
+            yield rule["condition"].get("ttlSeconds", 0)
+            return
+
+
+def _copy_lines(process: subprocess.Popen[str], log: PodLog) -> None:
+    assert process.stdout
+    for line in process.stdout:
+        log.write(line.rstrip("\n"))
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """As a pod ends: SIGTERM to all, SIGKILL to what is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)

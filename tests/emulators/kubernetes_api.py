@@ -1,0 +1,369 @@
+"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, pods and logs.
+
+Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
+watches that start after a version or answer 410 if it is gone, merge patches, finalizers, RBAC with the real wording of
+a refusal. The switches of `Cluster` make it fail as real ones do. `kuberay_operator` plays the operator behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+from kuberay_rules import schema_errors
+
+Resource = dict[str, Any]
+NAMESPACE = "kubeflow"
+USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
+RAYJOB_KIND = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
+POLL_SECONDS = 0.02
+
+
+@dataclass
+class PodLog:
+    """What a container wrote, with times, and whether it is over."""
+
+    lines: list[bytes] = field(default_factory=list)
+    ended: bool = False
+
+    def write(self, text: str) -> None:
+        now = time.time_ns()
+        stamp = datetime.fromtimestamp(now // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        self.lines.append(f"{stamp}.{now % 10**9:09d}Z {text}\n".encode())
+
+
+@dataclass
+class Cluster:
+    """Everything the API server holds, and how it misbehaves.
+
+    Attributes:
+        rules: RBAC rules of the caller.
+        schema: JSON schema of the RayJob that is installed; None for one that allows every field.
+        installed: Whether there is a RayJob CRD at all.
+        away: Drop every connection.
+        cut_logs: How many log streams to cut in the middle of their third line.
+        forget_versions: Answer watches with 410, as after a restart of the server.
+        requests: (verb, resource) of every call.
+    """
+
+    rules: list[Resource]
+    schema: Resource | None = None
+    installed: bool = True
+    away: bool = False
+    cut_logs: int = 0
+    forget_versions: bool = False
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    logs: dict[str, PodLog] = field(default_factory=dict)
+    on_create: Callable[[str], None] = lambda _name: None
+    _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
+    _history: list[tuple[int, str, Resource]] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _version: int = 100
+
+    def get(self, plural: str, name: str) -> Resource | None:
+        with self._lock:
+            found = self._objects.get((plural, name))
+            return copy.deepcopy(found) if found else None
+
+    def list(self, plural: str, selector: str = "") -> list[Resource]:
+        wanted = dict(pair.split("=", 1) for pair in selector.split(",") if pair)
+        with self._lock:
+            found = [value for (kind, _), value in self._objects.items() if kind == plural]
+            return [copy.deepcopy(o) for o in found if wanted.items() <= o["metadata"].get("labels", {}).items()]
+
+    def create(self, plural: str, resource: Resource) -> Resource:
+        with self._lock:
+            name = resource["metadata"]["name"]
+            if (plural, name) in self._objects:
+                raise Refusal(409, "AlreadyExists", f'{plural}.ray.io "{name}" already exists')
+            resource["metadata"] |= {
+                "uid": str(uuid.uuid4()),
+                "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+            return self._store(plural, resource, "ADDED")
+
+    def update(self, plural: str, name: str, change: Callable[[Resource], None]) -> Resource:
+        """Change it in place; gone if it is being deleted and has no finalizer left."""
+        with self._lock:
+            resource = self.get(plural, name)
+            if resource is None:
+                raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+            change(resource)
+            metadata = resource["metadata"]
+            if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
+                del self._objects[plural, name]
+                self._remember("DELETED", resource)
+                return resource
+            return self._store(plural, resource, "MODIFIED")
+
+    def delete(self, plural: str, name: str) -> Resource:
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
+
+    def changes(self, since: int) -> tuple[int, list[tuple[str, Resource]]]:
+        with self._lock:
+            news = [(kind, resource) for version, kind, resource in self._history if version > since]
+            return self._version, news
+
+    def allows(self, verb: str, group: str, resource: str) -> bool:
+        return any(
+            verb in rule["verbs"] and group in rule["apiGroups"] and resource in rule["resources"]
+            for rule in self.rules
+        )
+
+    def _store(self, plural: str, resource: Resource, event: str) -> Resource:
+        self._objects[plural, resource["metadata"]["name"]] = resource
+        self._remember(event, resource)
+        return copy.deepcopy(resource)
+
+    def _remember(self, event: str, resource: Resource) -> None:
+        self._version += 1
+        resource["metadata"]["resourceVersion"] = str(self._version)
+        self._history.append((self._version, event, copy.deepcopy(resource)))
+
+
+class Refusal(Exception):
+    """An answer other than 2xx."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = {"kind": "Status", "code": code, "reason": reason, "message": message, "status": "Failure"}
+
+
+class ApiServer:
+    """Serves a `Cluster` on loopback."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        handler = type("Handler", (_Handler,), {"cluster": cluster})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def write_kubeconfig(self, path: Path) -> None:
+        context = {"cluster": "emulated", "user": "nobody", "namespace": NAMESPACE}
+        content = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "emulated",
+            "clusters": [{"name": "emulated", "cluster": {"server": self.url}}],
+            "users": [{"name": "nobody", "user": {}}],
+            "contexts": [{"name": "emulated", "context": context}],
+        }
+        path.write_text(yaml.safe_dump(content))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    cluster: Cluster
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self._answer("get")
+
+    def do_POST(self) -> None:
+        self._answer("create")
+
+    def do_PATCH(self) -> None:
+        self._answer("patch")
+
+    def do_DELETE(self) -> None:
+        self._answer("delete")
+
+    def _answer(self, verb: str) -> None:
+        if self.cluster.away:
+            self.close_connection = True
+            return
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
+        split = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(split.query).items()}
+        try:
+            self._route(verb, split.path.strip("/").split("/"), query, body)
+        except Refusal as refusal:
+            self._send(refusal.status, refusal.status["code"])
+
+    def _route(self, verb: str, path: list[str], query: dict[str, str], body: Any) -> None:
+        match path:
+            case ["openapi", "v3", "apis", "ray.io", "v1"]:
+                self._send_schema()
+            case ["apis", "authorization.k8s.io", "v1", "selfsubjectaccessreviews"]:
+                asked = body["spec"]["resourceAttributes"]
+                resource = "/".join(part for part in (asked["resource"], asked.get("subresource")) if part)
+                allowed = self.cluster.allows(asked["verb"], asked.get("group", ""), resource)
+                self._send(body | {"status": {"allowed": allowed}}, 201)
+            case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
+                self._rayjobs(verb, name, query, body)
+            case ["api", "v1", "namespaces", _, "pods", name, "log"]:
+                self._authorize(verb, "", "pods/log")
+                self._send_log(name, query)
+            case ["api", "v1", "namespaces", _, "pods", *name]:
+                self._authorize("get" if name else "list", "", "pods")
+                self._send_found("pods", name, query)
+            case _:
+                raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
+
+    def _rayjobs(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
+        if verb == "get" and not name:
+            verb = "watch" if query.get("watch") in {"True", "true"} else "list"
+        self._authorize(verb, "ray.io", "rayjobs")
+        cluster = self.cluster
+        if not cluster.installed:
+            raise Refusal(404, "NotFound", "the server could not find the requested resource")
+        if verb == "watch":
+            self._send_events(query)
+        elif verb == "create":
+            if cluster.schema and (errors := schema_errors(body, cluster.schema)):
+                raise Refusal(422, "Invalid", f"RayJob is invalid: {errors[0]}")
+            created = cluster.create("rayjobs", body)
+            cluster.on_create(body["metadata"]["name"])
+            self._send(created, 201)
+        elif verb == "patch":
+            assert self.headers["Content-Type"] == "application/merge-patch+json"
+            self._send(cluster.update("rayjobs", name[0], lambda resource: merge(resource, body)))
+        elif verb == "delete":
+            self._send(cluster.delete("rayjobs", name[0]))
+        else:
+            self._send_found("rayjobs", name, query)
+
+    def _authorize(self, verb: str, group: str, resource: str) -> None:
+        self.cluster.requests.append((verb, resource))
+        if not self.cluster.allows(verb, group, resource):
+            full = f"{resource}.{group}" if group else resource
+            raise Refusal(
+                403,
+                "Forbidden",
+                f'{full} is forbidden: User "{USER}" cannot {verb} resource "{resource}" in API group "{group}" '
+                f'in the namespace "{NAMESPACE}"',
+            )
+
+    def _send_found(self, plural: str, name: list[str], query: dict[str, str]) -> None:
+        if not name:
+            self._send({"metadata": {}, "items": self.cluster.list(plural, query.get("labelSelector", ""))})
+            return
+        found = self.cluster.get(plural, name[0])
+        if found is None:
+            raise Refusal(404, "NotFound", f'{plural} "{name[0]}" not found')
+        self._send(found)
+
+    def _send_schema(self) -> None:
+        if not self.cluster.installed:
+            raise Refusal(404, "NotFound", "the server could not find the requested resource")
+        schema = self.cluster.schema or {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        schemas = {"io.ray.v1.RayJob": schema | {"x-kubernetes-group-version-kind": [RAYJOB_KIND]}}
+        self._send({"openapi": "3.0.0", "components": {"schemas": schemas}})
+
+    def _send_events(self, query: dict[str, str]) -> None:
+        since, name = int(query.get("resourceVersion") or 0), query.get("fieldSelector", "").partition("=")[2]
+        ends = time.monotonic() + float(query.get("timeoutSeconds", 60))
+        with self._stream("application/json") as send:
+            if self.cluster.forget_versions:
+                gone = Refusal(410, "Expired", f"too old resource version: {since}").status
+                send(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
+                return
+            while time.monotonic() < ends and not self.cluster.away:
+                since, news = self.cluster.changes(since)
+                for kind, resource in news:
+                    if resource.get("kind") == "RayJob" and name in {"", resource["metadata"]["name"]}:
+                        send(json.dumps({"type": kind, "object": resource}).encode() + b"\n")
+                time.sleep(POLL_SECONDS)
+
+    def _send_log(self, pod: str, query: dict[str, str]) -> None:
+        log = self.cluster.logs.get(pod)
+        if log is None:
+            raise Refusal(400, "BadRequest", f'container "ray-job-submitter" in pod "{pod}" is waiting to start')
+        earliest = time.time() - float(query.get("sinceSeconds", 1e9))
+        oldest = datetime.fromtimestamp(max(0.0, earliest), UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
+        sent, shown = 0, 0
+        with self._stream("text/plain") as send:
+            while not self.cluster.away:
+                over = log.ended
+                for line in log.lines[sent:]:
+                    sent += 1
+                    if line < oldest:
+                        continue
+                    shown += 1
+                    if shown == 3 and self.cluster.cut_logs > 0:
+                        self.cluster.cut_logs -= 1
+                        send(line[: len(line) // 2])
+                        raise ConnectionAbortedError
+                    send(line)
+                if over:
+                    return
+                time.sleep(POLL_SECONDS)
+            raise ConnectionAbortedError
+
+    def _stream(self, kind: str) -> _Chunked:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        return _Chunked(self)
+
+    def _send(self, document: Any, code: int = 200) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class _Chunked:
+    """A chunked answer. It ends with the last chunk, or without if the connection is meant to break."""
+
+    def __init__(self, handler: _Handler) -> None:
+        self._handler = handler
+
+    def __enter__(self) -> Callable[[bytes], None]:
+        return self._send
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        if kind is None:
+            self._handler.wfile.write(b"0\r\n\r\n")
+            return False
+        self._handler.close_connection = True
+        return issubclass(kind, ConnectionError)
+
+    def _send(self, data: bytes) -> None:
+        self._handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self._handler.wfile.flush()
+
+
+def merge(target: Resource, patch: Resource) -> None:
+    """RFC 7386."""
+    for key, value in patch.items():
+        if value is None:
+            target.pop(key, None)
+        elif isinstance(value, dict) and isinstance(target.get(key), dict):
+            merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def rules_of(path: Path) -> list[Resource]:
+    """The rules of a Role in a file."""
+    rules: list[Resource] = yaml.safe_load(path.read_text())["rules"]
+    return rules
+
+
+def pairs(rules: list[Resource]) -> Iterator[tuple[str, str]]:
+    """(verb, resource) that the rules grant."""
+    for rule in rules:
+        yield from ((verb, resource) for resource in rule["resources"] for verb in rule["verbs"])
