@@ -34,6 +34,10 @@ class RemoteFailure(RuntimeError):
     """The step ended elsewhere without success; the message is one line with the reason."""
 
 
+class RemoteLost(RemoteFailure):
+    """The step's record is gone, so nobody can say how it ended; if it did, its result is in the store."""
+
+
 class Backend(Protocol):
     """Runs steps elsewhere."""
 

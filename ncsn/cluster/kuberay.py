@@ -18,7 +18,7 @@ from kubernetes.client.exceptions import ApiException
 
 from ncsn import storage
 from ncsn.cluster.api import Conflict, KubernetesApi, Resource
-from ncsn.cluster.backend import RemoteFailure, RemoteStep, say
+from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, say
 from ncsn.cluster.driver_log import DriverLog, first_error
 from ncsn.cluster.job_state import JobState, state_of
 from ncsn.cluster.launcher import find_launcher, forwarded_environment
@@ -164,7 +164,7 @@ class KubeRay:
         while True:
             found = self._api.rayjob(name)
             if found is None:
-                raise RemoteFailure(f"RayJob {name} was deleted while it was at work")
+                raise RemoteLost(f"RayJob {name} was deleted while it was at work")
             state = state_of(found)
             if state.describe() != shown:
                 shown = state.describe()

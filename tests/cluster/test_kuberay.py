@@ -14,7 +14,7 @@ from kuberay_rules import load_schemas, schema_errors
 from kubernetes_api import pairs
 
 from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.backend import RemoteFailure
+from ncsn.cluster.backend import RemoteFailure, RemoteLost
 from ncsn.cluster.rayjob_manifest import load_template
 from ncsn.cluster.reap import find_orphans, reap
 
@@ -286,7 +286,7 @@ def test_a_rayjob_that_somebody_deletes_is_a_failure(emulation, eventually) -> N
 
     thread = threading.Thread(target=delete)
     thread.start()
-    with pytest.raises(RemoteFailure, match="was deleted while it was at work"):
+    with pytest.raises(RemoteLost, match="was deleted while it was at work"):
         emulation.execute(SLEEP)
     thread.join()
 

@@ -56,7 +56,7 @@ class Operator:
     cluster: Cluster
     references: dict[str, dict[str, str]] = field(default_factory=dict)
     ray: bool = False
-    second: float = 0.002
+    second: float = 0.02
     admitted: threading.Event = field(default_factory=threading.Event)
     ends: str | None = None
     silent: bool = False
