@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,26 @@ from kfp import dsl
 
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
 """Image of every task; NCSN_IMAGE at compile time names another."""
+KFP_RUN_ID = "NCSN_KFP_RUN_ID"
+"""Variable with the id of the pipeline run, in the pods of a cluster."""
+KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"
+"""Variable with the name of the Argo Workflow that the pod belongs to."""
+
+_HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
+
+
+def experiment(config: str, run: str) -> tuple[Any, str]:
+    """The config of a task, and the run's name: `run`, else one made of the config's name and KFP's run.
+
+    Raises:
+        ValueError: if the config is wrong, or nothing names the run.
+    """
+    from ncsn.config import from_json
+
+    settings = from_json(config)
+    if not run and not os.environ.get(KFP_RUN_ID):
+        raise ValueError(f"the parameter run is empty, and {KFP_RUN_ID} does not name this pipeline run; name the run")
+    return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
 
 
 def publish(artifact: dsl.Artifact, result: Any, **metadata: str) -> None:
@@ -30,6 +51,11 @@ def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) ->
     for name, value in known.items():
         metrics.log_metric(name, value)
     Path(metrics.path).write_text(json.dumps(known, indent=1))
+
+
+def headline(values: Mapping[str, float]) -> dict[str, float]:
+    """The few figures by which KFP's page compares runs: the scores and distances, of samples and of real images."""
+    return {name: value for name, value in values.items() if _HEADLINE.fullmatch(name)}
 
 
 def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:

@@ -16,12 +16,12 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Measure the samples, next to real test images."""
-    from components import publish, publish_metrics, publish_scores
-    from ncsn.config import from_json
+    from components import experiment, headline, publish, publish_metrics, publish_scores
     from ncsn.steps import evaluate
 
+    settings, name = experiment(config, run)
     uris = {"samples": samples.metadata["uri"], "dataset": dataset.metadata["uri"]}
-    result = evaluate.run(from_json(config), run=run, **uris)
+    result = evaluate.run(settings, run=name, **uris)
     publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
     publish_scores(scores, result.metrics, result.real_metrics)
-    publish_metrics(metrics, {**result.metrics, **result.real_metrics})
+    publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))

@@ -6,12 +6,14 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def ingest(config: str, run: str, dataset: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]) -> None:
-    """Read the images into the store as Parquet, once per content."""
-    from components import publish, publish_metrics
-    from ncsn.config import from_json
+def ingest(
+    config: str, run: str, content: str, dataset: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]
+) -> None:
+    """Read the images into the store as Parquet, once per content. KFP's cache looks at `content`."""
+    from components import experiment, publish, publish_metrics
     from ncsn.steps import ingest
 
-    result = ingest.run(from_json(config), run=run)
-    publish(dataset, result, uri=result.uri, digest=result.digest)
+    settings, name = experiment(config, run)
+    result = ingest.run(settings, run=name)
+    publish(dataset, result, uri=result.uri, digest=result.digest, content=content)
     publish_metrics(metrics, {f"ingest/{split}_images": count for split, count in result.counts.items()})

@@ -15,11 +15,11 @@ def register(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Register the EMA weights; they become champion if they beat the present one."""
-    from components import publish, publish_metrics
-    from ncsn.config import from_json
+    from components import experiment, publish, publish_metrics
     from ncsn.steps import register
 
+    settings, name = experiment(config, run)
     uris = {"checkpoint": checkpoint.metadata["uri"], "evaluation": evaluation.metadata["uri"]}
-    result = register.run(from_json(config), run=run, **uris)
+    result = register.run(settings, run=name, **uris)
     publish(model, result, uri=f"models:/{result.model}/{result.version}", framework="mlflow")
     publish_metrics(metrics, {"register/promoted": float(result.promoted)})

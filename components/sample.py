@@ -15,12 +15,12 @@ def sample(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Generate images by the configured sampler."""
-    from components import publish, publish_metrics, publish_pictures
-    from ncsn.config import from_json
+    from components import experiment, publish, publish_metrics, publish_pictures
     from ncsn.steps import sample
     from ncsn.storage import read_bytes
 
-    result = sample.run(from_json(config), run=run, checkpoint=checkpoint.metadata["uri"])
+    settings, name = experiment(config, run)
+    result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
     publish(samples, result, uri=result.uri)
     publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
     publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

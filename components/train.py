@@ -14,11 +14,11 @@ def train(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Train the score network on Ray, or resume it."""
-    from components import publish, publish_metrics
-    from ncsn.config import from_json
+    from components import experiment, publish, publish_metrics
     from ncsn.steps import train
 
-    result = train.run(from_json(config), run=run, dataset=dataset.metadata["uri"])
+    settings, name = experiment(config, run)
+    result = train.run(settings, run=name, dataset=dataset.metadata["uri"])
     publish(checkpoint, result, uri=result.checkpoint, framework="pytorch")
     figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}
     publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})

@@ -1,4 +1,4 @@
-"""Compiles the pipelines to the YAML that KFP runs: `python -m pipelines.compile [FOLDER]`."""
+"""Compiles the pipelines to the YAML that KFP runs: `ncsn compile`, or `python -m pipelines.compile [FOLDER]`."""
 
 import sys
 from pathlib import Path
@@ -14,11 +14,14 @@ PIPELINES = {"train_pipeline": train_pipeline}
 def compile_all(folder: Path = COMPILED) -> list[Path]:
     """Write `<name>.yaml` of each pipeline into `folder`; the paths written."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, pipeline in PIPELINES.items():
-        paths.append(folder / f"{name}.yaml")
-        compiler.Compiler().compile(pipeline, str(paths[-1]))
-    return paths
+    return [compile_one(name, folder) for name in PIPELINES]
+
+
+def compile_one(name: str, folder: Path) -> Path:
+    """Write `<name>.yaml` of one pipeline into `folder`; the path."""
+    path = folder / f"{name}.yaml"
+    compiler.Compiler().compile(PIPELINES[name], str(path))
+    return path
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from kfp import dsl
 
 from components.evaluate import evaluate
+from components.finish import finish
 from components.ingest import ingest
 from components.register import register
 from components.sample import sample
 from components.train import train
+from pipelines.tasks import furnish
 
 
 @dsl.pipeline(
@@ -15,30 +17,31 @@ from components.train import train
     description="Trains a noise conditional score network (Song & Ermon 2019), samples from it by annealed Langevin "
     "dynamics, measures the samples and registers the model.",
 )
-def train_pipeline(config: str, run: str) -> None:
-    """Train, sample, evaluate and register one experiment.
+def train_pipeline(config: str, run: str = "", content: str = "") -> None:
+    """Train, sample, evaluate and register one experiment, and say how it ended, however it ended.
 
     Args:
         config: The whole experiment as canonical JSON (`ncsn show-config --json`) or YAML.
-        run: Name of the run. The same name resumes; a name belongs to one experiment.
+        run: Name of the run. The same name resumes; a name belongs to one experiment. Empty = the config's name and
+            the id of this pipeline run.
+        content: Fingerprint of the source's files, if known: KFP then takes the data set from its cache.
     """
-    ingested = ingest(config=config, run=run)
-    trained = train(config=config, run=run, dataset=ingested.outputs["dataset"])
-    sampled = sample(config=config, run=run, checkpoint=trained.outputs["checkpoint"])
-    evaluated = evaluate(
-        config=config, run=run, dataset=ingested.outputs["dataset"], samples=sampled.outputs["samples"]
-    )
-    registered = register(
-        config=config, run=run, checkpoint=trained.outputs["checkpoint"], evaluation=evaluated.outputs["evaluation"]
-    )
-    names = {
-        "Ingest images": ingested,
-        "Train score network": trained,
-        "Sample images": sampled,
-        "Evaluate samples": evaluated,
-        "Register model": registered,
-    }
-    for name, task in names.items():
-        task.set_display_name(name)
-        # Steps are idempotent by the content of their inputs; KFP's cache knows only the argument strings.
-        task.set_caching_options(False)
+    finished = furnish(finish(config=config, run=run), title="Finish", cached=False)
+    with dsl.ExitHandler(finished, name="steps"):
+        # Not cached unless `ncsn submit` knows the content: KFP sees the same config and not that images changed.
+        ingested = furnish(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
+        dataset = ingested.outputs["dataset"]
+        trained = furnish(train(config=config, run=run, dataset=dataset), title="Train score network", cached=True)
+        checkpoint = trained.outputs["checkpoint"]
+        sampled = furnish(sample(config=config, run=run, checkpoint=checkpoint), title="Sample images", cached=True)
+        evaluated = furnish(
+            evaluate(config=config, run=run, dataset=dataset, samples=sampled.outputs["samples"]),
+            title="Evaluate samples",
+            cached=True,
+        )
+        # The gate compares with whatever is champion now, so this is decided anew in every run.
+        furnish(
+            register(config=config, run=run, checkpoint=checkpoint, evaluation=evaluated.outputs["evaluation"]),
+            title="Register model",
+            cached=False,
+        )

@@ -18,8 +18,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kfp_api import KfpServer
 
 # Set before anything imports ray or mlflow, and inherited by the processes that tests start.
 os.environ.update(
@@ -87,6 +91,17 @@ def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     _forget_s3_clients(storage)
+
+
+@pytest.fixture
+def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A Kubeflow Pipelines API without users, which the environment does not name."""
+    for name in ("KF_PIPELINES_ENDPOINT", "NCSN_KFP_TOKEN", "NCSN_KFP_COOKIE", "KF_PIPELINES_SA_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    from kfp_api import KfpServer
+
+    with KfpServer(tmp_path / "kfp") as server:
+        yield server
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
-
-Decorated = Callable[..., Any]
+from ncsn.cli.kubeflow import compile_command, submit_command
+from ncsn.cli.options import Decorated, experiment_options, json_option
 
 
 class _InOrder(click.Group):
@@ -40,27 +37,9 @@ def main() -> None:
     app(prog_name="ncsn")
 
 
-def _experiment_options(command: Decorated) -> Decorated:
-    for option in (
-        click.option("--run", "run_name", metavar="NAME", help="Name of the run; default: made from the config."),
-        click.option(
-            "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
-        ),
-        click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file."),
-    ):
-        command = option(command)
-    return command
-
-
-def _json_option(command: Decorated) -> Decorated:
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
-    )(command)
-
-
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or what is left of it.")
-@_experiment_options
-@_json_option
+@experiment_options
+@json_option
 def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool) -> None:
     """Run the whole pipeline: ingest, train, sample, evaluate, register.
 
@@ -82,12 +61,12 @@ def _add_step_command(step: str) -> None:
         target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
         run_step(step, target, given=given, as_json=as_json)
 
-    decorated: Decorated = _json_option(command)
+    decorated: Decorated = json_option(command)
     for name, source in reversed(list(CATALOGUE[step].inputs.items())):
         decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
             decorated
         )
-    app.command(step, cls=ReportingCommand, help=CATALOGUE[step].summary)(_experiment_options(decorated))
+    app.command(step, cls=ReportingCommand, help=CATALOGUE[step].summary)(experiment_options(decorated))
 
 
 for _step in CATALOGUE:
@@ -95,8 +74,8 @@ for _step in CATALOGUE:
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")
-@_experiment_options
-@_json_option
+@experiment_options
+@json_option
 def show_config_command(
     *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool
 ) -> None:
@@ -110,7 +89,7 @@ def show_config_command(
 
 
 @app.command("ui", cls=ReportingCommand)
-@_experiment_options
+@experiment_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port to listen on.")
 def ui_command(
@@ -123,3 +102,7 @@ def ui_command(
     if config_uri is None and run_name is None:
         run_name = any_run(overrides)
     serve_ui(resolve(config_uri, overrides=overrides, run=run_name).config, host=host, port=port)
+
+
+app.add_command(submit_command)
+app.add_command(compile_command)

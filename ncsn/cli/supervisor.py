@@ -71,7 +71,7 @@ class Supervisor:
                     raise self._failure(step)
                 self.view.finish(step, self._verdict(step))
             if process.wait() != 0:
-                raise self._failure(STEPS[-1])
+                raise self._failure("finish")
 
     def _wait_for(self, step: str, process: subprocess.Popen[bytes], kfp_root: Path, earlier: set[Path]) -> bool:
         """Show the step's progress until KFP has its outputs; False if the pipeline ended without them."""

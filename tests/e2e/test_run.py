@@ -96,7 +96,7 @@ def test_the_pictures_show_every_image_and_level(workplace, finished) -> None:
 
 def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
     outputs = {path.parent.name: json.loads(path.read_text()) for path in workplace.root.rglob("executor_output.json")}
-    assert set(outputs) == set(STEPS)
+    assert set(outputs) == {*STEPS, "finish"}
     metadata = {
         (step, name): artifact["artifacts"][0]["metadata"]
         for step, output in outputs.items()
@@ -106,9 +106,14 @@ def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
     assert metadata["train", "checkpoint"]["uri"] == workplace.result(RUN, "train")["checkpoint"]
     assert metadata["sample", "samples"]["uri"] == workplace.result(RUN, "sample")["uri"]
     assert metadata["register", "model"]["uri"] == workplace.result(RUN, "register")["uri"]
-    assert metadata["evaluate", "metrics"].items() >= workplace.result(RUN, "evaluate")["metrics"].items()
+    shown, measured = metadata["evaluate", "metrics"], workplace.result(RUN, "evaluate")
+    assert shown.items() <= (measured["metrics"] | measured["real_metrics"]).items()
+    assert {"eval/classifier_fid_n16", "eval/real_classifier_fid_n16"} <= set(shown)
     page = outputs["sample"]["artifacts"]["pictures"]["artifacts"][0]["uri"]
     assert "data:image/png;base64," in Path(page).read_text()
+    assert metadata["finish", "outcome"]["status"] == "FINISHED"
+    page = Path(outputs["finish"]["artifacts"]["page"]["artifacts"][0]["uri"]).read_text()
+    assert f"`{workplace.result(RUN, 'ingest')['digest']}`" in page
 
 
 def test_scores_stand_beside_those_of_real_images(workplace, finished) -> None:

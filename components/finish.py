@@ -1,0 +1,25 @@
+"""The end, also of a run that failed: nothing left running, and the outcome where people look."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def finish(
+    config: str,
+    run: str,
+    page: dsl.Output[dsl.Markdown],
+    outcome: dsl.Output[dsl.Artifact],
+    status: dsl.PipelineTaskFinalStatus,
+) -> None:
+    """Cancel what is left, write the final status to the store and MLflow, and show where everything is."""
+    from pathlib import Path
+
+    from components import experiment, publish
+    from ncsn.steps import finish
+
+    settings, name = experiment(config, run)
+    result = finish.run(settings, run=name, state=status.state, message=status.error_message or "")
+    publish(outcome, result, status=result.status)
+    Path(page.path).write_text(result.page)

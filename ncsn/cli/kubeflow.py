@@ -1,0 +1,88 @@
+"""The commands that deal with a Kubeflow cluster. Their imports are inside, as in `ncsn.cli.app`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from ncsn.cli.failures import ReportingCommand
+from ncsn.cli.options import experiment_options, json_option
+
+
+@click.command("compile", cls=ReportingCommand, short_help="Write the pipelines as the YAML that KFP runs.")
+@click.option(
+    "--out",
+    "folder",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Default: pipelines/compiled of the code.",
+)
+def compile_command(*, folder: Path | None) -> None:
+    """Write the pipelines as the YAML that KFP runs, and print the paths.
+
+    NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; the files are to upload by hand.
+    """
+    from pipelines.compile import COMPILED, compile_all
+
+    for path in compile_all(folder or COMPILED):
+        click.echo(path)
+
+
+@click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
+@experiment_options
+@json_option
+@click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
+@click.option("--pipeline", default="train", show_default=True, help="Which pipeline.")
+@click.option("--experiment", metavar="NAME", help="KFP's experiment; default: tracking.experiment of the config.")
+@click.option("--namespace", metavar="PROFILE", help="Yours, where Kubeflow serves several users.")
+@click.option("--service-account", metavar="NAME", help="Of the pods; default: the cluster's.")
+@click.option("--param", "params", metavar="K=V", multiple=True, help="Another parameter of the pipeline; repeatable.")
+@click.option("--every", metavar="CRON", help="Run on this schedule, 'minute hour day month weekday' in UTC.")
+@click.option("--wait", "waits", is_flag=True, help="Wait for the end; exit with 1 if it is no success.")
+@click.option("--no-cache", "anew", is_flag=True, help="Take nothing from KFP's cache.")
+def submit_command(
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+    host: str | None,
+    pipeline: str,
+    experiment: str | None,
+    namespace: str | None,
+    service_account: str | None,
+    params: tuple[str, ...],
+    every: str | None,
+    waits: bool,
+    anew: bool,
+) -> None:
+    """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
+
+    Credentials come from the environment: NCSN_KFP_TOKEN (a bearer token), NCSN_KFP_COOKIE (of a session in the
+    browser), or inside the cluster the token at KF_PIPELINES_SA_TOKEN_PATH.
+    """
+    from ncsn.cli.submission import prepare
+    from pipelines.connection import connect
+    from pipelines.submit import schedule, submit, wait
+
+    if every and waits:
+        raise ValueError("--wait waits for one run, and --every starts many; leave out one of them")
+    submission = prepare(
+        pipeline,
+        config_uri=config_uri,
+        overrides=overrides,
+        run=run_name,
+        params=params,
+        scheduled=every is not None,
+        experiment=experiment,
+        service_account=service_account,
+        cache=not anew,
+    )
+    connection = connect(host, namespace=namespace)
+    started = schedule(connection, submission, every=every) if every else submit(connection, submission)
+    click.echo(json.dumps(dataclasses.asdict(started)) if as_json else started.url)
+    if waits:
+        wait(connection, started.id, on_state=lambda state: click.echo(f"{submission.name}: {state}", err=True))

@@ -1,0 +1,127 @@
+"""The end of a run, whether it succeeded, failed or was cancelled: the outcome is written where people look."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.report.run_page import RunFacts, run_page
+from ncsn.steps.result import STEPS, RunFolder, claim_run
+from ncsn.tracking.outcome import TrackedRun, close_run
+
+STATUS_FILE = "status.json"
+_STOPPED = ("KeyboardInterrupt", "SystemExit")
+_DEADLINE = "exceeded its deadline"
+"""What Argo says of a step that somebody terminated: that is how it ends them."""
+
+
+@dataclass(frozen=True)
+class FinishResult:
+    """How a run ended.
+
+    Attributes:
+        status: FINISHED, FAILED or KILLED, as MLflow calls it.
+        reason: Why, if it did not finish.
+        failed_step: The step that stopped it, if one did.
+        page: Markdown with where everything is.
+    """
+
+    status: str
+    reason: str
+    failed_step: str | None
+    page: str
+
+
+def run(config: Config, *, run: str, state: str, message: str = "") -> FinishResult:
+    """Write the outcome to `<root>/runs/<run>/status.json` and to the MLflow run of the pipeline.
+
+    Args:
+        config: The experiment.
+        run: Name of the run.
+        state: What KFP says of the steps together: SUCCEEDED, FAILED or CANCELLED.
+        message: What KFP says of the reason.
+
+    Raises:
+        ValueError: if the run belongs to another config, or MLflow could not be told. The store is told first.
+    """
+    folder = claim_run(config, run)
+    status, failed_step, reason = _outcome(folder, state, message)
+    record = {"status": status, "reason": reason, "failed_step": failed_step, "finished_at": _now()}
+    storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
+    tracked = close_run(config, run=run, status=status)
+    facts = RunFacts(
+        run=run,
+        status=status,
+        reason=f"{failed_step}: {reason}" if failed_step else reason,
+        steps={step: _standing(folder, step, failed_step) for step in STEPS},
+        places=_places(folder, tracked),
+        notes=_notes(folder),
+    )
+    return FinishResult(status=status, reason=reason, failed_step=failed_step, page=run_page(facts))
+
+
+def _outcome(folder: RunFolder, state: str, message: str) -> tuple[str, str | None, str]:
+    """Status, the step that stopped the run, and the reason."""
+    if state.upper().startswith("SUCC"):
+        return "FINISHED", None, ""
+    errors = {step: error for step in STEPS if (error := _read(folder.step(step, "error.json"))) is not None}
+    step, error = next(iter(errors.items()), (None, {}))
+    stopped = state.upper().startswith("CANCEL") or _DEADLINE in message or error.get("type") in _STOPPED
+    reason = error.get("message") or message or "KFP gives no reason; look at the log of the task"
+    return "KILLED" if stopped else "FAILED", step, str(reason)
+
+
+def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
+    if step == failed_step:
+        return "failed"
+    record = _read(folder.step(step, "result.json"))
+    return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
+
+
+def _places(folder: RunFolder, tracked: TrackedRun | None) -> dict[str, str]:
+    """What the page links to, as far as the steps came."""
+    tags: Mapping[str, str] = {}
+    for step in ("train", "sample"):
+        tags = {**(tracked.tags.get(step, {}) if tracked else {}), **tags}
+    ingested, trained, registered = (_result(folder, step) for step in ("ingest", "train", "register"))
+    return {
+        "MLflow run": tracked.place if tracked else "",
+        "MLflow run id": tracked.run_id if tracked else "",
+        "Ray job": tags.get("ray.submission_id") or tags.get("ray.job_id", ""),
+        "Ray dashboard": tags.get("ray.dashboard_url", ""),
+        "dataset": ingested.get("uri", ""),
+        "dataset digest": ingested.get("digest", ""),
+        "checkpoint": trained.get("checkpoint", ""),
+        "model": registered.get("uri", ""),
+        "commit": tags.get("mlflow.source.git.commit", ""),
+        "image": os.environ.get("NCSN_IMAGE", ""),
+        "store": folder.uri,
+    }
+
+
+def _notes(folder: RunFolder) -> list[str]:
+    registered = _result(folder, "register")
+    return [f"The gate: {registered['reason']}"] if registered else []
+
+
+def _result(folder: RunFolder, step: str) -> dict[str, Any]:
+    record = _read(folder.step(step, "result.json"))
+    return record["result"] if record else {}
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(storage.read_text(uri))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

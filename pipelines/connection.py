@@ -1,0 +1,180 @@
+"""A client of a Kubeflow Pipelines API that has answered, or one line that says why there is none.
+
+Credentials come from the environment or from the token that Kubernetes puts into a pod, never from an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import urllib3
+from kfp.client import Client, ServiceAccountTokenVolumeCredentials
+
+ENDPOINT = "KF_PIPELINES_ENDPOINT"
+UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
+TOKEN = "NCSN_KFP_TOKEN"  # noqa: S105 - the name of a variable
+COOKIE = "NCSN_KFP_COOKIE"
+TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # noqa: S105 - the name of a variable
+POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT_SECONDS = 10
+
+
+class KfpError(ValueError):
+    """The Kubeflow Pipelines API cannot be used; one line says what to do."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How to show who one is: at most one of these.
+
+    Attributes:
+        source: Where it comes from, for messages.
+        token: Bearer token.
+        cookie: Value of the Cookie header of a session in the browser.
+        token_path: File with a token that Kubernetes renews.
+    """
+
+    source: str
+    token: str | None = None
+    cookie: str | None = None
+    token_path: Path | None = None
+
+    def headers(self) -> dict[str, str]:
+        """The headers of a request made by hand."""
+        token = self.token or (self.token_path.read_text().strip() if self.token_path else None)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return headers | ({"Cookie": self.cookie} if self.cookie else {})
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A client whose server has answered.
+
+    Attributes:
+        client: KFP's own client.
+        host: Address of the API.
+        namespace: The user's namespace; None where the server knows no users.
+        version: What the server says of itself.
+    """
+
+    client: Client
+    host: str
+    namespace: str | None
+    version: str
+
+    def run_url(self, run_id: str) -> str:
+        """The page of a run."""
+        return f"{self._pages()}/#/runs/details/{run_id}"
+
+    def recurring_url(self, recurring_run_id: str) -> str:
+        """The page of a schedule."""
+        return f"{self._pages()}/#/recurringrun/details/{recurring_run_id}"
+
+    def _pages(self) -> str:
+        return os.environ.get(UI_ENDPOINT, self.host).rstrip("/")
+
+
+def endpoint(host: str | None) -> str:
+    """The address of the API: `host`, else the environment's.
+
+    Raises:
+        KfpError: if neither names one, or it holds a password.
+    """
+    address = (host or os.environ.get(ENDPOINT, "")).rstrip("/")
+    if not address:
+        raise KfpError(
+            f"which Kubeflow? Give --host URL or set {ENDPOINT}, as in http://localhost:8080 after "
+            "`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+        )
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    if parts.username or parts.password:
+        raise KfpError(
+            f"{urlunsplit(parts._replace(netloc=parts.netloc.rpartition('@')[2]))}: leave user and password "
+            f"out of the address; set {TOKEN} or {COOKIE} in the environment"
+        )
+    return urlunsplit(parts)
+
+
+def credentials() -> Credentials:
+    """What the environment offers: a token, a cookie, a token file, or the token of a pod.
+
+    Raises:
+        KfpError: if the file that KF_PIPELINES_SA_TOKEN_PATH names cannot be read.
+    """
+    if token := os.environ.get(TOKEN):
+        return Credentials(TOKEN, token=token)
+    if cookie := os.environ.get(COOKIE):
+        return Credentials(COOKIE, cookie=cookie)
+    if named := os.environ.get(TOKEN_PATH):
+        if not os.access(named, os.R_OK):
+            raise KfpError(f"{TOKEN_PATH} = {named!r} cannot be read; mount the token of the service account there")
+        return Credentials(TOKEN_PATH, token_path=Path(named))
+    if os.access(POD_TOKEN, os.R_OK):
+        return Credentials(str(POD_TOKEN), token_path=POD_TOKEN)
+    return Credentials("no credentials")
+
+
+def connect(host: str | None, *, namespace: str | None = None) -> Connection:
+    """Ask the server how it is, and make a client of it.
+
+    Args:
+        host: Address of the API; None = KF_PIPELINES_ENDPOINT.
+        namespace: The user's namespace, for a Kubeflow of several users; None = that of this pod.
+
+    Raises:
+        KfpError: if it does not answer, refuses, or needs a namespace.
+    """
+    address, who = endpoint(host), credentials()
+    health = _health(address, who)
+    if health.get("multi_user"):
+        namespace = namespace or (POD_NAMESPACE.read_text().strip() if POD_NAMESPACE.exists() else None)
+        if namespace is None:
+            raise KfpError(f"{address} serves several users; say whose run it is with --namespace PROFILE")
+    elif namespace is not None:
+        raise KfpError(f"{address} serves one user and has no namespaces; leave out --namespace {namespace}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it needs a server of version 2
+        client = Client(
+            host=address,
+            namespace=namespace or "kubeflow",
+            existing_token=who.token,
+            cookies=who.cookie,
+            credentials=ServiceAccountTokenVolumeCredentials(str(who.token_path)) if who.token_path else None,
+        )
+    return Connection(client, address, namespace, str(health.get("tag_name") or "unknown version"))
+
+
+def _health(address: str, who: Credentials) -> dict[str, object]:
+    """The server's answer to healthz. KFP's client asks it too, but for half a minute and without a word."""
+    url = f"{address}/apis/v2beta1/healthz"
+    try:
+        response = urllib3.PoolManager().request(
+            "GET", url, headers=who.headers(), timeout=TIMEOUT_SECONDS, retries=False, redirect=False
+        )
+    except urllib3.exceptions.HTTPError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise KfpError(
+            f"{address} does not answer ({reason}); check --host or {ENDPOINT}, and that a port-forward "
+            "is still running"
+        ) from None
+    refused = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
+    if response.status in (401, 403):
+        raise KfpError(f"{address} refuses {who.source} ({response.status}); {refused}")
+    if 300 <= response.status < 400:
+        raise KfpError(f"{address} sends {who.source} to a login page; {refused}")
+    try:
+        answer = json.loads(response.data) if response.status == 200 else None
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise KfpError(
+            f"{address} is no Kubeflow Pipelines API: {url} answers {response.status} "
+            f"{response.headers.get('Content-Type', '')}; check the address and its path"
+        )
+    return answer

@@ -1,0 +1,53 @@
+"""What every task of every pipeline gets: a title, a rule for KFP's cache, and the cluster's addresses and secrets."""
+
+from __future__ import annotations
+
+from kfp import dsl, kubernetes
+
+from components import IMAGE, KFP_RUN_ID, KFP_WORKFLOW
+
+ENVIRONMENT = "ncsn-environment"
+"""ConfigMap with addresses, in the namespace of the runs."""
+ADDRESSES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "NCSN_RAYJOB_TEMPLATE",
+)
+CREDENTIALS = "ncsn-credentials"
+"""Secret, in the namespace of the runs."""
+SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+FIELDS = {
+    KFP_RUN_ID: "metadata.labels['pipeline/runid']",
+    KFP_WORKFLOW: "metadata.labels['workflows.argoproj.io/workflow']",
+}
+"""Variable -> what Kubernetes knows of the pod. Not an argument, which would make every run's cache key its own."""
+
+
+def furnish(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.PipelineTask:
+    """Make a task fit for a cluster.
+
+    Args:
+        task: The task.
+        title: How KFP's page calls it.
+        cached: Whether KFP may take its outputs from an earlier run with the same arguments, artifacts and image.
+            `kfp.local` does so only if asked.
+
+    Returns:
+        The same task.
+    """
+    task.set_display_name(title)
+    task.set_caching_options(cached)
+    task.set_env_variable("NCSN_IMAGE", IMAGE)
+    kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
+    kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
+    for variable, path in FIELDS.items():
+        kubernetes.use_field_path_as_env(task, env_name=variable, field_path=path)
+    return task

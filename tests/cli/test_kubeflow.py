@@ -1,0 +1,111 @@
+"""`ncsn compile` and `ncsn submit`, in this process, to a server that keeps what it gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from kfp_api import KfpServer
+
+from ncsn.cli.app import app
+from ncsn.cli.inputs import resolve
+from ncsn.config import from_json
+from pipelines.compile import COMPILED
+
+
+def ncsn(*args: str) -> Result:
+    return CliRunner().invoke(app, [*args])
+
+
+@pytest.fixture
+def server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
+    kfp_server.idle = True
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp_server.url)
+    return kfp_server
+
+
+def only(store: dict[str, Any]) -> dict[str, Any]:
+    (item,) = store.values()
+    found: dict[str, Any] = item
+    return found
+
+
+def cached_tasks(run: dict[str, Any]) -> set[str]:
+    components = run["pipeline_spec"]["pipeline_spec"]["components"]
+    tasks = components["comp-exit-handler-1"]["dag"]["tasks"]
+    return {name for name, task in tasks.items() if task.get("cachingOptions", {}).get("enableCache")}
+
+
+def test_compile_writes_what_is_committed(tmp_path: Path) -> None:
+    done = ncsn("compile", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert {Path(line) for line in done.stdout.splitlines()} == set(tmp_path.iterdir())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        path.name: path.read_text() for path in COMPILED.glob("*.yaml")
+    }
+
+
+def test_submit_sends_the_resolved_config_and_prints_the_page(server: KfpServer, config_file: Path) -> None:
+    done = ncsn("submit", "--config", str(config_file), "--set", "noise.num_levels=7", "--service-account", "mine")
+    assert done.exit_code == 0, done.output
+    run = only(server.runs)
+    assert done.stdout == f"{server.url}/#/runs/details/{run['run_id']}\n"
+    target = resolve(str(config_file), overrides=["noise.num_levels=7"])
+    arguments = run["runtime_config"]["parameters"]
+    assert from_json(arguments["config"]) == target.config
+    assert arguments["run"] == run["display_name"] == target.run
+    assert run["service_account"] == "mine"
+    assert only(server.experiments)["display_name"] == "ncsn"
+    assert cached_tasks(run) == {"ingest", "train", "sample", "evaluate"}
+
+
+def test_no_cache_reaches_every_task(server: KfpServer, config_file: Path) -> None:
+    done = ncsn("submit", "--config", str(config_file), "--run", "again", "--no-cache", "--experiment", "e", "--json")
+    assert done.exit_code == 0, done.output
+    run = only(server.runs)
+    assert json.loads(done.stdout)["id"] == run["run_id"]
+    assert run["display_name"] == "again"
+    assert cached_tasks(run) == set()
+
+
+def test_every_makes_a_schedule_whose_runs_name_themselves(server: KfpServer, config_file: Path) -> None:
+    done = ncsn("submit", "--config", str(config_file), "--every", "0 3 * * 1")
+    assert done.exit_code == 0, done.output
+    recurring = only(server.recurring_runs)
+    assert done.stdout == f"{server.url}/#/recurringrun/details/{recurring['recurring_run_id']}\n"
+    assert recurring["runtime_config"]["parameters"]["run"] == ""
+    assert cached_tasks(recurring) == set(), "images may change between two runs"
+    assert server.runs == {}
+
+
+def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, config_file: Path) -> None:
+    elsewhere = ("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
+    assert ncsn("submit", "--config", str(config_file), *elsewhere).exit_code == 0
+    assert "ingest" not in cached_tasks(only(server.runs))
+    assert "content" not in only(server.runs)["runtime_config"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "storage.root=.ncsn"], "the tasks of a cluster share no disk; set storage.root to s3://"),
+        (["--param", "runn=x"], "--param runn: unknown parameter; did you mean 'run'?"),
+        (["--param", "run=x"], "--param run: this one comes from --config, --set and --run"),
+        (["--param", "nonsense"], "--param 'nonsense': expected K=V"),
+        (["--pipeline", "cook"], "--pipeline cook: no such pipeline; choose one of train"),
+        (["--every", "99 * * * *"], "'99' is no minute"),
+        (["--every", "@daily", "--wait"], "--wait waits for one run, and --every starts many"),
+        (["--namespace", "me"], "leave out --namespace me"),
+        (["--host", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+    ],
+)
+def test_a_mistake_is_one_line(server: KfpServer, config_file: Path, args: list[str], message: str) -> None:
+    done = ncsn("submit", "--config", str(config_file), *args)
+    assert done.exit_code == 2, done.output
+    (error,) = done.stderr.splitlines()
+    assert message in error
+    assert done.stdout == ""
+    assert server.runs == server.recurring_runs == {}

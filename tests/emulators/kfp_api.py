@@ -1,0 +1,286 @@
+"""The REST API of Kubeflow Pipelines v2beta1, without a cluster: no Argo, no caching, no artifacts in a browser, no
+users but one token or cookie, no pages beyond the first, and only equality in filters.
+
+It speaks HTTP to the real `kfp.Client`, checks an uploaded pipeline as the server does, and executes a run for real
+with `kfp.local` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+from kfp_api_checks import Refusal, check_arguments, check_spec
+
+Json = dict[str, Any]
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED")
+_CRON_FIELDS = 6
+
+
+class KfpServer:
+    """The server and everything it knows. Start it with `with`.
+
+    Attributes:
+        token: If set, a request needs it as bearer token.
+        cookie: If set, a request may have it in its place.
+        login: Send a request without credentials to a login page instead of refusing it.
+        multi_user: Experiments belong to a namespace.
+        forbidden: Refuse whatever changes something with 403.
+        idle: Leave every run pending.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.token: str | None = None
+        self.cookie: str | None = None
+        self.login = False
+        self.multi_user = False
+        self.forbidden = False
+        self.idle = False
+        self.experiments: dict[str, Json] = {}
+        self.pipelines: dict[str, Json] = {}
+        self.versions: dict[str, Json] = {}
+        self.runs: dict[str, Json] = {}
+        self.recurring_runs: dict[str, Json] = {}
+        self.requests: list[str] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._threads: list[threading.Thread] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> KfpServer:
+        self._threads.append(threading.Thread(target=self._server.serve_forever, args=(0.05,)))
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run_id in list(self._processes):
+            self.terminate(run_id)
+        self._server.shutdown()
+        for thread in self._threads:
+            thread.join()
+        self._server.server_close()
+
+    def create_run(self, body: Json) -> Json:
+        """Check the pipeline and its arguments, and execute it in the background."""
+        spec = body.get("pipeline_spec")
+        if spec is None:
+            reference = body["pipeline_version_reference"]
+            spec = _known(self.versions, reference["pipeline_version_id"])["pipeline_spec"]
+        arguments = body.get("runtime_config", {}).get("parameters", {})
+        check_arguments(check_spec(spec), arguments)
+        self._check_experiment(body)
+        run = {**body, "run_id": str(uuid.uuid4()), "state": "PENDING", "created_at": _now(), "pipeline_spec": spec}
+        self.runs[run["run_id"]] = run
+        if not self.idle:
+            self._threads.append(threading.Thread(target=self._execute, args=(run, arguments)))
+            self._threads[-1].start()
+        return run
+
+    def create_recurring_run(self, body: Json) -> Json:
+        """Keep a schedule; only `fire` starts its runs."""
+        check_arguments(check_spec(body["pipeline_spec"]), body.get("runtime_config", {}).get("parameters", {}))
+        self._check_experiment(body)
+        cron = body["trigger"].get("cron_schedule", {}).get("cron", "")
+        if not cron.startswith("@") and len(cron.split()) != _CRON_FIELDS:
+            raise Refusal(400, f"Expected exactly {_CRON_FIELDS} fields, found {len(cron.split())}: {cron}")
+        if not 1 <= int(body.get("max_concurrency", 0)) <= 10:
+            raise Refusal(400, "The max_concurrency of the recurring run must be between 1 and 10")
+        recurring = {**body, "recurring_run_id": str(uuid.uuid4()), "status": "ENABLED", "created_at": _now()}
+        self.recurring_runs[recurring["recurring_run_id"]] = recurring
+        return recurring
+
+    def fire(self, recurring_run_id: str) -> Json:
+        """Start the run of a schedule now, as the clock would."""
+        recurring = _known(self.recurring_runs, recurring_run_id)
+        kept = ("display_name", "experiment_id", "pipeline_spec", "runtime_config", "service_account")
+        return self.create_run({key: recurring[key] for key in kept if key in recurring})
+
+    def terminate(self, run_id: str) -> Json:
+        """End a run's processes."""
+        process = self._processes.get(run_id)
+        if process is not None and process.poll() is None:
+            _known(self.runs, run_id)["state"] = "CANCELING"
+            os.killpg(process.pid, signal.SIGKILL)
+        return {}
+
+    def upload(self, name: str, content: bytes, pipeline_id: str | None) -> Json:
+        """Keep a pipeline, or another version of one."""
+        spec, *platforms = yaml.safe_load_all(content)
+        check_spec(spec)
+        known = [pipeline for pipeline in self.pipelines.values() if pipeline["display_name"] == name]
+        if pipeline_id is None and known:
+            raise Refusal(409, f"Already exist error: a pipeline with the name {name} exists")
+        if platforms:
+            spec = {"pipeline_spec": spec, "platform_spec": platforms[0]}
+        made = {
+            "created_at": _now(),
+            "display_name": name,
+            "name": name,
+            "pipeline_id": pipeline_id or secrets.token_hex(8),
+        }
+        if pipeline_id is None:
+            self.pipelines[made["pipeline_id"]] = made
+        version = {**made, "pipeline_version_id": secrets.token_hex(8), "pipeline_spec": spec}
+        self.versions[version["pipeline_version_id"]] = version
+        return made if pipeline_id is None else version
+
+    def _check_experiment(self, body: Json) -> None:
+        _known(self.experiments, body.get("experiment_id", ""))
+        if not body.get("display_name"):
+            raise Refusal(400, "The display_name is empty. Please specify a valid name")
+
+    def _execute(self, run: Json, arguments: Json) -> None:
+        folder = self.root / run["run_id"]
+        folder.mkdir(parents=True)
+        (folder / "pipeline.json").write_text(json.dumps(run["pipeline_spec"]))
+        (folder / "arguments.json").write_text(json.dumps(arguments))
+        with (folder / "log.txt").open("wb") as log:
+            command = [sys.executable, str(Path(__file__).with_name("kfp_api_run.py")), str(folder)]
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._processes[run["run_id"]] = process
+        run["state"] = "RUNNING"
+        code = process.wait()
+        text = re.sub(r"\x1b\[[0-9;]*m", "", (folder / "log.txt").read_text(errors="replace"))
+        run["run_details"] = {"task_details": _task_details(text)}
+        if code:
+            run["error"] = {"code": 2, "message": next(iter(reversed(text.strip().splitlines())), "")}
+        canceled = run["state"] == "CANCELING"
+        run["finished_at"] = _now()
+        run["state"] = "CANCELED" if canceled else "FAILED" if code else "SUCCEEDED"
+
+
+def _task_details(log: str) -> list[Json]:
+    ended = re.findall(r"Task '([\w-]+)' finished with status (\w+)", log)
+    return [{"display_name": name, "state": "SUCCEEDED" if end == "SUCCESS" else "FAILED"} for name, end in ended]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _known(store: dict[str, Json], key: str) -> Json:
+    if key not in store:
+        raise Refusal(404, f"ResourceNotFoundError: {key} not found")
+    return store[key]
+
+
+def _listed(store: dict[str, Json], plural: str, query: dict[str, str]) -> Json:
+    predicates = json.loads(query.get("filter") or "{}").get("predicates", [])
+    equal = {each["key"]: each.get("stringValue", each.get("string_value")) for each in predicates}
+    for key in ("namespace", "experiment_id"):
+        if query.get(key):
+            equal[key] = query[key]
+    found = [item for item in store.values() if all(item.get(key) == value for key, value in equal.items())]
+    return {plural: found, "total_size": len(found)} if found else {}
+
+
+def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+        def _answer(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            content = self.rfile.read(length)
+            server.requests.append(f"{self.command} {self.path}")
+            try:
+                self._require_credentials()
+                status, body = 200, _route(server, self.command, self.path, self.headers.get("Content-Type"), content)
+            except Refusal as refusal:
+                status, body = refusal.status, {"code": 3, "message": str(refusal), "details": []}
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/dex/auth")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_DELETE = _answer
+
+        def _require_credentials(self) -> None:
+            token, cookie = self.headers.get("Authorization"), self.headers.get("Cookie")
+            asked = server.token or server.cookie
+            shown = (server.token and token == f"Bearer {server.token}") or (server.cookie and cookie == server.cookie)
+            if asked and not shown:
+                raise Refusal(302 if server.login else 401, "Request header error: there is no user identity")
+            if server.forbidden and self.command != "GET":
+                raise Refusal(403, "User 'somebody' is not authorized with reason: Unauthorized access")
+
+    return Handler
+
+
+def _route(server: KfpServer, method: str, target: str, content_type: str | None, content: bytes) -> Json:
+    parts = urlsplit(target)
+    query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    path = parts.path.removeprefix("/apis/v2beta1/")
+    if path == "healthz":
+        return {"commit_sha": "0", "tag_name": "2.17.0-emulator", "multi_user": server.multi_user}
+    if path in ("pipelines/upload", "pipelines/upload_version"):
+        return server.upload(query["name"], _file_in(content_type or "", content), query.get("pipelineid"))
+    kind, _, rest = path.partition("/")
+    key, _, verb = rest.partition(":")
+    stores = {"experiments": server.experiments, "pipelines": server.pipelines, "runs": server.runs}
+    stores |= {"recurringruns": server.recurring_runs}
+    if kind not in stores:
+        raise Refusal(404, f"Not Found: {path}")
+    if method == "GET" and not key:
+        return _listed(stores[kind], {"recurringruns": "recurringRuns"}.get(kind, kind), query)
+    if method == "GET":
+        return _known(stores[kind], key)
+    if method == "DELETE":
+        return _known(stores[kind], key) and stores[kind].pop(key) and {}
+    return _post(server, kind, key, verb, json.loads(content or b"{}"))
+
+
+def _post(server: KfpServer, kind: str, key: str, verb: str, body: Json) -> Json:
+    if (kind, verb) == ("runs", "terminate"):
+        return server.terminate(key)
+    if kind == "recurringruns" and verb in ("enable", "disable"):
+        _known(server.recurring_runs, key)["status"] = f"{verb.upper()}D"
+        return {}
+    creators: dict[str, Callable[[Json], Json]] = {
+        "runs": server.create_run,
+        "recurringruns": server.create_recurring_run,
+        "experiments": lambda given: _create_experiment(server, given),
+    }
+    if kind not in creators or key:
+        raise Refusal(501, f"not part of this emulator: POST {kind}/{key}:{verb}")
+    return creators[kind](body)
+
+
+def _create_experiment(server: KfpServer, body: Json) -> Json:
+    if bool(body.get("namespace")) != server.multi_user:
+        raise Refusal(400, "Invalid input error: a namespace is needed in multi-user mode, and only there")
+    experiment = {**body, "experiment_id": str(uuid.uuid4()), "created_at": _now()}
+    server.experiments[experiment["experiment_id"]] = experiment
+    return experiment
+
+
+def _file_in(content_type: str, content: bytes) -> bytes:
+    message = BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode() + content)
+    for part in message.walk():
+        if part.get_filename():
+            return bytes(part.get_payload(decode=True))
+    raise Refusal(400, "no file in the request")

@@ -1,0 +1,84 @@
+"""Who may connect to KFP, and what is said to those who may not."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from kfp_api import KfpServer
+
+from pipelines.connection import KfpError, connect
+
+
+def test_the_environment_names_the_server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", f"{kfp_server.url}/")
+    connection = connect(None)
+    assert (connection.host, connection.version, connection.namespace) == (kfp_server.url, "2.17.0-emulator", None)
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://pages")
+    assert connection.run_url("1") == "https://pages/#/runs/details/1"
+
+
+def test_a_token_a_cookie_and_a_token_file_open_the_door(
+    kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kfp_server.token, kfp_server.cookie = "secret", "authservice_session=secret"
+    (tmp_path / "token").write_text("secret\n")
+    for variable, value in (
+        ("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token")),
+        ("NCSN_KFP_COOKIE", "authservice_session=secret"),
+        ("NCSN_KFP_TOKEN", "secret"),
+    ):
+        monkeypatch.setenv(variable, value)
+        connection = connect(kfp_server.url)
+        assert connection.client.list_experiments().experiments is None
+        monkeypatch.delenv(variable)
+    with pytest.raises(KfpError, match=r"refuses no credentials \(401\); set NCSN_KFP_TOKEN"):
+        connect(kfp_server.url)
+
+
+def test_a_wrong_token_is_not_shown(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kfp_server.token = "right"
+    monkeypatch.setenv("NCSN_KFP_TOKEN", "mistaken")
+    with pytest.raises(KfpError, match=r"refuses NCSN_KFP_TOKEN \(401\)") as caught:
+        connect(kfp_server.url)
+    assert "mistaken" not in str(caught.value)
+
+
+def test_a_login_page_is_recognised(kfp_server: KfpServer) -> None:
+    kfp_server.token, kfp_server.login = "right", True
+    with pytest.raises(KfpError, match="sends no credentials to a login page"):
+        connect(kfp_server.url)
+
+
+def test_a_server_of_several_users_needs_a_namespace(kfp_server: KfpServer) -> None:
+    kfp_server.multi_user = True
+    with pytest.raises(KfpError, match="--namespace PROFILE"):
+        connect(kfp_server.url)
+    assert connect(kfp_server.url, namespace="mine").namespace == "mine"
+    kfp_server.multi_user = False
+    with pytest.raises(KfpError, match="leave out --namespace mine"):
+        connect(kfp_server.url, namespace="mine")
+
+
+def test_nobody_there(kfp_server: KfpServer, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(KfpError, match=r"does not answer .*check --host or KF_PIPELINES_ENDPOINT"):
+            connect(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    with pytest.raises(KfpError, match=r"is no Kubeflow Pipelines API: .* answers 404"):
+        connect(f"{kfp_server.url}/elsewhere")
+    with pytest.raises(KfpError, match=r"which Kubeflow\? Give --host URL"):
+        connect(None)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(KfpError, match="leave user and password out") as caught:
+        connect("https://me:hunter2@kubeflow.example")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_token_file_that_is_not_there(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", "/no/such/token")
+    with pytest.raises(KfpError, match="KF_PIPELINES_SA_TOKEN_PATH = '/no/such/token' cannot be read"):
+        connect(kfp_server.url)

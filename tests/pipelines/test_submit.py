@@ -1,0 +1,196 @@
+"""Submission with KFP's real client to a server that really executes the pipeline."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp import dsl
+from kfp_api import KfpServer
+
+from pipelines import compile as compiled
+from pipelines.connection import connect
+from pipelines.cron import kfp_schedule
+from pipelines.package import arguments_for, package
+from pipelines.submit import RunFailed, Submission, schedule, submit, wait
+
+
+@dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
+def work(folder: str, count: int) -> int:
+    """Leave a file, or fail if there are none to leave, or never end."""
+    import time
+    from pathlib import Path
+
+    if count < 0:
+        raise ValueError("no count below zero")
+    Path(folder, "worked").write_text(str(count))
+    while count > 100:
+        time.sleep(0.1)
+    return count
+
+
+@dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
+def end(folder: str, status: dsl.PipelineTaskFinalStatus) -> None:
+    """Write down how it ended."""
+    from pathlib import Path
+
+    Path(folder, "ended").write_text(status.state)
+
+
+@dsl.pipeline(name="small")
+def small_pipeline(folder: str, count: int = 3) -> None:
+    """A pipeline that takes seconds."""
+    with dsl.ExitHandler(end(folder=folder), name="steps"):
+        work(folder=folder, count=count)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compiled.PIPELINES, "small_pipeline", small_pipeline)
+
+
+def submission(folder: Path, **arguments: object) -> Submission:
+    return Submission("small", "mine", {"folder": str(folder), **arguments}, experiment="tests")
+
+
+def test_a_run_is_executed_and_waited_for(kfp_server: KfpServer, tmp_path: Path) -> None:
+    connection = connect(kfp_server.url)
+    started = submit(connection, submission(tmp_path, count="7"))
+    assert started.url == f"{kfp_server.url}/#/runs/details/{started.id}"
+    states: list[str] = []
+    wait(connection, started.id, on_state=states.append, poll_seconds=0.1)
+    assert states[-1] == "SUCCEEDED"
+    assert len(states) == len(set(states))
+    assert ((tmp_path / "worked").read_text(), (tmp_path / "ended").read_text()) == ("7", "SUCCEEDED")
+    assert [item["display_name"] for item in kfp_server.experiments.values()] == ["tests"]
+    again = submit(connection, submission(tmp_path))
+    assert {run["experiment_id"] for run in kfp_server.runs.values()} == set(kfp_server.experiments)
+    assert kfp_server.runs[again.id]["display_name"] == "mine"
+
+
+def test_a_failed_run_names_its_task_and_page(kfp_server: KfpServer, tmp_path: Path) -> None:
+    connection = connect(kfp_server.url)
+    started = submit(connection, submission(tmp_path, count=-1))
+    with pytest.raises(
+        RunFailed, match=rf"run {started.id} ended FAILED \(failed: work; .*\); see {kfp_server.url}/#/"
+    ):
+        wait(connection, started.id, on_state=lambda _: None, poll_seconds=0.1)
+    assert (tmp_path / "ended").read_text() == "FAILED"
+
+
+def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) -> None:
+    connection = connect(kfp_server.url)
+    started = submit(connection, submission(tmp_path, count=1000))
+
+    def cancel() -> None:
+        while not (tmp_path / "worked").exists():
+            time.sleep(0.05)
+        connection.client.terminate_run(started.id)
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    with pytest.raises(RunFailed, match="ended CANCELED"):
+        wait(connection, started.id, on_state=lambda _: None, poll_seconds=0.1)
+    canceller.join()
+
+
+def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, tmp_path: Path) -> None:
+    connection = connect(kfp_server.url)
+    made = schedule(connection, submission(tmp_path), every="0 3 * * 1")
+    assert made.url == f"{kfp_server.url}/#/recurringrun/details/{made.id}"
+    recurring = kfp_server.recurring_runs[made.id]
+    assert recurring["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * 1"}}
+    assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
+    fired = [kfp_server.fire(made.id)["run_id"] for _ in range(2)]
+    for run_id in fired:
+        wait(connection, run_id, on_state=lambda _: None, poll_seconds=0.1)
+    assert len(set(fired)) == 2
+
+
+def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -> None:
+    connection = connect(kfp_server.url)
+    kfp_server.forbidden = True
+    with pytest.raises(ValueError, match=r"cannot start 'mine': User 'somebody' is not authorized.*\(403\); ask for"):
+        submit(connection, submission(tmp_path))
+    assert kfp_server.runs == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"folder": "/x", "cuont": 1}, "--param cuont: unknown parameter; did you mean 'count'?"),
+        ({"count": 1}, "the pipeline needs --param folder=VALUE"),
+        ({"folder": "/x", "count": "many"}, "--param count=many: expected number integer"),
+        ({"folder": "/x", "count": "true"}, "--param count=true: expected number integer"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match="--param") as caught, package("small", given):
+        pass
+    assert message in str(caught.value)
+
+
+def test_arguments_take_the_type_of_their_parameter() -> None:
+    parameters = {"a": "NUMBER_DOUBLE", "b": "BOOLEAN", "c": "LIST", "d": "STRUCT", "e": "STRING"}
+    spec = {"root": {"inputDefinitions": {"parameters": {k: {"parameterType": v} for k, v in parameters.items()}}}}
+    given = {"a": "2", "b": "false", "c": "[1, x]", "d": "{k: v}", "e": "5"}
+    assert arguments_for(spec, given) == {"a": 2, "b": False, "c": [1, "x"], "d": {"k": "v"}, "e": "5"}
+
+
+def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
+    def cached(**options: object) -> dict[str, bool]:
+        with package("train", {"config": "{}"}, **options) as (path, _):
+            spec = next(yaml.safe_load_all(path.read_text()))
+        graphs = [component["dag"]["tasks"] for component in spec["components"].values() if "dag" in component]
+        tasks = {name: task for graph in [spec["root"]["dag"]["tasks"], *graphs] for name, task in graph.items()}
+        return {name: task.get("cachingOptions", {}).get("enableCache", False) for name, task in tasks.items()}
+
+    usual = cached()
+    assert {name for name, on in usual.items() if on} >= {"train", "sample", "evaluate"}
+    assert not {"ingest", "register", "finish"} & {name for name, on in usual.items() if on}
+    assert cached(known=["ingest"])["ingest"]
+    assert not any(cached(cache=False, known=["ingest"]).values())
+
+
+@pytest.mark.parametrize(
+    ("expression", "kfp"),
+    [
+        ("0 3 * * 1", "0 0 3 * * 1"),
+        ("30 0 3 1,15 jan-jun *", "30 0 3 1,15 jan-jun *"),
+        ("*/10 8-18/2 ? * mon-fri", "0 */10 8-18/2 ? * mon-fri"),
+        ("@daily", "@daily"),
+    ],
+)
+def test_schedules_are_put_into_kfps_form(expression: str, kfp: str) -> None:
+    assert kfp_schedule(expression) == kfp
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("every monday", "has 2 fields"),
+        ("61 3 * * 1", "'61' is no minute"),
+        ("0 25 * * *", "'25' is no hour"),
+        ("0 3 0 * *", "'0' is no day of month"),
+        ("0 3 * * fry", "'fry' is no day of week"),
+        ("0 18-8 * * *", "'18-8' is no hour"),
+        ("*/0 * * * *", "'*/0' is no minute"),
+        ("*-5 * * * *", "'*-5' is no minute"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(expression: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="schedule") as caught:
+        kfp_schedule(expression)
+    assert reason in str(caught.value)
+
+
+def test_the_server_takes_the_committed_pipelines(kfp_server: KfpServer) -> None:
+    connection = connect(kfp_server.url)
+    for name in ("train_pipeline",):
+        path = str(compiled.COMPILED / f"{name}.yaml")
+        made = connection.client.upload_pipeline(path, pipeline_name=name)
+        version = connection.client.upload_pipeline_version(path, "second", pipeline_id=made.pipeline_id)
+        assert version.pipeline_id == made.pipeline_id
+    assert json.loads(json.dumps(list(kfp_server.pipelines)))

@@ -1,0 +1,108 @@
+"""The end of a run in the store and in a real MLflow database, whatever became of the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml
+from ncsn.steps import finish, ingest
+from ncsn.steps.result import run_folder
+from ncsn.tracking.run import step_run
+
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """One store and one database for all tests, each with a run of its own."""
+    root = tmp_path_factory.mktemp("store")
+    return from_yaml(DIGITS, overrides=[f"storage.root={root}", "data.max_images=16"])
+
+
+def mlflow_statuses(config: Config, run: str) -> dict[str, str]:
+    """Step, or "run" for the parent, -> status."""
+    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id], f"tags.`ncsn.run` = '{run}'")
+    return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
+
+
+def stored(config: Config, run: str) -> dict[str, object]:
+    record: dict[str, object] = json.loads(storage.read_text(f"{run_folder(config, run).uri}/status.json"))
+    return record
+
+
+def test_a_success_is_finished_everywhere_and_the_page_leads_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCSN_IMAGE", "registry/ncsn-python:9")
+    ingested = ingest.run(config, run="good")
+    result = finish.run(config, run="good", state="SUCCEEDED")
+    assert (result.status, result.failed_step, result.reason) == ("FINISHED", None, "")
+    assert stored(config, "good")["status"] == "FINISHED"
+    assert mlflow_statuses(config, "good") == {"run": "FINISHED", "ingest": "FINISHED"}
+    for what in (f"`{ingested.digest}`", "`registry/ncsn-python:9`", "| ingest | done in", "| train | not done |"):
+        assert what in result.page
+
+
+def test_a_failed_step_gives_the_reason(config: Config) -> None:
+    folder = run_folder(config, "bad")
+    ingest.run(config, run="bad")
+    storage.write_text(
+        folder.step("train", "error.json"), json.dumps({"type": "ValueError", "user": True, "message": "loss is NaN"})
+    )
+    result = finish.run(config, run="bad", state="FAILED", message="Task exit-handler-1 failed.")
+    assert (result.status, result.failed_step, result.reason) == ("FAILED", "train", "loss is NaN")
+    assert mlflow_statuses(config, "bad")["run"] == "FAILED"
+    assert "> train: loss is NaN" in result.page
+    assert "| train | failed |" in result.page
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [("CANCELLED", ""), ("Failed", "Step exceeded its deadline")], ids=["state", "deadline"]
+)
+def test_a_cancelled_run_is_killed_with_the_step_that_could_not_say_so(
+    config: Config, state: str, message: str
+) -> None:
+    run = f"stopped-{bool(message):d}"
+    with step_run(config, run=run, step="train") as tracked:
+        client, run_id, parent_id = tracked.client, tracked.run_id, tracked.parent_run_id
+    for each in (run_id, parent_id):  # as a process leaves them that was killed at work
+        client.update_run(each, status="RUNNING")
+    assert finish.run(config, run=run, state=state, message=message).status == "KILLED"
+    assert mlflow_statuses(config, run) == {"run": "KILLED", "train": "KILLED"}
+
+
+def test_a_run_that_never_began_ends_too(config: Config) -> None:
+    result = finish.run(config, run="nothing", state="FAILED", message="ImagePullBackOff")
+    assert (result.status, result.failed_step, result.reason) == ("FAILED", None, "ImagePullBackOff")
+    assert mlflow_statuses(config, "nothing") == {}
+
+
+def test_a_run_that_another_opened_is_left_to_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    theirs = client.create_run(experiment.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", theirs)
+    result = finish.run(config, run="adopted", state="FAILED", message="x")
+    assert client.get_run(theirs).info.status == "RUNNING"
+    assert f"`{theirs}`" in result.page
+
+
+def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
+    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
+    with pytest.raises(ValueError, match="does not answer"):
+        finish.run(away, run="alone", state="FAILED", message="x")
+    assert stored(config, "alone")["status"] == "FAILED"
+
+
+def test_the_run_of_another_config_is_not_touched(config: Config) -> None:
+    finish.run(config, run="theirs", state="SUCCEEDED")
+    with pytest.raises(ValueError, match="run 'theirs' belongs to another config"):
+        finish.run(config.model_copy(update={"seed": 9}), run="theirs", state="FAILED")
+    assert stored(config, "theirs")["status"] == "FINISHED"
