@@ -19,8 +19,6 @@ IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
 """Image of every task; NCSN_IMAGE at compile time names another."""
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"
 """Variable with the id of the pipeline run, in the pods of a cluster."""
-KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"
-"""Variable with the name of the Argo Workflow that the pod belongs to."""
 
 _HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfp import dsl, kubernetes
 
-from components import IMAGE, KFP_RUN_ID, KFP_WORKFLOW
+from components import IMAGE, KFP_RUN_ID
 
 ENVIRONMENT = "ncsn-environment"
 """ConfigMap with addresses, in the namespace of the runs."""
@@ -24,11 +24,6 @@ SECRETS = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-FIELDS = {
-    KFP_RUN_ID: "metadata.labels['pipeline/runid']",
-    KFP_WORKFLOW: "metadata.labels['workflows.argoproj.io/workflow']",
-}
-"""Variable -> what Kubernetes knows of the pod. Not an argument, which would make every run's cache key its own."""
 
 
 def furnish(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.PipelineTask:
@@ -48,6 +43,6 @@ def furnish(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.Pipeline
     task.set_env_variable("NCSN_IMAGE", IMAGE)
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
-    for variable, path in FIELDS.items():
-        kubernetes.use_field_path_as_env(task, env_name=variable, field_path=path)
+    # Not an argument, which would make the cache key of every run its own.
+    kubernetes.use_field_path_as_env(task, env_name=KFP_RUN_ID, field_path="metadata.labels['pipeline/runid']")
     return task

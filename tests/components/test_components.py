@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 
-from components import publish, publish_metrics, publish_pictures, publish_scores
+from components import KFP_RUN_ID, experiment, headline, publish, publish_metrics, publish_pictures, publish_scores
 from components.ingest import ingest
 from components.train import train
 from ncsn.config import from_yaml, to_json
@@ -27,7 +27,7 @@ def test_ingest_hands_over_the_data_set(tmp_path: Path) -> None:
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store", "data.max_images=16"])
     dataset = dsl.Dataset(uri=str(tmp_path / "dataset"))
     metrics = dsl.Metrics(uri=str(tmp_path / "metrics"))
-    ingest.python_func(config=to_json(config), run="mine", dataset=dataset, metrics=metrics)
+    ingest.python_func(config=to_json(config), run="mine", content="of these", dataset=dataset, metrics=metrics)
     assert Path(dataset.metadata["uri"], "manifest.json").is_file()
     assert json.loads(Path(dataset.path).read_text())["digest"] == dataset.metadata["digest"]
     assert metrics.metadata == {"ingest/train_images": 16.0, "ingest/test_images": 16.0}
@@ -69,3 +69,22 @@ def test_scores_are_two_tables(tmp_path: Path) -> None:
     text = Path(page.path).read_text()
     assert "| `eval/score` | 9.123 |" in text
     assert "| `eval/real_score` | 10 |" in text
+
+
+def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "2c6e0f0e-1111-2222-3333-444444444444")
+    assert experiment(DIGITS, "")[1] == "digits-2c6e0f0e"
+    config, name = experiment(DIGITS, "mine")
+    assert (config, name) == (from_yaml(DIGITS), "mine")
+    monkeypatch.delenv(KFP_RUN_ID)
+    with pytest.raises(ValueError, match="the parameter run is empty"):
+        experiment(DIGITS, "")
+
+
+def test_kfp_compares_runs_by_a_few_figures() -> None:
+    figures = {
+        "eval/classifier_fid_n16": 1.0,
+        "eval/real_inception_score_std_n50000": 2.0,
+        "eval/classifier_recall_n16": 3.0,
+    }
+    assert set(headline(figures)) == {"eval/classifier_fid_n16", "eval/real_inception_score_std_n50000"}

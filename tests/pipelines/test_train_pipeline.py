@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components import IMAGE, KFP_RUN_ID, KFP_WORKFLOW
+from components import IMAGE, KFP_RUN_ID
 from pipelines.compile import COMPILED, PIPELINES, compile_all
 
 UPSTREAM = {
@@ -88,4 +88,4 @@ def test_tasks_get_addresses_and_secrets_by_reference(spec: dict[str, Any], plat
         assert secret["optional"] and config_map["optional"]
         assert {pair["envVar"] for pair in secret["keyToEnv"]} >= {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN"}
         assert {pair["envVar"] for pair in config_map["keyToEnv"]} >= {"AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"}
-        assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID, KFP_WORKFLOW}
+        assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID}
