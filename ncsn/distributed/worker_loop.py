@@ -29,6 +29,7 @@ from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import CachedSplit, image_indices, open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.worker_context import WorkerContext
+from ncsn.history import level_loss, load_history
 
 MOMENT_IMAGES = 10_000
 
@@ -56,12 +57,14 @@ class TrainingJob:
         dataset: URI of the ingested data set.
         sink: Where rank 0 sends the curves, or None.
         progress: Called on rank 0 with (images_seen, num_images), or None.
+        history: URI of the file in which rank 0 keeps the curves, or None.
     """
 
     config: Config
     dataset: str
     sink: MetricsSink | None = None
     progress: Callable[[int, int], None] | None = None
+    history: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Curves:
         }
         width = len(str(len(losses) - 1))
         for index in counts.nonzero().flatten().tolist():
-            point[f"train/loss_level_{index:0{width}d}"] = float(losses[index] / counts[index])
+            point[level_loss(index, width)] = float(losses[index] / counts[index])
         self._sums.zero_()
         self._grad_norm.zero_()
         self._started, self._images = now, 0
@@ -175,6 +178,8 @@ class Training:
         self.model = context.wrap(self.state.network)
         self.curves = Curves(self.config.noise.num_levels, context)
         self.point: dict[str, float] = {}
+        kept = job.history if context.rank == 0 else None
+        self.history = load_history(kept, until=self.state.images_seen) if kept is not None else None
 
     @cached_property
     def moments(self) -> DataMoments:
@@ -219,6 +224,8 @@ class Training:
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         if self.context.rank == 0 and self.job.sink:
             self.job.sink.log(self.point, images_seen)
+        if self.history is not None:
+            self.history.add(self.point, images_seen)
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
@@ -227,6 +234,8 @@ class Training:
         if self.context.rank != 0:
             self.context.publish(None, name=name, metrics=metrics)
         else:
+            if self.history is not None:
+                self.history.publish()
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
                 checkpoint.save(
                     Path(folder),

@@ -48,6 +48,16 @@ class RunFolder:
         return storage.join(self.uri, "checkpoints")
 
     @property
+    def history(self) -> str:
+        """The curves of training."""
+        return storage.join(self.uri, "history.json")
+
+    @property
+    def report(self) -> str:
+        """Folder of the figures for people."""
+        return storage.join(self.uri, "report")
+
+    @property
     def evaluation(self) -> str:
         """Folder of the evaluation figures."""
         return storage.join(self.uri, "evaluation")

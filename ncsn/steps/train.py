@@ -60,7 +60,13 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
         with step_run(config, run=run, step="train") as tracked, ray_cluster(config):
             tracked.set_tags(ray_tags())
             tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
-            job = TrainingJob(config=config, dataset=dataset, sink=tracked.metrics_sink(), progress=progress)
+            job = TrainingJob(
+                config=config,
+                dataset=dataset,
+                sink=tracked.metrics_sink(),
+                progress=progress,
+                history=folder.history,
+            )
             outcome = trainer.train(job, run_uri=folder.uri)
             return TrainResult(
                 checkpoint=storage.join(folder.checkpoints, outcome.checkpoint),

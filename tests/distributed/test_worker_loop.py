@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, draw_batch, train_loop
+from ncsn.history import TrainingHistory, load_history
 
 
 @dataclass
@@ -130,6 +132,30 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
         levels = [point[key] for key in point if key.startswith("train/loss_level_")]
         assert levels and min(levels) <= point["train/loss"] <= max(levels)
     assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
+
+
+def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str, tmp_path: Path) -> None:
+    def history(folder: Path, context: LocalContext) -> TrainingHistory:
+        uri = str(folder / "history.json")
+        with suppress(KeyboardInterrupt):
+            train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset, history=uri), context)
+        return load_history(uri)
+
+    class DiesBeforeSecondCheckpoint(LocalContext):
+        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
+            if metrics["images_seen"] > 80:
+                raise KeyboardInterrupt
+            super().publish(folder, name=name, metrics=metrics)
+
+    whole = history(tmp_path / "whole", LocalContext(tmp_path / "whole"))
+    assert whole.images_seen == [32, 64, 80, 96, 128, 160]
+    cut = history(tmp_path / "cut", DiesBeforeSecondCheckpoint(tmp_path / "cut"))
+    assert cut.images_seen == whole.images_seen  # published, though the checkpoint that goes with it was not
+    resumed = history(tmp_path / "cut", LocalContext(tmp_path / "cut"))
+    assert resumed.images_seen == whole.images_seen
+    np.testing.assert_array_equal(resumed.level_losses(4), whole.level_losses(4))
+    np.testing.assert_array_equal(resumed.curve("train/loss"), whole.curve("train/loss"))
+    assert np.nanmin(whole.level_losses(4)) > 0
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
