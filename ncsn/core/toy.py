@@ -6,6 +6,7 @@ States are [N, 2] here, and functions of the core that are written for images ta
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -84,6 +85,11 @@ TWO_MODES = GaussianMixture(
 )
 """The mixture of both figures: 1/5 N((-5, -5), I) + 4/5 N((5, 5), I)."""
 
+LEARNED_SIGMAS = geometric_sigmas(10.0, 0.1, 10)
+"""Added noise at which a conditional network learns the mixture."""
+LEARNED_EPSILON = 1e-3
+"""Step size at the last of these levels, in the form of the paper's Algorithm 1."""
+
 
 @dataclass(frozen=True)
 class ModeReport:
@@ -114,14 +120,22 @@ def figure_3_start(count: int = 1280, *, generator: torch.Generator) -> Tensor:
     return 16 * torch.rand(count, 2, generator=generator) - 8
 
 
-def plain_langevin(x: Tensor, *, generator: torch.Generator, epsilon: float = 0.1, num_steps: int = 1000) -> Tensor:
+@torch.no_grad()
+def plain_langevin(
+    x: Tensor,
+    *,
+    generator: torch.Generator,
+    score: Callable[[Tensor], Tensor] = TWO_MODES.score,
+    epsilon: float = 0.1,
+    num_steps: int = 1000,
+) -> Tensor:
     """Figure 3b: Langevin dynamics with the exact score, which leaves the modes' weights as the start had them.
 
     `epsilon` is the paper's, of whose Algorithm 1 a step is epsilon / 2.
     """
     for _ in range(num_steps):
         z = torch.randn(x.shape, generator=generator)
-        x = langevin_step(x, score=TWO_MODES.score(x), step_size=epsilon / 2, z=z)
+        x = langevin_step(x, score=score(x), step_size=epsilon / 2, z=z)
     return x
 
 
@@ -148,6 +162,22 @@ def annealed_toy_langevin(
         sigmas=sigmas,
         epsilon=epsilon / 2,
         steps_per_level=steps_per_level,
+        noise=lambda _: torch.randn(x.shape, generator=generator),
+        denoise=False,
+    )
+
+
+def annealed_learned_langevin(x: Tensor, *, network: ConditionalScoreMlp, generator: torch.Generator) -> Tensor:
+    """Figure 3c with a learned score, whose levels are of noise that is added to the mixture.
+
+    100 steps per level of `LEARNED_EPSILON` in the paper's form.
+    """
+    return annealed_langevin(
+        network,
+        x=x,
+        sigmas=network.sigmas,
+        epsilon=LEARNED_EPSILON / 2,
+        steps_per_level=100,
         noise=lambda _: torch.randn(x.shape, generator=generator),
         denoise=False,
     )
