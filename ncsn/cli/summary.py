@@ -44,6 +44,20 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
     raise AssertionError(step)
 
 
+def describe_toy(result: Mapping[str, Any]) -> str:
+    """The two-dimensional experiments: where the samplers' points are, and where the learned score is right."""
+    width = max(map(len, result["weights"]))
+    return "\n".join(
+        [
+            f"share of the points at (5, 5), where the mixture has {result['true_weight']:.2f}:",
+            *(f"  {name:<{width}}  {weight:.3f}" for name, weight in result["weights"].items()),
+            f"learned score: relative error {result['score_error_near']:.3g} near the modes, "
+            f"{result['score_error_elsewhere']:.3g} elsewhere",
+            *(f"{key}: {result[key]}" for key in ("figure_2", "figure_3", "uri")),
+        ]
+    )
+
+
 def print_summary(
     console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
 ) -> None:
