@@ -8,6 +8,7 @@ from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, submit_command
 from ncsn.cli.options import Decorated, experiment_options, json_option
+from ncsn.cli.pictures import toy_command
 
 
 class _InOrder(click.Group):
@@ -73,20 +74,6 @@ for _step in CATALOGUE:
     _add_step_command(_step)
 
 
-@app.command("toy", cls=ReportingCommand, short_help="The paper's two-dimensional Figures 2 and 3.")
-@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: toy in the default store.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of data and noise.")
-@_json_option
-def toy_command(*, out: str | None, seed: int, as_json: bool) -> None:
-    """Learn the score of a mixture of two Gaussians, and sample with plain and annealed Langevin dynamics.
-
-    Plain Langevin dynamics leaves the two modes at half of the points each, annealed finds their weights.
-    """
-    from ncsn.cli.commands import run_toy
-
-    run_toy(out, seed=seed, as_json=as_json)
-
-
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")
 @experiment_options
 @json_option
@@ -118,5 +105,6 @@ def ui_command(
     serve_ui(resolve(config_uri, overrides=overrides, run=run_name).config, host=host, port=port)
 
 
+app.add_command(toy_command)
 app.add_command(submit_command)
 app.add_command(compile_command)

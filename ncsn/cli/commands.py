@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ncsn import storage
 from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
-from ncsn.cli.inputs import DEFAULT_ROOT, Target
+from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
 from ncsn.cli.progress_view import ProgressView
 from ncsn.cli.records import (
@@ -30,7 +30,7 @@ from ncsn.cli.records import (
     read_progress,
     stored_records,
 )
-from ncsn.cli.summary import describe_result, describe_toy, print_summary
+from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
@@ -74,16 +74,6 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     else:
         earlier = [step for step, record in records.items() if record == before.get(step)]
         print_summary(console_on(sys.stdout), folder, config, records, earlier=earlier)
-
-
-def run_toy(out: str | None, *, seed: int, as_json: bool) -> None:
-    """Make the two-dimensional figures and print what was measured."""
-    from ncsn.steps import toy
-
-    result = toy.run(out or storage.join(DEFAULT_ROOT, "toy"), seed=seed)
-    click.echo(
-        json.dumps(dataclasses.asdict(result), indent=1) if as_json else describe_toy(dataclasses.asdict(result))
-    )
 
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:
