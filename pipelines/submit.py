@@ -67,6 +67,16 @@ class Submitted:
     experiment: str
 
 
+def require_access(connection: Connection) -> None:
+    """Ask for something that only a user may see; the server tells anybody that it is well.
+
+    Raises:
+        KfpError: if the server refuses.
+    """
+    with _refusals("list experiments"):
+        connection.client.list_experiments(page_size=1, namespace=connection.namespace)
+
+
 def submit(connection: Connection, submission: Submission) -> Submitted:
     """Start one run.
 

@@ -121,7 +121,8 @@ print("\\n" + json.dumps(sorted(heavy & set(sys.modules))))
 """
     help_text, _, loaded = _python(code).strip().rpartition("\n")
     assert json.loads(loaded) == []
-    for command in ("ingest", "train", "sample", "evaluate", "register", "run", "show-config", "ui"):
+    steps = ("ingest", "train", "sample", "evaluate", "register")
+    for command in (*steps, "run", "show-config", "ui", "submit", "compile", "doctor"):
         assert f"\n  {command} " in help_text, help_text
 
 

@@ -6,7 +6,7 @@ import click
 
 from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
-from ncsn.cli.kubeflow import compile_command, submit_command
+from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.options import Decorated, experiment_options, json_option
 from ncsn.cli.pictures import toy_command
 
@@ -108,3 +108,4 @@ def ui_command(
 app.add_command(toy_command)
 app.add_command(submit_command)
 app.add_command(compile_command)
+app.add_command(doctor_command)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ncsn.cli.failures import ReportingCommand
+from ncsn.cli.failures import FAILURE, ReportingCommand
 from ncsn.cli.options import experiment_options, json_option
 
 
@@ -86,3 +86,28 @@ def submit_command(
     click.echo(json.dumps(dataclasses.asdict(started)) if as_json else started.url)
     if waits:
         wait(connection, started.id, on_state=lambda state: click.echo(f"{submission.name}: {state}", err=True))
+
+
+@click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, Kubeflow and cluster.")
+@experiment_options
+@json_option
+@click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
+@click.option("--namespace", metavar="PROFILE", help="Yours, where Kubeflow serves several users.")
+@click.pass_context
+def doctor_command(
+    ctx: click.Context,
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+    host: str | None,
+    namespace: str | None,
+) -> None:
+    """Check all that the experiment will need, each with the command that mends it; exit with 1 if anything fails."""
+    from ncsn.cli.doctor import examine, report
+    from ncsn.cli.inputs import resolve
+
+    config = resolve(config_uri, overrides=overrides, run=run_name).config
+    if not report(examine(config, host=host, namespace=namespace), as_json=as_json):
+        ctx.exit(FAILURE)

@@ -22,6 +22,7 @@ from ncsn.cluster.backend import say
 Resource = dict[str, Any]
 
 GROUP, VERSION, RAYJOBS = "ray.io", "v1", "rayjobs"
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 PATIENCE_SECONDS = 900.0
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -156,6 +157,23 @@ class KubernetesApi:
         """The pod, or None."""
         found = self._call("get", "pods", self._core.read_namespaced_pod, name, self.namespace, missing=None)
         return None if found is None else self._client.sanitize_for_serialization(found)
+
+    def nodes(self) -> list[Resource]:
+        """The cluster's nodes; most accounts of one namespace may not see them."""
+        listed = self._call("list", "nodes", self._core.list_node)
+        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
+        return items
+
+    def local_queue(self, name: str) -> Resource | None:
+        """Kueue's LocalQueue of this namespace, or None; of the newest version of its API that the cluster serves."""
+        for version in KUEUE_VERSIONS:
+            where = ("kueue.x-k8s.io", version, self.namespace, "localqueues", name)
+            found: Resource | None = self._call(
+                "get", "localqueues.kueue.x-k8s.io", self._custom.get_namespaced_custom_object, *where, missing=None
+            )
+            if found is not None:
+                return found
+        return None
 
     @contextmanager
     def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:

@@ -1,4 +1,5 @@
-"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, pods and logs.
+"""Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, pods, logs, and for
+reading nodes and Kueue's older LocalQueues.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
 watches that start after a version or answer 410 if it is gone, merge patches, finalizers, RBAC with the real wording of
@@ -210,6 +211,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(body | {"status": {"allowed": allowed}}, 201)
             case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
                 self._rayjobs(verb, name, query, body)
+            case ["api", "v1", "nodes"]:
+                self._authorize("list", "", "nodes")
+                self._send_found("nodes", [], query)
+            case ["apis", "kueue.x-k8s.io", "v1beta1", "namespaces", _, "localqueues", name]:
+                self._authorize("get", "kueue.x-k8s.io", "localqueues")
+                self._send_found("localqueues", [name], query)
             case ["api", "v1", "namespaces", _, "pods", name, "log"]:
                 self._authorize(verb, "", "pods/log")
                 self._send_log(name, query)

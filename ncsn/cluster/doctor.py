@@ -1,0 +1,77 @@
+"""What a RayJob will need of the cluster, looked at before there is one. A check says what it found, or raises."""
+
+from __future__ import annotations
+
+from ncsn.cluster.api import KubernetesApi, Resource
+from ncsn.cluster.rayjob_manifest import fit_to_schema, load_template
+from ncsn.config.compute import ComputeConfig
+
+NEEDED = (
+    *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
+    *((verb, "pods") for verb in ("get", "list")),
+    ("get", "pods/log"),
+)
+"""What infra/base/rbac/launcher-role.yaml grants."""
+GPU = "nvidia.com/gpu"
+
+
+def check_rights(api: KubernetesApi) -> str:
+    """Every verb that the launcher uses.
+
+    Raises:
+        PermissionError: naming those that are missing.
+    """
+    missing = [f"{verb} {resource}" for verb, resource in NEEDED if not api.allowed(verb, resource)]
+    if missing:
+        raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
+    return f"{len(NEEDED)} verbs in namespace {api.namespace!r}"
+
+
+def check_crd(api: KubernetesApi) -> str:
+    """The RayJob that is installed, by the fields that it has.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    schema = api.rayjob_schema()
+    _, unknown = fit_to_schema(load_template(), schema)
+    known = schema.get("properties", {}).get("spec", {}).get("properties", {})
+    since = {"preRunningDeadlineSeconds": "1.6", "deletionStrategy": "1.5"}
+    release = next((version for name, version in since.items() if name in known), None)
+    left_out = f"; without {', '.join(sorted(unknown))}" if unknown else ""
+    return f"RayJob ray.io/v1, KubeRay {f'{release} or later' if release else 'before 1.5'}{left_out}"
+
+
+def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
+    """As many GPUs as workers, on nodes that the workers may use.
+
+    Raises:
+        PermissionError: if this account may not see nodes.
+        ValueError: if there are fewer.
+    """
+    wanted = compute.kuberay.node_selector.items()
+    nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
+    have = sum(_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable"))
+    if have < compute.num_workers:
+        raise ValueError(f"compute.num_workers = {compute.num_workers} needs as many GPUs, and the nodes have {have}")
+    return f"{have} GPUs for {compute.num_workers} workers"
+
+
+def check_queue(api: KubernetesApi, name: str) -> str:
+    """Kueue's LocalQueue, ready to admit.
+
+    Raises:
+        ValueError: if it is not there or not active.
+    """
+    queue = api.local_queue(name)
+    if queue is None:
+        raise ValueError(f"namespace {api.namespace!r} has no LocalQueue {name!r}")
+    conditions = queue.get("status", {}).get("conditions", [])
+    active = next((each for each in conditions if each["type"] == "Active"), {"status": "True"})
+    if active["status"] != "True":
+        raise ValueError(f"LocalQueue {name!r} is not active: {active.get('message') or active.get('reason', '')}")
+    return f"LocalQueue {name!r} of ClusterQueue {queue['spec']['clusterQueue']!r}"
+
+
+def _gpus(node: Resource) -> int:
+    return int(node.get("status", {}).get("allocatable", {}).get(GPU, 0))

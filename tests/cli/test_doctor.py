@@ -1,0 +1,81 @@
+"""`ncsn doctor` on a real store, a real database and a server of KFP's API."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from kfp_api import KfpServer
+
+from ncsn.cli import doctor
+from ncsn.cli.app import app
+
+
+def examine(config_file: Path, *args: str) -> tuple[Result, dict[str, dict[str, str]]]:
+    done = CliRunner().invoke(app, ["doctor", "--config", str(config_file), "--json", *args])
+    return done, {finding["check"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_a_machine_that_is_well(config_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KF_PIPELINES_ENDPOINT", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    done, findings = examine(config_file)
+    assert done.exit_code == 0, done.output
+    states = {name: finding["state"] for name, finding in findings.items()}
+    cluster = dict.fromkeys(("kfp", "kubernetes", "rights", "kuberay", "gpus", "queue"), "not configured")
+    assert states == dict.fromkeys(("store", "mlflow", "ray", "image"), "ok") | cluster
+    assert list(store.iterdir()) == [], "what it writes it removes"
+    assert not any(finding["fix"] for finding in findings.values())
+
+
+def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_text("a file where the folder should be")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", nobody)
+        done, findings = examine(config_file, "--host", f"http://{nobody}", "--set", f"tracking.uri=http://{nobody}")
+    assert done.exit_code == 1
+    ill = {name for name, finding in findings.items() if finding["state"] == "failed"}
+    assert ill == {"store", "mlflow", "ray", "kfp"}
+    assert findings["store"]["fix"] == f"mkdir -p {store}"
+    assert "does not answer" in findings["mlflow"]["detail"]
+    assert "kubectl port-forward" in findings["kfp"]["fix"]
+
+
+def test_kfp_must_know_who_asks(config_file: Path, kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, findings = examine(config_file, "--host", kfp_server.url)
+    assert (done.exit_code, findings["kfp"]["state"]) == (0, "ok")
+    assert any(request.startswith("GET /apis/v2beta1/experiments") for request in kfp_server.requests)
+    kfp_server.token = "right"
+    done, findings = examine(config_file, "--host", kfp_server.url)
+    assert done.exit_code == 1
+    assert "refuses no credentials (401)" in findings["kfp"]["detail"]
+
+
+def test_a_store_that_forgets_who_was_first(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.storage, "publish_once", lambda uri, data: bool(Path(uri).write_bytes(data)))
+    Path(config_file.parent, "store").mkdir()
+    _, findings = examine(config_file)
+    assert "lets a second writer replace what the first has published" in findings["store"]["detail"]
+
+
+def test_another_python_than_the_image(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Dockerfile").write_text("ARG BASE_IMAGE=python:3.8-slim\n")
+    (tmp_path / "constraints.txt").write_text("ray==1.0.0\n")
+    monkeypatch.setattr(doctor, "SOURCE_TREE", tmp_path)
+    done, findings = examine(config_file)
+    assert done.exit_code == 1
+    assert findings["image"]["detail"].startswith("the image has Ray 1.0.0 on Python 3.8, and this environment Ray 2.")
+
+
+def test_for_people_it_is_a_table(config_file: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--config", str(config_file), "--set", "tracking.uri=nonsense"])
+    assert done.exit_code == 1
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("store         ok              ")
+    assert lines[1].startswith("mlflow        failed          tracking URI 'nonsense' is not a server")
+    assert lines[2].split() == ["fix:", "export", "MLFLOW_TRACKING_URI=http://HOST:PORT"]

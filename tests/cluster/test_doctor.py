@@ -1,0 +1,79 @@
+"""What `ncsn doctor` sees of a cluster, asked through the real client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ncsn.cli.app import app
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+GPUS = [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
+KUEUE = [{"apiGroups": ["kueue.x-k8s.io"], "resources": ["localqueues"], "verbs": ["get"]}]
+
+
+def examine(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    settings = ("compute.backend=kuberay", f"storage.root={folder}/store", *overrides)
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = CliRunner().invoke(app, ["doctor", "--config", str(DIGITS), "--json", *options])
+    findings = json.loads(done.stdout)
+    assert done.exit_code == any(finding["state"] == "failed" for finding in findings)
+    return {finding["check"]: (finding["state"], finding["detail"]) for finding in findings}
+
+
+def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
+    seen = examine(tmp_path)
+    assert seen["kubernetes"][0] == seen["rights"][0] == seen["kuberay"][0] == "ok"
+    assert seen["rights"][1] == "9 verbs in namespace 'kubeflow'"
+    assert seen["gpus"] == ("not configured", "compute.use_gpu is false")
+    assert seen["queue"] == ("not configured", "compute.kuberay.queue is null")
+
+
+def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:
+    emulation.cluster.rules = [rule | {"verbs": ["get", "list", "watch"]} for rule in emulation.cluster.rules]
+    state, detail = examine(tmp_path)["rights"]
+    assert state == "failed"
+    missing = "create rayjobs.ray.io, patch rayjobs.ray.io, delete rayjobs.ray.io"
+    assert detail.endswith(f"this account may not {missing} in namespace 'kubeflow'")
+
+
+def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
+    emulation.cluster.installed = False
+    state, detail = examine(tmp_path)["kuberay"]
+    assert state == "failed"
+    assert "knows no RayJob" in detail
+
+
+def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, tmp_path: Path) -> None:
+    gpu = ("compute.use_gpu=true", "compute.num_workers=2", "compute.kuberay.node_selector={pool: big}")
+    assert "may not list nodes" in examine(tmp_path, *gpu)["gpus"][1]
+    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
+    for name, labels, count in (("a", {"pool": "big"}, "1"), ("b", {"pool": "small"}, "8")):
+        node = {"metadata": {"name": name, "labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
+        emulation.cluster.create("nodes", node)
+    assert examine(tmp_path, *gpu)["gpus"][0] == "failed"
+    assert "needs as many GPUs, and the nodes have 1" in examine(tmp_path, *gpu)["gpus"][1]
+    assert examine(tmp_path, *gpu, "compute.num_workers=1")["gpus"] == ("ok", "1 GPUs for 1 workers")
+
+
+def test_the_queue_must_be_there_and_active(emulation: Any, tmp_path: Path) -> None:
+    emulation.cluster.rules = [*emulation.cluster.rules, *KUEUE]
+    asked = ("compute.kuberay.queue=research",)
+    assert examine(tmp_path, *asked)["queue"][1].endswith("namespace 'kubeflow' has no LocalQueue 'research'")
+    queue = {"metadata": {"name": "research"}, "spec": {"clusterQueue": "all"}}
+    emulation.cluster.create("localqueues", queue)
+    assert examine(tmp_path, *asked)["queue"] == ("ok", "LocalQueue 'research' of ClusterQueue 'all'")
+    stopped = {"type": "Active", "status": "False", "message": "ClusterQueue is stopped"}
+    emulation.cluster.update("localqueues", "research", lambda it: it.update(status={"conditions": [stopped]}))
+    assert examine(tmp_path, *asked)["queue"][1].endswith("is not active: ClusterQueue is stopped")
+
+
+def test_no_cluster_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    state, detail = examine(tmp_path)["kubernetes"]
+    assert state == "failed"
+    assert "no Kubernetes cluster" in detail
