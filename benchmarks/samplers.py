@@ -162,7 +162,7 @@ def _measure(options: argparse.Namespace, checkpoint: SamplingCheckpoint, settin
         row(
             setting.name,
             images,
-            nfe=evaluations_per_image(setting.sampling.sampler, num_levels=checkpoint.config.noise.num_levels),
+            nfe=evaluations_per_image(setting.sampling.sampler, num_levels=checkpoint.config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
             sampler=setting.sampling.sampler.model_dump(),
             precision=setting.sampling.precision,

@@ -41,7 +41,8 @@ _SAMPLERS: dict[type[object], type[Sampler]] = {
 
 def sigmas(config: Config) -> Tensor:
     """The noise levels, `[num_levels]` float32, descending."""
-    return geometric_sigmas(config.noise.sigma_1, config.noise.sigma_L, config.noise.num_levels)
+    levels = config.levels
+    return geometric_sigmas(levels.sigma_1, levels.sigma_L, levels.num_levels)
 
 
 def network(config: Config) -> nn.Module:
@@ -52,7 +53,7 @@ def network(config: Config) -> nn.Module:
             return NcsnNetwork(
                 num_features=config.network.num_features,
                 channels=config.data.channels,
-                num_levels=config.noise.num_levels,
+                num_levels=config.levels.num_levels,
             )
         if isinstance(config.network, NcsnV2NetworkConfig):
             return NcsnV2Network(

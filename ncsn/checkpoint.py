@@ -198,8 +198,11 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} differs from its checksum")
 
 
-def require_same_training(saved: Config, wanted: Config, *, origin: str) -> None:
+def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
     """Refuse a checkpoint of another config.
+
+    Returns:
+        `wanted`, with the checkpoint's noise levels if it leaves them to the images.
 
     Raises:
         CheckpointError: naming the first settings that differ.
@@ -208,6 +211,7 @@ def require_same_training(saved: Config, wanted: Config, *, origin: str) -> None
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         raise CheckpointError(f"{origin} was trained with another config: {shown}")
+    return wanted.model_copy(update={"noise": saved.noise})
 
 
 def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:

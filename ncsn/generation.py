@@ -82,7 +82,7 @@ def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise)
     """Where the chain begins: uniform for Langevin dynamics, which forgets it, else data plus noise of sigma_1."""
     if isinstance(sampler, AnnealedLangevinConfig | LangevinConfig):
         return noise.uniform(0)
-    return moment_matched_start(trained.moments, sigma=trained.config.noise.sigma_1, z=noise(_START_DRAW))
+    return moment_matched_start(trained.moments, sigma=trained.config.levels.sigma_1, z=noise(_START_DRAW))
 
 
 def evaluations_per_image(sampler: SamplerConfig, *, num_levels: int) -> int:

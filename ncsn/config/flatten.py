@@ -36,12 +36,16 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Those of `training_settings` that differ -> (value in one, value in other)."""
+    """Those of `training_settings` that differ -> (value in one, value in other).
+
+    Noise levels that one of the two leaves to the images are not compared: the images decide, not the config.
+    """
     left, right = training_settings(one), training_settings(other)
+    chosen_later = one.noise.kind != other.noise.kind
     return {
         path: (left.get(path), right.get(path))
         for path in sorted(left.keys() | right.keys())
-        if left.get(path) != right.get(path)
+        if left.get(path) != right.get(path) and not (chosen_later and path.startswith("noise."))
     }
 
 

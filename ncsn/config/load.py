@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from ncsn.config.schema import Config
 
-_DEFAULT_KINDS = {"loss": "dsm"}
+_DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
 """Kinds of sections that may leave theirs out."""
 
 
@@ -40,6 +40,8 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
         raise ConfigError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    if tree.get("noise") == "auto":
+        tree["noise"] = {"kind": "auto"}
     for section, kind in _DEFAULT_KINDS.items():
         if isinstance(tree.get(section), dict):
             tree[section] = {"kind": kind, **tree[section]}

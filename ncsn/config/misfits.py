@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ncsn.config.losses import SingleSigmaLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
+from ncsn.config.noise import NoiseConfig
 from ncsn.config.samplers import (
     ConsistentAnnealedConfig,
     KarrasHeunConfig,
@@ -63,8 +64,8 @@ def _network_size(config: Config) -> Iterator[str]:
 
 
 def _one_level(config: Config) -> Iterator[str]:
-    loss, sampler, num_levels = config.loss, config.sampling.sampler, config.noise.num_levels
-    if isinstance(loss, SingleSigmaLossConfig) and num_levels > 1:
+    sampler, num_levels = config.sampling.sampler, getattr(config.noise, "num_levels", "auto")
+    if isinstance(config.loss, SingleSigmaLossConfig) and num_levels != 1:
         yield (
             f"loss.kind = single_sigma trains at one noise level, but noise.num_levels = {num_levels}; "
             "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L"
@@ -95,6 +96,8 @@ def _sampler_network(config: Config) -> Iterator[str]:
 
 def _sampler_levels(config: Config) -> Iterator[str]:
     sampler, noise = config.sampling.sampler, config.noise
+    if not isinstance(noise, NoiseConfig):
+        return
     if isinstance(sampler, LangevinConfig) and not -noise.num_levels <= sampler.level < noise.num_levels:
         yield (
             f"sampling.sampler.level = {sampler.level} is not among noise.num_levels = {noise.num_levels}; "

@@ -17,6 +17,7 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.config.losses import DsmLossConfig, LossConfig
 from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
+from ncsn.config.noise import NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.section import Section
 
@@ -56,31 +57,6 @@ class DataConfig(Section):
     rows_per_part: int = Field(16384, ge=1, description="Rows per Parquet part file.")
     dequantize: bool = Field(True, description="Add uniform noise below one gray step, fresh at each use (spec 1.7).")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability one half.")
-
-
-class NoiseConfig(Section):
-    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
-
-    sigma_1: float = Field(
-        1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
-    )
-    sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
-    num_levels: int = Field(
-        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, is no annealing."
-    )
-
-    @model_validator(mode="after")
-    def _descending(self) -> NoiseConfig:
-        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
-            raise ValueError(
-                f"num_levels = 1 needs sigma_1 = sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}"
-            )
-        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
-            raise ValueError(
-                f"sigma_1 must be larger than sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}; "
-                "the levels run from most to least noise"
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -208,7 +184,7 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, image order, noise and levels.")
     data: DataConfig
-    noise: NoiseConfig = NoiseConfig()
+    noise: NoiseChoice = NoiseConfig()
     network: NetworkConfig
     loss: LossConfig = DsmLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -225,6 +201,17 @@ class Config(Section):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    @property
+    def levels(self) -> NoiseConfig:
+        """The noise levels.
+
+        Raises:
+            ValueError: if they are still to be chosen from the images.
+        """
+        if self.noise.kind == "auto":
+            raise ValueError("noise: auto has no levels before training has chosen them; run `ncsn train` first")
+        return self.noise
 
     @property
     def registered_model(self) -> str:

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     DEQUANTIZE = 3
     MIRROR = 4
     PROJECTION = 5
+    SUBSET = 6
     TEST_LEVEL = 11
     TEST_NOISE = 12
     TEST_DEQUANTIZE = 13

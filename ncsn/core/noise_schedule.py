@@ -174,7 +174,8 @@ class NoiseSuggestion:
     """Noise levels and Langevin step for a data set.
 
     Attributes:
-        sigma_1: Largest sigma: the largest distance between two images (technique 1).
+        sigma_1: Largest sigma: the largest distance between two images (technique 1), to four digits, because the
+            others differ between machines.
         sigma_L: Smallest sigma, as given.
         num_levels: L (technique 2).
         ratio: Ratio of neighbouring levels of that schedule.
@@ -208,7 +209,7 @@ def suggest_noise(
         overlap: C that neighbouring levels should have; the published settings have 0.567.
         steps_per_level: Langevin steps per level T that the sampler can afford.
     """
-    sigma_1 = distances.maximum
+    sigma_1 = float(f"{distances.maximum:.4g}")
     if sigma_1 <= sigma_L:
         raise ValueError(
             f"the largest distance between images is {sigma_1:g}, not above sigma_L = {sigma_L:g}: "

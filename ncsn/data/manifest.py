@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ncsn import storage
+from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.data import row
 
 MANIFEST = "manifest.json"
@@ -63,6 +64,8 @@ class Manifest:
         source: What the images are, in words.
         license: What is known of the terms of use.
         settings: The data settings that shaped the content.
+        suggested_noise: Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`), from a
+            sample of large data sets; empty if all images are alike, None in data sets of earlier versions.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Manifest:
     source: str
     license: str
     settings: Mapping[str, Any]
+    suggested_noise: Mapping[str, NoiseSuggestion] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -120,7 +124,14 @@ def load_manifest(uri: str) -> Manifest:
         raise ValueError(f"dataset {uri} has format version {version}, not {FORMAT_VERSION}; run `ncsn ingest` again")
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}
+    suggested = fields.get("suggested_noise")
+    if suggested is not None:
+        fields["suggested_noise"] = {name: _suggestion(values) for name, values in suggested.items()}
     return Manifest(**fields)
+
+
+def _suggestion(values: dict[str, Any]) -> NoiseSuggestion:
+    return NoiseSuggestion(**{**values, "distances": PairDistances(**values["distances"])})
 
 
 def schema_words(height: int, width: int, channels: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from ncsn.data import row
 from ncsn.data.manifest import MANIFEST, Manifest, Part, load_manifest, schema_words
 from ncsn.data.row import Images, SplitDigest
 from ncsn.data.source import Example, Source
-from ncsn.data.statistics import PixelStatistics
+from ncsn.data.statistics import ImageSample, PixelStatistics
+from ncsn.data.suggestion import sample_size, suggestions
 
 Progress = Callable[[int, int], None]
 
@@ -69,8 +70,15 @@ def write_dataset(
         splits = _write_splits(source, scratch, data=data, on_progress=on_progress)
         manifest = _describe(source, splits, name=name, data=data)
         uri = storage.join(folder, manifest.digest)
-        if storage.exists(storage.join(uri, MANIFEST)):
-            return Dataset(uri, load_manifest(uri), created=False)
+        there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
+        if there is not None and there.suggested_noise is not None:
+            return Dataset(uri, there, created=False)
+        suggested = suggestions(splits["train"].sample)
+        if there is not None:
+            there = replace(there, suggested_noise=suggested)
+            storage.write_text(storage.join(uri, MANIFEST), there.to_json())
+            return Dataset(uri, there, created=False)
+        manifest = replace(manifest, suggested_noise=suggested)
         (scratch / MANIFEST).write_text(manifest.to_json())
         created = storage.publish_folder(scratch, uri, marker=MANIFEST)
     return Dataset(uri, manifest if created else load_manifest(uri), created)
@@ -125,12 +133,14 @@ class _SplitSummary:
 
     statistics: PixelStatistics
     class_counts: np.ndarray
+    sample: ImageSample
     digest: SplitDigest = field(default_factory=SplitDigest)
     parts: list[Part] = field(default_factory=list)
 
     def update(self, rows: Images) -> None:
         self.digest.update(rows)
         self.statistics.update(rows.images)
+        self.sample.update(rows.images)
         self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
 
 
@@ -149,7 +159,8 @@ def _write_splits(
     report(0)
     splits = {}
     for name, split in source.splits.items():
-        summary = _SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64))
+        sample = ImageSample(sample_size(data.image_size**2 * data.channels))
+        summary = _SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
         _write_parts(split.stream(), scratch, name, summary=summary, data=data, report=report)
         if summary.digest.count < _LEAST_IMAGES:
             skipped = f" ({len(source.skipped)} did not decode)" if source.skipped else ""

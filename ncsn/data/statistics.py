@@ -1,8 +1,12 @@
-"""Pixel statistics from exact integer counts, so that they do not depend on how the rows come in blocks."""
+"""Pixel statistics from exact integer counts, and a sample, neither of which depends on how the rows come in blocks."""
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
+
+from ncsn.core.keyed_random import Stream, keyed_uniform
 
 GRAY_STEPS = 256
 
@@ -47,3 +51,38 @@ class PixelStatistics:
         values = (np.arange(GRAY_STEPS, dtype=np.float64) / (GRAY_STEPS - 1)) ** power
         moments: np.ndarray = self.counts @ values / self.counts.sum(axis=1)
         return moments
+
+
+class ImageSample:
+    """A random sample of a stream of images, a function of their order alone.
+
+    Each image has a random number; those with the smallest stay.
+
+    Args:
+        size: Images to keep at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._kept: list[tuple[float, int, np.ndarray]] = []
+
+    def update(self, images: np.ndarray) -> None:
+        """Offer uint8 images [N, H, W, C]."""
+        keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].tolist()
+        for place, (key, image) in enumerate(zip(keys, images, strict=True), start=self.count):
+            if len(self._kept) < self.size:
+                heapq.heappush(self._kept, (-key, place, image.copy()))
+            elif -key > self._kept[0][0]:
+                heapq.heapreplace(self._kept, (-key, place, image.copy()))
+        self.count += len(images)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sample is all images."""
+        return self.count == len(self._kept)
+
+    @property
+    def images(self) -> np.ndarray:
+        """The sample in the stream's order, uint8 [N, H, W, C]."""
+        return np.stack([image for _, _, image in sorted(self._kept, key=lambda kept: kept[1])])

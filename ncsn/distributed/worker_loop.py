@@ -113,13 +113,13 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
         x = dequantize(x, keyed_uniform(seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size).view_as(x))
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
-    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.noise.num_levels
+    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.levels.num_levels
     z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
     v, projections = None, build.num_projections(config)
     if projections:
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    return Batch(x=x, level=level.long().clamp_(max=config.noise.num_levels - 1), z=z, v=v)
+    return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
 
 
 def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
@@ -176,7 +176,7 @@ class Training:
                 checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=self.dataset_digest)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
         self.model = context.wrap(self.state.network)
-        self.curves = Curves(self.config.noise.num_levels, context)
+        self.curves = Curves(self.config.levels.num_levels, context)
         self.point: dict[str, float] = {}
         kept = job.history if context.rank == 0 else None
         self.history = load_history(kept, until=self.state.images_seen) if kept is not None else None

@@ -58,7 +58,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     """
     folder = claim_run(config, run)
     loaded = checkpoints.load_for_sampling(checkpoint)
-    checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
+    config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)
     figures = json.loads(storage.read_text(evaluation))
     _require_own_samples(figures, loaded)

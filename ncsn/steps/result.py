@@ -95,12 +95,21 @@ def claim_run(config: Config, run: str) -> RunFolder:
     if storage.publish_once(folder.config, to_yaml(config).encode()):
         return folder
     owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
+    require_owner(owner, config, run)
+    return folder
+
+
+def require_owner(owner: Config, config: Config, run: str) -> None:
+    """Refuse a config that would decide the weights of another's run otherwise.
+
+    Raises:
+        ValueError: naming the first settings that differ.
+    """
     changed = changed_settings(owner, config)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(f"run {run!r} belongs to another config: {shown}{more}; choose another --run NAME")
-    return folder
 
 
 def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:

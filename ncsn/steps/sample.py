@@ -62,7 +62,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
     """
     folder = claim_run(config, run)
     loaded = checkpoints.load_for_sampling(checkpoint)
-    checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
+    config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling
     sampler_key = sampling.model_dump(include={"sampler", "seed", "precision"})
     sampler_digest = hashlib.sha256(json.dumps(sampler_key, sort_keys=True).encode()).hexdigest()[:12]
@@ -81,7 +81,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
                 grid=storage.join(uri, "grid.png"),
                 strip=storage.join(uri, "strip.png"),
                 num_images=sampling.num_images,
-                nfe=evaluations_per_image(sampling.sampler, num_levels=config.noise.num_levels),
+                nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
                 seconds=round(seconds, 1),
                 checkpoint=checkpoint,
             )

@@ -10,6 +10,7 @@ from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
@@ -50,6 +51,7 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
     """
     folder = claim_run(config, run)
     manifest = load_manifest(dataset)
+    config = settle_noise(config, run, manifest)
     if config.evaluation.extractor == "classifier" and not manifest.class_names:
         raise ValueError(
             f"the data set {dataset} has no labels, so its samples could not be evaluated by a classifier; sort the "

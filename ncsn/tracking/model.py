@@ -84,7 +84,7 @@ class ScoreModel(PythonModel):
             sampling = sampling.model_copy(update={"seed": int(seed)})
         if nfe is not None:
             try:
-                sampler = with_evaluations(sampling.sampler, nfe=int(nfe), num_levels=config.noise.num_levels)
+                sampler = with_evaluations(sampling.sampler, nfe=int(nfe), num_levels=config.levels.num_levels)
             except ValueError as error:
                 raise MlflowException.invalid_parameter_value(str(error)) from None
             sampling = sampling.model_copy(update={"sampler": sampler})

@@ -83,7 +83,7 @@ def _data(manifest: Manifest) -> str:
 def _settings(checkpoint: SamplingCheckpoint) -> list[tuple[str, str]]:
     config = checkpoint.config
     parameters = sum(parameter.numel() for parameter in checkpoint.network.parameters())
-    noise, sampler = config.noise, config.sampling.sampler
+    noise, sampler = config.levels, config.sampling.sampler
     return [
         (
             "network",

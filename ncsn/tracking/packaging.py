@@ -87,7 +87,7 @@ def _signature(config: Config) -> tuple[Any, Any]:
             ParamSpec("n_images", "long", 16),
             ParamSpec("seed", "long", config.sampling.seed),
             ParamSpec(
-                "nfe", "long", evaluations_per_image(config.sampling.sampler, num_levels=config.noise.num_levels)
+                "nfe", "long", evaluations_per_image(config.sampling.sampler, num_levels=config.levels.num_levels)
             ),
         ]
     )

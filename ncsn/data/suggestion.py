@@ -1,0 +1,81 @@
+"""Noise levels chosen from a data set's images (NCSNv2, techniques 1, 2 and 4)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ncsn.config import Config, from_yaml
+from ncsn.config.noise import AutoNoiseConfig
+from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, pair_distances, suggest_noise
+from ncsn.data.manifest import Manifest
+from ncsn.data.statistics import ImageSample
+
+MOST_IMAGES = 5_000
+_WORK = 2.5e10
+"""N^2 D for N images of D values each, a few seconds on two CPU cores."""
+
+
+def sample_size(values_per_image: int) -> int:
+    """How many images ingest compares: 5,000, fewer where they are large, so that its cost is bounded."""
+    return max(2, min(MOST_IMAGES, math.isqrt(int(_WORK / values_per_image))))
+
+
+def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
+    """What ingest writes into the manifest: a suggestion for the images as they are, and one for mirrored ones too.
+
+    Returns:
+        Nothing if the images are all alike.
+    """
+    images = torch.from_numpy(sample.images)
+    found = {}
+    for name, flips in (("plain", False), ("mirrored", True)):
+        distances = replace(pair_distances(images, flips=flips), exact=sample.complete)
+        if distances.maximum <= AutoNoiseConfig(kind="auto").sigma_L:
+            return {}
+        found[name] = suggest_noise(distances, dimension=images[0].numel())
+    return found
+
+
+def resolve_noise(config: Config, manifest: Manifest) -> Config:
+    """The config with the levels that `noise: auto` stands for; any other config as it is.
+
+    Raises:
+        ValueError: if the manifest has no distances, or the chosen levels do not fit the rest of the config.
+    """
+    noise = config.noise
+    if not isinstance(noise, AutoNoiseConfig):
+        return config
+    suggestion = suggest_noise(
+        _distances(config, manifest),
+        dimension=math.prod(manifest.shape),
+        sigma_L=noise.sigma_L,
+        overlap=noise.overlap,
+    )
+    tree = config.model_dump(mode="json") | {"noise": noise_section(suggestion)}
+    return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")
+
+
+def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
+    """The config's section `noise` for a suggestion."""
+    return {"sigma_1": suggestion.sigma_1, "sigma_L": suggestion.sigma_L, "num_levels": suggestion.num_levels}
+
+
+def _distances(config: Config, manifest: Manifest) -> PairDistances:
+    found = manifest.suggested_noise
+    if found is None:
+        raise ValueError(
+            f"noise: auto needs the distances between the images, and the data set {manifest.name}/{manifest.digest} "
+            "was ingested before they were kept; `ncsn ingest` under another --run NAME adds them"
+        )
+    if not found:
+        raise ValueError(
+            f"noise: auto finds no levels: the images of {manifest.name}/{manifest.digest} are all alike; "
+            "give noise.sigma_1, noise.sigma_L and noise.num_levels"
+        )
+    return found["mirrored" if config.data.horizontal_flip else "plain"].distances

@@ -1,0 +1,141 @@
+"""Noise levels from a data set: what ingest keeps, and what `noise: auto` makes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ncsn import storage
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
+from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.data.statistics import ImageSample
+from ncsn.data.suggestion import resolve_noise, sample_size, suggestions
+from ncsn.steps.noise import settle_noise
+from ncsn.steps.result import claim_run
+
+AUTO = """
+name: auto
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}
+noise: auto
+network: {kind: unet, widths: [8]}
+train: {batch_size: 16, num_images: 160, checkpoint_every_images: 80, report_every_images: 32}
+sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2}}
+"""
+
+
+def auto(root: Path, *overrides: str) -> Config:
+    return from_yaml(AUTO, overrides=[f"storage.root={root}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("store")
+    data = from_yaml(AUTO).data
+    return write_dataset(open_source(data), str(root), name="digits", data=data).uri
+
+
+def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Path) -> None:
+    manifest, images = load_manifest(dataset), np.asarray(open_cache(dataset, "train").images)
+    flat = images.reshape(len(images), -1) / 255
+    squared = (flat**2).sum(1)
+    largest = np.sqrt((squared[:, None] + squared - 2 * flat @ flat.T).max())
+    levels = resolve_noise(auto(tmp_path), manifest).levels
+    assert levels.sigma_1 == pytest.approx(largest, rel=1e-3) and levels.sigma_L == 0.01
+    assert levels.num_levels == num_levels_for(levels.sigma_1, 0.01, ratio=ratio_for_overlap(64))
+    wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1, overlap: 0.2}"), manifest).levels
+    assert wider.sigma_L == 0.1
+    assert wider.num_levels == num_levels_for(levels.sigma_1, 0.1, ratio=ratio_for_overlap(64, overlap=0.2))
+    mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
+    assert mirrored.sigma_1 >= levels.sigma_1
+    assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"].distances.exact
+
+
+def test_given_levels_stay(dataset: str, tmp_path: Path) -> None:
+    given = auto(tmp_path, "noise={num_levels: 3}")
+    assert resolve_noise(given, load_manifest(dataset)) is given
+
+
+def test_auto_has_no_levels_before_it_is_resolved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="noise: auto has no levels before training"):
+        _ = auto(tmp_path).levels
+
+
+def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset: str, tmp_path: Path) -> None:
+    config = auto(tmp_path, "sampling.sampler={kind: langevin, level: 500}")
+    with pytest.raises(ConfigError, match=r"levels of noise: auto: sampling\.sampler\.level = 500 is not among"):
+        resolve_noise(config, load_manifest(dataset))
+
+
+def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
+    manifest, config = load_manifest(dataset), auto(tmp_path)
+    folder = claim_run(config, "mine")
+    settled = settle_noise(config, "mine", manifest)
+    assert from_yaml(storage.read_text(folder.config)) == settled
+    assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
+    assert changed_settings(config, settled) == {}
+    assert settle_noise(config, "mine", manifest) == settled
+    with pytest.raises(ValueError, match=r"run 'mine' belongs to another config: noise\.num_levels is \d+ there and 3"):
+        settle_noise(auto(tmp_path, "noise={num_levels: 3}"), "mine", manifest)
+    with pytest.raises(ValueError, match=r"noise\.num_levels is \d+ there and \d+ here"):
+        settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), "mine", manifest)
+
+
+def test_a_data_set_of_an_earlier_version_is_named_and_mended(dataset: str, tmp_path: Path) -> None:
+    data = from_yaml(AUTO).data
+    uri = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
+    path = Path(uri) / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["suggested_noise"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="was ingested before they were kept; `ncsn ingest` under another --run NAME"):
+        resolve_noise(auto(tmp_path), load_manifest(uri))
+    again = write_dataset(open_source(data), str(tmp_path), name="digits", data=data)
+    assert (again.uri, again.created) == (uri, False)
+    assert load_manifest(uri).suggested_noise == load_manifest(dataset).suggested_noise
+
+
+def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:
+    sample = ImageSample(4)
+    sample.update(np.full((3, 8, 8, 1), 7, np.uint8))
+    assert suggestions(sample) == {}
+    with pytest.raises(ValueError, match=r"are all alike; give noise\.sigma_1"):
+        resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
+
+
+def test_a_sample_does_not_depend_on_the_blocks() -> None:
+    images = np.arange(300, dtype=np.uint16).astype("u1").repeat(4).reshape(300, 2, 2, 1)
+    whole, pieces = ImageSample(40), ImageSample(40)
+    whole.update(images)
+    for first in range(0, 300, 7):
+        pieces.update(images[first : first + 7])
+    assert np.array_equal(whole.images, pieces.images) and not whole.complete
+    places = whole.images[:, 0, 0, 0].astype(int)
+    assert len(whole.images) == 40 and places.max() > 100
+
+
+def test_the_cost_of_a_suggestion_is_bounded() -> None:
+    assert sample_size(64) == sample_size(784) == 5_000
+    assert sample_size(3072) == 2852 and sample_size(256 * 256 * 3) == 356
+
+
+def test_a_sample_says_that_it_is_one() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 1), np.uint8)
+    sample = ImageSample(20)
+    sample.update(images)
+    found = suggestions(sample)["plain"].distances
+    assert (found.num_images, found.exact) == (20, False)
+    assert found.maximum == pair_distances(torch.from_numpy(sample.images)).maximum
+
+
+def test_yaml_keeps_auto(tmp_path: Path) -> None:
+    assert "noise:\n  kind: auto\n" in to_yaml(auto(tmp_path))
+    assert from_yaml(to_yaml(auto(tmp_path))) == auto(tmp_path)
