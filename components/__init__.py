@@ -17,8 +17,23 @@ from kfp import dsl
 
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
 """Image of every task; NCSN_IMAGE at compile time names another."""
-KFP_RUN_ID = "NCSN_KFP_RUN_ID"
-"""Variable with the id of the pipeline run, in the pods of a cluster."""
+
+PASSED_ON = (
+    *(
+        dsl.TaskConfigPassthrough(field=field, apply_to_task=False)
+        for field in (
+            dsl.TaskConfigField.RESOURCES,
+            dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
+            dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
+            dsl.TaskConfigField.KUBERNETES_AFFINITY,
+        )
+    ),
+    *(
+        dsl.TaskConfigPassthrough(field=field, apply_to_task=True)
+        for field in (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
+    ),
+)
+"""What is set on a task that computes elsewhere and is meant for the pods there; addresses and volumes are for both."""
 
 _HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
 
@@ -30,11 +45,30 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
         ValueError: if the config is wrong, or nothing names the run.
     """
     from ncsn.config import from_json
+    from ncsn.steps.result import KFP_RUN_ID
 
     settings = from_json(config)
     if not run and not os.environ.get(KFP_RUN_ID):
         raise ValueError(f"the parameter run is empty, and {KFP_RUN_ID} does not name this pipeline run; name the run")
     return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
+
+
+def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
+    """Leave what KFP holds for the pods that the task starts where the backend that starts them looks.
+
+    Raises:
+        ValueError: if the task starts none, so that what was set on it would be lost.
+    """
+    from ncsn.cluster.task_config import TASK_CONFIG
+
+    given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
+    for_other_pods = sorted(given.keys() & {"resources", "node_selector", "tolerations", "affinity"})
+    if for_other_pods and settings.compute.backend == "local":
+        raise ValueError(
+            f"{', '.join(for_other_pods)} of this task are for the pods that it starts, and with "
+            "compute.backend: local it starts none; set compute.backend to kuberay"
+        )
+    os.environ[TASK_CONFIG] = json.dumps(given)
 
 
 def publish(artifact: dsl.Artifact, result: Any, **metadata: str) -> None:

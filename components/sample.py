@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import IMAGE, PASSED_ON
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGE, install_kfp_package=False, task_config_passthroughs=list(PASSED_ON))
 def sample(
     config: str,
     run: str,
@@ -13,13 +13,15 @@ def sample(
     samples: dsl.Output[dsl.Dataset],
     pictures: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Generate images by the configured sampler."""
-    from components import experiment, publish, publish_metrics, publish_pictures
+    from components import experiment, pass_on, publish, publish_metrics, publish_pictures
     from ncsn.steps import sample
     from ncsn.storage import read_bytes
 
     settings, name = experiment(config, run)
+    pass_on(task_config, settings)
     result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
     publish(samples, result, uri=result.uri)
     publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})

@@ -2,22 +2,24 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import IMAGE, PASSED_ON
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGE, install_kfp_package=False, task_config_passthroughs=list(PASSED_ON))
 def train(
     config: str,
     run: str,
     dataset: dsl.Input[dsl.Dataset],
     checkpoint: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Train the score network on Ray, or resume it."""
-    from components import experiment, publish, publish_metrics
+    from components import experiment, pass_on, publish, publish_metrics
     from ncsn.steps import train
 
     settings, name = experiment(config, run)
+    pass_on(task_config, settings)
     result = train.run(settings, run=name, dataset=dataset.metadata["uri"])
     publish(checkpoint, result, uri=result.checkpoint, framework="pytorch")
     figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kfp import dsl, kubernetes
 
-from components import IMAGE, KFP_RUN_ID
+from components import IMAGE
+from ncsn.steps.result import KFP_RUN_ID
 
 ENVIRONMENT = "ncsn-environment"
 """ConfigMap with addresses, in the namespace of the runs."""

@@ -30,6 +30,7 @@ from ncsn.cluster.rayjob_manifest import (
     load_template,
     render,
 )
+from ncsn.cluster.task_config import task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
 from ncsn.lease import LEASE_SECONDS, RENEW_SECONDS, Heartbeat
 
@@ -108,6 +109,7 @@ class KubeRay:
             owner=launcher.owner,
         )
         manifest = render(load_template(), request, compute=self._compute, namespace=self._api.namespace)
+        manifest = with_task_config(manifest, task_config())
         manifest["metadata"]["annotations"][RENEWED_ANNOTATION] = _now()
         fitted, unknown = fit_to_schema(manifest, self._api.rayjob_schema())
         if unknown:

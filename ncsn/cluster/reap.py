@@ -29,23 +29,27 @@ class Orphan:
     silent_seconds: float
 
 
-def find_orphans(api: KubernetesApi, *, older_than: float, run: str | None = None) -> list[Orphan]:
+def find_orphans(
+    api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False
+) -> list[Orphan]:
     """RayJobs of ncsn whose launcher has been silent for `older_than` seconds, in the namespace of `api`.
 
     Args:
         api: The cluster.
         older_than: Seconds; 0 takes those with a living launcher too.
         run: Only those of this run.
+        at_work: Only those that have not ended.
     """
     labels = f"{MANAGED_BY}=ncsn" + (f",{RUN_LABEL}={run}" if run else "")
     now = datetime.now(UTC)
-    found = [_orphan(rayjob, now) for rayjob in api.list_rayjobs(labels)]
+    rayjobs = [each for each in api.list_rayjobs(labels) if not (at_work and state_of(each).finished)]
+    found = [_orphan(rayjob, now) for rayjob in rayjobs]
     return [orphan for orphan in found if orphan.silent_seconds >= older_than]
 
 
-def reap(api: KubernetesApi, *, older_than: float, run: str | None = None) -> list[Orphan]:
+def reap(api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False) -> list[Orphan]:
     """Delete what `find_orphans` finds; the deleted."""
-    orphans = find_orphans(api, older_than=older_than, run=run)
+    orphans = find_orphans(api, older_than=older_than, run=run, at_work=at_work)
     for orphan in orphans:
         api.delete_rayjob(orphan.name)
     return orphans

@@ -12,7 +12,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.report.run_page import RunFacts, run_page
-from ncsn.steps.result import STEPS, RunFolder, claim_run
+from ncsn.steps.result import KFP_RUN_ID, STEPS, RunFolder, claim_run
 from ncsn.tracking.outcome import TrackedRun, close_run
 
 STATUS_FILE = "status.json"
@@ -29,17 +29,19 @@ class FinishResult:
         status: FINISHED, FAILED or KILLED, as MLflow calls it.
         reason: Why, if it did not finish.
         failed_step: The step that stopped it, if one did.
+        cancelled: RayJobs that were still at work and are deleted.
         page: Markdown with where everything is.
     """
 
     status: str
     reason: str
     failed_step: str | None
+    cancelled: list[str]
     page: str
 
 
 def run(config: Config, *, run: str, state: str, message: str = "") -> FinishResult:
-    """Write the outcome to `<root>/runs/<run>/status.json` and to the MLflow run of the pipeline.
+    """Cancel what is at work, and write the outcome to `<root>/runs/<run>/status.json` and the run's MLflow run.
 
     Args:
         config: The experiment.
@@ -48,22 +50,38 @@ def run(config: Config, *, run: str, state: str, message: str = "") -> FinishRes
         message: What KFP says of the reason.
 
     Raises:
-        ValueError: if the run belongs to another config, or MLflow could not be told. The store is told first.
+        ValueError: if the run belongs to another config, or MLflow could not be told.
+        PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are told nevertheless.
     """
     folder = claim_run(config, run)
     status, failed_step, reason = _outcome(folder, state, message)
     record = {"status": status, "reason": reason, "failed_step": failed_step, "finished_at": _now()}
-    storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
-    tracked = close_run(config, run=run, status=status)
+    kfp_run = os.environ.get(KFP_RUN_ID)
+    try:
+        cancelled = _cancel(config, run)
+    finally:
+        storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
+        tracked = close_run(config, run=run, status=status, tags={"kfp.pipeline_run_id": kfp_run} if kfp_run else {})
     facts = RunFacts(
         run=run,
         status=status,
         reason=f"{failed_step}: {reason}" if failed_step else reason,
         steps={step: _standing(folder, step, failed_step) for step in STEPS},
-        places=_places(folder, tracked),
-        notes=_notes(folder),
+        places=_places(folder, tracked, kfp_run),
+        notes=[*_notes(folder), *(f"RayJob {name} was still at work and is deleted." for name in cancelled)],
     )
-    return FinishResult(status=status, reason=reason, failed_step=failed_step, page=run_page(facts))
+    return FinishResult(status, reason, failed_step, cancelled, run_page(facts))
+
+
+def _cancel(config: Config, run: str) -> list[str]:
+    """Delete the RayJobs of the run that are at work. A failed one stays for a while, to be looked at."""
+    if config.compute.backend != "kuberay":
+        return []
+    from ncsn.cluster.api import KubernetesApi
+    from ncsn.cluster.reap import reap
+
+    api = KubernetesApi(config.compute.kuberay.namespace)
+    return [orphan.name for orphan in reap(api, older_than=0, run=run, at_work=True)]
 
 
 def _outcome(folder: RunFolder, state: str, message: str) -> tuple[str, str | None, str]:
@@ -84,7 +102,7 @@ def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
 
 
-def _places(folder: RunFolder, tracked: TrackedRun | None) -> dict[str, str]:
+def _places(folder: RunFolder, tracked: TrackedRun | None, kfp_run: str | None) -> dict[str, str]:
     """What the page links to, as far as the steps came."""
     tags: Mapping[str, str] = {}
     for step in ("train", "sample"):
@@ -100,7 +118,9 @@ def _places(folder: RunFolder, tracked: TrackedRun | None) -> dict[str, str]:
         "checkpoint": trained.get("checkpoint", ""),
         "model": registered.get("uri", ""),
         "commit": tags.get("mlflow.source.git.commit", ""),
-        "image": os.environ.get("NCSN_IMAGE", ""),
+        # On one machine the same tasks run without it.
+        "image": os.environ.get("NCSN_IMAGE", "") if kfp_run else "",
+        "KFP run": kfp_run or "",
         "store": folder.uri,
     }
 

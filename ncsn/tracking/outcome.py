@@ -33,7 +33,7 @@ class TrackedRun:
     tags: Mapping[str, Mapping[str, str]]
 
 
-def close_run(config: Config, *, run: str, status: str) -> TrackedRun | None:
+def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str]) -> TrackedRun | None:
     """Give the run, and steps that died without a word, the status; None if MLflow has no such run.
 
     A run that somebody else opened, as KFP's MLflow plugin does, is left for them to close.
@@ -42,6 +42,7 @@ def close_run(config: Config, *, run: str, status: str) -> TrackedRun | None:
         config: The experiment.
         run: Name of the run.
         status: One of `STATUSES`.
+        tags: For the run as a whole.
 
     Raises:
         TrackingError: if the tracking server cannot be used.
@@ -54,6 +55,8 @@ def close_run(config: Config, *, run: str, status: str) -> TrackedRun | None:
         parent = _parent(client, config, run)
         if parent is None:
             return None
+        for key, value in tags.items():
+            client.set_tag(parent.info.run_id, key, value)
         steps = _search(client, parent.info.experiment_id, {"mlflow.parentRunId": parent.info.run_id})
         dead = [step for step in steps if step.info.status == "RUNNING"]
         for each in dead if os.environ.get("MLFLOW_RUN_ID") else [*dead, parent]:
@@ -61,8 +64,8 @@ def close_run(config: Config, *, run: str, status: str) -> TrackedRun | None:
     except MlflowException as error:
         raise TrackingError(f"tracking server {shown(uri)}: {one_line(error)}") from error
     page = f"{shown(uri)}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
-    tags = {step.data.tags["ncsn.step"]: step.data.tags for step in reversed(steps) if "ncsn.step" in step.data.tags}
-    return TrackedRun(parent.info.run_id, page if uri.startswith(REMOTE) else shown(uri), tags)
+    noted = {step.data.tags["ncsn.step"]: step.data.tags for step in reversed(steps) if "ncsn.step" in step.data.tags}
+    return TrackedRun(parent.info.run_id, page if uri.startswith(REMOTE) else shown(uri), noted)
 
 
 def _parent(client: MlflowClient, config: Config, run: str) -> Run | None:

@@ -1,18 +1,22 @@
 """A component runs its step and leaves the result in KFP's artifacts. The e2e test runs them all through KFP."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from kfp import dsl
+import yaml
+from kfp import dsl, kubernetes
+from kfp.compiler import Compiler
 
-from components import KFP_RUN_ID, experiment, headline, publish, publish_metrics, publish_pictures, publish_scores
+from components import experiment, headline, pass_on, publish, publish_metrics, publish_pictures, publish_scores
 from components.ingest import ingest
+from components.sample import sample
 from components.train import train
+from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
+from ncsn.steps.result import KFP_RUN_ID
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -38,7 +42,14 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
     nowhere = dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": str(tmp_path / "nowhere")})
     model, metrics = dsl.Model(uri=str(tmp_path / "model")), dsl.Metrics(uri=str(tmp_path / "metrics"))
     with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere.*run `ncsn ingest` first"):
-        train.python_func(config=to_json(config), run="mine", dataset=nowhere, checkpoint=model, metrics=metrics)
+        train.python_func(
+            config=to_json(config),
+            run="mine",
+            dataset=nowhere,
+            checkpoint=model,
+            metrics=metrics,
+            task_config=dsl.TaskConfig(),
+        )
     assert not Path(model.path).exists()
 
 
@@ -88,3 +99,46 @@ def test_kfp_compares_runs_by_a_few_figures() -> None:
         "eval/classifier_recall_n16": 3.0,
     }
     assert set(headline(figures)) == {"eval/classifier_fid_n16", "eval/real_inception_score_std_n50000"}
+
+
+def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TASK_CONFIG, "")
+    remote = from_yaml(DIGITS, overrides=["compute.backend=kuberay", "storage.root=s3://bucket/prefix"])
+    pass_on(dsl.TaskConfig(node_selector={"pool": "big"}, env=[]), remote)
+    assert task_config() == {"node_selector": {"pool": "big"}}
+    here = from_yaml(DIGITS)
+    pass_on(dsl.TaskConfig(env=[{"name": "A", "value": "b"}]), here)
+    with pytest.raises(ValueError, match=r"resources of this task are for the pods that it starts.*to kuberay"):
+        pass_on(dsl.TaskConfig(resources={"limits": {"nvidia.com/gpu": "1"}}), here)
+
+
+@pytest.mark.parametrize("component", [train, sample], ids=lambda component: component.name)
+def test_everything_can_be_set_on_a_task_that_computes_elsewhere(component: Any, tmp_path: Path) -> None:
+    @dsl.pipeline(name="placed")
+    def placed(uri: str) -> None:
+        kind = dsl.Dataset if component is train else dsl.Model
+        given = dsl.importer(artifact_uri=uri, artifact_class=kind)
+        name = "dataset" if component is train else "checkpoint"
+        task = component(config="{}", run="mine", **{name: given.output})
+        task.set_cpu_limit("4").set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+        kubernetes.add_node_selector(task, "pool", "big")
+        kubernetes.add_toleration(task, key="gpu", operator="Exists")
+        kubernetes.mount_pvc(task, pvc_name="images", mount_path="/mnt/images")
+
+    Compiler().compile(placed, str(tmp_path / "placed.yaml"))
+    spec, platform = yaml.safe_load_all((tmp_path / "placed.yaml").read_text())
+    executor = f"exec-{component.name}"
+    assert (
+        spec["deploymentSpec"]["executors"][executor]["container"]["resources"]["accelerator"]["resourceCount"] == "1"
+    )
+    on_pod = {
+        each["field"]: each.get("applyToTask", False)
+        for each in spec["components"][f"comp-{component.name}"]["taskConfigPassthroughs"]
+    }
+    assert {field for field, applied in on_pod.items() if applied} == {"ENV", "KUBERNETES_VOLUMES"}
+    assert len(on_pod) == len(dsl.TaskConfigField)
+    assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][executor]) == {
+        "nodeSelector",
+        "pvcMount",
+        "tolerations",
+    }

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from components import IMAGE, KFP_RUN_ID
+from components import IMAGE
+from ncsn.steps.result import KFP_RUN_ID
 from pipelines.compile import COMPILED, PIPELINES, compile_all
 
 UPSTREAM = {
