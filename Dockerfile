@@ -46,6 +46,7 @@ RUN apt-get update \
 COPY --from=build /usr/local /usr/local
 # Ray here spans nodes, so its switch for loopback-only clusters stays unset.
 ENV PYTHONUNBUFFERED=1 \
+    NCSN_COMMIT=${REVISION} \
     NCSN_CACHE_DIR=/var/cache/ncsn \
     NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml \
     RAY_USAGE_STATS_ENABLED=0 \

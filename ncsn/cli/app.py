@@ -21,6 +21,7 @@ class _InOrder(click.Group):
 _HELP = """Noise conditional score networks: from images to a registered model that generates images.
 
 \b
+ncsn plan --config configs/digits.yaml          what the pipeline will take
 ncsn run --config configs/digits.yaml           the whole pipeline
 ncsn show-config --config configs/digits.yaml   what the config means
 ncsn sample --run NAME --set sampling.seed=1    one step of a run again
@@ -72,6 +73,34 @@ def _add_step_command(step: str) -> None:
 
 for _step in CATALOGUE:
     _add_step_command(_step)
+
+
+@app.command("plan", cls=ReportingCommand, short_help="Say what a run will take before it starts.")
+@_experiment_options
+@click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
+@click.option("--actual", is_flag=True, help="Rehearse nothing: show what the run has taken beside its plan.")
+@_json_option
+def plan_command(
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    prices_uri: str | None,
+    actual: bool,
+    as_json: bool,
+) -> None:
+    """Say what a run will take: hours, memory, storage, money and energy of each step.
+
+    Rehearses every step on a few images, in about a minute, in a store of its own.
+    """
+    from ncsn.cli.commands import plan_run, show_ledger
+    from ncsn.cli.inputs import resolve
+
+    target = resolve(config_uri, overrides=overrides, run=run_name)
+    if actual:
+        show_ledger(target, as_json=as_json)
+    else:
+        plan_run(target, prices_uri=prices_uri, as_json=as_json)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")

@@ -22,7 +22,8 @@ _DIGEST_SHOWN = 12
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """One or a few lines for the result of a single step."""
-    return "\n".join([f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))])
+    lines = [f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))]
+    return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
 
 
 def result_line(step: str, result: Mapping[str, Any]) -> str:
@@ -72,7 +73,7 @@ def print_summary(
     """
     console.print(_steps_table(records, earlier))
     console.print(_scores_table(records["evaluate"].result))
-    for note in records["evaluate"].result["notes"]:
+    for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
     for name, value in _whereabouts(folder, config, records):

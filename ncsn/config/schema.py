@@ -161,6 +161,13 @@ class TrackingConfig(Section):
         None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file below a local storage.root."
     )
     experiment: str = Field("ncsn", min_length=1, description="MLflow experiment.")
+    preview_images: int = Field(
+        16,
+        ge=0,
+        le=256,
+        description="Images drawn at each checkpoint, to be watched in MLflow; 0 = none. They take at most 1 % of the "
+        "time, and are left out where that is too little.",
+    )
     registered_model: str | None = Field(
         None, description="Name in the registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
     )

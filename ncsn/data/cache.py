@@ -39,6 +39,11 @@ class CachedSplit:
         return len(self.labels)
 
 
+def cache_folder() -> Path:
+    """This node's folder for what can be made again: `NCSN_CACHE_DIR`, else `~/.cache/ncsn`."""
+    return Path(os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser()
+
+
 def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None) -> CachedSplit:
     """Open the node's copy of a split; the first to ask makes it, others wait.
 
@@ -54,7 +59,7 @@ def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str
     """
     manifest = load_manifest(dataset_uri)
     manifest.count(split)
-    base = Path(cache_dir or os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser()
+    base = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     folder = base / manifest.digest / split
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

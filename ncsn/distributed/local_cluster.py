@@ -81,9 +81,18 @@ def ray_tags() -> dict[str, str]:
     """What names the work in Ray's dashboard and logs."""
     context = ray.get_runtime_context()
     tags = {"ray.job_id": context.get_job_id(), "ray.session": context.get_session_name()}
+    # Asked again, `init` only says what this process is connected to.
+    if dashboard := ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url:
+        tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
     if submission := os.environ.get("RAY_JOB_SUBMISSION_ID"):
         tags["ray.submission_id"] = submission
     return tags
+
+
+def cluster_memory() -> float:
+    """Bytes of memory that the connected cluster's machines offer to Ray's processes and its object store."""
+    have = ray.cluster_resources()
+    return float(have.get("memory", 0.0)) + float(have.get("object_store_memory", 0.0))
 
 
 def require_resources(config: Config) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn import build, checkpoint
@@ -28,6 +29,8 @@ from ncsn.core.starts import DataMoments, fit_moments
 from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import CachedSplit, image_indices, open_cache
 from ncsn.data.manifest import load_manifest
+from ncsn.distributed.machine_usage import MachineUsage
+from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.history import level_loss, load_history
 
@@ -39,10 +42,13 @@ class DivergedError(ValueError):
 
 
 class MetricsSink(Protocol):
-    """Receives the curves on rank 0. Must neither block nor raise."""
+    """Receives the curves and pictures on rank 0. Must neither block nor raise."""
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         """Take one point of each curve."""
+
+    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
+        """Take one picture, `[H, W, C]` uint8."""
 
     def close(self) -> object:
         """Send what is left."""
@@ -177,6 +183,7 @@ class Training:
                 self.saved = checkpoint.folder_name(self.state.images_seen)
         self.model = context.wrap(self.state.network)
         self.curves = Curves(self.config.levels.num_levels, context)
+        self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
         kept = job.history if context.rank == 0 else None
         self.history = load_history(kept, until=self.state.images_seen) if kept is not None else None
@@ -223,7 +230,7 @@ class Training:
             )
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         if self.context.rank == 0 and self.job.sink:
-            self.job.sink.log(self.point, images_seen)
+            self.job.sink.log(self.usage.read() | self.point, images_seen)
         if self.history is not None:
             self.history.add(self.point, images_seen)
 
@@ -236,6 +243,8 @@ class Training:
         else:
             if self.history is not None:
                 self.history.publish()
+            if self.job.sink:
+                send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
                 checkpoint.save(
                     Path(folder),

@@ -101,6 +101,10 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
 
     def work(progress: ProgressFile) -> EvaluateResult:
         with step_run(config, run=run, step="evaluate") as tracked:
+            manifest = load_manifest(dataset)
+            tracked.log_dataset(
+                manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
+            )
             result = evaluate(config, samples=samples, dataset=dataset, folder=folder.evaluation, progress=progress)
             tracked.log_metrics({**result.metrics, **result.real_metrics})
             tracked.set_tags({"eval.fingerprint": result.fingerprint})

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -164,7 +165,9 @@ def once(
         result = work(progress)
     except BaseException as error:
         _record_error(folder, step, error)
+        _spend(folder, step, time.time() - started)
         raise
+    _spend(folder, step, time.time() - started)
     record = {
         "step": step,
         "run": folder.run,
@@ -176,6 +179,21 @@ def once(
     storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
     storage.delete_file(folder.step(step, "error.json"))
     return result
+
+
+def spent_seconds(folder: RunFolder, step: str) -> float | None:
+    """What all calls of the step took together, but for those that were killed; None if it was never at work."""
+    try:
+        return float(json.loads(storage.read_text(folder.step(step, "spent.json")))["seconds"])
+    except FileNotFoundError:
+        return None
+
+
+def _spend(folder: RunFolder, step: str, seconds: float) -> None:
+    """Add to the account of the step; a full disk must not hide the first error."""
+    whole = (spent_seconds(folder, step) or 0.0) + seconds
+    with suppress(OSError):
+        storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
 
 
 def _stored(folder: RunFolder, step: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
@@ -27,6 +27,7 @@ class TrainResult:
         images_per_second: Over this call's training, without start-up.
         seconds: Duration of this call's training.
         dataset: URI of the data set.
+        notes: What a person should know.
     """
 
     checkpoint: str
@@ -35,6 +36,7 @@ class TrainResult:
     images_per_second: float
     seconds: float
     dataset: str
+    notes: list[str] = field(default_factory=list)
 
 
 def run(config: Config, *, run: str, dataset: str) -> TrainResult:
@@ -77,6 +79,7 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
                 images_per_second=round(outcome.images_per_second, 1),
                 seconds=round(outcome.seconds, 1),
                 dataset=dataset,
+                notes=[note for note in (tracked.unsent(),) if note],
             )
 
     return once(

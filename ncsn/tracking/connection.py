@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  (only the parent of a private te
 
 class TrackingError(ValueError):
     """The record of runs cannot be used; one line says what to do."""
+
+
+class ServerAwayError(TrackingError):
+    """The tracking server does not answer, or only with an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,18 @@ def tracking_uri(config: Config) -> str:
     return uri
 
 
-def connect(config: Config) -> Connection:
+def connect(config: Config, *, patience: float = 0.0) -> Connection:
     """A client whose server has answered, with the experiment created if it is new.
 
-    Takes at most about ten seconds to find that a server does not answer, where MLflow alone retries for minutes.
+    Args:
+        config: The experiment.
+        patience: Seconds to wait for a server that is away. Without, it takes at most about ten to find that it does
+            not answer, where MLflow alone retries for minutes.
 
     Raises:
         TrackingError: if the server does not answer, refuses the credentials, or the experiment is deleted.
     """
-    client, uri = open_client(config)
+    client, uri = _open_patiently(config, patience)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -105,6 +113,17 @@ def open_client(config: Config) -> tuple[MlflowClient, str]:
     if uri.startswith(REMOTE):
         _probe(uri, config.tracking.experiment)
     return client_at(uri), uri
+
+
+def _open_patiently(config: Config, patience: float) -> tuple[MlflowClient, str]:
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            return open_client(config)
+        except ServerAwayError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(1)
 
 
 def client_at(uri: str) -> MlflowClient:
@@ -211,7 +230,7 @@ def _probe(uri: str, experiment: str) -> None:
             raise_on_status=False,
         )
     except MlflowException as error:
-        raise TrackingError(
+        raise ServerAwayError(
             f"tracking server {shown(uri)} does not answer; start it, or set tracking.uri or MLFLOW_TRACKING_URI"
         ) from error
     if response.status_code in (401, 403):
@@ -220,4 +239,6 @@ def _probe(uri: str, experiment: str) -> None:
             "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     if response.status_code >= 500:
-        raise TrackingError(f"tracking server {shown(uri)} answers with error {response.status_code}; look at its log")
+        raise ServerAwayError(
+            f"tracking server {shown(uri)} answers with error {response.status_code}; look at its log"
+        )

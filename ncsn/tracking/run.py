@@ -6,18 +6,15 @@ call names the run that it means.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
-import importlib.metadata
 import json
+import logging
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +24,30 @@ import numpy.typing as npt
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
+from ncsn.tracking.costs import log_plan, read_plan, step_costs
+from ncsn.tracking.delivery import patience, send_leftovers, tell
+from ncsn.tracking.journal import Entry, held, now, runs_with_journal
+from ncsn.tracking.lookup import BATCH, PARAM_LENGTH, find_or_create, log_params, set_tags
+from ncsn.tracking.provenance import provenance
 from ncsn.tracking.sink import MetricsSink
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-PARAM_LENGTH = 6000
+TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
-BATCH = 100
-"""Parameters, or tags, per request: MLflow's limit."""
+FIRST_STEP = "ingest"
 PLACES = ("compute", "storage", "tracking")
 """Sections of the config that say where the work happens and do not change what comes out."""
-VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
+LATER = {"ingest": ("sampling", "evaluation"), "train": ("sampling", "evaluation")}
+"""Sections that a step does not use."""
+OUTAGE_SECONDS = 60.0
+"""How long a later step waits for a server that the first one has reached."""
+END_RETRIES, END_TIMEOUT = 2, 10
+"""Tries, and seconds for each, to say how a run ended before that is left to the next command."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,23 +59,33 @@ class StepRun:
     experiment_id: str
     run_id: str
     parent_run_id: str
+    journals: str
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings. One that the run has already keeps its value: MLflow's parameters do not change."""
-        _log_params(self.client, self.run_id, params)
+        log_params(self.client, self.run_id, params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number, at `step` (images seen, where there is such a count)."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        time_ = now()
+        entries = [Metric(name, float(value), time_, step) for name, value in metrics.items()]
         for first in range(0, len(entries), BATCH):
             self.client.log_batch(self.run_id, metrics=entries[first : first + BATCH], synchronous=True)
 
     def metrics_sink(self) -> MetricsSink:
         """A picklable sender of this run's metrics for a training loop, perhaps in another process."""
-        return MetricsSink(self.uri, self.run_id)
+        return MetricsSink(self.uri, self.run_id, folder=self.journals)
+
+    def unsent(self) -> str:
+        """Where something waits that the server does not have yet, and what sends it; empty if it has all."""
+        if not runs_with_journal(self.journals):
+            return ""
+        return (
+            f"the tracking server {shown(self.uri)} was away: what it has not got waits in {self.journals}, and the "
+            "next command of this run sends it"
+        )
 
     def log_image(self, image: npt.NDArray[np.uint8], name: str, *, step: int | None = None) -> None:
         """Record a picture.
@@ -123,11 +141,11 @@ class StepRun:
         )
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
         for run_id in (self.run_id, self.parent_run_id):
-            _set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
+            set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Attach tags, replacing those of the same name."""
-        _set_tags(self.client, self.run_id, tags)
+        set_tags(self.client, self.run_id, tags)
 
 
 @contextmanager
@@ -140,29 +158,56 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         step: Name of the step.
         tags: What else identifies the work: ids of the Ray job, of the KFP run.
 
-    If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent.
+    If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent. What earlier steps could not send
+    while the server was away is sent first. Requests are repeated for about two minutes.
 
     Raises:
-        TrackingError: if the tracking server cannot be used.
+        TrackingError: if the tracking server cannot be used, or goes away in the middle of the block for longer.
     """
-    connection = connect(config)
+    from mlflow.exceptions import MlflowException
+
+    connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
+    journals = journal_folder(config, run)
+    send_leftovers(connection.client, journals)
     parent, adopted = _parent(connection, config, run)
-    child = _child(connection.client, parent, config, run, step)
-    _set_tags(connection.client, child.info.run_id, tags or {})
-    step_run_ = StepRun(
+    plan = read_plan(_run_folder(config, run))
+    if plan is not None:
+        log_plan(connection.client, parent, plan)
+    child = _child(connection, parent, config, run, step)
+    set_tags(connection.client, child.info.run_id, tags or {})
+    tracked = StepRun(
         client=connection.client,
         uri=connection.uri,
         experiment_id=child.info.experiment_id,
         run_id=child.info.run_id,
         parent_run_id=parent.info.run_id,
+        journals=journals,
     )
     ids = [child.info.run_id] if adopted else [child.info.run_id, parent.info.run_id]
+    started = time.monotonic()
     try:
-        yield step_run_
+        yield tracked
     except BaseException as error:
-        _end(connection.client, ids, "FAILED" if isinstance(error, Exception) else "KILLED", error)
+        _end(tracked, ids, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if isinstance(error, MlflowException):
+            raise TrackingError(
+                f"tracking server {shown(connection.uri)}: {one_line(error)}; the same command again goes on from here"
+            ) from error
         raise
-    _end(connection.client, ids, "FINISHED")
+    seconds, when = time.monotonic() - started, now()
+    of_step, of_run = step_costs(config, plan, step=step, seconds=seconds)
+    _tell(tracked, tracked.run_id, Entry("cost", when // 1000, when, metrics=of_step))
+    _tell(tracked, tracked.parent_run_id, Entry(f"cost/{step}", when // 1000, when, metrics=of_run))
+    _end(tracked, ids, "FINISHED")
+
+
+def journal_folder(config: Config, run: str) -> str:
+    """URI of what the steps of a run could not send yet."""
+    return storage.join(_run_folder(config, run), "tracking")
+
+
+def _run_folder(config: Config, run: str) -> str:
+    return storage.join(storage.absolute(config.storage.root), "runs", run)
 
 
 def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool]:
@@ -170,128 +215,82 @@ def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool
     from mlflow.exceptions import MlflowException
 
     client = connection.client
-    identity = _identity(config, run)
+    identity = run_identity(config, run)
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         try:
             found = client.get_run(adopted)
         except MlflowException as error:
             raise TrackingError(f"MLFLOW_RUN_ID = {adopted!r} at {shown(connection.uri)}: {one_line(error)}") from error
-        _set_tags(client, adopted, identity)
+        set_tags(client, adopted, identity)
         return found, True
-    whole = " and ".join([_filter(identity), "tags.`ncsn.part` = 'run'"])
-    tags = {**identity, "ncsn.part": "run", **_provenance("ncsn run")}
-    parent = _find_or_create(client, connection.experiment_id, whole, tags, name=run)
+    parent = find_or_create(
+        connection,
+        {**identity, "ncsn.part": "run"},
+        tags=provenance("ncsn run"),
+        name=run,
+        claims=journal_folder(config, run),
+    )
     _describe(client, parent, config)
     return parent, False
 
 
-def _child(client: MlflowClient, parent: Run, config: Config, run: str, step: str) -> Run:
-    identity = {**_identity(config, run), "ncsn.step": step, "ncsn.config": _result_digest(config)}
-    tags = {**identity, "mlflow.parentRunId": parent.info.run_id, **_provenance(f"ncsn {step}")}
-    child = _find_or_create(client, parent.info.experiment_id, _filter(identity), tags, name=step)
-    _describe(client, child, config)
+def _child(connection: Connection, parent: Run, config: Config, run: str, step: str) -> Run:
+    child = find_or_create(
+        replace(connection, experiment_id=parent.info.experiment_id),
+        {**run_identity(config, run), "ncsn.step": step, "ncsn.config": _result_digest(config, step)},
+        tags={"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")},
+        name=step,
+        claims=journal_folder(config, run),
+    )
+    _describe(connection.client, child, config)
     return child
 
 
-def _find_or_create(client: MlflowClient, experiment_id: str, query: str, tags: dict[str, str], *, name: str) -> Run:
-    """The oldest run that answers `query`, set to running, or a new one.
-
-    Two processes may create one at once. Both then see both and take the older; the other goes.
-    """
-    found = _search(client, experiment_id, query)
-    if found is None:
-        created = client.create_run(experiment_id, run_name=name, tags=tags)
-        found = _search(client, experiment_id, query) or created
-        if found.info.run_id != created.info.run_id:
-            client.delete_run(created.info.run_id)
-        return found
-    _set_tags(client, found.info.run_id, tags)
-    client.update_run(found.info.run_id, status="RUNNING")
-    return found
-
-
-def _search(client: MlflowClient, experiment_id: str, query: str) -> Run | None:
-    found = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
-    return found[0] if found else None
-
-
-def _identity(config: Config, run: str) -> dict[str, str]:
+def run_identity(config: Config, run: str) -> dict[str, str]:
+    """The tags that all MLflow runs of a pipeline run share."""
     return {"ncsn.run": run, "ncsn.root": storage.absolute(config.storage.root)}
 
 
-def _result_digest(config: Config) -> str:
+def _result_digest(config: Config, step: str) -> str:
     """Digest of what can change a result: a step with other settings is another run, on another machine the same."""
-    sections = config.model_dump(mode="json", exclude=set(PLACES))
+    sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ())})
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _filter(tags: Mapping[str, str]) -> str:
-    """MLflow's search expression for runs with all of these tags."""
-    quoted = {key: f'"{value}"' if "'" in value else f"'{value}'" for key, value in tags.items()}
-    return " and ".join(f"tags.`{key}` = {value}" for key, value in quoted.items())
-
-
-def _provenance(command: str) -> dict[str, str]:
-    """Tags that say which code, which versions and who."""
-    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
-    for package in VERSIONS:
-        try:
-            tags[f"{package}.version"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if commit := _git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    try:
-        tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a container's numeric user has no name
-        tags["mlflow.user"] = str(os.getuid())
-    return tags
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this code runs from; None for an installed package."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _describe(client: MlflowClient, run: Run, config: Config) -> None:
-    """Parameters and YAML of the config, completed if an earlier try died in between."""
-    _log_params(client, run.info.run_id, flatten(config))
-    client.log_text(run.info.run_id, to_yaml(config), "config.yaml")
+    """YAML and parameters of the config, completed if an earlier try died in between.
+
+    Parameters keep their first values, so the YAML does too; what this call has otherwise (where it works, or, for the
+    run of the whole pipeline, how a later step was set) is the tag `ncsn.changed`.
+    """
+    params = {path: str(value)[:PARAM_LENGTH] for path, value in flatten(config).items()}
+    known = run.data.params
+    if params.keys() - known.keys():
+        if not known:
+            client.log_text(run.info.run_id, to_yaml(config), "config.yaml")
+        log_params(client, run.info.run_id, params)
+    changed = [f"{path}: {known[path]} -> {value}" for path, value in params.items() if known.get(path, value) != value]
+    if changed:
+        set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
 
 
-def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    known = client.get_run(run_id).data.params
-    new = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items() if key not in known]
-    for first in range(0, len(new), BATCH):
-        client.log_batch(run_id, params=new[first : first + BATCH], synchronous=True)
+def _end(tracked: StepRun, run_ids: list[str], status: str) -> None:
+    """Close the runs."""
+    ended = now()
+    for run_id in run_ids:
+        _tell(tracked, run_id, Entry("status", ended, ended, status=status))
 
 
-def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    entries = [RunTag(key, str(value)) for key, value in tags.items()]
-    for first in range(0, len(entries), BATCH):
-        client.log_batch(run_id, tags=entries[first : first + BATCH], synchronous=True)
-
-
-def _end(client: MlflowClient, run_ids: list[str], status: str, error: BaseException | None = None) -> None:
-    """Close the runs; if the server is gone as well, the first error is the one to show."""
+def _tell(tracked: StepRun, run_id: str, entry: Entry) -> None:
+    """Record an entry now, or leave it to the next command if the server is away: the work itself is done."""
     from mlflow.exceptions import MlflowException
 
     try:
-        for run_id in run_ids:
-            client.set_terminated(run_id, status)
-    except MlflowException as failure:
-        if error is None:
-            raise
-        error.add_note(f"(the run could not be closed in MLflow: {one_line(failure)})")
+        with patience(retries=END_RETRIES, timeout=END_TIMEOUT):
+            tell(tracked.client, run_id, entry)
+    except MlflowException:
+        try:
+            with held(tracked.journals, run_id, patience=END_TIMEOUT) as journal:
+                journal.append(entry)
+        except OSError as error:
+            _logger.warning("the MLflow run %s is not complete: %s", run_id, error)

@@ -15,6 +15,7 @@ from ncsn import build
 from ncsn.config import Config, from_yaml
 from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
+from ncsn.distributed import preview as previews
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, draw_batch, train_loop
 from ncsn.history import TrainingHistory, load_history
@@ -25,10 +26,14 @@ class Recorder:
     """A sink that remembers."""
 
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
     closed: bool = False
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         self.points.append((images_seen, metrics))
+
+    def log_picture(self, picture: np.ndarray, name: str, images_seen: int) -> None:
+        self.pictures.append((name, images_seen, picture))
 
     def close(self) -> None:
         self.closed = True
@@ -68,6 +73,55 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
     assert [seen for seen, _ in resumed.points] == [96, 128, 160]
     assert whole.keys() == second.keys()
     assert all(torch.equal(whole[key], second[key]) for key in whole)
+
+
+def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "SHARE", 1.0)  # so short a training would have none
+    with_previews, without = Recorder(), Recorder()
+    seen = train(from_yaml(tiny), dataset, tmp_path / "with", with_previews)
+    unseen = train(from_yaml(tiny, overrides=["tracking.preview_images=0"]), dataset, tmp_path / "without", without)
+    assert [(name, images) for name, images, _ in with_previews.pictures] == [
+        ("train/preview", 80),
+        ("train/preview", 160),
+    ]
+    assert without.pictures == []
+    first, second = (picture for _, _, picture in with_previews.pictures)
+    assert first.dtype == np.uint8 and first.shape == second.shape == (6 * 37, 6 * 37, 1)
+    assert not np.array_equal(first, second)
+    assert all(torch.equal(seen[key], unseen[key]) for key in seen)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "evaluations"),
+    [
+        ([], 0),  # 16 images x 3 between two checkpoints of 80: more than a hundredth
+        (["train.num_images=100000", "train.checkpoint_every_images=100000", "noise.num_levels=50"], 20),
+        (["train.num_images=100000", "train.checkpoint_every_images=100000", "noise.num_levels=4"], 4),
+        (["train.num_images=100000", "train.checkpoint_every_images=4000", "noise.num_levels=50"], 7),
+        (["train.num_images=100000", "train.checkpoint_every_images=100000", "tracking.preview_images=0"], 0),
+        (
+            [
+                "loss.kind=single_sigma",
+                "noise={num_levels: 1, sigma_1: 0.1, sigma_L: 0.1}",
+                "sampling.sampler={kind: langevin}",
+            ],
+            0,
+        ),
+    ],
+)
+def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], evaluations: int) -> None:
+    assert previews.preview_evaluations(from_yaml(tiny, overrides=overrides)) == evaluations
+
+
+def test_load_of_the_machine_comes_with_the_curves(tiny: str, dataset: str, tmp_path: Path) -> None:
+    sink = Recorder()
+    train(from_yaml(tiny), dataset, tmp_path, sink)
+    for _, point in sink.points:
+        assert 0 <= point["system/cpu_utilization_percentage"] <= 100
+        assert 50 < point["system/worker_memory_megabytes"] < point["system/system_memory_usage_megabytes"] + 1e5
+        assert list(point)[-1] == "train/learning_rate", "names the series, so it must be in every point"
 
 
 def test_the_same_config_gives_the_same_weights_and_another_seed_others(

@@ -21,6 +21,7 @@ from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config, from_yaml
 from ncsn.core.starts import fit_moments
+from ncsn.tracking.connection import client_at
 
 EXPERIMENT = """
 name: tiny
@@ -41,7 +42,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float = 120.0) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float = 240.0) -> None:
     """Until `url` answers."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
@@ -81,6 +82,11 @@ class Server:
             )
         wait_for(self._health, self._process)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         """Kill it and its workers, if it runs."""
         if self._process is not None:
@@ -113,17 +119,36 @@ def config(make_config: MakeConfig) -> Config:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real tracking server."""
     folder = tmp_path_factory.mktemp("server")
+    database = f"sqlite:///{folder}/server.db"
+    client_at(database)  # our own way to create it takes a second where the server's takes many
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += [
         "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
+        database,
         "--artifacts-destination",
         f"{folder}/artifacts",
     ]
     server = Server(command, health="/health", folder=folder)
-    server.start()
-    yield server
-    server.kill()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def make_server(tmp_path: Path) -> Iterator[Callable[[list[str]], Server]]:
+    """Command of a tracking server -> the server, started."""
+    started: list[Server] = []
+
+    def start(command: list[str]) -> Server:
+        started.append(Server(command, health="/health", folder=tmp_path))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
 
 
 @pytest.fixture

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,9 @@ import pytest
 from PIL import Image
 
 from ncsn.config import flatten, from_yaml
-from ncsn.tracking.connection import TrackingError, connect
+from ncsn.planning import load_prices
+from ncsn.tracking import run as runs
+from ncsn.tracking.connection import TrackingError, client_at, connect
 from ncsn.tracking.run import step_run
 
 
@@ -84,6 +89,83 @@ def test_other_settings_are_another_run_another_place_is_not(make_config):
     assert spread.run_id == usual.run_id
     assert {tracked.parent_run_id for tracked in runs} == {usual.parent_run_id}
     assert longer.client.get_run(longer.run_id).data.params["sampling.sampler.steps_per_level"] == "9"
+
+
+def test_what_a_step_does_not_use_is_no_other_run(make_config):
+    """Resumed with another sampler, training goes on in its run, and the run says so."""
+    with step_run(make_config(), run="resumed", step="train") as first:
+        pass
+    with step_run(make_config("sampling.seed=5", "compute.num_workers=2"), run="resumed", step="train") as second:
+        pass
+    assert second.run_id == first.run_id
+    for run_id in (first.run_id, first.parent_run_id):
+        run = first.client.get_run(run_id)
+        assert (run.data.params["sampling.seed"], run.data.params["compute.num_workers"]) == ("0", "1")
+        assert run.data.tags["ncsn.changed"] == "sampling.seed: 0 -> 5; compute.num_workers: 1 -> 2"
+
+
+def test_two_processes_that_open_one_run_at_once_open_one(config):
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: _opened(config), range(4)))
+    assert len({tracked.run_id for tracked in opened}) == 1
+    assert len({tracked.parent_run_id for tracked in opened}) == 1
+    client, experiment = opened[0].client, opened[0].experiment_id
+    assert len(client.search_runs([experiment], "tags.`ncsn.run` = 'race'")) == 2
+
+
+def _opened(config):
+    with step_run(config, run="race", step="train") as tracked:
+        return tracked
+
+
+def test_time_and_money_are_metrics_of_the_step_and_of_the_whole(make_config):
+    config = make_config("compute.num_workers=2", "compute.cpus_per_worker=3")
+    with step_run(config, run="costs", step="train") as tracked:
+        time.sleep(0.2)
+    metrics = tracked.client.get_run(tracked.run_id).data.metrics
+    assert 0.2 <= metrics["cost/seconds"] < 60
+    assert metrics["cost/cpu_hours"] == pytest.approx(6 * metrics["cost/seconds"] / 3600)
+    assert metrics["cost/gpu_hours"] == 0
+    assert metrics["cost/money"] == pytest.approx(load_prices().cpu_core_hour * metrics["cost/cpu_hours"])
+    whole = tracked.client.get_run(tracked.parent_run_id).data.metrics
+    assert whole == {"cost/train_seconds": metrics["cost/seconds"]}
+
+
+def test_plan_stands_beside_what_it_took(config, root, tmp_path):
+    plan = {"made_at": "2030-01-01", "prices": asdict(load_prices()), "steps": {"train": {"seconds": 12.0}}}
+    (root / "runs" / "planned").mkdir(parents=True)
+    (root / "runs" / "planned" / "plan.json").write_text(json.dumps(plan))
+    with step_run(config, run="planned", step="train") as tracked:
+        pass
+    parent = tracked.client.get_run(tracked.parent_run_id)
+    assert parent.data.metrics["plan/train_seconds"] == 12.0
+    logged = tracked.client.download_artifacts(tracked.parent_run_id, "plan.json", str(tmp_path))
+    assert json.loads(Path(logged).read_text()) == plan
+
+
+def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, monkeypatch):
+    for name, value in {"IMAGE": "ncsn@sha256:1", "COMMIT": "c0ffee", "KFP_RUN_ID": "r1", "KFP_RUN_URL": "u"}.items():
+        monkeypatch.setenv(f"NCSN_{name}", value)
+    with step_run(config, run="environment", step="train") as tracked:
+        pass
+    wanted = {
+        "mlflow.docker.image.uri": "ncsn@sha256:1",
+        "mlflow.source.git.commit": "c0ffee",
+        "kfp.pipeline_run_id": "r1",
+        "kfp.pipeline_run_url": "u",
+    }
+    for run_id in (tracked.run_id, tracked.parent_run_id):
+        assert wanted.items() <= tracked.client.get_run(run_id).data.tags.items()
+
+
+def test_server_that_goes_away_in_a_step_is_one_line(make_config, monkeypatch):
+    """And the work that was done is not lost: the same command goes on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(runs, "END_RETRIES", 0)
+    line = pytest.raises(TrackingError, match=r"the same command again goes on from here$")
+    with line as caught, step_run(make_config(), run="away", step="sample") as tracked:
+        client_at("http://127.0.0.1:9").set_tag(tracked.run_id, "a", "b")
+    assert "\n" not in str(caught.value)
 
 
 def test_same_run_name_in_another_store_is_another_run(config, make_config, root, tmp_path):

@@ -1,0 +1,99 @@
+"""What tracking costs a training: CPU seconds of the loop's calls, of the thread that sends, and of the previews.
+
+    python -m benchmarks.tracking configs/digits.yaml --images 70000
+
+Trains on one core with a SQLite record, the dearest, for the database then works in the same process. CPU seconds do
+not depend on what else the machine does. What the process spends once on importing MLflow is shown by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed import worker_loop
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.tracking.run import step_run
+from ncsn.tracking.sink import MetricsSink
+
+_IMPORT = "import time, torch; t = time.process_time(); import mlflow.tracking; print(time.process_time() - t)"
+
+
+class TimedSink(MetricsSink):
+    """A sink that knows how long the training loop was in it, and what its own thread used."""
+
+    def __init__(self, uri: str, run_id: str, *, folder: str) -> None:
+        super().__init__(uri, run_id, folder=folder)
+        self.calls = self.sender = 0.0
+
+    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        """As the sink's own."""
+        self.calls += _thread_seconds(lambda: super(TimedSink, self).log(metrics, images_seen))
+
+    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
+        """As the sink's own."""
+        self.calls += _thread_seconds(lambda: super(TimedSink, self).log_picture(picture, name, images_seen))
+
+    def _run(self) -> None:
+        self.sender = _thread_seconds(super()._run)
+
+
+def measure(config: Config, root: Path) -> dict[str, float]:
+    """Seconds of CPU of one training by one worker, and of the parts of it that tracking takes."""
+    dataset = write_dataset(open_source(config.data), str(root / "data"), name="data", data=config.data).uri
+    send, preview = worker_loop.send_preview, 0.0
+
+    def timed(*arguments: Any, **named: Any) -> None:
+        nonlocal preview
+        preview += _thread_seconds(lambda: send(*arguments, **named))
+
+    worker_loop.send_preview = timed
+    with step_run(config, run="benchmark", step="train") as tracked:
+        sink = TimedSink(tracked.uri, tracked.run_id, folder=tracked.journals)
+        started = time.process_time()
+        train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(root / "checkpoints"))
+        whole = time.process_time() - started
+    return {"training": whole, "calls": sink.calls, "sender": sink.sender, "preview": preview}
+
+
+def main() -> None:
+    """Measure and print a table; with --out also write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--images", type=int, default=70000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"storage.root={folder}", "compute.num_workers=1", f"train.num_images={options.images}"]
+        config = from_yaml(options.config.read_text(), overrides=overrides)
+        seconds = measure(config, Path(folder))
+    once = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    seconds["import once"] = float(once.stdout)
+    for name, value in seconds.items():
+        print(f"{name:<12} {value:9.3f} s  {100 * value / seconds['training']:6.2f} %")
+    if options.out:
+        options.out.write_text(json.dumps(seconds, indent=1))
+
+
+def _thread_seconds(call: Callable[[], None]) -> float:
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
+
+
+if __name__ == "__main__":
+    main()

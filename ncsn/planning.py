@@ -1,0 +1,210 @@
+"""What a pipeline run will take and what it took: seconds, CPU- and GPU-hours, money, energy, memory and storage.
+
+Plain arithmetic on rates that somebody measured; `ncsn.steps.plan` measures them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from ncsn import storage
+from ncsn.config import Config
+
+STEPS = ("ingest", "train", "sample", "evaluate", "register")
+PLAN = "plan.json"
+"""Name of the plan in the folder of its run."""
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price table; see `prices.yaml` for the meaning of each."""
+
+    currency: str
+    cpu_core_hour: float
+    gpu_hour: float
+    storage_gb_month: float
+    watts_per_cpu_core: float
+    watts_per_gpu: float
+    power_overhead: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some seconds on reserved cores and GPUs come to."""
+
+    seconds: float
+    cpu_hours: float
+    gpu_hours: float
+    money: float
+    kwh: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much of everything a config asks for.
+
+    Attributes:
+        train_images: Images of the train split.
+        test_images: Images of the test split.
+        shards: Batches of images that sampling makes.
+        nfe: Network evaluations per generated image.
+    """
+
+    train_images: int
+    test_images: int
+    shards: int
+    nfe: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a probe measured on the machine at hand; seconds unless the name says otherwise.
+
+    Attributes:
+        cluster_start: Starting Ray, or joining it.
+        process_start: Starting the process of one step with its imports.
+        fixed: Step -> what it takes in its own process before and after the work that grows with the config.
+        ingest_image: Reading and writing one image.
+        train_image: One training image, by all workers together.
+        checkpoint: Making and publishing one checkpoint, with its preview.
+        sample_evaluation: One network evaluation of one batch, while all workers are busy.
+        classifier_image: One image of one pass of the classifier's training.
+        extract_image: One image through the extractor.
+        worker_bytes: Memory of a training worker.
+        machine_bytes: Memory of the machines of the cluster.
+        dataset_image_bytes: Of one image in the store.
+        checkpoint_bytes: Of one checkpoint.
+        sample_bytes: Of one generated image in the store.
+    """
+
+    cluster_start: float
+    process_start: float
+    fixed: Mapping[str, float]
+    ingest_image: float
+    train_image: float
+    checkpoint: float
+    sample_evaluation: float
+    classifier_image: float
+    extract_image: float
+    worker_bytes: float
+    machine_bytes: float
+    dataset_image_bytes: float
+    checkpoint_bytes: float
+    sample_bytes: float
+
+
+def load_prices(uri: str | None = None) -> Prices:
+    """The price table at `uri`, else the one that comes with the package.
+
+    Raises:
+        ValueError: naming what is missing, unknown or not a number.
+    """
+    own = resources.files("ncsn").joinpath("prices.yaml")
+    text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    names = [field.name for field in fields(Prices)]
+    if not isinstance(table, dict) or set(table) != set(names):
+        raise ValueError(f"{origin}: expected exactly these prices: {', '.join(names)}")
+    for name in names[1:]:
+        value = table[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ValueError(f"{origin}: {name}: {value!r} is not a number of at least 0")
+    return Prices(**table)
+
+
+def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
+    """What `seconds` of a step come to: training and sampling reserve all workers, any other step one."""
+    compute = config.compute
+    workers = compute.num_workers if step in ("train", "sample") else 1
+    gpus = workers if compute.use_gpu and step in ("train", "sample", "evaluate") else 0
+    cpu_hours, gpu_hours = workers * compute.cpus_per_worker * seconds / 3600, gpus * seconds / 3600
+    watt_hours = cpu_hours * prices.watts_per_cpu_core + gpu_hours * prices.watts_per_gpu
+    return Cost(
+        seconds=seconds,
+        cpu_hours=cpu_hours,
+        gpu_hours=gpu_hours,
+        money=cpu_hours * prices.cpu_core_hour + gpu_hours * prices.gpu_hour,
+        kwh=watt_hours * prices.power_overhead / 1000,
+    )
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """The sum over all steps."""
+    return Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs.values()) for field in fields(Cost)})
+
+
+def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, float]:
+    """Step -> seconds, as the step itself will report them."""
+    train, evaluation, sampling = config.train, config.evaluation, config.sampling
+    images = math.ceil(train.num_images / train.batch_size) * train.batch_size
+    waves = math.ceil(counts.shards / config.compute.num_workers)
+    measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
+    passes = evaluation.classifier_epochs if evaluation.extractor == "classifier" else 0
+    work = {
+        "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
+        "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
+        "sample": waves * counts.nfe * rates.sample_evaluation,
+        "evaluate": passes * counts.train_images * rates.classifier_image + measured * rates.extract_image,
+        "register": 0.0,
+    }
+    return {step: rates.fixed[step] + work[step] for step in STEPS}
+
+
+def num_checkpoints(config: Config) -> int:
+    """How many checkpoints the training publishes."""
+    every, images = config.train.checkpoint_every_images, config.train.num_images
+    return images // every + (images % every > 0)
+
+
+def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, Any]:
+    """The plan as plain values: `steps`, `total`, `start_seconds`, `memory`, `storage`, `prices`, `rates`, `counts`."""
+    costs = {
+        step: cost_of(config, step, seconds, prices) for step, seconds in step_seconds(config, counts, rates).items()
+    }
+    return {
+        "steps": {step: asdict(cost) for step, cost in costs.items()},
+        "total": asdict(total(costs)),
+        "start_seconds": rates.cluster_start + (len(STEPS) + 1) * rates.process_start,
+        "memory": _memory(config, rates),
+        "storage": _storage(config, counts, rates, prices),
+        "prices": asdict(prices),
+        "rates": asdict(rates),
+        "counts": asdict(counts),
+    }
+
+
+def _memory(config: Config, rates: Rates) -> dict[str, Any]:
+    needed = config.compute.num_workers * rates.worker_bytes
+    return {
+        "worker_gb": rates.worker_bytes / GIGABYTE,
+        "workers_gb": needed / GIGABYTE,
+        "machine_gb": rates.machine_bytes / GIGABYTE,
+        "fits": needed <= rates.machine_bytes,
+    }
+
+
+def _storage(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, float]:
+    data = config.data
+    images = counts.train_images + counts.test_images
+    sizes = {
+        "dataset_gb": images * rates.dataset_image_bytes / GIGABYTE,
+        "checkpoints_gb": min(config.train.keep_checkpoints, num_checkpoints(config))
+        * rates.checkpoint_bytes
+        / GIGABYTE,
+        "samples_gb": config.sampling.num_images * rates.sample_bytes / GIGABYTE,
+    }
+    return sizes | {
+        "store_gb": sum(sizes.values()),
+        "node_cache_gb": images * data.image_size**2 * data.channels / GIGABYTE,
+        "money_per_month": sum(sizes.values()) * prices.storage_gb_month,
+    }

@@ -1,0 +1,307 @@
+"""The pipeline's steps on a few images, timed: real code on the cluster that the run would use, in a scratch store.
+
+So the rates know what start-up, workers that share cores, checkpoints and tracking cost here, not only the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig, SamplerConfig
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import Training, TrainingJob
+from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
+from ncsn.evaluation.extractors import Extractor
+from ncsn.evaluation.inception import InceptionExtractor
+from ncsn.evaluation.speed import seconds_per_image, training_seconds_per_image
+from ncsn.generation import evaluations_per_image
+from ncsn.planning import Counts, Rates
+from ncsn.steps import evaluate, ingest, register, sample, train
+from ncsn.steps.result import RunFolder, run_folder
+from ncsn.tracking.connection import connect
+from ncsn.tracking.history import metric_history
+
+RUN = "rehearsal"
+IMAGES, FEW_IMAGES = 2048, 256
+"""Images of each split that are rehearsed with; the few where each takes long, and to see what one image takes."""
+SECONDS = 6.0
+"""Wanted length of a measurement."""
+REPORTS = 6
+MOST_STEPS, LEAST_STEPS = 600, 2 * REPORTS
+
+_START = """
+import sys, time
+from ncsn.config import from_json
+from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.steps import evaluate, ingest, register, sample, train
+config, started = from_json(sys.argv[1]), time.perf_counter()
+from ncsn.tracking.connection import connect
+connect(config)
+recorded = time.perf_counter()
+with ray_cluster(config):
+    print(recorded - started, time.perf_counter() - recorded)
+"""
+"""What the process of a step does before its work."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds that a step's process takes: to start, until MLflow answers, until it has joined the cluster."""
+
+    process: float
+    tracking: float
+    joining: float
+
+
+def count(config: Config) -> Counts:
+    """How much of everything the config asks for."""
+    splits = open_source(config.data).splits
+    sampling = config.sampling
+    return Counts(
+        train_images=splits["train"].count,
+        test_images=splits["test"].count,
+        shards=math.ceil(sampling.num_images / sampling.batch_size),
+        nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
+    )
+
+
+def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -> Rates:
+    """Measure what `ncsn.planning` needs.
+
+    Args:
+        config: The experiment.
+        counts: What it asks for.
+        report: Called with the name of each part as it begins.
+
+    Raises:
+        ValueError: as the steps do, for a config that they refuse.
+    """
+    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as scratch:
+        root = Path(scratch)
+        small = _small(config, root)
+        report("start")
+        started = time.perf_counter()
+        with ray_cluster(config):
+            cluster_start = time.perf_counter() - started
+            connect(small)  # creates the database, which a store has once
+            return _Rehearsal(small, counts, start=_process_start(small), cluster_start=cluster_start).rates(
+                config, report
+            )
+
+
+class _Rehearsal:
+    """The steps one after the other, each with what the one before left."""
+
+    def __init__(self, config: Config, counts: Counts, *, start: Start, cluster_start: float) -> None:
+        self.config, self.counts, self.start, self.cluster_start = config, counts, start, cluster_start
+        self.folder: RunFolder = run_folder(config, RUN)
+
+    def rates(self, config: Config, report: Callable[[str], None]) -> Rates:
+        """Rehearse every step of `config`."""
+        report("ingest")
+        ingest_image, images = self._seconds_per_image(config)
+        self.config = _with(self.config, **_train_length(self.config, images))
+        data = ingest.run(self.config, run=RUN)
+        report("train")
+        trained = train.run(self.config, run=RUN, dataset=data.uri)
+        train_image, checkpoint, train_fixed = self._training(trained)
+        report("sample")
+        sampler = shorter(config, nfe=max(1, round(SECONDS * 3 / (train_image * config.sampling.batch_size))))
+        self.config = self.config.model_copy(
+            update={"sampling": self.config.sampling.model_copy(update={"sampler": sampler})}
+        )
+        made, sample_evaluation, sample_fixed = self._sampling(trained.checkpoint)
+        report("evaluate")
+        figures = evaluate.run(self.config, run=RUN, samples=made.uri, dataset=data.uri)
+        classifier_image, extract_image, evaluate_fixed = self._evaluation(data.uri, figures)
+        report("register")
+        register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=figures.uri)
+        manifest = load_manifest(data.uri)
+        joining = {"train": self.start.joining, "sample": self.start.joining}
+        fixed = {
+            "ingest": max(self._seconds("ingest") - sum(manifest.counts.values()) * ingest_image, 0.0),
+            "train": train_fixed,
+            "sample": sample_fixed,
+            "evaluate": evaluate_fixed,
+            "register": self._seconds("register"),
+        }
+        memory = metric_history(self.config, run=RUN, step="train", name="system/worker_memory_megabytes")
+        return Rates(
+            cluster_start=self.cluster_start,
+            process_start=self.start.process,
+            fixed={step: own + self.start.tracking + joining.get(step, 0.0) for step, own in fixed.items()},
+            ingest_image=ingest_image,
+            train_image=train_image,
+            checkpoint=checkpoint,
+            sample_evaluation=sample_evaluation,
+            classifier_image=classifier_image,
+            extract_image=extract_image,
+            worker_bytes=1e6 * max(value for _, value in memory),
+            machine_bytes=cluster_memory(),
+            dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(manifest.counts.values()),
+            checkpoint_bytes=_bytes(trained.checkpoint, "*"),
+            sample_bytes=_bytes(made.uri, "shard-*.parquet") / made.num_images,
+        )
+
+    def _seconds(self, step: str) -> float:
+        return float(json.loads(storage.read_text(self.folder.step(step, "result.json")))["seconds"])
+
+    def _seconds_per_image(self, config: Config) -> tuple[float, str]:
+        """Between a few images and more, so that what opening the source takes falls out; and URI of the more."""
+        taken, images, uri = [], [], ""
+        for limit in (FEW_IMAGES, IMAGES):
+            data = _with(self.config, **{"data.max_images": min(limit, config.data.max_images or limit)}).data
+            started = time.perf_counter()
+            dataset = write_dataset(open_source(data), f"{self.folder.root}/{limit}", name=RUN, data=data)
+            taken.append(time.perf_counter() - started)
+            images.append(sum(dataset.manifest.counts.values()))
+            uri = dataset.uri
+        return max(taken[1] - taken[0], 0.0) / max(images[1] - images[0], 1), uri
+
+    def _training(self, result: train.TrainResult) -> tuple[float, float, float]:
+        """Seconds of an image, of a checkpoint and of what surrounds the loop; the first stretch warms up."""
+        points = metric_history(self.config, run=RUN, step="train", name="train/images_per_second")
+        ends = [0, *(images for images, _ in points)]
+        lengths = [after - before for before, after in itertools.pairwise(ends)]
+        seconds = [length / rate for length, (_, rate) in zip(lengths, points, strict=True)]
+        image = sum(seconds[1:]) / sum(lengths[1:])
+        checkpoint = max(result.seconds - sum(seconds), 0.0)
+        return image, checkpoint, self._seconds("train") - sum(lengths) * image - checkpoint
+
+    def _sampling(self, checkpoint: str) -> tuple[sample.SampleResult, float, float]:
+        """Samples, seconds of one evaluation of a batch, and of what surrounds the sampling.
+
+        The second call finds workers that have started; only there does time grow with the evaluations.
+        """
+        cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
+        seconds = self._seconds("sample")
+        wave = self.config.sampling.num_images
+        more = _with(self.config, **{"sampling.num_images": 2 * wave})
+        warm = sample.run(more, run=RUN, checkpoint=checkpoint)
+        evaluation = warm.seconds / cold.nfe
+        strip = sample.STRIP_IMAGES / self.config.sampling.batch_size * (self.counts.nfe - cold.nfe) * evaluation
+        return cold, evaluation, seconds - warm.seconds + strip
+
+    def _evaluation(self, dataset: str, result: evaluate.EvaluateResult) -> tuple[float, float, float]:
+        """Seconds of one image of the classifier's training, of one through the extractor, and of the rest."""
+        split = open_cache(dataset, "train")
+        extract_image = seconds_per_image(
+            _extractor(self.config, dataset), split.images, batch_size=self.config.evaluation.batch_size
+        )
+        trained = [
+            json.loads(path.read_text())["training_seconds"] for path in Path(dataset).glob("classifier/*/*.json")
+        ]
+        measured = len(split) + result.num_images + result.num_real_images
+        fixed = max(self._seconds("evaluate") - sum(trained) - measured * extract_image, 0.0)
+        if not trained:
+            return 0.0, extract_image, fixed
+        own = sum(trained) / len(split)
+        as_large = (self.counts.train_images < SMALL_SET) == (len(split) < SMALL_SET)
+        if not as_large:
+            manifest = load_manifest(dataset)
+            recipe = ClassifierRecipe(
+                image_size=manifest.image_size,
+                channels=manifest.channels,
+                num_classes=len(manifest.class_names),
+                epochs=self.config.evaluation.classifier_epochs,
+                seed=evaluate.SEED,
+            )
+            own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
+        return own, extract_image, fixed
+
+
+def shorter(config: Config, *, nfe: int) -> SamplerConfig:
+    """The config's sampler with about `nfe` evaluations at most, or a plain one where it cannot be shortened so far."""
+    sampler, levels = config.sampling.sampler, config.levels.num_levels
+    if evaluations_per_image(sampler, num_levels=levels) <= nfe:
+        return sampler
+    if isinstance(sampler, AnnealedLangevinConfig) and nfe >= levels:
+        return sampler.model_copy(update={"steps_per_level": nfe // levels})
+    if isinstance(sampler, LangevinConfig):
+        return sampler.model_copy(update={"num_steps": nfe})
+    return ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=max(2, min(nfe, levels)))
+
+
+def _small(config: Config, root: Path) -> Config:
+    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
+    samples = config.sampling.batch_size * config.compute.num_workers
+    return _with(
+        config,
+        **{
+            "storage.root": str(root),
+            "tracking.uri": f"sqlite:///{root}/mlflow.db",
+            "data.max_images": min(images, config.data.max_images or images),
+            "sampling.num_images": samples,
+            "evaluation.classifier_epochs": 1,
+            "evaluation.num_splits": 1,
+        },
+    )
+
+
+def _with(config: Config, **values: Any) -> Config:
+    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+    return from_yaml(to_yaml(config), overrides=overrides)
+
+
+def _train_length(config: Config, dataset: str) -> dict[str, int]:
+    """So many steps that they take about `SECONDS`, by the second step of one process on all cores."""
+    batch = config.train.batch_size
+    steps = MOST_STEPS
+    if not config.compute.use_gpu:
+        with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
+            training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(Path(folder)))
+            training.step()
+            started = time.perf_counter()
+            training.step()
+            steps = round(SECONDS / (time.perf_counter() - started))
+    stretch = math.ceil(min(max(steps, LEAST_STEPS), MOST_STEPS) / REPORTS) * batch
+    return {
+        "train.num_images": stretch * REPORTS,
+        "train.checkpoint_every_images": stretch * REPORTS,
+        "train.report_every_images": stretch,
+    }
+
+
+def _process_start(config: Config) -> Start:
+    started = time.perf_counter()
+    command = [sys.executable, "-c", _START, to_json(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    whole = time.perf_counter() - started
+    tracking, joining = map(float, done.stdout.split()[-2:])
+    return Start(process=whole - tracking - joining, tracking=tracking, joining=joining)
+
+
+def _extractor(config: Config, dataset: str) -> Extractor:
+    """The configured extractor; a classifier that knows nothing takes as long as one that does."""
+    settings, manifest = config.evaluation, load_manifest(dataset)
+    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
+    if settings.extractor == "inception":
+        assert settings.weights is not None, "the schema asks for weights"
+        return InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device)
+    network = ClassifierNetwork(
+        image_size=manifest.image_size, channels=manifest.channels, num_classes=len(manifest.class_names)
+    )
+    return ClassifierExtractor(network.to(device), weights_sha256="")
+
+
+def _bytes(folder: str, pattern: str) -> float:
+    return float(sum(path.stat().st_size for path in Path(folder).glob(pattern)))

@@ -1,0 +1,52 @@
+"""Tags that say which code, which versions, which image, and whose pipeline a run belongs to."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
+UNKNOWN = "unknown"
+"""What the image says of its commit if nobody told it when it was built."""
+FROM_ENVIRONMENT = {
+    "mlflow.docker.image.uri": "NCSN_IMAGE",
+    "kfp.pipeline_run_id": "NCSN_KFP_RUN_ID",
+    "kfp.pipeline_run_url": "NCSN_KFP_RUN_URL",
+}
+"""Tag -> variable that the container or the pipeline sets; the tags of KFP are those of its own MLflow plugin."""
+
+
+def provenance(command: str) -> dict[str, str]:
+    """The tags of a run that `command` opened."""
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
+    for package in VERSIONS:
+        try:
+            tags[f"{package}.version"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    tags |= {tag: os.environ[variable] for tag, variable in FROM_ENVIRONMENT.items() if os.environ.get(variable)}
+    commit = os.environ.get("NCSN_COMMIT") or _git_commit()
+    if commit not in (None, UNKNOWN):
+        tags["mlflow.source.git.commit"] = commit
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's numeric user has no name
+        tags["mlflow.user"] = str(os.getuid())
+    return tags
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this code runs from; None for an installed package."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,119 @@
+"""The record as larger sites keep it: MLflow's server on PostgreSQL, its artifacts in S3, both real."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.entities import Metric
+
+from ncsn import storage
+from ncsn.tracking import sink as sinks
+from ncsn.tracking.run import step_run
+
+PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+
+
+def _programs() -> Path:
+    """Folder of PostgreSQL's programs, which Debian keeps off the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    beside = shutil.which("initdb")
+    if not found and not beside:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    return (found[-1] if found else Path(str(beside))).parent
+
+
+def _owner() -> str | None:
+    """The user that runs it, for it refuses to run as root; None for this one."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres").pw_name
+    except KeyError:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """URI of an empty database on loopback."""
+    programs, owner = _programs(), _owner()
+    with tempfile.TemporaryDirectory(prefix="ncsn-postgresql-") as name:
+        folder = Path(name)
+        if owner:
+            shutil.chown(folder, owner)
+        data = folder / "data"
+        subprocess.run(
+            [programs / "initdb", "--pgdata", data, "--username", "ncsn", "--auth", "trust", "--no-sync"],
+            check=True,
+            capture_output=True,
+            user=owner,
+            cwd=folder,
+        )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
+        server = subprocess.Popen(
+            [programs / "postgres", "-D", data, "-k", folder, *settings],
+            stderr=subprocess.DEVNULL,
+            user=owner,
+            cwd=folder,
+        )
+        try:
+            ready = [programs / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
+            give_up = time.monotonic() + 60
+            while subprocess.run(ready, check=False).returncode:
+                assert server.poll() is None and time.monotonic() < give_up
+                time.sleep(0.1)
+            yield f"postgresql+psycopg2://ncsn@127.0.0.1:{port}/postgres"
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+
+
+@pytest.mark.slow
+def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
+    database, s3_root, make_server, make_config, monkeypatch
+):
+    monkeypatch.setattr(sinks, "SEND_EVERY", 0.1)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", f"{s3_root}/mlflow"]
+    server = make_server(command)
+    config = make_config(f"tracking.uri={server.url}")
+    with step_run(config, run="postgresql", step="train") as tracked:
+        tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
+        sink = tracked.metrics_sink()
+        for step in range(50):
+            sink.log({"train/loss_level_0": float("nan"), "train/loss": float(step)}, images_seen=step)
+            if step == 20:
+                server.kill()
+            if step == 40:
+                server.start()
+        sink.log_picture(PICTURE, "train/preview", 49)
+        assert sink.close(seconds=60) == sinks.SinkReport(sent=101, unsent=0)
+        twice = [Metric("train/again", value, 1_700_000_000_000, 7) for value in (0.5, float("nan"))]
+        for _ in range(2):
+            tracked.client.log_batch(tracked.run_id, metrics=twice, synchronous=True)
+    history = tracked.client.get_metric_history(tracked.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(50)]
+    assert len(tracked.client.get_metric_history(tracked.run_id, "train/again")) == 2
+    run = tracked.client.get_run(tracked.run_id)
+    assert run.info.status == "FINISHED"
+    (logged,) = run.inputs.dataset_inputs
+    assert logged.dataset.digest == "d" * 36
+    folder = f"{s3_root}/mlflow/{tracked.experiment_id}/{tracked.run_id}/artifacts"
+    assert storage.list_names(folder) == ["config.yaml", "images"]
+    assert len(storage.list_names(f"{folder}/images")) == 2
+    with step_run(config, run="postgresql", step="train") as again:
+        assert again.run_id == tracked.run_id
