@@ -121,3 +121,14 @@ def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> Sa
         nearest = " or ".join(map(str, near))
         raise ValueError(f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {nearest}")
     return with_length(lengths[index])
+
+
+def shortened(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
+    """The sampler with `nfe` evaluations at most, or a plain one of about so many where it cannot be that short."""
+    if evaluations_per_image(sampler, num_levels=num_levels) <= nfe:
+        return sampler
+    if isinstance(sampler, AnnealedLangevinConfig) and nfe > num_levels:
+        return sampler.model_copy(update={"steps_per_level": (nfe - sampler.denoise) // num_levels})
+    if isinstance(sampler, LangevinConfig):
+        return sampler.model_copy(update={"num_steps": max(nfe - sampler.denoise, 1)})
+    return ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=max(2, min(nfe, num_levels)))

@@ -10,8 +10,9 @@ import yaml
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, from_yaml
+from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig
 from ncsn.core.starts import fit_moments
-from ncsn.generation import evaluations_per_image, generate, with_evaluations
+from ncsn.generation import evaluations_per_image, generate, shortened, with_evaluations
 
 TEXT = """
 name: tiny
@@ -157,3 +158,13 @@ def test_the_2020_network_is_built_in_each_depth(depth: str) -> None:
     assert score.shape == x.shape
     same = network(x[:1].expand(2, -1, -1, -1), torch.tensor([0, 5])) * build.sigmas(config)[[0, 5], None, None, None]
     assert torch.allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
+
+
+def test_sampler_is_shortened_where_it_can_be() -> None:
+    annealed = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=50)
+    assert shortened(annealed, nfe=21, num_levels=4) == annealed.model_copy(update={"steps_per_level": 5})
+    assert evaluations_per_image(shortened(annealed, nfe=21, num_levels=4), num_levels=4) == 21
+    assert shortened(annealed, nfe=1000, num_levels=4) == annealed
+    assert isinstance(shortened(annealed, nfe=3, num_levels=4), ProbabilityFlowConfig)
+    langevin = LangevinConfig(kind="langevin", num_steps=500)
+    assert evaluations_per_image(shortened(langevin, nfe=9, num_levels=4), num_levels=4) == 9

@@ -9,6 +9,7 @@ from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.options import Decorated, experiment_options, json_option
 from ncsn.cli.pictures import toy_command
+from ncsn.cli.planning import plan_command
 
 
 class _InOrder(click.Group):
@@ -75,34 +76,6 @@ for _step in CATALOGUE:
     _add_step_command(_step)
 
 
-@app.command("plan", cls=ReportingCommand, short_help="Say what a run will take before it starts.")
-@_experiment_options
-@click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
-@click.option("--actual", is_flag=True, help="Rehearse nothing: show what the run has taken beside its plan.")
-@_json_option
-def plan_command(
-    *,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    run_name: str | None,
-    prices_uri: str | None,
-    actual: bool,
-    as_json: bool,
-) -> None:
-    """Say what a run will take: hours, memory, storage, money and energy of each step.
-
-    Rehearses every step on a few images, in about a minute, in a store of its own.
-    """
-    from ncsn.cli.commands import plan_run, show_ledger
-    from ncsn.cli.inputs import resolve
-
-    target = resolve(config_uri, overrides=overrides, run=run_name)
-    if actual:
-        show_ledger(target, as_json=as_json)
-    else:
-        plan_run(target, prices_uri=prices_uri, as_json=as_json)
-
-
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")
 @experiment_options
 @json_option
@@ -134,6 +107,7 @@ def ui_command(
     serve_ui(resolve(config_uri, overrides=overrides, run=run_name).config, host=host, port=port)
 
 
+app.add_command(plan_command)
 app.add_command(toy_command)
 app.add_command(submit_command)
 app.add_command(compile_command)

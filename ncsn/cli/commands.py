@@ -21,7 +21,6 @@ from ncsn import storage
 from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
-from ncsn.cli.plan_view import print_ledger, print_plan
 from ncsn.cli.progress_view import ProgressView
 from ncsn.cli.records import (
     StepRecord,
@@ -75,36 +74,6 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     else:
         earlier = [step for step, record in records.items() if record == before.get(step)]
         print_summary(console_on(sys.stdout), folder, config, records, earlier=earlier)
-
-
-def plan_run(target: Target, *, prices_uri: str | None, as_json: bool) -> None:
-    """Rehearse the steps and print what the whole will take."""
-    from ncsn.planning import load_prices
-
-    prices = load_prices(prices_uri)
-    work = work_folder(run_folder(target.config, target.run))
-    with quiet_libraries(work / "plan.log") as console:
-        console.print(f"log    {work / 'plan.log'}", soft_wrap=True)
-        from ncsn.steps import plan
-
-        made = plan.run(
-            target.config, run=target.run, prices=prices, report=lambda part: console.print(f"       {part}")
-        )
-    if as_json:
-        click.echo(json.dumps(made, indent=1))
-    else:
-        print_plan(console_on(sys.stdout), made)
-
-
-def show_ledger(target: Target, *, as_json: bool) -> None:
-    """Print what the steps of a run have taken, beside the plan if there is one."""
-    from ncsn.steps.plan import ledger
-
-    found = ledger(target.config, run=target.run)
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-    else:
-        print_ledger(console_on(sys.stdout), found)
 
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:

@@ -31,9 +31,10 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
         FileNotFoundError: if the source's files are missing.
         ValueError: for a config that the steps refuse.
     """
-    from ncsn.steps.rehearsal import count, rehearse
+    from ncsn.steps.rehearsal import count, rehearse, settle
 
     folder = run_folder(config, run)
+    config = settle(config)
     counts = count(config)
     rates = rehearse(config, counts, report=report)
     plan = {

@@ -21,11 +21,11 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json, to_yaml
-from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig, SamplerConfig
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.data.suggestion import resolve_noise
 from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
@@ -33,7 +33,7 @@ from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, Classifie
 from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.speed import seconds_per_image, training_seconds_per_image
-from ncsn.generation import evaluations_per_image
+from ncsn.generation import evaluations_per_image, shortened
 from ncsn.planning import Counts, Rates
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps.result import RunFolder, run_folder
@@ -70,6 +70,15 @@ class Start:
     process: float
     tracking: float
     joining: float
+
+
+def settle(config: Config) -> Config:
+    """The config with noise levels, which `noise: auto` takes here from some of its images."""
+    if config.noise.kind != "auto":
+        return config
+    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
+        data = _with(config, **{"data.max_images": min(IMAGES, config.data.max_images or IMAGES)}).data
+        return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
 
 
 def count(config: Config) -> Counts:
@@ -125,7 +134,8 @@ class _Rehearsal:
         trained = train.run(self.config, run=RUN, dataset=data.uri)
         train_image, checkpoint, train_fixed = self._training(trained)
         report("sample")
-        sampler = shorter(config, nfe=max(1, round(SECONDS * 3 / (train_image * config.sampling.batch_size))))
+        nfe = max(1, round(SECONDS * 3 / (train_image * config.sampling.batch_size)))
+        sampler = shortened(config.sampling.sampler, nfe=nfe, num_levels=config.levels.num_levels)
         self.config = self.config.model_copy(
             update={"sampling": self.config.sampling.model_copy(update={"sampler": sampler})}
         )
@@ -227,18 +237,6 @@ class _Rehearsal:
             )
             own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
         return own, extract_image, fixed
-
-
-def shorter(config: Config, *, nfe: int) -> SamplerConfig:
-    """The config's sampler with about `nfe` evaluations at most, or a plain one where it cannot be shortened so far."""
-    sampler, levels = config.sampling.sampler, config.levels.num_levels
-    if evaluations_per_image(sampler, num_levels=levels) <= nfe:
-        return sampler
-    if isinstance(sampler, AnnealedLangevinConfig) and nfe >= levels:
-        return sampler.model_copy(update={"steps_per_level": nfe // levels})
-    if isinstance(sampler, LangevinConfig):
-        return sampler.model_copy(update={"num_steps": nfe})
-    return ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=max(2, min(nfe, levels)))
 
 
 def _small(config: Config, root: Path) -> Config:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig
 from ncsn.planning import STEPS, load_prices
 from ncsn.steps import plan
-from ncsn.steps.rehearsal import count, shorter
+from ncsn.steps.rehearsal import count
 from ncsn.steps.result import once, run_folder
 
 TINY = """
@@ -56,17 +55,6 @@ def test_rehearsal_knows_what_each_step_takes_and_leaves_only_the_plan(
 def test_counts_are_those_of_the_source(tmp_path: Path) -> None:
     counts = count(config(tmp_path, "data.max_images=100", "sampling.num_images=41"))
     assert (counts.train_images, counts.test_images, counts.shards, counts.nfe) == (100, 100, 3, 9)
-
-
-def test_samplers_are_shortened_where_they_can_be(tmp_path: Path) -> None:
-    def shortened(nfe: int, **sampler: object) -> object:
-        return shorter(config(tmp_path, f"sampling.sampler={json.dumps(sampler)}"), nfe=nfe)
-
-    annealed = {"kind": "annealed_langevin", "steps_per_level": 50}
-    assert shortened(20, **annealed) == AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=5)
-    assert shortened(1000, **annealed) == AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=50)
-    assert isinstance(shortened(3, **annealed), ProbabilityFlowConfig)
-    assert shortened(9, kind="langevin", num_steps=500) == LangevinConfig(kind="langevin", num_steps=9)
 
 
 def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None:
