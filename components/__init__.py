@@ -18,23 +18,6 @@ from kfp import dsl
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
 """Image of every task; NCSN_IMAGE at compile time names another."""
 
-PASSED_ON = (
-    *(
-        dsl.TaskConfigPassthrough(field=field, apply_to_task=False)
-        for field in (
-            dsl.TaskConfigField.RESOURCES,
-            dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
-            dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
-            dsl.TaskConfigField.KUBERNETES_AFFINITY,
-        )
-    ),
-    *(
-        dsl.TaskConfigPassthrough(field=field, apply_to_task=True)
-        for field in (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
-    ),
-)
-"""What is set on a task that computes elsewhere and is meant for the pods there; addresses and volumes are for both."""
-
 _HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
 
 

@@ -2,7 +2,8 @@
 
 from kfp import dsl
 
-from components import IMAGE, PASSED_ON
+from components import IMAGE
+from components.task_config import PASSED_ON
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, task_config_passthroughs=list(PASSED_ON))

@@ -1,6 +1,9 @@
 """A component runs its step and leaves the result in KFP's artifacts. The e2e test runs them all through KFP."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
 from ncsn.steps.result import KFP_RUN_ID
 
-DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+ROOT = Path(__file__).parents[2]
+DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
 
 
 @dataclass(frozen=True)
@@ -142,3 +146,12 @@ def test_everything_can_be_set_on_a_task_that_computes_elsewhere(component: Any,
         "pvcMount",
         "tolerations",
     }
+
+
+def test_a_running_task_can_import_what_components_share() -> None:
+    """Inside a task, `kfp.dsl` offers only what a component's body needs."""
+    command = [sys.executable, "-c", "import components"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"_KFP_RUNTIME": "true"}, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,73 @@
+"""`ncsn submit --wait` for real: KFP's client, a server of its API, and the pipeline on Ray, MLflow and digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp_api import KfpServer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KfpServer]:
+    with KfpServer(tmp_path_factory.mktemp("kfp")) as server:
+        yield server
+
+
+def submit(workplace: Any, server: KfpServer, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "ncsn",
+        "submit",
+        "--config",
+        str(workplace.config),
+        "--host",
+        server.url,
+        "--wait",
+    ]
+    return subprocess.run(
+        [*command, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "NCSN_KFP_RUN_ID": "5f3a0000-0000"},
+        timeout=600,
+    )
+
+
+def outputs(server: KfpServer, name: str) -> list[str]:
+    return [path.read_text() for path in server.root.rglob(f"*/{name}")]
+
+
+@pytest.mark.timeout(700)
+def test_the_train_pipeline_runs_to_a_registered_model(workplace: Any, server: KfpServer) -> None:
+    done = submit(workplace, server, "--run", "submitted")
+    assert done.returncode == 0, done.stderr + "".join(outputs(server, "log.txt"))
+    assert done.stdout.startswith(f"{server.url}/#/runs/details/")
+    assert done.stderr.splitlines()[-1] == "submitted: SUCCEEDED"
+    assert workplace.result("submitted", "register")["promoted"]
+    status = json.loads(Path(workplace.folder("submitted"), "status.json").read_text())
+    assert status["status"] == "FINISHED"
+    (page,) = outputs(server, "page")
+    assert "| image | `ncsn-python:" in page
+
+
+@pytest.mark.timeout(700)
+def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer) -> None:
+    done = submit(
+        workplace, server, "--run", "mistaken", "--set", "data.source=image_folder", "--set", "data.root=/nowhere"
+    )
+    assert done.returncode == 1
+    assert "ended FAILED (failed: ingest" in done.stderr
+    status = json.loads(Path(workplace.folder("mistaken"), "status.json").read_text())
+    assert (status["status"], status["failed_step"]) == ("FAILED", "ingest")
+    assert "/nowhere" in status["reason"]
