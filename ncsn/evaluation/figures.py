@@ -10,7 +10,7 @@ import numpy as np
 
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.evaluation.extractors import Extracted, Extractor, Images
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
+from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_uncertainty
 from ncsn.evaluation.inception_score import inception_score
 from ncsn.evaluation.kernel_distance import kernel_distance
 from ncsn.evaluation.neighbours import Neighbours, nearest_neighbours
@@ -102,7 +102,7 @@ def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, s
     """Figures by short name.
 
     - `score`, `score_std`: the Inception-score formula over contiguous splits.
-    - `fid`: Frechet distance to all reference images.
+    - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
@@ -126,6 +126,7 @@ def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, s
         "score": score.mean,
         "score_std": score.std,
         "fid": distance,
+        "fid_std": frechet_uncertainty(extracted.features, reference.statistics),
         "kid": kernel.mean,
         "kid_std": kernel.std,
         "class_tv": float(0.5 * np.abs(difference).sum()),

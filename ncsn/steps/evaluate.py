@@ -19,15 +19,17 @@ from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.classifier_store import obtain_classifier
 from ncsn.evaluation.extractors import Extractor, batches, fingerprint_of
-from ncsn.evaluation.figures import Figure, measure_images, metric_name
+from ncsn.evaluation.figures import Figure, Measured, measure_images, metric_name
 from ncsn.evaluation.inception import InceptionExtractor
-from ncsn.evaluation.measurement import Measurement
+from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.reference import obtain_reference
 from ncsn.evaluation.samples import read_samples, samples_shape
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
 
+FIGURES_VERSION = 2
+"""Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
 REFERENCE_SPLIT = "train"
 SEED = 0
 """Of the classifier and of what is drawn: the same for all experiments on a data set, so that they compare."""
@@ -45,6 +47,7 @@ class EvaluateResult:
         num_images: generated images measured.
         num_real_images: real test images measured.
         gate: the `Measurement` that decides about promotion, as plain values.
+        memorisation: the `Memorisation` that can forbid it, as plain values.
         notes: what a reader of the figures should know.
     """
 
@@ -55,6 +58,7 @@ class EvaluateResult:
     num_images: int
     num_real_images: int
     gate: dict[str, Any]
+    memorisation: dict[str, Any]
     notes: list[str]
 
 
@@ -115,6 +119,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
         folder,
         "evaluate",
         inputs={
+            "figures": FIGURES_VERSION,
             "samples": samples,
             "dataset": dataset,
             "num_images": config.sampling.num_images,
@@ -170,7 +175,8 @@ def evaluate(
         fingerprint=reference.fingerprint,
         num_images=count,
         num_real_images=num_real,
-        gate=asdict(_gate(generated.figures["fid"], extractor, reference.fingerprint)),
+        gate=asdict(_gate(generated, extractor, reference.fingerprint)),
+        memorisation=asdict(_memorisation(generated.figures["memorised"], real.figures["memorised"])),
         notes=_notes(count, num_real),
     )
     _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
@@ -237,13 +243,24 @@ def _pixels(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _gate(distance: Figure, extractor: Extractor, fingerprint: str) -> Measurement:
+def _gate(measured: Measured, extractor: Extractor, fingerprint: str) -> Measurement:
+    distance = measured.figures["fid"]
     return Measurement(
         name=metric_name("fid", extractor=extractor.name, num_images=distance.num_images),
         value=distance.value,
+        uncertainty=measured.value("fid_std"),
         num_images=distance.num_images,
         fingerprint=fingerprint,
         lower_is_better=True,
+    )
+
+
+def _memorisation(samples: Figure, real: Figure) -> Memorisation:
+    return Memorisation(
+        copies=round(samples.value * samples.num_images),
+        num_images=samples.num_images,
+        real_copies=round(real.value * real.num_images),
+        num_real_images=real.num_images,
     )
 
 

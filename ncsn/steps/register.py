@@ -11,13 +11,15 @@ from ncsn import storage
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
-from ncsn.evaluation.measurement import Measurement
+from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking import registry
 from ncsn.tracking.connection import open_client, shown, tracking_uri
+from ncsn.tracking.gate import Evidence, not_finite, pass_gate
 from ncsn.tracking.model_card import Scores, model_card
 from ncsn.tracking.run import StepRun, step_run
+from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3
 
@@ -62,21 +64,22 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     loaded = replace(loaded, config=config)
     figures = json.loads(storage.read_text(evaluation))
     _require_own_samples(figures, loaded)
+    evidence = _evidence(figures, loaded)
 
     def work(progress: ProgressFile) -> RegisterResult:
-        with step_run(config, run=run, step="register") as tracked:
+        with step_run(config, run=run, step="register") as tracked, registry_errors(tracked.uri):
             candidate = _candidate(tracked, loaded, figures, run=run, checkpoint=checkpoint)
             progress(1, STAGES)
             version = registry.register(tracked, candidate)
             progress(2, STAGES)
-            return _decide(tracked, candidate.name, str(version.version), Measurement(**figures["gate"]))
+            return _decide(tracked, candidate.name, str(version.version), evidence)
 
     def registered() -> RegisterResult:
         inputs = {
             "checkpoint": loaded.digest,
             "sampler": config.sampling.sampler.model_dump(mode="json"),
             "evaluation": evaluation,
-            "gate": figures["gate"],
+            "evidence": asdict(evidence),
             "model": config.registered_model,
             "registry": shown(tracking_uri(config)),
         }
@@ -91,8 +94,10 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         )
 
     result = registered()
-    client, _ = open_client(config)
-    if not registry.has_version(client, result.model, result.version):
+    client, uri = open_client(config)
+    with registry_errors(uri):
+        present = has_version(client, result.model, result.version)
+    if not present:
         storage.delete_file(folder.step("register", "result.json"))
         result = registered()
     return result
@@ -149,12 +154,25 @@ def _candidate(
     )
 
 
-def _decide(tracked: StepRun, name: str, version: str, measurement: Measurement) -> RegisterResult:
-    decision = registry.pass_gate(tracked.client, name=name, version=version, measurement=measurement)
+def _evidence(figures: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
+    """What the gate looks at.
+
+    Raises:
+        ValueError: for an evaluation that was written before figures had an uncertainty.
+    """
+    if "memorisation" not in figures:
+        raise ValueError(f"{figures['uri']} was written by an earlier version of ncsn; run `ncsn evaluate` again")
+    weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
+    broken = not_finite({**figures["metrics"], **figures["real_metrics"], **weights})
+    return Evidence(Measurement(**figures["gate"]), Memorisation(**figures["memorisation"]), tuple(broken))
+
+
+def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> RegisterResult:
+    decision = pass_gate(tracked.client, name=name, version=version, evidence=evidence)
     result = RegisterResult(
         model=name,
         version=version,
-        aliases=registry.aliases_of(tracked.client, name, version),
+        aliases=aliases_of(tracked.client, name, version),
         promoted=decision.promoted,
         reason=decision.reason,
         uri=f"models:/{name}/{version}",

@@ -1,0 +1,171 @@
+"""Registered models, their versions and aliases: names that addresses can hold, and errors that say what there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.tracking.connection import TrackingError, one_line, shown
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+LEDGER_SUFFIX = ".promotions"
+"""Ends the name of the companion model that `ncsn.tracking.promotions` keeps."""
+_SCHEME = "models:/"
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_NAMES_SHOWN = 5
+
+
+@contextmanager
+def registry_errors(uri: str) -> Iterator[None]:
+    """Turn what the registry refuses into one line that names it.
+
+    Raises:
+        TrackingError: for any error of MLflow in the block.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(f"the registry at {shown(uri)} refuses: {one_line(error)}") from error
+
+
+def require_model_name(name: str) -> None:
+    """Refuse a name that cannot be part of a `models:/name@alias` address.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if not re.fullmatch(MODEL_NAME_PATTERN, name):
+        raise ValueError(
+            f"registered model name {name!r} is not valid; use letters, digits, '.', '-' and '_', no spaces, '/' or ':'"
+        )
+
+
+def is_model_address(text: str) -> bool:
+    """Whether a text is `models:/NAME/VERSION`, `models:/NAME@ALIAS` or one of these without the scheme."""
+    return text.startswith(_SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", text) is not None
+
+
+def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
+    """The version that an address names.
+
+    Args:
+        client: Of the registry.
+        address: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or one of these without `models:/`.
+
+    Raises:
+        ValueError: for an address that is none, a reserved alias, or an unknown model, version or alias.
+    """
+    match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(_SCHEME))
+    if match is None:
+        raise ValueError(f"{address!r} names no model version; use models:/NAME@{CHAMPION} or models:/NAME/VERSION")
+    name, version, alias = match["name"], match["version"], match["alias"]
+    require_model(client, name)
+    if version is not None:
+        return require_version(client, name, version)
+    _require_alias(alias)
+    found = aliased_version(client, name, alias)
+    if found is None:
+        raise ValueError(
+            f"model {name!r} has no version with the alias {alias!r}; it has {_shown_aliases(client, name)}"
+        )
+    return found
+
+
+def require_model(client: MlflowClient, name: str) -> None:
+    """Refuse a model that is not in the registry.
+
+    Raises:
+        ValueError: with the names that are.
+    """
+    require_model_name(name)
+    if not client.search_registered_models(f"name = '{name}'"):
+        models = [model.name for model in client.search_registered_models()]
+        known = [model for model in models if not model.endswith(LEDGER_SUFFIX)]
+        listed = f"it has {', '.join(known[:_NAMES_SHOWN])}" if known else "it has none"
+        raise ValueError(f"there is no model {name!r} in the registry; {listed}")
+
+
+def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    """A version of a model that there is.
+
+    Raises:
+        ValueError: with the versions that there are.
+    """
+    versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
+    if version not in versions:
+        listed = ", ".join(sorted(versions, key=int)[-_NAMES_SHOWN:]) or "none"
+        raise ValueError(f"model {name!r} has no version {version!r}; the latest are {listed}")
+    return client.get_model_version(name, version)
+
+
+def has_version(client: MlflowClient, name: str, version: str) -> bool:
+    """Whether the registry still has this version."""
+    return bool(client.search_model_versions(f"name = '{name}' and version_number = {int(version)}"))
+
+
+def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version that an alias points to, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in _ABSENT:
+            return None
+        raise
+
+
+def aliases_of(client: MlflowClient, name: str, version: str) -> list[str]:
+    """Aliases of a version, sorted."""
+    return sorted(client.get_model_version(name, version).aliases)
+
+
+def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> None:
+    """Point an alias at a version.
+
+    Raises:
+        ValueError: for an alias that MLflow reserves or does not take.
+    """
+    _require_alias(alias)
+    client.set_registered_model_alias(name, alias, version)
+
+
+def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Attach tags in order, replacing those of the same name."""
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+
+
+def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
+    """Create a registered model unless there is one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _require_alias(alias: str) -> None:
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise ValueError(
+            f"alias {alias!r} is reserved by MLflow for version numbers; choose a word such as {CHAMPION!r}"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,254}", alias):
+        raise ValueError(f"alias {alias!r} is not valid; use lower-case letters, digits, '-' and '_'")
+
+
+def _shown_aliases(client: MlflowClient, name: str) -> str:
+    (model,) = client.search_registered_models(f"name = '{name}'")
+    return ", ".join(sorted(model.aliases)) or "none"
