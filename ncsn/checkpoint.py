@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ncsn import build, storage
-from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, from_json, from_yaml, to_json, to_yaml
 from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import TrainState
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
+TRAINED_CONFIG = "config.json"
 FILES = (
     "weights.safetensors",
     "ema.safetensors",
@@ -144,6 +145,37 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         dataset_digest=facts["dataset_digest"],
         digest=digest,
     )
+
+
+def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
+    """Read what the registered model keeps: `config.json`, `ema.safetensors` and `moments.safetensors`.
+
+    Raises:
+        CheckpointError: if the weights do not fit the network of the config.
+    """
+    config = from_json((folder / TRAINED_CONFIG).read_text())
+    network = network_from_weights(config, load_file(folder / "ema.safetensors"), origin=origin).to(device)
+    return TrainedNetwork(config=config, network=network, moments=load_moments(folder / "moments.safetensors"))
+
+
+def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
+    """Read the checkpoint at `uri`, or what `save_trained` left there.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    if storage.exists(storage.join(uri, INDEX)) or not storage.exists(storage.join(uri, TRAINED_CONFIG)):
+        return load_for_sampling(uri, device=device)
+    with storage.local_copy(uri) as folder:
+        return load_trained(folder, origin=uri, device=device)
+
+
+def save_trained(trained: TrainedNetwork, folder: Path) -> None:
+    """Inverse of `load_trained`, into an existing folder."""
+    # Buffers are rebuilt from the config.
+    save_file(_plain(dict(trained.network.named_parameters())), folder / "ema.safetensors")
+    save_moments(trained.moments, folder / "moments.safetensors")
+    (folder / TRAINED_CONFIG).write_text(to_json(trained.config))
 
 
 def save_moments(moments: DataMoments, path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from ncsn.config.samplers import (
     SamplerConfig,
 )
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8
+from ncsn.core.images import to_uint8, to_unit
+from ncsn.core.inpainting import inpaint
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.starts import moment_matched_start
 
@@ -57,8 +59,7 @@ def generate(
     config = trained.config
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=sampling.precision == "bfloat16")
-    with torch.inference_mode(), autocast:
+    with _inference(sampling, device):
         x = start(trained, sampling.sampler, noise=noise)
         if on_level is not None:
             on_level(0, x)
@@ -69,13 +70,81 @@ def generate(
             noise=noise,
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
+    return _finished(x, sampling, first=first)
+
+
+def complete(
+    trained: TrainedNetwork,
+    images: NDArray[np.uint8],
+    known: NDArray[np.bool_],
+    *,
+    sampling: SamplingConfig,
+    first: int = 0,
+    device: str | torch.device = "cpu",
+) -> NDArray[np.uint8]:
+    """Fill in the unknown pixels of images (paper, Algorithm 2), as one batch.
+
+    Args:
+        trained: As for `generate`.
+        images: `[N, H, W, C]` uint8; their unknown pixels are not used.
+        known: `[H, W]` or `[N, H, W]`, True where a pixel is given; those come back as they were.
+        sampling: Annealed Langevin dynamics and a seed.
+        first: Index of the first image: image i draws the noise that `generate` gives image i.
+        device: Where to compute.
+
+    Returns:
+        `[N, H, W, C]` uint8.
+
+    Raises:
+        ValueError: for another sampler, images or a mask of another shape, or an image that is not finite.
+    """
+    config, sampler = trained.config, sampling.sampler
+    if not isinstance(sampler, AnnealedLangevinConfig):
+        raise ValueError(  # noqa: TRY004 - a setting, not a programmer's type
+            f"inpainting needs the sampler annealed_langevin (Algorithm 2), not {sampler.kind!r}"
+        )
+    height = width = config.data.image_size
+    if images.shape[1:] != (height, width, config.data.channels) or images.dtype != np.uint8:
+        raise ValueError(
+            f"the images to complete are {list(images.shape[1:])} {images.dtype}, "
+            f"the model's are {[height, width, config.data.channels]} uint8"
+        )
+    if known.shape not in ((height, width), (len(images), height, width)):
+        raise ValueError(f"the mask is {list(known.shape)}, the model's images are {[height, width]}")
+    reference = to_unit(torch.from_numpy(images)).to(device)
+    noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
+    mask = torch.from_numpy(known).to(device)
+    with _inference(sampling, device):
+        x = inpaint(
+            trained.network,
+            x=noise.uniform(0),
+            reference=reference,
+            mask=mask if mask.ndim == 2 else mask[:, None],
+            sigmas=build.sigmas(config).to(device),
+            epsilon=sampler.epsilon,
+            steps_per_level=sampler.steps_per_level,
+            denoise=sampler.denoise,
+            noise=noise,
+        )
+    return _finished(x, sampling, first=first)
+
+
+@contextmanager
+def _inference(sampling: SamplingConfig, device: str | torch.device) -> Iterator[None]:
+    kind, bfloat16 = torch.device(device).type, sampling.precision == "bfloat16"
+    with torch.inference_mode(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
+        yield
+
+
+def _finished(x: Tensor, sampling: SamplingConfig, *, first: int) -> NDArray[np.uint8]:
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of images {first} to {first + count - 1} are not finite with sampling.sampler "
+            f"{broken} of images {first} to {first + len(x) - 1} are not finite with sampling.sampler "
             f"{sampling.sampler.model_dump()}; lower its step size, or train longer"
         )
-    return to_uint8(x).cpu().numpy()
+    images: NDArray[np.uint8] = to_uint8(x).cpu().numpy()
+    return images
 
 
 def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise) -> Tensor:

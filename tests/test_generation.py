@@ -12,7 +12,7 @@ from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, from_yaml
 from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig
 from ncsn.core.starts import fit_moments
-from ncsn.generation import evaluations_per_image, generate, shortened, with_evaluations
+from ncsn.generation import complete, evaluations_per_image, generate, shortened, with_evaluations
 
 TEXT = """
 name: tiny
@@ -21,6 +21,7 @@ noise: {num_levels: 6, sigma_1: 1.0, sigma_L: 0.05}
 network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
 train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8}
 sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 3, epsilon: 2.0e-4}}
+evaluation: {num_splits: 2}
 """
 SAMPLERS = {
     "annealed_langevin": ({"steps_per_level": 3, "epsilon": 2e-4}, 19),
@@ -82,6 +83,29 @@ def test_bfloat16_is_the_networks_alone(kind: str) -> None:
     exact = generate(network, sampling=config.sampling, first=0, count=4)
     difference = np.abs(halved.astype(int) - exact.astype(int))
     assert difference.max() > 0 and difference.mean() < 2
+
+
+def test_completing_keeps_what_is_known_and_depends_on_no_batch() -> None:
+    config = config_with("annealed_langevin")
+    network = trained(config)
+    given = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    known = np.eye(8, dtype=bool)
+    whole = complete(network, given, known, sampling=config.sampling)
+    assert (whole[:, known] == given[:, known]).all()
+    assert (whole[:, ~known] != given[:, ~known]).any()
+    alone = complete(network, given[2:], np.stack([known]), sampling=config.sampling, first=2)
+    assert np.abs(whole[2].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+def test_completing_refuses_what_does_not_fit() -> None:
+    config = config_with("annealed_langevin")
+    images, known = np.zeros((1, 8, 8, 1), np.uint8), np.ones((8, 8), bool)
+    with pytest.raises(ValueError, match=r"the images to complete are \[8, 8, 3\] uint8, the model's are \[8, 8, 1\]"):
+        complete(trained(config), images.repeat(3, axis=3), known, sampling=config.sampling)
+    with pytest.raises(ValueError, match=r"the mask is \[4, 8\], the model's images are \[8, 8\]"):
+        complete(trained(config), images, known[:4], sampling=config.sampling)
+    with pytest.raises(ValueError, match="not 'langevin'"):
+        complete(trained(config), images, known, sampling=config_with("langevin").sampling)
 
 
 @pytest.mark.parametrize(("kind", "nfe"), [(kind, nfe) for kind, (_, nfe) in SAMPLERS.items()])

@@ -7,9 +7,11 @@ import click
 from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
+from ncsn.cli.lineage import trace_command
 from ncsn.cli.options import Decorated, experiment_options, json_option
 from ncsn.cli.pictures import toy_command
 from ncsn.cli.planning import plan_command
+from ncsn.cli.registry import export_command, model_options, promote_command, rollback_command, sample_from_model
 
 
 class _InOrder(click.Group):
@@ -61,6 +63,9 @@ def _add_step_command(step: str) -> None:
         from ncsn.cli.commands import run_step
         from ncsn.cli.inputs import resolve
 
+        if given.get("model") or given.get("out"):
+            sample_from_model(given, config_uri=config_uri, overrides=overrides, run_name=run_name, as_json=as_json)
+            return
         target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
         run_step(step, target, given=given, as_json=as_json)
 
@@ -69,6 +74,8 @@ def _add_step_command(step: str) -> None:
         decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
             decorated
         )
+    if step == "sample":
+        decorated = model_options(decorated)
     app.command(step, cls=ReportingCommand, help=CATALOGUE[step].summary)(experiment_options(decorated))
 
 
@@ -112,3 +119,7 @@ app.add_command(toy_command)
 app.add_command(submit_command)
 app.add_command(compile_command)
 app.add_command(doctor_command)
+app.add_command(promote_command)
+app.add_command(rollback_command)
+app.add_command(trace_command)
+app.add_command(export_command)

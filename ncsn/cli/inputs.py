@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def resolve(
         origin = storage.join(storage.absolute(checkpoint), "config.yaml")
         config = from_yaml(_read(origin), overrides=overrides, origin=origin)
     elif run is not None:
-        origin = storage.join(_root(overrides), "runs", run, "config.yaml")
+        origin = storage.join(store_root(overrides), "runs", run, "config.yaml")
         config = from_yaml(_read_of_run(origin, run), overrides=overrides, origin=origin)
     else:
         raise ValueError("which experiment? Give --config PATH-or-URI, or --run NAME of a run that exists")
@@ -63,7 +64,7 @@ def any_run(overrides: Sequence[str]) -> str:
     Raises:
         FileNotFoundError: if the store has none.
     """
-    root = _root(overrides)
+    root = store_root(overrides)
     runs = storage.join(root, "runs")
     for name in storage.list_names(runs):
         if storage.exists(storage.join(runs, name, "config.yaml")):
@@ -71,6 +72,33 @@ def any_run(overrides: Sequence[str]) -> str:
     raise FileNotFoundError(
         f"no run in the store {root}; give --config, or --set {_ROOT_OVERRIDE}=URI of another store"
     )
+
+
+def registry_uri(config_uri: str | None, *, overrides: Sequence[str], run: str | None) -> str:
+    """The tracking server that the options name; else the environment's; else that of the runs in the store.
+
+    Raises:
+        ValueError: if a config is not usable.
+        FileNotFoundError: if nothing names a server and the store has no run.
+    """
+    from ncsn.tracking.connection import server_uri, tracking_uri
+
+    if config_uri is None and run is None:
+        named = _override(overrides, "tracking.uri")
+        if named or "MLFLOW_TRACKING_URI" in os.environ:
+            return server_uri(named, root=store_root(overrides))
+        run = any_run(overrides)
+    return tracking_uri(resolve(config_uri, overrides=overrides, run=run).config)
+
+
+def store_root(overrides: Sequence[str]) -> str:
+    """The store in which to look, or to write, where no config is known."""
+    return storage.absolute(_override(overrides, _ROOT_OVERRIDE) or DEFAULT_ROOT)
+
+
+def _override(overrides: Sequence[str], path: str) -> str | None:
+    values = [value for name, _, value in (override.partition("=") for override in overrides) if name == path]
+    return values[-1] if values else None
 
 
 def _read(uri: str) -> str:
@@ -90,12 +118,6 @@ def _read_of_run(origin: str, run: str) -> str:
         raise FileNotFoundError(
             f"no run {run!r}: no file at {origin}; give --config, or --set {_ROOT_OVERRIDE}=URI if it lies elsewhere"
         ) from None
-
-
-def _root(overrides: Sequence[str]) -> str:
-    """The store in which to look for a run whose config is not known yet."""
-    values = [value for path, _, value in (override.partition("=") for override in overrides) if path == _ROOT_OVERRIDE]
-    return storage.absolute(values[-1] if values else DEFAULT_ROOT)
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:

@@ -52,6 +52,22 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
+def with_sampler(config: Config, sampler: str) -> Config:
+    """The experiment with another sampler.
+
+    Args:
+        config: The experiment.
+        sampler: A kind, for its default settings or, if it is the experiment's kind, its own; or `{kind: ..., ...}`.
+
+    Raises:
+        ConfigError: for an unknown kind or setting, or one that does not fit the network and its levels.
+    """
+    if sampler == config.sampling.sampler.kind:
+        return config
+    chosen = sampler if sampler.lstrip().startswith("{") else f"{{kind: {sampler}}}"
+    return from_yaml(to_yaml(config), overrides=[f"sampling.sampler={chosen}"], origin="sampler")
+
+
 def from_json(text: str) -> Config:
     """Parse the canonical string that travels between processes."""
     return from_yaml(text, origin="config (JSON)")

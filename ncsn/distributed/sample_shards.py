@@ -30,7 +30,7 @@ class Shard:
     """Images `first .. first + count` of one set of samples.
 
     Attributes:
-        checkpoint: URI of the checkpoint.
+        checkpoint: URI of the checkpoint, or of a registered model's files.
         sampling: Sampler and seed.
         folder: URI that receives the shard.
         first: Index of the first image.
@@ -146,8 +146,8 @@ def _sample_shard(shard: Shard) -> None:
 
 
 @lru_cache(maxsize=1)
-def _load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
-    return checkpoint.load_for_sampling(uri, device=device)
+def _load(uri: str, device: str) -> checkpoint.TrainedNetwork:
+    return checkpoint.load_for_generation(uri, device=device)
 
 
 def _parquet_bytes(images: NDArray[np.uint8]) -> bytes:

@@ -112,6 +112,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
             result = evaluate(config, samples=samples, dataset=dataset, folder=folder.evaluation, progress=progress)
             tracked.log_metrics({**result.metrics, **result.real_metrics})
             tracked.set_tags({"eval.fingerprint": result.fingerprint})
+            tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
             tracked.log_file(result.uri)
             return result
 

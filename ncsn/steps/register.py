@@ -129,6 +129,8 @@ def _candidate(
             f"{manifest.digest}; evaluate with the data set of the training"
         )
     tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
+    origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
+    tracked.set_tags({**origin, "samples.uri": figures["samples"], "evaluation.uri": figures["uri"]})
     grid = storage.join(figures["samples"], "grid.png")
     files = {"grid.png": storage.read_bytes(grid)} if storage.exists(grid) else {}
     scores = Scores(figures["metrics"], figures["real_metrics"], figures["fingerprint"], figures["notes"])

@@ -87,6 +87,8 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
             )
             _publish_pictures(result, shard)
             _publish_manifest(result, sampler_key, loaded.digest)
+            origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
+            tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
             tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
             tracked.log_file(result.grid)
             tracked.log_file(result.strip)

@@ -72,8 +72,10 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
                 history=folder.history,
             )
             outcome = trainer.train(job, run_uri=folder.uri)
+            checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
+            tracked.set_tags({"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)})
             return TrainResult(
-                checkpoint=storage.join(folder.checkpoints, outcome.checkpoint),
+                checkpoint=checkpoint,
                 images_seen=outcome.images_seen,
                 loss=outcome.loss,
                 images_per_second=round(outcome.images_per_second, 1),

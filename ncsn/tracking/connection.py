@@ -59,15 +59,20 @@ def tracking_uri(config: Config) -> str:
         TrackingError: if the store is not a local folder and nothing names a server, or for a folder of run files,
             which MLflow does not serve any more.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    root = storage.absolute(config.storage.root)
+    return server_uri(config.tracking.uri, root=config.storage.root)
+
+
+def server_uri(named: str | None, *, root: str) -> str:
+    """What `tracking_uri` gives for these values of `tracking.uri` and `storage.root`."""
+    uri = named or os.environ.get("MLFLOW_TRACKING_URI")
+    root = storage.absolute(root)
     if not uri and not storage.is_local(root):
         raise TrackingError(
             f"storage.root = {root!r} cannot hold MLflow's database; "
             "set tracking.uri or MLFLOW_TRACKING_URI to a tracking server"
         )
     uri = uri or f"{SQLITE}{root}/mlflow.db"
-    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+    if named and urlsplit(named).password:
         raise TrackingError(
             f"tracking.uri = {shown(uri)!r} has a password in it, and a config is recorded with every run; "
             "set MLFLOW_TRACKING_URI in the environment in its place"
@@ -110,9 +115,18 @@ def open_client(config: Config) -> tuple[MlflowClient, str]:
         TrackingError: if the server does not answer.
     """
     uri = tracking_uri(config)
+    return open_client_at(uri, experiment=config.tracking.experiment), uri
+
+
+def open_client_at(uri: str, *, experiment: str = "Default") -> MlflowClient:
+    """`open_client` for a server that is known already.
+
+    Raises:
+        TrackingError: if the server does not answer.
+    """
     if uri.startswith(REMOTE):
-        _probe(uri, config.tracking.experiment)
-    return client_at(uri), uri
+        _probe(uri, experiment)
+    return client_at(uri)
 
 
 def _open_patiently(config: Config, patience: float) -> tuple[MlflowClient, str]:

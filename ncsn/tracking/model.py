@@ -5,6 +5,10 @@ It needs from this package what rebuilds the network and samples from it; a copy
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +18,28 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from PIL import Image
 
-from ncsn.checkpoint import TrainedNetwork, load_moments, network_from_weights
-from ncsn.config import from_json
+from ncsn.checkpoint import load_trained
+from ncsn.config import Config
+from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
-from ncsn.generation import generate, with_evaluations
+from ncsn.generation import complete, generate, with_evaluations
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
+_KNOWN = 128
+"""Gray value of the mask from which a pixel counts as known."""
 
 
 class ScoreModel(PythonModel):
-    """Generates images; `predict` takes everything as params."""
+    """Generates images, or completes given ones; `predict` takes everything as params."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Rebuild the network of `config.json` with the EMA weights, and read the moments."""
-        config = from_json(Path(context.artifacts["config"]).read_text())
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        weights = load_file(context.artifacts["ema"])
-        network = network_from_weights(config, weights, origin="the model").to(self.device)
-        moments = load_moments(Path(context.artifacts["moments"]))
-        self.trained = TrainedNetwork(config=config, network=network, moments=moments)
+        folder = Path(context.artifacts["config"]).parent
+        self.trained = load_trained(folder, origin="the model", device=self.device)
 
     def predict(
         self,
@@ -43,52 +47,97 @@ class ScoreModel(PythonModel):
         model_input: np.ndarray,  # noqa: ARG002  (MLflow warns of any other type, though it may be None)
         params: dict[str, Any] | None = None,
     ) -> NDArray[np.uint8]:
-        """Generate images.
+        """Generate images, or complete those that are given.
 
         Args:
             context: Not used.
             model_input: Not used; MLflow wants one, `None` or an empty list will do.
-            params: `n_images`; `seed`: image i is a function of (seed, i) and the same as the sample step's; `nfe`:
-                score-network evaluations per image. What is absent is as in the experiment.
+            params: What is absent or empty is as in the experiment.
+
+                - `n_images`: how many; of each given image, how many completions.
+                - `seed`: image i is a function of (seed, i) and the same as the sample step's.
+                - `sampler`: a kind such as `probability_flow`, or `{kind: ..., ...}` with its settings.
+                - `nfe`: score-network evaluations per image.
+                - `images`, `mask`: base64 PNGs to complete by inpainting, and what of them is known: white in the mask.
 
         Returns:
-            uint8 [n_images, H, W, C].
+            uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], those of one together.
 
         Raises:
             MlflowException: for a param out of range.
         """
-        chosen = params or {}
-        n_images = int(chosen.get("n_images", DEFAULT_IMAGES))
-        if not 1 <= n_images <= MAX_IMAGES:
-            raise MlflowException.invalid_parameter_value(f"n_images = {n_images}; use 1 to {MAX_IMAGES}")
-        sampling = self._sampling(seed=chosen.get("seed"), nfe=chosen.get("nfe"))
-        batches = [
-            generate(
-                self.trained,
-                sampling=sampling,
-                first=first,
-                count=min(sampling.batch_size, n_images - first),
-                device=self.device,
-            )
-            for first in range(0, n_images, sampling.batch_size)
-        ]
-        return np.concatenate(batches)
+        try:
+            return self._predict(params or {})
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
 
-    def _sampling(self, *, seed: int | None, nfe: int | None) -> SamplingConfig:
-        """The experiment's sampling section with another seed or length of the chain."""
-        config = self.trained.config
-        sampling = config.sampling
-        if seed is not None:
-            if not 0 <= seed < 2**63:
-                raise MlflowException.invalid_parameter_value(f"seed = {seed}; use 0 to 2^63 - 1")
-            sampling = sampling.model_copy(update={"seed": int(seed)})
-        if nfe is not None:
-            try:
-                sampler = with_evaluations(sampling.sampler, nfe=int(nfe), num_levels=config.levels.num_levels)
-            except ValueError as error:
-                raise MlflowException.invalid_parameter_value(str(error)) from None
-            sampling = sampling.model_copy(update={"sampler": sampler})
-        return sampling
+    def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:
+        config = _chosen(self.trained.config, params)
+        n_images = int(params.get("n_images", DEFAULT_IMAGES))
+        given, mask = list(params.get("images", [])), str(params.get("mask", ""))
+        if bool(given) != bool(mask):
+            raise ValueError("inpainting takes both `images` and `mask`, and generation neither")
+        total = n_images * max(len(given), 1)
+        if n_images < 1 or total > MAX_IMAGES:
+            times = f" for each of {len(given)} images" if given else ""
+            raise ValueError(f"n_images = {n_images}{times}; use 1 to {MAX_IMAGES // max(len(given), 1)}")
+        if not given:
+            parts = [
+                generate(self.trained, sampling=config.sampling, first=first, count=count, device=self.device)
+                for first, count in _batches(total, config.sampling)
+            ]
+        else:
+            references = np.stack([_pixels(text, config) for text in given]).repeat(n_images, axis=0)
+            known = _decoded(mask, "mask", mode="L", size=config.data.image_size) >= _KNOWN
+            parts = [
+                complete(
+                    self.trained,
+                    references[first : first + count],
+                    known,
+                    sampling=config.sampling,
+                    first=first,
+                    device=self.device,
+                )
+                for first, count in _batches(total, config.sampling)
+            ]
+        return np.concatenate(parts)
+
+
+def _chosen(config: Config, params: dict[str, Any]) -> Config:
+    """The experiment with another seed, sampler, or length of the chain."""
+    if sampler := params.get("sampler"):
+        config = with_sampler(config, str(sampler))
+    changes: dict[str, Any] = {}
+    seed, nfe = params.get("seed"), params.get("nfe")
+    if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed = {seed}; use 0 to 2^63 - 1")
+        changes["seed"] = int(seed)
+    if nfe:
+        changes["sampler"] = with_evaluations(
+            config.sampling.sampler, nfe=int(nfe), num_levels=config.levels.num_levels
+        )
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+
+
+def _batches(total: int, sampling: SamplingConfig) -> Sequence[tuple[int, int]]:
+    return [(first, min(sampling.batch_size, total - first)) for first in range(0, total, sampling.batch_size)]
+
+
+def _pixels(text: str, config: Config) -> NDArray[np.uint8]:
+    """[H, W, C] of a base64 PNG, gray or RGB as the model's images are."""
+    pixels = _decoded(text, "images", mode="L" if config.data.channels == 1 else "RGB", size=config.data.image_size)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _decoded(text: str, param: str, *, mode: str, size: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
+            if picture.size != (size, size):
+                raise ValueError(f"`{param}` has a picture of {picture.size} pixels, the model's have {(size, size)}")
+            return np.asarray(picture.convert(mode))
+    except (binascii.Error, OSError, SyntaxError):
+        raise ValueError(f"`{param}` must be PNG files in base64, as `base64 -w0 FILE` prints them") from None
 
 
 mlflow.models.set_model(ScoreModel())

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ncsn
-from ncsn.checkpoint import SamplingCheckpoint, save_moments
-from ncsn.config import Config, to_json
-from ncsn.generation import evaluations_per_image
+from ncsn.checkpoint import SamplingCheckpoint, save_trained
+from ncsn.config import Config
 
 MODEL_FILE = Path(__file__).with_name("model.py")
-NEEDED = ("mlflow", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
+NEEDED = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
 """What generating images needs of this project's own requirements: no Ray, no KFP."""
 EXAMPLE_IMAGES = 2
 
@@ -47,15 +46,10 @@ def write_model(
         origin: MLflow's `Model` that names the run and the logged model.
     """
     import mlflow.pyfunc
-    from safetensors.torch import save_file
 
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir()
-    # Buffers are rebuilt from the config.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.network.named_parameters()}
-    save_file(weights, inputs / "ema.safetensors")
-    save_moments(checkpoint.moments, inputs / "moments.safetensors")
-    (inputs / "config.json").write_text(to_json(checkpoint.config))
+    save_trained(checkpoint, inputs)
     signature, example = _signature(checkpoint.config)
     mlflow.pyfunc.save_model(
         path=str(folder),
@@ -82,13 +76,15 @@ def _signature(config: Config) -> tuple[Any, Any]:
 
     data = config.data
     images = TensorSpec(np.dtype(np.uint8), (-1, data.image_size, data.image_size, data.channels), "images")
+    # Empty means as in the experiment; its length of the chain would not fit another sampler.
     params = ParamSchema(
         [
             ParamSpec("n_images", "long", 16),
             ParamSpec("seed", "long", config.sampling.seed),
-            ParamSpec(
-                "nfe", "long", evaluations_per_image(config.sampling.sampler, num_levels=config.levels.num_levels)
-            ),
+            ParamSpec("sampler", "string", ""),
+            ParamSpec("nfe", "long", 0),
+            ParamSpec("images", "string", [], shape=(-1,)),
+            ParamSpec("mask", "string", ""),
         ]
     )
     example = (np.empty(0), {"n_images": EXAMPLE_IMAGES})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.checkpoint import TRAINED_CONFIG, SamplingCheckpoint
 from ncsn.tracking.packaging import write_model
 from ncsn.tracking.run import StepRun
 from ncsn.tracking.versions import ensure_model, require_model_name
@@ -120,3 +120,32 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     ]
     client.log_batch(tracked.run_id, metrics=figures, synchronous=True)
     return logged
+
+
+def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
+    """Download what a version generates images with, laid out as `ncsn.checkpoint.save_trained` does.
+
+    Args:
+        uri: Of the registry.
+        version: From that registry.
+        into: An existing folder.
+
+    Raises:
+        ValueError: if the version was not made by this project.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
+        source = f"{str(version.source).rstrip('/')}/artifacts"
+        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
+        complete = (folder / TRAINED_CONFIG).is_file()
+    except (MlflowException, OSError):
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"{version.name} version {version.version} has no weights and config of ncsn at {version.source}; "
+            "was it registered by `ncsn register`, and is its store within reach?"
+        )
+    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ncsn.generation import generate
+from ncsn.generation import complete, generate
 from ncsn.tracking.packaging import requirements, write_model
 
 LOAD = """
@@ -95,9 +98,58 @@ def test_longer_chain_gives_other_images_of_the_same_start(model):
     assert (usual != model.predict(None, params={"n_images": 2, "nfe": 9})).any()
 
 
+def png(pixels: np.ndarray) -> str:
+    """[H, W] uint8 as the scoring protocol carries it."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+GIVEN = [np.arange(64, dtype=np.uint8).reshape(8, 8) * 3, np.full((8, 8), 200, np.uint8)]
+KNOWN = np.arange(8)[None, :] + np.zeros((8, 1)) < 4
+INPAINTING = {"images": [png(image) for image in GIVEN], "mask": png(KNOWN.astype(np.uint8) * 255)}
+
+
+def test_known_pixels_of_a_completed_image_are_the_given_ones(model, checkpoint):
+    images = model.predict(None, params={**INPAINTING, "n_images": 2, "seed": 3})
+    assert (images.dtype, images.shape) == (np.uint8, (4, 8, 8, 1))
+    given = np.stack(GIVEN)[[0, 0, 1, 1], ..., None]
+    assert (images[:, KNOWN] == given[:, KNOWN]).all()
+    assert (images[0] != images[1]).any(), "two completions of one image differ"
+    sampling = checkpoint.config.sampling.model_copy(update={"seed": 3})
+    expected = complete(checkpoint, given, KNOWN, sampling=sampling)
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+
+
+@pytest.mark.parametrize("sampler", ["probability_flow", "{kind: probability_flow, method: heun}"])
+def test_another_sampler_generates_by_itself(model, checkpoint, make_config, sampler):
+    chosen = make_config("sampling.sampler={kind: probability_flow}").sampling
+    expected = generate(checkpoint, sampling=chosen, first=0, count=1)
+    images = model.predict(None, params={"n_images": 1, "sampler": sampler})
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+    shorter = model.predict(
+        None, params={"n_images": 1, "sampler": "{kind: probability_flow, method: euler}", "nfe": 2}
+    )
+    assert shorter.shape == (1, 8, 8, 1)
+
+
+def test_signature_lists_every_param_and_the_images(model):
+    signature = model.metadata.signature
+    assert [param.name for param in signature.params] == ["n_images", "seed", "sampler", "nfe", "images", "mask"]
+    assert signature.outputs.inputs[0].shape == (-1, 8, 8, 1)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        ({"sampler": "euler"}, "sampler: sampling.sampler.kind: 'euler' is not one of"),
+        ({"sampler": "{kind: langevin, steps: 3}"}, r"sampling\.sampler\.steps: unknown key"),
+        ({**INPAINTING, "mask": ""}, "takes both `images` and `mask`"),
+        ({**INPAINTING, "images": ["no PNG"]}, "`images` must be PNG files in base64"),
+        ({**INPAINTING, "images": [base64.b64encode(b"no PNG").decode()]}, "`images` must be PNG files in base64"),
+        ({**INPAINTING, "mask": png(np.zeros((4, 4), np.uint8))}, r"`mask` has a picture of \(4, 4\) pixels"),
+        ({**INPAINTING, "sampler": "probability_flow"}, "inpainting needs the sampler annealed_langevin"),
+        ({**INPAINTING, "n_images": 40000}, "n_images = 40000 for each of 2 images; use 1 to 32768"),
         ({"n_images": 0}, "n_images = 0; use 1 to"),
         ({"seed": -1}, "seed = -1; use 0 to"),
         ({"nfe": 6}, r"nfe = 6 cannot be reached by sampling\.sampler\.steps_per_level; use 5 or 7"),
@@ -123,6 +175,8 @@ def test_serves_images_over_http(folder, checkpoint, serve_model):
     images = np.array(answer["predictions"])
     expected = images_one_by_one(checkpoint, count=2, seed=7)
     np.testing.assert_allclose(images, expected.astype(int), atol=1)
+    completed = _post(f"{url}/invocations", {"inputs": [], "params": {**INPAINTING, "n_images": 1}})
+    assert (np.array(completed["predictions"])[1, KNOWN] == 200).all()
     with pytest.raises(urllib.error.HTTPError) as refused:
         _post(f"{url}/invocations", {"inputs": [], "params": {"n_images": 0}})
     assert refused.value.code == 400

@@ -1,0 +1,180 @@
+"""`ncsn promote`, `rollback` and `export`, and `ncsn sample --model`: what works on the registry and not on a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import click
+
+from ncsn.cli.failures import ReportingCommand
+from ncsn.cli.options import Decorated, experiment_options, json_option
+
+if TYPE_CHECKING:
+    from ncsn.tracking.gate import AliasChange
+
+
+def _dry_run_option(command: Decorated) -> Decorated:
+    return click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")(command)
+
+
+@click.command("promote", cls=ReportingCommand, short_help="Make a registered version champion.")
+@click.argument("model")
+@click.option("--version", metavar="N", help="Which version; default: the challenger.")
+@click.option("--force", is_flag=True, help="Whatever the gate says.")
+@_dry_run_option
+@experiment_options
+@json_option
+def promote_command(
+    *,
+    model: str,
+    version: str | None,
+    force: bool,
+    dry_run: bool,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+) -> None:
+    """Make a version of MODEL champion, if its recorded figure passes the gate against the present champion."""
+    from ncsn.cli.inputs import registry_uri
+    from ncsn.tracking.connection import open_client_at
+    from ncsn.tracking.gate import promote_version
+    from ncsn.tracking.versions import registry_errors
+
+    uri = registry_uri(config_uri, overrides=overrides, run=run_name)
+    with registry_errors(uri):
+        change = promote_version(open_client_at(uri), model, version=version, force=force, dry_run=dry_run)
+    _show_change(change, as_json=as_json)
+
+
+@click.command("rollback", cls=ReportingCommand, short_help="Make the champion before the present one champion again.")
+@click.argument("model")
+@_dry_run_option
+@experiment_options
+@json_option
+def rollback_command(
+    *,
+    model: str,
+    dry_run: bool,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+) -> None:
+    """Make the champion of MODEL before the present one champion again; repeated, it goes further back."""
+    from ncsn.cli.inputs import registry_uri
+    from ncsn.tracking.connection import open_client_at
+    from ncsn.tracking.gate import roll_back
+    from ncsn.tracking.versions import registry_errors
+
+    uri = registry_uri(config_uri, overrides=overrides, run=run_name)
+    with registry_errors(uri):
+        change = roll_back(open_client_at(uri), model, dry_run=dry_run)
+    _show_change(change, as_json=as_json)
+
+
+@click.command("export", cls=ReportingCommand, short_help="Write EMA weights as one safetensors file.")
+@click.option("--out", required=True, metavar="FILE", help="The file to write.")
+@click.option("--checkpoint", metavar="URI", help="Of this checkpoint.")
+@click.option("--model", metavar="URI", help="Of this registered model: models:/NAME@champion or models:/NAME/VERSION.")
+@experiment_options
+@json_option
+def export_command(
+    *,
+    out: str,
+    checkpoint: str | None,
+    model: str | None,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+) -> None:
+    """Write EMA weights as one safetensors file, with the config as its metadata.
+
+    They are those of --checkpoint, of --model, or of the last checkpoint of --run.
+    """
+    from ncsn.cli.inputs import registry_uri, resolve
+    from ncsn.cli.upstream import find_inputs
+    from ncsn.steps import export
+    from ncsn.steps.result import run_folder
+
+    if checkpoint is not None and model is not None:
+        raise click.UsageError("give --checkpoint or --model, not both")
+    if model is not None:
+        registry = registry_uri(config_uri, overrides=overrides, run=run_name)
+        result = export.from_model(model, registry=registry, out=out)
+    else:
+        target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=checkpoint)
+        found = find_inputs(run_folder(target.config, target.run), "sample", {"checkpoint": checkpoint})
+        result = export.from_checkpoint(found["checkpoint"], out=out)
+    values = dataclasses.asdict(result)
+    click.echo(json.dumps(values, indent=1) if as_json else f"{result.parameters:,} EMA weights: {result.uri}")
+
+
+def model_options(command: Decorated) -> Decorated:
+    """`--model` and `--out` of `ncsn sample`."""
+    for option in (
+        click.option("--out", metavar="FOLDER", help="With --model: where the images go."),
+        click.option("--model", metavar="URI", help="A registered model in place of a run: models:/NAME@champion."),
+    ):
+        command = option(command)
+    return command
+
+
+def sample_from_model(
+    given: Mapping[str, str | None],
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+) -> None:
+    """Generate images from a registered model and print where they are.
+
+    Args:
+        given: The options of `ncsn sample`: `model`, perhaps `out`.
+        config_uri: With `overrides` and `run_name`: where the registry is.
+        overrides: Also changes of the registered config.
+        run_name: See `config_uri`.
+        as_json: Print JSON.
+    """
+    from ncsn.cli.inputs import registry_uri, store_root
+    from ncsn.cli.output import quiet_libraries
+    from ncsn.cli.progress_view import ProgressView
+    from ncsn.cli.records import StepProgress
+    from ncsn.steps import sample_model
+
+    address = given.get("model")
+    if address is None:
+        raise click.UsageError("--out goes with --model; the samples of a run lie in the run's folder")
+    if given.get("checkpoint"):
+        raise click.UsageError("give --checkpoint or --model, not both")
+    registry = registry_uri(config_uri, overrides=overrides, run=run_name)
+    with quiet_libraries(None) as console, ProgressView(console) as view:
+        view.start("sample")
+        result = sample_model.run(
+            address,
+            registry=registry,
+            root=store_root(overrides),
+            out=given.get("out"),
+            overrides=overrides,
+            progress=lambda done, total: view.update("sample", StepProgress(done, total, "images")),
+        )
+        view.finish("sample", f"done in {result.seconds:,.1f} s")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=1))
+    else:
+        click.echo(f"sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations each")
+        click.echo(f"uri: {result.uri}\ngrid: {result.grid}")
+
+
+def _show_change(change: AliasChange, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(change), indent=1))
+        return
+    verb = "would become" if change.dry_run and change.changed else "is"
+    instead = f" in place of version {change.replaced}" if change.changed and change.replaced else ""
+    click.echo(f"{change.model} version {change.version} {verb} champion{instead}: {change.reason}")

@@ -1,0 +1,237 @@
+"""Where something came from, and what came of it: the chain of a pipeline run as MLflow's tags tell it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from ncsn import storage
+from ncsn.tracking.connection import shown
+from ncsn.tracking.versions import is_model_address, resolve_version
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+PARENT = "mlflow.parentRunId"
+IDS = (
+    "ncsn.run",
+    "kfp.pipeline_run_id",
+    "kfp.pipeline_run_url",
+    "ray.submission_id",
+    "ray.job_name",
+    "ray.job_id",
+    "dataset.digest",
+    "checkpoint.digest",
+)
+"""Tags whose value names a run or what it made."""
+URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
+ACCEPTED = (
+    "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
+    "(models:/NAME/3, models:/NAME@champion), a dataset digest, or the URI of a checkpoint"
+)
+_DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+_RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One thing in the chain, and what hangs on it.
+
+    Attributes:
+        kind: `KFP run`, `MLflow run`, `step`, `Ray job`, `config`, `dataset`, `checkpoint`, `samples`, `evaluation`,
+            `model version` or `decision`.
+        id: What names it.
+        facts: What else is known of it.
+        links: What it led to.
+        asked: Whether it is what the question named.
+    """
+
+    kind: str
+    id: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    links: tuple[Link, ...] = ()
+    asked: bool = False
+
+
+def trace(client: MlflowClient, identifier: str) -> list[Link]:
+    """The chains that something is part of, oldest first: more than one where runs share a data set or a name.
+
+    Args:
+        client: Of the tracking server.
+        identifier: See `ACCEPTED`.
+
+    Raises:
+        ValueError: if nothing on the server has to do with it.
+    """
+    names = {identifier}
+    if is_model_address(identifier):
+        version = resolve_version(client, identifier)
+        names = {f"models:/{version.name}/{version.version}"}
+        found = [client.get_run(version.run_id)] if version.run_id else []
+    else:
+        found = _find_runs(client, identifier)
+    tops = {top.info.run_id: top for top in (_top(client, run) for run in found)}
+    if not tops:
+        uri = shown(client.tracking_uri)
+        raise ValueError(f"nothing in MLflow at {uri} has to do with {identifier!r}; give {ACCEPTED}")
+    ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
+    return [_marked(_chain(client, top), names) for top in ordered]
+
+
+def _find_runs(client: MlflowClient, identifier: str) -> list[Run]:
+    """The runs that an identifier names, by the first kind of name under which there are any."""
+    for query in _queries(identifier):
+        found = _search(client, query)
+        if found:
+            return found
+    return []
+
+
+def _queries(identifier: str) -> Iterator[str]:
+    value = _quoted(identifier)
+    if re.fullmatch(r"[0-9a-f]{32}", identifier):
+        yield f"attributes.run_id = {value}"
+    for tag in IDS:
+        yield f"tags.`{tag}` = {value}"
+    yield f"attributes.run_name = {value}"
+    if _DIGEST_PREFIX.fullmatch(identifier):
+        for tag in ("dataset.digest", "checkpoint.digest"):
+            yield f"tags.`{tag}` LIKE '{identifier}%'"
+    if "/" in identifier and ("://" not in identifier or identifier.startswith((storage.S3_SCHEME, "file://"))):
+        uri = storage.absolute(identifier)
+        for tag in URIS:
+            yield f"tags.`{tag}` = {_quoted(uri)}"
+        if place := _RUN_FOLDER.fullmatch(uri):
+            yield f"tags.`ncsn.root` = {_quoted(place['root'])} and tags.`ncsn.run` = {_quoted(place['run'])}"
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
+def _search(client: MlflowClient, query: str) -> list[Run]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, query, order_by=["attributes.start_time ASC"]))
+
+
+def _top(client: MlflowClient, run: Run) -> Run:
+    """The run of the whole pipeline that a step, or a trial of a step, belongs to."""
+    while parent := run.data.tags.get(PARENT):
+        run = client.get_run(parent)
+    return run
+
+
+def _chain(client: MlflowClient, top: Run) -> Link:
+    tags = top.data.tags
+    experiment = client.get_experiment(top.info.experiment_id).name
+    facts = {"name": str(top.info.run_name), "experiment": experiment, **_circumstances(top)}
+    run = Link("MLflow run", top.info.run_id, facts, (*_inputs(top), *_steps(client, top)))
+    if "kfp.pipeline_run_id" not in tags:
+        return run
+    return Link("KFP run", tags["kfp.pipeline_run_id"], _known(url=tags.get("kfp.pipeline_run_url")), (run,))
+
+
+def _inputs(top: Run) -> Iterator[Link]:
+    """What the whole pipeline began with."""
+    tags, params = top.data.tags, top.data.params
+    if "ncsn.root" in tags and "ncsn.run" in tags:
+        uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
+        yield Link("config", uri, _known(experiment=params.get("name"), seed=params.get("seed")))
+    if "dataset.digest" in tags:
+        source = _known(source=params.get("data.source"), root=_none(params.get("data.root")))
+        yield Link("dataset", tags["dataset.digest"], {**source, **_known(uri=tags.get("dataset.uri"))})
+
+
+def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
+    query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
+    for child in client.search_runs([parent.info.experiment_id], query, order_by=["attributes.start_time ASC"]):
+        facts = {"run": child.info.run_id, **_circumstances(child)}
+        same = {key: value for key, value in _circumstances(parent).items() if key != "status"}
+        facts = {key: value for key, value in facts.items() if same.get(key) != value}
+        made = (*_ray_job(child), *_outputs(client, child), *_steps(client, child))
+        yield Link("step", child.data.tags.get("ncsn.step", str(child.info.run_name)), facts, made)
+
+
+def _ray_job(run: Run) -> Iterator[Link]:
+    tags = run.data.tags
+    identifier = tags.get("ray.submission_id") or tags.get("ray.job_id")
+    if identifier:
+        facts = _known(
+            name=tags.get("ray.job_name"),
+            job=tags["ray.job_id"] if "ray.submission_id" in tags and "ray.job_id" in tags else None,
+            session=tags.get("ray.session"),
+            dashboard=tags.get("ray.dashboard_url"),
+        )
+        yield Link("Ray job", identifier, facts)
+
+
+def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
+    """What a step made, and from what."""
+    tags, metrics = run.data.tags, run.data.metrics
+    origin = _known(checkpoint=tags.get("checkpoint.uri"), digest=tags.get("checkpoint.digest"))
+    match tags.get("ncsn.step"):
+        case "train" if "checkpoint.uri" in tags:
+            yield Link("checkpoint", tags["checkpoint.uri"], _known(images_seen=tags.get("checkpoint.images_seen")))
+        case "sample" if "samples.uri" in tags:
+            nfe = metrics.get("sample/nfe")
+            yield Link("samples", tags["samples.uri"], {**origin, **_known(nfe=None if nfe is None else f"{nfe:.0f}")})
+        case "evaluate" if "evaluation.uri" in tags:
+            facts = {name.removeprefix("eval/"): f"{value:.4g}" for name, value in metrics.items() if "_fid_" in name}
+            of = _known(samples=tags.get("samples.uri"), fingerprint=tags.get("eval.fingerprint"))
+            yield Link("evaluation", tags["evaluation.uri"], {**of, **facts})
+        case "register":
+            for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
+                yield _version(client.get_model_version(version.name, version.version), tags)
+
+
+def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
+    tags = version.tags
+    facts = _known(
+        aliases=", ".join(sorted(version.aliases)) or None,
+        checkpoint=tags.get("ncsn.checkpoint_uri"),
+        digest=tags.get("ncsn.checkpoint"),
+        evaluation=run_tags.get("evaluation.uri"),
+    )
+    decision = _known(
+        reason=tags.get("gate.reason"),
+        decided=tags.get("gate.decided_at"),
+        promoted_by=tags.get("promoted_by"),
+        promoted=tags.get("promoted_at"),
+        in_place_of=tags.get("promoted_from") or None,
+        rolled_back=tags.get("rolled_back_at"),
+    )
+    words = "promoted" if tags.get("gate.promoted") == "true" else "not promoted"
+    links = (Link("decision", words, decision),) if "gate.promoted" in tags else ()
+    return Link("model version", f"models:/{version.name}/{version.version}", facts, links)
+
+
+def _circumstances(run: Run) -> dict[str, str]:
+    tags = run.data.tags
+    return _known(
+        status=run.info.status,
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        commit=tags.get("mlflow.source.git.commit"),
+        image=tags.get("mlflow.docker.image.uri"),
+        user=tags.get("mlflow.user"),
+    )
+
+
+def _known(**facts: str | None) -> dict[str, str]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _none(value: str | None) -> str | None:
+    """A parameter that the config leaves empty."""
+    return None if value == "None" else value
+
+
+def _marked(link: Link, names: set[str]) -> Link:
+    """The same tree with `asked` on what the names name."""
+    values = {link.id, *link.facts.values()}
+    asked = not names.isdisjoint(values if link.kind in ("MLflow run", "step", "Ray job") else {link.id})
+    return replace(link, asked=asked, links=tuple(_marked(below, names) for below in link.links))
