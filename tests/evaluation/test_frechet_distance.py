@@ -8,6 +8,7 @@ from ncsn.evaluation.frechet_distance import (
     FrechetStatistics,
     frechet_distance,
     frechet_distance_of_gaussians,
+    frechet_uncertainty,
     symmetric_root,
 )
 
@@ -54,6 +55,42 @@ def test_agrees_with_scipys_square_root(rank: int) -> None:
     expected = np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
     assert frechet_distance_of_gaussians(zero, a, zero, b) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(symmetric_root(a) @ symmetric_root(a), a, atol=1e-12)
+
+
+def test_uncertainty_is_that_of_the_delta_method() -> None:
+    """In one dimension the distance is (m - m0)^2 + (s - s0)^2, whose variance is known to first order."""
+    rng = np.random.default_rng(5)
+    mean, sigma, count = 0.5, 1.5, 4000
+    reference = FrechetStatistics.of(rng.standard_normal((100_000, 1)))
+    found = [frechet_uncertainty(mean + sigma * rng.standard_normal((count, 1)), reference) for _ in range(40)]
+    expected = np.sqrt((2 * mean * sigma) ** 2 / count + (2 * (sigma - 1) * sigma) ** 2 / (2 * count))
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [60, 200])
+def test_uncertainty_is_the_spread_of_repeated_draws(count: int) -> None:
+    rng = np.random.default_rng(6)
+    reference = FrechetStatistics.of(rng.standard_normal((5000, 8)))
+    draws = [np.maximum(0.3 + 1.3 * rng.standard_normal((count, 8)), -1) for _ in range(150)]
+    spread = np.std([frechet_distance(FrechetStatistics.of(draw), reference) for draw in draws])
+    assert np.mean([frechet_uncertainty(draw, reference) for draw in draws]) == pytest.approx(spread, rel=0.2)
+
+
+def test_uncertainty_needs_three_images() -> None:
+    features = np.random.default_rng(7).standard_normal((3, 2))
+    reference = FrechetStatistics.of(np.random.default_rng(8).standard_normal((50, 2)))
+    assert frechet_uncertainty(features, reference) > 0
+    with pytest.raises(ValueError, match="at least 3 images, got 2"):
+        frechet_uncertainty(features[:2], reference)
+
+
+def test_a_part_taken_away_leaves_the_rest() -> None:
+    features = np.random.default_rng(9).standard_normal((50, 4)) + 100
+    rest = FrechetStatistics.of(features).without(FrechetStatistics.of(features[::5]))
+    direct = FrechetStatistics.of(np.delete(features, np.s_[::5], axis=0))
+    assert rest.count == direct.count
+    np.testing.assert_allclose(rest.mean, direct.mean, rtol=1e-12)
+    np.testing.assert_allclose(rest.scatter, direct.scatter, rtol=1e-8, atol=1e-8)
 
 
 def test_merged_statistics_are_those_of_the_union() -> None:

@@ -64,7 +64,9 @@ def saved(config, root, dataset) -> str:
 def evaluate(config, root, dataset, saved):
     """Writes an evaluation with a chosen figure, as the sample and evaluate steps leave it."""
 
-    def write(value: float, *, dataset: str = dataset, of: Config = config, name_of_file: str = "") -> str:
+    def write(
+        value: float, *, dataset: str = dataset, of: Config = config, name_of_file: str = "", copies: int = 0
+    ) -> str:
         sampler = of.sampling.sampler.model_dump(mode="json")
         samples = str(root / f"samples-{sampler['steps_per_level']}")
         storage.write_bytes(storage.join(samples, "grid.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
@@ -80,10 +82,12 @@ def evaluate(config, root, dataset, saved):
             "gate": {
                 "name": name,
                 "value": value,
+                "uncertainty": 0.25,
                 "num_images": 4,
                 "fingerprint": "f" * 64,
                 "lower_is_better": True,
             },
+            "memorisation": {"copies": copies, "num_images": 256, "real_copies": 0, "num_real_images": 256},
             "samples": samples,
             "dataset": dataset,
         }
@@ -110,7 +114,7 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     run = client.get_run(version.run_id)
     assert (run.data.tags["ncsn.step"], run.info.status) == ("register", "FINISHED")
     gate = json.loads(Path(client.download_artifacts(version.run_id, "gate.json", str(tmp_path))).read_text())
-    assert (gate["promoted"], gate["measurement"]["value"]) == (True, 5.0)
+    assert (gate["promoted"], gate["evidence"]["measurement"]["value"]) == (True, 5.0)
     (output,) = run.outputs.model_outputs
     stored = {file.path for file in client.list_logged_model_artifacts(output.model_id)}
     assert {"MLmodel", "model.py", "artifacts", "code", "grid.png", "model_card.md"} <= stored
@@ -124,7 +128,10 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
     )
     result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
     assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
-    assert result.reason == "eval/classifier_fid_n4 = 6 is not better than 5 of champion version 1"
+    assert result.reason == (
+        "eval/classifier_fid_n4 = 6 ± 0.25 is not better by more than the combined uncertainty 0.35 "
+        "than 5 ± 0.25 of champion version 1"
+    )
 
 
 def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
@@ -136,18 +143,41 @@ def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
 
 
 def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
-    named = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": "renewed"})})
-    first = register.run(named, run="renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
-    second = register.run(named, run="renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
+    renewed = named(config, "renewed")
+    first = register.run(renewed, run="renewed", checkpoint=saved, evaluation=evaluate(9.0, name_of_file="same"))
+    second = register.run(renewed, run="renewed", checkpoint=saved, evaluation=evaluate(8.0, name_of_file="same"))
     assert first.reason.startswith("eval/classifier_fid_n4 = 9")
     assert "8" in second.reason and second.version == first.version
 
 
+def named(config: Config, model: str) -> Config:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": model})})
+
+
+def test_nan_and_copies_are_no_champion(config, saved, evaluate):
+    nan = register.run(named(config, "nan"), run="nan", checkpoint=saved, evaluation=evaluate(float("nan")))
+    assert (nan.promoted, nan.aliases) == (False, ["challenger"])
+    assert "nan ± 0.25 is not a finite number" in nan.reason
+    copied = evaluate(1.0, copies=200, name_of_file="copies")
+    copies = register.run(named(config, "copies"), run="copies", checkpoint=saved, evaluation=copied)
+    assert (copies.promoted, copies.aliases) == (False, ["challenger"])
+    assert copies.reason.startswith("200 of 256 samples copy a training image, 0 of 256 real ones do")
+
+
+def test_evaluation_of_an_earlier_version_is_refused(config, saved, evaluate, root):
+    figures = json.loads(Path(evaluate(5.0)).read_text())
+    del figures["memorisation"]
+    old = str(root / "old.json")
+    storage.write_text(old, json.dumps(figures))
+    with pytest.raises(ValueError, match="was written by an earlier version of ncsn; run `ncsn evaluate` again"):
+        register.run(config, run="old", checkpoint=saved, evaluation=old)
+
+
 def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
-    named = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": "gone"})})
-    first = register.run(named, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
-    connect(named).client.delete_model_version("gone", first.version)
-    again = register.run(named, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    gone = named(config, "gone")
+    first = register.run(gone, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
+    connect(gone).client.delete_model_version("gone", first.version)
+    again = register.run(gone, run="gone", checkpoint=saved, evaluation=evaluate(5.0))
     assert again.version == "2"
 
 

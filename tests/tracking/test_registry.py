@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.tracking import registry
@@ -41,6 +42,56 @@ def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_confi
     logged = tracked.client.get_logged_model(output.model_id)
     assert [(metric.key, metric.value) for metric in logged.metrics] == [("eval/a", 1.5)]
     assert logged.status == "READY"
+
+
+class Killed(BaseException):
+    """Nothing after it happens."""
+
+
+class DiesAt(MlflowClient):
+    """Its process is killed at the n-th request that writes."""
+
+    def __init__(self, uri: str, *, at: int) -> None:
+        super().__init__(uri, uri)
+        for name in REQUESTS:
+            setattr(self, name, self._counted(getattr(self, name)))
+        self.left = at
+
+    def _counted(self, request):
+        def counted(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return request(*args, **kwargs)
+
+        return counted
+
+
+REQUESTS = (
+    "create_registered_model",
+    "create_logged_model",
+    "log_model_artifacts",
+    "finalize_logged_model",
+    "log_outputs",
+    "log_batch",
+    "create_model_version",
+)
+
+
+def test_killed_at_any_request_and_repeated_it_is_one_version(config, checkpoint, monkeypatch):
+    def write_small(folder, *args, **kwargs):
+        folder.mkdir()
+        (folder / "MLmodel").write_text("{}")
+
+    monkeypatch.setattr(registry, "write_model", write_small)
+    with step_run(config, run="killed", step="register") as tracked:
+        for at in range(len(REQUESTS)):
+            dying = replace(tracked, client=DiesAt(tracked.uri, at=at))
+            with pytest.raises(Killed):
+                registry.register(dying, candidate(checkpoint, f"killed-register-{at}"))
+            made = registry.register(tracked, candidate(checkpoint, f"killed-register-{at}"))
+            (only,) = tracked.client.search_model_versions(f"name = 'killed-register-{at}'")
+            assert str(only.version) == str(made.version) == "1"
 
 
 def test_registers_over_a_server(make_config, server, checkpoint):

@@ -1,0 +1,146 @@
+"""`promote`, `rollback` and `trace` on a registry, and what they say when it refuses."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from mlflow.tracking import MlflowClient
+
+from ncsn.cli.app import app
+from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.tracking.connection import client_at
+from ncsn.tracking.gate import Evidence, pass_gate
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three champions of `digits` one after the other, and a challenger that was refused."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    client = client_at(uri)
+    client.create_registered_model("digits")
+    for value in (9.0, 8.0, 7.0, 7.1):
+        version = str(client.create_model_version("digits", "file:///nowhere").version)
+        measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
+        pass_gate(client, name="digits", version=version, evidence=Evidence(measured, Memorisation(0, 9, 0, 9)))
+    return uri
+
+
+@pytest.fixture
+def client(registry: str) -> MlflowClient:
+    return client_at(registry)
+
+
+def ncsn(registry: str, *args: str) -> Result:
+    return CliRunner(env={"MLFLOW_TRACKING_URI": registry}).invoke(app, args)
+
+
+def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(registry, client) -> None:
+    planned = ncsn(registry, "rollback", "digits", "--dry-run")
+    assert (
+        planned.output == "digits version 2 would become champion in place of version 3: rolled back from version 3\n"
+    )
+    done = ncsn(registry, "rollback", "digits", "--json")
+    assert json.loads(done.output) == {
+        "model": "digits",
+        "version": "2",
+        "replaced": "3",
+        "reason": "rolled back from version 3",
+        "changed": True,
+        "dry_run": False,
+    }
+    assert str(client.get_model_version_by_alias("digits", "champion").version) == "2"
+    refused = ncsn(registry, "promote", "digits", "--version", "1")
+    assert refused.exit_code == 2
+    assert "digits version 1 is not promoted: eval/classifier_fid_n512 = 9 ± 0.1 is not better" in refused.output
+    back = ncsn(registry, "promote", "digits", "--version", "3")
+    assert back.output.startswith(
+        "digits version 3 is champion in place of version 2: eval/classifier_fid_n512 = 7 ± 0.1"
+    )
+    again = ncsn(registry, "promote", "digits", "--version", "3")
+    assert again.output == "digits version 3 is champion: it is the champion already\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["promote", "nothing"], "there is no model 'nothing' in the registry; it has digits"),
+        (["promote", "my model"], "registered model name 'my model' is not valid; use letters"),
+        (["promote", "digits", "--version", "17"], "model 'digits' has no version '17'; the latest are 1, 2, 3, 4"),
+        (["rollback", "nothing"], "there is no model 'nothing' in the registry"),
+        (["trace", "models:/digits@latest"], "alias 'latest' is reserved by MLflow"),
+        (["trace", "whatever"], "has to do with 'whatever'; give an MLflow run id, the name of a run"),
+        (["sample", "--model", "models:/digits@v3"], "alias 'v3' is reserved by MLflow"),
+        (
+            ["sample", "--model", "digits@champion", "--out", "OUT"],
+            "digits version 3 has no weights and config of ncsn",
+        ),
+        (["export", "--model", "digits/1", "--out", "OUT"], "digits version 1 has no weights and config of ncsn"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(registry, tmp_path: Path, args: list[str], message: str) -> None:
+    done = ncsn(registry, *(str(tmp_path / "out") if arg == "OUT" else arg for arg in args))
+    assert done.exit_code == 2, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_exclude_each_other_are_refused(registry) -> None:
+    for args in (
+        ["sample", "--out", "folder"],
+        ["sample", "--model", "digits/1", "--checkpoint", "folder"],
+        ["export", "--model", "digits/1", "--checkpoint", "folder", "--out", "file"],
+    ):
+        done = ncsn(registry, *args)
+        assert done.exit_code == 2
+        assert "Usage:" in done.output
+
+
+def test_without_any_registry_the_message_says_what_to_give(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["rollback", "digits", "--set", f"storage.root={tmp_path}"])
+    assert done.exit_code == 2
+    assert f"no run in the store {tmp_path}; give --config" in done.output
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    """A tracking server whose registry this user may not touch. It leaves out everything else that MLflow answers."""
+
+    def _answer(self, status: int, body: dict[str, str]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        if "registered-models" in self.path or "model-versions" in self.path:
+            self._answer(403, {"error_code": "PERMISSION_DENIED", "message": "Permission denied\nsecond line"})
+        else:
+            self._answer(200, {})
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("args", [["promote", "digits"], ["rollback", "digits"], ["trace", "digits/3"]])
+def test_a_registry_that_refuses_is_named(refusing: str, args: list[str]) -> None:
+    done = ncsn(refusing, *args)
+    assert done.exit_code == 2
+    assert done.output == f"error: the registry at {refusing} refuses: PERMISSION_DENIED: Permission denied\n"

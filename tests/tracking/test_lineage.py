@@ -1,0 +1,133 @@
+"""From any name in the chain to the whole chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ncsn.tracking.connection import connect
+from ncsn.tracking.lineage import Link, trace
+from ncsn.tracking.run import step_run
+
+DIGEST = "5f" * 32
+SAMPLES = {
+    "samples.uri": "/store/samples",
+    "checkpoint.uri": "/store/checkpoints/images-8",
+    "checkpoint.digest": "abcd1234abcd1234",
+}
+
+
+@pytest.fixture(scope="module")
+def chain(config) -> str:
+    """A pipeline run as its steps record it; the MLflow id of the parent."""
+    with step_run(config, run="traced", step="train") as tracked:
+        tracked.log_dataset("digits", digest=DIGEST, uri="/store/datasets/digits")
+        tracked.set_tags(
+            {"ray.job_id": "01000000", "ray.submission_id": "raysubmit_7", "ray.dashboard_url": "http://ray"}
+        )
+        tracked.set_tags({"checkpoint.uri": SAMPLES["checkpoint.uri"], "checkpoint.images_seen": "8"})
+    with step_run(config, run="traced", step="sample") as tracked:
+        tracked.set_tags(SAMPLES)
+        tracked.log_metrics({"sample/nfe": 5.0})
+    with step_run(config, run="traced", step="evaluate") as tracked:
+        tracked.set_tags({"evaluation.uri": "/store/evaluation.json", "samples.uri": "/store/samples"})
+        tracked.log_metrics({"eval/classifier_fid_n4": 9.5})
+    with step_run(config, run="traced", step="register") as tracked:
+        tracked.set_tags({"evaluation.uri": "/store/evaluation.json"})
+        client = tracked.client
+        client.create_registered_model("traced-model")
+        tags = {"gate.promoted": "true", "gate.reason": "there was no champion", "ncsn.checkpoint": "abcd1234abcd1234"}
+        client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
+        client.set_registered_model_alias("traced-model", "champion", "1")
+    parent = tracked.parent_run_id
+    client.set_tag(parent, "kfp.pipeline_run_id", "kfp-run-1")
+    client.set_tag(parent, "kfp.pipeline_run_url", "http://kfp/#/runs/details/kfp-run-1")
+    client.set_tag(parent, "mlflow.docker.image.uri", "registry/ncsn@sha256:1")
+    return str(parent)
+
+
+def walk(link: Link) -> Iterator[Link]:
+    yield link
+    for below in link.links:
+        yield from walk(below)
+
+
+def test_the_chain_has_every_link(config, chain):
+    (whole,) = trace(connect(config).client, "models:/traced-model@champion")
+    found = {link.kind: link for link in walk(whole)}
+    assert list(found) == [
+        "KFP run",
+        "MLflow run",
+        "config",
+        "dataset",
+        "step",
+        "Ray job",
+        "checkpoint",
+        "samples",
+        "evaluation",
+        "model version",
+        "decision",
+    ]
+    assert (whole.id, whole.facts["url"]) == ("kfp-run-1", "http://kfp/#/runs/details/kfp-run-1")
+    run = found["MLflow run"]
+    assert (run.id, run.facts["name"], run.facts["image"]) == (chain, "traced", "registry/ncsn@sha256:1")
+    assert len(run.facts["commit"]) == 40
+    assert [link.id for link in run.links if link.kind == "step"] == ["train", "sample", "evaluate", "register"]
+    assert (found["dataset"].id, found["dataset"].facts["source"]) == (DIGEST, "sklearn_digits")
+    assert (found["Ray job"].id, found["Ray job"].facts["dashboard"]) == ("raysubmit_7", "http://ray")
+    assert found["checkpoint"].id == found["samples"].facts["checkpoint"] == SAMPLES["checkpoint.uri"]
+    assert found["samples"].facts["nfe"] == "5"
+    assert found["evaluation"].facts == {"samples": "/store/samples", "classifier_fid_n4": "9.5"}
+    assert found["model version"].facts["aliases"] == "champion"
+    assert (found["decision"].id, found["decision"].facts["reason"]) == ("promoted", "there was no champion")
+
+
+@pytest.mark.parametrize(
+    ("identifier", "kind"),
+    [
+        ("traced", "MLflow run"),
+        ("kfp-run-1", "KFP run"),
+        ("raysubmit_7", "Ray job"),
+        (DIGEST, "dataset"),
+        (SAMPLES["checkpoint.uri"], "checkpoint"),
+        ("file:///store/checkpoints/images-8", None),
+        (DIGEST[:12], None),
+        (SAMPLES["checkpoint.digest"], None),
+        ("/store/samples", "samples"),
+        ("models:/traced-model/1", "model version"),
+        ("traced-model/1", "model version"),
+        ("traced-model@champion", "model version"),
+    ],
+)
+def test_any_name_leads_to_the_same_chain_and_is_marked(config, chain, identifier, kind):
+    (found,) = trace(connect(config).client, identifier)
+    assert found.id == "kfp-run-1"
+    assert [link.kind for link in walk(found) if link.asked][:1] == ([kind] if kind else [])
+
+
+def test_the_ids_of_mlflow_and_a_place_in_the_store(config, chain):
+    client = connect(config).client
+    (whole,) = trace(client, chain)
+    register = next(link for link in walk(whole) if link.id == "register")
+    assert trace(client, register.facts["run"])[0].id == whole.id
+    assert trace(client, f"{config.storage.root}/runs/traced/checkpoints/images-000000004")[0].id == whole.id
+
+
+@pytest.mark.parametrize(
+    ("identifier", "message"),
+    [
+        ("nothing", r"nothing in MLflow at sqlite:///.* has to do with 'nothing'; give an MLflow run id"),
+        ("0" * 32, "has to do with '0000"),
+        ("models:/nowhere/1", "there is no model 'nowhere' in the registry; it has"),
+        ("models:/traced-model/4", "model 'traced-model' has no version '4'; the latest are 1"),
+        ("models:/traced-model@best", "model 'traced-model' has no alias 'best'; it has champion"),
+        ("models:/traced-model@latest", "alias 'latest' is reserved by MLflow"),
+        ("models:/traced-model", "names no model version; use models:/NAME@champion"),
+        ("models:/my model@champion", "registered model name 'my model' is not valid"),
+    ],
+)
+def test_what_is_unknown_is_one_clear_line(config, chain, identifier, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        trace(connect(config).client, identifier)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,69 @@
+"""Two real processes that promote at the same moment against one real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from ncsn.tracking.connection import open_client_at
+from ncsn.tracking.gate import recorded_decision
+from ncsn.tracking.promotions import LEDGER_SUFFIX, champion_version, history
+
+PIPELINE = """
+import json, sys, time
+from dataclasses import asdict
+from pathlib import Path
+from mlflow.tracking import MlflowClient
+from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.tracking.gate import Evidence, pass_gate
+
+uri, version, value, meeting = sys.argv[1], sys.argv[2], float(sys.argv[3]), Path(sys.argv[4])
+
+class Meets(MlflowClient):
+    def create_model_version(self, *args, **kwargs):
+        # Both have decided to promote; neither has yet.
+        (meeting / version).touch()
+        while len(list(meeting.iterdir())) < 2:
+            time.sleep(0.01)
+        return super().create_model_version(*args, **kwargs)
+
+measured = Measurement("eval/classifier_fid_n512", value, 0.3, 512, "f" * 64, True)
+evidence = Evidence(measured, Memorisation(0, 256, 0, 256))
+decision = pass_gate(Meets(uri, uri), name="contested", version=version, evidence=evidence)
+print(json.dumps(asdict(decision)))
+"""
+
+
+def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_says_why(server, tmp_path):
+    client = open_client_at(server.url)
+    client.create_registered_model("contested")
+    for _ in range(2):
+        client.create_model_version("contested", "s3://nowhere/model")
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PIPELINE, server.url, version, value, str(meeting)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )
+        for version, value in (("1", "8.0"), ("2", "8.1"))
+    ]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    decisions = dict(zip("12", (json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs), strict=True))
+    (winner,) = [version for version, decision in decisions.items() if decision["promoted"]]
+    (loser,) = decisions.keys() - {winner}
+    assert champion_version(client, "contested") == winner
+    assert decisions[winner]["reason"].endswith("there was no champion")
+    assert decisions[loser]["champion_version"] == winner
+    assert f"champion version {winner}" in decisions[loser]["reason"]
+    assert [entry.version for entry in history(client, "contested")] == [winner]
+    assert len(client.search_model_versions(f"name = 'contested{LEDGER_SUFFIX}'")) == 1, "the void entry is removed"
+    for version, decision in decisions.items():
+        recorded = recorded_decision(client, "contested", version)
+        assert recorded is not None and recorded.promoted is decision["promoted"]
