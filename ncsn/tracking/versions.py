@@ -75,9 +75,7 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
     _require_alias(alias)
     found = aliased_version(client, name, alias)
     if found is None:
-        raise ValueError(
-            f"model {name!r} has no version with the alias {alias!r}; it has {_shown_aliases(client, name)}"
-        )
+        raise ValueError(f"model {name!r} has no alias {alias!r}; it has {_shown_aliases(client, name)}")
     return found
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,6 +92,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(registry, tmp_path: Path, args: l
     (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_from_a_version_without_weights_leaves_nothing(registry: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ncsn", "sample", "--model", "digits/2", "--out", str(tmp_path / "images")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MLFLOW_TRACKING_URI": registry},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: digits version 2 has no weights and config of ncsn at file:///nowhere; was it" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_that_exclude_each_other_are_refused(registry) -> None:
