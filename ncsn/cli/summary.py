@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,9 @@ from ncsn.cli.inputs import DEFAULT_ROOT
 from ncsn.cli.records import StepRecord
 from ncsn.config import Config
 from ncsn.steps.result import RunFolder
+
+if TYPE_CHECKING:
+    from ncsn.core.noise_schedule import NoiseSuggestion
 
 _REAL = "eval/real_"
 _STD = "_std"
@@ -43,6 +47,45 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"
     raise AssertionError(step)
+
+
+def describe_suggestion(suggestion: NoiseSuggestion) -> str:
+    """YAML for a config, under comments that say what it rests on."""
+    from ncsn.data.suggestion import noise_section
+
+    distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
+    section = {
+        "noise": dict(noise_section(suggestion)),
+        "sampling": {
+            "sampler": {
+                "kind": "annealed_langevin",
+                "steps_per_level": steps,
+                "epsilon": float(f"{suggestion.epsilon:.3g}"),
+            }
+        },
+    }
+    lines = (
+        f"images     {distances.num_images:,}, {'all' if distances.exact else 'a sample'}",
+        f"distances  at most {distances.maximum:.4g}, 99.9 % of them up to {distances.quantile_999:.4g}",
+        f"levels     {levels} at ratio {suggestion.ratio:.4f}, overlap {suggestion.overlap:.3f}",
+        f"epsilon    for T = {steps}: variance {suggestion.variance_ratio:.4f} of the ideal, "
+        f"{levels * steps:,} evaluations per image",
+    )
+    return "\n".join([*(f"# {line}" for line in lines), yaml.safe_dump(section, sort_keys=False).rstrip()])
+
+
+def describe_import(run: str, checkpoint: str, images_seen: int, num_images: int) -> str:
+    """Where the imported checkpoint lies and what can be done with it."""
+    going_on = f"ncsn train --run {run}, to train.num_images = {num_images:,}"
+    if num_images <= images_seen:
+        going_on = f"(nothing: train.num_images = {num_images:,} is reached; import with a larger one to go on)"
+    lines = (
+        f"checkpoint: {checkpoint}",
+        f"seen:       {images_seen:,} images",
+        f"train:      {going_on}",
+        f"sample:     ncsn sample --run {run}",
+    )
+    return "\n".join(lines)
 
 
 def describe_toy(result: Mapping[str, Any]) -> str:

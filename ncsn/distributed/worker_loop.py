@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncsn import build, checkpoint
+from ncsn import build, checkpoint, storage
 from ncsn.config import Config
 from ncsn.core.images import dequantize, mirror, to_unit
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
@@ -64,6 +65,7 @@ class TrainingJob:
         sink: Where rank 0 sends the curves, or None.
         progress: Called on rank 0 with (images_seen, num_images), or None.
         history: URI of the file in which rank 0 keeps the curves, or None.
+        start: URI of a checkpoint to start from while the run has none of its own, or None.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class TrainingJob:
     sink: MetricsSink | None = None
     progress: Callable[[int, int], None] | None = None
     history: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
     return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
 
 
+def image_moments(split: CachedSplit) -> DataMoments:
+    """Mean and covariance of the training images, from the first `MOMENT_IMAGES` of them."""
+    return fit_moments(to_unit(torch.tensor(split.images[:MOMENT_IMAGES])))
+
+
 def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
     """Seed of torch's own generator for one step. Only dropout draws from it, which has no keyed form."""
     return int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0])
@@ -177,7 +185,7 @@ class Training:
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.objective = build.objective(self.config)
         self.saved = ""
-        with context.latest_checkpoint() as folder:
+        with self._latest_checkpoint() as folder:
             if folder is not None:
                 checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=self.dataset_digest)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
@@ -188,10 +196,19 @@ class Training:
         kept = job.history if context.rank == 0 else None
         self.history = load_history(kept, until=self.state.images_seen) if kept is not None else None
 
+    @contextmanager
+    def _latest_checkpoint(self) -> Iterator[Path | None]:
+        with self.context.latest_checkpoint() as folder:
+            if folder is not None or self.job.start is None:
+                yield folder
+                return
+        with storage.local_copy(self.job.start) as folder:
+            yield folder
+
     @cached_property
     def moments(self) -> DataMoments:
-        """Mean and covariance of the training images, from the first `MOMENT_IMAGES` of them."""
-        return fit_moments(to_unit(torch.tensor(self.split.images[:MOMENT_IMAGES])))
+        """See `image_moments`."""
+        return image_moments(self.split)
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""

@@ -121,7 +121,7 @@ def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
     Raises:
         ValueError: if that step has not finished in this run.
     """
-    stored = _stored(folder, step)
+    stored = stored_record(folder, step)
     if stored is None:
         raise ValueError(
             f"run {folder.run!r} has no result of step {step!r}; run `ncsn {step} --run {folder.run}` first"
@@ -154,7 +154,7 @@ def once(
         The stored or the new result. A failure is recorded as `error.json` and raised.
     """
     inputs = json.loads(json.dumps(inputs))
-    stored = _stored(folder, step)
+    stored = stored_record(folder, step)
     if stored is not None and stored["inputs"] == inputs:
         result = result_type(**stored["result"])
         if all(storage.exists(uri) for uri in outputs(result)):
@@ -196,7 +196,8 @@ def _spend(folder: RunFolder, step: str, seconds: float) -> None:
         storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
 
 
-def _stored(folder: RunFolder, step: str) -> dict[str, Any] | None:
+def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
+    """The record of an earlier call of the step: its inputs, its result and when it was made; None if there is none."""
     try:
         record: dict[str, Any] = json.loads(storage.read_text(folder.step(step, "result.json")))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import claim_run, once
+from ncsn.steps.result import RunFolder, claim_run, once, stored_record
 from ncsn.tracking.run import step_run
 
 
@@ -70,6 +70,7 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
                 sink=tracked.metrics_sink(),
                 progress=progress,
                 history=folder.history,
+                start=_imported(folder),
             )
             outcome = trainer.train(job, run_uri=folder.uri)
             checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
@@ -93,3 +94,9 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
         unit="images",
         work=work,
     )
+
+
+def _imported(folder: RunFolder) -> str | None:
+    """The checkpoint that training starts from, where `ncsn import-checkpoint` left the last result of this step."""
+    record = stored_record(folder, "train")
+    return str(record["result"]["checkpoint"]) if record is not None and "imported" in record["inputs"] else None

@@ -1,0 +1,102 @@
+"""A released `checkpoint.pth` of NCSN or NCSNv2 as the training so far of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ncsn import build, checkpoint, storage
+from ncsn.config import Config
+from ncsn.core.networks.released_checkpoint import (
+    ReleasedCheckpoint,
+    load_released_checkpoint,
+    read_released_checkpoint,
+)
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.distributed.worker_loop import image_moments
+from ncsn.steps.noise import settle_noise
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import RunFolder, claim_run, once
+from ncsn.steps.train import TrainResult
+
+_SIGMA_TOLERANCE = 1e-4
+
+
+def run(config: Config, *, run: str, file: str, dataset: str) -> TrainResult:
+    """Write the released weights, Adam's moments and step, and the running average as a checkpoint of the run.
+
+    It becomes the result of the run's step `train`, so that sampling finds it, and training goes on from it.
+
+    Args:
+        config: The experiment, of the file's network and noise levels.
+        run: Name of the run, which has not been trained yet.
+        file: Path of the released file on this machine.
+        dataset: URI of the ingested images: their moments are part of a checkpoint, and training goes on with them.
+
+    Raises:
+        FileNotFoundError: if there is no such file or data set.
+        ValueError: if the file is not a released checkpoint or does not fit the config, or the run has been trained.
+    """
+    folder = claim_run(config, run)
+    config = settle_noise(config, run, load_manifest(dataset))
+    if config.network.kind == "unet":
+        raise ValueError("no released checkpoint is of network.kind = unet; use network.kind ncsn or ncsnv2")
+    with Path(file).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def work(progress: ProgressFile) -> TrainResult:
+        if storage.list_names(folder.checkpoints):
+            raise ValueError(f"run {run!r} has checkpoints already; choose another --run NAME")
+        result = _import(config, read_released_checkpoint(file), folder, file=file, dataset=dataset)
+        progress(result.images_seen, result.images_seen)
+        return result
+
+    return once(
+        folder,
+        "train",
+        inputs={"imported": digest, "dataset": dataset},
+        result_type=TrainResult,
+        outputs=lambda result: [result.checkpoint],
+        unit="images",
+        work=work,
+    )
+
+
+def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, file: str, dataset: str) -> TrainResult:
+    state = build.train_state(config)
+    try:
+        load_released_checkpoint(released, network=state.network, optimizer=state.optimizer, ema=state.ema)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    _require_levels(config, released, file=file)
+    state.images_seen = released.num_steps * config.train.batch_size
+    uri = storage.join(folder.checkpoints, checkpoint.folder_name(state.images_seen))
+    with storage.staged_folder(uri, marker=checkpoint.INDEX) as staging:
+        checkpoint.save(
+            staging,
+            config=config,
+            state=state,
+            moments=image_moments(open_cache(dataset, "train")),
+            dataset_digest=load_manifest(dataset).digest,
+        )
+    return TrainResult(
+        checkpoint=uri,
+        images_seen=state.images_seen,
+        loss=None,
+        images_per_second=0.0,
+        seconds=0.0,
+        dataset=dataset,
+    )
+
+
+def _require_levels(config: Config, released: ReleasedCheckpoint, *, file: str) -> None:
+    """NCSNv2's files hold their sigmas, NCSN's do not."""
+    theirs, ours = released.weights.get("sigmas"), build.sigmas(config)
+    if theirs is not None and not torch.allclose(theirs.float(), ours, rtol=_SIGMA_TOLERANCE, atol=0):
+        raise ValueError(
+            f"{file} was trained with sigmas from {float(theirs[0]):g} to {float(theirs[-1]):g}, but noise.sigma_1 = "
+            f"{config.levels.sigma_1:g} and noise.sigma_L = {config.levels.sigma_L:g}; set them to the file's"
+        )

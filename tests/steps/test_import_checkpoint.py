@@ -1,0 +1,131 @@
+"""Synthetic files in the two released formats become checkpoints that training goes on from and sampling takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn import build, checkpoint, storage
+from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.generation import generate
+from ncsn.steps import import_checkpoint
+from ncsn.steps.result import run_folder
+from ncsn.steps.train import _imported
+
+NETWORKS = {"first": "{kind: ncsn, num_features: 4}", "second": "{kind: ncsnv2, num_features: 4}"}
+EXPERIMENT = """
+name: released
+seed: 3
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}
+noise: {num_levels: 4}
+network: {kind: ncsn}
+train: {batch_size: 8, num_images: 64, ema_decay: 0.9, checkpoint_every_images: 64, report_every_images: 16}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+evaluation: {num_splits: 2}
+"""
+
+
+def experiment(root: Path, network: str, *overrides: str) -> Config:
+    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}", f"network={NETWORKS[network]}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    data = from_yaml(EXPERIMENT).data
+    return write_dataset(open_source(data), str(tmp_path_factory.mktemp("data")), name="digits", data=data).uri
+
+
+@pytest.fixture(scope="module", params=sorted(NETWORKS))
+def trained(request: pytest.FixtureRequest, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Our own training of 4 steps, whose state the released files get."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = experiment(folder, request.param, "train.num_images=32")
+    outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
+    return request.param, folder / outcome.checkpoint
+
+
+def released(trained: tuple[str, Path], path: Path) -> list[Any]:
+    """The checkpoint as the authors' code would have written it."""
+    name, folder = trained
+    weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+    network = build.network(experiment(folder, name))
+    states = {
+        index: {key: moments[f"{parameter}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, (parameter, _) in enumerate(network.named_parameters())
+    }
+    adam = {"state": states, "param_groups": [{"lr": 1e-3, "params": list(states)}]}
+    content: list[Any] = [{f"module.{key}": value for key, value in weights.items()}, adam]
+    if name == "second":
+        content += [0, 4, load_file(folder / "ema.safetensors")]
+    torch.save(content, path)
+    return content
+
+
+def test_training_goes_on_from_it_to_the_last_bit(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    """4 steps elsewhere + import + 4 steps = 8 steps."""
+    name, _ = trained
+    released(trained, tmp_path / "checkpoint.pth")
+    config = experiment(tmp_path, name)
+    result = import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    assert result.images_seen == 32 and result.checkpoint.endswith("/runs/mine/checkpoints/images-000000032")
+    assert import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset) == result
+    start = _imported(run_folder(config, "mine"))
+    assert start == result.checkpoint
+    went_on = train_loop(TrainingJob(config=config, dataset=dataset, start=start), LocalContext(tmp_path / "on"))
+    whole = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(tmp_path / "whole"))
+    assert went_on.checkpoint == whole.checkpoint == "images-000000064"
+    # NCSN's file has no average, so that one starts anew.
+    for file in ("weights", "optimizer", *(("ema",) if name == "second" else ())):
+        one, two = (load_file(tmp_path / run / whole.checkpoint / f"{file}.safetensors") for run in ("on", "whole"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), file
+
+
+def test_it_can_be_sampled_from(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    name, folder = trained
+    released(trained, tmp_path / "checkpoint.pth")
+    config = experiment(tmp_path, name)
+    result = import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    loaded = checkpoint.load_for_sampling(result.checkpoint)
+    expected = load_file(folder / ("ema.safetensors" if name == "second" else "weights.safetensors"))
+    assert all(torch.equal(parameter, expected[key]) for key, parameter in loaded.network.named_parameters())
+    assert generate(loaded, sampling=config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
+
+
+def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    name, _ = trained
+    path = tmp_path / "checkpoint.pth"
+    content = released(trained, path)
+
+    def refused(match: str, *overrides: str) -> None:
+        config = experiment(tmp_path, name, *overrides)
+        with pytest.raises(ValueError, match=match):
+            import_checkpoint.run(config, run=f"r{len(overrides)}{abs(hash(match))}", file=str(path), dataset=dataset)
+
+    refused(r"checkpoint\.pth: the weights are of another network: begin_conv\.weight", "network.num_features=8")
+    refused("no released checkpoint is of network.kind = unet".replace(".", r"\."), "network={kind: unet}")
+    if name == "second":
+        refused(r"sigmas from 1 to 0\.01, but noise\.sigma_1 = 2 and noise\.sigma_L = 0\.01", "noise.sigma_1=2")
+    content[0]["module.extra"] = content[0].pop("module.end_conv.bias")
+    torch.save(content, path)
+    refused(r"1 names missing \(end_conv\.bias\), 1 unknown \(extra\)")
+    torch.save({"state_dict": content[0]}, path)
+    refused(r"holds dict; expected the list")
+
+
+def test_a_trained_run_is_left_alone(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    name, _ = trained
+    released(trained, tmp_path / "checkpoint.pth")
+    config = experiment(tmp_path, name)
+    folder = run_folder(config, "mine")
+    storage.write_text(storage.join(folder.checkpoints, "images-000000008", "checkpoint.json"), "{}")
+    with pytest.raises(ValueError, match="run 'mine' has checkpoints already; choose another --run NAME"):
+        import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
