@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.steps import finish, ingest
-from ncsn.steps.result import run_folder
+from ncsn.steps.result import KFP_RUN_ID, run_folder
 from ncsn.tracking.run import step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -32,6 +32,15 @@ def mlflow_statuses(config: Config, run: str) -> dict[str, str]:
     return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
 
 
+def tags_of_parent(config: Config, run: str) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    query = f"tags.`ncsn.run` = '{run}' and tags.`ncsn.part` = 'run'"
+    (parent,) = client.search_runs([experiment.experiment_id], query)
+    tags: dict[str, str] = parent.data.tags
+    return tags
+
+
 def stored(config: Config, run: str) -> dict[str, object]:
     record: dict[str, object] = json.loads(storage.read_text(f"{run_folder(config, run).uri}/status.json"))
     return record
@@ -41,6 +50,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NCSN_IMAGE", "registry/ncsn-python:9")
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
     ingested = ingest.run(config, run="good")
     result = finish.run(config, run="good", state="SUCCEEDED")
     assert (result.status, result.failed_step, result.reason) == ("FINISHED", None, "")
@@ -48,6 +58,9 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
     assert mlflow_statuses(config, "good") == {"run": "FINISHED", "ingest": "FINISHED"}
     for what in (f"`{ingested.digest}`", "`registry/ncsn-python:9`", "| ingest | done in", "| train | not done |"):
         assert what in result.page
+    monkeypatch.delenv(KFP_RUN_ID)
+    assert "registry/ncsn-python:9" not in finish.run(config, run="good", state="SUCCEEDED").page, "no pod, no image"
+    assert tags_of_parent(config, "good")["kfp.pipeline_run_id"] == "5f3a0000"
 
 
 def test_a_failed_step_gives_the_reason(config: Config) -> None:
