@@ -8,6 +8,7 @@ temporary name and published last, so that a reader never sees half of anything.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pyarrow import fs
 
 S3_SCHEME = "s3://"
@@ -113,6 +116,24 @@ def write_bytes(uri: str, data: bytes) -> None:
 def write_text(uri: str, text: str) -> None:
     """Publish a UTF-8 file atomically."""
     write_bytes(uri, text.encode())
+
+
+def write_array(uri: str, array: npt.NDArray[Any]) -> None:
+    """Publish an array of numbers as a `.npy` file atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(uri, buffer.getvalue())
+
+
+def read_array(uri: str) -> npt.NDArray[Any]:
+    """The array of a `.npy` file; one that would need unpickling is refused.
+
+    Raises:
+        FileNotFoundError: if there is none, naming `uri`.
+        ValueError: if it is not such a file.
+    """
+    array: npt.NDArray[Any] = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+    return array
 
 
 def delete_file(uri: str) -> None:

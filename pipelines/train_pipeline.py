@@ -1,4 +1,4 @@
-"""From raw images to a registered model: ingest, train, sample, evaluate, register."""
+"""From raw images to a registered model: ingest, train, sample, evaluate, register, report."""
 
 from kfp import dsl
 
@@ -6,6 +6,7 @@ from components.evaluate import evaluate
 from components.finish import finish
 from components.ingest import ingest
 from components.register import register
+from components.report import report
 from components.sample import sample
 from components.train import train
 from pipelines.tasks import furnish
@@ -40,8 +41,11 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
             cached=True,
         )
         # The gate compares with whatever is champion now, so this is decided anew in every run.
-        furnish(
+        registered = furnish(
             register(config=config, run=run, checkpoint=checkpoint, evaluation=evaluated.outputs["evaluation"]),
             title="Register model",
             cached=False,
         )
+        # Whether or not the model was promoted, and not before that is known: the page says so.
+        reporting = report(config=config, run=run, evaluation=evaluated.outputs["evaluation"]).after(registered)
+        furnish(reporting, title="Write report", cached=False)

@@ -121,7 +121,7 @@ print("\\n" + json.dumps(sorted(heavy & set(sys.modules))))
 """
     help_text, _, loaded = _python(code).strip().rpartition("\n")
     assert json.loads(loaded) == []
-    steps = ("ingest", "train", "sample", "evaluate", "register")
+    steps = ("ingest", "train", "sample", "evaluate", "register", "report")
     for command in (*steps, "run", "show-config", "ui", "submit", "compile", "doctor"):
         assert f"\n  {command} " in help_text, help_text
 

@@ -47,7 +47,7 @@ def main() -> None:
 @experiment_options
 @json_option
 def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool) -> None:
-    """Run the whole pipeline: ingest, train, sample, evaluate, register.
+    """Run the whole pipeline: ingest, train, sample, evaluate, register, report.
 
     The same command again resumes where it stopped, and returns at once when all is done.
     """

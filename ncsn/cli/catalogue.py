@@ -50,4 +50,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
             "evaluation": Source("evaluate", "uri", "evaluation that decides about the alias champion"),
         },
     ),
+    "report": StepInfo(
+        "Write one HTML page about the run.", {"evaluation": Source("evaluate", "uri", "evaluation to report on")}
+    ),
 }

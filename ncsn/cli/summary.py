@@ -14,6 +14,7 @@ from ncsn import storage
 from ncsn.cli.inputs import DEFAULT_ROOT
 from ncsn.cli.records import StepRecord
 from ncsn.config import Config
+from ncsn.report.result_lines import result_line
 from ncsn.steps.result import RunFolder
 
 if TYPE_CHECKING:
@@ -21,32 +22,12 @@ if TYPE_CHECKING:
 
 _REAL = "eval/real_"
 _STD = "_std"
-_DIGEST_SHOWN = 12
 
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """One or a few lines for the result of a single step."""
     lines = [f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))]
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
-
-
-def result_line(step: str, result: Mapping[str, Any]) -> str:
-    """The step's result in a few words."""
-    match step:
-        case "ingest":
-            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
-            return f"{counts} images, digest {result['digest'][:_DIGEST_SHOWN]}"
-        case "train":
-            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
-            return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
-        case "sample":
-            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations each"
-        case "evaluate":
-            return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
-        case "register":
-            aliases = ", ".join(result["aliases"]) or "no alias"
-            return f"{result['model']} version {result['version']} ({aliases})"
-    raise AssertionError(step)
 
 
 def describe_suggestion(suggestion: NoiseSuggestion) -> str:
@@ -172,6 +153,7 @@ def _whereabouts(folder: RunFolder, config: Config, records: Mapping[str, StepRe
 
     yield "grid", records["sample"].result["grid"]
     yield "strip", records["sample"].result["strip"]
+    yield "report", records["report"].result["uri"]
     yield "model", records["register"].result["uri"]
     yield "mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {shown(tracking_uri(config))}"
     found = folder.root == storage.absolute(DEFAULT_ROOT)

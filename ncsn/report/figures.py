@@ -42,9 +42,9 @@ def strip_png(frames: NDArray[np.uint8]) -> bytes:
     return grid_png(frames.swapaxes(0, 1).reshape(stages * count, *frames.shape[2:]), columns=stages)
 
 
-def png_bytes(picture: NDArray[np.uint8]) -> bytes:
-    """`[H, W, C]` uint8 as a PNG file, small pictures enlarged by a whole factor."""
-    factor = max(1, GRID_PIXELS // max(picture.shape[:2]))
+def png_bytes(picture: NDArray[np.uint8], *, enlarge: bool = True) -> bytes:
+    """`[H, W, C]` uint8 as a PNG file, small pictures enlarged by a whole factor if wanted."""
+    factor = max(1, GRID_PIXELS // max(picture.shape[:2])) if enlarge else 1
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG", optimize=True)

@@ -20,7 +20,7 @@ from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.steps.progress import ProgressFile
 
-STEPS = ("ingest", "train", "sample", "evaluate", "register")
+STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"
 """Variable with the id of the pipeline run, in the pods of a cluster."""
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")

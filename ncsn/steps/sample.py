@@ -23,6 +23,8 @@ from ncsn.tracking.run import step_run
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
+LEVELS = "levels.npy"
+"""The images of the strip as an array `[stages, N, H, W, C]` uint8, beside it."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def _publish_pictures(result: SampleResult, shard: Shard) -> None:
     storage.write_bytes(result.grid, grid_png(first_images))
     if not storage.exists(result.strip):
         few = replace(shard, count=min(STRIP_IMAGES, result.num_images))
-        storage.write_bytes(result.strip, strip_png(sample_levels(few)))
+        frames = sample_levels(few)
+        storage.write_array(storage.join(result.uri, LEVELS), frames)
+        storage.write_bytes(result.strip, strip_png(frames))
 
 
 def _publish_manifest(result: SampleResult, sampler_key: dict[str, object], checkpoint_digest: str) -> None:

@@ -100,15 +100,16 @@ class StepRun:
         else:
             self.client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
 
-    def log_file(self, uri: str, folder: str | None = None) -> None:
-        """Copy one file of the store to the run's artifacts, below `folder`."""
+    def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
+        """Copy one file of the store to the run's artifacts, or to those of the whole pipeline run, below `folder`."""
+        run_id = self.parent_run_id if to_parent else self.run_id
         if storage.is_local(uri):
-            self.client.log_artifact(self.run_id, uri, folder)
+            self.client.log_artifact(run_id, uri, folder)
             return
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
             local = Path(temporary) / uri.rsplit("/", 1)[-1]
             local.write_bytes(storage.read_bytes(uri))
-            self.client.log_artifact(self.run_id, str(local), folder)
+            self.client.log_artifact(run_id, str(local), folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Record a text as the artifact `name`."""

@@ -41,6 +41,7 @@ RESULTS: dict[str, dict[str, Any]] = {
         "reason": "12.5 is worse than 11",
         "uri": "models:/ncsn-tiny/3",
     },
+    "report": {"uri": "/r/report.html", "size": 123_456, "sections": ["scores", "config"]},
 }
 
 
@@ -55,11 +56,13 @@ def test_summary(config_file: Path) -> None:
     assert "ingest 10.0 1,258 train + 539 test images, digest 0123456789ab (earlier)" in lines
     assert "train 10.0 200,064 images, loss 0.5000, 1,500 images/s" in lines
     assert "register 10.0 ncsn-tiny version 3 (challenger)" in lines
-    assert "all 50.0" in lines
+    assert "report 10.0 123 kB, 2 sections" in lines
+    assert "all 60.0" in lines
     assert "eval/classifier_score_n512 9 ± 0.25 10 ± 0.5 0.9" in lines
     assert "eval/classifier_fid_n512 12.5 2.5 5" in lines
     assert "eval/classifier_kid_n512 0.01 -0.01" in lines
     assert "note: only 539 real images" in lines
     assert "grid /s/grid.png" in lines
+    assert "report /r/report.html" in lines
     assert "model models:/ncsn-tiny/3" in lines
     assert f"next ncsn ui --run {target.run} --config {folder.config}" in lines

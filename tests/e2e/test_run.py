@@ -114,6 +114,20 @@ def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
     assert metadata["finish", "outcome"]["status"] == "FINISHED"
     page = Path(outputs["finish"]["artifacts"]["page"]["artifacts"][0]["uri"]).read_text()
     assert f"`{workplace.result(RUN, 'ingest')['digest']}`" in page
+    shown = outputs["report"]["artifacts"]["page"]["artifacts"][0]["uri"]
+    assert Path(shown).read_bytes() == Path(workplace.result(RUN, "report")["uri"]).read_bytes()
+
+
+def test_the_report_tells_of_every_step(workplace, client) -> None:
+    result = workplace.result(RUN, "report")
+    assert result["sections"] == ["samples", "film", "scores", "neighbours", "training", "timings", "lineage", "config"]
+    text = Path(result["uri"]).read_text()
+    for step in set(STEPS) - {"report"}:
+        assert f"<strong>{step}</strong>" in text
+    registered = workplace.result(RUN, "register")
+    assert f"version {registered['version']} of {registered['model']} and became the champion" in text
+    parent = client.get_run(client.get_model_version(registered["model"], registered["version"]).run_id)
+    assert "report.html" in [file.path for file in client.list_artifacts(parent.data.tags["mlflow.parentRunId"])]
 
 
 def test_scores_stand_beside_those_of_real_images(workplace, finished) -> None:

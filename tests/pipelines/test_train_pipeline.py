@@ -18,6 +18,7 @@ UPSTREAM = {
     "sample": {"train"},
     "evaluate": {"ingest", "sample"},
     "register": {"train", "evaluate"},
+    "report": {"evaluate", "register"},
 }
 
 

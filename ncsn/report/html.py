@@ -1,0 +1,62 @@
+"""The report as one HTML file that needs nothing from outside.
+
+Everything is inside: pictures as `data:` URIs, plots as SVG, one style sheet and one short script. A content security
+policy in the page forbids every request and every script but that one, whatever its texts contain.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ncsn.report.page import Page
+
+TEMPLATES = Path(__file__).with_name("templates")
+MAX_BYTES = 5_000_000
+"""Largest report: MLflow and KFP load it as a whole."""
+
+
+def look() -> str:
+    """Digest of everything that decides how a page looks."""
+    contents = (path.read_bytes() for path in sorted(TEMPLATES.iterdir()))
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
+
+
+def render(page: Page) -> str:
+    """The page as HTML.
+
+    Raises:
+        ValueError: if it is larger than `MAX_BYTES`.
+    """
+    script = (TEMPLATES / "report.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            page=page,
+            style=Markup((TEMPLATES / "report.css").read_text()),  # noqa: S704  (our own file)
+            script=Markup(script),  # noqa: S704  (our own file)
+            script_digest=digest,
+        )
+    )
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        raise ValueError(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
+    return text
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = lambda plot: Markup(plot.svg)  # noqa: S704  (drawn by our own plots)
+    return environment

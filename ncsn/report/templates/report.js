@@ -1,0 +1,35 @@
+document.querySelectorAll(".film").forEach(function (film) {
+  var labels = film.dataset.labels.split("|");
+  var slider = film.querySelector("input"), button = film.querySelector("button"), output = film.querySelector("output");
+  var timer = 0;
+  function show(frame) {
+    slider.value = frame;
+    film.style.setProperty("--frame", frame);
+    output.textContent = labels[frame];
+  }
+  function stop() {
+    clearInterval(timer);
+    timer = 0;
+    button.textContent = "\u25B6";
+  }
+  function play() {
+    button.textContent = "\u23F8";
+    var frame = Number(slider.value) + 1 < labels.length ? Number(slider.value) : 0;
+    var rest = 0;
+    show(frame);
+    timer = setInterval(function () {
+      if (frame + 1 < labels.length) show(++frame);
+      else if (++rest > 10) { frame = rest = 0; show(0); }
+    }, 180);
+  }
+  film.classList.add("live");
+  film.querySelector(".controls").hidden = false;
+  slider.addEventListener("input", function () { stop(); show(Number(slider.value)); });
+  button.addEventListener("click", function () { timer ? stop() : play(); });
+  show(labels.length - 1);
+  if (!matchMedia("(prefers-reduced-motion: reduce)").matches && window.IntersectionObserver) {
+    new IntersectionObserver(function (entries, observer) {
+      if (entries[0].isIntersecting) { observer.disconnect(); play(); }
+    }, { threshold: 0.5 }).observe(film);
+  }
+});

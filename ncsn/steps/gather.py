@@ -1,0 +1,234 @@
+"""Puts a run's report together from the store and from MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ncsn import build, storage
+from ncsn import checkpoint as checkpoints
+from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.config import Config, to_yaml
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import Manifest, load_manifest
+from ncsn.evaluation.samples import read_samples
+from ncsn.history import load_history
+from ncsn.report.film import film
+from ncsn.report.hints import average_hints, linear_loss, sampler_hints
+from ncsn.report.lineage import tag_facts
+from ncsn.report.neighbours import neighbours
+from ncsn.report.page import Fact, Figures, Film, Neighbour, Page, Picture, Scores, Timing
+from ncsn.report.result_lines import result_line
+from ncsn.report.scores import read_figures, score_rows
+from ncsn.report.story import Facts, judge, lead, tiles
+from ncsn.report.training import training_panel
+from ncsn.steps.result import STEPS, RunFolder
+from ncsn.steps.sample import LEVELS
+from ncsn.tracking.recorded import RecordedRun, step_runs, whole_run
+from ncsn.tracking.run import StepRun
+
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything in the store that a report is made of.
+
+    Attributes:
+        config: The experiment, its noise levels settled.
+        folder: The run's.
+        checkpoint: What the samples were made with.
+        evaluation: What the evaluate step wrote.
+        samples: The manifest of the samples that it measured.
+        manifest: Their data set's.
+        records: Step -> its `result.json`, of all steps that have finished before this one.
+    """
+
+    config: Config
+    folder: RunFolder
+    checkpoint: SamplingCheckpoint
+    evaluation: Mapping[str, Any]
+    samples: Mapping[str, Any]
+    manifest: Manifest
+    records: Mapping[str, Mapping[str, Any]]
+
+    @cached_property
+    def sigmas(self) -> list[float]:
+        """The noise levels."""
+        levels: list[float] = build.sigmas(self.config).tolist()
+        return levels
+
+
+def read_sources(config: Config, folder: RunFolder, evaluation: str) -> Sources:
+    """Read what the other steps left.
+
+    Raises:
+        FileNotFoundError: if the evaluation, its samples or its data set is gone.
+        ValueError: if the samples were made with a checkpoint that is damaged or of another config.
+    """
+    figures = json.loads(storage.read_text(evaluation))
+    samples = json.loads(storage.read_text(storage.join(figures["samples"], "manifest.json")))
+    loaded = checkpoints.load_for_sampling(samples["checkpoint"])
+    return Sources(
+        config=checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"]),
+        folder=folder,
+        checkpoint=loaded,
+        evaluation=figures,
+        samples=samples,
+        manifest=load_manifest(figures["dataset"]),
+        records=dict(_records(folder)),
+    )
+
+
+def _records(folder: RunFolder) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for step in STEPS:
+        uri = folder.step(step, "result.json")
+        if step != REPORT and storage.exists(uri):
+            yield step, json.loads(storage.read_text(uri))
+
+
+def make_page(sources: Sources, tracked: StepRun) -> Page:
+    """The whole report, of what there is."""
+    facts = _facts(sources)
+    whole, steps = whole_run(tracked), step_runs(tracked)
+    decision = facts.decision
+    seconds = [record["seconds"] for record in sources.records.values()]
+    return Page(
+        title=sources.config.name,
+        run=sources.folder.run,
+        finished_at=max((record["finished_at"] for record in sources.records.values()), default="")[:16].replace(
+            "T", " "
+        ),
+        verdict="" if decision is None else ("champion" if decision["promoted"] else "not promoted"),
+        lead=lead(facts),
+        tiles=tiles(facts),
+        samples=_grid(sources),
+        scores=_scores(sources, facts),
+        film=_film(sources),
+        neighbours=_neighbours(sources),
+        neighbours_text=_neighbours_text(facts),
+        panels=list(_panels(sources)),
+        timings=_timings(sources),
+        total=f"{sum(seconds):,.1f} s" if seconds else "",
+        lineage=[*_lineage(sources, whole, steps), *tag_facts([whole.tags, *(run.tags for run in steps.values())])],
+        config=to_yaml(sources.config),
+    )
+
+
+def _facts(sources: Sources) -> Facts:
+    registered = sources.records.get("register")
+    return Facts(
+        config=sources.config,
+        manifest=sources.manifest,
+        images_seen=sources.checkpoint.images_seen,
+        nfe=sources.samples["nfe"],
+        metrics=sources.evaluation["metrics"],
+        real_metrics=sources.evaluation["real_metrics"],
+        classes=len(sources.manifest.class_names) if sources.config.evaluation.extractor == "classifier" else 0,
+        decision=registered["result"] if registered else None,
+    )
+
+
+def _grid(sources: Sources) -> Picture | None:
+    uri = storage.join(sources.evaluation["samples"], "grid.png")
+    if not storage.exists(uri):
+        return None
+    caption = f"The first images of seed {sources.samples['seed']}, none left out: all of them made by the model."
+    return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
+
+
+def _film(sources: Sources) -> Film | None:
+    uri = storage.join(sources.evaluation["samples"], LEVELS)
+    return film(storage.read_array(uri), sigmas=sources.sigmas) if storage.exists(uri) else None
+
+
+def _scores(sources: Sources, facts: Facts) -> Scores:
+    evaluation = sources.evaluation
+    extractors = {reading.extractor for reading in read_figures(facts.metrics).values()}
+    accuracy = facts.metrics.get("eval/classifier_test_accuracy")
+    knows = f"; it names {accuracy:.1%} of real test images rightly" if accuracy is not None else ""
+    rows, more = score_rows(facts.metrics, facts.real_metrics)
+    return Scores(
+        rows=rows,
+        more=more,
+        measured=f"{judge(next(iter(extractors), ''))} looked at {evaluation['num_images']:,} generated and "
+        f"{evaluation['num_real_images']:,} real test images{knows}. A figure means something beside that of the real "
+        "ones only. These do not compare with published scores unless the extractor is the 2015 Inception graph.",
+        fingerprint=evaluation["fingerprint"],
+        notes=evaluation["notes"],
+    )
+
+
+def _neighbours(sources: Sources) -> list[Neighbour]:
+    table = sources.evaluation["nearest_training_images"]
+    if not table:
+        return []
+    count = len(table)
+    images = np.concatenate(list(read_samples(sources.evaluation["samples"], num_images=count, batch_size=count)))
+    training = open_cache(sources.evaluation["dataset"], sources.evaluation["reference_split"]).images
+    return neighbours(table, samples=images, training_images=training)
+
+
+def _neighbours_text(facts: Facts) -> str:
+    found = read_figures(facts.metrics).get("memorised")
+    share = (
+        ""
+        if found is None
+        else (f" Of {found.num_images:,} samples that were checked, {found.value:.1%} are copies by that rule.")
+    )
+    return (
+        "A sample, then the training image nearest to it by pixels, then the nearest one by what the extractor sees. "
+        "A model that only repeats its training images would show the same image twice. The numbers are pixel "
+        "distances to the nearest and to the next training image; if the first is under a third of the second, the "
+        f"sample counts as a copy.{share}"
+    )
+
+
+def _panels(sources: Sources) -> Iterator[Figures]:
+    history, config = load_history(sources.folder.history), sources.config
+    if history.images_seen:
+        yield training_panel(
+            history.images_seen,
+            history.level_losses(len(sources.sigmas)),
+            sigmas=sources.sigmas,
+            linear=linear_loss(sources.checkpoint.moments, sources.sigmas),
+            hints=[
+                *average_hints(config.train, images_seen=sources.checkpoint.images_seen),
+                *sampler_hints(config.sampling.sampler, sources.sigmas),
+            ],
+        )
+
+
+def _timings(sources: Sources) -> list[Timing]:
+    longest = max((record["seconds"] for record in sources.records.values()), default=0) or 1
+    return [
+        Timing(
+            step=step,
+            seconds=f"{record['seconds']:,.1f} s",
+            result=result_line(step, record["result"]),
+            share=round(100 * record["seconds"] / longest, 1),
+        )
+        for step, record in sources.records.items()
+    ]
+
+
+def _lineage(sources: Sources, whole: RecordedRun, steps: Mapping[str, RecordedRun]) -> Iterator[Fact]:
+    yield Fact("Run", sources.folder.uri)
+    yield Fact("Data set", sources.evaluation["dataset"])
+    yield Fact("Data set digest", sources.manifest.digest)
+    yield Fact("Licence of the data", sources.manifest.license)
+    yield Fact("Checkpoint", sources.samples["checkpoint"])
+    yield Fact("Digest of the weights", sources.checkpoint.digest)
+    yield Fact("Samples", sources.evaluation["samples"])
+    yield Fact("Evaluation", sources.evaluation["uri"])
+    if registered := sources.records.get("register"):
+        result = registered["result"]
+        yield Fact("Registered model", f"{result['uri']} ({', '.join(result['aliases']) or 'no alias'})")
+        yield Fact("Decision", result["reason"])
+    yield Fact("MLflow run", whole.run_id, link=whole.page)
+    yield Fact("MLflow runs of the steps", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))

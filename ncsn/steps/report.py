@@ -1,0 +1,72 @@
+"""Step 6: one self-contained HTML page about the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.report.html import look, render
+from ncsn.steps.gather import make_page, read_sources
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import claim_run, once
+from ncsn.tracking.run import step_run
+
+FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A report.
+
+    Attributes:
+        uri: The HTML file.
+        size: Its bytes.
+        sections: Titles of its sections.
+    """
+
+    uri: str
+    size: int
+    sections: list[str]
+
+
+def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
+    """Write `<run>/report/report.html` from what the run's other steps left, whichever of them there are.
+
+    Args:
+        config: The experiment.
+        run: Name of the run.
+        evaluation: URI of the evaluation that the report is about, as the evaluate step leaves it.
+
+    Raises:
+        FileNotFoundError: if there is no evaluation, or its samples are gone.
+        ValueError: if the page would be too large, or MLflow does not answer.
+    """
+    folder = claim_run(config, run)
+    evaluation = storage.absolute(evaluation)
+    sources = read_sources(config, folder, evaluation)
+
+    def work(progress: ProgressFile) -> ReportResult:
+        with step_run(config, run=run, step="report") as tracked:
+            page = make_page(sources, tracked)
+            progress(1, 2)
+            text = render(page)
+            uri = storage.join(folder.report, FILE)
+            storage.write_text(uri, text)
+            tracked.log_file(uri, to_parent=True)
+            return ReportResult(uri=uri, size=len(text.encode()), sections=page.headings)
+
+    return once(
+        folder,
+        "report",
+        inputs={
+            "evaluation": sources.evaluation,
+            "steps": {step: record["finished_at"] for step, record in sources.records.items()},
+            "config": config.model_dump(mode="json"),
+            "look": look(),
+        },
+        result_type=ReportResult,
+        outputs=lambda result: [result.uri],
+        unit="parts",
+        work=work,
+    )

@@ -1,0 +1,92 @@
+"""A page with every part, and a real browser to look at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from ncsn.report.figures import grid_png
+from ncsn.report.film import film
+from ncsn.report.neighbours import neighbours
+from ncsn.report.page import Fact, Figures, Page, Picture, Scores, Tile, Timing
+from ncsn.report.scores import score_rows
+from ncsn.report.training import training_panel
+
+METRICS = {
+    "eval/classifier_score_n64": 8.8,
+    "eval/classifier_score_std_n64": 0.4,
+    "eval/classifier_fid_n64": 14.0,
+    "eval/classifier_kid_n64": -0.01,
+    "eval/classifier_memorised_n64": 1 / 64,
+    "eval/classifier_test_accuracy": 0.97,
+}
+REAL_METRICS = {
+    "eval/real_classifier_score_n60": 9.1,
+    "eval/real_classifier_fid_n60": 7.0,
+    "eval/real_classifier_kid_n60": 0.0,
+    "eval/real_classifier_memorised_n60": 0.0,
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def page(images: np.ndarray) -> Page:
+    """Every part of a report, with long words where a run may have them."""
+    sigmas = [1.0, 0.3, 0.1, 0.03]
+    line = {
+        "image": 0,
+        "memorised": True,
+        "pixels_rows": [3, 4],
+        "features_rows": [5, 6],
+        "pixels_distances": [10.0, 99.0],
+    }
+    rows, more = score_rows(METRICS, REAL_METRICS)
+    losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
+    training = training_panel(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
+    inpainting = Picture(grid_png(images[:16]), alt="completions", caption="Half of each image was given.")
+    return Page(
+        title="digits",
+        run="digits-0123abcd",
+        finished_at="2026-01-01 12:00",
+        verdict="champion",
+        lead=["A program looked at pictures.", "It is version 1 of a-model."],
+        tiles=[Tile("clear and varied", "96%", "of real images' score"), Tile("copies", "1", "among 64 samples")],
+        samples=Picture(grid_png(images), alt="a grid of generated images", caption="The first images."),
+        scores=Scores(rows, more, measured="A classifier looked.", fingerprint="f" * 64, notes=["only 60 real images"]),
+        film=film(np.stack([images[:8]] * 5), sigmas=sigmas),
+        neighbours=neighbours([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
+        neighbours_text="The numbers are pixel distances.",
+        panels=[training, Figures("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")])],
+        timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
+        total="105.0 s",
+        costs=[Fact("Energy", "0.01 kWh")],
+        lineage=[
+            Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
+            Fact("MLflow run", "0123", link="http://127.0.0.1:5000/#/experiments/1/runs/0123"),
+        ],
+        config="name: digits\nseed: 0\n",
+    )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox does not work for root; the page under test is ours.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()

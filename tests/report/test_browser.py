@@ -1,0 +1,105 @@
+"""The report in a real browser, as KFP, MLflow and a phone show it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Frame
+
+from ncsn.report.html import render
+from ncsn.report.page import Page
+
+SCREENSHOTS = "NCSN_SCREENSHOTS"
+"""Folder that keeps the screenshots; without it they stay below pytest's own."""
+SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
+VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
+<iframe sandbox="allow-scripts" src="report.html"></iframe>"""
+
+
+@dataclass
+class Visit:
+    """What happened while a page was shown."""
+
+    frame: Frame
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def folder(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report, and a page that shows it as KFP does."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "report.html").write_text(render(page))
+    (folder / "viewer.html").write_text(VIEWER)
+    return folder
+
+
+@pytest.fixture(params=SIZES)
+def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_path: Path):
+    """Opens a page of the folder at one size, in a dark or light room, and takes its picture."""
+    width, height = SIZES[request.param]
+    contexts = []
+
+    def open_page(name: str, *, scheme: str = "light") -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        tab = context.new_page()
+        seen = Visit(tab.main_frame)
+        tab.on("request", lambda sent: seen.requests.append(sent.url))
+        tab.on("console", lambda message: seen.complaints.append(message.text))
+        tab.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        tab.goto((folder / name).as_uri())
+        seen.frame = tab.frames[-1]
+        seen.frame.wait_for_load_state()
+        shots = Path(os.environ.get(SCREENSHOTS, tmp_path))
+        shots.mkdir(parents=True, exist_ok=True)
+        picture = shots / f"{Path(name).stem}-{request.param}-{scheme}.png"
+        tab.screenshot(path=picture, full_page=True)
+        assert picture.stat().st_size > 10_000
+        return seen
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("name", ["report.html", "viewer.html"])
+def test_it_shows_its_pictures_and_asks_nobody_for_anything(visit, folder: Path, page: Page, name: str) -> None:
+    seen = visit(name)
+    widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert len(widths) == 5, "grid, film, two neighbours, inpainting"
+    assert min(widths) > 0
+    plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
+    assert len(plots) == 2 and min(plots) > 300
+    outside = {url for url in seen.requests if not url.startswith("data:")}
+    assert outside <= {(folder / "report.html").as_uri(), (folder / "viewer.html").as_uri()}
+    assert seen.complaints == []
+    headings = seen.frame.evaluate("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert headings[-2:] == ["Time and cost", "Where it comes from"]
+
+
+def test_nothing_is_wider_than_the_screen(visit) -> None:
+    seen = visit("report.html", scheme="dark")
+    seen.frame.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert seen.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    background, ink = seen.frame.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.plot text')).fill]"
+        ".map(colour => Math.max(...colour.match(/\\d+/g).slice(0, 3).map(Number)))"
+    )
+    assert background < 60, "dark where the room is dark"
+    assert ink > 180, "and the plots' words are light there"
+
+
+def test_the_film_plays_and_obeys_the_slider(visit) -> None:
+    frame = visit("viewer.html").frame
+    assert frame.locator(".film output").text_content() == "finished"
+    frame.locator(".film input").fill("2")
+    assert frame.locator(".film output").text_content() == "noise 0.3"
+    top = frame.locator(".film img").bounding_box()["y"] - frame.locator(".film .window").bounding_box()["y"]
+    height = frame.locator(".film .window").bounding_box()["height"]
+    assert top == pytest.approx(-2 * height, rel=0.02), "the third frame fills the window"
+    frame.locator(".film button").click()
+    frame.wait_for_function("document.querySelector('.film output').textContent === 'finished'")

@@ -1,0 +1,138 @@
+"""The report step: what it gathers, that it is made once, and what it does without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ncsn import build, checkpoint, storage
+from ncsn.config import Config, from_yaml
+from ncsn.core.ema import Ema
+from ncsn.core.images import to_unit
+from ncsn.core.starts import fit_moments
+from ncsn.core.train_state import TrainState
+from ncsn.data.parquet import read_split
+from ncsn.data.row import Images, to_table
+from ncsn.history import TrainingHistory, level_loss
+from ncsn.report.figures import grid_png
+from ncsn.steps import ingest, report
+from ncsn.steps.result import run_folder
+from ncsn.steps.sample import LEVELS
+from ncsn.tracking.connection import connect
+
+EXPERIMENT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
+noise: {num_levels: 2, sigma_L: 0.1}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+evaluation: {num_splits: 2}
+"""
+RUN = "mine"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def config(root) -> Config:
+    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
+
+
+@pytest.fixture(scope="module")
+def evaluation(config, root) -> str:
+    """What the steps before leave: a data set, a checkpoint that was never trained, samples and their figures."""
+    data = ingest.run(config, run=RUN)
+    folder = root / "checkpoint"
+    folder.mkdir()
+    network = build.network(config)
+    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    training = read_split(data.uri, "train").images
+    moments = fit_moments(to_unit(torch.from_numpy(training)))
+    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=data.digest)
+
+    samples = root / "samples"
+    samples.mkdir()
+    made = training[:4].copy()
+    pq.write_table(to_table(Images(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
+    (samples / "grid.png").write_bytes(grid_png(made))
+    storage.write_array(str(samples / LEVELS), np.stack([made] * 3))
+    manifest = {"checkpoint": str(folder), "nfe": 5, "seed": 0, "sampler": config.sampling.sampler.model_dump()}
+    (samples / "manifest.json").write_text(json.dumps(manifest))
+
+    line = {"pixels_rows": [0, 1], "features_rows": [2, 3], "pixels_distances": [0.0, 50.0], "memorised": True}
+    figures = {
+        "uri": str(root / "evaluation.json"),
+        "metrics": {"eval/classifier_score_n4": 2.0, "eval/classifier_memorised_n4": 0.25},
+        "real_metrics": {"eval/real_classifier_score_n4": 4.0},
+        "fingerprint": "f" * 64,
+        "num_images": 4,
+        "num_real_images": 4,
+        "notes": [],
+        "samples": str(samples),
+        "dataset": data.uri,
+        "reference_split": "train",
+        "nearest_training_images": [{"image": 0, **line}],
+    }
+    (root / "evaluation.json").write_text(json.dumps(figures))
+    return str(root / "evaluation.json")
+
+
+@pytest.fixture(scope="module")
+def made(config, evaluation) -> report.ReportResult:
+    return report.run(config, run=RUN, evaluation=evaluation)
+
+
+def test_it_has_a_section_for_all_that_there_is(config, root, made):
+    text = Path(made.uri).read_text()
+    assert Path(made.uri) == root / "runs" / RUN / "report" / "report.html"
+    assert made.size == len(text.encode())
+    assert made.sections == ["samples", "film", "scores", "neighbours", "timings", "lineage", "config"]
+    assert "20 pictures" in text and "8 images" in text
+    assert "real images that the model has never seen reach 4" in text
+    assert "Of 4 that were compared with every training image, one copies one." in text
+    assert "num_levels: 2" in text
+
+
+def test_mlflow_keeps_it_with_the_whole_run(config, made, tmp_path):
+    connection = connect(config)
+    (whole,) = connection.client.search_runs([connection.experiment_id], "tags.`ncsn.part` = 'run'")
+    kept = connection.client.download_artifacts(whole.info.run_id, "report.html", str(tmp_path))
+    assert Path(kept).read_bytes() == Path(made.uri).read_bytes()
+    assert whole.info.run_id in Path(kept).read_text()
+
+
+def test_it_is_made_once_and_anew_when_there_is_more_to_show(config, evaluation, made):
+    before = Path(made.uri).stat().st_mtime_ns
+    assert report.run(config, run=RUN, evaluation=evaluation) == made
+    assert Path(made.uri).stat().st_mtime_ns == before
+
+    Path(made.uri).unlink()
+    assert report.run(config, run=RUN, evaluation=evaluation).sections == made.sections
+    assert Path(made.uri).exists()
+
+    folder = run_folder(config, RUN)
+    history = TrainingHistory(folder.history)
+    history.add({level_loss(0, 1): 5.0, level_loss(1, 1): 0.01}, 8)
+    history.publish()
+    decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
+    record = {"result": {**decision, "uri": "models:/ncsn-tiny/7"}, "seconds": 1.0, "finished_at": "2026-01-01T00:00"}
+    storage.write_text(folder.step("register", "result.json"), json.dumps(record))
+    again = report.run(config, run=RUN, evaluation=evaluation)
+    assert set(again.sections) - set(made.sections) == {"training"}
+    text = Path(again.uri).read_text()
+    assert "version 7 of ncsn-tiny and did not become the champion: 4 is worse than 3" in text
+    assert "Level 0 is under-trained" in text
+
+
+def test_without_an_evaluation_it_says_which(config, root):
+    with pytest.raises(FileNotFoundError, match=r"no file at .*/nothing\.json"):
+        report.run(config, run=RUN, evaluation=str(root / "nothing.json"))
