@@ -55,6 +55,18 @@ class Lease:
             self._seen, self._changed_at = content, now
         return now - self._changed_at > self._patience()
 
+    def require(self, kept: str) -> None:
+        """End the work if nobody waits for it.
+
+        Args:
+            kept: What is saved, for the message.
+
+        Raises:
+            LeaseExpired: if the lease has expired.
+        """
+        if self.expired():
+            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {self._patience():g} s: stopped; {kept}")
+
     def _patience(self) -> float:
         return float(json.loads(self._seen)["seconds"]) if self._seen else LEASE_SECONDS
 

@@ -71,6 +71,10 @@ def _add_step_command(step: str) -> None:
         run_step(step, target, given=given, as_json=as_json)
 
     decorated: Decorated = json_option(command)
+    if CATALOGUE[step].leased:
+        decorated = click.option(
+            "--lease", metavar="URI", help="Heartbeat of a launcher elsewhere: when it stops, save and end."
+        )(decorated)
     for name, source in reversed(list(CATALOGUE[step].inputs.items())):
         decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
             decorated
@@ -82,6 +86,24 @@ def _add_step_command(step: str) -> None:
 
 for _step in CATALOGUE:
     _add_step_command(_step)
+
+
+@app.command("reap", cls=ReportingCommand, short_help="Delete RayJobs that no launcher waits for.")
+@click.option("--namespace", metavar="NAME", help="Default: that of this pod, or of the current kubeconfig context.")
+@click.option("--run", "run_name", metavar="NAME", help="Only those of this run.")
+@click.option(
+    "--older-than",
+    default="2h",
+    show_default=True,
+    metavar="TIME",
+    help="Silence of the launcher, such as 30m or 2h; 0 takes those at work too.",
+)
+@click.option("--dry-run", is_flag=True, help="Only list them.")
+def reap_command(*, namespace: str | None, run_name: str | None, older_than: str, dry_run: bool) -> None:
+    """Delete RayJobs whose launcher has given no sign of life for a while, and with them their clusters."""
+    from ncsn.cli.orphans import reap_orphans
+
+    reap_orphans(namespace=namespace, run=run_name, older_than=older_than, dry_run=dry_run)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")

@@ -22,19 +22,25 @@ class StepInfo:
     Attributes:
         summary: What it does, one line.
         inputs: Argument of the step -> where its URI comes from.
+        leased: Whether it may run on another machine and then watches its launcher's lease.
     """
 
     summary: str
     inputs: Mapping[str, Source] = field(default_factory=dict)
+    leased: bool = False
 
 
 CATALOGUE: Mapping[str, StepInfo] = {
     "ingest": StepInfo("Read the images into the store, once."),
     "train": StepInfo(
-        "Train the score network, or resume it.", {"dataset": Source("ingest", "uri", "ingested data set")}
+        "Train the score network, or resume it.",
+        {"dataset": Source("ingest", "uri", "ingested data set")},
+        leased=True,
     ),
     "sample": StepInfo(
-        "Generate images by annealed Langevin dynamics.", {"checkpoint": Source("train", "checkpoint", "checkpoint")}
+        "Generate images by annealed Langevin dynamics.",
+        {"checkpoint": Source("train", "checkpoint", "checkpoint")},
+        leased=True,
     ),
     "evaluate": StepInfo(
         "Measure the samples, next to real images.",

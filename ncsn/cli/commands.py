@@ -44,6 +44,7 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_j
     """Run one step in this process and print its result."""
     folder = run_folder(target.config, target.run)
     inputs = find_inputs(folder, step, given)
+    leased = {"lease": given["lease"]} if given.get("lease") else {}
     log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
     with _alone(folder, step), quiet_libraries(log) as console:
         console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
@@ -51,7 +52,7 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_j
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
             with _interruption_by_ray():
-                result = module.run(target.config, run=target.run, **inputs)
+                result = module.run(target.config, run=target.run, **inputs, **leased)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
 
@@ -91,15 +92,25 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
     with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
         supervisor = Supervisor(folder, work, view)
         console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
-        # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
-        from ncsn.distributed.local_cluster import ray_cluster
-
-        with ray_cluster(config) as address:
+        with _cluster(config) as address:
             # Ray puts a handler of its own in place that aborts the process after three seconds.
             stop_cleanly_on_sigterm()
             console.print(f"ray    {address}", soft_wrap=True)
             supervisor.run(to_json(config))
     return mark_complete(folder, config)
+
+
+@contextmanager
+def _cluster(config: Config) -> Iterator[str]:
+    """The Ray cluster that the steps join; none where each brings its own."""
+    if config.compute.backend != "local":
+        yield f"one RayJob per step ({config.compute.backend})"
+        return
+    # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
+    from ncsn.distributed.local_cluster import ray_cluster
+
+    with ray_cluster(config) as address:
+        yield address
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ncsn import storage
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
+from ncsn.lease import LeaseExpired
 
 CHECKPOINTS = "checkpoints"
 STARTUP_ATTEMPTS = 5
@@ -25,6 +26,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
     Raises:
         ValueError: for a mistake that a retry cannot mend (divergence, a checkpoint of another config, too few CPUs).
+        LeaseExpired: if the launcher is gone; the last checkpoint is new.
         KeyboardInterrupt: on Ctrl-C.
         ray.train.TrainingFailedError: if workers were lost more often than `compute.max_failures`.
     """
@@ -54,15 +56,15 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
             raise KeyboardInterrupt from None
         raise
     outcome = result.return_value
-    if isinstance(outcome, ValueError):
+    if isinstance(outcome, (ValueError, LeaseExpired)):
         raise outcome
     assert isinstance(outcome, TrainOutcome)
     return outcome
 
 
-def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError:
-    """Ray retries what a worker raises; a mistake that would only repeat is returned instead."""
+def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:
+    """Ray retries what a worker raises; a mistake that would only repeat, and an order to end, is returned instead."""
     try:
         return train_loop(arguments["job"], RayContext())
-    except ValueError as mistake:
-        return mistake
+    except (ValueError, LeaseExpired) as end:
+        return end

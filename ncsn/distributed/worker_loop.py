@@ -34,6 +34,7 @@ from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.history import level_loss, load_history
+from ncsn.lease import Lease, LeaseExpired
 
 MOMENT_IMAGES = 10_000
 
@@ -66,6 +67,7 @@ class TrainingJob:
         progress: Called on rank 0 with (images_seen, num_images), or None.
         history: URI of the file in which rank 0 keeps the curves, or None.
         start: URI of a checkpoint to start from while the run has none of its own, or None.
+        lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class TrainingJob:
     progress: Callable[[int, int], None] | None = None
     history: str | None = None
     start: str | None = None
+    lease: Lease | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,13 @@ class Training:
         if self.history is not None:
             self.history.add(self.point, images_seen)
 
+    def abandoned(self) -> bool:
+        """Whether the launcher is gone, the same on every worker. A collective call."""
+        if self.job.lease is None:
+            return False
+        expired = self.context.rank == 0 and self.job.lease.expired()
+        return bool(self.context.sum_over_workers(torch.tensor([float(expired)], device=self.context.device)))
+
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         name = checkpoint.folder_name(self.state.images_seen)
@@ -280,6 +290,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
     Raises:
         DivergedError: if the loss or a gradient is not finite; on every worker alike, and nothing is saved.
         CheckpointError: if the checkpoint to resume from is damaged or of another config.
+        LeaseExpired: if the launcher is gone; the state is saved.
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
@@ -292,8 +303,11 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
             save = seen >= train.num_images or _crossed(seen, train.batch_size, train.checkpoint_every_images)
             if save or _crossed(seen, train.batch_size, train.report_every_images):
                 training.report()
-            if save:
-                training.save()
+                abandoned = seen < train.num_images and training.abandoned()
+                if save or abandoned:
+                    training.save()
+                if abandoned:
+                    raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {training.saved}")
             if context.rank == 0 and job.progress:
                 job.progress(seen, train.num_images)
     finally:

@@ -138,6 +138,7 @@ def once(
     outputs: Callable[[R], Sequence[str]],
     unit: str,
     work: Callable[[ProgressFile], R],
+    elsewhere: Callable[[], None] | None = None,
 ) -> R:
     """Do the step's work unless its result for the same inputs is there.
 
@@ -149,6 +150,7 @@ def once(
         outputs: URIs that a stored result needs to be of use; if one is gone the work is done again.
         unit: What the progress counts.
         work: Does the work; gets the callable that publishes progress.
+        elsewhere: Has it done on another machine instead, which leaves the result in the store.
 
     Returns:
         The stored or the new result. A failure is recorded as `error.json` and raised.
@@ -159,6 +161,8 @@ def once(
         result = result_type(**stored["result"])
         if all(storage.exists(uri) for uri in outputs(result)):
             return result
+    if elsewhere is not None:
+        return _result_from_elsewhere(folder, step, elsewhere, inputs=inputs, result_type=result_type)
     progress = ProgressFile(folder.step(step, "progress.json"), unit)
     started = time.time()
     try:
@@ -194,6 +198,29 @@ def _spend(folder: RunFolder, step: str, seconds: float) -> None:
     whole = (spent_seconds(folder, step) or 0.0) + seconds
     with suppress(OSError):
         storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
+
+
+def _result_from_elsewhere(
+    folder: RunFolder,
+    step: str,
+    elsewhere: Callable[[], None],
+    *,
+    inputs: Mapping[str, Any],
+    result_type: type[R],
+) -> R:
+    """Have the step done; the other side keeps its own records, but for how it could not be reached."""
+    try:
+        elsewhere()
+        stored = stored_record(folder, step)
+        if stored is None or stored["inputs"] != inputs:
+            raise RuntimeError(
+                f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
+                "does compute.kuberay.image hold this version of ncsn, and do its pods reach this store?"
+            )
+    except BaseException as error:
+        _record_error(folder, step, error)
+        raise
+    return result_type(**stored["result"])
 
 
 def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,9 @@ from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resour
 from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
+from ncsn.lease import Lease
 from ncsn.report.figures import grid_png, strip_png
+from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
@@ -50,15 +53,18 @@ class SampleResult:
     checkpoint: str
 
 
-def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
+def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
     Args:
         config: The experiment; its sampling section decides how.
         run: Name of the run that keeps the samples.
         checkpoint: URI of the checkpoint to sample from.
+        lease: URI of the launcher's heartbeat. When it stops, sampling ends; the shards that are done stay.
 
     Raises:
+        LeaseExpired: if the launcher is gone.
+        RemoteFailure: if it failed on the cluster of `compute.backend`.
         ValueError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, or the sampler
             diverges.
     """
@@ -76,7 +82,7 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
             tracked.set_tags(ray_tags())
             started = time.perf_counter()
             shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
-            made = sample_missing(shard, num_images=sampling.num_images, progress=progress)
+            made = sample_missing(shard, num_images=sampling.num_images, progress=_watched(progress, lease))
             seconds = time.perf_counter() - started
             result = SampleResult(
                 uri=uri,
@@ -104,7 +110,20 @@ def run(config: Config, *, run: str, checkpoint: str) -> SampleResult:
         outputs=lambda result: [result.uri, result.grid, result.strip],
         unit="images",
         work=work,
+        elsewhere=elsewhere(config, folder, "sample", inputs={"checkpoint": checkpoint}),
     )
+
+
+def _watched(progress: ProgressFile, lease: str | None) -> Callable[[int, int], None]:
+    """Publishes progress, and ends the work if the launcher is gone."""
+    watched = Lease(lease) if lease else None
+
+    def update(done: int, total: int) -> None:
+        progress(done, total)
+        if watched is not None and done < total:
+            watched.require(f"{done} of {total} images are sampled and stay")
+
+    return update
 
 
 def _first_shard(config: Config, *, checkpoint: str, folder: str) -> Shard:

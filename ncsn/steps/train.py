@@ -10,6 +10,8 @@ from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.lease import Lease
+from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once, stored_record
@@ -39,17 +41,20 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)
 
 
-def run(config: Config, *, run: str, dataset: str) -> TrainResult:
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
     """Train, or resume the run from its latest checkpoint, or return the result if it is complete.
 
     Args:
         config: The experiment.
         run: Name of the run.
         dataset: URI of the ingested data set.
+        lease: URI of the launcher's heartbeat. When it stops, training saves a checkpoint and ends.
 
     Raises:
         FileNotFoundError: if there is no data set at `dataset`.
         ValueError: if the run belongs to another config, training diverges, or the cluster is too small.
+        LeaseExpired: if the launcher is gone.
+        RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
     folder = claim_run(config, run)
     manifest = load_manifest(dataset)
@@ -71,6 +76,7 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
                 progress=progress,
                 history=folder.history,
                 start=_imported(folder),
+                lease=Lease(lease) if lease else None,
             )
             outcome = trainer.train(job, run_uri=folder.uri)
             checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
@@ -93,6 +99,7 @@ def run(config: Config, *, run: str, dataset: str) -> TrainResult:
         outputs=lambda result: [result.checkpoint],
         unit="images",
         work=work,
+        elsewhere=elsewhere(config, folder, "train", inputs={"dataset": dataset}),
     )
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_state import Cluster, rules_of
 from kuberay_operator import Operator
-from kubernetes_api import ApiServer, Cluster, rules_of
+from kubernetes_api import ApiServer
 
 from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import RemoteStep

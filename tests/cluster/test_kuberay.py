@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cluster_state import pairs
 from kuberay_rules import load_schemas, schema_errors
-from kubernetes_api import pairs
 
 from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import RemoteFailure, RemoteLost

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster_state import Cluster, PodLog, Refusal, Resource
 from kuberay_rules import QUEUE_LABEL, operator_errors
-from kubernetes_api import POLL_SECONDS, Cluster, PodLog, Refusal, Resource
 
+POLL_SECONDS = 0.02
 FINALIZER = "ray.io/rayjob-finalizer"
 _HEAD = """
 import sys

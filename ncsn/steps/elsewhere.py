@@ -1,0 +1,76 @@
+"""Steps that run on another machine: the same command there, with the local backend, on the same store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+
+from ncsn import storage
+from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
+from ncsn.config import Config, to_yaml
+from ncsn.steps.result import RunFolder
+
+_DIGEST_CHARACTERS = 12
+
+
+def elsewhere(config: Config, folder: RunFolder, step: str, *, inputs: Mapping[str, str]) -> Callable[[], None] | None:
+    """What does the step's work where `compute.backend` says; None if that is here.
+
+    Args:
+        config: The experiment.
+        folder: The run.
+        step: Name of the step, a command of `ncsn`.
+        inputs: URIs for the step's options of the same names.
+
+    Returns:
+        A function that returns when the step's result is in the store. It raises ValueError for a mistake that the
+        step found there, and `RemoteFailure` for any other end.
+    """
+    if config.compute.backend == "local":
+        return None
+    return lambda: _run_elsewhere(config, folder, step, inputs)
+
+
+def _run_elsewhere(config: Config, folder: RunFolder, step: str, inputs: Mapping[str, str]) -> None:
+    if storage.is_local(folder.uri):
+        raise ValueError(
+            f"storage.root = {config.storage.root!r} is a folder of this machine, which the pods of compute.backend "
+            f"{config.compute.backend!r} cannot reach; use s3://bucket/prefix"
+        )
+    backend = open_backend(config.compute)
+    assert backend is not None
+    uri = _publish_config(config, folder, step)
+    options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
+    command = ("ncsn", step, "--config", uri, "--run", folder.run, *options, "--json")
+    storage.delete_file(folder.step(step, "error.json"))
+    try:
+        backend.execute(
+            RemoteStep(run=folder.run, step=step, uri=storage.join(folder.uri, "steps", step), command=command)
+        )
+    except RemoteLost:
+        if not storage.exists(folder.step(step, "result.json")):
+            raise
+    except RemoteFailure as failure:
+        mistake = _recorded_mistake(folder, step)
+        if mistake is None:
+            raise
+        raise ValueError(mistake) from failure
+
+
+def _publish_config(config: Config, folder: RunFolder, step: str) -> str:
+    """The config for the other side, named after its content, so that other settings are other work."""
+    compute = config.compute.model_copy(update={"backend": "local"})
+    text = to_yaml(config.model_copy(update={"compute": compute}))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    uri = folder.step(step, f"config-{digest}.yaml")
+    storage.write_text(uri, text)
+    return uri
+
+
+def _recorded_mistake(folder: RunFolder, step: str) -> str | None:
+    try:
+        record = json.loads(storage.read_text(folder.step(step, "error.json")))
+    except FileNotFoundError:
+        return None
+    return str(record["message"]) if record["user"] else None

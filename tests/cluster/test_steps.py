@@ -1,0 +1,122 @@
+"""Real steps on the emulated cluster: KubeRay's RayJob runs `ncsn train` on a real Ray cluster and a real S3 store."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ncsn import storage
+from ncsn.cli.orphans import reap_orphans
+from ncsn.cluster.backend import RemoteFailure
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.steps import ingest, train
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 128}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 32, num_images: 320, ema_decay: 0.9, checkpoint_every_images: 160, report_every_images: 160}}
+sampling: {{num_images: 8, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+compute: {{backend: kuberay, num_workers: 1}}
+storage: {{root: {root}}}
+"""
+
+
+@pytest.fixture
+def on_s3(emulation, s3_server, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A tiny experiment on S3, whose addresses and keys the pods get by reference."""
+    keys = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    environment = s3_server.environment
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    emulation.operator.ray = True
+    emulation.operator.references = {
+        "ncsn-environment": {name: value for name, value in environment.items() if name not in keys},
+        "ncsn-credentials": {name: value for name, value in environment.items() if name in keys},
+    }
+    return from_yaml(TINY.format(root=s3_root))
+
+
+def step_file(config: Config, run: str, name: str) -> Any:
+    return json.loads(storage.read_text(f"{config.storage.root}/runs/{run}/steps/{name}"))
+
+
+def test_training_runs_as_a_rayjob(emulation, on_s3: Config, eventually) -> None:
+    dataset = ingest.run(on_s3, run="mine").uri
+    result = train.run(on_s3, run="mine", dataset=dataset)
+    assert result.images_seen == 320
+    assert storage.exists(f"{result.checkpoint}/config.yaml")
+    assert step_file(on_s3, "mine", "train/result.json")["result"]["checkpoint"] == result.checkpoint
+    assert step_file(on_s3, "mine", "train/lease.json")["seconds"] == 300
+    assert "images_seen" in storage.read_text(f"{on_s3.storage.root}/runs/mine/steps/train/driver.log")
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert len(emulation.operator.started) == 1
+
+    assert train.run(on_s3, run="mine", dataset=dataset) == result
+    assert len(emulation.operator.started) == 1, "a result that is there needs no cluster"
+
+
+def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
+    """The pod has another idea of the data set; here, it cannot reach the one that the launcher sees."""
+    dataset = ingest.run(on_s3, run="mine").uri
+    emulation.operator.ray = False
+    emulation.operator.references["ncsn-environment"] |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    with pytest.raises(RemoteFailure, match=r"RayJob ncsn-mine-train-\w+ failed \(AppFailed\).*driver\.log$"):
+        train.run(on_s3, run="mine", dataset=dataset)
+    assert step_file(on_s3, "mine", "train/error.json")["type"] == "RemoteFailure"
+
+
+def test_a_store_that_pods_cannot_reach_is_refused(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_yaml(TINY.format(root=tmp_path / "store"))
+    dataset = ingest.run(config, run="mine").uri
+    with pytest.raises(ValueError, match=r"which the pods of compute\.backend 'kuberay' cannot reach; use s3://"):
+        train.run(config, run="mine", dataset=dataset)
+
+
+def test_reap_says_what_it_finds(emulation, capsys: pytest.CaptureFixture[str]) -> None:
+    reap_orphans(namespace=None, run=None, older_than="2h", dry_run=False)
+    assert capsys.readouterr().out == "no RayJob in kubeflow whose launcher has been silent for 2 h 0 min\n"
+    with pytest.raises(ValueError, match="--older-than '2 hours' is not a time"):
+        reap_orphans(namespace=None, run=None, older_than="2 hours", dry_run=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path: Path, eventually) -> None:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(on_s3))
+    command = [sys.executable, "-m", "ncsn", "run", "--config", str(tmp_path / "tiny.yaml"), "--run", "whole", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)["steps"]
+    assert steps["train"]["images_seen"] == 320
+    assert "champion" in steps["register"]["aliases"]
+    assert [name.split("-")[2] for name in emulation.operator.started] == ["train", "sample"]
+    eventually(lambda: not emulation.jobs, "no RayJob is left")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, eventually, monkeypatch) -> None:
+    """The launcher stops renewing its lease, as when its node is lost: the pod ends by itself, with a checkpoint."""
+    monkeypatch.setattr("ncsn.cluster.kuberay.RENEW_SECONDS", 1000)
+    settings = {"num_images": 10**7, "report_every_images": 160, "checkpoint_every_images": 10**6}
+    config = on_s3.model_copy(update={"train": on_s3.train.model_copy(update=settings)})
+    dataset = ingest.run(config, run="orphan").uri
+    monkeypatch.setattr("ncsn.steps.elsewhere.open_backend", lambda compute: _silent(compute))
+    with pytest.raises(RemoteFailure, match="LeaseExpired"):
+        train.run(config, run="orphan", dataset=dataset)
+    saved = storage.list_names(f"{config.storage.root}/runs/orphan/checkpoints")
+    assert any(name.startswith("images-") for name in saved)
+
+
+def _silent(compute: Any) -> Any:
+    from ncsn.cluster.kuberay import KubeRay
+
+    return KubeRay(compute, renew_seconds=1000, lease_seconds=20)

@@ -1,0 +1,30 @@
+"""Work whose launcher is gone saves what it has and ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from ncsn.config import from_yaml
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.lease import Lease, LeaseExpired
+
+
+def test_training_saves_a_checkpoint_and_ends(tiny: str, dataset: str, tmp_path: Path) -> None:
+    config = from_yaml(tiny)
+    beat = tmp_path / "lease.json"
+    beat.write_text(json.dumps({"seconds": 0.01}))
+    lease = Lease(str(beat), check_seconds=0)
+    assert not lease.expired()
+    time.sleep(0.05)
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(LeaseExpired, match="stopped at images_seen = 32, saved images-000000032"):
+        train_loop(TrainingJob(config=config, dataset=dataset, lease=lease), LocalContext(checkpoints))
+    assert [path.name for path in checkpoints.iterdir()] == ["images-000000032"]
+
+    outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(checkpoints))
+    assert outcome.images_seen == 160, "the next attempt goes on from there"

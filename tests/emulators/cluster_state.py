@@ -1,0 +1,151 @@
+"""What the emulated Kubernetes API server holds. Leaves out everything but RayJobs, pods, their logs and RBAC."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Resource = dict[str, Any]
+
+
+@dataclass
+class PodLog:
+    """What a container wrote, with times, and whether it is over."""
+
+    lines: list[bytes] = field(default_factory=list)
+    ended: bool = False
+
+    def write(self, text: str) -> None:
+        now = time.time_ns()
+        stamp = datetime.fromtimestamp(now // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        self.lines.append(f"{stamp}.{now % 10**9:09d}Z {text}\n".encode())
+
+
+@dataclass
+class Cluster:
+    """Everything the API server holds, and how it misbehaves.
+
+    Attributes:
+        rules: RBAC rules of the caller.
+        schema: JSON schema of the RayJob that is installed; None for one that allows every field.
+        installed: Whether there is a RayJob CRD at all.
+        away: Drop every connection.
+        cut_logs: How many log streams to cut in the middle of their third line.
+        forget_versions: Answer watches with 410, as after a restart of the server.
+        requests: (verb, resource) of every call.
+    """
+
+    rules: list[Resource]
+    schema: Resource | None = None
+    installed: bool = True
+    away: bool = False
+    cut_logs: int = 0
+    forget_versions: bool = False
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    logs: dict[str, PodLog] = field(default_factory=dict)
+    on_create: Callable[[str], None] = lambda _name: None
+    _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
+    _history: list[tuple[int, str, Resource]] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _version: int = 100
+
+    def get(self, plural: str, name: str) -> Resource | None:
+        with self._lock:
+            found = self._objects.get((plural, name))
+            return copy.deepcopy(found) if found else None
+
+    def list(self, plural: str, selector: str = "") -> list[Resource]:
+        wanted = dict(pair.split("=", 1) for pair in selector.split(",") if pair)
+        with self._lock:
+            found = [value for (kind, _), value in self._objects.items() if kind == plural]
+            return [copy.deepcopy(o) for o in found if wanted.items() <= o["metadata"].get("labels", {}).items()]
+
+    def create(self, plural: str, resource: Resource) -> Resource:
+        with self._lock:
+            name = resource["metadata"]["name"]
+            if (plural, name) in self._objects:
+                raise Refusal(409, "AlreadyExists", f'{plural}.ray.io "{name}" already exists')
+            resource["metadata"] |= {
+                "uid": str(uuid.uuid4()),
+                "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+            return self._store(plural, resource, "ADDED")
+
+    def update(self, plural: str, name: str, change: Callable[[Resource], None]) -> Resource:
+        """Change it in place; gone if it is being deleted and has no finalizer left."""
+        with self._lock:
+            resource = self.get(plural, name)
+            if resource is None:
+                raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+            change(resource)
+            metadata = resource["metadata"]
+            if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
+                del self._objects[plural, name]
+                self._remember("DELETED", resource)
+                return resource
+            return self._store(plural, resource, "MODIFIED")
+
+    def delete(self, plural: str, name: str) -> Resource:
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return self.update(plural, name, lambda resource: resource["metadata"].setdefault("deletionTimestamp", stamp))
+
+    def changes(self, since: int) -> tuple[int, list[tuple[str, Resource]]]:
+        with self._lock:
+            news = [(kind, resource) for version, kind, resource in self._history if version > since]
+            return self._version, news
+
+    def allows(self, verb: str, group: str, resource: str) -> bool:
+        return any(
+            verb in rule["verbs"] and group in rule["apiGroups"] and resource in rule["resources"]
+            for rule in self.rules
+        )
+
+    def _store(self, plural: str, resource: Resource, event: str) -> Resource:
+        self._objects[plural, resource["metadata"]["name"]] = resource
+        self._remember(event, resource)
+        return copy.deepcopy(resource)
+
+    def _remember(self, event: str, resource: Resource) -> None:
+        self._version += 1
+        resource["metadata"]["resourceVersion"] = str(self._version)
+        self._history.append((self._version, event, copy.deepcopy(resource)))
+
+
+class Refusal(Exception):
+    """An answer other than 2xx."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = {"kind": "Status", "code": code, "reason": reason, "message": message, "status": "Failure"}
+
+
+def merge(target: Resource, patch: Resource) -> None:
+    """RFC 7386."""
+    for key, value in patch.items():
+        if value is None:
+            target.pop(key, None)
+        elif isinstance(value, dict) and isinstance(target.get(key), dict):
+            merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def rules_of(path: Path) -> list[Resource]:
+    """The rules of a Role in a file."""
+    rules: list[Resource] = yaml.safe_load(path.read_text())["rules"]
+    return rules
+
+
+def pairs(rules: list[Resource]) -> Iterator[tuple[str, str]]:
+    """(verb, resource) that the rules grant."""
+    for rule in rules:
+        yield from ((verb, resource) for resource in rule["resources"] for verb in rule["verbs"])
