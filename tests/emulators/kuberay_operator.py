@@ -155,6 +155,7 @@ class Operator:
             "PYTHONUNBUFFERED": "1",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # a pod has its CPUs for itself
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "NCSN_CACHE_DIR": os.environ["NCSN_CACHE_DIR"],
         }
