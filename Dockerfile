@@ -19,8 +19,8 @@ COPY constraints.txt pyproject.toml ./
 RUN if [ -n "${TORCH_INDEX_URL:-}" ]; then \
         pip install --no-deps --index-url "${TORCH_INDEX_URL}" 'torch>=2.6,<3' 'torchvision>=0.21'; \
     fi
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY ncsn ncsn

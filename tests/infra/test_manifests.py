@@ -190,6 +190,7 @@ def test_the_image_carries_what_kuberay_needs() -> None:
     assert "COPY infra/base/kuberay/rayjob.yaml /etc/ncsn/rayjob.yaml" in dockerfile
     assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
     assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
+    assert "['optional-dependencies']['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
     final = dockerfile.rpartition("\nFROM ")[2]
     assert "pip install" not in final
     user = re.search(r"^USER (\d+)$", final, flags=re.MULTILINE)
