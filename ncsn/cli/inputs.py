@@ -84,7 +84,7 @@ def registry_uri(config_uri: str | None, *, overrides: Sequence[str], run: str |
     from ncsn.tracking.connection import server_uri, tracking_uri
 
     if config_uri is None and run is None:
-        named = _override(overrides, "tracking.uri")
+        named = override_value(overrides, "tracking.uri")
         if named or "MLFLOW_TRACKING_URI" in os.environ:
             return server_uri(named, root=store_root(overrides))
         run = any_run(overrides)
@@ -93,10 +93,11 @@ def registry_uri(config_uri: str | None, *, overrides: Sequence[str], run: str |
 
 def store_root(overrides: Sequence[str]) -> str:
     """The store in which to look, or to write, where no config is known."""
-    return storage.absolute(_override(overrides, _ROOT_OVERRIDE) or DEFAULT_ROOT)
+    return storage.absolute(override_value(overrides, _ROOT_OVERRIDE) or DEFAULT_ROOT)
 
 
-def _override(overrides: Sequence[str], path: str) -> str | None:
+def override_value(overrides: Sequence[str], path: str) -> str | None:
+    """The value that the last of these `a.b=value` gives to `path`, or None."""
     values = [value for name, _, value in (override.partition("=") for override in overrides) if name == path]
     return values[-1] if values else None
 

@@ -63,6 +63,9 @@ def submit_command(
 
     Credentials come from the environment: NCSN_KFP_TOKEN (a bearer token), NCSN_KFP_COOKIE (of a session in the
     browser), or inside the cluster the token at KF_PIPELINES_SA_TOKEN_PATH.
+
+    `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
+    says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
     """
     from ncsn.cli.submission import prepare
     from pipelines.connection import connect

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ncsn import storage
-from ncsn.cli.inputs import Target, resolve
+from ncsn.cli.inputs import Target, override_value, resolve
 from ncsn.config import Config, to_json
+from ncsn.config.schema import TrackingConfig
 from ncsn.data.source import source_fingerprint
 from pipelines.submit import Submission
 
@@ -32,29 +34,45 @@ def prepare(
     Raises:
         ValueError: for a config that no other machine could work with, or a parameter that is no K=V.
     """
-    target = resolve(config_uri, overrides=overrides, run=run)
-    _require_shared_store(target.config)
-    arguments = _arguments(target, given_run=run, scheduled=scheduled)
+    given = _given(params)
+    if pipeline == "sample":
+        if config_uri is not None:
+            raise ValueError("--config: a registered model brings its config; leave it out, and change it by --set")
+        arguments: dict[str, Any] = _sample_arguments(overrides)
+        name = run or given.get("model", "").removeprefix("models:/") or pipeline
+        default_experiment = TrackingConfig.model_fields["experiment"].default
+        known: tuple[str, ...] = ()
+    else:
+        target = resolve(config_uri, overrides=overrides, run=run)
+        arguments = _experiment_arguments(target, given_run=run, scheduled=scheduled)
+        name = target.config.name if scheduled else target.run
+        default_experiment = target.config.tracking.experiment
+        known = ("ingest",) if "content" in arguments else ()
+    if taken := arguments.keys() & given.keys():
+        raise ValueError(f"--param {min(taken)}: this one comes from --config, --set and --run")
+    return Submission(
+        pipeline=pipeline,
+        name=name,
+        arguments={**arguments, **given},
+        experiment=experiment or os.environ.get(DEFAULT_EXPERIMENT) or default_experiment,
+        service_account=service_account,
+        cache=cache and not scheduled,
+        known=known,
+    )
+
+
+def _given(params: Sequence[str]) -> dict[str, str]:
+    """The options `--param K=V`."""
+    given = {}
     for param in params:
         name, equals, value = param.partition("=")
         if not equals or not name:
             raise ValueError(f"--param {param!r}: expected K=V")
-        if name in arguments:
-            raise ValueError(f"--param {name}: this one comes from --config, --set and --run")
-        arguments[name] = value
-    return Submission(
-        pipeline=pipeline,
-        name=target.config.name if scheduled else target.run,
-        arguments=arguments,
-        experiment=experiment or os.environ.get(DEFAULT_EXPERIMENT) or target.config.tracking.experiment,
-        service_account=service_account,
-        cache=cache and not scheduled,
-        known=("ingest",) if "content" in arguments else (),
-    )
+        given[name] = value
+    return given
 
 
-def _require_shared_store(config: Config) -> None:
-    root = config.storage.root
+def _require_shared_store(root: str) -> None:
     if storage.is_local(root) and not Path(root).is_absolute():
         raise ValueError(
             f"storage.root = {root!r} is a folder of this machine, and the tasks of a cluster share no disk; "
@@ -62,14 +80,24 @@ def _require_shared_store(config: Config) -> None:
         )
 
 
-def _arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, str]:
+def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:
     """The parameters that the options decide.
 
     A schedule names its runs after KFP's, unless told otherwise: under one name, the second would find all done.
     """
+    _require_shared_store(target.config.storage.root)
     arguments = {"config": to_json(target.config), "run": (given_run or "") if scheduled else target.run}
     content = _content_seen_here(target.config)
     return arguments | ({"content": content} if content else {})
+
+
+def _sample_arguments(overrides: Sequence[str]) -> dict[str, Any]:
+    """The parameters of the sample pipeline, whose config is the registered one with `overrides`."""
+    root = override_value(overrides, "storage.root")
+    if root is None:
+        raise ValueError("--set storage.root=s3://BUCKET/PREFIX is needed: a registered model has no place for images")
+    _require_shared_store(root)
+    return {"root": root, "overrides": list(overrides)}
 
 
 def _content_seen_here(config: Config) -> str | None:

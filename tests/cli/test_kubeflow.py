@@ -88,6 +88,38 @@ def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, 
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
 
+def test_a_registered_model_is_sampled_by_its_own_config(server: KfpServer, tmp_path: Path) -> None:
+    settings = [f"storage.root={tmp_path}", "sampling.num_images=8"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    model = "model=models:/ncsn-tiny@champion"
+    done = ncsn("submit", "--pipeline", "sample", *options, "--param", model, "--param", "evaluated=true")
+    assert done.exit_code == 0, done.output
+    run = only(server.runs)
+    assert run["display_name"] == "ncsn-tiny@champion"
+    assert run["runtime_config"]["parameters"] == {
+        "model": "models:/ncsn-tiny@champion",
+        "root": str(tmp_path),
+        "overrides": settings,
+        "evaluated": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--param", "model=models:/x/1"], "--set storage.root=s3://BUCKET/PREFIX is needed"),
+        (["--set", "storage.root=s3://b/p"], "the pipeline needs --param model=VALUE"),
+        (["--set", "storage.root=s3://b/p", "--param", "root=x"], "--param root: this one comes from"),
+        (["--set", "storage.root=s3://b/p", "--config", "c.yaml"], "a registered model brings its config"),
+    ],
+)
+def test_a_mistake_about_a_model_is_one_line(server: KfpServer, args: list[str], message: str) -> None:
+    done = ncsn("submit", "--pipeline", "sample", *args)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert server.runs == {}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -95,7 +127,7 @@ def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, 
         (["--param", "runn=x"], "--param runn: unknown parameter; did you mean 'run'?"),
         (["--param", "run=x"], "--param run: this one comes from --config, --set and --run"),
         (["--param", "nonsense"], "--param 'nonsense': expected K=V"),
-        (["--pipeline", "cook"], "--pipeline cook: no such pipeline; choose one of train"),
+        (["--pipeline", "cook"], "--pipeline cook: no such pipeline; choose one of"),
         (["--every", "99 * * * *"], "'99' is no minute"),
         (["--every", "@daily", "--wait"], "--wait waits for one run, and --every starts many"),
         (["--namespace", "me"], "leave out --namespace me"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KfpServer]:
-    with KfpServer(tmp_path_factory.mktemp("kfp")) as server:
+    with KfpServer(tmp_path_factory.mktemp("kfp")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         yield server
 
 
@@ -39,7 +39,6 @@ def submit(workplace: Any, server: KfpServer, *args: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "NCSN_KFP_RUN_ID": "5f3a0000-0000"},
         timeout=600,
     )
 
@@ -58,6 +57,8 @@ def test_the_train_pipeline_runs_to_a_registered_model(workplace: Any, server: K
     status = json.loads(Path(workplace.folder("submitted"), "status.json").read_text())
     assert status["status"] == "FINISHED"
     (page,) = outputs(server, "page")
+    (run_id,) = server.runs
+    assert f"| KFP run | `{run_id}` |" in page
     assert "| image | `ncsn-python:" in page
 
 
@@ -71,3 +72,17 @@ def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer)
     status = json.loads(Path(workplace.folder("mistaken"), "status.json").read_text())
     assert (status["status"], status["failed_step"]) == ("FAILED", "ingest")
     assert "/nowhere" in status["reason"]
+
+
+@pytest.mark.timeout(700)
+def test_the_registered_model_is_sampled_and_measured(workplace: Any, server: KfpServer) -> None:
+    settings = (f"storage.root={workplace.root}", "sampling.num_images=8", "evaluation.num_splits=2")
+    options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "ncsn", "submit", "--pipeline", "sample", "--host", server.url, "--wait", *options]
+    params = ("--param", "model=models:/ncsn-tiny@champion", "--param", "evaluated=true")
+    done = subprocess.run([*command, *params], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr + "".join(outputs(server, "log.txt"))
+    (images,) = (workplace.root / "generated" / "ncsn-tiny" / "1").iterdir()
+    assert list(images.glob("shard-*.parquet"))
+    figures = workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")
+    assert "eval/classifier_fid_n8" in figures["metrics"]

@@ -153,7 +153,12 @@ class KfpServer:
         with (folder / "log.txt").open("wb") as log:
             command = [sys.executable, str(Path(__file__).with_name("kfp_api_run.py")), str(folder)]
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"NCSN_KFP_RUN_ID": run["run_id"]},  # in a cluster, a label of the pod
             )
         self._processes[run["run_id"]] = process
         run["state"] = "RUNNING"

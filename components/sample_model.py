@@ -1,0 +1,33 @@
+"""Images from a registered model, wherever it was trained."""
+
+from typing import List, NamedTuple  # noqa: UP035 - the form that KFP reads
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def sample_model(
+    model: str,
+    registry: str,
+    root: str,
+    overrides: List[str],  # noqa: UP006
+    samples: dsl.Output[dsl.Dataset],
+    pictures: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> NamedTuple("Sampled", [("config", str), ("run", str)]):  # type: ignore[valid-type]
+    """Generate the images that are missing in the model's folder; hand on a config and a run to measure them with."""
+    from components import publish, publish_metrics, publish_pictures
+    from ncsn.config import to_json
+    from ncsn.steps import model_run, sample_model
+    from ncsn.storage import read_bytes
+    from ncsn.tracking.connection import server_uri
+
+    server = server_uri(registry or None, root=root)
+    result = sample_model.run(model, registry=server, root=root, overrides=overrides, progress=lambda *_: None)
+    publish(samples, result, uri=result.uri, model=result.model)
+    publish_pictures(pictures, {"samples": read_bytes(result.grid)})
+    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
+    config, run = model_run.run_of_images(result, root=root, overrides=overrides)
+    return (to_json(config), run)
