@@ -15,5 +15,6 @@ def ingest(
 
     settings, name = experiment(config, run)
     result = ingest.run(settings, run=name)
-    publish(dataset, result, uri=result.uri, digest=result.digest, content=content)
+    shown = f"{settings.data.source} {result.digest[:8]}"
+    publish(dataset, result, display_name=shown, uri=result.uri, digest=result.digest, content=content)
     publish_metrics(metrics, {f"ingest/{split}_images": count for split, count in result.counts.items()})

@@ -21,5 +21,6 @@ def register(
     settings, name = experiment(config, run)
     uris = {"checkpoint": checkpoint.metadata["uri"], "evaluation": evaluation.metadata["uri"]}
     result = register.run(settings, run=name, **uris)
-    publish(model, result, uri=f"models:/{result.model}/{result.version}", framework="mlflow")
+    shown = f"{result.model} version {result.version}"
+    publish(model, result, display_name=shown, uri=f"models:/{result.model}/{result.version}", framework="mlflow")
     publish_metrics(metrics, {"register/promoted": float(result.promoted)})

@@ -24,6 +24,6 @@ def sample(
     settings, name = experiment(config, run)
     pass_on(task_config, settings)
     result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
-    publish(samples, result, uri=result.uri)
+    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
     publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
     publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

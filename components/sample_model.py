@@ -26,7 +26,7 @@ def sample_model(
 
     server = server_uri(registry or None, root=root)
     result = sample_model.run(model, registry=server, root=root, overrides=overrides, progress=lambda *_: None)
-    publish(samples, result, uri=result.uri, model=result.model)
+    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri, model=result.model)
     publish_pictures(pictures, {"samples": read_bytes(result.grid)})
     publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
     config, run = model_run.run_of_images(result, root=root, overrides=overrides)

@@ -22,6 +22,7 @@ def train(
     settings, name = experiment(config, run)
     pass_on(task_config, settings)
     result = train.run(settings, run=name, dataset=dataset.metadata["uri"])
-    publish(checkpoint, result, uri=result.checkpoint, framework="pytorch")
+    shown = f"checkpoint at {result.images_seen:,} images"
+    publish(checkpoint, result, display_name=shown, uri=result.checkpoint, framework="pytorch")
     figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}
     publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})

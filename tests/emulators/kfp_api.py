@@ -42,6 +42,7 @@ class KfpServer:
         multi_user: Experiments belong to a namespace.
         forbidden: Refuse whatever changes something with 403.
         idle: Leave every run pending.
+        away: Answer 503, as a proxy does before a server that starts anew.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,6 +53,7 @@ class KfpServer:
         self.multi_user = False
         self.forbidden = False
         self.idle = False
+        self.away = False
         self.experiments: dict[str, Json] = {}
         self.pipelines: dict[str, Json] = {}
         self.versions: dict[str, Json] = {}
@@ -225,6 +227,8 @@ def _handler_of(server: KfpServer) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_DELETE = _answer
 
         def _require_credentials(self) -> None:
+            if server.away:
+                raise Refusal(503, "upstream connect error")
             token, cookie = self.headers.get("Authorization"), self.headers.get("Cookie")
             asked = server.token or server.cookie
             shown = (server.token and token == f"Bearer {server.token}") or (server.cookie and cookie == server.cookie)

@@ -95,6 +95,31 @@ def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) ->
     canceller.join()
 
 
+def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, tmp_path: Path) -> None:
+    kfp_server.idle = True
+    connection = connect(kfp_server.url)
+    started = submit(connection, submission(tmp_path))
+    states: list[str] = []
+
+    def follow(state: str) -> None:
+        states.append(state)
+        if state == "PENDING":
+            kfp_server.away = True
+            threading.Timer(0.5, come_back).start()
+
+    def come_back() -> None:
+        kfp_server.runs[started.id]["state"] = "SUCCEEDED"
+        kfp_server.away = False
+
+    wait(connection, started.id, on_state=follow, poll_seconds=0.1)
+    assert states == ["PENDING", "SUCCEEDED"]
+
+
+def test_a_run_that_is_gone_cannot_be_watched(kfp_server: KfpServer) -> None:
+    with pytest.raises(ValueError, match=r"run lost cannot be watched any more: .*not found \(404\)"):
+        wait(connect(kfp_server.url), "lost", on_state=lambda _: None, poll_seconds=0.1)
+
+
 def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     made = schedule(connection, submission(tmp_path), every="0 3 * * 1")
