@@ -15,8 +15,10 @@ from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config.samplers import (
     AnnealedLangevinConfig,
+    ConsistentAnnealedConfig,
     KarrasHeunConfig,
     LangevinConfig,
+    PredictorCorrectorConfig,
     ProbabilityFlowConfig,
     SamplerConfig,
 )
@@ -24,9 +26,18 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8, to_unit
 from ncsn.core.inpainting import inpaint
 from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.level_grid import choose_levels, karras_sigmas
+from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.starts import moment_matched_start
 
 _LONGEST_CHAIN = 100_000
+_LENGTHS: dict[type[SamplerConfig], str] = {
+    AnnealedLangevinConfig: "steps_per_level",
+    LangevinConfig: "num_steps",
+    ProbabilityFlowConfig: "num_levels",
+    KarrasHeunConfig: "num_steps",
+}
+"""The setting of each sampler that decides how many evaluations it takes."""
 _START_DRAW = 2**31
 """Number of the draw that a moment-matched start takes, far beyond those of any chain."""
 
@@ -165,31 +176,21 @@ def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> Sa
     Raises:
         ValueError: if it has no length of its own, or none that takes exactly `nfe` evaluations; with the nearest.
     """
-    field = {
-        AnnealedLangevinConfig: "steps_per_level",
-        LangevinConfig: "num_steps",
-        ProbabilityFlowConfig: "num_levels",
-        KarrasHeunConfig: "num_steps",
-    }.get(type(sampler))
-    if evaluations_per_image(sampler, num_levels=num_levels) == nfe:
-        return sampler
+    near = {evaluations_per_image(chain, num_levels=num_levels): chain for chain in _near(sampler, nfe, num_levels)}
+    if nfe in near:
+        return near[nfe]
+    field = _LENGTHS.get(type(sampler))
     if field is None:
         raise ValueError(f"nfe cannot be chosen for the sampler {sampler.kind!r}")
-    least = 1 if field == "steps_per_level" or isinstance(sampler, LangevinConfig) else 2
-    lengths = range(least, min(num_levels if field == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
+    raise ValueError(
+        f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {' or '.join(map(str, sorted(near)))}"
+    )
 
-    def with_length(length: int) -> SamplerConfig:
-        return sampler.model_copy(update={field: length})
 
-    def evaluations(length: int) -> int:
-        return evaluations_per_image(with_length(length), num_levels=num_levels)
-
-    index = bisect_left(lengths, nfe, key=evaluations)
-    near = [evaluations(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [evaluations(least)]
-    if nfe not in near:
-        nearest = " or ".join(map(str, near))
-        raise ValueError(f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {nearest}")
-    return with_length(lengths[index])
+def nearest_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
+    """The sampler with the chain that comes nearest to `nfe` evaluations; itself if it has no length of its own."""
+    chains = _near(sampler, nfe, num_levels)
+    return min(chains, key=lambda chain: abs(evaluations_per_image(chain, num_levels=num_levels) - nfe))
 
 
 def shortened(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
@@ -201,3 +202,40 @@ def shortened(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerCo
     if isinstance(sampler, LangevinConfig):
         return sampler.model_copy(update={"num_steps": max(nfe - sampler.denoise, 1)})
     return ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=max(2, min(nfe, num_levels)))
+
+
+def visited_sigmas(sampler: SamplerConfig, sigmas: Tensor) -> list[float]:
+    """Sigma of each level that a sampler reports to `on_level`, for a network's levels [L]."""
+    high, low = float(sigmas[0]), float(sigmas[-1])
+    match sampler:
+        case LangevinConfig():
+            return [float(sigmas[sampler.level])]
+        case ConsistentAnnealedConfig() if sampler.refine > 1:
+            return geometric_sigmas(high, low, (len(sigmas) - 1) * sampler.refine + 1).tolist()
+        case PredictorCorrectorConfig():
+            return [float(sigmas[level]) for level in choose_levels(sigmas, sampler.num_levels)]
+        case ProbabilityFlowConfig():
+            chosen = choose_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
+            return [float(sigmas[level]) for level in chosen]
+        case KarrasHeunConfig():
+            return karras_sigmas(high, low, sampler.num_steps, rho=sampler.rho)
+    values: list[float] = sigmas.tolist()
+    return values
+
+
+def _near(sampler: SamplerConfig, nfe: int, num_levels: int) -> list[SamplerConfig]:
+    """The sampler with the lengths, one or two, whose evaluations are next to `nfe`."""
+    field = _LENGTHS.get(type(sampler))
+    if field is None or evaluations_per_image(sampler, num_levels=num_levels) == nfe:
+        return [sampler]
+    least = 1 if field == "steps_per_level" or isinstance(sampler, LangevinConfig) else 2
+    lengths = range(least, min(num_levels if field == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
+
+    def with_length(length: int) -> SamplerConfig:
+        return sampler.model_copy(update={field: length})
+
+    def evaluations(length: int) -> int:
+        return evaluations_per_image(with_length(length), num_levels=num_levels)
+
+    index = bisect_left(lengths, nfe, key=evaluations)
+    return [with_length(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [with_length(least)]

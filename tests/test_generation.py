@@ -12,7 +12,15 @@ from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, from_yaml
 from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig
 from ncsn.core.starts import fit_moments
-from ncsn.generation import complete, evaluations_per_image, generate, shortened, with_evaluations
+from ncsn.generation import (
+    complete,
+    evaluations_per_image,
+    generate,
+    nearest_evaluations,
+    shortened,
+    visited_sigmas,
+    with_evaluations,
+)
 
 TEXT = """
 name: tiny
@@ -191,3 +199,37 @@ def test_sampler_is_shortened_where_it_can_be() -> None:
     assert isinstance(shortened(annealed, nfe=3, num_levels=4), ProbabilityFlowConfig)
     langevin = LangevinConfig(kind="langevin", num_steps=500)
     assert evaluations_per_image(shortened(langevin, nfe=9, num_levels=4), num_levels=4) == 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "nfe"),
+    [
+        ("annealed_langevin", 21, 19),
+        ("annealed_langevin", 23, 25),
+        ("annealed_langevin", 1, 7),
+        ("probability_flow", 1000, 11),
+        ("karras_heun", 36, 35),
+        ("predictor_corrector", 500, 12),
+    ],
+)
+def test_the_nearest_chain(kind: str, wanted: int, nfe: int) -> None:
+    near = nearest_evaluations(config_with(kind).sampling.sampler, nfe=wanted, num_levels=6)
+    assert evaluations_per_image(near, num_levels=6) == nfe
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("fewer", [False, True])
+def test_each_stage_after_the_start_has_its_sigma(kind: str, fewer: bool) -> None:
+    config = config_with(kind)
+    sampling = config.sampling
+    if fewer and kind in ("predictor_corrector", "probability_flow"):
+        sampling = sampling.model_copy(update={"sampler": sampling.sampler.model_copy(update={"num_levels": 3})})
+    elif fewer and kind == "consistent_annealed":
+        finer = sampling.sampler.model_copy(update={"refine": 2, "epsilon": 1.5e-3})
+        sampling = sampling.model_copy(update={"sampler": finer})
+    stages: list[int] = []
+    generate(trained(config), sampling=sampling, first=0, count=1, on_level=lambda stage, _: stages.append(stage))
+    sigmas = visited_sigmas(sampling.sampler, build.sigmas(config))
+    assert len(sigmas) == len(stages) - 1
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[-1] == pytest.approx(0.05)

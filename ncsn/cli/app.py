@@ -9,7 +9,7 @@ from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.lineage import trace_command
 from ncsn.cli.options import Decorated, experiment_options, json_option
-from ncsn.cli.pictures import toy_command
+from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
 from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
 from ncsn.cli.registry import export_command, model_options, promote_command, rollback_command, sample_from_model
@@ -140,6 +140,7 @@ def ui_command(
 app.add_command(plan_command)
 app.add_command(suggest_noise_command)
 app.add_command(import_checkpoint_command)
+app.add_command(figures_command)
 app.add_command(toy_command)
 app.add_command(submit_command)
 app.add_command(compile_command)

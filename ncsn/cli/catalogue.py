@@ -60,3 +60,15 @@ CATALOGUE: Mapping[str, StepInfo] = {
         "Write one HTML page about the run.", {"evaluation": Source("evaluate", "uri", "evaluation to report on")}
     ),
 }
+
+BESIDE_THE_PIPELINE: Mapping[str, StepInfo] = {
+    "figures": StepInfo(
+        "Draw a finished run: losses, levels, inpainting, nearest neighbours, quality over NFE.",
+        {
+            "checkpoint": Source("train", "checkpoint", "checkpoint"),
+            "samples": Source("sample", "uri", "folder of samples"),
+            "dataset": Source("ingest", "uri", "ingested data set"),
+        },
+    ),
+}
+"""Commands that work like steps on what the pipeline left."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from filelock import FileLock, Timeout
@@ -40,8 +41,23 @@ _EXCLUSIVE = ("train", "run")
 _POLL_SECONDS = 0.5
 
 
-def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
-    """Run one step in this process and print its result."""
+def run_step(
+    step: str,
+    target: Target,
+    *,
+    given: Mapping[str, str | None],
+    as_json: bool,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Run one step in this process and print its result.
+
+    Args:
+        step: Its name.
+        target: The experiment and the run.
+        given: Inputs that options name.
+        as_json: Print JSON.
+        settings: Arguments of the step that are neither config nor inputs.
+    """
     folder = run_folder(target.config, target.run)
     inputs = find_inputs(folder, step, given)
     leased = {"lease": given["lease"]} if given.get("lease") else {}
@@ -52,7 +68,7 @@ def run_step(step: str, target: Target, *, given: Mapping[str, str | None], as_j
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
             with _interruption_by_ray():
-                result = module.run(target.config, run=target.run, **inputs, **leased)
+                result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
 

@@ -143,7 +143,7 @@ def _figure(name: str) -> str:
 
 
 def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("uri", "grid", "strip", "checkpoint"):
+    for key in ("uri", "grid", "strip", "gif", "checkpoint"):
         if isinstance(result.get(key), str):
             yield key, result[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ncsn import storage
-from ncsn.cli.catalogue import CATALOGUE, Source
+from ncsn.cli.catalogue import BESIDE_THE_PIPELINE, CATALOGUE, Source
 from ncsn.cli.records import read_record
 from ncsn.steps.result import RunFolder
 
@@ -17,7 +17,7 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -
         ValueError: if an earlier step has not finished; the message says which to run.
     """
     found = {}
-    for name, source in CATALOGUE[step].inputs.items():
+    for name, source in {**CATALOGUE, **BESIDE_THE_PIPELINE}[step].inputs.items():
         uri = given.get(name)
         found[name] = storage.absolute(uri) if uri else _from_run(folder, step, name, source)
     return found

@@ -10,12 +10,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ncsn import checkpoint, storage
 from ncsn.config.schema import SamplingConfig
@@ -23,6 +25,16 @@ from ncsn.core.images import to_uint8
 from ncsn.data.row import NO_LABEL, Images, to_table
 from ncsn.evaluation.samples import SHARD_NAME
 from ncsn.generation import generate
+
+
+class Watcher(Protocol):
+    """Sees images on their way from noise. Picklable."""
+
+    def add(self, stage: int, images: NDArray[np.uint8]) -> None:
+        """Take `[N, H, W, C]` of a stage, 0 = the start; the last stage comes twice, the second time finished."""
+
+
+W = TypeVar("W", bound=Watcher)
 
 
 @dataclass(frozen=True)
@@ -102,32 +114,38 @@ def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int,
     return made
 
 
-def sample_levels(shard: Shard) -> NDArray[np.uint8]:
-    """The shard's images as they stand at the start and after each noise level; nothing is written.
+def watch_levels(shard: Shard, watcher: W) -> W:
+    """Make the shard's images once more under the eyes of a watcher; nothing is written.
+
+    Args:
+        shard: The images.
+        watcher: Sees them at the start, after each noise level, and at last finished; it travels to the task.
 
     Returns:
-        `[levels + 1, count, H, W, C]` uint8; the last entry is the finished images.
+        The watcher as it came back.
     """
-    task = _sample_levels.options(num_cpus=shard.threads, num_gpus=1 if shard.use_gpu else 0)
-    frames: NDArray[np.uint8] = ray.get(task.remote(shard))
-    return frames
+    task: Any = _watch_levels.options(num_cpus=shard.threads, num_gpus=1 if shard.use_gpu else 0)
+    returned: W = ray.get(task.remote(shard, watcher))
+    return returned
 
 
 @ray.remote(max_retries=3)
-def _sample_levels(shard: Shard) -> NDArray[np.uint8]:
+def _watch_levels(shard: Shard, watcher: W) -> W:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
+    stages = 0
+
+    def on_level(stage: int, x: Tensor) -> None:
+        nonlocal stages
+        stages = stage
+        watcher.add(stage, to_uint8(x).cpu().numpy())
+
     loaded = _load(shard.checkpoint, device)
-    frames: list[NDArray[np.uint8]] = []
     final = generate(
-        loaded,
-        sampling=shard.sampling,
-        first=shard.first,
-        count=shard.count,
-        device=device,
-        on_level=lambda _, x: frames.append(to_uint8(x).cpu().numpy()),
+        loaded, sampling=shard.sampling, first=shard.first, count=shard.count, device=device, on_level=on_level
     )
-    return np.stack([*frames[:-1], final])
+    watcher.add(stages, final)
+    return watcher
 
 
 @ray.remote(max_retries=3)

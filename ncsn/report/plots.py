@@ -46,6 +46,14 @@ def under_trained_levels(losses: ArrayLike) -> list[int]:
     return above
 
 
+def last_known(losses: Array) -> Array:
+    """[L] the last loss of each level that is not NaN."""
+    last = np.full(losses.shape[1], np.nan)
+    for row in losses:
+        last = np.where(np.isfinite(row), row, last)
+    return last
+
+
 @styled
 def loss_curves(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
     """The loss of each noise level over training, one line per level, coloured by sigma.
@@ -96,12 +104,12 @@ def loss_heat_map(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: Ar
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
     axes.set(xlabel=SEEN_LABEL, ylabel="level: sigma")
     _count_axis(axes)
-    for level in under_trained_levels(_last_known(losses)):
+    for level in under_trained_levels(last_known(losses)):
         at = {"xycoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
         axes.annotate("◀", (1.01, level), color=PALETTE[1], fontsize=9, **at)  # type: ignore[arg-type]
     bar = figure.colorbar(mesh, ax=axes, label=LOSS_LABEL, pad=0.06)
     bar.outline.set_visible(False)
-    if under_trained_levels(_last_known(losses)):
+    if under_trained_levels(last_known(losses)):
         axes.set_title("◀ ends well above its neighbours: train longer", color=PALETTE[1], loc="right", fontsize=8)
     return figure
 
@@ -214,14 +222,6 @@ def _history(images_seen: ArrayLike, level_losses: ArrayLike, sigmas: ArrayLike)
             f"the losses must have {len(seen)} points of {len(levels)} levels, at least one, got {list(losses.shape)}"
         )
     return seen, losses, levels
-
-
-def _last_known(losses: Array) -> Array:
-    """[L] the last loss of each level that is not NaN."""
-    last = np.full(losses.shape[1], np.nan)
-    for row in losses:
-        last = np.where(np.isfinite(row), row, last)
-    return last
 
 
 def _count_axis(axes: Axes) -> None:

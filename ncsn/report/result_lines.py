@@ -29,6 +29,8 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
         case "register":
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"
+        case "figures":
+            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
         case "report":
             return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
     raise AssertionError(step)

@@ -79,13 +79,14 @@ def mode_samples(rows: Sequence[Sequence[ModeSample]], *, truth: float) -> Figur
         row, column = divmod(number, columns)
         if column >= len(rows[row]):
             axes.set_axis_off()
+            all_axes[number - columns].tick_params(labelbottom=True)
             continue
         sample = rows[row][column]
         axes.plot(
             *sample.points.T, ".", color=PALETTE[1], markersize=2.2, markeredgewidth=0, alpha=0.7, rasterized=True
         )
-        for place, share in ((-5.0, 1 - sample.weight), (5.0, sample.weight)):
-            axes.annotate(f"{share:.2f}", (place, place - 3.4), ha="center", va="top", fontsize=9)
+        for place, height, share in ((-5.0, -1.2, 1 - sample.weight), (5.0, 1.2, sample.weight)):
+            axes.annotate(f"{share:.2f}", (place, height), ha="center", va="center", fontsize=10)
         axes.set_title(sample.title)
     figure.supxlabel(f"shares of the points; the mixture has {1 - truth:.2f} and {truth:.2f}", color=INK, fontsize=8)
     return figure

@@ -144,7 +144,7 @@ def evaluate(
     num_real = min(count, len(test))
     training = settings.classifier_epochs * len(train) if settings.extractor == "classifier" else 0
     meter = _Meter(progress, training + len(train) + count + num_real)
-    extractor, facts = _extractor(config, dataset, manifest, train, test, meter.part(training))
+    extractor, facts = obtain_extractor(config, dataset, manifest, train, test, meter.part(training))
     meter.done = training
     reference = obtain_reference(
         dataset,
@@ -201,13 +201,13 @@ def _check_inputs(samples: str, dataset: str) -> None:
         raise FileNotFoundError(f"no samples folder at {samples}; run `ncsn sample` first")
 
 
-def _extractor(
+def obtain_extractor(
     config: Config,
     dataset: str,
     manifest: Manifest,
     train: CachedSplit,
     test: CachedSplit,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Extractor, dict[str, float]]:
     """The configured extractor, and what is known of its quality as metrics."""
     settings = config.evaluation

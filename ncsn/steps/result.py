@@ -157,7 +157,9 @@ def once(
     """
     inputs = json.loads(json.dumps(inputs))
     stored = stored_record(folder, step)
-    if stored is not None and stored["inputs"] == inputs:
+    # A result that an older version stored may lack a field; then the work is done again.
+    fields = {field.name for field in dataclasses.fields(result_type)}  # type: ignore[arg-type]
+    if stored is not None and stored["inputs"] == inputs and stored["result"].keys() == fields:
         result = result_type(**stored["result"])
         if all(storage.exists(uri) for uri in outputs(result)):
             return result

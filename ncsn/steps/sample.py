@@ -14,11 +14,12 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
-from ncsn.distributed.sample_shards import Shard, sample_levels, sample_missing
+from ncsn.distributed.sample_shards import Shard, sample_missing, watch_levels
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.lease import Lease
 from ncsn.report.figures import grid_png, strip_png
+from ncsn.report.stages import Stages, denoising_gif, images_in_gif
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
@@ -28,6 +29,8 @@ GRID_IMAGES = 64
 STRIP_IMAGES = 8
 LEVELS = "levels.npy"
 """The images of the strip as an array `[stages, N, H, W, C]` uint8, beside it."""
+MOST_STAGES = 40
+"""Of the strip and of the GIF, however many levels there are."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class SampleResult:
     Attributes:
         uri: Folder of the Parquet shards and their manifest.
         grid: URI of a PNG with the first images.
-        strip: URI of a PNG that shows some images at every noise level.
+        strip: URI of a PNG that shows some images at every noise level, or at an even choice of them.
+        gif: URI of a GIF in which images form.
         num_images: Images in the folder.
         nfe: Score-network evaluations per image.
         seconds: Duration of this call's sampling.
@@ -47,6 +51,7 @@ class SampleResult:
     uri: str
     grid: str
     strip: str
+    gif: str
     num_images: int
     nfe: int
     seconds: float
@@ -88,6 +93,7 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
                 uri=uri,
                 grid=storage.join(uri, "grid.png"),
                 strip=storage.join(uri, "strip.png"),
+                gif=storage.join(uri, "denoising.gif"),
                 num_images=sampling.num_images,
                 nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
                 seconds=round(seconds, 1),
@@ -98,8 +104,8 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
             origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
             tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
             tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
-            tracked.log_file(result.grid)
-            tracked.log_file(result.strip)
+            for picture in (result.grid, result.strip, result.gif):
+                tracked.log_file(picture)
             return result
 
     return once(
@@ -107,7 +113,7 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
         "sample",
         inputs={"uri": uri, "num_images": sampling.num_images},
         result_type=SampleResult,
-        outputs=lambda result: [result.uri, result.grid, result.strip],
+        outputs=lambda result: [result.uri, result.grid, result.strip, result.gif],
         unit="images",
         work=work,
         elsewhere=elsewhere(config, folder, "sample", inputs={"checkpoint": checkpoint}),
@@ -142,11 +148,14 @@ def _publish_pictures(result: SampleResult, shard: Shard) -> None:
     count = min(GRID_IMAGES, result.num_images)
     first_images = np.concatenate(list(read_samples(result.uri, num_images=count, batch_size=count)))
     storage.write_bytes(result.grid, grid_png(first_images))
-    if not storage.exists(result.strip):
-        few = replace(shard, count=min(STRIP_IMAGES, result.num_images))
-        frames = sample_levels(few)
-        storage.write_array(storage.join(result.uri, LEVELS), frames)
-        storage.write_bytes(result.strip, strip_png(frames))
+    if not (storage.exists(result.strip) and storage.exists(result.gif)):
+        in_gif = images_in_gif(first_images.shape[1])
+        few = replace(shard, count=min(max(STRIP_IMAGES, in_gif), result.num_images))
+        frames = watch_levels(few, Stages(MOST_STAGES)).frames
+        in_strip = frames[:, :STRIP_IMAGES]
+        storage.write_array(storage.join(result.uri, LEVELS), in_strip)
+        storage.write_bytes(result.strip, strip_png(in_strip))
+        storage.write_bytes(result.gif, denoising_gif(frames[:, :in_gif]))
 
 
 def _publish_manifest(result: SampleResult, sampler_key: dict[str, object], checkpoint_digest: str) -> None:

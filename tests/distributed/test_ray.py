@@ -18,9 +18,10 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.row import from_table
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster, require_resources
-from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_levels, sample_missing
+from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.report.stages import Stages
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +137,10 @@ def test_levels_end_with_the_images(trained: Path, tiny: str, tmp_path: Path) ->
     config = from_yaml(tiny)
     _, images = sample(trained, tmp_path, config, batch=4)
     shard = Shard(str(trained / "checkpoints" / "images-000000160"), config.sampling, "", 0, 4, 1, use_gpu=False)
-    frames = sample_levels(shard)
-    assert frames.shape == (5, 4, 8, 8, 1)
-    assert np.array_equal(frames[-1], images[:4])
+    stages = watch_levels(shard, Stages(40))
+    assert stages.numbers == [0, 1, 2, 3, 4] and stages.frames.shape == (5, 4, 8, 8, 1)
+    assert np.array_equal(stages.frames[-1], images[:4])
+    assert not np.array_equal(stages.frames[-2], images[:4])
 
 
 def test_a_sampler_that_diverges_is_a_mistake(trained: Path, tiny: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
     assert {"train", "test", "manifest.json", "classifier"} <= {path.name for path in dataset.iterdir()}
     samples = Path(workplace.result(RUN, "sample")["uri"])
     assert samples.parent.parent == folder / "samples"
-    assert {"manifest.json", "grid.png", "strip.png"} <= {path.name for path in samples.iterdir()}
+    assert {"manifest.json", "grid.png", "strip.png", "denoising.gif"} <= {path.name for path in samples.iterdir()}
     assert sorted(path.name for path in samples.glob("*.parquet")) == [
         "shard-000000000-000000008.parquet",
         "shard-000000008-000000016.parquet",
@@ -89,9 +89,11 @@ def test_training_saw_all_images_and_its_checkpoint_samples(workplace, finished)
 def test_the_pictures_show_every_image_and_level(workplace, finished) -> None:
     result = workplace.result(RUN, "sample")
     assert result["nfe"] == 4 * 2 + 1
-    for name in ("grid", "strip"):
+    for name in ("grid", "strip", "gif"):
         with Image.open(result[name]) as picture:
             assert np.asarray(picture).std() > 0
+    with Image.open(result["gif"]) as gif:
+        assert gif.n_frames == 5, "the start and four levels"
 
 
 def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:

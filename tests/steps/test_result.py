@@ -78,6 +78,15 @@ def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
     assert make(folder, inputs={}, number=2).number == 2
 
 
+def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) -> None:
+    folder = claim_run(config_at(tmp_path), "older")
+    make(folder, inputs={}, number=1)
+    record = json.loads(storage.read_text(folder.step("train", "result.json")))
+    del record["result"]["number"]
+    storage.write_text(folder.step("train", "result.json"), json.dumps(record))
+    assert make(folder, inputs={}, number=2).number == 2
+
+
 def test_a_failure_is_recorded_then_forgotten_after_success(tmp_path: Path) -> None:
     folder = claim_run(config_at(tmp_path), "fails")
     with pytest.raises(ValueError, match="too small"):

@@ -1,0 +1,267 @@
+"""What the figures of a run show, computed: images at each level, completions, neighbours, and quality over NFE."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ncsn import build
+from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig, SamplerConfig
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.images import to_uint8
+from ncsn.core.keyed_random import keyed_permutation
+from ncsn.core.noise_schedule import best_epsilon
+from ncsn.data.cache import CachedSplit
+from ncsn.evaluation.extractors import Extractor, batches
+from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
+from ncsn.evaluation.neighbours import nearest_neighbours
+from ncsn.evaluation.reference import Reference
+from ncsn.evaluation.samples import read_samples
+from ncsn.generation import complete, evaluations_per_image, generate, nearest_evaluations, visited_sigmas
+from ncsn.report.stages import Stages
+
+Images = NDArray[np.uint8]
+Space = Literal["pixels", "features"]
+
+ROWS = 8
+"""Images of a panel."""
+COMPLETIONS = 4
+NEIGHBOURS = 5
+INPAINTING_STEPS = 10
+"""Langevin steps per level where the run's sampler is not the one that inpainting extends."""
+SEED = 0
+"""Of the order in which test images are taken: the same for all experiments on a data set."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished run, opened.
+
+    Attributes:
+        sampling: Sampler and seed.
+        trained: Network with the EMA weights.
+        train: The training images.
+        test: The test images.
+        extractor: What the run is evaluated with.
+        reference: The training images through it.
+        samples: URI of the run's samples.
+        device: Where to compute.
+    """
+
+    sampling: SamplingConfig
+    trained: SamplingCheckpoint
+    train: CachedSplit
+    test: CachedSplit
+    extractor: Extractor
+    reference: Reference
+    samples: str
+    device: str
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The network's levels [L]."""
+        return build.sigmas(self.trained.config)
+
+    def test_images(self, count: int) -> Images:
+        """At most `count` test images, the same in each call."""
+        rows = keyed_permutation(SEED, epoch=0, size=len(self.test))[:count]
+        images: Images = self.test.images[rows]
+        return images
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Images `[stages, N, H, W, C]` on their way: after which stage, 0 = the start, and at which sigma."""
+
+    frames: Images
+    stages: list[int]
+    sigmas: list[float]
+
+
+@dataclass(frozen=True)
+class Inpainted:
+    """Test images [N, H, W, C], the pixels that were given [H, W], and completions [N, k, H, W, C]."""
+
+    originals: Images
+    known: NDArray[np.bool_]
+    completions: Images
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NearestImages:
+    """Samples [N, H, W, C], their nearest training images [N, k, H, W, C] and distances [N, k]."""
+
+    samples: Images
+    neighbours: Images
+    distances: NDArray[np.float64]
+    memorised: list[bool]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """One sampler at one length of its chain."""
+
+    name: str
+    sampler: SamplerConfig
+    nfe: int
+    fid: float
+    num_images: int
+    seconds_per_1000: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "sampler": self.sampler.model_dump(mode="json"),
+            "nfe": self.nfe,
+            "fid": self.fid,
+            "num_images": self.num_images,
+            "seconds_per_1000_images": self.seconds_per_1000,
+        }
+
+
+@dataclass(frozen=True)
+class RealQuality:
+    """The same figure of real test images."""
+
+    fid: float
+    num_images: int
+
+
+def levels(subject: Subject, *, most: int) -> Levels:
+    """The run's first samples as they stand after at most `most` of the levels."""
+    stages = Stages(most + 1)
+    final = generate(
+        subject.trained,
+        sampling=subject.sampling,
+        first=0,
+        count=ROWS,
+        device=subject.device,
+        on_level=lambda stage, x: stages.add(stage, to_uint8(x).cpu().numpy()),
+    )
+    stages.add(stages.numbers[-1], final)
+    sigmas = visited_sigmas(subject.sampling.sampler, subject.sigmas)
+    return Levels(stages.frames, stages.numbers, [sigmas[stage - 1] for stage in stages.numbers if stage > 0])
+
+
+def inpainting(subject: Subject) -> Inpainted:
+    """Completions of test images whose left half is given (Algorithm 2)."""
+    originals = subject.test_images(ROWS)
+    height, width = originals.shape[1:3]
+    known = np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
+    sampling = _annealed(subject)
+    completions = complete(
+        subject.trained, originals.repeat(COMPLETIONS, axis=0), known, sampling=sampling, device=subject.device
+    ).reshape(len(originals), COMPLETIONS, *originals.shape[1:])
+    unknown = completions[:, :, ~known] / 255.0
+    error = unknown - originals[:, None, ~known] / 255.0
+    facts = {
+        "sampler": sampling.sampler.model_dump(mode="json"),
+        "given": "left half",
+        "rmse": round(float(np.sqrt((error**2).mean())), 4),
+        "spread_between_completions": round(float(unknown.std(axis=1).mean()), 4),
+    }
+    return Inpainted(originals, known, completions, facts)
+
+
+def _annealed(subject: Subject) -> SamplingConfig:
+    """The run's sampling, or annealed Langevin dynamics with NCSNv2's step size where its sampler is another."""
+    if isinstance(subject.sampling.sampler, AnnealedLangevinConfig):
+        return subject.sampling
+    sigmas = subject.sigmas
+    ratio = float((sigmas[0] / sigmas[-1]) ** (1 / max(len(sigmas) - 1, 1)))
+    epsilon = best_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
+    sampler = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=INPAINTING_STEPS, epsilon=epsilon)
+    return subject.sampling.model_copy(update={"sampler": sampler})
+
+
+def neighbours(subject: Subject, *, space: Space) -> NearestImages:
+    """The training images nearest to the run's first samples, by pixels or by what the extractor sees."""
+    samples = np.concatenate(list(read_samples(subject.samples, num_images=ROWS, batch_size=ROWS)))
+    if space == "pixels":
+        found = nearest_neighbours(samples, subject.train.images, k=NEIGHBOURS)
+    else:
+        found = nearest_neighbours(
+            subject.extractor.extract(samples).features, subject.reference.features, k=NEIGHBOURS
+        )
+    rows = [
+        {
+            "image": image,
+            "rows": indices.tolist(),
+            "distances": np.round(distances, 4).tolist(),
+            "memorised": bool(copy),
+        }
+        for image, (indices, distances, copy) in enumerate(
+            zip(found.indices, found.distances, found.memorised, strict=True)
+        )
+    ]
+    return NearestImages(
+        samples=samples,
+        neighbours=subject.train.images[found.indices],
+        distances=found.distances,
+        memorised=found.memorised.tolist(),
+        facts={"unit": "grey levels, 0 to 255" if space == "pixels" else "features", "samples": rows},
+    )
+
+
+def quality(
+    subject: Subject, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+) -> list[QualityPoint]:
+    """The run's sampler and the probability flow at several lengths, each measured over `num_images` new images."""
+    chosen = list(_samplers(subject, nfe))
+    points = []
+    for number, sampler in enumerate(chosen):
+        sampling = subject.sampling.model_copy(update={"sampler": sampler})
+        done = number * num_images
+        started = time.perf_counter()
+        images = []
+        for first in range(0, num_images, sampling.batch_size):
+            count = min(sampling.batch_size, num_images - first)
+            images.append(generate(subject.trained, sampling=sampling, first=first, count=count, device=subject.device))
+            progress(done + first + count, len(chosen) * num_images)
+        seconds = time.perf_counter() - started
+        points.append(
+            QualityPoint(
+                name=sampler.kind,
+                sampler=sampler,
+                nfe=evaluations_per_image(sampler, num_levels=len(subject.sigmas)),
+                fid=_fid(subject, np.concatenate(images)),
+                num_images=num_images,
+                seconds_per_1000=round(1000 * seconds / num_images, 2),
+            )
+        )
+    return points
+
+
+def real_quality(subject: Subject, *, num_images: int) -> RealQuality:
+    """The Fréchet distance of as many real test images as there are, up to `num_images`."""
+    images = subject.test_images(num_images)
+    return RealQuality(fid=_fid(subject, images), num_images=len(images))
+
+
+def _samplers(subject: Subject, nfe: Sequence[int]) -> Iterator[SamplerConfig]:
+    """The run's sampler and the probability flow with the lengths nearest to the wanted ones, none twice."""
+    num_levels, seen = len(subject.sigmas), set()
+    for sampler in (subject.sampling.sampler, ProbabilityFlowConfig(kind="probability_flow")):
+        for wanted in sorted(set(nfe)):
+            near = nearest_evaluations(sampler, nfe=wanted, num_levels=num_levels)
+            key = near.kind, evaluations_per_image(near, num_levels=num_levels)
+            if key not in seen:
+                seen.add(key)
+                yield near
+
+
+def _fid(subject: Subject, images: Images) -> float:
+    features = [
+        subject.extractor.extract(batch).features for batch in batches(images, batch_size=subject.sampling.batch_size)
+    ]
+    return frechet_distance(FrechetStatistics.of(np.concatenate(features)), subject.reference.statistics)

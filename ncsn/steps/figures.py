@@ -1,0 +1,243 @@
+"""Pictures of a finished run: losses, levels, inpainting, nearest neighbours, and quality over NFE.
+
+Not a step of the pipeline: it reads what the pipeline left, and can be asked for at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ncsn import checkpoint as checkpoints
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.data.cache import open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.evaluation.reference import obtain_reference
+from ncsn.history import load_history
+from ncsn.steps import figure_numbers as numbers
+from ncsn.steps.evaluate import REFERENCE_SPLIT, obtain_extractor
+from ncsn.steps.figure_numbers import Subject
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import RunFolder, claim_run, once
+from ncsn.tracking.run import step_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DEFAULT_NFE = (10, 20, 50, 100)
+DEFAULT_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class FiguresResult:
+    """The figures of one run.
+
+    Attributes:
+        uri: JSON file with the numbers behind all of them.
+        figures: Name -> PNG file; an SVG file of the same name stands beside it.
+        notes: What is missing, and why.
+    """
+
+    uri: str
+    figures: dict[str, str]
+    notes: list[str]
+
+
+@dataclass
+class _Sheet:
+    """Figures and their numbers as they are made."""
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def run(
+    config: Config,
+    *,
+    run: str,
+    checkpoint: str,
+    samples: str,
+    dataset: str,
+    nfe: Sequence[int] = DEFAULT_NFE,
+    num_images: int = DEFAULT_IMAGES,
+    out: str | None = None,
+) -> FiguresResult:
+    """Draw a finished run; the second call with the same inputs returns the first's figures.
+
+    Args:
+        config: The experiment.
+        run: Name of the run.
+        checkpoint: URI of the checkpoint.
+        samples: URI of its samples, of which the nearest training images are sought.
+        dataset: URI of the ingested data set.
+        nfe: Wanted evaluations per image in the curve of quality over NFE; each sampler takes the nearest it can.
+        num_images: Images behind each point of that curve.
+        out: URI of the folder for the files; None = `report` in the run's folder.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another config, or a sampler leaves the finite numbers.
+    """
+    folder = claim_run(config, run)
+    _check(nfe, num_images)
+    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
+    trained = checkpoints.load_for_sampling(checkpoint, device=device)
+    config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
+    out = storage.absolute(out) if out else folder.report
+
+    def work(progress: ProgressFile) -> FiguresResult:
+        with step_run(config, run=run, step="figures") as tracked:
+            subject = _subject(config, trained, samples=samples, dataset=dataset, device=device)
+            sheet = _draw(subject, folder, nfe=nfe, num_images=num_images, progress=progress)
+            result = _publish(sheet, out)
+            for uri in (result.uri, *result.figures.values()):
+                tracked.log_file(uri, "figures")
+            return result
+
+    return once(
+        folder,
+        "figures",
+        inputs={
+            "checkpoint": checkpoint,
+            "samples": samples,
+            "dataset": dataset,
+            "nfe": sorted(set(nfe)),
+            "num_images": num_images,
+            "out": out,
+            "sampling": config.sampling.model_dump(mode="json"),
+            "evaluation": config.evaluation.model_dump(mode="json"),
+        },
+        result_type=FiguresResult,
+        outputs=lambda result: [result.uri, *result.figures.values()],
+        unit="images",
+        work=work,
+    )
+
+
+def _check(nfe: Sequence[int], num_images: int) -> None:
+    if not nfe or min(nfe) < 1:
+        raise ValueError(f"nfe must be numbers of evaluations per image, each at least 1, got {list(nfe)}")
+    if num_images < 2:
+        raise ValueError(f"num_images must be at least 2, a single image has no spread, got {num_images}")
+
+
+def _subject(
+    config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
+) -> Subject:
+    manifest, train, test = load_manifest(dataset), open_cache(dataset, "train"), open_cache(dataset, "test")
+    extractor, _ = obtain_extractor(config, dataset, manifest, train, test)
+    reference = obtain_reference(
+        dataset,
+        extractor,
+        images=train.images,
+        dataset_digest=manifest.digest,
+        split=REFERENCE_SPLIT,
+        batch_size=config.evaluation.batch_size,
+    )
+    return Subject(
+        sampling=config.sampling,
+        trained=trained,
+        train=train,
+        test=test,
+        extractor=extractor,
+        reference=reference,
+        samples=samples,
+        device=device,
+    )
+
+
+def _draw(
+    subject: Subject, folder: RunFolder, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+) -> _Sheet:
+    sheet = _Sheet()
+    _draw_losses(sheet, folder, subject)
+    _draw_images(sheet, subject)
+    _draw_quality(sheet, subject, nfe=nfe, num_images=num_images, progress=progress)
+    return sheet
+
+
+def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
+    from ncsn.report.plots import last_known, loss_curves, loss_heat_map, under_trained_levels
+
+    history = load_history(folder.history)
+    if not history.images_seen:
+        sheet.notes.append("no curves of the loss: the run was trained before their history was kept")
+        return
+    sigmas = subject.sigmas.tolist()
+    losses = history.level_losses(len(sigmas))
+    sheet.figures["loss_curves"] = loss_curves(history.images_seen, losses, sigmas=sigmas)
+    sheet.figures["loss_map"] = loss_heat_map(history.images_seen, losses, sigmas=sigmas)
+    sheet.numbers["losses"] = {
+        "images_seen": history.images_seen,
+        "sigmas": sigmas,
+        "by_level": [[value if math.isfinite(value) else None for value in row] for row in losses.tolist()],
+        "under_trained_levels": under_trained_levels(last_known(losses)),
+    }
+
+
+def _draw_images(sheet: _Sheet, subject: Subject) -> None:
+    from ncsn.report.panels import MAX_STAGES, inpainting_panel, neighbours_panel, samples_at_levels
+
+    levels = numbers.levels(subject, most=MAX_STAGES)
+    sheet.figures["levels"] = samples_at_levels(levels.frames, sigmas=levels.sigmas)
+    sheet.numbers["levels"] = {"stages": levels.stages, "sigmas": levels.sigmas}
+    inpainted = numbers.inpainting(subject)
+    sheet.figures["inpainting"] = inpainting_panel(inpainted.originals, inpainted.completions, mask=inpainted.known)
+    sheet.numbers["inpainting"] = inpainted.facts
+    for space in ("pixels", "features"):
+        found = numbers.neighbours(subject, space=space)
+        sheet.figures[f"neighbours_{space}"] = neighbours_panel(
+            found.samples, found.neighbours, distances=found.distances, memorised=found.memorised
+        )
+        sheet.numbers[f"neighbours_{space}"] = found.facts
+
+
+def _draw_quality(
+    sheet: _Sheet, subject: Subject, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+) -> None:
+    from ncsn.report.plots import NfeCurve, quality_versus_nfe
+
+    points = numbers.quality(subject, nfe=nfe, num_images=num_images, progress=progress)
+    real = numbers.real_quality(subject, num_images=num_images)
+    curves = {
+        name: NfeCurve(
+            nfe=[point.nfe for point in points if point.name == name],
+            quality=[point.fid for point in points if point.name == name],
+            labels=[f"{point.seconds_per_1000:,.0f} s" for point in points if point.name == name],
+        )
+        for name in dict.fromkeys(point.name for point in points)
+    }
+    sheet.figures["quality_nfe"] = quality_versus_nfe(
+        curves,
+        quality_label=f"Fréchet distance ({subject.extractor.name}, {num_images} images)",
+        real=real.fid,
+        real_label=f"{real.num_images} real test images",
+    )
+    sheet.numbers["quality"] = {
+        "metric": f"{subject.extractor.name}_fid_n{num_images}",
+        "fingerprint": subject.reference.fingerprint,
+        "points": [point.facts for point in points],
+        "real": {"fid": real.fid, "num_images": real.num_images},
+    }
+    sheet.notes.append("beside each point of quality_nfe: seconds per 1,000 images on this machine")
+
+
+def _publish(sheet: _Sheet, out: str) -> FiguresResult:
+    from ncsn.report.style import to_png, to_svg
+
+    for name, figure in sheet.figures.items():
+        storage.write_bytes(storage.join(out, f"{name}.png"), to_png(figure))
+        storage.write_text(storage.join(out, f"{name}.svg"), to_svg(figure, salt=name))
+    result = FiguresResult(
+        uri=storage.join(out, "figures.json"),
+        figures={name: storage.join(out, f"{name}.png") for name in sheet.figures},
+        notes=sheet.notes,
+    )
+    storage.write_text(result.uri, json.dumps({"notes": sheet.notes, **sheet.numbers}, indent=1))
+    return result
