@@ -162,7 +162,7 @@ def quality_versus_nfe(
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks(sorted({nfe for curve in curves.values() for nfe in curve.nfe}), minor=False)
     axes.xaxis.minorticks_off()
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper left", ncols=3)
     return figure
 
 

@@ -47,7 +47,7 @@ def epsilon_versus_quality(
     axes.set(xlabel="epsilon (step size at the last level, squared pixels)", ylabel=quality_label, xscale="log")
     log_scale_where_positive(axes, y[finite])
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center")
+        figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
