@@ -19,7 +19,9 @@ from ncsn.config.samplers import (
     ProbabilityFlowConfig,
     SamplerConfig,
 )
+from ncsn.config.schema import DataConfig
 from ncsn.core.ema import Ema
+from ncsn.core.images import PixelSpace
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.networks.ncsnv2 import NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
@@ -39,6 +41,11 @@ _SAMPLERS: dict[type[object], type[Sampler]] = {
 }
 
 
+def pixel_space(data: DataConfig) -> PixelSpace:
+    """The space in which these images are trained on and sampled."""
+    return PixelSpace(dequantized=data.dequantize, logit=data.logit_transform)
+
+
 def sigmas(config: Config) -> Tensor:
     """The noise levels, `[num_levels]` float32, descending."""
     levels = config.levels
@@ -54,6 +61,7 @@ def network(config: Config) -> nn.Module:
                 num_features=config.network.num_features,
                 channels=config.data.channels,
                 num_levels=config.levels.num_levels,
+                rescale=not config.data.logit_transform,
             )
         if isinstance(config.network, NcsnV2NetworkConfig):
             return NcsnV2Network(
@@ -61,6 +69,7 @@ def network(config: Config) -> nn.Module:
                 channels=config.data.channels,
                 sigmas=sigmas(config),
                 depth=config.network.depth,
+                rescale=not config.data.logit_transform,
             )
         return UnetNetwork(
             channels=config.data.channels,

@@ -23,7 +23,7 @@ from ncsn.config.samplers import (
     SamplerConfig,
 )
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8, to_unit
+from ncsn.core.images import PixelSpace, to_uint8
 from ncsn.core.inpainting import inpaint
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.level_grid import choose_levels, karras_sigmas
@@ -59,7 +59,8 @@ def generate(
         first: Index of the first image.
         count: Number of images, made as one batch.
         device: Where to compute.
-        on_level: Receives the number of each stage and the state: 0 is the start, then one per visited level.
+        on_level: Receives the number of each stage and the state as pixels around [0, 1]: 0 is the start, then one per
+            visited level.
 
     Returns:
         `[count, H, W, C]` uint8.
@@ -67,21 +68,21 @@ def generate(
     Raises:
         ValueError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
-    config = trained.config
+    config, space = trained.config, build.pixel_space(trained.config.data)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
     with _inference(sampling, device):
         x = start(trained, sampling.sampler, noise=noise)
         if on_level is not None:
-            on_level(0, x)
+            on_level(0, space.invert(x))
         x = build.sampler(sampling.sampler)(
             trained.network,
             x=x,
             sigmas=build.sigmas(config).to(device),
             noise=noise,
-            on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
+            on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
         )
-    return _finished(x, sampling, first=first)
+    return _finished(x, sampling, space, first=first)
 
 
 def complete(
@@ -109,7 +110,7 @@ def complete(
     Raises:
         ValueError: for another sampler, images or a mask of another shape, or an image that is not finite.
     """
-    config, sampler = trained.config, sampling.sampler
+    config, sampler, space = trained.config, sampling.sampler, build.pixel_space(trained.config.data)
     if not isinstance(sampler, AnnealedLangevinConfig):
         raise ValueError(  # noqa: TRY004 - a setting, not a programmer's type
             f"inpainting needs the sampler annealed_langevin (Algorithm 2), not {sampler.kind!r}"
@@ -122,13 +123,13 @@ def complete(
         )
     if known.shape not in ((height, width), (len(images), height, width)):
         raise ValueError(f"the mask is {list(known.shape)}, the model's images are {[height, width]}")
-    reference = to_unit(torch.from_numpy(images)).to(device)
+    reference = space.encode(torch.tensor(images)).to(device)
     noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
     mask = torch.from_numpy(known).to(device)
     with _inference(sampling, device):
         x = inpaint(
             trained.network,
-            x=noise.uniform(0),
+            x=space.transform(noise.uniform(0)),
             reference=reference,
             mask=mask if mask.ndim == 2 else mask[:, None],
             sigmas=build.sigmas(config).to(device),
@@ -137,7 +138,7 @@ def complete(
             denoise=sampler.denoise,
             noise=noise,
         )
-    return _finished(x, sampling, first=first)
+    return _finished(x, sampling, space, first=first)
 
 
 @contextmanager
@@ -147,21 +148,21 @@ def _inference(sampling: SamplingConfig, device: str | torch.device) -> Iterator
         yield
 
 
-def _finished(x: Tensor, sampling: SamplingConfig, *, first: int) -> NDArray[np.uint8]:
+def _finished(x: Tensor, sampling: SamplingConfig, space: PixelSpace, *, first: int) -> NDArray[np.uint8]:
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
             f"{broken} of images {first} to {first + len(x) - 1} are not finite with sampling.sampler "
             f"{sampling.sampler.model_dump()}; lower its step size, or train longer"
         )
-    images: NDArray[np.uint8] = to_uint8(x).cpu().numpy()
+    images: NDArray[np.uint8] = to_uint8(space.invert(x)).cpu().numpy()
     return images
 
 
 def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise) -> Tensor:
-    """Where the chain begins: uniform for Langevin dynamics, which forgets it, else data plus noise of sigma_1."""
+    """Where the chain begins: uniform pixels for Langevin dynamics, which forgets them, else data plus noise."""
     if isinstance(sampler, AnnealedLangevinConfig | LangevinConfig):
-        return noise.uniform(0)
+        return build.pixel_space(trained.config.data).transform(noise.uniform(0))
     return moment_matched_start(trained.moments, sigma=trained.config.levels.sigma_1, z=noise(_START_DRAW))
 
 

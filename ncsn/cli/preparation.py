@@ -36,19 +36,22 @@ def suggest_noise_command(
     sigma_1 is the largest distance between two images, of up to 60,000; the ratio of neighbouring levels makes them
     overlap; and epsilon leaves the right variance after T steps.
     """
+    from ncsn import build
     from ncsn.cli.inputs import resolve
     from ncsn.cli.summary import describe_suggestion
     from ncsn.steps import suggest_noise
 
     if (config_uri is None) == (dataset is None):
         raise ValueError("which images? Give either --config PATH-or-URI or --data URI of an ingested data set")
+    space = suggest_noise.UNIT
     if dataset is not None:
         sample = suggest_noise.images_of_dataset(dataset)
     else:
         data = resolve(config_uri, overrides=overrides).config.data
+        space = build.pixel_space(data)
         sample, mirrored = suggest_noise.images_of_source(data), mirrored or data.horizontal_flip
     found = suggest_noise.run(
-        sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level
+        sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
     )
     click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else describe_suggestion(found))
 

@@ -24,7 +24,7 @@ _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 
 def misfits(config: Config) -> list[str]:
     """One line for each pair of settings that do not fit, naming both by their dotted paths."""
-    checks = (_batch, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
+    checks = (_batch, _logits, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
     return [line for check in checks for line in check(config)]
 
 
@@ -60,6 +60,14 @@ def _network_size(config: Config) -> Iterator[str]:
         yield (
             f"data.image_size = {size} is not divisible by {step}, which network.kind = {network.kind} needs; "
             f"use {size - size % step} or {size + step - size % step}"
+        )
+
+
+def _logits(config: Config) -> Iterator[str]:
+    if config.data.logit_transform and config.noise.kind == "auto":
+        yield (
+            "noise: auto is measured on pixels, but data.logit_transform = true trains on their logits; "
+            "use the section noise that `ncsn suggest-noise --config` prints"
         )
 
 

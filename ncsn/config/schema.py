@@ -56,6 +56,11 @@ class DataConfig(Section):
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows per Parquet part file.")
     dequantize: bool = Field(True, description="Add uniform noise below one gray step, fresh at each use (spec 1.7).")
+    logit_transform: bool = Field(
+        False,
+        description="Train on the logits of the pixels, from -13.8 to 13.8, which are then the unit of each sigma, of "
+        "step sizes and of network.sigma_data.",
+    )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability one half.")
 
 

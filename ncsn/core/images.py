@@ -1,8 +1,9 @@
-"""The owner of pixel ranges: uint8 NHWC outside, float32 NCHW in [0, 1] wherever a network or a sampler sees it."""
+"""The owner of pixel ranges: uint8 NHWC outside, float32 NCHW in [0, 1] or its logits where a network sees it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,6 +78,42 @@ def logit(x: Tensor) -> Tensor:
 def unlogit(y: Tensor) -> Tensor:
     """Invert `logit` up to its margin: the sigmoid, in (0, 1)."""
     return torch.sigmoid(y)
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """The space in which a network is trained and a sampler moves.
+
+    Attributes:
+        dequantized: Whether gray steps are spread evenly, see `dequantize`.
+        logit: Whether it is the real line, see `logit`; else [0, 1].
+    """
+
+    dequantized: bool = False
+    logit: bool = False
+
+    def encode(self, images_u8: Tensor, u: Tensor | None = None) -> Tensor:
+        """Bring stored images to the space.
+
+        Args:
+            images_u8: uint8 [B, H, W, C].
+            u: Uniform (0, 1) numbers [B, C, H, W] for the dequantisation; None takes the middle of each gray step.
+
+        Returns:
+            float32 [B, C, H, W].
+        """
+        x = to_unit(images_u8)
+        if self.dequantized:
+            x = dequantize(x, torch.full_like(x, 0.5) if u is None else u)
+        return self.transform(x)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Bring values in [0, 1] to the space."""
+        return logit(x) if self.logit else x
+
+    def invert(self, y: Tensor) -> Tensor:
+        """Undo `transform`."""
+        return unlogit(y) if self.logit else y
 
 
 def image_grid(images_u8: np.ndarray | Tensor, *, columns: int, padding: int = 1) -> np.ndarray:

@@ -23,20 +23,17 @@ from torch import Tensor
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
-from ncsn.core.images import dequantize, mirror, to_unit
-from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import level_sums
-from ncsn.core.starts import DataMoments, fit_moments
+from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import StepReport, train_step
-from ncsn.data.cache import CachedSplit, image_indices, open_cache
+from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
+from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
 from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.history import level_loss, load_history
 from ncsn.lease import Lease, LeaseExpired
-
-MOMENT_IMAGES = 10_000
 
 
 class DivergedError(ValueError):
@@ -80,23 +77,6 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One worker's part of a global batch.
-
-    Attributes:
-        x: `[B, C, H, W]` float32 in [0, 1).
-        level: `[B]` int64.
-        z: Standard normal noise, shape of `x`.
-        v: Projections `[P, B, C, H, W]` where the objective needs them.
-    """
-
-    x: Tensor
-    level: Tensor
-    z: Tensor
-    v: Tensor | None
-
-
-@dataclass(frozen=True)
 class TrainOutcome:
     """What training leaves behind.
 
@@ -113,35 +93,6 @@ class TrainOutcome:
     images_per_second: float
     seconds: float
     checkpoint: str
-
-
-def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
-    """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
-    seed = config.seed
-    indices = image_indices(seed, first=first, count=count, size=len(split.labels))
-    x = to_unit(torch.from_numpy(split.images[indices]))
-    size = x[0].numel()
-    if config.data.dequantize:
-        x = dequantize(x, keyed_uniform(seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size).view_as(x))
-    if config.data.horizontal_flip:
-        x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
-    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.levels.num_levels
-    z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
-    v, projections = None, build.num_projections(config)
-    if projections:
-        rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
-        v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
-
-
-def image_moments(split: CachedSplit) -> DataMoments:
-    """Mean and covariance of the training images, from the first `MOMENT_IMAGES` of them."""
-    return fit_moments(to_unit(torch.tensor(split.images[:MOMENT_IMAGES])))
-
-
-def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
-    """Seed of torch's own generator for one step. Only dropout draws from it, which has no keyed form."""
-    return int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0])
 
 
 class Curves:
@@ -211,7 +162,7 @@ class Training:
     @cached_property
     def moments(self) -> DataMoments:
         """See `image_moments`."""
-        return image_moments(self.split)
+        return image_moments(self.config, self.split)
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""

@@ -16,7 +16,7 @@ from ncsn.core.networks.released_checkpoint import (
 )
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
-from ncsn.distributed.worker_loop import image_moments
+from ncsn.distributed.batches import image_moments
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once
@@ -79,7 +79,7 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
             staging,
             config=config,
             state=state,
-            moments=image_moments(open_cache(dataset, "train")),
+            moments=image_moments(config, open_cache(dataset, "train")),
             dataset_digest=load_manifest(dataset).digest,
         )
     return TrainResult(

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from ncsn.config.schema import DataConfig
+from ncsn.core.images import PixelSpace
+from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_blocks
 from ncsn.data.sources import open_source
 from ncsn.data.statistics import ImageSample
 
+UNIT = PixelSpace()
 MOST_IMAGES = 60_000
 _MOST_VALUES = 2**29
 _BLOCK = 1024
@@ -39,7 +42,13 @@ def images_of_source(data: DataConfig) -> ImageSample:
 
 
 def run(
-    sample: ImageSample, *, mirrored: bool, sigma_L: float, overlap: float, steps_per_level: int
+    sample: ImageSample,
+    *,
+    mirrored: bool,
+    sigma_L: float,
+    overlap: float,
+    steps_per_level: int,
+    space: PixelSpace = UNIT,
 ) -> NoiseSuggestion:
     """Apply techniques 1, 2 and 4 of NCSNv2.
 
@@ -49,11 +58,16 @@ def run(
         sigma_L: Smallest sigma.
         overlap: C of neighbouring levels.
         steps_per_level: T, the Langevin steps per level that sampling can afford.
+        space: Where the network sees the images.
 
     Raises:
         ValueError: if there are fewer than two images, or they are all alike.
     """
     images = torch.from_numpy(sample.images)
+    if space.logit:
+        count, height, width, channels = images.shape
+        u = keyed_uniform(0, stream=Stream.DEQUANTIZE, first=0, count=count, size=height * width * channels)
+        images = space.encode(images, u.view(count, channels, height, width))
     distances = replace(pair_distances(images, flips=mirrored), exact=sample.complete)
     return suggest_noise(
         distances, dimension=images[0].numel(), sigma_L=sigma_L, overlap=overlap, steps_per_level=steps_per_level

@@ -83,6 +83,8 @@ MISFITS = [
         ["noise={sigma_1: 0.01, num_levels: 1}"],
         "sampling.sampler.kind = annealed_langevin goes through several noise levels, but noise.num_levels = 1",
     ),
+    (["noise=auto", "data.logit_transform=true"], "noise: auto is measured on pixels, but data.logit_transform = true"),
+    (["noise=auto", "loss={kind: single_sigma}"], "trains at one noise level, but noise.num_levels = auto"),
     (["sampling.num_images=9"], "sampling.num_images = 9 images do not fill evaluation.num_splits = 10"),
     (["network.widths=[8,8,8,8,8]"], "data.image_size = 8 can be halved only 3 times; use at most 4 widths"),
     (["network.attention_sizes=[4,5]"], "network.attention_sizes = [5] do not occur"),

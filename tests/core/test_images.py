@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ncsn.core.images import dequantize, image_grid, logit, mirror, to_uint8, to_unit, unlogit
+from ncsn.core.images import PixelSpace, dequantize, image_grid, logit, mirror, to_uint8, to_unit, unlogit
 
 
 def every_gray() -> torch.Tensor:
@@ -103,3 +103,15 @@ def test_grid_refuses_bad_layouts(arguments):
 def test_grid_refuses_no_images():
     with pytest.raises(ValueError, match="N >= 1"):
         image_grid(np.zeros((0, 2, 2, 1), np.uint8), columns=1)
+
+
+@pytest.mark.parametrize("logit", [False, True])
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_each_gray_comes_back_from_the_network_space(dequantized, logit):
+    grays = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    space = PixelSpace(dequantized=dequantized, logit=logit)
+    assert torch.equal(to_uint8(space.invert(space.encode(grays))), grays)
+    u = torch.full((1, 1, 16, 16), 0.25)
+    inside = space.invert(space.encode(grays, u))
+    wanted = (torch.arange(256) + 0.25) / 256 if dequantized else torch.arange(256) / 255
+    assert torch.allclose(inside.flatten(), wanted, atol=2e-6)

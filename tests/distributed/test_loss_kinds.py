@@ -13,8 +13,9 @@ from ncsn.config import changed_settings, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import dsm_loss
 from ncsn.data.cache import open_cache
+from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, draw_batch, train_loop
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.generation import generate
 
 SSM = "loss={kind: ssm, num_projections: 2}"

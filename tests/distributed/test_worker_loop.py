@@ -16,8 +16,9 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
 from ncsn.distributed import preview as previews
+from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import DivergedError, TrainingJob, draw_batch, train_loop
+from ncsn.distributed.worker_loop import DivergedError, TrainingJob, train_loop
 from ncsn.history import TrainingHistory, load_history
 
 

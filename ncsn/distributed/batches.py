@@ -1,0 +1,72 @@
+"""What one step of training sees: images in the network's space, their levels and noise, each by its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ncsn import build
+from ncsn.config import Config
+from ncsn.core.images import mirror
+from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
+from ncsn.core.starts import DataMoments, fit_moments
+from ncsn.data.cache import CachedSplit, image_indices
+
+MOMENT_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a global batch.
+
+    Attributes:
+        x: `[B, C, H, W]` float32 in [0, 1), or its logits.
+        level: `[B]` int64.
+        z: Standard normal noise, shape of `x`.
+        v: Projections `[P, B, C, H, W]` where the objective needs them.
+    """
+
+    x: Tensor
+    level: Tensor
+    z: Tensor
+    v: Tensor | None
+
+
+def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
+    """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
+    seed = config.seed
+    x = _encoded(config, split.images[image_indices(seed, first=first, count=count, size=len(split))], first=first)
+    size = x[0].numel()
+    if config.data.horizontal_flip:
+        x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
+    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.levels.num_levels
+    z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
+    v, projections = None, build.num_projections(config)
+    if projections:
+        rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
+        v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
+    return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
+
+
+def image_moments(config: Config, split: CachedSplit) -> DataMoments:
+    """Mean and covariance of the training images as the network sees them, from the first `MOMENT_IMAGES` of them."""
+    return fit_moments(_encoded(config, split.images[:MOMENT_IMAGES], first=0))
+
+
+def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
+    """Seed of torch's own generator for one step. Only dropout draws from it, which has no keyed form."""
+    return int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0])
+
+
+def _encoded(config: Config, images: NDArray[np.uint8], *, first: int) -> Tensor:
+    """Images [N, H, W, C] in the network's space, dequantised by the numbers of the places from `first`."""
+    space, (count, height, width, channels) = build.pixel_space(config.data), images.shape
+    if not space.dequantized:
+        return space.encode(torch.tensor(images))
+    size = height * width * channels
+    u = keyed_uniform(config.seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size)
+    return space.encode(torch.tensor(images), u.view(count, channels, height, width))
