@@ -67,7 +67,7 @@ def submit_command(
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
     says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
     """
-    from ncsn.cli.submission import prepare
+    from ncsn.cli.submission import caching_in_words, prepare
     from pipelines.connection import connect
     from pipelines.submit import schedule, submit, wait
 
@@ -84,6 +84,7 @@ def submit_command(
         service_account=service_account,
         cache=not anew,
     )
+    click.echo(f"cache: {caching_in_words(submission)}", err=True)
     connection = connect(host, namespace=namespace)
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)
     click.echo(json.dumps(dataclasses.asdict(started)) if as_json else started.url)

@@ -61,6 +61,17 @@ def prepare(
     )
 
 
+def caching_in_words(submission: Submission) -> str:
+    """What KFP may take from its cache, and why not more."""
+    if not submission.cache:
+        return "every task works anew"
+    if submission.known:
+        return "what an earlier run made with the same config, run name, images and container image is taken from it"
+    if "model" in submission.arguments:
+        return "sampling works anew, since the model of an alias may be another by now"
+    return "ingest and what follows work anew, since data.root cannot be seen from here"
+
+
 def _given(params: Sequence[str]) -> dict[str, str]:
     """The options `--param K=V`."""
     given = {}

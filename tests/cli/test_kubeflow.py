@@ -60,6 +60,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(server: KfpServer,
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
     assert cached_tasks(run) == {"ingest", "train", "sample", "evaluate"}
+    assert "cache: what an earlier run made with the same config" in done.stderr
 
 
 def test_no_cache_reaches_every_task(server: KfpServer, config_file: Path) -> None:
@@ -69,6 +70,7 @@ def test_no_cache_reaches_every_task(server: KfpServer, config_file: Path) -> No
     assert json.loads(done.stdout)["id"] == run["run_id"]
     assert run["display_name"] == "again"
     assert cached_tasks(run) == set()
+    assert "cache: every task works anew" in done.stderr
 
 
 def test_every_makes_a_schedule_whose_runs_name_themselves(server: KfpServer, config_file: Path) -> None:
@@ -83,7 +85,9 @@ def test_every_makes_a_schedule_whose_runs_name_themselves(server: KfpServer, co
 
 def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, config_file: Path) -> None:
     elsewhere = ("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
-    assert ncsn("submit", "--config", str(config_file), *elsewhere).exit_code == 0
+    done = ncsn("submit", "--config", str(config_file), *elsewhere)
+    assert done.exit_code == 0, done.output
+    assert "work anew, since data.root cannot be seen from here" in done.stderr
     assert "ingest" not in cached_tasks(only(server.runs))
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
@@ -137,7 +141,7 @@ def test_a_mistake_about_a_model_is_one_line(server: KfpServer, args: list[str],
 def test_a_mistake_is_one_line(server: KfpServer, config_file: Path, args: list[str], message: str) -> None:
     done = ncsn("submit", "--config", str(config_file), *args)
     assert done.exit_code == 2, done.output
-    (error,) = done.stderr.splitlines()
+    (error,) = [line for line in done.stderr.splitlines() if not line.startswith("cache: ")]
     assert message in error
     assert done.stdout == ""
     assert server.runs == server.recurring_runs == {}

@@ -56,7 +56,7 @@ def test_the_train_pipeline_runs_to_a_registered_model(workplace: Any, server: K
     assert workplace.result("submitted", "register")["promoted"]
     status = json.loads(Path(workplace.folder("submitted"), "status.json").read_text())
     assert status["status"] == "FINISHED"
-    (page,) = outputs(server, "page")
+    (page,) = outputs(server, "finish/page")
     (run_id,) = server.runs
     assert f"| KFP run | `{run_id}` |" in page
     assert "| image | `ncsn-python:" in page
