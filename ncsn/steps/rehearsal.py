@@ -27,6 +27,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.suggestion import resolve_noise
 from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
+from ncsn.distributed.preview import EVALUATIONS_PER_STEP
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
@@ -130,47 +131,42 @@ class _Rehearsal:
         ingest_image, images = self._seconds_per_image(config)
         self.config = _with(self.config, **_train_length(self.config, images))
         data = ingest.run(self.config, run=RUN)
+        read = sum(data.counts.values()) * ingest_image
+        fixed = {"ingest": max(self._seconds("ingest") - read, 0.0) + self.start.tracking}
         report("train")
         trained = train.run(self.config, run=RUN, dataset=data.uri)
-        train_image, checkpoint, train_fixed = self._training(trained)
+        train_image, checkpoint, around = self._training(trained)
+        fixed["train"] = around + self.start.tracking + self.start.joining
         report("sample")
-        nfe = max(1, round(SECONDS * 3 / (train_image * config.sampling.batch_size)))
-        sampler = shortened(config.sampling.sampler, nfe=nfe, num_levels=config.levels.num_levels)
-        self.config = self.config.model_copy(
-            update={"sampling": self.config.sampling.model_copy(update={"sampler": sampler})}
-        )
-        made, sample_evaluation, sample_fixed = self._sampling(trained.checkpoint)
+        made, sample_evaluation, around = self._sampling(trained.checkpoint, train_image)
+        fixed["sample"] = around + self.start.tracking + self.start.joining
         report("evaluate")
         figures = evaluate.run(self.config, run=RUN, samples=made.uri, dataset=data.uri)
-        classifier_image, extract_image, evaluate_fixed = self._evaluation(data.uri, figures)
+        classifier_image, extract_image, around = self._evaluation(data.uri, figures)
+        fixed["evaluate"] = around + self.start.tracking
         report("register")
         register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=figures.uri)
-        manifest = load_manifest(data.uri)
-        joining = {"train": self.start.joining, "sample": self.start.joining}
-        fixed = {
-            "ingest": max(self._seconds("ingest") - sum(manifest.counts.values()) * ingest_image, 0.0),
-            "train": train_fixed,
-            "sample": sample_fixed,
-            "evaluate": evaluate_fixed,
-            "register": self._seconds("register"),
-        }
-        memory = metric_history(self.config, run=RUN, step="train", name="system/worker_memory_megabytes")
+        fixed["register"] = self._seconds("register") + self.start.tracking
         return Rates(
             cluster_start=self.cluster_start,
             process_start=self.start.process,
-            fixed={step: own + self.start.tracking + joining.get(step, 0.0) for step, own in fixed.items()},
+            fixed=fixed,
             ingest_image=ingest_image,
             train_image=train_image,
             checkpoint=checkpoint,
             sample_evaluation=sample_evaluation,
             classifier_image=classifier_image,
             extract_image=extract_image,
-            worker_bytes=1e6 * max(value for _, value in memory),
+            worker_bytes=self._worker_bytes(),
             machine_bytes=cluster_memory(),
-            dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(manifest.counts.values()),
+            dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(data.counts.values()),
             checkpoint_bytes=_bytes(trained.checkpoint, "*"),
             sample_bytes=_bytes(made.uri, "shard-*.parquet") / made.num_images,
         )
+
+    def _worker_bytes(self) -> float:
+        memory = metric_history(self.config, run=RUN, step="train", name="system/worker_memory_megabytes")
+        return 1e6 * max(value for _, value in memory)
 
     def _seconds(self, step: str) -> float:
         return float(json.loads(storage.read_text(self.folder.step(step, "result.json")))["seconds"])
@@ -197,11 +193,17 @@ class _Rehearsal:
         checkpoint = max(result.seconds - sum(seconds), 0.0)
         return image, checkpoint, self._seconds("train") - sum(lengths) * image - checkpoint
 
-    def _sampling(self, checkpoint: str) -> tuple[sample.SampleResult, float, float]:
+    def _sampling(self, checkpoint: str, train_image: float) -> tuple[sample.SampleResult, float, float]:
         """Samples, seconds of one evaluation of a batch, and of what surrounds the sampling.
 
         The second call finds workers that have started; only there does time grow with the evaluations.
         """
+        sampling, workers = self.config.sampling, self.config.compute.num_workers
+        guess = train_image * workers * sampling.batch_size / EVALUATIONS_PER_STEP
+        levels = self.config.levels.num_levels
+        sampler = shortened(sampling.sampler, nfe=max(1, round(SECONDS / guess)), num_levels=levels)
+        sampling = sampling.model_copy(update={"sampler": sampler})
+        self.config = self.config.model_copy(update={"sampling": sampling})
         cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
         seconds = self._seconds("sample")
         wave = self.config.sampling.num_images

@@ -153,7 +153,13 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
         assert child.data.params["noise.num_levels"] == "4"
     losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [160, 320, 480, 640]
-    assert "train/loss_level_0" in children["train"].data.metrics
+    assert {"train/loss_level_0", "system/worker_memory_megabytes"} <= children["train"].data.metrics.keys()
+    assert children["train"].data.tags["ray.dashboard_url"].startswith("http://127.0.0.1:")
+    for step, context in (("train", "training"), ("evaluate", "evaluation")):
+        (read,) = children[step].inputs.dataset_inputs
+        assert read.dataset.digest == workplace.result(RUN, "ingest")["digest"][:36]
+        assert [tag.value for tag in read.tags] == [context]
+    assert {f"cost/{step}_seconds" for step in STEPS} <= parents[0].data.metrics.keys()
 
 
 def test_the_registered_model_generates_images(workplace, client, monkeypatch: pytest.MonkeyPatch) -> None:
