@@ -16,7 +16,7 @@ import yaml
 from ncsn import storage
 from ncsn.config import Config
 
-STEPS = ("ingest", "train", "sample", "evaluate", "register")
+STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 PLAN = "plan.json"
 """Name of the plan in the folder of its run."""
 GIGABYTE = 1e9
@@ -156,6 +156,7 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
         "sample": waves * counts.nfe * rates.sample_evaluation,
         "evaluate": passes * counts.train_images * rates.classifier_image + measured * rates.extract_image,
         "register": 0.0,
+        "report": 0.0,
     }
     return {step: rates.fixed[step] + work[step] for step in STEPS}
 

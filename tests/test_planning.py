@@ -33,7 +33,7 @@ COUNTS = Counts(train_images=500, test_images=50, shards=5, nfe=21)
 RATES = Rates(
     cluster_start=4.0,
     process_start=2.0,
-    fixed={"ingest": 1.0, "train": 10.0, "sample": 5.0, "evaluate": 3.0, "register": 2.0},
+    fixed={"ingest": 1.0, "train": 10.0, "sample": 5.0, "evaluate": 3.0, "register": 2.0, "report": 1.0},
     ingest_image=0.01,
     train_image=0.5,
     checkpoint=7.0,
@@ -63,6 +63,7 @@ def test_seconds_of_each_step() -> None:
             "sample": 5 + 3 * 21 * 0.1,  # five shards on two workers are three waves
             "evaluate": 3 + 3 * 500 * 0.02 + (500 + 100 + 50) * 0.001,
             "register": 2,
+            "report": 1,
         }
     )
 
@@ -92,7 +93,7 @@ def test_plan_has_time_memory_and_storage() -> None:
     plan = estimate(config(), COUNTS, RATES, PRICES)
     assert tuple(plan["steps"]) == STEPS
     assert plan["total"]["seconds"] == pytest.approx(sum(step_seconds(config(), COUNTS, RATES).values()))
-    assert plan["start_seconds"] == 4 + 6 * 2
+    assert plan["start_seconds"] == 4 + 7 * 2
     assert plan["memory"] == {"worker_gb": 3.0, "workers_gb": 6.0, "machine_gb": 8.0, "fits": True}
     assert not estimate(config("compute.num_workers=4"), COUNTS, RATES, PRICES)["memory"]["fits"]
     store = plan["storage"]

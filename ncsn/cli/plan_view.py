@@ -79,7 +79,7 @@ def _costs(cost: Mapping[str, float]) -> list[str]:
 
 
 def _beside(plan: Mapping[str, Any] | None, step: str, seconds: float) -> list[str]:
-    if plan is None:
+    if plan is None or step not in plan["steps"]:
         return ["", ""]
     planned = plan["steps"][step]["seconds"]
     return [duration(planned), f"{seconds / planned:.2f}"]

@@ -31,7 +31,8 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
         FileNotFoundError: if the source's files are missing.
         ValueError: for a config that the steps refuse.
     """
-    from ncsn.steps.rehearsal import count, rehearse, settle
+    from ncsn.steps.rehearsal import rehearse
+    from ncsn.steps.small_experiment import count, settle
 
     folder = run_folder(config, run)
     config = settle(config)

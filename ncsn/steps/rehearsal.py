@@ -15,17 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config import Config, to_json
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.data.suggestion import resolve_noise
 from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
 from ncsn.distributed.preview import EVALUATIONS_PER_STEP
 from ncsn.distributed.worker_context import LocalContext
@@ -34,16 +32,15 @@ from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, Classifie
 from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.speed import seconds_per_image, training_seconds_per_image
-from ncsn.generation import evaluations_per_image, shortened
+from ncsn.generation import shortened
 from ncsn.planning import Counts, Rates
 from ncsn.steps import evaluate, ingest, register, sample, train
+from ncsn.steps import report as page
 from ncsn.steps.result import RunFolder, run_folder
+from ncsn.steps.small_experiment import FEW_IMAGES, IMAGES, RUN, own_cache, scaled_down, with_values
 from ncsn.tracking.connection import connect
 from ncsn.tracking.history import metric_history
 
-RUN = "rehearsal"
-IMAGES, FEW_IMAGES = 2048, 256
-"""Images of each split that are rehearsed with; the few where each takes long, and to see what one image takes."""
 SECONDS = 6.0
 """Wanted length of a measurement."""
 REPORTS = 6
@@ -53,7 +50,7 @@ _START = """
 import sys, time
 from ncsn.config import from_json
 from ncsn.distributed.local_cluster import ray_cluster
-from ncsn.steps import evaluate, ingest, register, sample, train
+from ncsn.steps import evaluate, ingest, register, report, sample, train
 config, started = from_json(sys.argv[1]), time.perf_counter()
 from ncsn.tracking.connection import connect
 connect(config)
@@ -73,27 +70,6 @@ class Start:
     joining: float
 
 
-def settle(config: Config) -> Config:
-    """The config with noise levels, which `noise: auto` takes here from some of its images."""
-    if config.noise.kind != "auto":
-        return config
-    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
-        data = _with(config, **{"data.max_images": min(IMAGES, config.data.max_images or IMAGES)}).data
-        return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
-
-
-def count(config: Config) -> Counts:
-    """How much of everything the config asks for."""
-    splits = open_source(config.data).splits
-    sampling = config.sampling
-    return Counts(
-        train_images=splits["train"].count,
-        test_images=splits["test"].count,
-        shards=math.ceil(sampling.num_images / sampling.batch_size),
-        nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
-    )
-
-
 def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -> Rates:
     """Measure what `ncsn.planning` needs.
 
@@ -107,10 +83,10 @@ def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -
     """
     with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as scratch:
         root = Path(scratch)
-        small = _small(config, root)
+        small = scaled_down(config, root)
         report("start")
         started = time.perf_counter()
-        with ray_cluster(config):
+        with own_cache(root / "cache"), ray_cluster(config):
             cluster_start = time.perf_counter() - started
             connect(small)  # creates the database, which a store has once
             return _Rehearsal(small, counts, start=_process_start(small), cluster_start=cluster_start).rates(
@@ -129,7 +105,7 @@ class _Rehearsal:
         """Rehearse every step of `config`."""
         report("ingest")
         ingest_image, images = self._seconds_per_image(config)
-        self.config = _with(self.config, **_train_length(self.config, images))
+        self.config = with_values(self.config, **_train_length(self.config, images))
         data = ingest.run(self.config, run=RUN)
         read = sum(data.counts.values()) * ingest_image
         fixed = {"ingest": max(self._seconds("ingest") - read, 0.0) + self.start.tracking}
@@ -147,6 +123,9 @@ class _Rehearsal:
         report("register")
         register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=figures.uri)
         fixed["register"] = self._seconds("register") + self.start.tracking
+        report("report")
+        page.run(self.config, run=RUN, evaluation=figures.uri)
+        fixed["report"] = self._seconds("report") + self.start.tracking
         return Rates(
             cluster_start=self.cluster_start,
             process_start=self.start.process,
@@ -175,7 +154,7 @@ class _Rehearsal:
         """Between a few images and more, so that what opening the source takes falls out; and URI of the more."""
         taken, images, uri = [], [], ""
         for limit in (FEW_IMAGES, IMAGES):
-            data = _with(self.config, **{"data.max_images": min(limit, config.data.max_images or limit)}).data
+            data = with_values(self.config, **{"data.max_images": min(limit, config.data.max_images or limit)}).data
             started = time.perf_counter()
             dataset = write_dataset(open_source(data), f"{self.folder.root}/{limit}", name=RUN, data=data)
             taken.append(time.perf_counter() - started)
@@ -207,7 +186,7 @@ class _Rehearsal:
         cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
         seconds = self._seconds("sample")
         wave = self.config.sampling.num_images
-        more = _with(self.config, **{"sampling.num_images": 2 * wave})
+        more = with_values(self.config, **{"sampling.num_images": 2 * wave})
         warm = sample.run(more, run=RUN, checkpoint=checkpoint)
         evaluation = warm.seconds / cold.nfe
         strip = sample.STRIP_IMAGES / self.config.sampling.batch_size * (self.counts.nfe - cold.nfe) * evaluation
@@ -239,27 +218,6 @@ class _Rehearsal:
             )
             own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
         return own, extract_image, fixed
-
-
-def _small(config: Config, root: Path) -> Config:
-    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
-    samples = config.sampling.batch_size * config.compute.num_workers
-    return _with(
-        config,
-        **{
-            "storage.root": str(root),
-            "tracking.uri": f"sqlite:///{root}/mlflow.db",
-            "data.max_images": min(images, config.data.max_images or images),
-            "sampling.num_images": samples,
-            "evaluation.classifier_epochs": 1,
-            "evaluation.num_splits": 1,
-        },
-    )
-
-
-def _with(config: Config, **values: Any) -> Config:
-    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
-    return from_yaml(to_yaml(config), overrides=overrides)
 
 
 def _train_length(config: Config, dataset: str) -> dict[str, int]:

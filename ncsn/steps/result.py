@@ -197,8 +197,8 @@ def spent_seconds(folder: RunFolder, step: str) -> float | None:
 
 def _spend(folder: RunFolder, step: str, seconds: float) -> None:
     """Add to the account of the step; a full disk must not hide the first error."""
-    whole = (spent_seconds(folder, step) or 0.0) + seconds
     with suppress(OSError):
+        whole = (spent_seconds(folder, step) or 0.0) + seconds
         storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
 
 

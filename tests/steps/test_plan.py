@@ -11,8 +11,8 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.planning import STEPS, load_prices
 from ncsn.steps import plan
-from ncsn.steps.rehearsal import count
 from ncsn.steps.result import once, run_folder
+from ncsn.steps.small_experiment import count
 
 TINY = """
 name: tiny
