@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -84,9 +85,14 @@ def ray_tags() -> dict[str, str]:
     # Asked again, `init` only says what this process is connected to.
     if dashboard := ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url:
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
-    if submission := os.environ.get("RAY_JOB_SUBMISSION_ID"):
-        tags["ray.submission_id"] = submission
-    return tags
+    return tags | _submitted_job()
+
+
+def _submitted_job() -> dict[str, str]:
+    """How the Jobs API knows this process; empty if it was not submitted there. Ray tells its driver by a variable."""
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}
+    return {tag: str(metadata[name]) for tag, name in names.items() if name in metadata}
 
 
 def cluster_memory() -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ncsn.config import Config, from_yaml
 from ncsn.data.row import from_table
 from ncsn.distributed import trainer
-from ncsn.distributed.local_cluster import ray_cluster, require_resources
+from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
@@ -170,3 +170,13 @@ def test_snapshot_names_the_checkpoints(trained: Path) -> None:
     """What Ray resumes from is in the store beside the checkpoints."""
     snapshot = json.loads((trained / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
     assert "images-000000160" in json.dumps(snapshot)
+
+
+def test_a_submitted_job_is_tagged_with_the_names_of_the_jobs_api(cluster: str, monkeypatch) -> None:
+    assert "ray.submission_id" not in ray_tags()
+    metadata = {"job_submission_id": "raysubmit_1", "job_name": "ncsn-digits"}
+    # As Ray's job supervisor sets it for the driver that it starts.
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": metadata}))
+    tags = ray_tags()
+    assert (tags["ray.submission_id"], tags["ray.job_name"]) == ("raysubmit_1", "ncsn-digits")
+    assert tags["ray.job_id"]

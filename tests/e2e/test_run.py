@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from safetensors import safe_open
 
 from ncsn.checkpoint import load_for_sampling
-from ncsn.config import from_yaml
+from ncsn.config import from_json, from_yaml
 from ncsn.evaluation.samples import read_samples
 from ncsn.steps.result import STEPS
 
@@ -171,6 +172,42 @@ def test_the_registered_model_generates_images(workplace, client, monkeypatch: p
     images = np.asarray(model.predict(None, params={"n_images": 2}))
     (sampled,) = read_samples(workplace.result(RUN, "sample")["uri"], num_images=2, batch_size=2)
     np.testing.assert_array_equal(images, sampled)
+
+
+def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
+    done = workplace.run("trace", "models:/ncsn-tiny@champion", "--json")
+    assert done.returncode == 0, done.stderr
+    (chain,) = json.loads(done.stdout)["chains"]
+    results = {step: workplace.result(RUN, step) for step in STEPS}
+    steps = {link["id"]: {made["kind"]: made for made in link["links"]} for link in chain["links"]}
+    assert set(STEPS) <= set(steps)
+    dataset = next(link for link in chain["links"] if link["kind"] == "dataset")
+    assert (dataset["id"], dataset["facts"]["uri"]) == (results["ingest"]["digest"], results["ingest"]["uri"])
+    assert steps["train"]["checkpoint"]["id"] == results["train"]["checkpoint"]
+    assert steps["sample"]["samples"]["id"] == results["sample"]["uri"]
+    assert steps["evaluate"]["evaluation"]["id"] == results["evaluate"]["uri"]
+    assert steps["register"]["model version"]["id"] == results["register"]["uri"]
+    assert steps["register"]["model version"]["asked"]
+    assert steps["register"]["model version"]["links"][0]["facts"]["reason"] == results["register"]["reason"]
+    assert steps["train"]["Ray job"]["facts"]["session"]
+
+
+def test_images_and_weights_come_from_the_registry_alone(workplace, finished, tmp_path) -> None:
+    done = workplace.run("sample", "--model", "models:/ncsn-tiny@champion", "--out", str(tmp_path / "images"), "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["model"] == workplace.result(RUN, "register")["uri"]
+    (images,) = read_samples(made["uri"], num_images=16, batch_size=16)
+    (sampled,) = read_samples(workplace.result(RUN, "sample")["uri"], num_images=16, batch_size=16)
+    assert np.abs(images.astype(int) - sampled.astype(int)).max() <= 1
+    assert Path(made["grid"]).read_bytes().startswith(b"\x89PNG")
+    exported = workplace.run("export", "--run", RUN, "--out", str(tmp_path / "ema.safetensors"))
+    assert exported.returncode == 0, exported.stderr
+    with safe_open(tmp_path / "ema.safetensors", "numpy") as weights:
+        network = dict(load_for_sampling(workplace.result(RUN, "train")["checkpoint"]).network.named_parameters())
+        assert set(weights.keys()) == set(network)
+        assert all((weights.get_tensor(name) == network[name].numpy()).all() for name in network)
+        assert from_json(weights.metadata()["config"]).name == "tiny"
 
 
 def test_a_second_call_finds_the_run_complete(workplace, finished) -> None:

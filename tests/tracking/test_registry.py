@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
-from ncsn.checkpoint import SamplingCheckpoint
+from ncsn.checkpoint import SamplingCheckpoint, load_trained
 from ncsn.tracking import registry
-from ncsn.tracking.registry import Candidate
+from ncsn.tracking.registry import Candidate, fetch_weights
 from ncsn.tracking.run import step_run
 from ncsn.tracking.versions import has_version, require_model_name
 
@@ -94,10 +95,14 @@ def test_killed_at_any_request_and_repeated_it_is_one_version(config, checkpoint
             assert str(only.version) == str(made.version) == "1"
 
 
-def test_registers_over_a_server(make_config, server, checkpoint):
+def test_registers_over_a_server_and_gives_the_weights_back(make_config, server, checkpoint, tmp_path):
     with step_run(make_config(f"tracking.uri={server.url}"), run="remote", step="register") as tracked:
         versions = [registry.register(tracked, candidate(checkpoint, "remote")) for _ in range(2)]
     assert [str(version.version) for version in versions] == ["1", "1"]
+    fetched = load_trained(fetch_weights(server.url, versions[0], tmp_path), origin="the registry")
+    for name, tensor in checkpoint.network.named_parameters():
+        assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
+    assert fetched.config == checkpoint.config
 
 
 @pytest.mark.parametrize("name", ["my model", "team/model", "a:b", "", "-a"])
