@@ -96,8 +96,9 @@ def export_command(
 
     They are those of --checkpoint, of --model, or of the last checkpoint of --run.
     """
+    from ncsn import storage
     from ncsn.cli.inputs import registry_uri, resolve
-    from ncsn.cli.upstream import find_inputs
+    from ncsn.cli.records import read_record
     from ncsn.steps import export
     from ncsn.steps.result import run_folder
 
@@ -106,10 +107,14 @@ def export_command(
     if model is not None:
         registry = registry_uri(config_uri, overrides=overrides, run=run_name)
         result = export.from_model(model, registry=registry, out=out)
+    elif checkpoint is not None:
+        result = export.from_checkpoint(storage.absolute(checkpoint), out=out)
     else:
-        target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=checkpoint)
-        found = find_inputs(run_folder(target.config, target.run), "sample", {"checkpoint": checkpoint})
-        result = export.from_checkpoint(found["checkpoint"], out=out)
+        target = resolve(config_uri, overrides=overrides, run=run_name)
+        trained = read_record(run_folder(target.config, target.run), "train")
+        if trained is None:
+            raise ValueError(f"run {target.run!r} is not trained yet; run `ncsn train` first, or give --checkpoint URI")
+        result = export.from_checkpoint(str(trained.result["checkpoint"]), out=out)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else f"{result.parameters:,} EMA weights: {result.uri}")
 
