@@ -32,6 +32,8 @@ Space = Literal["pixels", "features"]
 
 ROWS = 8
 """Images of a panel."""
+INPAINTED = 16
+"""Test images that are completed."""
 COMPLETIONS = 4
 NEIGHBOURS = 5
 INPAINTING_STEPS = 10
@@ -155,7 +157,7 @@ def levels(subject: Subject, *, most: int) -> Levels:
 
 def inpainting(subject: Subject) -> Inpainted:
     """Completions of test images whose left half is given (Algorithm 2)."""
-    originals = subject.test_images(ROWS)
+    originals = subject.test_images(INPAINTED)
     height, width = originals.shape[1:3]
     known = np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
     sampling = _annealed(subject)
