@@ -9,16 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-_MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86400.0
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3.5 min`, `2.1 h` or `4.0 days`."""
-    if seconds < 2 * _MINUTE:
-        return f"{seconds:,.0f} s"
-    if seconds < 2 * _HOUR:
-        return f"{seconds / _MINUTE:,.1f} min"
-    return f"{seconds / _HOUR:,.1f} h" if seconds < 2 * _DAY else f"{seconds / _DAY:,.1f} days"
+from ncsn.report.costs import duration
 
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ncsn.core.images import image_grid
-from ncsn.report.figures import png_bytes
+from ncsn.report.figures import grid_png, png_bytes
 from ncsn.report.page import Neighbour, Picture
 
 
@@ -34,12 +34,26 @@ def neighbours(
     ]
 
 
+def neighbours_png(
+    table: Sequence[Mapping[str, Any]], *, samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
+) -> bytes:
+    """The same as one PNG file: two samples per row, each before its nearest by pixels and by features."""
+    lines = [_images(line, samples, training_images) for line in table]
+    return grid_png(np.concatenate(lines), columns=6)
+
+
 def _picture(line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]) -> Picture:
-    row = line["image"]
-    nearest = [training_images[line[f"{space}_rows"][0]] for space in ("pixels", "features")]
-    grid = image_grid(np.stack([samples[row], *nearest]), columns=3)
+    grid = image_grid(_images(line, samples, training_images), columns=3)
     return Picture(
         png_bytes(grid, enlarge=False),
-        alt=f"sample {row}, then the training image nearest by pixels, then the one nearest by features",
+        alt=f"sample {line['image']}, then the training image nearest by pixels, then the one nearest by features",
         width=420,
     )
+
+
+def _images(
+    line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """The sample and its nearest training images [3, H, W, C]."""
+    nearest = [training_images[line[f"{space}_rows"][0]] for space in ("pixels", "features")]
+    return np.stack([samples[line["image"]], *nearest])

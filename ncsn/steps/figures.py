@@ -93,7 +93,7 @@ def run(
 
     def work(progress: ProgressFile) -> FiguresResult:
         with step_run(config, run=run, step="figures") as tracked:
-            subject = _subject(config, trained, samples=samples, dataset=dataset, device=device)
+            subject = subject_of(config, trained, samples=samples, dataset=dataset, device=device)
             sheet = _draw(subject, folder, nfe=nfe, num_images=num_images, progress=progress)
             result = _publish(sheet, out)
             for uri in (result.uri, *result.figures.values()):
@@ -127,9 +127,10 @@ def _check(nfe: Sequence[int], num_images: int) -> None:
         raise ValueError(f"num_images must be at least 2, a single image has no spread, got {num_images}")
 
 
-def _subject(
+def subject_of(
     config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
 ) -> Subject:
+    """Open a finished run, of which `samples` and `dataset` are URIs."""
     manifest, train, test = load_manifest(dataset), open_cache(dataset, "train"), open_cache(dataset, "test")
     extractor, _ = obtain_extractor(config, dataset, manifest, train, test)
     reference = obtain_reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from ncsn.data.cache import open_cache
 from ncsn.data.manifest import Manifest, load_manifest
 from ncsn.evaluation.samples import read_samples
 from ncsn.history import load_history
+from ncsn.report.costs import cost_facts
 from ncsn.report.film import film
 from ncsn.report.hints import average_hints, linear_loss, sampler_hints
 from ncsn.report.lineage import tag_facts
@@ -25,14 +26,19 @@ from ncsn.report.neighbours import neighbours
 from ncsn.report.page import Fact, Figures, Film, Neighbour, Page, Picture, Scores, Timing
 from ncsn.report.result_lines import result_line
 from ncsn.report.scores import read_figures, score_rows
+from ncsn.report.search import search_panel
 from ncsn.report.story import Facts, judge, lead, tiles
 from ncsn.report.training import training_panel
+from ncsn.steps.panels import sampled_panels
+from ncsn.steps.plan import ledger
 from ncsn.steps.result import STEPS, RunFolder
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.recorded import RecordedRun, step_runs, whole_run
 from ncsn.tracking.run import StepRun
 
 REPORT = "report"
+BEST = "-best"
+"""Ends the name of a run that trains what the search in the run without it found."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +98,23 @@ def _records(folder: RunFolder) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield step, json.loads(storage.read_text(uri))
 
 
-def make_page(sources: Sources, tracked: StepRun) -> Page:
-    """The whole report, of what there is."""
+def make_page(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int], None]) -> Page:
+    """The whole report, of what there is.
+
+    Args:
+        sources: What the other steps left.
+        tracked: The MLflow run of the step that asks.
+        progress: Called with (images done, images in all) while images are made for it.
+    """
     facts = _facts(sources)
     whole, steps = whole_run(tracked), step_runs(tracked)
     decision = facts.decision
     seconds = [record["seconds"] for record in sources.records.values()]
+    finished = max((record["finished_at"] for record in sources.records.values()), default="")
     return Page(
         title=sources.config.name,
         run=sources.folder.run,
-        finished_at=max((record["finished_at"] for record in sources.records.values()), default="")[:16].replace(
-            "T", " "
-        ),
+        finished_at=finished[:16].replace("T", " "),
         verdict="" if decision is None else ("champion" if decision["promoted"] else "not promoted"),
         lead=lead(facts),
         tiles=tiles(facts),
@@ -112,9 +123,10 @@ def make_page(sources: Sources, tracked: StepRun) -> Page:
         film=_film(sources),
         neighbours=_neighbours(sources),
         neighbours_text=_neighbours_text(facts),
-        panels=list(_panels(sources)),
+        panels=list(_panels(sources, progress)),
         timings=_timings(sources),
         total=f"{sum(seconds):,.1f} s" if seconds else "",
+        costs=list(cost_facts(ledger(sources.config, run=sources.folder.run), num_images=_images_made(sources))),
         lineage=[*_lineage(sources, whole, steps), *tag_facts([whole.tags, *(run.tags for run in steps.values())])],
         config=to_yaml(sources.config),
     )
@@ -189,7 +201,17 @@ def _neighbours_text(facts: Facts) -> str:
     )
 
 
-def _panels(sources: Sources) -> Iterator[Figures]:
+def _panels(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Figures]:
+    yield from sampled_panels(
+        sources.config,
+        sources.checkpoint,
+        folder=sources.folder.report,
+        samples=sources.evaluation["samples"],
+        dataset=sources.evaluation["dataset"],
+        progress=progress,
+    )
+    if (found := _search(sources.folder)) is not None:
+        yield found
     history, config = load_history(sources.folder.history), sources.config
     if history.images_seen:
         yield training_panel(
@@ -204,6 +226,16 @@ def _panels(sources: Sources) -> Iterator[Figures]:
         )
 
 
+def _search(folder: RunFolder) -> Figures | None:
+    """The search in this run, or in the one whose best settings this run trains."""
+    for run in (folder.run, folder.run.removesuffix(BEST)):
+        uri = RunFolder(folder.root, run).step("tune", "result.json")
+        if storage.exists(uri):
+            result = json.loads(storage.read_text(uri))["result"]
+            return search_panel(result, [storage.read_bytes(plot) for plot in result["plots"]])
+    return None
+
+
 def _timings(sources: Sources) -> list[Timing]:
     longest = max((record["seconds"] for record in sources.records.values()), default=0) or 1
     return [
@@ -215,6 +247,11 @@ def _timings(sources: Sources) -> list[Timing]:
         )
         for step, record in sources.records.items()
     ]
+
+
+def _images_made(sources: Sources) -> int:
+    sampled = sources.records.get("sample")
+    return sampled["result"]["num_images"] if sampled else 0
 
 
 def _lineage(sources: Sources, whole: RecordedRun, steps: Mapping[str, RecordedRun]) -> Iterator[Fact]:

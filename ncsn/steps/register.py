@@ -6,12 +6,19 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
+from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.evaluation.samples import read_samples
+from ncsn.report.costs import cost_line
+from ncsn.report.neighbours import neighbours_png
+from ncsn.steps.plan import ledger
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking import registry
@@ -22,6 +29,9 @@ from ncsn.tracking.run import StepRun, step_run
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3
+PICTURES = {"grid.png": "samples", "neighbours.png": "samples, each beside its nearest training images"}
+"""Name -> what it shows, of the pictures beside the card."""
+CARD_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -131,15 +141,26 @@ def _candidate(
     tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
     tracked.set_tags({**origin, "samples.uri": figures["samples"], "evaluation.uri": figures["uri"]})
-    grid = storage.join(figures["samples"], "grid.png")
-    files = {"grid.png": storage.read_bytes(grid)} if storage.exists(grid) else {}
-    scores = Scores(figures["metrics"], figures["real_metrics"], figures["fingerprint"], figures["notes"])
+    files = _pictures(figures)
+    scores = Scores(
+        figures["metrics"],
+        figures["real_metrics"],
+        figures["fingerprint"],
+        figures["notes"],
+        num_splits=loaded.config.evaluation.num_splits,
+    )
     card = model_card(
-        name, checkpoint=loaded, manifest=manifest, scores=scores, run=run, grid="grid.png" if files else None
+        name,
+        checkpoint=loaded,
+        manifest=manifest,
+        scores=scores,
+        run=run,
+        cost=cost_line(ledger(loaded.config, run=run)),
+        pictures={shown: file for file, shown in PICTURES.items() if file in files},
     )
     tracked.log_text(card, "model_card.md")
-    if files:
-        tracked.log_file(grid)
+    for file, content in files.items():
+        tracked.log_bytes(content, file)
     return registry.Candidate(
         name=name,
         checkpoint=loaded,
@@ -154,6 +175,21 @@ def _candidate(
             "eval.fingerprint": scores.fingerprint,
         },
     )
+
+
+def _pictures(figures: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures beside the card, of what the evaluation lists."""
+    files = {}
+    grid = storage.join(figures["samples"], "grid.png")
+    if storage.exists(grid):
+        files["grid.png"] = storage.read_bytes(grid)
+    table = figures.get("nearest_training_images", [])[:CARD_NEIGHBOURS]
+    if table:
+        count = 1 + max(line["image"] for line in table)
+        samples = np.concatenate(list(read_samples(figures["samples"], num_images=count, batch_size=count)))
+        training = open_cache(figures["dataset"], figures["reference_split"]).images
+        files["neighbours.png"] = neighbours_png(table, samples=samples, training_images=training)
+    return files
 
 
 def _evidence(figures: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.report.html import look, render
 from ncsn.steps.gather import make_page, read_sources
+from ncsn.steps.panels import FIGURES
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
@@ -30,6 +32,11 @@ class ReportResult:
     sections: list[str]
 
 
+def digest_of(uri: str) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest() if storage.exists(uri) else ""
+
+
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     """Write `<run>/report/report.html` from what the run's other steps left, whichever of them there are.
 
@@ -48,8 +55,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
 
     def work(progress: ProgressFile) -> ReportResult:
         with step_run(config, run=run, step="report") as tracked:
-            page = make_page(sources, tracked)
-            progress(1, 2)
+            page = make_page(sources, tracked, progress=progress)
             text = render(page)
             uri = storage.join(folder.report, FILE)
             storage.write_text(uri, text)
@@ -63,10 +69,11 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
             "evaluation": sources.evaluation,
             "steps": {step: record["finished_at"] for step, record in sources.records.items()},
             "config": config.model_dump(mode="json"),
+            "figures": digest_of(storage.join(folder.report, FIGURES)),
             "look": look(),
         },
         result_type=ReportResult,
         outputs=lambda result: [result.uri],
-        unit="parts",
+        unit="images",
         work=work,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from ncsn.config import Config
 from ncsn.data.manifest import Manifest
 from ncsn.generation import evaluations_per_image
 
+INTENDED = (
+    "For studying and demonstrating score-based generative models, and for images like those of the data set where "
+    "invented ones are wanted and called so. Not for deciding anything about real things or people, and not in place "
+    "of the data set as a record."
+)
 LIMITS = (
     "The images are samples of a distribution that was fitted to the data above and carry its biases and its "
     "resolution. They are no evidence of anything real. The figures `memorised` and `nn_distance` say how near they "
@@ -29,16 +35,25 @@ class Scores:
         real_metrics: `eval/real_<figure>_n<count>` of real test images.
         fingerprint: Hash of extractor and reference images.
         notes: What a reader of the figures should know.
+        num_splits: Parts of the samples whose scores deviate by `score_std`.
     """
 
     metrics: Mapping[str, float]
     real_metrics: Mapping[str, float]
     fingerprint: str
     notes: Sequence[str]
+    num_splits: int
 
 
 def model_card(
-    name: str, *, checkpoint: SamplingCheckpoint, manifest: Manifest, scores: Scores, run: str, grid: str | None = None
+    name: str,
+    *,
+    checkpoint: SamplingCheckpoint,
+    manifest: Manifest,
+    scores: Scores,
+    run: str,
+    cost: str = "",
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The card as Markdown, below 5000 characters so that it fits a registry description.
 
@@ -48,18 +63,21 @@ def model_card(
         manifest: The data set that it was trained on.
         scores: Evaluation of its samples.
         run: Name of the pipeline run.
-        grid: Name of a picture beside the card.
+        cost: What making it took, in words; empty if it is not known.
+        pictures: What it shows -> name of a picture beside the card.
     """
     shape = " x ".join(map(str, manifest.shape))
     parts = [
         f"# {name}",
         f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
         f"{manifest.name} in run `{run}`, checkpoint `{checkpoint.digest}`.",
-        f"![samples]({grid})" if grid else "",
+        " ".join(f"![{shown}]({file})" for shown, file in (pictures or {}).items()),
+        "## Intended use",
+        INTENDED,
         "## Data",
         _data(manifest),
         "## Settings",
-        _table(("", ""), _settings(checkpoint)),
+        _table(("", ""), [*_settings(checkpoint), *([("cost", cost)] if cost else [])]),
         "## Scores",
         _scores(scores),
         "## Limits",
@@ -110,11 +128,27 @@ def _scores(scores: Scores) -> str:
     real = {key.replace("/real_", "/").rpartition("_n")[0]: (key, value) for key, value in scores.real_metrics.items()}
     rows = []
     for key, value in scores.metrics.items():
-        real_key, real_value = real.get(key.rpartition("_n")[0], ("", None))
+        figure = key.rpartition("_n")[0]
+        if figure.endswith("_std"):
+            continue
+        real_key, real_value = real.get(figure, ("", None))
         beside = "" if real_value is None else f"{real_value:.4g} ({real_key.rpartition('_')[2]})"
-        rows.append((f"`{key}`", f"{value:.4g}", beside))
+        rows.append((f"`{key}`", f"{value:.4g}", _interval(scores, key), beside))
     notes = "".join(f"\n- {note}" for note in (*scores.notes, f"fingerprint `{scores.fingerprint}`"))
-    return f"{_table(('figure', 'this model', 'real test images'), rows)}\n{notes}"
+    return f"{_table(('figure', 'this model', '95 % interval', 'real test images'), rows)}\n{notes}"
+
+
+def _interval(scores: Scores, key: str) -> str:
+    """Where the figure lies for other samples: from the jackknife for distances, from the splits for scores.
+
+    The kernel distance has none: its subsets share images, so their deviation is not that of the mean.
+    """
+    figure, _, count = key.rpartition("_n")
+    deviation = scores.metrics.get(f"{figure}_std_n{count}")
+    if deviation is None or figure.endswith("_kid"):
+        return ""
+    error = 1.96 * (deviation / math.sqrt(scores.num_splits) if figure.endswith("_score") else deviation)
+    return f"{scores.metrics[key] - error:.4g} to {scores.metrics[key] + error:.4g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

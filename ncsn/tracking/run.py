@@ -105,10 +105,17 @@ class StepRun:
         run_id = self.parent_run_id if to_parent else self.run_id
         if storage.is_local(uri):
             self.client.log_artifact(run_id, uri, folder)
-            return
+        else:
+            self._log_bytes(storage.read_bytes(uri), uri.rsplit("/", 1)[-1], run_id=run_id, folder=folder)
+
+    def log_bytes(self, content: bytes, name: str) -> None:
+        """Record a file of this content as the artifact `name`."""
+        self._log_bytes(content, name, run_id=self.run_id, folder=None)
+
+    def _log_bytes(self, content: bytes, name: str, *, run_id: str, folder: str | None) -> None:
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
-            local = Path(temporary) / uri.rsplit("/", 1)[-1]
-            local.write_bytes(storage.read_bytes(uri))
+            local = Path(temporary) / name
+            local.write_bytes(content)
             self.client.log_artifact(run_id, str(local), folder)
 
     def log_text(self, text: str, name: str) -> None:

@@ -123,7 +123,8 @@ def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
 
 def test_the_report_tells_of_every_step(workplace, client) -> None:
     result = workplace.result(RUN, "report")
-    assert result["sections"] == ["samples", "film", "scores", "neighbours", "training", "timings", "lineage", "config"]
+    about_images = ["samples", "film", "scores", "neighbours", "quality against cost", "completing half an image"]
+    assert result["sections"] == [*about_images, "training", "timings", "lineage", "config"]
     text = Path(result["uri"]).read_text()
     for step in set(STEPS) - {"report"}:
         assert f"<strong>{step}</strong>" in text

@@ -14,10 +14,12 @@ from PIL import Image
 from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.core.starts import fit_moments
+from ncsn.report.costs import cost_facts, cost_line
 from ncsn.report.film import MOST_PIXEL_BYTES, film
 from ncsn.report.hints import average_hints, linear_loss, sampler_hints, training_hints
 from ncsn.report.lineage import tag_facts
 from ncsn.report.scores import read_figures, score_rows
+from ncsn.report.search import search_panel
 from ncsn.report.training import MOST_POINTS, thinned
 
 METRICS = {
@@ -116,6 +118,41 @@ def test_the_film_has_every_stage_of_small_images_and_few_of_large_ones() -> Non
     large = film(np.zeros((100, 8, 128, 128, 3), np.uint8), sigmas=[1.0])
     assert math.prod(large.size) * 3 * len(large.labels) < 1.1 * MOST_PIXEL_BYTES
     assert len(large.labels) >= 8 and large.labels[1].startswith("stage ")
+
+
+def test_a_search_says_what_it_won() -> None:
+    result = {
+        "objective_name": "eval/classifier_fid_n256",
+        "objective": 12.0,
+        "baseline": 15.5,
+        "images_seen": 4096,
+        "values": {"optimizer.learning_rate": 0.002},
+        "trials": [{"status": status} for status in ("finished", "finished", "stopped", "failed")],
+    }
+    panel = search_panel(result, [b"\x89PNG"])
+    assert "4 trials were started and 2 went to the end" in panel.text
+    assert (
+        "eval/classifier_fid_n256 = 12 after 4,096 images, where the settings as they stood reached 15.5" in panel.text
+    )
+    assert panel.table == [("setting", "best"), ("optimizer.learning_rate", "0.002")]
+    assert len(panel.pictures) == 1
+    assert "stood" not in search_panel({**result, "baseline": None}, []).text
+
+
+def test_costs_stand_beside_the_plan() -> None:
+    cost = {"seconds": 360.0, "cpu_hours": 0.2, "gpu_hours": 0.0, "money": 0.009, "kwh": 0.0016}
+    ledger = {
+        "plan": {"total": {**cost, "seconds": 300.0}},
+        "actual": {"steps": {"sample": cost}, "total": cost},
+        "prices": {"currency": "USD"},
+    }
+    taken, planned, thousand = cost_facts(ledger, num_images=500)
+    assert (taken.label, taken.value) == ("Taken", "6.0 min · 0.2 CPU hours · 0.009 USD · 0.0016 kWh")
+    assert planned.value.startswith("5.0 min")
+    assert (thousand.label, thousand.value.split(" · ")[0]) == ("Per 1,000 images", "12.0 min")
+    assert cost_line(ledger) == taken.value
+    nothing = {**ledger, "plan": None, "actual": {"steps": {}, "total": cost}}
+    assert (cost_line(nothing), list(cost_facts(nothing, num_images=500))) == ("", [])
 
 
 def test_lineage_names_each_value_once_and_links_pages_only() -> None:

@@ -21,6 +21,7 @@ from ncsn.data.row import Images, to_table
 from ncsn.history import TrainingHistory, level_loss
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, report
+from ncsn.steps.panels import SMALL_WORK, quick_work
 from ncsn.steps.result import run_folder
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.connection import connect
@@ -95,11 +96,15 @@ def test_it_has_a_section_for_all_that_there_is(config, root, made):
     text = Path(made.uri).read_text()
     assert Path(made.uri) == root / "runs" / RUN / "report" / "report.html"
     assert made.size == len(text.encode())
-    assert made.sections == ["samples", "film", "scores", "neighbours", "timings", "lineage", "config"]
+    quality, inpainting = "quality against cost", "completing half an image"
+    first, last = ["samples", "film", "scores", "neighbours"], ["timings", "lineage", "config"]
+    assert made.sections == [*first, quality, inpainting, *last]
     assert "20 pictures" in text and "8 images" in text
     assert "real images that the model has never seen reach 4" in text
     assert "Of 4 that were compared with every training image, one copies one." in text
     assert "num_levels: 2" in text
+    assert "probability flow" in text and "classifier_fid_n64" in text
+    assert "CPU hours" in text, "what the steps took"
 
 
 def test_mlflow_keeps_it_with_the_whole_run(config, made, tmp_path):
@@ -131,6 +136,26 @@ def test_it_is_made_once_and_anew_when_there_is_more_to_show(config, evaluation,
     text = Path(again.uri).read_text()
     assert "version 7 of ncsn-tiny and did not become the champion: 4 is worse than 3" in text
     assert "Level 0 is under-trained" in text
+
+
+def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):
+    folder = run_folder(config, RUN)
+    point = {"sampler": {"kind": "karras_heun"}, "nfe": 35, "fid": 2.0, "num_images": 999, "seconds_per_1000_images": 7}
+    measured = {"metric": "classifier_fid_n999", "points": [point], "real": {"fid": 1.0, "num_images": 500}}
+    storage.write_text(storage.join(folder.report, "figures.json"), json.dumps({"quality": measured}))
+    storage.write_bytes(storage.join(folder.report, "inpainting.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
+    text = Path(report.run(config, run=RUN, evaluation=evaluation).uri).read_text()
+    assert "classifier_fid_n999" in text and "karras heun" in text
+    assert "classifier_fid_n64" not in text, "not measured again"
+
+
+def test_images_are_made_for_a_small_model_only(config, evaluation):
+    trained = checkpoint.load_for_sampling(
+        json.loads((Path(evaluation).parent / "samples/manifest.json").read_text())["checkpoint"]
+    )
+    assert quick_work(config, trained) < SMALL_WORK
+    large = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 512})})
+    assert quick_work(large, trained) > SMALL_WORK
 
 
 def test_without_an_evaluation_it_says_which(config, root):
