@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,8 @@ from ncsn.steps.result import KFP_RUN_ID, STEPS, RunFolder, claim_run
 from ncsn.tracking.outcome import TrackedRun, close_run
 
 STATUS_FILE = "status.json"
+SEARCH = "tune"
+"""The step between the first and the second, where there is one."""
 _STOPPED = ("KeyboardInterrupt", "SystemExit")
 _DEADLINE = "exceeded its deadline"
 """What Argo says of a step that somebody terminated: that is how it ends them."""
@@ -53,24 +55,35 @@ def run(config: Config, *, run: str, state: str, message: str = "") -> FinishRes
         ValueError: if the run belongs to another config, or MLflow could not be told.
         PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are told nevertheless.
     """
-    folder = claim_run(config, run)
-    status, failed_step, reason = _outcome(folder, state, message)
+    folders = _folders(claim_run(config, run))
+    runs = {folder.run: folder for folder in folders.values()}
+    status, failed_step, reason = _outcome(folders, state, message)
     record = {"status": status, "reason": reason, "failed_step": failed_step, "finished_at": _now()}
     kfp_run = os.environ.get(KFP_RUN_ID)
+    tags = {"kfp.pipeline_run_id": kfp_run} if kfp_run else {}
     try:
-        cancelled = _cancel(config, run)
+        cancelled = [name for each in runs for name in _cancel(config, each)]
     finally:
-        storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
-        tracked = close_run(config, run=run, status=status, tags={"kfp.pipeline_run_id": kfp_run} if kfp_run else {})
+        for folder in runs.values():
+            storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
+        closed = [close_run(config, run=each, status=status, tags=tags) for each in runs]
     facts = RunFacts(
         run=run,
         status=status,
         reason=f"{failed_step}: {reason}" if failed_step else reason,
-        steps={step: _standing(folder, step, failed_step) for step in STEPS},
-        places=_places(folder, tracked, kfp_run),
-        notes=[*_notes(folder), *(f"RayJob {name} was still at work and is deleted." for name in cancelled)],
+        steps={step: _standing(folder, step, failed_step) for step, folder in folders.items()},
+        places=_places(folders, [tracked for tracked in closed if tracked], kfp_run),
+        notes=[*_notes(folders), *(f"RayJob {name} was still at work and is deleted." for name in cancelled)],
     )
     return FinishResult(status, reason, failed_step, cancelled, run_page(facts))
+
+
+def _folders(folder: RunFolder) -> dict[str, RunFolder]:
+    """Step -> the folder of its run. What a search found is trained as a run of its own, which the search names."""
+    if all(_read(folder.step(SEARCH, file)) is None for file in ("result.json", "error.json")):
+        return dict.fromkeys(STEPS, folder)
+    found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
+    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
 def _cancel(config: Config, run: str) -> list[str]:
@@ -84,11 +97,12 @@ def _cancel(config: Config, run: str) -> list[str]:
     return [orphan.name for orphan in reap(api, older_than=0, run=run, at_work=True)]
 
 
-def _outcome(folder: RunFolder, state: str, message: str) -> tuple[str, str | None, str]:
+def _outcome(folders: Mapping[str, RunFolder], state: str, message: str) -> tuple[str, str | None, str]:
     """Status, the step that stopped the run, and the reason."""
     if state.upper().startswith("SUCC"):
         return "FINISHED", None, ""
-    errors = {step: error for step in STEPS if (error := _read(folder.step(step, "error.json"))) is not None}
+    stored = {step: _read(folder.step(step, "error.json")) for step, folder in folders.items()}
+    errors = {step: error for step, error in stored.items() if error is not None}
     step, error = next(iter(errors.items()), (None, {}))
     stopped = state.upper().startswith("CANCEL") or _DEADLINE in message or error.get("type") in _STOPPED
     reason = error.get("message") or message or "KFP gives no reason; look at the log of the task"
@@ -102,15 +116,14 @@ def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
 
 
-def _places(folder: RunFolder, tracked: TrackedRun | None, kfp_run: str | None) -> dict[str, str]:
+def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run: str | None) -> dict[str, str]:
     """What the page links to, as far as the steps came."""
-    tags: Mapping[str, str] = {}
-    for step in ("train", "sample"):
-        tags = {**(tracked.tags.get(step, {}) if tracked else {}), **tags}
-    ingested, trained, registered = (_result(folder, step) for step in ("ingest", "train", "register"))
+    noted = {step: tags for tracked in closed for step, tags in tracked.tags.items()}
+    tags = {**noted.get("sample", {}), **noted.get("train", {})}
+    ingested, trained, registered = (_result(folders[step], step) for step in ("ingest", "train", "register"))
     return {
-        "MLflow run": tracked.place if tracked else "",
-        "MLflow run id": tracked.run_id if tracked else "",
+        "MLflow run": closed[-1].place if closed else "",
+        "MLflow run id": closed[-1].run_id if closed else "",
         "Ray job": tags.get("ray.submission_id") or tags.get("ray.job_id", ""),
         "Ray dashboard": tags.get("ray.dashboard_url", ""),
         "dataset": ingested.get("uri", ""),
@@ -121,12 +134,12 @@ def _places(folder: RunFolder, tracked: TrackedRun | None, kfp_run: str | None) 
         # On one machine the same tasks run without it.
         "image": os.environ.get("NCSN_IMAGE", "") if kfp_run else "",
         "KFP run": kfp_run or "",
-        "store": folder.uri,
+        "store": folders["register"].uri,
     }
 
 
-def _notes(folder: RunFolder) -> list[str]:
-    registered = _result(folder, "register")
+def _notes(folders: Mapping[str, RunFolder]) -> list[str]:
+    registered = _result(folders["register"], "register")
     return [f"The gate: {registered['reason']}"] if registered else []
 
 

@@ -91,6 +91,31 @@ def test_a_cancelled_run_is_killed_with_the_step_that_could_not_say_so(
     assert mlflow_statuses(config, run) == {"run": "KILLED", "train": "KILLED"}
 
 
+def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
+    ingested = ingest.run(config, run="searched")
+    record = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
+    storage.write_text(run_folder(config, "searched").step("tune", "result.json"), json.dumps(record))
+    with step_run(config, run="searched-best", step="train") as tracked:
+        client, parent_id = tracked.client, tracked.parent_run_id
+    client.update_run(parent_id, status="RUNNING")
+    best = run_folder(config, "searched-best")
+    error = {"type": "RuntimeError", "user": False, "message": "a node is gone"}
+    storage.write_text(best.step("train", "error.json"), json.dumps(error))
+    result = finish.run(config, run="searched", state="FAILED")
+    assert (result.failed_step, result.reason) == ("train", "a node is gone")
+    assert stored(config, "searched-best") == stored(config, "searched")
+    assert client.get_run(parent_id).info.status == "FAILED"
+    rows = (
+        "| ingest | done in",
+        "| tune | done in 5.0 s",
+        "| train | failed |",
+        f"`{ingested.digest}`",
+        f"`{parent_id}`",
+    )
+    for row in rows:
+        assert row in result.page
+
+
 def test_a_run_that_never_began_ends_too(config: Config) -> None:
     result = finish.run(config, run="nothing", state="FAILED", message="ImagePullBackOff")
     assert (result.status, result.failed_step, result.reason) == ("FAILED", None, "ImagePullBackOff")
