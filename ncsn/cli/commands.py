@@ -35,7 +35,7 @@ from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
-from ncsn.steps.result import RunFolder, claim_run, run_folder
+from ncsn.steps.result import RunFolder, claim_run, record_error, run_folder
 
 _EXCLUSIVE = ("train", "run")
 _POLL_SECONDS = 0.5
@@ -67,7 +67,7 @@ def run_step(
         storage.delete_file(folder.step(step, "progress.json"))
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
-            with _interruption_by_ray():
+            with _interruption_by_ray(), _told_to_launcher(folder, step, leased):
                 result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
@@ -138,6 +138,17 @@ def _interruption_by_ray() -> Iterator[None]:
         if stop.code in (TERMINATED, signal.SIGTERM):
             sys.exit(TERMINATED)
         raise KeyboardInterrupt from stop
+
+
+@contextmanager
+def _told_to_launcher(folder: RunFolder, step: str, leased: object) -> Iterator[None]:
+    """Leave the reason in the store for a launcher elsewhere, also of a failure before the step's work began."""
+    try:
+        yield
+    except BaseException as error:
+        if leased:
+            record_error(folder, step, error)
+        raise
 
 
 @contextmanager

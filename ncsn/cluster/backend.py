@@ -7,6 +7,7 @@ go through the store, so that a backend carries nothing but the command.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,12 +23,14 @@ class RemoteStep:
         step: Name of the step.
         uri: Folder of the step in the store, which keeps its log and the launcher's lease.
         command: Command and arguments, which take `--lease URI` as well.
+        mistaken: Whether the step has recorded a mistake since it was started, which another attempt would repeat.
     """
 
     run: str
     step: str
     uri: str
     command: tuple[str, ...]
+    mistaken: Callable[[], bool] = lambda: False
 
 
 class RemoteFailure(RuntimeError):

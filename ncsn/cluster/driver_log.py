@@ -18,6 +18,10 @@ from ncsn.cluster.backend import say
 _PAUSES = (1.0, 5.0)
 _LAST_READ_SECONDS = 15.0
 _OVERLAP_SECONDS = 10
+_SAID = "error: "
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What Ray prints of itself on a busy node, and gets over.
+_HARMLESS = re.compile(r"GetTimeoutError|PlacementGroupCleaner")
 _TRACEBACK = "Traceback (most recent call last)"
 # Ray puts the process before a worker's line: "(RayTrainWorker pid=7, ip=10.0.0.2) ValueError: ...".
 _ERROR = re.compile(
@@ -26,14 +30,21 @@ _ERROR = re.compile(
 
 
 def first_error(lines: Iterable[str]) -> str | None:
-    """The exception of the first traceback, which is the failed worker's: what others print afterwards follows it."""
-    in_traceback = False
-    for line in lines:
-        if _TRACEBACK in line:
+    """The exception of the first traceback, which is the failed worker's: what others print afterwards follows it.
+
+    Without a traceback it is what `ncsn` itself said last.
+    """
+    in_traceback, said = False, None
+    for line in (_COLOUR.sub("", line) for line in lines):
+        if _HARMLESS.search(line):
+            in_traceback = False
+        elif _TRACEBACK in line:
             in_traceback = True
         elif in_traceback and (match := _ERROR.match(line.strip())):
             return match[1]
-    return None
+        elif line.startswith(_SAID):
+            said = line.removeprefix(_SAID)
+    return said
 
 
 class DriverLog:

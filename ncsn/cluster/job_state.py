@@ -18,12 +18,14 @@ class JobState:
         job: `jobStatus`: what the Ray job does.
         reason: Why it failed, one word.
         message: Why it failed, in words.
+        failed: Attempts that failed.
     """
 
     deployment: str
     job: str
     reason: str
     message: str
+    failed: int
 
     @property
     def finished(self) -> bool:
@@ -58,4 +60,5 @@ def state_of(rayjob: dict[str, Any]) -> JobState:
         job=status.get("jobStatus", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        failed=status.get("failed", 0),
     )

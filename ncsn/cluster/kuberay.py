@@ -82,7 +82,7 @@ class KubeRay:
         with self._deleted_on_sigterm(name), beat:
             self._create_or_adopt(manifest)
             with DriverLog(self._api, name, uri=storage.join(step.uri, "driver.log")) as log:
-                state = self._watch_or_delete(name, log)
+                state = self._watch_or_delete(name, step, log)
                 # What failed stays to be looked at, if the operator has rules to delete it later.
                 if not (state.kept and "deletionStrategy" in manifest["spec"]):
                     self._api.delete_rayjob(name)
@@ -151,16 +151,16 @@ class KubeRay:
         while (found := self._api.rayjob(name)) is not None:
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
-    def _watch_or_delete(self, name: str, log: DriverLog) -> JobState:
+    def _watch_or_delete(self, name: str, step: RemoteStep, log: DriverLog) -> JobState:
         try:
-            state = self._watch(name)
+            state = self._watch(name, step)
             log.finish()
         except BaseException:
             self._delete_at_once(name)
             raise
         return state
 
-    def _watch(self, name: str) -> JobState:
+    def _watch(self, name: str, step: RemoteStep) -> JobState:
         """Wait for the end of the RayJob. What counts is its status as read, not the events on the way."""
         shown = ""
         while True:
@@ -173,6 +173,8 @@ class KubeRay:
                 say(f"RayJob {name}: {shown}{self._reason_to_wait(state)}")
             if state.finished:
                 return state
+            if state.failed and step.mistaken():
+                raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
     def _reason_to_wait(self, state: JobState) -> str:

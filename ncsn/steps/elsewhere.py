@@ -42,12 +42,16 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, inputs: Mapping
     assert backend is not None
     uri = _publish_config(config, folder, step)
     options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
-    command = ("ncsn", step, "--config", uri, "--run", folder.run, *options, "--json")
     storage.delete_file(folder.step(step, "error.json"))
+    remote = RemoteStep(
+        run=folder.run,
+        step=step,
+        uri=storage.join(folder.uri, "steps", step),
+        command=("ncsn", step, "--config", uri, "--run", folder.run, *options, "--json"),
+        mistaken=lambda: _recorded_mistake(folder, step) is not None,
+    )
     try:
-        backend.execute(
-            RemoteStep(run=folder.run, step=step, uri=storage.join(folder.uri, "steps", step), command=command)
-        )
+        backend.execute(remote)
     except RemoteLost:
         if not storage.exists(folder.step(step, "result.json")):
             raise

@@ -170,7 +170,7 @@ def once(
     try:
         result = work(progress)
     except BaseException as error:
-        _record_error(folder, step, error)
+        record_error(folder, step, error)
         _spend(folder, step, time.time() - started)
         raise
     _spend(folder, step, time.time() - started)
@@ -220,7 +220,7 @@ def _result_from_elsewhere(
                 "does compute.kuberay.image hold this version of ncsn, and do its pods reach this store?"
             )
     except BaseException as error:
-        _record_error(folder, step, error)
+        record_error(folder, step, error)
         raise
     return result_type(**stored["result"])
 
@@ -234,7 +234,7 @@ def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
     return record
 
 
-def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
+def record_error(folder: RunFolder, step: str, error: BaseException) -> None:
     """Leave the reason where the launcher finds it. A full disk must not hide the first error."""
     user = isinstance(error, (ValueError, FileNotFoundError))
     record = {"type": type(error).__name__, "user": user, "message": str(error)}

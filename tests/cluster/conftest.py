@@ -55,7 +55,7 @@ class Emulation:
 
     def launch(self, code: str) -> subprocess.Popen[str]:
         """Run the code as a RayJob, from a process of its own."""
-        step = json.dumps(vars(self.step(code)))
+        step = json.dumps({key: value for key, value in vars(self.step(code)).items() if key != "mistaken"})
         return subprocess.Popen([sys.executable, "-c", _LAUNCHER, step], stderr=subprocess.PIPE, text=True)
 
     @property

@@ -6,6 +6,7 @@ import copy
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from kuberay_rules import load_schemas, schema_errors
 
 from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import RemoteFailure, RemoteLost
+from ncsn.cluster.kuberay import KubeRay
 from ncsn.cluster.rayjob_manifest import load_template
 from ncsn.cluster.reap import find_orphans, reap
+from ncsn.config.compute import ComputeConfig
 
 HELLO = "print('first'); print('second'); print('third')"
 SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
@@ -65,14 +68,33 @@ def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, ev
     assert emulation.log.count("ValueError") >= 1
 
 
+def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
+    """Another cluster would cost as much and find the same."""
+    told = tmp_path / "error.json"
+    code = f"import pathlib, sys, time; time.sleep(0.5); pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
+    step = replace(emulation.step(code), mistaken=told.exists)
+    emulation.operator.retry_seconds = 1
+    with pytest.raises(RemoteFailure, match="another attempt would only repeat the mistake"):
+        KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
+    assert len(emulation.operator.started) == 1
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+
+
 def test_the_first_traceback_is_the_cause(emulation) -> None:
     code = (
-        "print('Traceback (most recent call last):')\n"
-        "print('(RayTrainWorker pid=7, ip=10.0.0.2) torch.OutOfMemoryError: CUDA out of memory')\n"
+        "print('(TrainController pid=3) Traceback (most recent call last):')\n"
+        "print('(TrainController pid=3) ray.exceptions.GetTimeoutError: Get timed out')\n"
+        "print('\\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\\x1b[0m Traceback (most recent call last):')\n"
+        "print('\\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\\x1b[0m torch.OutOfMemoryError: CUDA out of memory')\n"
         "raise RuntimeError('a worker died')"
     )
     with pytest.raises(RemoteFailure, match=r"\): torch\.OutOfMemoryError: CUDA out of memory; log"):
         emulation.execute(code)
+
+
+def test_what_the_command_said_is_the_cause_without_a_traceback(emulation) -> None:
+    with pytest.raises(RemoteFailure, match=r"\): disk full: no space left to write x; log"):
+        emulation.execute("import sys; print('error: disk full: no space left to write x'); sys.exit(1)")
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from ncsn import storage
 from ncsn.cli.orphans import reap_orphans
 from ncsn.cluster.backend import RemoteFailure
+from ncsn.cluster.kuberay import KubeRay
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.steps import ingest, train
 
@@ -63,14 +65,31 @@ def test_training_runs_as_a_rayjob(emulation, on_s3: Config, eventually) -> None
     assert len(emulation.operator.started) == 1, "a result that is there needs no cluster"
 
 
-def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
-    """The pod has another idea of the data set; here, it cannot reach the one that the launcher sees."""
+def test_a_pod_that_cannot_reach_the_store_is_a_failure(emulation, on_s3: Config) -> None:
     dataset = ingest.run(on_s3, run="mine").uri
     emulation.operator.ray = False
     emulation.operator.references["ncsn-environment"] |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     with pytest.raises(RemoteFailure, match=r"RayJob ncsn-mine-train-\w+ failed \(AppFailed\).*driver\.log$"):
         train.run(on_s3, run="mine", dataset=dataset)
     assert step_file(on_s3, "mine", "train/error.json")["type"] == "RemoteFailure"
+
+
+def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
+    """Here somebody takes the run's name for another experiment before the pod has started."""
+    dataset = ingest.run(on_s3, run="mine").uri
+    owner = to_yaml(on_s3.model_copy(update={"seed": 7}))
+    start = emulation.cluster.on_create
+
+    def taken(name: str) -> None:
+        storage.write_text(f"{on_s3.storage.root}/runs/mine/config.yaml", owner)
+        start(name)
+
+    emulation.cluster.on_create = taken
+    emulation.operator.ray = False
+    emulation.operator.retry_seconds = 60
+    with pytest.raises(ValueError, match="run 'mine' belongs to another config: seed is 7 there and 0 here"):
+        train.run(on_s3, run="mine", dataset=dataset)
+    assert len(emulation.operator.started) == 1, "it would only be found again"
 
 
 def test_a_store_that_pods_cannot_reach_is_refused(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,18 +124,12 @@ def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path
 @pytest.mark.timeout(600)
 def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, eventually, monkeypatch) -> None:
     """The launcher stops renewing its lease, as when its node is lost: the pod ends by itself, with a checkpoint."""
-    monkeypatch.setattr("ncsn.cluster.kuberay.RENEW_SECONDS", 1000)
     settings = {"num_images": 10**7, "report_every_images": 160, "checkpoint_every_images": 10**6}
     config = on_s3.model_copy(update={"train": on_s3.train.model_copy(update=settings)})
     dataset = ingest.run(config, run="orphan").uri
-    monkeypatch.setattr("ncsn.steps.elsewhere.open_backend", lambda compute: _silent(compute))
+    silent = partial(KubeRay, renew_seconds=1000, lease_seconds=20)
+    monkeypatch.setattr("ncsn.steps.elsewhere.open_backend", silent)
     with pytest.raises(RemoteFailure, match="LeaseExpired"):
         train.run(config, run="orphan", dataset=dataset)
     saved = storage.list_names(f"{config.storage.root}/runs/orphan/checkpoints")
     assert any(name.startswith("images-") for name in saved)
-
-
-def _silent(compute: Any) -> Any:
-    from ncsn.cluster.kuberay import KubeRay
-
-    return KubeRay(compute, renew_seconds=1000, lease_seconds=20)

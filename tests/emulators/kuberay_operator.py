@@ -49,6 +49,7 @@ class Operator:
         references: Name of a ConfigMap or Secret -> its data.
         ray: Start a Ray cluster for each RayJob.
         second: How long a second of a TTL takes here.
+        retry_seconds: How long the operator takes to replace a failed cluster.
         admitted: Kueue's answer: a RayJob with a queue waits for it.
         ends: jobStatus that stands in for the real one of a job that ended, with deployment Complete.
         silent: Don't touch anything: an operator that is down.
@@ -58,6 +59,7 @@ class Operator:
     references: dict[str, dict[str, str]] = field(default_factory=dict)
     ray: bool = False
     second: float = 0.02
+    retry_seconds: float = 0
     admitted: threading.Event = field(default_factory=threading.Event)
     ends: str | None = None
     silent: bool = False
@@ -104,7 +106,7 @@ class Operator:
         deadline = time.monotonic() + spec.get("activeDeadlineSeconds", 1e9)
         self._wait_in_queue(name, job)
         for attempt in range(spec.get("backoffLimit", 0) + 1):
-            self._set(name, jobDeploymentStatus="Initializing", jobStatus="", failed=attempt)
+            self._set(name, jobDeploymentStatus="Initializing", jobStatus="")
             with self._ray(name, spec["rayClusterSpec"]) as ray:
                 code = self._run_entrypoint(name, spec, ray, deadline)
             if code is None:
@@ -115,8 +117,10 @@ class Operator:
                 self._set(name, jobDeploymentStatus="Complete", jobStatus=self.ends or "SUCCEEDED", succeeded=1)
                 return
             message = f"Job entrypoint command failed with exit code {code}"
-            self._set(name, jobDeploymentStatus="Retrying", jobStatus="FAILED", reason="AppFailed", message=message)
-        self._set(name, jobDeploymentStatus="Failed", failed=attempt + 1)
+            why = {"jobStatus": "FAILED", "reason": "AppFailed", "message": message}
+            self._set(name, jobDeploymentStatus="Retrying", failed=attempt + 1, **why)
+            self._sleep(name, self.retry_seconds)
+        self._set(name, jobDeploymentStatus="Failed")
 
     def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
         head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
@@ -202,14 +206,17 @@ class Operator:
     def _clean_up(self, name: str, spec: Resource) -> None:
         status = (self.cluster.get("rayjobs", name) or {}).get("status", {})
         for seconds in _ttls(spec, status):
-            ends = time.monotonic() + seconds * self.second
-            while time.monotonic() < ends:
-                self._pause(name)
+            self._sleep(name, seconds * self.second)
             self.cluster.delete("rayjobs", name)
 
     def _set(self, name: str, **status: Any) -> None:
         self._raise_if_deleted(name)
         self.cluster.update("rayjobs", name, lambda job: job.setdefault("status", {}).update(status))
+
+    def _sleep(self, name: str, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            self._pause(name)
 
     def _pause(self, name: str) -> None:
         self._raise_if_deleted(name)
