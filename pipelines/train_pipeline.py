@@ -1,4 +1,4 @@
-"""From raw images to a registered model: ingest, train, sample, evaluate, register, report."""
+"""From raw images to a registered model: ingest, tune if asked, train, sample, evaluate, register, report."""
 
 from kfp import dsl
 
@@ -9,6 +9,7 @@ from components.register import register
 from components.report import report
 from components.sample import sample
 from components.train import train
+from components.tune import tune
 from pipelines.tasks import furnish
 
 
@@ -21,6 +22,9 @@ from pipelines.tasks import furnish
 def train_pipeline(config: str, run: str = "", content: str = "") -> None:
     """Train, sample, evaluate and register one experiment, and say how it ended, however it ended.
 
+    If the config has a section `search`, better settings are searched first, and what was found is trained under the
+    run's name with `-best` behind it.
+
     Args:
         config: The whole experiment as canonical JSON (`ncsn show-config --json`) or YAML.
         run: Name of the run. The same name resumes; a name belongs to one experiment. Empty = the config's name and
@@ -32,6 +36,13 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         # Not cached unless `ncsn submit` knows the content: KFP sees the same config and not that images changed.
         ingested = furnish(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
         dataset = ingested.outputs["dataset"]
+        # A task and not a branch: that a config asks for a search, only its reader can tell.
+        tuned = furnish(
+            tune(config=config, run=run, required=False, dataset=dataset),
+            title="Search settings, if asked",
+            cached=True,
+        )
+        config, run = tuned.outputs["best_config"], tuned.outputs["best_run"]
         trained = furnish(train(config=config, run=run, dataset=dataset), title="Train score network", cached=True)
         checkpoint = trained.outputs["checkpoint"]
         sampled = furnish(sample(config=config, run=run, checkpoint=checkpoint), title="Sample images", cached=True)

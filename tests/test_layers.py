@@ -14,7 +14,7 @@ import pytest
 from ncsn.steps.result import STEPS
 
 ROOT = Path(__file__).parents[1]
-COMPONENTS = [ROOT / "components" / f"{step}.py" for step in STEPS]
+COMPONENTS = [ROOT / "components" / f"{step}.py" for step in (*STEPS, "tune")]
 CORE = sorted((ROOT / "ncsn" / "core").rglob("*.py"))
 MAX_BODY_LINES = 15
 
@@ -121,7 +121,7 @@ print("\\n" + json.dumps(sorted(heavy & set(sys.modules))))
 """
     help_text, _, loaded = _python(code).strip().rpartition("\n")
     assert json.loads(loaded) == []
-    steps = ("ingest", "train", "sample", "evaluate", "register", "report")
+    steps = ("ingest", "tune", "train", "sample", "evaluate", "register", "report")
     for command in (*steps, "run", "show-config", "ui", "submit", "compile", "doctor"):
         assert f"\n  {command} " in help_text, help_text
 

@@ -32,6 +32,11 @@ class StepInfo:
 
 CATALOGUE: Mapping[str, StepInfo] = {
     "ingest": StepInfo("Read the images into the store, once."),
+    "tune": StepInfo(
+        "Search for better settings, if the config has a search.",
+        {"dataset": Source("ingest", "uri", "ingested data set")},
+        leased=True,
+    ),
     "train": StepInfo(
         "Train the score network, or resume it.",
         {"dataset": Source("ingest", "uri", "ingested data set")},

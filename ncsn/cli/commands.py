@@ -37,7 +37,7 @@ from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.steps.result import RunFolder, claim_run, record_error, run_folder
 
-_EXCLUSIVE = ("train", "run")
+_EXCLUSIVE = ("tune", "train", "run")
 _POLL_SECONDS = 0.5
 
 
@@ -78,6 +78,11 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     from ncsn.tracking.connection import tracking_uri
 
     config = target.config
+    if config.search is not None:
+        raise ValueError(
+            "the config has a search section: run `ncsn tune` with the same options, then `ncsn run --config` with the "
+            "best.yaml that it names, or leave the search out with --set search=null"
+        )
     tracking_uri(config)  # raises now what the second step would find
     folder = claim_run(config, target.run)
     before = stored_records(folder)

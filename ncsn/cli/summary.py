@@ -27,6 +27,8 @@ _STD = "_std"
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
     """One or a few lines for the result of a single step."""
     lines = [f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))]
+    if step == "tune":
+        lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
 
 
@@ -104,6 +106,37 @@ def print_summary(
         console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
 
 
+def _trials_table(result: Mapping[str, Any]) -> str:
+    """The trials of a search, best first, as text."""
+    paths = list(result["values"])
+    epsilon = ["epsilon"] if "epsilon" in result["sampler"] else []
+    table = Table("trial", *(path.rpartition(".")[2] for path in paths), *epsilon, box=SIMPLE_HEAD)
+    for column in ("images", "objective", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("status")
+    for row in sorted(result["trials"], key=_rank):
+        values = [_short(row["values"][path]) for path in paths]
+        sampler = [_short(row["sampler"]["epsilon"]) if row["sampler"] else ""] if epsilon else []
+        objective = "" if row["objective"] is None else f"{row['objective']:.4g}"
+        status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
+        table.add_row(
+            str(row["trial"]), *values, *sampler, f"{row['images_seen']:,}", objective, f"{row['seconds']:,.0f}", status
+        )
+    console = Console(width=max(100, 24 * (len(paths) + 5)), record=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, int, float]:
+    """Sound trials first, of these the furthest, of these the best."""
+    return row["status"] == "failed", -row["images_seen"], row["objective"] if row["images_seen"] else row["trial"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _steps_table(records: Mapping[str, StepRecord], earlier: Collection[str]) -> Table:
     table = Table("step", box=SIMPLE_HEAD)
     table.add_column("seconds", justify="right")
@@ -143,7 +176,7 @@ def _figure(name: str) -> str:
 
 
 def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("uri", "grid", "strip", "gif", "checkpoint"):
+    for key in ("uri", "config", "table", "grid", "strip", "gif", "checkpoint"):
         if isinstance(result.get(key), str):
             yield key, result[key]
 

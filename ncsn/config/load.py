@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ncsn.config.location import path_parts
 from ncsn.config.schema import Config
 
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
@@ -110,17 +111,19 @@ def _number(value: Any) -> Any:
 
 
 def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
-    path = _dotted(detail["loc"], tree)
+    parts = path_parts(detail["loc"], tree)
+    path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        valid = _valid_keys(path, tree)
-        close = difflib.get_close_matches(path.split(".")[-1], valid, n=1, cutoff=0.75)
+        valid = _valid_keys(parts, tree)
+        close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: missing; it has no default"
     if kind == "union_tag_not_found":
-        return f"{path}.kind: missing; valid: {detail['ctx']['expected_tags']}"
+        kinds = _valid_kinds([*parts, "kind"], tree)
+        return f"{path}.kind: missing; valid: {', '.join(kinds)}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: {detail['ctx']['tag']!r} is not one of {detail['ctx']['expected_tags']}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -131,40 +134,42 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
     return f"{path}: {value!r} is not valid: {message[0].lower()}{message[1:]}"
 
 
-def _dotted(location: Sequence[int | str], tree: Any) -> str:
-    """Pydantic's location without the tags that it adds for discriminated unions."""
-    parts: list[str] = []
-    node = tree
-    for part in location:
-        if isinstance(node, dict) and part not in node and node.get("kind") == part:
-            continue
-        parts.append(str(part))
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-    return ".".join(parts)
+def _valid_keys(parts: Sequence[str], tree: dict[str, Any]) -> list[str]:
+    """Keys that may stand beside the last of `parts`, for the kind that the tree chose there."""
+    return sorted({key for model in _models(parts, tree) for key in model.model_fields})
 
 
-def _valid_keys(path: str, tree: dict[str, Any]) -> list[str]:
-    """Keys that may stand beside the last part of `path`, for the kind that the tree chose there."""
+def _valid_kinds(parts: Sequence[str], tree: dict[str, Any]) -> list[str]:
+    """Kinds that the section of the last of `parts` can have."""
+    return [kind for model in _models(parts, tree) for kind in get_args(model.model_fields["kind"].annotation)]
+
+
+def _models(parts: Sequence[str], tree: dict[str, Any]) -> list[type[BaseModel]]:
+    """The sections that may hold the last of `parts`."""
     models: list[type[BaseModel]] = [Config]
     node: Any = tree
-    for part in path.split(".")[:-1]:
+    for part in parts[:-1]:
         if isinstance(node, list) and part.isdigit():
             node = node[int(part)]
             continue
         node = node.get(part) if isinstance(node, dict) else None
         kind = node.get("kind") if isinstance(node, dict) else None
-        arms = [arm for model in models if part in model.model_fields for arm in section_models(model, part)]
+        named = [model for model in models if part in model.model_fields]
+        # A part that is no field is a key of a mapping of sections.
+        arms = [arm for model in named for arm in section_models(model, part)] if named else models
         models = [
             arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
         ] or arms
-    return sorted({key for model in models for key in model.model_fields})
+    return models
 
 
 def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    """The section classes that a field may hold: one, or each arm of a union; none for a plain value."""
-    annotation = model.model_fields[field].annotation
-    arms = get_args(annotation) or (annotation,)
-    return [arm for arm in arms if isinstance(arm, type) and issubclass(arm, BaseModel)]
+    """The section classes that a field may hold, by itself or in a mapping: each arm of a union; none for a value."""
+    return list(_sections_in(model.model_fields[field].annotation))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for arm in get_args(annotation):
+        yield from _sections_in(arm)

@@ -19,6 +19,7 @@ from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
 from ncsn.config.noise import NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
+from ncsn.config.search import SearchConfig, space_mistakes
 from ncsn.config.section import Section
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
@@ -203,6 +204,7 @@ class Config(Section):
     train: TrainConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -212,6 +214,13 @@ class Config(Section):
         found = misfits(self)
         if found:
             raise ValueError("\n".join(found))
+        return self
+
+    @model_validator(mode="after")
+    def _searches_what_exists(self) -> Config:
+        mistakes = space_mistakes(self)
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
     @property

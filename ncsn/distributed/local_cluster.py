@@ -110,7 +110,7 @@ def require_resources(config: Config) -> None:
     have = ray.cluster_resources()
     needed = {"CPU": _cpus_needed(config), "GPU": config.compute.num_workers if config.compute.use_gpu else 0}
     for kind, count in needed.items():
-        if count > have.get(kind, 0) and not _autoscales():
+        if count > have.get(kind, 0) and not autoscales():
             raise ValueError(
                 f"compute.num_workers = {config.compute.num_workers} needs {count} {kind}s and the cluster has "
                 f"{have.get(kind, 0):g}; lower compute.num_workers or compute.cpus_per_worker"
@@ -121,6 +121,6 @@ def _cpus_needed(config: Config) -> int:
     return config.compute.num_workers * config.compute.cpus_per_worker
 
 
-def _autoscales() -> bool:
+def autoscales() -> bool:
     """KubeRay's autoscaler announces itself to the head and its workers by this variable."""
     return os.environ.get("RAY_ENABLE_AUTOSCALER_V2") is not None

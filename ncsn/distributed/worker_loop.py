@@ -65,6 +65,7 @@ class TrainingJob:
         history: URI of the file in which rank 0 keeps the curves, or None.
         start: URI of a checkpoint to start from while the run has none of its own, or None.
         lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
+        stop_at: End here, in images seen, though the schedules go on to `train.num_images`; None = at their end.
     """
 
     config: Config
@@ -74,6 +75,12 @@ class TrainingJob:
     history: str | None = None
     start: str | None = None
     lease: Lease | None = None
+    stop_at: int | None = None
+
+    @property
+    def last_image(self) -> int:
+        """Images seen at which training ends."""
+        return min(self.stop_at or self.config.train.num_images, self.config.train.num_images)
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,7 @@ class Training:
 
 
 def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
-    """Train from the latest checkpoint to `train.num_images`, rounded up to whole batches.
+    """Train from the latest checkpoint to the job's last image, rounded up to whole batches.
 
     Raises:
         DivergedError: if the loss or a gradient is not finite; on every worker alike, and nothing is saved.
@@ -248,19 +255,19 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
     training = Training(job, context)
     started, first = time.perf_counter(), training.state.images_seen
     try:
-        while training.state.images_seen < train.num_images:
+        while training.state.images_seen < job.last_image:
             training.step()
             seen = training.state.images_seen
-            save = seen >= train.num_images or _crossed(seen, train.batch_size, train.checkpoint_every_images)
+            save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
             if save or _crossed(seen, train.batch_size, train.report_every_images):
                 training.report()
-                abandoned = seen < train.num_images and training.abandoned()
+                abandoned = seen < job.last_image and training.abandoned()
                 if save or abandoned:
                     training.save()
                 if abandoned:
                     raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {training.saved}")
             if context.rank == 0 and job.progress:
-                job.progress(seen, train.num_images)
+                job.progress(seen, job.last_image)
     finally:
         if context.rank == 0 and job.sink:
             job.sink.close()

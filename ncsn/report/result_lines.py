@@ -19,6 +19,9 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
         case "ingest":
             counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
             return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
+        case "tune":
+            before = "" if result["baseline"] is None else f" (the config as it stands: {result['baseline']:.4g})"
+            return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
         case "train":
             loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
             return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.cache import CachedSplit, open_cache
+from ncsn.data.cache import open_cache
 from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
-from ncsn.evaluation.classifier import ClassifierRecipe
-from ncsn.evaluation.classifier_store import obtain_classifier
 from ncsn.evaluation.extractors import Extractor, batches, fingerprint_of
 from ncsn.evaluation.figures import Figure, Measured, measure_images, metric_name
-from ncsn.evaluation.inception import InceptionExtractor
+from ncsn.evaluation.judge import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.evaluation.reference import obtain_reference
 from ncsn.evaluation.samples import read_samples, samples_shape
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
@@ -30,9 +24,6 @@ from ncsn.tracking.run import step_run
 
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
-REFERENCE_SPLIT = "train"
-SEED = 0
-"""Of the classifier and of what is drawn: the same for all experiments on a data set, so that they compare."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +66,9 @@ class _Meter:
         self.done += count
         self.publish(self.done, self.total)
 
-    def part(self, size: int) -> Callable[[int, int], None]:
-        """A `(done, total)` callback for a part of the step that weighs `size` images."""
-        start = self.done
+    def part(self, size: int, *, after: int = 0) -> Callable[[int, int], None]:
+        """A `(done, total)` callback for a part of the step that weighs `size` images, behind `after` others."""
+        start = after
 
         def callback(done: int, total: int) -> None:
             self.done = start + size * done // total
@@ -144,17 +135,10 @@ def evaluate(
     num_real = min(count, len(test))
     training = settings.classifier_epochs * len(train) if settings.extractor == "classifier" else 0
     meter = _Meter(progress, training + len(train) + count + num_real)
-    extractor, facts = obtain_extractor(config, dataset, manifest, train, test, meter.part(training))
-    meter.done = training
-    reference = obtain_reference(
-        dataset,
-        extractor,
-        images=train.images,
-        dataset_digest=manifest.digest,
-        split=REFERENCE_SPLIT,
-        batch_size=settings.batch_size,
-        on_progress=meter.part(len(train)),
+    judge = obtain_judge(
+        config, dataset, on_training=meter.part(training), on_reference=meter.part(len(train), after=training)
     )
+    extractor, reference = judge.extractor, judge.reference
     meter.done = training + len(train)
     chosen = test.images[keyed_permutation(SEED, epoch=0, size=len(test))[:num_real]]
     measure = partial(
@@ -171,7 +155,7 @@ def evaluate(
     generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{extractor.name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=facts | generated.named(extractor.name),
+        metrics=judge.facts | generated.named(extractor.name),
         real_metrics=real.named(extractor.name, real=True),
         fingerprint=reference.fingerprint,
         num_images=count,
@@ -199,37 +183,6 @@ def _check_inputs(samples: str, dataset: str) -> None:
         raise ValueError(f"no data set at {dataset}; run `ncsn ingest` first")
     if not storage.exists(samples):
         raise FileNotFoundError(f"no samples folder at {samples}; run `ncsn sample` first")
-
-
-def obtain_extractor(
-    config: Config,
-    dataset: str,
-    manifest: Manifest,
-    train: CachedSplit,
-    test: CachedSplit,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[Extractor, dict[str, float]]:
-    """The configured extractor, and what is known of its quality as metrics."""
-    settings = config.evaluation
-    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
-    if len(test) < settings.num_splits:
-        raise ValueError(
-            f"the test split has {len(test)} images, fewer than evaluation.num_splits = {settings.num_splits}; "
-            "lower evaluation.num_splits or raise data.test_fraction"
-        )
-    if settings.extractor == "inception":
-        assert settings.weights is not None, "the schema asks for weights"
-        return InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device), {}
-    recipe = ClassifierRecipe(
-        image_size=manifest.image_size,
-        channels=manifest.channels,
-        num_classes=len(manifest.class_names),
-        epochs=settings.classifier_epochs,
-        seed=SEED,
-    )
-    stored = obtain_classifier(dataset, recipe, train=train, test=test, device=device, on_progress=on_progress)
-    known = not math.isnan(stored.test_accuracy)
-    return stored.extractor, {"eval/classifier_test_accuracy": stored.test_accuracy} if known else {}
 
 
 def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> None:

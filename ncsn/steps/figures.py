@@ -17,11 +17,9 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
-from ncsn.evaluation.reference import obtain_reference
+from ncsn.evaluation.judge import obtain_judge
 from ncsn.history import load_history
 from ncsn.steps import figure_numbers as numbers
-from ncsn.steps.evaluate import REFERENCE_SPLIT, obtain_extractor
 from ncsn.steps.figure_numbers import Subject
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once
@@ -131,23 +129,14 @@ def subject_of(
     config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
 ) -> Subject:
     """Open a finished run, of which `samples` and `dataset` are URIs."""
-    manifest, train, test = load_manifest(dataset), open_cache(dataset, "train"), open_cache(dataset, "test")
-    extractor, _ = obtain_extractor(config, dataset, manifest, train, test)
-    reference = obtain_reference(
-        dataset,
-        extractor,
-        images=train.images,
-        dataset_digest=manifest.digest,
-        split=REFERENCE_SPLIT,
-        batch_size=config.evaluation.batch_size,
-    )
+    judge = obtain_judge(config, dataset)
     return Subject(
         sampling=config.sampling,
         trained=trained,
-        train=train,
-        test=test,
-        extractor=extractor,
-        reference=reference,
+        train=open_cache(dataset, "train"),
+        test=open_cache(dataset, "test"),
+        extractor=judge.extractor,
+        reference=judge.reference,
         samples=samples,
         device=device,
     )

@@ -31,6 +31,7 @@ from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
 from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
+from ncsn.evaluation.judge import SEED
 from ncsn.evaluation.speed import seconds_per_image, training_seconds_per_image
 from ncsn.generation import shortened
 from ncsn.planning import Counts, Rates
@@ -214,7 +215,7 @@ class _Rehearsal:
                 channels=manifest.channels,
                 num_classes=len(manifest.class_names),
                 epochs=self.config.evaluation.classifier_epochs,
-                seed=evaluate.SEED,
+                seed=SEED,
             )
             own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
         return own, extract_image, fixed

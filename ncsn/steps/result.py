@@ -65,6 +65,11 @@ class RunFolder:
         """Folder of the evaluation figures."""
         return storage.join(self.uri, "evaluation")
 
+    @property
+    def search(self) -> str:
+        """Folder of a search and of what it found."""
+        return storage.join(self.uri, "search")
+
     def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
         """Folder of the images that one sampler made from one checkpoint."""
         return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
 PLACES = ("compute", "storage", "tracking")
 """Sections of the config that say where the work happens and do not change what comes out."""
-LATER = {"ingest": ("sampling", "evaluation"), "train": ("sampling", "evaluation")}
+LATER = {"ingest": ("search", "sampling", "evaluation"), "tune": (), "train": ("search", "sampling", "evaluation")}
 """Sections that a step does not use."""
 OUTAGE_SECONDS = 60.0
 """How long a later step waits for a server that the first one has reached."""
@@ -155,6 +155,21 @@ class StepRun:
         """Attach tags, replacing those of the same name."""
         set_tags(self.client, self.run_id, tags)
 
+    def nested(self, name: str, *, key: str) -> StepRun:
+        """A run below this one, such as that of a trial: a new one, or the one that has this `key` already."""
+        connection = Connection(client=self.client, uri=self.uri, experiment_id=self.experiment_id)
+        identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
+        found = find_or_create(connection, identity, tags={}, name=name, claims=self.journals)
+        return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
+
+    def steps_of(self, metric: str) -> set[int]:
+        """The steps at which the run has the metric."""
+        return {entry.step for entry in self.client.get_metric_history(self.run_id, metric)}
+
+    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
+        """Close a nested run."""
+        self.client.set_terminated(self.run_id, status)
+
 
 @contextmanager
 def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | None = None) -> Iterator[StepRun]:
@@ -261,7 +276,7 @@ def run_identity(config: Config, run: str) -> dict[str, str]:
 
 def _result_digest(config: Config, step: str) -> str:
     """Digest of what can change a result: a step with other settings is another run, on another machine the same."""
-    sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ())})
+    sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ("search",))})
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 
 

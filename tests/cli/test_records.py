@@ -49,7 +49,7 @@ def finish_all(folder: RunFolder) -> str:
 
 
 def test_the_catalogue_follows_the_pipeline() -> None:
-    assert tuple(CATALOGUE) == STEPS
+    assert tuple(step for step in CATALOGUE if step != "tune") == STEPS
 
 
 def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:

@@ -17,6 +17,7 @@ from components import experiment, headline, pass_on, publish, publish_metrics, 
 from components.ingest import ingest
 from components.sample import sample
 from components.train import train
+from components.tune import tune
 from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
 from ncsn.steps.result import KFP_RUN_ID
@@ -55,6 +56,29 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
             task_config=dsl.TaskConfig(),
         )
     assert not Path(model.path).exists()
+
+
+def run_tune(tmp_path: Path, config: str, *, required: bool) -> tuple[str, str]:
+    chosen: tuple[str, str] = tune.python_func(
+        config=config,
+        run="",
+        required=required,
+        dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": str(tmp_path / "nowhere")}),
+        search=dsl.Artifact(uri=str(tmp_path / "search")),
+        plots=dsl.HTML(uri=str(tmp_path / "plots")),
+        metrics=dsl.Metrics(uri=str(tmp_path / "metrics")),
+        task_config=dsl.TaskConfig(),
+    )
+    return chosen
+
+
+def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also an empty name of the run: KFP's cache would not know the tasks of another run again by a name of its own."""
+    monkeypatch.setenv(KFP_RUN_ID, "0123456789")
+    config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
+    assert run_tune(tmp_path, config, required=False) == (config, "")
+    with pytest.raises(ValueError, match="the config has no search section"):
+        run_tune(tmp_path, config, required=True)
 
 
 def test_publish_writes_the_result_and_its_uris(tmp_path: Path) -> None:

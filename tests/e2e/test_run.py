@@ -99,7 +99,7 @@ def test_the_pictures_show_every_image_and_level(workplace, finished) -> None:
 
 def test_kfp_artifacts_carry_the_uris(workplace, finished) -> None:
     outputs = {path.parent.name: json.loads(path.read_text()) for path in workplace.root.rglob("executor_output.json")}
-    assert set(outputs) == {*STEPS, "finish"}
+    assert set(outputs) == {*STEPS, "tune", "finish"}
     metadata = {
         (step, name): artifact["artifacts"][0]["metadata"]
         for step, output in outputs.items()

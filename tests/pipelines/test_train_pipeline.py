@@ -14,11 +14,12 @@ from pipelines.compile import COMPILED, PIPELINES, compile_all
 
 UPSTREAM = {
     "ingest": set(),
-    "train": {"ingest"},
-    "sample": {"train"},
-    "evaluate": {"ingest", "sample"},
-    "register": {"train", "evaluate"},
-    "report": {"evaluate", "register"},
+    "tune": {"ingest"},
+    "train": {"ingest", "tune"},
+    "sample": {"train", "tune"},
+    "evaluate": {"ingest", "sample", "tune"},
+    "register": {"train", "evaluate", "tune"},
+    "report": {"evaluate", "register", "tune"},
 }
 
 
@@ -64,7 +65,7 @@ def test_the_end_comes_whatever_happened(spec: dict[str, Any]) -> None:
 
 def test_kfp_caches_what_depends_on_its_arguments_alone(spec: dict[str, Any], tasks: dict[str, Any]) -> None:
     cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == {"train", "sample", "evaluate"}
+    assert cached == {"tune", "train", "sample", "evaluate"}
     assert "enableCache" not in spec["root"]["dag"]["tasks"]["finish"]["cachingOptions"]
 
 

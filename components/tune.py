@@ -1,0 +1,37 @@
+"""Between ingest and train, if asked: a search for better settings."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+from components.task_config import PASSED_ON
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False, task_config_passthroughs=list(PASSED_ON))
+def tune(
+    config: str,
+    run: str,
+    required: bool,  # noqa: FBT001
+    dataset: dsl.Input[dsl.Dataset],
+    search: dsl.Output[dsl.Artifact],
+    plots: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
+) -> NamedTuple("Chosen", [("best_config", str), ("best_run", str)]):  # type: ignore[valid-type]
+    """Search for better settings; where none is required and the config has no search, hand on what was given."""
+    from components import experiment, pass_on, publish, publish_metrics, publish_pictures
+
+    settings, name = experiment(config, run)
+    if settings.search is None and not required:
+        return (config, run)
+    from ncsn.config import to_json
+    from ncsn.steps import tune
+    from ncsn.storage import read_bytes
+
+    pass_on(task_config, settings)
+    result = tune.run(settings, run=name, dataset=dataset.metadata["uri"])
+    publish(search, result, uri=result.uri, config=result.config)
+    publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
+    publish_metrics(metrics, {"tune/objective": result.objective, "tune/baseline": result.baseline})
+    return (to_json(tune.trainable(result, settings)), result.run)

@@ -1,0 +1,290 @@
+"""A search over settings: which, in which range, and how each choice is judged."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ncsn.config.location import path_parts
+from ncsn.config.section import Section
+
+if TYPE_CHECKING:
+    from ncsn.config.schema import Config
+
+EPSILON = "sampling.sampler.epsilon"
+_SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
+_AND = ("data.dequantize", "data.horizontal_flip")
+_BUT = (
+    "train.num_images",
+    "train.checkpoint_every_images",
+    "train.report_every_images",
+    "train.keep_checkpoints",
+    "sampling.sampler.steps_per_level",
+    "sampling.sampler.num_steps",
+    "sampling.sampler.num_levels",
+)
+"""Where things are kept, and what sets the length of training and of sampling, which are equal for all trials."""
+_SPREAD = 3.0
+"""A setting that the space does not name is searched from a third to three times its value."""
+_EPSILON_FACTORS = (0.5, 1.0, 2.0)
+_MOST_CORNERS = 128
+
+
+class _RangeDomain(Section):
+    low: float = Field(description="Least value.")
+    high: float = Field(description="Largest value.")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> _RangeDomain:
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, got low = {self.low:g} and high = {self.high:g}")
+        return self
+
+
+class UniformDomain(_RangeDomain):
+    """Any value of a range, all equally likely; whole numbers where the setting is one."""
+
+    kind: Literal["uniform"] = Field(description="A range.")
+
+
+class LogDomain(_RangeDomain):
+    """Any value of a range, all orders of magnitude equally likely."""
+
+    kind: Literal["log"] = Field(description="A range of positive numbers, by their logarithm.")
+
+    @model_validator(mode="after")
+    def _positive(self) -> LogDomain:
+        if self.low <= 0:
+            raise ValueError(f"low must be more than 0 for kind: log, got {self.low:g}; use kind: uniform")
+        return self
+
+
+class ChoiceDomain(Section):
+    """One of a few values."""
+
+    kind: Literal["choice"] = Field(description="One of a few values.")
+    values: tuple[Any, ...] = Field(min_length=1, description="The values.")
+
+
+Domain = Annotated[UniformDomain | LogDomain | ChoiceDomain, Field(discriminator="kind")]
+
+
+class SearchConfig(Section):
+    """A search for better settings; absent = none. DSM losses of other noise levels do not compare, samples do."""
+
+    space: dict[str, Domain] | None = Field(
+        None,
+        description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
+        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L from a third to three times their values, with "
+        "noise: auto those that the images suggest.",
+    )
+    epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Step sizes that every checkpoint is sampled with, as epsilon / sigma_L ** 2: they cost no "
+        "training. null = half, one and two times that of the config. For samplers that have an epsilon.",
+    )
+    num_trials: int = Field(16, ge=1, le=10000, description="Choices of settings to train.")
+    algorithm: Literal["optuna", "random"] = Field(
+        "optuna", description="Who chooses: Optuna's tree-structured Parzen estimator, or chance."
+    )
+    seed: int = Field(
+        1,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choices and of the samples that judge them. Keep it apart from sampling.seed, so that "
+        "the final figures are of samples that decided nothing.",
+    )
+    first_rung_images: int | None = Field(
+        None,
+        ge=1,
+        description="Training images after which a trial is judged first. The next rungs are reduction_factor times "
+        "further each, the last is train.num_images. null = train.num_images / reduction_factor ** 2; train.num_images "
+        "= no early stopping.",
+    )
+    reduction_factor: int = Field(
+        4, ge=2, le=100, description="Of so many trials at a rung about one goes on (asynchronous successive halving)."
+    )
+    num_samples: int = Field(
+        512, ge=2, le=1_000_000, description="Images that judge a trial at each rung, for each epsilon."
+    )
+    nfe: int | None = Field(
+        None, ge=1, description="Network evaluations per image, equal for all trials; null = those of the config."
+    )
+    baseline: bool = Field(
+        True, description="Train the config as it stands to the end, as the first trial, to compare with."
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Trials at a time; null = as many as the cluster holds, and never more than that."
+    )
+
+
+def searched_space(config: Config) -> dict[str, Domain]:
+    """Path -> range of the config's search, with the default where the config names none."""
+    assert config.search is not None
+    if config.search.space is not None:
+        return config.search.space
+    noise = {"noise.sigma_1": config.levels.sigma_1, "noise.sigma_L": config.levels.sigma_L}
+    return {
+        path: LogDomain(kind="log", low=significant(value / _SPREAD), high=significant(value * _SPREAD))
+        for path, value in noise.items()
+    }
+
+
+def rungs(config: Config) -> list[int]:
+    """Training images at which a trial is judged, ascending; the last is `train.num_images`."""
+    search, last = config.search, config.train.num_images
+    assert search is not None
+    rung = search.first_rung_images or max(1, last // search.reduction_factor**2)
+    found = []
+    while rung < last:
+        found.append(rung)
+        rung *= search.reduction_factor
+    return [*found, last]
+
+
+def setting(config: Config, path: str) -> Any:
+    """The value at a dotted path of the config.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    node: Any = config.model_dump(mode="json")
+    for key in path.split("."):
+        node = node[key]
+    return node
+
+
+def variant(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values at some dotted paths, and without its search.
+
+    A sampler's epsilon keeps its ratio to sigma_L ** 2, its natural unit.
+
+    Raises:
+        ValueError: if the values do not make a config.
+    """
+    tree = config.model_dump(mode="json")
+    tree["search"] = None
+    for path, value in values.items():
+        *sections, key = path.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[key] = value
+    sigma_L = tree["noise"]["sigma_L"]
+    epsilon = tree["sampling"]["sampler"].get("epsilon")
+    if epsilon is not None and EPSILON not in values and sigma_L != config.noise.sigma_L:
+        tree["sampling"]["sampler"]["epsilon"] = significant(epsilon * (sigma_L / config.noise.sigma_L) ** 2)
+    try:
+        return type(config).model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_messages(error, tree))) from None
+
+
+def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
+    """The variant with each epsilon of the sweep, ascending.
+
+    Args:
+        config: The experiment that is searched.
+        variant_: One choice of its settings.
+        with_own: Let the variant's own epsilon be among them.
+    """
+    search, own = config.search, getattr(variant_.sampling.sampler, "epsilon", None)
+    assert search is not None
+    if own is None:
+        return [variant_]
+    unit = variant_.levels.sigma_L**2
+    if search.epsilons is None:
+        steps = {significant(own * factor) for factor in _EPSILON_FACTORS} - {significant(own)} | {own}
+    else:
+        steps = {significant(ratio * unit) for ratio in search.epsilons} | ({own} if with_own else set())
+    return [variant(variant_, {EPSILON: step}) for step in sorted(steps)]
+
+
+def significant(value: float) -> float:
+    """Rounded to six digits, for people who read the config."""
+    return float(f"{value:.6g}")
+
+
+def space_mistakes(config: Config) -> list[str]:
+    """What is wrong with the config's search space, one line each: paths, values, and combinations of them.
+
+    A config whose noise levels are still to be chosen from the images is looked at once they are.
+    """
+    search = config.search
+    if search is None or config.noise.kind == "auto":
+        return []
+    space = searched_space(config)
+    mistakes = [line for path in space for line in _path_mistakes(config, path)]
+    if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
+        mistakes.append(
+            f"search.epsilons: sampling.sampler.kind = {config.sampling.sampler.kind} has no epsilon; remove them"
+        )
+    if mistakes:
+        return mistakes
+    for values in _corners(space):
+        try:
+            variant(config, values)
+        except ValueError as error:
+            shown = ", ".join(f"{path} = {value}" for path, value in values.items())
+            return [f"search.space: it holds {shown}, which is not a valid experiment: {error}"]
+    return []
+
+
+def _path_mistakes(config: Config, path: str) -> Iterator[str]:
+    try:
+        value = setting(config, path)
+    except (KeyError, TypeError):
+        close = difflib.get_close_matches(path, _searchable(config), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        yield f"search.space: there is no setting {path!r}; {hint}any of these can be searched: " + ", ".join(
+            _searchable(config)
+        )
+        return
+    if path == EPSILON:
+        yield f"search.space: {path} costs no training, so each checkpoint tries several; name them in search.epsilons"
+    elif path not in _searchable(config) or isinstance(value, dict):
+        yield f"search.space: {path} cannot be searched; any of these can: {', '.join(_searchable(config))}"
+
+
+def _searchable(config: Config) -> list[str]:
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    paths = walk(config.model_dump(mode="json", exclude={"search"}), "")
+    return [
+        path
+        for path in paths
+        if (path.startswith(_SEARCHED) or path in _AND) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
+    ]
+
+
+def _corners(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
+    """The ends of every range and all choices, alone and (the first of them) in combination."""
+    ends = {path: _ends(domain) for path, domain in space.items()}
+    if math.prod(map(len, ends.values())) > _MOST_CORNERS:
+        yield from ({path: value} for path, values in ends.items() for value in values)
+    for values in islice(product(*ends.values()), _MOST_CORNERS):
+        yield dict(zip(ends, values, strict=True))
+
+
+def _ends(domain: Domain) -> Sequence[Any]:
+    if isinstance(domain, ChoiceDomain):
+        return domain.values
+    return [int(end) if end.is_integer() else end for end in (domain.low, domain.high)]
+
+
+def _messages(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
+    for detail in error.errors():
+        where = ".".join(path_parts(detail["loc"], tree))
+        message = detail["msg"].removeprefix("Value error, ").replace("\n", "; ")
+        yield f"{where}: {message}" if where and detail["type"] != "value_error" else message

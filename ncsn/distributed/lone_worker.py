@@ -1,0 +1,87 @@
+"""Training by one worker as a plain Ray task.
+
+Ray Train starts half a dozen processes around its workers, 15 CPU seconds or more each time. That is nothing for a
+training, and most of a short trial of a search. One worker needs none of them: the loop is the same, the weights are
+the same to the last bit, and a lost task is started again and resumes from the checkpoints in the store.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ncsn import checkpoint, storage
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
+
+
+class StoreContext(LocalContext):
+    """A single worker whose checkpoints lie in the store.
+
+    Args:
+        uri: Folder that receives the checkpoints; the last complete one by name is resumed from.
+        device: Where to compute.
+    """
+
+    def __init__(self, uri: str, *, device: str = "cpu") -> None:
+        super().__init__(Path(), device=device)
+        self.uri = uri
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """The last complete folder, by name."""
+        names = [name for name in storage.list_names(self.uri) if storage.exists(self._marker(name))]
+        if not names:
+            yield None
+            return
+        with storage.local_copy(storage.join(self.uri, names[-1])) as folder:
+            yield folder
+
+    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
+        """Publish the folder; one that a lost attempt has published already stays, for it is the same."""
+        assert folder is not None
+        with storage.scratch_folder(self.uri) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
+            storage.publish_folder(staging, storage.join(self.uri, name), marker=checkpoint.INDEX)
+
+    def _marker(self, name: str) -> str:
+        return storage.join(self.uri, name, checkpoint.INDEX)
+
+
+def train_alone(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
+    """Train with one worker on the connected Ray cluster; the same `checkpoints` resumes from the latest.
+
+    Args:
+        job: What to train on what; its `compute.num_workers` is 1.
+        checkpoints: URI of the folder of the checkpoints.
+
+    Raises:
+        ValueError: for a mistake that a repetition would only repeat, such as a divergence.
+        ray.exceptions.RayError: if the worker was lost more often than `compute.max_failures`.
+    """
+    compute = job.config.compute
+    assert compute.num_workers == 1, "several workers are Ray Train's"
+    task = _train.options(
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=1 if compute.use_gpu else 0,
+        max_retries=compute.max_failures,
+        scheduling_strategy="DEFAULT",  # not in the placement group of a trial's driver, which has no CPU
+    )
+    outcome = ray.get(task.remote(job, checkpoints))
+    if isinstance(outcome, ValueError):
+        raise outcome
+    assert isinstance(outcome, TrainOutcome)
+    return outcome
+
+
+@ray.remote
+def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome | ValueError:
+    try:
+        return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))
+    except ValueError as mistake:
+        return mistake

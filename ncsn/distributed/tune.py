@@ -1,0 +1,237 @@
+"""Ray Tune around the trials of a search. The only module that imports ray.tune."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import ray
+
+# Read when Tune starts: no files of its loggers beside ours, and Ctrl-C is for the command to answer.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+
+from ncsn import storage
+from ncsn.config.compute import ComputeConfig
+from ncsn.config.search import searched_space, setting
+from ncsn.distributed.local_cluster import autoscales
+from ncsn.distributed.suggestions import Suggestions
+from ncsn.distributed.trial import FAILED, SearchPlan, run_trial
+from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trials, trial_key
+
+DRIVER_MEMORY = 400 * 2**20
+"""Bytes that Ray sets aside for the driver of a trial. It takes no CPU: one would not be left for a worker."""
+
+
+class Observer(Protocol):
+    """Follows a search from the process that leads it."""
+
+    def started(self, folder: TrialFolder, number: int, values: Mapping[str, Any]) -> None:
+        """A trial begins, or goes on."""
+
+    def reached(self, folder: TrialFolder, images_seen: int) -> None:
+        """A trial has reported a rung, or that it failed there."""
+
+    def ended(self, folder: TrialFolder, error: str | None) -> None:
+        """A trial is over; `error` says which accident ended it, if one did."""
+
+
+def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wanted: int | None) -> int:
+    """How many trials the cluster can hold without any waiting for what another holds.
+
+    Args:
+        resources: What Ray says that the cluster has: CPU, GPU, memory in bytes.
+        compute: What the workers of one trial take.
+        wanted: An upper limit, or None.
+
+    Raises:
+        ValueError: if it cannot hold one, with the arithmetic.
+    """
+    each = {
+        "CPU": float(compute.num_workers * compute.cpus_per_worker),
+        "GPU": float(compute.num_workers if compute.use_gpu else 0),
+        "memory": float(DRIVER_MEMORY),
+    }
+    room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}
+    scarce = min(room, key=lambda kind: room[kind])
+    if room[scarce] < 1:
+        raise ValueError(
+            f"a trial of compute.num_workers = {compute.num_workers} takes {each[scarce]:g} {scarce} and the cluster "
+            f"has {resources.get(scarce, 0):g}; lower compute.num_workers or compute.cpus_per_worker"
+        )
+    return min(room[scarce], wanted or room[scarce])
+
+
+def search(plan: SearchPlan, observer: Observer) -> None:
+    """Run what is left of a search on the connected cluster; the trials' folders hold what it found.
+
+    Raises:
+        ValueError: if the cluster is too small for one trial.
+    """
+    settings, compute = plan.config.search, plan.config.compute
+    assert settings is not None
+    before = read_trials(plan.trials, last_rung=plan.rungs[-1])
+    done = [trial for trial in before if trial.status != "unfinished"]
+    left = settings.num_trials - len(done)
+    if left <= 0:
+        return
+    if autoscales() and settings.max_concurrent:
+        at_once = settings.max_concurrent
+    else:
+        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=settings.max_concurrent)
+    filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
+        tune_config=tune.TuneConfig(
+            num_samples=left,
+            max_concurrent_trials=at_once,
+            search_alg=_Search(plan, before),
+            scheduler=Halving(plan, earlier=done),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="attempt",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=compute.max_failures),
+            callbacks=[_Follow(plan, observer, numbers={trial_key(trial.values): trial.number for trial in before})],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _trainable(values: dict[str, Any], *, plan: SearchPlan) -> None:
+    run_trial(plan, values["values"], report=tune.report)
+
+
+class _Search(Searcher):
+    """`Suggestions` as Tune asks for them."""
+
+    def __init__(self, plan: SearchPlan, before: list[TrialRecord]) -> None:
+        super().__init__(metric="objective", mode="min")
+        settings = plan.config.search
+        assert settings is not None
+        space = searched_space(plan.config)
+        whole = [path for path in space if type(setting(plan.config, path)) is int]
+        unfinished = [trial.values for trial in before if trial.status == "unfinished"]
+        self._suggestions = Suggestions(
+            space,
+            whole=whole,
+            algorithm=settings.algorithm,
+            seed=settings.seed,
+            first=[*unfinished, *([plan.baseline] if settings.baseline else [])],
+        )
+        for trial in before:
+            if trial.status != "unfinished":
+                self._suggestions.learn(trial.values, _last_objective(trial))
+        self._open: dict[str, dict[str, Any]] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next values, or that there are no more."""
+        values = self._suggestions.next()
+        if values is None:
+            return Searcher.FINISHED
+        self._open[trial_id] = values
+        # One entry, because Tune takes a dot or a list in a value's name for structure.
+        return {"values": values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Learn from the last rung; an accident teaches nothing."""
+        values = self._open.pop(trial_id)
+        if result and not error:
+            self._suggestions.learn(values, result["objective"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' folders say it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: never asked for."""
+
+
+class Halving(ASHAScheduler):
+    """Asynchronous successive halving that lets the config's own values go to the end, to compare with.
+
+    Args:
+        plan: The search.
+        earlier: Trials of earlier attempts, which stay on its record without being run again.
+    """
+
+    def __init__(self, plan: SearchPlan, *, earlier: Sequence[TrialRecord]) -> None:
+        settings = plan.config.search
+        assert settings is not None
+        super().__init__(
+            time_attr="images_seen",
+            metric="objective",
+            mode="min",
+            grace_period=plan.rungs[0],
+            max_t=plan.rungs[-1],
+            reduction_factor=settings.reduction_factor,
+        )
+        self._spared = trial_key(plan.baseline) if settings.baseline else None
+        for record in earlier:
+            # A trial is known here by these two, and nothing else of it is kept.
+            trial: Any = SimpleNamespace(trial_id=trial_key(record.values), config={"values": record.values})
+            self.on_trial_add(None, trial)  # type: ignore[arg-type]
+            for rung in record.rungs:
+                self.on_trial_result(None, trial, {"images_seen": rung.images_seen, "objective": rung.objective})
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        spared = trial_key(trial.config["values"]) == self._spared and result["images_seen"] < self._max_t
+        return str(self.CONTINUE) if spared else decision
+
+
+def _last_objective(trial: TrialRecord) -> float:
+    return FAILED if trial.failure is not None else trial.rungs[-1].objective
+
+
+class _Follow(tune.Callback):
+    """Numbers the trials, notes which were stopped, and tells the observer."""
+
+    def __init__(self, plan: SearchPlan, observer: Observer, *, numbers: dict[str, int]) -> None:
+        self._plan, self._observer, self._numbers = plan, observer, numbers
+
+    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+        """Tune pickles its callbacks with an experiment, which nobody reads: the observer stays here."""
+        return tune.Callback, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
+        """A trial begins, goes on, or is tried again."""
+        folder, values = self._folder(trial), trial.config["values"]
+        number = self._numbers.setdefault(trial_key(values), len(self._numbers))
+        folder.start(number, values)
+        self._observer.started(folder, number, values)
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Trial],  # noqa: ARG002
+        trial: Trial,
+        result: dict[str, Any],
+        **info: Any,  # noqa: ARG002
+    ) -> None:
+        self._observer.reached(self._folder(trial), result["images_seen"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
+        """A trial has gone to the end, or not further."""
+        folder, last = self._folder(trial), trial.last_result["images_seen"]
+        if last < self._plan.rungs[-1] and folder.failure is None:
+            folder.stop()
+        self._observer.ended(folder, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
+        """A trial was lost too often."""
+        error = trial.get_error()
+        self._observer.ended(self._folder(trial), str(error) if error else "lost")
+
+    def _folder(self, trial: Trial) -> TrialFolder:
+        return TrialFolder.of(self._plan.trials, trial.config["values"])

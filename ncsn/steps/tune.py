@@ -1,0 +1,266 @@
+"""Between ingest and training, if asked: a search for better settings on Ray Tune, judged by samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config.search import rungs
+from ncsn.data.manifest import load_manifest
+from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.trial import SearchPlan
+from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trial, read_trials
+from ncsn.distributed.tune import search
+from ncsn.evaluation.figures import metric_name
+from ncsn.evaluation.judge import obtain_judge
+from ncsn.lease import Lease
+from ncsn.steps import trials as conclusions
+from ncsn.steps.elsewhere import elsewhere
+from ncsn.steps.noise import settle_noise
+from ncsn.steps.progress import ProgressFile
+from ncsn.steps.result import RunFolder, claim_run, once, run_folder
+from ncsn.tracking.run import StepRun, step_run
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a search found.
+
+    Attributes:
+        uri: Folder of the search.
+        config: URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`.
+        run: Name for the run that trains it.
+        table: URI of the JSON with all trials and everything that was measured.
+        plots: URIs of PNG files.
+        objective_name: Metric that was minimised, with extractor and sample count.
+        objective: What the best trial reached.
+        baseline: What the config as it stood reached with as much training; None if it was not tried.
+        values: Dotted path -> the best trial's value.
+        sampler: The sampler that reached it.
+        images_seen: Training images of the best trial.
+        trials: One row per trial: number, values, status, images_seen, objective, sampler, seconds, reason.
+    """
+
+    uri: str
+    config: str
+    run: str
+    table: str
+    plots: list[str]
+    objective_name: str
+    objective: float
+    baseline: float | None
+    values: dict[str, Any]
+    sampler: dict[str, Any]
+    images_seen: int
+    trials: list[dict[str, Any]]
+
+
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
+    """Search, or go on with a search that was interrupted, or return its result.
+
+    Args:
+        config: The experiment, with a section `search`.
+        run: Name of the run that keeps the search. What it finds is trained under another.
+        dataset: URI of the ingested data set.
+        lease: URI of the launcher's heartbeat. When it has stopped by a rung, the search ends and keeps what it has.
+
+    Raises:
+        FileNotFoundError: if there is no data set at `dataset`.
+        LeaseExpired: if the launcher is gone.
+        RemoteFailure: if it failed on the cluster of `compute.backend`.
+        ValueError: if the config has no search, the run belongs to another config, the cluster is too small for a
+            trial, or no trial reached its first rung.
+    """
+    if config.search is None:
+        raise ValueError(
+            "the config has no search section; add one, or give --set search.num_trials=16 for a search with defaults"
+        )
+    folder, trained_as = claim_run(config, run), run_folder(config, f"{run}-best").run
+    manifest = load_manifest(dataset)
+    config = settle_noise(config, run, manifest)
+    settings = config.search
+    assert settings is not None
+    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, folder, dataset))
+    plan.samplings(plan.baseline)  # raises now what every trial would find
+
+    def work(progress: ProgressFile) -> TuneResult:
+        with step_run(config, run=run, step="tune") as tracked, ray_cluster(config):
+            require_resources(config)
+            tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
+            judge = obtain_judge(config, dataset)
+            objective = metric_name("fid", extractor=judge.extractor.name, num_images=settings.num_samples)
+            follower = _Follower(tracked, progress, plan, objective, Lease(lease) if lease else None)
+            search(plan, follower)
+            result = _conclude(plan, folder, follower, run=trained_as)
+            tracked.log_metrics({objective: result.objective}, result.images_seen)
+            for uri in (result.config, result.table, *result.plots):
+                tracked.log_file(uri)
+            return result
+
+    return once(
+        folder,
+        "tune",
+        inputs={
+            "trials": plan.trials,
+            "search": settings.model_dump(mode="json", exclude={"max_concurrent"}),
+        },
+        result_type=TuneResult,
+        outputs=lambda result: [result.config, result.table, *result.plots],
+        unit="trials",
+        work=work,
+        elsewhere=elsewhere(config, folder, "tune", inputs={"dataset": dataset}),
+    )
+
+
+def trainable(result: TuneResult, config: Config) -> Config:
+    """The best config, to be trained where `config` computes: the search may have run on another machine."""
+    best = from_yaml(storage.read_text(result.config), origin=result.config)
+    return best.model_copy(update={"compute": config.compute})
+
+
+def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:
+    """Trials that were judged in different ways do not share a folder; more of the same kind join those there are."""
+    assert config.search is not None
+    judged_by = {
+        "dataset": dataset,
+        "rungs": rungs(config),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
+        **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "seed"}),
+    }
+    digest = hashlib.sha256(json.dumps(judged_by, sort_keys=True).encode()).hexdigest()[:12]
+    return storage.join(folder.search, "trials", digest)
+
+
+@dataclass
+class _TrialRun:
+    """A trial's MLflow run and what it has.
+
+    Attributes:
+        nested: The run.
+        known: Rungs that are logged.
+        over: Whether it is closed.
+    """
+
+    nested: StepRun
+    known: set[int]
+    over: bool = False
+
+
+@dataclass
+class _Follower:
+    """Takes what happens in a search to MLflow and to the progress file.
+
+    Attributes:
+        tracked: The step's run; each trial is a run below it.
+        progress: Counts trials that are over.
+        plan: The search.
+        objective: Name of the metric.
+        lease: That of a launcher elsewhere, if there is one.
+        accidents: URI of a trial's folder -> what ended it from outside.
+    """
+
+    tracked: StepRun
+    progress: ProgressFile
+    plan: SearchPlan
+    objective: str
+    lease: Lease | None = None
+    accidents: dict[str, str] = field(default_factory=dict)
+    _runs: dict[str, _TrialRun] = field(default_factory=dict, init=False)
+
+    def started(self, folder: TrialFolder, number: int, values: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Open the trial's run."""
+        self.record(self._read(folder), over=False)
+
+    def reached(self, folder: TrialFolder, images_seen: int) -> None:  # noqa: ARG002
+        """Log the rung."""
+        self.record(self._read(folder), over=False)
+        if self.lease is not None:
+            self.lease.require("the trials keep what they have reached")
+
+    def ended(self, folder: TrialFolder, error: str | None) -> None:
+        """Close the trial's run."""
+        if error is not None:
+            self.accidents[folder.uri] = error
+        self.record(self._read(folder), over=True)
+        trials = read_trials(self.plan.trials, last_rung=self.plan.rungs[-1])
+        assert self.plan.config.search is not None
+        over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
+        self.progress(over, self.plan.config.search.num_trials)
+
+    def record(self, trial: TrialRecord, *, over: bool) -> None:
+        """Bring the trial's MLflow run up to what is in the store; what it has already is not logged again."""
+        if trial.uri not in self._runs:
+            nested = self.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri)
+            nested.log_params(trial.values)
+            self._runs[trial.uri] = _TrialRun(nested, known=nested.steps_of(self.objective))
+        run = self._runs[trial.uri]
+        for rung in trial.rungs:
+            if rung.images_seen not in run.known:
+                metrics = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
+                logged = {name: value for name, value in metrics.items() if value is not None}
+                run.nested.log_metrics({**logged, self.objective: rung.objective}, rung.images_seen)
+                run.known.add(rung.images_seen)
+        if over and not run.over:
+            reason = trial.failure or self.accidents.get(trial.uri)
+            run.nested.set_tags({"tune.status": trial.status} | ({"tune.reason": reason} if reason else {}))
+            run.nested.end("FAILED" if reason else "FINISHED")
+            run.over = True
+
+    def _read(self, folder: TrialFolder) -> TrialRecord:
+        trial = read_trial(folder, last_rung=self.plan.rungs[-1])
+        assert trial is not None, "it was started by this process"
+        return trial
+
+
+def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: str) -> TuneResult:
+    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
+    for trial in trials:
+        follower.record(trial, over=True)  # also of earlier attempts, which may have been cut off in between
+    best = conclusions.best_trial(trials, accidents=follower.accidents)
+    rung = best.rungs[-1]
+    result = TuneResult(
+        uri=folder.search,
+        config=storage.join(folder.search, "best.yaml"),
+        run=run,
+        table=storage.join(folder.search, "trials.json"),
+        plots=_publish_plots(folder, trials, best, objective=follower.objective),
+        objective_name=follower.objective,
+        objective=rung.objective,
+        baseline=conclusions.baseline_rung(plan, trials, images_seen=rung.images_seen),
+        values=best.values,
+        sampler=rung.sampler,
+        images_seen=rung.images_seen,
+        trials=conclusions.table(trials, accidents=follower.accidents),
+    )
+    everything = {"objective": follower.objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
+    storage.write_text(result.table, json.dumps(everything, indent=1))
+    storage.write_text(result.config, _best_yaml(plan.config, best, result))
+    return result
+
+
+def _publish_plots(folder: RunFolder, trials: Sequence[TrialRecord], best: TrialRecord, *, objective: str) -> list[str]:
+    pictures = {
+        "coordinates.png": conclusions.coordinates_png(trials, objective=objective),
+        "epsilon.png": conclusions.epsilon_png(best, objective=objective),
+    }
+    uris = []
+    for name, picture in pictures.items():
+        if picture is not None:
+            uris.append(storage.join(folder.search, name))
+            storage.write_bytes(uris[-1], picture)
+    return uris
+
+
+def _best_yaml(config: Config, best: TrialRecord, result: TuneResult) -> str:
+    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
+    return (
+        f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "
+        f"{result.objective:.4g} at {result.images_seen:,} training images{before}\n"
+        + to_yaml(conclusions.best_config(config, best))
+    )

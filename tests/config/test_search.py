@@ -1,0 +1,139 @@
+"""The search section: what can be searched, what is refused, and what a choice of values makes of the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ncsn.config import Config, ConfigError, changed_settings, from_json, from_yaml, to_json
+from ncsn.config.search import rungs, searched_space, swept, variant
+
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+
+def digits(*overrides: str) -> Config:
+    return from_yaml(DIGITS, overrides=list(overrides))
+
+
+def space(text: str) -> str:
+    return f"search={{space: {{{text}}}}}"
+
+
+def test_without_a_section_there_is_no_search() -> None:
+    assert digits().search is None
+
+
+def test_a_space_that_names_nothing_is_the_noise_around_the_config() -> None:
+    found = searched_space(digits("search={}"))
+    ends = {path: (domain.low, domain.high) for path, domain in found.items()}  # type: ignore[union-attr]
+    assert ends == {"noise.sigma_1": (0.333333, 3.0), "noise.sigma_L": (0.01, 0.09)}
+
+
+def test_a_search_does_not_change_whose_run_it_is() -> None:
+    assert changed_settings(digits(), digits("search.num_trials=3")) == {}
+
+
+def test_the_section_travels() -> None:
+    config = digits(space("network.widths: {kind: choice, values: [[8], [8, 16]]}"))
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "noise.sigma1: {kind: log, low: 0.1, high: 1}",
+            r"there is no setting 'noise\.sigma1'; did you mean 'noise",
+        ),
+        ("noise: {kind: log, low: 0.1, high: 1}", r"noise cannot be searched; any of these can: .*noise\.sigma_1, "),
+        ("network.kind: {kind: choice, values: [unet]}", r"network\.kind cannot be searched"),
+        ("train.num_images: {kind: log, low: 1e3, high: 1e5}", r"train\.num_images cannot be searched"),
+        ("sampling.sampler.epsilon: {kind: log, low: 1e-6, high: 1e-4}", r"costs no training.*in search\.epsilons"),
+        (
+            "noise.sigma_1: {kind: log, low: 0.02, high: 2}",
+            r"it holds noise\.sigma_1 = 0\.02, which is not a valid experiment: sigma_1 must be larger than sigma_L",
+        ),
+        (
+            "optimizer.learning_rate: {kind: log, low: 0.01, high: 20}",
+            r"it holds optimizer\.learning_rate = 20, .*: optimizer\.learning_rate: Input should be less than or equal",
+        ),
+        ("loss.anneal_power: {kind: choice, values: [2, much]}", r"it holds loss\.anneal_power = much"),
+        ("noise.sigma_1: {kind: log, low: 2, high: 1}", r"noise\.sigma_1: low must be less than high, got low = 2 and"),
+        (
+            "loss.anneal_power: {kind: log, low: 0, high: 2}",
+            r"low must be more than 0 for kind: log, got 0; ",
+        ),
+        ("noise.sigma_1: {low: 1, high: 2}", r"noise\.sigma_1\.kind: missing; valid: uniform, log, choice"),
+        (
+            "noise.sigma_1: {kind: log, lo: 1, high: 2}",
+            r"noise\.sigma_1\.lo: unknown key; .*: high, kind, low",
+        ),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"search\.space.*{message}"):
+        digits(space(text))
+
+
+def test_ranges_that_overlap_are_refused_as_a_pair() -> None:
+    """Each is fine beside the config's own value of the other."""
+    with pytest.raises(ConfigError, match=r"it holds noise\.sigma_1 = 0\.05, noise\.sigma_L = 0\.1, which is not"):
+        digits(
+            space("noise.sigma_1: {kind: log, low: 0.05, high: 2}, noise.sigma_L: {kind: log, low: 0.01, high: 0.1}")
+        )
+
+
+def test_epsilons_need_a_sampler_that_has_one() -> None:
+    with pytest.raises(ConfigError, match=r"search\.epsilons: sampling\.sampler\.kind = probability_flow has no eps"):
+        digits("search.epsilons=[0.1]", "sampling.sampler={kind: probability_flow}")
+
+
+@pytest.mark.parametrize(
+    ("first", "factor", "expected"),
+    [(None, 4, [8750, 35000, 140000]), (10000, 4, [10000, 40000, 140000]), (140000, 4, [140000]), (1, 100, None)],
+)
+def test_rungs_end_with_training(first: int | None, factor: int, expected: list[int] | None) -> None:
+    config = digits(f"search={{first_rung_images: {first or 'null'}, reduction_factor: {factor}}}")
+    assert rungs(config) == (expected or [1, 100, 10_000, 140_000])
+
+
+def test_a_variant_is_the_config_with_other_values() -> None:
+    config = digits("search={}")
+    changed = variant(config, {"noise.sigma_1": 2.0, "network.widths": [8, 16]})
+    assert changed.search is None
+    assert changed_settings(config, changed) == {
+        "noise.sigma_1": (1.0, 2.0),
+        "network.widths": ([32, 64], [8, 16]),
+    }
+    assert changed.sampling == config.sampling
+    with pytest.raises(ValueError, match=r"noise\.sigma_1: Input should be greater than 0"):
+        variant(config, {"noise.sigma_1": -1.0})
+
+
+def test_epsilon_keeps_its_ratio_to_the_least_noise() -> None:
+    assert variant(digits(), {"noise.sigma_L": 0.06}).sampling.sampler.epsilon == 4 * 9e-5  # type: ignore[union-attr]
+
+
+def epsilons(config: Config, sigma_L: float, *, with_own: bool = False) -> list[float]:
+    chosen = variant(config, {"noise.sigma_L": sigma_L})
+    return [each.sampling.sampler.epsilon for each in swept(config, chosen, with_own=with_own)]  # type: ignore[union-attr]
+
+
+def test_the_sweep_is_in_units_of_the_least_noise() -> None:
+    config = digits("search.epsilons=[0.2, 0.05]")
+    assert epsilons(config, 0.02) == pytest.approx([0.05 * 4e-4, 0.2 * 4e-4])
+    assert epsilons(config, 0.03, with_own=True) == pytest.approx([0.05 * 9e-4, 9e-5, 0.2 * 9e-4])
+    assert epsilons(digits("search={}"), 0.03) == pytest.approx([4.5e-5, 9e-5, 1.8e-4])
+
+
+def test_a_sampler_without_epsilon_is_not_swept() -> None:
+    config = digits("search={}", "sampling.sampler={kind: probability_flow}")
+    assert [each.sampling for each in swept(config, variant(config, {}), with_own=True)] == [config.sampling]
+
+
+def test_levels_that_the_images_will_choose_are_looked_at_then() -> None:
+    text = DIGITS.replace("  sigma_1: 1.0\n", "  kind: auto\n").replace("  num_levels: 20\n", "")
+    config = from_yaml(text, overrides=["search.num_trials=3"])
+    assert config.noise.kind == "auto"
+    assert config.search is not None

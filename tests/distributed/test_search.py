@@ -1,0 +1,143 @@
+"""The parts of a search that need no cluster: room for trials, rungs, records, and going on after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ncsn.config import Config, from_yaml
+from ncsn.config.compute import ComputeConfig
+from ncsn.distributed.trial import FAILED, SearchPlan, run_trial
+from ncsn.distributed.trial_records import Judged, Rung, TrialFolder, read_trials
+from ncsn.distributed.tune import DRIVER_MEMORY, Halving, trials_at_once
+
+SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"
+GIB = float(2**30)
+
+
+def rung(images: int, objective: float) -> Rung:
+    sampler = {"kind": "annealed_langevin", "epsilon": 1e-5}
+    return Rung(images, objective, sampler, [Judged(sampler, objective)], 0.5, 1.0, f"images-{images:09d}")
+
+
+@pytest.fixture
+def plan(tiny: str, tmp_path: Path) -> SearchPlan:
+    return SearchPlan(from_yaml(tiny, overrides=[SEARCH]), dataset="nowhere", trials=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("resources", "compute", "wanted", "expected"),
+    [
+        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, None, 2),
+        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 2}, None, 1),
+        ({"CPU": 7, "memory": 8 * GIB}, {"num_workers": 1, "cpus_per_worker": 2}, None, 3),
+        ({"CPU": 64, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 2, "use_gpu": True}, None, 2),
+        ({"CPU": 3, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 1, "use_gpu": True}, None, 3),
+        ({"CPU": 64, "memory": 2.5 * DRIVER_MEMORY}, {"num_workers": 1}, None, 2),
+        ({"CPU": 8, "memory": 8 * GIB}, {"num_workers": 1}, 3, 3),
+        ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, 100, 2),
+    ],
+)
+def test_as_many_trials_as_the_cluster_holds(
+    resources: dict[str, float], compute: dict[str, Any], wanted: int | None, expected: int
+) -> None:
+    """All workers of all trials have room at once, so no trial waits for what another holds."""
+    found = trials_at_once(resources, ComputeConfig(**compute), wanted=wanted)
+    assert found == expected
+
+
+def test_a_cluster_that_cannot_hold_one_trial_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a trial of compute\.num_workers = 4 takes 4 GPU and the cluster has 1;"):
+        trials_at_once({"CPU": 64, "GPU": 1, "memory": GIB}, ComputeConfig(num_workers=4, use_gpu=True), wanted=None)
+
+
+def follow(scheduler: Halving, name: str, values: dict[str, Any], objectives: list[float], rungs: list[int]) -> int:
+    """Images at which the scheduler stops a trial that would reach these objectives."""
+    trial = SimpleNamespace(trial_id=name, config={"values": values})
+    scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for images, objective in zip(rungs, objectives, strict=False):
+        if scheduler.on_trial_result(None, trial, {"images_seen": images, "objective": objective}) == "STOP":
+            return images
+    raise AssertionError("no trial outlives the last rung")
+
+
+def test_halving_keeps_the_better_half_and_the_baseline(plan: SearchPlan) -> None:
+    scheduler = Halving(plan, earlier=[])
+    assert plan.rungs == [40, 80, 160]
+    other = {"noise.sigma_1": 2.0, "noise.sigma_L": 0.01}
+    assert follow(scheduler, "first", other, [5, 5, 5], plan.rungs) == 160
+    assert follow(scheduler, "worse", other, [9, 9, 9], plan.rungs) == 40
+    assert follow(scheduler, "better, then worse", other, [4, 6, 6], plan.rungs) == 80
+    assert follow(scheduler, "baseline", plan.baseline, [99, 99, 99], plan.rungs) == 160
+    assert follow(scheduler, "failed", other, [FAILED], plan.rungs) == 40
+
+
+def test_halving_remembers_earlier_trials(plan: SearchPlan) -> None:
+    for number, objective in enumerate([1.0, 2.0]):
+        folder = TrialFolder.of(plan.trials, values := {"noise.sigma_1": 1.0 + number, "noise.sigma_L": 0.01})
+        folder.start(number, values)
+        folder.reach(rung(40, objective))
+        folder.stop()
+    earlier = read_trials(plan.trials, last_rung=160)
+    assert [trial.status for trial in earlier] == ["stopped", "stopped"]
+    new = {"noise.sigma_1": 9.0, "noise.sigma_L": 0.01}
+    assert follow(Halving(plan, earlier=earlier), "new", new, [3.0, 3.0, 3.0], plan.rungs) == 40
+    assert follow(Halving(plan, earlier=[]), "new", new, [3.0, 3.0, 3.0], plan.rungs) == 160
+
+
+def reported(plan: SearchPlan, values: dict[str, Any]) -> list[tuple[int, float]]:
+    found: list[tuple[int, float]] = []
+    run_trial(plan, values, report=lambda point: found.append((point["images_seen"], point["objective"])))
+    return found
+
+
+def test_a_trial_only_reports_what_it_has_reached(plan: SearchPlan) -> None:
+    """There is no data set and no cluster: whatever it did again would fail."""
+    folder = TrialFolder.of(plan.trials, plan.baseline)
+    for images in plan.rungs:
+        folder.reach(rung(images, float(images)))
+    assert reported(plan, plan.baseline) == [(40, 40.0), (80, 80.0), (160, 160.0)]
+
+
+def test_a_failed_trial_is_not_tried_again(plan: SearchPlan) -> None:
+    folder = TrialFolder.of(plan.trials, plan.baseline)
+    folder.start(0, plan.baseline)
+    folder.reach(rung(40, 7.0))
+    folder.fail("it diverged")
+    assert reported(plan, plan.baseline) == [(40, 7.0), (80, FAILED)]
+    (record,) = read_trials(plan.trials, last_rung=160)
+    assert (record.status, record.failure) == ("failed", "it diverged")
+
+
+def test_what_does_not_go_together_fails_its_trial_alone(tiny: str, tmp_path: Path) -> None:
+    """Four levels of two steps are nine evaluations, with the last; three levels cannot have as many."""
+    text = f"search={{{SEARCH[8:-1]}, space: {{noise.num_levels: {{kind: choice, values: [4, 3]}}}}}}"
+    plan = SearchPlan(from_yaml(tiny, overrides=[text]), dataset="nowhere", trials=str(tmp_path))
+    assert [sampling.sampler.steps_per_level for sampling in plan.samplings({"noise.num_levels": 2})] == [4] * 3  # type: ignore[union-attr]
+    assert reported(plan, {"noise.num_levels": 3}) == [(40, FAILED)]
+    reason = TrialFolder.of(plan.trials, {"noise.num_levels": 3}).failure
+    assert reason == "nfe = 9 cannot be reached by sampling.sampler.steps_per_level; use 7 or 10"
+
+
+def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:
+    base: Config = plan.config
+    samplings = plan.samplings(plan.baseline)
+    assert {sampling.seed for sampling in samplings} == {1} != {base.sampling.seed}
+    assert plan.own_sampler() in [sampling.sampler for sampling in samplings]
+    assert plan.trial_config({"noise.sigma_1": 2.0}).train.keep_checkpoints == 1
+
+
+def test_records_keep_their_first_content(plan: SearchPlan) -> None:
+    values = {"noise.sigma_1": 2.0, "noise.sigma_L": 0.01}
+    folder = TrialFolder.of(plan.trials, values)
+    folder.start(3, values)
+    folder.start(9, values)
+    folder.reach(rung(40, 7.0))
+    folder.reach(rung(40, 8.0))
+    (record,) = read_trials(plan.trials, last_rung=160)
+    assert (record.number, record.values, record.status) == (3, values, "unfinished")
+    assert record.rungs == (rung(40, 7.0),)
+    assert TrialFolder.of(plan.trials, dict(reversed(values.items()))) == folder

@@ -1,0 +1,196 @@
+"""A search on a real Ray cluster: killed in the middle, given again, and asked a third time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+
+from components.tune import tune as component
+from ncsn.config import Config, from_json, from_yaml, to_json
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.steps import tune
+from ncsn.tracking.connection import connect
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 16, num_images: 128, ema_decay: 0.9, checkpoint_every_images: 1000, report_every_images: 64}}
+sampling: {{num_images: 10, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+search:
+  # Four levels of two steps are nine evaluations, with the last; three levels cannot have as many.
+  space:
+    noise.num_levels: {{kind: choice, values: [4, 3]}}
+    noise.sigma_1: {{kind: log, low: 0.5, high: 2}}
+  num_trials: 5
+  algorithm: random
+  num_samples: 20
+  first_rung_images: 32
+  reduction_factor: 4
+storage: {{root: {root}}}
+"""
+PATIENCE_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search that was killed after its first rungs, and what the same search found afterwards."""
+
+    config: Config
+    dataset: str
+    before: dict[str, bytes]
+    result: tune.TuneResult
+
+
+def rung_files(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in root.rglob("rung-*.json") if ".tmp" not in path.name}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
+    folder = tmp_path_factory.mktemp("tune")
+    text = TINY.format(root=folder / "store")
+    (folder / "tiny.yaml").write_text(text)
+    config = from_yaml(text)
+    dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_cluster(config) as address:
+            before = kill_after_first_rung(folder, dataset, address)
+            yield Searched(config, dataset, before, tune.run(config, run="hunt", dataset=dataset))
+
+
+def kill_after_first_rung(folder: Path, dataset: str, address: str) -> dict[str, bytes]:
+    command = [sys.executable, "-m", "ncsn", "tune", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--dataset", dataset], stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": address}
+        )
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not rung_files(folder) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+    found = rung_files(folder)
+    assert found, (folder / "log.txt").read_text()[-3000:]
+    return found
+
+
+def test_what_was_reached_before_is_not_done_again(searched: Searched) -> None:
+    after = rung_files(Path(searched.result.uri))
+    assert len(after) > len(searched.before)
+    assert {path: after[path] for path in searched.before} == searched.before
+
+
+def test_every_trial_has_an_end_and_one_that_cannot_work_stops_nothing(searched: Searched) -> None:
+    rows = searched.result.trials
+    assert [row["trial"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows:
+        if row["values"]["noise.num_levels"] == 3:
+            assert (row["status"], row["images_seen"]) == ("failed", 0)
+            assert "nfe = 9 cannot be reached" in row["reason"]
+        else:
+            assert row["status"] in ("finished", "stopped")
+            assert row["images_seen"] == (128 if row["status"] == "finished" else 32)
+    assert {"failed", "finished"} <= {row["status"] for row in rows}
+
+
+def test_the_config_as_it_stands_goes_to_the_end(searched: Searched) -> None:
+    own = {"noise.num_levels": 4, "noise.sigma_1": 1.0}
+    assert [row["status"] for row in searched.result.trials if row["values"] == own] == ["finished"]
+    assert searched.result.baseline is not None
+    assert searched.result.objective <= searched.result.baseline
+
+
+def test_epsilon_costs_no_training(searched: Searched) -> None:
+    """Each rung has one checkpoint and three epsilons, a fixed NFE and the search's own seed."""
+    for path in map(Path, rung_files(Path(searched.result.uri))):
+        rung = json.loads(path.read_text())
+        checkpoints = sorted(each.name for each in (path.parent / "checkpoints").iterdir())
+        assert rung["checkpoint"] in checkpoints
+        assert len(checkpoints) == len(rung_files(path.parent))
+        epsilons = [judged["sampler"]["epsilon"] for judged in rung["sweep"]]
+        assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
+        assert {judged["sampler"]["steps_per_level"] for judged in rung["sweep"]} == {2}
+        assert rung["objective"] == min(judged["objective"] for judged in rung["sweep"] if judged["objective"])
+
+
+def test_the_best_is_a_config_to_train(searched: Searched) -> None:
+    result = searched.result
+    finished = [row["objective"] for row in result.trials if row["status"] == "finished"]
+    assert result.objective == min(finished)
+    best = from_yaml(Path(result.config).read_text())
+    assert best.search is None
+    assert best.noise.sigma_1 == result.values["noise.sigma_1"]
+    assert best.sampling.sampler.model_dump() == result.sampler
+    assert result.run == "hunt-best"
+    assert result.objective_name == "eval/classifier_fid_n20"
+    assert len(json.loads(Path(result.table).read_text())["trials"]) == 5
+    assert {Path(plot).name for plot in result.plots} == {"coordinates.png", "epsilon.png"}
+
+
+def test_each_trial_is_a_run_below_that_of_the_step(searched: Searched) -> None:
+    connection = connect(searched.config)
+    runs = connection.client.search_runs([connection.experiment_id])
+    (step,) = [run for run in runs if run.data.tags.get("ncsn.step") == "tune"]
+    trials = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == step.info.run_id}
+    assert set(trials) == {f"trial-{row['trial']:03d}" for row in searched.result.trials}
+    for row in searched.result.trials:
+        run = trials[f"trial-{row['trial']:03d}"]
+        assert run.data.params == {path: str(value) for path, value in row["values"].items()}
+        assert run.data.tags["tune.status"] == row["status"]
+        assert run.info.status == ("FAILED" if row["status"] == "failed" else "FINISHED")
+        history = connection.client.get_metric_history(run.info.run_id, searched.result.objective_name)
+        assert [point.step for point in history] == {"finished": [32, 128], "stopped": [32], "failed": []}[
+            row["status"]
+        ]
+    assert step.data.metrics[searched.result.objective_name] == pytest.approx(searched.result.objective)
+
+
+def test_a_search_that_is_complete_is_returned(searched: Searched) -> None:
+    assert tune.run(searched.config, run="hunt", dataset=searched.dataset) == searched.result
+
+
+def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -> None:
+    outputs = {"search": dsl.Artifact, "plots": dsl.HTML, "metrics": dsl.Metrics}
+    artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in outputs.items()}
+    config, run = component.python_func(
+        config=to_json(searched.config),
+        run="hunt",
+        required=False,
+        dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": searched.dataset}),
+        task_config=dsl.TaskConfig(),
+        **artifacts,
+    )
+    assert run == "hunt-best"
+    assert from_json(config) == from_yaml(Path(searched.result.config).read_text())
+    assert artifacts["metrics"].metadata == {
+        "tune/objective": searched.result.objective,
+        "tune/baseline": searched.result.baseline,
+    }
+    assert (tmp_path / "plots").read_text().count("data:image/png;base64,") == 2
+
+
+def test_a_config_without_a_search_is_refused(searched: Searched) -> None:
+    config = searched.config.model_copy(update={"search": None})
+    with pytest.raises(ValueError, match=r"no search section; add one, or give --set search\.num_trials=16"):
+        tune.run(config, run="hunt", dataset=searched.dataset)
+
+
+def test_an_nfe_that_the_config_cannot_have_is_refused_before_anything_is_trained(searched: Searched) -> None:
+    config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=["search.nfe=8"])
+    with pytest.raises(ValueError, match=r"nfe = 8 cannot be reached by sampling\.sampler\.steps_per_level; use 5"):
+        tune.run(config, run="hunt", dataset=searched.dataset)
