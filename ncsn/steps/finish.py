@@ -120,7 +120,8 @@ def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run:
     """What the page links to, as far as the steps came."""
     noted = {step: tags for tracked in closed for step, tags in tracked.tags.items()}
     tags = {**noted.get("sample", {}), **noted.get("train", {})}
-    ingested, trained, registered = (_result(folders[step], step) for step in ("ingest", "train", "register"))
+    steps = ("ingest", "train", "register", "report")
+    ingested, trained, registered, reported = (_result(folders[step], step) for step in steps)
     return {
         "MLflow run": closed[-1].place if closed else "",
         "MLflow run id": closed[-1].run_id if closed else "",
@@ -130,6 +131,7 @@ def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run:
         "dataset digest": ingested.get("digest", ""),
         "checkpoint": trained.get("checkpoint", ""),
         "model": registered.get("uri", ""),
+        "report": reported.get("uri", ""),
         "commit": tags.get("mlflow.source.git.commit", ""),
         # On one machine the same tasks run without it.
         "image": os.environ.get("NCSN_IMAGE", "") if kfp_run else "",
