@@ -120,6 +120,13 @@ def test_a_deadline_ends_it(emulation) -> None:
         emulation.execute(SLEEP, kuberay={"max_hours": 1 / 3600})
 
 
+def test_a_cluster_that_finds_no_room_is_given_up(emulation) -> None:
+    emulation.operator.full = True
+    with pytest.raises(RemoteFailure, match=r"failed \(PreRunningDeadlineExceeded\): .*preRunningDeadlineSeconds"):
+        emulation.execute(HELLO, kuberay={"max_start_minutes": 1 / 60})
+    assert emulation.operator.started == []
+
+
 def test_the_next_attempt_attaches_after_the_launcher_is_killed(emulation, eventually, tmp_path: Path) -> None:
     go = tmp_path / "go"
     launcher = emulation.launch(wait_for_file(go))

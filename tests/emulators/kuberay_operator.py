@@ -52,6 +52,7 @@ class Operator:
         retry_seconds: How long the operator takes to replace a failed cluster.
         admitted: Kueue's answer: a RayJob with a queue waits for it.
         ends: jobStatus that stands in for the real one of a job that ended, with deployment Complete.
+        full: No node has room for the pods.
         silent: Don't touch anything: an operator that is down.
     """
 
@@ -62,6 +63,7 @@ class Operator:
     retry_seconds: float = 0
     admitted: threading.Event = field(default_factory=threading.Event)
     ends: str | None = None
+    full: bool = False
     silent: bool = False
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
@@ -107,6 +109,8 @@ class Operator:
         self._wait_in_queue(name, job)
         for attempt in range(spec.get("backoffLimit", 0) + 1):
             self._set(name, jobDeploymentStatus="Initializing", jobStatus="")
+            if not self._starts(name, spec):
+                return
             with self._ray(name, spec["rayClusterSpec"]) as ray:
                 code = self._run_entrypoint(name, spec, ray, deadline)
             if code is None:
@@ -121,6 +125,15 @@ class Operator:
             self._set(name, jobDeploymentStatus="Retrying", failed=attempt + 1, **why)
             self._sleep(name, self.retry_seconds)
         self._set(name, jobDeploymentStatus="Failed")
+
+    def _starts(self, name: str, spec: Resource) -> bool:
+        ends = time.monotonic() + spec.get("preRunningDeadlineSeconds", 1e9)
+        while self.full and time.monotonic() < ends:
+            self._pause(name)
+        if self.full:
+            message = "The RayJob has passed the preRunningDeadlineSeconds."
+            self._set(name, jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded", message=message)
+        return not self.full
 
     def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
         head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
