@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn.distributed.worker_context import WorkerContext
+
+# All buffers are constants. Torch 2.13 renamed the argument that says so.
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 
 class RayContext(WorkerContext):
@@ -30,7 +39,9 @@ class RayContext(WorkerContext):
         """The network under DistributedDataParallel, if there is more than one worker."""
         if self.world_size == 1:
             return network
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # For 1x1 convolutions two kinds of strides name one layout in memory, so what this warns of does not happen.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        return DistributedDataParallel(network, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
         """All-reduce."""
