@@ -96,7 +96,7 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
                 gif=storage.join(uri, "denoising.gif"),
                 num_images=sampling.num_images,
                 nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
-                seconds=round(seconds, 1),
+                seconds=round(seconds, 3),
                 checkpoint=checkpoint,
             )
             _publish_pictures(result, shard)

@@ -10,7 +10,7 @@ from ncsn import storage
 from ncsn.tracking.connection import Connection
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Param, Run
     from mlflow.tracking import MlflowClient
 
 PARAM_LENGTH = 6000
@@ -64,11 +64,21 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     """Add the parameters that the run does not have yet; MLflow's do not change."""
     from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
 
+    wanted = {key: Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items()}
+    while new := _without_known(client, run_id, wanted):
+        try:
+            client.log_batch(run_id, params=new[:BATCH], synchronous=True)
+        except MlflowException:
+            # Another process may have added some since they were looked up, and MLflow refuses the whole batch.
+            if len(_without_known(client, run_id, wanted)) >= len(new):
+                raise
+
+
+def _without_known(client: MlflowClient, run_id: str, wanted: Mapping[str, Param]) -> list[Param]:
     known = client.get_run(run_id).data.params
-    new = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items() if key not in known]
-    for first in range(0, len(new), BATCH):
-        client.log_batch(run_id, params=new[first : first + BATCH], synchronous=True)
+    return [param for key, param in wanted.items() if key not in known]
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

@@ -59,7 +59,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(server: KfpServer,
     assert arguments["run"] == run["display_name"] == target.run
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
-    assert cached_tasks(run) == {"ingest", "train", "sample", "evaluate"}
+    assert cached_tasks(run) == {"ingest", "tune", "train", "sample", "evaluate"}
     assert "cache: what an earlier run made with the same config" in done.stderr
 
 

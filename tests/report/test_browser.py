@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Frame
+from playwright.sync_api import Browser, Frame, expect
 
 from ncsn.report.html import render
 from ncsn.report.page import Page
@@ -44,7 +44,9 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
     contexts = []
 
     def open_page(name: str, *, scheme: str = "light") -> Visit:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+        )
         contexts.append(context)
         tab = context.new_page()
         seen = Visit(tab.main_frame)
@@ -57,7 +59,11 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
         shots = Path(os.environ.get(SCREENSHOTS, tmp_path))
         shots.mkdir(parents=True, exist_ok=True)
         picture = shots / f"{Path(name).stem}-{request.param}-{scheme}.png"
-        tab.screenshot(path=picture, full_page=True)
+        # The frame is loaded before it is painted.
+        for _ in range(50):
+            if len(tab.screenshot(path=picture, full_page=True)) > 10_000:
+                break
+            tab.wait_for_timeout(100)
         assert picture.stat().st_size > 10_000
         return seen
 
@@ -102,4 +108,6 @@ def test_the_film_plays_and_obeys_the_slider(visit) -> None:
     height = frame.locator(".film .window").bounding_box()["height"]
     assert top == pytest.approx(-2 * height, rel=0.02), "the third frame fills the window"
     frame.locator(".film button").click()
-    frame.wait_for_function("document.querySelector('.film output').textContent === 'finished'")
+    expect(frame.locator(".film output")).to_have_text(
+        "finished", timeout=30_000
+    )  # evaluates no string, as the CSP asks

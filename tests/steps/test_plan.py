@@ -13,6 +13,7 @@ from ncsn.planning import STEPS, load_prices
 from ncsn.steps import plan
 from ncsn.steps.result import once, run_folder
 from ncsn.steps.small_experiment import count
+from ncsn.steps.train import TrainResult
 
 TINY = """
 name: tiny
@@ -67,11 +68,11 @@ def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None
     (tmp_path / "runs" / "run" / "steps" / "train").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "steps" / "train" / "spent.json").write_text('{"seconds": 1000.0}')
 
-    def work(_progress: object) -> dict[str, object]:
+    def work(_progress: object) -> TrainResult:
         raise RuntimeError("lost a worker")
 
     with pytest.raises(RuntimeError):
-        once(folder, "train", inputs={}, result_type=dict, outputs=lambda _: [], unit="images", work=work)
+        once(folder, "train", inputs={}, result_type=TrainResult, outputs=lambda _: [], unit="images", work=work)
     found = plan.ledger(experiment, run="run")
     seconds = found["actual"]["steps"]["train"]["seconds"]
     assert 1000.0 <= seconds < 1060.0

@@ -1,7 +1,7 @@
 document.querySelectorAll(".film").forEach(function (film) {
   var labels = film.dataset.labels.split("|");
   var slider = film.querySelector("input"), button = film.querySelector("button"), output = film.querySelector("output");
-  var timer = 0;
+  var timer = 0, touched = false;
   function show(frame) {
     slider.value = frame;
     film.style.setProperty("--frame", frame);
@@ -24,12 +24,12 @@ document.querySelectorAll(".film").forEach(function (film) {
   }
   film.classList.add("live");
   film.querySelector(".controls").hidden = false;
-  slider.addEventListener("input", function () { stop(); show(Number(slider.value)); });
-  button.addEventListener("click", function () { timer ? stop() : play(); });
+  slider.addEventListener("input", function () { touched = true; stop(); show(Number(slider.value)); });
+  button.addEventListener("click", function () { touched = true; timer ? stop() : play(); });
   show(labels.length - 1);
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches && window.IntersectionObserver) {
     new IntersectionObserver(function (entries, observer) {
-      if (entries[0].isIntersecting) { observer.disconnect(); play(); }
+      if (entries[0].isIntersecting) { observer.disconnect(); if (!touched) play(); }
     }, { threshold: 0.5 }).observe(film);
   }
 });
