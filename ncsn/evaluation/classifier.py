@@ -151,7 +151,9 @@ def train_classifier(
         _set_pixel_statistics(network, images)
         network.to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.2)
+        # Of exactly 5, a fifth would be a rise of one step, by whose length less one torch divides.
+        rise = 0.2 if steps != 4 else 0.3
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=rise)
         for epoch in range(recipe.epochs):
             order = labelled[torch.randperm(len(labelled)).numpy()]
             for first in range(0, len(order), batch_size):

@@ -74,6 +74,13 @@ def test_every_size_and_channel_count(size: int, channels: int) -> None:
     np.testing.assert_allclose(np.exp(extracted.log_probabilities).sum(axis=1), 1, atol=1e-12)
 
 
+@pytest.mark.parametrize("epochs", range(1, 8))
+def test_any_number_of_steps_has_a_learning_rate(epochs: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), np.uint8)
+    network = train_classifier(replace(RECIPE, epochs=epochs), images=images, labels=np.arange(6) % 3)
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
 def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> None:
     network = ClassifierNetwork(image_size=28, channels=1, num_classes=10)
     assert network.features(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
