@@ -49,7 +49,7 @@ def ray_cluster(config: Config) -> Iterator[str]:
             yield address
         finally:
             del os.environ["RAY_ADDRESS"]
-            ray.shutdown()
+            ray.shutdown(wait_for_processes=True)
 
 
 @contextmanager

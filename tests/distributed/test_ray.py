@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from safetensors.torch import load_file
 
 from ncsn.config import Config, from_yaml
 from ncsn.data.row import from_table
 from ncsn.distributed import trainer
-from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.local_cluster import ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.report.stages import Stages
 
 
+class Cluster(NamedTuple):
+    """A driver in a process of its own and the address of its cluster."""
+
+    driver: RayDriver
+    address: str
+
+
 @pytest.fixture(scope="module")
-def cluster(tiny: str, cache_dir: Path) -> Iterator[str]:
+def cluster(tiny: str, cache_dir: Path) -> Iterator[Cluster]:
     """One cluster for the module; its workers inherit the cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_cluster(from_yaml(tiny, overrides=["compute.num_workers=2"])) as address:
-            yield address
+        with ray_driver(from_yaml(tiny, overrides=["compute.num_workers=2"])) as (driver, address):
+            yield Cluster(driver, address)
 
 
 @pytest.fixture(scope="module")
-def trained(cluster: str, tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(cluster: Cluster, tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained by two workers."""
     run = tmp_path_factory.mktemp("run")
-    outcome = trainer.train(TrainingJob(config=two_workers(tiny), dataset=dataset), run_uri=str(run))
+    job = TrainingJob(config=two_workers(tiny), dataset=dataset)
+    outcome = cluster.driver(trainer.train, job, run_uri=str(run))
     assert outcome.images_seen == 160
     return run
 
@@ -52,7 +63,7 @@ def tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / f"{name}.safetensors")
 
 
-def test_everything_listens_on_loopback(cluster: str) -> None:
+def test_everything_listens_on_loopback(cluster: Cluster) -> None:
     """No Ray process accepts a connection from another machine."""
     ours = {process.pid for process in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
     listening = [
@@ -62,7 +73,7 @@ def test_everything_listens_on_loopback(cluster: str) -> None:
     ]
     assert len(listening) > 3
     assert {address.ip for address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    host, port = cluster.split(":")
+    host, port = cluster.address.split(":")
     assert host == "127.0.0.1"
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         assert connection.getpeername()[1] == int(port)
@@ -79,24 +90,42 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
                 assert torch.allclose(one[key], two[key], rtol=1e-4, atol=1e-5), f"{name} {key}"
 
 
-def test_the_same_run_resumes_and_has_nothing_left_to_do(trained: Path, tiny: str, dataset: str) -> None:
-    again = trainer.train(TrainingJob(config=two_workers(tiny), dataset=dataset), run_uri=str(trained))
+def test_the_same_run_resumes_and_has_nothing_left_to_do(
+    cluster: Cluster, trained: Path, tiny: str, dataset: str
+) -> None:
+    job = TrainingJob(config=two_workers(tiny), dataset=dataset)
+    again = cluster.driver(trainer.train, job, run_uri=str(trained))
     assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
 
 
-def test_a_mistake_is_not_retried(trained: Path, tiny: str, dataset: str) -> None:
+def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, dataset: str) -> None:
     """A checkpoint of another config would fail at every retry."""
     other = two_workers(tiny, "noise.sigma_1=2.0")
     with pytest.raises(ValueError, match=r"trained with another config: noise\.sigma_1 is 1\.0 there and 2\.0 here"):
-        trainer.train(TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
+        cluster.driver(trainer.train, TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
 
 
-def test_more_workers_than_the_cluster_has_are_refused(cluster: str, tiny: str) -> None:
+def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: str) -> None:
     with pytest.raises(ValueError, match=r"compute\.num_workers = 8 needs 8 CPUs and the cluster has [2-7];"):
-        require_resources(from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
+        cluster.driver(require_resources, from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
 
 
-def sample(trained: Path, folder: Path, config: Config, *, batch: int, count: int = 10) -> tuple[int, np.ndarray]:
+class Sampled(NamedTuple):
+    """A folder of ten images, all of them, and how many were made in the call."""
+
+    made: int
+    images: np.ndarray
+
+
+Sample = Callable[..., Sampled]
+
+
+@pytest.fixture
+def sample(cluster: Cluster, trained: Path) -> Sample:
+    return partial(sample_ten, cluster, trained)
+
+
+def sample_ten(cluster: Cluster, trained: Path, folder: Path, config: Config, *, batch: int) -> Sampled:
     shard = Shard(
         checkpoint=str(trained / "checkpoints" / "images-000000160"),
         sampling=config.sampling,
@@ -106,49 +135,48 @@ def sample(trained: Path, folder: Path, config: Config, *, batch: int, count: in
         threads=1,
         use_gpu=False,
     )
-    seen: list[tuple[int, int]] = []
-    made = sample_missing(shard, num_images=count, progress=lambda done, total: seen.append((done, total)))
-    assert not seen or seen[-1] == (count, count)
+    made, told = cluster.driver(with_progress, sample_missing, shard, num_images=10)
+    assert not told or told[-1] == (10, 10)
     tables = [pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))]
-    return made, np.concatenate([from_table(table).images for table in tables])
+    return Sampled(made, np.concatenate([from_table(table).images for table in tables]))
 
 
-def test_images_do_not_depend_on_how_they_are_sharded(trained: Path, tiny: str, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_how_they_are_sharded(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny)
-    made, whole = sample(trained, tmp_path / "whole", config, batch=10)
+    made, whole = sample(tmp_path / "whole", config, batch=10)
     assert made == 10 and whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
-    _, parts = sample(trained, tmp_path / "parts", config, batch=3)
+    _, parts = sample(tmp_path / "parts", config, batch=3)
     assert np.array_equal(whole, parts)
-    _, other = sample(trained, tmp_path / "other", from_yaml(tiny, overrides=["sampling.seed=1"]), batch=10)
+    _, other = sample(tmp_path / "other", from_yaml(tiny, overrides=["sampling.seed=1"]), batch=10)
     assert not np.array_equal(whole, other)
 
 
-def test_only_missing_images_are_made(trained: Path, tiny: str, tmp_path: Path) -> None:
+def test_only_missing_images_are_made(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny)
-    _, before = sample(trained, tmp_path, config, batch=4)
-    assert sample(trained, tmp_path, config, batch=4)[0] == 0
+    _, before = sample(tmp_path, config, batch=4)
+    assert sample(tmp_path, config, batch=4)[0] == 0
     (tmp_path / "shard-000000004-000000008.parquet").unlink()
-    made, after = sample(trained, tmp_path, config, batch=3)
+    made, after = sample(tmp_path, config, batch=3)
     assert made == 4
     assert np.array_equal(before, after)
 
 
-def test_levels_end_with_the_images(trained: Path, tiny: str, tmp_path: Path) -> None:
+def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: Path, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny)
-    _, images = sample(trained, tmp_path, config, batch=4)
+    _, images = sample(tmp_path, config, batch=4)
     shard = Shard(str(trained / "checkpoints" / "images-000000160"), config.sampling, "", 0, 4, 1, use_gpu=False)
-    stages = watch_levels(shard, Stages(40))
+    stages = cluster.driver(watch_levels, shard, Stages(40))
     assert stages.numbers == [0, 1, 2, 3, 4] and stages.frames.shape == (5, 4, 8, 8, 1)
     assert np.array_equal(stages.frames[-1], images[:4])
     assert not np.array_equal(stages.frames[-2], images[:4])
 
 
-def test_a_sampler_that_diverges_is_a_mistake(trained: Path, tiny: str, tmp_path: Path) -> None:
+def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny, overrides=["sampling.sampler.epsilon=1.0", "sampling.sampler.steps_per_level=200"])
     with pytest.raises(
         ValueError, match=r"are not finite with sampling\.sampler .*'epsilon': 1\.0.*; lower its step size"
     ) as caught:
-        sample(trained, tmp_path, config, batch=10)
+        sample(tmp_path, config, batch=10)
     assert "\n" not in str(caught.value)
 
 
@@ -172,11 +200,11 @@ def test_snapshot_names_the_checkpoints(trained: Path) -> None:
     assert "images-000000160" in json.dumps(snapshot)
 
 
-def test_a_submitted_job_is_tagged_with_the_names_of_the_jobs_api(cluster: str, monkeypatch) -> None:
-    assert "ray.submission_id" not in ray_tags()
+def test_a_submitted_job_is_tagged_with_the_names_of_the_jobs_api(cluster: Cluster) -> None:
+    assert "ray.submission_id" not in cluster.driver(ray_tags)
     metadata = {"job_submission_id": "raysubmit_1", "job_name": "ncsn-digits"}
     # As Ray's job supervisor sets it for the driver that it starts.
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": metadata}))
-    tags = ray_tags()
+    variable = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {}, "metadata": metadata})}
+    tags = cluster.driver(with_environment, variable, ray_tags)
     assert (tags["ray.submission_id"], tags["ray.job_name"]) == ("raysubmit_1", "ncsn-digits")
     assert tags["ray.job_id"]

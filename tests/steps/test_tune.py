@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from kfp import dsl
+from ray_driver import ray_driver
 
 from components.tune import tune as component
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed.local_cluster import ray_cluster
 from ncsn.steps import tune
 from ncsn.tracking.connection import connect
 
@@ -68,9 +68,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_cluster(config) as address:
+        with ray_driver(config) as (driver, address):
             before = kill_after_first_rung(folder, dataset, address)
-            yield Searched(config, dataset, before, tune.run(config, run="hunt", dataset=dataset))
+            yield Searched(config, dataset, before, driver(tune.run, config, run="hunt", dataset=dataset))
 
 
 def kill_after_first_rung(folder: Path, dataset: str, address: str) -> dict[str, bytes]:

@@ -1,0 +1,54 @@
+"""A Ray driver in a process of its own: Ray may end its driver's process (`_exit`), and pytest must outlive that."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
+
+from ncsn.config import Config
+from ncsn.distributed.local_cluster import ray_cluster
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RayDriver:
+    """Calls functions in the driver; what they take, return and raise must pickle."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._pool.submit(function, *args, **kwargs).result()
+
+
+@contextmanager
+def ray_driver(config: Config) -> Iterator[tuple[RayDriver, str]]:
+    """A driver and the address of its cluster, which ends with the block. The driver has this process's environment."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        driver = RayDriver(pool)
+        yield driver, driver(_join, config)
+
+
+def _join(config: Config) -> str:
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(ray_cluster(config))
+
+
+def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, list[tuple[int, int]]]:
+    """What a function returns and what it told its `progress` meanwhile."""
+    told: list[tuple[int, int]] = []
+    return function(*args, progress=lambda done, total: told.append((done, total)), **kwargs), told
+
+
+def with_environment(environment: dict[str, str], function: Callable[[], R]) -> R:
+    """What a function returns while these variables are set."""
+    with patch.dict(os.environ, environment):
+        return function()
