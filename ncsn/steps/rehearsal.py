@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,13 +106,14 @@ class _Rehearsal:
         """Rehearse every step of `config`."""
         report("ingest")
         ingest_image, images = self._seconds_per_image(config)
-        self.config = with_values(self.config, **_train_length(self.config, images))
+        self.config = with_values(self.config, **train_length(self.config, images))
         data = ingest.run(self.config, run=RUN)
         read = sum(data.counts.values()) * ingest_image
         fixed = {"ingest": max(self._seconds("ingest") - read, 0.0) + self.start.tracking}
         report("train")
         trained = train.run(self.config, run=RUN, dataset=data.uri)
-        train_image, checkpoint, around = self._training(trained)
+        points = metric_history(self.config, run=RUN, step="train", name="train/images_per_second")
+        train_image, checkpoint, around = training_seconds(points, loop=trained.seconds, step=self._seconds("train"))
         fixed["train"] = around + self.start.tracking + self.start.joining
         report("sample")
         made, sample_evaluation, around = self._sampling(trained.checkpoint, train_image)
@@ -163,16 +164,6 @@ class _Rehearsal:
             uri = dataset.uri
         return max(taken[1] - taken[0], 0.0) / max(images[1] - images[0], 1), uri
 
-    def _training(self, result: train.TrainResult) -> tuple[float, float, float]:
-        """Seconds of an image, of a checkpoint and of what surrounds the loop; the first stretch warms up."""
-        points = metric_history(self.config, run=RUN, step="train", name="train/images_per_second")
-        ends = [0, *(images for images, _ in points)]
-        lengths = [after - before for before, after in itertools.pairwise(ends)]
-        seconds = [length / rate for length, (_, rate) in zip(lengths, points, strict=True)]
-        image = sum(seconds[1:]) / sum(lengths[1:])
-        checkpoint = max(result.seconds - sum(seconds), 0.0)
-        return image, checkpoint, self._seconds("train") - sum(lengths) * image - checkpoint
-
     def _sampling(self, checkpoint: str, train_image: float) -> tuple[sample.SampleResult, float, float]:
         """Samples, seconds of one evaluation of a batch, and of what surrounds the sampling.
 
@@ -221,7 +212,23 @@ class _Rehearsal:
         return own, extract_image, fixed
 
 
-def _train_length(config: Config, dataset: str) -> dict[str, int]:
+def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: float) -> tuple[float, float, float]:
+    """Seconds of an image, of a checkpoint and of what surrounds the loop; the first stretch warms up.
+
+    Args:
+        points: Images seen at the end of each stretch, and its images per second.
+        loop: Seconds of the loop, which saves one checkpoint.
+        step: Seconds of the whole step.
+    """
+    ends = [0, *(images for images, _ in points)]
+    lengths = [after - before for before, after in itertools.pairwise(ends)]
+    seconds = [length / rate for length, (_, rate) in zip(lengths, points, strict=True)]
+    image = sum(seconds[1:]) / sum(lengths[1:])
+    checkpoint = max(loop - sum(seconds), 0.0)
+    return image, checkpoint, step - sum(lengths) * image - checkpoint
+
+
+def train_length(config: Config, dataset: str) -> dict[str, int]:
     """So many steps that they take about `SECONDS`, by the second step of one process on all cores."""
     batch = config.train.batch_size
     steps = MOST_STEPS

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import time
@@ -25,8 +24,9 @@ from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
 from ncsn.tracking.costs import log_plan, read_plan, step_costs
-from ncsn.tracking.delivery import patience, send_leftovers, tell
-from ncsn.tracking.journal import Entry, held, now, runs_with_journal
+from ncsn.tracking.delivery import send_leftovers
+from ncsn.tracking.ending import conclude, endings
+from ncsn.tracking.journal import Entry, now, runs_with_journal
 from ncsn.tracking.lookup import BATCH, PARAM_LENGTH, find_or_create, log_params, set_tags
 from ncsn.tracking.provenance import provenance
 from ncsn.tracking.sink import MetricsSink
@@ -44,10 +44,6 @@ LATER = {"ingest": ("search", "sampling", "evaluation"), "tune": (), "train": ("
 """Sections that a step does not use."""
 OUTAGE_SECONDS = 60.0
 """How long a later step waits for a server that the first one has reached."""
-END_RETRIES, END_TIMEOUT = 2, 10
-"""Tries, and seconds for each, to say how a run ended before that is left to the next command."""
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
     try:
         yield tracked
     except BaseException as error:
-        _end(tracked, ids, "FAILED" if isinstance(error, Exception) else "KILLED")
+        conclude(tracked.client, journals, endings(ids, "FAILED" if isinstance(error, Exception) else "KILLED"))
         if isinstance(error, MlflowException):
             raise TrackingError(
                 f"tracking server {shown(connection.uri)}: {one_line(error)}; the same command again goes on from here"
@@ -219,9 +215,11 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         raise
     seconds, when = time.monotonic() - started, now()
     of_step, of_run = step_costs(config, plan, step=step, seconds=seconds)
-    _tell(tracked, tracked.run_id, Entry("cost", when // 1000, when, metrics=of_step))
-    _tell(tracked, tracked.parent_run_id, Entry(f"cost/{step}", when // 1000, when, metrics=of_run))
-    _end(tracked, ids, "FINISHED")
+    costs = [
+        (tracked.run_id, Entry("cost", when // 1000, when, metrics=of_step)),
+        (tracked.parent_run_id, Entry(f"cost/{step}", when // 1000, when, metrics=of_run)),
+    ]
+    conclude(tracked.client, journals, [*costs, *endings(ids, "FINISHED")])
 
 
 def journal_folder(config: Config, run: str) -> str:
@@ -295,25 +293,3 @@ def _describe(client: MlflowClient, run: Run, config: Config) -> None:
     changed = [f"{path}: {known[path]} -> {value}" for path, value in params.items() if known.get(path, value) != value]
     if changed:
         set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
-
-
-def _end(tracked: StepRun, run_ids: list[str], status: str) -> None:
-    """Close the runs."""
-    ended = now()
-    for run_id in run_ids:
-        _tell(tracked, run_id, Entry("status", ended, ended, status=status))
-
-
-def _tell(tracked: StepRun, run_id: str, entry: Entry) -> None:
-    """Record an entry now, or leave it to the next command if the server is away: the work itself is done."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with patience(retries=END_RETRIES, timeout=END_TIMEOUT):
-            tell(tracked.client, run_id, entry)
-    except MlflowException:
-        try:
-            with held(tracked.journals, run_id, patience=END_TIMEOUT) as journal:
-                journal.append(entry)
-        except OSError as error:
-            _logger.warning("the MLflow run %s is not complete: %s", run_id, error)

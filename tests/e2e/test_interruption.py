@@ -33,7 +33,11 @@ def stop(workplace, *, when, what: str, by: signal.Signals) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["ctrl-c", "sigterm", "sigkill"],
+)
 def test_a_stopped_run_ends_with_all_that_it_started(workplace, number: signal.Signals, code: int) -> None:
     def pipeline_works() -> bool:
         return any("executor_main" in command for command in workplace.processes().values())
@@ -43,6 +47,7 @@ def test_a_stopped_run_ends_with_all_that_it_started(workplace, number: signal.S
     assert stderr.endswith("interrupted\n") == (number == signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_is_resumed(workplace) -> None:
     returned, _ = stop(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-DIVERGE = ("optimizer.learning_rate=1", "optimizer.beta_2=0", "optimizer.eps=1e-30")
+DIVERGE = (
+    "optimizer.learning_rate=1",
+    "optimizer.beta_2=0",
+    "optimizer.eps=1e-30",
+    "train.report_every_images=32",
+    "compute.num_workers=1",
+)
 
 
 @pytest.mark.parametrize(

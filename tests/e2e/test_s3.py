@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from ncsn import storage
 from ncsn.steps.result import STEPS
 
 
+@pytest.mark.slow
 def test_a_store_in_s3_is_as_good_as_a_folder(workplace, s3_root: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))

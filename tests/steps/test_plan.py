@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
 from ncsn.planning import STEPS, load_prices
-from ncsn.steps import plan
+from ncsn.steps import plan, rehearsal
 from ncsn.steps.result import once, run_folder
 from ncsn.steps.small_experiment import count
 from ncsn.steps.train import TrainResult
@@ -30,6 +32,7 @@ def config(root: Path, *overrides: str) -> Config:
     return from_yaml(TINY, overrides=[f"storage.root={root}", *overrides])
 
 
+@pytest.mark.slow
 def test_rehearsal_knows_what_each_step_takes_and_leaves_only_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +54,25 @@ def test_rehearsal_knows_what_each_step_takes_and_leaves_only_the_plan(
     training = made["steps"]["train"]["seconds"]
     assert training == pytest.approx(rates["fixed"]["train"] + 160000 * rates["train_image"] + 2 * rates["checkpoint"])
     assert made["memory"]["fits"]
+
+
+def test_a_rehearsed_training_is_split_into_images_checkpoint_and_the_rest() -> None:
+    """Stretches of 10, 2 and 2 seconds, of which the first warms up; the loop took 20 seconds and the step 30."""
+    points = [(100, 10.0), (200, 50.0), (300, 50.0)]
+    image, checkpoint, around = rehearsal.training_seconds(points, loop=20.0, step=30.0)
+    assert image == pytest.approx(4 / 200)
+    assert checkpoint == pytest.approx(20 - 14)
+    assert around == pytest.approx(30 - 300 * image - checkpoint)
+
+
+def test_a_rehearsed_training_is_whole_stretches(tmp_path: Path) -> None:
+    data = config(tmp_path, "data.max_images=100").data
+    dataset = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
+    chosen = rehearsal.train_length(config(tmp_path), dataset)
+    stretch = chosen["train.report_every_images"]
+    assert stretch % 16 == 0
+    assert chosen["train.num_images"] == chosen["train.checkpoint_every_images"] == rehearsal.REPORTS * stretch
+    assert rehearsal.LEAST_STEPS <= chosen["train.num_images"] / 16 <= rehearsal.MOST_STEPS
 
 
 def test_counts_are_those_of_the_source(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ncsn.config import flatten, from_yaml
 from ncsn.planning import load_prices
-from ncsn.tracking import run as runs
 from ncsn.tracking.connection import TrackingError, client_at, connect
 from ncsn.tracking.run import step_run
 
@@ -161,7 +160,6 @@ def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, mo
 def test_server_that_goes_away_in_a_step_is_one_line(make_config, monkeypatch):
     """And the work that was done is not lost: the same command goes on."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(runs, "END_RETRIES", 0)
     line = pytest.raises(TrackingError, match=r"the same command again goes on from here$")
     with line as caught, step_run(make_config(), run="away", step="sample") as tracked:
         client_at("http://127.0.0.1:9").set_tag(tracked.run_id, "a", "b")

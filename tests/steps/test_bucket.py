@@ -1,0 +1,80 @@
+"""The steps around training and sampling with their store in a bucket: each reads and leaves what it should there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ncsn import build, checkpoint, storage
+from ncsn.config import Config, from_yaml
+from ncsn.core.ema import Ema
+from ncsn.core.images import to_unit
+from ncsn.core.starts import fit_moments
+from ncsn.core.train_state import TrainState
+from ncsn.data.parquet import read_split
+from ncsn.data.row import Images, to_table
+from ncsn.report.figures import grid_png
+from ncsn.steps import evaluate, ingest, register, report
+
+EXPERIMENT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 64}
+noise: {num_levels: 2, sigma_L: 0.1}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
+sampling: {num_images: 16, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+evaluation: {classifier_epochs: 1, num_splits: 2}
+"""
+RUN = "inbucket"
+
+
+@pytest.fixture
+def config(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
+    return from_yaml(EXPERIMENT, overrides=[f"storage.root={s3_root}"])
+
+
+def save_checkpoint(config: Config, dataset: str, digest: str) -> str:
+    """One that was never trained."""
+    network = build.network(config)
+    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
+    uri = f"{config.storage.root}/runs/{RUN}/checkpoints/images-000000008"
+    with storage.staged_folder(uri, marker="checkpoint.json") as folder:
+        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
+    return uri
+
+
+def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
+    """Real images in place of samples."""
+    sampler = config.sampling.sampler.model_dump(mode="json")
+    digest = checkpoint.load_for_sampling(trained).digest
+    manifest = {"checkpoint": trained, "checkpoint_digest": digest, "sampler": sampler, "nfe": 5, "seed": 0}
+    uri = f"{config.storage.root}/runs/{RUN}/samples/some"
+    with storage.staged_folder(uri, marker="manifest.json") as folder:
+        pq.write_table(to_table(Images(images, np.full(16, -1))), folder / "shard-000000000-000000016.parquet")
+        (folder / "grid.png").write_bytes(grid_png(images))
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return uri
+
+
+def test_a_bucket_is_as_good_as_a_folder(config: Config, tmp_path: Path) -> None:
+    data = ingest.run(config, run=RUN)
+    trained = save_checkpoint(config, data.uri, data.digest)
+    samples = save_samples(config, read_split(data.uri, "test").images[:16], trained)
+    figures = evaluate.run(config, run=RUN, samples=samples, dataset=data.uri)
+    assert "eval/classifier_fid_n16" in json.loads(storage.read_text(figures.uri))["metrics"]
+    registered = register.run(config, run=RUN, checkpoint=trained, evaluation=figures.uri)
+    assert registered.aliases == ["challenger", "champion"]
+    page = report.run(config, run=RUN, evaluation=figures.uri)
+    assert page.uri == f"{config.storage.root}/runs/{RUN}/report/report.html"
+    assert f"version 1 of ncsn-tiny and became the champion: {registered.reason}" in storage.read_text(page.uri)
+    assert all(uri.startswith(f"{config.storage.root}/") for uri in (data.uri, figures.uri, page.uri))
+    for step in ("ingest", "evaluate", "register", "report"):
+        assert storage.exists(f"{config.storage.root}/runs/{RUN}/steps/{step}/result.json")
