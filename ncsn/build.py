@@ -112,13 +112,36 @@ def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
     )
 
 
+def memory_format(config: Config) -> torch.memory_format:
+    """Order in which the numbers of images and convolutions lie in memory."""
+    return torch.channels_last if config.compute.channels_last else torch.contiguous_format
+
+
+def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | None:
+    """Type in which training computes convolutions, None for that of the weights.
+
+    Raises:
+        ValueError: if `device` cannot train in it.
+    """
+    precision = config.train.precision
+    if precision == "float16" and torch.device(device).type == "cpu":
+        raise ValueError(
+            "train.precision = float16 trains on GPUs only; set compute.use_gpu = true, or use bfloat16 or float32"
+        )
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
     """Network, optimizer and EMA weights at the start of training."""
     score_network = network(config).to(device)
+    # Torch's annotations leave this argument out.
+    score_network.to(memory_format=memory_format(config))  # type: ignore[call-overload]
+    float16 = autocast_dtype(config, device) is torch.float16
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network),
         ema=Ema(score_network, decay=config.train.ema_decay),
+        scaler=torch.amp.GradScaler(torch.device(device).type) if float16 else None,
     )
 
 

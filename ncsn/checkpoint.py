@@ -4,7 +4,7 @@
     ema.safetensors        EMA weights
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the data set
+    state.json             images_seen, EMA counter, digest of the data set, the loss's scale in float16
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -87,11 +87,13 @@ def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoment
     save_file(_plain(state.ema.weights), folder / "ema.safetensors")
     save_moments(moments, folder / "moments.safetensors")
     save_file(_optimizer_tensors(state.network, state.optimizer), folder / "optimizer.safetensors")
-    facts = {
+    facts: dict[str, Any] = {
         "images_seen": state.images_seen,
         "ema_updates": state.ema.num_updates,
         "dataset_digest": dataset_digest,
     }
+    if state.scaler is not None:
+        facts["loss_scale"] = state.scaler.state_dict()
     (folder / "state.json").write_text(json.dumps(facts))
     (folder / "config.yaml").write_text(to_yaml(config))
     index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
@@ -118,6 +120,8 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
     _load_optimizer(state.network, state.optimizer, load_file(folder / "optimizer.safetensors"))
     state.images_seen = int(facts["images_seen"])
+    if state.scaler is not None:
+        state.scaler.load_state_dict(facts["loss_scale"])
 
 
 def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:
@@ -275,11 +279,16 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
-    for index, (name, _) in enumerate(network.named_parameters()):
+    for index, (name, parameter) in enumerate(network.named_parameters()):
         moments = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
         if moments:
-            state[index] = moments
+            state[index] = {key: _laid_out_like(parameter, value) for key, value in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """The moment with its numbers in the parameter's order in memory: fused Adam goes through both side by side."""
+    return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

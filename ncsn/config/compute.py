@@ -66,6 +66,20 @@ class ComputeConfig(Section):
     num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
+    microbatch: int | None = Field(
+        None,
+        ge=1,
+        description="Images that a worker puts through the network at once; the gradients of its share of "
+        "train.batch_size add up. null = the whole share. Less memory, the same result but for rounding.",
+    )
+    channels_last: bool = Field(
+        False, description="Keep images and weights in channels-last order, which convolutions on GPUs like."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the network when training starts (torch.compile): minutes once, faster steps. Needs a C++ "
+        "compiler on the workers. Checkpoints are the same.",
+    )
     max_failures: int = Field(
         3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint."
     )

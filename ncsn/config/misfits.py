@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ncsn.config.losses import SingleSigmaLossConfig
+from ncsn.config.losses import SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.noise import NoiseConfig
 from ncsn.config.samplers import (
@@ -24,17 +24,24 @@ _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 
 def misfits(config: Config) -> list[str]:
     """One line for each pair of settings that do not fit, naming both by their dotted paths."""
-    checks = (_batch, _logits, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
+    checks = (_batch, _compiled_loss, _logits, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
     return [line for check in checks for line in check(config)]
 
 
 def _batch(config: Config) -> Iterator[str]:
     batch, workers = config.train.batch_size, config.compute.num_workers
-    if batch % workers:
+    if batch < workers:
         yield (
-            f"train.batch_size = {batch} does not divide over compute.num_workers = {workers}: "
-            f"{batch} / {workers} = {batch / workers:g} images per worker; "
-            f"use {batch - batch % workers or workers} or {batch + workers - batch % workers}"
+            f"train.batch_size = {batch} leaves some of compute.num_workers = {workers} without an image; "
+            "raise the one or lower the other"
+        )
+
+
+def _compiled_loss(config: Config) -> Iterator[str]:
+    if config.compute.compile and isinstance(config.loss, SsmLossConfig):
+        yield (
+            "compute.compile = true cannot train with loss.kind = ssm, which differentiates the network twice; "
+            "use compute.compile = false"
         )
 
 

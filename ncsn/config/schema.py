@@ -86,8 +86,10 @@ class TrainConfig(Section):
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step over all workers together.")
     num_images: int = Field(ge=1, description="Training images to consume in all (images, not epochs).")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay per step of the running average of the weights.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Arithmetic of the network's convolutions; norms, loss and optimizer stay in float32."
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Arithmetic of the network's convolutions; norms, loss and optimizer stay in float32. float16, "
+        "with its scaled loss, is for GPUs without bfloat16, and refused on CPUs.",
     )
     checkpoint_every_images: int = Field(ge=1, description="A checkpoint every so many images, and one at the end.")
     report_every_images: int = Field(ge=1, description="Images between two entries of the loss curves.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +26,14 @@ class TrainState:
         optimizer: Its optimizer.
         ema: The running average of its weights.
         images_seen: Training images consumed by all workers.
+        scaler: Keeps float16 gradients in range; None for other types.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
     images_seen: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class StepReport:
     Attributes:
         loss: Scalar, the objective over this worker's images.
         per_image: float32 [B], normalised so that a zero network reads 1.0.
-        grad_norm: Scalar, norm of the whole gradient before clipping; after DDP's averaging if the network is wrapped.
+        grad_norm: Scalar, norm of the whole gradient before clipping; after DDP's averaging if the network is wrapped;
+            0 where `scaler` left the step out because the gradient was out of float16's range.
     """
 
     loss: Tensor
@@ -60,8 +65,14 @@ def train_step(
     objective: Objective = _DSM,
     grad_clip_norm: float | None = None,
     autocast_dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    microbatch: int | None = None,
+    mean_share: float | None = None,
 ) -> StepReport:
     """One optimizer step, and the update of the running average.
+
+    The gradient is that of the mean over the images of all workers, in however many and whatever unequal parts they
+    share them.
 
     Args:
         network: The score network in train mode, wrapped in DistributedDataParallel or not.
@@ -75,6 +86,9 @@ def train_step(
         objective: What is minimised.
         grad_clip_norm: Clip the gradient's norm to this; None leaves it.
         autocast_dtype: Compute the network's convolutions in this type; None computes them in the parameters' type.
+        scaler: Scales the loss for float16, and leaves out a step whose gradient overflows.
+        microbatch: Images that go through the network at once; None puts all through.
+        mean_share: Images of the global batch by number of workers; None if all workers have as many as this one.
     """
 
     def score(noisy: Tensor, noise_level: Tensor) -> Tensor:
@@ -83,13 +97,41 @@ def train_step(
         return result
 
     optimizer.zero_grad(set_to_none=True)
-    result = objective(score, x, level=level, sigmas=sigmas, z=z, v=v)
-    torch.autograd.backward(result.loss)
-    max_norm = math.inf if grad_clip_norm is None else grad_clip_norm
-    grad_norm = clip_gradient(network, max_norm=max_norm)
-    optimizer.step()
+    count, loss, per_image = len(x), torch.zeros((), device=x.device), []
+    for part in _parts(count, microbatch):
+        with _exchange(network, now=part.stop == count):
+            projections = None if v is None else v[:, part]
+            result = objective(score, x[part], level=level[part], sigmas=sigmas, z=z[part], v=projections)
+            images = part.stop - part.start
+            weighted = result.loss * (images / (mean_share or count))
+            torch.autograd.backward(weighted if scaler is None else scaler.scale(weighted))
+        loss = loss + result.loss.detach() * (images / count)
+        per_image.append(result.per_image)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    grad_norm = clip_gradient(network, max_norm=math.inf if grad_clip_norm is None else grad_clip_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+        grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0)
     ema.update(network.module if isinstance(network, DistributedDataParallel) else network)
-    return StepReport(loss=result.loss.detach(), per_image=result.per_image, grad_norm=grad_norm)
+    return StepReport(loss=loss, per_image=torch.cat(per_image), grad_norm=grad_norm)
+
+
+def _parts(count: int, size: int | None) -> Iterator[slice]:
+    """The fewest parts of at most `size` out of `count`, alike but for one image."""
+    number = 1 if size is None else math.ceil(count / size)
+    for index in range(number):
+        yield slice(count * index // number, count * (index + 1) // number)
+
+
+def _exchange(network: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+    """Let the workers average their gradients in this backward pass, or only add up their own."""
+    if now or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
 
 
 def clip_gradient(network: nn.Module, *, max_norm: float) -> Tensor:

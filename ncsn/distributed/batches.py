@@ -35,6 +35,21 @@ class Batch:
     z: Tensor
     v: Tensor | None
 
+    def to(self, device: torch.device, *, memory_format: torch.memory_format) -> Batch:
+        """The batch on `device`, images in this order in memory. To a GPU the copy runs beside the computation."""
+
+        def moved(part: Tensor, order: torch.memory_format) -> Tensor:
+            # Only from pinned memory does a copy not make the program wait.
+            source = part.pin_memory() if device.type == "cuda" else part
+            return source.to(device, non_blocking=True, memory_format=order)
+
+        return Batch(
+            x=moved(self.x, memory_format),
+            level=moved(self.level, torch.preserve_format),
+            z=moved(self.z, memory_format),
+            v=None if self.v is None else moved(self.v, torch.preserve_format),
+        )
+
 
 def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""

@@ -21,6 +21,10 @@ class WorkerContext(ABC):
     world_size: int
     device: torch.device
 
+    def share(self, batch_size: int) -> range:
+        """This worker's places in a global batch; shares differ by one image where the workers do not divide it."""
+        return range(batch_size * self.rank // self.world_size, batch_size * (self.rank + 1) // self.world_size)
+
     @abstractmethod
     def wrap(self, network: nn.Module) -> nn.Module:
         """Network whose gradients are averaged over the workers."""

@@ -29,6 +29,7 @@ from ncsn.core.train_state import StepReport, train_step
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
+from ncsn.distributed.compilation import compile_network
 from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
@@ -150,6 +151,8 @@ class Training:
             if folder is not None:
                 checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=self.dataset_digest)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
+        if self.config.compute.compile:
+            compile_network(self.state.network, context.device)
         self.model = context.wrap(self.state.network)
         self.curves = Curves(self.config.levels.num_levels, context)
         self.usage = MachineUsage(context.device)
@@ -174,10 +177,9 @@ class Training:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
-        share = config.train.batch_size // context.world_size
-        batch = draw_batch(config, self.split, first=state.images_seen + context.rank * share, count=share)
-        x, level, z = (part.to(context.device, non_blocking=True) for part in (batch.x, batch.level, batch.z))
-        v = None if batch.v is None else batch.v.to(context.device, non_blocking=True)
+        share = context.share(config.train.batch_size)
+        drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
+        batch = drawn.to(context.device, memory_format=build.memory_format(config))
         torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
@@ -185,17 +187,20 @@ class Training:
             self.model,
             optimizer=state.optimizer,
             ema=state.ema,
-            x=x,
-            level=level,
-            z=z,
+            x=batch.x,
+            level=batch.level,
+            z=batch.z,
             sigmas=self.sigmas,
-            v=v,
+            v=batch.v,
             objective=self.objective,
             grad_clip_norm=config.optimizer.grad_clip_norm,
-            autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
+            autocast_dtype=build.autocast_dtype(config, context.device),
+            scaler=state.scaler,
+            microbatch=config.compute.microbatch,
+            mean_share=config.train.batch_size / context.world_size,
         )
         state.images_seen += config.train.batch_size
-        self.curves.add(level, report, images=config.train.batch_size)
+        self.curves.add(batch.level, report, images=config.train.batch_size)
 
     def report(self) -> None:
         """Close a stretch of the curves; stop if training has diverged. A collective call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ncsn import storage
+from ncsn import build, storage
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
@@ -52,7 +52,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
 
     Raises:
         FileNotFoundError: if there is no data set at `dataset`.
-        ValueError: if the run belongs to another config, training diverges, or the cluster is too small.
+        ValueError: if the run belongs to another config, training diverges, the cluster is too small, or CPUs are to
+            train in float16.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
@@ -64,6 +65,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             f"the data set {dataset} has no labels, so its samples could not be evaluated by a classifier; sort the "
             "images into one subfolder per class, or set evaluation.extractor to inception and evaluation.weights"
         )
+
+    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would
 
     def work(progress: ProgressFile) -> TrainResult:
         with step_run(config, run=run, step="train") as tracked, ray_cluster(config):

@@ -56,3 +56,40 @@ def test_bfloat16_keeps_weights_and_loss_in_float32():
     assert low.loss.dtype == torch.float32 and low.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
     assert low.loss != full.loss
     assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 4, 9])
+def test_parts_of_a_batch_add_up_to_its_gradient(microbatch):
+    def step(**how):
+        network, optimizer, _, batch = setup()
+        network.double()
+        doubled = {name: value if name == "level" else value.double() for name, value in batch.items()}
+        report = train_step(network, optimizer=optimizer, ema=Ema(network, decay=0.9), **doubled, **how)
+        return report, [parameter.grad for parameter in network.parameters()]
+
+    (whole, gradients), (parts, sums) = step(), step(microbatch=microbatch)
+    for gradient, added in zip(gradients, sums, strict=True):
+        torch.testing.assert_close(added, gradient, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(parts.per_image, whole.per_image)
+    torch.testing.assert_close(parts.loss, whole.loss)
+
+
+def test_float16_trains_in_range_and_leaves_out_a_step_whose_gradient_is_not():
+    network, optimizer, ema, batch = setup(lr=1e-4)
+    full = train_step(network, optimizer=optimizer, ema=ema, **batch)
+    moved = [p.detach().clone() for p in network.parameters()]
+
+    def scaled(scale):
+        network, optimizer, ema, batch = setup(lr=1e-4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        half = train_step(network, optimizer=optimizer, ema=ema, autocast_dtype=torch.float16, scaler=scaler, **batch)
+        return [p.detach() for p in network.parameters()], half, scaler
+
+    weights, half, scaler = scaled(2.0**10)
+    assert half.loss.dtype == torch.float32 and half.loss.item() == pytest.approx(full.loss.item(), rel=0.01)
+    assert half.grad_norm.item() == pytest.approx(full.grad_norm.item(), rel=0.05)
+    for after, expected in zip(weights, moved, strict=True):
+        torch.testing.assert_close(after, expected, rtol=1e-2, atol=1e-4)
+    weights, half, scaler = scaled(2.0**40)
+    assert all(torch.equal(after, before) for after, before in zip(weights, setup()[0].parameters(), strict=True))
+    assert half.grad_norm == 0 and scaler.get_scale() == 2.0**39

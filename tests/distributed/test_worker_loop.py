@@ -152,11 +152,12 @@ def test_parts_of_a_batch_are_the_batch(tiny: str, dataset: str) -> None:
     assert set(whole.level.tolist()) <= set(range(4))
 
 
-def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, dataset: str) -> None:
-    """1 worker x batch 8 and 2 workers x batch 4 give the same gradients (1e-6)."""
+@pytest.mark.parametrize("workers", [2, 3])
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, dataset: str, workers: int) -> None:
+    """1 worker x batch 8, 2 workers x batch 4, and 3 workers with 2, 3 and 3, give the same gradients (1e-6)."""
     config, split = from_yaml(tiny), open_cache(dataset, "train")
 
-    def gradients(first: int, count: int) -> list[torch.Tensor]:
+    def gradients(first: int, count: int, mean_share: float | None = None) -> list[torch.Tensor]:
         state = build.train_state(config)
         with torch.no_grad():
             for parameter in state.network.parameters():
@@ -170,12 +171,68 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, data
             level=batch.level,
             z=batch.z,
             sigmas=build.sigmas(config),
+            mean_share=mean_share,
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
 
-    whole, left, right = gradients(0, 8), gradients(0, 4), gradients(4, 4)
-    for together, one, two in zip(whole, left, right, strict=True):
-        assert torch.allclose(together, (one + two) / 2, rtol=1e-5, atol=1e-6 * float(together.abs().max() + 1))
+    class Worker(LocalContext):
+        def __init__(self, rank: int) -> None:
+            super().__init__(Path())
+            self.rank, self.world_size = rank, workers
+
+    shares = [Worker(rank).share(8) for rank in range(workers)]
+    assert [place for share in shares for place in share] == list(range(8))
+    parts = [gradients(share.start, len(share), 8 / workers) for share in shares]
+    for together, *each in zip(gradients(0, 8), *parts, strict=True):
+        average = torch.stack(each).mean(dim=0)
+        assert torch.allclose(together, average, rtol=1e-5, atol=1e-6 * float(together.abs().max() + 1))
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["compute.microbatch=3"],
+        ["compute.channels_last=true"],
+        pytest.param(["compute.compile=true", "train.num_images=96"], marks=pytest.mark.slow),
+        pytest.param(["compute.compile=true", "compute.channels_last=true"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path: Path, switches: list[str]) -> None:
+    """Also when it is turned on or off in the middle of a run."""
+
+    def half(folder: Path, overrides: list[str], stop_at: int | None) -> dict[str, torch.Tensor]:
+        job = TrainingJob(config=from_yaml(tiny, overrides=overrides), dataset=dataset, stop_at=stop_at)
+        name = train_loop(job, LocalContext(folder)).checkpoint
+        return {
+            f"{file}:{key}": tensor
+            for file in ("weights", "ema", "optimizer")
+            for key, tensor in load_file(folder / name / f"{file}.safetensors").items()
+        }
+
+    plain = [override for override in switches if not override.startswith("compute")]
+    whole = half(tmp_path / "plain", plain, None)
+    half(tmp_path / "off-on", plain, 80)
+    half(tmp_path / "on-off", switches, 80)
+    for folder, overrides in (("off-on", switches), ("on-off", plain)):
+        switched = half(tmp_path / folder, overrides, None)
+        assert whole.keys() == switched.keys()
+        for key, tensor in whole.items():
+            assert torch.allclose(tensor, switched[key], rtol=1e-4, atol=1e-5), key
+
+
+def test_float16_is_refused_on_a_cpu(tiny: str, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^train\.precision = float16 trains on GPUs only; .* use bfloat16 or float32$"
+    ):
+        train(from_yaml(tiny, overrides=["train.precision=float16"]), dataset, tmp_path)
+
+
+def test_compiling_without_a_compiler_is_a_mistake(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"^compute\.compile = true needs a compiler on each worker, one of g\+\+"):
+        train(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
