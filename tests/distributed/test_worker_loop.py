@@ -193,7 +193,6 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, data
     [
         ["compute.microbatch=3"],
         ["compute.channels_last=true"],
-        pytest.param(["compute.compile=true", "train.num_images=96"], marks=pytest.mark.slow),
         pytest.param(["compute.compile=true", "compute.channels_last=true"], marks=pytest.mark.slow),
     ],
 )
