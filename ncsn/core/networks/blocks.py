@@ -20,12 +20,18 @@ Pool = Callable[[Tensor], Tensor]
 
 def average_pool(x: Tensor) -> Tensor:
     """5x5 mean with stride 1, over zeros outside the map too; NCSN's chained pooling."""
-    return functional.avg_pool2d(x, kernel_size=5, stride=1, padding=2, count_include_pad=True)
+    if x.device.type != "cpu":
+        return functional.avg_pool2d(x, kernel_size=5, stride=1, padding=2, count_include_pad=True)
+    # On a CPU PyTorch's pooling takes 10 times as long, and the way back 20 times, as a convolution with ones.
+    channels = x.shape[1]
+    return functional.conv2d(x, x.new_ones(1, 1, 5, 5).expand(channels, 1, 5, 5), padding=2, groups=channels) / 25
 
 
 def max_pool(x: Tensor) -> Tensor:
     """5x5 maximum with stride 1; NCSNv2's chained pooling."""
-    return functional.max_pool2d(x, kernel_size=5, stride=1, padding=2)
+    # On a CPU the NCHW kernel is 10 times slower than the channels-last one and both reorderings.
+    x = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return functional.max_pool2d(x, kernel_size=5, stride=1, padding=2).contiguous()
 
 
 def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:

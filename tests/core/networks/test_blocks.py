@@ -24,6 +24,10 @@ NORM = partial(ConditionalInstanceNormPlus, num_levels=3)
 LEVEL = torch.tensor([0, 2])
 
 
+mean_pool_5 = partial(functional.avg_pool2d, kernel_size=5, stride=1, padding=2)
+max_pool_5 = partial(functional.max_pool2d, kernel_size=5, stride=1, padding=2)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -130,3 +134,11 @@ def test_refine_block_takes_the_size_of_the_first_input():
 def test_levels_out_of_range_are_refused(level, message):
     with pytest.raises(ValueError, match=message):
         check_levels(level, batch=2, num_levels=3)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(average_pool, mean_pool_5), (max_pool, max_pool_5)])
+def test_pools_and_their_gradients_are_those_of_pytorch(ours, theirs):
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ours(x), theirs(x))
+    seed = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(pool(x), x, seed)[0] for pool in (ours, theirs)))
