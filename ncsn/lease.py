@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from ncsn import storage
+from ncsn.patience import limited
 
 RENEW_SECONDS = 30.0
 LEASE_SECONDS = 300.0
@@ -45,7 +46,8 @@ class Lease:
             return False
         self._next_look = now + self.check_seconds
         try:
-            content = storage.read_bytes(self.uri)
+            with limited(0):
+                content = storage.read_bytes(self.uri)
         except FileNotFoundError:
             content = self._seen
         except OSError:

@@ -2,7 +2,8 @@
 
 A URI is an absolute local path or `s3://bucket/prefix`. Addresses and keys come from the environment
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`). Everything is written under a
-temporary name and published last, so that a reader never sees half of anything.
+temporary name and published last, so that a reader never sees half of anything. A store in
+S3 that is away is waited for (`ncsn.patience`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pyarrow import fs
+
+from ncsn.patience import patiently, s3_filesystem
 
 S3_SCHEME = "s3://"
 
@@ -60,10 +64,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return _s3_filesystem(bucket), "/".join(part for part in (bucket, key) if part)
 
 
-@functools.cache
-def _s3_filesystem(bucket: str) -> fs.FileSystem:
-    # from_uri honours AWS_ENDPOINT_URL; the S3FileSystem constructor does not.
-    return fs.FileSystem.from_uri(f"{S3_SCHEME}{bucket}")[0]
+_s3_filesystem = functools.cache(s3_filesystem)
 
 
 def exists(uri: str) -> bool:
@@ -269,7 +270,7 @@ def _s3_put_if_absent(uri: str, data: bytes) -> bool:
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
     for tries_left in reversed(range(_TRIES_IN_CONFLICT)):
         try:
-            _s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            patiently(partial(_s3_client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if code == "PreconditionFailed":

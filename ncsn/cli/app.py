@@ -8,7 +8,7 @@ from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.lineage import trace_command
-from ncsn.cli.options import Decorated, experiment_options, json_option
+from ncsn.cli.options import Decorated, experiment_options, inject_option, json_option
 from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
 from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
@@ -59,22 +59,32 @@ def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name:
 
 def _add_step_command(step: str) -> None:
     def command(
-        *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool, **given: str | None
+        *,
+        config_uri: str | None,
+        overrides: tuple[str, ...],
+        run_name: str | None,
+        as_json: bool,
+        inject: tuple[str, ...] = (),
+        **given: str | None,
     ) -> None:
         from ncsn.cli.commands import run_step
         from ncsn.cli.inputs import resolve
 
+        if inject and (given.get("model") or given.get("out")):
+            raise click.UsageError("--inject rehearses on a run, not on a registered model")
         if given.get("model") or given.get("out"):
             sample_from_model(given, config_uri=config_uri, overrides=overrides, run_name=run_name, as_json=as_json)
             return
         target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
-        run_step(step, target, given=given, as_json=as_json)
+        run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
 
     decorated: Decorated = json_option(command)
     if CATALOGUE[step].leased:
         decorated = click.option(
             "--lease", metavar="URI", help="Heartbeat of a launcher elsewhere: when it stops, save and end."
         )(decorated)
+    if CATALOGUE[step].rehearsed:
+        decorated = inject_option(decorated)
     for name, source in reversed(list(CATALOGUE[step].inputs.items())):
         decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
             decorated

@@ -23,11 +23,13 @@ class StepInfo:
         summary: What it does, one line.
         inputs: Argument of the step -> where its URI comes from.
         leased: Whether it may run on another machine and then watches its launcher's lease.
+        rehearsed: Whether failures can be injected.
     """
 
     summary: str
     inputs: Mapping[str, Source] = field(default_factory=dict)
     leased: bool = False
+    rehearsed: bool = False
 
 
 CATALOGUE: Mapping[str, StepInfo] = {
@@ -41,11 +43,13 @@ CATALOGUE: Mapping[str, StepInfo] = {
         "Train the score network, or resume it.",
         {"dataset": Source("ingest", "uri", "ingested data set")},
         leased=True,
+        rehearsed=True,
     ),
     "sample": StepInfo(
         "Generate images by annealed Langevin dynamics.",
         {"checkpoint": Source("train", "checkpoint", "checkpoint")},
         leased=True,
+        rehearsed=True,
     ),
     "evaluate": StepInfo(
         "Measure the samples, next to real images.",

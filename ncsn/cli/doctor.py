@@ -20,6 +20,7 @@ import click
 from ncsn import storage
 from ncsn.cli.failures import describe
 from ncsn.config import Config
+from ncsn.patience import limited
 
 if TYPE_CHECKING:
     from ncsn.cluster.api import KubernetesApi
@@ -130,6 +131,11 @@ def _cluster_checks(config: Config) -> Iterator[Check]:
 def _check_store(root: str) -> str:
     """Read, write, and the conditional write that a run's name and checkpoints rest on."""
     probe = storage.join(root, f".doctor-{uuid.uuid4().hex}")
+    with limited(PATIENCE_SECONDS):
+        return _probe_store(root, probe)
+
+
+def _probe_store(root: str, probe: str) -> str:
     try:
         first, second = (storage.publish_once(probe, content) for content in (b"first", b"second"))
         content = storage.read_bytes(probe)

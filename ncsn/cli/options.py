@@ -28,3 +28,13 @@ def json_option(command: Decorated) -> Decorated:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
     )(command)
+
+
+def inject_option(command: Decorated) -> Decorated:
+    """`--inject`."""
+    return click.option(
+        "--inject",
+        multiple=True,
+        metavar="FAULT@images=N",
+        help="Rehearse a failure, such as kill-worker@images=5000; repeatable; docs/operations.md lists them.",
+    )(command)

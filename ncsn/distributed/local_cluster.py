@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 
+from ncsn import outages
 from ncsn.config import Config
 
 LOOPBACK = "127.0.0.1"
@@ -36,7 +37,7 @@ def ray_cluster(config: Config) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
         with _own_sigterm():
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=_environment())
         try:
             yield address
         finally:
@@ -50,6 +51,12 @@ def ray_cluster(config: Config) -> Iterator[str]:
         finally:
             del os.environ["RAY_ADDRESS"]
             ray.shutdown(wait_for_processes=True)
+
+
+def _environment() -> dict[str, dict[str, str]] | None:
+    """What the processes of a joined cluster are to share with this one."""
+    inherited = outages.inherited()
+    return {"env_vars": inherited} if inherited else None
 
 
 @contextmanager

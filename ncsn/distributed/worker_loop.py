@@ -30,6 +30,7 @@ from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
 from ncsn.distributed.compilation import compile_network
+from ncsn.distributed.faults import Rehearsal
 from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
@@ -66,6 +67,7 @@ class TrainingJob:
         history: URI of the file in which rank 0 keeps the curves, or None.
         start: URI of a checkpoint to start from while the run has none of its own, or None.
         lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
+        rehearsal: Faults to let happen, or None.
         stop_at: End here, in images seen, though the schedules go on to `train.num_images`; None = at their end.
     """
 
@@ -76,6 +78,7 @@ class TrainingJob:
     history: str | None = None
     start: str | None = None
     lease: Lease | None = None
+    rehearsal: Rehearsal | None = None
     stop_at: int | None = None
 
     @property
@@ -178,6 +181,10 @@ class Training:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
+        if self.job.rehearsal is not None:
+            batch = range(state.images_seen, state.images_seen + config.train.batch_size)
+            own = batch[share.start : share.stop]
+            self.job.rehearsal.strike(batch, own=own, rank=context.rank, network=state.network)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
@@ -236,6 +243,8 @@ class Training:
             if self.job.sink:
                 send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
+                if self.job.rehearsal is not None:
+                    self.job.rehearsal.fill_disk(Path(folder))
                 checkpoint.save(
                     Path(folder),
                     config=self.config,

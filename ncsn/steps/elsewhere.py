@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
@@ -14,7 +14,9 @@ from ncsn.steps.result import RunFolder
 _DIGEST_CHARACTERS = 12
 
 
-def elsewhere(config: Config, folder: RunFolder, step: str, *, inputs: Mapping[str, str]) -> Callable[[], None] | None:
+def elsewhere(
+    config: Config, folder: RunFolder, step: str, *, inputs: Mapping[str, str], inject: Sequence[str] = ()
+) -> Callable[[], None] | None:
     """What does the step's work where `compute.backend` says; None if that is here.
 
     Args:
@@ -22,6 +24,7 @@ def elsewhere(config: Config, folder: RunFolder, step: str, *, inputs: Mapping[s
         folder: The run.
         step: Name of the step, a command of `ncsn`.
         inputs: URIs for the step's options of the same names.
+        inject: Faults to rehearse there.
 
     Returns:
         A function that returns when the step's result is in the store. It raises ValueError for a mistake that the
@@ -29,10 +32,12 @@ def elsewhere(config: Config, folder: RunFolder, step: str, *, inputs: Mapping[s
     """
     if config.compute.backend == "local":
         return None
-    return lambda: _run_elsewhere(config, folder, step, inputs)
+    options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
+    options += [part for text in inject for part in ("--inject", text)]
+    return lambda: _run_elsewhere(config, folder, step, options)
 
 
-def _run_elsewhere(config: Config, folder: RunFolder, step: str, inputs: Mapping[str, str]) -> None:
+def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[str]) -> None:
     if storage.is_local(folder.uri):
         raise ValueError(
             f"storage.root = {config.storage.root!r} is a folder of this machine, which the pods of compute.backend "
@@ -41,7 +46,6 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, inputs: Mapping
     backend = open_backend(config.compute)
     assert backend is not None
     uri = _publish_config(config, folder, step)
-    options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
     storage.delete_file(folder.step(step, "error.json"))
     remote = RemoteStep(
         run=folder.run,

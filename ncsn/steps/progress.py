@@ -11,13 +11,14 @@ import time
 from dataclasses import dataclass, field
 
 from ncsn import storage
+from ncsn.patience import limited
 
 
 @dataclass
 class ProgressFile:
     """Publishes `{"done", "total", "unit"}` at `uri`, at most once per `interval` seconds.
 
-    Picklable, so that a Ray worker can carry it. A store that cannot be written does not stop the work.
+    Picklable, so that a Ray worker can carry it. A store that cannot be written neither stops nor delays the work.
     """
 
     uri: str
@@ -32,6 +33,7 @@ class ProgressFile:
             return
         self._next = now + self.interval
         try:
-            storage.write_text(self.uri, json.dumps({"done": done, "total": total, "unit": self.unit}))
+            with limited(0):
+                storage.write_text(self.uri, json.dumps({"done": done, "total": total, "unit": self.unit}))
         except OSError:
             self._next = now + 30 * self.interval

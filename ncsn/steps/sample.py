@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.distributed.faults import Rehearsal, rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, sample_missing, watch_levels
 from ncsn.evaluation.samples import read_samples
@@ -22,7 +24,7 @@ from ncsn.report.figures import grid_png, strip_png
 from ncsn.report.stages import Stages, denoising_gif, images_in_gif
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import claim_run, once
+from ncsn.steps.result import claim_run, once, run_folder
 from ncsn.tracking.run import step_run
 
 GRID_IMAGES = 64
@@ -58,7 +60,9 @@ class SampleResult:
     checkpoint: str
 
 
-def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) -> SampleResult:
+def run(
+    config: Config, *, run: str, checkpoint: str, lease: str | None = None, inject: Sequence[str] = ()
+) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
     Args:
@@ -66,13 +70,15 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
         run: Name of the run that keeps the samples.
         checkpoint: URI of the checkpoint to sample from.
         lease: URI of the launcher's heartbeat. When it stops, sampling ends; the shards that are done stay.
+        inject: Faults to rehearse; see `ncsn.distributed.faults`.
 
     Raises:
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
-        ValueError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, or the sampler
-            diverges.
+        ValueError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, the sampler
+            diverges, or `inject` names no fault.
     """
+    faults = rehearsal(inject, step="sample", run_uri=run_folder(config, run).uri)
     folder = claim_run(config, run)
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
@@ -82,12 +88,14 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
     uri = folder.samples(loaded.digest, sampler_digest)
 
     def work(progress: ProgressFile) -> SampleResult:
-        with step_run(config, run=run, step="sample") as tracked, ray_cluster(config):
+        shared = faults.outages_shared() if faults else nullcontext()
+        with step_run(config, run=run, step="sample") as tracked, shared, ray_cluster(config):
             require_resources(config)
             tracked.set_tags(ray_tags())
             started = time.perf_counter()
             shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
-            made = sample_missing(shard, num_images=sampling.num_images, progress=_watched(progress, lease))
+            watched = _watched(progress, lease, faults)
+            made = sample_missing(shard, num_images=sampling.num_images, progress=watched)
             seconds = time.perf_counter() - started
             result = SampleResult(
                 uri=uri,
@@ -116,16 +124,21 @@ def run(config: Config, *, run: str, checkpoint: str, lease: str | None = None) 
         outputs=lambda result: [result.uri, result.grid, result.strip, result.gif],
         unit="images",
         work=work,
-        elsewhere=elsewhere(config, folder, "sample", inputs={"checkpoint": checkpoint}),
+        elsewhere=elsewhere(config, folder, "sample", inputs={"checkpoint": checkpoint}, inject=inject),
     )
 
 
-def _watched(progress: ProgressFile, lease: str | None) -> Callable[[int, int], None]:
-    """Publishes progress, and ends the work if the launcher is gone."""
+def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal | None) -> Callable[[int, int], None]:
+    """Publishes progress, ends the work if the launcher is gone, and lets fail what is to be rehearsed."""
     watched = Lease(lease) if lease else None
+    before = 0
 
     def update(done: int, total: int) -> None:
+        nonlocal before
         progress(done, total)
+        if faults is not None:
+            faults.strike(range(before, done))
+            before = done
         if watched is not None and done < total:
             watched.require(f"{done} of {total} images are sampled and stay")
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ncsn import build, storage
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
+from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.lease import Lease
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, once, stored_record
+from ncsn.steps.result import RunFolder, claim_run, once, run_folder, stored_record
 from ncsn.tracking.run import step_run
 
 
@@ -41,7 +44,7 @@ class TrainResult:
     notes: list[str] = field(default_factory=list)
 
 
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inject: Sequence[str] = ()) -> TrainResult:
     """Train, or resume the run from its latest checkpoint, or return the result if it is complete.
 
     Args:
@@ -49,14 +52,16 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         run: Name of the run.
         dataset: URI of the ingested data set.
         lease: URI of the launcher's heartbeat. When it stops, training saves a checkpoint and ends.
+        inject: Faults to rehearse; see `ncsn.distributed.faults`.
 
     Raises:
         FileNotFoundError: if there is no data set at `dataset`.
-        ValueError: if the run belongs to another config, training diverges, the cluster is too small, or CPUs are to
-            train in float16.
+        ValueError: if the run belongs to another config, training diverges, the cluster is too small, CPUs are to train
+            in float16, or `inject` names no fault.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
+    faults = rehearsal(inject, step="train", run_uri=run_folder(config, run).uri)
     folder = claim_run(config, run)
     manifest = load_manifest(dataset)
     config = settle_noise(config, run, manifest)
@@ -69,7 +74,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would
 
     def work(progress: ProgressFile) -> TrainResult:
-        with step_run(config, run=run, step="train") as tracked, ray_cluster(config):
+        shared = faults.outages_shared() if faults else nullcontext()
+        with step_run(config, run=run, step="train") as tracked, shared, ray_cluster(config):
             tracked.set_tags(ray_tags())
             tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
             job = TrainingJob(
@@ -80,6 +86,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
                 history=folder.history,
                 start=_imported(folder),
                 lease=Lease(lease) if lease else None,
+                rehearsal=faults,
             )
             outcome = trainer.train(job, run_uri=folder.uri)
             checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
@@ -102,7 +109,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         outputs=lambda result: [result.checkpoint],
         unit="images",
         work=work,
-        elsewhere=elsewhere(config, folder, "train", inputs={"dataset": dataset}),
+        elsewhere=elsewhere(config, folder, "train", inputs={"dataset": dataset}, inject=inject),
     )
 
 

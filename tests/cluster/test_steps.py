@@ -68,7 +68,10 @@ def test_training_runs_as_a_rayjob(emulation, on_s3: Config, eventually) -> None
 def test_a_pod_that_cannot_reach_the_store_is_a_failure(emulation, on_s3: Config) -> None:
     dataset = ingest.run(on_s3, run="mine").uri
     emulation.operator.ray = False
-    emulation.operator.references["ncsn-environment"] |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    emulation.operator.references["ncsn-environment"] |= {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "NCSN_STORE_PATIENCE": "0",
+    }
     with pytest.raises(RemoteFailure, match=r"RayJob ncsn-mine-train-\w+ failed \(AppFailed\).*driver\.log$"):
         train.run(on_s3, run="mine", dataset=dataset)
     assert step_file(on_s3, "mine", "train/error.json")["type"] == "RemoteFailure"

@@ -1,0 +1,186 @@
+"""Rehearsed failures: what `--inject` asks for, and striking at the right moment, once per run.
+
+A fault is as real as one process can make it: a SIGKILL is the kernel's, the full disk is `/dev/full`, the NaN goes
+through the network. It belongs to one call of a command, never to the config: it changes no result, so it must not
+change the name of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from ncsn import outages, storage
+from ncsn.data.cache import cache_folder
+
+FORMS = {
+    "kill-worker": "kill-worker@images=N",
+    "kill-node": "kill-node@images=N",
+    "store-down": "store-down@images=N:TIME",
+    "store-errors": "store-errors@images=N:SHARE",
+    "tracking-down": "tracking-down@images=N:TIME",
+    "nan": "nan@images=N",
+    "disk-full": "disk-full@images=N",
+}
+"""Kind of fault -> how it is written."""
+KINDS = {"train": tuple(FORMS), "sample": ("store-down", "store-errors")}
+"""Step -> the faults it can rehearse."""
+ERRORS_SECONDS = 60.0
+"""How long a store that answers some calls with errors goes on doing so."""
+FULL_DEVICE = Path("/dev/full")
+"""The kernel answers every write to it with ENOSPC."""
+
+_FAULT = re.compile(r"(?P<kind>[a-z-]+)@images=(?P<images>\d+)(:(?P<argument>.+))?")
+_TIME = re.compile(r"(\d+(?:\.\d+)?)(s|m)")
+_TIMED = ("store-down", "tracking-down")
+_BY_RANK_0 = (*_TIMED, "store-errors", "disk-full")
+"""What they take away is used by rank 0."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One failure to rehearse.
+
+    Attributes:
+        kind: One of `FORMS`.
+        images: The image that it strikes at: of the training order, or of the samples.
+        seconds: How long a server is away.
+        share: Part of the calls that fail meanwhile.
+    """
+
+    kind: str
+    images: int
+    seconds: float = 0.0
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Under which the run remembers that it struck."""
+        return f"{self.kind}-{self.images}"
+
+
+def parse(text: str, *, step: str) -> Fault:
+    """Read `KIND@images=N`, followed by `:TIME` or `:SHARE` where the kind has one.
+
+    Raises:
+        ValueError: saying what is wrong, and how it is written.
+    """
+    kinds = KINDS[step]
+    found = _FAULT.fullmatch(text)
+    if found is None or found["kind"] not in kinds:
+        raise ValueError(f"--inject {text!r} is not a fault of {step}; use {', '.join(FORMS[kind] for kind in kinds)}")
+    kind, images, argument = found["kind"], int(found["images"]), found["argument"]
+    wrong = ValueError(f"--inject {text!r}: write {FORMS[kind]}, with a TIME such as 30s or 2m and a SHARE in (0, 1]")
+    if kind in _TIMED:
+        time = _TIME.fullmatch(argument or "")
+        if time is None:
+            raise wrong
+        return Fault(kind, images, seconds=float(time[1]) * {"s": 1, "m": 60}[time[2]])
+    if kind == "store-errors":
+        if not re.fullmatch(r"0?\.\d+|1(\.0*)?", argument or "") or not float(argument) > 0:
+            raise wrong
+        return Fault(kind, images, seconds=ERRORS_SECONDS, share=float(argument))
+    if argument is not None:
+        raise wrong
+    return Fault(kind, images)
+
+
+def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal | None:
+    """What `--inject` asks for; None if it asks for nothing.
+
+    Raises:
+        ValueError: for a text that is no fault, a fault that is given twice, or a store fault on a local folder.
+    """
+    if not texts:
+        return None
+    faults = [parse(text, step=step) for text in texts]
+    for fault, text in zip(faults, texts, strict=True):
+        if [other.name for other in faults].count(fault.name) > 1:
+            raise ValueError(f"--inject {text!r} is given twice; one fault strikes once at the same image")
+        if fault.kind.startswith("store-") and storage.is_local(run_uri):
+            raise ValueError(
+                f"--inject {text!r} needs a store that is a server: storage.root = s3://...; {run_uri} is a folder"
+            )
+    return Rehearsal(tuple(faults), run_uri)
+
+
+@dataclass
+class Rehearsal:
+    """The faults of one call; picklable, so that it reaches the workers.
+
+    Attributes:
+        faults: What is to fail.
+        run_uri: Folder of the run, which remembers below `faults/` what has struck: a retried worker, and the same
+            command again, are spared.
+    """
+
+    faults: tuple[Fault, ...]
+    run_uri: str
+    _disk_full: bool = field(default=False, repr=False)
+
+    @contextmanager
+    def outages_shared(self) -> Iterator[None]:
+        """Let this process, and what it starts meanwhile, share the outages of this node."""
+        digest = hashlib.sha256(self.run_uri.encode()).hexdigest()[:12]
+        os.environ[outages.VARIABLE] = str(cache_folder() / "outages" / digest)
+        try:
+            yield
+        finally:
+            del os.environ[outages.VARIABLE]
+
+    def strike(self, batch: range, *, rank: int = 0, world_size: int = 1, network: nn.Module | None = None) -> None:
+        """Let fail what is due before this worker draws its share of the `batch`.
+
+        A worker that is to die is the one that would draw the image; a server is taken away by rank 0.
+        """
+        share = max(1, len(batch) // world_size)
+        for fault in self.faults:
+            if fault.images not in batch:
+                continue
+            target = 0 if fault.kind in _BY_RANK_0 else (fault.images - batch.start) // share
+            if rank == target and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
+                _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
+                self._let_fail(fault, network)
+
+    def fill_disk(self, folder: Path) -> None:
+        """If the disk is to be full: have the kernel refuse the checkpoint that is about to be written to `folder`."""
+        if self._disk_full:
+            (folder / "state.json").symlink_to(FULL_DEVICE)
+            self._disk_full = False
+
+    def _let_fail(self, fault: Fault, network: nn.Module | None) -> None:
+        if fault.kind == "kill-worker":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "kill-node":
+            _kill_node()
+        elif fault.kind == "nan":
+            assert network is not None
+            with torch.no_grad():
+                next(network.parameters()).fill_(math.nan)
+        elif fault.kind == "disk-full":
+            self._disk_full = True
+        elif fault.kind == "tracking-down":
+            outages.declare("tracking", seconds=fault.seconds)
+        else:
+            outages.declare("store", seconds=fault.seconds, share=fault.share)
+
+
+def _kill_node() -> None:
+    """Kill the raylet that this worker belongs to, which takes the node out of the cluster, and this worker."""
+    raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
+    raylet.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
