@@ -46,6 +46,17 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or belongs to something else."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint of which a part is missing, cut short or altered; the one before it may be whole."""
+
+    def __init__(self, origin: str, reason: str) -> None:
+        super().__init__(f"{origin} is damaged: {reason}")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return DamagedError, (str(self).removesuffix(f" is damaged: {self.reason}"), self.reason)
+
+
 @dataclass(frozen=True)
 class TrainedNetwork:
     """What generating images takes.
@@ -215,23 +226,24 @@ def verify(folder: Path) -> None:
     """Check that every file is there and unchanged.
 
     Raises:
-        CheckpointError: naming the file that is missing, cut short or altered.
+        DamagedError: naming the file that is missing, cut short or altered.
+        CheckpointError: if another version of the program wrote it.
     """
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} is not a complete checkpoint: {INDEX} is missing")
+        raise DamagedError(str(folder), f"{INDEX} is missing")
     try:
         index = json.loads((folder / INDEX).read_text())
     except json.JSONDecodeError:
-        raise CheckpointError(f"{folder} is damaged: {INDEX} is not valid JSON") from None
+        raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
     if index.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}"
         )
     for name in FILES:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+            raise DamagedError(str(folder), f"{name} is missing")
         if _sha256(folder / name) != index["sha256"].get(name):
-            raise CheckpointError(f"{folder} is damaged: {name} differs from its checksum")
+            raise DamagedError(str(folder), f"{name} differs from its checksum")
 
 
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:

@@ -144,6 +144,12 @@ def delete_file(uri: str) -> None:
         filesystem_.delete_file(path)
 
 
+def delete_folder(uri: str) -> None:
+    """Delete a folder with all that is in it."""
+    filesystem_, path = filesystem(uri)
+    filesystem_.delete_dir(path)
+
+
 def publish_once(uri: str, data: bytes) -> bool:
     """Publish a file only if none stands there; of several writers exactly one succeeds.
 

@@ -45,13 +45,27 @@ def _cache_dir() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
     """A real S3 server (SeaweedFS) on loopback."""
 
     endpoint: str
     access_key: str
     secret_key: str
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """Kill it; what it has taken stays on its disk."""
+        self.process.kill()
+        self.process.wait()
+
+    def start_again(self) -> None:
+        """Start it anew with its data, at the same address."""
+        folder = next(option for option in map(str, self.process.args) if option.startswith("-dir=")).removeprefix(
+            "-dir="
+        )
+        with (Path(folder) / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(self.process.args, stdout=log, stderr=log, cwd=folder)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -70,11 +84,11 @@ class S3Server:
 def s3_server() -> Iterator[S3Server]:
     """One S3 server for the session."""
     with tempfile.TemporaryDirectory(prefix="ncsn-s3-") as folder:
-        process, server = _start_weed(Path(folder))
+        server = _start_weed(Path(folder))
         try:
             yield server
         finally:
-            _stop_weed(process)
+            _stop_weed(server)
 
 
 @pytest.fixture
@@ -137,7 +151,7 @@ def _forget_s3_clients(storage: ModuleType) -> None:
     storage._s3_client.cache_clear()
 
 
-def _start_weed(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+def _start_weed(folder: Path) -> S3Server:
     for _attempt in range(3):  # another process may take a port between its choice and its use
         access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
         config = folder / "s3.json"
@@ -150,18 +164,17 @@ def _start_weed(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
         port, *others = _free_ports(8)
         with (folder / "weed.log").open("wb") as log:
             process = subprocess.Popen(_weed_command(folder, port, others), stdout=log, stderr=log, cwd=folder)
-        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key)
-        if _wait_for(server, process):
-            return process, server
-        _stop_weed(process)
+        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, process)
+        if _wait_for(server):
+            return server
+        _stop_weed(server)
     raise RuntimeError(f"the S3 server did not start:\n{(folder / 'weed.log').read_text()[-2000:]}")
 
 
-def _stop_weed(process: subprocess.Popen[bytes]) -> None:
+def _stop_weed(server: S3Server) -> None:
     """Kill it: it takes over ten seconds to leave when asked politely, and its data is thrown away."""
-    process.kill()
-    process.wait()
-    for argument in map(str, process.args):
+    server.stop()
+    for argument in map(str, server.process.args):
         if ".port.grpc=" in argument:  # its sockets for this port have a fixed place and outlive it
             for leftover in Path("/tmp").glob(f"seaweedfs-*-grpc-{argument.partition('=')[2]}.sock"):
                 leftover.unlink()
@@ -190,7 +203,7 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _wait_for(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
+def _wait_for(server: S3Server) -> bool:
     """Whether the server takes a bucket before it exits or a minute is over."""
     import boto3
     from botocore.config import Config
@@ -205,7 +218,7 @@ def _wait_for(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
         config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
     )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and server.process.poll() is None:
         try:
             client.create_bucket(Bucket="ncsn-ready")
             client.put_object(Bucket="ncsn-ready", Key="ready", Body=b"ready")

@@ -23,11 +23,14 @@ import torch
 from torch import nn
 
 from ncsn import outages, storage
+from ncsn.checkpoint import INDEX
 from ncsn.data.cache import cache_folder
+from ncsn.distributed.worker_context import CHECKPOINTS
 
 FORMS = {
     "kill-worker": "kill-worker@images=N",
     "kill-node": "kill-node@images=N",
+    "cut-checkpoint": "cut-checkpoint@images=N",
     "store-down": "store-down@images=N:TIME",
     "store-errors": "store-errors@images=N:SHARE",
     "tracking-down": "tracking-down@images=N:TIME",
@@ -142,17 +145,22 @@ class Rehearsal:
         finally:
             del os.environ[outages.VARIABLE]
 
-    def strike(self, batch: range, *, rank: int = 0, world_size: int = 1, network: nn.Module | None = None) -> None:
-        """Let fail what is due before this worker draws its share of the `batch`.
+    def strike(
+        self, batch: range, *, share: range | None = None, rank: int = 0, network: nn.Module | None = None
+    ) -> None:
+        """Let fail what is due before the images `batch` are drawn.
 
-        A worker that is to die is the one that would draw the image; a server is taken away by rank 0.
+        Args:
+            batch: Places of the images of all workers.
+            share: Which of them this worker draws, all by default. The worker that dies is the one that would draw
+                the image.
+            rank: This worker's; rank 0 takes servers away.
+            network: What a NaN gets into.
         """
-        share = max(1, len(batch) // world_size)
+        own = batch if share is None else batch[share.start : share.stop]
         for fault in self.faults:
-            if fault.images not in batch:
-                continue
-            target = 0 if fault.kind in _BY_RANK_0 else (fault.images - batch.start) // share
-            if rank == target and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
+            due = rank == 0 and fault.images in batch if fault.kind in _BY_RANK_0 else fault.images in own
+            if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
                 _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
                 self._let_fail(fault, network)
 
@@ -167,6 +175,9 @@ class Rehearsal:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "kill-node":
             _kill_node()
+        elif fault.kind == "cut-checkpoint":
+            self._cut_checkpoint()
+            os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "nan":
             assert network is not None
             with torch.no_grad():
@@ -177,6 +188,15 @@ class Rehearsal:
             outages.declare("tracking", seconds=fault.seconds)
         else:
             outages.declare("store", seconds=fault.seconds, share=fault.share)
+
+    def _cut_checkpoint(self) -> None:
+        """Leave half of the weights of the latest checkpoint on the store."""
+        folder = storage.join(self.run_uri, CHECKPOINTS)
+        names = [name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, INDEX))]
+        assert names, "a checkpoint that is to be cut has to be there"
+        weights = storage.join(folder, names[-1], "weights.safetensors")
+        content = storage.read_bytes(weights)
+        storage.write_bytes(weights, content[: len(content) // 2])
 
 
 def _kill_node() -> None:

@@ -70,6 +70,7 @@ def _own_sigterm() -> Iterator[None]:
 
 def _start(config: Config) -> str:
     ray.init(
+        address="local",  # without, Ray would join a cluster that somebody else started on this machine
         num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
         include_dashboard=True,
         dashboard_host=LOOPBACK,

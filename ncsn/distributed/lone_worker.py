@@ -8,15 +8,14 @@ the same to the last bit, and a lost task is started again and resumes from the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from ncsn import checkpoint, storage
-from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_context import LocalContext, newest_whole
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 
 
@@ -24,7 +23,7 @@ class StoreContext(LocalContext):
     """A single worker whose checkpoints lie in the store.
 
     Args:
-        uri: Folder that receives the checkpoints; the last complete one by name is resumed from.
+        uri: Folder that receives the checkpoints; the last whole one by name is resumed from.
         device: Where to compute.
     """
 
@@ -32,15 +31,13 @@ class StoreContext(LocalContext):
         super().__init__(Path(), device=device)
         self.uri = uri
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The last complete folder, by name."""
-        names = [name for name in storage.list_names(self.uri) if storage.exists(self._marker(name))]
-        if not names:
-            yield None
-            return
-        with storage.local_copy(storage.join(self.uri, names[-1])) as folder:
-            yield folder
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The last whole folder, by name."""
+        return newest_whole(
+            [name for name in storage.list_names(self.uri) if storage.exists(self._marker(name))],
+            opened=lambda name: storage.local_copy(storage.join(self.uri, name)),
+            delete=lambda name: storage.delete_folder(storage.join(self.uri, name)),
+        )
 
     def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
         """Publish the folder; one that a lost attempt has published already stays, for it is the same."""

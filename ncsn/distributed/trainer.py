@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ncsn import storage
+from ncsn.checkpoint import DamagedError
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.ray_context import RayContext
+from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.lease import LeaseExpired
 
-CHECKPOINTS = "checkpoints"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints, beside them."""
 STARTUP_ATTEMPTS = 5
+
+_logger = logging.getLogger(__name__)
 
 
 def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
-    """Train on the connected Ray cluster; the same `run_uri` resumes from its latest checkpoint.
+    """Train on the connected Ray cluster; the same `run_uri` resumes from its latest whole checkpoint.
 
     Args:
         job: What to train on what.
@@ -31,6 +40,18 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         ray.train.TrainingFailedError: if workers were lost more often than `compute.max_failures`.
     """
     require_resources(job.config)
+    notes: list[str] = []
+    outcome = _fit(job, run_uri)
+    while isinstance(outcome, DamagedError) and (note := _forget_latest(run_uri, outcome)):
+        _logger.warning(note)
+        notes.append(note)
+        outcome = _fit(job, run_uri)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return replace(outcome, notes=tuple(notes))
+
+
+def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExpired:
     compute = job.config.compute
     filesystem, path = storage.filesystem(run_uri)
     trainer = TorchTrainer(
@@ -56,10 +77,30 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
             raise KeyboardInterrupt from None
         raise
     outcome = result.return_value
-    if isinstance(outcome, (ValueError, LeaseExpired)):
-        raise outcome
-    assert isinstance(outcome, TrainOutcome)
+    assert isinstance(outcome, (TrainOutcome, ValueError, LeaseExpired))
     return outcome
+
+
+def _forget_latest(run_uri: str, damage: DamagedError) -> str:
+    """Take the latest checkpoint off Ray Train's list, so that it resumes from the one before; what to say of it.
+
+    Training comes to the same place again and puts a new one there. Only the list may lack it: with the folder listed
+    twice Ray Train would delete the new one with the old.
+    """
+    uri = storage.join(run_uri, CHECKPOINTS, SNAPSHOT)
+    snapshot = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    if not snapshot.get("latest_checkpoint_result"):
+        return ""
+    name = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+    listed = zip(snapshot["checkpoint_results"], snapshot["checkpoint_report_indices"], strict=True)
+    kept = [(result, index) for result, index in listed if result["checkpoint_dir_name"] != name]
+    snapshot["checkpoint_results"] = [result for result, _ in kept]
+    snapshot["checkpoint_report_indices"] = [index for _, index in kept]
+    before = max(kept, key=itemgetter(1))[0] if kept else None
+    snapshot["latest_checkpoint_result"] = before
+    storage.write_text(uri, json.dumps(snapshot))
+    instead = f"from {before['checkpoint_dir_name']}" if before else "from the start, for there is none before it"
+    return f"checkpoint {name} is damaged ({damage.reason}): training went on {instead}"
 
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:

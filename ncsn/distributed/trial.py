@@ -151,10 +151,11 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
 
 def _train(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> tuple[str, TrainOutcome]:
     from ncsn.distributed import lone_worker, trainer
+    from ncsn.distributed.worker_context import CHECKPOINTS
     from ncsn.distributed.worker_loop import TrainingJob
 
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, stop_at=images)
-    checkpoints = storage.join(folder.uri, trainer.CHECKPOINTS)
+    checkpoints = storage.join(folder.uri, CHECKPOINTS)
     if job.config.compute.num_workers == 1:
         return checkpoints, lone_worker.train_alone(job, checkpoints=checkpoints)
     return checkpoints, trainer.train(job, run_uri=folder.uri)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ncsn import checkpoint
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, below the run's."""
+
+_logger = logging.getLogger(__name__)
 
 
 class WorkerContext(ABC):
@@ -42,11 +50,32 @@ class WorkerContext(ABC):
         """Make rank 0's `folder` the latest checkpoint under `name`. A barrier; other ranks pass None."""
 
 
+@contextmanager
+def newest_whole(
+    names: Sequence[str], *, opened: Callable[[str], AbstractContextManager[Path]], delete: Callable[[str], None]
+) -> Iterator[Path | None]:
+    """Context manager: the last of the checkpoints `names` that is whole; None if there is none.
+
+    A damaged one is deleted, with a warning: training makes it again.
+    """
+    for name in reversed(names):
+        with opened(name) as folder:
+            try:
+                checkpoint.verify(folder)
+            except checkpoint.DamagedError as damage:
+                _logger.warning("checkpoint %s is damaged (%s): going on from the one before", name, damage.reason)
+            else:
+                yield folder
+                return
+        delete(name)
+    yield None
+
+
 class LocalContext(WorkerContext):
     """A single worker without Ray, for tests, benchmarks and use as a library.
 
     Args:
-        checkpoints: Folder that receives the checkpoints; the last by name is resumed from.
+        checkpoints: Folder that receives the checkpoints; the last whole one by name is resumed from.
         device: Where to compute.
     """
 
@@ -65,11 +94,13 @@ class LocalContext(WorkerContext):
         """The tensor itself."""
         return tensor
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The last folder, by name."""
-        folders = sorted(self.checkpoints.glob("images-*")) if self.checkpoints.is_dir() else []
-        yield folders[-1] if folders else None
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The last whole folder, by name."""
+        return newest_whole(
+            sorted(path.name for path in self.checkpoints.glob("images-*")),
+            opened=lambda name: nullcontext(self.checkpoints / name),
+            delete=lambda name: shutil.rmtree(self.checkpoints / name),
+        )
 
     def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
         """Copy the folder, renamed into place."""

@@ -97,6 +97,7 @@ class TrainOutcome:
         images_per_second: Over this call, without start-up.
         seconds: Duration of this call.
         checkpoint: Name of the last checkpoint folder.
+        notes: What a person should know.
     """
 
     images_seen: int
@@ -104,6 +105,7 @@ class TrainOutcome:
     images_per_second: float
     seconds: float
     checkpoint: str
+    notes: tuple[str, ...] = ()
 
 
 class Curves:
@@ -182,9 +184,8 @@ class Training:
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
         if self.job.rehearsal is not None:
-            batch = range(state.images_seen, state.images_seen + config.train.batch_size)
-            own = batch[share.start : share.stop]
-            self.job.rehearsal.strike(batch, own=own, rank=context.rank, network=state.network)
+            due = range(state.images_seen, state.images_seen + config.train.batch_size)
+            self.job.rehearsal.strike(due, share=share, rank=context.rank, network=state.network)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))

@@ -98,7 +98,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
                 images_per_second=round(outcome.images_per_second, 1),
                 seconds=round(outcome.seconds, 1),
                 dataset=dataset,
-                notes=[note for note in (tracked.unsent(),) if note],
+                notes=[note for note in (*outcome.notes, tracked.unsent()) if note],
             )
 
     return once(

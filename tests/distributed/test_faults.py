@@ -1,0 +1,184 @@
+"""Rehearsed failures without Ray: how they are written, that they are real, strike once, and change no result."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ncsn import outages, storage
+from ncsn.config import Config, from_yaml
+from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
+from ncsn.distributed.lone_worker import StoreContext
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import DivergedError, TrainingJob, TrainOutcome, train_loop
+from ncsn.history import load_history
+
+LAST = "images-000000160"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("kill-worker@images=5000", Fault("kill-worker", 5000)),
+        ("nan@images=0", Fault("nan", 0)),
+        ("store-down@images=10:30s", Fault("store-down", 10, seconds=30)),
+        ("tracking-down@images=10:1.5m", Fault("tracking-down", 10, seconds=90)),
+        ("store-errors@images=10:0.25", Fault("store-errors", 10, seconds=60, share=0.25)),
+    ],
+)
+def test_a_fault_is_read(text: str, fault: Fault) -> None:
+    assert parse(text, step="train") == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "message"),
+    [
+        ("kill@images=3", "train", "'kill@images=3' is not a fault of train; use kill-worker@images=N, "),
+        ("kill-worker@image=3", "train", "is not a fault of train"),
+        ("kill-worker@images=-3", "train", "is not a fault of train"),
+        ("kill-worker@images=3:4s", "train", "write kill-worker@images=N, "),
+        ("nan@images=3", "sample", "is not a fault of sample; use store-down@images=N:TIME, store-errors"),
+        ("store-down@images=3", "train", "write store-down@images=N:TIME, with a TIME such as 30s or 2m"),
+        ("store-down@images=3:30", "train", "write store-down@images=N:TIME"),
+        ("store-errors@images=3:1.5", "train", r"write store-errors@images=N:SHARE, .* a SHARE in \(0, 1\]"),
+        ("store-errors@images=3:0.0", "train", "write store-errors@images=N:SHARE"),
+    ],
+)
+def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        parse(text, step=step)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_rehearsal_that_could_not_happen_is_refused() -> None:
+    assert rehearsal([], step="train", run_uri="/run") is None
+    with pytest.raises(ValueError, match="'nan@images=3' is given twice"):
+        rehearsal(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
+    with pytest.raises(
+        ValueError, match=r"needs a store that is a server: storage\.root = s3://\.\.\.; /run is a folder"
+    ):
+        rehearsal(["store-down@images=3:1s"], step="train", run_uri="/run")
+    assert all(
+        parse(form.replace("N", "1").replace("TIME", "1s").replace("SHARE", "1"), step="train")
+        for form in FORMS.values()
+    )
+
+
+def run(folder: Path, config: Config, dataset: str, *inject: str) -> TrainOutcome:
+    job = TrainingJob(
+        config=config,
+        dataset=dataset,
+        history=str(folder / "history.json"),
+        rehearsal=rehearsal(inject, step="train", run_uri=str(folder)),
+    )
+    return train_loop(job, LocalContext(folder / "checkpoints"))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, EMA, optimizer and curves are equal to the last bit."""
+    for name in ("weights", "ema", "optimizer"):
+        left, right = (load_file(folder / "checkpoints" / LAST / f"{name}.safetensors") for folder in (one, other))
+        assert left.keys() == right.keys()
+        assert all(left[key].equal(right[key]) for key in left)
+    assert curves(one) == curves(other)
+
+
+def curves(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    history = load_history(str(folder / "history.json"))
+    points = [{name: value for name, value in point.items() if "per_second" not in name} for point in history.points]
+    return list(zip(history.images_seen, points, strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, from_yaml(tiny), dataset)
+    assert [seen for seen, _ in curves(folder)] == [32, 64, 80, 96, 128, 160]
+    return folder
+
+
+def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
+    whole: Path, tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    config = from_yaml(tiny)
+    with pytest.raises(
+        DivergedError, match=r"loss nan.* by images_seen = 128; the last good checkpoint is images-0*80;"
+    ):
+        run(tmp_path, config, dataset, "nan@images=100")
+    run(tmp_path, config, dataset, "nan@images=100")
+    assert_same(whole, tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole: Path, tiny: str, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as full:
+        run(tmp_path, from_yaml(tiny), dataset, "disk-full@images=100")
+    assert full.value.errno == errno.ENOSPC
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["images-000000080"]
+    run(tmp_path, from_yaml(tiny), dataset, "disk-full@images=100")
+    assert_same(whole, tmp_path)
+
+
+def test_a_kill_is_a_kill_of_the_worker_that_would_draw_the_image(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from ncsn.distributed.faults import rehearsal
+faults = rehearsal(["kill-worker@images=24"], step="train", run_uri=sys.argv[1])
+for rank in (0, 1, 1):
+    worker = os.fork()
+    if not worker:
+        for batch in (range(0, 16), range(16, 32)):
+            faults.strike(batch, share=range(8 * rank, 8 * rank + 8), rank=rank)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", str(-signal.SIGKILL), "0"], "not the other worker, and not twice"
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint.json"])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_named(
+    whole: Path, tiny: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    run(tmp_path, from_yaml(tiny), dataset)
+    damaged = tmp_path / "checkpoints" / LAST / name
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, from_yaml(tiny), dataset)
+    assert f"checkpoint {LAST} is damaged ({name} " in caplog.text
+    assert_same(whole, tmp_path)
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
+    whole: Path, tiny: str, dataset: str, s3_root: str, caplog
+) -> None:
+    job = TrainingJob(config=from_yaml(tiny), dataset=dataset)
+    train_loop(job, StoreContext(f"{s3_root}/checkpoints"))
+    for name in ("images-000000080", LAST):
+        storage.write_bytes(f"{s3_root}/checkpoints/{name}/ema.safetensors", b"half")
+    train_loop(job, StoreContext(f"{s3_root}/checkpoints"))
+    assert caplog.text.count("is damaged (ema.safetensors differs from its checksum)") == 2
+    with storage.local_copy(f"{s3_root}/checkpoints/{LAST}") as folder:
+        made = (folder / "ema.safetensors").read_bytes()
+    assert made == (whole / "checkpoints" / LAST / "ema.safetensors").read_bytes()
+
+
+def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
+    faults = Rehearsal((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
+    outages.refuse("tracking")
+    with faults.outages_shared():
+        faults.strike(range(8), share=range(4, 8), rank=1)
+        outages.refuse("tracking")
+        faults.strike(range(8), share=range(4), rank=0)
+        outages.refuse("store")
+        with pytest.raises(ConnectionRefusedError, match="the tracking server is away for 60 s more"):
+            outages.refuse("tracking")
+    outages.refuse("tracking")
