@@ -102,14 +102,12 @@ def parse(text: str, *, step: str) -> Fault:
     return Fault(kind, images)
 
 
-def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal | None:
-    """What `--inject` asks for; None if it asks for nothing.
+def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal:
+    """What `--inject` asks for.
 
     Raises:
         ValueError: for a text that is no fault, a fault that is given twice, or a store fault on a local folder.
     """
-    if not texts:
-        return None
     faults = [parse(text, step=step) for text in texts]
     for fault, text in zip(faults, texts, strict=True):
         if [other.name for other in faults].count(fault.name) > 1:
@@ -131,13 +129,16 @@ class Rehearsal:
             command again, are spared.
     """
 
-    faults: tuple[Fault, ...]
-    run_uri: str
+    faults: tuple[Fault, ...] = ()
+    run_uri: str = ""
     _disk_full: bool = field(default=False, repr=False)
 
     @contextmanager
     def outages_shared(self) -> Iterator[None]:
         """Let this process, and what it starts meanwhile, share the outages of this node."""
+        if not self.faults:
+            yield
+            return
         digest = hashlib.sha256(self.run_uri.encode()).hexdigest()[:12]
         os.environ[outages.VARIABLE] = str(cache_folder() / "outages" / digest)
         try:

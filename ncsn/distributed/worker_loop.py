@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -67,7 +67,7 @@ class TrainingJob:
         history: URI of the file in which rank 0 keeps the curves, or None.
         start: URI of a checkpoint to start from while the run has none of its own, or None.
         lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
-        rehearsal: Faults to let happen, or None.
+        rehearsal: Faults to let happen.
         stop_at: End here, in images seen, though the schedules go on to `train.num_images`; None = at their end.
     """
 
@@ -78,7 +78,7 @@ class TrainingJob:
     history: str | None = None
     start: str | None = None
     lease: Lease | None = None
-    rehearsal: Rehearsal | None = None
+    rehearsal: Rehearsal = field(default_factory=Rehearsal)
     stop_at: int | None = None
 
     @property
@@ -183,9 +183,8 @@ class Training:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
-        if self.job.rehearsal is not None:
-            due = range(state.images_seen, state.images_seen + config.train.batch_size)
-            self.job.rehearsal.strike(due, share=share, rank=context.rank, network=state.network)
+        due = range(state.images_seen, state.images_seen + config.train.batch_size)
+        self.job.rehearsal.strike(due, share=share, rank=context.rank, network=state.network)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
@@ -244,8 +243,7 @@ class Training:
             if self.job.sink:
                 send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
             with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
-                if self.job.rehearsal is not None:
-                    self.job.rehearsal.fill_disk(Path(folder))
+                self.job.rehearsal.fill_disk(Path(folder))
                 checkpoint.save(
                     Path(folder),
                     config=self.config,

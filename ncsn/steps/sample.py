@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,8 +87,7 @@ def run(
     uri = folder.samples(loaded.digest, sampler_digest)
 
     def work(progress: ProgressFile) -> SampleResult:
-        shared = faults.outages_shared() if faults else nullcontext()
-        with step_run(config, run=run, step="sample") as tracked, shared, ray_cluster(config):
+        with step_run(config, run=run, step="sample") as tracked, faults.outages_shared(), ray_cluster(config):
             require_resources(config)
             tracked.set_tags(ray_tags())
             started = time.perf_counter()
@@ -128,7 +126,7 @@ def run(
     )
 
 
-def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal | None) -> Callable[[int, int], None]:
+def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal) -> Callable[[int, int], None]:
     """Publishes progress, ends the work if the launcher is gone, and lets fail what is to be rehearsed."""
     watched = Lease(lease) if lease else None
     before = 0
@@ -136,9 +134,8 @@ def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal | None
     def update(done: int, total: int) -> None:
         nonlocal before
         progress(done, total)
-        if faults is not None:
-            faults.strike(range(before, done))
-            before = done
+        faults.strike(range(before, done))
+        before = done
         if watched is not None and done < total:
             watched.require(f"{done} of {total} images are sampled and stay")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ncsn import build, storage
@@ -74,8 +73,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would
 
     def work(progress: ProgressFile) -> TrainResult:
-        shared = faults.outages_shared() if faults else nullcontext()
-        with step_run(config, run=run, step="train") as tracked, shared, ray_cluster(config):
+        with step_run(config, run=run, step="train") as tracked, faults.outages_shared(), ray_cluster(config):
             tracked.set_tags(ray_tags())
             tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
             job = TrainingJob(

@@ -58,7 +58,7 @@ def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, message: 
 
 
 def test_a_rehearsal_that_could_not_happen_is_refused() -> None:
-    assert rehearsal([], step="train", run_uri="/run") is None
+    assert rehearsal([], step="train", run_uri="/run").faults == ()
     with pytest.raises(ValueError, match="'nan@images=3' is given twice"):
         rehearsal(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
     with pytest.raises(
