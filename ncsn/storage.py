@@ -145,9 +145,21 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder with all that is in it."""
+    """Delete a folder and all in it; no error if there is none."""
     filesystem_, path = filesystem(uri)
-    filesystem_.delete_dir(path)
+    if filesystem_.get_file_info(path).type == fs.FileType.Directory:
+        filesystem_.delete_dir(path)
+
+
+def publish_file(file: Path, uri: str) -> None:
+    """Publish a local file atomically, whatever its size; a local `uri` has to be on the same disk."""
+    if is_local(uri):
+        _flush_to_disk(file)
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, uri)
+    else:
+        remote, path = filesystem(uri)
+        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=remote)
 
 
 def publish_once(uri: str, data: bytes) -> bool:
@@ -218,6 +230,25 @@ def publish_folder(folder: Path, uri: str, *, marker: str) -> bool:
             raise
         return False
     return True
+
+
+def publish_staged(staging: str, uri: str, *, marker: str) -> bool:
+    """Publish a folder that lies in the same store, complete as soon as the file `marker` stands in it.
+
+    On a disk it is moved; in S3, which cannot move, its objects are copied by the server and `staging` stays.
+
+    Returns:
+        True if this call published it, False if there was a complete one already, which stays.
+    """
+    if is_local(uri):
+        return publish_folder(Path(staging), uri, marker=marker)
+    if exists(join(uri, marker)):
+        return False
+    (remote, source), (_, target) = filesystem(staging), filesystem(uri)
+    for info in remote.get_file_info(fs.FileSelector(source, recursive=True)):
+        if info.type == fs.FileType.File and info.path != join(source, marker):
+            remote.copy_file(info.path, join(target, info.path.removeprefix(source)))
+    return publish_once(join(uri, marker), read_bytes(join(staging, marker)))
 
 
 @contextmanager

@@ -218,3 +218,21 @@ def test_a_write_that_fails_keeps_the_old_file(small_disk):
     assert failure.value.errno == small_disk.full
     assert storage.read_bytes(uri) == b"old"
     assert names_below(small_disk.folder) == ["file"]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_staged_folder_is_published_whole_and_once(request, tmp_path, place):
+    root = str(tmp_path) if place == "local" else request.getfixturevalue("s3_root")
+    file = tmp_path / "file"
+    for staging, content in (("first", b"1"), ("second", b"2")):
+        file.write_bytes(content)
+        storage.publish_file(file, f"{root}/{staging}/train/part")
+        storage.write_bytes(f"{root}/{staging}/marker", content)
+    assert storage.publish_staged(f"{root}/first", f"{root}/final", marker="marker")
+    assert not storage.publish_staged(f"{root}/second", f"{root}/final", marker="marker")
+    assert storage.read_bytes(f"{root}/final/train/part") == b"1"
+    for staging in ("first", "second", "never"):
+        storage.delete_folder(f"{root}/{staging}")
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(f"{root}/{staging}/train/part")
+    assert storage.read_bytes(f"{root}/final/marker") == b"1"

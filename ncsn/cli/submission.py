@@ -11,7 +11,7 @@ from ncsn import storage
 from ncsn.cli.inputs import Target, override_value, resolve
 from ncsn.config import Config, to_json
 from ncsn.config.schema import TrackingConfig
-from ncsn.data.source import source_fingerprint
+from ncsn.data.listing import source_fingerprint
 from pipelines.submit import Submission
 
 DEFAULT_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"

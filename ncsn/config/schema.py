@@ -33,7 +33,9 @@ class DataConfig(Section):
         description="Where the images come from. All but sklearn_digits read files below data.root."
     )
     root: str | None = Field(
-        None, description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source."
+        None,
+        description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source; for image_folder also "
+        "s3://bucket/prefix, and a .tar or .zip in place of a folder.",
     )
     download: bool = Field(
         False, description="Let torchvision download fashion_mnist, mnist or cifar10 into data.root."

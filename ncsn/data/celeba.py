@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.encoded import Encoded, decode_in_order
-from ncsn.data.pixels import Fit
+from ncsn.data.archives import index_archive
+from ncsn.data.encoded import EncodedImages, ImageFile
 from ncsn.data.row import NO_LABEL
-from ncsn.data.source import BadImages, Example, Source, Split, fit_of, held_out, root_of, safe_member
+from ncsn.data.source import BadImages, Source, Split, fit_of, held_out, root_of
 
 ARCHIVE = "img_align_celeba.zip"
 PARTITION = "list_eval_partition.txt"
@@ -20,7 +18,6 @@ CROP = 140
 """Side of the centre crop in pixels, as in the paper."""
 
 _SPLIT_NUMBERS = {"train": 0, "test": 2}
-_LARGEST_MEMBER = 64 << 20
 
 
 def open_celeba(data: DataConfig) -> Source:
@@ -33,12 +30,14 @@ def open_celeba(data: DataConfig) -> Source:
     archive = root / ARCHIVE if root.is_dir() else root
     if not archive.is_file():
         raise FileNotFoundError(f"data.root {data.root!r} has no {ARCHIVE}; put it there (CelebA is not downloaded)")
-    members = _members(archive)
+    members = {member.path: member for member in index_archive(str(archive))}
+    if not members:
+        raise ValueError(f"{archive} holds no .jpg or .png images; it is not {ARCHIVE}")
     fit, bad = fit_of(data, crop=CROP), BadImages(skip=data.on_bad_image == "skip")
-    splits = {
-        split: Split(len(names), partial(_stream, archive, names, fit, bad))
-        for split, names in _choose(archive, members, data.test_fraction).items()
-    }
+    splits = {}
+    for split, names in _choose(archive, sorted(members), data.test_fraction).items():
+        images = EncodedImages(str(archive), [ImageFile("", NO_LABEL, members[name]) for name in names], fit)
+        splits[split] = Split(len(images), partial(images.stream, bad), images)
     return Source(
         description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
         license="non-commercial research only (CelebA agreement)",
@@ -46,24 +45,6 @@ def open_celeba(data: DataConfig) -> Source:
         splits=splits,
         skipped=bad.skipped,
     )
-
-
-def _members(archive: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(archive) as images:
-            names = images.namelist()
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"{archive} is not a whole zip archive ({error}); fetch it again") from error
-    paths = {name: safe_member(name, archive=archive) for name in names}
-    members = sorted(name for name, path in paths.items() if _is_image(path))
-    if not members:
-        raise ValueError(f"{archive} holds no .jpg or .png images; it is not {ARCHIVE}")
-    return members
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    """Apple's archiver adds a `__MACOSX/._name` beside each file."""
-    return path.suffix.lower() in (".jpg", ".png") and not path.name.startswith(".")
 
 
 def _choose(archive: Path, members: Sequence[str], test_fraction: float) -> Mapping[str, list[str]]:
@@ -92,21 +73,3 @@ def _read_partition(path: Path) -> dict[str, int]:
             raise ValueError(f"{path} line {number} is {line!r}; expected a file name and 0, 1 or 2")
         numbers[words[0]] = int(words[1])
     return numbers
-
-
-def _stream(archive: Path, names: Sequence[str], fit: Fit, bad: BadImages) -> Iterator[Example]:
-    return decode_in_order(_read(archive, names, bad), fit=fit, bad=bad)
-
-
-def _read(archive: Path, names: Sequence[str], bad: BadImages) -> Iterator[Encoded]:
-    with zipfile.ZipFile(archive) as images:
-        for name in names:
-            label = f"{archive}:{name}"
-            try:
-                if images.getinfo(name).file_size > _LARGEST_MEMBER:
-                    raise zipfile.BadZipFile(f"unpacks to more than {_LARGEST_MEMBER >> 20} MiB")
-                data = images.read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-                bad.handle(label, str(error))
-            else:
-                yield Encoded(label, data, NO_LABEL)

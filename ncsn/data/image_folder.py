@@ -1,93 +1,161 @@
-"""A folder of PNG and JPEG images of any size; its sub-folders, if it has any, are the classes."""
+"""PNG and JPEG images of any size in a folder, a bucket or archives; folders or labels beside them are the classes."""
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
+from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.encoded import Encoded, decode_in_order
-from ncsn.data.pixels import Fit
+from ncsn.data.archives import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, index_archive
+from ncsn.data.encoded import EncodedImages, ImageFile
+from ncsn.data.listing import list_files
 from ncsn.data.row import NO_LABEL, SPLITS
-from ncsn.data.source import BadImages, Example, Source, Split, fit_of, held_out, name_hash, root_of
+from ncsn.data.source import BadImages, Source, Split, fit_of, held_out, name_hash, required_root
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+_INDEX_THREADS = 16
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file by its path below the root, and the folder names that stand for its class."""
+class _Found(NamedTuple):
+    """An image, before its label is known.
+
+    Attributes:
+        path: Where it would lie if every archive were unpacked beside itself; it decides split, class and order.
+        image: The image.
+        word: The label that lies beside it in its archive; None if there is none.
+    """
 
     path: str
-    label: int
+    image: ImageFile
+    word: str | None
 
 
 def open_image_folder(data: DataConfig) -> Source:
-    """The images below data.root.
+    """The images below data.root: a folder or `s3://bucket/prefix` of images or archives, or one archive.
 
-    Folders `train` and `test`, if the root holds just these two, are the splits. Otherwise data.test_fraction of each
-    class is held out. Within a split the images are in a fixed shuffled order, so that its first N are a fair sample.
+    Folders `train` and `test`, if there are just these two, are the splits. Otherwise data.test_fraction of each class
+    is held out. Within a split the images are in a fixed shuffled order, so that its first N are a fair sample. How the
+    images are packed changes nothing of that: a folder, its zip and its tar give the same rows.
     """
-    root = root_of(data)
-    if not root.is_dir():
-        raise ValueError(f"data.root {data.root!r} is a file; data.source image_folder needs a folder of images")
-    paths = _find(root)
-    own_splits = {path.split("/")[0] for path in paths if "/" in path} == set(SPLITS) and all("/" in p for p in paths)
-    class_names, files = _label(root, paths, depth=1 if own_splits else 0)
+    root = storage.absolute(required_root(data))
+    found = _find(root)
+    own_splits = {one.path.split("/")[0] for one in found if "/" in one.path} == set(SPLITS) and all(
+        "/" in one.path for one in found
+    )
+    class_names, found = _label(root, found, depth=1 if own_splits else 0)
     if own_splits:
-        chosen = {split: [file for file in files if file.path.startswith(f"{split}/")] for split in SPLITS}
+        chosen = {split: [one for one in found if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:
-        test = held_out([file.path for file in files], [file.label for file in files], data.test_fraction)
+        test = held_out([one.path for one in found], [one.image.label for one in found], data.test_fraction)
         chosen = {
-            "train": [file for file, held in zip(files, test, strict=True) if not held],
-            "test": [file for file, held in zip(files, test, strict=True) if held],
+            "train": [one for one, held in zip(found, test, strict=True) if not held],
+            "test": [one for one, held in zip(found, test, strict=True) if held],
         }
-    fit, bad = fit_of(data), BadImages(skip=data.on_bad_image == "skip")
+    bad = BadImages(skip=data.on_bad_image == "skip")
+    splits = {}
+    for split, members in chosen.items():
+        images = EncodedImages(root, [one.image for one in members], fit_of(data))
+        splits[split] = Split(len(images), partial(images.stream, bad), images)
     return Source(
         description=f"A folder of images, resized to {data.image_size}x{data.image_size}",
         license="as the owner of the images says",
         class_names=class_names,
-        splits={split: Split(len(files), partial(_stream, root, files, fit, bad)) for split, files in chosen.items()},
+        splits=splits,
         skipped=bad.skipped,
     )
 
 
-def _find(root: Path) -> list[str]:
-    """Paths of the images relative to `root`, sorted. Hidden files and folders do not count."""
-    paths: list[str] = []
-    others: list[str] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if name.startswith("."):
-                continue
-            path = (Path(folder) / name).relative_to(root).as_posix()
-            (paths if name.lower().endswith(SUFFIXES) else others).append(path)
-    if not paths:
-        held = f"holds {len(others)} other files (such as {min(others)!r}) but" if others else "is empty:"
-        raise ValueError(f"data.root {str(root)!r} {held} no image that ends in {', '.join(SUFFIXES)}")
-    return sorted(paths)
-
-
-def _label(root: Path, paths: Sequence[str], *, depth: int) -> tuple[tuple[str, ...], list[_File]]:
-    """Class names, and the files in their shuffled order, labelled by the folder at `depth` below the root."""
-    folders = [path.split("/")[depth] if path.count("/") > depth else None for path in paths]
-    names = sorted({folder for folder in folders if folder is not None})
-    if names and None in folders:
-        stray = paths[folders.index(None)]
+def _find(root: str) -> list[_Found]:
+    """The images, sorted by path. Archives count only where no image lies outside of them."""
+    files = [listed.path for listed in list_files(root)]
+    images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+    archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
+    alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and _is_file(root)
+    if alone and not archives:
+        kinds = " or ".join(ARCHIVE_SUFFIXES)
+        raise ValueError(f"data.root {root!r} is a file; data.source image_folder needs a folder of images, a {kinds}")
+    if images:
+        return [_Found(path, ImageFile(path, NO_LABEL), None) for path in images]
+    if archives:
+        return sorted(_in_archives(root, [""] if alone else archives), key=lambda one: one.path)
+    compressed = next((path for path in files if path.lower().endswith(COMPRESSED_SUFFIXES)), None)
+    if compressed:
         raise ValueError(
-            f"{root} mixes class folders (such as {names[0]!r}) with images that are in none (such as {stray!r}); "
+            f"data.root {root!r} holds {compressed!r}, which is compressed as a whole, so that no image of it can be "
+            "read alone; decompress it to a .tar (its images are compressed already)"
+        )
+    held = f"holds {len(files)} other files (such as {files[0]!r}) but" if files else "is empty:"
+    raise ValueError(f"data.root {root!r} {held} no image that ends in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _is_file(root: str) -> bool:
+    filesystem, path = storage.filesystem(root)
+    return bool(filesystem.get_file_info(path).is_file)
+
+
+def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:
+    """The images of all archives, which lie at `root` or are it."""
+    uris = [storage.join(root, archive) if archive else root for archive in archives]
+    with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
+        indices = list(pool.map(index_archive, uris))
+    if not any(indices):
+        raise ValueError(
+            f"{uris[0]} holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
+        )
+    repeated = {path for path, times in Counter(m.path for index in indices for m in index).items() if times > 1}
+    for archive, members in zip(archives, indices, strict=True):
+        folder = archive.rpartition("/")[0]
+        for member in members:
+            # Shards that number their images anew hold different images under one name.
+            inside = f"{member.path}@{archive}" if member.path in repeated else member.path
+            path = f"{folder}/{inside}" if folder else inside
+            yield _Found(path, ImageFile(archive, NO_LABEL, member), member.word)
+
+
+def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str, ...], list[_Found]]:
+    """Class names, and the images in their shuffled order with their labels.
+
+    The class is the label beside the image, else the folder at `depth` below the root.
+    """
+    beside = any(one.word for one in found)
+    words = [one.word or None if beside else _folder(one.path, depth) for one in found]
+    known = {word for word in words if word is not None}
+    if known and None in words:
+        stray = found[words.index(None)].path
+        example = min(known)
+        if beside:
+            raise ValueError(
+                f"{root} has labels (as {example!r}) beside some images but none beside others (as {stray!r}); "
+                "give every image a .cls file or a field cls in its .json, or none"
+            )
+        raise ValueError(
+            f"{root} mixes class folders (such as {example!r}) with images that are in none (such as {stray!r}); "
             "move every image into a class folder, or none"
         )
-    files = [
-        _File(path, NO_LABEL if name is None else names.index(name)) for path, name in zip(paths, folders, strict=True)
+    names = _class_names(known, numbers=beside)
+    places = {name: place for place, name in enumerate(names)}
+    labelled = [
+        one._replace(image=one.image._replace(label=NO_LABEL if word is None else places[word]))
+        for one, word in zip(found, words, strict=True)
     ]
-    return tuple(names), sorted(files, key=lambda file: name_hash(file.path))
+    return names, sorted(labelled, key=lambda one: name_hash(one.path))
 
 
-def _stream(root: Path, files: Sequence[_File], fit: Fit, bad: BadImages) -> Iterator[Example]:
-    encoded = (Encoded(str(root / file.path), (root / file.path).read_bytes(), file.label) for file in files)
-    return decode_in_order(encoded, fit=fit, bad=bad)
+def _folder(path: str, depth: int) -> str | None:
+    parts = path.split("/")
+    return parts[depth] if len(parts) > depth + 1 else None
+
+
+def _class_names(words: set[str], *, numbers: bool) -> tuple[str, ...]:
+    """Sorted; labels that are numbers stay what they are, so that 0 .. the largest are the classes."""
+    if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
+        largest = max(map(int, words), default=-1)
+        if largest >= 10 * len(words) + 1000:
+            raise ValueError(
+                f"the labels beside the images go up to {largest} with {len(words)} classes; number them from 0"
+            )
+        return tuple(map(str, range(largest + 1)))
+    return tuple(sorted(words))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,19 +21,6 @@ class Example(NamedTuple):
 
     image: np.ndarray
     label: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """A part of a source.
-
-    Attributes:
-        count: Images that it offers; some of them may turn out not to decode.
-        stream: Starts reading them from the first.
-    """
-
-    count: int
-    stream: Callable[[], Iterator[Example]]
 
 
 @dataclass
@@ -52,6 +39,33 @@ class BadImages:
         if not self.skip:
             raise ValueError(f"{name} does not decode: {reason}; repair or remove it, or set data.on_bad_image to skip")
         self.skipped.append(SkippedImage(name, reason))
+
+
+class DivisibleImages(Protocol):
+    """Images of which any process can read a section. Picklable."""
+
+    def __len__(self) -> int: ...
+
+    def section(self, first: int, last: int) -> DivisibleImages:
+        """The images `first .. last`."""
+
+    def stream(self, bad: BadImages, *, cores: int | None = None) -> Iterator[Example]:
+        """Read them on so many cores; None = all of this machine."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a source.
+
+    Attributes:
+        count: Images that it offers; some of them may turn out not to decode.
+        stream: Starts reading them from the first.
+        images: The same images for readers of sections; None where they come in one stream only.
+    """
+
+    count: int
+    stream: Callable[[], Iterator[Example]]
+    images: DivisibleImages | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,19 @@ def fit_of(data: DataConfig, *, crop: int | None = None) -> Fit:
     return Fit(image_size=data.image_size, channels=data.channels, convert=data.convert_channels, crop=crop)
 
 
+def required_root(data: DataConfig) -> str:
+    """data.root of a source that reads files.
+
+    Raises:
+        ValueError: if it is not set.
+    """
+    if data.root is None:
+        raise ValueError(
+            f"data.root is not set; data.source {data.source} reads files, so set data.root to where they are"
+        )
+    return data.root
+
+
 def root_of(data: DataConfig) -> Path:
     """The local file or folder that holds the source.
 
@@ -85,11 +112,7 @@ def root_of(data: DataConfig) -> Path:
         ValueError: if data.root is not set.
         FileNotFoundError: if it does not exist.
     """
-    if data.root is None:
-        raise ValueError(
-            f"data.root is not set; data.source {data.source} reads files, so set data.root to where they are"
-        )
-    root = Path(data.root).expanduser()
+    root = Path(required_root(data)).expanduser()
     if not root.exists():
         raise FileNotFoundError(
             f"data.root {data.root!r} does not exist; set it to where the files of {data.source} are"
@@ -127,7 +150,7 @@ def name_hash(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def safe_member(name: str, *, archive: Path) -> PurePosixPath:
+def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:
     """The path of an archive's member, which must stay inside the folder that it is unpacked to.
 
     Nothing is unpacked here; an archive with such a name was made to do harm, so none of it is trusted.
@@ -139,15 +162,3 @@ def safe_member(name: str, *, archive: Path) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
         raise ValueError(f"{archive} is refused: its member {name!r} points outside of it")
     return path
-
-
-def source_fingerprint(data: DataConfig) -> str:
-    """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
-    digest = hashlib.sha256()
-    if data.root is not None:
-        root = Path(data.root).expanduser()
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():
-                status = path.stat()
-                digest.update(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.celeba import open_celeba
@@ -16,7 +17,7 @@ from ncsn.data.cifar10 import open_cifar10
 from ncsn.data.digits import open_digits
 from ncsn.data.idx import open_fashion_mnist, open_mnist
 from ncsn.data.image_folder import open_image_folder
-from ncsn.data.source import Source, Split
+from ncsn.data.source import BadImages, Source, Split
 
 _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
     "sklearn_digits": open_digits,
@@ -38,9 +39,22 @@ def open_source(data: DataConfig) -> Source:
     source = _OPENERS[data.source](data)
     if data.max_images is None:
         return source
-    limited = {name: _first(split, data.max_images) for name, split in source.splits.items()}
+    bad = BadImages(skip=data.on_bad_image == "skip", skipped=source.skipped)
+    limited = {name: _first(split, data.max_images, bad) for name, split in source.splits.items()}
     return replace(source, splits=limited)
 
 
-def _first(split: Split, count: int) -> Split:
-    return Split(min(split.count, count), lambda: itertools.islice(split.stream(), count))
+def fills_several_parts(source: Source, data: DataConfig) -> bool:
+    """Whether the source can be read in sections, and one of its splits fills more than one part file."""
+    splits = source.splits.values()
+    return all(split.images is not None for split in splits) and any(
+        split.count > data.rows_per_part for split in splits
+    )
+
+
+def _first(split: Split, count: int, bad: BadImages) -> Split:
+    count = min(split.count, count)
+    if split.images is None:
+        return Split(count, lambda: itertools.islice(split.stream(), count))
+    images = split.images.section(0, count)
+    return Split(count, partial(images.stream, bad), images)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.listing import source_fingerprint
 from ncsn.data.manifest import MANIFEST
 from ncsn.data.parquet import write_dataset
-from ncsn.data.source import source_fingerprint
-from ncsn.data.sources import open_source
+from ncsn.data.sources import fills_several_parts, open_source
+from ncsn.data.summary import Dataset
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking.run import step_run
@@ -45,15 +46,13 @@ def run(config: Config, *, run: str) -> IngestResult:
         OSError: if the disk is full. Nothing is left half-written.
     """
     folder = claim_run(config, run)
-    source = config.data.source
+    fingerprint = source_fingerprint(config.data)
 
     def work(progress: ProgressFile) -> IngestResult:
         with step_run(config, run=run, step="ingest") as tracked:
             # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-            datasets = storage.join(folder.root, "datasets", source)
-            dataset = write_dataset(
-                open_source(config.data), datasets, name=source, data=config.data, on_progress=progress
-            )
+            datasets = storage.join(folder.root, "datasets", config.data.source)
+            dataset = _write(config, datasets, fingerprint=fingerprint, progress=progress)
             manifest = dataset.manifest
             tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
             tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -62,9 +61,25 @@ def run(config: Config, *, run: str) -> IngestResult:
     return once(
         folder,
         "ingest",
-        inputs={"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)},
+        inputs={"data": config.data.model_dump(mode="json"), "files": fingerprint},
         result_type=IngestResult,
         outputs=lambda result: [storage.join(result.uri, MANIFEST)],
         unit="images",
         work=work,
     )
+
+
+def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressFile) -> Dataset:
+    """Here and in one pass, or as Ray tasks where there is work for several."""
+    data = config.data
+    source = open_source(data)
+    if not fills_several_parts(source, data):
+        return write_dataset(source, folder, name=data.source, data=data, on_progress=progress)
+    # Imported here and not above: ray takes a second, which a small source need not wait for.
+    from ncsn.distributed.ingest_parts import write_dataset_in_tasks
+    from ncsn.distributed.local_cluster import ray_cluster
+
+    with ray_cluster(config):
+        return write_dataset_in_tasks(
+            source, folder, name=data.source, data=data, fingerprint=fingerprint, on_progress=progress
+        )

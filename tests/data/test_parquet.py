@@ -145,7 +145,7 @@ def test_the_same_input_writes_the_same_bytes(tmp_path, images, config):
 
 
 def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 20 * 192)
+    monkeypatch.setattr("ncsn.data.parts._BLOCK_BYTES", 20 * 192)
     dataset = write(images, tmp_path, config)
     blocks = list(read_blocks(dataset.uri, "train"))
     assert [len(block) for block in blocks] == [20, 20, 10]
@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
 
 
 def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 16 * 192)
+    monkeypatch.setattr("ncsn.data.parts._BLOCK_BYTES", 16 * 192)
     seen = []
     write_dataset(
         source_of(images),

@@ -1,0 +1,192 @@
+"""Images inside tar and zip archives, found once and then read one by one from where they lie.
+
+Nothing is unpacked. An archive may lie on a disk or in a bucket: its list of members is read once, and each image is
+one read of its own bytes, in any order and by any process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from ncsn import storage
+from ncsn.data.pixels import BadImageError
+from ncsn.data.source import safe_member
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+ARCHIVE_SUFFIXES = (".tar", ".zip")
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+_LABEL_SUFFIXES = ("cls", "json")
+_LABEL_KEYS = ("cls", "label")
+_LONGEST_LABEL = 64 << 10
+_LARGEST_IMAGE = 64 << 20
+_INDEX_BUFFER = 256 << 10
+_ZIP_HEADER = struct.Struct("<4s5H3L2H")
+_LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
+_ENCRYPTED = 0x1
+
+
+@dataclass(frozen=True, slots=True)
+class Zipped:
+    """How a zip archive keeps a member.
+
+    Attributes:
+        method: Its compression, stored or deflated.
+        flags: The flags of the zip format.
+        packed: Bytes that it takes.
+        size: Bytes that it unpacks to.
+        crc: Their CRC-32.
+    """
+
+    method: int
+    flags: int
+    packed: int
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One image of an archive.
+
+    Attributes:
+        path: Its path in the archive.
+        offset: First byte, in a zip archive of its header there.
+        span: Bytes from there on that hold it.
+        zipped: How it is compressed; None in a tar archive.
+        word: The label beside it, from `x.cls` or `x.json`; None if there is none.
+    """
+
+    path: str
+    offset: int
+    span: int
+    zipped: Zipped | None = None
+    word: str | None = None
+
+
+def index_archive(uri: str) -> list[Member]:
+    """The images of an archive in its order; hidden files do not count.
+
+    Args:
+        uri: A `.tar` or `.zip` file, local or in S3.
+
+    Raises:
+        ValueError: if the archive is damaged, compressed as a whole, or has a member that points outside of it.
+    """
+    filesystem, path = storage.filesystem(uri)
+    with filesystem.open_input_file(path) as stream:
+        found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
+        images: list[Member] = []
+        words: dict[str, str] = {}
+        for member in found:
+            name = safe_member(member.path, archive=uri)
+            stem, _, suffix = name.name.partition(".")
+            if not stem:
+                continue
+            if name.suffix.lower() in IMAGE_SUFFIXES:
+                images.append(member)
+            elif suffix in _LABEL_SUFFIXES:
+                words[_key(member.path)] = _word(member, stream, uri)
+    if not words:
+        return images
+    return [Member(m.path, m.offset, m.span, m.zipped, words.get(_key(m.path))) for m in images]
+
+
+def read_member(stream: Any, member: Member) -> bytes:
+    """The bytes of an image.
+
+    Args:
+        stream: The archive as a pyarrow file, which any number of threads may share.
+        member: The image.
+
+    Raises:
+        BadImageError: if the archive is cut or damaged there, or has packed the image in a way that is not read.
+    """
+    if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.size > _LARGEST_IMAGE):
+        raise BadImageError(f"takes more than {_LARGEST_IMAGE >> 20} MiB")
+    data: bytes = stream.read_at(member.span, member.offset)
+    if len(data) < member.span:
+        raise BadImageError("the archive ends within it")
+    return data if member.zipped is None else _unzip(data, member.zipped)
+
+
+def _key(path: str) -> str:
+    """What an image and its label have in common: the path up to the first dot of the file's name."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
+    try:
+        # Headers lie between the images: buffered, a header and the small images after it are one read of a bucket.
+        buffered = io.BufferedReader(stream, _INDEX_BUFFER)
+        with tarfile.open(fileobj=cast("BinaryIO", buffered), mode="r:") as tar:
+            for info in tar:
+                if info.isreg() and not info.issparse():
+                    yield Member(info.name, info.offset_data, info.size)
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"{uri} is not a whole tar archive ({error}); fetch it again, and decompress it if it is compressed"
+        ) from error
+
+
+def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+            end = archive.start_dir
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{uri} is not a whole zip archive ({error}); fetch it again") from error
+    ends = [info.header_offset for info in infos[1:]] + [end]
+    for info, last in zip(infos, ends, strict=True):
+        if not info.is_dir():
+            zipped = Zipped(info.compress_type, info.flag_bits, info.compress_size, info.file_size, info.CRC)
+            span = min(last - info.header_offset, _LONGEST_ZIP_HEADER + info.compress_size)
+            yield Member(info.filename, info.header_offset, span, zipped)
+
+
+def _unzip(data: bytes, zipped: Zipped) -> bytes:
+    if zipped.flags & _ENCRYPTED:
+        raise BadImageError("is encrypted")
+    if len(data) < _ZIP_HEADER.size or not data.startswith(b"PK\x03\x04"):
+        raise BadImageError("has no zip header where the archive's directory says")
+    *_, name_length, extra_length = _ZIP_HEADER.unpack_from(data)
+    first = _ZIP_HEADER.size + name_length + extra_length
+    packed = data[first : first + zipped.packed]
+    if zipped.method == zipfile.ZIP_STORED:
+        content = packed
+    elif zipped.method == zipfile.ZIP_DEFLATED:
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, zipped.size + 1)
+        except zlib.error as error:
+            raise BadImageError(str(error)) from error
+    else:
+        raise BadImageError(f"is packed by method {zipped.method}, which is neither stored nor deflated")
+    if len(content) != zipped.size or zlib.crc32(content) != zipped.crc:
+        raise BadImageError("Bad CRC-32: the archive is damaged")
+    return content
+
+
+def _word(member: Member, stream: Any, uri: str) -> str:
+    """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
+    name = f"{uri}:{member.path}"
+    if member.span > _LONGEST_LABEL:
+        raise ValueError(f"{name} is {member.span} bytes long, which is no label")
+    try:
+        text = read_member(stream, member).decode()
+        if member.path.endswith(".cls"):
+            return text.strip()
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a label: {error}") from error
+    values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
+    return str(values[0]) if values else ""

@@ -1,0 +1,135 @@
+"""Ingestion as Ray tasks: the dataset of one pass, from a bucket too, and after a kill only what is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from PIL import Image
+
+from ncsn import storage
+from ncsn.config import from_yaml
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.sources import open_source
+
+EXPERIMENT = """
+name: packed
+data: {{source: image_folder, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, rows_per_part: {rows},
+  on_bad_image: skip}}
+network: {{kind: unet, widths: [8]}}
+train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
+sampling: {{sampler: {{kind: annealed_langevin}}}}
+storage: {{root: {store}}}
+"""
+
+
+def png(value: int, *, side: int = 12) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(value).integers(0, 256, (side, side), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(first: int, last: int) -> bytes:
+    """A WebDataset shard whose image 7 is broken."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as tar:
+        for number in range(first, last):
+            content = b"broken" if number == 7 else png(number)
+            for name, data in ((f"{number:05d}.png", content), (f"{number:05d}.cls", str(number % 3).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Gives `ncsn ingest` for an experiment, and the experiment's text; in an environment of its own."""
+
+    def make(run: str, **fields) -> tuple[list[str], str, dict[str, str]]:
+        text = EXPERIMENT.format(**fields)
+        (tmp_path / "config.yaml").write_text(text)
+        arguments = ["ingest", "--config", str(tmp_path / "config.yaml"), "--run", run, "--json"]
+        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+        return [sys.executable, "-m", "ncsn", *arguments], text, environment
+
+    return make
+
+
+def in_one_pass(text: str, folder: Path):
+    data = from_yaml(text).data
+    return write_dataset(open_source(data), str(folder), name="image_folder", data=data)
+
+
+def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, command):
+    for number in range(3):
+        storage.write_bytes(f"{s3_root}/shards/{number}.tar", shard(60 * number, 60 * number + 60))
+    arguments, text, environment = command("bucket", root=f"{s3_root}/shards", rows=50, store=f"{s3_root}/store")
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    expected = in_one_pass(text, tmp_path / "one-pass")
+    assert result["digest"] == expected.manifest.digest
+    assert result["created"]
+    assert sum(result["counts"].values()) == 179
+    manifest = load_manifest(result["uri"])
+    assert [image.name for image in manifest.skipped] == [f"{s3_root}/shards/0.tar:00007.png"]
+    assert manifest.suggested_noise == expected.manifest.suggested_noise
+    assert (manifest.mean, manifest.class_counts) == (expected.manifest.mean, expected.manifest.class_counts)
+    assert sum(part.rows for part in manifest.parts["train"]) == manifest.counts["train"]
+    assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
+    assert np.array_equal(read_split(result["uri"], "test").images, read_split(expected.uri, "test").images)
+    objects = boto3.client("s3").list_objects_v2(Bucket=s3_root.removeprefix("s3://"), Prefix="store/datasets/")
+    assert not [entry["Key"] for entry in objects["Contents"] if "/.parts-" in entry["Key"]]
+
+
+@pytest.mark.slow
+def test_a_killed_ingest_goes_on_where_it_was(tmp_path, command):
+    (tmp_path / "images").mkdir()
+    for number in range(4000):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(number, side=48))
+    store = tmp_path / "store"
+    arguments, text, environment = command("killed", root=tmp_path / "images", rows=40, store=store)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(before := parts(store)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(5)  # its workers notice and end
+    before = parts(store)
+    assert 3 <= len(before) < 100
+    assert not list(store.glob("datasets/image_folder/*/manifest.json"))
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    after = parts(store)
+    assert {name: after[name] for name in before} == before  # not written again
+    assert len(after) == 100
+    assert result["digest"] == in_one_pass(text, tmp_path / "one-pass").manifest.digest
+    again = subprocess.run(
+        [*arguments[:-3], "--run", "other", "--json"], env=environment, capture_output=True, timeout=240
+    )
+    assert json.loads(again.stdout) == {**result, "created": False}
+
+
+def parts(store: Path) -> dict[str, int]:
+    """Part below the dataset's folder -> when it was written."""
+    return {
+        "/".join(path.parts[-2:]): path.stat().st_mtime_ns
+        for path in store.glob("datasets/image_folder/*/*/part-*.parquet")
+        if ".tmp-" not in str(path)
+    }
