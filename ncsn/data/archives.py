@@ -104,7 +104,7 @@ def read_member(stream: Any, member: Member) -> bytes:
     """The bytes of an image.
 
     Args:
-        stream: The archive as a pyarrow file, which any number of threads may share.
+        stream: The archive as a pyarrow file.
         member: The image.
 
     Raises:

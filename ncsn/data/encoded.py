@@ -86,7 +86,7 @@ class EncodedImages:
 
 
 class _Reader:
-    """Reads images for several threads; each archive is opened once."""
+    """Reads images for several threads; each local archive is opened once."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -104,7 +104,12 @@ class _Reader:
         uri = storage.join(self._root, image.file) if image.file else self._root
         if image.member is None:
             return storage.read_bytes(uri)
-        return read_member(self._archive(uri), image.member)
+        if storage.is_local(uri):
+            return read_member(self._archive(uri), image.member)
+        # A file of the patient S3 has one position: threads cannot share it.
+        filesystem, path = storage.filesystem(uri)
+        with filesystem.open_input_file(path) as stream:
+            return read_member(stream, image.member)
 
     def _archive(self, uri: str) -> Any:
         with self._lock:
