@@ -1,0 +1,84 @@
+"""Rows of the benchmark table, and timing in pairs: what is compared takes turns, so that both see the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Clock = Callable[[], float]
+TIMES = "x"
+"""Unit of a ratio."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside what it should reach.
+
+    Attributes:
+        part: What a user waits for.
+        measure: What was measured against what.
+        value: The figure.
+        unit: Its unit; "x" for a ratio.
+        target: What to reach, in the same unit; None where the figure only informs.
+        higher_is_better: Whether more than the target is good.
+        detail: The figures behind it, in words.
+    """
+
+    part: str
+    measure: str
+    value: float
+    unit: str = TIMES
+    target: float | None = None
+    higher_is_better: bool = True
+    detail: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.higher_is_better else self.value <= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with `reached`."""
+        return asdict(self) | {"reached": self.reached}
+
+
+def in_turns(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after one call of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            began = clock()
+            call()
+            seconds[name].append(clock() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
+    """How many times as fast: the median over the rounds of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = ["| part | measure | figure | reach | |", "|---|---|---:|---:|---|"]
+    for row in rows:
+        sign = ("≥ " if row.higher_is_better else "≤ ") if row.target is not None else ""
+        reach = f"{sign}{_shown(row.target, row.unit)}" if row.target is not None else ""
+        mark = {True: "reached", False: "**missed**", None: ""}[row.reached]
+        tail = f"{mark}{'; ' if mark and row.detail else ''}{row.detail}"
+        lines.append(f"| {row.part} | {row.measure} | {_shown(row.value, row.unit)} | {reach} | {tail} |")
+    return "\n".join(lines)
+
+
+def _shown(value: float, unit: str) -> str:
+    number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{number}{unit}" if unit in ("%", TIMES) else f"{number} {unit}"

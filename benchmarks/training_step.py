@@ -1,0 +1,186 @@
+"""The training step of the paper's network against the plainest implementation, on one core or one GPU.
+
+Needs only torch, numpy and ncsn.core.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.measure import Row, in_turns, ratio
+from benchmarks.plain_ncsn import PlainNcsn
+from ncsn.core.ema import Ema
+from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.train_state import train_step
+
+SIZE, LEVELS, FEATURES = 28, 10, 64
+FORWARD_BACKWARD_FLOP = 11_357_939_712
+"""Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition."""
+Batches = Iterator[tuple[Tensor, Tensor, Tensor]]
+
+
+def batches(batch: int, device: torch.device, *, count: int = 64) -> Batches:
+    """Endless (images, levels, noise): smooth blobs that a network can learn, `count` different batches."""
+    draw = torch.Generator().manual_seed(0)
+
+    def one() -> tuple[Tensor, Tensor, Tensor]:
+        coarse = torch.rand(batch, 1, 4, 4, generator=draw)
+        x = functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic").clamp(0, 1)
+        level = torch.randint(0, LEVELS, (batch,), generator=draw)
+        z = torch.randn(x.shape, generator=draw)
+        return x.to(device), level.to(device), z.to(device)
+
+    return cycle([one() for _ in range(count)])
+
+
+def plain_step(network: PlainNcsn, sigmas: Tensor) -> Callable[[tuple[Tensor, Tensor, Tensor]], Tensor]:
+    """Float32, eager, Adam as it comes, a loop over the parameters for the running average."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, foreach=False)
+    average = {name: value.detach().clone() for name, value in network.named_parameters()}
+
+    def step(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, level, z = batch
+        sigma = sigmas[level][:, None, None, None]
+        optimizer.zero_grad()
+        loss = (sigma * network(x + sigma * z, level) + z).square().sum(dim=(1, 2, 3)).mean() / 2
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                average[name].mul_(0.999).add_(value, alpha=0.001)
+        return loss.detach()
+
+    return step
+
+
+def our_step(network: nn.Module, sigmas: Tensor) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """The step of `ncsn train` in bfloat16."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    ema = Ema(network, decay=0.999)
+
+    def step(batch: tuple[Tensor, ...]) -> Tensor:
+        x, level, z = batch
+        report = train_step(
+            network, optimizer=optimizer, ema=ema, x=x, level=level, z=z, sigmas=sigmas, autocast_dtype=torch.bfloat16
+        )
+        return report.loss
+
+    return step
+
+
+def convolution_peak(batch: int, device: torch.device, *, rounds: int) -> float:
+    """FLOP/s of the forward and backward pass of the network's commonest convolution in bfloat16, and nothing else."""
+    x = torch.randn(batch, 2 * FEATURES, SIZE // 2, SIZE // 2, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(2 * FEATURES, 2 * FEATURES, 3, 3, device=device, dtype=torch.bfloat16)
+    x, weight = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
+    gradient = functional.conv2d(x, weight, padding=1).detach()
+
+    def both() -> None:
+        y = functional.conv2d(x, weight, padding=1)
+        torch.autograd.grad(y, (x, weight), gradient)
+        synchronise(device)
+
+    flop = 3 * 2 * x.numel() * 2 * FEATURES * 9
+    return flop / min(in_turns({"convolution": both}, rounds=rounds)["convolution"])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the GPU was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    *, device: torch.device, batch: int, rounds: int, compiled: bool, speedup: float, share_of_peak: float
+) -> list[Row]:
+    """Images per second beside the plain step's, and the share of what the machine's convolutions can do."""
+    torch.manual_seed(0)
+    sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
+    plain, ours = _twins(device)
+    given = batches(batch, device)
+    if compiled:
+        ours.compile()
+    steps = {"plain": plain_step(plain, sigmas), "ours": our_step(ours, sigmas)}
+
+    def run(name: str) -> None:
+        steps[name](next(given))
+        synchronise(device)
+
+    seconds = in_turns({name: partial(run, name) for name in steps}, rounds=rounds)
+    speed = {name: batch / statistics.median(values) for name, values in seconds.items()}
+    peak = convolution_peak(batch, device, rounds=rounds)
+    used = 100 * speed["ours"] * FORWARD_BACKWARD_FLOP / peak
+    where = "one CPU core" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return [
+        Row(
+            "training step",
+            f"ncsn, 28x28, 64 channels, batch {batch}, {where}: bfloat16{' compiled' * compiled} over plain float32",
+            ratio(seconds, "plain", "ours"),
+            target=speedup,
+            detail=f"{speed['ours']:,.1f} over {speed['plain']:,.1f} images/s",
+        ),
+        Row(
+            "machine use",
+            "FLOP/s of that step over those of its commonest convolution",
+            used,
+            unit="%",
+            target=share_of_peak,
+            detail=f"{speed['ours'] * FORWARD_BACKWARD_FLOP / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s",
+        ),
+    ]
+
+
+def loss_curves(*, device: torch.device, batch: int, steps: int, num_features: int) -> Row:
+    """Whether both steps learn alike: the mean loss of the last fifth of the steps, from the same start and data."""
+    torch.manual_seed(0)
+    sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
+    plain, ours = _twins(device, num_features=num_features)
+    last: dict[str, list[float]] = {}
+    for name, step in (("plain", plain_step(plain, sigmas)), ("ours", our_step(ours, sigmas))):
+        given = batches(batch, device)
+        losses = [step(next(given)) for _ in range(steps)]
+        last[name] = torch.stack(losses[-steps // 5 :]).tolist()
+    means = {name: statistics.fmean(values) for name, values in last.items()}
+    noise = statistics.stdev(last["plain"]) / len(last["plain"]) ** 0.5
+    return Row(
+        "training step",
+        f"loss after {steps} steps, bfloat16 over plain float32 ({num_features} channels)",
+        means["ours"] / means["plain"],
+        target=1 + 3 * noise / means["plain"],
+        higher_is_better=False,
+        detail=f"{means['ours']:.1f} and {means['plain']:.1f}, standard error {noise:.1f}",
+    )
+
+
+def _twins(device: torch.device, *, num_features: int = FEATURES) -> tuple[PlainNcsn, NcsnNetwork]:
+    plain = PlainNcsn(num_features, channels=1, num_levels=LEVELS)
+    ours = NcsnNetwork(num_features, channels=1, num_levels=LEVELS)
+    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
+    return plain.to(device), ours.to(device)
+
+
+def cpu_rows() -> list[Row]:
+    """On one core."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    return [
+        *measure(device=cpu, batch=32, rounds=5, compiled=False, speedup=2.3, share_of_peak=70),
+        loss_curves(device=cpu, batch=32, steps=500, num_features=8),
+    ]
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    for row in cpu_rows():
+        print(row, flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
