@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 Clock = Callable[[], float]
@@ -60,6 +63,24 @@ def in_turns(
             call()
             seconds[name].append(clock() - began)
     return seconds
+
+
+@contextmanager
+def own_process(prepare: Callable[..., Callable[[], object]], *args: object) -> Iterator[Callable[[], None]]:
+    """A call of what `prepare(*args)` makes, in a process of its own: nothing it sets reaches the others."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _keep, (prepare, *args)) as pool:
+        yield lambda: pool.submit(_call).result()
+
+
+_kept: list[Callable[[], object]] = []
+
+
+def _keep(prepare: Callable[..., Callable[[], object]], *args: object) -> None:
+    _kept.append(prepare(*args))
+
+
+def _call() -> None:
+    _kept[0]()
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:

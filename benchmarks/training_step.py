@@ -5,19 +5,18 @@ Needs only torch, numpy and ncsn.core.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.measure import Row, in_turns, ratio
+from benchmarks.measure import Row, in_turns, own_process, ratio
 from benchmarks.plain_ncsn import PlainNcsn
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.ema import Ema
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -26,14 +25,17 @@ from ncsn.core.train_state import train_step
 SIZE, LEVELS, FEATURES = 28, 10, 64
 FORWARD_BACKWARD_FLOP = 11_357_939_712
 """Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition."""
-Batches = Iterator[tuple[Tensor, Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images, levels, noise."""
+Step = Callable[[Batch], Tensor]
+"""Gives the loss."""
 
 
-def batches(batch: int, device: torch.device, *, count: int = 64) -> Batches:
+def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Batch]:
     """Endless (images, levels, noise): smooth blobs that a network can learn, `count` different batches."""
     draw = torch.Generator().manual_seed(0)
 
-    def one() -> tuple[Tensor, Tensor, Tensor]:
+    def one() -> Batch:
         coarse = torch.rand(batch, 1, 4, 4, generator=draw)
         x = functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic").clamp(0, 1)
         level = torch.randint(0, LEVELS, (batch,), generator=draw)
@@ -43,12 +45,12 @@ def batches(batch: int, device: torch.device, *, count: int = 64) -> Batches:
     return cycle([one() for _ in range(count)])
 
 
-def plain_step(network: PlainNcsn, sigmas: Tensor) -> Callable[[tuple[Tensor, Tensor, Tensor]], Tensor]:
+def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
     """Float32, eager, Adam as it comes, a loop over the parameters for the running average."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, foreach=False)
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
 
-    def step(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def step(batch: Batch) -> Tensor:
         x, level, z = batch
         sigma = sigmas[level][:, None, None, None]
         optimizer.zero_grad()
@@ -63,12 +65,12 @@ def plain_step(network: PlainNcsn, sigmas: Tensor) -> Callable[[tuple[Tensor, Te
     return step
 
 
-def our_step(network: nn.Module, sigmas: Tensor) -> Callable[[tuple[Tensor, ...]], Tensor]:
+def our_step(network: nn.Module, sigmas: Tensor) -> Step:
     """The step of `ncsn train` in bfloat16."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     ema = Ema(network, decay=0.999)
 
-    def step(batch: tuple[Tensor, ...]) -> Tensor:
+    def step(batch: Batch) -> Tensor:
         x, level, z = batch
         report = train_step(
             network, optimizer=optimizer, ema=ema, x=x, level=level, z=z, sigmas=sigmas, autocast_dtype=torch.bfloat16
@@ -104,19 +106,11 @@ def measure(
     *, device: torch.device, batch: int, rounds: int, compiled: bool, speedup: float, share_of_peak: float
 ) -> list[Row]:
     """Images per second beside the plain step's, and the share of what the machine's convolutions can do."""
-    torch.manual_seed(0)
-    sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
-    plain, ours = _twins(device)
-    given = batches(batch, device)
-    if compiled:
-        ours.compile()
-    steps = {"plain": plain_step(plain, sigmas), "ours": our_step(ours, sigmas)}
-
-    def run(name: str) -> None:
-        steps[name](next(given))
-        synchronise(device)
-
-    seconds = in_turns({name: partial(run, name) for name in steps}, rounds=rounds)
+    with (
+        own_process(prepare_plain, str(device), batch) as plain,
+        own_process(prepare_ours, str(device), batch, "compiled" if compiled else "eager") as ours,
+    ):
+        seconds = in_turns({"plain": plain, "ours": ours}, rounds=rounds)
     speed = {name: batch / statistics.median(values) for name, values in seconds.items()}
     peak = convolution_peak(batch, device, rounds=rounds)
     used = 100 * speed["ours"] * FORWARD_BACKWARD_FLOP / peak
@@ -140,11 +134,34 @@ def measure(
     ]
 
 
+def prepare_plain(device: str, batch: int) -> Callable[[], None]:
+    """A step of the plain implementation on the next batch."""
+    plain, _, sigmas = _start(torch.device(device))
+    return _on_next_batch(plain_step(plain, sigmas), batch, torch.device(device))
+
+
+def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
+    """A step of ours; `mode` is "eager" or "compiled"."""
+    keep_freed_memory()
+    _, ours, sigmas = _start(torch.device(device))
+    if mode == "compiled":
+        ours.compile()
+    return _on_next_batch(our_step(ours, sigmas), batch, torch.device(device))
+
+
+def _on_next_batch(step: Step, batch: int, device: torch.device) -> Callable[[], None]:
+    given = batches(batch, device)
+
+    def once() -> None:
+        step(next(given))
+        synchronise(device)
+
+    return once
+
+
 def loss_curves(*, device: torch.device, batch: int, steps: int, num_features: int) -> Row:
     """Whether both steps learn alike: the mean loss of the last fifth of the steps, from the same start and data."""
-    torch.manual_seed(0)
-    sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
-    plain, ours = _twins(device, num_features=num_features)
+    plain, ours, sigmas = _start(device, num_features=num_features)
     last: dict[str, list[float]] = {}
     for name, step in (("plain", plain_step(plain, sigmas)), ("ours", our_step(ours, sigmas))):
         given = batches(batch, device)
@@ -162,16 +179,18 @@ def loss_curves(*, device: torch.device, batch: int, steps: int, num_features: i
     )
 
 
-def _twins(device: torch.device, *, num_features: int = FEATURES) -> tuple[PlainNcsn, NcsnNetwork]:
+def _start(device: torch.device, *, num_features: int = FEATURES) -> tuple[PlainNcsn, NcsnNetwork, Tensor]:
+    """Both networks with the same weights, and the noise levels."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     plain = PlainNcsn(num_features, channels=1, num_levels=LEVELS)
     ours = NcsnNetwork(num_features, channels=1, num_levels=LEVELS)
-    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
-    return plain.to(device), ours.to(device)
+    ours.load_state_dict(plain.state_dict())
+    return plain.to(device), ours.to(device), geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
 
 
 def cpu_rows() -> list[Row]:
     """On one core."""
-    torch.set_num_threads(1)
     cpu = torch.device("cpu")
     return [
         *measure(device=cpu, batch=32, rounds=5, compiled=False, speedup=2.3, share_of_peak=70),

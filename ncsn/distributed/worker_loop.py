@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.losses import level_sums
 from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import StepReport, train_step
@@ -265,6 +266,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
+    keep_freed_memory()
     training = Training(job, context)
     started, first = time.perf_counter(), training.state.images_seen
     try:

@@ -1,0 +1,22 @@
+"""How this process gets its memory from the system."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER = 2**31 - 1
+_GIB = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation instead of giving it back to the system.
+
+    Training on a CPU frees and takes the same feature maps at every step; each time the system had to map and clear
+    them anew, which took about 7 % of the time. A process without glibc is left as it is.
+    """
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _GIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
