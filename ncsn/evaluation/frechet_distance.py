@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg.lapack import dpstrf
 
 Array = npt.NDArray[np.float64]
 
@@ -120,33 +121,39 @@ def frechet_uncertainty(
     if len(features) < 3:
         raise ValueError(f"the uncertainty of a Frechet distance needs at least 3 images, got {len(features)}")
     groups = min(num_groups, len(features))
-    whole, root = FrechetStatistics.of(features), symmetric_root(reference.covariance)
+    whole, reference_factor = FrechetStatistics.of(features), factor(reference.covariance)
     distances = np.empty(groups)
     for first in range(groups):
         rest = whole.without(FrechetStatistics.of(features[first::groups]))
         shift, covariance = rest.mean - reference.mean, rest.covariance
-        # Only the roots' trace is needed, and the reference's root is there: no second root, no singular values.
-        root_trace = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance @ root), 0.0, None)).sum()
+        # The reference's factor is there, so no second one is taken.
+        root_trace = _trace_of_root(reference_factor.T @ covariance @ reference_factor)
         distances[first] = shift @ shift + np.trace(covariance) - 2 * root_trace
     return float(np.sqrt((groups - 1) * distances.var()))
 
 
 def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
     """Frechet distance of N(mean_a, covariance_a) and N(mean_b, covariance_b)."""
-    # Tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2). Both roots are symmetric, so nothing
-    # complex appears, and no square root is taken of a product's rounding error, as in eigenvalues of S_a S_b.
-    product = symmetric_root(covariance_a) @ symmetric_root(covariance_b)
-    root_trace = np.linalg.svd(product, compute_uv=False).sum()
+    # With S = F F^T, Tr (S_a S_b)^(1/2) = Tr (G G^T)^(1/2) for G = F_a^T F_b: nothing complex appears, and directions
+    # in which a set of few images has no variance drop out instead of adding their rounding error.
+    g = factor(covariance_a).T @ factor(covariance_b)
+    root_trace = _trace_of_root(g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
     shift = mean_a - mean_b
     distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root_trace
     return max(float(distance), 0.0)
 
 
-def symmetric_root(matrix: Array) -> Array:
-    """The positive semi-definite square root of a symmetric positive semi-definite [D, D] matrix."""
-    values, vectors = np.linalg.eigh(matrix)
-    root: Array = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    return root
+def factor(matrix: Array) -> Array:
+    """F [D, rank] with F F^T = a symmetric positive semi-definite [D, D] matrix, by Cholesky with pivots."""
+    lower, pivots, rank, _ = dpstrf(matrix, lower=1)
+    factored = np.empty((len(matrix), rank))
+    factored[pivots - 1] = np.tril(lower)[:, :rank]
+    return factored
+
+
+def _trace_of_root(matrix: Array) -> float:
+    """Tr M^(1/2) of a symmetric positive semi-definite matrix."""
+    return float(np.sqrt(np.clip(np.linalg.eigvalsh(matrix), 0.0, None)).sum())
 
 
 def _same_dimension(a: FrechetStatistics, b: FrechetStatistics) -> None:

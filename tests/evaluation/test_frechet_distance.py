@@ -6,10 +6,10 @@ import scipy.linalg
 
 from ncsn.evaluation.frechet_distance import (
     FrechetStatistics,
+    factor,
     frechet_distance,
     frechet_distance_of_gaussians,
     frechet_uncertainty,
-    symmetric_root,
 )
 
 
@@ -54,7 +54,14 @@ def test_agrees_with_scipys_square_root(rank: int) -> None:
     zero = np.zeros(30)
     expected = np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
     assert frechet_distance_of_gaussians(zero, a, zero, b) == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(symmetric_root(a) @ symmetric_root(a), a, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(30, 40), (30, 10), (30, 1), (3, 0)])
+def test_factors_have_no_more_columns_than_the_rank(size: int, rank: int) -> None:
+    covariance = random_covariance(np.random.default_rng(rank), size, rank=rank) if rank else np.zeros((size, size))
+    found = factor(covariance)
+    assert found.shape == (size, min(size, rank))
+    np.testing.assert_allclose(found @ found.T, covariance, atol=1e-12)
 
 
 def test_uncertainty_is_that_of_the_delta_method() -> None:
