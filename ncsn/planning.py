@@ -122,12 +122,9 @@ def load_prices(uri: str | None = None) -> Prices:
     return Prices(**table)
 
 
-def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
-    """What `seconds` of a step come to: training and sampling reserve all workers, any other step one."""
-    compute = config.compute
-    workers = compute.num_workers if step in ("train", "sample") else 1
-    gpus = workers if compute.use_gpu and step in ("train", "sample", "evaluate") else 0
-    cpu_hours, gpu_hours = workers * compute.cpus_per_worker * seconds / 3600, gpus * seconds / 3600
+def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
+    """What `seconds` of so many cores and GPUs come to."""
+    cpu_hours, gpu_hours = cores * seconds / 3600, gpus * seconds / 3600
     watt_hours = cpu_hours * prices.watts_per_cpu_core + gpu_hours * prices.watts_per_gpu
     return Cost(
         seconds=seconds,
@@ -136,6 +133,14 @@ def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
         money=cpu_hours * prices.cpu_core_hour + gpu_hours * prices.gpu_hour,
         kwh=watt_hours * prices.power_overhead / 1000,
     )
+
+
+def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
+    """What `seconds` of a step come to: training and sampling reserve all workers, any other step one."""
+    compute = config.compute
+    workers = compute.num_workers if step in ("train", "sample") else 1
+    gpus = workers if compute.use_gpu and step in ("train", "sample", "evaluate") else 0
+    return cost(seconds, cores=workers * compute.cpus_per_worker, gpus=gpus, prices=prices)
 
 
 def total(costs: Mapping[str, Cost]) -> Cost:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -112,7 +113,6 @@ class NearestImages:
 class QualityPoint:
     """One sampler at one length of its chain."""
 
-    name: str
     sampler: SamplerConfig
     nfe: int
     fid: float
@@ -129,14 +129,6 @@ class QualityPoint:
             "num_images": self.num_images,
             "seconds_per_1000_images": self.seconds_per_1000,
         }
-
-
-@dataclass(frozen=True)
-class RealQuality:
-    """The same figure of real test images."""
-
-    fid: float
-    num_images: int
 
 
 def levels(subject: Subject, *, most: int) -> Levels:
@@ -217,8 +209,28 @@ def neighbours(subject: Subject, *, space: Space) -> NearestImages:
 
 def quality(
     subject: Subject, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """The run's sampler and the probability flow at several lengths, each measured over `num_images` new images.
+
+    Returns:
+        Plain values for JSON: `metric`, `fingerprint`, `points`, `real` (the same figure of as many real test images
+        as there are, up to `num_images`), and the `cores` and `gpus` that were busy meanwhile.
+    """
+    points = _points(subject, nfe=nfe, num_images=num_images, progress=progress)
+    real = subject.test_images(num_images)
+    return {
+        "metric": f"{subject.extractor.name}_fid_n{num_images}",
+        "fingerprint": subject.reference.fingerprint,
+        "points": [point.facts for point in points],
+        "real": {"fid": _fid(subject, real), "num_images": len(real)},
+        "cores": torch.get_num_threads(),
+        "gpus": 0 if subject.device == "cpu" else 1,
+    }
+
+
+def _points(
+    subject: Subject, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
 ) -> list[QualityPoint]:
-    """The run's sampler and the probability flow at several lengths, each measured over `num_images` new images."""
     chosen = list(_samplers(subject, nfe))
     points = []
     for number, sampler in enumerate(chosen):
@@ -233,7 +245,6 @@ def quality(
         seconds = time.perf_counter() - started
         points.append(
             QualityPoint(
-                name=sampler.kind,
                 sampler=sampler,
                 nfe=evaluations_per_image(sampler, num_levels=len(subject.sigmas)),
                 fid=_fid(subject, np.concatenate(images)),
@@ -242,12 +253,6 @@ def quality(
             )
         )
     return points
-
-
-def real_quality(subject: Subject, *, num_images: int) -> RealQuality:
-    """The Fréchet distance of as many real test images as there are, up to `num_images`."""
-    images = subject.test_images(num_images)
-    return RealQuality(fid=_fid(subject, images), num_images=len(images))
 
 
 def _samplers(subject: Subject, nfe: Sequence[int]) -> Iterator[SamplerConfig]:

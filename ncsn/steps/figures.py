@@ -19,10 +19,12 @@ from ncsn.config import Config
 from ncsn.data.cache import open_cache
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.history import load_history
+from ncsn.planning import Prices
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figure_numbers import Subject
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once
+from ncsn.tracking.costs import prices_of, read_plan
 from ncsn.tracking.run import step_run
 
 if TYPE_CHECKING:
@@ -148,7 +150,8 @@ def _draw(
     sheet = _Sheet()
     _draw_losses(sheet, folder, subject)
     _draw_images(sheet, subject)
-    _draw_quality(sheet, subject, nfe=nfe, num_images=num_images, progress=progress)
+    prices = prices_of(read_plan(folder.uri))
+    _draw_quality(sheet, subject, prices, nfe=nfe, num_images=num_images, progress=progress)
     return sheet
 
 
@@ -189,33 +192,21 @@ def _draw_images(sheet: _Sheet, subject: Subject) -> None:
 
 
 def _draw_quality(
-    sheet: _Sheet, subject: Subject, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+    sheet: _Sheet,
+    subject: Subject,
+    prices: Prices,
+    *,
+    nfe: Sequence[int],
+    num_images: int,
+    progress: Callable[[int, int], None],
 ) -> None:
-    from ncsn.report.plots import NfeCurve, quality_versus_nfe
+    from ncsn.report.quality import money_note, quality_plot
 
-    points = numbers.quality(subject, nfe=nfe, num_images=num_images, progress=progress)
-    real = numbers.real_quality(subject, num_images=num_images)
-    curves = {
-        name: NfeCurve(
-            nfe=[point.nfe for point in points if point.name == name],
-            quality=[point.fid for point in points if point.name == name],
-            labels=[f"{point.seconds_per_1000:,.0f} s" for point in points if point.name == name],
-        )
-        for name in dict.fromkeys(point.name for point in points)
-    }
-    sheet.figures["quality_nfe"] = quality_versus_nfe(
-        curves,
-        quality_label=f"Fréchet distance ({subject.extractor.name}, {num_images} images)",
-        real=real.fid,
-        real_label=f"{real.num_images} real test images",
-    )
-    sheet.numbers["quality"] = {
-        "metric": f"{subject.extractor.name}_fid_n{num_images}",
-        "fingerprint": subject.reference.fingerprint,
-        "points": [point.facts for point in points],
-        "real": {"fid": real.fid, "num_images": real.num_images},
-    }
-    sheet.notes.append("beside each point of quality_nfe: seconds per 1,000 images on this machine")
+    measured = numbers.quality(subject, nfe=nfe, num_images=num_images, progress=progress)
+    sheet.figures["quality_nfe"] = quality_plot(measured, prices)
+    sheet.numbers["quality"] = measured
+    note = money_note(measured, prices)
+    sheet.notes.append(f"beside each point of quality_nfe: seconds per 1,000 images on this machine, and money. {note}")
 
 
 def _publish(sheet: _Sheet, out: str) -> FiguresResult:

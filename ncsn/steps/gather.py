@@ -33,6 +33,7 @@ from ncsn.steps.panels import sampled_panels
 from ncsn.steps.plan import ledger
 from ncsn.steps.result import STEPS, RunFolder
 from ncsn.steps.sample import LEVELS
+from ncsn.tracking.costs import prices_of, read_plan
 from ncsn.tracking.recorded import RecordedRun, step_runs, whole_run
 from ncsn.tracking.run import StepRun
 
@@ -208,6 +209,7 @@ def _panels(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[
         folder=sources.folder.report,
         samples=sources.evaluation["samples"],
         dataset=sources.evaluation["dataset"],
+        prices=prices_of(read_plan(sources.folder.uri)),
         progress=progress,
     )
     if (found := _search(sources.folder)) is not None:

@@ -7,17 +7,17 @@ seconds, such as the demo's, the report makes them itself, over fewer images.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from ncsn import storage
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.generation import evaluations_per_image
-from ncsn.report.page import Figures, Picture, Plot
+from ncsn.planning import Prices
+from ncsn.report.page import Figures, Picture
 from ncsn.report.panels import inpainting_panel
-from ncsn.report.plots import NfeCurve, quality_versus_nfe
-from ncsn.report.style import to_png, to_svg
+from ncsn.report.quality import quality_panel
+from ncsn.report.style import to_png
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figures import subject_of
 
@@ -37,6 +37,7 @@ def sampled_panels(
     folder: str,
     samples: str,
     dataset: str,
+    prices: Prices,
     progress: Callable[[int, int], None],
 ) -> Iterator[Figures]:
     """The panels that there are, or that take seconds.
@@ -47,28 +48,23 @@ def sampled_panels(
         folder: Where `ncsn figures` leaves its numbers.
         samples: URI of the samples.
         dataset: URI of the data set.
+        prices: What the images cost.
         progress: Called with (images done, images in all).
     """
     stored = storage.join(folder, FIGURES)
     if storage.exists(stored):
         drawn = json.loads(storage.read_text(stored))
-        yield _quality(drawn["quality"])
+        yield quality_panel(drawn["quality"], prices)
         yield _inpainting(storage.read_bytes(storage.join(folder, "inpainting.png")))
     elif quick_work(config, trained) <= SMALL_WORK:
         subject = subject_of(config, trained, samples=samples, dataset=dataset, device="cpu")
         try:
-            points = numbers.quality(subject, nfe=QUICK_NFE, num_images=QUICK_IMAGES, progress=progress)
+            measured = numbers.quality(subject, nfe=QUICK_NFE, num_images=QUICK_IMAGES, progress=progress)
             made = numbers.inpainting(subject)
         except ValueError as error:  # a short chain may leave the finite numbers where the run's own does not
             yield Figures("Quality against cost", "", hints=[f"Not drawn: {error}."])
             return
-        real = numbers.real_quality(subject, num_images=QUICK_IMAGES)
-        measured = {
-            "metric": f"{subject.extractor.name}_fid_n{QUICK_IMAGES}",
-            "points": [point.facts for point in points],
-            "real": {"fid": real.fid, "num_images": real.num_images},
-        }
-        yield _quality(measured)
+        yield quality_panel(measured, prices)
         yield _inpainting(to_png(inpainting_panel(made.originals, made.completions, mask=made.known)))
 
 
@@ -79,41 +75,6 @@ def quick_work(config: Config, trained: SamplingCheckpoint) -> float:
     completions = COMPLETED * evaluations_per_image(config.sampling.sampler, num_levels=num_levels)
     parameters = sum(parameter.numel() for parameter in trained.network.parameters())
     return float(chains + completions) * parameters * config.data.image_size**2
-
-
-def _quality(measured: Mapping[str, Any]) -> Figures:
-    points, real = measured["points"], measured["real"]
-    names = dict.fromkeys(point["sampler"]["kind"] for point in points)
-    curves = {
-        _words(name): NfeCurve(
-            nfe=[point["nfe"] for point in points if point["sampler"]["kind"] == name],
-            quality=[point["fid"] for point in points if point["sampler"]["kind"] == name],
-        )
-        for name in names
-    }
-    count = points[0]["num_images"]
-    plot = quality_versus_nfe(
-        curves,
-        quality_label=f"Fréchet distance, {count} images",
-        real=real["fid"],
-        real_label=f"{real['num_images']} real test images",
-    )
-    rows = [
-        (
-            _words(point["sampler"]["kind"]),
-            f"{point['nfe']:,}",
-            f"{point['fid']:.4g}",
-            f"{point['seconds_per_1000_images']:,.3g}",
-        )
-        for point in points
-    ]
-    return Figures(
-        heading="Quality against cost",
-        text="Time goes into network evaluations, so many per image (NFE). The lower the distance to the training "
-        f"images the better; it is measured over {count:,} images here, so it compares within this figure only.",
-        plots=[Plot(to_svg(plot, salt="quality"), alt="Fréchet distance over network evaluations per image")],
-        table=[("sampler", "NFE", measured["metric"], "seconds per 1,000 images"), *rows],
-    )
 
 
 def _inpainting(png: bytes) -> Figures:
@@ -129,7 +90,3 @@ def _inpainting(png: bytes) -> Figures:
             )
         ],
     )
-
-
-def _words(kind: str) -> str:
-    return kind.replace("_", " ")

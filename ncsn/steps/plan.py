@@ -12,7 +12,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.planning import PLAN, Prices, cost_of, estimate, load_prices, total
 from ncsn.steps.result import STEPS, RunFolder, run_folder, spent_seconds
-from ncsn.tracking.costs import read_plan
+from ncsn.tracking.costs import prices_of, read_plan
 
 
 def run(config: Config, *, run: str, prices: Prices | None = None, report: Callable[[str], None]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def ledger(config: Config, *, run: str) -> dict[str, Any]:
     """
     folder = run_folder(config, run)
     plan = read_plan(folder.uri)
-    prices = Prices(**plan["prices"]) if plan else load_prices()
+    prices = prices_of(plan)
     costs = {
         step: cost_of(config, step, seconds, prices)
         for step, seconds in ((step, spent_seconds(folder, step)) for step in STEPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,16 @@ def read_plan(run_uri: str) -> dict[str, Any] | None:
     return plan
 
 
+def prices_of(plan: Mapping[str, Any] | None) -> Prices:
+    """The prices that a run was planned with, else those of the package."""
+    return Prices(**plan["prices"]) if plan else load_prices()
+
+
 def step_costs(
     config: Config, plan: dict[str, Any] | None, *, step: str, seconds: float
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of the step's run, `cost/<what>`, and of the pipeline's, `cost/<step>_seconds` beside `plan/...`."""
-    prices = Prices(**plan["prices"]) if plan else load_prices()
+    prices = prices_of(plan)
     of_step = {f"cost/{name}": value for name, value in asdict(cost_of(config, step, seconds, prices)).items()}
     planned = {f"plan/{step}_seconds": plan["steps"][step]["seconds"]} if plan and step in plan["steps"] else {}
     return of_step, planned | {f"cost/{step}_seconds": seconds}

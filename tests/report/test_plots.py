@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import matplotlib as mpl
@@ -8,6 +9,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from ncsn.planning import load_prices
 from ncsn.report.plots import (
     NfeCurve,
     loss_curves,
@@ -16,6 +18,7 @@ from ncsn.report.plots import (
     timing_bars,
     under_trained_levels,
 )
+from ncsn.report.quality import quality_panel, quality_plot
 from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import INK, LEVEL_COLOURS, PALETTE, to_png, to_svg
 
@@ -142,3 +145,21 @@ def test_ids_of_two_plots_in_one_page_differ_by_their_salt() -> None:
     figure = timing_bars({"train": 1.0})
     one, two = to_svg(figure, salt="one"), to_svg(figure, salt="two")
     assert one != two and len(one) == len(two)
+
+
+def test_quality_costs_money_by_the_price_table() -> None:
+    """A figure of 1,800 s per 1,000 images on two cores is an hour of a core; with a GPU half an hour of that, too."""
+    prices = dataclasses.replace(load_prices(), currency="EUR", cpu_core_hour=0.5, gpu_hour=3.0)
+    points = [
+        {"sampler": {"kind": "karras_heun"}, "nfe": nfe, "fid": fid, "num_images": 99, "seconds_per_1000_images": 1800}
+        for nfe, fid in ((10, 9.0), (40, 4.0))
+    ]
+    measured = {"metric": "fid_n99", "points": points, "real": {"fid": 1.0, "num_images": 99}, "cores": 2, "gpus": 0}
+    panel = quality_panel(measured, prices)
+    assert panel.table[0][-2:] == ("seconds per 1,000 images", "EUR per 1,000 images")
+    assert panel.table[1] == ("karras heun", "10", "9", "1,800", "0.5")
+    assert "2 cores at 0.5 EUR an hour while images are made, by the price table of `ncsn plan`" in panel.text
+    assert [text.get_text() for text in quality_plot(measured, prices).axes[0].texts] == ["1,800 s · 0.5 EUR"] * 2
+    on_gpu = quality_panel({**measured, "cores": 1, "gpus": 1}, prices)
+    assert on_gpu.table[1][-1] == "1.8"
+    assert "1 core at 0.5 EUR an hour and 1 GPU at 3" in on_gpu.text

@@ -140,6 +140,7 @@ def test_quality_is_measured_at_the_nearest_lengths_of_both_samplers(finished: F
     assert found == {("annealed_langevin", 9), ("annealed_langevin", 17), ("probability_flow", 7)}
     assert all(point["fid"] > quality["real"]["fid"] > 0 for point in quality["points"])
     assert all(point["num_images"] == 24 and point["seconds_per_1000_images"] > 0 for point in quality["points"])
+    assert quality["cores"] >= 1 and quality["gpus"] == 0
     assert quality["real"]["num_images"] == 24 and quality["metric"] == "classifier_fid_n24"
 
 

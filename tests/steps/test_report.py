@@ -141,7 +141,8 @@ def test_it_is_made_once_and_anew_when_there_is_more_to_show(config, evaluation,
 def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):
     folder = run_folder(config, RUN)
     point = {"sampler": {"kind": "karras_heun"}, "nfe": 35, "fid": 2.0, "num_images": 999, "seconds_per_1000_images": 7}
-    measured = {"metric": "classifier_fid_n999", "points": [point], "real": {"fid": 1.0, "num_images": 500}}
+    real = {"fid": 1.0, "num_images": 500}
+    measured = {"metric": "classifier_fid_n999", "points": [point], "real": real, "cores": 2, "gpus": 0}
     storage.write_text(storage.join(folder.report, "figures.json"), json.dumps({"quality": measured}))
     storage.write_bytes(storage.join(folder.report, "inpainting.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
     text = Path(report.run(config, run=RUN, evaluation=evaluation).uri).read_text()
