@@ -13,7 +13,7 @@ from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.options import Decorated, experiment_options, json_option
 
 if TYPE_CHECKING:
-    from ncsn.tracking.gate import AliasChange
+    from ncsn.tracking.by_hand import AliasChange
 
 
 def _dry_run_option(command: Decorated) -> Decorated:
@@ -40,8 +40,8 @@ def promote_command(
 ) -> None:
     """Make a version of MODEL champion, if its recorded figure passes the gate against the present champion."""
     from ncsn.cli.inputs import registry_uri
+    from ncsn.tracking.by_hand import promote_version
     from ncsn.tracking.connection import open_client_at
-    from ncsn.tracking.gate import promote_version
     from ncsn.tracking.versions import registry_errors
 
     uri = registry_uri(config_uri, overrides=overrides, run=run_name)
@@ -66,8 +66,8 @@ def rollback_command(
 ) -> None:
     """Make the champion of MODEL before the present one champion again; repeated, it goes further back."""
     from ncsn.cli.inputs import registry_uri
+    from ncsn.tracking.by_hand import roll_back
     from ncsn.tracking.connection import open_client_at
-    from ncsn.tracking.gate import roll_back
     from ncsn.tracking.versions import registry_errors
 
     uri = registry_uri(config_uri, overrides=overrides, run=run_name)

@@ -104,7 +104,7 @@ class KubeRay:
             uri=step.uri,
             entrypoint=(*step.command, "--lease", lease),
             image=image,
-            env=forwarded_environment(),
+            env=forwarded_environment() | {"NCSN_CONTAINER_IMAGE": image},
             labels=launcher.labels,
             owner=launcher.owner,
         )

@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+from ray.job_config import JobConfig
 
 from ncsn import outages
 from ncsn.config import Config
@@ -19,12 +20,16 @@ LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[str]:
+def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
     An own cluster listens on loopback only, has the dashboard on and asks for a token. Its address stands in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
+
+    Args:
+        config: The experiment; an own cluster is as large as it asks for.
+        metadata: What Ray's pages show of this process's job.
 
     Yields:
         The address of the cluster.
@@ -37,14 +42,19 @@ def ray_cluster(config: Config) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
         with _own_sigterm():
-            ray.init(address=address, logging_level=logging.WARNING, runtime_env=_environment())
+            ray.init(
+                address=address,
+                job_config=_job(metadata),
+                logging_level=logging.WARNING,
+                runtime_env=_environment(),
+            )
         try:
             yield address
         finally:
             ray.shutdown()
     else:
         with _own_sigterm():
-            address = _start(config)
+            address = _start(config, metadata)
         os.environ["RAY_ADDRESS"] = address
         try:
             yield address
@@ -68,9 +78,14 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _start(config: Config) -> str:
+def _job(metadata: Mapping[str, str] | None) -> JobConfig:
+    return JobConfig(metadata=dict(metadata or {}))
+
+
+def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
     ray.init(
         address="local",  # without, Ray would join a cluster that somebody else started on this machine
+        job_config=_job(metadata),
         num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
         include_dashboard=True,
         dashboard_host=LOOPBACK,

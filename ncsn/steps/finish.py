@@ -14,6 +14,7 @@ from ncsn.config import Config
 from ncsn.report.run_page import RunFacts, run_page
 from ncsn.steps.result import KFP_RUN_ID, STEPS, RunFolder, claim_run
 from ncsn.tracking.outcome import TrackedRun, close_run
+from ncsn.tracking.provenance import container_image
 
 STATUS_FILE = "status.json"
 SEARCH = "tune"
@@ -133,8 +134,7 @@ def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run:
         "model": registered.get("uri", ""),
         "report": reported.get("uri", ""),
         "commit": tags.get("mlflow.source.git.commit", ""),
-        # On one machine the same tasks run without it.
-        "image": os.environ.get("NCSN_IMAGE", "") if kfp_run else "",
+        "image": container_image(),
         "KFP run": kfp_run or "",
         "store": folders["register"].uri,
     }

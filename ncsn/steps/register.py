@@ -23,7 +23,7 @@ from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
 from ncsn.tracking import registry
 from ncsn.tracking.connection import open_client, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, not_finite, pass_gate
+from ncsn.tracking.gate import Evidence, decision_record, not_finite, pass_gate
 from ncsn.tracking.model_card import Scores, model_card
 from ncsn.tracking.run import StepRun, step_run
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
@@ -215,7 +215,7 @@ def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> Re
         reason=decision.reason,
         uri=f"models:/{name}/{version}",
     )
-    tracked.log_json({"model": name, "version": version, **asdict(decision)}, "gate.json")
+    tracked.log_json(decision_record(decision, name=name, version=version, by="gate"), "gate.json")
     tracked.set_tags(
         {"model.uri": result.uri, "gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
     )

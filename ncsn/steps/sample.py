@@ -24,6 +24,7 @@ from ncsn.report.stages import Stages, denoising_gif, images_in_gif
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once, run_folder
+from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
 
 GRID_IMAGES = 64
@@ -87,7 +88,11 @@ def run(
     uri = folder.samples(loaded.digest, sampler_digest)
 
     def work(progress: ProgressFile) -> SampleResult:
-        with step_run(config, run=run, step="sample") as tracked, faults.outages_shared(), ray_cluster(config):
+        with (
+            step_run(config, run=run, step="sample") as tracked,
+            faults.outages_shared(),
+            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="sample")),
+        ):
             require_resources(config)
             tracked.set_tags(ray_tags())
             started = time.perf_counter()

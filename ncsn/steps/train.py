@@ -17,6 +17,7 @@ from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once, run_folder, stored_record
+from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
 
 
@@ -73,7 +74,11 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would
 
     def work(progress: ProgressFile) -> TrainResult:
-        with step_run(config, run=run, step="train") as tracked, faults.outages_shared(), ray_cluster(config):
+        with (
+            step_run(config, run=run, step="train") as tracked,
+            faults.outages_shared(),
+            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="train")),
+        ):
             tracked.set_tags(ray_tags())
             tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
             job = TrainingJob(

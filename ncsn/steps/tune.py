@@ -24,6 +24,7 @@ from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once, run_folder
+from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run
 
 
@@ -89,7 +90,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     plan.samplings(plan.baseline)  # raises now what every trial would find
 
     def work(progress: ProgressFile) -> TuneResult:
-        with step_run(config, run=run, step="tune") as tracked, ray_cluster(config):
+        with (
+            step_run(config, run=run, step="tune") as tracked,
+            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="tune")),
+        ):
             require_resources(config)
             tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
             judge = obtain_judge(config, dataset)

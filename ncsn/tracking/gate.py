@@ -1,4 +1,4 @@
-"""The gate to the alias `champion`: what it looks at, how it decides, and what `ncsn promote` and `rollback` do."""
+"""The gate to the alias `champion`: what it looks at, how it decides, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ncsn.evaluation.measurement import FingerprintMismatchError, Measurement, Memorisation
-from ncsn.tracking.promotions import champion_version, history, previous_champion, promote, settle
-from ncsn.tracking.versions import (
-    CHALLENGER,
-    CHAMPION,
-    aliased_version,
-    require_model,
-    require_version,
-    set_alias,
-    tag_version,
-)
+from ncsn.tracking.promotions import Author, history, promote, settle
+from ncsn.tracking.versions import CHALLENGER, CHAMPION, set_alias, tag_version
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -56,45 +48,26 @@ class Decision:
     Attributes:
         promoted: Whether the version became champion.
         reason: One sentence with the numbers.
-        evidence: Of the version.
+        evidence: Of the version; None if it was promoted by hand without any.
         champion_version: The champion it was compared with, and which it replaced if promoted; empty if none.
         champion_measurement: That one's figure; None if there was none.
     """
 
     promoted: bool
     reason: str
-    evidence: Evidence
+    evidence: Evidence | None
     champion_version: str = ""
     champion_measurement: Measurement | None = None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Decision:
         """Inverse of `dataclasses.asdict`."""
-        champion = values["champion_measurement"]
-        evidence = Evidence.from_plain(values["evidence"])
-        parsed = {"evidence": evidence, "champion_measurement": champion and Measurement(**champion)}
+        champion, evidence = values["champion_measurement"], values["evidence"]
+        parsed = {
+            "evidence": evidence and Evidence.from_plain(evidence),
+            "champion_measurement": champion and Measurement(**champion),
+        }
         return cls(**{**values, **parsed})
-
-
-@dataclass(frozen=True)
-class AliasChange:
-    """What `ncsn promote` or `ncsn rollback` did, or would do.
-
-    Attributes:
-        model: Registered model.
-        version: The champion now.
-        replaced: The champion before; empty if there was none.
-        reason: Why.
-        changed: Whether the alias moved.
-        dry_run: Whether it was only asked what would happen.
-    """
-
-    model: str
-    version: str
-    replaced: str
-    reason: str
-    changed: bool
-    dry_run: bool
 
 
 def not_finite(values: Mapping[str, float]) -> list[str]:
@@ -144,69 +117,20 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     decision = next(begun, None)
     while decision is None:
         last = settle(client, name)
-        made = decide(evidence, version=version, champion=_known(client, name, last.version))
+        made = decide(evidence, version=version, champion=known_champion(client, name, last.version))
         if made.promoted and last.version != version:
             written = json.dumps(asdict(made))
             if not promote(client, name, version, after=last, by="gate", reason=made.reason, decision=written):
                 continue  # another pipeline promoted at the same moment: compare with that one
         decision = made
     settle(client, name)  # what was begun may lack its alias
-    tag_version(client, name, version, _as_tags(decision))
+    tag_version(client, name, version, decision_tags(decision))
     return decision
 
 
-def promote_version(
-    client: MlflowClient, name: str, *, version: str | None = None, force: bool = False, dry_run: bool = False
-) -> AliasChange:
-    """Ask the gate again about a version that is registered, and make it champion if it may.
-
-    Args:
-        client: Of the registry.
-        name: Registered model.
-        version: Which one; the challenger if None.
-        force: Make it champion whatever the gate says.
-        dry_run: Change nothing.
-
-    Raises:
-        ValueError: for an unknown model or version, or if the gate refuses.
-    """
-    require_model(client, name)
-    chosen = version or _challenger(client, name)
-    require_version(client, name, chosen)
-    recorded = recorded_decision(client, name, chosen)
-    while True:
-        last = None if dry_run else settle(client, name)
-        champion = champion_version(client, name) if last is None else last.version
-        if champion == chosen:
-            return AliasChange(name, chosen, chosen, "it is the champion already", changed=False, dry_run=dry_run)
-        promoted, reason = _asked_again(client, name, chosen, recorded, champion)
-        if not promoted and not force:
-            raise ValueError(f"{name} version {chosen} is not promoted: {reason}; --force promotes it all the same")
-        reason = reason if promoted else f"promoted by hand although {reason}"
-        if last is None or promote(client, name, chosen, after=last, by="hand", reason=reason):
-            return AliasChange(name, chosen, champion, reason, changed=True, dry_run=dry_run)
-
-
-def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
-    """Make the champion before the present one champion again.
-
-    Raises:
-        ValueError: for an unknown model, or if no earlier champion is on record.
-    """
-    require_model(client, name)
-    while True:
-        last = None if dry_run else settle(client, name)
-        champion = champion_version(client, name)
-        previous = previous_champion(client, name)
-        if not champion or previous is None:
-            what = f"version {champion} is the first champion of {name}" if champion else f"{name} has no champion"
-            raise ValueError(f"{what}: there is none to go back to; `ncsn promote {name} --version N` names one")
-        reason = f"rolled back from version {champion}"
-        if last is not None:
-            if not promote(client, name, previous, after=last, by="rollback", reason=reason):
-                continue
-            tag_version(client, name, champion, {"rolled_back_at": _now(), "rolled_back_to": previous})
-        return AliasChange(name, previous, champion, reason, changed=True, dry_run=dry_run)
+def decision_record(decision: Decision, *, name: str, version: str, by: Author) -> dict[str, Any]:
+    """What the artifact `gate.json` of the run that registered a version says."""
+    return {"model": name, "version": version, "by": by, **asdict(decision)}
 
 
 def recorded_decision(client: MlflowClient, name: str, version: str) -> Decision | None:
@@ -237,49 +161,42 @@ def _promotions_of(client: MlflowClient, name: str, version: str) -> list[Decisi
     return [Decision.from_plain(json.loads(text)) for text in written]
 
 
-def _asked_again(
-    client: MlflowClient, name: str, version: str, recorded: Decision | None, champion: str
-) -> tuple[bool, str]:
-    if recorded is None:
-        return False, "it has no figure with an uncertainty on record; evaluate and register its run again"
-    decision = decide(recorded.evidence, version=version, champion=_known(client, name, champion))
-    return decision.promoted, decision.reason
-
-
-def _known(client: MlflowClient, name: str, version: str) -> tuple[str, Measurement | None] | None:
-    """A champion and its figure, for `decide`."""
+def known_champion(client: MlflowClient, name: str, version: str) -> tuple[str, Measurement | None] | None:
+    """A champion and its figure, for `decide`; None for no version."""
     if not version:
         return None
     known = recorded_decision(client, name, version) or next(iter(_promotions_of(client, name, version)), None)
-    return version, None if known is None else known.evidence.measurement
+    return version, None if known is None or known.evidence is None else known.evidence.measurement
 
 
-def _challenger(client: MlflowClient, name: str) -> str:
-    found = aliased_version(client, name, CHALLENGER)
-    if found is None:
-        raise ValueError(f"{name} has no {CHALLENGER}; name the version: `ncsn promote {name} --version N`")
-    return str(found.version)
+def decision_tags(decision: Decision) -> dict[str, str]:
+    """The tags of the version that a decision is about."""
+    tags = {
+        "gate.promoted": str(decision.promoted).lower(),
+        "gate.reason": decision.reason,
+        f"gate.{CHAMPION}_version": decision.champion_version,
+        "gate.decided_at": _now(),
+    }
+    if decision.evidence is not None:
+        tags |= _figure_tags(decision.evidence, decision.champion_measurement)
+    # Last: it says that the others are complete.
+    return tags | {"gate.decision": json.dumps(asdict(decision))}
 
 
-def _as_tags(decision: Decision) -> dict[str, str]:
-    measured, other = decision.evidence.measurement, decision.champion_measurement
+def _figure_tags(evidence: Evidence, champion: Measurement | None) -> dict[str, str]:
+    measured = evidence.measurement
     tags = {
         "gate.metric": measured.name,
         "gate.value": repr(measured.value),
         "gate.uncertainty": repr(measured.uncertainty),
         "gate.num_images": str(measured.num_images),
         "gate.fingerprint": measured.fingerprint,
-        "gate.memorisation": str(decision.evidence.memorisation),
-        "gate.promoted": str(decision.promoted).lower(),
-        "gate.reason": decision.reason,
-        f"gate.{CHAMPION}_version": decision.champion_version,
-        "gate.decided_at": _now(),
+        "gate.memorisation": str(evidence.memorisation),
     }
-    if other is not None:
-        tags[f"gate.{CHAMPION}_value"] = repr(other.value)
-        tags["gate.combined_uncertainty"] = repr(measured.combined_uncertainty(other))
-    # Last: it says that the others are complete.
-    return tags | {"gate.decision": json.dumps(asdict(decision))}
+    if champion is not None:
+        tags[f"gate.{CHAMPION}_value"] = repr(champion.value)
+        tags["gate.combined_uncertainty"] = repr(measured.combined_uncertainty(champion))
+    return tags
 
 
 def _now() -> str:

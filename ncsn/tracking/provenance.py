@@ -12,12 +12,8 @@ from pathlib import Path
 VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
 UNKNOWN = "unknown"
 """What the image says of its commit if nobody told it when it was built."""
-FROM_ENVIRONMENT = {
-    "mlflow.docker.image.uri": "NCSN_IMAGE",
-    "kfp.pipeline_run_id": "NCSN_KFP_RUN_ID",
-    "kfp.pipeline_run_url": "NCSN_KFP_RUN_URL",
-}
-"""Tag -> variable that the container or the pipeline sets; the tags of KFP are those of its own MLflow plugin."""
+KFP_RUN = {"kfp.pipeline_run_id": "NCSN_KFP_RUN_ID", "kfp.pipeline_run_url": "NCSN_KFP_RUN_URL"}
+"""Tag -> variable that the pipeline sets; the tags are those of KFP's own MLflow plugin."""
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -28,7 +24,9 @@ def provenance(command: str) -> dict[str, str]:
             tags[f"{package}.version"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    tags |= {tag: os.environ[variable] for tag, variable in FROM_ENVIRONMENT.items() if os.environ.get(variable)}
+    tags |= kfp_run()
+    if image := container_image():
+        tags["mlflow.docker.image.uri"] = image
     commit = os.environ.get("NCSN_COMMIT") or _git_commit()
     if commit not in (None, UNKNOWN):
         tags["mlflow.source.git.commit"] = commit
@@ -37,6 +35,21 @@ def provenance(command: str) -> dict[str, str]:
     except (KeyError, OSError):  # a container's numeric user has no name
         tags["mlflow.user"] = str(os.getuid())
     return tags
+
+
+def container_image() -> str:
+    """The image that this process runs in; empty if it runs in none that anybody told it of.
+
+    NCSN_IMAGE alone does not say so: a task that KFP executes on this machine has it, too, and so has a shell from
+    which pipelines are submitted.
+    """
+    image = os.environ.get("NCSN_CONTAINER_IMAGE", "")
+    return image or (os.environ.get("NCSN_IMAGE", "") if os.environ.get("NCSN_KFP_RUN_ID") else "")
+
+
+def kfp_run() -> dict[str, str]:
+    """The tags that name the KFP run that this process is a task of; empty if it is none."""
+    return {tag: os.environ[variable] for tag, variable in KFP_RUN.items() if os.environ.get(variable)}
 
 
 def _git_commit() -> str | None:

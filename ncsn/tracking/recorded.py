@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ncsn.tracking.connection import REMOTE, shown
+from ncsn.tracking.provenance import kfp_run
 from ncsn.tracking.run import StepRun
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def step_runs(tracked: StepRun) -> dict[str, RecordedRun]:
         order_by=["attributes.start_time ASC"],
     )
     return {run.data.tags["ncsn.step"]: _recorded(tracked, run) for run in found if "ncsn.step" in run.data.tags}
+
+
+def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
+    """What a Ray job says of itself in Ray's own pages: which step it is, and its runs in MLflow and KFP."""
+    recorded = _recorded(tracked, tracked.client.get_run(tracked.run_id))
+    names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id}
+    return names | {"mlflow.run": recorded.page or shown(tracked.uri)} | kfp_run()
 
 
 def _recorded(tracked: StepRun, run: Run) -> RecordedRun:

@@ -147,6 +147,7 @@ def test_mlflow_has_one_parent_and_a_child_per_tracked_step(workplace, client) -
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == [RUN]
+    assert not [run for run in runs if "mlflow.docker.image.uri" in run.data.tags], "no container ran"
     children = {run.info.run_name: run for run in runs if run not in parents}
     assert set(children) == set(STEPS)
     for child in children.values():

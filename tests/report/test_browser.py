@@ -17,6 +17,10 @@ SCREENSHOTS = "NCSN_SCREENSHOTS"
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
 VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
 <iframe sandbox="allow-scripts" src="report.html"></iframe>"""
+IN_VIEW = """(() => {
+  const box = document.querySelector(".film").getBoundingClientRect();
+  return box.top < innerHeight && box.bottom > 0;
+})()"""
 
 
 @dataclass
@@ -43,9 +47,9 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
     width, height = SIZES[request.param]
     contexts = []
 
-    def open_page(name: str, *, scheme: str = "light") -> Visit:
+    def open_page(name: str, *, scheme: str = "light", motion: str = "reduce") -> Visit:
         context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion=motion
         )
         contexts.append(context)
         tab = context.new_page()
@@ -111,3 +115,27 @@ def test_the_film_plays_and_obeys_the_slider(visit) -> None:
     expect(frame.locator(".film output")).to_have_text(
         "finished", timeout=30_000
     )  # evaluates no string, as the CSP asks
+
+
+def test_the_film_starts_by_itself_when_it_comes_into_view(visit) -> None:
+    """Not before, and it stops for whoever takes the slider."""
+    frame = visit("report.html", motion="no-preference").frame
+    output, button = frame.locator(".film output"), frame.locator(".film button")
+    if not frame.evaluate(IN_VIEW):
+        expect(output).to_have_text("finished")
+        expect(button).to_have_text("\u25b6")
+    frame.locator(".film").scroll_into_view_if_needed()
+    expect(button).to_have_text("\u23f8", timeout=30_000)
+    expect(output).not_to_have_text("finished", timeout=30_000)
+    frame.locator(".film input").fill("2")
+    expect(button).to_have_text("\u25b6")
+    frame.wait_for_timeout(1000)  # five frames' time
+    assert output.text_content() == "noise 0.3"
+
+
+def test_the_film_stays_still_for_those_who_ask_for_that(visit) -> None:
+    frame = visit("report.html").frame
+    frame.locator(".film").scroll_into_view_if_needed()
+    frame.wait_for_timeout(1000)
+    assert frame.locator(".film output").text_content() == "finished"
+    assert frame.locator(".film button").text_content() == "\u25b6"

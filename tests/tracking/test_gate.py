@@ -10,8 +10,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.tracking.by_hand import promote_version, roll_back
 from ncsn.tracking.connection import connect
-from ncsn.tracking.gate import Decision, Evidence, decide, not_finite, pass_gate, promote_version, roll_back
+from ncsn.tracking.gate import Decision, Evidence, decide, not_finite, pass_gate
 from ncsn.tracking.promotions import history
 from ncsn.tracking.versions import aliases_of
 
@@ -229,41 +230,6 @@ def test_of_two_that_promote_at_once_the_better_one_wins(client, config, value_o
     assert [entry.version for entry in history(client, name)] == [before, rival, *[mine] * promoted]
 
 
-def test_promote_asks_the_gate_and_force_overrides_it(client):
-    first, second = empty_versions(client, "by-hand", 2)
-    pass_gate(client, name="by-hand", version=first, evidence=evidence(9.0))
-    pass_gate(client, name="by-hand", version=second, evidence=evidence(9.1))
-    with pytest.raises(
-        ValueError, match=r"by-hand version 2 is not promoted: .* 9 ± 0.3 of champion version 1; --force"
-    ):
-        promote_version(client, "by-hand")
-    planned = promote_version(client, "by-hand", force=True, dry_run=True)
-    assert (planned.version, planned.changed, planned.dry_run) == (second, True, True)
-    assert champion_of(client, "by-hand") == first
-    done = promote_version(client, "by-hand", force=True)
-    assert (done.version, done.replaced, champion_of(client, "by-hand")) == (second, first, second)
-    assert done.reason.startswith("promoted by hand although eval/classifier_fid_n512 = 9.1")
-    assert client.get_model_version("by-hand", second).tags["promoted_by"] == "hand"
-    assert not promote_version(client, "by-hand", version=second).changed
-
-
-def test_rollback_goes_back_one_champion_at_a_time(client):
-    versions = empty_versions(client, "back", 4)
-    for version, value in zip(versions, (9.0, 8.0, 7.0, 6.0), strict=True):
-        pass_gate(client, name="back", version=version, evidence=evidence(value))
-    client.delete_model_version("back", versions[2])
-    assert roll_back(client, "back", dry_run=True).version == versions[1]
-    assert champion_of(client, "back") == versions[3]
-    change = roll_back(client, "back")
-    assert (change.version, change.replaced, change.reason) == ("2", "4", "rolled back from version 4")
-    assert champion_of(client, "back") == "2"
-    assert client.get_model_version("back", "4").tags["rolled_back_to"] == "2"
-    assert client.get_model_version("back", "2").tags["promoted_by"] == "rollback"
-    assert roll_back(client, "back").version == "1"
-    with pytest.raises(ValueError, match="version 1 is the first champion of back: there is none to go back to"):
-        roll_back(client, "back")
-
-
 def test_alias_moved_in_mlflow_is_a_promotion_of_its_own(client):
     first, second, third = empty_versions(client, "moved", 3)
     pass_gate(client, name="moved", version=first, evidence=evidence(9.0))
@@ -286,20 +252,6 @@ def test_without_the_alias_there_is_no_champion(client):
         roll_back(client, "removed")
     assert pass_gate(client, name="removed", version=second, evidence=evidence(9.0)).promoted
     assert champion_of(client, "removed") == second
-
-
-def test_commands_name_what_is_unknown(client):
-    empty_versions(client, "known", 1)
-    with pytest.raises(ValueError, match=r"there is no model 'unknown' in the registry; it has \w+"):
-        roll_back(client, "unknown")
-    with pytest.raises(ValueError, match="model 'known' has no version '7'; the latest are 1"):
-        promote_version(client, "known", version="7")
-    with pytest.raises(ValueError, match="known has no challenger"):
-        promote_version(client, "known")
-    with pytest.raises(ValueError, match="version 1 is not promoted: it has no figure with an uncertainty on record"):
-        promote_version(client, "known", version="1")
-    with pytest.raises(ValueError, match="'my model' is not valid"):
-        promote_version(client, "my model")
 
 
 def test_decision_is_plain_data():

@@ -16,6 +16,8 @@ from PIL import Image
 from ncsn.config import flatten, from_yaml
 from ncsn.planning import load_prices
 from ncsn.tracking.connection import TrackingError, client_at, connect
+from ncsn.tracking.provenance import provenance
+from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
 
 
@@ -155,6 +157,35 @@ def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, mo
     }
     for run_id in (tracked.run_id, tracked.parent_run_id):
         assert wanted.items() <= tracked.client.get_run(run_id).data.tags.items()
+
+
+@pytest.mark.parametrize(
+    ("variables", "image"),
+    [
+        ({"NCSN_IMAGE": "compiled:1"}, None),  # a task that KFP executes on this machine
+        ({"NCSN_IMAGE": "compiled:1", "NCSN_KFP_RUN_ID": "r1"}, "compiled:1"),
+        ({"NCSN_IMAGE": "compiled:1", "NCSN_CONTAINER_IMAGE": "pod:2"}, "pod:2"),
+    ],
+)
+def test_an_image_is_named_only_where_a_container_runs(monkeypatch, variables, image):
+    for name in ("NCSN_IMAGE", "NCSN_KFP_RUN_ID", "NCSN_CONTAINER_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert provenance("ncsn train").get("mlflow.docker.image.uri") == image
+
+
+def test_a_ray_job_names_its_runs_in_mlflow_and_kfp(config, monkeypatch):
+    with step_run(config, run="named", step="train") as tracked:
+        names = job_metadata(tracked, run="named", step="train")
+    assert names == {
+        "ncsn.run": "named",
+        "ncsn.step": "train",
+        "mlflow.run_id": tracked.run_id,
+        "mlflow.run": tracked.uri,
+    }
+    monkeypatch.setenv("NCSN_KFP_RUN_ID", "r1")
+    assert job_metadata(tracked, run="named", step="train")["kfp.pipeline_run_id"] == "r1"
 
 
 def test_server_that_goes_away_in_a_step_is_one_line(make_config, monkeypatch):
