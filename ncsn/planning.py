@@ -204,7 +204,7 @@ def _storage(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
     images = counts.train_images + counts.test_images
     sizes = {
         "dataset_gb": images * rates.dataset_image_bytes / GIGABYTE,
-        "checkpoints_gb": min(config.train.keep_checkpoints, num_checkpoints(config))
+        "checkpoints_gb": (min(config.train.keep_checkpoints, num_checkpoints(config)) + config.train.keep_best)
         * rates.checkpoint_bytes
         / GIGABYTE,
         "samples_gb": config.sampling.num_images * rates.sample_bytes / GIGABYTE,

@@ -29,6 +29,7 @@ from ncsn.patience import patiently, s3_filesystem
 S3_SCHEME = "s3://"
 
 _TRIES_IN_CONFLICT = 5
+_SCRATCH = ".tmp-"
 
 
 def absolute(uri: str) -> str:
@@ -196,28 +197,46 @@ def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(near: str) -> Iterator[Path]:
     """A private local folder, gone when the block ends; on the same disk as `near` if that is local."""
-    if not is_local(near):
-        with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
-            yield Path(name)
-        return
-    scratch = Path(near) / f".tmp-{uuid.uuid4().hex[:8]}"
+    scratch = new_scratch(near)
     try:
-        scratch.mkdir(parents=True)
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def publish_folder(folder: Path, uri: str, *, marker: str) -> bool:
+def new_scratch(near: str) -> Path:
+    """A private local folder, the caller's to remove; on the same disk as `near` if that is local."""
+    if not is_local(near):
+        return Path(tempfile.mkdtemp(prefix="ncsn-"))
+    scratch = Path(near) / f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def remove_scratch(near: str) -> None:
+    """Remove the scratch folders that killed processes have left in the local folder `near`."""
+    for left in Path(near).glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def publish_folder(folder: Path, uri: str, *, marker: str, replace: bool = False) -> bool:
     """Publish a local folder at `uri`, complete as soon as the file `marker` stands in it.
 
     A local folder is moved and has to be on the same disk; `scratch_folder` gives one that is.
+
+    Args:
+        folder: What to publish.
+        uri: Where.
+        marker: Name of the file that makes it complete.
+        replace: Whether to take the place of a complete one, which is not there for a moment then.
 
     Returns:
         True if this call published it, False if there was a complete one already, which stays.
     """
     if exists(join(uri, marker)):
-        return False
+        if not replace:
+            return False
+        _unpublish(uri, marker=marker)
     if not is_local(uri):
         return _upload_folder(folder, uri, marker=marker)
     for file in folder.rglob("*"):
@@ -265,6 +284,14 @@ def local_copy(uri: str) -> Iterator[Path]:
         filesystem_, path = filesystem(uri)
         fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())
         yield Path(name)
+
+
+def _unpublish(uri: str, *, marker: str) -> None:
+    if is_local(uri):
+        with scratch_folder(uri.rpartition("/")[0]) as old:
+            os.rename(uri, old / "old")
+    else:
+        delete_file(join(uri, marker))
 
 
 def _upload_folder(folder: Path, uri: str, *, marker: str) -> bool:

@@ -98,9 +98,9 @@ def test_plan_has_time_memory_and_storage() -> None:
     assert not estimate(config("compute.num_workers=4"), COUNTS, RATES, PRICES)["memory"]["fits"]
     store = plan["storage"]
     assert store["dataset_gb"] == pytest.approx(0.55)
-    assert store["checkpoints_gb"] == pytest.approx(4.0), "two of three are kept"
+    assert store["checkpoints_gb"] == pytest.approx(6.0), "two of three are kept, and the best"
     assert store["samples_gb"] == pytest.approx(0.01)
-    assert store["money_per_month"] == pytest.approx(4.56 * 0.5)
+    assert store["money_per_month"] == pytest.approx(6.56 * 0.5)
     assert store["node_cache_gb"] == pytest.approx(550 * 64 / 1e9)
 
 

@@ -15,6 +15,7 @@ _NOT_DECIDING = (
     "train.checkpoint_every_images",
     "train.report_every_images",
     "train.keep_checkpoints",
+    "train.keep_best",
 )
 
 

@@ -96,6 +96,11 @@ class TrainConfig(Section):
     checkpoint_every_images: int = Field(ge=1, description="A checkpoint every so many images, and one at the end.")
     report_every_images: int = Field(ge=1, description="Images between two entries of the loss curves.")
     keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
+    keep_best: bool = Field(
+        True,
+        description="Keep a copy of the checkpoint of the least loss too, in the run's folder best/. The loss does not "
+        "tell which checkpoint draws the best images.",
+    )
 
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:

@@ -24,6 +24,7 @@ _BUT = (
     "train.checkpoint_every_images",
     "train.report_every_images",
     "train.keep_checkpoints",
+    "train.keep_best",
     "sampling.sampler.steps_per_level",
     "sampling.sampler.num_steps",
     "sampling.sampler.num_levels",

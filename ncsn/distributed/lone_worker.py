@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -39,12 +38,15 @@ class StoreContext(LocalContext):
             delete=lambda name: storage.delete_folder(storage.join(self.uri, name)),
         )
 
-    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
+    def new_folder(self) -> Path:
+        """A folder from which publishing is a move, if the store is a disk."""
+        return storage.new_scratch(self.uri)
+
+    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:  # noqa: ARG002
         """Publish the folder; one that a lost attempt has published already stays, for it is the same."""
         assert folder is not None
-        with storage.scratch_folder(self.uri) as staging:
-            shutil.copytree(folder, staging, dirs_exist_ok=True)
-            storage.publish_folder(staging, storage.join(self.uri, name), marker=checkpoint.INDEX)
+        storage.publish_folder(folder, storage.join(self.uri, name), marker=checkpoint.INDEX)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _marker(self, name: str) -> str:
         return storage.join(self.uri, name, checkpoint.INDEX)

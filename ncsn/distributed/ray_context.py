@@ -1,8 +1,14 @@
-"""The worker context on Ray Train."""
+"""The worker context on Ray Train.
+
+Checkpoints go to the store in the background, while training goes on: Ray Train calls the upload from a thread, waits
+for it before a worker is done, and restarts the group if it fails.
+"""
 
 from __future__ import annotations
 
 import inspect
+import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +22,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ncsn import checkpoint, storage
+from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.worker_context import WorkerContext
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
@@ -27,13 +35,21 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
 
 
 class RayContext(WorkerContext):
-    """A worker of a Ray `TorchTrainer`: gloo on CPUs, NCCL on GPUs."""
+    """A worker of a Ray `TorchTrainer`: gloo on CPUs, NCCL on GPUs.
 
-    def __init__(self) -> None:
+    Args:
+        checkpoints: URI of the folder that Ray Train keeps its checkpoints in.
+        best: What keeps the best checkpoint, or None.
+    """
+
+    def __init__(self, checkpoints: str, *, best: BestCheckpoint | None = None) -> None:
         context = ray.train.get_context()
+        self.uri, self._best, self._storing = checkpoints, best, threading.Lock()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
+        if self.rank == 0 and storage.is_local(checkpoints):
+            storage.remove_scratch(checkpoints)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network under DistributedDataParallel, if there is more than one worker."""
@@ -52,14 +68,41 @@ class RayContext(WorkerContext):
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """The latest checkpoint that Ray Train has registered in the run's storage."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        latest = ray.train.get_checkpoint()
+        if latest is None:
             yield None
             return
-        with checkpoint.as_directory() as folder:
+        with latest.as_directory() as folder:
             yield Path(folder)
 
-    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:
-        """Upload through Ray Train, which registers the checkpoint once it is complete."""
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+    def new_folder(self) -> Path:
+        """A folder from which publishing is a move, if the store is a disk."""
+        return storage.new_scratch(self.uri)
+
+    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+        """Begin to store the folder; Ray Train registers the checkpoint once it is complete.
+
+        Waits if the checkpoint before is still on its way, so that a slow store does not fill this machine's disk.
+        """
+        with self._storing:
+            pass
+        ray.train.report(
+            {"loss": loss},
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=lambda local, stored_as: self._store(Path(local.path), stored_as, loss=loss),
+        )
+
+    def _store(self, folder: Path, name: str, *, loss: float) -> ray.train.Checkpoint:
+        """Publish; what a lost attempt has published, and Ray Train not registered, is replaced by the same."""
+        target = storage.join(self.uri, name)
+        with self._storing:
+            try:
+                storage.publish_folder(folder, target, marker=checkpoint.INDEX, replace=True)
+                if self._best is not None:
+                    self._best.offer(Path(target) if storage.is_local(target) else folder, name=name, loss=loss)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        filesystem, path = storage.filesystem(target)
+        return ray.train.Checkpoint(path, filesystem)

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from ncsn import storage
 from ncsn.checkpoint import DamagedError
+from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_context import CHECKPOINTS
@@ -56,7 +57,7 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
     filesystem, path = storage.filesystem(run_uri)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "run_uri": run_uri},
         scaling_config=ScalingConfig(
             num_workers=compute.num_workers,
             use_gpu=compute.use_gpu,
@@ -105,7 +106,9 @@ def _forget_latest(run_uri: str, damage: DamagedError) -> str:
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:
     """Ray retries what a worker raises; a mistake that would only repeat, and an order to end, is returned instead."""
+    job, run_uri = arguments["job"], arguments["run_uri"]
     try:
-        return train_loop(arguments["job"], RayContext())
+        best = BestCheckpoint(run_uri) if job.config.train.keep_best else None
+        return train_loop(job, RayContext(storage.join(run_uri, CHECKPOINTS), best=best))
     except (ValueError, LeaseExpired) as end:
         return end

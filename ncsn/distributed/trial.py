@@ -55,13 +55,15 @@ class SearchPlan:
         return {path: setting(self.config, path) for path in searched_space(self.config)}
 
     def trial_config(self, values: Mapping[str, Any]) -> Config:
-        """The experiment of one trial, which keeps its latest checkpoint only.
+        """The experiment of one trial, which keeps its latest checkpoint only, for samples judge it.
 
         Raises:
             ValueError: if the values do not go together.
         """
         changed = variant(self.config, values)
-        return changed.model_copy(update={"train": changed.train.model_copy(update={"keep_checkpoints": 1})})
+        return changed.model_copy(
+            update={"train": changed.train.model_copy(update={"keep_checkpoints": 1, "keep_best": False})}
+        )
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:
         """The samplers that judge a checkpoint of the trial, all of one NFE.

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ncsn import checkpoint
+from ncsn import checkpoint, storage
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, below the run's."""
@@ -46,8 +44,20 @@ class WorkerContext(ABC):
         """Context manager: local folder of the checkpoint to resume from, or None."""
 
     @abstractmethod
-    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:
-        """Make rank 0's `folder` the latest checkpoint under `name`. A barrier; other ranks pass None."""
+    def new_folder(self) -> Path:
+        """An empty local folder, to be filled and given to `publish`."""
+
+    @abstractmethod
+    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+        """Make rank 0's `folder` the latest checkpoint under `name`, now or soon, but before the worker returns.
+
+        A barrier. The folder is the context's from here on. Other ranks pass None.
+
+        Args:
+            folder: A complete checkpoint from `new_folder`.
+            name: Name of the checkpoint.
+            loss: Loss since the checkpoint before, the same on each rank.
+        """
 
 
 @contextmanager
@@ -102,10 +112,11 @@ class LocalContext(WorkerContext):
             delete=lambda name: shutil.rmtree(self.checkpoints / name),
         )
 
-    def publish(self, folder: Path | None, *, name: str, metrics: dict[str, Any]) -> None:  # noqa: ARG002
-        """Copy the folder, renamed into place."""
+    def new_folder(self) -> Path:
+        """A folder beside the checkpoints."""
+        return storage.new_scratch(str(self.checkpoints))
+
+    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:  # noqa: ARG002
+        """Rename the folder into place."""
         assert folder is not None
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.checkpoints))
-        shutil.copytree(folder, staging, dirs_exist_ok=True)
-        staging.rename(self.checkpoints / name)
+        folder.rename(self.checkpoints / name)

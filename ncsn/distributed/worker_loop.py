@@ -7,7 +7,7 @@ order), so the images of a global batch, their levels and their noise do not dep
 from __future__ import annotations
 
 import math
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,23 +19,22 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
 from ncsn.core.allocator import keep_freed_memory
-from ncsn.core.losses import level_sums
 from ncsn.core.starts import DataMoments
-from ncsn.core.train_state import StepReport, train_step
+from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
 from ncsn.distributed.compilation import compile_network
+from ncsn.distributed.curves import Curves
 from ncsn.distributed.faults import Rehearsal
 from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
-from ncsn.history import level_loss, load_history
+from ncsn.history import load_history
 from ncsn.lease import Lease, LeaseExpired
 
 
@@ -107,39 +106,6 @@ class TrainOutcome:
     seconds: float
     checkpoint: str
     notes: tuple[str, ...] = ()
-
-
-class Curves:
-    """Sums of the losses between two reports, by noise level, over all workers."""
-
-    def __init__(self, num_levels: int, context: WorkerContext) -> None:
-        self._context = context
-        self._sums = torch.zeros(2, num_levels, dtype=torch.float64, device=context.device)
-        self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
-        self._started, self._images = time.perf_counter(), 0
-
-    def add(self, level: Tensor, step: StepReport, *, images: int) -> None:
-        """Take one step: this worker's levels `[B]` and losses, and the size of the global batch."""
-        self._sums += torch.stack(level_sums(step.per_image, level=level, num_levels=self._sums.shape[1]))
-        self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
-        self._images += images
-
-    def take(self) -> dict[str, float]:
-        """The curves' next point, and start anew. A collective call."""
-        losses, counts = self._context.sum_over_workers(self._sums.clone()).cpu()
-        now = time.perf_counter()
-        point = {
-            "train/loss": float(losses.sum() / counts.sum()),
-            "train/grad_norm_max": float(self._grad_norm),
-            "train/images_per_second": self._images / (now - self._started),
-        }
-        width = len(str(len(losses) - 1))
-        for index in counts.nonzero().flatten().tolist():
-            point[level_loss(index, width)] = float(losses[index] / counts[index])
-        self._sums.zero_()
-        self._grad_norm.zero_()
-        self._started, self._images = now, 0
-        return point
 
 
 class Training:
@@ -235,25 +201,33 @@ class Training:
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         name = checkpoint.folder_name(self.state.images_seen)
-        metrics = {"images_seen": self.state.images_seen, "loss": self.point["train/loss"]}
+        loss = self.curves.take_checkpoint_loss()
         if self.context.rank != 0:
-            self.context.publish(None, name=name, metrics=metrics)
+            self.context.publish(None, name=name, loss=loss)
         else:
             if self.history is not None:
                 self.history.publish()
             if self.job.sink:
                 send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
-            with tempfile.TemporaryDirectory(prefix="ncsn-checkpoint-") as folder:
-                self.job.rehearsal.fill_disk(Path(folder))
-                checkpoint.save(
-                    Path(folder),
-                    config=self.config,
-                    state=self.state,
-                    moments=self.moments,
-                    dataset_digest=self.dataset_digest,
-                )
-                self.context.publish(Path(folder), name=name, metrics=metrics)
+            self.context.publish(self._written(), name=name, loss=loss)
         self.saved = name
+
+    def _written(self) -> Path:
+        """A checkpoint of the state in a folder of the context's."""
+        folder = self.context.new_folder()
+        try:
+            self.job.rehearsal.fill_disk(folder)
+            checkpoint.save(
+                folder,
+                config=self.config,
+                state=self.state,
+                moments=self.moments,
+                dataset_digest=self.dataset_digest,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
 
 
 def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:

@@ -39,8 +39,8 @@ def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, 
     whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
 
     class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
-            super().publish(folder, name=name, metrics=metrics)
+        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+            super().publish(folder, name=name, loss=loss)
             raise KeyboardInterrupt
 
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])

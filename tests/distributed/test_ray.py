@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,11 @@ import torch
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from safetensors.torch import load_file
 
+from ncsn.checkpoint import verify
 from ncsn.config import Config, from_yaml
 from ncsn.data.row import from_table
 from ncsn.distributed import trainer
+from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.local_cluster import ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
@@ -88,6 +91,55 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
             assert one.keys() == two.keys()
             for key in one:
                 assert torch.allclose(one[key], two[key], rtol=1e-4, atol=1e-5), f"{name} {key}"
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(trained: Path) -> None:
+    snapshot = json.loads((trained / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    losses = {state["checkpoint_dir_name"]: state["metrics"]["loss"] for state in snapshot["checkpoint_results"]}
+    best = min(losses, key=lambda name: losses[name])
+    kept = BestCheckpoint(str(trained))
+    assert kept.record() == {"checkpoint": best, "loss": losses[best]}
+    assert sorted(path.name for path in (trained / "best").iterdir()) == ["best.json", best]
+    verify(trained / "best" / best)
+    assert not kept.offer(trained / "checkpoints" / best, name="later", loss=losses[best])
+    assert not list(trained.rglob(".tmp-*"))
+
+
+@dataclass
+class Obstacle:
+    """A sink that makes the store refuse the second checkpoint, once."""
+
+    target: Path
+
+    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+        if images_seen == 96:
+            if self.target.exists():
+                self.target.unlink()
+            else:
+                self.target.write_text("in the way")
+
+    def log_picture(self, picture: np.ndarray, name: str, images_seen: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
+    cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    """The upload runs beside the training, and its error still ends the attempt, not the run."""
+    config = from_yaml(tiny)
+    sink = Obstacle(tmp_path / "run" / "checkpoints" / "images-000000160")
+    job = TrainingJob(config=config, dataset=dataset, sink=sink)
+    outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path / "run"))
+    assert (outcome.images_seen, outcome.checkpoint) == (160, "images-000000160")
+    train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(tmp_path / "whole"))
+    for name in ("weights", "ema", "optimizer"):
+        stored = tensors(tmp_path / "run" / "checkpoints" / "images-000000160", name)
+        whole = tensors(tmp_path / "whole" / "images-000000160", name)
+        assert stored.keys() == whole.keys() and all(torch.equal(stored[key], whole[key]) for key in whole)
 
 
 def test_the_same_run_resumes_and_has_nothing_left_to_do(

@@ -61,8 +61,8 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
         pass
 
     class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
-            super().publish(folder, name=name, metrics=metrics)
+        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+            super().publish(folder, name=name, loss=loss)
             raise Killed
 
     job = TrainingJob(config=halves, dataset=dataset, sink=sink)
@@ -253,10 +253,10 @@ def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str
         return load_history(uri)
 
     class DiesBeforeSecondCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
-            if metrics["images_seen"] > 80:
+        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+            if name > "images-000000080":
                 raise KeyboardInterrupt
-            super().publish(folder, name=name, metrics=metrics)
+            super().publish(folder, name=name, loss=loss)
 
     whole = history(tmp_path / "whole", LocalContext(tmp_path / "whole"))
     assert whole.images_seen == [32, 64, 80, 96, 128, 160]
@@ -273,8 +273,8 @@ def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str,
     config = from_yaml(tiny, overrides=["optimizer.grad_clip_norm=null"])
 
     class Poisoned(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, metrics: dict[str, float]) -> None:
-            super().publish(folder, name=name, metrics=metrics)
+        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+            super().publish(folder, name=name, loss=loss)
             for parameter in self.network.parameters():
                 parameter.data.fill_(float("nan"))
 
