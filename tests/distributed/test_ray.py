@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from obstacle import Obstacle
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from safetensors.torch import load_file
 
@@ -103,26 +103,6 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(trained: Path) -> None:
     verify(trained / "best" / best)
     assert not kept.offer(trained / "checkpoints" / best, name="later", loss=losses[best])
     assert not list(trained.rglob(".tmp-*"))
-
-
-@dataclass
-class Obstacle:
-    """A sink that makes the store refuse the second checkpoint, once."""
-
-    target: Path
-
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
-        if images_seen == 96:
-            if self.target.exists():
-                self.target.unlink()
-            else:
-                self.target.write_text("in the way")
-
-    def log_picture(self, picture: np.ndarray, name: str, images_seen: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.slow
