@@ -46,10 +46,10 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"resources", "node_selector", "tolerations", "affinity"})
-    if for_other_pods and settings.compute.backend == "local":
+    if for_other_pods and settings.compute.backend != "kuberay":
         raise ValueError(
             f"{', '.join(for_other_pods)} of this task are for the pods that it starts, and with "
-            "compute.backend: local it starts none; set compute.backend to kuberay"
+            f"compute.backend: {settings.compute.backend} it starts none; set compute.backend to kuberay"
         )
     os.environ[TASK_CONFIG] = json.dumps(given)
 

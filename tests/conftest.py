@@ -24,6 +24,7 @@ import pytest
 
 if TYPE_CHECKING:
     from kfp_api import KfpServer
+    from ray_nodes import RayNodes
 
 # Set before anything imports ray or mlflow, and inherited by the processes that tests start.
 os.environ.update(
@@ -116,6 +117,24 @@ def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpS
 
     with KfpServer(tmp_path / "kfp") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def two_node_cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """A real Ray cluster of two nodes with two CPUs each, which reaches the session's S3 server."""
+    from ray_nodes import RayNodes
+
+    with RayNodes(tmp_path_factory.mktemp("nodes"), count=2, cpus=2, environment=s3_server.environment) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def three_node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """A real Ray cluster of three nodes with one CPU each, so that a second worker needs a second node."""
+    from ray_nodes import RayNodes
+
+    with RayNodes(tmp_path_factory.mktemp("nodes"), count=3, cpus=1) as cluster:
+        yield cluster
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.lineage import trace_command
-from ncsn.cli.options import Decorated, experiment_options, inject_option, json_option
+from ncsn.cli.options import (
+    Decorated,
+    backend_options,
+    experiment_options,
+    inject_option,
+    json_option,
+    place_overrides,
+)
 from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
 from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
@@ -72,10 +79,13 @@ def _add_step_command(step: str) -> None:
 
         if inject and (given.get("model") or given.get("out")):
             raise click.UsageError("--inject rehearses on a run, not on a registered model")
+        place = place_overrides(given.pop("backend", None), given.pop("address", None))
         if given.get("model") or given.get("out"):
+            if place:
+                raise click.UsageError("--backend and --address go with a run; a registered model is sampled here")
             sample_from_model(given, config_uri=config_uri, overrides=overrides, run_name=run_name, as_json=as_json)
             return
-        target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
+        target = resolve(config_uri, overrides=(*overrides, *place), run=run_name, checkpoint=given.get("checkpoint"))
         run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
 
     decorated: Decorated = json_option(command)
@@ -83,6 +93,7 @@ def _add_step_command(step: str) -> None:
         decorated = click.option(
             "--lease", metavar="URI", help="Heartbeat of a launcher elsewhere: when it stops, save and end."
         )(decorated)
+        decorated = backend_options(decorated)
     if CATALOGUE[step].rehearsed:
         decorated = inject_option(decorated)
     for name, source in reversed(list(CATALOGUE[step].inputs.items())):

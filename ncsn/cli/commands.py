@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
+from ncsn.launched import require_launchers_python
 from ncsn.steps.result import RunFolder, claim_run, record_error, run_folder
 
 _EXCLUSIVE = ("tune", "train", "run")
@@ -62,12 +63,14 @@ def run_step(
     inputs = find_inputs(folder, step, given)
     leased = {"lease": given["lease"]} if given.get("lease") else {}
     log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
-    with _alone(folder, step), quiet_libraries(log) as console:
+    # A driver that has a launcher works under its lock, which is the launcher's or the name of the job.
+    with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
         console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
         storage.delete_file(folder.step(step, "progress.json"))
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
             with _interruption_by_ray(), _told_to_launcher(folder, step, leased):
+                require_launchers_python()
                 result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
@@ -125,7 +128,7 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
 def _cluster(config: Config) -> Iterator[str]:
     """The Ray cluster that the steps join; none where each brings its own."""
     if config.compute.backend != "local":
-        yield f"one RayJob per step ({config.compute.backend})"
+        yield f"one job per step ({config.compute.backend})"
         return
     # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
     from ncsn.distributed.local_cluster import ray_cluster

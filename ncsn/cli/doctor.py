@@ -77,7 +77,8 @@ class Check:
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
     """All findings, in the order in which a run would meet what is wrong."""
-    return [check.run() for check in (*_base_checks(config, host, namespace), *_cluster_checks(config))]
+    checks = (*_base_checks(config, host, namespace), _jobs_check(config), *_cluster_checks(config))
+    return [check.run() for check in checks]
 
 
 def report(findings: list[Finding], *, as_json: bool) -> bool:
@@ -102,6 +103,22 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
     yield Check("image", _check_image, "make image  # or, here: make")
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
     yield Check("kfp", lambda: _check_kfp(host, namespace), f"{forward} & export {ENDPOINT}=http://localhost:8080")
+
+
+def _jobs_check(config: Config) -> Check:
+    """The cluster that steps are submitted to: it answers, takes the token, and has the same Ray."""
+    fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE  # and --address http://HEAD:8265"
+    return Check("ray jobs", lambda: _check_jobs(config), fix)
+
+
+def _check_jobs(config: Config) -> str:
+    if config.compute.backend != "ray-jobs":
+        raise NotConfigured(f"compute.backend is {config.compute.backend}")
+    from ncsn.cluster.jobs_api import JobsApi
+
+    api = JobsApi(config.compute.ray_jobs.address, patience=PATIENCE_SECONDS)
+    at_work = sum(not job.status.is_terminal() for job in api.jobs())
+    return f"{api.address}: Ray {api.ray_version}, as here, {at_work} jobs at work"
 
 
 def _cluster_checks(config: Config) -> Iterator[Check]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ncsn.cli.failures import FAILURE, ReportingCommand
-from ncsn.cli.options import experiment_options, json_option
+from ncsn.cli.options import backend_options, experiment_options, json_option, place_overrides
 
 
 @click.command("compile", cls=ReportingCommand, short_help="Write the pipelines as the YAML that KFP runs.")
@@ -94,6 +94,7 @@ def submit_command(
 
 @click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, Kubeflow and cluster.")
 @experiment_options
+@backend_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
 @click.option("--namespace", metavar="PROFILE", help="Yours, where Kubeflow serves several users.")
@@ -105,6 +106,8 @@ def doctor_command(
     overrides: tuple[str, ...],
     run_name: str | None,
     as_json: bool,
+    backend: str | None,
+    address: str | None,
     host: str | None,
     namespace: str | None,
 ) -> None:
@@ -112,6 +115,7 @@ def doctor_command(
     from ncsn.cli.doctor import examine, report
     from ncsn.cli.inputs import resolve
 
-    config = resolve(config_uri, overrides=overrides, run=run_name).config
+    place = place_overrides(backend, address)
+    config = resolve(config_uri, overrides=(*overrides, *place), run=run_name).config
     if not report(examine(config, host=host, namespace=namespace), as_json=as_json):
         ctx.exit(FAILURE)

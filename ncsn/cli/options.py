@@ -23,6 +23,33 @@ def experiment_options(command: Decorated) -> Decorated:
     return command
 
 
+def backend_options(command: Decorated) -> Decorated:
+    """`--backend` and `--address`: where the step runs."""
+    for option in (
+        click.option("--address", metavar="URL", help="Dashboard of the Ray cluster to submit to: http://HEAD:8265."),
+        click.option(
+            "--backend",
+            type=click.Choice(["local", "ray-jobs", "kuberay"]),
+            help="Where the work is done; short for --set compute.backend=...",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:
+    """The overrides that `--backend` and `--address` stand for.
+
+    Raises:
+        ValueError: if the backend has no use for an address.
+    """
+    if address is not None and backend not in (None, "ray-jobs"):
+        raise ValueError(f"--address {address} is for --backend ray-jobs, and --backend is {backend}; leave one out")
+    if address is not None:
+        return ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
+    return () if backend is None else (f"compute.backend={backend}",)
+
+
 def json_option(command: Decorated) -> Decorated:
     """`--json`."""
     return click.option(

@@ -17,7 +17,7 @@ import urllib3
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
-from ncsn.cluster.backend import say
+from ncsn.cluster.backend import Conflict, say
 
 Resource = dict[str, Any]
 
@@ -29,10 +29,6 @@ _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/name
 _TIMEOUTS = (5, 30)
 _AWAY = {429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 10.0
-
-
-class Conflict(Exception):
-    """The resource exists."""
 
 
 class KubernetesApi:

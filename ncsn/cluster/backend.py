@@ -6,12 +6,24 @@ go through the store, so that a backend carries nothing but the command.
 
 from __future__ import annotations
 
+import hashlib
+import re
+import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
 
 from ncsn.config.compute import ComputeConfig
+
+TERMINATED = 128 + signal.SIGTERM
+MAX_NAME = 47
+"""KubeRay makes names of 53 characters from a RayJob's by adding 6."""
+
+_DIGEST_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,7 @@ class RemoteStep:
         step: Name of the step.
         uri: Folder of the step in the store, which keeps its log and the launcher's lease.
         command: Command and arguments, which take `--lease URI` as well.
+        facts: What names the step's records elsewhere, such as its MLflow run, for whoever looks at the cluster.
         mistaken: Whether the step has recorded a mistake since it was started, which another attempt would repeat.
     """
 
@@ -30,7 +43,12 @@ class RemoteStep:
     step: str
     uri: str
     command: tuple[str, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
     mistaken: Callable[[], bool] = lambda: False
+
+
+class Conflict(Exception):
+    """There is something of that name."""
 
 
 class RemoteFailure(RuntimeError):
@@ -59,9 +77,50 @@ def open_backend(compute: ComputeConfig) -> Backend | None:
     """The backend that `compute.backend` names; None for the local one, which is this process."""
     if compute.backend == "local":
         return None
+    if compute.backend == "ray-jobs":
+        from ncsn.cluster.ray_jobs import RayJobs
+
+        return RayJobs(compute)
     from ncsn.cluster.kuberay import KubeRay
 
     return KubeRay(compute)
+
+
+def job_name(run: str, step: str, uri: str) -> str:
+    """`ncsn-<run>-<step>-<digest>`, at most 47 characters of DNS-1035; the same for every attempt.
+
+    Args:
+        run: Name of the run.
+        step: Name of the step.
+        uri: Folder of the step in the store.
+    """
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    readable = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    room = MAX_NAME - len(f"ncsn--{step}-{digest}")
+    return f"ncsn-{readable[:room].strip('-')}-{step}-{digest}"
+
+
+def command_digest(command: tuple[str, ...]) -> str:
+    """Tells another attempt at the same work from other work under the same name."""
+    return hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
+    """On SIGTERM call `end` first and clean up afterwards: KFP gives a cancelled task very little time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        end()
+        sys.exit(TERMINATED)
+
+    before: Any = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str) -> None:

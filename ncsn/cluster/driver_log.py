@@ -1,23 +1,20 @@
-"""The log of a RayJob's driver, followed from the submitter's pod and kept in the store."""
+"""The log of a driver elsewhere, shown as it comes and kept in the store."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 import threading
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-
-import urllib3
+from typing import Self
 
 from ncsn import storage
-from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import say
 
 _PAUSES = (1.0, 5.0)
 _LAST_READ_SECONDS = 15.0
-_OVERLAP_SECONDS = 10
 _SAID = "error: "
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What Ray prints of itself on a busy node, and gets over.
@@ -47,22 +44,23 @@ def first_error(lines: Iterable[str]) -> str | None:
     return said
 
 
-class DriverLog:
+class DriverLog(ABC):
     """A context that shows the log as it comes and publishes it at `uri` in the end.
 
-    The API server may cut the stream at any time, and a new cluster means a new pod. So it connects again and again
-    and drops what it has shown, by the time of each line. The outcome of the job is never read from here.
+    A stream may be cut at any time, so it is opened again and again. The outcome of the job is never read from here.
+
+    Args:
+        uri: Where the whole log is kept in the end.
     """
 
-    def __init__(self, api: KubernetesApi, job: str, *, uri: str) -> None:
-        self._api, self._job, self.uri = api, job, uri
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
-        self._last_time, self._last_read = b"", time.monotonic()
         self._job_over = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow_all, name="driver-log", daemon=True)
 
-    def __enter__(self) -> DriverLog:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -75,20 +73,45 @@ class DriverLog:
 
     def finish(self) -> None:
         """Read what is left, and publish all of it."""
+        self.stop_following()
+        self.publish()
+
+    def stop_following(self) -> None:
+        """Read what is left."""
         self._job_over.set()
         self._thread.join(_LAST_READ_SECONDS)
-        with self._lock:
-            self._file.seek(0)
-            content = self._file.read()
+
+    def publish(self) -> None:
+        """Keep at `uri` all that was read."""
+        content = self._content()
         if content:
             storage.write_bytes(self.uri, content)
 
     def lines(self) -> Iterator[str]:
         """What came so far."""
+        yield from self._content().decode(errors="replace").splitlines()
+
+    @abstractmethod
+    def follow(self) -> bool:
+        """Take the lines that are new until the stream ends; whether there were any.
+
+        Raises:
+            PermissionError: if it may not be read.
+            ConnectionError: if it has not started, or is cut.
+        """
+
+    def take(self, line: bytes) -> None:
+        """Show one line and keep it."""
+        with self._lock:
+            if not self._file.closed:
+                self._file.seek(0, 2)
+                self._file.write(line + b"\n")
+        say(line.decode(errors="replace"))
+
+    def _content(self) -> bytes:
         with self._lock:
             self._file.seek(0)
-            content = self._file.read()
-        yield from content.decode(errors="replace").splitlines()
+            return self._file.read()
 
     def _follow_all(self) -> None:
         pause = _PAUSES[0]
@@ -96,40 +119,13 @@ class DriverLog:
             # Asked before reading, so that all that was written until the job was over is read.
             over = self._job_over.is_set()
             try:
-                news = self._follow_latest_pod()
+                news = self.follow()
             except PermissionError as error:
                 say(f"the log cannot be shown: {error}")
                 return
-            except (ValueError, ConnectionError, urllib3.exceptions.HTTPError):  # not started yet, or cut
+            except ConnectionError:
                 news = True
             if over:
                 return
             pause = _PAUSES[0] if news else min(2 * pause, _PAUSES[1])
             self._job_over.wait(pause)
-
-    def _follow_latest_pod(self) -> bool:
-        """Follow the log until it ends; whether it had lines that are new."""
-        pods = self._api.pods(f"job-name={self._job}")
-        if not pods:
-            return False
-        before = self._last_time
-        silent = time.monotonic() - self._last_read
-        since = round(silent) + _OVERLAP_SECONDS if before else None
-        rest = b""
-        with self._api.follow_log(pods[-1]["metadata"]["name"], since_seconds=since) as pieces:
-            for piece in pieces:
-                *complete, rest = (rest + piece).split(b"\n")
-                for line in complete:
-                    self._take(line)
-        return self._last_time != before
-
-    def _take(self, line: bytes) -> None:
-        at, _, text = line.partition(b" ")
-        if at <= self._last_time:
-            return
-        self._last_time, self._last_read = at, time.monotonic()
-        with self._lock:
-            if not self._file.closed:
-                self._file.seek(0, 2)
-                self._file.write(text + b"\n")
-        say(text.decode(errors="replace"))

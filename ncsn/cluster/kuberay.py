@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from types import FrameType
-from typing import Any
 
 import urllib3
 from kubernetes.client.exceptions import ApiException
 
 from ncsn import storage
-from ncsn.cluster.api import Conflict, KubernetesApi, Resource
-from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, say
-from ncsn.cluster.driver_log import DriverLog, first_error
+from ncsn.cluster.api import KubernetesApi, Resource
+from ncsn.cluster.backend import Conflict, RemoteFailure, RemoteLost, RemoteStep, ended_on_sigterm, say
+from ncsn.cluster.driver_log import first_error
 from ncsn.cluster.job_state import JobState, state_of
 from ncsn.cluster.launcher import find_launcher, forwarded_environment
+from ncsn.cluster.pod_log import PodLog
 from ncsn.cluster.rayjob_manifest import (
     RENEWED_ANNOTATION,
     REQUEST_ANNOTATION,
@@ -34,7 +29,6 @@ from ncsn.cluster.task_config import task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
 from ncsn.lease import LEASE_SECONDS, RENEW_SECONDS, Heartbeat
 
-TERMINATED = 128 + signal.SIGTERM
 WATCH_SECONDS = 60.0
 _IMAGE_VARIABLE = "NCSN_IMAGE"
 
@@ -79,9 +73,9 @@ class KubeRay:
         manifest = self._manifest(step, lease)
         name = manifest["metadata"]["name"]
         beat = Heartbeat(lease, also=lambda: self._annotate(name), every=self._renew_seconds, lease=self._lease_seconds)
-        with self._deleted_on_sigterm(name), beat:
+        with ended_on_sigterm(lambda: self._delete_ours(name)), beat:
             self._create_or_adopt(manifest)
-            with DriverLog(self._api, name, uri=storage.join(step.uri, "driver.log")) as log:
+            with PodLog(self._api, name, uri=storage.join(step.uri, "driver.log")) as log:
                 state = self._watch_or_delete(name, step, log)
                 # What failed stays to be looked at, if the operator has rules to delete it later.
                 if not (state.kept and "deletionStrategy" in manifest["spec"]):
@@ -151,7 +145,7 @@ class KubeRay:
         while (found := self._api.rayjob(name)) is not None:
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
-    def _watch_or_delete(self, name: str, step: RemoteStep, log: DriverLog) -> JobState:
+    def _watch_or_delete(self, name: str, step: RemoteStep, log: PodLog) -> JobState:
         try:
             state = self._watch(name, step)
             log.finish()
@@ -192,23 +186,9 @@ class KubeRay:
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             say(f"RayJob {name} could not be deleted ({type(error).__name__}); its driver ends when the lease is stale")
 
-    @contextmanager
-    def _deleted_on_sigterm(self, name: str) -> Iterator[None]:
-        """Delete first and clean up afterwards: KFP gives a cancelled task very little time."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self._ours:
-                self._delete_at_once(name)
-            sys.exit(TERMINATED)
-
-        before: Any = signal.signal(signal.SIGTERM, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def _delete_ours(self, name: str) -> None:
+        if self._ours:
+            self._delete_at_once(name)
 
 
 def _now() -> str:

@@ -1,14 +1,16 @@
-"""Who starts the RayJob: a pod of a Kubeflow pipeline, or a person."""
+"""Who starts the job: a pod of a Kubeflow pipeline, or a person."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.rayjob_manifest import KFP_RUN_LABEL
+
+if TYPE_CHECKING:
+    from ncsn.cluster.api import KubernetesApi
 
 _POD_VARIABLE = "KFP_POD_NAME"
 _KFP_RUN_POD_LABEL = "pipeline/runid"
@@ -57,7 +59,7 @@ def find_launcher(api: KubernetesApi) -> Launcher:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """Variables of this process that the Ray pods need. An address with a password in it is not among them."""
+    """Variables of this process that the job needs. An address with a password in it is not among them."""
     values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
     return {name: value for name, value in values.items() if "@" not in value}
 

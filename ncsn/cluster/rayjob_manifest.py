@@ -7,9 +7,7 @@ NCSN_RAYJOB_TEMPLATE names.
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ncsn.cluster.backend import command_digest, job_name
 from ncsn.config.compute import ComputeConfig, KubeRayConfig
 
 Manifest = dict[str, Any]
@@ -31,11 +30,6 @@ KFP_RUN_LABEL = "ncsn.dev/kfp-run-id"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 REQUEST_ANNOTATION = "ncsn.dev/request"
 RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
-
-MAX_NAME = 47
-"""KubeRay makes names of 53 characters from a RayJob's by adding 6."""
-
-_DIGEST_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -64,16 +58,13 @@ class JobRequest:
 
     @property
     def name(self) -> str:
-        """`ncsn-<run>-<step>-<digest>`, at most 47 characters of DNS-1035; the same for every attempt."""
-        digest = hashlib.sha256(self.uri.encode()).hexdigest()[:_DIGEST_CHARACTERS]
-        readable = re.sub(r"[^a-z0-9]+", "-", self.run.lower()).strip("-")
-        room = MAX_NAME - len(f"ncsn--{self.step}-{digest}")
-        return f"ncsn-{readable[:room].strip('-')}-{self.step}-{digest}"
+        """The same for every attempt; see `job_name`."""
+        return job_name(self.run, self.step, self.uri)
 
     @property
     def digest(self) -> str:
         """Tells another attempt at the same work from other work under the same name."""
-        return hashlib.sha256("\0".join(self.entrypoint).encode()).hexdigest()[:16]
+        return command_digest(self.entrypoint)
 
 
 def load_template(path: str | None = None) -> Manifest:

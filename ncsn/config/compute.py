@@ -55,13 +55,25 @@ class KubeRayConfig(Section):
         return value
 
 
+class RayJobsConfig(Section):
+    """Which cluster a step is submitted to, for compute.backend: ray-jobs."""
+
+    address: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="URL of the cluster's dashboard, such as http://head:8265; null = RAY_API_SERVER_ADDRESS or "
+        "RAY_ADDRESS. The token comes from the environment.",
+    )
+
+
 class ComputeConfig(Section):
     """How much of which machine. Changes speed, not results."""
 
-    backend: Literal["local", "kuberay"] = Field(
+    backend: Literal["local", "ray-jobs", "kuberay"] = Field(
         "local",
-        description="Where train and sample run: local = in this process, on a Ray cluster that it starts or joins "
-        "through RAY_ADDRESS; kuberay = as a RayJob on Kubernetes, which needs storage.root in S3.",
+        description="Where tune, train and sample run: local = in this process, on a Ray cluster that it starts or "
+        "joins through RAY_ADDRESS; ray-jobs = as a job on a Ray cluster that is there already; kuberay = as a RayJob "
+        "on Kubernetes. Elsewhere storage.root must be in S3, or for ray-jobs a folder that the cluster shares.",
     )
     num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
@@ -83,4 +95,5 @@ class ComputeConfig(Section):
     max_failures: int = Field(
         3, ge=0, description="Times that a lost worker or node restarts the group from its last checkpoint."
     )
+    ray_jobs: RayJobsConfig = RayJobsConfig()
     kuberay: KubeRayConfig = KubeRayConfig()

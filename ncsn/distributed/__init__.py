@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 
 
 def _prepare_environment() -> None:
     """Settings that Ray reads when it is imported, for a cluster that this process may start.
 
-    Listening on loopback only has no other switch, and a token made for this process spares a file in the home
-    folder. Variables that stand already are the user's and stay.
+    Listening on loopback only has no other switch, and that clients show a token is decided then too. Variables that
+    stand already are the user's and stay.
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from ray.job_config import JobConfig
 
 from ncsn import outages
 from ncsn.config import Config
+from ncsn.launched import job_metadata
 
 LOOPBACK = "127.0.0.1"
 
@@ -83,6 +84,9 @@ def _job(metadata: Mapping[str, str] | None) -> JobConfig:
 
 
 def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        # A token made for this process spares a file in the home folder. A cluster that is elsewhere has its own.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(
         address="local",  # without, Ray would join a cluster that somebody else started on this machine
         job_config=_job(metadata),
@@ -112,10 +116,10 @@ def ray_tags() -> dict[str, str]:
 
 
 def _submitted_job() -> dict[str, str]:
-    """How the Jobs API knows this process; empty if it was not submitted there. Ray tells its driver by a variable."""
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    """How the Jobs API knows this process; empty if it was not submitted there."""
+    metadata = job_metadata()
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}
-    return {tag: str(metadata[name]) for tag, name in names.items() if name in metadata}
+    return {tag: metadata[name] for tag, name in names.items() if name in metadata}
 
 
 def cluster_memory() -> float:

@@ -38,20 +38,25 @@ def elsewhere(
 
 
 def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[str]) -> None:
-    if storage.is_local(folder.uri):
+    if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise ValueError(
             f"storage.root = {config.storage.root!r} is a folder of this machine, which the pods of compute.backend "
             f"{config.compute.backend!r} cannot reach; use s3://bucket/prefix"
         )
     backend = open_backend(config.compute)
     assert backend is not None
-    uri = _publish_config(config, folder, step)
+    uri, digest = _publish_config(config, folder, step)
     storage.delete_file(folder.step(step, "error.json"))
     remote = RemoteStep(
         run=folder.run,
         step=step,
         uri=storage.join(folder.uri, "steps", step),
         command=("ncsn", step, "--config", uri, "--run", folder.run, *options, "--json"),
+        facts={
+            "ncsn.config": digest,
+            "mlflow.experiment": config.tracking.experiment,
+            "mlflow.run": f"{folder.run}/{step}",
+        },
         mistaken=lambda: _recorded_mistake(folder, step) is not None,
     )
     try:
@@ -66,14 +71,17 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[s
         raise ValueError(mistake) from failure
 
 
-def _publish_config(config: Config, folder: RunFolder, step: str) -> str:
-    """The config for the other side, named after its content, so that other settings are other work."""
-    compute = config.compute.model_copy(update={"backend": "local"})
-    text = to_yaml(config.model_copy(update={"compute": compute}))
+def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, str]:
+    """URI and digest of the config for the other side, named after its content: other settings are other work."""
+    here = {
+        "compute": config.compute.model_copy(update={"backend": "local"}),
+        "storage": config.storage.model_copy(update={"root": folder.root}),
+    }
+    text = to_yaml(config.model_copy(update=here))
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
     uri = folder.step(step, f"config-{digest}.yaml")
     storage.write_text(uri, text)
-    return uri
+    return uri, digest
 
 
 def _recorded_mistake(folder: RunFolder, step: str) -> str | None:

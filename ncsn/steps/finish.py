@@ -32,7 +32,7 @@ class FinishResult:
         status: FINISHED, FAILED or KILLED, as MLflow calls it.
         reason: Why, if it did not finish.
         failed_step: The step that stopped it, if one did.
-        cancelled: RayJobs that were still at work and are deleted.
+        cancelled: RayJobs and Ray jobs that were still at work and are ended.
         page: Markdown with where everything is.
     """
 
@@ -74,7 +74,7 @@ def run(config: Config, *, run: str, state: str, message: str = "") -> FinishRes
         reason=f"{failed_step}: {reason}" if failed_step else reason,
         steps={step: _standing(folder, step, failed_step) for step, folder in folders.items()},
         places=_places(folders, [tracked for tracked in closed if tracked], kfp_run),
-        notes=[*_notes(folders), *(f"RayJob {name} was still at work and is deleted." for name in cancelled)],
+        notes=[*_notes(folders), *(f"{name} was still at work on the cluster and is stopped." for name in cancelled)],
     )
     return FinishResult(status, reason, failed_step, cancelled, run_page(facts))
 
@@ -88,9 +88,13 @@ def _folders(folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def _cancel(config: Config, run: str) -> list[str]:
-    """Delete the RayJobs of the run that are at work. A failed one stays for a while, to be looked at."""
-    if config.compute.backend != "kuberay":
+    """End the jobs of the run that are at work. A RayJob that failed stays for a while, to be looked at."""
+    if config.compute.backend == "local":
         return []
+    if config.compute.backend == "ray-jobs":
+        from ncsn.cluster.ray_jobs import RayJobs
+
+        return RayJobs(config.compute).stop_all(run)
     from ncsn.cluster.api import KubernetesApi
     from ncsn.cluster.reap import reap
 

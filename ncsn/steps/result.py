@@ -222,7 +222,7 @@ def _result_from_elsewhere(
         if stored is None or stored["inputs"] != inputs:
             raise RuntimeError(
                 f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
-                "does compute.kuberay.image hold this version of ncsn, and do its pods reach this store?"
+                "does the cluster (compute.kuberay.image) hold this version of ncsn, and does it reach this store?"
             )
     except BaseException as error:
         record_error(folder, step, error)

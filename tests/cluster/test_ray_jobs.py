@@ -1,0 +1,388 @@
+"""Steps as jobs on a real Ray cluster with a token, through its dashboard. Launchers are processes of their own."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_nodes import RayNodes
+from tcp_proxy import TcpProxy
+
+from ncsn import storage
+from ncsn.config import from_yaml
+from ncsn.steps import ingest
+
+pytestmark = pytest.mark.timeout(900)
+slow = pytest.mark.slow
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 128}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 32, num_images: 160, ema_decay: 0.9, checkpoint_every_images: 160, report_every_images: 32}}
+sampling: {{num_images: 8, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+storage: {{root: "{root}"}}
+"""
+_LAUNCHER = """
+import json, sys
+from ncsn.cluster.backend import RemoteFailure, RemoteStep
+from ncsn.cluster.ray_jobs import RayJobs
+from ncsn.config.compute import ComputeConfig
+address, step = sys.argv[1], json.loads(sys.argv[2])
+jobs = RayJobs(ComputeConfig.model_validate({"ray_jobs": {"address": address}}), renew_seconds=0.5)
+try:
+    jobs.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+except (RemoteFailure, ValueError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@dataclass
+class Jobs:
+    """A cluster, and steps whose command is Python code."""
+
+    nodes: RayNodes
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As a user has it: the token, and no mode and no address."""
+        return {
+            name: value for name, value in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")
+        }
+
+    def launch(self, run: str, code: str, *, address: str = "", command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        uri = str(self.folder / "runs" / run / "steps" / "train")
+        command = command or ("python", "-c", code, "train")
+        step = {"run": run, "step": "train", "uri": uri, "command": command, "facts": {"mlflow.run": f"{run}/train"}}
+        arguments = [sys.executable, "-c", _LAUNCHER, address or self.nodes.dashboard, json.dumps(step)]
+        return subprocess.Popen(arguments, env=self.environment, stderr=subprocess.PIPE, text=True)
+
+    def log(self, run: str) -> str:
+        return (self.folder / "runs" / run / "steps/train/driver.log").read_text()
+
+    def of(self, run: str) -> list[dict[str, Any]]:
+        """The jobs of a run, oldest first."""
+        mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
+        return sorted(mine, key=lambda job: job["start_time"])
+
+    def ncsn(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ncsn", *args],
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def jobs(s3_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    folder = tmp_path_factory.mktemp("jobs")
+    database = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    with RayNodes(folder, count=1, cpus=2, environment=s3_server.environment | database) as nodes:
+        yield Jobs(nodes, folder)
+
+
+@pytest.fixture
+def config(s3_root: str, tmp_path: Path) -> Path:
+    """The tiny experiment with its store in S3 and its data set ingested."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.format(root=s3_root))
+    return file
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What the launcher said, once it has ended."""
+    _, err = process.communicate(timeout=600)
+    return err
+
+
+def until(process: subprocess.Popen[str], line: str) -> list[str]:
+    """Wait until the launcher says the line; what it said before."""
+    assert process.stderr is not None
+    said = []
+    for each in process.stderr:
+        said.append(each.strip())
+        if said[-1] == line:
+            return said
+    raise AssertionError(f"it ended without {line!r}: {said}")
+
+
+def test_training_runs_as_a_job(jobs: Jobs, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", jobs.nodes.environment["MLFLOW_TRACKING_URI"])
+    settings = from_yaml(config.read_text())
+    ingest.run(settings, run="mine")
+    arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
+    done = jobs.ncsn(*arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["images_seen"] == 160
+    assert storage.exists(f"{result['checkpoint']}/config.yaml")
+    (job,) = jobs.of("mine")
+    name = job["submission_id"]
+    assert re.fullmatch(r"ncsn-mine-train-[0-9a-f]{8}", name)
+    step = f"{settings.storage.root}/runs/mine/steps/train"
+    known = job["metadata"]
+    assert f"config-{known['ncsn.config']}.yaml" in storage.list_names(step)
+    assert (known["mlflow.experiment"], known["mlflow.run"]) == ("ncsn", "mine/train")
+    assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
+    assert f"Ray job {name}: SUCCEEDED" in done.stderr
+    assert "images_seen" in storage.read_text(f"{step}/driver.log")
+    from ncsn.tracking.connection import client_at
+
+    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("ncsn")
+    (tracked,) = client.search_runs([experiment.experiment_id], f"tags.`ray.submission_id` = '{name}'")
+    assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
+
+
+def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: Jobs) -> None:
+    marker = jobs.folder / "mended"
+    code = (
+        f"import pathlib, sys\nprint('looking', flush=True)\nif not pathlib.Path({str(marker)!r}).exists():\n"
+        "    raise ValueError('no such data')\nprint('fine')"
+    )
+    first = jobs.launch("again", code)
+    said = ended(first).splitlines()
+    assert first.returncode == 1
+    (job,) = jobs.of("again")
+    name = job["submission_id"]
+    uri = jobs.folder / "runs/again/steps/train/driver.log"
+    assert said[-1] == f"RemoteFailure: Ray job {name} failed (exit code 1): ValueError: no such data; log {uri}"
+    assert "looking" in said and "looking\n" in jobs.log("again")
+    marker.touch()
+    second = jobs.launch("again", code)
+    assert "fine" in ended(second).splitlines()
+    assert second.returncode == 0
+    assert [(job["submission_id"], job["status"]) for job in jobs.of("again")] == [
+        (name, "FAILED"),
+        (f"{name}-2", "SUCCEEDED"),
+    ]
+    assert "looking" in jobs.log("again") and "no such data" not in jobs.log("again")
+
+
+def waiting(release: Path) -> str:
+    """Code that says it works, waits until the file is there, and counts to nine."""
+    return (
+        "import pathlib, time\nprint('at work', flush=True)\n"
+        f"while not pathlib.Path({str(release)!r}).exists(): time.sleep(0.05)\n"
+        "for n in range(10): print('line', n, flush=True)"
+    )
+
+
+@slow
+def test_launchers_at_once_start_one_job_and_others_are_refused(jobs: Jobs) -> None:
+    release = jobs.folder / "release"
+    both = [jobs.launch("shared", waiting(release)) for _ in range(2)]
+    for launcher in both:
+        until(launcher, "at work")
+    other = jobs.launch("shared", "print('something else')")
+    assert "is at work on other inputs of the same step; wait for it, or stop it: ray job stop ncsn-s" in ended(other)
+    release.touch()
+    for launcher in both:
+        assert [line for line in ended(launcher).splitlines() if line.startswith("line")] == [
+            f"line {n}" for n in range(10)
+        ]
+        assert launcher.returncode == 0
+    assert [job["status"] for job in jobs.of("shared")] == ["SUCCEEDED"]
+
+
+@slow
+def test_the_log_survives_a_broken_connection(jobs: Jobs) -> None:
+    release = jobs.folder / "restored"
+    with TcpProxy(jobs.nodes.dashboard) as proxy:
+        launcher = jobs.launch("cut", waiting(release), address=proxy.url)
+        until(launcher, "at work")
+        proxy.cut()
+        time.sleep(3)
+        proxy.restore()
+        release.touch()
+        said = ended(launcher).splitlines()
+    assert launcher.returncode == 0, said
+    assert [line for line in said if line.startswith("line") or line == "at work"] == [f"line {n}" for n in range(10)]
+    assert jobs.log("cut").endswith("".join(["at work\n", *(f"line {n}\n" for n in range(10))]))
+    assert any("the Ray cluster is away" in line for line in said)
+    assert len(jobs.of("cut")) == 1
+
+
+@slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_job(jobs: Jobs, config: Path, number: signal.Signals, code: int) -> None:
+    """The driver has time to say so, and the same command goes on where it was."""
+    settings = from_yaml(config.read_text(), overrides=["train.num_images=100000000"])
+    run = f"stopped-{code}"
+    dataset = ingest.run(settings, run=run).uri
+    arguments = ["train", "--config", str(config), "--set", "train.num_images=100000000", "--run", run]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "ncsn", *arguments, "--dataset", dataset, "--address", jobs.nodes.dashboard],
+        env=jobs.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stderr is not None
+    checkpoints = f"{settings.storage.root}/runs/{run}/checkpoints"
+    for line in launcher.stderr:
+        if "images" in line and any(name.startswith("images-") for name in storage.list_names(checkpoints)):
+            break
+    launcher.send_signal(number)
+    said = ended(launcher)
+    assert launcher.returncode == code, said
+    deadline = time.monotonic() + 60
+    while jobs.of(run)[0]["status"] == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert [job["status"] for job in jobs.of(run)] == ["STOPPED"]
+
+
+@slow
+def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Path, s3_root: str) -> None:
+    """`ray job submit -- ncsn train --config s3://...`: nothing but Ray's own command and the installed package."""
+    settings = from_yaml(config.read_text())
+    ingest.run(settings, run="plain")
+    uri = f"{s3_root}/configs/tiny.yaml"
+    storage.write_text(uri, config.read_text())
+    ray = Path(sys.executable).with_name("ray")
+    known = json.dumps({"mlflow.run": "plain/train"})
+    submit = [str(ray), "job", "submit", "--address", jobs.nodes.dashboard, "--submission-id", "plain-train"]
+    done = subprocess.run(
+        [*submit, "--metadata-json", known, "--", "ncsn", "train", "--config", uri, "--run", "plain"],
+        env=jobs.environment | {"RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = jobs.nodes.get("/api/jobs/plain-train")
+    assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
+    assert job["metadata"]["mlflow.run"] == "plain/train"
+    result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/result.json"))["result"]
+    assert result["images_seen"] == 160
+
+
+@slow
+def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
+    launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
+    assert "failed: the cluster has no command `ncsn`; install this package in the environment" in ended(launcher)
+
+
+@slow
+def test_another_python_is_refused_by_the_driver(jobs: Jobs, config: Path) -> None:
+    """Nothing but the driver knows the cluster's Python, so it compares, and its mistake comes back as ours."""
+    run = "python"
+    ingest.run(from_yaml(config.read_text()), run=run)
+    pretend = "import runpy, ncsn.launched as l; l.python_version = lambda: '3.9'; "
+    code = f"{pretend}runpy.run_module('ncsn', run_name='__main__', alter_sys=True)"
+    arguments = ["train", "--config", str(config), "--run", run, "--address", jobs.nodes.dashboard]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=jobs.environment, capture_output=True, text=True, check=False
+    )
+    here = ".".join(map(str, sys.version_info[:2]))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: the cluster has Python {here} and the launcher 3.9; use one"
+    )
+
+
+@pytest.fixture
+def other_ray() -> Iterator[str]:
+    """A dashboard of Ray 1.99 (of which only the version is played)."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"version": "4", "ray_version": "2.99.0"}).encode())
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def open_api(address: str, **variables: str) -> str:
+    """Open the API in a process of its own; the error."""
+    code = "import sys; from ncsn.cluster.jobs_api import JobsApi; JobsApi(sys.argv[1] or None, patience=1)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stderr.splitlines()[-1]
+
+
+def test_another_ray_is_refused(other_ray: str) -> None:
+    # The environment does not override what is asked for, as it does with Ray's own client.
+    error = open_api(other_ray, RAY_ADDRESS="http://127.0.0.1:9", RAY_AUTH_MODE="disabled")
+    assert re.fullmatch(
+        rf"ValueError: the cluster at {other_ray} has Ray 2\.99\.0 and this environment Ray \S+; install "
+        r"ray==2\.99\.0 here, or submit from the image that the cluster runs",
+        error,
+    )
+
+
+@slow
+@pytest.mark.parametrize(
+    ("address", "variables", "message"),
+    [
+        ("", {}, "ValueError: which Ray cluster? Give --address http://HEAD:8265"),
+        ("head:8265", {}, "ValueError: the address 'head:8265' is not that of a Ray dashboard; write"),
+        ("http://127.0.0.1:9", {}, "ConnectionError: the Ray cluster at http://127.0.0.1:9 has not answered for 1 s"),
+        ("DASHBOARD", {}, "asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
+        ("DASHBOARD", {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept the token; set RAY_AUTH_MODE=token"),
+    ],
+)
+def test_a_cluster_that_cannot_be_reached_is_said_in_one_line(
+    jobs: Jobs, address: str, variables: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    error = open_api(address.replace("DASHBOARD", jobs.nodes.dashboard), HOME=str(tmp_path), **variables)
+    assert message in error
+
+
+@slow
+def test_a_token_in_a_file_is_enough(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(jobs.nodes.token)
+    code = f"from ncsn.cluster.jobs_api import JobsApi; JobsApi({jobs.nodes.dashboard!r}); raise SystemExit('it is')"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == "it is"
+
+
+@slow
+def test_doctor_and_finish_know_the_cluster(jobs: Jobs, config: Path) -> None:
+    release = jobs.folder / "never"
+    launcher = jobs.launch("left", waiting(release))
+    until(launcher, "at work")
+    found = json.loads(jobs.ncsn("doctor", "--config", str(config), "--address", jobs.nodes.dashboard, "--json").stdout)
+    (finding,) = [each for each in found if each["check"] == "ray jobs"]
+    assert finding["state"] == "ok" and finding["detail"].endswith("as here, 1 jobs at work"), finding
+    stop = "from ncsn.cluster.ray_jobs import RayJobs; from ncsn.config.compute import ComputeConfig; print(RayJobs("
+    stop += f"ComputeConfig(ray_jobs={{'address': {jobs.nodes.dashboard!r}}})).stop_all('left'))"
+    done = subprocess.run(
+        [sys.executable, "-c", stop], env=jobs.environment, capture_output=True, text=True, check=False
+    )
+    (job,) = jobs.of("left")
+    assert done.stdout.strip() == str([job["submission_id"]]), done.stderr
+    assert "was stopped; the same command goes on" in ended(launcher)

@@ -1,0 +1,88 @@
+"""A cluster of three nodes that share no disk but the store: the same weights and images as on one machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray_nodes import RayNodes
+from safetensors.torch import load_file
+
+from ncsn.checkpoint import load_for_sampling
+from ncsn.config import from_yaml
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.evaluation.samples import read_samples
+from ncsn.generation import generate
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def ncsn(cluster: RayNodes, step: str, config: Path, *options: str) -> dict[str, Any]:
+    done = cluster.run([sys.executable, "-m", "ncsn", step, "--config", str(config), *options, "--json"], seconds=600)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.fixture(scope="module")
+def config(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment with two workers, in a store that every node sees."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = folder / "tiny.yaml"
+    file.write_text(tiny.replace("num_workers: 1", "num_workers: 2") + f"storage: {{root: {folder / 'store'}}}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(three_node_cluster: RayNodes, config: Path, dataset: str) -> dict[str, Any]:
+    return ncsn(three_node_cluster, "train", config, "--dataset", dataset, "--run", "spread")
+
+
+def filled_caches(cluster: RayNodes) -> dict[str, int]:
+    """Node -> inode of its copy of the training images."""
+    found = {node.id: list(node.cache.glob("*/train/images.npy")) for node in cluster.nodes}
+    assert all(len(files) <= 1 for files in found.values())
+    return {node: files[0].stat().st_ino for node, files in found.items() if files}
+
+
+def test_two_workers_on_two_nodes_follow_one(
+    three_node_cluster: RayNodes, trained: dict[str, Any], tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    workers = [actor for actor in three_node_cluster.listed("actors") if actor["class_name"] == "RayTrainWorker"]
+    assert len({worker["node_id"] for worker in workers}) == len(workers) == 2
+    train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset), LocalContext(tmp_path))
+    for name in ("weights", "ema"):
+        one = load_file(tmp_path / "images-000000160" / f"{name}.safetensors")
+        two = load_file(Path(trained["checkpoint"]) / f"{name}.safetensors")
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], rtol=1e-4, atol=1e-5) for key in one)
+
+
+def test_each_node_that_trains_makes_its_copy_of_the_data_once(
+    three_node_cluster: RayNodes, trained: dict[str, Any], config: Path, dataset: str
+) -> None:
+    workers = {a["node_id"] for a in three_node_cluster.listed("actors") if a["class_name"] == "RayTrainWorker"}
+    copies = filled_caches(three_node_cluster)
+    assert copies.keys() == workers
+    ncsn(three_node_cluster, "train", config, "--dataset", dataset, "--run", "again")
+    assert copies.items() <= filled_caches(three_node_cluster).items()
+
+
+def test_images_made_on_three_nodes_are_those_of_one(
+    three_node_cluster: RayNodes, trained: dict[str, Any], config: Path
+) -> None:
+    options = ("--run", "spread", "--checkpoint", trained["checkpoint"], "--set", "sampling.batch_size=1")
+    made = ncsn(three_node_cluster, "sample", config, *options)
+    tasks = [task for task in three_node_cluster.listed("tasks") if task["name"] == "_sample_shard"]
+    assert len(tasks) == 10
+    assert {task["node_id"] for task in tasks} == {node.id for node in three_node_cluster.nodes}
+    images = np.concatenate(list(read_samples(made["uri"], num_images=10, batch_size=10)))
+    loaded = load_for_sampling(trained["checkpoint"])
+    alone = generate(loaded, sampling=loaded.config.sampling, first=0, count=10, device="cpu")
+    np.testing.assert_array_equal(images, alone)

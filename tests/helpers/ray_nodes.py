@@ -1,0 +1,187 @@
+"""A real Ray cluster of several nodes on this machine: a raylet per node, loopback only, the dashboard on, a token.
+
+The nodes belong to a process of their own, which takes the whole cluster with it when it ends. So no test becomes a Ray
+driver: it starts commands with `RayNodes.environment`, as a user would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CACHE_DIR = "NCSN_CACHE_DIR"
+HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
+"""A dead node is noticed within seconds, and a node that only waits for a core is left alone."""
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """One node.
+
+    Attributes:
+        id: Ray's name for it.
+        pid: Its raylet.
+        cache: Its `NCSN_CACHE_DIR`, which no other node has.
+    """
+
+    id: str
+    pid: int
+    cache: Path
+
+
+@dataclass
+class RayNodes:
+    """A cluster that runs while the context is open. The first node is the head.
+
+    Args:
+        folder: Where the nodes' caches are.
+        count: Number of nodes.
+        cpus: CPUs that each node says it has.
+        environment: For every process of the cluster, besides this process's.
+    """
+
+    folder: Path
+    count: int = 2
+    cpus: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.token = secrets.token_hex(32)
+        self.nodes: list[RayNode] = []
+        self.address = self.dashboard = ""
+
+    @property
+    def client(self) -> dict[str, str]:
+        """The environment of a command that joins the cluster."""
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        return os.environ | dict(self.environment) | token | {"RAY_ADDRESS": self.address}
+
+    def __enter__(self) -> RayNodes:
+        beside_python = str(Path(sys.executable).parent)
+        environment = (
+            self.client
+            | HEALTH_CHECK
+            | {
+                # Where the entrypoint of a job is looked up.
+                "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+                "RAY_worker_niceness": "0",
+            }
+        )
+        del environment["RAY_ADDRESS"]
+        with (self.folder / "cluster.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        try:
+            for _ in range(self.count):
+                self.add()
+        except BaseException:
+            self._process.kill()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def add(self) -> RayNode:
+        """One more node, alive."""
+        cache = self.folder / f"cache-{len(self.nodes)}"
+        told = self._ask("add", {"num_cpus": self.cpus, "env_vars": {CACHE_DIR: str(cache)}})
+        self.address, self.dashboard = told["address"], f"http://{told['dashboard']}"
+        self.nodes.append(RayNode(told["id"], told["pid"], cache))
+        return self.nodes[-1]
+
+    def kill(self, number: int) -> None:
+        """Take a node's power: its raylet and its workers get SIGKILL. The cluster notices some seconds later."""
+        self._ask("kill", {"number": number})
+
+    def run(
+        self, command: Sequence[str], *, seconds: float = 240, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the cluster to its end."""
+        return subprocess.run(
+            command,
+            env=self.client | variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        """What Ray's state API says of `tasks` or `actors`, for example the `node_id` of each."""
+        found: list[dict[str, Any]] = self.get(f"/api/v0/{kind}?limit=10000&detail=true")["data"]["result"]["result"]
+        return found
+
+    def get(self, path: str) -> Any:
+        """The JSON that the dashboard has at a path."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def _ask(self, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([what, arguments]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the cluster's process has ended:\n{(self.folder / 'cluster.log').read_text()[-3000:]}"
+        told: dict[str, Any] = json.loads(answer)
+        return told
+
+
+def _serve() -> None:
+    """Do what stdin says, and end with it. Ray writes to stdout as well, so that the answers have their own copy."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    # Any free port for each server: another Ray on this machine may have taken the usual ones.
+    ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+    cluster, nodes = Cluster(), []
+    try:
+        for line in sys.stdin:
+            what, arguments = json.loads(line)
+            told: dict[str, Any] = {}
+            if what == "add":
+                head = {} if nodes else {"include_dashboard": True, "dashboard_host": "127.0.0.1"} | ports
+                nodes.append(cluster.add_node(**arguments, **head))
+                told = {"address": cluster.address, "dashboard": cluster.webui_url, "id": nodes[-1].node_id}
+                told["pid"] = nodes[-1].all_processes["raylet"][0].process.pid
+            else:
+                node = nodes[arguments["number"]]
+                raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+                for process in (raylet, *raylet.children(recursive=True)):
+                    process.kill()
+                cluster.remove_node(node, allow_graceful=False)
+            answers.write(json.dumps(told) + "\n")
+            answers.flush()
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    _serve()
