@@ -25,7 +25,7 @@ def test_a_machine_that_is_well(config_file: Path, store: Path, monkeypatch: pyt
     done, findings = examine(config_file)
     assert done.exit_code == 0, done.output
     states = {name: finding["state"] for name, finding in findings.items()}
-    cluster = dict.fromkeys(("kfp", "kubernetes", "rights", "kuberay", "gpus", "queue"), "not configured")
+    cluster = dict.fromkeys(("kfp", "ray jobs", "kubernetes", "rights", "kuberay", "gpus", "queue"), "not configured")
     assert states == dict.fromkeys(("store", "mlflow", "ray", "image"), "ok") | cluster
     assert list(store.iterdir()) == [], "what it writes it removes"
     assert not any(finding["fix"] for finding in findings.values())
