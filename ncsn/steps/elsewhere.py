@@ -55,7 +55,7 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[s
         facts={
             "ncsn.config": digest,
             "mlflow.experiment": config.tracking.experiment,
-            "mlflow.run": f"{folder.run}/{step}",
+            "mlflow.run_name": f"{folder.run}/{step}",
         },
         mistaken=lambda: _recorded_mistake(folder, step) is not None,
     )

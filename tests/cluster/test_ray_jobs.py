@@ -68,7 +68,13 @@ class Jobs:
     def launch(self, run: str, code: str, *, address: str = "", command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         uri = str(self.folder / "runs" / run / "steps" / "train")
         command = command or ("python", "-c", code, "train")
-        step = {"run": run, "step": "train", "uri": uri, "command": command, "facts": {"mlflow.run": f"{run}/train"}}
+        step = {
+            "run": run,
+            "step": "train",
+            "uri": uri,
+            "command": command,
+            "facts": {"mlflow.run_name": f"{run}/train"},
+        }
         arguments = [sys.executable, "-c", _LAUNCHER, address or self.nodes.dashboard, json.dumps(step)]
         return subprocess.Popen(arguments, env=self.environment, stderr=subprocess.PIPE, text=True)
 
@@ -139,7 +145,7 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     step = f"{settings.storage.root}/runs/mine/steps/train"
     known = job["metadata"]
     assert f"config-{known['ncsn.config']}.yaml" in storage.list_names(step)
-    assert (known["mlflow.experiment"], known["mlflow.run"]) == ("ncsn", "mine/train")
+    assert (known["mlflow.experiment"], known["mlflow.run_name"]) == ("ncsn", "mine/train")
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
     assert "images_seen" in storage.read_text(f"{step}/driver.log")
@@ -256,7 +262,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
     uri = f"{s3_root}/configs/tiny.yaml"
     storage.write_text(uri, config.read_text())
     ray = Path(sys.executable).with_name("ray")
-    known = json.dumps({"mlflow.run": "plain/train"})
+    known = json.dumps({"mlflow.run_name": "plain/train"})
     submit = [str(ray), "job", "submit", "--address", jobs.nodes.dashboard, "--submission-id", "plain-train"]
     done = subprocess.run(
         [*submit, "--metadata-json", known, "--", "ncsn", "train", "--config", uri, "--run", "plain"],
@@ -268,7 +274,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     job = jobs.nodes.get("/api/jobs/plain-train")
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
-    assert job["metadata"]["mlflow.run"] == "plain/train"
+    assert job["metadata"]["mlflow.run_name"] == "plain/train"
     result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/result.json"))["result"]
     assert result["images_seen"] == 160
 
