@@ -14,6 +14,7 @@ BASE_PYTHON := $(shell "$(PYTHON)" -c 'import sys; print(sys._base_executable)' 
 IMAGE ?= ncsn-python:0.1.0
 CONFIG ?= configs/digits.yaml
 PYTEST_ARGS ?=
+PARTS ?=
 
 BIN := .venv/bin
 # Named after all that decides what is installed: a change of content, not of a file's date, renews .venv.
@@ -35,6 +36,10 @@ test: lint ## Set up, then check style, types and layers and run every test that
 .PHONY: test-all
 test-all: lint ## The same with the tests that take minutes
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, half an hour for all)
+	@$(BIN)/python -m benchmarks $(PARTS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style (ruff), types (mypy) and layers (import-linter)

@@ -144,6 +144,8 @@ def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
     """A step of ours; `mode` is "eager" or "compiled"."""
     keep_freed_memory()
     _, ours, sigmas = _start(torch.device(device))
+    if device != "cpu":
+        ours.to(memory_format=torch.channels_last)
     if mode == "compiled":
         ours.compile()
     return _on_next_batch(our_step(ours, sigmas), batch, torch.device(device))
@@ -189,7 +191,7 @@ def _start(device: torch.device, *, num_features: int = FEATURES) -> tuple[Plain
     return plain.to(device), ours.to(device), geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
 
 
-def cpu_rows() -> list[Row]:
+def rows() -> list[Row]:
     """On one core."""
     cpu = torch.device("cpu")
     return [
@@ -200,6 +202,6 @@ def cpu_rows() -> list[Row]:
 
 if __name__ == "__main__":
     began = time.perf_counter()
-    for row in cpu_rows():
+    for row in rows():
         print(row, flush=True)
     print(f"{time.perf_counter() - began:.0f} s")

@@ -1,0 +1,85 @@
+"""The GPU's rows, unattended in under nine minutes: the training step, how it grows with the batch, and sampling.
+
+Needs only torch, numpy and ncsn.core.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.measure import Row, in_turns, own_process
+from benchmarks.training_step import (
+    FEATURES,
+    LEVELS,
+    SIZE,
+    loss_curves,
+    measure,
+    prepare_ours,
+    synchronise,
+)
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.langevin import annealed_langevin
+from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.noise_schedule import geometric_sigmas
+
+BUDGET_SECONDS = 480.0
+"""After which no further row is begun."""
+BATCH = 128
+
+
+def rows(*, device: str = "cuda", batches: tuple[int, ...] = (8, 32, 128, 512), steps: int = 500) -> list[Row]:
+    """All rows, or as many as the budget allows, the dearest last."""
+    where, began, found = torch.device(device), time.perf_counter(), []
+    parts: list[Callable[[], list[Row]]] = [
+        partial(measure, device=where, batch=BATCH, rounds=10, compiled=True, speedup=4.0, share_of_peak=40.0),
+        lambda: [loss_curves(device=where, batch=BATCH, steps=steps, num_features=FEATURES)],
+        lambda: [sampling(where, images=256, steps_per_level=10)],
+        lambda: [growth(where, batch=batch) for batch in batches],
+    ]
+    for part in parts:
+        if time.perf_counter() - began < BUDGET_SECONDS:
+            found += part()
+    return found
+
+
+def growth(device: torch.device, *, batch: int) -> Row:
+    """Images per second of a step, eager, at a batch size."""
+    with own_process(prepare_ours, str(device), batch, "eager") as step:
+        seconds = in_turns({"step": step}, rounds=5)["step"]
+    return Row("growth", f"training images/s at batch {batch}", batch / statistics.median(seconds), unit="images/s")
+
+
+def sampling(device: torch.device, *, images: int, steps_per_level: int) -> Row:
+    """Evaluations per second of annealed Langevin dynamics with the paper's network in bfloat16."""
+    torch.manual_seed(0)
+    network = NcsnNetwork(FEATURES, channels=1, num_levels=LEVELS).to(device).eval()
+    sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
+
+    def sample() -> None:
+        noise = KeyedNoise(0, first=0, count=images, shape=(1, SIZE, SIZE), device=device)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
+            annealed_langevin(
+                network,
+                x=noise.uniform(0),
+                sigmas=sigmas,
+                epsilon=2e-5,
+                steps_per_level=steps_per_level,
+                noise=noise,
+                denoise=False,
+            )
+        synchronise(device)
+
+    seconds = statistics.median(in_turns({"sampler": sample}, rounds=3)["sampler"])
+    speed = images * LEVELS * steps_per_level / seconds
+    return Row(
+        "sampling",
+        f"annealed Langevin, ncsn, 28x28, 64 channels, {images} images at once: evaluations/s",
+        speed,
+        unit="/s",
+        detail=f"{1e6 / speed:,.0f} s for 1,000 images at 1,000 evaluations each",
+    )
