@@ -58,6 +58,14 @@ class DataConfig(Section):
         "fail", description="What to do with an image that does not decode: stop and name it, or skip and count it."
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows per Parquet part file.")
+    loader: Literal["cache", "stream"] = Field(
+        "cache",
+        description="How training reads the images: from a copy of all on each node's disk, or from windows that come "
+        "and go, for what does not fit there, with a weaker shuffle.",
+    )
+    window_images: int = Field(
+        65536, ge=16, description="Images of a window of loader: stream; a node's disk holds two or three."
+    )
     dequantize: bool = Field(True, description="Add uniform noise below one gray step, fresh at each use (spec 1.7).")
     logit_transform: bool = Field(
         False,

@@ -38,6 +38,15 @@ class CachedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def ordered(self, seed: int, *, first: int, count: int) -> np.ndarray:
+        """uint8 [count, H, W, C]: the images at the rows that `image_indices` gives."""
+        rows: np.ndarray = self.images[image_indices(seed, first=first, count=count, size=len(self))]
+        return rows
+
+    def head(self, count: int) -> np.ndarray:
+        """The first `count` images as they are stored, or all if there are fewer."""
+        return self.images[:count]
+
 
 def cache_folder() -> Path:
     """This node's folder for what can be made again: `NCSN_CACHE_DIR`, else `~/.cache/ncsn`."""

@@ -80,6 +80,26 @@ def read_blocks(uri: str, split: str, *, manifest: Manifest | None = None) -> It
         yield from read_part(uri, part, shape=manifest.shape)
 
 
+def read_rows(uri: str, split: str, *, first: int, count: int, manifest: Manifest) -> Images:
+    """Rows `first .. first + count` of a split, reading only the row groups that hold them.
+
+    Raises:
+        ValueError: if a part does not hold what the manifest says.
+    """
+    images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
+    place = 0
+    for part in manifest.parts[split]:
+        low, high = max(first - place, 0), min(first + count - place, part.rows)
+        if low < high:
+            start = place + low - first
+            for block in read_part(uri, part, shape=manifest.shape, rows=range(low, high)):
+                stop = start + len(block)
+                images[start:stop], labels[start:stop] = block.images, block.labels
+                start = stop
+        place += part.rows
+    return Images(images, labels)
+
+
 class Counter:
     """Counts the images of all splits towards what they offer.
 

@@ -94,8 +94,8 @@ def take(examples: Iterator[Example], count: int) -> Images | None:
     )
 
 
-def read_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[Images]:
-    """The rows of a part of the dataset at `uri`, block by block.
+def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Images]:
+    """The rows of a part of the dataset at `uri`, or a range of them, block by block.
 
     Raises:
         ValueError: if it does not hold what the manifest says.
@@ -107,8 +107,14 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[
                 f"{part_uri} holds {file.metadata.num_rows} rows of {file.schema_arrow.names}, but the manifest "
                 f"says {part.rows} images of {shape}; it is damaged: delete {uri} and ingest again"
             )
+        wanted = range(part.rows) if rows is None else rows
+        place = 0
         for group in range(file.num_row_groups):
-            yield row.from_table(file.read_row_group(group))
+            count = file.metadata.row_group(group).num_rows
+            low, high = max(wanted.start - place, 0), min(wanted.stop - place, count)
+            if low < high:
+                yield row.from_table(file.read_row_group(group).slice(low, high - low))
+            place += count
 
 
 def inspect_part(part_uri: str) -> tuple[int, list[SkippedImage]]:

@@ -14,7 +14,7 @@ from ncsn.config import Config
 from ncsn.core.images import mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.starts import DataMoments, fit_moments
-from ncsn.data.cache import CachedSplit, image_indices
+from ncsn.data.stream import TrainingImages
 
 MOMENT_IMAGES = 10_000
 
@@ -51,10 +51,10 @@ class Batch:
         )
 
 
-def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) -> Batch:
+def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
     seed = config.seed
-    x = _encoded(config, split.images[image_indices(seed, first=first, count=count, size=len(split))], first=first)
+    x = _encoded(config, split.ordered(seed, first=first, count=count), first=first)
     size = x[0].numel()
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
@@ -67,9 +67,9 @@ def draw_batch(config: Config, split: CachedSplit, *, first: int, count: int) ->
     return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
 
 
-def image_moments(config: Config, split: CachedSplit) -> DataMoments:
+def image_moments(config: Config, split: TrainingImages) -> DataMoments:
     """Mean and covariance of the training images as the network sees them, from the first `MOMENT_IMAGES` of them."""
-    return fit_moments(_encoded(config, split.images[:MOMENT_IMAGES], first=0))
+    return fit_moments(_encoded(config, split.head(MOMENT_IMAGES), first=0))
 
 
 def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:

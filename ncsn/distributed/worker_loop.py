@@ -25,8 +25,8 @@ from ncsn.config import Config
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import train_step
-from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
+from ncsn.data.stream import open_training_images
 from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
 from ncsn.distributed.compilation import compile_network
 from ncsn.distributed.curves import Curves
@@ -113,7 +113,7 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
         self.job, self.config, self.context = job, job.config, context
-        self.split = open_cache(job.dataset, "train")
+        self.split = open_training_images(job.dataset, self.config.data)
         self.dataset_digest = load_manifest(job.dataset).digest
         self.state = build.train_state(self.config, device=context.device)
         self.sigmas = build.sigmas(self.config).to(context.device)
