@@ -56,6 +56,8 @@ class ProgressView:
     def update(self, step: str, progress: StepProgress) -> None:
         """A step published how far it is."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
+        if progress.note:
+            text += f"   {progress.note}"
         if self._console.is_terminal:
             self._bars.update(
                 self._tasks[step], completed=progress.done, total=progress.total or None, text=text, refresh=True

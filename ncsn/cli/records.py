@@ -35,11 +35,12 @@ class StepError:
 
 @dataclass(frozen=True)
 class StepProgress:
-    """How far a step is."""
+    """How far a step is, and what it has to say meanwhile."""
 
     done: int
     total: int
     unit: str
+    note: str = ""
 
 
 def read_record(folder: RunFolder, step: str) -> StepRecord | None:
@@ -59,7 +60,7 @@ def stored_records(folder: RunFolder) -> dict[str, StepRecord]:
 def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
     """The last progress that `step` published, or None."""
     record = _read_json(folder.step(step, "progress.json"))
-    return None if record is None else StepProgress(record["done"], record["total"], record["unit"])
+    return None if record is None else StepProgress(**record)
 
 
 def read_error(folder: RunFolder, step: str) -> StepError | None:

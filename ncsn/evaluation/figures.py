@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ncsn import storage
 from ncsn.core.keyed_random import keyed_permutation
+from ncsn.data.cache import cache_folder
 from ncsn.evaluation.extractors import Extracted, Extractor, Images
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_uncertainty
+from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_jackknife
 from ncsn.evaluation.inception_score import inception_score
 from ncsn.evaluation.kernel_distance import kernel_distance
 from ncsn.evaluation.neighbours import Neighbours, nearest_neighbours
 from ncsn.evaluation.precision_recall import precision_recall
-from ncsn.evaluation.reference import Reference, class_histogram, extract_all
+from ncsn.evaluation.reference import Reference, class_histogram
+from ncsn.evaluation.running import RunningDistance, RunningScore, Spool, merged, score_marks
 
 BALL_IMAGES = 10_000
 """Images for precision, recall, density and coverage, whose cost grows with their square."""
@@ -41,10 +44,12 @@ class Measured:
     Attributes:
         figures: short name -> figure.
         nearest: nearest training images of the first 16 images, as `neighbour_table` lists them.
+        running: the Frechet distance of the first images, for more and more of them.
     """
 
     figures: dict[str, Figure]
     nearest: list[dict[str, Any]]
+    running: list[RunningScore]
 
     def value(self, figure: str) -> float:
         """The figure of that short name."""
@@ -61,44 +66,65 @@ class Measured:
 def measure_images(
     stream: Iterator[Images],
     *,
+    count: int,
     extractor: Extractor,
     reference: Reference,
     training_images: Images,
     num_splits: int,
     seed: int,
     on_images: Callable[[int], None],
+    on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All figures of a stream of [n, H, W, C] uint8 batches, of which only the first 256 images are kept.
+    """All figures of a stream of [n, H, W, C] uint8 batches.
+
+    Only the first 256 images stay in memory. What the extractor sees in the others goes to files on the node's disk.
 
     Args:
         stream: the images.
+        count: how many there are.
         extractor: what looks at them.
         reference: the training images through the same extractor.
         training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
         num_splits: of the score.
         seed: of the subsets that are drawn.
         on_images: called with n after each batch.
+        on_score: called with the Frechet distance so far whenever the number of images has doubled.
 
     Raises:
         ValueError: for images that do not fit the extractor, or fewer of them than splits.
     """
     kept: list[Images] = []
-
-    def observed() -> Iterator[Images]:
-        missing = NEIGHBOUR_IMAGES
+    missing = NEIGHBOUR_IMAGES
+    marks = score_marks(count, num_features=extractor.num_features)
+    running, scores = RunningDistance(reference.statistics), []
+    with storage.scratch_folder(str(cache_folder())) as folder:
+        spool = Spool(folder, count=count)
         for batch in stream:
             kept.append(batch[:missing])
             missing -= len(kept[-1])
-            yield batch
-
-    extracted = extract_all(extractor, observed(), on_images=on_images)
+            spool.add(extractor.extract(batch))
+            on_images(len(batch))
+            while marks and spool.done >= marks[0]:
+                running.add(spool.extracted.features[running.count : marks.pop(0)])
+                scores.append(running.score())
+                if on_score is not None:
+                    on_score(scores[-1])
+        extracted = spool.extracted
+        figures = figures_of(extracted, reference, groups=running.groups, num_splits=num_splits, seed=seed)
+        features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
     pixels = pixel_neighbours(np.concatenate(kept), training_images)
-    features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
-    figures = figures_of(extracted, reference, num_splits=num_splits, seed=seed) | neighbour_figures(pixels)
-    return Measured(figures=figures, nearest=neighbour_table(pixels=pixels, features=features))
+    nearest = neighbour_table(pixels=pixels, features=features)
+    return Measured(figures=figures | neighbour_figures(pixels), nearest=nearest, running=scores)
 
 
-def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, seed: int) -> dict[str, Figure]:
+def figures_of(
+    extracted: Extracted,
+    reference: Reference,
+    *,
+    groups: Sequence[FrechetStatistics],
+    num_splits: int,
+    seed: int,
+) -> dict[str, Figure]:
     """Figures by short name.
 
     - `score`, `score_std`: the Inception-score formula over contiguous splits.
@@ -111,6 +137,7 @@ def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, s
     Args:
         extracted: the images through the extractor.
         reference: the reference images through the same one.
+        groups: moments of the features in disjoint groups, for the jackknife.
         num_splits: of the score.
         seed: of the subsets that are drawn.
 
@@ -119,14 +146,14 @@ def figures_of(extracted: Extracted, reference: Reference, *, num_splits: int, s
     """
     count = len(extracted.features)
     score = inception_score(extracted.log_probabilities, num_splits=num_splits)
-    distance = frechet_distance(FrechetStatistics.of(extracted.features), reference.statistics)
+    distance = frechet_distance(merged(groups), reference.statistics)
     kernel = kernel_distance(extracted.features, reference.features, seed=seed)
     difference = class_histogram(extracted.log_probabilities) - reference.class_histogram
     values = {
         "score": score.mean,
         "score_std": score.std,
         "fid": distance,
-        "fid_std": frechet_uncertainty(extracted.features, reference.statistics),
+        "fid_std": frechet_jackknife(groups, reference.statistics),
         "kid": kernel.mean,
         "kid_std": kernel.std,
         "class_tv": float(0.5 * np.abs(difference).sum()),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -118,18 +119,28 @@ def frechet_uncertainty(
     Raises:
         ValueError: for fewer than three images.
     """
-    if len(features) < 3:
-        raise ValueError(f"the uncertainty of a Frechet distance needs at least 3 images, got {len(features)}")
     groups = min(num_groups, len(features))
-    whole, reference_factor = FrechetStatistics.of(features), factor(reference.covariance)
-    distances = np.empty(groups)
-    for first in range(groups):
-        rest = whole.without(FrechetStatistics.of(features[first::groups]))
+    return frechet_jackknife([FrechetStatistics.of(features[first::groups]) for first in range(groups)], reference)
+
+
+def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetStatistics) -> float:
+    """`frechet_uncertainty` from the moments of K groups of one set of images.
+
+    Raises:
+        ValueError: for fewer than three images.
+    """
+    whole = reduce(FrechetStatistics.merge, groups)
+    if whole.count < 3:
+        raise ValueError(f"the uncertainty of a Frechet distance needs at least 3 images, got {whole.count}")
+    reference_factor = factor(reference.covariance)
+    distances = np.empty(len(groups))
+    for number, group in enumerate(groups):
+        rest = whole.without(group)
         shift, covariance = rest.mean - reference.mean, rest.covariance
         # The reference's factor is there, so no second one is taken.
         root_trace = _trace_of_root(reference_factor.T @ covariance @ reference_factor)
-        distances[first] = shift @ shift + np.trace(covariance) - 2 * root_trace
-    return float(np.sqrt((groups - 1) * distances.var()))
+        distances[number] = shift @ shift + np.trace(covariance) - 2 * root_trace
+    return float(np.sqrt((len(groups) - 1) * distances.var()))
 
 
 def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:

@@ -32,6 +32,7 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     log_p = np.asarray(log_probabilities, dtype=np.float64)
     _check(log_p, num_splits)
     count = len(log_p)
+    # Split by split, so that of a memory map no more than a split is in memory.
     scores = [
         _score_of_split(log_p[split * count // num_splits : (split + 1) * count // num_splits])
         for split in range(num_splits)
@@ -40,6 +41,7 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
 
 
 def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
+    _check_rows(log_p)
     p = np.exp(log_p)
     marginal = p.mean(axis=0)
     # E KL(p(y|x) || p(y)) = H(y) - H(y|x); each entropy has 0 log 0 = 0.
@@ -58,6 +60,9 @@ def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
             f"{len(log_p)} images do not fill {num_splits} splits; "
             f"generate at least {num_splits} images (sampling.num_images) or lower evaluation.num_splits"
         )
+
+
+def _check_rows(log_p: npt.NDArray[np.float64]) -> None:
     if np.isnan(log_p).any():
         raise ValueError(f"{int(np.isnan(log_p).any(axis=1).sum())} of {len(log_p)} rows of log probabilities hold NaN")
     worst = float(np.abs(np.exp(log_p).sum(axis=1) - 1).max())

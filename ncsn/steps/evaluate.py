@@ -17,6 +17,7 @@ from ncsn.evaluation.extractors import Extractor, batches, fingerprint_of
 from ncsn.evaluation.figures import Figure, Measured, measure_images, metric_name
 from ncsn.evaluation.judge import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.evaluation.running import RunningScore
 from ncsn.evaluation.samples import read_samples, samples_shape
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once
@@ -24,6 +25,8 @@ from ncsn.tracking.run import step_run
 
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
+
+_CURVES = ("fid", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class EvaluateResult:
         num_real_images: real test images measured.
         gate: the `Measurement` that decides about promotion, as plain values.
         memorisation: the `Memorisation` that can forbid it, as plain values.
+        running: the Frechet distance of the first samples with its 95 % interval, for more and more of them up to all:
+            `RunningScore`s as plain values.
         notes: what a reader of the figures should know.
     """
 
@@ -50,6 +55,7 @@ class EvaluateResult:
     num_real_images: int
     gate: dict[str, Any]
     memorisation: dict[str, Any]
+    running: list[dict[str, float]]
     notes: list[str]
 
 
@@ -100,8 +106,18 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
             tracked.log_dataset(
                 manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
             )
-            result = evaluate(config, samples=samples, dataset=dataset, folder=folder.evaluation, progress=progress)
+            result = evaluate(
+                config,
+                samples=samples,
+                dataset=dataset,
+                folder=folder.evaluation,
+                progress=progress,
+                on_score=lambda score: progress.say(str(score)),
+            )
             tracked.log_metrics({**result.metrics, **result.real_metrics})
+            for score in result.running:
+                curve = {f"eval/running_{config.evaluation.extractor}_{name}": score[name] for name in _CURVES}
+                tracked.log_metrics(curve, step=int(score["num_images"]))
             tracked.set_tags({"eval.fingerprint": result.fingerprint})
             tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
             tracked.log_file(result.uri)
@@ -125,7 +141,13 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
 
 
 def evaluate(
-    config: Config, *, samples: str, dataset: str, folder: str, progress: Callable[[int, int], None]
+    config: Config,
+    *,
+    samples: str,
+    dataset: str,
+    folder: str,
+    progress: Callable[[int, int], None],
+    on_score: Callable[[RunningScore], None] | None = None,
 ) -> EvaluateResult:
     """Compute the figures and write them below `folder`; what `run` does without its bookkeeping."""
     settings, count = config.evaluation, config.sampling.num_images
@@ -150,8 +172,9 @@ def evaluate(
         seed=SEED,
         on_images=meter.add,
     )
-    generated = measure(read_samples(samples, num_images=count, batch_size=settings.batch_size))
-    real = measure(batches(chosen, batch_size=settings.batch_size))
+    stream = read_samples(samples, num_images=count, batch_size=settings.batch_size)
+    generated = measure(stream, count=count, on_score=on_score)
+    real = measure(batches(chosen, batch_size=settings.batch_size), count=num_real)
     generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{extractor.name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
@@ -162,6 +185,7 @@ def evaluate(
         num_real_images=num_real,
         gate=asdict(_gate(generated, extractor, reference.fingerprint)),
         memorisation=asdict(_memorisation(generated.figures["memorised"], real.figures["memorised"])),
+        running=[asdict(score) for score in generated.running],
         notes=_notes(count, num_real),
     )
     _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)

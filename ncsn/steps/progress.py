@@ -16,7 +16,7 @@ from ncsn.patience import limited
 
 @dataclass
 class ProgressFile:
-    """Publishes `{"done", "total", "unit"}` at `uri`, at most once per `interval` seconds.
+    """Publishes `{"done", "total", "unit"}` and perhaps a `note` at `uri`, at most once per `interval` seconds.
 
     Picklable, so that a Ray worker can carry it. A store that cannot be written neither stops nor delays the work.
     """
@@ -24,7 +24,12 @@ class ProgressFile:
     uri: str
     unit: str
     interval: float = 1.0
+    _note: str = field(default="", repr=False)
     _next: float = field(default=0.0, repr=False)
+
+    def say(self, note: str) -> None:
+        """Show this beside the numbers from now on."""
+        self._note = note
 
     def __call__(self, done: int, total: int) -> None:
         """Say that `done` of `total` units are done."""
@@ -32,8 +37,9 @@ class ProgressFile:
         if now < self._next and done < total:
             return
         self._next = now + self.interval
+        record = {"done": done, "total": total, "unit": self.unit} | ({"note": self._note} if self._note else {})
         try:
             with limited(0):
-                storage.write_text(self.uri, json.dumps({"done": done, "total": total, "unit": self.unit}))
+                storage.write_text(self.uri, json.dumps(record))
         except OSError:
             self._next = now + 30 * self.interval

@@ -16,6 +16,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
 from ncsn.evaluation.measurement import Measurement, Memorisation
+from ncsn.evaluation.running import RunningScore
 from ncsn.steps import evaluate as step
 
 
@@ -83,6 +84,13 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
     assert metrics["eval/classifier_memorised_n256"] < 0.05
     assert (result.num_images, result.num_real_images, result.notes) == (500, 500, [])
+    assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
+    last = result.running[-1]
+    assert last["fid"] == metrics["eval/classifier_fid_n500"]
+    assert last["high"] - last["fid"] == pytest.approx(1.96 * metrics["eval/classifier_fid_std_n500"])
+    assert 0 <= last["low"] < last["fid"]
+    progress = json.loads((store / "runs" / "real" / "steps" / "evaluate" / "progress.json").read_text())
+    assert progress["note"] == str(RunningScore(**last))
     gate = Measurement(**result.gate)
     assert gate.name == "eval/classifier_fid_n500"
     assert gate.value == metrics[gate.name]
