@@ -13,19 +13,24 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import ray
 import torch
 from torch import nn
 
 from ncsn import outages, storage
 from ncsn.checkpoint import INDEX
 from ncsn.data.cache import cache_folder
-from ncsn.distributed.worker_context import CHECKPOINTS
+from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
 
 FORMS = {
     "kill-worker": "kill-worker@images=N",
@@ -35,6 +40,7 @@ FORMS = {
     "store-errors": "store-errors@images=N:SHARE",
     "tracking-down": "tracking-down@images=N:TIME",
     "nan": "nan@images=N",
+    "preempt": "preempt@images=N",
     "disk-full": "disk-full@images=N",
 }
 """Kind of fault -> how it is written."""
@@ -42,6 +48,10 @@ KINDS = {"train": tuple(FORMS), "sample": ("store-down", "store-errors")}
 """Step -> the faults it can rehearse."""
 ERRORS_SECONDS = 60.0
 """How long a store that answers some calls with errors goes on doing so."""
+NOTICE_SECONDS = 30.0
+"""From the notice that a node will be taken to its end; clouds give 30 to 120."""
+LISTED_SECONDS = 60.0
+"""How long Ray Train may take to list a checkpoint that is to be cut."""
 FULL_DEVICE = Path("/dev/full")
 """The kernel answers every write to it with ENOSPC."""
 
@@ -89,10 +99,10 @@ def parse(text: str, *, step: str) -> Fault:
     kind, images, argument = found["kind"], int(found["images"]), found["argument"]
     wrong = ValueError(f"--inject {text!r}: write {FORMS[kind]}, with a TIME such as 30s or 2m and a SHARE in (0, 1]")
     if kind in _TIMED:
-        time = _TIME.fullmatch(argument or "")
-        if time is None:
+        duration = _TIME.fullmatch(argument or "")
+        if duration is None:
             raise wrong
-        return Fault(kind, images, seconds=float(time[1]) * {"s": 1, "m": 60}[time[2]])
+        return Fault(kind, images, seconds=float(duration[1]) * {"s": 1, "m": 60}[duration[2]])
     if kind == "store-errors":
         if not re.fullmatch(r"0?\.\d+|1(\.0*)?", argument or "") or not float(argument) > 0:
             raise wrong
@@ -179,6 +189,8 @@ class Rehearsal:
         elif fault.kind == "cut-checkpoint":
             self._cut_checkpoint()
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "preempt":
+            _announce_preemption()
         elif fault.kind == "nan":
             assert network is not None
             with torch.no_grad():
@@ -191,10 +203,16 @@ class Rehearsal:
             outages.declare("store", seconds=fault.seconds, share=fault.share)
 
     def _cut_checkpoint(self) -> None:
-        """Leave half of the weights of the latest checkpoint on the store."""
+        """Leave half of the weights of the newest checkpoint on the store, once Ray Train has it on its list."""
         folder = storage.join(self.run_uri, CHECKPOINTS)
         names = [name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, INDEX))]
-        assert names, "a checkpoint that is to be cut has to be there"
+        if not names:
+            raise ValueError("cut-checkpoint: there is no checkpoint yet; strike after train.checkpoint_every_images")
+        snapshot = storage.join(folder, SNAPSHOT)
+        give_up = time.monotonic() + LISTED_SECONDS
+        while not storage.exists(snapshot) or f'"{names[-1]}"' not in storage.read_text(snapshot):
+            assert time.monotonic() < give_up, f"Ray Train does not list {names[-1]}"
+            time.sleep(0.1)
         weights = storage.join(folder, names[-1], "weights.safetensors")
         content = storage.read_bytes(weights)
         storage.write_bytes(weights, content[: len(content) // 2])
@@ -205,3 +223,15 @@ def _kill_node() -> None:
     raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
     raylet.kill()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _announce_preemption() -> None:
+    """Tell Ray, as a cloud's agent would, that this node will be taken, and take it when the time has come."""
+    context = ray.get_runtime_context()
+    notice = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", context.gcs_address]
+    notice += ["--node-id", context.get_node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    notice += ["--reason-message", "rehearsal", "--deadline-remaining-seconds", f"{NOTICE_SECONDS:.0f}"]
+    subprocess.run(notice, check=True)  # noqa: S603
+    end = threading.Timer(NOTICE_SECONDS, _kill_node)
+    end.daemon = True
+    end.start()

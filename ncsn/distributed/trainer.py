@@ -16,12 +16,10 @@ from ncsn.checkpoint import DamagedError
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.ray_context import RayContext
-from ncsn.distributed.worker_context import CHECKPOINTS
+from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.lease import LeaseExpired
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints, beside them."""
 STARTUP_ATTEMPTS = 5
 
 _logger = logging.getLogger(__name__)

@@ -16,6 +16,8 @@ from ncsn import checkpoint, storage
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, below the run's."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of them, beside them."""
 
 _logger = logging.getLogger(__name__)
 

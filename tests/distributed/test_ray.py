@@ -23,6 +23,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.row import from_table
 from ncsn.distributed import trainer
 from ncsn.distributed.best_checkpoint import BestCheckpoint
+from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
@@ -128,6 +129,27 @@ def test_the_same_run_resumes_and_has_nothing_left_to_do(
     job = TrainingJob(config=two_workers(tiny), dataset=dataset)
     again = cluster.driver(trainer.train, job, run_uri=str(trained))
     assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
+
+
+def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
+    cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
+    faults = rehearsal(["kill-worker@images=40", "cut-checkpoint@images=120"], step="train", run_uri=str(tmp_path))
+    job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, rehearsal=faults)
+    outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
+    assert outcome.notes == (
+        "checkpoint images-000000096 is damaged (weights.safetensors differs from its checksum): training went on from "
+        "images-000000048",
+    )
+    assert sorted(path.name for path in (tmp_path / "faults").iterdir()) == ["cut-checkpoint-120", "kill-worker-40"]
+    for name in ("weights", "ema", "optimizer"):
+        whole, disturbed = (tensors(run / "checkpoints" / "images-000000160", name) for run in (trained, tmp_path))
+        assert whole.keys() == disturbed.keys()
+        assert all(torch.equal(whole[key], disturbed[key]) for key in whole)
+    listed = json.loads((tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    names = [result["checkpoint_dir_name"] for result in listed["checkpoint_results"]]
+    assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]
 
 
 def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, dataset: str) -> None:

@@ -55,9 +55,9 @@ class Workplace:
             **options,
         )
 
-    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str, seconds: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
         process = self.start(*args)
-        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+        stdout, stderr = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
     def processes(self) -> dict[int, str]:

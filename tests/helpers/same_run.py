@@ -1,0 +1,54 @@
+"""Whether a disturbed run became what the undisturbed one is: to the last bit, and each metric told once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ncsn import storage
+from ncsn.history import load_history
+
+PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+def assert_same_training(whole: str, disturbed: str) -> None:
+    """All checkpoints of two runs, given by the URIs of their folders, and their curves are equal."""
+    names = checkpoints(whole)
+    assert names and checkpoints(disturbed) == names
+    for name in names:
+        for part in PARTS:
+            one, other = (
+                storage.read_bytes(storage.join(run, "checkpoints", name, part)) for run in (whole, disturbed)
+            )
+            assert one == other, f"{part} of {name} differs"
+    assert curves(disturbed) == curves(whole)
+
+
+def checkpoints(run: str) -> list[str]:
+    """Names of the checkpoints that a run has."""
+    return [name for name in storage.list_names(storage.join(run, "checkpoints")) if name.startswith("images-")]
+
+
+def curves(run: str) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (images seen, value), of all metrics but the speed."""
+    history = load_history(storage.join(run, "history.json"))
+    found: dict[str, list[tuple[int, float]]] = {}
+    for seen, point in zip(history.images_seen, history.points, strict=True):
+        for name, value in point.items():
+            if "per_second" not in name:
+                found.setdefault(name, []).append((seen, value))
+    return found
+
+
+def assert_told_once(client: Any, name: str, run: str) -> None:
+    """MLflow's run of training has each point of each curve of the run folder `run` exactly once, and no other."""
+    found = [
+        child
+        for experiment in client.search_experiments()
+        for child in client.search_runs([experiment.experiment_id], f"tags.`ncsn.run` = '{name}'")
+        if child.data.tags.get("ncsn.step") == "train"
+    ]
+    assert len(found) == 1
+    for metric, points in curves(run).items():
+        told = [(each.step, each.value) for each in client.get_metric_history(found[0].info.run_id, metric)]
+        assert sorted(told) == points, metric
+    assert found[0].info.status == "FINISHED"
