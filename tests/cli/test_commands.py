@@ -88,3 +88,13 @@ def test_a_remote_store_without_a_tracking_server_is_refused_at_once(config_file
     done = ncsn("run", "--config", str(config_file), "--set", "storage.root=s3://bucket/prefix")
     assert done.returncode == 2
     assert "set tracking.uri or MLFLOW_TRACKING_URI" in done.stderr
+
+
+def test_a_fault_that_there_is_not_is_one_line_and_claims_no_run(config_file: Path, store: Path) -> None:
+    done = ncsn("train", "--config", str(config_file), "--run", "mine", "--dataset", "x", "--inject", "kill@images=3")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --inject 'kill@images=3' is not a fault of train; use kill-")
+    assert not (store / "runs" / "mine" / "config.yaml").exists()
+    done = ncsn("sample", "--model", "models:/m/1", "--inject", "store-down@images=3:1s")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--inject rehearses on a run, not on a registered model" in done.stderr
