@@ -55,9 +55,9 @@ class Workplace:
             **options,
         )
 
-    def run(self, *args: str, seconds: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*args)
-        stdout, stderr = process.communicate(timeout=seconds)
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
     def processes(self) -> dict[int, str]:
@@ -71,9 +71,9 @@ class Workplace:
                 continue
         return found
 
-    def wait_until(self, condition: Callable[[], object], *, what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], *, what: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Poll until the condition holds; fail if it never does."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain until {what}; alive: {self.processes()}"
             time.sleep(0.1)

@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ray_nodes import RayNodes
 from same_run import assert_same_training, assert_told_once, checkpoints
 
 from ncsn import storage
@@ -32,6 +31,12 @@ SETTINGS += ("train.keep_checkpoints=100", "sampling.num_images=256")
 def command(step: str, run: str, *more: str, root: str | None = None) -> tuple[str, ...]:
     settings = (*SETTINGS, *((f"storage.root={root}",) if root else ()))
     return (step, "--run", run, *(part for setting in settings for part in ("--set", setting)), *more)
+
+
+def reached(workplace, process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Wait until the command has come that far, still at work."""
+    workplace.wait_until(lambda: condition() or process.poll() is not None, what="it has come that far", seconds=900)
+    assert process.poll() is None, process.communicate()[1][-3000:]
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -71,7 +76,7 @@ def test_a_killed_driver_and_the_same_command_again(workplace, whole: str, datas
     again = command("train", "driver", *dataset)
     uri = str(workplace.folder("driver"))
     process = workplace.start(*again, start_new_session=True)
-    workplace.wait_until(lambda: checkpoints(uri) or process.poll() is not None, what="a checkpoint is there")
+    reached(workplace, process, lambda: checkpoints(uri))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     workplace.wait_for_silence()
@@ -79,21 +84,6 @@ def test_a_killed_driver_and_the_same_command_again(workplace, whole: str, datas
     finished(workplace.start(*again))
     assert_same_training(whole, uri)
     assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), "driver", uri)
-
-
-def test_a_lost_node(workplace, whole: str, dataset, tmp_path: Path) -> None:
-    """The head only schedules; of two nodes for work the one that trains is lost, and the other takes over."""
-    uri = str(workplace.folder("node"))
-    train = (*command("train", "node", *dataset), "--config", str(workplace.config), "--inject=kill-node@images=900")
-    with RayNodes(tmp_path, count=1, cpus=0) as nodes:
-        nodes.cpus = 2
-        for _ in range(2):
-            nodes.add()
-        done = nodes.run([sys.executable, "-m", "ncsn", *train], seconds=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "rehearsal: kill-node at image 900" in done.stdout + done.stderr
-    assert_same_training(whole, uri)
-    assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), "node", uri)
 
 
 @contextmanager
@@ -120,7 +110,7 @@ def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
 ) -> None:
     uri = f"{bucket}/runs/away"
     process = workplace.start(*command("train", "away", *dataset, root=bucket))
-    workplace.wait_until(lambda: checkpoints(uri) or process.poll() is not None, what="a checkpoint is in the bucket")
+    reached(workplace, process, lambda: checkpoints(uri))
     with away(s3_server):
         assert process.poll() is None, "training can neither end nor fail meanwhile"
     finished(process)
@@ -128,7 +118,7 @@ def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
     assert_told_once(client_at(f"sqlite:///{tmp_path}/mlflow.db"), "away", uri)
 
     process = workplace.start(*command("sample", "away", root=bucket))
-    workplace.wait_until(lambda: samples(uri) or process.poll() is not None, what="a shard is in the bucket")
+    reached(workplace, process, lambda: samples(uri))
     with away(s3_server):
         assert process.poll() is None, "sampling can neither end nor fail meanwhile"
     finished(process)
@@ -199,7 +189,7 @@ def test_mlflow_is_away_for_a_minute(workplace, whole: str, dataset, tmp_path: P
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with mlflow_server(tmp_path, port):
         process = workplace.start(*command("train", "unheard", *dataset))
-        workplace.wait_until(lambda: checkpoints(uri) or process.poll() is not None, what="a checkpoint is there")
+        reached(workplace, process, lambda: checkpoints(uri))
     assert process.poll() is None
     time.sleep(60)
     with mlflow_server(tmp_path, port):
