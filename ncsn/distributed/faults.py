@@ -13,6 +13,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import ray
 import torch
 from torch import nn
 
@@ -36,6 +40,7 @@ FORMS = {
     "store-errors": "store-errors@images=N:SHARE",
     "tracking-down": "tracking-down@images=N:TIME",
     "nan": "nan@images=N",
+    "preempt": "preempt@images=N",
     "disk-full": "disk-full@images=N",
 }
 """Kind of fault -> how it is written."""
@@ -43,6 +48,8 @@ KINDS = {"train": tuple(FORMS), "sample": ("store-down", "store-errors")}
 """Step -> the faults it can rehearse."""
 ERRORS_SECONDS = 60.0
 """How long a store that answers some calls with errors goes on doing so."""
+NOTICE_SECONDS = 30.0
+"""From the notice that a node will be taken to its end; clouds give 30 to 120."""
 LISTED_SECONDS = 60.0
 """How long Ray Train may take to list a checkpoint that is to be cut."""
 FULL_DEVICE = Path("/dev/full")
@@ -182,6 +189,8 @@ class Rehearsal:
         elif fault.kind == "cut-checkpoint":
             self._cut_checkpoint()
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "preempt":
+            _announce_preemption()
         elif fault.kind == "nan":
             assert network is not None
             with torch.no_grad():
@@ -214,3 +223,15 @@ def _kill_node() -> None:
     raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
     raylet.kill()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _announce_preemption() -> None:
+    """Tell Ray, as a cloud's agent would, that this node will be taken, and take it when the time has come."""
+    context = ray.get_runtime_context()
+    notice = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", context.gcs_address]
+    notice += ["--node-id", context.get_node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    notice += ["--reason-message", "rehearsal", "--deadline-remaining-seconds", f"{NOTICE_SECONDS:.0f}"]
+    subprocess.run(notice, check=True)  # noqa: S603
+    end = threading.Timer(NOTICE_SECONDS, _kill_node)
+    end.daemon = True
+    end.start()
