@@ -83,8 +83,8 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
 def _forget_latest(run_uri: str, damage: DamagedError) -> str:
     """Take the latest checkpoint off Ray Train's list, so that it resumes from the one before; what to say of it.
 
-    Training comes to the same place again and puts a new one there. Only the list may lack it: with the folder listed
-    twice Ray Train would delete the new one with the old.
+    Training comes to the same place again and puts a new one there; with the folder listed twice Ray Train would delete
+    the new one with the old.
     """
     uri = storage.join(run_uri, CHECKPOINTS, SNAPSHOT)
     snapshot = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
@@ -98,6 +98,7 @@ def _forget_latest(run_uri: str, damage: DamagedError) -> str:
     before = max(kept, key=itemgetter(1))[0] if kept else None
     snapshot["latest_checkpoint_result"] = before
     storage.write_text(uri, json.dumps(snapshot))
+    storage.delete_folder(storage.join(run_uri, CHECKPOINTS, name))
     instead = f"from {before['checkpoint_dir_name']}" if before else "from the start, for there is none before it"
     return f"checkpoint {name} is damaged ({damage.reason}): training went on {instead}"
 
