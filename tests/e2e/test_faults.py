@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ray_nodes import RayNodes
 from same_run import assert_same_training, assert_told_once, checkpoints
 
 from ncsn import storage
@@ -84,6 +85,23 @@ def test_a_killed_driver_and_the_same_command_again(workplace, whole: str, datas
     finished(workplace.start(*again))
     assert_same_training(whole, uri)
     assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), "driver", uri)
+
+
+@pytest.mark.parametrize("fault", ["kill-node@images=900", "preempt@images=200"])
+def test_a_lost_node(workplace, whole: str, dataset, tmp_path: Path, fault: str) -> None:
+    """The head only schedules; of two nodes for work the one that trains is lost, and the other takes over."""
+    run = fault.partition("@")[0]
+    uri = str(workplace.folder(run))
+    train = (*command("train", run, *dataset), "--config", str(workplace.config), f"--inject={fault}")
+    with RayNodes(tmp_path, count=1, cpus=0) as nodes:
+        nodes.cpus = 2
+        for _ in range(2):
+            nodes.add()
+        done = nodes.run([sys.executable, "-m", "ncsn", *train], seconds=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"rehearsal: {run} at image" in done.stdout + done.stderr
+    assert_same_training(whole, uri)
+    assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), run, uri)
 
 
 @contextmanager
