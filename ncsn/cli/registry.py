@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -16,64 +17,58 @@ if TYPE_CHECKING:
     from ncsn.tracking.by_hand import AliasChange
 
 
-def _dry_run_option(command: Decorated) -> Decorated:
-    return click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")(command)
+class Change(TypedDict):
+    """What the commands that move an alias are asked besides the model."""
+
+    dry_run: bool
+    config_uri: str | None
+    overrides: tuple[str, ...]
+    run_name: str | None
+    as_json: bool
+
+
+def _change_options(command: Decorated) -> Decorated:
+    dry_run = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+    return dry_run(experiment_options(json_option(command)))
 
 
 @click.command("promote", cls=ReportingCommand, short_help="Make a registered version champion.")
 @click.argument("model")
 @click.option("--version", metavar="N", help="Which version; default: the challenger.")
 @click.option("--force", is_flag=True, help="Whatever the gate says.")
-@_dry_run_option
-@experiment_options
-@json_option
-def promote_command(
-    *,
-    model: str,
-    version: str | None,
-    force: bool,
-    dry_run: bool,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    run_name: str | None,
-    as_json: bool,
-) -> None:
+@_change_options
+def promote_command(*, model: str, version: str | None, force: bool, **asked: Unpack[Change]) -> None:
     """Make a version of MODEL champion, if its recorded figure passes the gate against the present champion."""
-    from ncsn.cli.inputs import registry_uri
     from ncsn.tracking.by_hand import promote_version
-    from ncsn.tracking.connection import open_client_at
-    from ncsn.tracking.versions import registry_errors
 
-    uri = registry_uri(config_uri, overrides=overrides, run=run_name)
-    with registry_errors(uri):
-        change = promote_version(open_client_at(uri), model, version=version, force=force, dry_run=dry_run)
-    _show_change(change, as_json=as_json)
+    _change(partial(promote_version, name=model, version=version, force=force), asked)
 
 
 @click.command("rollback", cls=ReportingCommand, short_help="Make the champion before the present one champion again.")
 @click.argument("model")
-@_dry_run_option
-@experiment_options
-@json_option
-def rollback_command(
-    *,
-    model: str,
-    dry_run: bool,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    run_name: str | None,
-    as_json: bool,
-) -> None:
+@_change_options
+def rollback_command(*, model: str, **asked: Unpack[Change]) -> None:
     """Make the champion of MODEL before the present one champion again; repeated, it goes further back."""
-    from ncsn.cli.inputs import registry_uri
     from ncsn.tracking.by_hand import roll_back
+
+    _change(partial(roll_back, name=model), asked)
+
+
+def _change(change: Callable[..., AliasChange], asked: Change) -> None:
+    """Call `change` on the registry that is asked for, and print what it did."""
+    from ncsn.cli.inputs import registry_uri
     from ncsn.tracking.connection import open_client_at
     from ncsn.tracking.versions import registry_errors
 
-    uri = registry_uri(config_uri, overrides=overrides, run=run_name)
+    uri = registry_uri(asked["config_uri"], overrides=asked["overrides"], run=asked["run_name"])
     with registry_errors(uri):
-        change = roll_back(open_client_at(uri), model, dry_run=dry_run)
-    _show_change(change, as_json=as_json)
+        done = change(open_client_at(uri), dry_run=asked["dry_run"])
+    if asked["as_json"]:
+        click.echo(json.dumps(dataclasses.asdict(done), indent=1))
+        return
+    verb = "would become" if done.dry_run and done.changed else "is"
+    instead = f" in place of version {done.replaced}" if done.changed and done.replaced else ""
+    click.echo(f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}")
 
 
 @click.command("export", cls=ReportingCommand, short_help="Write EMA weights as one safetensors file.")
@@ -174,12 +169,3 @@ def sample_from_model(
     else:
         click.echo(f"sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations each")
         click.echo(f"uri: {result.uri}\ngrid: {result.grid}")
-
-
-def _show_change(change: AliasChange, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(change), indent=1))
-        return
-    verb = "would become" if change.dry_run and change.changed else "is"
-    instead = f" in place of version {change.replaced}" if change.changed and change.replaced else ""
-    click.echo(f"{change.model} version {change.version} {verb} champion{instead}: {change.reason}")

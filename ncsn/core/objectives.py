@@ -52,9 +52,17 @@ class DenoisingScoreMatching:
         z: Tensor,
         v: Tensor | None = None,  # noqa: ARG002 - the convention of all objectives
     ) -> DsmLoss:
-        """Loss of a batch."""
+        """Loss of a batch.
+
+        Raises:
+            ValueError: The objective is not for so many levels.
+        """
+        self.require_levels(len(sigmas))
         power, antithetic = self.anneal_power, self.antithetic
         return dsm_loss(network, x, level=level, sigmas=sigmas, z=z, anneal_power=power, antithetic=antithetic)
+
+    def require_levels(self, count: int) -> None:
+        """Refuse a number of levels that the objective is not for; this one takes any."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +87,19 @@ class SlicedScoreMatching:
 
 
 @dataclass(frozen=True)
-class SingleSigma:
+class SingleSigma(DenoisingScoreMatching):
     """The paper's baseline: equation 2 at one sigma and without weight.
 
     At the paper's sigma = 0.01 a zero network has a loss of D / 2 * 10^4, which is no sign of divergence.
     """
 
-    def __call__(
-        self,
-        network: ScoreFunction,
-        x: Tensor,
-        *,
-        level: Tensor,
-        sigmas: Tensor,
-        z: Tensor,
-        v: Tensor | None = None,  # noqa: ARG002 - the convention of all objectives
-    ) -> DsmLoss:
-        """Loss of a batch.
+    anneal_power: float = 0.0
+
+    def require_levels(self, count: int) -> None:
+        """Refuse more than one level.
 
         Raises:
-            ValueError: There is more than one level.
+            ValueError: saying how many there are.
         """
-        if len(sigmas) != 1:
-            raise ValueError(f"the single-sigma baseline has one noise level, got {len(sigmas)}")
-        return dsm_loss(network, x, level=level, sigmas=sigmas, z=z, anneal_power=0.0)
+        if count != 1:
+            raise ValueError(f"the single-sigma baseline has one noise level, got {count}")

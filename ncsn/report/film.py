@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ncsn.core.images import image_grid
 from ncsn.report.figures import png_bytes
 from ncsn.report.page import Film, Picture
+from ncsn.report.stages import evenly_spread
 
 MOST_PIXEL_BYTES = 1_000_000
 """Of all frames together, because noise does not compress."""
@@ -26,8 +27,7 @@ def film(frames: NDArray[np.uint8], *, sigmas: Sequence[float]) -> Film:
     """
     frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FRAMES * frames[0, 0].size))]
     stages, count = frames.shape[:2]
-    length = max(2, min(stages, MOST_FRAMES, MOST_PIXEL_BYTES // frames[0].size))
-    chosen = sorted(set(np.linspace(0, stages - 1, length).round().astype(int).tolist()))
+    chosen = evenly_spread(stages, most=max(2, min(MOST_FRAMES, MOST_PIXEL_BYTES // frames[0].size)))
     rows = [image_grid(frames[stage], columns=count) for stage in chosen]
     height, width = rows[0].shape[:2]
     picture = Picture(

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ncsn.report.stages import evenly_spread
 from ncsn.report.style import PALETTE, bare, new_figure, styled
 
 Images = NDArray[np.uint8]
@@ -33,7 +34,7 @@ def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
     """
     if len(sigmas) != len(frames) - 1:
         raise ValueError(f"expected one sigma for each of {len(frames) - 1} levels after the start, got {len(sigmas)}")
-    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_STAGES)).round().astype(int))
+    shown = evenly_spread(len(frames), most=MAX_STAGES)
     names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
     figure, axes = _panel([list(row) for row in frames[shown].swapaxes(0, 1)], header=names)
     axes.set_xlabel("sigma of the level just finished (pixels in [0, 1])")

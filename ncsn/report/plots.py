@@ -46,24 +46,46 @@ def under_trained_levels(losses: ArrayLike) -> list[int]:
     return above
 
 
-def last_known(losses: Array) -> Array:
-    """[L] the last loss of each level that is not NaN."""
-    last = np.full(losses.shape[1], np.nan)
-    for row in losses:
-        last = np.where(np.isfinite(row), row, last)
-    return last
+@dataclass(frozen=True)
+class LevelLosses:
+    """The normalised loss of each noise level over training.
+
+    Attributes:
+        images_seen: [P], at least one point.
+        losses: [P, L]; NaN where no image had that level.
+        sigmas: [L], descending.
+    """
+
+    images_seen: Array
+    losses: Array
+    sigmas: Array
+
+    @classmethod
+    def of(cls, images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> LevelLosses:
+        """From anything that numpy makes arrays of.
+
+        Raises:
+            ValueError: if the numbers of points and levels do not fit, or there is none.
+        """
+        made = cls(*(np.asarray(part, np.float64) for part in (images_seen, losses, sigmas)))
+        points, levels = len(made.images_seen), len(made.sigmas)
+        if made.losses.shape != (points, levels) or not made.losses.size:
+            shape = list(made.losses.shape)
+            raise ValueError(f"the losses must have {points} points of {levels} levels, at least one, got {shape}")
+        return made
+
+    @property
+    def last(self) -> Array:
+        """[L] the last loss of each level that is not NaN; NaN if there is none."""
+        known = np.isfinite(self.losses)
+        rows = len(self.losses) - 1 - known[::-1].argmax(axis=0)
+        return np.where(known.any(axis=0), self.losses[rows, np.arange(self.losses.shape[1])], np.nan)
 
 
 @styled
-def loss_curves(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
-    """The loss of each noise level over training, one line per level, coloured by sigma.
-
-    Args:
-        images_seen: [P].
-        level_losses: [P, L] normalised losses; NaN where no image had that level.
-        sigmas: [L], descending.
-    """
-    seen, losses, levels = _history(images_seen, level_losses, sigmas)
+def loss_curves(history: LevelLosses) -> Figure:
+    """One line per level, coloured by sigma."""
+    seen, losses, levels = history.images_seen, history.losses, history.sigmas
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     norm = LogNorm(levels[-1], levels[0]) if levels[0] > levels[-1] else Normalize(levels[0] - 1, levels[0] + 1)
@@ -81,18 +103,12 @@ def loss_curves(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: Arra
 
 
 @styled
-def loss_heat_map(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
-    """The loss of each noise level over training as a map, with an arrow at each level that looks under-trained.
-
-    Args:
-        images_seen: [P].
-        level_losses: [P, L] normalised losses; NaN where no image had that level.
-        sigmas: [L], descending.
-    """
-    seen, losses, levels = _history(images_seen, level_losses, sigmas)
+def loss_heat_map(history: LevelLosses) -> Figure:
+    """A map, one row per level, with an arrow at each level that stands out from its neighbours."""
+    losses, levels = history.losses, history.sigmas
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
-    edges = np.concatenate([[0.0], seen])
+    edges = np.concatenate([[0.0], history.images_seen])
     finite = losses[np.isfinite(losses) & (losses > 0)]
     norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.01))
     mesh = axes.pcolormesh(
@@ -104,12 +120,12 @@ def loss_heat_map(images_seen: ArrayLike, level_losses: ArrayLike, *, sigmas: Ar
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
     axes.set(xlabel=SEEN_LABEL, ylabel="level: sigma")
     _count_axis(axes)
-    for level in under_trained_levels(last_known(losses)):
+    for level in under_trained_levels(history.last):
         at = {"xycoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
         axes.annotate("◀", (1.01, level), color=PALETTE[1], fontsize=9, **at)  # type: ignore[arg-type]
     bar = figure.colorbar(mesh, ax=axes, label=LOSS_LABEL, pad=0.06)
     bar.outline.set_visible(False)
-    if under_trained_levels(last_known(losses)):
+    if under_trained_levels(history.last):
         axes.set_title("◀ ends well above its neighbours: train longer", color=PALETTE[1], loc="right", fontsize=8)
     return figure
 
@@ -213,15 +229,6 @@ def require_finite(what: str, values: ArrayLike) -> None:
 def colours(count: int) -> list[str]:
     """So many colours of the palette, from its start again when it is used up."""
     return [PALETTE[index % len(PALETTE)] for index in range(count)]
-
-
-def _history(images_seen: ArrayLike, level_losses: ArrayLike, sigmas: ArrayLike) -> tuple[Array, Array, Array]:
-    seen, losses, levels = (np.asarray(part, np.float64) for part in (images_seen, level_losses, sigmas))
-    if losses.shape != (len(seen), len(levels)) or not losses.size:
-        raise ValueError(
-            f"the losses must have {len(seen)} points of {len(levels)} levels, at least one, got {list(losses.shape)}"
-        )
-    return seen, losses, levels
 
 
 def _count_axis(axes: Axes) -> None:

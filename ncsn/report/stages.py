@@ -24,6 +24,11 @@ FEWEST_FRAMES = 5
 FRAME_MS, LAST_FRAME_MS = 90, 2500
 
 
+def evenly_spread(count: int, *, most: int) -> list[int]:
+    """At most `most` of the numbers from 0 to `count` - 1, ascending, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
+
+
 class Stages:
     """Takes the images of each stage and keeps at most `limit` of the stages, evenly spread, and always the last.
 
@@ -88,10 +93,8 @@ def denoising_gif(frames: Images) -> bytes:
     size = image_grid(frames[-1], columns=columns).shape
     factor = max(1, math.isqrt(GIF_PIXELS) // max(size[:2]))
     room = max(FEWEST_FRAMES, GIF_BYTES * 8 // (GIF_BITS * size[0] * size[1] * factor**2))
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), room)).round().astype(int))
-    grids = [
-        image_grid(frames[stage], columns=columns).repeat(factor, axis=0).repeat(factor, axis=1) for stage in chosen
-    ]
+    chosen = frames[evenly_spread(len(frames), most=room)]
+    grids = [image_grid(stage, columns=columns).repeat(factor, axis=0).repeat(factor, axis=1) for stage in chosen]
     pictures = _in_few_colours(grids)
     while len(data := _gif(pictures)) > GIF_BYTES and len(pictures) > FEWEST_FRAMES:
         pictures = [*pictures[:-1:2], pictures[-1]]

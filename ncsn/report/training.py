@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ncsn.report.hints import training_hints
 from ncsn.report.page import Figures, Plot
-from ncsn.report.plots import loss_curves, loss_heat_map
+from ncsn.report.plots import LevelLosses, loss_curves, loss_heat_map
+from ncsn.report.stages import evenly_spread
 from ncsn.report.style import to_svg
 
 Array = NDArray[np.float64]
@@ -37,10 +38,11 @@ def training_panel(
         hints: Sentences to add to those about the losses.
     """
     seen, losses = thinned(np.asarray(images_seen, np.float64), level_losses)
-    shown = sorted(set(np.linspace(0, len(sigmas) - 1, min(len(sigmas), MOST_CURVES)).round().astype(int).tolist()))
+    shown = evenly_spread(len(sigmas), most=MOST_CURVES)
     levels = np.asarray(sigmas)
-    heat_map = loss_heat_map(seen, losses, sigmas=levels)
-    lines = loss_curves(seen, losses[:, shown], sigmas=levels[shown])
+    heat_map = loss_heat_map(LevelLosses(seen, losses, levels))
+    lines = loss_curves(LevelLosses(seen, losses[:, shown], levels[shown]))
+    last = LevelLosses.of(images_seen, level_losses, sigmas=sigmas).last
     return Figures(
         heading="Training",
         text="How much of the added noise the network still fails to recognise: 1 is a network that answers nothing, "
@@ -50,7 +52,7 @@ def training_panel(
             Plot(to_svg(heat_map, salt="heat"), alt="Loss of each noise level over training, as colours"),
             Plot(to_svg(lines, salt="lines"), alt="Loss of each noise level over training, as curves"),
         ],
-        hints=[*training_hints(_last(losses), linear=linear, sigmas=sigmas), *hints],
+        hints=[*training_hints(last, linear=linear, sigmas=sigmas), *hints],
     )
 
 
@@ -62,10 +64,3 @@ def thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
     counts = np.stack([known[part].sum(axis=0) for part in parts])
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     return seen[[part[-1] for part in parts]], means
-
-
-def _last(losses: Array) -> Array:
-    """The last known value of each level; NaN if it has none."""
-    known = np.isfinite(losses)
-    rows = len(losses) - 1 - known[::-1].argmax(axis=0)
-    return np.where(known.any(axis=0), losses[rows, np.arange(losses.shape[1])], np.nan)

@@ -156,7 +156,7 @@ def _draw(
 
 
 def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
-    from ncsn.report.plots import last_known, loss_curves, loss_heat_map, under_trained_levels
+    from ncsn.report.plots import LevelLosses, loss_curves, loss_heat_map, under_trained_levels
 
     history = load_history(folder.history)
     if not history.images_seen:
@@ -164,13 +164,14 @@ def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
         return
     sigmas = subject.sigmas.tolist()
     losses = history.level_losses(len(sigmas))
-    sheet.figures["loss_curves"] = loss_curves(history.images_seen, losses, sigmas=sigmas)
-    sheet.figures["loss_map"] = loss_heat_map(history.images_seen, losses, sigmas=sigmas)
+    curves = LevelLosses.of(history.images_seen, losses, sigmas=sigmas)
+    sheet.figures["loss_curves"] = loss_curves(curves)
+    sheet.figures["loss_map"] = loss_heat_map(curves)
     sheet.numbers["losses"] = {
         "images_seen": history.images_seen,
         "sigmas": sigmas,
         "by_level": [[value if math.isfinite(value) else None for value in row] for row in losses.tolist()],
-        "under_trained_levels": under_trained_levels(last_known(losses)),
+        "under_trained_levels": under_trained_levels(curves.last),
     }
 
 

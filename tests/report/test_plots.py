@@ -11,6 +11,7 @@ from PIL import Image
 
 from ncsn.planning import load_prices
 from ncsn.report.plots import (
+    LevelLosses,
     NfeCurve,
     loss_curves,
     loss_heat_map,
@@ -66,7 +67,7 @@ def test_two_levels_have_no_neighbours_to_compare_with() -> None:
 def test_loss_curves_hold_the_numbers() -> None:
     losses = LOSSES.copy()
     losses[1, 4] = np.nan
-    axes = loss_curves(SEEN, losses, sigmas=SIGMAS).axes[0]
+    axes = loss_curves(LevelLosses.of(SEEN, losses, sigmas=SIGMAS)).axes[0]
     lines = axes.get_lines()[: len(SIGMAS)]
     for level, line in enumerate(lines):
         known = np.isfinite(losses[:, level])
@@ -78,19 +79,19 @@ def test_loss_curves_hold_the_numbers() -> None:
 def test_heat_map_points_at_the_under_trained_level() -> None:
     losses = LOSSES.copy()
     losses[-1, 6] *= 2
-    axes = loss_heat_map(SEEN, losses, sigmas=SIGMAS).axes[0]
+    axes = loss_heat_map(LevelLosses.of(SEEN, losses, sigmas=SIGMAS)).axes[0]
     assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("◀", 6)]
-    assert not loss_heat_map(SEEN, LOSSES, sigmas=SIGMAS).axes[0].texts
+    assert not loss_heat_map(LevelLosses.of(SEEN, LOSSES, sigmas=SIGMAS)).axes[0].texts
 
 
 def test_one_point_and_one_level_are_drawn() -> None:
     for plot in (loss_curves, loss_heat_map):
-        assert to_png(plot([1000], [[0.5]], sigmas=[0.1]))
+        assert to_png(plot(LevelLosses.of([1000], [[0.5]], sigmas=[0.1])))
 
 
 def test_losses_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 points of 10 levels, at least one, got \[10, 3\]"):
-        loss_curves(SEEN, LOSSES.T, sigmas=SIGMAS)
+        LevelLosses.of(SEEN, LOSSES.T, sigmas=SIGMAS)
 
 
 def test_quality_is_drawn_in_order_of_nfe() -> None:
