@@ -60,6 +60,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
             uri = storage.join(folder.report, FILE)
             storage.write_text(uri, text)
             tracked.log_file(uri, to_parent=True)
+            tracked.set_tags({"report.uri": uri})
             return ReportResult(uri=uri, size=len(text.encode()), sections=page.headings)
 
     return once(

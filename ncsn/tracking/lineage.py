@@ -44,7 +44,7 @@ class Link:
 
     Attributes:
         kind: `KFP run`, `MLflow run`, `step`, `Ray job`, `config`, `dataset`, `checkpoint`, `samples`, `evaluation`,
-            `model version` or `decision`.
+            `model version`, `decision` or `report`.
         id: What names it.
         facts: What else is known of it.
         links: What it led to.
@@ -184,6 +184,8 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             facts = {name.removeprefix("eval/"): f"{value:.4g}" for name, value in metrics.items() if "_fid_" in name}
             of = _known(samples=tags.get("samples.uri"), fingerprint=tags.get("eval.fingerprint"))
             yield Link("evaluation", tags["evaluation.uri"], {**of, **facts})
+        case "report" if "report.uri" in tags:
+            yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
                 yield _version(client.get_model_version(version.name, version.version), tags)

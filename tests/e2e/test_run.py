@@ -191,6 +191,7 @@ def test_trace_prints_every_link_of_the_model(workplace, finished) -> None:
     assert steps["register"]["model version"]["id"] == results["register"]["uri"]
     assert steps["register"]["model version"]["asked"]
     assert steps["register"]["model version"]["links"][0]["facts"]["reason"] == results["register"]["reason"]
+    assert steps["report"]["report"]["id"] == results["report"]["uri"]
     assert steps["train"]["Ray job"]["facts"]["session"]
 
 

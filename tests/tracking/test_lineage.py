@@ -40,6 +40,8 @@ def chain(config) -> str:
         tags = {"gate.promoted": "true", "gate.reason": "there was no champion", "ncsn.checkpoint": "abcd1234abcd1234"}
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
         client.set_registered_model_alias("traced-model", "champion", "1")
+    with step_run(config, run="traced", step="report") as tracked:
+        tracked.set_tags({"report.uri": "/store/report.html"})
     parent = tracked.parent_run_id
     client.set_tag(parent, "kfp.pipeline_run_id", "kfp-run-1")
     client.set_tag(parent, "kfp.pipeline_run_url", "http://kfp/#/runs/details/kfp-run-1")
@@ -68,12 +70,20 @@ def test_the_chain_has_every_link(config, chain):
         "evaluation",
         "model version",
         "decision",
+        "report",
     ]
+    assert found["report"].id == "/store/report.html"
     assert (whole.id, whole.facts["url"]) == ("kfp-run-1", "http://kfp/#/runs/details/kfp-run-1")
     run = found["MLflow run"]
     assert (run.id, run.facts["name"], run.facts["image"]) == (chain, "traced", "registry/ncsn@sha256:1")
     assert len(run.facts["commit"]) == 40
-    assert [link.id for link in run.links if link.kind == "step"] == ["train", "sample", "evaluate", "register"]
+    assert [link.id for link in run.links if link.kind == "step"] == [
+        "train",
+        "sample",
+        "evaluate",
+        "register",
+        "report",
+    ]
     assert (found["dataset"].id, found["dataset"].facts["source"]) == (DIGEST, "sklearn_digits")
     assert (found["Ray job"].id, found["Ray job"].facts["dashboard"]) == ("raysubmit_7", "http://ray")
     assert found["checkpoint"].id == found["samples"].facts["checkpoint"] == SAMPLES["checkpoint.uri"]
