@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from ncsn import build, checkpoint, storage
+from ncsn import checkpoint, storage
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema
-from ncsn.core.images import to_unit
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState
 from ncsn.data.parquet import read_split
 from ncsn.data.row import Images, to_table
 from ncsn.report.figures import grid_png
@@ -40,17 +35,6 @@ def config(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Con
     return from_yaml(EXPERIMENT, overrides=[f"storage.root={s3_root}"])
 
 
-def save_checkpoint(config: Config, dataset: str, digest: str) -> str:
-    """One that was never trained."""
-    network = build.network(config)
-    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
-    moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
-    uri = f"{config.storage.root}/runs/{RUN}/checkpoints/images-000000008"
-    with storage.staged_folder(uri, marker="checkpoint.json") as folder:
-        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
-    return uri
-
-
 def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
     """Real images in place of samples."""
     sampler = config.sampling.sampler.model_dump(mode="json")
@@ -64,9 +48,11 @@ def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
     return uri
 
 
-def test_a_bucket_is_as_good_as_a_folder(config: Config, tmp_path: Path) -> None:
+def test_a_bucket_is_as_good_as_a_folder(config: Config, save_untrained) -> None:
     data = ingest.run(config, run=RUN)
-    trained = save_checkpoint(config, data.uri, data.digest)
+    trained = f"{config.storage.root}/runs/{RUN}/checkpoints/images-000000008"
+    with storage.staged_folder(trained, marker="checkpoint.json") as folder:
+        save_untrained(config, data.uri, folder)
     samples = save_samples(config, read_split(data.uri, "test").images[:16], trained)
     figures = evaluate.run(config, run=RUN, samples=samples, dataset=data.uri)
     assert "eval/classifier_fid_n16" in json.loads(storage.read_text(figures.uri))["metrics"]

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from ncsn import build, checkpoint, storage
+from ncsn import checkpoint, storage
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema
-from ncsn.core.images import to_unit
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState
-from ncsn.data.manifest import load_manifest
-from ncsn.data.parquet import read_split
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking.connection import connect
@@ -48,16 +41,9 @@ def dataset(config) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(config, root, dataset) -> str:
-    """A checkpoint that was never trained."""
-    folder = root / "checkpoint"
-    folder.mkdir()
-    network = build.network(config)
-    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
-    moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
-    digest = load_manifest(dataset).digest
-    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
-    return str(folder)
+def saved(config, root, dataset, save_untrained) -> str:
+    save_untrained(config, dataset, root / "checkpoint")
+    return str(root / "checkpoint")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from ncsn import build, checkpoint, storage
+from ncsn import checkpoint, storage
 from ncsn.config import Config, from_yaml
-from ncsn.core.ema import Ema
-from ncsn.core.images import to_unit
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState
 from ncsn.data.parquet import read_split
 from ncsn.data.row import Images, to_table
 from ncsn.history import TrainingHistory, level_loss
@@ -49,16 +44,12 @@ def config(root) -> Config:
 
 
 @pytest.fixture(scope="module")
-def evaluation(config, root) -> str:
+def evaluation(config, root, save_untrained) -> str:
     """What the steps before leave: a data set, a checkpoint that was never trained, samples and their figures."""
     data = ingest.run(config, run=RUN)
     folder = root / "checkpoint"
-    folder.mkdir()
-    network = build.network(config)
-    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    save_untrained(config, data.uri, folder)
     training = read_split(data.uri, "train").images
-    moments = fit_moments(to_unit(torch.from_numpy(training)))
-    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=data.digest)
 
     samples = root / "samples"
     samples.mkdir()

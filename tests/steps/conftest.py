@@ -1,0 +1,35 @@
+"""What several steps' tests begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncsn import build, checkpoint
+from ncsn.config import Config
+from ncsn.core.ema import Ema
+from ncsn.core.images import to_unit
+from ncsn.core.starts import fit_moments
+from ncsn.core.train_state import TrainState
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import read_split
+
+SaveUntrained = Callable[[Config, str, Path], None]
+
+
+@pytest.fixture(scope="session")
+def save_untrained() -> SaveUntrained:
+    """Writes a checkpoint of a network that was never trained: config, URI of the data set, folder."""
+
+    def save(config: Config, dataset: str, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        network = build.network(config)
+        state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+        moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
+        digest = load_manifest(dataset).digest
+        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
+
+    return save
