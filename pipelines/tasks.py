@@ -14,6 +14,7 @@ ADDRESSES = (
     "AWS_REGION",
     "MLFLOW_TRACKING_URI",
     "MLFLOW_S3_ENDPOINT_URL",
+    "NCSN_KFP_UI",
     "NCSN_RAYJOB_TEMPLATE",
 )
 CREDENTIALS = "ncsn-credentials"

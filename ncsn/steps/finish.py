@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,9 +11,9 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.report.run_page import RunFacts, run_page
-from ncsn.steps.result import KFP_RUN_ID, STEPS, RunFolder, claim_run
+from ncsn.steps.result import STEPS, RunFolder, claim_run
 from ncsn.tracking.outcome import TrackedRun, close_run
-from ncsn.tracking.provenance import container_image
+from ncsn.tracking.provenance import container_image, kfp_run
 
 STATUS_FILE = "status.json"
 SEARCH = "tune"
@@ -60,8 +59,7 @@ def run(config: Config, *, run: str, state: str, message: str = "") -> FinishRes
     runs = {folder.run: folder for folder in folders.values()}
     status, failed_step, reason = _outcome(folders, state, message)
     record = {"status": status, "reason": reason, "failed_step": failed_step, "finished_at": _now()}
-    kfp_run = os.environ.get(KFP_RUN_ID)
-    tags = {"kfp.pipeline_run_id": kfp_run} if kfp_run else {}
+    tags = kfp_run()
     try:
         cancelled = [name for each in runs for name in _cancel(config, each)]
     finally:
@@ -73,7 +71,7 @@ def run(config: Config, *, run: str, state: str, message: str = "") -> FinishRes
         status=status,
         reason=f"{failed_step}: {reason}" if failed_step else reason,
         steps={step: _standing(folder, step, failed_step) for step, folder in folders.items()},
-        places=_places(folders, [tracked for tracked in closed if tracked], kfp_run),
+        places=_places(folders, [tracked for tracked in closed if tracked]),
         notes=[*_notes(folders), *(f"{name} was still at work on the cluster and is stopped." for name in cancelled)],
     )
     return FinishResult(status, reason, failed_step, cancelled, run_page(facts))
@@ -121,7 +119,7 @@ def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
 
 
-def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run: str | None) -> dict[str, str]:
+def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun]) -> dict[str, str]:
     """What the page links to, as far as the steps came."""
     noted = {step: tags for tracked in closed for step, tags in tracked.tags.items()}
     tags = {**noted.get("sample", {}), **noted.get("train", {})}
@@ -139,7 +137,7 @@ def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun], kfp_run:
         "report": reported.get("uri", ""),
         "commit": tags.get("mlflow.source.git.commit", ""),
         "image": container_image(),
-        "KFP run": kfp_run or "",
+        "KFP run": kfp_run().get("kfp.pipeline_run_id", ""),
         "store": folders["register"].uri,
     }
 

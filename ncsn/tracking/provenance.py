@@ -12,8 +12,6 @@ from pathlib import Path
 VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
 UNKNOWN = "unknown"
 """What the image says of its commit if nobody told it when it was built."""
-KFP_RUN = {"kfp.pipeline_run_id": "NCSN_KFP_RUN_ID", "kfp.pipeline_run_url": "NCSN_KFP_RUN_URL"}
-"""Tag -> variable that the pipeline sets; the tags are those of KFP's own MLflow plugin."""
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -48,8 +46,15 @@ def container_image() -> str:
 
 
 def kfp_run() -> dict[str, str]:
-    """The tags that name the KFP run that this process is a task of; empty if it is none."""
-    return {tag: os.environ[variable] for tag, variable in KFP_RUN.items() if os.environ.get(variable)}
+    """The tags, those of KFP's own MLflow plugin, that name the KFP run that this process is a task of; or none.
+
+    The run's id comes from the pod. The address of its page does if somebody told the namespace that of KFP's pages.
+    """
+    run, pages = os.environ.get("NCSN_KFP_RUN_ID"), os.environ.get("NCSN_KFP_UI")
+    if not run:
+        return {}
+    page = {"kfp.pipeline_run_url": f"{pages.rstrip('/')}/#/runs/details/{run}"} if pages else {}
+    return {"kfp.pipeline_run_id": run} | page
 
 
 def _git_commit() -> str | None:

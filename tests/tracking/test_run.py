@@ -145,7 +145,12 @@ def test_plan_stands_beside_what_it_took(config, root, tmp_path):
 
 
 def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, monkeypatch):
-    for name, value in {"IMAGE": "ncsn@sha256:1", "COMMIT": "c0ffee", "KFP_RUN_ID": "r1", "KFP_RUN_URL": "u"}.items():
+    for name, value in {
+        "IMAGE": "ncsn@sha256:1",
+        "COMMIT": "c0ffee",
+        "KFP_RUN_ID": "r1",
+        "KFP_UI": "https://kfp/",
+    }.items():
         monkeypatch.setenv(f"NCSN_{name}", value)
     with step_run(config, run="environment", step="train") as tracked:
         pass
@@ -153,7 +158,7 @@ def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, mo
         "mlflow.docker.image.uri": "ncsn@sha256:1",
         "mlflow.source.git.commit": "c0ffee",
         "kfp.pipeline_run_id": "r1",
-        "kfp.pipeline_run_url": "u",
+        "kfp.pipeline_run_url": "https://kfp/#/runs/details/r1",
     }
     for run_id in (tracked.run_id, tracked.parent_run_id):
         assert wanted.items() <= tracked.client.get_run(run_id).data.tags.items()
