@@ -21,9 +21,9 @@ BATCH = 100
 def find_or_create(
     connection: Connection, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str, claims: str
 ) -> Run:
-    """The oldest run with the tags `identity`, set to running, or a new one.
+    """The run with the tags `identity`, set to running, or a new one.
 
-    MLflow has no condition on creating a run, so of two processes that create one at once the store decides.
+    MLflow has no condition on creating a run, so where two processes create one at once the store decides.
 
     Args:
         connection: The server and the experiment.
@@ -34,19 +34,31 @@ def find_or_create(
     """
     client, query = connection.client, tag_filter(identity)
     found = _search(connection, query)
-    if found is not None:
-        set_tags(client, found.info.run_id, {**identity, **tags})
-        client.update_run(found.info.run_id, status="RUNNING")
-        return found
-    created = client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
+    run = found or client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
+    first = _first_claimed(connection, query, run, claims)
+    if first is not None:
+        if found is None:
+            client.delete_run(run.info.run_id)
+        run = first
+    if first is not None or found is not None:
+        set_tags(client, run.info.run_id, {**identity, **tags})
+        client.update_run(run.info.run_id, status="RUNNING")
+    return run
+
+
+def _first_claimed(connection: Connection, query: str, run: Run, claims: str) -> Run | None:
+    """The run that another process has claimed for this query; None if it is `run`, which then is claimed.
+
+    A run that was found is claimed as well: its process may not have come to that, and would delete it if it lost.
+    """
+    run_id = run.info.run_id
     claim = storage.join(claims, hashlib.sha256(f"{connection.uri} {query}".encode()).hexdigest()[:16])
-    if not storage.publish_once(claim, created.info.run_id.encode()):
-        first = _search(connection, f"{query} and attributes.run_id = '{storage.read_text(claim)}'")
-        if first is not None:
-            client.delete_run(created.info.run_id)
-            return first
-        storage.write_text(claim, created.info.run_id)  # that one was deleted since
-    return created
+    if storage.publish_once(claim, run_id.encode()) or (claimed := storage.read_text(claim)) == run_id:
+        return None
+    first = _search(connection, f"{query} and attributes.run_id = '{claimed}'")
+    if first is None:
+        storage.write_text(claim, run_id)  # that one was deleted since
+    return first
 
 
 def _search(connection: Connection, query: str) -> Run | None:
