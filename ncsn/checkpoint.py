@@ -4,7 +4,7 @@
     ema.safetensors        EMA weights
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the data set, the loss's scale in float16
+    state.json             images_seen, EMA counter, digest of the data set; float16's loss scale; unreported curves
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -92,8 +92,19 @@ def folder_name(images_seen: int) -> str:
     return f"images-{images_seen:09d}"
 
 
-def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoments, dataset_digest: str) -> None:
-    """Write a complete checkpoint into the existing, empty `folder`."""
+def save(
+    folder: Path,
+    *,
+    config: Config,
+    state: TrainState,
+    moments: DataMoments,
+    dataset_digest: str,
+    curves: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a complete checkpoint into the existing, empty `folder`.
+
+    `curves` is what has been measured and not reported, as JSON values.
+    """
     save_file(_plain(state.network.state_dict()), folder / "weights.safetensors")
     save_file(_plain(state.ema.weights), folder / "ema.safetensors")
     save_moments(moments, folder / "moments.safetensors")
@@ -105,14 +116,19 @@ def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoment
     }
     if state.scaler is not None:
         facts["loss_scale"] = state.scaler.state_dict()
+    if curves is not None:
+        facts["curves"] = curves
     (folder / "state.json").write_text(json.dumps(facts))
     (folder / "config.yaml").write_text(to_yaml(config))
     index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> None:
+def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
     """Restore everything into `state`, strictly.
+
+    Returns:
+        The `curves` that were saved.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config or from other
@@ -133,6 +149,8 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     state.images_seen = int(facts["images_seen"])
     if state.scaler is not None:
         state.scaler.load_state_dict(facts["loss_scale"])
+    curves: dict[str, Any] | None = facts.get("curves")
+    return curves
 
 
 def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> SamplingCheckpoint:

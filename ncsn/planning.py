@@ -152,7 +152,7 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     """Step -> seconds, as the step itself will report them."""
     train, evaluation, sampling = config.train, config.evaluation, config.sampling
     images = math.ceil(train.num_images / train.batch_size) * train.batch_size
-    waves = math.ceil(counts.shards / config.compute.num_workers)
+    waves = math.ceil(counts.shards / config.compute.max_workers)
     measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
     passes = evaluation.classifier_epochs if evaluation.extractor == "classifier" else 0
     work = {
@@ -190,7 +190,7 @@ def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
 
 
 def _memory(config: Config, rates: Rates) -> dict[str, Any]:
-    needed = config.compute.num_workers * rates.worker_bytes
+    needed = config.compute.max_workers * rates.worker_bytes
     return {
         "worker_gb": rates.worker_bytes / GIGABYTE,
         "workers_gb": needed / GIGABYTE,

@@ -52,9 +52,9 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
     have = sum(_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable"))
-    if have < compute.num_workers:
+    if have < compute.min_workers:
         raise ValueError(f"compute.num_workers = {compute.num_workers} needs as many GPUs, and the nodes have {have}")
-    return f"{have} GPUs for {compute.num_workers} workers"
+    return f"{have} GPUs for {compute.max_workers} workers"
 
 
 def check_queue(api: KubernetesApi, name: str) -> str:

@@ -98,7 +98,8 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = metadata.version("ray")
     (workers,) = cluster["workerGroupSpecs"]
-    workers |= dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), compute.num_workers)
+    most = compute.max_workers
+    workers |= {"replicas": most, "minReplicas": compute.min_workers, "maxReplicas": most}
     for template_ in (cluster["headGroupSpec"]["template"], workers["template"]):
         template_["metadata"]["labels"] |= labels
         (container,) = template_["spec"]["containers"]

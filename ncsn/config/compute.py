@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from ncsn.config.section import Section
+
+MOST_WORKERS = 4096
 
 _QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)")
 
@@ -75,7 +77,12 @@ class ComputeConfig(Section):
         "joins through RAY_ADDRESS; ray-jobs = as a job on a Ray cluster that is there already; kuberay = as a RayJob "
         "on Kubernetes. Elsewhere storage.root must be in S3, or for ray-jobs a folder that the cluster shares.",
     )
-    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers, and Ray tasks at a time when sampling.")
+    num_workers: int | tuple[int, int] = Field(
+        1,
+        description="Ray Train workers, 1 to 4096, and Ray tasks at a time when sampling. [min, max] = elastic: "
+        "training starts with as many as there is room for, goes on with fewer when a node is lost, and grows again; "
+        "the result is the same but for rounding. Trials of a search take min.",
+    )
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
     use_gpu: bool = Field(False, description="One GPU per worker.")
     microbatch: int | None = Field(
@@ -97,3 +104,30 @@ class ComputeConfig(Section):
     )
     ray_jobs: RayJobsConfig = RayJobsConfig()
     kuberay: KubeRayConfig = KubeRayConfig()
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_number_or_range(cls, value: Any) -> Any:
+        counts = list(value) if isinstance(value, list | tuple) else [value, value]
+        if (
+            not all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+            or len(counts) != 2
+            or not 1 <= counts[0] <= counts[1] <= MOST_WORKERS
+        ):
+            raise ValueError(f"{value!r} is neither a number from 1 to {MOST_WORKERS} nor [min, max] of two such")
+        return value
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of training's workers may change."""
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that training cannot do without."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that work where there is room for them."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -29,7 +29,7 @@ def misfits(config: Config) -> list[str]:
 
 
 def _batch(config: Config) -> Iterator[str]:
-    batch, workers = config.train.batch_size, config.compute.num_workers
+    batch, workers = config.train.batch_size, config.compute.max_workers
     if batch < workers:
         yield (
             f"train.batch_size = {batch} leaves some of compute.num_workers = {workers} without an image; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,22 @@ class Curves:
         self._sums += torch.stack(level_sums(step.per_image, level=level, num_levels=self._sums.shape[1]))
         self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
         self._images += images
+
+    def unreported(self) -> dict[str, Any]:
+        """What has been added since the last report and the last checkpoint, as JSON values. A collective call."""
+        sums = self._context.sum_over_workers(self._sums.clone())
+        return {
+            "sums": sums.tolist(),
+            "grad_norm": float(self._grad_norm),
+            "since_checkpoint": self._since_checkpoint.tolist(),
+        }
+
+    def go_on_from(self, unreported: Mapping[str, Any]) -> None:
+        """Take up what `unreported` gave; the sums on one worker, for they are added up over all."""
+        if self._context.rank == 0:
+            self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
+        self._grad_norm.fill_(unreported["grad_norm"])
+        self._since_checkpoint += torch.tensor(unreported["since_checkpoint"], dtype=torch.float64)
 
     def take(self) -> dict[str, float]:
         """The curves' next point, and start anew. A collective call."""

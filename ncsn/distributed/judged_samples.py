@@ -67,7 +67,7 @@ def frechet_distances(samples: SamplesToJudge, samplings: Sequence[SamplingConfi
     broken: set[int] = set()
     running: dict[Any, tuple[int, int]] = {}
     while queue or running:
-        while queue and len(running) < compute.num_workers:
+        while queue and len(running) < compute.max_workers:
             index, part = queue.pop(0)
             if index not in broken:
                 running[task.remote(part)] = (index, part.first)

@@ -135,7 +135,7 @@ def require_resources(config: Config) -> None:
         ValueError: with the arithmetic.
     """
     have = ray.cluster_resources()
-    needed = {"CPU": _cpus_needed(config), "GPU": config.compute.num_workers if config.compute.use_gpu else 0}
+    needed = {"CPU": _cpus_needed(config), "GPU": config.compute.min_workers if config.compute.use_gpu else 0}
     for kind, count in needed.items():
         if count > have.get(kind, 0) and not autoscales():
             raise ValueError(
@@ -145,7 +145,7 @@ def require_resources(config: Config) -> None:
 
 
 def _cpus_needed(config: Config) -> int:
-    return config.compute.num_workers * config.compute.cpus_per_worker
+    return config.compute.min_workers * config.compute.cpus_per_worker
 
 
 def autoscales() -> bool:

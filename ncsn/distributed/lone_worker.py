@@ -42,7 +42,7 @@ class StoreContext(LocalContext):
         """A folder from which publishing is a move, if the store is a disk."""
         return storage.new_scratch(self.uri)
 
-    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:  # noqa: ARG002
+    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
         """Publish the folder; one that a lost attempt has published already stays, for it is the same."""
         assert folder is not None
         storage.publish_folder(folder, storage.join(self.uri, name), marker=checkpoint.INDEX)

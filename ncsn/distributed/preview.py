@@ -57,7 +57,7 @@ def preview_evaluations(config: Config) -> int:
     images = config.tracking.preview_images
     if not images or config.levels.num_levels == 1:
         return 0
-    between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.num_workers
+    between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0

@@ -51,6 +51,10 @@ class RayContext(WorkerContext):
         if self.rank == 0 and storage.is_local(checkpoints):
             storage.remove_scratch(checkpoints)
 
+    def preempted(self) -> bool:
+        """Whether Ray is draining a node that hosts a worker, as autoscalers and `ray drain-node` do before its end."""
+        return ray.train.get_preemption_info() is not None
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network under DistributedDataParallel, if there is more than one worker."""
         if self.world_size == 1:
@@ -79,7 +83,7 @@ class RayContext(WorkerContext):
         """A folder from which publishing is a move, if the store is a disk."""
         return storage.new_scratch(self.uri)
 
-    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
         """Begin to store the folder; Ray Train registers the checkpoint once it is complete.
 
         Waits if the checkpoint before is still on its way, so that a slow store does not fill this machine's disk.
@@ -87,20 +91,20 @@ class RayContext(WorkerContext):
         with self._storing:
             pass
         ray.train.report(
-            {"loss": loss},
+            {} if loss is None else {"loss": loss},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda local, stored_as: self._store(Path(local.path), stored_as, loss=loss),
         )
 
-    def _store(self, folder: Path, name: str, *, loss: float) -> ray.train.Checkpoint:
+    def _store(self, folder: Path, name: str, *, loss: float | None) -> ray.train.Checkpoint:
         """Publish; what a lost attempt has published, and Ray Train not registered, is replaced by the same."""
         target = storage.join(self.uri, name)
         with self._storing:
             try:
                 storage.publish_folder(folder, target, marker=checkpoint.INDEX, replace=True)
-                if self._best is not None:
+                if self._best is not None and loss is not None:
                     self._best.offer(Path(target) if storage.is_local(target) else folder, name=name, loss=loss)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -55,8 +55,8 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
         ValueError: if it cannot hold one, with the arithmetic.
     """
     each = {
-        "CPU": float(compute.num_workers * compute.cpus_per_worker),
-        "GPU": float(compute.num_workers if compute.use_gpu else 0),
+        "CPU": float(compute.min_workers * compute.cpus_per_worker),
+        "GPU": float(compute.min_workers if compute.use_gpu else 0),
         "memory": float(DRIVER_MEMORY),
     }
     room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}

@@ -33,6 +33,10 @@ class WorkerContext(ABC):
         """This worker's places in a global batch; shares differ by one image where the workers do not divide it."""
         return range(batch_size * self.rank // self.world_size, batch_size * (self.rank + 1) // self.world_size)
 
+    def preempted(self) -> bool:
+        """Whether a machine of the workers is about to be taken away, the same on every worker. A barrier."""
+        return False
+
     @abstractmethod
     def wrap(self, network: nn.Module) -> nn.Module:
         """Network whose gradients are averaged over the workers."""
@@ -50,7 +54,7 @@ class WorkerContext(ABC):
         """An empty local folder, to be filled and given to `publish`."""
 
     @abstractmethod
-    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
         """Make rank 0's `folder` the latest checkpoint under `name`, now or soon, but before the worker returns.
 
         A barrier. The folder is the context's from here on. Other ranks pass None.
@@ -58,7 +62,7 @@ class WorkerContext(ABC):
         Args:
             folder: A complete checkpoint from `new_folder`.
             name: Name of the checkpoint.
-            loss: Loss since the checkpoint before, the same on each rank.
+            loss: Loss since the checkpoint before, the same on each rank; None keeps it out of the choice of the best.
         """
 
 
@@ -118,7 +122,7 @@ class LocalContext(WorkerContext):
         """A folder beside the checkpoints."""
         return storage.new_scratch(str(self.checkpoints))
 
-    def publish(self, folder: Path | None, *, name: str, loss: float) -> None:  # noqa: ARG002
+    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
         """Rename the folder into place."""
         assert folder is not None
         folder.rename(self.checkpoints / name)

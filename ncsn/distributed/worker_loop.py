@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ncsn.core.train_state import train_step
 from ncsn.data.manifest import load_manifest
 from ncsn.data.stream import open_training_images
 from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
+from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.compilation import compile_network
 from ncsn.distributed.curves import Curves
 from ncsn.distributed.faults import Rehearsal
@@ -119,14 +120,18 @@ class Training:
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.objective = build.objective(self.config)
         self.saved = ""
+        self.curves = Curves(self.config.levels.num_levels, context)
         with self._latest_checkpoint() as folder:
             if folder is not None:
-                checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=self.dataset_digest)
+                digest = self.dataset_digest
+                curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
+                if curves is not None:
+                    self.curves.go_on_from(curves)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
         if self.config.compute.compile:
             compile_network(self.state.network, context.device)
         self.model = context.wrap(self.state.network)
-        self.curves = Curves(self.config.levels.num_levels, context)
+        self.cadence, self.warned = Cadence(context, seconds=5.0), False
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
         kept = job.history if context.rank == 0 else None
@@ -212,7 +217,27 @@ class Training:
             self.context.publish(self._written(), name=name, loss=loss)
         self.saved = name
 
-    def _written(self) -> Path:
+    def save_in_time(self) -> None:
+        """Publish a checkpoint if a machine is about to be taken away: once, for then the workers start anew.
+
+        A collective call. It is between two reports, so the curves' sums are saved too, and nothing is reported:
+        what is recorded does not show that it happened. A state that is not finite is not saved.
+        """
+        if self.warned or not self.context.preempted():
+            return
+        self.warned = True
+        curves = self.curves.unreported()
+        if not math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
+            return
+        self.saved = checkpoint.folder_name(self.state.images_seen)
+        folder = None
+        if self.context.rank == 0:
+            if self.history is not None:
+                self.history.publish()
+            folder = self._written(curves)
+        self.context.publish(folder, name=self.saved, loss=None)
+
+    def _written(self, curves: dict[str, Any] | None = None) -> Path:
         """A checkpoint of the state in a folder of the context's."""
         folder = self.context.new_folder()
         try:
@@ -223,6 +248,7 @@ class Training:
                 state=self.state,
                 moments=self.moments,
                 dataset_digest=self.dataset_digest,
+                curves=curves,
             )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -255,6 +281,8 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
                     training.save()
                 if abandoned:
                     raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {training.saved}")
+            if not save and training.cadence.due():
+                training.save_in_time()
             if context.rank == 0 and job.progress:
                 job.progress(seen, job.last_image)
     finally:

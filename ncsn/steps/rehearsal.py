@@ -169,7 +169,7 @@ class _Rehearsal:
 
         The second call finds workers that have started; only there does time grow with the evaluations.
         """
-        sampling, workers = self.config.sampling, self.config.compute.num_workers
+        sampling, workers = self.config.sampling, self.config.compute.max_workers
         guess = train_image * workers * sampling.batch_size / EVALUATIONS_PER_STEP
         levels = self.config.levels.num_levels
         sampler = shortened(sampling.sampler, nfe=max(1, round(SECONDS / guess)), num_levels=levels)

@@ -62,11 +62,12 @@ def own_cache(folder: Path) -> Iterator[None]:
 def scaled_down(config: Config, root: Path) -> Config:
     """The experiment on a few images, in a store and with a record of its own below `root`."""
     images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
-    samples = config.sampling.batch_size * config.compute.num_workers
+    samples = config.sampling.batch_size * config.compute.max_workers
     return with_values(
         config,
         **{
             "compute.backend": "local",
+            "compute.num_workers": config.compute.max_workers,
             "storage.root": str(root),
             "tracking.uri": f"sqlite:///{root}/mlflow.db",
             "data.max_images": min(images, config.data.max_images or images),

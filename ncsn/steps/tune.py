@@ -83,7 +83,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         )
     folder, trained_as = claim_run(config, run), run_folder(config, f"{run}-best").run
     manifest = load_manifest(dataset)
-    config = settle_noise(config, run, manifest)
+    config = _of_fixed_size(settle_noise(config, run, manifest))
     settings = config.search
     assert settings is not None
     plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, folder, dataset))
@@ -125,6 +125,12 @@ def trainable(result: TuneResult, config: Config) -> Config:
     """The best config, to be trained where `config` computes: the search may have run on another machine."""
     best = from_yaml(storage.read_text(result.config), origin=result.config)
     return best.model_copy(update={"compute": config.compute})
+
+
+def _of_fixed_size(config: Config) -> Config:
+    """Trials that grew would take the resources of those that wait."""
+    compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
+    return config.model_copy(update={"compute": compute})
 
 
 def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:

@@ -158,6 +158,11 @@ def test_the_fields_say_what_was_asked() -> None:
     assert manifest["metadata"]["labels"]["ncsn.dev/run"] == "digits-0a1b2c3d"
 
 
+def test_an_elastic_step_asks_for_the_most_and_names_the_least() -> None:
+    (workers,) = rendered(num_workers=[2, 5])["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [5, 2, 5]
+
+
 def test_a_queue_replaces_the_deletion_rules() -> None:
     spec = VARIANTS["queue"]["spec"]
     assert "deletionStrategy" not in spec

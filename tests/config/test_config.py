@@ -116,6 +116,21 @@ def test_all_that_does_not_go_together_is_listed() -> None:
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["digits.yaml"] * 2
 
 
+def test_workers_are_a_number_or_a_range() -> None:
+    fixed, elastic = (from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"]) for value in ("3", "[2, 5]"))
+    assert (fixed.compute.min_workers, fixed.compute.max_workers) == (3, 3)
+    assert (elastic.compute.min_workers, elastic.compute.max_workers) == (2, 5)
+    assert from_json(to_json(elastic)) == elastic and changed_settings(fixed, elastic) == {}
+
+
+@pytest.mark.parametrize("value", ["0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "two", "1.5", "true", "[1, 4097]", "null"])
+def test_other_numbers_of_workers_are_one_line(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"])
+    assert str(caught.value).endswith("is neither a number from 1 to 4096 nor [min, max] of two such")
+    assert str(caught.value).startswith("config: compute.num_workers: ") and "\n" not in str(caught.value)
+
+
 def test_every_mistake_is_listed() -> None:
     with pytest.raises(ConfigError) as caught:
         from_yaml(DIGITS, overrides=["noise.x=1", "train.batch_size=0"])

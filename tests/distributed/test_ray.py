@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +31,8 @@ from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.report.stages import Stages
 
+HELPERS = Path(__file__).parents[1] / "helpers"
+
 
 class Cluster(NamedTuple):
     """A driver in a process of its own and the address of its cluster."""
@@ -44,6 +47,7 @@ def cluster(tiny: str, cache_dir: Path) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_driver(from_yaml(tiny, overrides=["compute.num_workers=2"])) as (driver, address):
             yield Cluster(driver, address)

@@ -33,6 +33,7 @@ def plan(tiny: str, tmp_path: Path) -> SearchPlan:
     [
         ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 1}, None, 2),
         ({"CPU": 2, "memory": 8 * GIB}, {"num_workers": 2}, None, 1),
+        ({"CPU": 3, "memory": 8 * GIB}, {"num_workers": [1, 3]}, None, 3),
         ({"CPU": 7, "memory": 8 * GIB}, {"num_workers": 1, "cpus_per_worker": 2}, None, 3),
         ({"CPU": 64, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 2, "use_gpu": True}, None, 2),
         ({"CPU": 3, "GPU": 4, "memory": 64 * GIB}, {"num_workers": 1, "use_gpu": True}, None, 3),

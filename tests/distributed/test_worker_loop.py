@@ -17,6 +17,7 @@ from ncsn.core.train_state import train_step
 from ncsn.data.cache import open_cache
 from ncsn.distributed import preview as previews
 from ncsn.distributed.batches import draw_batch
+from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, train_loop
 from ncsn.history import TrainingHistory, load_history
@@ -295,3 +296,54 @@ def test_learning_rate_warms_up_and_falls(tiny: str, dataset: str) -> None:
     assert rates[0] == pytest.approx(config.optimizer.learning_rate / 2 * 1.0)
     assert np.argmax(rates) == 1
     assert rates[-1] < 0.05 * config.optimizer.learning_rate
+
+
+class Warned(LocalContext):
+    """A machine that is about to be taken away, and is when it has saved."""
+
+    def preempted(self) -> bool:
+        return True
+
+    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
+        super().publish(folder, name=name, loss=loss)
+        if loss is None:
+            raise KeyboardInterrupt
+
+
+def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path: Path) -> None:
+    """Saved between two reports, and the curves and weights are those of a run that was not disturbed, to the bit."""
+    config = from_yaml(tiny)
+
+    def run(folder: Path, context: LocalContext) -> dict[str, torch.Tensor]:
+        job = TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
+        last = folder / train_loop(job, context).checkpoint
+        return {
+            f"{name}:{key}": tensor
+            for name in ("weights", "ema", "optimizer")
+            for key, tensor in load_file(last / f"{name}.safetensors").items()
+        }
+
+    whole = run(tmp_path / "whole", LocalContext(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Warned(tmp_path / "cut"))
+    assert [path.name for path in (tmp_path / "cut").glob("images-*")] == ["images-000000016"]
+    resumed = run(tmp_path / "cut", LocalContext(tmp_path / "cut"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    one, other = (load_history(str(tmp_path / name / "history.json")) for name in ("whole", "cut"))
+    assert one.images_seen == other.images_seen == [32, 64, 80, 96, 128, 160]
+    for name in ("train/loss", "train/grad_norm_max"):
+        np.testing.assert_array_equal(one.curve(name), other.curve(name))
+
+
+def test_cadence_is_the_same_on_all_workers_and_slows_down_gently() -> None:
+    class Two(LocalContext):
+        """The other worker's step takes 1 second, this one's no time."""
+
+        world_size = 2
+
+        def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + 1.0
+
+    cadence = Cadence(Two(Path()), seconds=4.0)
+    due = [step for step in range(1, 40) if cadence.due()]
+    assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"

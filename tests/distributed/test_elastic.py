@@ -1,0 +1,93 @@
+"""A real cluster that loses a node: training goes on with the other, on the same curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ncsn.config import from_yaml
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.history import TrainingHistory, load_history
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "node_cluster.py"
+QUICK = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+}
+ELASTIC = ["compute.num_workers=[1, 2]", "train.num_images=640", "train.checkpoint_every_images=160"]
+
+
+def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_images: int) -> dict[str, Any]:
+    run.mkdir()
+    config = run / "config.yaml"
+    config.write_text(json.dumps(from_yaml(tiny, overrides=ELASTIC).model_dump(mode="json")))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | QUICK
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(SCRIPT), str(config), dataset, str(run), how, str(at_images)]
+    with (run / "log").open("w") as log:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, timeout=900)
+    assert done.returncode == 0, (run / "log").read_text()[-5000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """The run of one worker that nothing happens to."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
+        job = TrainingJob(config=from_yaml(tiny, overrides=ELASTIC), dataset=dataset, history=str(run / "history.json"))
+        train_loop(job, LocalContext(run / "checkpoints"))
+    return run
+
+
+def history(run: Path) -> TrainingHistory:
+    return load_history(str(run / "history.json"))
+
+
+def assert_same_training(run: Path, whole: Path) -> None:
+    assert history(run).images_seen == history(whole).images_seen
+    for name in ("train/loss", "train/grad_norm_max"):
+        np.testing.assert_allclose(history(run).curve(name), history(whole).curve(name), rtol=1e-4)
+    for file in ("weights", "ema"):
+        one, other = (load_file(at / "checkpoints" / "images-000000640" / f"{file}.safetensors") for at in (run, whole))
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-5) for key in one), file
+
+
+def test_a_lost_node_leaves_fewer_workers_on_the_same_curve(
+    tiny: str, dataset: str, tmp_path: Path, undisturbed: Path
+) -> None:
+    result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "kill", at_images=224)
+    assert result["outcome"]["images_seen"] == 640
+    workers = [count for _, count in result["seen"]]
+    assert workers[0] == 2 and workers[-1] == 1
+    resumed = [done for done, _ in result["seen"]][workers.index(1)]
+    assert resumed == 176, "it went on from the checkpoint at 160"
+    assert_same_training(tmp_path / "run", undisturbed)
+
+
+def test_a_notice_makes_a_checkpoint_in_time(tiny: str, dataset: str, tmp_path: Path, undisturbed: Path) -> None:
+    """The node has 15 seconds left when Ray is told to drain it."""
+    result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "drain", at_images=64)
+    assert result["outcome"]["images_seen"] == 640
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("images-*"))
+    extra = set(names) - {path.name for path in (undisturbed / "checkpoints").iterdir()}
+    assert len(extra) == 1, names
+    assert_same_training(tmp_path / "run", undisturbed)

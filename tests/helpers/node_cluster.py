@@ -1,0 +1,80 @@
+"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost or drained on the way.
+
+    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain) AT_IMAGES
+
+Prints one JSON object: what training returned, and how many workers there were at each step.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ncsn.config import from_yaml
+from ncsn.distributed import trainer
+from ncsn.distributed.worker_loop import TrainingJob
+
+import ray  # isort: skip  # after ncsn.distributed, which sets its environment
+import torch.distributed
+from ray.cluster_utils import Cluster
+
+
+@dataclass(frozen=True)
+class Slowly:
+    """Progress that takes its time, and notes images seen and the number of workers."""
+
+    file: Path
+    seconds: float
+
+    def __call__(self, done: int, total: int) -> None:
+        workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        with self.file.open("a") as stream:
+            stream.write(f"{done} {workers}\n")
+        time.sleep(self.seconds)
+
+    def seen(self) -> list[list[int]]:
+        """[images seen, workers] of each step so far."""
+        return [list(map(int, line.split())) for line in self.file.read_text().splitlines()]
+
+
+def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
+    """Train, and take the second node away when so many images have been seen."""
+    folder = Path(run)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="WARNING")
+    progress = Slowly(folder / "progress", seconds=0.3)
+    progress.file.touch()
+
+    def take_away() -> None:
+        while not any(done >= at_images for done, _ in progress.seen()):
+            time.sleep(0.1)
+        if how == "kill":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+        else:
+            notice = ["drain-node", "--address", cluster.address, "--node-id", nodes[1].node_id]
+            why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a rehearsal"]
+            ray_command = str(Path(sys.executable).with_name("ray"))
+            subprocess.run([ray_command, *notice, *why, "--deadline-remaining-seconds", "15"], check=True)
+
+    threading.Thread(target=take_away, daemon=True).start()
+    job = TrainingJob(
+        config=from_yaml(Path(config).read_text()),
+        dataset=dataset,
+        history=str(folder / "history.json"),
+        progress=progress,
+    )
+    outcome = trainer.train(job, run_uri=run)
+    sys.stdout.write(json.dumps({"outcome": asdict(outcome), "seen": progress.seen()}) + "\n")
+    sys.stdout.flush()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5], int(sys.argv[5]))
