@@ -8,15 +8,21 @@ import shutil
 import torch
 from torch import nn
 
+from ncsn.distributed.worker_context import WorkerContext
 
-def compile_network(network: nn.Module, device: torch.device) -> None:
+
+def compile_network(network: nn.Module, context: WorkerContext) -> None:
     """Compile the network's forward and backward pass in place; its class and the names of its tensors stay.
 
+    A collective call.
+
     Raises:
-        ValueError: if there is no compiler for `device` on this machine.
+        ValueError: on every worker alike, if the machine of one has no compiler.
     """
-    compilers = [os.environ.get("CXX", "g++"), "clang++"] if device.type == "cpu" else ["cc", "gcc", "clang"]
-    if not any(map(shutil.which, compilers)):
+    on_cpu = context.device.type == "cpu"
+    compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
+    lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
+    if context.sum_over_workers(lacks) > 0:
         raise ValueError(
             f"compute.compile = true needs a compiler on each worker, one of {', '.join(compilers)}; install one or "
             "use compute.compile = false"

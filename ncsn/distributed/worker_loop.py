@@ -129,13 +129,13 @@ class Training:
                     self.curves.go_on_from(curves)
                 self.saved = checkpoint.folder_name(self.state.images_seen)
         if self.config.compute.compile:
-            compile_network(self.state.network, context.device)
+            compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
         self.cadence, self.warned = Cadence(context, seconds=5.0), False
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
         kept = job.history if context.rank == 0 else None
-        self.history = load_history(kept, until=self.state.images_seen) if kept is not None else None
+        self.history = load_history(kept, until=self.state.images_seen) if kept else None
 
     @contextmanager
     def _latest_checkpoint(self) -> Iterator[Path | None]:
@@ -205,39 +205,31 @@ class Training:
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
-        name = checkpoint.folder_name(self.state.images_seen)
-        loss = self.curves.take_checkpoint_loss()
-        if self.context.rank != 0:
-            self.context.publish(None, name=name, loss=loss)
-        else:
-            if self.history is not None:
-                self.history.publish()
-            if self.job.sink:
-                send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
-            self.context.publish(self._written(), name=name, loss=loss)
-        self.saved = name
+        if self.context.rank == 0 and self.job.sink:
+            send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
+        self._publish(loss=self.curves.take_checkpoint_loss())
 
     def save_in_time(self) -> None:
-        """Publish a checkpoint if a machine is about to be taken away: once, for then the workers start anew.
+        """Publish a checkpoint, once, if a machine is about to be taken away. A collective call.
 
-        A collective call. It is between two reports, so the curves' sums are saved too, and nothing is reported:
-        what is recorded does not show that it happened. A state that is not finite is not saved.
+        The curves' sums are saved too, so that what is reported later does not show it. Nothing that is not finite is.
         """
         if self.warned or not self.context.preempted():
             return
         self.warned = True
         curves = self.curves.unreported()
-        if not math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
-            return
-        self.saved = checkpoint.folder_name(self.state.images_seen)
-        folder = None
+        if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
+            self._publish(loss=None, curves=curves)
+
+    def _publish(self, *, loss: float | None, curves: dict[str, Any] | None = None) -> None:
+        self.saved, folder = checkpoint.folder_name(self.state.images_seen), None
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
             folder = self._written(curves)
-        self.context.publish(folder, name=self.saved, loss=None)
+        self.context.publish(folder, name=self.saved, loss=loss)
 
-    def _written(self, curves: dict[str, Any] | None = None) -> Path:
+    def _written(self, curves: dict[str, Any] | None) -> Path:
         """A checkpoint of the state in a folder of the context's."""
         folder = self.context.new_folder()
         try:

@@ -19,7 +19,7 @@ from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.history import TrainingHistory, load_history
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "node_cluster.py"
 QUICK = {
@@ -27,7 +27,7 @@ QUICK = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 ELASTIC = ["compute.num_workers=[1, 2]", "train.num_images=640", "train.checkpoint_every_images=160"]
 
