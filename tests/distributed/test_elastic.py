@@ -28,6 +28,7 @@ QUICK = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_raylet_start_wait_time_s": "120",
 }
 ELASTIC = ["compute.num_workers=[1, 2]", "train.num_images=640", "train.checkpoint_every_images=160"]
 

@@ -1,0 +1,39 @@
+"""However many workers share a batch, evenly or not, training takes the same course."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from gloo_workers import work
+from safetensors.torch import load_file
+
+from ncsn.config import from_yaml
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.history import load_history
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, tmp_path: Path) -> None:
+    def job(folder: Path, *overrides: str) -> TrainingJob:
+        folder.mkdir()
+        config = from_yaml(tiny, overrides=overrides)
+        return TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
+
+    train_loop(job(tmp_path / "1"), LocalContext(tmp_path / "1" / "checkpoints"))
+    one = load_history(str(tmp_path / "1" / "history.json"))
+    last = load_file(tmp_path / "1" / "checkpoints" / "images-000000160" / "ema.safetensors")
+    for workers, overrides in ((2, ["compute.microbatch=3"]), (3, []), (4, [])):
+        folder = tmp_path / str(workers)
+        torch.multiprocessing.spawn(work, (workers, job(folder, *overrides), str(folder)), nprocs=workers)
+        many = load_history(str(folder / "history.json"))
+        assert many.images_seen == one.images_seen
+        for name in ("train/loss", "train/grad_norm_max"):
+            np.testing.assert_allclose(many.curve(name), one.curve(name), rtol=1e-5)
+        np.testing.assert_allclose(many.level_losses(4), one.level_losses(4), rtol=1e-4)
+        ema = load_file(folder / "checkpoints" / "images-000000160" / "ema.safetensors")
+        assert all(torch.allclose(ema[key], last[key], rtol=1e-4, atol=1e-5) for key in last), workers
