@@ -138,7 +138,7 @@ def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
 def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
     """What `seconds` of a step come to: training and sampling reserve all workers, any other step one."""
     compute = config.compute
-    workers = compute.num_workers if step in ("train", "sample") else 1
+    workers = compute.max_workers if step in ("train", "sample") else 1
     gpus = workers if compute.use_gpu and step in ("train", "sample", "evaluate") else 0
     return cost(seconds, cores=workers * compute.cpus_per_worker, gpus=gpus, prices=prices)
 

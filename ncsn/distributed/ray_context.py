@@ -95,6 +95,7 @@ class RayContext(WorkerContext):
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,  # `_store` does
             checkpoint_upload_fn=lambda local, stored_as: self._store(Path(local.path), stored_as, loss=loss),
         )
 

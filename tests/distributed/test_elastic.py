@@ -41,9 +41,9 @@ def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_image
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(config), dataset, str(run), how, str(at_images)]
     with (run / "log").open("w") as log:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, timeout=900)
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900)
     assert done.returncode == 0, (run / "log").read_text()[-5000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())
     return result
 
 

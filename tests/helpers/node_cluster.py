@@ -2,13 +2,12 @@
 
     python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain) AT_IMAGES
 
-Prints one JSON object: what training returned, and how many workers there were at each step.
+Writes `result.json` into the run's folder: what training returned, and how many workers there were at each step.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,9 @@ from ncsn.distributed.worker_loop import TrainingJob
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 import torch.distributed
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+NOTICE_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
-    progress = Slowly(folder / "progress", seconds=0.3)
+    progress = Slowly(folder / "progress", seconds=0.6)
     progress.file.touch()
 
     def take_away() -> None:
@@ -57,10 +59,12 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
         if how == "kill":
             cluster.remove_node(nodes[1], allow_graceful=False)
         else:
-            notice = ["drain-node", "--address", cluster.address, "--node-id", nodes[1].node_id]
-            why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a rehearsal"]
-            ray_command = str(Path(sys.executable).with_name("ray"))
-            subprocess.run([ray_command, *notice, *why, "--deadline-remaining-seconds", "15"], check=True)
+            # What `ray drain-node` calls, without the seconds that the command takes to start.
+            client = ray._raylet.GcsClient(address=cluster.address)
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            deadline = time.time_ns() // 1_000_000 + 1000 * NOTICE_SECONDS
+            accepted, why_not = client.drain_node(nodes[1].node_id, reason, "a rehearsal", deadline)
+            assert accepted, why_not
 
     threading.Thread(target=take_away, daemon=True).start()
     job = TrainingJob(
@@ -70,8 +74,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
         progress=progress,
     )
     outcome = trainer.train(job, run_uri=run)
-    sys.stdout.write(json.dumps({"outcome": asdict(outcome), "seen": progress.seen()}) + "\n")
-    sys.stdout.flush()
+    (folder / "result.json").write_text(json.dumps({"outcome": asdict(outcome), "seen": progress.seen()}))
     ray.shutdown()
     cluster.shutdown()
 
