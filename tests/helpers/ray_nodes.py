@@ -11,6 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,11 +66,14 @@ class RayNodes:
         return os.environ | dict(self.environment) | token | {"RAY_ADDRESS": self.address}
 
     def __enter__(self) -> RayNodes:
+        self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         beside_python = str(Path(sys.executable).parent)
         environment = (
             self.client
             | HEALTH_CHECK
             | {
+                # Ray's job supervisor joins the newest cluster that it finds below this folder.
+                "RAY_TMPDIR": self._temporary.name,
                 # Where the entrypoint of a job is looked up.
                 "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
                 "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -103,6 +107,7 @@ class RayNodes:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._temporary.cleanup()
 
     def add(self) -> RayNode:
         """One more node, alive."""
