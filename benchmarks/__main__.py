@@ -3,8 +3,8 @@
     python -m benchmarks [PART ...] [--out benchmarks.json]
     python -m benchmarks --gpu [--out gpu.json]
 
-Parts: training, evaluation, data, ray, commands. `--gpu` needs a GPU and only torch, numpy and the repository. The
-samplers' rows are benchmarks.samplers' own, which takes hours; those of the ingestion benchmarks.ingest's.
+Parts: training, evaluation, data, ingest, ray, commands. `--gpu` needs a GPU and only torch, numpy and the
+repository. The samplers' rows are benchmarks.samplers' own, which takes hours.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PARTS = {
     "training": "benchmarks.training_step",
     "evaluation": "benchmarks.evaluation",
     "data": "benchmarks.data",
+    "ingest": "benchmarks.ingest",
     "ray": "benchmarks.ray_workers",
     "commands": "benchmarks.commands",
 }

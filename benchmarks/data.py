@@ -52,7 +52,7 @@ def cache_row(*, rounds: int) -> Row:
 
 
 def rows() -> list[Row]:
-    """The row of the cache; `benchmarks.ingest` has those of the ingestion."""
+    """The row of the cache."""
     torch.set_num_threads(1)
     return [cache_row(rounds=5)]
 

@@ -6,7 +6,7 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -157,11 +157,14 @@ def _open_split(data: DataConfig, *, images: Path, labels: Path, classes: int) -
         wrong = np.flatnonzero(values >= classes)
         if wrong.size:
             raise ValueError(f"{labels} gives image {wrong[0]} label {values[wrong[0]]}; labels are 0 to {classes - 1}")
-        index = 0
+        first = 0
         for chunk in image_file.chunks():
-            for image in chunk:
-                yield Example(fit.array(image[..., None], name=f"image {index} of {images}"), int(values[index]))
-                index += 1
+            labels_of_chunk = values[first : first + len(chunk)].tolist()
+            rows: Iterable[np.ndarray] = chunk[..., None]
+            if not fit.keeps((*chunk.shape[1:], 1)):
+                rows = (fit.array(row, name=f"image {first + k} of {images}") for k, row in enumerate(chunk[..., None]))
+            yield from map(Example, rows, labels_of_chunk)
+            first += len(chunk)
 
     return Split(count, stream)
 

@@ -41,13 +41,17 @@ class Fit:
     convert: bool = False
     crop: int | None = None
 
+    def keeps(self, shape: tuple[int, ...]) -> bool:
+        """Whether arrays [H, W, C] of this shape stay as they are."""
+        return shape == (self.image_size, self.image_size, self.channels) and self.crop is None
+
     def array(self, image: np.ndarray, *, name: str) -> np.ndarray:
         """Fit a uint8 array [H, W, C] with C = 1 or 3.
 
         Raises:
             ValueError: for the wrong channel count, naming the image.
         """
-        if image.shape == (self.image_size, self.image_size, self.channels) and self.crop is None:
+        if self.keeps(image.shape):
             return image
         return self.image(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), name=name)
 
