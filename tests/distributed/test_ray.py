@@ -111,6 +111,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(trained: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
     cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
 ) -> None:
