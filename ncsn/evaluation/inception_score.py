@@ -33,16 +33,18 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     _check(log_p, num_splits)
     count = len(log_p)
     # Split by split, so that of a memory map no more than a split is in memory.
-    scores = [
-        _score_of_split(log_p[split * count // num_splits : (split + 1) * count // num_splits])
-        for split in range(num_splits)
-    ]
+    splits = [log_p[split * count // num_splits : (split + 1) * count // num_splits] for split in range(num_splits)]
+    if missing := sum(int(np.isnan(rows).any(axis=1).sum()) for rows in splits):
+        raise ValueError(f"{missing} of {count} rows of log probabilities hold NaN")
+    scores = [_score_of_split(rows) for rows in splits]
     return Score(mean=float(np.mean(scores)), std=float(np.std(scores)))
 
 
 def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
-    _check_rows(log_p)
     p = np.exp(log_p)
+    worst = float(np.abs(p.sum(axis=1) - 1).max())
+    if not worst <= 1e-3:
+        raise ValueError(f"rows must be log probabilities, but one sums to 1 only within {worst:.3g}: use log_softmax")
     marginal = p.mean(axis=0)
     # E KL(p(y|x) || p(y)) = H(y) - H(y|x); each entropy has 0 log 0 = 0.
     conditional = -np.sum(p * np.where(p > 0, log_p, 0.0), axis=1).mean()
@@ -60,11 +62,3 @@ def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
             f"{len(log_p)} images do not fill {num_splits} splits; "
             f"generate at least {num_splits} images (sampling.num_images) or lower evaluation.num_splits"
         )
-
-
-def _check_rows(log_p: npt.NDArray[np.float64]) -> None:
-    if np.isnan(log_p).any():
-        raise ValueError(f"{int(np.isnan(log_p).any(axis=1).sum())} of {len(log_p)} rows of log probabilities hold NaN")
-    worst = float(np.abs(np.exp(log_p).sum(axis=1) - 1).max())
-    if not worst <= 1e-3:
-        raise ValueError(f"rows must be log probabilities, but one sums to 1 only within {worst:.3g}: use log_softmax")

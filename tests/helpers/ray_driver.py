@@ -29,17 +29,18 @@ class RayDriver:
 
 
 @contextmanager
-def ray_driver(config: Config) -> Iterator[tuple[RayDriver, str]]:
-    """A driver and the address of its cluster, which ends with the block. The driver has this process's environment."""
+def ray_driver(config: Config) -> Iterator[tuple[RayDriver, dict[str, str]]]:
+    """A driver in this process's environment, and the variables with which others join its cluster meanwhile."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         driver = RayDriver(pool)
         yield driver, driver(_join, config)
 
 
-def _join(config: Config) -> str:
+def _join(config: Config) -> dict[str, str]:
     stack = ExitStack()
     atexit.register(stack.close)
-    return stack.enter_context(ray_cluster(config))
+    stack.enter_context(ray_cluster(config))
+    return {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
 
 
 def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, list[tuple[int, int]]]:

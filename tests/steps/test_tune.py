@@ -68,17 +68,15 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     dataset = write_dataset(open_source(config.data), str(folder / "data"), name="digits", data=config.data).uri
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_driver(config) as (driver, address):
-            before = kill_after_first_rung(folder, dataset, address)
+        with ray_driver(config) as (driver, joining):
+            before = kill_after_first_rung(folder, dataset, joining)
             yield Searched(config, dataset, before, driver(tune.run, config, run="hunt", dataset=dataset))
 
 
-def kill_after_first_rung(folder: Path, dataset: str, address: str) -> dict[str, bytes]:
+def kill_after_first_rung(folder: Path, dataset: str, joining: dict[str, str]) -> dict[str, bytes]:
     command = [sys.executable, "-m", "ncsn", "tune", "--config", str(folder / "tiny.yaml"), "--run", "hunt"]
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--dataset", dataset], stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": address}
-        )
+        process = subprocess.Popen([*command, "--dataset", dataset], stdout=log, stderr=log, env=os.environ | joining)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not rung_files(folder) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
