@@ -78,9 +78,22 @@ class JobsApi:
         Raises:
             Conflict: if there is, or ever was, a job of that name.
         """
-        self._client.submit_job(
-            entrypoint=entrypoint, submission_id=name, metadata=metadata, runtime_env={"env_vars": env}
-        )
+        try:
+            self._client.submit_job(
+                entrypoint=entrypoint, submission_id=name, metadata=metadata, runtime_env={"env_vars": env}
+            )
+        except RuntimeError as error:
+            # Of two submissions at the same moment Ray may refuse one without saying why.
+            if self._is_known(name):
+                raise Conflict(str(error)) from error
+            raise
+
+    def _is_known(self, name: str) -> bool:
+        try:
+            self.job(name)
+        except NoSuchJob:
+            return False
+        return True
 
     def job(self, name: str) -> JobDetails:
         """What is known of a job.
