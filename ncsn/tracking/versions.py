@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
@@ -21,6 +22,7 @@ LEDGER_SUFFIX = ".promotions"
 _SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5
+_WRITE_ATTEMPTS = 3
 
 
 @contextmanager
@@ -135,13 +137,13 @@ def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> N
         ValueError: for an alias that MLflow reserves or does not take.
     """
     _require_alias(alias)
-    client.set_registered_model_alias(name, alias, version)
+    _insert_or_replace(lambda: client.set_registered_model_alias(name, alias, version))
 
 
 def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
     """Attach tags in order, replacing those of the same name."""
     for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)
+        _insert_or_replace(partial(client.set_model_version_tag, name, version, key, value))
 
 
 def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
@@ -153,6 +155,24 @@ def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _insert_or_replace(write: Callable[[], None]) -> None:
+    """Make a write of the registry that replaces what is there, also while another process makes the same one.
+
+    MLflow looks first and inserts what it did not find; of two that did not find it, the database refuses the second
+    (BAD_REQUEST), which finds it when it tries again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for attempts_left in reversed(range(_WRITE_ATTEMPTS)):
+        try:
+            write()
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST" or not attempts_left:
+                raise
+        else:
+            return
 
 
 def _require_alias(alias: str) -> None:

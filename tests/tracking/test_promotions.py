@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from ncsn.tracking.connection import open_client_at
 from ncsn.tracking.gate import recorded_decision
 from ncsn.tracking.promotions import LEDGER_SUFFIX, champion_version, history
+from ncsn.tracking.versions import set_alias, tag_version
 
 PIPELINE = """
 import json, sys, time
@@ -25,7 +28,9 @@ class Meets(MlflowClient):
     def create_model_version(self, *args, **kwargs):
         # Both have decided to promote; neither has yet.
         (meeting / version).touch()
+        give_up = time.monotonic() + 60
         while len(list(meeting.iterdir())) < 2:
+            assert time.monotonic() < give_up, "the other process never came"
             time.sleep(0.01)
         return super().create_model_version(*args, **kwargs)
 
@@ -34,6 +39,26 @@ evidence = Evidence(measured, Memorisation(0, 256, 0, 256))
 decision = pass_gate(Meets(uri, uri), name="contested", version=version, evidence=evidence)
 print(json.dumps(asdict(decision)))
 """
+
+
+def test_of_many_that_set_one_tag_and_one_alias_at_once_none_is_refused(server):
+    client = open_client_at(server.url)
+    client.create_registered_model("crowded")
+    client.create_model_version("crowded", "s3://nowhere/model")
+    workers = 6
+    together = threading.Barrier(workers)
+
+    def write(_: int) -> None:
+        for round_ in range(5):
+            together.wait(timeout=60)
+            tag_version(client, "crowded", "1", {f"tag{round_}": "set"})
+            set_alias(client, name="crowded", alias=f"alias{round_}", version="1")
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(write, range(workers)))
+    version = client.get_model_version("crowded", "1")
+    assert version.tags == {f"tag{round_}": "set" for round_ in range(5)}
+    assert sorted(version.aliases) == [f"alias{round_}" for round_ in range(5)]
 
 
 def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_says_why(server, tmp_path):
