@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
+from ncsn.config import Config
 from ncsn.config.samplers import (
     AnnealedLangevinConfig,
     ConsistentAnnealedConfig,
@@ -23,8 +24,9 @@ from ncsn.config.samplers import (
     SamplerConfig,
 )
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import PixelSpace, to_uint8
+from ncsn.core.images import to_uint8
 from ncsn.core.inpainting import inpaint
+from ncsn.core.interpolation import InterpolatedNoise
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.level_grid import choose_levels, karras_sigmas
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -68,21 +70,45 @@ def generate(
     Raises:
         ValueError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
-    config, space = trained.config, build.pixel_space(trained.config.data)
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=shape, device=device)
-    with _inference(sampling, device):
-        x = start(trained, sampling.sampler, noise=noise)
-        if on_level is not None:
-            on_level(0, space.invert(x))
-        x = build.sampler(sampling.sampler)(
-            trained.network,
-            x=x,
-            sigmas=build.sigmas(config).to(device),
-            noise=noise,
-            on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
-        )
-    return _finished(x, sampling, space, first=first)
+    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=_shape(trained.config), device=device)
+    x = _sampled(trained, sampling, noise=noise, device=device, on_level=on_level)
+    return _finished(x, sampling, trained.config, what=f"images {first} to {first + count - 1}")
+
+
+def interpolate(
+    trained: TrainedNetwork,
+    *,
+    sampling: SamplingConfig,
+    first: int,
+    second: int,
+    count: int,
+    device: str | torch.device = "cpu",
+) -> NDArray[np.uint8]:
+    """Images on the way from image `first` to image `second` of a seed, by mixing their noise (NCSNv2, interpolation).
+
+    The first is what `generate` makes of that number, and so is the last where the start is a normal draw; a chain
+    that starts from uniform pixels takes those of `first` throughout.
+
+    Args:
+        trained: As for `generate`.
+        sampling: As for `generate`.
+        first: Index of the image at the one end.
+        second: Index of the image at the other.
+        count: Number of images, both ends included.
+        device: Where to compute.
+
+    Returns:
+        `[count, H, W, C]` uint8.
+
+    Raises:
+        ValueError: if `count` is less than 2, or as `generate`.
+    """
+    one, other = (
+        KeyedNoise(sampling.seed, first=index, count=1, shape=_shape(trained.config), device=device)
+        for index in (first, second)
+    )
+    x = _sampled(trained, sampling, noise=InterpolatedNoise(one, other, count=count), device=device)
+    return _finished(x, sampling, trained.config, what=f"the images from {first} to {second}")
 
 
 def complete(
@@ -138,7 +164,7 @@ def complete(
             denoise=sampler.denoise,
             noise=noise,
         )
-    return _finished(x, sampling, space, first=first)
+    return _finished(x, sampling, config, what=f"images {first} to {first + len(images) - 1}")
 
 
 @contextmanager
@@ -148,18 +174,45 @@ def _inference(sampling: SamplingConfig, device: str | torch.device) -> Iterator
         yield
 
 
-def _finished(x: Tensor, sampling: SamplingConfig, space: PixelSpace, *, first: int) -> NDArray[np.uint8]:
+def _sampled(
+    trained: TrainedNetwork,
+    sampling: SamplingConfig,
+    *,
+    noise: KeyedNoise | InterpolatedNoise,
+    device: str | torch.device,
+    on_level: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The chain of the configured sampler from its start to its end, in the network's space."""
+    space = build.pixel_space(trained.config.data)
+    with _inference(sampling, device):
+        x = start(trained, sampling.sampler, noise=noise)
+        if on_level is not None:
+            on_level(0, space.invert(x))
+        return build.sampler(sampling.sampler)(
+            trained.network,
+            x=x,
+            sigmas=build.sigmas(trained.config).to(device),
+            noise=noise,
+            on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
+        )
+
+
+def _shape(config: Config) -> tuple[int, int, int]:
+    return (config.data.channels, config.data.image_size, config.data.image_size)
+
+
+def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) -> NDArray[np.uint8]:
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of images {first} to {first + len(x) - 1} are not finite with sampling.sampler "
+            f"{broken} of {what} are not finite with sampling.sampler "
             f"{sampling.sampler.model_dump()}; lower its step size, or train longer"
         )
-    images: NDArray[np.uint8] = to_uint8(space.invert(x)).cpu().numpy()
+    images: NDArray[np.uint8] = to_uint8(build.pixel_space(config.data).invert(x)).cpu().numpy()
     return images
 
 
-def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise) -> Tensor:
+def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise | InterpolatedNoise) -> Tensor:
     """Where the chain begins: uniform pixels for Langevin dynamics, which forgets them, else data plus noise."""
     if isinstance(sampler, AnnealedLangevinConfig | LangevinConfig):
         return build.pixel_space(trained.config.data).transform(noise.uniform(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ncsn.generation import (
     complete,
     evaluations_per_image,
     generate,
+    interpolate,
     nearest_evaluations,
     shortened,
     visited_sigmas,
@@ -114,6 +117,20 @@ def test_completing_refuses_what_does_not_fit() -> None:
         complete(trained(config), images, known[:4], sampling=config.sampling)
     with pytest.raises(ValueError, match="not 'langevin'"):
         complete(trained(config), images, known, sampling=config_with("langevin").sampling)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_an_interpolation_runs_from_one_image_to_the_other(kind: str) -> None:
+    config = config_with(kind)
+    network = trained(config)
+    path = interpolate(network, sampling=config.sampling, first=2, second=5, count=4)
+    assert path.shape == (4, 8, 8, 1)
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(path, 2))
+    assert np.array_equal(path, interpolate(network, sampling=config.sampling, first=2, second=5, count=4))
+    shared_start = isinstance(config.sampling.sampler, AnnealedLangevinConfig | LangevinConfig)
+    for end, index in ((0, 2), (-1, 5))[: 1 if shared_start else 2]:
+        image = generate(network, sampling=config.sampling, first=index, count=1)[0]
+        assert np.abs(path[end].astype(int) - image.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(("kind", "nfe"), [(kind, nfe) for kind, (_, nfe) in SAMPLERS.items()])

@@ -72,7 +72,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
 
 BESIDE_THE_PIPELINE: Mapping[str, StepInfo] = {
     "figures": StepInfo(
-        "Draw a finished run: losses, levels, inpainting, nearest neighbours, quality over NFE.",
+        "Draw a finished run: losses, levels, inpainting, interpolation, neighbours, quality over NFE.",
         {
             "checkpoint": Source("train", "checkpoint", "checkpoint"),
             "samples": Source("sample", "uri", "folder of samples"),

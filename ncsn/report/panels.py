@@ -83,6 +83,19 @@ def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np
     return _panel(rows, header=["original", "given", *(f"{number}" for number in range(1, count + 1))], apart=2)[0]
 
 
+@styled
+def interpolation_panel(images: Images) -> Figure:
+    """Generated images, and what lies between each two of them: one row per pair.
+
+    Args:
+        images: [pairs, N, H, W, C], an image at each end of a row.
+    """
+    between = (f"{k / (images.shape[1] - 1):.2f}" for k in range(1, images.shape[1] - 1))
+    figure, axes = _panel([list(row) for row in images], header=["one", *between, "other"])
+    axes.set_xlabel("share of the way from the noise of the one image to that of the other")
+    return figure
+
+
 def _panel(
     rows: Sequence[Sequence[Images]],
     *,

@@ -25,7 +25,14 @@ from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.neighbours import nearest_neighbours
 from ncsn.evaluation.reference import Reference
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import complete, evaluations_per_image, generate, nearest_evaluations, visited_sigmas
+from ncsn.generation import (
+    complete,
+    evaluations_per_image,
+    generate,
+    interpolate,
+    nearest_evaluations,
+    visited_sigmas,
+)
 from ncsn.report.stages import Stages
 
 Images = NDArray[np.uint8]
@@ -37,6 +44,9 @@ INPAINTED = 16
 """Test images that are completed."""
 COMPLETIONS = 4
 NEIGHBOURS = 5
+INTERPOLATIONS = 4
+INTERPOLATED = 8
+"""Images of each interpolation, both ends included."""
 INPAINTING_STEPS = 10
 """Langevin steps per level where the run's sampler is not the one that inpainting extends."""
 SEED = 0
@@ -176,6 +186,23 @@ def _annealed(subject: Subject) -> SamplingConfig:
     epsilon = best_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
     sampler = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=INPAINTING_STEPS, epsilon=epsilon)
     return subject.sampling.model_copy(update={"sampler": sampler})
+
+
+def interpolations(subject: Subject) -> Images:
+    """From each even one of the run's first images to the odd one after it, [pairs, images, H, W, C]."""
+    return np.stack(
+        [
+            interpolate(
+                subject.trained,
+                sampling=subject.sampling,
+                first=2 * pair,
+                second=2 * pair + 1,
+                count=INTERPOLATED,
+                device=subject.device,
+            )
+            for pair in range(INTERPOLATIONS)
+        ]
+    )
 
 
 def neighbours(subject: Subject, *, space: Space) -> NearestImages:

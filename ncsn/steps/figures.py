@@ -1,4 +1,4 @@
-"""Pictures of a finished run: losses, levels, inpainting, nearest neighbours, and quality over NFE.
+"""Pictures of a finished run: losses, levels, inpainting, interpolation, neighbours, and quality over NFE.
 
 Not a step of the pipeline: it reads what the pipeline left, and can be asked for at any time.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ncsn import checkpoint as checkpoints
@@ -176,7 +177,13 @@ def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
 
 
 def _draw_images(sheet: _Sheet, subject: Subject) -> None:
-    from ncsn.report.panels import MAX_STAGES, inpainting_panel, neighbours_panel, samples_at_levels
+    from ncsn.report.panels import (
+        MAX_STAGES,
+        inpainting_panel,
+        interpolation_panel,
+        neighbours_panel,
+        samples_at_levels,
+    )
 
     levels = numbers.levels(subject, most=MAX_STAGES)
     sheet.figures["levels"] = samples_at_levels(levels.frames, sigmas=levels.sigmas)
@@ -184,6 +191,12 @@ def _draw_images(sheet: _Sheet, subject: Subject) -> None:
     inpainted = numbers.inpainting(subject)
     sheet.figures["inpainting"] = inpainting_panel(inpainted.originals, inpainted.completions, mask=inpainted.known)
     sheet.numbers["inpainting"] = inpainted.facts
+    interpolated = numbers.interpolations(subject)
+    sheet.figures["interpolation"] = interpolation_panel(interpolated)
+    steps = np.diff(interpolated / 255.0, axis=1)
+    sheet.numbers["interpolation"] = {
+        "rms_of_steps": np.sqrt((steps**2).mean(axis=(2, 3, 4))).round(4).tolist(),
+    }
     for space in ("pixels", "features"):
         found = numbers.neighbours(subject, space=space)
         sheet.figures[f"neighbours_{space}"] = neighbours_panel(

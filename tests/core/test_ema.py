@@ -17,6 +17,7 @@ def constant(value: float) -> nn.Linear:
     return module
 
 
+@pytest.mark.oracle(23)
 def test_average_of_a_constant_from_zero():
     ema, module = Ema(constant(0.0), decay=0.999), constant(5.0)
     for _ in range(1000):

@@ -45,6 +45,7 @@ def test_to_unit_refuses_other_types_and_shapes(images):
         to_unit(images)
 
 
+@pytest.mark.oracle(16)
 @pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
 def test_dequantised_gray_is_recovered_at_the_ends_of_the_noise(u):
     x = to_unit(every_gray())
@@ -53,6 +54,7 @@ def test_dequantised_gray_is_recovered_at_the_ends_of_the_noise(u):
     assert torch.equal((256 * spread).floor().to(torch.uint8), every_gray().permute(0, 3, 1, 2))
 
 
+@pytest.mark.oracle(16)
 def test_dequantised_gray_is_always_recovered():
     x = to_unit(every_gray()).expand(2000, 1, 16, 16)
     spread = dequantize(x, torch.rand(x.shape, generator=torch.Generator().manual_seed(0)))
@@ -67,6 +69,7 @@ def test_dequantised_images_fill_the_gray_step_evenly():
     assert stats.kstest((256 * spread - 7).flatten().numpy(), "uniform").pvalue > 1e-3
 
 
+@pytest.mark.oracle(17)
 def test_logit_round_trip_stays_within_the_margin():
     x = torch.linspace(0, 1, 1001, dtype=torch.float64)
     y = logit(x)

@@ -49,9 +49,16 @@ def test_ends_of_the_interpolation_are_the_images_themselves():
     assert torch.equal(path[:1], run(source(0), start)) and torch.equal(path[-1:], run(source(1), start))
 
 
+def test_uniform_draws_are_shared():
+    x = InterpolatedNoise(source(0), source(1), count=3).uniform(0)
+    assert x.shape == (3, 1, 3, 3) and all(torch.equal(image, source(0).uniform(0)[0]) for image in x)
+
+
 def test_bad_interpolations_are_refused():
     with pytest.raises(ValueError, match="count = 1"):
         InterpolatedNoise(source(0), source(1), count=1)
     two = KeyedNoise(0, first=0, count=2, shape=(1, 3, 3))
-    with pytest.raises(ValueError, match="draw for one image"):
-        InterpolatedNoise(two, source(1), count=2)(0)
+    with pytest.raises(ValueError, match=r"draw for one image, got shapes \[2, 1, 3, 3\] and \[1, 1, 3, 3\]"):
+        InterpolatedNoise(two, source(1), count=2)
+    with pytest.raises(ValueError, match=r"got shapes \[1, 1, 3, 3\] and \[1, 1, 3, 4\]"):
+        InterpolatedNoise(source(0), source(1, (1, 3, 4)), count=2)

@@ -1,4 +1,4 @@
-"""Denoising score matching: spec oracles 2 (zero network) and 3 (Gaussian data)."""
+"""Denoising score matching: spec oracles 2 (zero network), 3 (Gaussian data) and 21 (sliced)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def zero(x, level):
     return torch.zeros_like(x)
 
 
+@pytest.mark.oracle(2)
 def test_zero_network_has_half_the_dimension_as_loss_and_reads_one():
     x, z = torch.rand(128, 3, 32, 32), draws(128, 3, 32, 32)
     level = torch.arange(128) % 10
@@ -50,6 +51,7 @@ def test_loss_is_equation_5_weighted_by_sigma_to_the_anneal_power():
     assert not result.per_image.requires_grad
 
 
+@pytest.mark.oracle(3)
 @pytest.mark.parametrize("sigma", [0.01, 0.4, 1.0])
 def test_optimal_score_of_gaussian_data_reaches_the_lower_bound(sigma):
     s2, batch, size = 0.3, 100, 1024
@@ -59,13 +61,16 @@ def test_optimal_score_of_gaussian_data_reaches_the_lower_bound(sigma):
     def linear(gain):
         return lambda noisy, _: -gain * noisy / (s2 + sigma**2)
 
-    losses = {g: dsm_loss(linear(g), x, level=level, sigmas=sigmas, z=z).loss.item() for g in (0.9, 1.0, 1.1)}
-    assert losses[1.0] == pytest.approx(size / 2 * s2 / (s2 + sigma**2), rel=0.01)
-    assert losses[1.0] < losses[0.9] or sigma < 0.1
-    if sigma >= 0.4:
-        assert losses[1.0] < min(losses[0.9], losses[1.1])
+    def loss(gain, *, antithetic):
+        arguments = {"level": level, "sigmas": sigmas, "z": z, "antithetic": antithetic}
+        return dsm_loss(linear(gain), x, **arguments).loss.item()
+
+    assert loss(1.0, antithetic=False) == pytest.approx(size / 2 * s2 / (s2 + sigma**2), rel=0.01)
+    # At sigma = 0.01 the gain matters by 3e-6 of the loss: only pairs z, -z tell it from the draws' own noise.
+    assert loss(1.0, antithetic=True) < min(loss(0.9, antithetic=True), loss(1.1, antithetic=True))
 
 
+@pytest.mark.oracle(3)
 def test_regression_of_the_noise_on_the_noisy_image_has_the_scores_slope():
     s2, sigma = 0.3, 0.5
     x, z = math.sqrt(s2) * draws(10, 10000, seed=3), draws(10, 10000, seed=4)
@@ -140,6 +145,7 @@ def ssm_of_gaussian(v_net, *, s2=0.7, sigma=0.5, size=4, count=400_000):
     return ssm_loss(lambda noisy, _: -noisy / v_net, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
 
 
+@pytest.mark.oracle(21)
 def test_sliced_score_matching_of_gaussian_data():
     d, total = 4, 0.7 + 0.25
     losses = {v: ssm_of_gaussian(v).loss.item() for v in (1.3, total)}

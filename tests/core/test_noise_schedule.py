@@ -61,6 +61,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.oracle(7)
 @pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
 def test_techniques_2_and_4_reproduce_the_published_settings(row):
     _, dimension, sigma_1, levels, steps, gamma, overlap = row[:7]
@@ -77,6 +78,7 @@ def test_techniques_2_and_4_reproduce_the_published_settings(row):
     assert num_levels_for(sigma_1, 0.01, ratio=wanted) == half_L
 
 
+@pytest.mark.oracle(7)
 def test_ratio_for_28_pixels():
     assert ratio_for_overlap(784) == pytest.approx(1.08197, abs=1e-5)
     assert num_levels_for(1.0, 0.01, ratio=ratio_for_overlap(784)) == 60

@@ -33,6 +33,7 @@ EULER_1 = {10: -0.0975, 19: -0.0499, 37: -0.0253, 73: -0.0127}
 HEUN_1 = {10: 0.0224, 19: 0.0054, 37: 0.0013, 73: 0.0003}
 
 
+@pytest.mark.oracle(10)
 @pytest.mark.parametrize(
     ("method", "high", "table", "order"),
     [("euler", 50, EULER_50, 2), ("heun", 50, HEUN_50, 4), ("euler", 1, EULER_1, 2), ("heun", 1, HEUN_1, 4)],
@@ -44,7 +45,7 @@ def test_errors_on_gaussian_data_and_their_order(method, high, table, order, ana
         # The table has two or three digits; half of its last digit on top of 1 %.
         digit = 10.0 ** (-len(str(expected).rstrip("0").split(".")[1]))
         assert errors[n] == pytest.approx(expected, rel=0.01, abs=0.51 * digit)
-    fine = [n for n in (37, 73, 145) if n in errors]
+    fine = [n for n in (19, 37, 73, 145) if n in errors]
     for coarse, finer in pairwise(fine):
         assert errors[coarse] / errors[finer] == pytest.approx(order, abs={2: 0.15, 4: 0.5}[order])
 

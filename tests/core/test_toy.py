@@ -25,6 +25,7 @@ from ncsn.core.toy import (
 TEN_TO_TENTH = geometric_sigmas(10.0, 0.1, 10)
 
 
+@pytest.mark.oracle(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_score_is_the_gradient_of_the_log_density(dtype, tolerance):
     mixture = GaussianMixture(
@@ -44,6 +45,7 @@ def test_log_density_is_normalised():
     assert mass.item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.oracle(9)
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 10.0])
 def test_tweedie_is_the_exact_posterior_mean(sigma):
     x = 8 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -51,6 +53,7 @@ def test_tweedie_is_the_exact_posterior_mean(sigma):
     torch.testing.assert_close(denoised, TWO_MODES.denoised(x, sigma=sigma), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.oracle(9)
 def test_tweedie_of_gaussian_data(analytic):
     sigmas = torch.tensor([0.7], dtype=torch.float64)
     x = torch.randn(5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -64,12 +67,14 @@ def test_samples_have_the_mixtures_weights_and_spread():
     torch.testing.assert_close(report.mean, torch.full((2,), 5.0), rtol=0, atol=0.05)
 
 
+@pytest.mark.oracle(5)
 def test_plain_langevin_leaves_half_of_the_points_at_each_mode():
     generator = torch.Generator().manual_seed(0)
     report = mode_report(plain_langevin(figure_3_start(generator=generator), generator=generator))
     assert 0.44 <= report.weight <= 0.56
 
 
+@pytest.mark.oracle(5)
 def test_annealed_langevin_finds_the_weights():
     generator = torch.Generator().manual_seed(0)
     report = mode_report(annealed_toy_langevin(figure_3_start(generator=generator), generator=generator))
@@ -98,9 +103,10 @@ def added_noise_weight(steps, count):
     return mode_report(x).weight
 
 
+@pytest.mark.oracle(5)
 def test_more_steps_per_level_bring_the_weight_nearer():
     weights = [added_noise_weight(steps, 6000) for steps in (5, 20, 100)]
-    # Measured at 30,000 points; the standard error of a share at 6,000 is 0.006.
+    # Measured at 30,000 points (the spec's .616, .702 and .775 are of fewer); the standard error at 6,000 is 0.006.
     for weight, expected in zip(weights, (0.612, 0.693, 0.773), strict=True):
         assert weight == pytest.approx(expected, abs=0.02)
     assert weights == sorted(weights)
@@ -123,6 +129,7 @@ def ode_weight(start_std_from_data):
     )
 
 
+@pytest.mark.oracle(11)
 def test_probability_flow_needs_the_moment_matched_start():
     matched = ode_weight(True)
     assert 0.78 <= matched.weight <= 0.82
@@ -150,6 +157,7 @@ def losses(network, level, *, count=200_000):
         return dsm_loss(network, x, level=levels, sigmas=TEN_TO_TENTH, z=z).loss.item()
 
 
+@pytest.mark.oracle(4)
 @pytest.mark.slow
 def test_denoising_score_matching_learns_the_exact_score():
     network, ema = fit_conditional(TEN_TO_TENTH)
@@ -161,7 +169,7 @@ def test_denoising_score_matching_learns_the_exact_score():
     for level, minimum in ((0, 0.1216), (5, 0.6268), (9, 0.9888)):
         exact = losses(lambda x, i: TWO_MODES.noisy_score(x, sigma=TEN_TO_TENTH[i]), level)
         assert exact == pytest.approx(minimum, rel=0.01)
-        assert losses(network, level) == pytest.approx(exact, rel=0.0075)
+        assert losses(network, level) == pytest.approx(exact, rel=0.005)
 
 
 def test_denoising_score_matching_approaches_the_exact_score_quickly():

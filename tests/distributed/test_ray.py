@@ -200,6 +200,7 @@ def sample_ten(cluster: Cluster, trained: Path, folder: Path, config: Config, *,
     return Sampled(made, np.concatenate([from_table(table).images for table in tables]))
 
 
+@pytest.mark.oracle(22)
 def test_images_do_not_depend_on_how_they_are_sharded(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny)
     made, whole = sample(tmp_path / "whole", config, batch=10)

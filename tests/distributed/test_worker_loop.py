@@ -52,6 +52,7 @@ def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = No
     }
 
 
+@pytest.mark.oracle(22)
 def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
     """10 steps = 5 + resume + 5 (spec 7.22)."""
     config, halves = from_yaml(tiny), from_yaml(tiny)

@@ -13,20 +13,24 @@ def log_one_hot(classes: np.ndarray, num_classes: int = 10) -> np.ndarray:
         return np.log(np.eye(num_classes)[classes])
 
 
+@pytest.mark.oracle(18)
 def test_uniform_predictions_score_one() -> None:
     score = inception_score(np.full((100, 10), -math.log(10)), num_splits=10)
     assert score.mean == pytest.approx(1, abs=1e-12)
     assert score.std == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.oracle(18)
 def test_balanced_one_hot_scores_the_number_of_classes() -> None:
     assert inception_score(log_one_hot(np.arange(1000) % 10), num_splits=10).mean == pytest.approx(10, abs=1e-12)
 
 
+@pytest.mark.oracle(18)
 def test_one_class_scores_one() -> None:
     assert inception_score(log_one_hot(np.full(50, 3)), num_splits=5).mean == 1
 
 
+@pytest.mark.oracle(18)
 def test_confidence_of_nine_tenths_balanced() -> None:
     p = np.full((10, 10), 0.1 / 9)
     np.fill_diagonal(p, 0.9)
@@ -35,6 +39,7 @@ def test_confidence_of_nine_tenths_balanced() -> None:
     assert inception_score(np.log(p), num_splits=1).mean == pytest.approx(5.799546, abs=1e-6)
 
 
+@pytest.mark.oracle(18)
 def test_random_one_hot_has_the_finite_sample_bias() -> None:
     classes = np.random.default_rng(0).integers(0, 10, 5000)
     assert inception_score(log_one_hot(classes)).mean == pytest.approx(9.906, abs=0.05)

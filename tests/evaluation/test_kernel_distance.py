@@ -6,6 +6,7 @@ import pytest
 from ncsn.evaluation.kernel_distance import kernel_distance, squared_mmd
 
 
+@pytest.mark.oracle(20)
 def test_equal_laws_have_mean_zero() -> None:
     rng = np.random.default_rng(0)
     estimates = [squared_mmd(rng.standard_normal((500, 64)), rng.standard_normal((500, 64))) for _ in range(50)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ncsn.report.panels import MAX_STAGES, inpainting_panel, neighbours_panel, samples_at_levels
+from ncsn.report.panels import MAX_STAGES, inpainting_panel, interpolation_panel, neighbours_panel, samples_at_levels
 from ncsn.report.style import to_png
 
 
@@ -58,3 +58,10 @@ def test_the_part_that_was_not_given_is_grey() -> None:
     np.testing.assert_array_equal(given[:, :2], originals[0][:, :2])
     assert (given[:, 2:] == 128).all()
     assert to_png(figure)
+
+
+def test_interpolations_are_rows_between_their_ends() -> None:
+    rows = images(2, 5, 4, 4, 3)
+    figure = interpolation_panel(rows)
+    assert words(figure) == ["one", "0.25", "0.50", "0.75", "other"]
+    np.testing.assert_array_equal(shown(figure), rows.swapaxes(0, 1).reshape(10, 4, 4, 3))

@@ -42,6 +42,7 @@ PICTURES = [
     "loss_map",
     "levels",
     "inpainting",
+    "interpolation",
     "neighbours_pixels",
     "neighbours_features",
     "quality_nfe",
@@ -125,6 +126,11 @@ def test_levels_begin_with_the_start_and_visit_all(numbers) -> None:
 def test_completions_differ_and_miss_the_original(numbers) -> None:
     assert 0 < numbers["inpainting"]["spread_between_completions"] < 1
     assert 0 < numbers["inpainting"]["rmse"] < 1
+
+
+def test_interpolations_differ_at_each_step(numbers) -> None:
+    steps = np.array(numbers["interpolation"]["rms_of_steps"])
+    assert steps.shape == (4, 7) and (steps > 0).all()
 
 
 def test_a_copy_of_a_training_image_is_found_in_both_spaces(numbers) -> None:

@@ -68,14 +68,19 @@ def released_state_dict(n, c):
     )  # fmt: skip
 
 
+@pytest.mark.oracle(15)
 @pytest.mark.parametrize(
-    ("n", "channels", "size", "parameters", "flops"),
-    [(128, 3, 32, 30_117_635, 19_786_104_832), (64, 1, 28, 7_638_657, 3_786_280_960)],
+    ("n", "channels", "size", "parameters", "tables", "forward", "both"),
+    [
+        (128, 3, 32, 30_117_635, 433_920, 19_786_104_832, 59_351_236_608),
+        (64, 1, 28, 7_638_657, 216_960, 3_786_280_960, 11_357_939_712),
+    ],
 )
-def test_size_names_order_and_cost_of_the_released_network(n, channels, size, parameters, flops):
+def test_size_names_order_and_cost_of_the_released_network(n, channels, size, parameters, tables, forward, both):
     with torch.device("meta"):
         network = NcsnNetwork(n, channels=channels, num_levels=10)
     assert sum(p.numel() for p in network.parameters()) == parameters
+    assert sum(p.numel() for name, p in network.named_parameters() if ".embed." in name) == tables
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     expected = released_state_dict(n, channels)
     assert len(expected) == 173
@@ -83,8 +88,10 @@ def test_size_names_order_and_cost_of_the_released_network(n, channels, size, pa
     assert [name for name, _ in network.named_parameters()] == list(expected)
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, channels, size, size, device="meta")
-        assert network(x, torch.zeros(1, dtype=torch.int64, device="meta")).shape == x.shape
-    assert counter.get_total_flops() == flops
+        score = network(x, torch.zeros(1, dtype=torch.int64, device="meta"))
+        assert score.shape == x.shape and counter.get_total_flops() == forward
+        score.sum().backward()
+    assert counter.get_total_flops() == both
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,7 @@ def x():
     return torch.rand(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.oracle(15)
 def test_stage_sizes(network, x):
     shapes = {}
     handles = [
@@ -114,6 +122,7 @@ def test_stage_sizes(network, x):
     assert shapes == expected
 
 
+@pytest.mark.oracle(15)
 def test_output_depends_on_the_level_and_not_on_the_batch_or_mode(network, x):
     level = torch.tensor([0, 3, 3])
     out = network(x, level)
@@ -133,6 +142,7 @@ def test_double_precision_agrees(network, x):
     assert error < 1e-5
 
 
+@pytest.mark.oracle(15)
 def test_gradients_reach_every_parameter_and_only_the_used_levels(x):
     torch.manual_seed(1)
     network = NcsnNetwork(8, channels=2, num_levels=5)

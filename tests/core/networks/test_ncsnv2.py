@@ -10,6 +10,7 @@ from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.networks.ncsnv2 import NcsnV2Network
 
 
+@pytest.mark.oracle(15)
 @pytest.mark.parametrize(
     ("n", "channels", "size", "depth", "parameters", "entries", "flops"),
     [
@@ -82,6 +83,7 @@ def x():
     return torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.oracle(15)
 def test_score_times_sigma_does_not_depend_on_the_level(network, x):
     scaled = [network(x, torch.full((3,), i)) * network.sigmas[i] for i in range(4)]
     for other in scaled[1:]:
@@ -90,6 +92,7 @@ def test_score_times_sigma_does_not_depend_on_the_level(network, x):
     torch.testing.assert_close(between, scaled[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.oracle(15)
 def test_output_does_not_depend_on_the_batch_or_mode(network, x):
     level = torch.tensor([0, 1, 3])
     out = network(x, level)
@@ -99,6 +102,7 @@ def test_output_does_not_depend_on_the_batch_or_mode(network, x):
     assert torch.equal(network.train()(x, level), network.eval()(x, level))
 
 
+@pytest.mark.oracle(15)
 def test_gradients_reach_every_parameter(x):
     torch.manual_seed(1)
     network = NcsnV2Network(8, channels=2, sigmas=torch.ones(2))

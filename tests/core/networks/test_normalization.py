@@ -15,6 +15,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.oracle(14)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
@@ -32,6 +33,7 @@ def test_constant_channels_leave_only_the_standardised_means(dtype, tolerance):
     torch.testing.assert_close(out, expected.view(1, 2, 1, 1).expand_as(out), rtol=0, atol=tolerance)
 
 
+@pytest.mark.oracle(14)
 def test_is_instance_norm_without_means_and_shift():
     x = 3 * random(2, 5, 6, 7) + 2
     one, nil = torch.ones(5), torch.zeros(5)
@@ -48,6 +50,7 @@ def test_follows_the_definition():
     torch.testing.assert_close(instance_norm_plus(x, gamma=gamma, alpha=alpha, beta=beta), expected)
 
 
+@pytest.mark.oracle(14)
 def test_one_constant_on_all_channels_changes_nothing():
     x, one = random(2, 4, 5, 5).double(), torch.ones(4, dtype=torch.float64)
     for offset in (0.5, -40.0):
