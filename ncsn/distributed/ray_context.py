@@ -51,6 +51,21 @@ class RayContext(WorkerContext):
         if self.rank == 0 and storage.is_local(checkpoints):
             storage.remove_scratch(checkpoints)
 
+    @contextmanager
+    def mistakes_shared(self) -> Iterator[None]:
+        """Every worker tells the others how it fared; of several mistakes that of the lowest rank is raised."""
+        own: ValueError | None = None
+        try:
+            yield
+        except ValueError as mistake:
+            own = mistake
+        told = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(told, own)
+        for each in told:
+            if each is not None:
+                raise each
+
     def preempted(self) -> bool:
         """Whether Ray is draining a node that hosts a worker, as autoscalers and `ray drain-node` do before its end."""
         return ray.train.get_preemption_info() is not None

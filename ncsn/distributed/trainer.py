@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -14,9 +12,10 @@ from ray.train.torch import TorchTrainer
 from ncsn import storage
 from ncsn.checkpoint import DamagedError
 from ncsn.distributed.best_checkpoint import BestCheckpoint
+from ncsn.distributed.damaged_checkpoint import remedy
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.ray_context import RayContext
-from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
+from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.lease import LeaseExpired
 
@@ -41,7 +40,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     require_resources(job.config)
     notes: list[str] = []
     outcome = _fit(job, run_uri)
-    while isinstance(outcome, DamagedError) and (note := _forget_latest(run_uri, outcome)):
+    while isinstance(outcome, DamagedError) and (note := remedy(run_uri, outcome)) and note not in notes:
         _logger.warning(note)
         notes.append(note)
         outcome = _fit(job, run_uri)
@@ -78,29 +77,6 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
     outcome = result.return_value
     assert isinstance(outcome, (TrainOutcome, ValueError, LeaseExpired))
     return outcome
-
-
-def _forget_latest(run_uri: str, damage: DamagedError) -> str:
-    """Take the latest checkpoint off Ray Train's list, so that it resumes from the one before; what to say of it.
-
-    Training comes to the same place again and puts a new one there; with the folder listed twice Ray Train would delete
-    the new one with the old.
-    """
-    uri = storage.join(run_uri, CHECKPOINTS, SNAPSHOT)
-    snapshot = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
-    if not snapshot.get("latest_checkpoint_result"):
-        return ""
-    name = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
-    listed = zip(snapshot["checkpoint_results"], snapshot["checkpoint_report_indices"], strict=True)
-    kept = [(result, index) for result, index in listed if result["checkpoint_dir_name"] != name]
-    snapshot["checkpoint_results"] = [result for result, _ in kept]
-    snapshot["checkpoint_report_indices"] = [index for _, index in kept]
-    before = max(kept, key=itemgetter(1))[0] if kept else None
-    snapshot["latest_checkpoint_result"] = before
-    storage.write_text(uri, json.dumps(snapshot))
-    storage.delete_folder(storage.join(run_uri, CHECKPOINTS, name))
-    instead = f"from {before['checkpoint_dir_name']}" if before else "from the start, for there is none before it"
-    return f"checkpoint {name} is damaged ({damage.reason}): training went on {instead}"
 
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:

@@ -33,6 +33,14 @@ class WorkerContext(ABC):
         """This worker's places in a global batch; shares differ by one image where the workers do not divide it."""
         return range(batch_size * self.rank // self.world_size, batch_size * (self.rank + 1) // self.world_size)
 
+    @contextmanager
+    def mistakes_shared(self) -> Iterator[None]:
+        """Context manager: a ValueError that one worker raises in the block is raised by all. A barrier at its end.
+
+        A mistake ends its worker without a failure that Ray would see, so the others would wait for it in vain.
+        """
+        yield
+
     def preempted(self) -> bool:
         """Whether a machine of the workers is about to be taken away, the same on every worker. A barrier."""
         return False

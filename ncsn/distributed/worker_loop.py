@@ -114,28 +114,33 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
         self.job, self.config, self.context = job, job.config, context
-        self.split = open_training_images(job.dataset, self.config.data)
-        self.dataset_digest = load_manifest(job.dataset).digest
-        self.state = build.train_state(self.config, device=context.device)
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.objective = build.objective(self.config)
-        self.saved = ""
-        self.curves = Curves(self.config.levels.num_levels, context)
-        with self._latest_checkpoint() as folder:
-            if folder is not None:
-                digest = self.dataset_digest
-                curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
-                if curves is not None:
-                    self.curves.go_on_from(curves)
-                self.saved = checkpoint.folder_name(self.state.images_seen)
+        self.curves, self.saved = Curves(self.config.levels.num_levels, context), ""
+        with context.mistakes_shared():  # a full disk, say, may stand in the way on one node alone
+            self.split = open_training_images(job.dataset, self.config.data)
+            self.dataset_digest = load_manifest(job.dataset).digest
+            self.state = build.train_state(self.config, device=context.device)
+            self._resume()
+            kept = job.history if context.rank == 0 else None
+            self.history = load_history(kept, until=self.state.images_seen) if kept else None
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
         self.cadence, self.warned = Cadence(context, seconds=5.0), False
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
-        kept = job.history if context.rank == 0 else None
-        self.history = load_history(kept, until=self.state.images_seen) if kept else None
+
+    def _resume(self) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        with self._latest_checkpoint() as folder:
+            if folder is None:
+                return
+            digest = self.dataset_digest
+            curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
+        if curves is not None:
+            self.curves.go_on_from(curves)
+        self.saved = checkpoint.folder_name(self.state.images_seen)
 
     @contextmanager
     def _latest_checkpoint(self) -> Iterator[Path | None]:

@@ -130,11 +130,11 @@ def until(process: subprocess.Popen[str], line: str) -> list[str]:
     raise AssertionError(f"it ended without {line!r}: {said}")
 
 
-def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
+def test_training_runs_as_a_job_and_what_is_rehearsed_happens_there(jobs: Jobs, config: Path) -> None:
     settings = from_yaml(config.read_text())
     ingest.run(settings, run="mine")
     arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.nodes.dashboard, "--json")
-    done = jobs.ncsn(*arguments)
+    done = jobs.ncsn(*arguments, "--inject", "store-down@images=32:1s")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images_seen"] == 160
@@ -148,7 +148,8 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     assert (known["mlflow.experiment"], known["mlflow.run_name"]) == ("ncsn", "mine/train")
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
-    assert "images_seen" in storage.read_text(f"{step}/driver.log")
+    log = storage.read_text(f"{step}/driver.log")
+    assert "images_seen" in log and "rehearsal: store-down at image 32" in log and "the store answers again" in log
     from ncsn.tracking.connection import client_at
 
     client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])

@@ -143,14 +143,17 @@ def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
     assert samples(uri, whole=True) == samples(whole, whole=True)
 
 
-def test_a_rehearsed_outage_of_store_and_tracking_server(
+def test_rehearsed_outages_of_store_and_tracking_server_and_a_cut_checkpoint(
     workplace, whole: str, dataset, bucket: str, tmp_path: Path
 ) -> None:
     uri = f"{bucket}/runs/rehearsed"
     faults = ("store-down@images=300:5s", "store-errors@images=900:0.3", "tracking-down@images=100:10s")
+    faults += ("cut-checkpoint@images=1500",)
     train = command("train", "rehearsed", *dataset, root=bucket)
     told = finished(workplace.start(*train, *(f"--inject={fault}" for fault in faults)))
-    assert told.count("rehearsal: ") >= 3 and "the store is away, trying again for 120 s" in told
+    assert all(f"rehearsal: {fault.partition('@')[0]} at image" in told for fault in faults)
+    assert "the store is away, trying again for 120 s" in told
+    assert "is damaged (weights.safetensors differs from its checksum): training went on from images-" in told
     assert_same_training(whole, uri)
     sample = command("sample", "rehearsed", "--inject=store-down@images=0:5s", root=bucket)
     assert "the store answers again" in finished(workplace.start(*sample))
