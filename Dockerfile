@@ -5,7 +5,7 @@
 #     docker build --build-arg TORCH_INDEX_URL=... .
 # No index is written down here, so that a mirror serves as well: give PIP_INDEX_URL in the same way.
 
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_IMAGE=python:3.11.13-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 ARG PIP_INDEX_URL
@@ -19,8 +19,9 @@ COPY constraints.txt pyproject.toml ./
 RUN if [ -n "${TORCH_INDEX_URL:-}" ]; then \
         pip install --no-deps --index-url "${TORCH_INDEX_URL}" 'torch>=2.6,<3' 'torchvision>=0.21'; \
     fi
+# torch-fidelity is for evaluation.extractor: inception.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+        print(*p['dependencies'], *p['optional-dependencies']['server'], 'torch-fidelity', sep='\n')" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY ncsn ncsn

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 SOURCE_TREE = Path(__file__).parents[2]
 PATIENCE_SECONDS = 5.0
+STANDALONE = "kubeflow"
+"""Namespace of the runs where Kubeflow Pipelines serves one user."""
 
 
 class NotConfigured(Exception):
@@ -136,7 +138,7 @@ def _cluster_checks(config: Config) -> Iterator[Check]:
     except ValueError as error:
         yield Check("kubernetes", _raising(error), "export KUBECONFIG=FILE")
         return
-    grant = f"kubectl apply -k infra/base/rbac --namespace {api.namespace}"
+    grant = f"kubectl apply -k infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
     operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
     yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
     yield Check("rights", lambda: doctor.check_rights(api), grant)

@@ -83,6 +83,16 @@ def _given(params: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def _require_weights_there(config: Config) -> None:
+    """Else the pipeline would find out at its fifth task, after all of training."""
+    weights = config.evaluation.weights
+    if weights is not None and "://" not in weights and not Path(weights).is_absolute():
+        raise ValueError(
+            f"evaluation.weights = {weights!r} is a file of this machine; set it to an address, https://... or "
+            "s3://BUCKET/..., or to the absolute path of a volume that every pod mounts"
+        )
+
+
 def _require_shared_store(root: str) -> None:
     if storage.is_local(root) and not Path(root).is_absolute():
         raise ValueError(
@@ -97,6 +107,7 @@ def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: b
     A schedule names its runs after KFP's, unless told otherwise: under one name, the second would find all done.
     """
     _require_shared_store(target.config.storage.root)
+    _require_weights_there(target.config)
     arguments = {"config": to_json(target.config), "run": (given_run or "") if scheduled else target.run}
     content = _content_seen_here(target.config)
     return arguments | ({"content": content} if content else {})

@@ -15,7 +15,7 @@ from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.backend import Conflict, RemoteFailure, RemoteLost, RemoteStep, ended_on_sigterm, say
 from ncsn.cluster.driver_log import first_error
 from ncsn.cluster.job_state import JobState, state_of
-from ncsn.cluster.launcher import find_launcher, forwarded_environment
+from ncsn.cluster.launcher import environment_for_pods, find_launcher
 from ncsn.cluster.pod_log import PodLog
 from ncsn.cluster.rayjob_manifest import (
     RENEWED_ANNOTATION,
@@ -98,7 +98,7 @@ class KubeRay:
             uri=step.uri,
             entrypoint=(*step.command, "--lease", lease),
             image=image,
-            env=forwarded_environment() | {"NCSN_CONTAINER_IMAGE": image},
+            env=environment_for_pods() | {"NCSN_CONTAINER_IMAGE": image},
             labels=launcher.labels,
             owner=launcher.owner,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _FORWARDED = (
     "MLFLOW_TRACKING_AUTH",
     "NCSN_KFP_RUN_ID",
 )
+_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def forwarded_environment() -> dict[str, str]:
     """Variables of this process that the job needs. An address with a password in it is not among them."""
     values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
     return {name: value for name, value in values.items() if "@" not in value}
+
+
+def environment_for_pods() -> dict[str, str]:
+    """The same without addresses of this machine: a port-forward leads nowhere from a pod, which has a ConfigMap."""
+    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
 
 
 def _owner(reference: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,16 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 REQUEST_ANNOTATION = "ncsn.dev/request"
 RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
 
+# Where one of these is unknown, there are no deletion rules, or (KubeRay 1.5) they are behind a gate that is closed and
+# the operator refuses a RayJob that has them. 1.6 opened the gate and brought preRunningDeadlineSeconds.
+_WITHOUT_RULES = (
+    "spec.deletionStrategy",
+    "spec.deletionStrategy.deletionRules",
+    "spec.preRunningDeadlineSeconds",
+)
+_UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_OBJECT_STORE_SHARE, _SMALLEST_STORE = 0.9, 75 * 2**20
+
 
 @dataclass(frozen=True)
 class JobRequest:
@@ -107,6 +117,9 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
         container["image"] = request.image
     spec["submitterPodTemplate"]["spec"]["containers"][0]["image"] = request.image
     _fill_worker_pod(workers["template"]["spec"], compute)
+    # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
+    store = max(_SMALLEST_STORE, int(_bytes(settings.shm_per_worker) * _OBJECT_STORE_SHARE))
+    workers["rayStartParams"]["object-store-memory"] = str(store)
     if settings.queue is not None:
         manifest["metadata"]["labels"][QUEUE_LABEL] = settings.queue
         _shut_down_by_time(spec)
@@ -122,9 +135,10 @@ def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[
     """
     unknown: list[str] = []
     fitted = _known_part(manifest, schema, "", unknown)
-    if not fitted["spec"].get("deletionStrategy", {}).get("deletionRules") and "deletionStrategy" in manifest["spec"]:
+    if "deletionStrategy" in manifest["spec"] and any(path in unknown for path in _WITHOUT_RULES):
         fitted["spec"]["deletionStrategy"] = manifest["spec"]["deletionStrategy"]
         _shut_down_by_time(fitted["spec"])
+        unknown += [] if "spec.deletionStrategy" in unknown else ["spec.deletionStrategy"]
     return fitted, unknown
 
 
@@ -156,6 +170,11 @@ def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
     if settings.tolerations:
         more = [toleration.model_dump(exclude_none=True) for toleration in settings.tolerations]
         pod["tolerations"] = [*pod.get("tolerations", []), *more]
+
+
+def _bytes(quantity: str) -> float:
+    number = quantity.rstrip("MGTi")
+    return float(number) * _UNITS[quantity.removeprefix(number)]
 
 
 def _shut_down_by_time(spec: Manifest) -> None:

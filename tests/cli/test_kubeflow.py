@@ -92,6 +92,20 @@ def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, 
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
 
+def test_weights_that_no_pod_has_are_refused_before_anything_is_trained(server: KfpServer, config_file: Path) -> None:
+    def submit(weights: str) -> Result:
+        settings = ("evaluation.extractor=inception", f"evaluation.weights={weights}")
+        return ncsn("submit", "--config", str(config_file), *(part for each in settings for part in ("--set", each)))
+
+    done = submit("inception.pth")
+    assert done.exit_code == 2
+    assert "evaluation.weights = 'inception.pth' is a file of this machine; set it to an address" in done.stderr
+    assert server.runs == {}
+    for reachable in ("https://example.com/inception.pth", "s3://ncsn/inception.pth", "/mnt/inception.pth"):
+        assert submit(reachable).exit_code == 0
+    assert len(server.runs) == 3
+
+
 def test_a_registered_model_is_sampled_by_its_own_config(server: KfpServer, tmp_path: Path) -> None:
     settings = [f"storage.root={tmp_path}", "sampling.num_images=8"]
     options = [part for setting in settings for part in ("--set", setting)]

@@ -41,6 +41,21 @@ def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:
     assert detail.endswith(f"this account may not {missing} in namespace 'kubeflow'")
 
 
+@pytest.mark.parametrize(
+    ("namespace", "folder"), [("kubeflow", "infra/base/rbac"), ("of-a-user", "infra/overlays/multi-user")]
+)
+def test_the_rights_come_from_a_folder_for_that_namespace(
+    emulation: Any, tmp_path: Path, namespace: str, folder: str
+) -> None:
+    emulation.cluster.rules = []
+    settings = ("compute.backend=kuberay", f"storage.root={tmp_path}/store", f"compute.kuberay.namespace={namespace}")
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = CliRunner().invoke(app, ["doctor", "--config", str(DIGITS), "--json", *options])
+    (fix,) = (finding["fix"] for finding in json.loads(done.stdout) if finding["check"] == "rights")
+    assert fix == f"kubectl apply -k {folder}"
+    assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
+
+
 def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
     emulation.cluster.installed = False
     state, detail = examine(tmp_path)["kuberay"]

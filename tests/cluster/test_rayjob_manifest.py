@@ -169,6 +169,24 @@ def test_a_queue_replaces_the_deletion_rules() -> None:
     assert (spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"]) == (True, 600)
 
 
+@needs_schemas
+def test_an_operator_whose_gate_for_rules_is_closed_gets_none() -> None:
+    """KubeRay 1.5: its CRD has the rules, and its operator refuses a RayJob with them."""
+    schema = copy.deepcopy(next(iter(SCHEMAS.values())))
+    del schema["properties"]["spec"]["properties"]["preRunningDeadlineSeconds"]
+    fitted, unknown = fit_to_schema(VARIANTS["plain"], schema)
+    assert unknown == ["spec.preRunningDeadlineSeconds", "spec.deletionStrategy"]
+    assert "deletionStrategy" not in fitted["spec"]
+    assert (fitted["spec"]["shutdownAfterJobFinishes"], fitted["spec"]["ttlSecondsAfterFinished"]) == (True, 600)
+
+
+@pytest.mark.parametrize(("shm", "store"), [("1Gi", 966367641), ("2G", 1800000000), ("64Mi", 75 * 2**20)])
+def test_rays_object_store_fits_into_shared_memory(shm: str, store: int) -> None:
+    """Ray's own choice is 30 % of the pod's memory: with 4Gi more than the default /dev/shm holds."""
+    (workers,) = rendered(kuberay={"shm_per_worker": shm})["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["rayStartParams"] == {"object-store-memory": str(store)}
+
+
 def _older(schema: dict[str, Any], *, rules: bool) -> dict[str, Any]:
     """The schema as it was before token auth, the deadline before running and, maybe, deletion rules."""
     old = copy.deepcopy(schema)

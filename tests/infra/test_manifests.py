@@ -110,8 +110,15 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
         assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
+        earlier: set[str] = set()
         for variable in container.get("env", []):
             assert "valueFrom" in variable or not SECRET_NAME.search(variable["name"])
+            assert set(re.findall(r"\$\((\w+)\)", variable.get("value", ""))) <= earlier, "it would stay as it stands"
+            earlier.add(variable["name"])
+        for argument in (*container.get("command", []), *container.get("args", [])):
+            assert not re.search(r"\$\(\w*(SECRET|PASSWORD|KEY|TOKEN)", argument), (
+                "arguments show in lists of processes"
+            )
 
 
 @pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=name_of)
@@ -191,6 +198,9 @@ def test_the_image_carries_what_kuberay_needs() -> None:
     assert "NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml" in dockerfile
     assert re.search(r"apt-get install .*\bwget\b", dockerfile), "the probes of KubeRay call wget"
     assert "['optional-dependencies']['server']" in dockerfile, "MLflow needs a driver for PostgreSQL"
+    assert "'torch-fidelity'" in dockerfile, "evaluation.extractor: inception needs it, and nothing is installed later"
+    assert re.search(r"^torch_fidelity==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert re.search(r"^ARG BASE_IMAGE=python:\d+\.\d+\.\d+-", dockerfile, flags=re.MULTILINE), "the base is pinned"
     final = dockerfile.rpartition("\nFROM ")[2]
     assert "pip install" not in final
     user = re.search(r"^USER (\d+)$", final, flags=re.MULTILINE)

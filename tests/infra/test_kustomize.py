@@ -1,0 +1,61 @@
+"""The kustomizations as `kubectl apply --kustomize` renders them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+KUSTOMIZATIONS = sorted(path.parent for path in (ROOT / "infra").glob("*/*/kustomization.yaml"))
+CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterQueue", "ResourceFlavor"}
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@functools.cache
+def rendered(folder: Path) -> list[dict[str, Any]]:
+    command = ["kubectl", "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def images(node: Any) -> set[str]:
+    """Every image that is named anywhere below."""
+    if isinstance(node, list):
+        return set().union(*map(images, node))
+    if isinstance(node, dict):
+        own = {node["image"]} if isinstance(node.get("image"), str) else set()
+        return own.union(*map(images, node.values()))
+    return set()
+
+
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+def test_kubectl_renders_it(folder: Path) -> None:
+    resources = rendered(folder)
+    names = [(each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in resources]
+    assert names and len(set(names)) == len(names)
+    assert {kind for kind, namespace, _ in names if namespace is None} <= CLUSTER_WIDE
+    assert not any(kind in {"Secret", "RayJob"} for kind, _, _ in names), "examples and the template are not applied"
+
+
+@pytest.mark.parametrize("overlay", ["standalone", "kueue", "gpu", "monitoring"])
+def test_an_overlay_is_standalone_with_the_pushed_image(overlay: str) -> None:
+    folder = ROOT / "infra" / "overlays"
+    everything = rendered(folder / overlay)
+    assert [each for each in everything if each in rendered(folder / "standalone")] == rendered(folder / "standalone")
+    ours = {image for image in images(everything) if "ncsn-python" in image}
+    assert ours == {"registry.example.com/ncsn-python:0.1.0"}
+
+
+def test_the_dashboard_has_the_name_and_label_that_grafana_looks_for() -> None:
+    maps = [each for each in rendered(ROOT / "infra/base/monitoring") if each["kind"] == "ConfigMap"]
+    ((name, labels),) = ((each["metadata"]["name"], each["metadata"]["labels"]) for each in maps)
+    assert name == "ncsn-dashboard" and labels["grafana_dashboard"] == "1"
