@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
@@ -15,6 +17,7 @@ from ncsn.cli.options import (
     inject_option,
     json_option,
     place_overrides,
+    score_option,
 )
 from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
@@ -64,6 +67,19 @@ def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name:
     run_pipeline(resolve(config_uri, overrides=overrides, run=run_name), as_json=as_json)
 
 
+_NOT_WITH_A_MODEL = {
+    "inject": "--inject rehearses on a run, not on a registered model",
+    "score": "--score goes with a run; `ncsn evaluate` scores the images of a registered model",
+    "backend": "--backend and --address go with a run; a registered model is sampled here",
+}
+
+
+def _require_nothing_of_a_run(given: Mapping[str, object]) -> None:
+    for name, message in _NOT_WITH_A_MODEL.items():
+        if given[name]:
+            raise click.UsageError(message)
+
+
 def _add_step_command(step: str) -> None:
     def command(
         *,
@@ -77,12 +93,9 @@ def _add_step_command(step: str) -> None:
         from ncsn.cli.commands import run_step
         from ncsn.cli.inputs import resolve
 
-        if inject and (given.get("model") or given.get("out")):
-            raise click.UsageError("--inject rehearses on a run, not on a registered model")
         place = place_overrides(given.pop("backend", None), given.pop("address", None))
         if given.get("model") or given.get("out"):
-            if place:
-                raise click.UsageError("--backend and --address go with a run; a registered model is sampled here")
+            _require_nothing_of_a_run({"inject": inject, "score": given.get("score"), "backend": place})
             sample_from_model(given, config_uri=config_uri, overrides=overrides, run_name=run_name, as_json=as_json)
             return
         target = resolve(config_uri, overrides=(*overrides, *place), run=run_name, checkpoint=given.get("checkpoint"))
@@ -96,6 +109,8 @@ def _add_step_command(step: str) -> None:
         decorated = backend_options(decorated)
     if CATALOGUE[step].rehearsed:
         decorated = inject_option(decorated)
+    if CATALOGUE[step].on_demand:
+        decorated = score_option(decorated)
     for name, source in reversed(list(CATALOGUE[step].inputs.items())):
         decorated = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
             decorated

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+OWN = "own"
+"""Instead of a URI: that of the run."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -22,12 +25,14 @@ class StepInfo:
     Attributes:
         summary: What it does, one line.
         inputs: Argument of the step -> where its URI comes from.
+        on_demand: The same for what is used only if an option of that name is given, with a URI or without.
         leased: Whether it may run on another machine and then watches its launcher's lease.
         rehearsed: Whether failures can be injected.
     """
 
     summary: str
     inputs: Mapping[str, Source] = field(default_factory=dict)
+    on_demand: Mapping[str, Source] = field(default_factory=dict)
     leased: bool = False
     rehearsed: bool = False
 
@@ -48,6 +53,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
     "sample": StepInfo(
         "Generate images by annealed Langevin dynamics.",
         {"checkpoint": Source("train", "checkpoint", "checkpoint")},
+        on_demand={"score": Source("ingest", "uri", "ingested data set")},
         leased=True,
         rehearsed=True,
     ),

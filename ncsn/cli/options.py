@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from ncsn.cli.catalogue import OWN
+
 Decorated = Callable[..., Any]
 
 
@@ -64,4 +66,16 @@ def inject_option(command: Decorated) -> Decorated:
         multiple=True,
         metavar="FAULT@images=N",
         help="Rehearse a failure, such as kill-worker@images=5000; repeatable; docs/operations.md lists them.",
+    )(command)
+
+
+def score_option(command: Decorated) -> Decorated:
+    """`--score`, with the URI of a data set or without."""
+    return click.option(
+        "--score",
+        is_flag=False,
+        flag_value=OWN,
+        metavar="[URI]",
+        help="Show the Frechet distance so far, with its interval, while images are made; against the run's own data "
+        "set, or this.",
     )(command)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ncsn import storage
-from ncsn.cli.catalogue import BESIDE_THE_PIPELINE, CATALOGUE, Source
+from ncsn.cli.catalogue import BESIDE_THE_PIPELINE, CATALOGUE, OWN, Source
 from ncsn.cli.records import read_record
 from ncsn.steps.result import RunFolder
 
 
 def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -> dict[str, str]:
-    """URIs of all inputs of `step`: as given, else from the run.
+    """URIs of all inputs of `step`: as given, else from the run; of those on demand only if given.
 
     Raises:
         ValueError: if an earlier step has not finished; the message says which to run.
     """
     found = {}
-    for name, source in {**CATALOGUE, **BESIDE_THE_PIPELINE}[step].inputs.items():
+    info = {**CATALOGUE, **BESIDE_THE_PIPELINE}[step]
+    asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
+    for name, source in {**info.inputs, **asked}.items():
         uri = given.get(name)
-        found[name] = storage.absolute(uri) if uri else _from_run(folder, step, name, source)
+        found[name] = storage.absolute(uri) if uri and uri != OWN else _from_run(folder, step, name, source)
     return found
 
 

@@ -20,11 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn import checkpoint, storage
+from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.data.row import NO_LABEL, Images, to_table
-from ncsn.evaluation.samples import SHARD_NAME
+from ncsn.evaluation.extractors import batches
+from ncsn.evaluation.judge import judge_of
+from ncsn.evaluation.reference import extract_all
+from ncsn.evaluation.samples import SHARD_NAME, read_samples
 from ncsn.generation import generate
+
+Features = NDArray[np.float32]
 
 
 class Watcher(Protocol):
@@ -35,6 +41,21 @@ class Watcher(Protocol):
 
 
 W = TypeVar("W", bound=Watcher)
+
+
+@dataclass(frozen=True)
+class Looker:
+    """What looks at images while others are still being made.
+
+    Attributes:
+        config: The experiment whose evaluation section names the extractor.
+        dataset: URI of the data set beside which the extractor is kept.
+        take: Called here with the index of a first image and the features [n, D] of n images, in any order.
+    """
+
+    config: Config
+    dataset: str
+    take: Callable[[int, Features], None]
 
 
 @dataclass(frozen=True)
@@ -77,13 +98,16 @@ def missing_ranges(names: list[str], *, num_images: int) -> list[tuple[int, int]
     return gaps
 
 
-def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int, int], None]) -> int:
+def sample_missing(
+    template: Shard, *, num_images: int, progress: Callable[[int, int], None], looker: Looker | None = None
+) -> int:
     """Make what is missing of images `0 .. num_images` on the connected Ray cluster.
 
     Args:
         template: A shard whose `count` is the batch size.
         num_images: Images wanted in all.
         progress: Called with (images there, images wanted).
+        looker: Gets the features of all images, of those that are there already first.
 
     Returns:
         How many images were made now.
@@ -92,19 +116,23 @@ def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int,
         ValueError: if the sampler leaves the finite numbers.
     """
     gaps = missing_ranges(storage.list_names(template.folder), num_images=num_images)
-    shards = [
-        replace(template, first=first, count=min(template.count, last - first))
-        for start, last in gaps
-        for first in range(start, last, template.count)
-    ]
-    made, there = 0, num_images - sum(shard.count for shard in shards)
-    task = _sample_shard.options(num_cpus=template.threads, num_gpus=1 if template.use_gpu else 0)
-    waiting = {task.remote(shard): shard for shard in shards}
+    work = [(_sample_shard, shard) for shard in _pieces(template, gaps)]
+    made, there = 0, num_images - sum(shard.count for _, shard in work)
+    judge = None
+    if looker is not None:
+        judge = (looker.config, looker.dataset)
+        # First, since it takes little, and no score comes before that of the first images.
+        work = [(_look_at_shard, shard) for shard in _pieces(template, _between(gaps, num_images=num_images))] + work
+    resources = {"num_cpus": template.threads, "num_gpus": 1 if template.use_gpu else 0}
+    waiting = {task.options(**resources).remote(shard, judge): shard.first for task, shard in work}
     try:
         while waiting:
             (finished,), _ = ray.wait(list(waiting), num_returns=1)
-            ray.get(finished)
-            made += waiting.pop(finished).count
+            count, features = ray.get(finished)
+            first = waiting.pop(finished)
+            if looker is not None:
+                looker.take(first, features)
+            made += count
             progress(there + made, num_images)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ValueError) else error from None
@@ -112,6 +140,20 @@ def sample_missing(template: Shard, *, num_images: int, progress: Callable[[int,
         for reference in waiting:
             ray.cancel(reference)
     return made
+
+
+def _pieces(template: Shard, ranges: list[tuple[int, int]]) -> list[Shard]:
+    return [
+        replace(template, first=first, count=min(template.count, last - first))
+        for start, last in ranges
+        for first in range(start, last, template.count)
+    ]
+
+
+def _between(gaps: list[tuple[int, int]], *, num_images: int) -> list[tuple[int, int]]:
+    """What lies between the gaps of `0 .. num_images`."""
+    firsts, lasts = [0, *(last for _, last in gaps)], [*(first for first, _ in gaps), num_images]
+    return [(first, last) for first, last in zip(firsts, lasts, strict=True) if first < last]
 
 
 def watch_levels(shard: Shard, watcher: W) -> W:
@@ -149,7 +191,8 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
 
 
 @ray.remote(max_retries=3)
-def _sample_shard(shard: Shard) -> None:
+def _sample_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int, Features | None]:
+    """Make and publish the shard; how many images that were, and their features if there is a judge."""
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
     loaded = _load(shard.checkpoint, device)
@@ -161,6 +204,24 @@ def _sample_shard(shard: Shard) -> None:
         device=device,
     )
     storage.write_bytes(shard.uri, _parquet_bytes(images))
+    return shard.count, _features(images, judge)
+
+
+@ray.remote(max_retries=3)
+def _look_at_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int, Features | None]:
+    """The same for images that are in the folder already, by whatever shards."""
+    torch.set_num_threads(shard.threads)
+    last = shard.first + shard.count
+    images = list(read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count))
+    return 0, _features(np.concatenate(images), judge)
+
+
+def _features(images: NDArray[np.uint8], judge: tuple[Config, str] | None) -> Features | None:
+    if judge is None:
+        return None
+    config, dataset = judge
+    seen = batches(images, batch_size=config.evaluation.batch_size)
+    return extract_all(judge_of(config, dataset).extractor, seen).features
 
 
 @lru_cache(maxsize=1)

@@ -42,6 +42,10 @@ class RunningScore:
         """The distance and half of its interval."""
         return f"FID {self.fid:.4g} \u00b1 {self.high - self.fid:.2g} (95 %) of {self.num_images:,}"
 
+    def named(self, area: str, *, extractor: str) -> dict[str, float]:
+        """Metric name -> value at `num_images`, a point of three curves."""
+        return {f"{area}/running_{extractor}_{name}": getattr(self, name) for name in ("fid", "low", "high")}
+
 
 class RunningDistance:
     """Moments of images in K groups, image i in group i mod K; those of disjoint stretches of images merge exactly.
@@ -112,6 +116,40 @@ def score_marks(count: int, *, num_features: int) -> list[int]:
         marks.append(mark)
         mark *= 2
     return [*marks, count]
+
+
+class RunningScores:
+    """Scores of the first images whose features are there, though these come in any order of stretches.
+
+    Those of the same images, at the same numbers of them, as of an evaluation of all.
+
+    Args:
+        reference: What the distance is measured to.
+        count: Images to come.
+    """
+
+    def __init__(self, reference: FrechetStatistics, *, count: int) -> None:
+        self._running = RunningDistance(reference)
+        self._marks = score_marks(count, num_features=len(reference.mean))
+        self._waiting: dict[int, npt.NDArray[np.floating]] = {}
+
+    def add(self, first: int, features: npt.NDArray[np.floating]) -> list[RunningScore]:
+        """Take the features [n, D] of images `first .. first + n`, each image once; the scores that are due now.
+
+        Raises:
+            ValueError: for NaN or infinite values.
+        """
+        self._waiting[first] = features
+        due = []
+        while (block := self._waiting.pop(self._running.count, None)) is not None:
+            last = self._marks[0] - self._running.count
+            if len(block) > last:
+                self._waiting[self._marks[0]] = block[last:]
+            self._running.add(block[:last])
+            if self._running.count == self._marks[0]:
+                due.append(self._running.score())
+                self._marks = self._marks[1:]
+        return due
 
 
 class Spool:

@@ -33,42 +33,43 @@ def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     return shape
 
 
-def read_samples(uri: str, *, num_images: int, batch_size: int) -> Iterator[Images]:
-    """Images `0 .. num_images` of a samples folder as [n, H, W, C] uint8 batches, one shard in memory at a time.
+def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) -> Iterator[Images]:
+    """Images `start .. num_images` of a samples folder as [n, H, W, C] uint8 batches, one shard in memory at a time.
 
     Args:
         uri: folder of files `shard-<first>-<last>.parquet` that hold images [first, last); they may overlap.
-        num_images: how many images to read, at least 1.
+        num_images: the image after the last to read, more than `start`.
         batch_size: largest n.
+        start: the first image to read.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if an image of the range is in no shard, or a shard does not hold what its name says.
     """
-    position = 0
-    for first, last, name in _shards(uri, num_images=num_images):
+    position = start
+    for first, last, name in _shards(uri, num_images=num_images, start=start):
         images = _read_shard(storage.join(uri, name), count=last - first)
         wanted = images[position - first : num_images - first]
-        for start in range(0, len(wanted), batch_size):
-            yield wanted[start : start + batch_size]
+        for offset in range(0, len(wanted), batch_size):
+            yield wanted[offset : offset + batch_size]
         position += len(wanted)
 
 
-def _shards(uri: str, *, num_images: int) -> list[tuple[int, int, str]]:
-    """(first, last, name) of the shards that hold images `0 .. num_images`, each adding some to those before it."""
+def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int, str]]:
+    """(first, last, name) of the shards that hold images `start .. num_images`, each adding some to those before it."""
     if not storage.exists(uri):
         raise FileNotFoundError(f"no samples folder at {uri}; run the sample step first")
     found = filter(None, (SHARD_NAME.fullmatch(name) for name in storage.list_names(uri)))
-    useful, position = [], 0
+    useful, position = [], start
     for first, last, name in sorted((int(match[1]), int(match[2]), match[0]) for match in found):
         if first <= position < min(last, num_images):
             useful.append((first, last, name))
             position = last
     if not useful:
-        raise ValueError(f"{uri} does not hold image 0; run the sample step first")
+        raise ValueError(f"{uri} does not hold image {start}; run the sample step first")
     if position < num_images:
         raise ValueError(
-            f"{uri} holds images 0 to {position - 1} without a gap, but {num_images} are to be evaluated; "
+            f"{uri} holds images {start} to {position - 1} without a gap, but {num_images} are to be evaluated; "
             "run the sample step again to make what is missing, or lower sampling.num_images"
         )
     return useful

@@ -26,8 +26,6 @@ from ncsn.tracking.run import step_run
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
 
-_CURVES = ("fid", "low", "high")
-
 
 @dataclass(frozen=True)
 class EvaluateResult:
@@ -55,7 +53,7 @@ class EvaluateResult:
     num_real_images: int
     gate: dict[str, Any]
     memorisation: dict[str, Any]
-    running: list[dict[str, float]]
+    running: list[dict[str, Any]]
     notes: list[str]
 
 
@@ -115,9 +113,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
                 on_score=lambda score: progress.say(str(score)),
             )
             tracked.log_metrics({**result.metrics, **result.real_metrics})
-            for score in result.running:
-                curve = {f"eval/running_{config.evaluation.extractor}_{name}": score[name] for name in _CURVES}
-                tracked.log_metrics(curve, step=int(score["num_images"]))
+            for point in result.running:
+                score = RunningScore(**point)
+                tracked.log_metrics(score.named("eval", extractor=config.evaluation.extractor), step=score.num_images)
             tracked.set_tags({"eval.fingerprint": result.fingerprint})
             tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
             tracked.log_file(result.uri)

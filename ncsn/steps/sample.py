@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.distributed.faults import Rehearsal, rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
-from ncsn.distributed.sample_shards import Shard, sample_missing, watch_levels
+from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, watch_levels
+from ncsn.evaluation.judge import obtain_judge
+from ncsn.evaluation.running import RunningScore, RunningScores
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.lease import Lease
@@ -25,7 +27,7 @@ from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import claim_run, once, run_folder
 from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import step_run
+from ncsn.tracking.run import StepRun, step_run
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -61,7 +63,13 @@ class SampleResult:
 
 
 def run(
-    config: Config, *, run: str, checkpoint: str, lease: str | None = None, inject: Sequence[str] = ()
+    config: Config,
+    *,
+    run: str,
+    checkpoint: str,
+    score: str | None = None,
+    lease: str | None = None,
+    inject: Sequence[str] = (),
 ) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
@@ -69,6 +77,7 @@ def run(
         config: The experiment; its sampling section decides how.
         run: Name of the run that keeps the samples.
         checkpoint: URI of the checkpoint to sample from.
+        score: URI of a data set. The Frechet distance so far to its training images is published while images are made.
         lease: URI of the launcher's heartbeat. When it stops, sampling ends; the shards that are done stay.
         inject: Faults to rehearse; see `ncsn.distributed.faults`.
 
@@ -98,7 +107,9 @@ def run(
             started = time.perf_counter()
             shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
             watched = _watched(progress, lease, faults)
-            made = sample_missing(shard, num_images=sampling.num_images, progress=watched)
+            scores = _Scores(config, score, progress) if score else None
+            looker = scores.looker if scores else None
+            made = sample_missing(shard, num_images=sampling.num_images, progress=watched, looker=looker)
             seconds = time.perf_counter() - started
             result = SampleResult(
                 uri=uri,
@@ -115,6 +126,8 @@ def run(
             origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
             tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
             tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
+            if scores is not None:
+                scores.log(tracked)
             for picture in (result.grid, result.strip, result.gif):
                 tracked.log_file(picture)
             return result
@@ -127,8 +140,52 @@ def run(
         outputs=lambda result: [result.uri, result.grid, result.strip, result.gif],
         unit="images",
         work=work,
-        elsewhere=elsewhere(config, folder, "sample", inputs={"checkpoint": checkpoint}, inject=inject),
+        elsewhere=elsewhere(
+            config,
+            folder,
+            "sample",
+            inputs={"checkpoint": checkpoint} | ({"score": score} if score else {}),
+            inject=inject,
+        ),
     )
+
+
+@dataclass
+class _Scores:
+    """Shows the running score while images are made, and keeps its points.
+
+    Attributes:
+        config: The experiment.
+        dataset: URI of the data set.
+        progress: Shows the latest beside the number of images.
+    """
+
+    config: Config
+    dataset: str
+    progress: ProgressFile
+    _points: list[RunningScore] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        reference = obtain_judge(self.config, self.dataset).reference
+        self._fingerprint = reference.fingerprint
+        self._running = RunningScores(reference.statistics, count=self.config.sampling.num_images)
+
+    @property
+    def looker(self) -> Looker:
+        """Hands over the features of finished images."""
+        return Looker(self.config, self.dataset, self._take)
+
+    def log(self, tracked: StepRun) -> None:
+        """Take the curve to MLflow."""
+        for point in self._points:
+            named = point.named("sample", extractor=self.config.evaluation.extractor)
+            tracked.log_metrics(named, step=point.num_images)
+        tracked.set_tags({"eval.fingerprint": self._fingerprint})
+
+    def _take(self, first: int, features: Features) -> None:
+        for score in self._running.add(first, features):
+            self._points.append(score)
+            self.progress.say(str(score))
 
 
 def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal) -> Callable[[int, int], None]:

@@ -281,6 +281,46 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
 
 
 @slow
+def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Path) -> None:
+    """What the search leaves in the store is trained and sampled there; the score comes back while images are made."""
+    from ncsn.tracking.connection import client_at
+
+    root = from_yaml(config.read_text()).storage.root
+    dataset = ingest.run(from_yaml(config.read_text()), run="sought").uri
+
+    def job(step: str, config_uri: str, run: str, *options: str) -> dict[str, Any]:
+        place = ("--address", jobs.nodes.dashboard, "--json")
+        done = jobs.ncsn(step, "--config", config_uri, "--run", run, *options, *place)
+        assert done.returncode == 0, done.stderr
+        assert re.search(rf"Ray job ncsn-{run}-{step}-[0-9a-f]{{8}}: SUCCEEDED", done.stderr), done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    search = "search={num_trials: 3, num_samples: 20, first_rung_images: 64, reduction_factor: 3}"
+    found = job("tune", str(config), "sought", "--set", search)
+    assert found["config"] == f"{root}/runs/sought/search/best.yaml"
+    assert [row["trial"] for row in found["trials"]] == [0, 1, 2]
+    assert found["objective"] <= found["baseline"]
+    trained = job("train", found["config"], "sought-best", "--dataset", dataset)
+    assert trained["images_seen"] == 160
+    best = from_yaml(storage.read_text(f"{trained['checkpoint']}/config.yaml"))
+    assert (best.noise.sigma_1, best.sampling.sampler.model_dump()) == (
+        found["values"]["noise.sigma_1"],
+        found["sampler"],
+    )
+    job("sample", found["config"], "sought-best", "--score", dataset)
+    progress = json.loads(storage.read_text(f"{root}/runs/sought-best/steps/sample/progress.json"))
+    assert re.fullmatch(r"FID \S+ \u00b1 \S+ \(95 %\) of 8", progress["note"])
+    client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
+    (experiment,) = client.search_experiments(filter_string="name = 'ncsn'")
+    runs = client.search_runs([experiment.experiment_id])
+    (sampled,) = [run for run in runs if "sample/running_classifier_fid" in run.data.metrics]
+    assert f"{sampled.data.metrics['sample/running_classifier_fid']:.4g}" == progress["note"].split()[1]
+    (tuned,) = [run for run in runs if run.data.tags.get("ncsn.step") == "tune"]
+    assert sum(run.data.tags.get("mlflow.parentRunId") == tuned.info.run_id for run in runs) == 3
+
+
+@slow
 def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
     launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
     assert "failed: the cluster has no command `ncsn`; install this package in the environment" in ended(launcher)

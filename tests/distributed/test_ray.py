@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from live_scores import live_scores
 from obstacle import Obstacle
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.report.stages import Stages
+from ncsn.steps.evaluate import evaluate
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -219,6 +222,27 @@ def test_only_missing_images_are_made(sample: Sample, tiny: str, tmp_path: Path)
     made, after = sample(tmp_path, config, batch=3)
     assert made == 4
     assert np.array_equal(before, after)
+
+
+def test_the_score_is_known_while_images_are_made(
+    cluster: Cluster, sample: Sample, trained: Path, tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    """With some shards there already, it is at every point that of an evaluation afterwards."""
+    overrides = ["evaluation.classifier_epochs=1", "sampling.num_images=300", "sampling.batch_size=20"]
+    config = from_yaml(tiny, overrides=overrides)
+    sample(tmp_path, config, batch=4)  # ten images
+    shard = Shard(
+        str(trained / "checkpoints/images-000000160"), config.sampling, str(tmp_path), 0, 20, 1, use_gpu=False
+    )
+    scores, there = cluster.driver(live_scores, config, dataset, shard)
+    assert [score.num_images for score in scores] == [256, 300]
+    assert there[0] < 300
+    folder = tmp_path / "evaluation"
+    after = evaluate(
+        config, samples=str(tmp_path), dataset=dataset, folder=str(folder), progress=lambda done, total: None
+    )
+    for score, point in zip(scores, after.running, strict=True):
+        assert asdict(score) == pytest.approx(point, rel=1e-5)
 
 
 def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: Path, tiny: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_uncertainty
-from ncsn.evaluation.running import NORMAL_95, RunningDistance, RunningScore, Spool, merged, score_marks
+from ncsn.evaluation.running import NORMAL_95, RunningDistance, RunningScore, RunningScores, Spool, merged, score_marks
 
 
 @pytest.fixture
@@ -66,6 +66,20 @@ def test_scores_are_due_at_twice_the_features_and_doubled() -> None:
     assert score_marks(256, num_features=128) == [256]
     assert score_marks(10, num_features=128) == [10]
     assert str(RunningScore(12_800, 35.123, 33.0, 37.2)) == "FID 35.12 \u00b1 2.1 (95 %) of 12,800"
+
+
+def test_scores_of_stretches_in_any_order_are_those_of_the_images_in_order(rng, reference) -> None:
+    """A score is due when its images are there without a gap, and takes none of those that came too early."""
+    features = rng.standard_normal((43, 4)) + 0.3
+    scores, due = RunningScores(reference, count=43), []
+    for first, last in ((30, 43), (3, 9), (0, 3), (9, 10), (12, 30), (10, 12)):
+        due.append(scores.add(first, features[first:last]))
+    assert [[score.num_images for score in found] for found in due] == [[], [], [8], [], [], [16, 32, 43]]
+    for score in (score for found in due for score in found):
+        alone = RunningDistance(reference)
+        alone.add(features[: score.num_images])
+        expected = alone.score()
+        assert (score.fid, score.high) == pytest.approx((expected.fid, expected.high), rel=1e-9)
 
 
 def test_a_spool_gives_back_what_was_seen_and_keeps_it_out_of_memory(tmp_path, rng, reference) -> None:

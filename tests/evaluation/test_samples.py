@@ -30,6 +30,9 @@ def test_overlapping_shards_give_each_image_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path, 20), IMAGES)
     np.testing.assert_array_equal(read(tmp_path, 7), IMAGES[:7])
     assert samples_shape(str(tmp_path), num_images=20) == (4, 4, 3)
+    for start, stop in [(2, 7), (5, 20), (9, 10)]:
+        part = np.concatenate(list(read_samples(str(tmp_path), start=start, num_images=stop, batch_size=3)))
+        np.testing.assert_array_equal(part, IMAGES[start:stop])
     batches = list(read_samples(str(tmp_path), num_images=20, batch_size=4))
     assert max(map(len, batches)) == 4
 
@@ -44,6 +47,8 @@ def test_gaps_and_missing_folders_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="but 6 are to be evaluated"):
         samples_shape(str(tmp_path), num_images=6)
     np.testing.assert_array_equal(read(tmp_path, 5), IMAGES[:5])
+    with pytest.raises(ValueError, match="does not hold image 6; run the sample step"):
+        list(read_samples(str(tmp_path), start=6, num_images=9, batch_size=3))
     with pytest.raises(FileNotFoundError, match="no samples folder at"):
         read(tmp_path / "nowhere", 5)
 

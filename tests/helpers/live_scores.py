@@ -1,0 +1,31 @@
+"""Running scores in the process of a Ray driver."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ncsn.config import Config
+from ncsn.distributed.sample_shards import Looker, Shard, sample_missing
+from ncsn.evaluation.judge import judge_of
+from ncsn.evaluation.running import RunningScore, RunningScores
+
+
+def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:
+    """The running scores of the images of a config, and how many images were there when each was due."""
+    count = config.sampling.num_images
+    running = RunningScores(judge_of(config, dataset).reference.statistics, count=count)
+    scores: list[RunningScore] = []
+    there: list[int] = []
+    latest = 0
+
+    def take(first: int, features: np.ndarray) -> None:
+        due = running.add(first, features)
+        scores.extend(due)
+        there.extend(latest for _ in due)
+
+    def progress(done: int, _total: int) -> None:
+        nonlocal latest
+        latest = done
+
+    sample_missing(shard, num_images=count, progress=progress, looker=Looker(config, dataset, take))
+    return scores, there
