@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
-from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig, SamplerConfig
+from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig, SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import keyed_permutation
@@ -162,7 +162,7 @@ def inpainting(subject: Subject) -> Inpainted:
     originals = subject.test_images(INPAINTED)
     height, width = originals.shape[1:3]
     known = np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
-    sampling = _annealed(subject)
+    sampling = inpainting_chain(subject.sampling, subject.sigmas)
     completions = complete(
         subject.trained, originals.repeat(COMPLETIONS, axis=0), known, sampling=sampling, device=subject.device
     ).reshape(len(originals), COMPLETIONS, *originals.shape[1:])
@@ -177,15 +177,22 @@ def inpainting(subject: Subject) -> Inpainted:
     return Inpainted(originals, known, completions, facts)
 
 
-def _annealed(subject: Subject) -> SamplingConfig:
-    """The run's sampling, or annealed Langevin dynamics with NCSNv2's step size where its sampler is another."""
-    if isinstance(subject.sampling.sampler, AnnealedLangevinConfig):
-        return subject.sampling
-    sigmas = subject.sigmas
-    ratio = float((sigmas[0] / sigmas[-1]) ** (1 / max(len(sigmas) - 1, 1)))
-    epsilon = best_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
-    sampler = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=INPAINTING_STEPS, epsilon=epsilon)
-    return subject.sampling.model_copy(update={"sampler": sampler})
+def inpainting_chain(sampling: SamplingConfig, sigmas: Tensor) -> SamplingConfig:
+    """The sampling itself where inpainting extends its sampler; else with annealed Langevin dynamics.
+
+    Its step size is NCSNv2's for the levels, or, of one level alone, that of the plain Langevin dynamics there.
+    """
+    chosen = sampling.sampler
+    if isinstance(chosen, AnnealedLangevinConfig):
+        return sampling
+    if isinstance(chosen, LangevinConfig) and len(sigmas) == 1:
+        steps, epsilon = chosen.num_steps, chosen.step_size
+    else:
+        ratio = float((sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)))
+        steps = INPAINTING_STEPS
+        epsilon = best_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=steps)
+    sampler = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=steps, epsilon=epsilon)
+    return sampling.model_copy(update={"sampler": sampler})
 
 
 def interpolations(subject: Subject) -> Images:
@@ -283,9 +290,10 @@ def _points(
 
 
 def _samplers(subject: Subject, nfe: Sequence[int]) -> Iterator[SamplerConfig]:
-    """The run's sampler and the probability flow with the lengths nearest to the wanted ones, none twice."""
+    """The run's sampler and, between several levels, the probability flow, of the nearest lengths and none twice."""
     num_levels, seen = len(subject.sigmas), set()
-    for sampler in (subject.sampling.sampler, ProbabilityFlowConfig(kind="probability_flow")):
+    compared = (subject.sampling.sampler, ProbabilityFlowConfig(kind="probability_flow"))
+    for sampler in compared if num_levels > 1 else compared[:1]:
         for wanted in sorted(set(nfe)):
             near = nearest_evaluations(sampler, nfe=wanted, num_levels=num_levels)
             key = near.kind, evaluations_per_image(near, num_levels=num_levels)

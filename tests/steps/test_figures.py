@@ -16,6 +16,8 @@ from threadpoolctl import threadpool_limits
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.data.cache import open_cache
 from ncsn.data.parquet import write_dataset
 from ncsn.data.row import Images, to_table
@@ -24,6 +26,7 @@ from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.history import load_history
 from ncsn.steps import figures as step
+from ncsn.steps.figure_numbers import inpainting_chain
 from ncsn.steps.result import claim_run
 
 EXPERIMENT = """
@@ -126,6 +129,26 @@ def test_levels_begin_with_the_start_and_visit_all(numbers) -> None:
 def test_completions_differ_and_miss_the_original(numbers) -> None:
     assert 0 < numbers["inpainting"]["spread_between_completions"] < 1
     assert 0 < numbers["inpainting"]["rmse"] < 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_levels", "steps", "epsilon"),
+    [
+        ({"kind": "annealed_langevin", "steps_per_level": 7, "epsilon": 3e-5}, 10, 7, 3e-5),
+        ({"kind": "probability_flow"}, 10, 10, None),
+        ({"kind": "langevin", "num_steps": 40}, 10, 10, None),
+        ({"kind": "langevin", "num_steps": 40, "step_size": 6e-5}, 1, 40, 6e-5),
+    ],
+)
+def test_inpainting_goes_through_the_levels_that_there_are(
+    sampler: dict[str, object], num_levels: int, steps: int, epsilon: float | None
+) -> None:
+    sigmas = geometric_sigmas(1.0 if num_levels > 1 else 0.01, 0.01, num_levels)
+    sampling = SamplingConfig.model_validate({"sampler": sampler, "seed": 5})
+    chain = inpainting_chain(sampling, sigmas)
+    best = best_epsilon(sigma_L=0.01, ratio=1.6681, steps_per_level=10)
+    assert chain.sampler.steps_per_level == steps and chain.seed == 5
+    assert chain.sampler.epsilon == pytest.approx(epsilon or best, rel=1e-3)
 
 
 def test_interpolations_differ_at_each_step(numbers) -> None:

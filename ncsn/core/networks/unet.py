@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ncsn.core.networks.blocks import check_levels
+
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # says large from small, the highest tells levels that differ by a few percent.
 LOWEST_FREQUENCY = 0.5
@@ -239,7 +241,11 @@ class UnetNetwork(nn.Module):
 
         Returns:
             [B, C, H, W] score, in 1 / pixel units, float32 also under autocast.
+
+        Raises:
+            ValueError: A level is out of range.
         """
+        check_levels(level, batch=len(x), num_levels=len(self.sigmas))
         return self.score_at(x, self.sigmas[level])
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ def test_level_is_the_index_into_the_schedule() -> None:
     assert not torch.allclose(network._raw(x, SIGMAS[level].log() / 4), network._raw(x, SIGMAS[level + 1].log() / 4))
 
 
+@pytest.mark.parametrize("wrong", [-1, len(SIGMAS)])
+def test_levels_out_of_range_are_refused(wrong: int) -> None:
+    x, level = random_batch()
+    level[2] = wrong
+    with pytest.raises(ValueError, match=rf"levels run from 0 .* to {len(SIGMAS) - 1}, got "):
+        make_network()(x, level)
+
+
 def test_schedule_travels_with_the_weights() -> None:
     network = make_network()
     other = make_network(sigmas=SIGMAS.flip(0))
