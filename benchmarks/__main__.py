@@ -3,8 +3,9 @@
     python -m benchmarks [PART ...] [--out benchmarks.json]
     python -m benchmarks --gpu [--out gpu.json]
 
-Parts: training, evaluation, data, ingest, ray, commands. `--gpu` needs a GPU and only torch, numpy and the
-repository. The samplers' rows are benchmarks.samplers' own, which takes hours.
+Parts: training, evaluation, data, ingest, commands, sampling, ray, checkpoint, growth, unet. `unet` runs only where it
+is named, because it needs diffusers, which nothing else does. `--gpu` needs a GPU and only torch, numpy and the
+repository. The JSON file is written anew after each part, so that what ends early leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ PARTS = {
     "evaluation": "benchmarks.evaluation",
     "data": "benchmarks.data",
     "ingest": "benchmarks.ingest",
-    "ray": "benchmarks.ray_workers",
     "commands": "benchmarks.commands",
+    "sampling": "benchmarks.sampling",
+    "ray": "benchmarks.ray_workers",
+    "checkpoint": "benchmarks.checkpoint_pause",
+    "growth": "benchmarks.growth",
+    "unet": "benchmarks.unet",
 }
+ON_REQUEST = ("unet",)
 
 
 def main() -> None:
@@ -38,7 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; all but {', '.join(ON_REQUEST)} if none is named",
+    )
     parser.add_argument("--gpu", action="store_true", help="the GPU's rows instead")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -55,16 +66,18 @@ def main() -> None:
                 f"{time.perf_counter() - began:5.0f} s  {row.part}: {row.measure}: {row.value:.3g} {row.unit}",
                 flush=True,
             )
+        if options.out:
+            seconds = round(time.perf_counter() - began)
+            found = {"machine": _machine(), "seconds": seconds, "rows": [row.to_json() for row in rows]}
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
-    if options.out:
-        found = {"machine": _machine(), "seconds": time.perf_counter() - began, "rows": [row.to_json() for row in rows]}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _measures(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
+    all_but_on_request = [part for part in PARTS if part not in ON_REQUEST]
     if options.gpu:
         return [importlib.import_module("benchmarks.gpu").rows]
-    return [importlib.import_module(PARTS[part]).rows for part in options.parts or PARTS]
+    return [importlib.import_module(PARTS[part]).rows for part in options.parts or all_but_on_request]
 
 
 def _machine() -> dict[str, Any]:

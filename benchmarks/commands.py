@@ -5,41 +5,35 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
+from benchmarks.digits_run import NCSN, RUN, digits_run, seconds_of
 from benchmarks.measure import Row
-
-CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
-NCSN = [sys.executable, "-m", "ncsn"]
+from ncsn.tracking.history import metric_history
 
 
 def rows(*, rounds: int = 3) -> list[Row]:
-    """`ncsn --help`; the digits' whole pipeline; 64 digits from its checkpoint."""
-    with tempfile.TemporaryDirectory() as store:
-        options = ["--config", str(CONFIG), "--set", f"storage.root={store}", "--run", "bench"]
-        whole = _seconds([*NCSN, "run", *options])
-        work = {step: _arithmetic(store, step) for step in ("train", "sample", "evaluate")}
-        sample = ["--set", "sampling.num_images=64"]
-        sampling = [
-            _seconds([*NCSN, "sample", *options, *sample, "--set", f"sampling.seed={1 + n}"]) for n in range(rounds)
-        ]
+    """`ncsn --help`; the digits' whole pipeline; 64 digits from its checkpoint; what `ncsn plan` says of memory."""
+    run = digits_run()
+    work = {step: _arithmetic(step) for step in ("train", "sample", "evaluate")}
+    few = ["--set", "sampling.num_images=64"]
+    sampling = [
+        seconds_of([*NCSN, "sample", *run.options, *few, "--set", f"sampling.seed={1 + n}"]) for n in range(rounds)
+    ]
     return [
         Row(
             "pipeline",
             "`ncsn run` on the digits outside training, sampling and evaluation arithmetic",
-            whole - sum(work.values()),
+            run.seconds - sum(work.values()),
             unit="s",
             target=30,
             higher_is_better=False,
-            detail=f"{whole:.0f} s in all, " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in work.items()),
+            detail=f"{run.seconds:.0f} s in all, "
+            + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in work.items()),
         ),
         Row(
             "command line",
             "`ncsn --help`",
-            statistics.median(_seconds([*NCSN, "--help"]) for _ in range(rounds)),
+            statistics.median(seconds_of([*NCSN, "--help"]) for _ in range(rounds)),
             unit="s",
             target=1,
             higher_is_better=False,
@@ -52,19 +46,29 @@ def rows(*, rounds: int = 3) -> list[Row]:
             target=8,
             higher_is_better=False,
         ),
+        _memory(),
     ]
 
 
-def _seconds(command: list[str]) -> float:
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
+def _memory() -> Row:
+    """What a training worker took at most over what `ncsn plan` says before."""
+    run = digits_run()
+    plan = subprocess.run([*NCSN, "plan", *run.options, "--json"], check=True, capture_output=True, text=True)
+    planned = 1000 * json.loads(plan.stdout)["memory"]["worker_gb"]
+    taken = max(
+        value for _, value in metric_history(run.config, run=RUN, step="train", name="system/worker_memory_megabytes")
+    )
+    return Row(
+        "growth",
+        "memory of a training worker on the digits over the estimate of `ncsn plan`",
+        taken / planned,
+        detail=f"{taken:,.0f} and {planned:,.0f} MB",
+    )
 
 
-def _arithmetic(store: str, step: str) -> float:
+def _arithmetic(step: str) -> float:
     """Seconds that a step computed, of the whole step where it does not tell."""
-    (path,) = Path(store).glob(f"runs/bench/steps/{step}/result.json")
-    found = json.loads(path.read_text())
+    found = digits_run().step(step)
     return float(found["result"].get("seconds", found["seconds"]))
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
@@ -18,11 +19,10 @@ from ncsn.distributed.local_cluster import ray_cluster
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 
-CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
-IMAGES = 24_000
+IMAGES = 9_600
 
 
-def rows(*, rounds: int = 3) -> list[Row]:
+def rows(*, rounds: int = 2) -> list[Row]:
     """One worker over no Ray, and two workers over one, on the digits; a worker has one thread."""
     with tempfile.TemporaryDirectory() as folder:
         config = _config(folder, workers=1)
@@ -63,14 +63,15 @@ def _without(folder: str, dataset: str, run: str) -> float:
 
 
 def _with_one(folder: str, dataset: str, run: str) -> float:
-    return _on_ray(_config(folder, workers=1), dataset, f"{folder}/{run}")
+    return train_on_ray(_config(folder, workers=1), dataset, f"{folder}/{run}")
 
 
 def _with_two(folder: str, dataset: str, run: str) -> float:
-    return _on_ray(_config(folder, workers=2), dataset, f"{folder}/{run}")
+    return train_on_ray(_config(folder, workers=2), dataset, f"{folder}/{run}")
 
 
-def _on_ray(config: Config, dataset: str, run_uri: str) -> float:
+def train_on_ray(config: Config, dataset: str, run_uri: str) -> float:
+    """Images per second of a training on a Ray cluster of its own."""
     with ray_cluster(config):
         return trainer.train(TrainingJob(config=config, dataset=dataset), run_uri=run_uri).images_per_second
 

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -69,9 +68,10 @@ def main() -> None:
     """Make the images, measure them, print the table and write it as JSON."""
     options = _options()
     checkpoint = load_for_sampling(options.checkpoint)
-    settings = list(_settings(options, checkpoint))
-    _make_images(options, settings)
-    rows = _measure(options, checkpoint, settings)
+    entries = yaml.safe_load(options.settings.read_text())
+    settings = settings_of(entries, checkpoint, num_images=options.num_images, work=options.work)
+    make_images(options.checkpoint, settings, processes=options.processes)
+    rows = measured(options.dataset, checkpoint, settings, num_images=options.num_images)
     print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | images |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
@@ -95,24 +95,30 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(options: argparse.Namespace, checkpoint: SamplingCheckpoint) -> Iterator[Setting]:
-    for entry in yaml.safe_load(options.settings.read_text()):
+def settings_of(
+    entries: list[dict[str, Any]], checkpoint: SamplingCheckpoint, *, num_images: int, work: Path
+) -> list[Setting]:
+    """The entries of a settings file."""
+    settings = []
+    for entry in entries:
         sampling = SamplingConfig.model_validate(
-            {"num_images": options.num_images, "batch_size": BATCH} | {k: v for k, v in entry.items() if k != "name"}
+            {"num_images": num_images, "batch_size": BATCH} | {k: v for k, v in entry.items() if k != "name"}
         )
         key = sampling.model_dump_json(include={"sampler", "seed", "precision"}) + checkpoint.digest
-        yield Setting(entry["name"], sampling, options.work / hashlib.sha256(key.encode()).hexdigest()[:16])
+        settings.append(Setting(entry["name"], sampling, work / hashlib.sha256(key.encode()).hexdigest()[:16]))
+    return settings
 
 
-def _make_images(options: argparse.Namespace, settings: list[Setting]) -> None:
+def make_images(checkpoint: str, settings: list[Setting], *, processes: int) -> None:
+    """Make the images that are missing, in processes of one thread each."""
     tasks = [
         (setting, first, min(BATCH, setting.sampling.num_images - first))
         for setting in settings
         for first in range(0, setting.sampling.num_images, BATCH)
         if not (setting.folder / f"{first:06d}.npz").exists()
     ]
-    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_make_batch, options.checkpoint, *task) for task in tasks]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_make_batch, checkpoint, *task) for task in tasks]
         for count, future in enumerate(as_completed(futures), start=1):
             future.result()
             if count % 20 == 0 or count == len(tasks):
@@ -137,9 +143,10 @@ def _load(uri: str) -> SamplingCheckpoint:
     return load_for_sampling(uri)
 
 
-def _measure(options: argparse.Namespace, checkpoint: SamplingCheckpoint, settings: list[Setting]) -> list[Row]:
-    manifest = load_manifest(options.dataset)
-    train, test = open_cache(options.dataset, "train"), open_cache(options.dataset, "test")
+def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
+    """Quality and speed of the images made, and the quality of as many real test images."""
+    manifest = load_manifest(dataset)
+    train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
     recipe = ClassifierRecipe(
         image_size=manifest.image_size,
         channels=manifest.channels,
@@ -147,10 +154,8 @@ def _measure(options: argparse.Namespace, checkpoint: SamplingCheckpoint, settin
         epochs=checkpoint.config.evaluation.classifier_epochs,
         seed=0,
     )
-    extractor = obtain_classifier(options.dataset, recipe, train=train, test=test).extractor
-    reference = obtain_reference(
-        options.dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train"
-    )
+    extractor = obtain_classifier(dataset, recipe, train=train, test=test).extractor
+    reference = obtain_reference(dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train")
 
     def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
         extracted = extract_all(extractor, iter(images))
@@ -170,7 +175,7 @@ def _measure(options: argparse.Namespace, checkpoint: SamplingCheckpoint, settin
         for setting in settings
         for images, seconds in [_kept(setting)]
     ]
-    real = test.images[: options.num_images]
+    real = test.images[:num_images]
     batches = [real[first : first + BATCH] for first in range(0, len(real), BATCH)]
     return [*rows, row("real test images", batches, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
 

@@ -92,23 +92,40 @@ def folder_name(images_seen: int) -> str:
     return f"images-{images_seen:09d}"
 
 
-def save(
-    folder: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory, which training no longer changes.
+
+    Attributes:
+        tensors: File -> its tensors, on the CPU.
+        texts: File -> its text.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    texts: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write the complete checkpoint into the existing, empty `folder`."""
+        for name, tensors in self.tensors.items():
+            save_file(dict(tensors), folder / name)
+        for name, text in self.texts.items():
+            (folder / name).write_text(text)
+        index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def snapshot(
     *,
     config: Config,
     state: TrainState,
     moments: DataMoments,
     dataset_digest: str,
     curves: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a complete checkpoint into the existing, empty `folder`.
+) -> Snapshot:
+    """Copy what a checkpoint consists of, so that training can go on while it is written.
 
     `curves` is what has been measured and not reported, as JSON values.
     """
-    save_file(_plain(state.network.state_dict()), folder / "weights.safetensors")
-    save_file(_plain(state.ema.weights), folder / "ema.safetensors")
-    save_moments(moments, folder / "moments.safetensors")
-    save_file(_optimizer_tensors(state.network, state.optimizer), folder / "optimizer.safetensors")
     facts: dict[str, Any] = {
         "images_seen": state.images_seen,
         "ema_updates": state.ema.num_updates,
@@ -118,10 +135,18 @@ def save(
         facts["loss_scale"] = state.scaler.state_dict()
     if curves is not None:
         facts["curves"] = curves
-    (folder / "state.json").write_text(json.dumps(facts))
-    (folder / "config.yaml").write_text(to_yaml(config))
-    index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    tensors = {
+        "weights.safetensors": _copies(state.network.state_dict()),
+        "ema.safetensors": _copies(state.ema.weights),
+        "moments.safetensors": _moment_tensors(moments),
+        "optimizer.safetensors": _copies(_optimizer_tensors(state.network, state.optimizer)),
+    }
+    return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
+
+
+def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoments, dataset_digest: str) -> None:
+    """Write a complete checkpoint into the existing, empty `folder`."""
+    snapshot(config=config, state=state, moments=moments, dataset_digest=dataset_digest).write(folder)
 
 
 def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
@@ -213,7 +238,7 @@ def save_trained(trained: TrainedNetwork, folder: Path) -> None:
 
 def save_moments(moments: DataMoments, path: Path) -> None:
     """Write the moments as safetensors."""
-    save_file({name: torch.as_tensor(value).contiguous() for name, value in vars(moments).items()}, path)
+    save_file(_moment_tensors(moments), path)
 
 
 def load_moments(path: Path) -> DataMoments:
@@ -301,7 +326,7 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin:
 
 def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": value
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -319,6 +344,16 @@ def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensor
 def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
     """The moment with its numbers in the parameter's order in memory: fused Adam goes through both side by side."""
     return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
+
+
+def _moment_tensors(moments: DataMoments) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value).contiguous() for name, value in vars(moments).items()}
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()
+    }
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

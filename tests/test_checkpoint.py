@@ -69,6 +69,23 @@ def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
         assert all(torch.equal(old[index][key], new[index][key]) for key in old[index])
 
 
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(config: Config, tmp_path: Path) -> None:
+    state, folders = trained(config), (tmp_path / "at once", tmp_path / "later")
+    for folder in folders:
+        folder.mkdir()
+    snapshot = checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    snapshot.write(folders[0])
+    with torch.no_grad():
+        for tensor in (*state.network.state_dict().values(), *state.ema.weights.values()):
+            tensor.add_(1)
+        for moments in state.optimizer.state.values():
+            for moment in moments.values():
+                moment.add_(1)
+    snapshot.write(folders[1])
+    for name in (*checkpoint.FILES, checkpoint.INDEX):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
 def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: Path) -> None:
     loaded = checkpoint.load_for_sampling(str(saved))
     assert loaded.config == config and loaded.images_seen == 32 and len(loaded.digest) == 16

@@ -7,7 +7,7 @@ the same to the last bit, and a lost task is started again and resumes from the 
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -38,15 +38,12 @@ class StoreContext(LocalContext):
             delete=lambda name: storage.delete_folder(storage.join(self.uri, name)),
         )
 
-    def new_folder(self) -> Path:
-        """A folder from which publishing is a move, if the store is a disk."""
-        return storage.new_scratch(self.uri)
-
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
-        """Publish the folder; one that a lost attempt has published already stays, for it is the same."""
-        assert folder is not None
-        storage.publish_folder(folder, storage.join(self.uri, name), marker=checkpoint.INDEX)
-        shutil.rmtree(folder, ignore_errors=True)
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
+        """Write and publish; one that a lost attempt has published already stays, for it is the same."""
+        assert write is not None
+        with storage.scratch_folder(self.uri) as folder:
+            write(folder)
+            storage.publish_folder(folder, storage.join(self.uri, name), marker=checkpoint.INDEX)
 
     def _marker(self, name: str) -> str:
         return storage.join(self.uri, name, checkpoint.INDEX)

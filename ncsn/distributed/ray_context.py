@@ -10,7 +10,7 @@ import inspect
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,31 +94,37 @@ class RayContext(WorkerContext):
         with latest.as_directory() as folder:
             yield Path(folder)
 
-    def new_folder(self) -> Path:
-        """A folder from which publishing is a move, if the store is a disk."""
-        return storage.new_scratch(self.uri)
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
+        """Begin to write and store; Ray Train registers the checkpoint once it is complete.
 
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
-        """Begin to store the folder; Ray Train registers the checkpoint once it is complete.
-
-        Waits if the checkpoint before is still on its way, so that a slow store does not fill this machine's disk.
+        Waits if the checkpoint before is still on its way, so that a slow store does not fill this machine's memory.
         """
         with self._storing:
             pass
+        # A folder from which publishing is a move, if the store is a disk.
+        folder = storage.new_scratch(self.uri) if write is not None else None
+
+        def store(local: ray.train.Checkpoint, stored_as: str) -> ray.train.Checkpoint:
+            assert write is not None
+            return self._store(write, Path(local.path), stored_as, loss=loss)
+
         ray.train.report(
             {} if loss is None else {"loss": loss},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,  # `_store` does
-            checkpoint_upload_fn=lambda local, stored_as: self._store(Path(local.path), stored_as, loss=loss),
+            checkpoint_upload_fn=store,
         )
 
-    def _store(self, folder: Path, name: str, *, loss: float | None) -> ray.train.Checkpoint:
+    def _store(
+        self, write: Callable[[Path], None], folder: Path, name: str, *, loss: float | None
+    ) -> ray.train.Checkpoint:
         """Publish; what a lost attempt has published, and Ray Train not registered, is replaced by the same."""
         target = storage.join(self.uri, name)
         with self._storing:
             try:
+                write(folder)
                 storage.publish_folder(folder, target, marker=checkpoint.INDEX, replace=True)
                 if self._best is not None and loss is not None:
                     self._best.offer(Path(target) if storage.is_local(target) else folder, name=name, loss=loss)

@@ -58,17 +58,13 @@ class WorkerContext(ABC):
         """Context manager: local folder of the checkpoint to resume from, or None."""
 
     @abstractmethod
-    def new_folder(self) -> Path:
-        """An empty local folder, to be filled and given to `publish`."""
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
+        """Make what rank 0 writes the latest checkpoint under `name`, now or soon, but before the worker returns.
 
-    @abstractmethod
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
-        """Make rank 0's `folder` the latest checkpoint under `name`, now or soon, but before the worker returns.
-
-        A barrier. The folder is the context's from here on. Other ranks pass None.
+        A barrier. Other ranks pass None.
 
         Args:
-            folder: A complete checkpoint from `new_folder`.
+            write: Writes a complete checkpoint into an empty local folder, from any thread.
             name: Name of the checkpoint.
             loss: Loss since the checkpoint before, the same on each rank; None keeps it out of the choice of the best.
         """
@@ -126,11 +122,9 @@ class LocalContext(WorkerContext):
             delete=lambda name: shutil.rmtree(self.checkpoints / name),
         )
 
-    def new_folder(self) -> Path:
-        """A folder beside the checkpoints."""
-        return storage.new_scratch(str(self.checkpoints))
-
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
-        """Rename the folder into place."""
-        assert folder is not None
-        folder.rename(self.checkpoints / name)
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:  # noqa: ARG002
+        """Write beside the checkpoints, and rename into place."""
+        assert write is not None
+        with storage.scratch_folder(str(self.checkpoints)) as folder:
+            write(folder)
+            folder.rename(self.checkpoints / name)

@@ -7,7 +7,6 @@ order), so the images of a global batch, their levels and their noise do not dep
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +98,7 @@ class TrainOutcome:
         seconds: Duration of this call.
         checkpoint: Name of the last checkpoint folder.
         notes: What a person should know.
+        pauses: Seconds that training stood still for each checkpoint on this worker.
     """
 
     images_seen: int
@@ -107,6 +107,7 @@ class TrainOutcome:
     seconds: float
     checkpoint: str
     notes: tuple[str, ...] = ()
+    pauses: tuple[float, ...] = ()
 
 
 class Training:
@@ -116,7 +117,8 @@ class Training:
         self.job, self.config, self.context = job, job.config, context
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.objective = build.objective(self.config)
-        self.curves, self.saved = Curves(self.config.levels.num_levels, context), ""
+        self.curves = Curves(self.config.levels.num_levels, context)
+        self.saved, self.pauses = "", list[float]()
         with context.mistakes_shared():  # a full disk, say, may stand in the way on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
             self.dataset_digest = load_manifest(job.dataset).digest
@@ -210,9 +212,11 @@ class Training:
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
+        began = time.perf_counter()
         if self.context.rank == 0 and self.job.sink:
             send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
         self._publish(loss=self.curves.take_checkpoint_loss())
+        self.pauses.append(time.perf_counter() - began)
 
     def save_in_time(self) -> None:
         """Publish a checkpoint, once, if a machine is about to be taken away. A collective call.
@@ -227,30 +231,28 @@ class Training:
             self._publish(loss=None, curves=curves)
 
     def _publish(self, *, loss: float | None, curves: dict[str, Any] | None = None) -> None:
-        self.saved, folder = checkpoint.folder_name(self.state.images_seen), None
+        self.saved, write = checkpoint.folder_name(self.state.images_seen), None
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
-            folder = self._written(curves)
-        self.context.publish(folder, name=self.saved, loss=loss)
+            write = self._writer(curves)
+        self.context.publish(write, name=self.saved, loss=loss)
 
-    def _written(self, curves: dict[str, Any] | None) -> Path:
-        """A checkpoint of the state in a folder of the context's."""
-        folder = self.context.new_folder()
-        try:
+    def _writer(self, curves: dict[str, Any] | None) -> Callable[[Path], None]:
+        """What writes the present state into a folder, now or when training has gone on."""
+        snapshot = checkpoint.snapshot(
+            config=self.config,
+            state=self.state,
+            moments=self.moments,
+            dataset_digest=self.dataset_digest,
+            curves=curves,
+        )
+
+        def write(folder: Path) -> None:
             self.job.rehearsal.fill_disk(folder)
-            checkpoint.save(
-                folder,
-                config=self.config,
-                state=self.state,
-                moments=self.moments,
-                dataset_digest=self.dataset_digest,
-                curves=curves,
-            )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return folder
+            snapshot.write(folder)
+
+        return write
 
 
 def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
@@ -292,6 +294,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
         images_per_second=(training.state.images_seen - first) / max(seconds, 1e-9),
         seconds=seconds,
         checkpoint=training.saved,
+        pauses=tuple(training.pauses),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, 
     whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
 
     class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
-            super().publish(folder, name=name, loss=loss)
+        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+            super().publish(write, name=name, loss=loss)
             raise KeyboardInterrupt
 
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])

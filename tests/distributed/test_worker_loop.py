@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +64,8 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
         pass
 
     class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
-            super().publish(folder, name=name, loss=loss)
+        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+            super().publish(write, name=name, loss=loss)
             raise Killed
 
     job = TrainingJob(config=halves, dataset=dataset, sink=sink)
@@ -255,10 +256,10 @@ def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str
         return load_history(uri)
 
     class DiesBeforeSecondCheckpoint(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
+        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
             if name > "images-000000080":
                 raise KeyboardInterrupt
-            super().publish(folder, name=name, loss=loss)
+            super().publish(write, name=name, loss=loss)
 
     whole = history(tmp_path / "whole", LocalContext(tmp_path / "whole"))
     assert whole.images_seen == [32, 64, 80, 96, 128, 160]
@@ -275,8 +276,8 @@ def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str,
     config = from_yaml(tiny, overrides=["optimizer.grad_clip_norm=null"])
 
     class Poisoned(LocalContext):
-        def publish(self, folder: Path | None, *, name: str, loss: float) -> None:
-            super().publish(folder, name=name, loss=loss)
+        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+            super().publish(write, name=name, loss=loss)
             for parameter in self.network.parameters():
                 parameter.data.fill_(float("nan"))
 
@@ -305,8 +306,8 @@ class Warned(LocalContext):
     def preempted(self) -> bool:
         return True
 
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
-        super().publish(folder, name=name, loss=loss)
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
+        super().publish(write, name=name, loss=loss)
         if loss is None:
             raise KeyboardInterrupt
 

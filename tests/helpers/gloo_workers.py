@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,12 +33,9 @@ class GlooContext(RayContext):
         with self._local.latest_checkpoint() as folder:
             yield folder
 
-    def new_folder(self) -> Path:
-        return self._local.new_folder()
-
-    def publish(self, folder: Path | None, *, name: str, loss: float | None) -> None:
-        if folder is not None:
-            self._local.publish(folder, name=name, loss=loss)
+    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
+        if write is not None:
+            self._local.publish(write, name=name, loss=loss)
 
 
 class TornCopy(GlooContext):

@@ -1,0 +1,64 @@
+"""How long training stands still for a checkpoint of a network of 30 million parameters on S3."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import boto3
+
+from benchmarks.digits_run import CONFIG
+from benchmarks.measure import Row
+from ncsn import build
+from ncsn.config import from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed import trainer
+from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.worker_loop import TrainingJob
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+from s3_server import running_s3_server
+
+BUCKET, BATCH, STEPS, CHECKPOINTS = "ncsn-bench", 4, 12, 4
+"""Steps between two checkpoints: enough for the one before to reach the store."""
+
+
+def rows() -> list[Row]:
+    """The paper's network for CIFAR-10 on the digits, whose small images make its steps short, trained on Ray."""
+    overrides = [
+        *('network={"kind": "ncsn", "num_features": 128}', "train.precision=bfloat16", "tracking.preview_images=0"),
+        *(f"train.batch_size={BATCH}", f"train.num_images={BATCH * STEPS * CHECKPOINTS}"),
+        *(f"train.checkpoint_every_images={BATCH * STEPS}", f"train.report_every_images={BATCH * STEPS}"),
+        *("compute.num_workers=1", "compute.cpus_per_worker=2", "train.keep_checkpoints=1"),
+        f"storage.root=s3://{BUCKET}",
+    ]
+    config = from_yaml(CONFIG.read_text(), overrides=overrides)
+    parameters = sum(parameter.numel() for parameter in build.network(config).parameters())
+    with tempfile.TemporaryDirectory() as folder, running_s3_server() as server:
+        os.environ.update(server.environment)
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        dataset = write_dataset(open_source(config.data), folder, name="digits", data=config.data).uri
+        with ray_cluster(config):
+            outcome = trainer.train(TrainingJob(config=config, dataset=dataset), run_uri=f"s3://{BUCKET}/runs/bench")
+    pauses = outcome.pauses[1:]  # the first one measures the training images as well
+    return [
+        Row(
+            "checkpoint",
+            f"training stands still for a checkpoint of {parameters / 1e6:.0f} million parameters on S3",
+            statistics.median(pauses),
+            unit="s",
+            target=0.2,
+            higher_is_better=False,
+            detail=f"{', '.join(f'{pause:.2f}' for pause in pauses)} s; {outcome.seconds / STEPS / CHECKPOINTS:.2f} s "
+            "a step with them",
+        )
+    ]
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row, flush=True)

@@ -1,0 +1,70 @@
+"""One run of the digits' pipeline for all parts that look at it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ncsn.config import Config, from_yaml
+
+CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+NCSN = [sys.executable, "-m", "ncsn"]
+RUN = "bench"
+
+
+@dataclass(frozen=True)
+class DigitsRun:
+    """A finished `ncsn run` on the digits.
+
+    Attributes:
+        store: Its store, gone when this process ends.
+        seconds: What it took.
+    """
+
+    store: str
+    seconds: float
+
+    @property
+    def options(self) -> list[str]:
+        """The options of a command that looks at the run."""
+        return ["--config", str(CONFIG), "--set", f"storage.root={self.store}", "--run", RUN]
+
+    @property
+    def config(self) -> Config:
+        """Its config."""
+        return from_yaml(CONFIG.read_text(), overrides=[f"storage.root={self.store}"])
+
+    def step(self, name: str) -> dict[str, Any]:
+        """The record of a step: `result`, `seconds`."""
+        found: dict[str, Any] = json.loads(Path(self.store, "runs", RUN, "steps", name, "result.json").read_text())
+        return found
+
+
+@functools.cache
+def digits_run() -> DigitsRun:
+    """The run, made when it is first asked for."""
+    folder = tempfile.TemporaryDirectory(prefix="ncsn-bench-")
+    atexit.register(folder.cleanup)
+    seconds = seconds_of([*NCSN, "run", *DigitsRun(folder.name, 0.0).options])
+    return DigitsRun(folder.name, seconds)
+
+
+def seconds_of(command: list[str]) -> float:
+    """Seconds from the start to the end of a process.
+
+    Raises:
+        RuntimeError: with what it said, if it fails.
+    """
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - began

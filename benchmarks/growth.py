@@ -1,0 +1,140 @@
+"""How cost grows: training with the workers, the batch and the image size; sampling with the number of images."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.digits_run import CONFIG
+from benchmarks.measure import Row, in_turns, own_process
+from benchmarks.ray_workers import train_on_ray
+from ncsn.config import Config, from_yaml
+from ncsn.core.allocator import keep_freed_memory
+from ncsn.core.ema import Ema
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.networks.unet import UnetNetwork
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.ode_samplers import KarrasHeun
+from ncsn.core.train_state import train_step
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+
+BATCHES = (8, 32, 128, 512)
+SIZES = (8, 16, 32, 64)
+SAMPLES = (8, 32, 128)
+WORKERS = (1, 2, 3, 4)
+LEVELS = 32
+
+
+def network(size: int) -> UnetNetwork:
+    """That of configs/fashion_mnist.yaml without attention, for any image size."""
+    torch.manual_seed(0)
+    return UnetNetwork(
+        channels=1,
+        image_size=size,
+        sigmas=geometric_sigmas(3.0, 0.03, LEVELS),
+        widths=(16, 48, 96),
+        blocks_per_resolution=1,
+        embedding_features=64,
+        attention_sizes=(),
+        dropout=0.0,
+        sigma_data=0.35,
+    )
+
+
+def prepare_training(batch: int, size: int) -> Callable[[], None]:
+    """One training step in bfloat16 on one thread."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    net, sigmas = network(size), geometric_sigmas(3.0, 0.03, LEVELS)
+    optimizer, ema = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, decay=0.999)
+    x, z, level = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size), torch.arange(batch) % LEVELS
+
+    def step() -> None:
+        train_step(
+            net, optimizer=optimizer, ema=ema, x=x, level=level, z=z, sigmas=sigmas, autocast_dtype=torch.bfloat16
+        )
+
+    return step
+
+
+def prepare_sampling(images: int) -> Callable[[], None]:
+    """So many 28x28 images by the EDM grid at 9 evaluations, on one thread."""
+    torch.set_num_threads(1)
+    net, sigmas = network(28).eval(), geometric_sigmas(3.0, 0.03, LEVELS)
+
+    def sample() -> None:
+        noise = KeyedNoise(0, first=0, count=images, shape=(1, 28, 28), device="cpu")
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            KarrasHeun(num_steps=5)(net, x=noise.uniform(0), sigmas=sigmas, noise=noise)
+
+    return sample
+
+
+def rates(
+    what: str, unit: str, prepare: Callable[..., Callable[[], object]], counts: dict[str, tuple[int, tuple[int, ...]]]
+) -> list[Row]:
+    """A row of images per second for each of `name -> (images, arguments of prepare)`."""
+    found = []
+    for name, (images, arguments) in counts.items():
+        with own_process(prepare, *arguments) as call:
+            seconds = statistics.median(in_turns({name: call}, rounds=3)[name])
+        found.append(Row("growth", f"{what} {name}", images / seconds, unit=unit))
+    return found
+
+
+def worker_rows() -> list[Row]:
+    """Images per second of 1 to 4 one-thread workers on this machine's cores."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = ""
+        for workers in WORKERS:
+            config = _config(folder, workers)
+            if not dataset:
+                dataset = write_dataset(open_source(config.data), f"{folder}/data", name="d", data=config.data).uri
+            began = time.perf_counter()
+            speed = train_on_ray(config, dataset, f"{folder}/{workers}")
+            whole = time.perf_counter() - began
+            found.append(
+                Row(
+                    "growth",
+                    f"training images/s on the digits, workers {workers}",
+                    speed,
+                    unit="images/s",
+                    detail=f"{whole:.0f} s with Ray's start",
+                )
+            )
+    return found
+
+
+def _config(folder: str, workers: int) -> Config:
+    images = 6_400
+    overrides = [f"storage.root={folder}", f"compute.num_workers={workers}", "compute.cpus_per_worker=1"]
+    return from_yaml(
+        CONFIG.read_text(),
+        overrides=[*overrides, f"train.num_images={images}", f"train.checkpoint_every_images={images}"],
+    )
+
+
+def rows() -> list[Row]:
+    """All of them."""
+    batches = {str(batch): (batch, (batch, 28)) for batch in BATCHES}
+    sizes = {f"{size}x{size}": (32, (32, size)) for size in SIZES}
+    samples = {str(images): (images, (images,)) for images in SAMPLES}
+    return [
+        *rates("training images/s at 28x28 on one thread, batch", "images/s", prepare_training, batches),
+        *rates("training images/s at batch 32 on one thread, size", "images/s", prepare_training, sizes),
+        *rates(
+            "sampled images/s at 9 evaluations on one thread, images at once", "images/s", prepare_sampling, samples
+        ),
+        *worker_rows(),
+    ]
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row, flush=True)

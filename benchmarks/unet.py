@@ -1,0 +1,247 @@
+"""The CPU profile of `unet` against diffusers' UNet2DModel: training speed, and the FID after equal time.
+
+    pip install diffusers
+    python -m benchmarks.unet --minutes 20
+
+Both have 0.7 million parameters, train on Fashion-MNIST at 28x28 in one process with the same number of threads, one
+after the other, and are judged by the same classifier. Ours is configs/fashion_mnist.yaml. The other has the settings
+that diffusers' DDPM training script has by default: batch 16, AdamW (0.95, 0.999) at 1e-4 with 500 steps of warm-up and
+a cosine, gradients clipped to 1, 1,000 linear betas, a running average that approaches 0.9999, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from benchmarks.measure import Row, in_turns, own_process, ratio
+from ncsn.checkpoint import load_for_sampling
+from ncsn.config import Config, from_yaml
+from ncsn.core.images import to_uint8
+from ncsn.data.cache import CACHE_DIR_VARIABLE, open_cache
+from ncsn.data.manifest import load_manifest
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.worker_context import LocalContext
+from ncsn.distributed.worker_loop import Training, TrainingJob
+from ncsn.evaluation.classifier import ClassifierRecipe
+from ncsn.evaluation.classifier_store import obtain_classifier
+from ncsn.evaluation.figures import figures_of
+from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.generation import generate
+
+CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
+THEIR_BATCH, SAMPLE_BATCH = 16, 64
+SPEED_IMAGES, TRAIN_IMAGES = 128, 20_000
+
+
+def their_network() -> UNet2DModel:
+    """UNet2DModel with 0.66 million parameters; ours has 0.70."""
+    return UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(16, 32, 48),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+
+
+class Theirs:
+    """A DDPM in training."""
+
+    batch = THEIR_BATCH
+
+    def __init__(self, dataset: str, *, steps: int) -> None:
+        torch.manual_seed(0)
+        self.images = open_cache(dataset, "train").images
+        self.draw = np.random.default_rng(0)
+        self.network = their_network()
+        self.ddpm = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        self.rate = get_cosine_schedule_with_warmup(self.optimizer, 500, steps)
+        self.ema = EMAModel(self.network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+
+    def step(self) -> None:
+        """One step on random images."""
+        rows = self.images[np.sort(self.draw.integers(0, len(self.images), self.batch))]
+        x = torch.tensor(rows).permute(0, 3, 1, 2).float() / 127.5 - 1
+        noise, times = torch.randn(x.shape), torch.randint(0, 1000, (len(x),))
+        loss = functional.mse_loss(self.network(self.ddpm.add_noise(x, noise, times), times).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.rate.step()
+        self.ema.step(self.network.parameters())
+        self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def sample(self, count: int, *, evaluations: int) -> NDArray[np.uint8]:
+        """Images of the averaged weights."""
+        self.ema.copy_to(self.network.parameters())
+        self.network.eval()
+        self.ddpm.set_timesteps(evaluations)
+        x = torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        for t in self.ddpm.timesteps:
+            x = self.ddpm.step(self.network(x, t).sample, t, x).prev_sample
+        return to_uint8((x + 1) / 2).numpy()
+
+
+class Ours:
+    """The loop of `ncsn train` in this process."""
+
+    def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
+        self.training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
+        self.batch, self.folder = config.train.batch_size, folder
+        self.step: Callable[[], None] = self.training.step
+
+    def sample(self, count: int) -> NDArray[np.uint8]:
+        """Images of the averaged weights by the config's sampler."""
+        self.training.report()
+        self.training.save()
+        trained = load_for_sampling(str(self.folder / self.training.saved))
+        return generate(trained, sampling=trained.config.sampling, first=0, count=count)
+
+
+def prepare(kind: str, dataset: str, folder: str) -> Callable[[], None]:
+    """`SPEED_IMAGES` images through the training of one of the two."""
+    torch.set_num_threads(1)
+    side: Any = (
+        Theirs(dataset, steps=1000) if kind == "theirs" else Ours(dataset, config=_config(), folder=Path(folder))
+    )
+
+    def some() -> None:
+        for _ in range(SPEED_IMAGES // side.batch):
+            side.step()
+
+    return some
+
+
+def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
+    """Images per second of the two, in turns."""
+    with (
+        own_process(prepare, "theirs", dataset, folder) as theirs,
+        own_process(prepare, "ours", dataset, folder) as ours,
+    ):
+        seconds = in_turns({"theirs": theirs, "ours": ours}, rounds=rounds)
+    ours_best, theirs_best = (SPEED_IMAGES / float(np.median(seconds[name])) for name in ("ours", "theirs"))
+    return Row(
+        "unet",
+        "training images/s at 28x28 over diffusers' UNet2DModel with its script's settings, 0.7 million parameters",
+        ratio(seconds, "theirs", "ours"),
+        target=2,
+        detail=f"{ours_best:,.0f} and {theirs_best:,.0f} images/s on one thread",
+    )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Frechet distance by the classifier of a dataset."""
+
+    dataset: str
+    epochs: int
+
+    def fid(self, images: NDArray[np.uint8]) -> float:
+        """Of uint8 images [N, H, W, C]."""
+        manifest = load_manifest(self.dataset)
+        train, test = open_cache(self.dataset, "train"), open_cache(self.dataset, "test")
+        recipe = ClassifierRecipe(
+            image_size=28, channels=1, num_classes=len(manifest.class_names), epochs=self.epochs, seed=0
+        )
+        extractor = obtain_classifier(self.dataset, recipe, train=train, test=test).extractor
+        reference = obtain_reference(
+            self.dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train"
+        )
+        batches = [images[at : at + SAMPLE_BATCH] for at in range(0, len(images), SAMPLE_BATCH)]
+        return float(figures_of(extract_all(extractor, iter(batches)), reference, num_splits=2, seed=0)["fid"].value)
+
+
+def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int, epochs: int) -> Row:
+    """Both trained for so many minutes on all cores; each schedule ends when the time is over."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    judge, limit, fids, seen = Judge(dataset, epochs), 60 * minutes, {}, {}
+    for name in ("ours", "theirs"):
+        steps = _steps(name, dataset, folder, limit)
+        side = _side(name, dataset, folder / name, steps=steps)
+        for _ in range(steps):
+            side.step()
+        made = side.sample(images) if name == "ours" else side.sample(images, evaluations=evaluations)
+        seen[name], fids[name] = steps * side.batch, judge.fid(made)
+    return Row(
+        "unet",
+        f"classifier FID of {images} images after {minutes:g} minutes of training over that of diffusers'",
+        fids["ours"] / fids["theirs"],
+        target=0.5,
+        higher_is_better=False,
+        detail=f"{fids['ours']:.1f} after {seen['ours']:,} images and {fids['theirs']:.1f} after {seen['theirs']:,} "
+        f"({evaluations} DDPM evaluations)",
+    )
+
+
+def _steps(name: str, dataset: str, folder: Path, seconds: float) -> int:
+    """Steps that fit in the time, by a short try, so that the schedules know their end."""
+    side = _side(name, dataset, folder / f"{name}-try", steps=10_000)
+    side.step()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < min(5.0, seconds / 10):
+        side.step()
+        count += 1
+    return max(1, math.floor(seconds * count / (time.perf_counter() - began)))
+
+
+def _side(name: str, dataset: str, folder: Path, *, steps: int) -> Any:
+    if name == "theirs":
+        return Theirs(dataset, steps=steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    batch = _config().train.batch_size
+    return Ours(dataset, config=_config(f"train.num_images={steps * batch}"), folder=folder)
+
+
+def _config(*overrides: str) -> Config:
+    return from_yaml(CONFIG.read_text(), overrides=["compute.num_workers=1", *overrides])
+
+
+def rows(*, minutes: float = 1.0, images: int = 256, evaluations: int = 100, rounds: int = 5) -> list[Row]:
+    """Both rows; needs diffusers and the files of Fashion-MNIST."""
+    config = _config(f"data.max_images={TRAIN_IMAGES}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE_DIR_VARIABLE] = f"{folder}/cache"
+        dataset = write_dataset(open_source(config.data), f"{folder}/data", name="clothes", data=config.data).uri
+        return [
+            speed_row(dataset, folder, rounds=rounds),
+            quality_row(dataset, Path(folder), minutes=minutes, images=images, evaluations=evaluations, epochs=1),
+        ]
+
+
+def main() -> None:
+    """Measure with the time asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="training time of each side")
+    parser.add_argument("--images", type=int, default=512, help="samples for the Frechet distance")
+    parser.add_argument("--evaluations", type=int, default=1000, help="of the DDPM sampler, an image")
+    options = parser.parse_args()
+    for row in rows(minutes=options.minutes, images=options.images, evaluations=options.evaluations):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
