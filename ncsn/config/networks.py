@@ -41,9 +41,7 @@ class UnetNetworkConfig(Section):
     blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
     embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
     attention_sizes: tuple[int, ...] = Field((), description="Feature map sizes in pixels that get self-attention.")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout probability inside the blocks. Its masks depend on the number of workers."
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability inside the blocks.")
     sigma_data: float = Field(
         0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning."
     )

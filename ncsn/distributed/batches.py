@@ -72,11 +72,6 @@ def image_moments(config: Config, split: TrainingImages) -> DataMoments:
     return fit_moments(_encoded(config, split.head(MOMENT_IMAGES), first=0))
 
 
-def dropout_seed(seed: int, *, images_seen: int, rank: int) -> int:
-    """Seed of torch's own generator for one step. Only dropout draws from it, which has no keyed form."""
-    return int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0])
-
-
 def _encoded(config: Config, images: NDArray[np.uint8], *, first: int) -> Tensor:
     """Images [N, H, W, C] in the network's space, dequantised by the numbers of the places from `first`."""
     space, (count, height, width, channels) = build.pixel_space(config.data), images.shape

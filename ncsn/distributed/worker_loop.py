@@ -26,7 +26,7 @@ from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import train_step
 from ncsn.data.manifest import load_manifest
 from ncsn.data.stream import open_training_images
-from ncsn.distributed.batches import draw_batch, dropout_seed, image_moments
+from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.compilation import compile_network
 from ncsn.distributed.curves import Curves
@@ -166,7 +166,6 @@ class Training:
         self.job.rehearsal.strike(due, share=share, rank=context.rank, network=state.network)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
-        torch.manual_seed(dropout_seed(config.seed, images_seen=state.images_seen, rank=context.rank))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         report = train_step(

@@ -155,10 +155,12 @@ def test_parts_of_a_batch_are_the_batch(tiny: str, dataset: str) -> None:
     assert set(whole.level.tolist()) <= set(range(4))
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, dataset: str, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "dropout"), [(2, 0.0), (3, 0.0), (3, 0.3)])
+def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
+    tiny: str, dataset: str, workers: int, dropout: float
+) -> None:
     """1 worker x batch 8, 2 workers x batch 4, and 3 workers with 2, 3 and 3, give the same gradients (1e-6)."""
-    config, split = from_yaml(tiny), open_cache(dataset, "train")
+    config, split = from_yaml(tiny, overrides=[f"network.dropout={dropout}"]), open_cache(dataset, "train")
 
     def gradients(first: int, count: int, mean_share: float | None = None) -> list[torch.Tensor]:
         state = build.train_state(config)
@@ -194,9 +196,11 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(tiny: str, data
 @pytest.mark.parametrize(
     "switches",
     [
-        ["compute.microbatch=3"],
+        ["compute.microbatch=3", "network.dropout=0.2"],
         ["compute.channels_last=true"],
-        pytest.param(["compute.compile=true", "compute.channels_last=true"], marks=pytest.mark.slow),
+        pytest.param(
+            ["compute.compile=true", "compute.channels_last=true", "network.dropout=0.2"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path: Path, switches: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.blocks import check_levels
+from ncsn.core.networks.dropout import KeyedDropout, image_keys
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # says large from small, the highest tells levels that differ by a few percent.
@@ -109,15 +110,15 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(_num_groups(in_width), in_width)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.norm2 = FilmGroupNorm(out_width, embedding_features=embedding_features)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
         self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
         self.attention = SelfAttention(out_width) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, in_width, H, W] and [B, features] to [B, out_width, H, W]."""
+    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+        """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, out_width, H, W]."""
         h = self.conv1(functional.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(functional.silu(self.norm2(h, embedding))))
+        h = self.conv2(self.dropout(functional.silu(self.norm2(h, embedding)), keys))
         attended: Tensor = self.attention(self.shortcut(x) + h)
         return attended
 
@@ -140,10 +141,10 @@ class ResidualStage(nn.Module):
             for block_width in [in_width] + [width] * (num_blocks - 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, in_width, H, W] and [B, features] to [B, width, H, W]."""
+    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+        """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, width, H, W]."""
         for block in self.blocks:
-            x = block(x, embedding)
+            x = block(x, embedding, keys)
         return x
 
 
@@ -176,7 +177,7 @@ class UnetNetwork(nn.Module):
         blocks_per_resolution: Residual blocks at each resolution on the way down, and as many on the way up.
         embedding_features: Width of the embedding of sigma.
         attention_sizes: Feature map sizes in pixels that get self-attention after each residual block.
-        dropout: Dropout probability inside the residual blocks, in [0, 1).
+        dropout: Dropout probability inside the residual blocks in training, in [0, 1).
         sigma_data: Standard deviation of the pixels in [0, 1].
 
     Raises:
@@ -205,7 +206,7 @@ class UnetNetwork(nn.Module):
                 f"attention_sizes = {missing} do not occur: feature maps of a {image_size}-pixel image with "
                 f"{len(widths)} widths have sizes {sizes}; choose among these"
             )
-        self.sigma_data = sigma_data
+        self.sigma_data, self.dropout = sigma_data, dropout
         self.register_buffer("sigmas", sigmas.detach().clone().float())
         self.embedding = NoiseEmbedding(embedding_features)
         self.input = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -231,6 +232,8 @@ class UnetNetwork(nn.Module):
                 self.upsample.append(Upsample(widths[depth + 1], out_width=width))
         self.output_norm = nn.GroupNorm(_num_groups(widths[0]), widths[0])
         self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
+        for number, layer in enumerate(each for each in self.modules() if isinstance(each, KeyedDropout)):
+            layer.layer = number
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Score at levels of the schedule.
@@ -261,23 +264,24 @@ class UnetNetwork(nn.Module):
         sigma2x = 2 * sigma
         variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
         x2x = 2 * x - 1
-        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4).to(x.dtype)
+        keys = image_keys(x) if self.training and self.dropout > 0 else None
+        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys).to(x.dtype)
         # D' - x' with c_skip - 1 in closed form: the difference of D and x cancels at small sigma.
         gain = (2 * self.sigma_data) * variance.rsqrt() / sigma2x[:, None, None, None]
         return 2 * (gain * raw - x2x / variance)
 
-    def _raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
+    def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None) -> Tensor:
         """The network F before preconditioning."""
         embedding = self.embedding(c_noise)
         h = self.input(x)
         skips: list[Tensor] = []
         for depth, stage in enumerate(self.down):
-            h = stage(h if depth == 0 else self.downsample[depth - 1](h), embedding)
+            h = stage(h if depth == 0 else self.downsample[depth - 1](h), embedding, keys)
             skips.append(h)
-        h = self.up[-1](skips.pop(), embedding)
+        h = self.up[-1](skips.pop(), embedding, keys)
         for depth in reversed(range(len(skips))):
             enlarged = self.upsample[depth](h, size=skips[depth].shape[2:])
-            h = self.up[depth](torch.cat([enlarged, skips[depth]], dim=1), embedding)
+            h = self.up[depth](torch.cat([enlarged, skips[depth]], dim=1), embedding, keys)
         raw: Tensor = self.output(functional.silu(self.output_norm(h)))
         return raw
 

@@ -115,15 +115,6 @@ def test_image_score_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(network(x, level), alone, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    network = make_network(dropout=0.5)
-    randomize(network)
-    x, level = random_batch()
-    assert not torch.equal(network(x, level), network(x, level))
-    network.eval()
-    assert torch.equal(network(x, level), network(x, level))
-
-
 def test_every_parameter_has_a_gradient() -> None:
     network = make_network(attention_sizes=(4,))
     randomize(network)
