@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -229,7 +230,8 @@ class _Chunked:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         if kind is None:
-            self._handler.wfile.write(b"0\r\n\r\n")
+            with suppress(ConnectionError):  # the client has what it wanted and is gone
+                self._handler.wfile.write(b"0\r\n\r\n")
             return False
         self._handler.close_connection = True
         return issubclass(kind, ConnectionError)
