@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -64,6 +65,29 @@ def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, ev
     assert len(emulation.operator.started) == 2, "a lost cluster is replaced once"
     eventually(lambda: not emulation.jobs, "the operator deletes it")
     assert emulation.log.count("ValueError") >= 1
+
+
+def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually, tmp_path: Path) -> None:
+    """The driver dies without a word; KubeRay starts the entrypoint again on another cluster, where it resumes."""
+    saved = tmp_path / "checkpoint"
+    code = (
+        "import pathlib, time\nprint('at work', flush=True)\n"
+        f"saved = pathlib.Path({str(saved)!r})\n"
+        "if saved.exists(): print('resumed')\n"
+        "else: saved.touch(); time.sleep(60)"
+    )
+
+    def lose() -> None:
+        eventually(saved.exists, "there is something to resume from")
+        (process,) = emulation.operator.processes.values()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    emulation.execute(code)
+    thread.join()
+    assert len(emulation.operator.started) == 2 and len(set(emulation.operator.started)) == 1
+    assert emulation.log.splitlines() == ["at work", "at work", "resumed"]
 
 
 def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
