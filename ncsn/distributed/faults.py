@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from ncsn import outages, storage
-from ncsn.checkpoint import INDEX
 from ncsn.data.cache import cache_folder
 from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
 
@@ -157,7 +156,13 @@ class Rehearsal:
             del os.environ[outages.VARIABLE]
 
     def strike(
-        self, batch: range, *, share: range | None = None, rank: int = 0, network: nn.Module | None = None
+        self,
+        batch: range,
+        *,
+        share: range | None = None,
+        rank: int = 0,
+        network: nn.Module | None = None,
+        saved: str = "",
     ) -> None:
         """Let fail what is due before the images `batch` are drawn.
 
@@ -167,13 +172,14 @@ class Rehearsal:
                 the image.
             rank: This worker's; rank 0 takes servers away.
             network: What a NaN gets into.
+            saved: Name of the newest checkpoint, which may still be on its way to the store; empty if there is none.
         """
         own = batch if share is None else batch[share.start : share.stop]
         for fault in self.faults:
             due = rank == 0 and fault.images in batch if fault.kind in _BY_RANK_0 else fault.images in own
             if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
                 _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
-                self._let_fail(fault, network)
+                self._let_fail(fault, network, saved)
 
     def fill_disk(self, folder: Path) -> None:
         """If the disk is to be full: have the kernel refuse the checkpoint that is about to be written to `folder`."""
@@ -181,13 +187,13 @@ class Rehearsal:
             (folder / "state.json").symlink_to(FULL_DEVICE)
             self._disk_full = False
 
-    def _let_fail(self, fault: Fault, network: nn.Module | None) -> None:
+    def _let_fail(self, fault: Fault, network: nn.Module | None, saved: str) -> None:
         if fault.kind == "kill-worker":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "kill-node":
             _kill_node()
         elif fault.kind == "cut-checkpoint":
-            self._cut_checkpoint()
+            self._cut_checkpoint(saved)
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "preempt":
             _announce_preemption()
@@ -202,18 +208,17 @@ class Rehearsal:
         else:
             outages.declare("store", seconds=fault.seconds, share=fault.share)
 
-    def _cut_checkpoint(self) -> None:
-        """Leave half of the weights of the newest checkpoint on the store, once Ray Train has it on its list."""
-        folder = storage.join(self.run_uri, CHECKPOINTS)
-        names = [name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, INDEX))]
-        if not names:
+    def _cut_checkpoint(self, name: str) -> None:
+        """Leave half of the weights of a checkpoint on the store, once it is there and Ray Train has it on its list."""
+        if not name:
             raise ValueError("cut-checkpoint: there is no checkpoint yet; strike after train.checkpoint_every_images")
+        folder = storage.join(self.run_uri, CHECKPOINTS)
         snapshot = storage.join(folder, SNAPSHOT)
         give_up = time.monotonic() + LISTED_SECONDS
-        while not storage.exists(snapshot) or f'"{names[-1]}"' not in storage.read_text(snapshot):
-            assert time.monotonic() < give_up, f"Ray Train does not list {names[-1]}"
+        while not storage.exists(snapshot) or f'"{name}"' not in storage.read_text(snapshot):
+            assert time.monotonic() < give_up, f"Ray Train does not list {name}"
             time.sleep(0.1)
-        weights = storage.join(folder, names[-1], "weights.safetensors")
+        weights = storage.join(folder, name, "weights.safetensors")
         content = storage.read_bytes(weights)
         storage.write_bytes(weights, content[: len(content) // 2])
 

@@ -163,7 +163,8 @@ class Training:
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
         due = range(state.images_seen, state.images_seen + config.train.batch_size)
-        self.job.rehearsal.strike(due, share=share, rank=context.rank, network=state.network)
+        rehearsal = self.job.rehearsal
+        rehearsal.strike(due, share=share, rank=context.rank, network=state.network, saved=self.saved)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         for group in state.optimizer.param_groups:
