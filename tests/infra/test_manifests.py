@@ -188,7 +188,7 @@ def test_the_template_the_image_and_the_pins_agree() -> None:
     assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
     images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-python:\S+)", path.read_text())}
     assert images == {f"ncsn-python:{VERSION}"}
-    assert load(INFRA / "overlays" / "standalone" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
+    assert load(INFRA / "overlays" / "services" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
     assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in (INFRA / "compose" / "docker-compose.yaml").read_text()
 
 
