@@ -49,8 +49,8 @@ ERRORS_SECONDS = 60.0
 """How long a store that answers some calls with errors goes on doing so."""
 NOTICE_SECONDS = 30.0
 """From the notice that a node will be taken to its end; clouds give 30 to 120."""
-LISTED_SECONDS = 60.0
-"""How long Ray Train may take to list a checkpoint that is to be cut."""
+LISTED_SECONDS = 180.0
+"""How long a checkpoint that is to be cut may take to Ray Train's list: longer than an outage of the store."""
 FULL_DEVICE = Path("/dev/full")
 """The kernel answers every write to it with ENOSPC."""
 
