@@ -18,8 +18,11 @@ import pytest
 
 if TYPE_CHECKING:
     from kfp_api import KfpServer
+    from playwright.sync_api import Browser
     from ray_nodes import RayNodes
     from s3_server import S3Server
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Set before anything imports ray or mlflow, and inherited by the processes that tests start.
 os.environ.update(
@@ -93,6 +96,22 @@ def three_node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray
 
     with RayNodes(tmp_path_factory.mktemp("nodes"), count=3, cpus=1) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox does not work for root; the page under test is ours.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ncsn.tracking.connection import one_line
 from ncsn.tracking.journal import Entry, Journal, JournalInUseError, held, runs_with_journal
+from ncsn.tracking.lookup import set_tags
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -159,7 +160,7 @@ def _send_picture(client: MlflowClient, run_id: str, entry: Entry) -> None:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         small.save(Path(folder) / f"{name}+compressed.webp")
         client.log_artifacts(run_id, folder, "images")
-    client.set_tag(run_id, "mlflow.loggedImages", "True")
+    set_tags(client, run_id, {"mlflow.loggedImages": "True"})
 
 
 def _picture_prefix(entry: Entry) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.tracking.connection import REMOTE, TrackingError, one_line, open_client, shown
+from ncsn.tracking.lookup import set_tags, tag_filter
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -55,8 +56,7 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
         parent = _parent(client, config, run)
         if parent is None:
             return None
-        for key, value in tags.items():
-            client.set_tag(parent.info.run_id, key, value)
+        set_tags(client, parent.info.run_id, tags)
         steps = _search(client, parent.info.experiment_id, {"mlflow.parentRunId": parent.info.run_id})
         dead = [step for step in steps if step.info.status == "RUNNING"]
         for each in dead if os.environ.get("MLFLOW_RUN_ID") else [*dead, parent]:
@@ -80,6 +80,4 @@ def _parent(client: MlflowClient, config: Config, run: str) -> Run | None:
 
 def _search(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
     """The runs with these tags, the latest first."""
-    quoted = {key: f'"{value}"' if "'" in value else f"'{value}'" for key, value in tags.items()}
-    query = " and ".join(f"tags.`{key}` = {value}" for key, value in quoted.items())
-    return list(client.search_runs([experiment_id], query, order_by=["attributes.start_time DESC"]))
+    return list(client.search_runs([experiment_id], tag_filter(tags), order_by=["attributes.start_time DESC"]))

@@ -17,11 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
+from ncsn.tracking.at_once import insert_or_find
 from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
 from ncsn.tracking.costs import log_plan, read_plan, step_costs
 from ncsn.tracking.delivery import send_leftovers
@@ -83,19 +81,6 @@ class StepRun:
             "next command of this run sends it"
         )
 
-    def log_image(self, image: npt.NDArray[np.uint8], name: str, *, step: int | None = None) -> None:
-        """Record a picture.
-
-        Args:
-            image: uint8 [H, W] or [H, W, C], C = 1 or 3.
-            name: Without suffix. The artifact is `<name>.png`.
-            step: Images seen, for a picture of a series: MLflow's page then shows it with a slider.
-        """
-        if step is None:
-            self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
-        else:
-            self.client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
-
     def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
         """Copy one file of the store to the run's artifacts, or to those of the whole pipeline run, below `folder`."""
         run_id = self.parent_run_id if to_parent else self.run_id
@@ -143,7 +128,8 @@ class StepRun:
             source=json.dumps({"uri": uri}),
             profile=json.dumps(profile) if profile else None,
         )
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        read = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        insert_or_find(lambda: self.client.log_inputs(self.run_id, read))
         for run_id in (self.run_id, self.parent_run_id):
             set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 

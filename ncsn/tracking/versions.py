@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.tracking.at_once import insert_or_find
 from ncsn.tracking.connection import TrackingError, one_line, shown
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ LEDGER_SUFFIX = ".promotions"
 _SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5
-_WRITE_ATTEMPTS = 3
 
 
 @contextmanager
@@ -137,13 +137,13 @@ def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> N
         ValueError: for an alias that MLflow reserves or does not take.
     """
     _require_alias(alias)
-    _insert_or_replace(lambda: client.set_registered_model_alias(name, alias, version))
+    insert_or_find(lambda: client.set_registered_model_alias(name, alias, version))
 
 
 def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
     """Attach tags in order, replacing those of the same name."""
     for key, value in tags.items():
-        _insert_or_replace(partial(client.set_model_version_tag, name, version, key, value))
+        insert_or_find(partial(client.set_model_version_tag, name, version, key, value))
 
 
 def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
@@ -155,24 +155,6 @@ def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _insert_or_replace(write: Callable[[], None]) -> None:
-    """Make a write of the registry that replaces what is there, also while another process makes the same one.
-
-    MLflow looks first and inserts what it did not find; of two that did not find it, the database refuses the second
-    (BAD_REQUEST), which finds it when it tries again.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for attempts_left in reversed(range(_WRITE_ATTEMPTS)):
-        try:
-            write()
-        except MlflowException as error:
-            if error.error_code != "BAD_REQUEST" or not attempts_left:
-                raise
-        else:
-            return
 
 
 def _require_alias(alias: str) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 from ncsn.report.figures import grid_png
 from ncsn.report.film import film
@@ -31,7 +26,6 @@ REAL_METRICS = {
     "eval/real_classifier_kid_n60": 0.0,
     "eval/real_classifier_memorised_n60": 0.0,
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="session")
@@ -76,17 +70,3 @@ def page(images: np.ndarray) -> Page:
         ],
         config="name: digits\nseed: 0\n",
     )
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        # Chromium's own sandbox does not work for root; the page under test is ours.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=found, args=arguments)
-        yield browser
-        browser.close()

@@ -1,0 +1,81 @@
+"""MLflow's own page in a real browser: the runs of a pipeline stand below it, and their pictures are seen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from ncsn.report.figures import grid_png
+from ncsn.tracking.run import StepRun, step_run
+
+PATIENCE = 60_000
+RUN = "seen-by-a-browser"
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def steps(make_config, server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepRun]:
+    """Two steps of a run on a real server, with what the real ones leave: a series of previews, and a grid."""
+    config = make_config(f"tracking.uri={server.url}", "tracking.experiment=page")
+    grid = tmp_path_factory.mktemp("pictures") / "grid.png"
+    grid.write_bytes(grid_png(IMAGES))
+    with step_run(config, run=RUN, step="train") as train, train.metrics_sink() as sink:
+        for images_seen in (64, 128):
+            sink.log({"train/loss": 1 / images_seen}, images_seen)
+            sink.log_picture(np.full((64, 64, 3), images_seen, np.uint8), "train/preview", images_seen)
+    with step_run(config, run=RUN, step="sample") as sample:
+        sample.log_file(str(grid))
+    return {"train": train, "sample": sample}
+
+
+@pytest.fixture
+def tab(browser: Browser, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page of the browser, of which a picture is kept."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    tab = context.new_page()
+    tab.set_default_timeout(PATIENCE)
+    yield tab
+    shots = Path(os.environ.get("NCSN_SCREENSHOTS", tmp_path))
+    shots.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=shots / f"mlflow-{request.node.name}.png")
+    context.close()
+
+
+def address(server, tracked: StepRun, page: str) -> str:
+    return f"{server.url}/#/experiments/{tracked.experiment_id}/{page}"
+
+
+def test_steps_are_folded_below_their_run(tab: Page, server, steps: dict[str, StepRun]) -> None:
+    tab.goto(address(server, steps["train"], "runs"))
+    row = tab.get_by_role("row").filter(has=tab.get_by_role("link", name=RUN))
+    expect(row).to_have_count(1, timeout=PATIENCE)
+    for step in steps:
+        expect(tab.get_by_role("link", name=step, exact=True)).to_have_count(0)
+    row.get_by_role("button").first.click()
+    for step, tracked in steps.items():
+        link = tab.get_by_role("link", name=step, exact=True)
+        where = address(server, tracked, f"runs/{tracked.run_id}").removeprefix(f"{server.url}/")
+        expect(link).to_have_attribute("href", where, timeout=PATIENCE)
+
+
+def test_the_grid_of_samples_is_shown(tab: Page, server, steps: dict[str, StepRun]) -> None:
+    tab.goto(address(server, steps["sample"], f"runs/{steps['sample'].run_id}/artifacts/grid.png"))
+    picture = tab.get_by_role("img", name="grid.png")
+    expect(picture).to_be_visible(timeout=PATIENCE)
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 8
+
+
+def test_previews_of_the_training_are_a_series(tab: Page, server, steps: dict[str, StepRun]) -> None:
+    tab.goto(address(server, steps["train"], f"runs/{steps['train'].run_id}/model-metrics"))
+    tab.get_by_placeholder("Search metric charts").fill("preview")
+    slider = tab.get_by_role("slider")
+    expect(slider).to_have_attribute("aria-valuemax", "128", timeout=PATIENCE)
+    slider.press("ArrowRight")
+    picture = tab.locator("img[src*='train~preview'][src*='step%2B64']")
+    expect(picture).to_be_visible(timeout=PATIENCE)
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
