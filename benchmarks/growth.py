@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row, in_turns, own_process
-from benchmarks.ray_workers import train_on_ray
 from ncsn.config import Config, from_yaml
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.ema import Ema
@@ -81,7 +80,7 @@ def rates(
     """A row of images per second for each of `name -> (images, arguments of prepare)`."""
     found = []
     for name, (images, arguments) in counts.items():
-        with own_process(prepare, *arguments) as call:
+        with own_process(prepare, *arguments, clock=time.process_time) as call:
             seconds = statistics.median(in_turns({name: call}, rounds=3)[name])
         found.append(Row("growth", f"{what} {name}", images / seconds, unit=unit))
     return found
@@ -89,6 +88,9 @@ def rates(
 
 def worker_rows() -> list[Row]:
     """Images per second of 1 to 4 one-thread workers on this machine's cores."""
+    # Imported here, so that the processes of the other rows need not wait for Ray's import.
+    from benchmarks.ray_workers import train_on_ray
+
     found = []
     with tempfile.TemporaryDirectory() as folder:
         dataset = ""

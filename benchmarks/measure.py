@@ -53,23 +53,32 @@ class Row:
 def in_turns(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after one call of each that is not counted."""
+    """Seconds of each candidate in each round, after one call of each that is not counted.
+
+    A candidate that returns a float has timed itself.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()
     for _ in range(rounds):
         for name, call in candidates.items():
             began = clock()
-            call()
-            seconds[name].append(clock() - began)
+            own = call()
+            seconds[name].append(own if isinstance(own, float) else clock() - began)
     return seconds
 
 
 @contextmanager
-def own_process(prepare: Callable[..., Callable[[], object]], *args: object) -> Iterator[Callable[[], None]]:
-    """A call of what `prepare(*args)` makes, in a process of its own: nothing it sets reaches the others."""
+def own_process(
+    prepare: Callable[..., Callable[[], object]], *args: object, clock: Clock = time.perf_counter
+) -> Iterator[Callable[[], float]]:
+    """A call of what `prepare(*args)` makes, in a process of its own: nothing it sets reaches the others.
+
+    It returns the seconds that it took there. With the clock `time.process_time` they are CPU seconds, which for one
+    thread are those of an idle machine, whatever else runs on this one.
+    """
     with ProcessPoolExecutor(1, get_context("spawn"), _keep, (prepare, *args)) as pool:
-        yield lambda: pool.submit(_call).result()
+        yield lambda: pool.submit(_call, clock).result()
 
 
 _kept: list[Callable[[], object]] = []
@@ -79,8 +88,10 @@ def _keep(prepare: Callable[..., Callable[[], object]], *args: object) -> None:
     _kept.append(prepare(*args))
 
 
-def _call() -> None:
+def _call(clock: Clock) -> float:
+    began = clock()
     _kept[0]()
+    return clock() - began
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:

@@ -32,8 +32,8 @@ from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.classifier_store import obtain_classifier
-from ncsn.evaluation.figures import figures_of
-from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.evaluation.figures import measure_images
+from ncsn.evaluation.reference import obtain_reference
 from ncsn.generation import evaluations_per_image, generate
 
 BATCH = 64
@@ -158,8 +158,16 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
     reference = obtain_reference(dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train")
 
     def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
-        extracted = extract_all(extractor, iter(images))
-        figures = figures_of(extracted, reference, num_splits=10, seed=0)
+        figures = measure_images(
+            iter(images),
+            count=sum(map(len, images)),
+            extractor=extractor,
+            reference=reference,
+            training_images=train.images,
+            num_splits=10,
+            seed=0,
+            on_images=lambda _: None,
+        ).figures
         values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)
 

@@ -41,8 +41,8 @@ from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.classifier_store import obtain_classifier
-from ncsn.evaluation.figures import figures_of
-from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.evaluation.figures import measure_images
+from ncsn.evaluation.reference import obtain_reference
 from ncsn.generation import generate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
@@ -139,8 +139,8 @@ def prepare(kind: str, dataset: str, folder: str) -> Callable[[], None]:
 def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
     """Images per second of the two, in turns."""
     with (
-        own_process(prepare, "theirs", dataset, folder) as theirs,
-        own_process(prepare, "ours", dataset, folder) as ours,
+        own_process(prepare, "theirs", dataset, folder, clock=time.process_time) as theirs,
+        own_process(prepare, "ours", dataset, folder, clock=time.process_time) as ours,
     ):
         seconds = in_turns({"theirs": theirs, "ours": ours}, rounds=rounds)
     ours_best, theirs_best = (SPEED_IMAGES / float(np.median(seconds[name])) for name in ("ours", "theirs"))
@@ -171,8 +171,17 @@ class Judge:
         reference = obtain_reference(
             self.dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train"
         )
-        batches = [images[at : at + SAMPLE_BATCH] for at in range(0, len(images), SAMPLE_BATCH)]
-        return float(figures_of(extract_all(extractor, iter(batches)), reference, num_splits=2, seed=0)["fid"].value)
+        measured = measure_images(
+            (images[at : at + SAMPLE_BATCH] for at in range(0, len(images), SAMPLE_BATCH)),
+            count=len(images),
+            extractor=extractor,
+            reference=reference,
+            training_images=train.images,
+            num_splits=2,
+            seed=0,
+            on_images=lambda _: None,
+        )
+        return float(measured.figures["fid"].value)
 
 
 def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int, epochs: int) -> Row:

@@ -1,0 +1,70 @@
+"""The benchmarks' arithmetic, and that the GPU's rows need torch and numpy alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.measure import Row, in_turns, ratio, table
+from benchmarks.scale import Machines, Work, step_on
+
+WORK = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
+MACHINES = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
+
+
+def test_a_ratio_is_the_median_of_the_rounds_in_which_both_saw_the_same_machine() -> None:
+    ticks = itertools.accumulate([0, 2, 0, 1, 0, 60, 0, 20, 0, 5, 0, 1])  # start and end of each timed call
+    seconds = in_turns({"slow": lambda: None, "fast": lambda: None}, rounds=3, clock=lambda: float(next(ticks)))
+    assert seconds == {"slow": [2, 60, 5], "fast": [1, 20, 1]}
+    assert ratio(seconds, "slow", "fast") == 3
+
+
+def test_a_candidate_may_time_itself() -> None:
+    assert in_turns({"own": lambda: 7.0}, rounds=2)["own"] == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(("value", "higher", "reached"), [(2.0, True, True), (1.9, True, False), (1.9, False, True)])
+def test_a_row_says_whether_it_reached_its_target(value: float, higher: bool, reached: bool) -> None:
+    row = Row("part", "measure", value, target=2.0, higher_is_better=higher)
+    assert row.reached is reached
+    assert ("**missed**" in table([row])) is not reached
+
+
+def test_one_gpu_only_computes() -> None:
+    step = step_on(1, WORK, MACHINES, batch=64)
+    assert step.seconds == step.compute == pytest.approx(64 * 1e9 / 1e12)
+    assert step.all_reduce == 0 and step.limit(MACHINES) == "computation"
+    assert step.data_rate == pytest.approx(1000 / 1e-3)
+    assert step.checkpoint == pytest.approx(16 * 25e6 / 1e9)
+    assert step.interval == pytest.approx(6400 * 1e-3)
+
+
+def test_gradients_go_around_the_ring_of_a_node_and_that_of_the_nodes() -> None:
+    near, far = step_on(8, WORK, MACHINES, batch=64), step_on(16, WORK, MACHINES, batch=64)
+    assert near.all_reduce == pytest.approx(2 * 7 / 8 * 100e6 / 1e11)
+    assert far.all_reduce == pytest.approx(near.all_reduce + 2 * 1 / 2 * 100e6 / 1e10)
+    assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # two thirds hide beside the backward pass
+    assert far.limit(MACHINES) == "gradients"
+
+
+def test_the_gpu_rows_need_torch_and_numpy_alone() -> None:
+    code = "import sys, json, benchmarks.gpu; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = {
+        "boto3",
+        "click",
+        "matplotlib",
+        "mlflow",
+        "PIL",
+        "pyarrow",
+        "pydantic",
+        "ray",
+        "safetensors",
+        "scipy",
+        "yaml",
+    }
+    assert not ours & set(json.loads(done.stdout))
