@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import secrets
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
