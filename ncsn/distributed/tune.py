@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ from ncsn.distributed.local_cluster import autoscales
 from ncsn.distributed.suggestions import Suggestions
 from ncsn.distributed.trial import FAILED, SearchPlan, run_trial
 from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trials, trial_key
+
+# It misses the files of those loggers.
+logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 DRIVER_MEMORY = 400 * 2**20
 """Bytes that Ray sets aside for the driver of a trial. It takes no CPU: one would not be left for a worker."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from kfp import dsl
-from ray_driver import ray_driver
+from ray_driver import RayDriver, ray_driver
 
 from components.tune import tune as component
 from ncsn.config import Config, from_json, from_yaml, to_json
@@ -53,6 +53,7 @@ class Searched:
     dataset: str
     before: dict[str, bytes]
     result: tune.TuneResult
+    driver: RayDriver
 
 
 def rung_files(root: Path) -> dict[str, bytes]:
@@ -70,7 +71,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_driver(config) as (driver, joining):
             before = kill_after_first_rung(folder, dataset, joining)
-            yield Searched(config, dataset, before, driver(tune.run, config, run="hunt", dataset=dataset))
+            result = driver(tune.run, config, run="hunt", dataset=dataset)
+            yield Searched(config, dataset, before, result, driver)
 
 
 def kill_after_first_rung(folder: Path, dataset: str, joining: dict[str, str]) -> dict[str, bytes]:
@@ -194,3 +196,21 @@ def test_an_nfe_that_the_config_cannot_have_is_refused_before_anything_is_traine
     config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=["search.nfe=8"])
     with pytest.raises(ValueError, match=r"nfe = 8 cannot be reached by sampling\.sampler\.steps_per_level; use 5"):
         tune.run(config, run="hunt", dataset=searched.dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_of_two_workers_take_turns(searched: Searched) -> None:
+    """Ray Train inside a trial: on two cores there is room for one such trial, and none waits for another's cores."""
+    overrides = [
+        "compute.num_workers=2",
+        "search.num_trials=3",
+        "search.space={noise.sigma_1: {kind: log, low: 0.5, high: 2}}",
+    ]
+    config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=overrides)
+    result = searched.driver(tune.run, config, run="pairs", dataset=searched.dataset)
+    assert [row["trial"] for row in result.trials] == [0, 1, 2]
+    assert {row["status"] for row in result.trials} <= {"finished", "stopped"}
+    assert result.trials[0]["status"] == "finished"
+    rungs = rung_files(Path(result.uri))
+    assert {json.loads(text)["images_seen"] for text in rungs.values()} == {32, 128}
