@@ -162,6 +162,7 @@ def complete(
             epsilon=sampler.epsilon,
             steps_per_level=sampler.steps_per_level,
             denoise=sampler.denoise,
+            consistent=sampler.consistent,
             noise=noise,
         )
     return _finished(x, sampling, config, what=f"images {first} to {first + len(images) - 1}")

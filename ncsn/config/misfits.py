@@ -9,6 +9,7 @@ from ncsn.config.losses import SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.noise import NoiseConfig
 from ncsn.config.samplers import (
+    AnnealedLangevinConfig,
     ConsistentAnnealedConfig,
     KarrasHeunConfig,
     LangevinConfig,
@@ -117,6 +118,11 @@ def _sampler_levels(config: Config) -> Iterator[str]:
         yield (
             f"sampling.sampler.level = {sampler.level} is not among noise.num_levels = {noise.num_levels}; "
             f"use 0 to {noise.num_levels - 1}, or -1 for the last"
+        )
+    if isinstance(sampler, AnnealedLangevinConfig) and sampler.consistent and sampler.epsilon > noise.sigma_L**2:
+        yield (
+            f"sampling.sampler.epsilon = {sampler.epsilon:g} is more than noise.sigma_L^2 = {noise.sigma_L**2:g}, the "
+            "largest with sampling.sampler.consistent = true; lower it"
         )
     if (
         isinstance(sampler, PredictorCorrectorConfig | ProbabilityFlowConfig)

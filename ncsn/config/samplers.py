@@ -24,6 +24,11 @@ class AnnealedLangevinConfig(Section):
         "The paper's printed Algorithm 1 with its epsilon is this one with epsilon / 2.",
     )
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE (Tweedie's formula).")
+    consistent: bool = Field(
+        False,
+        description="Add sqrt(2 a_i - (a_i / sigma_i)^2) z instead, so that each level keeps exactly its noise; "
+        "epsilon is at most sigma_L^2 then.",
+    )
 
 
 class LangevinConfig(Section):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ncsn.core.langevin import denoise_step, langevin_step, score_at_level, step_sizes
+from ncsn.core.langevin import denoise_step, langevin_step, level_steps, score_at_level
 
 if TYPE_CHECKING:
     from ncsn.core.langevin import NoiseSource, OnLevel
@@ -27,6 +27,7 @@ def inpaint(
     noise: NoiseSource,
     denoise: bool = True,
     restore: bool = True,
+    consistent: bool = False,
     on_level: OnLevel | None = None,
 ) -> Tensor:
     """Complete images of which some pixels are known (Algorithm 2).
@@ -47,6 +48,7 @@ def inpaint(
             for the known pixels of level i.
         denoise: End with x + sigma_L^2 s(x, L).
         restore: Give the known pixels back exactly at the end. The paper leaves them with noise of sigma_L.
+        consistent: As in `annealed_langevin`; without it what is made carries more noise than what is known.
         on_level: Receives each level and the state after its last step.
 
     Returns:
@@ -61,11 +63,11 @@ def inpaint(
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
     num_steps = len(sigmas) * steps_per_level
-    for level, step_size in enumerate(step_sizes(sigmas, epsilon).tolist()):
+    for level, (step_size, noise_std) in enumerate(level_steps(sigmas, epsilon, consistent=consistent)):
         noisy_reference = torch.add(reference, noise(num_steps + level), alpha=float(sigmas[level]))
         for step in range(level * steps_per_level, (level + 1) * steps_per_level):
             score = score_at_level(network, x, level=level)
-            x = langevin_step(x, score=score, step_size=step_size, z=noise(step))
+            x = langevin_step(x, score=score, step_size=step_size, z=noise(step), noise_std=noise_std)
             x = torch.where(known, noisy_reference, x)
         if on_level is not None:
             on_level(level, x)

@@ -31,7 +31,25 @@ def step_sizes(sigmas: Tensor, epsilon: float) -> Tensor:
     return epsilon * squared / squared[-1]
 
 
-def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor) -> Tensor:
+def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tuple[float, float]]:
+    """Step size a and deviation of the noise of the steps at each level.
+
+    The deviation is sqrt(2 a), or with `consistent` sqrt(2 a - (a / sigma)^2), with which a point mass under noise of
+    sigma stays so: steps of size a alone leave more, 2 / (2 - a / sigma^2) of its variance.
+
+    Raises:
+        ValueError: epsilon is not positive, or too large for consistent steps.
+    """
+    steps = step_sizes(sigmas, epsilon).tolist()
+    if not consistent:
+        return [(a, math.sqrt(2 * a)) for a in steps]
+    squares = sigmas.detach().to("cpu", torch.float64).square().tolist()
+    if epsilon > squares[-1] * (1 + 1e-6):
+        raise ValueError(f"consistent steps need epsilon of at most sigma_L^2 = {squares[-1]:.4g}, got {epsilon:g}")
+    return [(a, math.sqrt(2 * a - a * a / square)) for a, square in zip(steps, squares, strict=True)]
+
+
+def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor, noise_std: float | None = None) -> Tensor:
     """One update x + a s + sqrt(2 a) z (equation 4 in the form of the released code).
 
     Args:
@@ -39,11 +57,12 @@ def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor) -> T
         score: Score at x.
         step_size: a.
         z: Standard normal numbers of x's shape.
+        noise_std: What stands for sqrt(2 a), see `level_steps`.
 
     Returns:
         The new state, a new tensor.
     """
-    return torch.add(x, score, alpha=step_size).add_(z, alpha=math.sqrt(2 * step_size))
+    return torch.add(x, score, alpha=step_size).add_(z, alpha=noise_std or math.sqrt(2 * step_size))
 
 
 def denoise_step(network: ScoreFunction, x: Tensor, *, level: int, sigma: float) -> Tensor:
@@ -66,6 +85,7 @@ def annealed_langevin(
     steps_per_level: int,
     noise: NoiseSource,
     denoise: bool,
+    consistent: bool = False,
     on_level: OnLevel | None = None,
 ) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1; the step convention is this module's).
@@ -81,6 +101,7 @@ def annealed_langevin(
         steps_per_level: T.
         noise: Source of the normal draws; draw number level * T + t is used at step t of a level.
         denoise: End with x + sigma_L^2 s(x, L), which removes the noise of the last level.
+        consistent: Scale the noise of the steps so that a level's sigma stays what it is, see `level_steps`.
         on_level: Receives each level and the state after its last step, before the denoising.
 
     Returns:
@@ -88,10 +109,10 @@ def annealed_langevin(
     """
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
-    for level, step_size in enumerate(step_sizes(sigmas, epsilon).tolist()):
+    for level, (step_size, noise_std) in enumerate(level_steps(sigmas, epsilon, consistent=consistent)):
         for step in range(level * steps_per_level, (level + 1) * steps_per_level):
             score = score_at_level(network, x, level=level)
-            x = langevin_step(x, score=score, step_size=step_size, z=noise(step))
+            x = langevin_step(x, score=score, step_size=step_size, z=noise(step), noise_std=noise_std)
         if on_level is not None:
             on_level(level, x)
     return denoise_step(network, x, level=len(sigmas) - 1, sigma=float(sigmas[-1])) if denoise else x

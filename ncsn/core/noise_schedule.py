@@ -173,6 +173,16 @@ def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float
     return float(r[np.argmin(np.abs(ratios - 1))]) * sigma_L**2
 
 
+def consistent_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int, excess: float = 1e-3) -> float:
+    """Epsilon after whose consistent steps a level has the variance 1 + `excess` of its sigma^2, for a point mass.
+
+    It begins with ratio^2, and each step multiplies what is above 1 by (1 - r)^2, r = epsilon / sigma_L^2. A larger
+    epsilon would leave less, and take spread from directions in which the data has much of it.
+    """
+    share = min(1.0, excess / (ratio**2 - 1))
+    return sigma_L**2 * (1 - math.pow(share, 0.5 / steps_per_level))
+
+
 @dataclass(frozen=True)
 class NoiseSuggestion:
     """Noise levels and Langevin step for a data set.

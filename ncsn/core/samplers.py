@@ -94,11 +94,13 @@ class AnnealedLangevin:
         epsilon: Step size at the last level.
         steps_per_level: T.
         denoise: See the module.
+        consistent: See `level_steps`.
     """
 
     epsilon: float
     steps_per_level: int
     denoise: bool = True
+    consistent: bool = False
 
     def num_evaluations(self, num_levels: int) -> int:
         """NFE per image."""
@@ -116,6 +118,7 @@ class AnnealedLangevin:
             steps_per_level=self.steps_per_level,
             noise=noise,
             denoise=self.denoise,
+            consistent=self.consistent,
             on_level=on_level,
         )
 

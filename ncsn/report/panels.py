@@ -58,7 +58,7 @@ def neighbours_panel(
     figure, axes = _panel(
         [[sample, *row] for sample, row in zip(samples, neighbours, strict=True)],
         header=header,
-        captions=None if distances is None else [["", *(f"{d:.3g}" for d in row)] for row in distances],
+        captions=None if distances is None else [["", *map(_digits, row)] for row in distances],
         apart=1,
     )
     for row in np.flatnonzero(memorised):
@@ -127,6 +127,11 @@ def _panel(
                 axes.annotate(captions[row][column], (left + 0.5, top + 1.03), ha="center", va="top", fontsize=6)
     axes.set(xlim=(0, width), ylim=(height, -0.05), aspect="equal")
     return figure, axes
+
+
+def _digits(distance: float) -> str:
+    """Three digits, and all whole ones of a large number: 1.06e+03 is hard to compare with 998."""
+    return f"{distance:.0f}" if distance >= 100 else f"{distance:.3g}"
 
 
 def _pitch(*, captions: bool) -> float:

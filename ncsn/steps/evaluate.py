@@ -26,6 +26,9 @@ from ncsn.tracking.run import step_run
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
 
+PUBLISHED_IMAGES = 50_000
+"""Samples behind a published Inception score or Frechet distance."""
+
 
 @dataclass(frozen=True)
 class EvaluateResult:
@@ -184,7 +187,7 @@ def evaluate(
         gate=asdict(_gate(generated, extractor, reference.fingerprint)),
         memorisation=asdict(_memorisation(generated.figures["memorised"], real.figures["memorised"])),
         running=[asdict(score) for score in generated.running],
-        notes=_notes(count, num_real),
+        notes=_notes(count, num_real, extractor=extractor.name),
     )
     _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
     return result
@@ -240,10 +243,16 @@ def _memorisation(samples: Figure, real: Figure) -> Memorisation:
     )
 
 
-def _notes(num_images: int, num_real: int) -> list[str]:
-    if num_real == num_images:
-        return []
-    return [
-        f"the test split has only {num_real} images, so the real figures are over {num_real} and the samples' over "
-        f"{num_images}: the smaller set has the larger Frechet distance and the smaller score by its size alone"
-    ]
+def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
+    notes = []
+    if num_real != num_images:
+        notes.append(
+            f"the test split has only {num_real} images, so the real figures are over {num_real} and the samples' over "
+            f"{num_images}: the smaller set has the larger Frechet distance and the smaller score by its size alone"
+        )
+    if extractor == "inception" and num_images != PUBLISHED_IMAGES:
+        notes.append(
+            f"published Inception scores and Frechet distances are over {PUBLISHED_IMAGES:,} samples, these are over "
+            f"{num_images:,} and do not compare with them; set sampling.num_images = {PUBLISHED_IMAGES}"
+        )
+    return notes

@@ -18,7 +18,7 @@ from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, Probabi
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.core.noise_schedule import best_epsilon
+from ncsn.core.noise_schedule import consistent_epsilon
 from ncsn.data.cache import CachedSplit
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
@@ -180,18 +180,18 @@ def inpainting(subject: Subject) -> Inpainted:
 def inpainting_chain(sampling: SamplingConfig, sigmas: Tensor) -> SamplingConfig:
     """The sampling itself where inpainting extends its sampler; else with annealed Langevin dynamics.
 
-    Its step size is NCSNv2's for the levels, or, of one level alone, that of the plain Langevin dynamics there.
+    Its steps keep each level's noise, as what is given has it; at a single level they are the plain Langevin ones.
     """
     chosen = sampling.sampler
     if isinstance(chosen, AnnealedLangevinConfig):
         return sampling
     if isinstance(chosen, LangevinConfig) and len(sigmas) == 1:
-        steps, epsilon = chosen.num_steps, chosen.step_size
+        settings = {"steps_per_level": chosen.num_steps, "epsilon": chosen.step_size}
     else:
         ratio = float((sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)))
-        steps = INPAINTING_STEPS
-        epsilon = best_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=steps)
-    sampler = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=steps, epsilon=epsilon)
+        epsilon = consistent_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
+        settings = {"steps_per_level": INPAINTING_STEPS, "epsilon": epsilon, "consistent": True}
+    sampler = AnnealedLangevinConfig.model_validate({"kind": "annealed_langevin", **settings})
     return sampling.model_copy(update={"sampler": sampler})
 
 

@@ -86,6 +86,10 @@ MISFITS = [
         ["sampling.sampler={kind: predictor_corrector, num_levels: 21}"],
         "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
     ),
+    (
+        ["sampling.sampler={kind: annealed_langevin, consistent: true, epsilon: 0.5}"],
+        "sampling.sampler.epsilon = 0.5 is more than noise.sigma_L^2 = ",
+    ),
     (["loss={kind: single_sigma}"], "loss.kind = single_sigma trains at one noise level, but noise.num_levels = 20"),
     (
         ["noise={sigma_1: 0.01, num_levels: 1}"],

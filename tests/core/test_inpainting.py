@@ -95,10 +95,11 @@ def test_everything_known_returns_the_reference_bitwise():
 
 @pytest.mark.oracle(13)
 @pytest.mark.parametrize("denoise", [False, True])
-def test_nothing_known_is_annealed_langevin_bitwise(denoise):
-    x, arguments = images(torch.zeros(1, 4, 5, dtype=torch.bool), denoise=denoise)
+@pytest.mark.parametrize("consistent", [False, True])
+def test_nothing_known_is_annealed_langevin_bitwise(denoise, consistent):
+    x, arguments = images(torch.zeros(1, 4, 5, dtype=torch.bool), denoise=denoise, consistent=consistent)
     plain = {key: arguments[key] for key in ("x", "sigmas", "epsilon", "steps_per_level", "noise")}
-    assert torch.equal(x, annealed_langevin(score, denoise=denoise, **plain))
+    assert torch.equal(x, annealed_langevin(score, denoise=denoise, consistent=consistent, **plain))
 
 
 def test_unknown_pixels_of_the_reference_are_not_used():

@@ -9,7 +9,8 @@ import torch
 
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.langevin import annealed_langevin, denoise_step, langevin_step, step_sizes
-from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas, variance_ratio
+from ncsn.core.samplers import AnnealedLangevin
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 
@@ -67,6 +68,35 @@ def test_point_mass_tells_the_full_step_from_the_half_step(epsilon, ratio, analy
         denoise=False,
     )
     assert x.square().sum().item() / float(sigmas[-1]) ** 2 == pytest.approx(ratio, rel=1e-6)
+
+
+def test_consistent_steps_keep_each_levels_noise(analytic):
+    noise, sigmas, seen = analytic.UnitNoise(51), SIGMAS.double(), []
+    ratio = float(sigmas[0] / sigmas[1])
+    epsilon = consistent_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=5)
+    annealed_langevin(
+        analytic.GaussianScore(sigmas, s2=0.0),
+        x=noise.start(ratio * float(sigmas[0])),
+        sigmas=sigmas,
+        epsilon=epsilon,
+        steps_per_level=5,
+        noise=noise,
+        denoise=False,
+        consistent=True,
+        on_level=lambda level, x: seen.append(x.square().sum().item() / float(sigmas[level]) ** 2),
+    )
+    # A thousandth is left of the level before, and a little of that of the levels before it.
+    assert seen[0] == pytest.approx(1.001, rel=1e-9) and max(seen) < 1.0011
+    plain = variance_ratio(epsilon, sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=5)
+    assert plain > 1.2, "plain steps of that size leave a fifth more"
+
+
+def test_consistent_steps_are_no_larger_than_the_noise(analytic):
+    noise = analytic.UnitNoise(11)
+    with pytest.raises(ValueError, match=r"consistent steps need epsilon of at most sigma_L\^2 = 0.0001, got 0.0002"):
+        AnnealedLangevin(epsilon=2e-4, steps_per_level=1, consistent=True)(
+            analytic.GaussianScore(SIGMAS, s2=0.0), x=noise.start(1.0), sigmas=SIGMAS, noise=noise
+        )
 
 
 @pytest.mark.oracle(8)

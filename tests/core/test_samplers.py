@@ -20,6 +20,7 @@ EVERY_SAMPLER = [
     Langevin(level=9, step_size=5e-5, num_steps=4, denoise=True),
     AnnealedLangevin(epsilon=2e-5, steps_per_level=2),
     AnnealedLangevin(epsilon=2e-5, steps_per_level=2, denoise=False),
+    AnnealedLangevin(epsilon=2e-5, steps_per_level=2, consistent=True),
     ConsistentAnnealed(epsilon=5e-5),
     ConsistentAnnealed(epsilon=5e-5, refine=3, denoise=False),
     PredictorCorrector(),

@@ -6,7 +6,7 @@ The official weights are not at hand where the tests run, so that their values a
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -95,9 +95,20 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in refusal(content)
 
 
-def test_the_evaluate_step_uses_it(weights: tuple[str, str], tmp_path: Path) -> None:
-    """Up to the check of the hash: the distance of 2048-dimensional features takes longer than a test should."""
-    path, sha256 = weights
+class Prepared(NamedTuple):
+    """An experiment, its six test images as samples, and its data set."""
+
+    config: Config
+    samples: str
+    dataset: str
+
+    def evaluate(self, folder: Path) -> evaluate.EvaluateResult:
+        return evaluate.evaluate(
+            self.config, samples=self.samples, dataset=self.dataset, folder=str(folder), progress=lambda *_: None
+        )
+
+
+def prepare(folder: Path, **evaluation: Any) -> Prepared:
     data = {"source": "sklearn_digits", "image_size": 8, "channels": 1, "max_images": 6}
     tree = {
         "name": "digits",
@@ -105,22 +116,40 @@ def test_the_evaluate_step_uses_it(weights: tuple[str, str], tmp_path: Path) -> 
         "network": {"kind": "unet"},
         "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
         "sampling": {"num_images": 6, "sampler": {"kind": "annealed_langevin"}},
-        "evaluation": {"extractor": "inception", "weights": path, "num_splits": 1},
+        "evaluation": {"extractor": "inception", "num_splits": 1, **evaluation},
     }
     config = Config.model_validate(tree)
-    dataset = write_dataset(open_source(config.data), str(tmp_path / "datasets"), name="digits", data=config.data)
-    samples = tmp_path / "samples"
+    dataset = write_dataset(open_source(config.data), str(folder / "datasets"), name="digits", data=config.data)
+    samples = folder / "samples"
     samples.mkdir()
     pq.write_table(to_table(read_split(dataset.uri, "test")), samples / f"shard-{0:09d}-{6:09d}.parquet")
+    return Prepared(config, str(samples), dataset.uri)
+
+
+def test_the_evaluate_step_refuses_other_weights(weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = weights
     with pytest.raises(ValueError, match=f"evaluation.weights: {path} has SHA-256 {sha256}, expected 6726825d"):
-        evaluate.evaluate(
-            config,
-            samples=str(samples),
-            dataset=dataset.uri,
-            folder=str(tmp_path / "evaluation"),
-            progress=lambda done, total: None,
-        )
+        prepare(tmp_path, weights=path).evaluate(tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_the_evaluate_step_measures_with_the_graph(weights: tuple[str, str], tmp_path: Path) -> None:
+    """From the file to the figures; the random weights stand in for the official ones, so the name is another."""
+    path, sha256 = weights
+    prepared = prepare(tmp_path, weights=path, weights_sha256=sha256)
+    result = prepared.evaluate(tmp_path / "evaluation")
+    extractor = InceptionExtractor(path, sha256=sha256)
+    test, train = (extractor.extract(read_split(prepared.dataset, split).images) for split in ("test", "train"))
+    expected = fid_statistics_to_metric(
+        *(fid_features_to_statistics(torch.from_numpy(part.features).double()) for part in (test, train)), verbose=False
+    )
+    fid = expected["frechet_inception_distance"]
+    assert result.metrics["eval/custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
+    expected_score = inception_score(test.log_probabilities, num_splits=1).mean
+    assert result.metrics["eval/custom_graph_score_n6"] == pytest.approx(expected_score, rel=1e-6)
+    # The samples are the test images, so a perfect model's figures are the samples' own.
+    assert fid > 0 and result.real_metrics["eval/real_custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ def test_sigmas_must_fit_the_stages() -> None:
 
 def test_neighbours_stand_beside_their_sample_with_their_distances() -> None:
     samples, neighbours = images(2, 8, 8, 1), images(2, 2, 8, 8, 1)
-    distances = np.array([[1.5, 20.0], [3.25, 40.0]])
+    distances = np.array([[1.5, 1064.2], [3.25, 40.0]])
     figure = neighbours_panel(samples, neighbours, distances=distances, memorised=[False, True])
     assert [word for word in words(figure) if word in ("sample", "nearest", "2")] == ["sample", "nearest", "2"]
-    assert {"1.5", "20", "3.25", "40"} <= set(words(figure))
+    assert {"1.5", "1064", "3.25", "40"} <= set(words(figure))
     assert words(figure).count("copy") == 1
     columns = [samples, neighbours[:, 0], neighbours[:, 1]]
     np.testing.assert_array_equal(shown(figure), np.concatenate(columns)[..., 0])

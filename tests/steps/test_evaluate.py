@@ -157,6 +157,13 @@ def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_p
     assert f"only {count} images" in result.notes[0]
 
 
+def test_inception_figures_of_fewer_samples_than_published_ones_say_so() -> None:
+    assert step._notes(50_000, 50_000, extractor="inception") == []
+    (note,) = step._notes(10_000, 10_000, extractor="inception")
+    assert "over 50,000 samples, these are over 10,000" in note and "sampling.num_images = 50000" in note
+    assert step._notes(512, 512, extractor="classifier") == []
+
+
 def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:
     config = make_config(store)
     samples = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))

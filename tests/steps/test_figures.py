@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
+from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas
 from ncsn.data.cache import open_cache
 from ncsn.data.parquet import write_dataset
 from ncsn.data.row import Images, to_table
@@ -146,9 +146,10 @@ def test_inpainting_goes_through_the_levels_that_there_are(
     sigmas = geometric_sigmas(1.0 if num_levels > 1 else 0.01, 0.01, num_levels)
     sampling = SamplingConfig.model_validate({"sampler": sampler, "seed": 5})
     chain = inpainting_chain(sampling, sigmas)
-    best = best_epsilon(sigma_L=0.01, ratio=1.6681, steps_per_level=10)
+    kept = consistent_epsilon(sigma_L=0.01, ratio=1.6681, steps_per_level=10)
     assert chain.sampler.steps_per_level == steps and chain.seed == 5
-    assert chain.sampler.epsilon == pytest.approx(epsilon or best, rel=1e-3)
+    assert chain.sampler.epsilon == pytest.approx(epsilon or kept, rel=1e-3)
+    assert chain.sampler.consistent is (epsilon is None)
 
 
 def test_interpolations_differ_at_each_step(numbers) -> None:

@@ -25,7 +25,8 @@ def config() -> Config:
 
 
 def sampler(epsilon: float) -> dict[str, Any]:
-    return {"kind": "annealed_langevin", "steps_per_level": 10, "epsilon": epsilon, "denoise": True}
+    settings = {"steps_per_level": 10, "epsilon": epsilon, "denoise": True, "consistent": False}
+    return {"kind": "annealed_langevin", **settings}
 
 
 def trial(number: int, *reached: tuple[int, float], failure: str | None = None, **values: float) -> TrialRecord:
