@@ -127,7 +127,7 @@ def _row(figure: str, generated: Mapping[str, Reading], real: Mapping[str, Readi
 
 def _with_deviation(figure: str, readings: Mapping[str, Reading]) -> str:
     deviation = readings.get(f"{figure}_std")
-    return f"{readings[figure].value:.3g}" + ("" if deviation is None else f" ± {deviation.value:.2g}")
+    return f"{readings[figure].value:.3g}" + ("" if deviation is None else f" ±\u00a0{deviation.value:.2g}")
 
 
 def _bars(value: float, real: float | None) -> tuple[float | None, float | None]:

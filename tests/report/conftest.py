@@ -13,17 +13,20 @@ from ncsn.report.scores import score_rows
 from ncsn.report.training import training_panel
 
 METRICS = {
-    "eval/classifier_score_n64": 8.8,
-    "eval/classifier_score_std_n64": 0.4,
+    "eval/classifier_score_n64": 1.23,
+    "eval/classifier_score_std_n64": 0.00123,
     "eval/classifier_fid_n64": 14.0,
-    "eval/classifier_kid_n64": -0.01,
+    "eval/classifier_kid_n64": -0.00123,
+    "eval/classifier_kid_std_n64": 0.00123,
     "eval/classifier_memorised_n64": 1 / 64,
     "eval/classifier_test_accuracy": 0.97,
 }
 REAL_METRICS = {
-    "eval/real_classifier_score_n60": 9.1,
+    "eval/real_classifier_score_n60": 1.24,
+    "eval/real_classifier_score_std_n60": 0.00345,
     "eval/real_classifier_fid_n60": 7.0,
-    "eval/real_classifier_kid_n60": 0.0,
+    "eval/real_classifier_kid_n60": -0.00421,
+    "eval/real_classifier_kid_std_n60": 0.00882,
     "eval/real_classifier_memorised_n60": 0.0,
 }
 

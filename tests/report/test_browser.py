@@ -95,6 +95,9 @@ def test_nothing_is_wider_than_the_screen(visit) -> None:
     seen = visit("report.html", scheme="dark")
     seen.frame.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert seen.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert seen.frame.evaluate(
+        "[...document.querySelectorAll('.scores .number')].every(part => part.scrollWidth <= part.clientWidth)"
+    ), "each figure has room"
     background, ink = seen.frame.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.plot text')).fill]"
         ".map(colour => Math.max(...colour.match(/\\d+/g).slice(0, 3).map(Number)))"

@@ -42,7 +42,7 @@ def test_figures_are_read_from_their_names() -> None:
 
 def test_scores_stand_beside_the_real_ones() -> None:
     (score,), (kid, class_tv) = score_rows(METRICS, REAL)
-    assert (score.value, score.real, score.better) == ("8 ± 0.25", "10", "higher")
+    assert (score.value, score.real, score.better) == ("8 ±\u00a00.25", "10", "higher")
     assert score.share == pytest.approx(0.8 * score.real_share, abs=0.1)
     assert kid.share is None, "a negative figure has no length"
     assert (class_tv.real, class_tv.share) == ("", None)
