@@ -40,7 +40,7 @@ SAMPLERS = {
     "consistent_annealed": ({"epsilon": 2e-3, "denoise": True}, 7),
     "predictor_corrector": ({"predictor": "ancestral", "corrector_steps": 1}, 12),
     "probability_flow": ({"method": "heun"}, 11),
-    "karras_heun": ({"num_steps": 5, "churn": 2.0}, 9),
+    "karras_heun": ({"num_steps": 5, "churn": 2.0, "churn_min": 0.06, "churn_noise": 1.003}, 9),
 }
 
 

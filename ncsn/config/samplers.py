@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ncsn.config.section import Section
 
@@ -84,7 +84,18 @@ class KarrasHeunConfig(Section):
     num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")
     rho: float = Field(7.0, gt=0, le=100, description="Exponent of the grid.")
     churn: float = Field(0.0, ge=0, le=1000, description="Total noise added again on the way; 0 = deterministic.")
+    churn_min: float = Field(0.0, ge=0, le=1e4, description="Lowest sigma with churn.")
+    churn_max: float = Field(1e4, gt=0, le=1e4, description="Highest sigma with churn.")
+    churn_noise: float = Field(1.0, gt=0, le=2, description="Standard deviation of what churn adds; 1 keeps sigma.")
     denoise: bool = Field(True, description="End with the step to sigma = 0.")
+
+    @model_validator(mode="after")
+    def _churns_somewhere(self) -> KarrasHeunConfig:
+        if self.churn_min >= self.churn_max:
+            raise ValueError(
+                f"churn_min = {self.churn_min:g} must be below churn_max = {self.churn_max:g}: nothing is between"
+            )
+        return self
 
 
 SamplerConfig = Annotated[

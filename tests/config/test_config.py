@@ -40,6 +40,10 @@ def test_round_trips(path: Path) -> None:
             "noise={num_levels: 1}",
             "noise: num_levels = 1 needs sigma_1 = sigma_L, got sigma_1 = 1.0 and sigma_L = 0.01",
         ),
+        (
+            "sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}",
+            "churn_min = 2 must be below churn_max = 0.5: nothing is between",
+        ),
         ("sampling.sampler.kind=ddim", "sampling.sampler.kind: 'ddim'"),
         ("noise", "--set 'noise': expected a.b=value"),
         ("seed.x=1", "--set 'seed.x=1': 'seed' is a value, not a section"),

@@ -188,13 +188,13 @@ def test_sizes_from_compact_to_large() -> None:
         large = make_network(
             channels=3,
             image_size=64,
-            widths=(128, 256, 256, 384),
+            widths=(128, 256, 384, 384),
             blocks_per_resolution=3,
             embedding_features=512,
             attention_sizes=(16, 8),
         )
-    assert 0.4e6 < sum(p.numel() for p in compact.parameters()) < 0.7e6
-    assert 40e6 < sum(p.numel() for p in large.parameters()) < 80e6
+    assert sum(p.numel() for p in compact.parameters()) == 534_881
+    assert sum(p.numel() for p in large.parameters()) == 60_767_875
 
 
 def test_refuses_too_many_widths() -> None:
