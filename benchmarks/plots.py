@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 Found = dict[str, Any]
 REACHED, MISSED = "#2a7f62", "#c0504d"
@@ -31,7 +32,7 @@ def against_targets(rows: list[Found], path: Path) -> None:
     ratios = [
         row["value"] / row["target"] if row["higher_is_better"] else row["target"] / row["value"] for row in with_target
     ]
-    figure, axes = plt.subplots(figsize=(8, 0.36 * len(with_target) + 1))
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(with_target) + 1))
     places = range(len(with_target) - 1, -1, -1)
     axes.barh(
         list(places),
@@ -42,15 +43,20 @@ def against_targets(rows: list[Found], path: Path) -> None:
     axes.set_yticks(list(places), [_short(row) for row in with_target], fontsize=8)
     ends = range(math.floor(min(map(math.log2, ratios))), math.ceil(max(map(math.log2, ratios))) + 1)
     axes.set_xticks(list(ends), [f"{2.0**end:g}x" for end in ends])
-    axes.set_xlabel("figure over target; right of 1x is better than the target")
+    axes.set_xlabel("figure over target; right of 1x is better")
     _finish(figure, path)
 
 
 def growth(rows: list[Found], path: Path) -> None:
     """Images per second against batch, image size, workers and samples."""
-    figure, panels = plt.subplots(1, len(GROWTH), figsize=(12, 2.8))
-    for axes, (start, (label, unit)) in zip(panels, GROWTH.items(), strict=True):
-        points = [(_number(row, start), row["value"]) for row in rows if row["measure"].startswith(f"{start} ")]
+    found = {
+        start: [(_number(row, start), row["value"]) for row in rows if row["measure"].startswith(f"{start} ")]
+        for start in GROWTH
+    }
+    curves = {start: points for start, points in found.items() if points}
+    figure, panels = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.8), squeeze=False)
+    for axes, (start, points) in zip(panels[0], curves.items(), strict=True):
+        label, unit = GROWTH[start]
         _curve(axes, points)
         axes.set_xlabel(label, fontsize=9)
         axes.set_title(unit, fontsize=9)
@@ -59,9 +65,9 @@ def growth(rows: list[Found], path: Path) -> None:
 
 def _curve(axes: Axes, points: list[tuple[int, float]]) -> None:
     axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=REACHED)
-    if points and max(points)[0] > 4:
+    if max(points)[0] > 4:
         axes.set_xscale("log", base=2)
-    if points and max(y for _, y in points) > 20 * min(y for _, y in points):
+    if max(y for _, y in points) > 20 * min(y for _, y in points):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
@@ -78,10 +84,10 @@ def _number(row: Found, start: str) -> int:
 
 def _short(row: Found) -> str:
     words = f"{row['part']}: {row['measure']}".replace("`", "")
-    return words if len(words) <= 70 else f"{words[:67]}..."
+    return words if len(words) <= 60 else f"{words[:57]}..."
 
 
-def _finish(figure: plt.Figure, path: Path) -> None:
+def _finish(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
