@@ -149,6 +149,11 @@ def rungs(config: Config) -> list[int]:
     return [*found, last]
 
 
+def untrained_share(config: Config) -> float:
+    """Share in [0, 1] of the untrained weights that the running average still holds at the first rung."""
+    return float(config.train.ema_decay ** (rungs(config)[0] // config.train.batch_size))
+
+
 def setting(config: Config, path: str) -> Any:
     """The value at a dotted path of the config.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import rungs
+from ncsn.config.search import rungs, untrained_share
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.trial import SearchPlan
@@ -26,6 +27,11 @@ from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once, run_folder
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run
+
+_MUCH = 0.1
+"""Share of untrained weights in the running average from which on a rung says little about the trial."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     assert settings is not None
     plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, folder, dataset))
     plan.samplings(plan.baseline)  # raises now what every trial would find
+    _warn_of_untrained_weights(config)
 
     def work(progress: ProgressFile) -> TuneResult:
         with (
@@ -125,6 +132,18 @@ def trainable(result: TuneResult, config: Config) -> Config:
     """The best config, to be trained where `config` computes: the search may have run on another machine."""
     best = from_yaml(storage.read_text(result.config), origin=result.config)
     return best.model_copy(update={"compute": config.compute})
+
+
+def _warn_of_untrained_weights(config: Config) -> None:
+    share = untrained_share(config)
+    if share > _MUCH:
+        _logger.warning(
+            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
+            "lower train.ema_decay = %g, or raise search.first_rung_images",
+            rungs(config)[0],
+            100 * share,
+            config.train.ema_decay,
+        )
 
 
 def _of_fixed_size(config: Config) -> Config:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config, ConfigError, changed_settings, from_json, from_yaml, to_json
-from ncsn.config.search import rungs, searched_space, swept, variant
+from ncsn.config.search import rungs, searched_space, swept, untrained_share, variant
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+
+DIGITS_SEARCH = Path(__file__).parents[2] / "configs" / "search_digits.yaml"
 
 
 def digits(*overrides: str) -> Config:
@@ -28,6 +30,13 @@ def test_a_space_that_names_nothing_is_the_noise_around_the_config() -> None:
     found = searched_space(digits("search={}"))
     ends = {path: (domain.low, domain.high) for path, domain in found.items()}  # type: ignore[union-attr]
     assert ends == {"noise.sigma_1": (0.333333, 3.0), "noise.sigma_L": (0.01, 0.09)}
+
+
+def test_the_first_rung_of_the_example_judges_trained_weights() -> None:
+    """0.998 ^ 125 of them would not be: the average would still be mostly where it started."""
+    example = DIGITS_SEARCH.read_text()
+    assert untrained_share(from_yaml(example)) < 0.1
+    assert untrained_share(from_yaml(example, overrides=["train.ema_decay=0.998"])) == pytest.approx(0.7786, abs=1e-4)
 
 
 def test_a_search_does_not_change_whose_run_it_is() -> None:
