@@ -20,6 +20,8 @@ STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 PLAN = "plan.json"
 """Name of the plan in the folder of its run."""
 GIGABYTE = 1e9
+NEIGHBOUR_SEARCHES = 2
+"""How often the evaluation looks through the training images: for the samples and for real test images."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Rates:
         sample_evaluation: One network evaluation of one batch, while all workers are busy.
         classifier_image: One image of one pass of the classifier's training.
         extract_image: One image through the extractor.
+        neighbour_image: One training image in the search for those nearest to a set of images.
         worker_bytes: Memory of a training worker.
         machine_bytes: Memory of the machines of the cluster.
         dataset_image_bytes: Of one image in the store.
@@ -93,6 +96,7 @@ class Rates:
     sample_evaluation: float
     classifier_image: float
     extract_image: float
+    neighbour_image: float
     worker_bytes: float
     machine_bytes: float
     dataset_image_bytes: float
@@ -155,11 +159,12 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     waves = math.ceil(counts.shards / config.compute.max_workers)
     measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
     passes = evaluation.classifier_epochs if evaluation.extractor == "classifier" else 0
+    of_training_image = passes * rates.classifier_image + NEIGHBOUR_SEARCHES * rates.neighbour_image
     work = {
         "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
         "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
         "sample": waves * counts.nfe * rates.sample_evaluation,
-        "evaluate": passes * counts.train_images * rates.classifier_image + measured * rates.extract_image,
+        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image,
         "register": 0.0,
         "report": 0.0,
     }

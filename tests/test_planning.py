@@ -40,6 +40,7 @@ RATES = Rates(
     sample_evaluation=0.1,
     classifier_image=0.02,
     extract_image=0.001,
+    neighbour_image=0.004,
     worker_bytes=3e9,
     machine_bytes=8e9,
     dataset_image_bytes=1e6,
@@ -61,7 +62,7 @@ def test_seconds_of_each_step() -> None:
             "ingest": 1 + 550 * 0.01,
             "train": 10 + 1024 * 0.5 + 3 * 7,  # sixteen whole batches; checkpoints at 400, 800 and the end
             "sample": 5 + 3 * 21 * 0.1,  # five shards on two workers are three waves
-            "evaluate": 3 + 3 * 500 * 0.02 + (500 + 100 + 50) * 0.001,
+            "evaluate": 3 + 3 * 500 * 0.02 + (500 + 100 + 50) * 0.001 + 2 * 500 * 0.004,
             "register": 2,
             "report": 1,
         }

@@ -1,4 +1,4 @@
-"""How fast an extractor and the classifier's training are on this machine, for planning."""
+"""How fast an extractor, the search for neighbours and the classifier's training are on this machine, for planning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
+from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, pixel_neighbours
 
 _TILED_BYTES = 1 << 28
 
@@ -21,6 +22,15 @@ def seconds_per_image(extractor: Extractor, images: Images, *, batch_size: int) 
     started = time.perf_counter()
     extractor.extract(batch)
     return (time.perf_counter() - started) / len(batch)
+
+
+def search_seconds_per_image(images: Images) -> float:
+    """Of one training image in the search for those nearest to a set of images: the second search, as above."""
+    queries = np.array(images[:NEIGHBOUR_IMAGES])
+    pixel_neighbours(queries, images)
+    started = time.perf_counter()
+    pixel_neighbours(queries, images)
+    return (time.perf_counter() - started) / len(images)
 
 
 def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labels: Labels, seconds: float) -> float:

@@ -32,9 +32,9 @@ from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, Classifie
 from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.judge import SEED
-from ncsn.evaluation.speed import seconds_per_image, training_seconds_per_image
+from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
 from ncsn.generation import shortened
-from ncsn.planning import Counts, Rates
+from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.steps.result import RunFolder, run_folder
@@ -120,7 +120,7 @@ class _Rehearsal:
         fixed["sample"] = around + self.start.tracking + self.start.joining
         report("evaluate")
         figures = evaluate.run(self.config, run=RUN, samples=made.uri, dataset=data.uri)
-        classifier_image, extract_image, around = self._evaluation(data.uri, figures)
+        classifier_image, extract_image, neighbour_image, around = self._evaluation(data.uri, figures)
         fixed["evaluate"] = around + self.start.tracking
         report("register")
         register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=figures.uri)
@@ -138,6 +138,7 @@ class _Rehearsal:
             sample_evaluation=sample_evaluation,
             classifier_image=classifier_image,
             extract_image=extract_image,
+            neighbour_image=neighbour_image,
             worker_bytes=self._worker_bytes(),
             machine_bytes=cluster_memory(),
             dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(data.counts.values()),
@@ -184,8 +185,8 @@ class _Rehearsal:
         strip = sample.STRIP_IMAGES / self.config.sampling.batch_size * (self.counts.nfe - cold.nfe) * evaluation
         return cold, evaluation, seconds - warm.seconds + strip
 
-    def _evaluation(self, dataset: str, result: evaluate.EvaluateResult) -> tuple[float, float, float]:
-        """Seconds of one image of the classifier's training, of one through the extractor, and of the rest."""
+    def _evaluation(self, dataset: str, result: evaluate.EvaluateResult) -> tuple[float, float, float, float]:
+        """Seconds of an image of the classifier's training, through the extractor, in searches, and of the rest."""
         split = open_cache(dataset, "train")
         extract_image = seconds_per_image(
             _extractor(self.config, dataset), split.images, batch_size=self.config.evaluation.batch_size
@@ -194,9 +195,11 @@ class _Rehearsal:
             json.loads(path.read_text())["training_seconds"] for path in Path(dataset).glob("classifier/*/*.json")
         ]
         measured = len(split) + result.num_images + result.num_real_images
-        fixed = max(self._seconds("evaluate") - sum(trained) - measured * extract_image, 0.0)
+        neighbour_image = search_seconds_per_image(split.images)
+        searching = NEIGHBOUR_SEARCHES * len(split) * neighbour_image
+        fixed = max(self._seconds("evaluate") - sum(trained) - measured * extract_image - searching, 0.0)
         if not trained:
-            return 0.0, extract_image, fixed
+            return 0.0, extract_image, neighbour_image, fixed
         own = sum(trained) / len(split)
         as_large = (self.counts.train_images < SMALL_SET) == (len(split) < SMALL_SET)
         if not as_large:
@@ -209,7 +212,7 @@ class _Rehearsal:
                 seed=SEED,
             )
             own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
-        return own, extract_image, fixed
+        return own, extract_image, neighbour_image, fixed
 
 
 def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: float) -> tuple[float, float, float]:
