@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.tracking.connection import shown
-from ncsn.tracking.versions import is_model_address, resolve_version
+from ncsn.tracking.versions import LEDGER_SUFFIX, is_model_address, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -188,7 +188,8 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                yield _version(client.get_model_version(version.name, version.version), tags)
+                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow gives its entries the run of what they name
+                    yield _version(client.get_model_version(version.name, version.version), tags)
 
 
 def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:

@@ -8,6 +8,7 @@ import pytest
 
 from ncsn.tracking.connection import connect
 from ncsn.tracking.lineage import Link, trace
+from ncsn.tracking.promotions import promote, settle
 from ncsn.tracking.run import step_run
 
 DIGEST = "5f" * 32
@@ -39,7 +40,7 @@ def chain(config) -> str:
         client.create_registered_model("traced-model")
         tags = {"gate.promoted": "true", "gate.reason": "there was no champion", "ncsn.checkpoint": "abcd1234abcd1234"}
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
-        client.set_registered_model_alias("traced-model", "champion", "1")
+        promote(client, "traced-model", "1", after=settle(client, "traced-model"), by="gate", reason="the first")
     with step_run(config, run="traced", step="report") as tracked:
         tracked.set_tags({"report.uri": "/store/report.html"})
     parent = tracked.parent_run_id
@@ -90,6 +91,7 @@ def test_the_chain_has_every_link(config, chain):
     assert found["samples"].facts["nfe"] == "5"
     assert found["evaluation"].facts == {"samples": "/store/samples", "classifier_fid_n4": "9.5"}
     assert found["model version"].facts["aliases"] == "champion"
+    assert [link.id for link in walk(whole) if link.kind == "model version"] == ["models:/traced-model/1"]
     assert (found["decision"].id, found["decision"].facts["reason"]) == ("promoted", "there was no champion")
 
 
