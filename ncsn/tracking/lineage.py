@@ -188,7 +188,7 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow gives its entries the run of what they name
+                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow may give its entries the run of what they name
                     yield _version(client.get_model_version(version.name, version.version), tags)
 
 

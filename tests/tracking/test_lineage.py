@@ -8,8 +8,8 @@ import pytest
 
 from ncsn.tracking.connection import connect
 from ncsn.tracking.lineage import Link, trace
-from ncsn.tracking.promotions import promote, settle
 from ncsn.tracking.run import step_run
+from ncsn.tracking.versions import LEDGER_SUFFIX
 
 DIGEST = "5f" * 32
 SAMPLES = {
@@ -40,7 +40,10 @@ def chain(config) -> str:
         client.create_registered_model("traced-model")
         tags = {"gate.promoted": "true", "gate.reason": "there was no champion", "ncsn.checkpoint": "abcd1234abcd1234"}
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
-        promote(client, "traced-model", "1", after=settle(client, "traced-model"), by="gate", reason="the first")
+        client.set_registered_model_alias("traced-model", "champion", "1")
+        ledger = f"traced-model{LEDGER_SUFFIX}"  # as it may come out of a server, which adds the run
+        client.create_registered_model(ledger)
+        client.create_model_version(ledger, "file:///nowhere", run_id=tracked.run_id)
     with step_run(config, run="traced", step="report") as tracked:
         tracked.set_tags({"report.uri": "/store/report.html"})
     parent = tracked.parent_run_id
