@@ -1,6 +1,6 @@
-"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost, drained or replaced on the way.
+"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost or drained on the way.
 
-    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain | replace) AT_IMAGES
+    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain) AT_IMAGES
 
 Writes `result.json` into the run's folder: what training returned, and how many workers there were at each step.
 """
@@ -24,9 +24,6 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 NOTICE_SECONDS = 15
-STEP_SECONDS = 0.6
-ALONE_SECONDS = 5.0
-"""The same where the lost node is to come back: Ray Train looks for more nodes once a minute."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,13 @@ class Slowly:
     """Progress that takes its time, and notes images seen and the number of workers."""
 
     file: Path
-    alone: float
+    seconds: float
 
     def __call__(self, done: int, total: int) -> None:
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         with self.file.open("a") as stream:
             stream.write(f"{done} {workers}\n")
-        time.sleep(STEP_SECONDS if workers > 1 else self.alone)
+        time.sleep(self.seconds)
 
     def seen(self) -> list[list[int]]:
         """[images seen, workers] of each step so far."""
@@ -48,24 +45,20 @@ class Slowly:
 
 
 def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
-    """Train, and take the second node away when so many images have been seen; `replace` adds one when one trains."""
+    """Train, and take the second node away when so many images have been seen."""
     folder = Path(run)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
-    progress = Slowly(folder / "progress", alone=ALONE_SECONDS if how == "replace" else STEP_SECONDS)
+    progress = Slowly(folder / "progress", seconds=0.6)
     progress.file.touch()
 
     def take_away() -> None:
         while not any(done >= at_images for done, _ in progress.seen()):
             time.sleep(0.1)
-        if how != "drain":
+        if how == "kill":
             cluster.remove_node(nodes[1], allow_graceful=False)
-        if how == "replace":
-            while not any(workers == 1 for _, workers in progress.seen()):
-                time.sleep(0.1)
-            cluster.add_node(num_cpus=1)
-        if how == "drain":
+        else:
             # What `ray drain-node` calls, without the seconds that the command takes to start.
             client = ray._raylet.GcsClient(address=cluster.address)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
