@@ -39,7 +39,7 @@ def train_and_lose_a_node(tiny: str, dataset: str, run: Path, how: str, at_image
     config = run / "config.yaml"
     config.write_text(json.dumps(from_yaml(tiny, overrides=ELASTIC).model_dump(mode="json")))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | QUICK
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # none need be in the home folder
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as on a clean machine
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(config), dataset, str(run), how, str(at_images)]
     with (run / "log").open("w") as log:
