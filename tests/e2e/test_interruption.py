@@ -9,7 +9,7 @@ import signal
 import pytest
 
 RUN = "stopped"
-SETTINGS = ("train.num_images=4800", "train.checkpoint_every_images=960", "train.keep_checkpoints=100")
+SETTINGS = ("train.num_images=19200", "train.checkpoint_every_images=1920", "train.keep_checkpoints=100")
 LONG = ("run", "--run", RUN, "--json", *(part for setting in SETTINGS for part in ("--set", setting)))
 
 
@@ -55,9 +55,9 @@ def test_a_killed_run_is_resumed(workplace) -> None:
     )
     assert returned == -signal.SIGKILL
     saved = checkpoints(workplace)
-    assert "images-000004800" not in saved
+    assert "images-000019200" not in saved
 
     done = workplace.run(*LONG)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"]["train"]["images_seen"] == 4800
+    assert json.loads(done.stdout)["steps"]["train"]["images_seen"] == 19200
     assert checkpoints(workplace).items() > saved.items(), "trained again what was there"
