@@ -1,4 +1,4 @@
-"""A real cluster that loses a node: training goes on with the other, on the same curve."""
+"""A real cluster that loses a node, and gets one: training goes on with what there is, on the same curve."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import secrets
 import subprocess
 import sys
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,18 @@ def test_a_lost_node_leaves_fewer_workers_on_the_same_curve(
     assert workers[0] == 2 and workers[-1] == 1
     resumed = [done for done, _ in result["seen"]][workers.index(1)]
     assert resumed == 176, "it went on from the checkpoint at 160"
+    assert_same_training(tmp_path / "run", undisturbed)
+
+
+def test_a_new_node_makes_training_grow_again(tiny: str, dataset: str, tmp_path: Path, undisturbed: Path) -> None:
+    result = train_and_lose_a_node(tiny, dataset, tmp_path / "run", "replace", at_images=224)
+    assert result["outcome"]["images_seen"] == 640
+    attempts = [(count, [done for done, _ in seen]) for count, seen in groupby(result["seen"], key=itemgetter(1))]
+    assert [count for count, _ in attempts] == [2, 1, 2]
+    for (_, before), (_, after) in pairwise(attempts):
+        newest = max(before) // 160 * 160
+        assert after[0] - 16 in (newest, newest - 160), "it went on from the newest checkpoint that was stored"
+        assert after == list(range(after[0], after[-1] + 1, 16))
     assert_same_training(tmp_path / "run", undisturbed)
 
 

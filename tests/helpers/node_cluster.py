@@ -1,6 +1,6 @@
-"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost or drained on the way.
+"""Trains on a real Ray cluster of two nodes with a CPU each, one of which is lost, drained or replaced on the way.
 
-    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain) AT_IMAGES
+    python node_cluster.py CONFIG DATASET RUN_FOLDER (kill | drain | replace) AT_IMAGES
 
 Writes `result.json` into the run's folder: what training returned, and how many workers there were at each step.
 """
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer
-from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 import torch.distributed
@@ -24,6 +24,9 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 NOTICE_SECONDS = 15
+STEP_SECONDS = 0.6
+ALONE_SECONDS = 5.0
+"""The same where the lost node is to come back: Ray Train looks for more nodes once a minute."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Slowly:
     """Progress that takes its time, and notes images seen and the number of workers."""
 
     file: Path
-    seconds: float
+    alone: float
 
     def __call__(self, done: int, total: int) -> None:
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         with self.file.open("a") as stream:
             stream.write(f"{done} {workers}\n")
-        time.sleep(self.seconds)
+        time.sleep(STEP_SECONDS if workers > 1 else self.alone)
 
     def seen(self) -> list[list[int]]:
         """[images seen, workers] of each step so far."""
@@ -45,20 +48,26 @@ class Slowly:
 
 
 def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
-    """Train, and take the second node away when so many images have been seen."""
+    """Train, and take the second node away when so many images have been seen; `replace` adds one when one trains."""
     folder = Path(run)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
-    progress = Slowly(folder / "progress", seconds=0.6)
+    progress = Slowly(folder / "progress", alone=ALONE_SECONDS if how == "replace" else STEP_SECONDS)
     progress.file.touch()
 
-    def take_away() -> None:
+    def take_away(training: Future[TrainOutcome]) -> None:
         while not any(done >= at_images for done, _ in progress.seen()):
+            assert not training.done(), training.result()
             time.sleep(0.1)
-        if how == "kill":
+        if how != "drain":
             cluster.remove_node(nodes[1], allow_graceful=False)
-        else:
+        if how == "replace":
+            while not any(workers == 1 for _, workers in progress.seen()):
+                assert not training.done(), training.result()
+                time.sleep(0.1)
+            cluster.add_node(num_cpus=1)
+        if how == "drain":
             # What `ray drain-node` calls, without the seconds that the command takes to start.
             client = ray._raylet.GcsClient(address=cluster.address)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
@@ -66,14 +75,16 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
             accepted, why_not = client.drain_node(nodes[1].node_id, reason, "a rehearsal", deadline)
             assert accepted, why_not
 
-    threading.Thread(target=take_away, daemon=True).start()
     job = TrainingJob(
         config=from_yaml(Path(config).read_text()),
         dataset=dataset,
         history=str(folder / "history.json"),
         progress=progress,
     )
-    outcome = trainer.train(job, run_uri=run)
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(trainer.train, job, run_uri=run)
+        take_away(training)  # here, since Ray adds nodes in the main thread alone
+        outcome = training.result()
     (folder / "result.json").write_text(json.dumps({"outcome": asdict(outcome), "seen": progress.seen()}))
     ray.shutdown()
     cluster.shutdown()
