@@ -3,9 +3,9 @@
     python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml --out samplers.json
 
 SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and if need be its own
-`precision` and `num_images`. Images are kept below --work by what they depend on, so a second call makes only what is
-missing. Seconds are CPU seconds of one core for 64 images, the median over the batches made, so that other work on the
-machine changes them little.
+`precision`, `num_images` and `batch_size`. Images are kept below --work by what they depend on, so a second call makes
+only what is missing. Seconds are CPU seconds of one core for 64 images, the median over the batches made, so that other
+work on the machine changes them little.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from ncsn.evaluation.figures import measure_images
 from ncsn.evaluation.reference import obtain_reference
 from ncsn.generation import evaluations_per_image, generate
 
-BATCH = 64
+QUOTED = 64
+"""Images that seconds are quoted for."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Setting:
     name: str
     sampling: SamplingConfig
     folder: Path
+
+    @property
+    def batches(self) -> list[tuple[int, int, Path]]:
+        """First image, number of images and file of each batch."""
+        count, size = self.sampling.num_images, self.sampling.batch_size
+        bounds = [(first, min(first + size, count)) for first in range(0, count, size)]
+        return [(first, last - first, self.folder / f"{first:06d}-{last:06d}.npz") for first, last in bounds]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ def main() -> None:
     options = _options()
     checkpoint = load_for_sampling(options.checkpoint)
     entries = yaml.safe_load(options.settings.read_text())
-    settings = settings_of(entries, checkpoint, num_images=options.num_images, work=options.work)
+    common = {"num_images": options.num_images, "batch_size": options.batch_size}
+    settings = settings_of(entries, checkpoint, common=common, work=options.work)
     make_images(options.checkpoint, settings, processes=options.processes)
     rows = measured(options.dataset, checkpoint, settings, num_images=options.num_images)
     print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | images |")
@@ -87,8 +96,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quality against the number of network evaluations.")
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("dataset", help="folder of the ingested data set, with labels")
-    parser.add_argument("settings", type=Path, help="YAML list of {name, sampler, precision, num_images}")
+    parser.add_argument("settings", type=Path, help="YAML list of {name, sampler, precision, ...}")
     parser.add_argument("--num-images", type=int, default=10_000, help="images per setting that does not say its own")
+    parser.add_argument("--batch-size", type=int, default=256, help="images made at once, likewise")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/samplers"), help="where images are kept")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -96,27 +106,21 @@ def _options() -> argparse.Namespace:
 
 
 def settings_of(
-    entries: list[dict[str, Any]], checkpoint: SamplingCheckpoint, *, num_images: int, work: Path
+    entries: list[dict[str, Any]], checkpoint: SamplingCheckpoint, *, common: dict[str, int], work: Path
 ) -> list[Setting]:
-    """The entries of a settings file."""
+    """The entries of a settings file, over `common` settings of a config's section `sampling`."""
     settings = []
     for entry in entries:
-        sampling = SamplingConfig.model_validate(
-            {"num_images": num_images, "batch_size": BATCH} | {k: v for k, v in entry.items() if k != "name"}
-        )
-        key = sampling.model_dump_json(include={"sampler", "seed", "precision"}) + checkpoint.digest
+        sampling = SamplingConfig.model_validate(common | {key: value for key, value in entry.items() if key != "name"})
+        kept_by = {"sampler", "seed", "precision", "batch_size"}
+        key = sampling.model_dump_json(include=kept_by) + checkpoint.digest
         settings.append(Setting(entry["name"], sampling, work / hashlib.sha256(key.encode()).hexdigest()[:16]))
     return settings
 
 
 def make_images(checkpoint: str, settings: list[Setting], *, processes: int) -> None:
     """Make the images that are missing, in processes of one thread each."""
-    tasks = [
-        (setting, first, min(BATCH, setting.sampling.num_images - first))
-        for setting in settings
-        for first in range(0, setting.sampling.num_images, BATCH)
-        if not (setting.folder / f"{first:06d}.npz").exists()
-    ]
+    tasks = [(setting.sampling, *batch) for setting in settings for batch in setting.batches if not batch[2].exists()]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_make_batch, checkpoint, *task) for task in tasks]
         for count, future in enumerate(as_completed(futures), start=1):
@@ -125,14 +129,13 @@ def make_images(checkpoint: str, settings: list[Setting], *, processes: int) -> 
                 print(f"{time.strftime('%H:%M:%S')} {count} of {len(tasks)} batches", flush=True)
 
 
-def _make_batch(checkpoint: str, setting: Setting, first: int, count: int) -> None:
+def _make_batch(checkpoint: str, sampling: SamplingConfig, first: int, count: int, target: Path) -> None:
     torch.set_num_threads(1)
     trained = _load(checkpoint)
     began = time.process_time()
-    images = generate(trained, sampling=setting.sampling, first=first, count=count)
+    images = generate(trained, sampling=sampling, first=first, count=count)
     seconds = time.process_time() - began
-    setting.folder.mkdir(parents=True, exist_ok=True)
-    target = setting.folder / f"{first:06d}.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part.npz")
     np.savez(part, images=images, seconds=seconds)
     part.replace(target)
@@ -184,18 +187,18 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
         for images, seconds in [_kept(setting)]
     ]
     real = test.images[:num_images]
-    batches = [real[first : first + BATCH] for first in range(0, len(real), BATCH)]
+    batches = [real[first : first + QUOTED] for first in range(0, len(real), QUOTED)]
     return [*rows, row("real test images", batches, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
 
 
 def _kept(setting: Setting) -> tuple[list[np.ndarray], list[float]]:
-    """The images of a setting and the seconds of each whole batch."""
+    """The images of a setting, and of each whole batch the seconds for 64."""
     images, seconds = [], []
-    for first in range(0, setting.sampling.num_images, BATCH):
-        with np.load(setting.folder / f"{first:06d}.npz") as stored:
-            images.append(stored["images"][: setting.sampling.num_images - first])
-            if len(stored["images"]) == BATCH:
-                seconds.append(float(stored["seconds"]))
+    for _, count, file in setting.batches:
+        with np.load(file) as stored:
+            images.append(stored["images"])
+            if count == setting.sampling.batch_size:
+                seconds.append(float(stored["seconds"]) * QUOTED / count)
     return images, seconds
 
 

@@ -10,7 +10,7 @@ from benchmarks.measure import Row
 from benchmarks.samplers import make_images, measured, settings_of
 from ncsn.checkpoint import load_for_sampling
 
-IMAGES = 256
+IMAGES, BATCH = 256, 64
 LANGEVIN = {
     "name": "annealed Langevin dynamics",
     "precision": "float32",
@@ -33,7 +33,8 @@ def rows() -> list[Row]:
     trained = run.step("train")["result"]
     checkpoint = load_for_sampling(trained["checkpoint"])
     with tempfile.TemporaryDirectory() as work:
-        settings = settings_of([LANGEVIN, *QUICKER], checkpoint, num_images=IMAGES, work=Path(work))
+        common = {"num_images": IMAGES, "batch_size": BATCH}
+        settings = settings_of([LANGEVIN, *QUICKER], checkpoint, common=common, work=Path(work))
         make_images(trained["checkpoint"], settings, processes=2)
         slow, *quicker, real = measured(trained["dataset"], checkpoint, settings, num_images=IMAGES)
     as_good = [row for row in quicker if row.fid <= slow.fid]

@@ -146,15 +146,3 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def _forget_s3_clients(storage: ModuleType) -> None:
     storage._s3_filesystem.cache_clear()
     storage._s3_client.cache_clear()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in on_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
