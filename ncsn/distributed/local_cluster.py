@@ -64,6 +64,28 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
             ray.shutdown(wait_for_processes=True)
 
 
+@contextmanager
+def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A cluster for so many tasks, or none for a single one where none is at hand: it would take longer to start.
+
+    Args:
+        config: As for `ray_cluster`.
+        tasks: How many there are to do.
+        metadata: As for `ray_cluster`.
+
+    Raises:
+        ConnectionError: as `ray_cluster`.
+        RuntimeError: as `ray_cluster`.
+        ValueError: if the cluster is too small for the config.
+    """
+    if tasks <= 1 and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    with ray_cluster(config, metadata=metadata):
+        require_resources(config)
+        yield
+
+
 def _environment() -> dict[str, dict[str, str]] | None:
     """What the processes of a joined cluster are to share with this one."""
     inherited = outages.inherited()
@@ -106,7 +128,9 @@ def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
 
 
 def ray_tags() -> dict[str, str]:
-    """What names the work in Ray's dashboard and logs."""
+    """What names the work in Ray's dashboard and logs; nothing where it has no cluster."""
+    if not ray.is_initialized():
+        return {}
     context = ray.get_runtime_context()
     tags = {"ray.job_id": context.get_job_id(), "ray.session": context.get_session_name()}
     # Asked again, `init` only says what this process is connected to.

@@ -1,4 +1,4 @@
-"""Annealed sampling as Ray tasks, one per shard of images.
+"""Annealed sampling as Ray tasks, one per shard of images, or in this process if it is connected to no cluster.
 
 Image i of a run is a function of (checkpoint, sampler settings, seed, i). Shards therefore never disagree, and a
 second call makes only the ranges that are missing.
@@ -7,7 +7,7 @@ second call makes only the ranges that are missing.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -98,10 +98,15 @@ def missing_ranges(names: list[str], *, num_images: int) -> list[tuple[int, int]
     return gaps
 
 
+def missing_shards(template: Shard, *, num_images: int) -> list[Shard]:
+    """The shards that `sample_missing` would make."""
+    return _pieces(template, missing_ranges(storage.list_names(template.folder), num_images=num_images))
+
+
 def sample_missing(
     template: Shard, *, num_images: int, progress: Callable[[int, int], None], looker: Looker | None = None
 ) -> int:
-    """Make what is missing of images `0 .. num_images` on the connected Ray cluster.
+    """Make what is missing of images `0 .. num_images` on the connected Ray cluster, or here if there is none.
 
     Args:
         template: A shard whose `count` is the batch size.
@@ -123,23 +128,44 @@ def sample_missing(
         judge = (looker.config, looker.dataset)
         # First, since it takes little, and no score comes before that of the first images.
         work = [(_look_at_shard, shard) for shard in _pieces(template, _between(gaps, num_images=num_images))] + work
-    resources = {"num_cpus": template.threads, "num_gpus": 1 if template.use_gpu else 0}
-    waiting = {task.options(**resources).remote(shard, judge): shard.first for task, shard in work}
+    for first, (count, features) in (_as_tasks if ray.is_initialized() else _here)(work, judge):
+        if looker is not None and features is not None:
+            looker.take(first, features)
+        made += count
+        progress(there + made, num_images)
+    return made
+
+
+_Judge = tuple[Config, str] | None
+_Made = tuple[int, Features | None]
+_Work = Sequence[tuple[Callable[[Shard, _Judge], _Made], Shard]]
+
+
+def _here(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
+    """First image of each shard and what became of it, one after the other in this process."""
+    for function, shard in work:
+        yield shard.first, function(shard, judge)
+
+
+def _as_tasks(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
+    """The same as tasks of the connected cluster, as they finish; those that nobody waits for are taken back."""
+    tasks: dict[Any, Any] = {function: ray.remote(max_retries=3)(function) for function, _ in work}
+    waiting = {
+        tasks[function].options(**_resources(shard)).remote(shard, judge): shard.first for function, shard in work
+    }
     try:
         while waiting:
             (finished,), _ = ray.wait(list(waiting), num_returns=1)
-            count, features = ray.get(finished)
-            first = waiting.pop(finished)
-            if looker is not None:
-                looker.take(first, features)
-            made += count
-            progress(there + made, num_images)
+            yield waiting.pop(finished), ray.get(finished)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ValueError) else error from None
     finally:
         for reference in waiting:
             ray.cancel(reference)
-    return made
+
+
+def _resources(shard: Shard) -> dict[str, int]:
+    return {"num_cpus": shard.threads, "num_gpus": 1 if shard.use_gpu else 0}
 
 
 def _pieces(template: Shard, ranges: list[tuple[int, int]]) -> list[Shard]:
@@ -166,12 +192,13 @@ def watch_levels(shard: Shard, watcher: W) -> W:
     Returns:
         The watcher as it came back.
     """
-    task: Any = _watch_levels.options(num_cpus=shard.threads, num_gpus=1 if shard.use_gpu else 0)
-    returned: W = ray.get(task.remote(shard, watcher))
+    if not ray.is_initialized():
+        return _watch_levels(shard, watcher)
+    task: Any = ray.remote(max_retries=3)(_watch_levels)
+    returned: W = ray.get(task.options(**_resources(shard)).remote(shard, watcher))
     return returned
 
 
-@ray.remote(max_retries=3)
 def _watch_levels(shard: Shard, watcher: W) -> W:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
@@ -190,8 +217,7 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
     return watcher
 
 
-@ray.remote(max_retries=3)
-def _sample_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int, Features | None]:
+def _sample_shard(shard: Shard, judge: _Judge) -> _Made:
     """Make and publish the shard; how many images that were, and their features if there is a judge."""
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
@@ -207,8 +233,7 @@ def _sample_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int, 
     return shard.count, _features(images, judge)
 
 
-@ray.remote(max_retries=3)
-def _look_at_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int, Features | None]:
+def _look_at_shard(shard: Shard, judge: _Judge) -> _Made:
     """The same for images that are in the folder already, by whatever shards."""
     torch.set_num_threads(shard.threads)
     last = shard.first + shard.count
@@ -216,7 +241,7 @@ def _look_at_shard(shard: Shard, judge: tuple[Config, str] | None) -> tuple[int,
     return 0, _features(np.concatenate(images), judge)
 
 
-def _features(images: NDArray[np.uint8], judge: tuple[Config, str] | None) -> Features | None:
+def _features(images: NDArray[np.uint8], judge: _Judge) -> Features | None:
     if judge is None:
         return None
     config, dataset = judge

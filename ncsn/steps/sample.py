@@ -14,8 +14,8 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.distributed.faults import Rehearsal, rehearsal
-from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
-from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, watch_levels
+from ncsn.distributed.local_cluster import cluster_for, ray_tags
+from ncsn.distributed.sample_shards import Features, Looker, Shard, missing_shards, sample_missing, watch_levels
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.evaluation.running import RunningScore, RunningScores
 from ncsn.evaluation.samples import read_samples
@@ -97,15 +97,15 @@ def run(
     uri = folder.samples(loaded.digest, sampler_digest)
 
     def work(progress: ProgressFile) -> SampleResult:
+        shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
+        tasks = len(missing_shards(shard, num_images=sampling.num_images))
         with (
             step_run(config, run=run, step="sample") as tracked,
             faults.outages_shared(),
-            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="sample")),
+            cluster_for(config, tasks=tasks, metadata=job_metadata(tracked, run=run, step="sample")),
         ):
-            require_resources(config)
             tracked.set_tags(ray_tags())
             started = time.perf_counter()
-            shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
             watched = _watched(progress, lease, faults)
             scores = _Scores(config, score, progress) if score else None
             looker = scores.looker if scores else None

@@ -27,8 +27,8 @@ from ncsn.data.row import from_table
 from ncsn.distributed import trainer
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.faults import rehearsal
-from ncsn.distributed.local_cluster import ray_tags, require_resources
-from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, watch_levels
+from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources
+from ncsn.distributed.sample_shards import Shard, missing_ranges, missing_shards, sample_missing, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.report.stages import Stages
@@ -253,6 +253,31 @@ def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: P
     assert stages.numbers == [0, 1, 2, 3, 4] and stages.frames.shape == (5, 4, 8, 8, 1)
     assert np.array_equal(stages.frames[-1], images[:4])
     assert not np.array_equal(stages.frames[-2], images[:4])
+
+
+def test_a_single_shard_is_the_same_without_a_cluster(
+    sample: Sample, trained: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = from_yaml(tiny)
+    _, images = sample(tmp_path / "cluster", config, batch=10)
+    shard = Shard(
+        str(trained / "checkpoints" / "images-000000160"),
+        config.sampling,
+        str(tmp_path / "here"),
+        0,
+        10,
+        1,
+        use_gpu=False,
+    )
+    assert missing_shards(shard, num_images=10) == [shard]
+    with cluster_for(config, tasks=1):
+        assert ray_tags() == {}  # of no cluster
+        assert sample_missing(shard, num_images=10, progress=lambda done, total: None) == 10
+        stages = watch_levels(shard, Stages(40))
+    assert missing_shards(shard, num_images=10) == []
+    assert np.array_equal(from_table(pq.read_table(shard.uri)).images, images)
+    assert np.array_equal(stages.frames[-1], images)
 
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ncsn.core.networks.activation import elu
+
 if TYPE_CHECKING:
     from ncsn.core.networks.normalization import NormFactory
 
@@ -65,14 +67,19 @@ def check_size(x: Tensor, *, halvings: int) -> None:
 
 
 class _PooledConv(nn.Module):
-    """A convolution followed by a 2x2 mean pool."""
+    """An undilated convolution followed by a 2x2 mean pool."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.avg_pool2d(self.conv(x), kernel_size=2)
+        if x.device.type != "cpu":
+            return functional.avg_pool2d(self.conv(x), kernel_size=2)
+        # Each pooled pixel is a convolution with the mean of the kernel's four places, at every second pixel. On a CPU
+        # the pooling took longer than the convolution.
+        weight = functional.avg_pool2d(functional.pad(self.conv.weight, (1, 1, 1, 1)), kernel_size=2, stride=1)
+        return functional.conv2d(x, weight, self.conv.bias, stride=2, padding=self.conv.padding)
 
 
 class ResidualBlock(nn.Module):
@@ -108,8 +115,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, in_channels, H, W] at level int64 [B]."""
-        h: Tensor = self.conv1(functional.elu(self.normalize1(x, level)))
-        h = self.conv2(functional.elu(self.normalize2(h, level)))
+        h: Tensor = self.conv1(elu(self.normalize1(x, level)))
+        h = self.conv2(elu(self.normalize2(h, level)))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -166,7 +173,7 @@ class ResidualConvUnit(nn.Module):
         for block in range(1, self.num_blocks + 1):
             h = x
             for stage in (1, 2):
-                h = functional.elu(_normalized(getattr(self, f"{block}_{stage}_norm"), h, level))
+                h = elu(_normalized(getattr(self, f"{block}_{stage}_norm"), h, level))
                 h = getattr(self, f"{block}_{stage}_conv")(h)
             x = x + h
         return x
@@ -222,7 +229,7 @@ class ChainedResidualPooling(_ConvsThenNorms):
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, channels, H, W] at level int64 [B]."""
-        x = pooled = functional.elu(x)
+        x = pooled = elu(x)
         for index, conv in enumerate(self.convs):
             pooled = conv(self._pool(self._normalized(index, pooled, level)))
             x = x + pooled

@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ncsn.core.networks.activation import elu
 from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_levels, check_size, conv3x3
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus
 
@@ -67,5 +67,5 @@ class NcsnNetwork(nn.Module):
         h = self.refine2([stage3, h], level)
         h = self.refine3([stage2, h], level)
         h = self.refine4([stage1, h], level)
-        score: Tensor = self.end_conv(functional.elu(self.normalizer(h, level)))
+        score: Tensor = self.end_conv(elu(self.normalizer(h, level)))
         return score

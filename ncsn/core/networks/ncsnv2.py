@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ncsn.core.networks.activation import elu
 from ncsn.core.networks.blocks import (
     RefineBlock,
     ResidualStage,
@@ -128,5 +128,5 @@ class NcsnV2Network(nn.Module):
         for index, name in enumerate(self._decoder):
             skip = features.pop()
             h = self.get_submodule(name)([skip] if index == 0 else [skip, h], level)
-        out: Tensor = self.end_conv(functional.elu(self.normalizer(h, level)))
+        out: Tensor = self.end_conv(elu(self.normalizer(h, level)))
         return out

@@ -31,7 +31,8 @@ def instance_norm_plus(x: Tensor, *, gamma: Tensor, alpha: Tensor, beta: Tensor)
         [B, C, H, W] in the type of x; all is computed in float32, or wider if x is.
     """
     batch, channels, height, width = x.shape
-    mean = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    # A sum over a number, since the way back through a mean divides maps instead of numbers.
+    mean = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (height * width)
     channel_variance, channel_mean = torch.var_mean(mean, dim=1, keepdim=True)
     standardised = (mean - channel_mean) * torch.rsqrt(channel_variance + _EPS)
     scale = gamma.to(mean.dtype).expand_as(mean)
