@@ -16,6 +16,9 @@ from torch import Tensor
 from ncsn.core.keyed_random import keyed_permutation
 
 _BLOCK = 2048
+_SMALL_BLOCK = 512
+"""Where much is left out: the smaller, the less is compared in vain."""
+_ROUNDING = 1e-5
 _DISTANCE_BINS = 65536
 _EPSILON_CANDIDATES = 200_000
 
@@ -47,8 +50,8 @@ class PairDistances:
     Attributes:
         maximum: Largest distance, in pixel units of [0, 1].
         quantile_999: 99.9th percentile, to 2^-15 of the largest norm; it shows whether outliers make the
-            maximum.
-        num_images: Images compared.
+            maximum. It may rest on a sample of the images.
+        num_images: Images compared for the maximum.
         exact: Whether these were all images and not a sample.
     """
 
@@ -85,15 +88,15 @@ def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float
     mirror images are compared. Images become float block by block: as uint8 they take a quarter of the memory.
     """
     starts = range(0, len(x), _BLOCK)
-    norms = torch.cat([_block(x, start).square().sum(dim=1) for start in starts])
+    norms = torch.cat([_rows(x[start : start + _BLOCK]).square().sum(dim=1) for start in starts])
     limit = 2 * float(norms.max().sqrt()) or 1.0
     histogram, maximum = torch.zeros(_DISTANCE_BINS, dtype=torch.float64), 0.0
     for row in starts:
-        images = _block(x, row)
+        images = _rows(x[row : row + _BLOCK])
         for column, mirrored in product(starts, (False, True)[: 1 + flips]):
             if column > row:
                 continue
-            others = _block(x, column, mirrored=mirrored)
+            others = _rows(x[column : column + _BLOCK], mirrored=mirrored)
             squared = torch.addmm(norms[column : column + _BLOCK], images, others.T, alpha=-2)
             distance = squared.add_(norms[row : row + _BLOCK, None]).clamp_(min=0).sqrt_()
             if row == column:
@@ -103,10 +106,45 @@ def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float
     return histogram, maximum, limit
 
 
-def _block(x: Tensor, start: int, *, mirrored: bool = False) -> Tensor:
-    """Some images as float rows [B, D] in pixel units of [0, 1]."""
-    images = x[start : start + _BLOCK]
-    images = images.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else images.float()
+def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> tuple[float, bool]:
+    """Largest distance between two images, without comparing all of them.
+
+    Two images are at most as far apart as their distances from the mean image are together. So images are taken in the
+    order of these, farthest first, and no two are compared that cannot be farther apart than those found already.
+
+    Args:
+        x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
+        flips: Whether training mirrors images, so that mirrored ones count as images too.
+        most_work: Multiplications, about, after which to be content with the largest distance so far.
+
+    Returns:
+        The distance in pixel units of [0, 1], and whether there is no larger one.
+    """
+    blocks = [x[start : start + _BLOCK] for start in range(0, len(x), _BLOCK)]
+    variants = (False, True)[: 1 + flips]
+    # With the mirror images in the mean, each of them is as far from it as the original.
+    sums = [_rows(block, mirrored=mirrored).double().sum(dim=0) for block in blocks for mirrored in variants]
+    centre = (torch.stack(sums).sum(dim=0) / (len(x) * len(variants))).float()
+    radii = torch.cat([torch.linalg.vector_norm(_rows(block) - centre, dim=1) for block in blocks])
+    order = radii.argsort(descending=True)
+    starts = torch.split(order, _SMALL_BLOCK)
+    reach = [float(radii[indices[0]]) for indices in starts]
+    best, work = 0.0, 0.0
+    for row, column in ((i, j) for i in range(len(starts)) for j in range(i + 1)):
+        if (reach[row] + reach[column]) * (1 + _ROUNDING) <= best:
+            continue
+        if work > most_work:
+            return best, False
+        images = _rows(x[starts[row]])
+        for mirrored in variants:
+            distances = torch.cdist(images, _rows(x[starts[column]], mirrored=mirrored))
+            best, work = max(best, float(distances.max())), work + distances.numel() * images.shape[1]
+    return best, True
+
+
+def _rows(x: Tensor, *, mirrored: bool = False) -> Tensor:
+    """Images as float rows [B, D] in pixel units of [0, 1]."""
+    images = x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else x.float()
     return (images.flip(-1) if mirrored else images).flatten(1)
 
 

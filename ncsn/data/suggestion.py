@@ -8,22 +8,34 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.noise import AutoNoiseConfig
-from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, pair_distances, suggest_noise
+from ncsn.core.keyed_random import keyed_permutation
+from ncsn.core.noise_schedule import (
+    NoiseSuggestion,
+    PairDistances,
+    largest_distance,
+    pair_distances,
+    suggest_noise,
+)
 from ncsn.data.manifest import Manifest
 from ncsn.data.statistics import ImageSample
 
-MOST_IMAGES = 5_000
-_WORK = 2.5e10
-"""N^2 D for N images of D values each, a few seconds on two CPU cores."""
+MOST_IMAGES = 60_000
+_MOST_VALUES = 2**28
+"""Bytes of the images that are kept for the largest distance."""
+_MOST_WORK = 2e11
+"""Multiplications for it: some seconds on two CPU cores. Real images take a tenth, pure noise would take all."""
+_FEW = 2_000
+"""Images all pairs of which are compared for the percentile."""
 
 
 def sample_size(values_per_image: int) -> int:
-    """How many images ingest compares: 5,000, fewer where they are large, so that its cost is bounded."""
-    return max(2, min(MOST_IMAGES, math.isqrt(int(_WORK / values_per_image))))
+    """How many images ingest keeps to compare them: 60,000, fewer where they are large, so that memory is bounded."""
+    return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
 
 
 def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
@@ -33,11 +45,15 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         Nothing if the images are all alike.
     """
     images = torch.from_numpy(sample.images)
+    few = images[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(images))[:_FEW]))]
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
-        distances = replace(pair_distances(images, flips=flips), exact=sample.complete)
-        if distances.maximum <= AutoNoiseConfig(kind="auto").sigma_L:
+        maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
+        if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
             return {}
+        distances = replace(
+            pair_distances(few, flips=flips), maximum=maximum, num_images=len(images), exact=sample.complete and exact
+        )
         found[name] = suggest_noise(distances, dimension=images[0].numel())
     return found
 

@@ -9,6 +9,7 @@ from ncsn.core.noise_schedule import (
     PairDistances,
     best_epsilon,
     geometric_sigmas,
+    largest_distance,
     level_overlap,
     num_levels_for,
     pair_distances,
@@ -129,6 +130,37 @@ def test_pair_distances_of_too_many_images_are_a_sample():
     assert result.num_images == 10_000 and not result.exact and 1.3 < result.maximum < 2**0.5
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         pair_distances(images(1))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["all as far from the mean", "some far from it"])
+def test_the_largest_distance_is_that_of_all_pairs(monkeypatch, flips, spread):
+    monkeypatch.setattr("ncsn.core.noise_schedule._SMALL_BLOCK", 7)
+    for seed in range(20):
+        x = (
+            images(60, seed)
+            * torch.rand(60, generator=torch.Generator().manual_seed(seed)).pow(spread)[:, None, None, None]
+        )
+        found, exact = largest_distance(x, flips=flips)
+        assert exact and found == pytest.approx(pair_distances(x, flips=flips).maximum, rel=1e-5)
+
+
+def test_the_largest_distance_compares_few_pairs_and_can_be_cut_short(monkeypatch):
+    monkeypatch.setattr("ncsn.core.noise_schedule._SMALL_BLOCK", 10)
+    x = (
+        (255 * images(1000) * torch.linspace(0, 1, 1000)[:, None, None, None])
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+    )
+    compared = []
+    cdist = torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b: compared.append(len(a) * len(b)) or cdist(a, b))
+    found, exact = largest_distance(x)
+    assert exact and found == pytest.approx(pair_distances(x).maximum, rel=1e-5)
+    assert sum(compared) < 0.1 * 1000 * 1001 / 2
+    some, exact = largest_distance(x, most_work=0)
+    assert not exact and 0 < some <= found
 
 
 def test_suggestion_applies_the_techniques_in_turn():
