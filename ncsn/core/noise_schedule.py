@@ -16,6 +16,8 @@ from torch import Tensor
 from ncsn.core.keyed_random import keyed_permutation
 
 _BLOCK = 2048
+_BLOCK_VALUES = 2**24
+"""Fewer images a block where they are large."""
 _SMALL_BLOCK = 512
 """Where much is left out: the smaller, the less is compared in vain."""
 _ROUNDING = 1e-5
@@ -87,18 +89,19 @@ def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float
     Two mirror images are as far apart as the originals, so besides originals with each other only originals with
     mirror images are compared. Images become float block by block: as uint8 they take a quarter of the memory.
     """
-    starts = range(0, len(x), _BLOCK)
-    norms = torch.cat([_rows(x[start : start + _BLOCK]).square().sum(dim=1) for start in starts])
+    size = _block_size(x)
+    starts = range(0, len(x), size)
+    norms = torch.cat([_rows(x[start : start + size]).square().sum(dim=1) for start in starts])
     limit = 2 * float(norms.max().sqrt()) or 1.0
     histogram, maximum = torch.zeros(_DISTANCE_BINS, dtype=torch.float64), 0.0
     for row in starts:
-        images = _rows(x[row : row + _BLOCK])
+        images = _rows(x[row : row + size])
         for column, mirrored in product(starts, (False, True)[: 1 + flips]):
             if column > row:
                 continue
-            others = _rows(x[column : column + _BLOCK], mirrored=mirrored)
-            squared = torch.addmm(norms[column : column + _BLOCK], images, others.T, alpha=-2)
-            distance = squared.add_(norms[row : row + _BLOCK, None]).clamp_(min=0).sqrt_()
+            others = _rows(x[column : column + size], mirrored=mirrored)
+            squared = torch.addmm(norms[column : column + size], images, others.T, alpha=-2)
+            distance = squared.add_(norms[row : row + size, None]).clamp_(min=0).sqrt_()
             if row == column:
                 distance = distance[torch.ones_like(distance, dtype=torch.bool).tril(0 if mirrored else -1)]
             maximum = max(maximum, float(distance.max())) if distance.numel() else maximum
@@ -120,14 +123,14 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
     Returns:
         The distance in pixel units of [0, 1], and whether there is no larger one.
     """
-    blocks = [x[start : start + _BLOCK] for start in range(0, len(x), _BLOCK)]
+    blocks = torch.split(x, _block_size(x))
     variants = (False, True)[: 1 + flips]
     # With the mirror images in the mean, each of them is as far from it as the original.
     sums = [_rows(block, mirrored=mirrored).double().sum(dim=0) for block in blocks for mirrored in variants]
     centre = (torch.stack(sums).sum(dim=0) / (len(x) * len(variants))).float()
     radii = torch.cat([torch.linalg.vector_norm(_rows(block) - centre, dim=1) for block in blocks])
     order = radii.argsort(descending=True)
-    starts = torch.split(order, _SMALL_BLOCK)
+    starts = torch.split(order, min(_SMALL_BLOCK, _block_size(x)))
     reach = [float(radii[indices[0]]) for indices in starts]
     best, work = 0.0, 0.0
     for row, column in ((i, j) for i in range(len(starts)) for j in range(i + 1)):
@@ -135,11 +138,15 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
             continue
         if work > most_work:
             return best, False
-        images = _rows(x[starts[row]])
+        images = _rows(x[starts[row]]) - centre
         for mirrored in variants:
-            distances = torch.cdist(images, _rows(x[starts[column]], mirrored=mirrored))
+            distances = torch.cdist(images, _rows(x[starts[column]], mirrored=mirrored) - centre)
             best, work = max(best, float(distances.max())), work + distances.numel() * images.shape[1]
     return best, True
+
+
+def _block_size(x: Tensor) -> int:
+    return max(1, min(_BLOCK, _BLOCK_VALUES // x[0].numel()))
 
 
 def _rows(x: Tensor, *, mirrored: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.noise import AutoNoiseConfig
@@ -29,12 +30,12 @@ _MOST_VALUES = 2**28
 """Bytes of the images that are kept for the largest distance."""
 _MOST_WORK = 2e11
 """Multiplications for it: some seconds on two CPU cores. Real images take a tenth, pure noise would take all."""
-_FEW = 2_000
-"""Images all pairs of which are compared for the percentile."""
+_FEW, _FEW_WORK = 2_000, 2.5e10
+"""Images all pairs of which are compared for the percentile, and multiplications that this may take."""
 
 
 def sample_size(values_per_image: int) -> int:
-    """How many images ingest keeps to compare them: 60,000, fewer where they are large, so that memory is bounded."""
+    """How many images ingest keeps to compare them: 60,000, fewer where they are large."""
     return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
 
 
@@ -45,7 +46,7 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         Nothing if the images are all alike.
     """
     images = torch.from_numpy(sample.images)
-    few = images[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(images))[:_FEW]))]
+    few = images[torch.from_numpy(_some(len(images), values_per_image=images[0].numel()))]
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
@@ -56,6 +57,13 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         )
         found[name] = suggest_noise(distances, dimension=images[0].numel())
     return found
+
+
+def _some(count: int, *, values_per_image: int) -> NDArray[np.int64]:
+    """Which images the percentile rests on."""
+    most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / values_per_image))))
+    chosen: NDArray[np.int64] = np.sort(keyed_permutation(0, epoch=0, size=count)[:most])
+    return chosen
 
 
 def resolve_noise(config: Config, manifest: Manifest) -> Config:

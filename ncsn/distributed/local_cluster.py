@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+import torch
 from ray.job_config import JobConfig
 
 from ncsn import outages
@@ -76,9 +77,11 @@ def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | Non
     Raises:
         ConnectionError: as `ray_cluster`.
         RuntimeError: as `ray_cluster`.
-        ValueError: if the cluster is too small for the config.
+        ValueError: if the cluster, or this machine, has not what the config asks for.
     """
     if tasks <= 1 and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        if config.compute.use_gpu and not torch.cuda.is_available():
+            raise ValueError("compute.use_gpu = true, and this machine has no GPU that torch can use; set it to false")
         yield
         return
     with ray_cluster(config, metadata=metadata):

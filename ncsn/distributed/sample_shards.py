@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -98,9 +99,10 @@ def missing_ranges(names: list[str], *, num_images: int) -> list[tuple[int, int]
     return gaps
 
 
-def missing_shards(template: Shard, *, num_images: int) -> list[Shard]:
-    """The shards that `sample_missing` would make."""
-    return _pieces(template, missing_ranges(storage.list_names(template.folder), num_images=num_images))
+def shards(template: Shard, *, num_images: int, missing: bool) -> list[Shard]:
+    """What `sample_missing` would make, or all that it would make and look at."""
+    names = storage.list_names(template.folder) if missing else []
+    return _pieces(template, missing_ranges(names, num_images=num_images))
 
 
 def sample_missing(
@@ -143,8 +145,20 @@ _Work = Sequence[tuple[Callable[[Shard, _Judge], _Made], Shard]]
 
 def _here(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
     """First image of each shard and what became of it, one after the other in this process."""
-    for function, shard in work:
-        yield shard.first, function(shard, judge)
+    with _as_before():
+        for function, shard in work:
+            yield shard.first, function(shard, judge)
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Leave this process with the threads that it had, and without the network."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _load.cache_clear()
 
 
 def _as_tasks(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
@@ -193,7 +207,8 @@ def watch_levels(shard: Shard, watcher: W) -> W:
         The watcher as it came back.
     """
     if not ray.is_initialized():
-        return _watch_levels(shard, watcher)
+        with _as_before():
+            return _watch_levels(shard, watcher)
     task: Any = ray.remote(max_retries=3)(_watch_levels)
     returned: W = ray.get(task.options(**_resources(shard)).remote(shard, watcher))
     return returned

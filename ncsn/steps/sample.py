@@ -1,4 +1,4 @@
-"""Step 3: images from the EMA weights by the configured sampler, as Ray tasks."""
+"""Step 3: images from the EMA weights by the configured sampler, as Ray tasks if there is more than one to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.distributed.faults import Rehearsal, rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags
-from ncsn.distributed.sample_shards import Features, Looker, Shard, missing_shards, sample_missing, watch_levels
+from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, shards, watch_levels
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.evaluation.running import RunningScore, RunningScores
 from ncsn.evaluation.samples import read_samples
@@ -98,11 +98,14 @@ def run(
 
     def work(progress: ProgressFile) -> SampleResult:
         shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
-        tasks = len(missing_shards(shard, num_images=sampling.num_images))
         with (
             step_run(config, run=run, step="sample") as tracked,
             faults.outages_shared(),
-            cluster_for(config, tasks=tasks, metadata=job_metadata(tracked, run=run, step="sample")),
+            cluster_for(
+                config,
+                tasks=len(shards(shard, num_images=sampling.num_images, missing=score is None)),
+                metadata=job_metadata(tracked, run=run, step="sample"),
+            ),
         ):
             tracked.set_tags(ray_tags())
             started = time.perf_counter()

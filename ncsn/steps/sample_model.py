@@ -16,7 +16,7 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_yaml
 from ncsn.distributed.local_cluster import cluster_for
-from ncsn.distributed.sample_shards import Shard, missing_shards, sample_missing
+from ncsn.distributed.sample_shards import Shard, sample_missing, shards
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.report.figures import grid_png
@@ -137,7 +137,7 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
         use_gpu=config.compute.use_gpu,
     )
     started = time.perf_counter()
-    with cluster_for(config, tasks=len(missing_shards(shard, num_images=sampling.num_images))):
+    with cluster_for(config, tasks=len(shards(shard, num_images=sampling.num_images, missing=True))):
         sample_missing(shard, num_images=sampling.num_images, progress=progress)
     count = min(GRID_IMAGES, sampling.num_images)
     grid = storage.join(folder, "grid.png")

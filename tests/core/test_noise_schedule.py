@@ -145,6 +145,14 @@ def test_the_largest_distance_is_that_of_all_pairs(monkeypatch, flips, spread):
         assert exact and found == pytest.approx(pair_distances(x, flips=flips).maximum, rel=1e-5)
 
 
+def test_the_largest_distance_is_exact_far_from_zero_and_in_small_blocks(monkeypatch):
+    monkeypatch.setattr("ncsn.core.noise_schedule._BLOCK_VALUES", 5 * 24)
+    x = torch.full((60, 2, 3, 4), 250 / 255)
+    x[7, 0, 0, 0] += 1 / 255
+    found, exact = largest_distance(x)
+    assert exact and found == pytest.approx(1 / 255, rel=1e-4)
+
+
 def test_the_largest_distance_compares_few_pairs_and_can_be_cut_short(monkeypatch):
     monkeypatch.setattr("ncsn.core.noise_schedule._SMALL_BLOCK", 10)
     x = (

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources
-from ncsn.distributed.sample_shards import Shard, missing_ranges, missing_shards, sample_missing, watch_levels
+from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, shards, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.report.stages import Stages
@@ -270,14 +270,31 @@ def test_a_single_shard_is_the_same_without_a_cluster(
         1,
         use_gpu=False,
     )
-    assert missing_shards(shard, num_images=10) == [shard]
+    assert shards(shard, num_images=10, missing=True) == [shard]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
     with cluster_for(config, tasks=1):
         assert ray_tags() == {}  # of no cluster
         assert sample_missing(shard, num_images=10, progress=lambda done, total: None) == 10
         stages = watch_levels(shard, Stages(40))
-    assert missing_shards(shard, num_images=10) == []
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before + 1
+    assert shards(shard, num_images=10, missing=True) == []
+    assert len(shards(replace(shard, count=4), num_images=10, missing=False)) == 3
     assert np.array_equal(from_table(pq.read_table(shard.uri)).images, images)
     assert np.array_equal(stages.frames[-1], images)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
+    with (
+        pytest.raises(ValueError, match=r"compute\.use_gpu = true, and this machine has no GPU"),
+        cluster_for(config, tasks=1),
+    ):
+        pass
 
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:
