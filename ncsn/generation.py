@@ -24,6 +24,7 @@ from ncsn.config.samplers import (
     SamplerConfig,
 )
 from ncsn.config.schema import SamplingConfig
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import to_uint8
 from ncsn.core.inpainting import inpaint
 from ncsn.core.interpolation import InterpolatedNoise
@@ -171,6 +172,8 @@ def complete(
 @contextmanager
 def _inference(sampling: SamplingConfig, device: str | torch.device) -> Iterator[None]:
     kind, bfloat16 = torch.device(device).type, sampling.precision == "bfloat16"
+    if kind == "cpu":
+        keep_freed_memory()
     with torch.inference_mode(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
         yield
 

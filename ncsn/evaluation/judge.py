@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from ncsn.config import Config, from_json, to_json
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.evaluation.classifier import ClassifierRecipe
@@ -66,6 +67,7 @@ def obtain_judge(
     Raises:
         ValueError: if the data set has too few test images or no labels, or weights are not those that were asked for.
     """
+    keep_freed_memory()
     manifest, train = load_manifest(dataset), open_cache(dataset, "train")
     extractor, facts = _obtain_extractor(config, dataset, on_progress=on_training)
     reference = obtain_reference(
