@@ -15,8 +15,6 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # How often Ray Train looks whether its workers are done, by default every 2 s, and how long one look may take.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
 if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
