@@ -89,7 +89,7 @@ def _short(row: Found) -> str:
 
 def _finish(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)
 
 
