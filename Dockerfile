@@ -52,6 +52,7 @@ ENV PYTHONUNBUFFERED=1 \
     NCSN_RAYJOB_TEMPLATE=/etc/ncsn/rayjob.yaml \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true \
+    GOMP_SPINCOUNT=2000 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # A number, because Kubernetes cannot check runAsNonRoot against a name.
 USER 1000

@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row, in_turns, own_process
-from ncsn.config import Config, from_yaml
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.ema import Ema
 from ncsn.core.keyed_random import KeyedNoise
@@ -19,8 +17,6 @@ from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import KarrasHeun
 from ncsn.core.train_state import train_step
-from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
 
 BATCHES = (8, 32, 128, 512)
 SIZES = (8, 16, 32, 64)
@@ -87,39 +83,27 @@ def rates(
 
 
 def worker_rows() -> list[Row]:
-    """Images per second of 1 to 4 one-thread workers on this machine's cores."""
+    """Images per second of the paper's network on 1 to 4 one-thread workers, which share this machine's cores."""
     # Imported here, so that the processes of the other rows need not wait for Ray's import.
-    from benchmarks.ray_workers import train_on_ray
+    from benchmarks.ray_workers import PAPER, config, images, train_on_ray
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        dataset = ""
+        dataset = images(PAPER, folder)
         for workers in WORKERS:
-            config = _config(folder, workers)
-            if not dataset:
-                dataset = write_dataset(open_source(config.data), f"{folder}/data", name="d", data=config.data).uri
             began = time.perf_counter()
-            speed = train_on_ray(config, dataset, f"{folder}/{workers}")
+            speed = train_on_ray(config(PAPER, folder, workers=workers), dataset, f"{folder}/{workers}")
             whole = time.perf_counter() - began
             found.append(
                 Row(
                     "growth",
-                    f"training images/s on the digits, workers {workers}",
+                    f"training images/s of the paper's network with 16 channels, batch 64, workers {workers}",
                     speed,
                     unit="images/s",
                     detail=f"{whole:.0f} s with Ray's start",
                 )
             )
     return found
-
-
-def _config(folder: str, workers: int) -> Config:
-    images = 6_400
-    overrides = [f"storage.root={folder}", f"compute.num_workers={workers}", "compute.cpus_per_worker=1"]
-    return from_yaml(
-        CONFIG.read_text(),
-        overrides=[*overrides, f"train.num_images={images}", f"train.checkpoint_every_images={images}"],
-    )
 
 
 def rows() -> list[Row]:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,66 +21,84 @@ from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 
 IMAGES = 9_600
+DIGITS: tuple[str, ...] = ()
+PAPER = ("network={kind: ncsn, num_features: 16}", "data.image_size=28", "train.precision=bfloat16")
+"""What makes the digits' experiment one of the paper's network, as narrow as configs/fashion_mnist_ncsn.yaml."""
 
 
 def rows(*, rounds: int = 2) -> list[Row]:
-    """One worker over no Ray, and two workers over one, on the digits; a worker has one thread."""
+    """One worker over no Ray, and two workers over one; a worker has one thread."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(folder, workers=1)
-        dataset = write_dataset(open_source(config.data), f"{folder}/data", name="digits", data=config.data).uri
-        speeds: dict[str, list[float]] = {"no Ray": [], "one worker": [], "two workers": []}
-        for number in range(rounds):
-            for name, train in (("no Ray", _without), ("one worker", _with_one), ("two workers", _with_two)):
-                speeds[name].append(_apart(train, folder, dataset, f"{name.replace(' ', '-')}-{number}"))
-    alone, one, two = speeds.values()
+        digits = speeds(DIGITS, f"{folder}/digits", rounds=rounds, without_ray=True)
+        paper = speeds(PAPER, f"{folder}/paper", rounds=rounds)
     return [
         Row(
             "Ray",
-            "images/s of one worker over the same loop without Ray",
-            100 * statistics.median(a / b for a, b in zip(one, alone, strict=True)),
+            "images/s of one worker over the same loop without Ray, on the digits",
+            100 * statistics.median(a / b for a, b in zip(digits["1"], digits["no Ray"], strict=True)),
             unit="%",
             target=97,
-            detail=f"{statistics.median(one):,.0f} and {statistics.median(alone):,.0f} images/s",
+            detail=f"{statistics.median(digits['1']):,.0f} and {statistics.median(digits['no Ray']):,.0f} images/s",
         ),
-        Row(
-            "Ray",
-            "images/s of two one-thread workers over one",
-            statistics.median(a / b for a, b in zip(two, one, strict=True)),
-            target=1.9,
-            detail=f"{statistics.median(two):,.0f} and {statistics.median(one):,.0f} images/s",
-        ),
+        _two_over_one("of the paper's network with 16 channels at 28x28, batch 64", paper),
+        _two_over_one("on the digits, batch 64", digits),
     ]
 
 
-def _apart(train: Callable[[str, str, str], float], folder: str, dataset: str, run: str) -> float:
+def _two_over_one(what: str, measured: dict[str, list[float]]) -> Row:
+    return Row(
+        "Ray",
+        f"images/s of two one-thread workers over one, {what}",
+        statistics.median(a / b for a, b in zip(measured["2"], measured["1"], strict=True)),
+        target=1.9,
+        detail=f"{statistics.median(measured['2']):,.0f} and {statistics.median(measured['1']):,.0f} images/s",
+    )
+
+
+def speeds(changes: tuple[str, ...], folder: str, *, rounds: int, without_ray: bool = False) -> dict[str, list[float]]:
+    """Images per second of each round by one and two workers, and without Ray if asked for."""
+    dataset = images(changes, folder)
+    ways: dict[str, Callable[..., float]] = {"no Ray": _without} if without_ray else {}
+    ways |= {"1": partial(_on_ray, workers=1), "2": partial(_on_ray, workers=2)}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, train in ways.items():
+            found[name].append(_apart(train, changes, folder, dataset, f"{name.replace(' ', '-')}-{number}"))
+    return found
+
+
+def images(changes: tuple[str, ...], folder: str) -> str:
+    """Their data set."""
+    data = config(changes, folder, workers=1).data
+    return write_dataset(open_source(data), f"{folder}/data", name="digits", data=data).uri
+
+
+def _apart(train: Callable[..., float], *args: object) -> float:
     """In a process of its own: each has the same past."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(train, folder, dataset, run).result()
+        return pool.submit(train, *args).result()
 
 
-def _without(folder: str, dataset: str, run: str) -> float:
-    job = TrainingJob(config=_config(folder, workers=1), dataset=dataset)
+def _without(changes: tuple[str, ...], folder: str, dataset: str, run: str) -> float:
+    job = TrainingJob(config=config(changes, folder, workers=1), dataset=dataset)
     return train_loop(job, LocalContext(Path(folder) / run)).images_per_second
 
 
-def _with_one(folder: str, dataset: str, run: str) -> float:
-    return train_on_ray(_config(folder, workers=1), dataset, f"{folder}/{run}")
+def _on_ray(changes: tuple[str, ...], folder: str, dataset: str, run: str, *, workers: int) -> float:
+    return train_on_ray(config(changes, folder, workers=workers), dataset, f"{folder}/{run}")
 
 
-def _with_two(folder: str, dataset: str, run: str) -> float:
-    return train_on_ray(_config(folder, workers=2), dataset, f"{folder}/{run}")
-
-
-def train_on_ray(config: Config, dataset: str, run_uri: str) -> float:
+def train_on_ray(settings: Config, dataset: str, run_uri: str) -> float:
     """Images per second of a training on a Ray cluster of its own."""
-    with ray_cluster(config):
-        return trainer.train(TrainingJob(config=config, dataset=dataset), run_uri=run_uri).images_per_second
+    with ray_cluster(settings):
+        return trainer.train(TrainingJob(config=settings, dataset=dataset), run_uri=run_uri).images_per_second
 
 
-def _config(folder: str, *, workers: int) -> Config:
+def config(changes: tuple[str, ...], folder: str, *, workers: int) -> Config:
+    """The digits' experiment with `changes`, short, for one-thread workers."""
     overrides = [f"storage.root={folder}", f"compute.num_workers={workers}", "compute.cpus_per_worker=1"]
     lengths = [f"train.num_images={IMAGES}", f"train.checkpoint_every_images={IMAGES}"]
-    return from_yaml(CONFIG.read_text(), overrides=overrides + lengths)
+    return from_yaml(CONFIG.read_text(), overrides=[*overrides, *lengths, *changes])
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ A component hands the canonical config, the name of the run and the URIs of its 
 The data lies in the store; a KFP artifact is the step's result as JSON, with the URIs in its metadata.
 """
 
-import atexit
 import base64
 import dataclasses
-import gc
 import json
 import os
 import re
@@ -26,13 +24,17 @@ _HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
 def experiment(config: str, run: str) -> tuple[Any, str]:
     """The config of a task, and the run's name: `run`, else one made of the config's name and KFP's run.
 
+    Tasks call it before they import their step, whose imports are quicker then.
+
     Raises:
         ValueError: if the config is wrong, or nothing names the run.
     """
+    from ncsn.upkeep import collect_seldom
+
+    collect_seldom()
     from ncsn.config import from_json
     from ncsn.steps.result import KFP_RUN_ID
 
-    atexit.register(gc.freeze)  # as in ncsn.cli: a task ends a second earlier
     settings = from_json(config)
     if not run and not os.environ.get(KFP_RUN_ID):
         raise ValueError(f"the parameter run is empty, and {KFP_RUN_ID} does not name this pipeline run; name the run")

@@ -17,9 +17,10 @@ def evaluate(
 ) -> None:
     """Measure the samples, next to real test images."""
     from components import experiment, headline, publish, publish_metrics, publish_scores
-    from ncsn.steps import evaluate
 
     settings, name = experiment(config, run)
+    from ncsn.steps import evaluate
+
     uris = {"samples": samples.metadata["uri"], "dataset": dataset.metadata["uri"]}
     result = evaluate.run(settings, run=name, **uris)
     publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)

@@ -17,9 +17,10 @@ def finish(
     from pathlib import Path
 
     from components import experiment, publish
-    from ncsn.steps import finish
 
     settings, name = experiment(config, run)
+    from ncsn.steps import finish
+
     result = finish.run(settings, run=name, state=status.state, message=status.error_message or "")
     publish(outcome, result, status=result.status)
     Path(page.path).write_text(result.page)

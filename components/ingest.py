@@ -11,9 +11,10 @@ def ingest(
 ) -> None:
     """Read the images into the store as Parquet, once per content. KFP's cache looks at `content`."""
     from components import experiment, publish, publish_metrics
-    from ncsn.steps import ingest
 
     settings, name = experiment(config, run)
+    from ncsn.steps import ingest
+
     result = ingest.run(settings, run=name)
     shown = f"{settings.data.source} {result.digest[:8]}"
     publish(dataset, result, display_name=shown, uri=result.uri, digest=result.digest, content=content)

@@ -16,9 +16,10 @@ def register(
 ) -> None:
     """Register the EMA weights; they become champion if they beat the present one."""
     from components import experiment, publish, publish_metrics
-    from ncsn.steps import register
 
     settings, name = experiment(config, run)
+    from ncsn.steps import register
+
     uris = {"checkpoint": checkpoint.metadata["uri"], "evaluation": evaluation.metadata["uri"]}
     result = register.run(settings, run=name, **uris)
     shown = f"{result.model} version {result.version}"

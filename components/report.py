@@ -11,10 +11,11 @@ def report(config: str, run: str, evaluation: dsl.Input[dsl.Artifact], page: dsl
     from pathlib import Path
 
     from components import experiment
+
+    settings, name = experiment(config, run)
     from ncsn.steps import report
     from ncsn.storage import read_bytes
 
-    settings, name = experiment(config, run)
     result = report.run(settings, run=name, evaluation=evaluation.metadata["uri"])
     Path(page.path).write_bytes(read_bytes(result.uri))
     page.metadata["uri"] = result.uri

@@ -18,10 +18,11 @@ def sample(
 ) -> None:
     """Generate images by the configured sampler."""
     from components import experiment, pass_on, publish, publish_metrics, publish_pictures
+
+    settings, name = experiment(config, run)
     from ncsn.steps import sample
     from ncsn.storage import read_bytes
 
-    settings, name = experiment(config, run)
     pass_on(task_config, settings)
     result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
     publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)

@@ -17,9 +17,10 @@ def train(
 ) -> None:
     """Train the score network on Ray, or resume it."""
     from components import experiment, pass_on, publish, publish_metrics
-    from ncsn.steps import train
 
     settings, name = experiment(config, run)
+    from ncsn.steps import train
+
     pass_on(task_config, settings)
     result = train.run(settings, run=name, dataset=dataset.metadata["uri"])
     shown = f"checkpoint at {result.images_seen:,} images"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 from collections.abc import Mapping
 
 import click
@@ -25,6 +23,7 @@ from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
 from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
 from ncsn.cli.registry import export_command, model_options, promote_command, rollback_command, sample_from_model
+from ncsn.upkeep import collect_seldom
 
 
 class _InOrder(click.Group):
@@ -52,8 +51,7 @@ def app() -> None:
 
 def main() -> None:
     """Entry point of the `ncsn` command."""
-    # Without this, Python looks through all that MLflow and torch made for cycles, three times: a second.
-    atexit.register(gc.freeze)
+    collect_seldom()
     app(prog_name="ncsn")
 
 
