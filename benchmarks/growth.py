@@ -97,7 +97,7 @@ def worker_rows() -> list[Row]:
             found.append(
                 Row(
                     "growth",
-                    f"training images/s of the paper's network with 16 channels, batch 64, workers {workers}",
+                    f"training images/s of ncsn with 16 channels, workers {workers}",
                     speed,
                     unit="images/s",
                     detail=f"{whole:.0f} s with Ray's start",

@@ -21,7 +21,7 @@ REACHED, MISSED = "#2a7f62", "#c0504d"
 GROWTH = {
     "training images/s at 28x28 on one thread, batch": ("batch", "images/s"),
     "training images/s at batch 32 on one thread, size": ("image side in pixels", "images/s"),
-    "training images/s of the paper's network with 16 channels, batch 64, workers": ("one-thread workers on two cores", "images/s"),
+    "training images/s of ncsn with 16 channels, workers": ("one-thread workers on two cores", "images/s"),
     "sampled images/s at 9 evaluations on one thread, images at once": ("images at once", "sampled images/s"),
 }
 
