@@ -2,7 +2,7 @@
 
 import os
 
-# The threads of an operation wait for each other by spinning, for milliseconds: beside other programs, which they keep
-# from working, a small network took 400 times as long. Read when torch is loaded (docs/decisions/0056).
+# The threads of an operation wait for each other by spinning, for milliseconds. Beside other programs they kept from
+# working whom they waited for: a small network took 100 times as long. Read when torch is loaded (decision 0056).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
