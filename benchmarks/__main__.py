@@ -5,7 +5,8 @@
 
 Parts: training, evaluation, data, ingest, commands, sampling, ray, checkpoint, growth, unet. `unet` runs only where it
 is named, because it needs diffusers, which nothing else does. `--gpu` needs a GPU and only torch, numpy and the
-repository. The JSON file is written anew after each part, so that what ends early leaves what it has measured.
+repository. The JSON file is written anew after each part, so that what ends early leaves what it has measured; a part
+that fails does not keep the others from being measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import importlib
 import json
 import os
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +62,15 @@ def main() -> None:
         parser.error("--gpu: torch sees no GPU here")
     began = time.perf_counter()
     rows: list[Row] = []
+    failures = 0
     for measure in _measures(options):
-        for row in measure():
+        try:
+            found = measure()
+        except Exception:  # noqa: BLE001 - the others took half an hour
+            traceback.print_exc()
+            failures += 1
+            continue
+        for row in found:
             rows.append(row)
             print(
                 f"{time.perf_counter() - began:5.0f} s  {row.part}: {row.measure}: {row.value:.3g} {row.unit}",
@@ -68,15 +78,18 @@ def main() -> None:
             )
         if options.out:
             seconds = round(time.perf_counter() - began)
-            found = {"machine": _machine(), "seconds": seconds, "rows": [row.to_json() for row in rows]}
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            whole = {"machine": _machine(), "seconds": seconds, "rows": [row.to_json() for row in rows]}
+            options.out.write_text(json.dumps(whole, indent=1) + "\n")
     print(table(rows))
+    if failures:
+        sys.exit(f"{failures} part(s) failed, see above; the table has the others")
 
 
 def _measures(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     all_but_on_request = [part for part in PARTS if part not in ON_REQUEST]
     if options.gpu:
-        return [importlib.import_module("benchmarks.gpu").rows]
+        parts: list[Callable[[], list[Row]]] = importlib.import_module("benchmarks.gpu").parts()
+        return parts
     return [importlib.import_module(PARTS[part]).rows for part in options.parts or all_but_on_request]
 
 

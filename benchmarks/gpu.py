@@ -32,19 +32,22 @@ BUDGET_SECONDS = 480.0
 BATCH = 128
 
 
-def rows(*, device: str = "cuda", batches: tuple[int, ...] = (8, 32, 128, 512), steps: int = 500) -> list[Row]:
-    """All rows, or as many as the budget allows, the dearest last."""
-    where, began, found = torch.device(device), time.perf_counter(), []
-    parts: list[Callable[[], list[Row]]] = [
+def parts(
+    *, device: str = "cuda", batches: tuple[int, ...] = (8, 32, 128, 512), steps: int = 500
+) -> list[Callable[[], list[Row]]]:
+    """What gives the rows; past the budget, counted from now, a part gives none."""
+    where, began = torch.device(device), time.perf_counter()
+    wanted: list[Callable[[], list[Row]]] = [
         partial(measure, device=where, batch=BATCH, rounds=10, compiled=True, speedup=4.0, share_of_peak=40.0),
-        lambda: [loss_curves(device=where, batch=BATCH, steps=steps, num_features=FEATURES)],
         lambda: [sampling(where, images=256, steps_per_level=10)],
         lambda: [growth(where, batch=batch) for batch in batches],
+        lambda: [loss_curves(device=where, batch=BATCH, steps=steps, num_features=FEATURES)],
     ]
-    for part in parts:
-        if time.perf_counter() - began < BUDGET_SECONDS:
-            found += part()
-    return found
+
+    def in_time(part: Callable[[], list[Row]]) -> list[Row]:
+        return part() if time.perf_counter() - began < BUDGET_SECONDS else []
+
+    return [partial(in_time, part) for part in wanted]
 
 
 def growth(device: torch.device, *, batch: int) -> Row:

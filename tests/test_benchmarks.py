@@ -6,9 +6,12 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as main
+from benchmarks import gpu
 from benchmarks.measure import Row, in_turns, ratio, table
 from benchmarks.scale import Machines, Work, step_on
 
@@ -32,6 +35,26 @@ def test_a_row_says_whether_it_reached_its_target(value: float, higher: bool, re
     row = Row("part", "measure", value, target=2.0, higher_is_better=higher)
     assert row.reached is reached
     assert ("**missed**" in table([row])) is not reached
+
+
+def test_a_part_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> list[Row]:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(main, "_measures", lambda _: [broken, lambda: [Row("part", "measure", 2.0)]])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path / "b.json")])
+    with pytest.raises(SystemExit, match="1 part"):
+        main.main()
+    said = capsys.readouterr()
+    assert "no compiler" in said.err and "| part | measure |" in said.out
+    assert [row["value"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]] == [2.0]
+
+
+def test_past_its_budget_the_gpu_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BUDGET_SECONDS", 0.0)
+    assert [part() for part in gpu.parts(device="cpu")] == [[], [], [], []]
 
 
 def test_one_gpu_only_computes() -> None:
