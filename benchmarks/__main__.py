@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,12 @@ def _measures(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     if options.gpu:
         parts: list[Callable[[], list[Row]]] = importlib.import_module("benchmarks.gpu").parts()
         return parts
-    return [importlib.import_module(PARTS[part]).rows for part in options.parts or all_but_on_request]
+    return [partial(_rows_of, PARTS[part]) for part in options.parts or all_but_on_request]
+
+
+def _rows_of(module: str) -> list[Row]:
+    rows: list[Row] = importlib.import_module(module).rows()
+    return rows
 
 
 def _machine() -> dict[str, Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from benchmarks.measure import Row, in_turns, ratio
+from benchmarks.measure import Row, in_turns, own_process, ratio
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.reference import extract_all
@@ -59,21 +61,13 @@ def statistics_row(*, rounds: int, dimensions: int = DIMENSIONS) -> Row:
 
 
 def features_row(*, images: int, rounds: int) -> Row:
-    """Features of images against torch-fidelity's own loop over the same graph."""
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        path = _random_weights(Path(folder))
-        extractor = InceptionExtractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        graph = FeatureExtractorInceptionV3("port", ["2048"], feature_extractor_weights_path=str(path)).eval()
-    data = Unlabelled(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
-
-    def ours() -> None:
-        extract_all(extractor, [pixels[at : at + BATCH] for at in range(0, images, BATCH)])
-
-    def theirs() -> None:
-        get_featuresdict_from_dataset(data, graph, BATCH, False, False, False)
-
-    seconds = in_turns({"ours": ours, "torch-fidelity": theirs}, rounds=rounds)
+    """Features of images against torch-fidelity's own loop over the same graph, on all cores."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        own_process(prepare_ours, weights := str(_random_weights(Path(folder))), images) as ours,
+        own_process(prepare_theirs, weights, images) as theirs,
+    ):
+        seconds = in_turns({"ours": ours, "torch-fidelity": theirs}, rounds=rounds)
     mine, other = statistics.median(seconds["ours"]), statistics.median(seconds["torch-fidelity"])
     return Row(
         "evaluation",
@@ -82,6 +76,25 @@ def features_row(*, images: int, rounds: int) -> Row:
         target=1,
         detail=f"{images / mine:.1f} and {images / other:.1f} images/s",
     )
+
+
+def prepare_ours(weights: str, images: int) -> Callable[[], object]:
+    """As the evaluate step does it."""
+    keep_freed_memory()
+    extractor = InceptionExtractor(weights, sha256=hashlib.sha256(Path(weights).read_bytes()).hexdigest())
+    pixels = _pixels(images)
+    return lambda: extract_all(extractor, [pixels[at : at + BATCH] for at in range(0, images, BATCH)])
+
+
+def prepare_theirs(weights: str, images: int) -> Callable[[], object]:
+    """As torch-fidelity does it."""
+    graph = FeatureExtractorInceptionV3("port", ["2048"], feature_extractor_weights_path=weights).eval()
+    data = Unlabelled(torch.from_numpy(_pixels(images).transpose(0, 3, 1, 2).copy()))
+    return lambda: get_featuresdict_from_dataset(data, graph, BATCH, False, False, False)
+
+
+def _pixels(images: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
 
 
 class Unlabelled(TensorDataset):

@@ -17,6 +17,7 @@ from benchmarks.training_step import (
     FEATURES,
     LEVELS,
     SIZE,
+    STEPS_ON_GPU,
     loss_curves,
     measure,
     prepare_ours,
@@ -28,7 +29,7 @@ from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
 BUDGET_SECONDS = 480.0
-"""After which no further row is begun."""
+"""After which no further part is begun."""
 BATCH = 128
 
 
@@ -37,10 +38,12 @@ def parts(
 ) -> list[Callable[[], list[Row]]]:
     """What gives the rows; past the budget, counted from now, a part gives none."""
     where, began = torch.device(device), time.perf_counter()
+    step = partial(measure, device=where, batch=BATCH, rounds=20, speedup=4.0, share_of_peak=40.0)
     wanted: list[Callable[[], list[Row]]] = [
-        partial(measure, device=where, batch=BATCH, rounds=10, compiled=True, speedup=4.0, share_of_peak=40.0),
-        lambda: [sampling(where, images=256, steps_per_level=10)],
-        lambda: [growth(where, batch=batch) for batch in batches],
+        partial(step, compiled=False),
+        partial(step, compiled=True),
+        lambda: [sampling(where, images=256, steps_per_level=10, num_features=FEATURES)],
+        *(partial(growth, where, batch=batch) for batch in batches),
         lambda: [loss_curves(device=where, batch=BATCH, steps=steps, num_features=FEATURES)],
     ]
 
@@ -50,17 +53,18 @@ def parts(
     return [partial(in_time, part) for part in wanted]
 
 
-def growth(device: torch.device, *, batch: int) -> Row:
+def growth(device: torch.device, *, batch: int) -> list[Row]:
     """Images per second of a step, eager, at a batch size."""
-    with own_process(prepare_ours, str(device), batch, "eager") as step:
-        seconds = in_turns({"step": step}, rounds=5)["step"]
-    return Row("growth", f"training images/s at batch {batch}", batch / statistics.median(seconds), unit="images/s")
+    with own_process(prepare_ours, str(device), batch, "eager") as steps:
+        seconds = statistics.median(in_turns({"steps": steps}, rounds=5)["steps"])
+    speed = batch * STEPS_ON_GPU / seconds
+    return [Row("growth", f"training images/s, {torch.cuda.get_device_name(device)}, batch {batch}", speed, "images/s")]
 
 
-def sampling(device: torch.device, *, images: int, steps_per_level: int) -> Row:
+def sampling(device: torch.device, *, images: int, steps_per_level: int, num_features: int) -> Row:
     """Evaluations per second of annealed Langevin dynamics with the paper's network in bfloat16."""
     torch.manual_seed(0)
-    network = NcsnNetwork(FEATURES, channels=1, num_levels=LEVELS).to(device).eval()
+    network = NcsnNetwork(num_features, channels=1, num_levels=LEVELS).to(device).eval()
     sigmas = geometric_sigmas(1.0, 0.01, LEVELS).float().to(device)
 
     def sample() -> None:
@@ -81,7 +85,7 @@ def sampling(device: torch.device, *, images: int, steps_per_level: int) -> Row:
     speed = images * LEVELS * steps_per_level / seconds
     return Row(
         "sampling",
-        f"annealed Langevin, ncsn, 28x28, 64 channels, {images} images at once: evaluations/s",
+        f"annealed Langevin, ncsn, 28x28, {num_features} channels, {images} images at once: evaluations/s",
         speed,
         unit="/s",
         detail=f"{1e6 / speed:,.0f} s for 1,000 images at 1,000 evaluations each",

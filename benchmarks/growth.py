@@ -60,6 +60,7 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
 def prepare_sampling(images: int) -> Callable[[], None]:
     """So many 28x28 images by the EDM grid at 9 evaluations, on one thread."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     net, sigmas = network(28).eval(), geometric_sigmas(3.0, 0.03, LEVELS)
 
     def sample() -> None:

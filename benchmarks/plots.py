@@ -54,6 +54,8 @@ def growth(rows: list[Found], path: Path) -> None:
         for start in GROWTH
     }
     curves = {start: points for start, points in found.items() if points}
+    if not curves:
+        return
     figure, panels = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.8), squeeze=False)
     for axes, (start, points) in zip(panels[0], curves.items(), strict=True):
         label, unit = GROWTH[start]

@@ -29,7 +29,11 @@ SIZE, LEVELS, FEATURES = 28, 10, 64
 FORWARD_BACKWARD_FLOP = 11_357_939_712
 """Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition."""
 REPEATS = 20
-"""Of the convolution beside which the step is held, to last about as long."""
+"""Of the convolution beside which the step is held, so that it lasts long enough to be timed."""
+STEPS_ON_GPU = 30
+"""Between two looks at the clock, as training does not wait for each step of a GPU either."""
+PEAK_ON_GPU = 16
+"""Times the batch, for the convolution: with fewer images the GPU would wait for the next call."""
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images, levels, noise."""
 Step = Callable[[Batch], Tensor]
@@ -51,8 +55,8 @@ def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Ba
 
 
 def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
-    """Float32, eager, Adam as it comes, a loop over the parameters for the running average."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, foreach=False)
+    """Float32 (TF32 in convolutions of a GPU, PyTorch's default), eager, Adam as it comes, a loop for the average."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
 
     def step(batch: Batch) -> Tensor:
@@ -85,9 +89,18 @@ def our_step(network: nn.Module, sigmas: Tensor) -> Step:
     return step
 
 
-def convolution_flop(batch: int) -> float:
+def convolution_flop(batch: int, device: torch.device) -> float:
     """Of what `prepare_convolution` times."""
-    return REPEATS * 3.0 * 2 * batch * (2 * FEATURES) ** 2 * 9 * (SIZE // 2) ** 2
+    return REPEATS * 3.0 * 2 * _peak_batch(batch, device) * (2 * FEATURES) ** 2 * 9 * (SIZE // 2) ** 2
+
+
+def _peak_batch(batch: int, device: torch.device) -> int:
+    return batch * (PEAK_ON_GPU if device.type == "cuda" else 1)
+
+
+def _steps(device: torch.device) -> int:
+    """Training steps between two looks at the clock."""
+    return STEPS_ON_GPU if device.type == "cuda" else 1
 
 
 def prepare_convolution(name: str, batch: int) -> Callable[[], None]:
@@ -95,7 +108,8 @@ def prepare_convolution(name: str, batch: int) -> Callable[[], None]:
     torch.set_num_threads(1)
     keep_freed_memory()
     device = torch.device(name)
-    x = torch.randn(batch, 2 * FEATURES, SIZE // 2, SIZE // 2, device=device, dtype=torch.bfloat16)
+    images = _peak_batch(batch, device)
+    x = torch.randn(images, 2 * FEATURES, SIZE // 2, SIZE // 2, device=device, dtype=torch.bfloat16)
     weight = torch.randn(2 * FEATURES, 2 * FEATURES, 3, 3, device=device, dtype=torch.bfloat16)
     x, weight = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
     gradient = functional.conv2d(x, weight, padding=1).detach()
@@ -126,22 +140,24 @@ def measure(
         own_process(prepare_convolution, str(device), batch, clock=clock) as peak,
     ):
         seconds = in_turns({"plain": plain, "ours": ours, "peak": peak}, rounds=rounds)
-    speed = {name: batch / statistics.median(values) for name, values in seconds.items()}
-    step_flop, peak_flop = batch * FORWARD_BACKWARD_FLOP, convolution_flop(batch)
+    images = batch * _steps(device)
+    speed = {name: images / statistics.median(values) for name, values in seconds.items()}
+    step_flop, peak_flop = images * FORWARD_BACKWARD_FLOP, convolution_flop(batch, device)
     used = 100 * ratio(seconds, "peak", "ours") * step_flop / peak_flop
     peak_speed = peak_flop / statistics.median(seconds["peak"])
     where = "one CPU core" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    how = "compiled bfloat16" if compiled else "bfloat16"
     return [
         Row(
             "training step",
-            f"ncsn, 28x28, 64 channels, batch {batch}, {where}: bfloat16{' compiled' * compiled} over plain float32",
+            f"{how} over plain float32, {where}: ncsn, 28x28, 64 channels, batch {batch}",
             ratio(seconds, "plain", "ours"),
             target=speedup,
             detail=f"{speed['ours']:,.1f} over {speed['plain']:,.1f} images/s",
         ),
         Row(
             "machine use",
-            f"FLOP/s of that{' compiled' * compiled} step over those of its commonest convolution",
+            f"{how}, {where}: FLOP/s of that step over those of its commonest convolution",
             used,
             unit="%",
             target=share_of_peak,
@@ -151,40 +167,43 @@ def measure(
 
 
 def prepare_plain(device: str, batch: int) -> Callable[[], None]:
-    """A step of the plain implementation on the next batch."""
+    """Steps of the plain implementation on the next batches."""
     plain, _, sigmas = _start(torch.device(device))
-    return _on_next_batch(plain_step(plain, sigmas), batch, torch.device(device))
+    return _on_next_batches(plain_step(plain, sigmas), batch, torch.device(device))
 
 
 def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
-    """A step of ours; `mode` is "eager" or "compiled"."""
+    """Steps of ours; `mode` is "eager" or "compiled"."""
     keep_freed_memory()
     _, ours, sigmas = _start(torch.device(device))
     if device != "cpu":
         ours.to(memory_format=torch.channels_last)
     if mode == "compiled":
         ours.compile()
-    return _on_next_batch(our_step(ours, sigmas), batch, torch.device(device))
+    return _on_next_batches(our_step(ours, sigmas), batch, torch.device(device))
 
 
-def _on_next_batch(step: Step, batch: int, device: torch.device) -> Callable[[], None]:
+def _on_next_batches(step: Step, batch: int, device: torch.device) -> Callable[[], None]:
     given = batches(batch, device)
 
-    def once() -> None:
-        step(next(given))
+    def some() -> None:
+        for _ in range(_steps(device)):
+            step(next(given))
         synchronise(device)
 
-    return once
+    return some
 
 
 def loss_curves(*, device: torch.device, batch: int, steps: int, num_features: int) -> Row:
     """Whether both steps learn alike: the mean loss of the last fifth of the steps, from the same start and data."""
+    threads = torch.get_num_threads()
     plain, ours, sigmas = _start(device, num_features=num_features)
     last: dict[str, list[float]] = {}
     for name, step in (("plain", plain_step(plain, sigmas)), ("ours", our_step(ours, sigmas))):
         given = batches(batch, device)
         losses = [step(next(given)) for _ in range(steps)]
         last[name] = torch.stack(losses[-steps // 5 :]).tolist()
+    torch.set_num_threads(threads)
     means = {name: statistics.fmean(values) for name, values in last.items()}
     noise = statistics.stdev(last["plain"]) / len(last["plain"]) ** 0.5
     return Row(

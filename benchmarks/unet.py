@@ -35,6 +35,7 @@ from torch.nn import functional
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.checkpoint import load_for_sampling
 from ncsn.config import Config, from_yaml
+from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import to_uint8
 from ncsn.data.cache import CACHE_DIR_VARIABLE, open_cache
 from ncsn.data.manifest import load_manifest
@@ -116,6 +117,7 @@ class Ours:
     """The loop of `ncsn train` in this process."""
 
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
+        keep_freed_memory()
         self.training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
         self.batch, self.folder = config.train.batch_size, folder
         self.step: Callable[[], None] = self.training.step

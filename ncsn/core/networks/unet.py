@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ncsn.core.networks.blocks import check_levels
 from ncsn.core.networks.dropout import KeyedDropout, image_keys
+from ncsn.core.networks.normalization import group_norm_by_image
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # says large from small, the highest tells levels that differ by a few percent.
@@ -67,17 +68,8 @@ class FilmGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B, C, H, W] and [B, features] to [B, C, H, W]."""
-        batch, width, height, columns = x.shape
         scale, shift = self.affine(embedding).to(self.affine.weight.dtype).chunk(2, dim=1)
-        # The images' channels laid end to end are one image of B * C channels with B * G groups, so that one fused call
-        # normalises and applies a scale and shift per image.
-        y: Tensor = functional.group_norm(
-            x.reshape(1, batch * width, height, columns),
-            batch * self.num_groups,
-            (1 + scale).flatten(),
-            shift.flatten(),
-        )
-        return y.view(batch, width, height, columns)
+        return group_norm_by_image(x, groups=self.num_groups, scale=1 + scale, shift=shift)
 
 
 class SelfAttention(nn.Module):

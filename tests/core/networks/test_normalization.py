@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, instance_norm_plus
+from ncsn.core.networks import normalization
+from ncsn.core.networks.normalization import (
+    ConditionalInstanceNormPlus,
+    InstanceNormPlus,
+    group_norm_by_image,
+    instance_norm_plus,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -74,6 +80,21 @@ def test_low_precision_input_is_normalised_in_float32():
     assert out.dtype == torch.bfloat16
     once_rounded = norm(x.float(), torch.zeros(2, dtype=torch.int64)).bfloat16()
     torch.testing.assert_close(out, once_rounded, rtol=2**-8, atol=0)
+
+
+def test_more_groups_than_one_call_takes_are_normalised_in_parts(monkeypatch):
+    scale, shift = random(5, 6, seed=1), random(5, 6, seed=2)
+    found = []
+    for most in (65_535, 7):  # 3 groups an image: 5 images at once, or 2, 2 and 1
+        monkeypatch.setattr(normalization, "_MOST_GROUPS", most)
+        x = random(5, 6, 4, 4).requires_grad_()
+        y = group_norm_by_image(x, groups=3, scale=scale, shift=shift)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    for image in range(5):
+        one = functional.group_norm(random(5, 6, 4, 4)[image : image + 1], 3, scale[image], shift[image])
+        torch.testing.assert_close(found[0][0][image : image + 1], one)
 
 
 def test_conditional_table_is_gamma_alpha_beta_by_level():
