@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,13 @@ def test_what_the_gpu_runs_runs() -> None:
     assert found.value == pytest.approx(1, abs=0.1)
     step, use = measure(device=cpu, batch=1, rounds=1, compiled=False, speedup=1.0, share_of_peak=1.0)
     assert step.value > 0 and 0 < use.value < 200
+
+
+def test_peak_memory_is_the_processes_own() -> None:
+    code = "from benchmarks.ingest import peak_mebibytes; print(peak_mebibytes())"
+    ballast = np.ones(2**27)  # a gibibyte in the process that starts it
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 20 < float(done.stdout) < ballast.nbytes / 2**20
 
 
 def test_the_gpu_rows_need_torch_and_numpy_alone() -> None:
