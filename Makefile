@@ -38,7 +38,7 @@ test-all: lint ## The same with the tests that take minutes
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, 40 minutes for all)
+bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, half an hour for all)
 	@$(BIN)/python -m benchmarks $(PARTS)
 
 .PHONY: lint

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.measure import Row, in_turns, ratio
-from ncsn.data.cache import CachedSplit, image_indices
+from ncsn.data.cache import image_indices, mapped
 
 IMAGES, SIZE, BATCH = 60_000, 28, 128
 BATCHES = 400
@@ -22,21 +22,16 @@ def cache_row(*, rounds: int) -> Row:
     """Gathering the shuffled images of a step as float32, from the file and, by the same call, from memory."""
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        mapped = np.lib.format.open_memmap(
-            Path(folder) / "images.npy", mode="w+", dtype=np.uint8, shape=(IMAGES, SIZE, SIZE, 1)
-        )
-        mapped[:] = draw.integers(0, 256, mapped.shape, dtype=np.uint8)
-        mapped.flush()
-        images = np.load(Path(folder) / "images.npy", mmap_mode="r")
-        split = CachedSplit(images=images, labels=np.memmap(Path(folder) / "labels", np.int64, "w+", shape=(IMAGES,)))
-        memory = np.array(images)
+        memory = draw.integers(0, 256, (IMAGES, SIZE, SIZE, 1), dtype=np.uint8)
+        np.save(Path(folder) / "images.npy", memory)
+        cached = mapped(Path(folder) / "images.npy")
 
         def gather(source: NDArray[np.uint8]) -> None:
             for step in range(BATCHES):
                 places = image_indices(0, first=step * BATCH, count=BATCH, size=IMAGES)
                 torch.from_numpy(source[places]).float()
 
-        seconds = in_turns({"cache": partial(gather, split.images), "memory": partial(gather, memory)}, rounds=rounds)
+        seconds = in_turns({"cache": partial(gather, cached), "memory": partial(gather, memory)}, rounds=rounds)
     speed = {name: BATCHES / statistics.median(values) for name, values in seconds.items()}
     return Row(
         "data",

@@ -132,16 +132,19 @@ def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | 
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
-    """Network, optimizer and EMA weights at the start of training."""
+    """Network, optimizer and EMA weights at the start of training.
+
+    On a CPU, which cannot train in float16, there is no scaler of the loss: an imported checkpoint has none.
+    """
     score_network = network(config).to(device)
     # Torch's annotations leave this argument out.
     score_network.to(memory_format=memory_format(config))  # type: ignore[call-overload]
-    float16 = autocast_dtype(config, device) is torch.float16
+    scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network),
         ema=Ema(score_network, decay=config.train.ema_decay),
-        scaler=torch.amp.GradScaler(torch.device(device).type) if float16 else None,
+        scaler=torch.amp.GradScaler(torch.device(device).type) if scaled else None,
     )
 
 

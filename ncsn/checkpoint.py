@@ -172,7 +172,7 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
     _load_optimizer(state.network, state.optimizer, load_file(folder / "optimizer.safetensors"))
     state.images_seen = int(facts["images_seen"])
-    if state.scaler is not None:
+    if state.scaler is not None and "loss_scale" in facts:
         state.scaler.load_state_dict(facts["loss_scale"])
     curves: dict[str, Any] | None = facts.get("curves")
     return curves

@@ -32,8 +32,8 @@ class CachedSplit:
         labels: int64 [N], -1 for none.
     """
 
-    images: np.memmap
-    labels: np.memmap
+    images: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,6 +46,15 @@ class CachedSplit:
     def head(self, count: int) -> np.ndarray:
         """The first `count` images as they are stored, or all if there are fewer."""
         return self.images[:count]
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of an .npy file, whose pages are read from the disk when they are looked at.
+
+    A plain array: as a `np.memmap` it would make the gathering of a batch slower.
+    """
+    array: np.memmap = np.load(path, mmap_mode="r")
+    return array.view(np.ndarray)
 
 
 def cache_folder() -> Path:
@@ -117,7 +126,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def _open(folder: Path, split: str, manifest: Manifest) -> CachedSplit:
     count = manifest.count(split)
     try:
-        images, labels = (np.load(folder / name, mmap_mode="r") for name in (_IMAGES, _LABELS))
+        images, labels = (mapped(folder / name) for name in (_IMAGES, _LABELS))
         intact = images.shape == (count, *manifest.shape) and labels.shape == (count,)
     except (OSError, ValueError):
         intact = False

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.cache import cache_folder, open_cache
+from ncsn.data.cache import cache_folder, mapped, open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_rows, read_split
 
@@ -183,7 +183,7 @@ class StreamedSplit:
     def _open(self, chunk: int) -> np.ndarray:
         while True:
             try:
-                array: np.ndarray = np.load(self._file(chunk), mmap_mode="r")
+                array = mapped(self._file(chunk))
             except FileNotFoundError:
                 self._make(chunk, timeout=-1)
             else:

@@ -15,6 +15,7 @@ import torch
 from ncsn import checkpoint
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
+from ncsn.core.allocator import borrowed_gpu_memory
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.judge import judge_of
 from ncsn.generation import generate
@@ -98,6 +99,7 @@ def _load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
 
 
 @ray.remote(max_retries=3)
+@borrowed_gpu_memory()
 def _features_of(part: _Part) -> Features:
     config = part.samples.config
     torch.set_num_threads(config.compute.cpus_per_worker)

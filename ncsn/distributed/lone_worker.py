@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 
 from ncsn import checkpoint, storage
+from ncsn.core.allocator import borrowed_gpu_memory
 from ncsn.distributed.worker_context import LocalContext, newest_whole
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 
@@ -76,6 +77,7 @@ def train_alone(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
 
 
 @ray.remote
+@borrowed_gpu_memory()
 def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome | ValueError:
     try:
         return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))

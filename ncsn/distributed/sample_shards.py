@@ -23,6 +23,7 @@ from torch import Tensor
 from ncsn import checkpoint, storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
+from ncsn.core.allocator import borrowed_gpu_memory
 from ncsn.core.images import to_uint8
 from ncsn.data.row import NO_LABEL, Images, to_table
 from ncsn.evaluation.extractors import batches
@@ -214,6 +215,7 @@ def watch_levels(shard: Shard, watcher: W) -> W:
     return returned
 
 
+@borrowed_gpu_memory()
 def _watch_levels(shard: Shard, watcher: W) -> W:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
@@ -232,6 +234,7 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
     return watcher
 
 
+@borrowed_gpu_memory()
 def _sample_shard(shard: Shard, judge: _Judge) -> _Made:
     """Make and publish the shard; how many images that were, and their features if there is a judge."""
     torch.set_num_threads(shard.threads)
@@ -248,6 +251,7 @@ def _sample_shard(shard: Shard, judge: _Judge) -> _Made:
     return shard.count, _features(images, judge)
 
 
+@borrowed_gpu_memory()
 def _look_at_shard(shard: Shard, judge: _Judge) -> _Made:
     """The same for images that are in the folder already, by whatever shards."""
     torch.set_num_threads(shard.threads)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsn.evaluation.extractors import Extracted, Images, batches, fingerprint_of, require_images
+from ncsn.evaluation.extractors import Extracted, Images, batches, fingerprint_of, full_float32, require_images
 
 Labels = npt.NDArray[np.int64]
 
@@ -114,7 +114,7 @@ class ClassifierExtractor:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
         size = self.network.image_size
         require_images(images, height=size, width=size, channels=self.network.channels)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             features = self.network.features(_to_network(images, self.network.pixel_mean.device))
             log_probabilities = F.log_softmax(self.network.logits(features).double(), dim=1)
         return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())

@@ -5,13 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Images = npt.NDArray[np.uint8]
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep a GPU's convolutions from TF32, so that a fingerprint stands for the same features there as on a CPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ncsn.evaluation.extractors import Extracted, Images, fingerprint_of, require_images
+from ncsn.evaluation.extractors import Extracted, Images, fingerprint_of, full_float32, require_images
 from ncsn.evaluation.weights import obtain_weights
 
 OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -52,7 +52,7 @@ class InceptionExtractor:
         """Features [N, 2048] and log probabilities [N, 1008] of uint8 [N, H, W, 1 or 3] images."""
         require_images(images, height=None, width=None, channels=1 if images.shape[-1] == 1 else 3)
         pixels = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             features, logits = self._graph(pixels.expand(-1, 3, -1, -1))
             log_probabilities = F.log_softmax(logits.double(), dim=1)
         return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())

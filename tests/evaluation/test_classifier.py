@@ -102,6 +102,16 @@ def test_features_do_not_depend_on_the_batch(digits: Splits) -> None:
     np.testing.assert_allclose(alone, together.features, atol=1e-4)
 
 
+def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
+    """Its convolutions take no TF32 meanwhile, which PyTorch's default lets them."""
+    network = ClassifierNetwork(image_size=8, channels=1, num_classes=10)
+    seen: list[bool] = []
+    network.conv_1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    ClassifierExtractor(network, weights_sha256="0").extract(digits[1].images[:4])
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_unlabelled_images_are_left_out(digits: Splits) -> None:
     train, test = digits
     labels = train.labels.copy()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config, from_yaml
+from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
@@ -98,6 +99,20 @@ def test_it_can_be_sampled_from(trained: tuple[str, Path], dataset: str, tmp_pat
     expected = load_file(folder / ("ema.safetensors" if name == "second" else "weights.safetensors"))
     assert all(torch.equal(parameter, expected[key]) for key, parameter in loaded.network.named_parameters())
     assert generate(loaded, sampling=config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
+
+
+def test_a_training_in_float16_goes_on_from_it(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    """Where it is imported there need be no GPU; the scale of the loss starts as that of a new training."""
+    name, _ = trained
+    released(trained, tmp_path / "checkpoint.pth")
+    config = experiment(tmp_path, name, "train.precision=float16", "compute.use_gpu=true")
+    result = import_checkpoint.run(config, run="half", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    state = build.train_state(config)
+    state.scaler = torch.amp.GradScaler("cpu")
+    digest = load_manifest(dataset).digest
+    with storage.local_copy(result.checkpoint) as folder:
+        checkpoint.load(folder, config=config, state=state, dataset_digest=digest)
+    assert state.images_seen == 32 and state.scaler.get_scale() == 2**16
 
 
 def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:

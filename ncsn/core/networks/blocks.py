@@ -211,7 +211,8 @@ class MultiScaleFusion(_ConvsThenNorms):
         for index, x in enumerate(xs):
             h = self.convs[index](self._normalized(index, x, level))
             if h.shape[2:] != size:
-                h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True)
+                # In the maps' type, where autocast on a GPU has the enlargement itself in float32.
+                h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True).to(h.dtype)
             terms.append(h)
         return torch.stack(terms).sum(dim=0) if len(terms) > 2 else terms[0] + terms[1]
 

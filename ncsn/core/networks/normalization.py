@@ -10,7 +10,7 @@ from torch.nn import functional
 
 _EPS = 1e-5
 _MOST_GROUPS = 65_535
-"""Of one call of group norm: CUDA's way back starts a block for each, in a dimension that has no more."""
+"""Of one call of group norm with a way back: CUDA starts a block for each, in a dimension that has no more."""
 
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> a normalisation module whose forward takes (x, level)."""
@@ -58,7 +58,7 @@ def group_norm_by_image(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor)
         [B, C, H, W] in the type of x; autocast has the call itself in float32.
     """
     images = max(1, _MOST_GROUPS // groups)
-    if len(x) > images:
+    if len(x) > images and torch.is_grad_enabled():
         parts = zip(x.split(images), scale.split(images), shift.split(images), strict=True)
         return torch.cat([group_norm_by_image(a, groups=groups, scale=b, shift=c) for a, b, c in parts])
     batch, channels, height, width = x.shape

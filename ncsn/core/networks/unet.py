@@ -85,8 +85,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
         batch, width, height, columns = x.shape
-        heads = self.query_key_value(self.norm(x)).reshape(batch, 3, self.num_heads, -1, height * columns)
-        query, key, value = heads.transpose(3, 4).unbind(1)
+        normed = self.norm(x).to(x.dtype)
+        heads = self.query_key_value(normed).reshape(batch, 3, self.num_heads, -1, height * columns)
+        # Contiguous, or the fused kernels of the attention do not take them.
+        query, key, value = heads.transpose(3, 4).contiguous().unbind(1)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         y: Tensor = x + self.output(mixed.transpose(2, 3).reshape(batch, width, height, columns))
         return y
@@ -109,7 +111,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, out_width, H, W]."""
-        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv1(functional.silu(self.norm1(x).to(x.dtype)))
         h = self.conv2(self.dropout(functional.silu(self.norm2(h, embedding)), keys))
         attended: Tensor = self.attention(self.shortcut(x) + h)
         return attended
@@ -151,7 +153,7 @@ class Upsample(nn.Module):
         """[B, in_width, h, w] to [B, out_width, H, W] for size = (H, W)."""
         # On a CPU the NCHW kernel is 20 times slower than the channels-last one and both reorderings.
         h = self.conv(x).contiguous(memory_format=torch.channels_last)
-        return functional.interpolate(h, size=tuple(size), mode="nearest").contiguous()
+        return functional.interpolate(h, size=tuple(size), mode="nearest").to(h.dtype).contiguous()
 
 
 class UnetNetwork(nn.Module):
@@ -263,7 +265,10 @@ class UnetNetwork(nn.Module):
         return 2 * (gain * raw - x2x / variance)
 
     def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The network F before preconditioning."""
+        """The network F before preconditioning.
+
+        On a GPU autocast has norms and enlargements in float32; what they give goes back to the maps' type.
+        """
         embedding = self.embedding(c_noise)
         h = self.input(x)
         skips: list[Tensor] = []
@@ -274,7 +279,7 @@ class UnetNetwork(nn.Module):
         for depth in reversed(range(len(skips))):
             enlarged = self.upsample[depth](h, size=skips[depth].shape[2:])
             h = self.up[depth](torch.cat([enlarged, skips[depth]], dim=1), embedding, keys)
-        raw: Tensor = self.output(functional.silu(self.output_norm(h)))
+        raw: Tensor = self.output(functional.silu(self.output_norm(h).to(h.dtype)))
         return raw
 
 
