@@ -19,7 +19,7 @@ def borrowed_gpu_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
 

@@ -59,7 +59,7 @@ def group_norm_by_image(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor)
     """
     images = max(1, _MOST_GROUPS // groups)
     if len(x) > images and torch.is_grad_enabled():
-        parts = zip(x.split(images), scale.split(images), shift.split(images), strict=True)
+        parts = zip(*(torch.split(each, images) for each in (x, scale, shift)), strict=True)
         return torch.cat([group_norm_by_image(a, groups=groups, scale=b, shift=c) for a, b, c in parts])
     batch, channels, height, width = x.shape
     laid_out = x.reshape(1, batch * channels, height, width)
