@@ -99,16 +99,16 @@ def _load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
 
 
 @ray.remote(max_retries=3)
-@borrowed_gpu_memory()
 def _features_of(part: _Part) -> Features:
     config = part.samples.config
     torch.set_num_threads(config.compute.cpus_per_worker)
     device = "cuda" if config.compute.use_gpu else "cpu"
-    images = generate(
-        _load(part.samples.checkpoint, device),
-        sampling=part.sampling,
-        first=part.first,
-        count=part.count,
-        device=device,
-    )
-    return judge_of(config, part.samples.dataset).extractor.extract(images).features
+    with borrowed_gpu_memory():
+        images = generate(
+            _load(part.samples.checkpoint, device),
+            sampling=part.sampling,
+            first=part.first,
+            count=part.count,
+            device=device,
+        )
+        return judge_of(config, part.samples.dataset).extractor.extract(images).features

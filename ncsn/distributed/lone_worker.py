@@ -77,9 +77,9 @@ def train_alone(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
 
 
 @ray.remote
-@borrowed_gpu_memory()
 def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome | ValueError:
-    try:
-        return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))
-    except ValueError as mistake:
-        return mistake
+    with borrowed_gpu_memory():
+        try:
+            return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))
+        except ValueError as mistake:
+            return mistake
