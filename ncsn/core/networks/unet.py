@@ -87,8 +87,9 @@ class SelfAttention(nn.Module):
         batch, width, height, columns = x.shape
         normed = self.norm(x).to(x.dtype)
         heads = self.query_key_value(normed).reshape(batch, 3, self.num_heads, -1, height * columns)
-        # Contiguous, or the fused kernels of the attention do not take them.
-        query, key, value = heads.transpose(3, 4).contiguous().unbind(1)
+        heads = heads.transpose(3, 4)
+        # A GPU's fused kernels take nothing else; on a CPU theirs is slower on small maps.
+        query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         y: Tensor = x + self.output(mixed.transpose(2, 3).reshape(batch, width, height, columns))
         return y
