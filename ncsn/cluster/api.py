@@ -154,6 +154,23 @@ class KubernetesApi:
         found = self._call("get", "pods", self._core.read_namespaced_pod, name, self.namespace, missing=None)
         return None if found is None else self._client.sanitize_for_serialization(found)
 
+    def workflow(self, name: str) -> Resource | None:
+        """The Argo Workflow that runs a KFP run, or None."""
+        where = ("argoproj.io", "v1alpha1", self.namespace, "workflows", name)
+        found: Resource | None = self._call(
+            "get", "workflows.argoproj.io", self._custom.get_namespaced_custom_object, *where, missing=None
+        )
+        return found
+
+    def events(self, name: str) -> list[Resource]:
+        """The events of the object of this name, oldest first."""
+        where = f"involvedObject.name={name}"
+        listed = self._call(
+            "list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where
+        )
+        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
+        return sorted(items, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+
     def nodes(self) -> list[Resource]:
         """The cluster's nodes; most accounts of one namespace may not see them."""
         listed = self._call("list", "nodes", self._core.list_node)

@@ -59,6 +59,18 @@ def find_launcher(api: KubernetesApi) -> Launcher:
     )
 
 
+def is_ending(workflow: dict[str, Any] | None) -> bool:
+    """Whether an Argo Workflow has ended, or somebody is ending it; one that is gone has ended.
+
+    KFP's Terminate sets `spec.activeDeadlineSeconds` to 0, Argo's own stop and terminate set `spec.shutdown`.
+    """
+    if workflow is None:
+        return True
+    spec, phase = workflow.get("spec", {}), workflow.get("status", {}).get("phase", "")
+    over = phase in {"Succeeded", "Failed", "Error"} or "deletionTimestamp" in workflow["metadata"]
+    return over or spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
+
+
 def forwarded_environment() -> dict[str, str]:
     """Variables of this process that the job needs. An address with a password in it is not among them."""
     values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
