@@ -165,9 +165,7 @@ class KubernetesApi:
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
         where = f"involvedObject.name={name}"
-        listed = self._call(
-            "list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where
-        )
+        listed = self._call("list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where)
         items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
         return sorted(items, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
 
