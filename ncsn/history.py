@@ -59,7 +59,7 @@ def level_loss(level: int, width: int) -> str:
 def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
     """The stored points up to and including `until` images seen; none if there is no file."""
     try:
-        stored = json.loads(storage.read_text(uri))
+        stored = storage.read_json(uri)
     except FileNotFoundError:
         return TrainingHistory(uri)
     count = sum(1 for seen in stored["images_seen"] if until is None or seen <= until)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from ncsn import storage
 from ncsn.patience import limited
@@ -35,7 +36,7 @@ class Lease:
 
     uri: str
     check_seconds: float = 10.0
-    _seen: bytes = field(default=b"", repr=False)
+    _seen: dict[str, Any] = field(default_factory=dict, repr=False)
     _changed_at: float = field(default=0.0, repr=False)
     _next_look: float = field(default=0.0, repr=False)
 
@@ -47,7 +48,7 @@ class Lease:
         self._next_look = now + self.check_seconds
         try:
             with limited(0):
-                content = storage.read_bytes(self.uri)
+                content = storage.read_json(self.uri)
         except FileNotFoundError:
             content = self._seen
         except OSError:
@@ -70,7 +71,7 @@ class Lease:
             raise LeaseExpired(f"the launcher has not renewed {self.uri} for {self._patience():g} s: stopped; {kept}")
 
     def _patience(self) -> float:
-        return float(json.loads(self._seen)["seconds"]) if self._seen else LEASE_SECONDS
+        return float(self._seen.get("seconds", LEASE_SECONDS))
 
 
 class Heartbeat:

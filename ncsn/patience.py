@@ -41,6 +41,7 @@ _TRANSIENT = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIME|HTTP status 5\d\d"
 )
 _TRANSIENT_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout"})
+_TRANSIENT_KINDS = frozenset({"ConnectionError", "HTTPClientError", "IncompleteReadError"})
 
 T = TypeVar("T")
 _limit: ContextVar[float] = ContextVar("limit", default=math.inf)
@@ -103,9 +104,11 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    if isinstance(error, OSError):
-        return _TRANSIENT.search(str(error)) is not None
-    return type(error).__module__ == "botocore.exceptions" and "Connection" in type(error).__name__
+    if any(
+        kind.__module__ == "botocore.exceptions" and kind.__name__ in _TRANSIENT_KINDS for kind in type(error).__mro__
+    ):
+        return True
+    return isinstance(error, OSError) and _TRANSIENT.search(str(error)) is not None
 
 
 class _Patient(fs.FileSystemHandler):  # type: ignore[misc]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ import numpy as np
 import numpy.typing as npt
 from pyarrow import fs
 
-from ncsn.patience import patiently, s3_filesystem
+from ncsn import s3_objects
+from ncsn.patience import s3_filesystem
 
-S3_SCHEME = "s3://"
+S3_SCHEME = s3_objects.SCHEME
 
-_TRIES_IN_CONFLICT = 5
 _SCRATCH = ".tmp-"
+
+
+class UnreadableError(OSError):
+    """A file of this project that is damaged: no mistake of whoever reads it, so never a `ValueError`."""
 
 
 def absolute(uri: str) -> str:
@@ -83,23 +87,33 @@ def list_names(uri: str) -> list[str]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file.
+    """The whole file, as one writer left it.
 
     Raises:
         FileNotFoundError: if there is none, naming `uri`.
     """
-    filesystem_, path = filesystem(uri)
     try:
-        with filesystem_.open_input_file(path) as stream:
-            data: bytes = stream.read()
+        return Path(absolute(uri)).read_bytes() if is_local(uri) else s3_objects.get(uri)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file at {uri}") from None
-    return data
 
 
 def read_text(uri: str) -> str:
     """The whole file as UTF-8."""
     return read_bytes(uri).decode()
+
+
+def read_json(uri: str) -> Any:
+    """The value in a JSON file that this project wrote.
+
+    Raises:
+        FileNotFoundError: if there is none, naming `uri`.
+        UnreadableError: if it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise UnreadableError(f"{uri} is not JSON: {error}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -179,7 +193,7 @@ def publish_once(uri: str, data: bytes) -> bool:
             except FileExistsError:
                 return False
         return True
-    return _s3_put_if_absent(uri, data)
+    return s3_objects.put_if_absent(uri, data)
 
 
 @contextmanager
@@ -318,30 +332,3 @@ def _temporary_sibling(uri: str) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@functools.cache
-def _s3_client() -> Any:
-    import boto3
-
-    # A session of its own: boto3's shared one must not make clients in two threads at once.
-    return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"))
-
-
-def _s3_put_if_absent(uri: str, data: bytes) -> bool:
-    from botocore.exceptions import ClientError
-
-    bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
-    for tries_left in reversed(range(_TRIES_IN_CONFLICT)):
-        try:
-            patiently(partial(_s3_client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            if code == "PreconditionFailed":
-                return False
-            # Two writers at the same moment: S3 may refuse both, and wants to be asked again.
-            if code != "ConditionalRequestConflict" or not tries_left:
-                raise
-        else:
-            break
-    return True

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,15 +58,13 @@ def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     """URI of an empty bucket of the session's S3 server, which the environment points to."""
     import boto3
 
-    from ncsn import storage
-
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    _forget_s3_clients(storage)
+    _forget_s3_clients()
     bucket = f"ncsn-{secrets.token_hex(6)}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
-    _forget_s3_clients(storage)
+    _forget_s3_clients()
 
 
 @pytest.fixture
@@ -143,6 +140,8 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def _forget_s3_clients(storage: ModuleType) -> None:
+def _forget_s3_clients() -> None:
+    from ncsn import s3_objects, storage
+
     storage._s3_filesystem.cache_clear()
-    storage._s3_client.cache_clear()
+    s3_objects.client.cache_clear()

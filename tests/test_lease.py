@@ -53,6 +53,17 @@ def test_a_store_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
     assert not lease.expired()
 
 
+def test_a_lease_that_is_not_json_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    beat(path, 1, seconds=0.1)
+    lease = Lease(str(path), check_seconds=0)
+    assert not lease.expired()
+    path.write_text(path.read_text()[:-5])
+    time.sleep(0.2)
+    assert not lease.expired()
+    lease.require("all is saved")
+
+
 def test_the_heart_beats_until_the_block_ends(tmp_path: Path) -> None:
     path, beats = tmp_path / "lease.json", []
     with Heartbeat(str(path), also=lambda: beats.append(1), every=0.05, lease=7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ncsn import storage
+from ncsn import s3_objects, storage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -65,6 +66,17 @@ def test_a_missing_file_is_named(root):
     uri = storage.join(root, "nothing.txt")
     with pytest.raises(FileNotFoundError, match=f"no file at {uri}"):
         storage.read_bytes(uri)
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"])
+def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
+    uri = storage.join(root, "record.json")
+    storage.write_text(uri, '{"done": 1}')
+    assert storage.read_json(uri) == {"done": 1}
+    storage.write_bytes(uri, damaged)
+    with pytest.raises(storage.UnreadableError) as failure:
+        storage.read_json(uri)
+    assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
 def test_deleting_is_idempotent_and_leaves_the_neighbours(root):
@@ -205,7 +217,7 @@ def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
     storage.write_text(f"{s3_root}/file", "text")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     storage._s3_filesystem.cache_clear()
-    storage._s3_client.cache_clear()
+    s3_objects.client.cache_clear()
     with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
         storage.exists(f"{s3_root}/file")
 
@@ -236,3 +248,28 @@ def test_a_staged_folder_is_published_whole_and_once(request, tmp_path, place):
         with pytest.raises(FileNotFoundError):
             storage.read_bytes(f"{root}/{staging}/train/part")
     assert storage.read_bytes(f"{root}/final/marker") == b"1"
+
+
+def test_a_reader_beside_a_busy_writer_sees_whole_objects(s3_root):
+    """Objects of other lengths replace each other as fast as the server takes them, and thousands are read."""
+    uri, stop, writes = f"{s3_root}/progress.json", threading.Event(), 0
+    contents = [json.dumps({"done": 10**size, "note": "x" * 7 * size}).encode() for size in range(30)]
+    storage.write_bytes(uri, contents[0])
+
+    def write() -> None:
+        nonlocal writes
+        while not stop.is_set():
+            writes += 1
+            storage.write_bytes(uri, contents[writes * 7 % len(contents)])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            read = list(pool.map(storage.read_bytes, [uri] * 3000))
+    finally:
+        stop.set()
+        writer.join()
+    assert [content for content in read if content not in contents] == []
+    assert len(set(read)) > 10, "the object did not change while it was read"
+    assert writes > 100

@@ -9,6 +9,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, to_json
+from ncsn.patience import limited
 from ncsn.steps.result import STEPS, RunFolder
 
 _COMPLETE = "complete.json"
@@ -58,8 +59,12 @@ def stored_records(folder: RunFolder) -> dict[str, StepRecord]:
 
 
 def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
-    """The last progress that `step` published, or None."""
-    record = _read_json(folder.step(step, "progress.json"))
+    """The last progress that `step` published; None if there is none, or the store does not answer at once."""
+    try:
+        with limited(0):
+            record = _read_json(folder.step(step, "progress.json"))
+    except OSError:
+        return None
     return None if record is None else StepProgress(**record)
 
 
@@ -117,7 +122,7 @@ def _uris(result: Mapping[str, Any], root: str) -> Iterator[str]:
 
 def _read_json(uri: str) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(storage.read_text(uri))
+        record: dict[str, Any] = storage.read_json(uri)
     except FileNotFoundError:
         return None
     return record

@@ -116,7 +116,7 @@ def load_manifest(uri: str) -> Manifest:
         ValueError: if it was written by another version of the format.
     """
     try:
-        fields = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
+        fields = storage.read_json(storage.join(uri, MANIFEST))
     except FileNotFoundError:
         raise FileNotFoundError(f"no dataset at {uri}; run `ncsn ingest` first") from None
     version = fields.pop("format_version", None)

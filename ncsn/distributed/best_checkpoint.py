@@ -37,7 +37,7 @@ class BestCheckpoint:
         file = storage.join(self.uri, RECORD)
         if not storage.exists(file):
             return None
-        record: dict[str, Any] = json.loads(storage.read_text(file))
+        record: dict[str, Any] = storage.read_json(file)
         return record
 
     def offer(self, folder: Path, *, name: str, loss: float) -> bool:

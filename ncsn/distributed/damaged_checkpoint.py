@@ -25,7 +25,7 @@ def remedy(run_uri: str, damage: DamagedError) -> str:
         What to say of it; nothing if Ray Train has no checkpoint of this run on its list.
     """
     uri = storage.join(run_uri, CHECKPOINTS, SNAPSHOT)
-    snapshot = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    snapshot = storage.read_json(uri) if storage.exists(uri) else {}
     if not snapshot.get("latest_checkpoint_result"):
         return ""
     name = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]

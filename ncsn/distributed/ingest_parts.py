@@ -96,7 +96,7 @@ def _key(data: DataConfig, fingerprint: str) -> str:
 def _known(folder: str, receipt: str) -> Dataset | None:
     """The dataset that these files gave before, if it is still there."""
     try:
-        uri = storage.join(folder, json.loads(storage.read_text(receipt))["digest"])
+        uri = storage.join(folder, storage.read_json(receipt)["digest"])
         return Dataset(uri, load_manifest(uri), created=False)
     except FileNotFoundError:
         return None

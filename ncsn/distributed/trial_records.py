@@ -103,7 +103,7 @@ class TrialFolder:
 
     def read(self, name: str) -> dict[str, Any]:
         """One of the files."""
-        record: dict[str, Any] = json.loads(storage.read_text(storage.join(self.uri, name)))
+        record: dict[str, Any] = storage.read_json(storage.join(self.uri, name))
         return record
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def load_classifier(uri: str, *, device: str = "cpu") -> StoredClassifier:
         FileNotFoundError: if there is none at `uri`.
         ValueError: if its weights are not those that were stored.
     """
-    description: dict[str, Any] = json.loads(storage.read_text(storage.join(uri, DESCRIPTION)))
+    description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
     weights = storage.read_bytes(storage.join(uri, WEIGHTS))
     digest = hashlib.sha256(weights).hexdigest()
     if digest != description["weights_sha256"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 
 from ncsn import storage
@@ -86,7 +85,7 @@ def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, 
 
 def _recorded_mistake(folder: RunFolder, step: str) -> str | None:
     try:
-        record = json.loads(storage.read_text(folder.step(step, "error.json")))
+        record = storage.read_json(folder.step(step, "error.json"))
     except FileNotFoundError:
         return None
     return str(record["message"]) if record["user"] else None

@@ -154,7 +154,7 @@ def _result(folder: RunFolder, step: str) -> dict[str, Any]:
 
 def _read(uri: str) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(storage.read_text(uri))
+        record: dict[str, Any] = storage.read_json(uri)
     except FileNotFoundError:
         return None
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,8 +77,8 @@ def read_sources(config: Config, folder: RunFolder, evaluation: str) -> Sources:
         FileNotFoundError: if the evaluation, its samples or its data set is gone.
         ValueError: if the samples were made with a checkpoint that is damaged or of another config.
     """
-    figures = json.loads(storage.read_text(evaluation))
-    samples = json.loads(storage.read_text(storage.join(figures["samples"], "manifest.json")))
+    figures = storage.read_json(evaluation)
+    samples = storage.read_json(storage.join(figures["samples"], "manifest.json"))
     loaded = checkpoints.load_for_sampling(samples["checkpoint"])
     return Sources(
         config=checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"]),
@@ -96,7 +95,7 @@ def _records(folder: RunFolder) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for step in STEPS:
         uri = folder.step(step, "result.json")
         if step != REPORT and storage.exists(uri):
-            yield step, json.loads(storage.read_text(uri))
+            yield step, storage.read_json(uri)
 
 
 def make_page(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int], None]) -> Page:
@@ -233,7 +232,7 @@ def _search(folder: RunFolder) -> Figures | None:
     for run in (folder.run, folder.run.removesuffix(BEST)):
         uri = RunFolder(folder.root, run).step("tune", "result.json")
         if storage.exists(uri):
-            result = json.loads(storage.read_text(uri))["result"]
+            result = storage.read_json(uri)["result"]
             return search_panel(result, [storage.read_bytes(plot) for plot in result["plots"]])
     return None
 

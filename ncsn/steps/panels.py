@@ -6,7 +6,6 @@ seconds, such as the demo's, the report makes them itself, over fewer images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 
 from ncsn import storage
@@ -53,7 +52,7 @@ def sampled_panels(
     """
     stored = storage.join(folder, FIGURES)
     if storage.exists(stored):
-        drawn = json.loads(storage.read_text(stored))
+        drawn = storage.read_json(stored)
         yield quality_panel(drawn["quality"], prices)
         yield _inpainting(storage.read_bytes(storage.join(folder, "inpainting.png")))
     elif quick_work(config, trained) <= SMALL_WORK:

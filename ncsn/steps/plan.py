@@ -69,7 +69,7 @@ def ledger(config: Config, *, run: str) -> dict[str, Any]:
 def _speed(folder: RunFolder, step: str) -> dict[str, float]:
     """Images per second of the last call, where the result says how many and how long."""
     try:
-        result = json.loads(storage.read_text(folder.step(step, "result.json")))["result"]
+        result = storage.read_json(folder.step(step, "result.json"))["result"]
     except FileNotFoundError:
         return {}
     if "images_per_second" in result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -72,7 +71,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)
-    figures = json.loads(storage.read_text(evaluation))
+    figures = storage.read_json(evaluation)
     _require_own_samples(figures, loaded)
     evidence = _evidence(figures, loaded)
 
@@ -115,7 +114,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
 
 def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) -> None:
     """Refuse figures of other weights or of another sampler than those to be registered."""
-    manifest = json.loads(storage.read_text(storage.join(figures["samples"], "manifest.json")))
+    manifest = storage.read_json(storage.join(figures["samples"], "manifest.json"))
     wanted = {
         "checkpoint_digest": loaded.digest,
         "sampler": loaded.config.sampling.sampler.model_dump(mode="json"),

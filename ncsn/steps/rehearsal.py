@@ -151,7 +151,7 @@ class _Rehearsal:
         return 1e6 * max(value for _, value in memory)
 
     def _seconds(self, step: str) -> float:
-        return float(json.loads(storage.read_text(self.folder.step(step, "result.json")))["seconds"])
+        return float(storage.read_json(self.folder.step(step, "result.json"))["seconds"])
 
     def _seconds_per_image(self, config: Config) -> tuple[float, str]:
         """Between a few images and more, so that what opening the source takes falls out; and URI of the more."""

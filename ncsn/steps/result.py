@@ -195,7 +195,7 @@ def once(
 def spent_seconds(folder: RunFolder, step: str) -> float | None:
     """What all calls of the step took together, but for those that were killed; None if it was never at work."""
     try:
-        return float(json.loads(storage.read_text(folder.step(step, "spent.json")))["seconds"])
+        return float(storage.read_json(folder.step(step, "spent.json"))["seconds"])
     except FileNotFoundError:
         return None
 
@@ -233,7 +233,7 @@ def _result_from_elsewhere(
 def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
     """The record of an earlier call of the step: its inputs, its result and when it was made; None if there is none."""
     try:
-        record: dict[str, Any] = json.loads(storage.read_text(folder.step(step, "result.json")))
+        record: dict[str, Any] = storage.read_json(folder.step(step, "result.json"))
     except FileNotFoundError:
         return None
     return record

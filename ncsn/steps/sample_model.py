@@ -117,7 +117,7 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
         raise ValueError(f"{folder} is not empty and not a folder of samples; choose another --out")
     if storage.publish_once(manifest, json.dumps(source, indent=1).encode()):
         return
-    found = json.loads(storage.read_text(manifest))
+    found = storage.read_json(manifest)
     for key, wanted in source.items():
         if found.get(key) != wanted:
             raise ValueError(

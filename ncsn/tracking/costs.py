@@ -22,7 +22,7 @@ PLANNED = "ncsn.planned_at"
 def read_plan(run_uri: str) -> dict[str, Any] | None:
     """The plan that was made for a run, as plain values; None if none was."""
     try:
-        plan: dict[str, Any] = json.loads(storage.read_text(storage.join(run_uri, PLAN)))
+        plan: dict[str, Any] = storage.read_json(storage.join(run_uri, PLAN))
     except FileNotFoundError:
         return None
     return plan

@@ -93,3 +93,9 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> N
 def test_a_missing_input_names_the_step_to_run(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"sample needs the checkpoint.*`ncsn train`.*--checkpoint URI"):
         find_inputs(folder, "sample", {"checkpoint": None})
+
+
+@pytest.mark.parametrize("damaged", ["", '{"done": 1, "to'])
+def test_progress_that_does_not_parse_is_passed_over(folder: RunFolder, damaged: str) -> None:
+    storage.write_text(folder.step("train", "progress.json"), damaged)
+    assert read_progress(folder, "train") is None
