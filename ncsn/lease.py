@@ -1,7 +1,8 @@
 """A sign of life in the store, so that work without a launcher ends by itself.
 
 Whoever started the work renews a small object. Whoever does the work reads it and compares what it reads with what it
-read before, on its own clock: the clocks of two machines need not agree.
+read before, on its own clock: the clocks of two machines need not agree. Work that gave the launcher up says so beside
+the lease, so that a retry by the cluster, whose own clock begins again, ends at once.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 from ncsn import storage
 from ncsn.patience import limited
 
 RENEW_SECONDS = 30.0
 LEASE_SECONDS = 300.0
+"""Silence after which the launcher is given up."""
+
+_GIVEN_UP = ".given-up"
+
+T = TypeVar("T")
 
 
 class LeaseExpired(RuntimeError):
@@ -30,15 +37,17 @@ class Lease:
     """The worker's side. Picklable before its first use.
 
     Attributes:
-        uri: The object that the launcher renews; it says for how long it may stay the same.
+        uri: The object that the launcher renews.
         check_seconds: How often to look at most.
     """
 
     uri: str
     check_seconds: float = 10.0
-    _seen: dict[str, Any] = field(default_factory=dict, repr=False)
+    _seen: bytes = field(default=b"", repr=False)
     _changed_at: float = field(default=0.0, repr=False)
     _next_look: float = field(default=0.0, repr=False)
+    _looked: bool = field(default=False, repr=False)
+    _given_up: bytes | None = field(default=None, repr=False)
 
     def expired(self) -> bool:
         """Whether the launcher has been silent for too long. A store that cannot be read says nothing of it."""
@@ -48,15 +57,18 @@ class Lease:
         self._next_look = now + self.check_seconds
         try:
             with limited(0):
-                content = storage.read_json(self.uri)
-        except FileNotFoundError:
-            content = self._seen
+                content = _read(self.uri, missing=self._seen)
+                if not self._looked:
+                    self._given_up = _read(self.uri + _GIVEN_UP, missing=None)
         except OSError:
             self._changed_at = now
             return False
-        if content != self._seen or not self._changed_at:
+        if content != self._seen or not self._looked:
             self._seen, self._changed_at = content, now
-        return now - self._changed_at > self._patience()
+        self._looked = True
+        if content != self._given_up and now - self._changed_at > LEASE_SECONDS:
+            self._give_up()
+        return content == self._given_up
 
     def require(self, kept: str) -> None:
         """End the work if nobody waits for it.
@@ -68,10 +80,12 @@ class Lease:
             LeaseExpired: if the lease has expired.
         """
         if self.expired():
-            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {self._patience():g} s: stopped; {kept}")
+            raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {kept}")
 
-    def _patience(self) -> float:
-        return float(self._seen.get("seconds", LEASE_SECONDS))
+    def _give_up(self) -> None:
+        self._given_up = self._seen
+        with suppress(OSError), limited(0):
+            storage.write_bytes(self.uri + _GIVEN_UP, self._seen)
 
 
 class Heartbeat:
@@ -81,13 +95,10 @@ class Heartbeat:
         uri: The object to renew.
         also: Called at each beat, after the object; what it raises is its own business.
         every: Seconds between two beats.
-        lease: Seconds of silence after which the worker gives up.
     """
 
-    def __init__(
-        self, uri: str, *, also: Callable[[], None], every: float = RENEW_SECONDS, lease: float = LEASE_SECONDS
-    ) -> None:
-        self._uri, self._also, self._every, self._lease = uri, also, every, lease
+    def __init__(self, uri: str, *, also: Callable[[], None], every: float = RENEW_SECONDS) -> None:
+        self._uri, self._also, self._every = uri, also, every
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -111,4 +122,11 @@ class Heartbeat:
             self._also()
 
     def _renew(self) -> None:
-        storage.write_text(self._uri, json.dumps({"renewed_at": time.time(), "seconds": self._lease}))
+        storage.write_text(self._uri, json.dumps({"renewed_at": time.time()}))
+
+
+def _read(uri: str, *, missing: T) -> bytes | T:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        return missing

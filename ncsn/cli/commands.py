@@ -36,6 +36,7 @@ from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.launched import require_launchers_python
+from ncsn.lease import Lease
 from ncsn.steps.result import RunFolder, claim_run, record_error, run_folder
 
 _EXCLUSIVE = ("tune", "train", "run")
@@ -61,7 +62,8 @@ def run_step(
     """
     folder = run_folder(target.config, target.run)
     inputs = find_inputs(folder, step, given)
-    leased = {"lease": given["lease"]} if given.get("lease") else {}
+    lease = given.get("lease")
+    leased = {"lease": lease} if lease else {}
     log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
     # A driver that has a launcher works under its lock, which is the launcher's or the name of the job.
     with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
@@ -70,6 +72,8 @@ def run_step(
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
             with _interruption_by_ray(), _told_to_launcher(folder, step, leased):
+                if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
+                    Lease(lease).require("nothing was begun")
                 require_launchers_python()
                 result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
     values = dataclasses.asdict(result)

@@ -25,7 +25,7 @@ from ncsn.cluster.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
 from ncsn.cluster.launcher import forwarded_environment
 from ncsn.config.compute import ComputeConfig
 from ncsn.launched import PYTHON, python_version
-from ncsn.lease import LEASE_SECONDS, RENEW_SECONDS, Heartbeat
+from ncsn.lease import RENEW_SECONDS, Heartbeat
 
 RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"
 """Keys in the metadata of a job."""
@@ -48,21 +48,15 @@ class RayJobs:
         compute: Names the cluster.
         api: The cluster; the one that the settings or the environment name by default.
         renew_seconds: How often the lease is renewed.
-        lease_seconds: Silence after which the driver saves and ends by itself.
     """
 
     def __init__(
-        self,
-        compute: ComputeConfig,
-        *,
-        api: JobsApi | None = None,
-        renew_seconds: float = RENEW_SECONDS,
-        lease_seconds: float = LEASE_SECONDS,
+        self, compute: ComputeConfig, *, api: JobsApi | None = None, renew_seconds: float = RENEW_SECONDS
     ) -> None:
         self._api = api or JobsApi(compute.ray_jobs.address)
         # Neither the log nor a process that is being killed waits for a head node that is away.
         self._impatient = JobsApi(self._api.address, patience=0)
-        self._renew_seconds, self._lease_seconds = renew_seconds, lease_seconds
+        self._renew_seconds = renew_seconds
 
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left at work; return when it is done.
@@ -77,7 +71,7 @@ class RayJobs:
             ValueError: if the step is at work there on other inputs.
         """
         lease = storage.join(step.uri, "lease.json")
-        beat = Heartbeat(lease, also=lambda: None, every=self._renew_seconds, lease=self._lease_seconds)
+        beat = Heartbeat(lease, also=lambda: None, every=self._renew_seconds)
         running: list[str] = []
         with beat, ended_on_sigterm(lambda: self._stop(running)):
             try:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import pytest
 
+from ncsn import lease as lease_module
 from ncsn.config import from_yaml
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.lease import Lease, LeaseExpired
 
 
-def test_training_saves_a_checkpoint_and_ends(tiny: str, dataset: str, tmp_path: Path) -> None:
+def test_training_saves_a_checkpoint_and_ends(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 0.01)
     config = from_yaml(tiny)
     beat = tmp_path / "lease.json"
-    beat.write_text(json.dumps({"seconds": 0.01}))
+    beat.write_text("the last beat")
     lease = Lease(str(beat), check_seconds=0)
     assert not lease.expired()
     time.sleep(0.05)
