@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -19,6 +20,17 @@ from ncsn.config import Config
 from ncsn.launched import job_metadata
 
 LOOPBACK = "127.0.0.1"
+JOIN_SECONDS = 180.0
+"""For so long nodes of a cluster that somebody else started may still join it."""
+
+_OWN = "NCSN_OWN_RAY"
+_POLL_SECONDS = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+class TooFewResources(RuntimeError):
+    """A cluster that somebody else started lacks what the config asks for. Another attempt may find more."""
 
 
 @contextmanager
@@ -57,11 +69,11 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
     else:
         with _own_sigterm():
             address = _start(config, metadata)
-        os.environ["RAY_ADDRESS"] = address
+        os.environ["RAY_ADDRESS"] = os.environ[_OWN] = address
         try:
             yield address
         finally:
-            del os.environ["RAY_ADDRESS"]
+            del os.environ["RAY_ADDRESS"], os.environ[_OWN]
             ray.shutdown(wait_for_processes=True)
 
 
@@ -76,8 +88,8 @@ def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | Non
 
     Raises:
         ConnectionError: as `ray_cluster`.
-        RuntimeError: as `ray_cluster`.
-        ValueError: if the cluster, or this machine, has not what the config asks for.
+        RuntimeError: as `ray_cluster`, and as `require_resources`.
+        ValueError: if this machine has not what the config asks for.
     """
     if tasks <= 1 and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         if config.compute.use_gpu and not torch.cuda.is_available():
@@ -158,17 +170,36 @@ def cluster_memory() -> float:
 def require_resources(config: Config) -> None:
     """Refuse work that the cluster can never start, instead of waiting for ever.
 
+    In a cluster that somebody else started, nodes may be about to join: on Kubernetes the driver is started again as
+    soon as a lost head is replaced, half a minute before the workers are back.
+
     Raises:
-        ValueError: with the arithmetic.
+        ValueError: with the arithmetic, if this machine is too small.
+        TooFewResources: with the arithmetic, if another cluster stays too small for `JOIN_SECONDS`.
     """
+    if autoscales() or (lack := _lack(config)) is None:
+        return
+    if os.environ.get(_OWN) == ray.get_runtime_context().gcs_address:
+        raise ValueError(lack)
+    _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)
+    ends = time.monotonic() + JOIN_SECONDS
+    while lack := _lack(config):
+        if time.monotonic() > ends:
+            raise TooFewResources(f"{lack}, also after {JOIN_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
+    _logger.warning("the cluster is large enough now")
+
+
+def _lack(config: Config) -> str | None:
     have = ray.cluster_resources()
     needed = {"CPU": _cpus_needed(config), "GPU": config.compute.min_workers if config.compute.use_gpu else 0}
     for kind, count in needed.items():
-        if count > have.get(kind, 0) and not autoscales():
-            raise ValueError(
+        if count > have.get(kind, 0):
+            return (
                 f"compute.num_workers = {config.compute.num_workers} needs {count} {kind}s and the cluster has "
                 f"{have.get(kind, 0):g}; lower compute.num_workers or compute.cpus_per_worker"
             )
+    return None
 
 
 def _cpus_needed(config: Config) -> int:
