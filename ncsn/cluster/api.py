@@ -26,7 +26,7 @@ KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 PATIENCE_SECONDS = 900.0
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_TIMEOUTS = (5, 30)
+TIMEOUTS = (5, 30)
 _AWAY = {429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 10.0
 
@@ -37,18 +37,25 @@ class KubernetesApi:
     Args:
         namespace: Where to work; None for that of this pod, or of the current kubeconfig context.
         patience: Seconds for which an API server may be away.
+        timeouts: Seconds to connect and to answer, of one request.
 
     Raises:
         ValueError: if neither a pod's service account nor a kubeconfig names a cluster.
     """
 
-    def __init__(self, namespace: str | None = None, *, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        namespace: str | None = None,
+        *,
+        patience: float = PATIENCE_SECONDS,
+        timeouts: tuple[float, float] = TIMEOUTS,
+    ) -> None:
         configuration, default_namespace = _load_configuration()
         configuration.retries = False
         self.server: str = configuration.host
         self.namespace = namespace or default_namespace
         self.own_namespace = default_namespace
-        self.patience = patience
+        self.patience, self._timeouts = patience, timeouts
         self._client = client.ApiClient(configuration)
         self._custom = client.CustomObjectsApi(self._client)
         self._core = client.CoreV1Api(self._client)
@@ -108,19 +115,9 @@ class KubernetesApi:
 
     def delete_rayjob(self, name: str) -> None:
         """Delete it and, in the background, its cluster; nothing happens if it is gone."""
-        self._call("delete", RAYJOBS, self._delete, name, missing=None)
-
-    def delete_rayjob_at_once(self, name: str) -> None:
-        """One request with a short timeout: for a process that is being killed.
-
-        Raises:
-            ApiException, urllib3.exceptions.HTTPError: if that one request fails.
-        """
-        try:
-            self._delete(name, _request_timeout=(2, 3))
-        except ApiException as error:
-            if error.status != 404:
-                raise
+        body = client.V1DeleteOptions(propagation_policy="Background")
+        delete = self._custom.delete_namespaced_custom_object
+        self._call("delete", RAYJOBS, delete, *self._rayjobs, name, body=body, missing=None)
 
     def wait_for_change(self, name: str, *, since: str, seconds: float) -> None:
         """Return when the RayJob changes after resource version `since`, or a while later, whatever happens.
@@ -136,7 +133,7 @@ class KubernetesApi:
                 field_selector=f"metadata.name={name}",
                 resource_version=since,
                 timeout_seconds=max(1, round(seconds)),
-                _request_timeout=(_TIMEOUTS[0], seconds + 5),
+                _request_timeout=(self._timeouts[0], seconds + 5),
             )
             for _event in events:
                 return
@@ -145,14 +142,15 @@ class KubernetesApi:
 
     def pods(self, labels: str) -> list[Resource]:
         """The pods with these labels, oldest first."""
-        listed = self._call("list", "pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
-        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
+        listed = self._read("list", "pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
+        items: list[Resource] = listed["items"]
         return sorted(items, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
     def pod(self, name: str) -> Resource | None:
         """The pod, or None."""
-        found = self._call("get", "pods", self._core.read_namespaced_pod, name, self.namespace, missing=None)
-        return None if found is None else self._client.sanitize_for_serialization(found)
+        read = self._core.read_namespaced_pod
+        found: Resource | None = self._read("get", "pods", read, name, self.namespace, missing=None)
+        return found
 
     def workflow(self, name: str) -> Resource | None:
         """The Argo Workflow that runs a KFP run, or None."""
@@ -165,14 +163,13 @@ class KubernetesApi:
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
         where = f"involvedObject.name={name}"
-        listed = self._call("list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where)
-        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
-        return sorted(items, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+        listed = self._read("list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where)
+        items: list[Resource] = listed["items"]
+        return sorted(items, key=_time_of)
 
     def nodes(self) -> list[Resource]:
         """The cluster's nodes; most accounts of one namespace may not see them."""
-        listed = self._call("list", "nodes", self._core.list_node)
-        items: list[Resource] = self._client.sanitize_for_serialization(listed)["items"]
+        items: list[Resource] = self._read("list", "nodes", self._core.list_node)["items"]
         return items
 
     def local_queue(self, name: str) -> Resource | None:
@@ -198,13 +195,27 @@ class KubernetesApi:
             follow=True,
             timestamps=True,
             _preload_content=False,
-            _request_timeout=(_TIMEOUTS[0], 300),
+            _request_timeout=(self._timeouts[0], 300),
             **({} if since_seconds is None else {"since_seconds": since_seconds}),
         )
         try:
             yield response.stream(amt=None, decode_content=True)
         finally:
             response.close()
+
+    def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
+        """What a container wrote last before it ended and was started again; empty if nobody knows any more.
+
+        Raises:
+            PermissionError: if logs may not be read.
+        """
+        read = self._core.read_namespaced_pod_log
+        options = {"container": container, "previous": True, "tail_lines": lines}
+        try:
+            text = self._call("get", "pods/log", read, pod, self.namespace, **options, missing="")
+        except ValueError:  # HTTP 400: there is no earlier container, or its log is gone
+            return []
+        return str(text).splitlines()
 
     def allowed(self, verb: str, resource: str) -> bool:
         """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""
@@ -230,15 +241,16 @@ class KubernetesApi:
             **options,
         )
 
-    def _delete(self, name: str, **options: Any) -> None:
-        body = client.V1DeleteOptions(propagation_policy="Background")
-        self._custom.delete_namespaced_custom_object(*self._rayjobs, name, body=body, **options)
+    def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The answer as it came: the client's own models refuse what they do not expect."""
+        response = self._call(verb, resource, function, *args, _preload_content=False, **options)
+        return None if response is None else json.loads(response.data)
 
     def _call(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call until the API server answers. With `missing` given, that stands for 404."""
         ends = time.monotonic() + self.patience
         has_missing, missing = "missing" in options, options.pop("missing", None)
-        options.setdefault("_request_timeout", _TIMEOUTS)
+        options.setdefault("_request_timeout", self._timeouts)
         pause = 0.5
         while True:
             try:
@@ -290,6 +302,12 @@ def _load_configuration() -> tuple[client.Configuration, str]:
             f"({error}); set KUBECONFIG, or compute.backend to local"
         ) from None
     return configuration, context["context"].get("namespace", "default")
+
+
+def _time_of(event: Resource) -> str:
+    """When it was last seen: a recorder fills either the older field or the newer ones."""
+    seen = event.get("lastTimestamp") or (event.get("series") or {}).get("lastObservedTime")
+    return str(seen or event.get("eventTime") or "")
 
 
 def _message_of(error: ApiException) -> str:

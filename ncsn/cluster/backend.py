@@ -107,7 +107,7 @@ def command_digest(command: tuple[str, ...]) -> str:
 
 @contextmanager
 def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
-    """On SIGTERM call `end` first and clean up afterwards: KFP gives a cancelled task very little time."""
+    """On SIGTERM call `end` first and clean up afterwards: KFP gives a canceled task very little time."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

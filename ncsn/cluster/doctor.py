@@ -10,6 +10,8 @@ NEEDED = (
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
+    ("list", "events"),
+    ("get", "workflows.argoproj.io"),
 )
 """What infra/base/rbac/launcher-role.yaml grants."""
 GPU = "nvidia.com/gpu"

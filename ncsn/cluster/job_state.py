@@ -33,6 +33,11 @@ class JobState:
         return self.deployment in _TERMINAL
 
     @property
+    def starting(self) -> bool:
+        """Whether its cluster is being made."""
+        return self.deployment in {"", "Initializing"}
+
+    @property
     def succeeded(self) -> bool:
         """Whether the step did its work. Complete says only that the operator is done: the job may have failed."""
         return self.deployment == "Complete" and self.job == "SUCCEEDED"

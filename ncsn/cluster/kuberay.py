@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-
-import urllib3
-from kubernetes.client.exceptions import ApiException
 
 from ncsn import storage
 from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.backend import Conflict, RemoteFailure, RemoteLost, RemoteStep, ended_on_sigterm, say
-from ncsn.cluster.driver_log import first_error
 from ncsn.cluster.job_state import JobState, state_of
-from ncsn.cluster.launcher import environment_for_pods, find_launcher
+from ncsn.cluster.launcher import Launcher, environment_for_pods, find_launcher
 from ncsn.cluster.pod_log import PodLog
+from ncsn.cluster.pod_watch import PodWatch
 from ncsn.cluster.rayjob_manifest import (
+    ATTEMPT_LABEL,
     RENEWED_ANNOTATION,
     REQUEST_ANNOTATION,
     JobRequest,
@@ -27,9 +27,13 @@ from ncsn.cluster.rayjob_manifest import (
 )
 from ncsn.cluster.task_config import task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
-from ncsn.lease import LEASE_SECONDS, RENEW_SECONDS, Heartbeat
+from ncsn.lease import RENEW_SECONDS, Heartbeat
 
-WATCH_SECONDS = 60.0
+WATCH_SECONDS = 15.0
+DELETE_SECONDS = 30.0
+"""For so long a RayJob is deleted while the API server is away, where a person waits."""
+
+_AT_ONCE = (2.0, 3.0)
 _IMAGE_VARIABLE = "NCSN_IMAGE"
 
 
@@ -40,54 +44,53 @@ class KubeRay:
         compute: Size of the cluster and the settings of its RayJobs.
         api: The cluster; the one that the environment names by default.
         renew_seconds: How often the lease is renewed.
-        lease_seconds: Silence after which the driver saves and ends by itself.
     """
 
     def __init__(
-        self,
-        compute: ComputeConfig,
-        *,
-        api: KubernetesApi | None = None,
-        renew_seconds: float = RENEW_SECONDS,
-        lease_seconds: float = LEASE_SECONDS,
+        self, compute: ComputeConfig, *, api: KubernetesApi | None = None, renew_seconds: float = RENEW_SECONDS
     ) -> None:
         self._compute = compute
         self._api = api or KubernetesApi(compute.kuberay.namespace)
-        # The heartbeat must not wait for an API server that is away: the lease in the store counts.
-        self._impatient = KubernetesApi(self._api.namespace, patience=0)
-        self._renew_seconds, self._lease_seconds = renew_seconds, lease_seconds
+        # Neither the heartbeat nor a process that is being killed waits for an API server that is away.
+        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
+        self._renew_seconds = renew_seconds
+        self._launcher = Launcher()
         self._ours = False
 
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it is done.
 
-        SIGTERM and Ctrl-C delete the RayJob. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
+        Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
+        pipeline; then the next attempt attaches. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
 
         Raises:
-            RemoteFailure: if it ended without success, with the reason in one line.
+            RemoteFailure: if it ended without success or cannot start, with the reason in one line.
             PermissionError: naming the verb that the account lacks.
             ConnectionError: if the API server has not answered for long.
             ValueError: if the cluster has no KubeRay, refuses the manifest, or the name is taken by other work.
         """
         lease = storage.join(step.uri, "lease.json")
+        self._launcher = find_launcher(self._api)
         manifest = self._manifest(step, lease)
         name = manifest["metadata"]["name"]
-        beat = Heartbeat(lease, also=lambda: self._annotate(name), every=self._renew_seconds, lease=self._lease_seconds)
-        with ended_on_sigterm(lambda: self._delete_ours(name)), beat:
-            self._create_or_adopt(manifest)
-            with PodLog(self._api, name, uri=storage.join(step.uri, "driver.log")) as log:
-                state = self._watch_or_delete(name, step, log)
-                # What failed stays to be looked at, if the operator has rules to delete it later.
-                if not (state.kept and "deletionStrategy" in manifest["spec"]):
-                    self._api.delete_rayjob(name)
-                if not state.succeeded:
-                    cause = first_error(log.lines()) or state.explain()
-                    how = state.reason or state.describe()
-                    raise RemoteFailure(f"RayJob {name} failed ({how}): {cause}; log {log.uri}")
+        beat = Heartbeat(lease, also=lambda: self._annotate(name), every=self._renew_seconds)
+        with ended_on_sigterm(lambda: self._end_at_once(name)), beat:
+            with self._deleted_if_left(name):
+                attempt = self._create_or_adopt(manifest)
+                pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
+                with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "driver.log")) as log:
+                    state = self._watch(name, step, pods)
+                    log.finish()
+                    cause = log.first_error() or pods.cause or state.explain()
+            # What failed stays to be looked at, if the operator has rules to delete it later.
+            if not (state.kept and "deletionStrategy" in manifest["spec"]):
+                self._api.delete_rayjob(name)
+            if not state.succeeded:
+                how = state.reason or state.describe()
+                raise RemoteFailure(f"RayJob {name} failed ({how}): {cause}; log {log.uri}")
 
     def _manifest(self, step: RemoteStep, lease: str) -> Resource:
-        launcher = find_launcher(self._api)
-        image = self._compute.kuberay.image or launcher.image or os.environ.get(_IMAGE_VARIABLE)
+        image = self._compute.kuberay.image or self._launcher.image or os.environ.get(_IMAGE_VARIABLE)
         if image is None:
             raise ValueError(
                 f"no image for the Ray pods; set compute.kuberay.image or {_IMAGE_VARIABLE} to that of `make image`"
@@ -99,8 +102,8 @@ class KubeRay:
             entrypoint=(*step.command, "--lease", lease),
             image=image,
             env=environment_for_pods() | {"NCSN_CONTAINER_IMAGE": image},
-            labels=launcher.labels,
-            owner=launcher.owner,
+            labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},
+            owner=self._launcher.owner,
         )
         manifest = render(load_template(), request, compute=self._compute, namespace=self._api.namespace)
         manifest = with_task_config(manifest, task_config())
@@ -110,8 +113,12 @@ class KubeRay:
             say(f"left out, because this cluster's KubeRay does not know it: {', '.join(unknown)}")
         return fitted
 
-    def _create_or_adopt(self, manifest: Resource) -> None:
-        """Create the RayJob; 409 means that an earlier attempt, or a request whose answer was lost, created it."""
+    def _create_or_adopt(self, manifest: Resource) -> str:
+        """Create the RayJob; 409 means that an earlier attempt, or a request whose answer was lost, created it.
+
+        Returns:
+            What labels its pods; those of an earlier RayJob of the same name may still be ending.
+        """
         name = manifest["metadata"]["name"]
         digest = manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
         while True:
@@ -120,9 +127,12 @@ class KubeRay:
                 self._api.create_rayjob(manifest)
             except Conflict:
                 self._ours = False
+            except (PermissionError, ValueError):
+                self._ours = False
+                raise
             else:
                 say(f"RayJob {name} created in namespace {self._api.namespace}")
-                return
+                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
             found = self._api.rayjob(name)
             if found is None:
                 continue
@@ -132,7 +142,7 @@ class KubeRay:
                 self._ours = True
                 say(f"attached to RayJob {name}, which is {state.describe()}")
                 self._annotate(name)
-                return
+                return str(found["metadata"]["labels"].get(ATTEMPT_LABEL))
             if not going and not state.finished:
                 raise ValueError(
                     f"RayJob {name} is at work on other inputs of the same step; wait for it, or delete it: "
@@ -145,16 +155,7 @@ class KubeRay:
         while (found := self._api.rayjob(name)) is not None:
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
-    def _watch_or_delete(self, name: str, step: RemoteStep, log: PodLog) -> JobState:
-        try:
-            state = self._watch(name, step)
-            log.finish()
-        except BaseException:
-            self._delete_at_once(name)
-            raise
-        return state
-
-    def _watch(self, name: str, step: RemoteStep) -> JobState:
+    def _watch(self, name: str, step: RemoteStep, pods: PodWatch) -> JobState:
         """Wait for the end of the RayJob. What counts is its status as read, not the events on the way."""
         shown = ""
         while True:
@@ -169,6 +170,11 @@ class KubeRay:
                 return state
             if state.failed and step.mistaken():
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
+            if state.reason == "PreRunningDeadlineExceeded":  # KubeRay would try again for as long
+                raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
+            hopeless = pods.look(found)
+            if hopeless and state.starting:
+                raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
     def _reason_to_wait(self, state: JobState) -> str:
@@ -180,15 +186,43 @@ class KubeRay:
         with suppress(ConnectionError, PermissionError, ValueError):
             self._impatient.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
 
-    def _delete_at_once(self, name: str) -> None:
-        try:
-            self._impatient.delete_rayjob_at_once(name)
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            say(f"RayJob {name} could not be deleted ({type(error).__name__}); its driver ends when the lease is stale")
+    def _end_at_once(self, name: str) -> None:
+        """For SIGTERM, after which KFP leaves less than a second."""
+        if not self._ours:
+            return
+        if not self._launcher.is_told_to_end(self._impatient):
+            say(f"RayJob {name} goes on; the next attempt attaches to it, else it ends when the lease is stale")
+            return
+        self._delete(name, self._impatient)
 
-    def _delete_ours(self, name: str) -> None:
-        if self._ours:
-            self._delete_at_once(name)
+    @contextmanager
+    def _deleted_if_left(self, name: str) -> Iterator[None]:
+        """Delete the RayJob when a failure or Ctrl-C leaves the block.
+
+        On SIGTERM that is decided already, and while the API server is away the work goes on.
+        """
+        try:
+            yield
+        except (SystemExit, ConnectionError, RemoteLost):
+            raise
+        except BaseException:
+            if self._ours:
+                self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
+            raise
+
+    def _delete(self, name: str, api: KubernetesApi) -> None:
+        try:
+            api.delete_rayjob(name)
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}".partition(";")[0]
+            say(
+                f"RayJob {name} could not be deleted ({why}); its driver ends when the lease is stale, or: "
+                f"kubectl delete rayjob {name} --namespace {api.namespace}"
+            )
+            if not isinstance(error, (ConnectionError, PermissionError, ValueError)):
+                raise
+        else:
+            say(f"RayJob {name} deleted")
 
 
 def _now() -> str:

@@ -34,19 +34,41 @@ class Launcher:
 
     Attributes:
         image: Image of the pod, or None.
-        owner: Owner reference to the pod's Argo Workflow, so that the RayJob goes when the Workflow does; or None.
+        workflow: Name of the pod's Argo Workflow, or None.
+        owner: Owner reference to it, so that the RayJob goes when the Workflow does; None from another namespace.
         labels: Labels for the RayJob.
     """
 
     image: str | None = None
+    workflow: str | None = None
     owner: dict[str, Any] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def is_told_to_end(self, home: KubernetesApi) -> bool:
+        """Whether SIGTERM means the work and not only this process.
+
+        KFP's Terminate and the eviction of a pod send the same signal. Only the Workflow tells them apart, and an
+        evicted pod is started again, where it attaches to the work. Without a Workflow somebody stopped this process.
+
+        Args:
+            home: The namespace of this pod, without patience.
+        """
+        if self.workflow is None:
+            return True
+        try:
+            return is_ending(home.workflow(self.workflow))
+        except (ConnectionError, PermissionError, ValueError):
+            return False
+
 
 def find_launcher(api: KubernetesApi) -> Launcher:
-    """What is known of this pod; nothing where KFP did not start this process in the namespace of the RayJobs."""
-    name = os.environ.get(_POD_VARIABLE)
-    pod = api.pod(name) if name and api.namespace == api.own_namespace else None
+    """What is known of this pod; nothing where KFP did not start this process.
+
+    Args:
+        api: The namespace of the RayJobs.
+    """
+    name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
+    pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
     if pod is None:
         return Launcher()
     owners = [owner for owner in pod["metadata"].get("ownerReferences", []) if owner["kind"] == "Workflow"]
@@ -54,7 +76,8 @@ def find_launcher(api: KubernetesApi) -> Launcher:
     run = pod["metadata"].get("labels", {}).get(_KFP_RUN_POD_LABEL)
     return Launcher(
         image=images[0] if images else None,
-        owner=_owner(owners[0]) if owners else None,
+        workflow=owners[0]["name"] if owners else None,
+        owner=_owner(owners[0]) if owners and at_home else None,
         labels={KFP_RUN_LABEL: run} if run else {},
     )
 

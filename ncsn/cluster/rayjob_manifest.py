@@ -27,6 +27,8 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_LABEL = "ncsn.dev/run"
 STEP_LABEL = "ncsn.dev/step"
 KFP_RUN_LABEL = "ncsn.dev/kfp-run-id"
+ATTEMPT_LABEL = "ncsn.dev/attempt"
+"""Of a RayJob and its pods; another one under the same name has another value."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 REQUEST_ANNOTATION = "ncsn.dev/request"
 RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
@@ -110,12 +112,14 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     (workers,) = cluster["workerGroupSpecs"]
     most = compute.max_workers
     workers |= {"replicas": most, "minReplicas": compute.min_workers, "maxReplicas": most}
-    for template_ in (cluster["headGroupSpec"]["template"], workers["template"]):
+    head, submitter = cluster["headGroupSpec"]["template"], spec["submitterPodTemplate"]
+    for template_ in (head, workers["template"], submitter):
         template_["metadata"]["labels"] |= labels
         (container,) = template_["spec"]["containers"]
-        container["env"] += [{"name": name, "value": value} for name, value in sorted(request.env.items())]
         container["image"] = request.image
-    spec["submitterPodTemplate"]["spec"]["containers"][0]["image"] = request.image
+        if template_ is not submitter:
+            container["env"] += [{"name": name, "value": value} for name, value in sorted(request.env.items())]
+    _fill_head_pod(head["spec"], settings)
     _fill_worker_pod(workers["template"]["spec"], compute)
     # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
     store = max(_SMALLEST_STORE, int(_bytes(settings.shm_per_worker) * _OBJECT_STORE_SHARE))
@@ -138,7 +142,7 @@ def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[
     if "deletionStrategy" in manifest["spec"] and any(path in unknown for path in _WITHOUT_RULES):
         fitted["spec"]["deletionStrategy"] = manifest["spec"]["deletionStrategy"]
         _shut_down_by_time(fitted["spec"])
-        unknown += [] if "spec.deletionStrategy" in unknown else ["spec.deletionStrategy"]
+        unknown = [path for path in unknown if not path.startswith("spec.deletionStrategy")] + ["spec.deletionStrategy"]
     return fitted, unknown
 
 
@@ -155,6 +159,13 @@ def _fill_deletion_rules(spec: Manifest, settings: KubeRayConfig) -> None:
         condition = rule["condition"]
         if rule["policy"] == "DeleteSelf" and condition.get("jobStatus") != "SUCCEEDED":
             condition["ttlSeconds"] = round(settings.keep_failed_minutes * 60)
+
+
+def _fill_head_pod(pod: Manifest, settings: KubeRayConfig) -> None:
+    size = {"cpu": settings.head_cpus and str(settings.head_cpus), "memory": settings.head_memory}
+    resources = pod["containers"][0]["resources"]
+    for kind in ("requests", "limits"):
+        resources[kind] |= {name: amount for name, amount in size.items() if amount is not None}
 
 
 def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:

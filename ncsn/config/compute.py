@@ -39,6 +39,10 @@ class KubeRayConfig(Section):
     tolerations: tuple[Toleration, ...] = Field((), description="Node taints that the worker pods put up with.")
     memory_per_worker: str = Field("4Gi", description="Memory of each worker pod, /dev/shm included.")
     shm_per_worker: str = Field("1Gi", description="Size of /dev/shm of each worker pod: Ray's object store.")
+    head_cpus: int | None = Field(
+        None, ge=1, le=1024, description="CPU cores of the head pod, where the driver runs; null = the template's 2."
+    )
+    head_memory: str | None = Field(None, description="Memory of the head pod; null = the template's 6Gi.")
     max_start_minutes: float = Field(
         30.0, gt=0, le=10080, description="Minutes in which the cluster must start, once admitted by its queue."
     )
@@ -49,10 +53,10 @@ class KubeRayConfig(Section):
         10.0, ge=1, le=10080, description="Minutes for which the head of a failed RayJob stays, to be looked at."
     )
 
-    @field_validator("memory_per_worker", "shm_per_worker")
+    @field_validator("memory_per_worker", "shm_per_worker", "head_memory")
     @classmethod
-    def _is_quantity(cls, value: str) -> str:
-        if not _QUANTITY.fullmatch(value):
+    def _is_quantity(cls, value: str | None) -> str | None:
+        if value is not None and not _QUANTITY.fullmatch(value):
             raise ValueError(f"{value!r} is not an amount of memory; write for example 512Mi or 8Gi")
         return value
 

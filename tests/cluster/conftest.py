@@ -47,11 +47,11 @@ class Emulation:
         uri = self.folder / "runs" / "mine" / "steps" / "train"
         return replace(RemoteStep(run="mine", step="train", uri=str(uri), command=("python", "-c", code)), **changes)
 
-    def execute(self, code: str, *, lease_seconds: float = 60, patience: float = 60, **compute: Any) -> None:
+    def execute(self, code: str, *, patience: float = 60, **compute: Any) -> None:
         """Run the code as a RayJob, in this process."""
         api = KubernetesApi(patience=patience)
         settings = ComputeConfig.model_validate(compute)
-        KubeRay(settings, api=api, renew_seconds=0.2, lease_seconds=lease_seconds).execute(self.step(code))
+        KubeRay(settings, api=api, renew_seconds=0.2).execute(self.step(code))
 
     def launch(self, code: str) -> subprocess.Popen[str]:
         """Run the code as a RayJob, from a process of its own."""

@@ -28,7 +28,7 @@ def examine(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     seen = examine(tmp_path)
     assert seen["kubernetes"][0] == seen["rights"][0] == seen["kuberay"][0] == "ok"
-    assert seen["rights"][1] == "9 verbs in namespace 'kubeflow'"
+    assert seen["rights"][1] == "11 verbs in namespace 'kubeflow'"
     assert seen["gpus"] == ("not configured", "compute.use_gpu is false")
     assert seen["queue"] == ("not configured", "compute.kuberay.queue is null")
 

@@ -158,6 +158,33 @@ def test_the_fields_say_what_was_asked() -> None:
     assert manifest["metadata"]["labels"]["ncsn.dev/run"] == "digits-0a1b2c3d"
 
 
+def test_the_head_is_as_large_as_asked_else_as_the_template_says() -> None:
+    for settings, size in (
+        ({}, {"cpu": "2", "memory": "6Gi"}),
+        ({"head_memory": "16Gi"}, {"cpu": "2", "memory": "16Gi"}),
+        ({"head_cpus": 1, "head_memory": "2Gi"}, {"cpu": "1", "memory": "2Gi"}),
+    ):
+        head = rendered(kuberay=settings)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        assert head["containers"][0]["resources"] == {"requests": size, "limits": size}
+
+
+def test_every_pod_is_found_by_its_labels() -> None:
+    spec = rendered(request_=request(labels={"ncsn.dev/attempt": "5f3a"}))["spec"]
+    cluster = spec["rayClusterSpec"]
+    pods = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
+    for pod in (*pods, spec["submitterPodTemplate"]):
+        labels = pod["metadata"]["labels"]
+        assert (labels["ncsn.dev/attempt"], labels["ncsn.dev/run"]) == ("5f3a", "digits-0a1b2c3d")
+
+
+def test_workers_go_at_once_however_it_failed() -> None:
+    """After activeDeadlineSeconds jobStatus stays RUNNING, so a rule for it alone keeps the GPUs (KubeRay 1.7.0)."""
+    rules = rendered()["spec"]["deletionStrategy"]["deletionRules"]
+    at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
+    assert {"jobStatus": "FAILED", "ttlSeconds": 0} in at_once
+    assert {"jobDeploymentStatus": "Failed", "ttlSeconds": 0} in at_once
+
+
 def test_an_elastic_step_asks_for_the_most_and_names_the_least() -> None:
     (workers,) = rendered(num_workers=[2, 5])["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [5, 2, 5]
@@ -171,9 +198,12 @@ def test_a_queue_replaces_the_deletion_rules() -> None:
 
 @needs_schemas
 def test_an_operator_whose_gate_for_rules_is_closed_gets_none() -> None:
-    """KubeRay 1.5: its CRD has the rules, and its operator refuses a RayJob with them."""
+    """KubeRay 1.5.1: its CRD has rules, without jobDeploymentStatus, and its operator refuses a RayJob with them."""
     schema = copy.deepcopy(next(iter(SCHEMAS.values())))
-    del schema["properties"]["spec"]["properties"]["preRunningDeadlineSeconds"]
+    spec = schema["properties"]["spec"]["properties"]
+    del spec["preRunningDeadlineSeconds"]
+    rule = spec["deletionStrategy"]["properties"]["deletionRules"]["items"]["properties"]
+    del rule["condition"]["properties"]["jobDeploymentStatus"]
     fitted, unknown = fit_to_schema(VARIANTS["plain"], schema)
     assert unknown == ["spec.preRunningDeadlineSeconds", "spec.deletionStrategy"]
     assert "deletionStrategy" not in fitted["spec"]

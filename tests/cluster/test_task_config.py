@@ -20,6 +20,10 @@ TASK: dict[str, Any] = {
         {"name": "FROM_THE_TASK", "value": "1"},
         {"name": "A_KEY", "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "A_KEY"}}},
         {"name": "MLFLOW_RUN_ID", "value": "of the task"},
+        {
+            "name": "RAY_AUTH_TOKEN",
+            "valueFrom": {"secretKeyRef": {"name": "ncsn-credentials", "key": "RAY_AUTH_TOKEN"}},
+        },
     ],
     "volumes": [{"name": "images", "persistentVolumeClaim": {"claimName": "images"}}],
     "volume_mounts": [{"name": "images", "mountPath": "/mnt/images"}],
@@ -60,6 +64,7 @@ def test_environment_and_volumes_go_everywhere_and_replace_nothing(manifest: dic
         assert env["FROM_THE_TASK"]["value"] == "1"
         assert env["A_KEY"] == TASK["env"][1], "a secret stays a reference"
         assert env["MLFLOW_RUN_ID"]["value"] == "abc"
+        assert "RAY_AUTH_TOKEN" not in env, "KubeRay gives the new cluster a token of its own"
         assert TASK["volume_mounts"][0] in container["volumeMounts"]
         assert TASK["volumes"][0] in pod["volumes"]
 

@@ -1,4 +1,4 @@
-"""What the emulated Kubernetes API server holds. Leaves out everything but RayJobs, pods, their logs and RBAC."""
+"""What the emulated Kubernetes API server holds. Leaves out owners, and what its namespace does not need."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Cluster:
         cut_logs: How many log streams to cut in the middle of their third line.
         forget_versions: Answer watches with 410, as after a restart of the server.
         requests: (verb, resource) of every call.
+        logs: Pod -> what its container writes.
+        last_words: Pod -> lines of its container before the last restart.
     """
 
     rules: list[Resource]
@@ -52,6 +54,7 @@ class Cluster:
     forget_versions: bool = False
     requests: list[tuple[str, str]] = field(default_factory=list)
     logs: dict[str, PodLog] = field(default_factory=dict)
+    last_words: dict[str, list[str]] = field(default_factory=dict)
     on_create: Callable[[str], None] = lambda _name: None
     _objects: dict[tuple[str, str], Resource] = field(default_factory=dict)
     _history: list[tuple[int, str, Resource]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""KubeRay's operator behind the emulated API. Leaves out pods but the submitter's, separate nodes, and autoscaling.
+"""KubeRay's operator behind the emulated API. Leaves out pods of workers, separate nodes, and autoscaling.
 
 A RayJob's entrypoint really runs, as a process of its own with the environment that its pod would have and nothing
 else: what the head's container names, and the ConfigMaps and Secrets it refers to. With `ray=True` it finds a real Ray
@@ -23,6 +23,7 @@ from typing import Any
 
 from cluster_state import Cluster, PodLog, Refusal, Resource
 from kuberay_rules import QUEUE_LABEL, operator_errors
+from pod_states import State, crash_loop, running
 
 POLL_SECONDS = 0.02
 FINALIZER = "ray.io/rayjob-finalizer"
@@ -52,8 +53,12 @@ class Operator:
         retry_seconds: How long the operator takes to replace a failed cluster.
         admitted: Kueue's answer: a RayJob with a queue waits for it.
         ends: jobStatus that stands in for the real one of a job that ended, with deployment Complete.
-        full: No node has room for the pods.
+        head: State of the head's pod; anything but running stays so.
+        last_words: What the head's container writes before it ends, where it crashes.
+        linger: Seconds for which the pods of a deleted RayJob are still there.
         silent: Don't touch anything: an operator that is down.
+        clusters: Names of the RayClusters, one for each attempt.
+        deleted: Deletion policies that were carried out, but for DeleteSelf.
     """
 
     cluster: Cluster
@@ -63,11 +68,16 @@ class Operator:
     retry_seconds: float = 0
     admitted: threading.Event = field(default_factory=threading.Event)
     ends: str | None = None
-    full: bool = False
+    head: State = running
+    last_words: list[str] = field(default_factory=list)
+    linger: float = 0
     silent: bool = False
+    clusters: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _pods: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cluster.on_create = self._reconcile_in_thread
@@ -99,45 +109,73 @@ class Operator:
             while True:
                 self._pause(name)
         except Deleted:
-            for pod in self.cluster.list("pods", f"job-name={name}"):
-                self.cluster.delete("pods", pod["metadata"]["name"])
+            # The RayJob goes first; the garbage collector sees to its pods a while later (Kubernetes 1.34.4).
+            pods = self._pods.pop(name, [])
             self.cluster.update("rayjobs", name, lambda job: job["metadata"].update(finalizers=[]))
+            time.sleep(self.linger)
+            for pod in pods:
+                self.cluster.delete("pods", pod)
 
     def _run_attempts(self, name: str, job: Resource) -> None:
+        """As KubeRay 1.6.2 and 1.7.0 do: a failure is Retrying at once, with its reason until the cluster is gone."""
         spec = job["spec"]
         deadline = time.monotonic() + spec.get("activeDeadlineSeconds", 1e9)
         self._wait_in_queue(name, job)
         for attempt in range(spec.get("backoffLimit", 0) + 1):
-            self._set(name, jobDeploymentStatus="Initializing", jobStatus="")
-            if not self._starts(name, spec):
-                return
-            with self._ray(name, spec["rayClusterSpec"]) as ray:
-                code = self._run_entrypoint(name, spec, ray, deadline)
-            if code is None:
-                message = "The RayJob has passed the activeDeadlineSeconds."
-                self._set(name, jobDeploymentStatus="Failed", reason="DeadlineExceeded", message=message)
-                return
-            if code == 0 or self.ends:
+            failure = self._run_attempt(name, spec, deadline)
+            if failure is None:
                 self._set(name, jobDeploymentStatus="Complete", jobStatus=self.ends or "SUCCEEDED", succeeded=1)
                 return
-            message = f"Job entrypoint command failed with exit code {code}"
-            why = {"jobStatus": "FAILED", "reason": "AppFailed", "message": message}
-            self._set(name, jobDeploymentStatus="Retrying", failed=attempt + 1, **why)
+            again = attempt < spec.get("backoffLimit", 0) and failure["reason"] != "DeadlineExceeded"
+            failure["jobDeploymentStatus"] = "Retrying" if again else "Failed"
+            self._set(name, failed=attempt + 1, **failure)
+            if not again:
+                return
+            self._delete_pods(name)
             self._sleep(name, self.retry_seconds)
-        self._set(name, jobDeploymentStatus="Failed")
+            self._set(name, jobDeploymentStatus="", jobStatus="", rayClusterName="", reason="", message="")
 
-    def _starts(self, name: str, spec: Resource) -> bool:
-        ends = time.monotonic() + spec.get("preRunningDeadlineSeconds", 1e9)
-        while self.full and time.monotonic() < ends:
-            self._pause(name)
-        if self.full:
+    def _run_attempt(self, name: str, spec: Resource, deadline: float) -> Resource | None:
+        """What the status says of how it failed; None if it did not."""
+        cluster = f"{name}-{secrets.token_hex(3)[:5]}"
+        self.clusters.append(cluster)
+        self._set(name, jobDeploymentStatus="Initializing", jobStatus="", rayClusterName=cluster)
+        if not self._starts(name, cluster, spec):
             message = "The RayJob has passed the preRunningDeadlineSeconds."
-            self._set(name, jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded", message=message)
-        return not self.full
+            return {"reason": "PreRunningDeadlineExceeded", "message": message}
+        with self._ray(name, spec["rayClusterSpec"]) as ray:
+            code = self._run_entrypoint(name, spec, ray, deadline)
+        if code is None:  # jobStatus stays as it is
+            return {"reason": "DeadlineExceeded", "message": "The RayJob has passed the activeDeadlineSeconds."}
+        if code == 0 or self.ends:
+            return None
+        message = f"Job entrypoint command failed with exit code {code}"
+        return {"jobStatus": "FAILED", "reason": "AppFailed", "message": message}
+
+    def _starts(self, name: str, cluster: str, spec: Resource) -> bool:
+        ends = time.monotonic() + spec.get("preRunningDeadlineSeconds", 1e9)
+        template = spec["rayClusterSpec"]["headGroupSpec"]["template"]
+        named = {variable["name"] for variable in template["spec"]["containers"][0].get("env", [])}
+        # KubeRay adds its token only where the variable is not named (1.7.0), and Ray 2.60 wants one.
+        head = crash_loop if "RAY_AUTH_TOKEN" in named and "authOptions" in spec["rayClusterSpec"] else self.head
+        status, events = head(template["spec"])
+        labels = {"ray.io/cluster": cluster, "ray.io/node-type": "head", "ray.io/group": "headgroup"}
+        pod = self._start_pod(name, f"{cluster}-head-{secrets.token_hex(3)[:5]}", template, labels, status)
+        for number, event in enumerate(events):
+            about = {"metadata": {"name": f"{pod}.{number}"}, "involvedObject": {"kind": "Pod", "name": pod}}
+            self.cluster.create("events", event | about)
+        if head is crash_loop:
+            self.cluster.last_words[pod] = self.last_words
+        while head is not running and time.monotonic() < ends:
+            self._pause(name)
+        return head is running
 
     def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
         head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-        log = self._start_pod(name)
+        template = spec["submitterPodTemplate"]
+        status, _ = running(template["spec"])
+        pod = self._start_pod(name, f"{name}-{secrets.token_hex(3)[:5]}", template, {"job-name": name}, status)
+        log = self.cluster.logs[pod] = PodLog()
         self._set(name, jobDeploymentStatus="Running", jobStatus="PENDING")
         process = subprocess.Popen(
             shlex.split(spec["entrypoint"]),
@@ -202,13 +240,16 @@ class Operator:
         finally:
             head.communicate("")
 
-    def _start_pod(self, name: str) -> PodLog:
-        pod = f"{name}-{secrets.token_hex(3)}"
-        self.cluster.create(
-            "pods", {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod, "labels": {"job-name": name}}}
-        )
-        log = self.cluster.logs[pod] = PodLog()
-        return log
+    def _start_pod(self, job: str, pod: str, template: Resource, labels: dict[str, str], status: Resource) -> str:
+        metadata = {"name": pod, "labels": template["metadata"]["labels"] | labels}
+        content = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"], "status": status}
+        self.cluster.create("pods", content)
+        self._pods.setdefault(job, []).append(pod)
+        return pod
+
+    def _delete_pods(self, name: str) -> None:
+        for pod in self._pods.pop(name, []):
+            self.cluster.delete("pods", pod)
 
     def _wait_in_queue(self, name: str, job: Resource) -> None:
         if QUEUE_LABEL in job["metadata"]["labels"]:
@@ -217,10 +258,13 @@ class Operator:
                 self._pause(name)
 
     def _clean_up(self, name: str, spec: Resource) -> None:
-        status = (self.cluster.get("rayjobs", name) or {}).get("status", {})
-        for seconds in _ttls(spec, status):
-            self._sleep(name, seconds * self.second)
-            self.cluster.delete("rayjobs", name)
+        status, began = (self.cluster.get("rayjobs", name) or {}).get("status", {}), time.monotonic()
+        for seconds, policy in _due(spec, status):
+            self._sleep(name, began + seconds * self.second - time.monotonic())
+            if policy == "DeleteSelf":
+                self.cluster.delete("rayjobs", name)
+            else:
+                self.deleted.append(policy)
 
     def _set(self, name: str, **status: Any) -> None:
         self._raise_if_deleted(name)
@@ -241,13 +285,15 @@ class Operator:
             raise Deleted
 
 
-def _ttls(spec: Resource, status: Resource) -> Iterator[float]:
-    """After how many seconds the RayJob deletes itself; nothing if it stays, as it does without deletion rules."""
-    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
-        condition = {key: value for key, value in rule["condition"].items() if key != "ttlSeconds"}
-        if rule["policy"] == "DeleteSelf" and condition.items() <= status.items():
-            yield rule["condition"].get("ttlSeconds", 0)
-            return
+def _due(spec: Resource, status: Resource) -> list[tuple[float, str]]:
+    """Seconds and policy of each deletion rule that holds; nothing without rules."""
+    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    held = (rule for rule in rules if rule["condition"].items() - {("ttlSeconds", _ttl(rule))} <= status.items())
+    return sorted((_ttl(rule), rule["policy"]) for rule in held)
+
+
+def _ttl(rule: Resource) -> int:
+    return int(rule["condition"].get("ttlSeconds", 0))
 
 
 def _copy_lines(process: subprocess.Popen[str], log: PodLog) -> None:

@@ -1,5 +1,5 @@
 """Kubernetes API over real HTTP. Leaves out TLS, tokens, webhooks, pagination and all but RayJobs, pods, logs, and for
-reading nodes and Kueue's older LocalQueues.
+reading nodes, events, Argo's Workflows and Kueue's older LocalQueues.
 
 Reads and writes behave as the real server's do for one namespace: 409 for a name that exists, resource versions,
 watches that start after a version or answer 410 if it is gone, merge patches, finalizers, RBAC with the real wording of
@@ -98,6 +98,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(body | {"status": {"allowed": allowed}}, 201)
             case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
                 self._rayjobs(verb, name, query, body)
+            case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", name]:
+                self._authorize("get", "argoproj.io", "workflows")
+                self._send_found("workflows", [name], query)
+            case ["api", "v1", "namespaces", _, "events"]:
+                self._authorize("list", "", "events")
+                about = query["fieldSelector"].removeprefix("involvedObject.name=")
+                found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
+                self._send({"metadata": {}, "items": found})
             case ["api", "v1", "nodes"]:
                 self._authorize("list", "", "nodes")
                 self._send_found("nodes", [], query)
@@ -179,6 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(POLL_SECONDS)
 
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
+        if "previous" in query:
+            self._send_last_words(pod, int(query["tailLines"]))
+            return
         log = self.cluster.logs.get(pod)
         if log is None:
             raise Refusal(400, "BadRequest", f'container "ray-job-submitter" in pod "{pod}" is waiting to start')
@@ -202,6 +213,14 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 time.sleep(POLL_SECONDS)
             raise ConnectionAbortedError
+
+    def _send_last_words(self, pod: str, lines: int) -> None:
+        words = self.cluster.last_words.get(pod)
+        if words is None:
+            raise Refusal(400, "BadRequest", f'previous terminated container in pod "{pod}" not found')
+        with self._stream("text/plain") as send:
+            for word in words[-lines:]:
+                send(f"{word}\n".encode())
 
     def _stream(self, kind: str) -> _Chunked:
         self.send_response(200)

@@ -1,0 +1,212 @@
+"""Pods that do not start, processes that are told to end, and logs of another attempt: as real clusters have them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pod_states import crash_loop, unpullable, unschedulable
+
+from ncsn.cluster import kuberay, pod_watch
+from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.backend import RemoteFailure
+from ncsn.cluster.pod_log import PodLog
+from ncsn.cluster.task_config import TASK_CONFIG
+
+HELLO = "print('done')"
+SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
+WORKFLOW: dict[str, Any] = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "metadata": {"name": "ncsn-train-x7"},
+    "spec": {},
+    "status": {"phase": "Running"},
+}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look every 0.2 s, and trouble is believed after one."""
+    monkeypatch.setattr(kuberay, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(pod_watch, "CONFIRM_SECONDS", 1.0)
+
+
+@pytest.fixture
+def pipeline(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """This process is a task of a pipeline."""
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "ncsn-train-x7", "uid": "0c9d"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "task", "labels": {"pipeline/runid": "5f3a"}, "ownerReferences": [owner]},
+        "spec": {"containers": [{"name": "main", "image": "ours:1.2"}]},
+    }
+    emulation.cluster.create("pods", pod)
+    emulation.cluster.create("workflows", copy.deepcopy(WORKFLOW))
+    monkeypatch.setenv("KFP_POD_NAME", "task")
+    yield emulation
+    emulation.cluster.delete("pods", "task")
+
+
+def terminated(launcher: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
+    """What it says when it has ended."""
+    launcher.send_signal(number)
+    return launcher.communicate(timeout=60)[1]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_image_that_cannot_be_pulled_ends_it_by_name(emulation, eventually, capsys) -> None:
+    emulation.operator.head = unpullable
+    image = "registry.example/ncsn-python:0.1.0"
+    with pytest.raises(RemoteFailure, match=rf"ImagePullBackOff: image {image}: .*pull access denied"):
+        emulation.execute(HELLO)
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert len(emulation.operator.clusters) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "ImagePullBackOff" in line]
+    assert len(told) == 1, "it is said when it is seen, once"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> None:
+    emulation.operator.head = crash_loop
+    emulation.operator.last_words = [
+        *(f"line {number}" for number in range(20)),
+        "Traceback (most recent call last):",
+        "ray.exceptions.AuthenticationError: no authentication token was found",
+    ]
+    with pytest.raises(RemoteFailure, match=r"CrashLoopBackOff: .* 1 .*AuthenticationError: no authentication token"):
+        emulation.execute(HELLO)
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    shown = capsys.readouterr().err
+    assert "line 19" in shown and "line 2\n" not in shown
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_full_cluster_is_waited_for_with_the_schedulers_words(emulation, capsys) -> None:
+    """It may get better: a node may come, or another job may end."""
+    emulation.operator.head = unschedulable
+    with pytest.raises(RemoteFailure, match="1 Insufficient memory"):
+        emulation.execute(HELLO, kuberay={"max_start_minutes": 3 / 60})
+    told = [line for line in capsys.readouterr().err.splitlines() if "Insufficient memory" in line]
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
+    quota = 'Failed to create head Pod, pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi'
+    start = emulation.cluster.on_create
+
+    def refuse(name: str) -> None:
+        about = {"metadata": {"name": f"{name}.1"}, "involvedObject": {"kind": "Job", "name": name}}
+        emulation.cluster.create("events", about | {"type": "Warning", "reason": "FailedCreate", "message": quota})
+        start(name)
+
+    emulation.cluster.on_create = refuse
+    emulation.execute("import time; time.sleep(1)")
+    told = [line for line in capsys.readouterr().err.splitlines() if "exceeded quota: small" in line]
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_without_the_right_to_see_events_the_step_runs(emulation) -> None:
+    emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "events" not in rule["resources"]]
+    emulation.execute("import time; time.sleep(1); print('done')")
+    assert emulation.log == "done\n"
+
+
+def test_the_token_of_a_task_is_not_for_the_new_cluster(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KubeRay 1.7.0 leaves its own token out of a pod that names the variable, and the head does not start."""
+    reference = {"secretKeyRef": {"name": "ncsn-credentials", "key": "RAY_AUTH_TOKEN", "optional": True}}
+    task = {"env": [{"name": "RAY_AUTH_TOKEN", "valueFrom": reference}, {"name": "KEPT", "value": "1"}]}
+    monkeypatch.setenv(TASK_CONFIG, json.dumps(task))
+    emulation.execute("import os; print(os.environ['KEPT'])", kuberay={"max_start_minutes": 5 / 60})
+    assert emulation.log == "1\n"
+
+
+def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation, eventually) -> None:
+    """A person has time."""
+    launcher = emulation.launch(SLEEP)
+    eventually(lambda: emulation.operator.started, "the entrypoint runs")
+    emulation.cluster.away = True
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(7)
+    emulation.cluster.away = False
+    said = launcher.communicate(timeout=60)[1]
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert any("deleted" in line and line.startswith("RayJob ") for line in said.splitlines())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"spec": {"activeDeadlineSeconds": 0}}, {"spec": {"shutdown": "Terminate"}}, {"status": {"phase": "Failed"}}],
+)
+def test_sigterm_of_a_run_that_is_being_ended_deletes_the_rayjob(pipeline, eventually, change: dict) -> None:
+    launcher = pipeline.launch(SLEEP)
+    eventually(lambda: pipeline.operator.started, "the entrypoint runs")
+    pipeline.cluster.update("workflows", "ncsn-train-x7", lambda workflow: workflow.update(change))
+    terminated(launcher)
+    assert launcher.returncode == 143
+    eventually(lambda: not pipeline.jobs, "the RayJob is gone")
+
+
+def test_an_evicted_launcher_leaves_the_rayjob_to_the_next_attempt(pipeline, eventually, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    code = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\nprint('done')"
+    launcher = pipeline.launch(code)
+    eventually(lambda: pipeline.operator.started, "the entrypoint runs")
+    terminated(launcher)
+    assert launcher.returncode == 143
+    (job,) = pipeline.jobs
+    assert "deletionTimestamp" not in job["metadata"]
+    go.touch()
+    pipeline.execute(code)
+    assert pipeline.log == "done\n"
+    assert len(pipeline.operator.started) == 1, "a second cluster was started"
+
+
+def test_without_the_right_to_see_workflows_sigterm_leaves_the_rayjob(pipeline, eventually) -> None:
+    """The lease and the janitor end it, if nobody attaches."""
+    pipeline.cluster.rules = [rule for rule in pipeline.cluster.rules if "workflows" not in rule["resources"]]
+    launcher = pipeline.launch(SLEEP)
+    eventually(lambda: pipeline.operator.started, "the entrypoint runs")
+    terminated(launcher)
+    (job,) = pipeline.jobs
+    assert "deletionTimestamp" not in job["metadata"]
+
+
+def test_the_log_of_an_attempt_is_that_attempts(emulation, capsys) -> None:
+    """The pods of the RayJob that was replaced are still there, under the same name."""
+    emulation.operator.second, emulation.operator.linger = 100, 3
+    with pytest.raises(RemoteFailure, match="the old error"):
+        emulation.execute("raise ValueError('the old error')")
+    capsys.readouterr()
+    with pytest.raises(RemoteFailure, match="the new error"):
+        emulation.execute("import time; time.sleep(2); raise ValueError('the new error')")
+    assert "the old error" not in capsys.readouterr().err
+    assert "the old error" not in emulation.log
+
+
+def test_the_last_pod_says_what_failed(emulation, tmp_path: Path) -> None:
+    """The first attempt failed for a reason that the second one got over."""
+    mark = tmp_path / "mark"
+    code = (
+        f"import pathlib\nmark = pathlib.Path({str(mark)!r})\n"
+        "if mark.exists(): raise ValueError('of the second cluster')\n"
+        "mark.touch(); raise ValueError('of the first cluster')"
+    )
+    emulation.operator.retry_seconds = 3
+    with pytest.raises(RemoteFailure, match="of the second cluster"):
+        emulation.execute(code)
+    assert emulation.log.count("ValueError") == 2
+
+
+def test_a_log_that_cannot_be_read_before_a_container_runs_is_empty(emulation) -> None:
+    api = KubernetesApi()
+    assert api.last_words("none", "ray-head", lines=5) == []
+    assert PodLog(api, "none", attempt="none", uri="none").first_error() is None
