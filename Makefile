@@ -12,6 +12,8 @@ endif
 # The interpreter behind it, also where PYTHON is that of an activated environment.
 BASE_PYTHON := $(shell "$(PYTHON)" -c 'import sys; print(sys._base_executable)' 2>/dev/null)
 IMAGE ?= ncsn-python:0.1.0
+# The tag in Dockerfile, by the digest of its multi-platform index: `docker buildx imagetools inspect TAG` prints it.
+BASE_IMAGE ?= python:3.11.16-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 CONFIG ?= configs/digits.yaml
 PYTEST_ARGS ?=
 PARTS ?=
@@ -58,8 +60,10 @@ ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
 	@$(BIN)/ncsn ui --config $(CONFIG)
 
 .PHONY: image
-image: ## Build the container image (needs docker; IMAGE=name:tag names it)
-	docker build --tag $(IMAGE) --build-arg REVISION="$$(git rev-parse HEAD)" .
+image: ## Build the image, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=..., PIP_INDEX_URL=...)
+	@commit=$$(git describe --always --dirty --exclude '*' --abbrev=12); image=$(IMAGE); set -x; \
+	docker build --tag "$$image" --tag "$${image%:*}:$$commit" --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+		--build-arg REVISION="$$(git rev-parse HEAD)" --build-arg PIP_INDEX_URL --build-arg TORCH_INDEX_URL .
 
 .PHONY: clean
 clean: ## Remove caches and build outputs; .venv and the store .ncsn stay

@@ -124,6 +124,8 @@ def test_image_is_pinned_and_not_root() -> None:
     images = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, flags=re.MULTILINE)
     assert images
     assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]+", image) for image in images)
+    by_digest = re.findall(r"^BASE_IMAGE \?= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert [re.sub(r"@sha256:[0-9a-f]{64}$", "", image) for image in by_digest] == images != by_digest
     users = re.findall(r"^USER (\S+)$", dockerfile, flags=re.MULTILINE)
     assert re.fullmatch(r"[1-9]\d*", users[-1]), "Kubernetes checks runAsNonRoot against a number"
 
