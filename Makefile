@@ -25,7 +25,7 @@ STAMP := .venv/current-$(KEY)
 
 .PHONY: help
 help: ## Say what each target does (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(STAMP) ## Set up, then run the whole pipeline on real handwritten digits and register the model
@@ -36,8 +36,13 @@ test: lint ## Set up, then check style, types and layers and run every test that
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-all
-test-all: lint ## The same with the tests that take minutes
+test-all: lint ## The same with the tests that take minutes, then the quick ones with the newest releases
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	@bash scripts/test_newest.sh $(PYTEST_ARGS)
+
+.PHONY: test-newest
+test-newest: $(STAMP) ## The quick tests with the newest releases that pyproject.toml allows
+	@bash scripts/test_newest.sh $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, half an hour for all)
@@ -60,7 +65,7 @@ ui: $(STAMP) ## Open MLflow on the runs, curves, images and registered models
 	@$(BIN)/ncsn ui --config $(CONFIG)
 
 .PHONY: image
-image: ## Build the image, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=..., PIP_INDEX_URL=...)
+image: ## Build the image, tagged by version and by commit (needs docker; IMAGE=name:tag, TORCH_INDEX_URL=...)
 	@commit=$$(git describe --always --dirty --exclude '*' --abbrev=12); image=$(IMAGE); set -x; \
 	docker build --tag "$$image" --tag "$${image%:*}:$$commit" --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 		--build-arg REVISION="$$(git rev-parse HEAD)" --build-arg PIP_INDEX_URL --build-arg TORCH_INDEX_URL .

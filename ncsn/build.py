@@ -137,8 +137,7 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     On a CPU, which cannot train in float16, there is no scaler of the loss: an imported checkpoint has none.
     """
     score_network = network(config).to(device)
-    # Torch's annotations leave this argument out.
-    score_network.to(memory_format=memory_format(config))  # type: ignore[call-overload]
+    score_network.to(memory_format=memory_format(config))
     scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
     return TrainState(
         network=score_network,

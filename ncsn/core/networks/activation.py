@@ -17,7 +17,7 @@ def elu(x: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return functional.elu(x)
-    y: Tensor = _Elu.apply(x)  # type: ignore[no-untyped-call]
+    y: Tensor = _Elu.apply(x)
     return y
 
 
