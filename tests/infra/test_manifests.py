@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 import yaml
 from kuberay_rules import SECRET_NAME, house_errors, load_schemas, operator_errors, schema_errors
 from kubernetes.client import models
@@ -106,7 +107,7 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
     pod = load(path)["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
-    for container in pod["containers"]:
+    for container in (*pod.get("initContainers", []), *pod["containers"]):
         assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert re.search(r":v?\d+\.\d+", container["image"]), "the image is pinned"
@@ -154,6 +155,47 @@ def test_every_secret_that_a_pod_needs_has_an_example_and_every_address_a_servic
     }
     addresses = load(INFRA / "base" / "kuberay" / "environment.yaml")["data"].values()
     assert {address.removeprefix("http://") for address in addresses if "://" in address} <= services
+
+
+def test_mlflow_and_its_upgrade_name_a_database_driver_that_is_there() -> None:
+    """SQLAlchemy 2.1 takes psycopg 3 for postgresql:// without a driver, and the image has psycopg2."""
+    pod = load(INFRA / "base" / "mlflow" / "deployment.yaml")["spec"]["template"]["spec"]
+    texts = [str(pod["initContainers"]), str(pod["containers"]), (INFRA / "compose/docker-compose.yaml").read_text()]
+    for text in texts:
+        uris = set(re.findall(r"postgresql[+\w]*://[^\s'\"\]]+", text))
+        assert len(uris) == 1
+        url = sqlalchemy.make_url(uris.pop())
+        assert url.get_dialect().import_dbapi().paramstyle
+        assert url.password is None, "it would show in lists of processes"
+
+
+def test_mlflow_serves_artifacts_itself_and_runs_no_jobs() -> None:
+    """Its presigned URLs name an S3 of its own namespace; its job runners take 1.5 GB of memory."""
+    (pod,) = load(INFRA / "base" / "mlflow" / "deployment.yaml")["spec"]["template"]["spec"]["containers"]
+    server = {each["name"]: each.get("value") for each in pod["env"]}
+    assert server["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    pods = load(INFRA / "base" / "kuberay" / "environment.yaml")["data"]
+    assert server["MLFLOW_S3_ENDPOINT_URL"] == pods["AWS_ENDPOINT_URL"]
+    compose = yaml.safe_load((INFRA / "compose" / "docker-compose.yaml").read_text())
+    for environment in (pods, compose["services"]["ray-head"]["environment"]):
+        assert environment["MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"] == "false"
+        assert environment["MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"] == "false"
+
+
+@pytest.mark.parametrize("path", [path for path in RESOURCES if load(path)["kind"] in POD_KINDS], ids=name_of)
+def test_probes_are_patient_with_a_busy_node(path: Path) -> None:
+    """A timeout of one second, the default, ended servers at work."""
+    for container in load(path)["spec"]["template"]["spec"]["containers"]:
+        probes = {kind: probe for kind, probe in container.items() if kind.endswith("Probe")}
+        assert all(probe["timeoutSeconds"] >= 10 for probe in probes.values())
+        assert probes.get("livenessProbe", {"failureThreshold": 6})["failureThreshold"] >= 6
+
+
+def test_servers_stop_and_change_as_they_must() -> None:
+    mlflow = load(INFRA / "base" / "mlflow" / "deployment.yaml")["spec"]
+    assert mlflow["strategy"] == {"type": "Recreate"}, "the old server would hold on to a schema that is upgraded"
+    store = load(INFRA / "base" / "object-store" / "stateful-set.yaml")["spec"]["template"]["spec"]
+    assert store["terminationGracePeriodSeconds"] > 2 * 46
 
 
 def test_no_file_holds_a_secret() -> None:
@@ -229,6 +271,7 @@ def test_compose_publishes_on_loopback_and_takes_secrets_from_the_environment() 
     for name, service in compose["services"].items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service["image"].startswith("${NCSN_IMAGE") or re.search(r":v?\d+\.\d+", service["image"])
+        assert service["restart"] == ("on-failure" if name == "upgrade-schema" else "unless-stopped"), name
         for other in service.get("depends_on", {}):
             assert other in compose["services"]
         for key, value in service.get("environment", {}).items():

@@ -56,7 +56,6 @@ PODS = {
     "submitter": ray_pod(RAYJOB["submitterPodTemplate"], node=False),
     "KFP task": Pod("kubeflow", {"pipeline/runid": "5f3a"}),
     "seaweedfs": pod_of("object-store/stateful-set.yaml"),
-    "create-bucket": pod_of("object-store/create-bucket.yaml"),
     "mlflow": pod_of("mlflow/deployment.yaml"),
     "postgres": pod_of("mlflow/postgres-stateful-set.yaml"),
     "operator by helm": Pod(
@@ -119,7 +118,6 @@ def reaches(source: Pod, target: Pod, port: int, *, without: str = "") -> bool:
         ("KFP task", "mlflow", 5000),
         ("worker", "seaweedfs", 8333),
         ("head", "mlflow", 5000),
-        ("create-bucket", "seaweedfs", 8333),
         ("mlflow", "seaweedfs", 8333),
         ("mlflow", "postgres", 5432),
     ],

@@ -13,15 +13,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from mlflow.entities import Metric
 
 from ncsn import storage
 from ncsn.tracking import sink as sinks
 from ncsn.tracking.run import step_run
 
+MANIFEST = Path(__file__).parents[2] / "infra" / "base" / "mlflow" / "deployment.yaml"
+PASSWORD = "p:a/s?s w@rd"
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 
 
@@ -44,17 +48,29 @@ def _owner() -> str | None:
         pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
 
 
+def _manifest(container: str) -> dict[str, Any]:
+    """A container of MLflow's pod."""
+    pod = yaml.safe_load(MANIFEST.read_text())["spec"]["template"]["spec"]
+    (found,) = (each for each in (*pod["initContainers"], *pod["containers"]) if each["name"] == container)
+    return dict(found)
+
+
 @pytest.fixture
-def database() -> Iterator[str]:
-    """URI of an empty database on loopback."""
+def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The manifest's URI of an empty database, but for the host; the password is where the manifest gives it."""
     programs, owner = _programs(), _owner()
+    environment = {each["name"]: each.get("value") for each in _manifest("mlflow")["env"]}
+    assert environment.keys() >= {"PGPASSWORD"}
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
     with tempfile.TemporaryDirectory(prefix="ncsn-postgresql-") as name:
         folder = Path(name)
         if owner:
             shutil.chown(folder, owner)
-        data = folder / "data"
+        data, password = folder / "data", folder / "password"
+        password.write_text(PASSWORD)
         subprocess.run(
-            [programs / "initdb", "--pgdata", data, "--username", "ncsn", "--auth", "trust", "--no-sync"],
+            [programs / "initdb", "--pgdata", data, "--username", "mlflow", "--pwfile", password, "--no-sync"]
+            + ["--auth", "scram-sha-256"],
             check=True,
             capture_output=True,
             user=owner,
@@ -76,7 +92,11 @@ def database() -> Iterator[str]:
             while subprocess.run(ready, check=False).returncode:
                 assert server.poll() is None and time.monotonic() < give_up
                 time.sleep(0.1)
-            yield f"postgresql+psycopg2://ncsn@127.0.0.1:{port}/postgres"
+            created = [programs / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow", "mlflow"]
+            subprocess.run(created, check=True)
+            uri = str(environment["MLFLOW_BACKEND_STORE_URI"])
+            assert "@postgres:5432/mlflow" in uri
+            yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(60)
@@ -87,6 +107,10 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
     database, s3_root, make_server, make_config, monkeypatch
 ):
     monkeypatch.setattr(sinks, "SEND_EVERY", 0.1)
+    upgrade = _manifest("upgrade-schema")
+    assert upgrade["args"] == [each["value"] for each in _manifest("mlflow")["env"] if "BACKEND_STORE" in each["name"]]
+    for _ in range(2):  # of an empty database, and of a current one
+        subprocess.run([sys.executable, "-m", *upgrade["command"], database], check=True, capture_output=True)
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", f"{s3_root}/mlflow"]
     server = make_server(command)
