@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 
 _ALLOCATIONS = 50_000
 """New objects after which Python looks for cycles among the youngest; its own choice is 700."""
@@ -16,4 +17,10 @@ def collect_seldom() -> None:
     times, for a second.
     """
     gc.set_threshold(_ALLOCATIONS, 10, 10)
-    atexit.register(gc.freeze)
+    atexit.register(_skip_the_last_collections)
+
+
+def _skip_the_last_collections() -> None:
+    # Triton's bindings print every object that outlives the interpreter, hundreds of lines, so they are collected.
+    if "triton" not in sys.modules:
+        gc.freeze()
