@@ -155,9 +155,8 @@ def test_mlflow_knows_the_hosts_that_ask_and_keeps_artifacts_in_s3(s3: dict[str,
         assert status("evil.example", search) == 403
 
         def changed(origin: str) -> int:
-            body = {"name": origin}
-            headers = {"Origin": origin}
-            return HTTP.request("POST", f"{url}/ajax-api/2.0/mlflow/experiments/create", json=body, headers=headers).status
+            create = f"{url}/ajax-api/2.0/mlflow/experiments/create"
+            return HTTP.request("POST", create, json={"name": origin}, headers={"Origin": origin}).status
 
         for origin in (f"http://{address}", "http://localhost:5000", "http://127.0.0.1:5000"):
             assert changed(origin) == 200, origin

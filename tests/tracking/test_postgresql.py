@@ -68,9 +68,9 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             shutil.chown(folder, owner)
         data, password = folder / "data", folder / "password"
         password.write_text(PASSWORD)
+        login = ["--username", "mlflow", "--pwfile", password, "--auth", "scram-sha-256"]
         subprocess.run(
-            [programs / "initdb", "--pgdata", data, "--username", "mlflow", "--pwfile", password, "--no-sync"]
-            + ["--auth", "scram-sha-256"],
+            [programs / "initdb", "--pgdata", data, "--no-sync", *login],
             check=True,
             capture_output=True,
             user=owner,
@@ -92,8 +92,8 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             while subprocess.run(ready, check=False).returncode:
                 assert server.poll() is None and time.monotonic() < give_up
                 time.sleep(0.1)
-            created = [programs / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow", "mlflow"]
-            subprocess.run(created, check=True)
+            create = [programs / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "mlflow"]
+            subprocess.run([*create, "mlflow"], check=True)
             uri = str(environment["MLFLOW_BACKEND_STORE_URI"])
             assert "@postgres:5432/mlflow" in uri
             yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
