@@ -25,7 +25,7 @@ STAMP := .venv/current-$(KEY)
 
 .PHONY: help
 help: ## Say what each target does (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(STAMP) ## Set up, then run the whole pipeline on real handwritten digits and register the model
@@ -43,6 +43,10 @@ test-all: lint ## The same with the tests that take minutes, then the quick ones
 .PHONY: test-newest
 test-newest: $(STAMP) ## The quick tests with the newest releases that pyproject.toml allows
 	@bash scripts/test_newest.sh $(PYTEST_ARGS)
+
+.PHONY: test-cluster
+test-cluster: $(STAMP) ## Run the tests of a real cluster: the one of KUBECONFIG, with the image NCSN_IMAGE
+	@$(BIN)/python -m pytest tests/cluster_live $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, half an hour for all)

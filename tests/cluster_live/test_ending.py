@@ -1,0 +1,88 @@
+"""How a training under KubeRay is ended: by a person, by the loss of its launcher, by its limit of time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from real_cluster import WORKERS, eventually, kubectl
+
+from ncsn.cluster.rayjob_manifest import RENEWED_ANNOTATION
+from ncsn.lease import LEASE_SECONDS
+
+if TYPE_CHECKING:
+    from live_place import Place
+    from ncsn_commands import Command
+
+RUN = "mine"
+ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 64000}
+
+
+@contextmanager
+def training(place: Place, dataset: str, **settings: Any) -> Iterator[Command]:
+    """A command whose training would not end."""
+    options = place.options({**ENDLESS, **{name.replace("__", "."): value for name, value in settings.items()}})
+    with place.commands.running("train", "--json", *options, "--run", RUN, "--dataset", dataset) as command:
+        yield command
+
+
+@pytest.mark.timeout(720)
+def test_ctrl_c_deletes_the_rayjob(place: Place, dataset: str) -> None:
+    with training(place, dataset) as command:
+        place.wait_for_checkpoint(RUN, command)
+        command.signal(signal.SIGINT)
+        assert command.wait(60) == 130, command.said[-3000:]
+    eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
+
+
+@pytest.mark.timeout(720)
+def test_max_hours_ends_the_work_of_the_workers(place: Place, dataset: str) -> None:
+    with training(place, dataset, compute__kuberay__max_hours=0.05) as command:
+        eventually(lambda: place.namespace.pods(WORKERS) or command.ended, "there is a worker", seconds=240)
+        code = command.wait(420)
+    assert code == 1, command.said[-3000:]
+    assert "DeadlineExceeded" in command.said
+    eventually(lambda: not place.namespace.pods_at_work(WORKERS), "the worker is gone", seconds=60)
+
+
+@pytest.mark.timeout(1200)
+def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: str) -> None:
+    suspend_janitor(place)
+    kill_launcher(place, dataset)
+    # Its lease, a look at it, a checkpoint, and the second attempt that KubeRay makes, which finds the lease given up.
+    seconds = eventually(
+        lambda: not place.namespace.pods_at_work(WORKERS), "no worker is left", seconds=LEASE_SECONDS + 240
+    )
+    assert seconds > LEASE_SECONDS / 2
+    error = place.stored(f"runs/{RUN}/steps/train/error.json")
+    assert error["type"] == "LeaseExpired" and not error["user"]
+
+
+@pytest.mark.timeout(900)
+def test_the_janitor_deletes_a_rayjob_without_its_launcher(place: Place, dataset: str) -> None:
+    name = kill_launcher(place, dataset)
+    # As if the launcher had been silent for an hour, so that its lease need not run out first.
+    silent = (datetime.now(UTC) - timedelta(hours=1)).isoformat(timespec="seconds")
+    kubectl("annotate", "rayjob", name, f"{RENEWED_ANNOTATION}={silent}", "--overwrite", "-n", place.namespace.name)
+    eventually(place.namespace.is_empty, "the janitor has deleted the RayJob", seconds=240)
+    assert place.stored(f"runs/{RUN}/status.json")["status"] == "KILLED"
+
+
+def kill_launcher(place: Place, dataset: str) -> str:
+    """Name of a RayJob at work whose launcher had no time to delete it."""
+    with training(place, dataset) as command:
+        place.wait_for_checkpoint(RUN, command)
+        command.signal(signal.SIGKILL)
+        command.wait(10)
+    (rayjob,) = place.namespace.rayjobs()
+    return str(rayjob["metadata"]["name"])
+
+
+def suspend_janitor(place: Place) -> None:
+    for janitor in place.namespace.get("cronjobs")["items"]:
+        name = janitor["metadata"]["name"]
+        kubectl("patch", "cronjob", name, "--patch", '{"spec": {"suspend": true}}', "-n", place.namespace.name)

@@ -1,0 +1,89 @@
+"""`infra/` as a real API server takes it, and its servers as pods and a person's machine use them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
+from ncsn_commands import ROOT
+from real_cluster import apply, eventually, kubectl
+
+if TYPE_CHECKING:
+    from live_place import Place
+
+# 8 MB: above it MLflow would cut a file into parts, of which this size has two.
+_ROUND_TRIP = """
+import os, secrets, tempfile, pathlib
+import ncsn.tracking, mlflow
+content = secrets.token_bytes(8 << 20)
+with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "weights")
+    file.write_bytes(content)
+    with mlflow.start_run() as run:
+        mlflow.log_artifact(file)
+    there = {"run_id": run.info.run_id, "artifact_path": "weights"}
+    back = mlflow.artifacts.download_artifacts(**there, dst_path=folder + "/back")
+    assert pathlib.Path(back).read_bytes() == content
+print("same")
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_servers_become_ready_and_a_second_apply_is_taken(infra: Infra) -> None:
+    infra.apply("standalone")
+    infra.wait_for_servers()
+    pods = infra.servers.pods("app.kubernetes.io/part-of=ncsn")
+    restarts = {
+        pod["metadata"]["name"]: status["restartCount"]
+        for pod in pods
+        for status in pod["status"].get("containerStatuses", [])
+        if pod["status"]["phase"] == "Running"
+    }
+    assert len(restarts) >= 3 and not any(restarts.values()), restarts
+
+
+@pytest.mark.timeout(240)
+def test_doctor_finds_nothing_ill(home: Place) -> None:
+    command = home.commands.run("doctor", "--json", *home.options(), seconds=180)
+    findings = {finding["check"]: finding["state"] for finding in command.result()}
+    assert {findings[check] for check in ("store", "mlflow", "image", "kubernetes", "rights", "kuberay")} == {"ok"}
+    assert set(findings.values()) <= {"ok", "not configured"}
+
+
+@pytest.mark.timeout(240)
+def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ROUND_TRIP],
+        env={**os.environ, **home.environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "same"
+
+
+@pytest.mark.timeout(300)
+def test_an_artifact_goes_up_and_down_from_a_pod_of_another_namespace(place: Place) -> None:
+    name, namespace = "round-trip", place.namespace.name
+    container = {
+        "name": "main",
+        "image": image_under_test(),
+        "command": ["python", "-c", _ROUND_TRIP],
+        "envFrom": [{"configMapRef": {"name": ENVIRONMENT}}, {"secretRef": {"name": CREDENTIALS}}],
+        "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"restartPolicy": "Never", "securityContext": security, "containers": [container]}
+    metadata = {"name": name, "namespace": namespace}
+    apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    ended = {"Succeeded", "Failed"}
+    eventually(lambda: place.namespace.get("pod", name)["status"]["phase"] in ended, "the pod ended", seconds=240)
+    assert place.namespace.get("pod", name)["status"]["phase"] == "Succeeded", kubectl("logs", name, "-n", namespace)

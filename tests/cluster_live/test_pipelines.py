@@ -1,0 +1,61 @@
+"""Runs of Kubeflow Pipelines: to their end, from the cache, terminated, and failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from kubeflow_pipelines import ENDED, Kubeflow
+from real_cluster import eventually
+
+if TYPE_CHECKING:
+    from live_place import Place
+
+ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 64000}
+STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
+
+
+@pytest.mark.timeout(3600)
+def test_a_run_succeeds_and_the_same_again_comes_from_the_cache(pipelines: Place, kubeflow: Kubeflow) -> None:
+    run = pipelines.folder
+    options = ("--json", "--wait", *pipelines.options(), "--run", run)
+    first = pipelines.commands.run("submit", *options, seconds=2400).result()["id"]
+    assert kubeflow.run(first)["state"] == "SUCCEEDED"
+    assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
+    assert pipelines.tracked(run) == {"FINISHED"}
+    assert not pipelines.at_work(run)
+    worked = kubeflow.worked_tasks(first)
+    assert worked >= set(STEPS)
+
+    second = pipelines.commands.run("submit", *options, seconds=900).result()["id"]
+    assert kubeflow.run(second)["state"] == "SUCCEEDED"
+    assert not kubeflow.worked_tasks(second) & {"ingest", "train", "sample", "evaluate"}
+    assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
+
+
+@pytest.mark.timeout(1800)
+def test_terminate_leaves_nothing_at_work(pipelines: Place, kubeflow: Kubeflow) -> None:
+    run = pipelines.folder
+    options = pipelines.options(ENDLESS)
+    run_id = pipelines.commands.run("submit", "--json", *options, "--run", run, seconds=120).result()["id"]
+    eventually(lambda: pipelines.checkpoints(run), "training has made a checkpoint", seconds=1200)
+    kubeflow.terminate(run_id)
+    eventually(lambda: not pipelines.at_work(run), "neither a RayJob nor a pod of the run is left", seconds=240)
+    eventually(lambda: pipelines.stored(f"runs/{run}/status.json"), "the end is recorded", seconds=120)
+    assert pipelines.stored(f"runs/{run}/status.json")["status"] == "KILLED"
+    assert pipelines.tracked(run) == {"KILLED"}
+    assert kubeflow.run(run_id)["state"] in ENDED - {"SUCCEEDED"}
+
+
+@pytest.mark.timeout(1800)
+def test_a_step_that_fails_is_named_with_its_reason(pipelines: Place, kubeflow: Kubeflow) -> None:
+    run = pipelines.folder
+    workers = 999
+    options = pipelines.options({"compute.backend": "local", "compute.num_workers": workers})
+    command = pipelines.commands.run("submit", "--json", "--wait", *options, "--run", run, seconds=1200, code=1)
+    assert kubeflow.run(command.result()["id"])["state"] == "FAILED"
+    status = pipelines.stored(f"runs/{run}/status.json")
+    assert (status["status"], status["failed_step"]) == ("FAILED", "train")
+    assert str(workers) in status["reason"]
+    assert str(workers) in command.said
+    assert pipelines.tracked(run) == {"FAILED"}

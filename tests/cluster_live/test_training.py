@@ -1,0 +1,50 @@
+"""Training as a RayJob under KubeRay: to its end, and through the loss of its pods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from real_cluster import HEADS, WORKERS, eventually
+
+if TYPE_CHECKING:
+    from live_place import Place
+
+RUN = "mine"
+LONG = {"train.num_images": 192000}
+"""Training goes on for a minute or more after its first checkpoint."""
+
+
+@pytest.mark.timeout(720)
+def test_it_trains_and_leaves_nothing_behind(place: Place, dataset: str) -> None:
+    command = place.commands.run("train", "--json", *place.options(), "--run", RUN, "--dataset", dataset, seconds=600)
+    result = command.result()
+    assert result["images_seen"] == 12800 and 0 < result["loss"] < 1
+    assert result == place.stored(f"runs/{RUN}/steps/train/result.json")["result"]
+    assert result["checkpoint"].rpartition("/")[2] in place.checkpoints(RUN)
+    assert f"run {RUN}" in place.text(f"runs/{RUN}/steps/train/driver.log")
+    eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", [pytest.param(WORKERS, id="worker"), pytest.param(HEADS, id="head")])
+def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Place, dataset: str, kind: str) -> None:
+    options = place.options(LONG)
+    with place.commands.running("train", "--json", *options, "--run", RUN, "--dataset", dataset) as command:
+        kept = place.wait_for_checkpoint(RUN, command)
+        (lost,) = place.namespace.pods(kind)
+        place.namespace.delete("pod", lost["metadata"]["name"], "--grace-period=1")
+        lowest = LONG["train.num_images"]
+
+        def ended() -> bool:
+            nonlocal lowest
+            progress = place.stored(f"runs/{RUN}/steps/train/progress.json") or {"done": lowest}
+            lowest = min(lowest, progress["done"])
+            return command.ended
+
+        eventually(ended, "the command has ended", seconds=600)
+        assert command.wait(1) == 0, command.said[-3000:]
+    assert command.result()["images_seen"] == LONG["train.num_images"]
+    assert lowest >= kept, "it began anew"
+    assert place.stored(f"runs/{RUN}/steps/train/error.json") is None
+    eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)

@@ -1,0 +1,155 @@
+"""`infra/` on a real cluster, under other namespaces than its own, and the way to its servers from this machine."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+from real_cluster import Namespace, Resource, apply, forwarded, get, kubectl
+
+INFRA = Path(__file__).parents[2] / "infra"
+ENVIRONMENT, CREDENTIALS = "ncsn-environment", "ncsn-credentials"
+_SERVICE = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)(\.svc(\.cluster\.local)?)?")
+
+
+@dataclass(frozen=True)
+class Infra:
+    """`infra/` under other names: a copy, which kubectl applies.
+
+    Attributes:
+        folder: An empty folder for the copy.
+        system: Namespace of the servers, in place of `ncsn-system`.
+        pipelines: Namespace of the pipelines, in place of `kubeflow`.
+        keys: Access key and secret key of the object store.
+    """
+
+    folder: Path
+    system: str
+    pipelines: str
+    keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10), secrets.token_hex(20)))
+
+    def __post_init__(self) -> None:
+        shutil.copytree(INFRA, self.folder, dirs_exist_ok=True)
+        for path in self.folder.rglob("*.yaml"):
+            text = re.sub(r"\bncsn-system\b", self.system, path.read_text())
+            path.write_text(re.sub(r"(?<![\w./-])kubeflow(?![\w./-])", self.pipelines, text))
+        services = self._kustomization("services")
+        name, _, tag = image_under_test().rpartition(":")
+        for entry in services["images"]:
+            entry |= {"newName": name, "newTag": tag}
+        self._write("services", services)
+
+    @property
+    def servers(self) -> Namespace:
+        """Where the servers are."""
+        return Namespace(self.system)
+
+    def for_namespace(self, pipelines: str, folder: Path) -> Infra:
+        """The same servers for another namespace of pipelines."""
+        return Infra(folder, self.system, pipelines, self.keys)
+
+    def make_secrets(self) -> None:
+        """Those of the servers and of the pipelines, as docs/kubernetes.md makes them."""
+        key, secret = self.keys
+        identity = {
+            "name": "ncsn",
+            "credentials": [{"accessKey": key, "secretKey": secret}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        apply(
+            self._credentials(self.system),
+            self._credentials(self.pipelines),
+            _secret("mlflow-database", self.system, {"password": secrets.token_hex(20)}),
+            _secret("seaweedfs-identities", self.system, {"s3.json": json.dumps({"identities": [identity]})}),
+        )
+
+    def apply(self, overlay: str) -> str:
+        """What kubectl says."""
+        return kubectl("apply", "--kustomize", str(self.folder / "overlays" / overlay))
+
+    def apply_without_servers(self) -> None:
+        """All of the overlay standalone but the servers, and the keys."""
+        settings = self._kustomization("standalone")
+        settings["resources"].remove("../services")
+        settings["images"] = self._kustomization("services")["images"]
+        self._write("without-servers", settings)
+        apply(self._credentials(self.pipelines))
+        self.apply("without-servers")
+
+    def remove_without_servers(self) -> None:
+        """What `apply_without_servers` made."""
+        overlay = str(self.folder / "overlays" / "without-servers")
+        kubectl("delete", "--kustomize", overlay, "--ignore-not-found", "--wait=false")
+        kubectl("delete", "secret", CREDENTIALS, "--namespace", self.pipelines, "--ignore-not-found")
+
+    def wait_for_servers(self) -> None:
+        """Until all are ready."""
+        for item in self.servers.get("statefulsets,deployments")["items"]:
+            name = f"{item['kind'].lower()}/{item['metadata']['name']}"
+            kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=5m", seconds=310)
+
+    def _kustomization(self, overlay: str) -> dict[str, Any]:
+        file = self.folder / "overlays" / overlay / "kustomization.yaml"
+        settings: dict[str, Any] = yaml.safe_load(file.read_text())
+        return settings
+
+    def _write(self, overlay: str, settings: dict[str, Any]) -> None:
+        file = self.folder / "overlays" / overlay / "kustomization.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(settings))
+
+    def _credentials(self, namespace: str) -> Resource:
+        key, secret = self.keys
+        return _secret(CREDENTIALS, namespace, {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret})
+
+
+@contextlib.contextmanager
+def reached(namespace: str) -> Iterator[dict[str, str]]:
+    """The variables that a process on this machine needs to use the servers of the pods in this namespace.
+
+    Args:
+        namespace: One with `ncsn-environment` and `ncsn-credentials`. An address in the former that names a Service is
+            reached through a forwarded port.
+    """
+    data = get("configmap", ENVIRONMENT, "--namespace", namespace)["data"]
+    secret = get("secret", CREDENTIALS, "--namespace", namespace)["data"]
+    variables = data | {name: base64.b64decode(value).decode() for name, value in secret.items()}
+    with contextlib.ExitStack() as ports:
+        for name in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+            address = urlsplit(variables[name])
+            if service := _SERVICE.fullmatch(address.hostname or ""):
+                port = address.port or 80
+                local = ports.enter_context(forwarded(service["namespace"], service["name"], port))
+                variables[name] = address._replace(netloc=local).geturl()
+        yield variables
+
+
+def image_under_test() -> str:
+    """The image of all pods.
+
+    Raises:
+        ValueError: if NCSN_IMAGE names none, or one without a tag.
+    """
+    image = os.environ.get("NCSN_IMAGE", "")
+    if ":" not in image.rpartition("/")[2]:
+        raise ValueError(
+            f"NCSN_IMAGE is {image!r}; set it to name and tag of an image that the cluster's nodes have or can pull, "
+            "such as that of `make image`"
+        )
+    return image
+
+
+def _secret(name: str, namespace: str, values: dict[str, str]) -> Resource:
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": values}

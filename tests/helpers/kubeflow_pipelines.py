@@ -1,0 +1,64 @@
+"""The Kubeflow Pipelines of a cluster, over HTTP, and the Argo Workflows that carry out its runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import urllib3
+from real_cluster import Resource, exists, forwarded, get
+
+NAMESPACE, SERVICE, PORT = "kubeflow", "ml-pipeline", 8888
+ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
+_HTTP = urllib3.PoolManager(retries=urllib3.Retry(3, backoff_factor=1), timeout=30)
+
+
+@dataclass(frozen=True)
+class Kubeflow:
+    """Kubeflow Pipelines without users, whose runs are in the namespace `kubeflow`.
+
+    Attributes:
+        endpoint: URL of the API server.
+    """
+
+    endpoint: str
+
+    def run(self, run_id: str) -> Resource:
+        """A run, as the API has it."""
+        return self._ask("GET", f"runs/{run_id}")
+
+    def terminate(self, run_id: str) -> None:
+        """What the button Terminate does."""
+        self._ask("POST", f"runs/{run_id}:terminate")
+
+    def delete(self, run_id: str) -> None:
+        """The run and its Workflow."""
+        self._ask("DELETE", f"runs/{run_id}")
+
+    def workflow(self, run_id: str) -> Resource:
+        """The Workflow of a run."""
+        selector = f"pipeline/runid={run_id}"
+        (found,) = get("workflows.argoproj.io", "--namespace", NAMESPACE, "--selector", selector)["items"]
+        workflow: Resource = found
+        return workflow
+
+    def _ask(self, method: str, path: str) -> Resource:
+        response = _HTTP.request(method, f"{self.endpoint}/apis/v2beta1/{path}")
+        assert response.status == 200, f"{method} {path}: {response.status} {response.data.decode()[:500]}"
+        answer: Resource = json.loads(response.data or b"{}")
+        return answer
+
+
+@contextlib.contextmanager
+def find_kubeflow() -> Iterator[Kubeflow | None]:
+    """That at KF_PIPELINES_ENDPOINT, or the one in the namespace `kubeflow`, or None."""
+    if endpoint := os.environ.get("KF_PIPELINES_ENDPOINT"):
+        yield Kubeflow(endpoint.rstrip("/"))
+    elif exists("service", SERVICE, "--namespace", NAMESPACE):
+        with forwarded(NAMESPACE, SERVICE, PORT) as address:
+            yield Kubeflow(f"http://{address}")
+    else:
+        yield None

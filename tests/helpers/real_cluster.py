@@ -1,0 +1,201 @@
+"""The cluster that KUBECONFIG reaches, by kubectl: objects, namespaces that are deleted again, forwarded ports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Resource = dict[str, Any]
+
+PURPOSE = {"app.kubernetes.io/part-of": "ncsn-test-cluster"}
+"""Label of every namespace that the tests make."""
+READY = {"ncsn.dev/pipelines": "true", "pod-security.kubernetes.io/enforce": "restricted"}
+WORKERS, HEADS = "ray.io/node-type=worker", "ray.io/node-type=head"
+
+
+class KubectlFailed(AssertionError):
+    """The command and what it says."""
+
+
+def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> str:
+    """Its standard output.
+
+    Args:
+        arguments: Of kubectl.
+        stdin: What it reads.
+        seconds: How long it may take.
+
+    Raises:
+        KubectlFailed: if it exits with another code than 0, or takes longer.
+    """
+    try:
+        done = subprocess.run(
+            ["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise KubectlFailed(f"kubectl {' '.join(arguments)}: no answer in {seconds:g} s") from None
+    if done.returncode:
+        raise KubectlFailed(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def get(*arguments: str) -> Resource:
+    """What `kubectl get` finds, as JSON."""
+    found: Resource = json.loads(kubectl("get", *arguments, "--output", "json"))
+    return found
+
+
+def exists(*arguments: str) -> bool:
+    """Whether `kubectl get` finds the one object, or any of the list; a kind that the cluster does not know is none."""
+    try:
+        return bool(kubectl("get", *arguments, "--ignore-not-found", "--output", "name").strip())
+    except KubectlFailed as error:
+        if "the server doesn't have a resource type" in str(error):
+            return False
+        raise
+
+
+def apply(*resources: Resource) -> None:
+    """Create or update the objects."""
+    kubectl("apply", "--filename", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": resources}))
+
+
+def eventually(condition: Callable[[], object], what: str, *, seconds: float) -> float:
+    """Wait until a condition holds.
+
+    Args:
+        condition: Called every second.
+        what: What it waits for, in words.
+        seconds: How long.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        AssertionError: if it does not hold in time.
+    """
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"waited {seconds:g} s in vain until {what}"
+        time.sleep(1)
+    return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def new_namespace(name: str, *, labels: Mapping[str, str] = READY) -> Iterator[str]:
+    """A namespace that is deleted in the end with all that is in it.
+
+    Args:
+        name: Its name.
+        labels: Its labels beside `PURPOSE`; by default those of one for pipelines, under the strictest pod security.
+    """
+    apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {**PURPOSE, **labels}}})
+    try:
+        yield name
+    finally:
+        # Waits, so that the next test has the memory of this one's pods.
+        kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=4m", seconds=250)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """What the tests look for in a namespace."""
+
+    name: str
+
+    def get(self, *arguments: str) -> Resource:
+        """What `kubectl get` finds here."""
+        return get(*arguments, "--namespace", self.name)
+
+    def pods(self, selector: str) -> list[Resource]:
+        """The pods with these labels that nobody deletes."""
+        items = self.get("pods", "--selector", selector)["items"]
+        return [pod for pod in items if "deletionTimestamp" not in pod["metadata"]]
+
+    def pods_at_work(self, selector: str) -> list[str]:
+        """Names of the pods with these labels of which a container may still run."""
+        items = self.get("pods", "--selector", selector)["items"]
+        return [pod["metadata"]["name"] for pod in items if pod["status"]["phase"] in {"Pending", "Running"}]
+
+    def rayjobs(self) -> list[Resource]:
+        """The RayJobs."""
+        found: list[Resource] = self.get("rayjobs.ray.io")["items"]
+        return found
+
+    def is_empty(self) -> bool:
+        """Whether neither a RayJob is left nor a pod of one at work."""
+        return not self.rayjobs() and not self.pods_at_work(
+            "app.kubernetes.io/part-of=ncsn,app.kubernetes.io/name!=ncsn-janitor"
+        )
+
+    def delete(self, *arguments: str) -> None:
+        """Delete without waiting for the end."""
+        kubectl("delete", *arguments, "--namespace", self.name, "--wait=false")
+
+
+@contextlib.contextmanager
+def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
+    """Address on this machine that leads to a Service, `127.0.0.1:PORT`, while the block runs.
+
+    A `kubectl port-forward` ends when the pod behind it does, so it is started again until the block ends.
+    """
+    local = _free_port()
+    command = ["kubectl", "port-forward", "--namespace", namespace, f"service/{service}", f"{local}:{port}"]
+    ended = threading.Event()
+    running: list[subprocess.Popen[bytes]] = []
+
+    def keep() -> None:
+        while not ended.is_set():
+            # A session of its own: Ctrl-C must not cut the launchers under test off from their store.
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            running[:] = [process]
+            process.wait()
+            ended.wait(1)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        eventually(lambda: _accepts(local), f"{service}.{namespace} can be reached", seconds=60)
+        yield f"127.0.0.1:{local}"
+    finally:
+        ended.set()
+        for process in running:
+            process.terminate()
+        keeper.join(timeout=10)
+
+
+def require_cluster() -> str:
+    """Address of the cluster.
+
+    Raises:
+        ValueError: if there is none that answers.
+    """
+    try:
+        kubectl("get", "--raw", "/readyz", seconds=30)
+        view = json.loads(kubectl("config", "view", "--minify", "--output", "json"))
+    except (KubectlFailed, FileNotFoundError) as error:
+        where = os.environ.get("KUBECONFIG", "~/.kube/config")
+        raise ValueError(f"no cluster: {error}; set KUBECONFIG (now {where}) to that of a cluster") from None
+    return str(view["clusters"][0]["cluster"]["server"])
+
+
+def _accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
