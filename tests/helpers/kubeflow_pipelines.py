@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from real_cluster import Resource, exists, forwarded, get
 
 NAMESPACE, SERVICE, PORT = "kubeflow", "ml-pipeline", 8888
 ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
+_EXECUTOR = re.compile(r"\.([\w-]+)(?:\(\d+\))?\.executor(?:\(\d+\))?$")
 _HTTP = urllib3.PoolManager(retries=urllib3.Retry(3, backoff_factor=1), timeout=30)
 
 
@@ -44,6 +46,15 @@ class Kubeflow:
         (found,) = get("workflows.argoproj.io", "--namespace", NAMESPACE, "--selector", selector)["items"]
         workflow: Resource = found
         return workflow
+
+    def worked_tasks(self, run_id: str) -> set[str]:
+        """Names of the pipeline's tasks whose container ran; of what KFP's cache had, none does.
+
+        Argo 4.0.5 calls the pod `WORKFLOW.root(0).train(0).executor(0)`, without the numbers where nothing is retried.
+        """
+        nodes = self.workflow(run_id)["status"]["nodes"].values()
+        names = (node["name"] for node in nodes if node["type"] == "Pod")
+        return {found[1] for name in names if (found := _EXECUTOR.search(name))}
 
     def _ask(self, method: str, path: str) -> Resource:
         response = _HTTP.request(method, f"{self.endpoint}/apis/v2beta1/{path}")
