@@ -42,6 +42,12 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what all others rely on, last what takes longest."""
+    order = ("test_infra", "test_start", "test_training", "test_ending", "test_pipelines")
+    items.sort(key=lambda item: order.index(item.path.stem))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Tell the fixtures, while the cluster still has what the test made, that it failed."""
