@@ -68,7 +68,7 @@ class Place:
         try:
             return json.load(self._s3().get_object(Bucket=BUCKET, Key=f"{self.folder}/{path}")["Body"])
         except ClientError as error:
-            if error.response["Error"]["Code"] == "NoSuchKey":
+            if error.response["Error"]["Code"] in {"NoSuchKey", "NoSuchBucket"}:
                 return None
             raise
 
