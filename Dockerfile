@@ -48,6 +48,7 @@ FROM ${BASE_IMAGE}
 # KubeRay's probes call wget, and compute.compile needs a compiler where the network is trained.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ wget \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home ncsn \
     && install --directory --owner=1000 --group=1000 /var/cache/ncsn

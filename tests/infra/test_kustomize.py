@@ -55,6 +55,27 @@ def test_an_overlay_is_standalone_with_the_pushed_image(overlay: str) -> None:
     assert ours == {"registry.example.com/ncsn-python:0.1.0"}
 
 
+def test_login_is_standalone_with_an_account_from_the_secret_that_pods_have() -> None:
+    folder = ROOT / "infra" / "overlays"
+    standalone, login = rendered(folder / "standalone"), rendered(folder / "login")
+    (plain,) = (each for each in standalone if each not in login)
+    config, guarded = (each for each in login if each not in standalone)
+    assert (config["kind"], plain["kind"], guarded["kind"]) == ("ConfigMap", "Deployment", "Deployment")
+    (server,) = guarded["spec"]["template"]["spec"]["containers"]
+    assert "--app-name=basic-auth" in server["args"]
+    account = {
+        each["name"]: each["valueFrom"]["secretKeyRef"]
+        for each in server["env"]
+        if each["name"].startswith("MLFLOW_AUTH_ADMIN")
+    }
+    pods = [source["secretRef"]["name"] for source in server["envFrom"]]
+    assert {reference["name"] for reference in account.values()} == set(pods) == {"ncsn-credentials"}
+    assert {reference["key"] for reference in account.values()} == {
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    }
+
+
 def test_the_dashboard_has_the_name_and_label_that_grafana_looks_for() -> None:
     maps = [each for each in rendered(ROOT / "infra/base/monitoring") if each["kind"] == "ConfigMap"]
     ((name, labels),) = ((each["metadata"]["name"], each["metadata"]["labels"]) for each in maps)

@@ -60,8 +60,8 @@ def references(node: Any, kind: str) -> Iterator[str]:
         for key, value in node.items():
             if key in {f"{kind}Ref", f"{kind}KeyRef"}:
                 yield value["name"]
-            elif key == kind and "secretName" in value:
-                yield value["secretName"]
+            elif key == kind and isinstance(value, dict):
+                yield value["secretName" if kind == "secret" else "name"]
             else:
                 yield from references(value, kind)
     elif isinstance(node, list):
@@ -144,8 +144,10 @@ def test_every_resource_is_applied_or_an_example() -> None:
 def test_every_secret_that_a_pod_needs_has_an_example_and_every_address_a_service() -> None:
     everything = [load(path) for path in RESOURCES]
     examples = {load(path)["metadata"]["name"] for path in INFRA.rglob("*.example.yaml")}
-    assert {name for resource in everything for name in references(resource, "secret")} == examples
-    maps = {name for resource in everything for name in references(resource, "configMap")}
+    patches = [yaml.safe_load(patch["patch"]) for path in KUSTOMIZATIONS for patch in load(path).get("patches", [])]
+    users = [*everything, *patches]
+    assert {name for user in users for name in references(user, "secret")} == examples
+    maps = {name for user in users for name in references(user, "configMap")}
     assert maps <= {resource["metadata"]["name"] for resource in everything if resource["kind"] == "ConfigMap"}
     services = {
         f"{resource['metadata']['name']}.ncsn-system:{port['port']}"

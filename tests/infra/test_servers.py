@@ -164,3 +164,39 @@ def test_mlflow_knows_the_hosts_that_ask_and_keeps_artifacts_in_s3(s3: dict[str,
         put = HTTP.request("PUT", f"{url}/api/2.0/mlflow-artifacts/artifacts/x/a.txt", body=b"kept", timeout=30)
         assert put.status == 200, put.data
     assert client(s3).get_object(Bucket="ncsn", Key="mlflow/x/a.txt")["Body"].read() == b"kept"
+
+
+def test_mlflow_with_a_login_lets_in_who_has_the_account(s3: dict[str, str], tmp_path: Path) -> None:
+    """The arguments and the settings of the overlay `login`."""
+    overlay = BASE.parent / "overlays" / "login"
+    (patch,) = yaml.safe_load((overlay / "kustomization.yaml").read_text())["patches"]
+    added = [each["value"] for each in yaml.safe_load(patch["patch"])]
+    (name,) = (each for each in added if isinstance(each, str))
+    variables = {each["name"]: each for each in added if isinstance(each, dict)}
+    settings = yaml.safe_load((overlay / "basic-auth.yaml").read_text())["data"]["basic-auth.ini"]
+    (database,) = (line for line in settings.splitlines() if line.startswith("database_uri"))
+    (tmp_path / "basic-auth.ini").write_text(settings.replace(database, f"database_uri = sqlite:///{tmp_path}/auth.db"))
+    account = {"MLFLOW_TRACKING_USERNAME": "somebody", "MLFLOW_TRACKING_PASSWORD": "a-long-password"}
+    given = {"MLFLOW_AUTH_CONFIG_PATH": f"{tmp_path}/basic-auth.ini", "MLFLOW_FLASK_SERVER_SECRET_KEY": "k"}
+    given |= {
+        each: account[variable["valueFrom"]["secretKeyRef"]["key"]]
+        for each, variable in variables.items()
+        if each.startswith("MLFLOW_AUTH_ADMIN")
+    }
+    assert variables.keys() == given.keys()
+    given |= s3 | {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    pod, (port,) = container("mlflow/deployment.yaml"), free_ports(1)
+    arguments = replaced(pod["args"], {"--host": "127.0.0.1", "--port": str(port), "--workers": "1"})
+    url = f"http://127.0.0.1:{port}"
+
+    def created(experiment: str, password: str) -> int:
+        headers = urllib3.make_headers(basic_auth=f"somebody:{password}") if password else {}
+        create = f"{url}/api/2.0/mlflow/experiments/create"
+        return HTTP.request("POST", create, json={"name": experiment}, headers=headers, timeout=30).status
+
+    program = [str(Path(sys.executable).parent / pod["command"][0]), *pod["command"][1:]]
+    with running([*program, *arguments, name], tmp_path, **given):
+        wait_for(f"{url}/health")
+        assert created("a", "") == created("b", "wrong-password") == 401
+        assert created("c", account["MLFLOW_TRACKING_PASSWORD"]) == 200
+        assert HTTP.request("GET", f"{url}{pod['readinessProbe']['httpGet']['path']}", timeout=30).status == 200
