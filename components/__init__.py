@@ -5,11 +5,12 @@ The data lies in the store; a KFP artifact is the step's result as JSON, with th
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,37 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
 
     collect_seldom()
     from ncsn.config import from_json
-    from ncsn.steps.result import KFP_RUN_ID
+    from ncsn.launched import KFP_RUN_ID
 
     settings = from_json(config)
     if not run and not os.environ.get(KFP_RUN_ID):
         raise ValueError(f"the parameter run is empty, and {KFP_RUN_ID} does not name this pipeline run; name the run")
     return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
+
+
+@contextlib.contextmanager
+def task(
+    step: str, *, config: str, run: str, last: bool = False, task_config: dsl.TaskConfig | None = None
+) -> Iterator[tuple[Any, str]]:
+    """All that a task does for its step, given the settings and the name of the run; see `pipeline_task`.
+
+    Args:
+        step: Name of the step.
+        config: As the task got it.
+        run: As the task got it.
+        last: Whether the pipeline ends with it.
+        task_config: What is set on a task that may start other pods; see `pass_on`.
+
+    Raises:
+        ValueError: as `experiment` and `pass_on`, and if the run belongs to another config.
+    """
+    settings, name = experiment(config, run)
+    from ncsn.steps.kfp_task import pipeline_task
+
+    with pipeline_task(settings, run=name, step=step, last=last):
+        if task_config is not None:
+            pass_on(task_config, settings)
+        yield settings, name
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
@@ -50,7 +76,7 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
     from ncsn.cluster.task_config import TASK_CONFIG
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
-    for_other_pods = sorted(given.keys() & {"resources", "node_selector", "tolerations", "affinity"})
+    for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})
     if for_other_pods and settings.compute.backend != "kuberay":
         raise ValueError(
             f"{', '.join(for_other_pods)} of this task are for the pods that it starts, and with "
@@ -91,6 +117,13 @@ def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
         for caption, png in pictures.items()
     )
     Path(page.path).write_text(f'<!doctype html><meta charset="utf-8">{"".join(figures)}')
+
+
+def publish_no_search(search: dsl.Artifact, plots: dsl.HTML, metrics: dsl.Metrics) -> None:
+    """Say that there was no search, in each of its artifacts: KFP's page shows one without a file as broken."""
+    Path(search.path).write_text("null")
+    Path(plots.path).write_text('<!doctype html><meta charset="utf-8"><p>The config has no section search.</p>')
+    publish_metrics(metrics, {})
 
 
 def publish_scores(page: dsl.Markdown, samples: Mapping[str, float], real: Mapping[str, float]) -> None:

@@ -16,13 +16,13 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Measure the samples, next to real test images."""
-    from components import experiment, headline, publish, publish_metrics, publish_scores
+    from components import headline, publish, publish_metrics, publish_scores, task
 
-    settings, name = experiment(config, run)
-    from ncsn.steps import evaluate
+    with task("evaluate", config=config, run=run) as (settings, name):
+        from ncsn.steps import evaluate
 
-    uris = {"samples": samples.metadata["uri"], "dataset": dataset.metadata["uri"]}
-    result = evaluate.run(settings, run=name, **uris)
-    publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
-    publish_scores(scores, result.metrics, result.real_metrics)
-    publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))
+        uris = {"samples": samples.metadata["uri"], "dataset": dataset.metadata["uri"]}
+        result = evaluate.run(settings, run=name, **uris)
+        publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
+        publish_scores(scores, result.metrics, result.real_metrics)
+        publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))

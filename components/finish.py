@@ -19,8 +19,12 @@ def finish(
     from components import experiment, publish
 
     settings, name = experiment(config, run)
+    from ncsn.launched import this_kfp_run
     from ncsn.steps import finish
+    from ncsn.steps.kfp_task import forget
 
-    result = finish.run(settings, run=name, state=status.state, message=status.error_message or "")
+    result = finish.run(settings, run=name, state=status.state, message=status.error_message or "", kfp=this_kfp_run())
     publish(outcome, result, status=result.status)
     Path(page.path).write_text(result.page)
+    if result.status != "KILLED":  # else the janitor looks once more, when the pods have had time to end
+        forget()

@@ -17,14 +17,13 @@ def sample(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Generate images by the configured sampler."""
-    from components import experiment, pass_on, publish, publish_metrics, publish_pictures
+    from components import publish, publish_metrics, publish_pictures, task
 
-    settings, name = experiment(config, run)
-    from ncsn.steps import sample
-    from ncsn.storage import read_bytes
+    with task("sample", config=config, run=run, task_config=task_config) as (settings, name):
+        from ncsn.steps import sample
+        from ncsn.storage import read_bytes
 
-    pass_on(task_config, settings)
-    result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
-    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
-    publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
-    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
+        result = sample.run(settings, run=name, checkpoint=checkpoint.metadata["uri"])
+        publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
+        publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
+        publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

@@ -9,7 +9,6 @@ PASSED_ON = (
     *(
         dsl.TaskConfigPassthrough(field=field, apply_to_task=False)
         for field in (
-            dsl.TaskConfigField.RESOURCES,
             dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
             dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
             dsl.TaskConfigField.KUBERNETES_AFFINITY,
@@ -17,7 +16,11 @@ PASSED_ON = (
     ),
     *(
         dsl.TaskConfigPassthrough(field=field, apply_to_task=True)
-        for field in (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
+        for field in (
+            dsl.TaskConfigField.RESOURCES,
+            dsl.TaskConfigField.ENV,
+            dsl.TaskConfigField.KUBERNETES_VOLUMES,
+        )
     ),
 )
-"""Addresses and volumes are for the task's own pod as well."""
+"""Addresses and volumes are for the task's own pod as well, resources for it alone: the config sizes the others."""

@@ -1,4 +1,4 @@
-"""What a launcher tells the driver that Ray's Jobs API starts for it, and how the driver answers to it.
+"""What a process is told by whoever started it: a pipeline of its run, a launcher of the job.
 
 Ray hands the metadata of a submitted job to its driver in an environment variable.
 """
@@ -8,9 +8,33 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import dataclass
 
+KFP_RUN_ID = "NCSN_KFP_RUN_ID"
+"""Variable with the id of the pipeline run, in the pods of a cluster."""
+KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"
+"""Variable with the name of the Argo Workflow that executes it, in the pods of its tasks alone."""
 PYTHON = "ncsn.python"
 """Key of the launcher's Python version in the metadata of a job."""
+
+
+@dataclass(frozen=True)
+class KfpRun:
+    """One run of a pipeline on a cluster.
+
+    Attributes:
+        id: KFP's identifier.
+        workflow: The Argo Workflow that executes it.
+    """
+
+    id: str
+    workflow: str
+
+
+def this_kfp_run() -> KfpRun | None:
+    """The pipeline run that this process is a task of; None outside of a cluster."""
+    run_id, workflow = os.environ.get(KFP_RUN_ID), os.environ.get(KFP_WORKFLOW)
+    return KfpRun(run_id, workflow) if run_id and workflow else None
 
 
 def job_metadata() -> dict[str, str]:

@@ -37,7 +37,7 @@ from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.launched import require_launchers_python
 from ncsn.lease import Lease
-from ncsn.steps.result import RunFolder, claim_run, record_error, run_folder
+from ncsn.steps.result import RunFolder, claim_run, recorded, run_folder
 
 _EXCLUSIVE = ("tune", "train", "run")
 _POLL_SECONDS = 0.5
@@ -71,7 +71,7 @@ def run_step(
         storage.delete_file(folder.step(step, "progress.json"))
         with ProgressView(console) as view, _shown_progress(folder, step, view):
             module = importlib.import_module(f"ncsn.steps.{step}")
-            with _interruption_by_ray(), _told_to_launcher(folder, step, leased):
+            with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
                     Lease(lease).require("nothing was begun")
                 require_launchers_python()
@@ -150,17 +150,6 @@ def _interruption_by_ray() -> Iterator[None]:
         if stop.code in (TERMINATED, signal.SIGTERM):
             sys.exit(TERMINATED)
         raise KeyboardInterrupt from stop
-
-
-@contextmanager
-def _told_to_launcher(folder: RunFolder, step: str, leased: object) -> Iterator[None]:
-    """Leave the reason in the store for a launcher elsewhere, also of a failure before the step's work began."""
-    try:
-        yield
-    except BaseException as error:
-        if leased:
-            record_error(folder, step, error)
-        raise
 
 
 @contextmanager

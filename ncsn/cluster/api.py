@@ -167,6 +167,26 @@ class KubernetesApi:
         items: list[Resource] = listed["items"]
         return sorted(items, key=_time_of)
 
+    def create_config_map(self, manifest: Resource) -> None:
+        """Create it.
+
+        Raises:
+            Conflict: if there is one of that name.
+        """
+        self._call("create", "configmaps", self._core.create_namespaced_config_map, self.namespace, manifest)
+
+    def config_maps(self, labels: str) -> list[Resource]:
+        """The ConfigMaps with these labels."""
+        listing = self._core.list_namespaced_config_map
+        items: list[Resource] = self._read("list", "configmaps", listing, self.namespace, label_selector=labels)[
+            "items"
+        ]
+        return items
+
+    def delete_config_map(self, name: str) -> None:
+        """Delete it; nothing happens if it is gone."""
+        self._call("delete", "configmaps", self._core.delete_namespaced_config_map, name, self.namespace, missing=None)
+
     def nodes(self) -> list[Resource]:
         """The cluster's nodes; most accounts of one namespace may not see them."""
         items: list[Resource] = self._read("list", "nodes", self._core.list_node)["items"]

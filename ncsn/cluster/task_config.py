@@ -1,8 +1,8 @@
 """What a KFP task has set on it for the pods that it starts, put on the pods of its RayJob.
 
-KFP hands a component its node selector, tolerations, affinity, resources, environment and volumes as plain pieces of a
-pod. They reach this package in an environment variable, as they reach the component: beside the config, not in it,
-because they say where the work happens and nothing about its result.
+KFP hands a component its node selector, tolerations, affinity, environment and volumes as plain pieces of a pod. They
+reach this package in an environment variable, as they reach the component: beside the config, not in it, because they
+say where the work happens and nothing about its result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
             _add_new(container, "volumeMounts", task.get("volume_mounts"), key="mountPath")
     for pod in workers:
         _place(pod, task)
-        _size(pod["containers"][0], task.get("resources") or {})
     return changed
 
 
@@ -62,14 +61,6 @@ def _place(pod: Manifest, task: Mapping[str, Any]) -> None:
         pod["tolerations"] = [*pod.get("tolerations", []), *tolerations]
     if affinity := task.get("affinity"):
         pod["affinity"] = pod.get("affinity", {}) | affinity
-
-
-def _size(container: Manifest, resources: Mapping[str, Any]) -> None:
-    """Where the task gives a request or a limit alone, it is both: Ray counts the limits as what it may use."""
-    limits = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
-    requests = {**limits, **(resources.get("requests") or {})}
-    for kind, amounts in (("limits", limits), ("requests", requests)):
-        container.setdefault("resources", {}).setdefault(kind, {}).update(amounts)
 
 
 def _add_new(node: Manifest, field: str, items: list[Manifest] | None, *, key: str) -> None:

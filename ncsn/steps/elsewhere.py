@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
 from ncsn.config import Config, to_yaml
-from ncsn.steps.result import RunFolder
+from ncsn.steps.outcome import clear_outcome
+from ncsn.steps.result import RunFolder, stored_error
 
 _DIGEST_CHARACTERS = 12
 
@@ -46,6 +47,7 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[s
     assert backend is not None
     uri, digest = _publish_config(config, folder, step)
     storage.delete_file(folder.step(step, "error.json"))
+    clear_outcome(folder)
     remote = RemoteStep(
         run=folder.run,
         step=step,
@@ -84,8 +86,5 @@ def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, 
 
 
 def _recorded_mistake(folder: RunFolder, step: str) -> str | None:
-    try:
-        record = storage.read_json(folder.step(step, "error.json"))
-    except FileNotFoundError:
-        return None
-    return str(record["message"]) if record["user"] else None
+    record = stored_error(folder, step)
+    return str(record["message"]) if record is not None and record["user"] else None

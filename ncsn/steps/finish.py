@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from ncsn import storage
 from ncsn.config import Config
+from ncsn.launched import KFP_RUN_ID, KfpRun
 from ncsn.report.run_page import RunFacts, run_page
-from ncsn.steps.result import STEPS, RunFolder, claim_run
+from ncsn.steps.outcome import Outcome, write_outcome
+from ncsn.steps.result import STEPS, ForeignRun, RunFolder, claim_run, stored_error, stored_record
 from ncsn.tracking.outcome import TrackedRun, close_run
 from ncsn.tracking.provenance import container_image, kfp_run
 
-STATUS_FILE = "status.json"
+if TYPE_CHECKING:
+    from ncsn.cluster.pod_trouble import Trouble
+
 SEARCH = "tune"
 """The step between the first and the second, where there is one."""
+SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
+"""What the steps together may be called: by `kfp.local`, and by KFP 2.17's backend, which takes MLMD's words."""
 _STOPPED = ("KeyboardInterrupt", "SystemExit")
 _DEADLINE = "exceeded its deadline"
 """What Argo says of a step that somebody terminated: that is how it ends them."""
+_LOOK_SECONDS = 30.0
+_UNKNOWN = "no reason is known; look at the log of the task"
 
 
 @dataclass(frozen=True)
@@ -42,80 +48,147 @@ class FinishResult:
     page: str
 
 
-def run(config: Config, *, run: str, state: str, message: str = "") -> FinishResult:
+def run(config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun | None = None) -> FinishResult:
     """Cancel what is at work, and write the outcome to `<root>/runs/<run>/status.json` and the run's MLflow run.
 
     Args:
         config: The experiment.
-        run: Name of the run.
-        state: What KFP says of the steps together: SUCCEEDED, FAILED or CANCELLED.
+        run: Name of the run. If it belongs to another config, the page says so, and of the rest only what this
+            pipeline run has started is touched.
+        state: What KFP says of the steps together: one of `SUCCEEDED`, FAILED or CANCELED.
         message: What KFP says of the reason.
+        kfp: The pipeline run, whose pods tell why a step left no word.
 
     Raises:
-        ValueError: if the run belongs to another config, or MLflow could not be told.
+        ValueError: if MLflow could not be told.
         PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are told nevertheless.
     """
-    folders = _folders(claim_run(config, run))
+    try:
+        folders = _folders(claim_run(config, run))
+    except ForeignRun as refusal:
+        return _refused(config, run, str(refusal), kfp)
     runs = {folder.run: folder for folder in folders.values()}
-    status, failed_step, reason = _outcome(folders, state, message)
-    record = {"status": status, "reason": reason, "failed_step": failed_step, "finished_at": _now()}
+    succeeded = state.upper() in SUCCEEDED
+    seen = _Seen() if succeeded or kfp is None else _look(kfp)
+    outcome = Outcome("FINISHED") if succeeded else _outcome(folders, state, message, kfp, seen)
     tags = kfp_run()
     try:
-        cancelled = [name for each in runs for name in _cancel(config, each)]
+        cancelled = [name for each in runs for name in _cancel(config, run=each)]
     finally:
         for folder in runs.values():
-            storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
-        closed = [close_run(config, run=each, status=status, tags=tags) for each in runs]
+            write_outcome(folder, outcome)
+        closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
     facts = RunFacts(
         run=run,
-        status=status,
-        reason=f"{failed_step}: {reason}" if failed_step else reason,
-        steps={step: _standing(folder, step, failed_step) for step, folder in folders.items()},
+        status=outcome.status,
+        reason=str(outcome),
+        steps={step: _standing(folder, step, outcome.failed_step) for step, folder in folders.items()},
         places=_places(folders, [tracked for tracked in closed if tracked]),
-        notes=[*_notes(folders), *(f"{name} was still at work on the cluster and is stopped." for name in cancelled)],
+        notes=[*_notes(folders), *seen.notes, *_stopped(cancelled)],
     )
-    return FinishResult(status, reason, failed_step, cancelled, run_page(facts))
+    return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, run_page(facts))
+
+
+def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None) -> FinishResult:
+    """The end of a pipeline run whose name is another's: its store and its MLflow run are not ours to change."""
+    cancelled = _cancel(config, kfp_run=kfp.id) if kfp else []
+    places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
+    facts = RunFacts(run=run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
+    return FinishResult("FAILED", reason, None, cancelled, run_page(facts))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the cluster says of a pipeline run.
+
+    Attributes:
+        stopped: Whether somebody has ended it.
+        troubles: Step -> what became of its pod.
+        notes: Sentences for the reader.
+    """
+
+    stopped: bool = False
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def _look(kfp: KfpRun) -> _Seen:
+    from ncsn.cluster.api import KubernetesApi
+    from ncsn.cluster.kfp_runs import troubles_of_run, was_stopped
+
+    try:
+        api = KubernetesApi(patience=_LOOK_SECONDS)
+        return _Seen(was_stopped(api.workflow(kfp.workflow)), _of_steps(troubles_of_run(api, kfp.id)))
+    except (OSError, ValueError) as error:
+        return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
+
+
+def _of_steps(troubles: Mapping[str, Trouble]) -> dict[str, Trouble]:
+    return {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
 
 
 def _folders(folder: RunFolder) -> dict[str, RunFolder]:
     """Step -> the folder of its run. What a search found is trained as a run of its own, which the search names."""
-    if all(_read(folder.step(SEARCH, file)) is None for file in ("result.json", "error.json")):
+    if stored_record(folder, SEARCH) is None and stored_error(folder, SEARCH) is None:
         return dict.fromkeys(STEPS, folder)
     found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
     return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
-def _cancel(config: Config, run: str) -> list[str]:
-    """End the jobs of the run that are at work. A RayJob that failed stays for a while, to be looked at."""
+def _cancel(config: Config, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:
+    """End the jobs that are at work: of the run, or those that a pipeline run has started.
+
+    A RayJob that failed stays for a while, to be looked at.
+    """
     if config.compute.backend == "local":
         return []
     if config.compute.backend == "ray-jobs":
         from ncsn.cluster.ray_jobs import RayJobs
 
-        return RayJobs(config.compute).stop_all(run)
+        return RayJobs(config.compute).stop_all(run) if run else []
     from ncsn.cluster.api import KubernetesApi
     from ncsn.cluster.reap import reap
 
     api = KubernetesApi(config.compute.kuberay.namespace)
-    return [orphan.name for orphan in reap(api, older_than=0, run=run, at_work=True)]
+    return [orphan.name for orphan in reap(api, older_than=0, run=run, kfp_run=kfp_run, at_work=True)]
 
 
-def _outcome(folders: Mapping[str, RunFolder], state: str, message: str) -> tuple[str, str | None, str]:
-    """Status, the step that stopped the run, and the reason."""
-    if state.upper().startswith("SUCC"):
-        return "FINISHED", None, ""
-    stored = {step: _read(folder.step(step, "error.json")) for step, folder in folders.items()}
-    errors = {step: error for step, error in stored.items() if error is not None}
-    step, error = next(iter(errors.items()), (None, {}))
-    stopped = state.upper().startswith("CANCEL") or _DEADLINE in message or error.get("type") in _STOPPED
-    reason = error.get("message") or message or "KFP gives no reason; look at the log of the task"
-    return "KILLED" if stopped else "FAILED", step, str(reason)
+def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: KfpRun | None, seen: _Seen) -> Outcome:
+    """What stopped the run: the first step that has recorded an error or has no result, or a pod that was lost.
+
+    An error that another pipeline run has left explains nothing of this one.
+    """
+    step, error = _first_open(folders, kfp)
+    told = ""
+    if not error and seen.troubles:
+        step, trouble = next(iter(seen.troubles.items()))
+        told = str(trouble)
+    terminated = seen.stopped or state.upper().startswith("CANCEL") or _DEADLINE in message
+    if terminated or error.get("type") in _STOPPED:
+        return Outcome("KILLED", "terminated", step)
+    reason = error.get("message") or told or message or _UNKNOWN
+    return Outcome("FAILED", str(reason), step)
+
+
+def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[str | None, dict[str, Any]]:
+    ours = kfp.id if kfp else os.environ.get(KFP_RUN_ID, "")
+    for step, folder in folders.items():
+        error = stored_error(folder, step)
+        if error is not None and error.get("kfp_run", "") == ours:
+            return step, error
+        if stored_record(folder, step) is None:
+            return step, {}
+    return None, {}
+
+
+def _stopped(jobs: Sequence[str]) -> list[str]:
+    return [f"{name} was still at work on the cluster and is stopped." for name in jobs]
 
 
 def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     if step == failed_step:
         return "failed"
-    record = _read(folder.step(step, "result.json"))
+    record = stored_record(folder, step)
     return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
 
 
@@ -148,17 +221,5 @@ def _notes(folders: Mapping[str, RunFolder]) -> list[str]:
 
 
 def _result(folder: RunFolder, step: str) -> dict[str, Any]:
-    record = _read(folder.step(step, "result.json"))
+    record = stored_record(folder, step)
     return record["result"] if record else {}
-
-
-def _read(uri: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = storage.read_json(uri)
-    except FileNotFoundError:
-        return None
-    return record
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

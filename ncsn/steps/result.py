@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.launched import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
-KFP_RUN_ID = "NCSN_KFP_RUN_ID"
-"""Variable with the id of the pipeline run, in the pods of a cluster."""
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 
 R = TypeVar("R")
+
+
+class ForeignRun(ValueError):
+    """The name of a run belongs to another config."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def claim_run(config: Config, run: str) -> RunFolder:
     """Take the run name for this experiment, or find that it is this experiment's already.
 
     Raises:
-        ValueError: if another config (in what decides the weights) uses the name; the message says what differs.
+        ForeignRun: if another config (in what decides the weights) uses the name; the message says what differs.
+        ValueError: for a name that no run can have.
     """
     folder = run_folder(config, run)
     if storage.publish_once(folder.config, to_yaml(config).encode()):
@@ -111,13 +116,13 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
     """Refuse a config that would decide the weights of another's run otherwise.
 
     Raises:
-        ValueError: naming the first settings that differ.
+        ForeignRun: naming the first settings that differ.
     """
     changed = changed_settings(owner, config)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ValueError(f"run {run!r} belongs to another config: {shown}{more}; choose another --run NAME")
+        raise ForeignRun(f"run {run!r} belongs to another config: {shown}{more}; choose another --run NAME")
 
 
 def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
@@ -158,7 +163,7 @@ def once(
         elsewhere: Has it done on another machine instead, which leaves the result in the store.
 
     Returns:
-        The stored or the new result. A failure is recorded as `error.json` and raised.
+        The stored or the new result.
     """
     inputs = json.loads(json.dumps(inputs))
     stored = stored_record(folder, step)
@@ -174,11 +179,8 @@ def once(
     started = time.time()
     try:
         result = work(progress)
-    except BaseException as error:
-        record_error(folder, step, error)
+    finally:
         _spend(folder, step, time.time() - started)
-        raise
-    _spend(folder, step, time.time() - started)
     record = {
         "step": step,
         "run": folder.run,
@@ -188,7 +190,6 @@ def once(
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
-    storage.delete_file(folder.step(step, "error.json"))
     return result
 
 
@@ -215,18 +216,14 @@ def _result_from_elsewhere(
     inputs: Mapping[str, Any],
     result_type: type[R],
 ) -> R:
-    """Have the step done; the other side keeps its own records, but for how it could not be reached."""
-    try:
-        elsewhere()
-        stored = stored_record(folder, step)
-        if stored is None or stored["inputs"] != inputs:
-            raise RuntimeError(
-                f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
-                "does the cluster (compute.kuberay.image) hold this version of ncsn, and does it reach this store?"
-            )
-    except BaseException as error:
-        record_error(folder, step, error)
-        raise
+    """Have the step done; the other side keeps its own records."""
+    elsewhere()
+    stored = stored_record(folder, step)
+    if stored is None or stored["inputs"] != inputs:
+        raise RuntimeError(
+            f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
+            "does the cluster (compute.kuberay.image) hold this version of ncsn, and does it reach this store?"
+        )
     return result_type(**stored["result"])
 
 
@@ -239,10 +236,47 @@ def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
     return record
 
 
-def record_error(folder: RunFolder, step: str, error: BaseException) -> None:
-    """Leave the reason where the launcher finds it. A full disk must not hide the first error."""
-    user = isinstance(error, (ValueError, FileNotFoundError))
-    record = {"type": type(error).__name__, "user": user, "message": str(error)}
+@contextmanager
+def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
+    """Leave whatever ends the block early as the step's `error.json`, for those who wait elsewhere.
+
+    Commands and pipeline tasks put all of a step into one such block, so that a failure before its work is told too.
+    What an earlier attempt left is removed first.
+
+    Args:
+        config: The experiment.
+        run: Name of the run.
+        step: Name of the step.
+
+    Raises:
+        ForeignRun: if the run belongs to another config, whose records stay as they are.
+    """
+    folder = claim_run(config, run)
+    storage.delete_file(folder.step(step, "error.json"))
+    try:
+        yield folder
+    except BaseException as error:
+        _record_error(folder, step, error)
+        raise
+
+
+def stored_error(folder: RunFolder, step: str) -> dict[str, Any] | None:
+    """What ended the step's last attempt: `type`, `user` (whether it was a mistake), `message`, `kfp_run`; or None."""
+    try:
+        record: dict[str, Any] = storage.read_json(folder.step(step, "error.json"))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
+    """A full disk must not hide the first error."""
+    record = {
+        "type": type(error).__name__,
+        "user": isinstance(error, (ValueError, FileNotFoundError)),
+        "message": str(error),
+        "kfp_run": os.environ.get(KFP_RUN_ID, ""),
+    }
     try:
         storage.write_text(folder.step(step, "error.json"), json.dumps(record))
     except OSError as failure:

@@ -27,7 +27,6 @@ TASK: dict[str, Any] = {
     ],
     "volumes": [{"name": "images", "persistentVolumeClaim": {"claimName": "images"}}],
     "volume_mounts": [{"name": "images", "mountPath": "/mnt/images"}],
-    "resources": {"requests": {"cpu": "4"}, "limits": {"memory": "16Gi", "nvidia.com/gpu": "1"}},
 }
 
 
@@ -44,13 +43,11 @@ def pods(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]
 
 
-def test_placement_and_size_go_to_the_workers(manifest: dict[str, Any]) -> None:
+def test_placement_goes_to_the_workers(manifest: dict[str, Any]) -> None:
     head, worker = pods(with_task_config(manifest, TASK))
     assert worker["nodeSelector"] == {"zone": "a", "pool": "big"}
     assert worker["tolerations"] == TASK["tolerations"]
     assert worker["affinity"] == TASK["affinity"]
-    size = {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
-    assert worker["containers"][0]["resources"] == {"requests": size, "limits": size}
     untouched, _ = pods(manifest)
     for key in ("nodeSelector", "tolerations", "affinity"):
         assert head.get(key) == untouched.get(key)

@@ -13,14 +13,25 @@ import yaml
 from kfp import dsl, kubernetes
 from kfp.compiler import Compiler
 
-from components import experiment, headline, pass_on, publish, publish_metrics, publish_pictures, publish_scores
+from components import (
+    experiment,
+    headline,
+    pass_on,
+    publish,
+    publish_metrics,
+    publish_pictures,
+    publish_scores,
+    task,
+)
 from components.ingest import ingest
 from components.sample import sample
 from components.train import train
 from components.tune import tune
 from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
-from ncsn.steps.result import KFP_RUN_ID
+from ncsn.launched import KFP_RUN_ID
+from ncsn.steps.outcome import Outcome, read_outcome, write_outcome
+from ncsn.steps.result import run_folder, stored_error
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
@@ -56,6 +67,58 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
             task_config=dsl.TaskConfig(),
         )
     assert not Path(model.path).exists()
+    folder = run_folder(config, "mine")
+    error = stored_error(folder, "train")
+    assert error is not None and error["user"]
+    assert read_outcome(folder) == Outcome("FAILED", error["message"], "train")
+
+
+def test_a_task_that_fails_before_its_step_leaves_a_reason(tmp_path: Path) -> None:
+    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
+    with pytest.raises(RuntimeError), task("sample", config=to_json(config), run="mine"):
+        raise RuntimeError("no such GPU")
+    error = stored_error(run_folder(config, "mine"), "sample")
+    assert error is not None and (error["type"], error["user"]) == ("RuntimeError", False)
+
+
+def test_the_outcome_is_that_of_the_last_attempt(tmp_path: Path) -> None:
+    """After KFP's Retry the exit handler is not run again (2.17.0): the tasks say themselves how it stands."""
+    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
+    folder = run_folder(config, "mine")
+    write_outcome(folder, Outcome("FAILED", "the disk was full", "train"))
+    with task("train", config=to_json(config), run="mine"):
+        assert read_outcome(folder) is None
+    assert read_outcome(folder) is None
+    with task("report", config=to_json(config), run="mine", last=True):
+        pass
+    assert read_outcome(folder) == Outcome("FINISHED")
+
+
+def test_a_mistake_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KFP's retries are Argo's, which by themselves try every failure again; KFP_RETRY_INDEX counts them."""
+    config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
+    tried = []
+
+    def attempt(index: str, error: Exception) -> None:
+        monkeypatch.setenv("KFP_RETRY_INDEX", index)
+        with task("train", config=config, run="mine"):
+            tried.append(index)
+            raise error
+
+    with pytest.raises(RuntimeError):
+        attempt("0", RuntimeError("a node is gone"))
+    with pytest.raises(ValueError, match="too large"):
+        attempt("1", ValueError("too large"))
+    with pytest.raises(ValueError, match="too large"):
+        attempt("2", RuntimeError("nobody comes here"))
+    assert tried == ["0", "1"]
+    with pytest.raises(RuntimeError):  # KFP's Retry, after the cause was mended
+        attempt("0", RuntimeError("again"))
+    monkeypatch.setenv(KFP_RUN_ID, "another")
+    with pytest.raises(RuntimeError):
+        attempt("1", RuntimeError("again"))
+    assert tried == ["0", "1", "0", "1"]
 
 
 def run_tune(tmp_path: Path, config: str, *, required: bool) -> tuple[str, str]:
@@ -77,6 +140,8 @@ def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, mon
     monkeypatch.setenv(KFP_RUN_ID, "0123456789")
     config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
     assert run_tune(tmp_path, config, required=False) == (config, "")
+    for artifact in ("search", "plots", "metrics"):
+        assert (tmp_path / artifact).read_text(), "KFP's page shows an artifact without a file as broken"
     with pytest.raises(ValueError, match="the config has no search section"):
         run_tune(tmp_path, config, required=True)
 
@@ -136,8 +201,8 @@ def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.Monke
     assert task_config() == {"node_selector": {"pool": "big"}}
     here = from_yaml(DIGITS)
     pass_on(dsl.TaskConfig(env=[{"name": "A", "value": "b"}]), here)
-    with pytest.raises(ValueError, match=r"resources of this task are for the pods that it starts.*to kuberay"):
-        pass_on(dsl.TaskConfig(resources={"limits": {"nvidia.com/gpu": "1"}}), here)
+    with pytest.raises(ValueError, match=r"tolerations of this task are for the pods that it starts.*to kuberay"):
+        pass_on(dsl.TaskConfig(tolerations=[{"key": "gpu"}]), here)
 
 
 @pytest.mark.parametrize("component", [train, sample], ids=lambda component: component.name)
@@ -163,7 +228,7 @@ def test_everything_can_be_set_on_a_task_that_computes_elsewhere(component: Any,
         each["field"]: each.get("applyToTask", False)
         for each in spec["components"][f"comp-{component.name}"]["taskConfigPassthroughs"]
     }
-    assert {field for field, applied in on_pod.items() if applied} == {"ENV", "KUBERNETES_VOLUMES"}
+    assert {field for field, applied in on_pod.items() if applied} == {"ENV", "KUBERNETES_VOLUMES", "RESOURCES"}
     assert len(on_pod) == len(dsl.TaskConfigField)
     assert set(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][executor]) == {
         "nodeSelector",

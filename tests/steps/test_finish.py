@@ -10,8 +10,9 @@ from mlflow.tracking import MlflowClient
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.launched import KFP_RUN_ID, KfpRun
 from ncsn.steps import finish, ingest
-from ncsn.steps.result import KFP_RUN_ID, run_folder
+from ncsn.steps.result import run_folder
 from ncsn.tracking.run import step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -44,6 +45,16 @@ def tags_of_parent(config: Config, run: str) -> dict[str, str]:
 def stored(config: Config, run: str) -> dict[str, object]:
     record: dict[str, object] = json.loads(storage.read_text(f"{run_folder(config, run).uri}/status.json"))
     return record
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "CACHED", "SUCCEEDED"])
+def test_each_word_for_success_is_finished(config: Config, state: str) -> None:
+    """KFP 2.17.0's backend says COMPLETE, MLMD's word, and no error message; kfp.local says SUCCEEDED."""
+    ingest.run(config, run=state.lower())
+    result = finish.run(config, run=state.lower(), state=state)
+    assert (result.status, result.failed_step, result.reason) == ("FINISHED", None, "")
+    assert stored(config, state.lower())["status"] == "FINISHED"
+    assert mlflow_statuses(config, state.lower())["run"] == "FINISHED"
 
 
 def test_a_success_is_finished_everywhere_and_the_page_leads_on(
@@ -118,7 +129,7 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
 
 def test_a_run_that_never_began_ends_too(config: Config) -> None:
     result = finish.run(config, run="nothing", state="FAILED", message="ImagePullBackOff")
-    assert (result.status, result.failed_step, result.reason) == ("FAILED", None, "ImagePullBackOff")
+    assert (result.status, result.failed_step, result.reason) == ("FAILED", "ingest", "ImagePullBackOff")
     assert mlflow_statuses(config, "nothing") == {}
 
 
@@ -139,8 +150,30 @@ def test_the_store_is_told_though_mlflow_is_away(config: Config) -> None:
     assert stored(config, "alone")["status"] == "FAILED"
 
 
-def test_the_run_of_another_config_is_not_touched(config: Config) -> None:
+def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: Config) -> None:
+    ingest.run(config, run="theirs")
     finish.run(config, run="theirs", state="SUCCEEDED")
-    with pytest.raises(ValueError, match="run 'theirs' belongs to another config"):
-        finish.run(config.model_copy(update={"seed": 9}), run="theirs", state="FAILED")
+    result = finish.run(config.model_copy(update={"seed": 9}), run="theirs", state="FAILED")
+    assert result.status == "FAILED"
+    assert "run 'theirs' belongs to another config" in result.reason
+    assert result.reason in result.page
     assert stored(config, "theirs")["status"] == "FINISHED"
+    assert mlflow_statuses(config, "theirs")["run"] == "FINISHED"
+
+
+def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> None:
+    ingest.run(config, run="again")
+    error = {"type": "ValueError", "user": True, "message": "of yesterday", "kfp_run": "yesterday"}
+    storage.write_text(run_folder(config, "again").step("train", "error.json"), json.dumps(error))
+    result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("today", "ncsn-train-x"))
+    assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
+    result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
+    assert (result.failed_step, result.reason) == ("train", "of yesterday")
+
+
+def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
+    ingest.run(config, run="told")
+    error = {"type": "SystemExit", "user": False, "message": "143"}
+    storage.write_text(run_folder(config, "told").step("train", "error.json"), json.dumps(error))
+    result = finish.run(config, run="told", state="FAILED")
+    assert (result.status, result.failed_step, result.reason) == ("KILLED", "train", "terminated")

@@ -10,8 +10,18 @@ import pytest
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.launched import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, load_result, once, run_folder
+from ncsn.steps.result import (
+    ForeignRun,
+    RunFolder,
+    claim_run,
+    load_result,
+    once,
+    recorded,
+    run_folder,
+    stored_error,
+)
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -26,12 +36,10 @@ def config_at(root: Path, *overrides: str) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
 
 
-def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1, fail: Exception | None = None) -> Made:
+def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1) -> Made:
     target = storage.join(folder.uri, "made.txt")
 
     def work(progress: ProgressFile) -> Made:
-        if fail:
-            raise fail
         progress(1, 1)
         storage.write_text(target, str(number))
         return Made(uri=target, number=number)
@@ -87,16 +95,37 @@ def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) ->
     assert make(folder, inputs={}, number=2).number == 2
 
 
-def test_a_failure_is_recorded_then_forgotten_after_success(tmp_path: Path) -> None:
-    folder = claim_run(config_at(tmp_path), "fails")
-    with pytest.raises(ValueError, match="too small"):
-        make(folder, inputs={}, fail=ValueError("too small"))
-    error = json.loads(storage.read_text(folder.step("train", "error.json")))
-    assert error == {"type": "ValueError", "user": True, "message": "too small"}
+@pytest.mark.parametrize(
+    ("error", "user"),
+    [(ValueError("too small"), True), (RuntimeError("lost"), False), (SystemExit(143), False)],
+    ids=["mistake", "failure", "stop"],
+)
+def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, user: bool
+) -> None:
+    monkeypatch.setenv(KFP_RUN_ID, "5f3a")
+    config = config_at(tmp_path)
+    with pytest.raises(type(error)), recorded(config, "fails", "train") as folder:
+        raise error
+    assert stored_error(folder, "train") == {
+        "type": type(error).__name__,
+        "user": user,
+        "message": str(error),
+        "kfp_run": "5f3a",
+    }
     with pytest.raises(ValueError, match="run `ncsn train --run fails` first"):
         load_result(folder, "train", Made)
-    make(folder, inputs={})
-    assert not storage.exists(folder.step("train", "error.json"))
+    with recorded(config, "fails", "train"):
+        assert stored_error(folder, "train") is None
+
+
+def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    with pytest.raises(RuntimeError), recorded(config, "theirs", "train") as folder:
+        raise RuntimeError("theirs")
+    with pytest.raises(ForeignRun), recorded(config.model_copy(update={"seed": 9}), "theirs", "train"):
+        pass
+    assert stored_error(folder, "train")["message"] == "theirs"
 
 
 def test_progress_is_published_and_throttled(tmp_path: Path) -> None:
