@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.failures import ReportingCommand
+from ncsn.cli.failures import FAILURE, ReportingCommand
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
 from ncsn.cli.lineage import trace_command
 from ncsn.cli.options import (
@@ -126,22 +126,31 @@ for _step in CATALOGUE:
     _add_step_command(_step)
 
 
-@app.command("reap", cls=ReportingCommand, short_help="Delete RayJobs that no launcher waits for.")
+@app.command("reap", cls=ReportingCommand, short_help="End what no launcher and no pipeline waits for.")
 @click.option("--namespace", metavar="NAME", help="Default: that of this pod, or of the current kubeconfig context.")
-@click.option("--run", "run_name", metavar="NAME", help="Only those of this run.")
+@click.option("--run", "run_name", metavar="NAME", help="Only what belongs to this run.")
 @click.option(
     "--older-than",
     default="2h",
     show_default=True,
     metavar="TIME",
-    help="Silence of the launcher, such as 30m or 2h; 0 takes those at work too.",
+    help="Silence of the launcher, such as 30m or 2h; 0 takes RayJobs that somebody waits for too.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list them.")
-def reap_command(*, namespace: str | None, run_name: str | None, older_than: str, dry_run: bool) -> None:
-    """Delete RayJobs whose launcher has given no sign of life for a while, and with them their clusters."""
+@click.option("--at-work", is_flag=True, help="Leave RayJobs that have failed, to be looked at.")
+@click.option("--dry-run", is_flag=True, help="Only list it.")
+@click.pass_context
+def reap_command(
+    ctx: click.Context, *, namespace: str | None, run_name: str | None, older_than: str, at_work: bool, dry_run: bool
+) -> None:
+    """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close the runs that they leave.
+
+    Such a run is recorded as KILLED in the store and in MLflow, or as what its pipeline run has ended as. The CronJob
+    ncsn-janitor of infra/base/janitor does this every minute.
+    """
     from ncsn.cli.orphans import reap_orphans
 
-    reap_orphans(namespace=namespace, run=run_name, older_than=older_than, dry_run=dry_run)
+    if not reap_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
+        ctx.exit(FAILURE)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print the config with each field's meaning.")

@@ -6,26 +6,28 @@ import re
 
 import click
 
+from ncsn.cli.failures import describe
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 
-def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, dry_run: bool) -> None:
-    """Delete the RayJobs that no launcher waits for, or list them, one line each."""
+def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
+    """Do what is left to do, or list it, one line each; whether all of it could be done."""
     from ncsn.cluster.api import KubernetesApi
-    from ncsn.cluster.reap import find_orphans, reap
+    from ncsn.steps.janitor import clean_up
 
-    seconds = _seconds(older_than)
-    api = KubernetesApi(namespace)
-    find = find_orphans if dry_run else reap
-    orphans = find(api, older_than=seconds, run=run)
-    for orphan in orphans:
-        click.echo(
-            f"{'would delete' if dry_run else 'deleted'} {orphan.name}: run {orphan.run}, step {orphan.step}, "
-            f"{orphan.state}, no sign of its launcher for {_words(orphan.silent_seconds)}"
-        )
-    if not orphans:
-        click.echo(f"no RayJob in {api.namespace} whose launcher has been silent for {_words(seconds)}")
+    api, well, deeds = KubernetesApi(namespace), True, 0
+    for deed in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
+        deeds += 1
+        if deed.error is None:
+            click.echo(f"would {deed.verb} {deed.what}" if dry_run else f"{deed.verb}d {deed.what}")
+        else:
+            well = False
+            click.echo(f"error: could not {deed.verb} {deed.what}: {'; '.join(describe(deed.error).lines)}", err=True)
+    if not deeds:
+        click.echo(f"nothing to do in {api.namespace}")
+    return well
 
 
 def _seconds(text: str) -> float:
@@ -33,8 +35,3 @@ def _seconds(text: str) -> float:
     if match is None:
         raise ValueError(f"--older-than {text!r} is not a time; write for example 30m, 2h or 1d")
     return float(match[1]) * _UNITS[match[2] or "s"]
-
-
-def _words(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -16,6 +16,7 @@ from pod_states import unschedulable
 
 from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import RemoteFailure
+from ncsn.cluster.kfp_runs import NotedRun, forget_run, note_run, troubles_of_run
 from ncsn.cluster.kuberay import KubeRay
 from ncsn.cluster.rayjob_manifest import load_template
 from ncsn.cluster.reap import reap
@@ -254,6 +255,11 @@ def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatc
     emulation.execute("import time; time.sleep(1)")
     reap(KubernetesApi(), older_than=0)
     KubernetesApi().workflow("of-a-pipeline")
+    noted = NotedRun("5f3a", "of-a-pipeline", run="mine", config="{}")
+    note_run(KubernetesApi(), noted)
+    forget_run(KubernetesApi(), noted)
+    assert list(troubles_of_run(KubernetesApi(), "5f3a")) == []
+    KubernetesApi().events("nobody")
     granted = set(pairs(emulation.cluster.rules))
     assert set(emulation.cluster.requests) == granted
     api = KubernetesApi()

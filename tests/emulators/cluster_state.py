@@ -67,10 +67,13 @@ class Cluster:
             return copy.deepcopy(found) if found else None
 
     def list(self, plural: str, selector: str = "") -> list[Resource]:
-        wanted = dict(pair.split("=", 1) for pair in selector.split(",") if pair)
+        terms = [term for term in selector.split(",") if term]
+        wanted = dict(term.split("=", 1) for term in terms if "=" in term)
+        present = {term for term in terms if "=" not in term}
         with self._lock:
             found = [value for (kind, _), value in self._objects.items() if kind == plural]
-            return [copy.deepcopy(o) for o in found if wanted.items() <= o["metadata"].get("labels", {}).items()]
+            labelled = [(o, o["metadata"].get("labels", {})) for o in found]
+            return [copy.deepcopy(o) for o, has in labelled if wanted.items() <= has.items() and present <= has.keys()]
 
     def create(self, plural: str, resource: Resource) -> Resource:
         with self._lock:

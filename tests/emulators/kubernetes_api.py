@@ -101,23 +101,29 @@ class _Handler(BaseHTTPRequestHandler):
             case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", name]:
                 self._authorize("get", "argoproj.io", "workflows")
                 self._send_found("workflows", [name], query)
-            case ["api", "v1", "namespaces", _, "events"]:
-                self._authorize("list", "", "events")
-                about = query["fieldSelector"].removeprefix("involvedObject.name=")
-                found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
-                self._send({"metadata": {}, "items": found})
             case ["api", "v1", "nodes"]:
                 self._authorize("list", "", "nodes")
                 self._send_found("nodes", [], query)
             case ["apis", "kueue.x-k8s.io", "v1beta1", "namespaces", _, "localqueues", name]:
                 self._authorize("get", "kueue.x-k8s.io", "localqueues")
                 self._send_found("localqueues", [name], query)
-            case ["api", "v1", "namespaces", _, "pods", name, "log"]:
+            case ["api", "v1", "namespaces", _, *rest]:
+                self._route_core(verb, rest, query, body)
+            case _:
+                raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
+
+    def _route_core(self, verb: str, path: list[str], query: dict[str, str], body: Any) -> None:
+        match path:
+            case ["pods", name, "log"]:
                 self._authorize(verb, "", "pods/log")
                 self._send_log(name, query)
-            case ["api", "v1", "namespaces", _, "pods", *name]:
+            case ["pods", *name]:
                 self._authorize("get" if name else "list", "", "pods")
                 self._send_found("pods", name, query)
+            case ["events"]:
+                self._send_events_of(query)
+            case ["configmaps", *name]:
+                self._config_maps(verb, name, query, body)
             case _:
                 raise Refusal(404, "NotFound", f"the emulator has no {self.path}")
 
@@ -143,6 +149,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(cluster.delete("rayjobs", name[0]))
         else:
             self._send_found("rayjobs", name, query)
+
+    def _send_events_of(self, query: dict[str, str]) -> None:
+        self._authorize("list", "", "events")
+        about = query["fieldSelector"].removeprefix("involvedObject.name=")
+        found = [each for each in self.cluster.list("events") if each["involvedObject"]["name"] == about]
+        self._send({"metadata": {}, "items": found})
+
+    def _config_maps(self, verb: str, name: list[str], query: dict[str, str], body: Any) -> None:
+        self._authorize("list" if verb == "get" and not name else verb, "", "configmaps")
+        if verb == "create":
+            self._send(self.cluster.create("configmaps", body), 201)
+        elif verb == "delete":
+            self.cluster.delete("configmaps", name[0])
+            self._send({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        else:
+            self._send_found("configmaps", name, query)
 
     def _authorize(self, verb: str, group: str, resource: str) -> None:
         self.cluster.requests.append((verb, resource))

@@ -122,6 +122,19 @@ def test_pods_are_limited_unprivileged_and_hold_no_secret(path: Path) -> None:
             )
 
 
+def test_the_janitor_is_small_unprivileged_and_never_twice_at_work() -> None:
+    cron = load(INFRA / "base" / "janitor" / "cron-job.yaml")["spec"]
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert max(cron["successfulJobsHistoryLimit"], cron["failedJobsHistoryLimit"]) <= 3
+    pod = cron["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == load(INFRA / "base" / "janitor" / "service-account.yaml")["metadata"]["name"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys() == {"cpu", "memory"}
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
 @pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=name_of)
 def test_a_kustomization_resolves_and_applies_nothing_twice(path: Path) -> None:
     applied = list(resources_of(path))
@@ -232,7 +245,7 @@ def test_the_template_the_image_and_the_pins_agree() -> None:
     assert pin and load(TEMPLATE)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
     images = {image for path in RESOURCES for image in re.findall(r"image: (ncsn-python:\S+)", path.read_text())}
     assert images == {f"ncsn-python:{VERSION}"}
-    assert load(INFRA / "overlays" / "services" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
+    assert load(INFRA / "image" / "kustomization.yaml")["images"][0]["newTag"] == VERSION
     assert f"NCSN_IMAGE:-ncsn-python:{VERSION}" in (INFRA / "compose" / "docker-compose.yaml").read_text()
 
 

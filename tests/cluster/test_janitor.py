@@ -1,0 +1,263 @@
+"""What the CronJob ncsn-janitor does, with its rights, to what pipeline runs have left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_state import pairs, rules_of
+from mlflow.tracking import MlflowClient
+
+from ncsn import storage
+from ncsn.cli.orphans import reap_orphans
+from ncsn.cluster.api import KubernetesApi
+from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.steps import ingest
+from ncsn.steps.janitor import clean_up
+from ncsn.steps.kfp_task import pipeline_task
+from ncsn.steps.outcome import Outcome, read_outcome
+from ncsn.steps.result import run_folder
+from ncsn.tracking.run import step_run
+
+INFRA = Path(__file__).parents[2] / "infra" / "base"
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+WORKFLOW = "ncsn-train-sd9mr"
+LONG_AGO = "2026-01-01T00:00:00+00:00"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store", "data.max_images=16"])
+
+
+@pytest.fixture
+def janitor(emulation: Any) -> Callable[[], list[str]]:
+    """One call of it, with its own rights; what it did."""
+
+    def call() -> list[str]:
+        emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+        deeds = list(clean_up(KubernetesApi(), older_than=600, at_work=True))
+        assert [deed.error for deed in deeds] == [None] * len(deeds)
+        return [f"{deed.verb} {deed.what}" for deed in deeds]
+
+    return call
+
+
+def begin(config: Config, monkeypatch: pytest.MonkeyPatch, *, step: str = "ingest") -> None:
+    """The first task of a pipeline run, which notes it, and leaves an MLflow run at work as a killed process does."""
+    with monkeypatch.context() as patch:
+        patch.setenv(KFP_RUN_ID, "5f3a")
+        patch.setenv(KFP_WORKFLOW, WORKFLOW)
+        with pipeline_task(config, run="mine", step=step):
+            ingest.run(config, run="mine")
+    with step_run(config, run="mine", step="train") as tracked:
+        pass
+    for run_id in (tracked.run_id, tracked.parent_run_id):
+        tracked.client.update_run(run_id, status="RUNNING")
+
+
+def workflow(emulation: Any, phase: str, **spec: Any) -> None:
+    emulation.cluster.create("workflows", {"metadata": {"name": WORKFLOW}, "spec": spec, "status": {"phase": phase}})
+
+
+def rayjob(emulation: Any, name: str, *, config: str = "", **metadata: Any) -> None:
+    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": "mine", "ncsn.dev/step": "train"}
+    emulation.cluster.create(
+        "rayjobs",
+        {
+            "metadata": {"name": name, "labels": labels, **metadata},
+            "spec": {"entrypoint": f"ncsn train --config {config} --run mine --json" if config else "ncsn train"},
+            "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
+        },
+    )
+
+
+def statuses(config: Config) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id], "tags.`ncsn.run` = 'mine'")
+    return {each.data.tags.get("ncsn.step", "run"): each.info.status for each in runs}
+
+
+def notes(emulation: Any) -> list[Any]:
+    found: list[Any] = emulation.cluster.list("configmaps")
+    return found
+
+
+def outcome(config: Config) -> Outcome | None:
+    return read_outcome(run_folder(config, "mine"))
+
+
+@pytest.mark.parametrize("spec", [{"activeDeadlineSeconds": 0}, {"shutdown": "Terminate"}, None], ids=str)
+def test_a_terminated_or_deleted_run_is_killed(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any] | None
+) -> None:
+    """KFP 2.17.0's Terminate sets a deadline of 0 s; deleting a recurring run deletes the Workflow."""
+    begin(config, monkeypatch)
+    if spec is not None:
+        workflow(emulation, "Failed", **spec)
+    janitor()
+    assert outcome(config) == Outcome("KILLED", "terminated", "train")
+    assert statuses(config) == {"run": "KILLED", "ingest": "FINISHED", "train": "KILLED"}
+    assert notes(emulation) == []
+    assert janitor() == []
+
+
+def test_a_run_at_work_is_left_alone(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config, monkeypatch)
+    workflow(emulation, "Running")
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
+    rayjob(emulation, "working", ownerReferences=[owner])
+    assert janitor() == []
+    assert (outcome(config), len(notes(emulation)), len(emulation.jobs)) == (None, 1, 1)
+    emulation.cluster.delete("rayjobs", "working")
+
+
+def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    begin(config, monkeypatch)
+    workflow(emulation, "Running", activeDeadlineSeconds=0)
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKFLOW, "uid": "0c9d"}
+    rayjob(emulation, "working", ownerReferences=[owner])
+    janitor()
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert statuses(config)["run"] == "KILLED"
+    assert len(notes(emulation)) == 1, "its driver may still write to MLflow"
+    emulation.cluster.update("workflows", WORKFLOW, lambda each: each["status"].update(phase="Failed"))
+    janitor()
+    assert notes(emulation) == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "status"), [("Succeeded", "FINISHED"), ("Failed", "FAILED"), ("Error", "FAILED")], ids=str
+)
+def test_a_run_without_its_exit_handler_is_closed_as_it_ended(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch, phase: str, status: str
+) -> None:
+    """After KFP's Retry an exit handler that has run is not run again (2.17.0)."""
+    begin(config, monkeypatch)
+    workflow(emulation, phase)
+    janitor()
+    found = outcome(config)
+    assert found is not None and found.status == status == statuses(config)["run"]
+    assert notes(emulation) == []
+
+
+def test_the_pod_tells_what_the_step_could_not(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of pods and nodes are those of KFP 2.17.0 on Argo 4.0.5."""
+    begin(config, monkeypatch)
+    workflow(emulation, "Failed")
+    killed = {"name": "main", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    node = f"{WORKFLOW}(0).root(0).exit-handler-1(0).train(0).executor(0)"
+    emulation.cluster.create(
+        "pods",
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": f"{WORKFLOW}-system-container-impl-1",
+                "labels": {"pipeline/runid": "5f3a"},
+                "annotations": {"workflows.argoproj.io/node-name": node},
+            },
+            "spec": {"containers": [{"name": "main", "image": "ours:1"}]},
+            "status": {"phase": "Failed", "containerStatuses": [killed]},
+        },
+    )
+    janitor()
+    found = outcome(config)
+    assert found is not None and (found.status, found.failed_step) == ("FAILED", "train")
+    assert "OOMKilled" in found.reason
+    emulation.cluster.delete("pods", f"{WORKFLOW}-system-container-impl-1")
+
+
+def test_a_silent_launchers_rayjob_is_ended_and_its_run_closed(
+    emulation: Any, config: Config, janitor: Any, tmp_path: Path, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config, monkeypatch)
+    workflow(emulation, "Running")
+    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
+    storage.write_text(str(tmp_path / "config.yaml"), to_yaml(config))
+    rayjob(emulation, "silent", config=str(tmp_path / "config.yaml"), annotations={"ncsn.dev/renewed-at": LONG_AGO})
+    deeds = janitor()
+    assert [deed.split()[0] for deed in deeds] == ["delete", "close"]
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+    assert outcome(config) == Outcome("KILLED", "terminated", "train")
+    assert statuses(config)["run"] == "KILLED"
+
+
+def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
+    begin(config, monkeypatch)
+    data = {"workflow": "gone", "run": "mine", "config": to_json(away)}
+    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
+    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
+    assert not reap_orphans(namespace=None, run=None, older_than="10m", at_work=True, dry_run=False)
+    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
+    told = capsys.readouterr()
+    assert "closed run mine" in told.out and "could not close run mine" in told.err
+    emulation.cluster.delete("configmaps", "ncsn-run-0000")
+
+
+def test_reap_says_what_it_would_do_and_does_not(
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(config, monkeypatch)
+    emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
+    assert reap_orphans(namespace=None, run="another", older_than="2h", at_work=False, dry_run=False) is True
+    assert capsys.readouterr().out == "nothing to do in kubeflow\n"
+    with pytest.raises(ValueError, match="--older-than '2 hours' is not a time"):
+        reap_orphans(namespace=None, run=None, older_than="2 hours", at_work=False, dry_run=False)
+    assert reap_orphans(namespace=None, run=None, older_than="2h", at_work=False, dry_run=True) is True
+    assert "would close run mine" in capsys.readouterr().out
+    assert (outcome(config), len(notes(emulation))) == (None, 1)
+    emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])
+
+
+def test_a_run_that_cannot_be_noted_works_nevertheless(
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulation.cluster.rules = []
+    begin(config, monkeypatch)
+    assert notes(emulation) == []
+    assert "lacks the verb 'create' on configmaps" in capsys.readouterr().err
+
+
+def test_its_role_has_what_is_needed_and_no_more(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config, monkeypatch)
+    workflow(emulation, "Failed")
+    rayjob(emulation, "silent", annotations={"ncsn.dev/renewed-at": LONG_AGO})
+    pod = {"name": "p", "labels": {"pipeline/runid": "5f3a"}, "annotations": {}}
+    pod["annotations"] = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor"}
+    spec = {"containers": [{"name": "main", "image": "ours:1"}]}
+    emulation.cluster.create("pods", {"metadata": pod, "spec": spec, "status": {"phase": "Succeeded"}})
+    emulation.cluster.requests.clear()
+    janitor()
+    emulation.cluster.delete("pods", "p")
+    assert set(emulation.cluster.requests) == set(pairs(rules_of(INFRA / "janitor" / "role.yaml")))
+
+
+def test_the_cron_job_calls_it_by_options_that_exist() -> None:
+    cron = yaml.safe_load((INFRA / "janitor" / "cron-job.yaml").read_text())["spec"]
+    (container,) = cron["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    from ncsn.cli.app import app
+
+    _, name, *options = (*container["command"], *container["args"])
+    context = app.commands[name].make_context(name, list(options))
+    assert context.params["at_work"] is True
+    assert json.dumps(context.params["older_than"]) == '"10m"'
+    assert (cron["concurrencyPolicy"], cron["jobTemplate"]["spec"]["backoffLimit"]) == ("Forbid", 0)

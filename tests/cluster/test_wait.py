@@ -1,0 +1,84 @@
+"""`ncsn submit --wait` sees the pods of its run: KFP says RUNNING for ever of one that cannot start (2.17.0)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from kfp_api import KfpServer
+
+from pipelines.connection import connect
+from pipelines.submit import Submission, submit
+from pipelines.wait import RunFailed, wait
+
+IMAGE = "registry.example/ncsn-python:lost"
+
+
+def waiting_pod(run_id: str, reason: str, message: str) -> dict[str, Any]:
+    """The pod of the task ingest, as Kubernetes 1.34 and Argo 4.0.5 make it."""
+    node = "ncsn-train-sd9mr(0).root(0).exit-handler-1(0).ingest(0).executor(0)"
+    state = {"name": "main", "image": IMAGE, "state": {"waiting": {"reason": reason, "message": message}}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "ncsn-train-sd9mr-system-container-impl-1",
+            "labels": {"pipeline/runid": run_id},
+            "annotations": {"workflows.argoproj.io/node-name": node},
+        },
+        "spec": {"containers": [{"name": "main", "image": IMAGE}]},
+        "status": {"phase": "Pending", "containerStatuses": [state]},
+    }
+
+
+@pytest.fixture
+def started(kfp_server: KfpServer) -> tuple[Any, str]:
+    """A run that KFP says is RUNNING, whatever its pods do."""
+    kfp_server.idle = True
+    connection = connect(kfp_server.url)
+    run_id = submit(connection, Submission("train", "mine", {"config": "{}"}, experiment="tests")).id
+    kfp_server.runs[run_id]["state"] = "RUNNING"
+    return connection, run_id
+
+
+def test_an_image_that_nobody_has_is_named_and_the_run_ended(
+    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str]
+) -> None:
+    connection, run_id = started
+    said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
+    emulation.cluster.create("pods", waiting_pod(run_id, "ImagePullBackOff", said))
+    with pytest.raises(RunFailed, match=f"Ingest images cannot start: ImagePullBackOff: image {IMAGE}"):
+        wait(connection, run_id, say=lambda _: None, poll_seconds=0.1)
+    assert f"POST /apis/v2beta1/runs/{run_id}:terminate" in kfp_server.requests
+    emulation.cluster.delete("pods", "ncsn-train-sd9mr-system-container-impl-1")
+
+
+def test_what_may_get_better_is_told_once_and_waited_for(
+    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str], eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
+    connection, run_id = started
+    said: list[str] = []
+    pod = waiting_pod(run_id, "ErrImagePull", "dial tcp: i/o timeout")
+    emulation.cluster.create("pods", pod)
+    waiting = threading.Thread(target=wait, args=(connection, run_id), kwargs={"say": said.append, "poll_seconds": 0.1})
+    waiting.start()
+    listed = [("list", "pods")] * 3
+    eventually(lambda: [each for each in emulation.cluster.requests if each == listed[0]][:3] == listed, "three looks")
+    kfp_server.runs[run_id]["state"] = "SUCCEEDED"
+    waiting.join()
+    assert len([line for line in said if "ErrImagePull" in line]) == 1
+    assert said[-1] == "SUCCEEDED"
+    emulation.cluster.delete("pods", pod["metadata"]["name"])
+
+
+def test_without_a_cluster_it_says_that_it_cannot_see(
+    kfp_server: KfpServer, started: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    connection, run_id = started
+    kfp_server.runs[run_id]["state"] = "SUCCEEDED"
+    said: list[str] = []
+    wait(connection, run_id, say=said.append, poll_seconds=0.1)
+    assert [line for line in said if "cannot be seen from here" in line] == said[:1]
