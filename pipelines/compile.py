@@ -1,10 +1,14 @@
 """Compiles the pipelines to the YAML that KFP runs: `ncsn compile`, or `python -m pipelines.compile [FOLDER]`."""
 
+import itertools
 import sys
 from pathlib import Path
 
+import yaml
 from kfp import compiler
 
+from ncsn.config.compute import ComputeConfig
+from pipelines.cluster_fit import fit
 from pipelines.sample_pipeline import sample_pipeline
 from pipelines.search_pipeline import search_pipeline
 from pipelines.train_pipeline import train_pipeline
@@ -17,18 +21,32 @@ PIPELINES = {
 }
 
 
-def compile_all(folder: Path = COMPILED) -> list[Path]:
-    """Write `<name>.yaml` of each pipeline into `folder`; the paths written."""
+def compile_all(folder: Path = COMPILED, compute: ComputeConfig | None = None) -> list[Path]:
+    """Write `<name>.yaml` of each pipeline into `folder`; the paths written. See `compile_one`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [compile_one(name, folder) for name in PIPELINES]
+    return [compile_one(name, folder, compute) for name in PIPELINES]
 
 
-def compile_one(name: str, folder: Path) -> Path:
-    """Write `<name>.yaml` of one pipeline into `folder`; the path."""
+def compile_one(name: str, folder: Path, compute: ComputeConfig | None = None) -> Path:
+    """Write `<name>.yaml` of one pipeline into `folder`.
+
+    Args:
+        name: One of `PIPELINES`.
+        folder: Where to.
+        compute: Of the config that it will run with, which decides how large its pods are; None = not known yet.
+
+    Returns:
+        The path.
+    """
     path = folder / f"{name}.yaml"
     compiler.Compiler().compile(PIPELINES[name], str(path))
+    text = path.read_text()
+    spec, *platforms = yaml.safe_load_all(text)
+    fit(spec, platforms, compute)
+    heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    path.write_text(heading + yaml.safe_dump_all([spec, *platforms], sort_keys=True))
     return path
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{path}\n" for path in compile_all(*map(Path, sys.argv[1:2])))
+    sys.stdout.writelines(f"{path}\n" for path in compile_all(Path(next(iter(sys.argv[1:]), COMPILED))))

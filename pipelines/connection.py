@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+import kfp_server_api
 import urllib3
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
@@ -147,7 +148,19 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
             cookies=who.cookie,
             credentials=ServiceAccountTokenVolumeCredentials(str(who.token_path)) if who.token_path else None,
         )
-    return Connection(client, address, namespace, str(health.get("tag_name") or "unknown version"))
+    version = health.get("tag_name") or health.get("apiServerTagName")  # the latter through ml-pipeline-ui
+    return Connection(client, address, namespace, str(version or "unknown version"))
+
+
+def reason_of(error: Exception) -> str:
+    """What the server said, or what became of the connection."""
+    if not isinstance(error, kfp_server_api.ApiException):
+        return f"no answer ({str(error).rpartition(': ')[2]})"
+    try:
+        message = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        message = error.reason
+    return f"{' '.join(str(message).split())} ({error.status})"
 
 
 def _health(address: str, who: Credentials) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ncsn.config.compute import ComputeConfig
 from pipelines.compile import PIPELINES, compile_one
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -24,7 +25,12 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 @contextlib.contextmanager
 def package(
-    pipeline: str, given: Mapping[str, Any], *, cache: bool = True, known: Sequence[str] = ()
+    pipeline: str,
+    given: Mapping[str, Any],
+    *,
+    cache: bool = True,
+    known: Sequence[str] = (),
+    compute: ComputeConfig | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The compiled pipeline in a file that goes when the block ends, and the checked arguments.
 
@@ -33,6 +39,7 @@ def package(
         given: Arguments, see `arguments_for`.
         cache: False keeps every task out of KFP's cache.
         known: Tasks that may be cached in addition, because the arguments tell all that they depend on.
+        compute: Of the config that it will run with; None if that is not known.
 
     Raises:
         ValueError: for an unknown pipeline, or arguments that do not fit.
@@ -42,7 +49,7 @@ def package(
         choices = ", ".join(known.removesuffix("_pipeline") for known in PIPELINES)
         raise ValueError(f"--pipeline {pipeline}: no such pipeline; choose one of {choices}")
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        path = compile_one(name, Path(folder))
+        path = compile_one(name, Path(folder), compute)
         spec, *platforms = yaml.safe_load_all(path.read_text())
         arguments = arguments_for(spec, given)
         _set_caching(spec, cache=cache, known=known)

@@ -1,12 +1,10 @@
-"""Starts a pipeline on a Kubeflow cluster, once or on a schedule, and waits for it."""
+"""Starts a pipeline on a Kubeflow cluster, once or on a schedule."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,10 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
-from pipelines.connection import Connection, KfpError
+from ncsn.config.compute import ComputeConfig
+from pipelines.connection import Connection, KfpError, reason_of
 from pipelines.cron import kfp_schedule
 from pipelines.package import package
-
-SUCCEEDED = ("SUCCEEDED", "SKIPPED")
-ENDED = (*SUCCEEDED, "FAILED", "CANCELED")
-POLL_SECONDS = 5.0
-PATIENCE_SECONDS = 300
-"""How long the server may be away while somebody waits for a run."""
-
-
-class RunFailed(Exception):
-    """A run ended in another state than success."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +30,7 @@ class Submission:
         service_account: Of the pods; None = the cluster's default.
         cache: False makes every task work anew.
         known: Tasks that KFP may cache in addition, because the arguments tell all that they depend on.
+        compute: Of the config, which decides how large the pods are; None if it is not known.
     """
 
     pipeline: str
@@ -50,6 +40,7 @@ class Submission:
     service_account: str | None = None
     cache: bool = True
     known: Sequence[str] = ()
+    compute: ComputeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -121,48 +112,14 @@ def schedule(connection: Connection, submission: Submission, *, every: str) -> S
     return Submitted(run_id, connection.recurring_url(run_id), submission.experiment)
 
 
-def wait(
-    connection: Connection, run_id: str, *, on_state: Callable[[str], None], poll_seconds: float = POLL_SECONDS
-) -> None:
-    """Return when the run has succeeded.
-
-    KFP's own wait does not know that a cancelled run has ended.
-
-    Args:
-        connection: The server.
-        run_id: KFP's identifier of the run.
-        on_state: Told each new state.
-        poll_seconds: Time between two questions.
-
-    Raises:
-        RunFailed: if it ended otherwise; the message names the tasks and the reason.
-    """
-    last, answered = None, time.monotonic()
-    while True:
-        try:
-            run = connection.client.get_run(run_id)
-            answered = time.monotonic()
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            gone = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
-            if gone or time.monotonic() - answered > PATIENCE_SECONDS:
-                raise KfpError(
-                    f"run {run_id} cannot be watched any more: {_reason(error)}; it may still be running: "
-                    f"{connection.run_url(run_id)}"
-                ) from None
-            time.sleep(poll_seconds)
-            continue
-        if run.state != last:
-            last = run.state
-            on_state(last or "UNKNOWN")
-        if last in SUCCEEDED:
-            return
-        if last in ENDED:
-            raise RunFailed(f"run {run_id} ended {last}{_why(run)}; see {connection.run_url(run_id)}")
-        time.sleep(poll_seconds)
-
-
 def _packed(submission: Submission) -> contextlib.AbstractContextManager[tuple[Path, dict[str, Any]]]:
-    return package(submission.pipeline, submission.arguments, cache=submission.cache, known=submission.known)
+    return package(
+        submission.pipeline,
+        submission.arguments,
+        cache=submission.cache,
+        known=submission.known,
+        compute=submission.compute,
+    )
 
 
 def _experiment(connection: Connection, name: str) -> str:
@@ -180,26 +137,6 @@ def _refusals(doing: str) -> Iterator[None]:
         hint = {401: "; renew the token or cookie", 403: "; ask for the right to create runs there"}.get(
             error.status, ""
         )
-        raise KfpError(f"cannot {doing}: {_reason(error)}{hint}") from None
+        raise KfpError(f"cannot {doing}: {reason_of(error)}{hint}") from None
     except urllib3.exceptions.HTTPError as error:
-        raise KfpError(f"cannot {doing}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """What the server said, or what became of the connection."""
-    if not isinstance(error, kfp_server_api.ApiException):
-        return f"no answer ({str(error).rpartition(': ')[2]})"
-    try:
-        message = json.loads(error.body)["message"]
-    except (TypeError, ValueError, KeyError):
-        message = error.reason
-    return f"{' '.join(str(message).split())} ({error.status})"
-
-
-def _why(run: Any) -> str:
-    """The failed tasks and the error of a run, as far as KFP tells."""
-    details = (run.run_details.task_details if run.run_details else None) or []
-    failed = [task.display_name for task in details if task.state == "FAILED" and task.display_name]
-    parts = [f"failed: {', '.join(failed)}"] if failed else []
-    parts += [" ".join(run.error.message.split())] if run.error and run.error.message else []
-    return f" ({'; '.join(parts)})" if parts else ""
+        raise KfpError(f"cannot {doing}: {reason_of(error)}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from ncsn.steps.result import KFP_RUN_ID
+from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
 
 ENVIRONMENT = "ncsn-environment"
 """ConfigMap with addresses, in the namespace of the runs."""
@@ -46,6 +46,7 @@ def furnish(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.Pipeline
     task.set_env_variable("NCSN_IMAGE", IMAGE)
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
-    # Not an argument, which would make the cache key of every run its own.
-    kubernetes.use_field_path_as_env(task, env_name=KFP_RUN_ID, field_path="metadata.labels['pipeline/runid']")
+    # Not arguments, which would make the cache key of every run its own.
+    for variable, label in ((KFP_RUN_ID, "pipeline/runid"), (KFP_WORKFLOW, "workflows.argoproj.io/workflow")):
+        kubernetes.use_field_path_as_env(task, env_name=variable, field_path=f"metadata.labels['{label}']")
     return task

@@ -20,14 +20,19 @@ from ncsn.cli.options import backend_options, experiment_options, json_option, p
     type=click.Path(path_type=Path),
     help="Default: pipelines/compiled of the code.",
 )
-def compile_command(*, folder: Path | None) -> None:
+@click.option("--config", "config_uri", metavar="PATH|URI", help="Size the pods for this experiment.")
+@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of it; repeatable.")
+def compile_command(*, folder: Path | None, config_uri: str | None, overrides: tuple[str, ...]) -> None:
     """Write the pipelines as the YAML that KFP runs, and print the paths.
 
     NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; the files are to upload by hand.
     """
+    from ncsn.cli.inputs import resolve
     from pipelines.compile import COMPILED, compile_all
 
-    for path in compile_all(folder or COMPILED):
+    known = config_uri is not None or overrides
+    compute = resolve(config_uri, overrides=overrides).config.compute if known else None
+    for path in compile_all(folder or COMPILED, compute):
         click.echo(path)
 
 
@@ -67,9 +72,9 @@ def submit_command(
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
     says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
     """
-    from ncsn.cli.submission import caching_in_words, prepare
+    from ncsn.cli.submission import caching_in_words, prepare, why_it_failed
     from pipelines.connection import connect
-    from pipelines.submit import schedule, submit, wait
+    from pipelines.submit import schedule, submit
 
     if every and waits:
         raise ValueError("--wait waits for one run, and --every starts many; leave out one of them")
@@ -89,7 +94,12 @@ def submit_command(
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)
     click.echo(json.dumps(dataclasses.asdict(started)) if as_json else started.url)
     if waits:
-        wait(connection, started.id, on_state=lambda state: click.echo(f"{submission.name}: {state}", err=True))
+        from pipelines.wait import wait
+
+        def say(news: str) -> None:
+            click.echo(f"{submission.name}: {news}", err=True)
+
+        wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
 
 
 @click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, Kubeflow and cluster.")

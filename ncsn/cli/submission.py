@@ -9,11 +9,16 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.cli.inputs import Target, override_value, resolve
-from ncsn.config import Config, to_json
+from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.listing import source_fingerprint
+from ncsn.patience import limited
+from ncsn.steps.outcome import read_outcome
+from ncsn.steps.result import require_owner, run_folder
 from pipelines.submit import Submission
 
+IMAGE = "NCSN_IMAGE"
+_LOOK_SECONDS = 5.0
 DEFAULT_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
 
 
@@ -32,8 +37,14 @@ def prepare(
     """What `ncsn submit` starts.
 
     Raises:
-        ValueError: for a config that no other machine could work with, or a parameter that is no K=V.
+        ValueError: for a config that no other machine could work with, a run name that another config has, a
+            parameter that is no K=V, or an image that nobody has named.
     """
+    if not os.environ.get(IMAGE):
+        raise ValueError(
+            f"{IMAGE} is not set, and no cluster has an image by chance; export {IMAGE}=REGISTRY/ncsn-python:TAG, the "
+            "image that `make image` has built and that is pushed there"
+        )
     given = _given(params)
     if pipeline == "sample":
         if config_uri is not None:
@@ -42,12 +53,14 @@ def prepare(
         name = run or given.get("model", "").removeprefix("models:/") or pipeline
         default_experiment = TrackingConfig.model_fields["experiment"].default
         known: tuple[str, ...] = ()
+        compute = None
     else:
         target = resolve(config_uri, overrides=overrides, run=run)
         arguments = _experiment_arguments(target, given_run=run, scheduled=scheduled)
         name = target.config.name if scheduled else target.run
         default_experiment = target.config.tracking.experiment
         known = ("ingest",) if "content" in arguments else ()
+        compute = target.config.compute
     if taken := arguments.keys() & given.keys():
         raise ValueError(f"--param {min(taken)}: this one comes from --config, --set and --run")
     return Submission(
@@ -58,7 +71,21 @@ def prepare(
         service_account=service_account,
         cache=cache and not scheduled,
         known=known,
+        compute=compute,
     )
+
+
+def why_it_failed(submission: Submission) -> str:
+    """What the run has left as the reason in the store, if that can be read from here."""
+    config, run = submission.arguments.get("config"), submission.arguments.get("run")
+    if not config or not run:
+        return ""
+    try:
+        with limited(_LOOK_SECONDS):
+            outcome = read_outcome(run_folder(from_json(config), run))
+    except Exception:  # noqa: BLE001 - a store that is out of reach has many words for it, and the run's page has it too
+        return ""
+    return str(outcome or "")
 
 
 def caching_in_words(submission: Submission) -> str:
@@ -81,6 +108,17 @@ def _given(params: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--param {param!r}: expected K=V")
         given[name] = value
     return given
+
+
+def _require_own_run(target: Target) -> None:
+    """Refuse what the first task would refuse, as far as the store can be read from here."""
+    folder = run_folder(target.config, target.run)
+    try:
+        with limited(_LOOK_SECONDS):
+            owner = storage.read_text(folder.config)
+    except Exception:  # noqa: BLE001 - see above; a name that nobody has is no error either
+        return
+    require_owner(from_yaml(owner, origin=folder.config), target.config, target.run)
 
 
 def _require_weights_there(config: Config) -> None:
@@ -108,6 +146,8 @@ def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: b
     """
     _require_shared_store(target.config.storage.root)
     _require_weights_there(target.config)
+    if given_run or not scheduled:
+        _require_own_run(target)
     arguments = {"config": to_json(target.config), "run": (given_run or "") if scheduled else target.run}
     content = _content_seen_here(target.config)
     return arguments | ({"content": content} if content else {})

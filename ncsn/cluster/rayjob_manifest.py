@@ -122,7 +122,7 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     _fill_head_pod(head["spec"], settings)
     _fill_worker_pod(workers["template"]["spec"], compute)
     # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
-    store = max(_SMALLEST_STORE, int(_bytes(settings.shm_per_worker) * _OBJECT_STORE_SHARE))
+    store = max(_SMALLEST_STORE, int(bytes_of(settings.shm_per_worker) * _OBJECT_STORE_SHARE))
     workers["rayStartParams"]["object-store-memory"] = str(store)
     if settings.queue is not None:
         manifest["metadata"]["labels"][QUEUE_LABEL] = settings.queue
@@ -183,7 +183,8 @@ def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
         pod["tolerations"] = [*pod.get("tolerations", []), *more]
 
 
-def _bytes(quantity: str) -> float:
+def bytes_of(quantity: str) -> float:
+    """An amount of memory such as 8Gi in bytes."""
     number = quantity.rstrip("MGTi")
     return float(number) * _UNITS[quantity.removeprefix(number)]
 

@@ -13,6 +13,7 @@ from kfp_api import KfpServer
 from ncsn.cli.app import app
 from ncsn.cli.inputs import resolve
 from ncsn.config import from_json
+from ncsn.steps.result import claim_run
 from pipelines.compile import COMPILED
 
 
@@ -23,6 +24,7 @@ def ncsn(*args: str) -> Result:
 @pytest.fixture
 def server(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
     kfp_server.idle = True
+    monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:9")
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp_server.url)
     return kfp_server
 
@@ -159,3 +161,34 @@ def test_a_mistake_is_one_line(server: KfpServer, config_file: Path, args: list[
     assert message in error
     assert done.stdout == ""
     assert server.runs == server.recurring_runs == {}
+
+
+def test_an_image_that_nobody_has_named_is_refused(
+    server: KfpServer, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NCSN_IMAGE")
+    done = ncsn("submit", "--config", str(config_file))
+    assert done.exit_code == 2
+    (error,) = done.stderr.splitlines()
+    assert "NCSN_IMAGE is not set" in error
+    assert server.runs == {}
+
+
+def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(
+    server: KfpServer, config_file: Path
+) -> None:
+    config = resolve(str(config_file), overrides=[]).config
+    claim_run(config, "theirs")
+    mine = ("submit", "--config", str(config_file), "--run", "theirs")
+    assert ncsn(*mine).exit_code == 0, "the same experiment again"
+    done = ncsn(*mine, "--set", "seed=9")
+    assert done.exit_code == 2
+    assert "run 'theirs' belongs to another config: seed is" in done.stderr
+    assert len(server.runs) == 1
+
+
+def test_compile_sizes_the_pods_for_a_config(config_file: Path, tmp_path: Path) -> None:
+    gpus = ("--set", "compute.use_gpu=true", "--set", "compute.num_workers=2")
+    done = ncsn("compile", "--out", str(tmp_path), "--config", str(config_file), *gpus)
+    assert done.exit_code == 0, done.output
+    assert "nvidia.com/gpu" in (tmp_path / "train_pipeline.yaml").read_text()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KfpServer]:
     with KfpServer(tmp_path_factory.mktemp("kfp")) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("NCSN_IMAGE", "ncsn-python:0.1.0")
         yield server
 
 
@@ -70,7 +71,7 @@ def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer)
         workplace, server, "--run", "mistaken", "--set", "data.source=image_folder", "--set", "data.root=/nowhere"
     )
     assert done.returncode == 1
-    assert "ended FAILED (failed: ingest" in done.stderr
+    assert "ended FAILED (Ingest images): ingest: " in done.stderr
     status = json.loads(Path(workplace.folder("mistaken"), "status.json").read_text())
     assert (status["status"], status["failed_step"]) == ("FAILED", "ingest")
     assert "/nowhere" in status["reason"]

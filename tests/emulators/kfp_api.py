@@ -2,7 +2,8 @@
 users but one token or cookie, no pages beyond the first, and only equality in filters.
 
 It speaks HTTP to the real `kfp.Client`, checks an uploaded pipeline as the server does, and executes a run for real
-with `kfp.local` in a process of its own.
+with `kfp.local` in a process of its own. What it says of a run is what KFP 2.17.0 on Argo 4.0.5 says: its tasks are
+Argo's nodes, without messages, and a run that somebody terminated has FAILED.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class KfpServer:
         forbidden: Refuse whatever changes something with 403.
         idle: Leave every run pending.
         away: Answer 503, as a proxy does before a server that starts anew.
+        behind_ui: Answer as ml-pipeline-ui does, through which a port-forward goes: it has another word for version.
     """
 
     def __init__(self, root: Path) -> None:
@@ -54,6 +56,7 @@ class KfpServer:
         self.forbidden = False
         self.idle = False
         self.away = False
+        self.behind_ui = False
         self.experiments: dict[str, Json] = {}
         self.pipelines: dict[str, Json] = {}
         self.versions: dict[str, Json] = {}
@@ -166,17 +169,23 @@ class KfpServer:
         run["state"] = "RUNNING"
         code = process.wait()
         text = re.sub(r"\x1b\[[0-9;]*m", "", (folder / "log.txt").read_text(errors="replace"))
-        run["run_details"] = {"task_details": _task_details(text)}
-        if code:
-            run["error"] = {"code": 2, "message": next(iter(reversed(text.strip().splitlines())), "")}
-        canceled = run["state"] == "CANCELING"
+        state = "FAILED" if code else "SUCCEEDED"
+        run["run_details"] = {"task_details": _task_details(text, state)}
         run["finished_at"] = _now()
-        run["state"] = "CANCELED" if canceled else "FAILED" if code else "SUCCEEDED"
+        run["state"] = state
 
 
-def _task_details(log: str) -> list[Json]:
+def _task_details(log: str, state: str) -> list[Json]:
+    """Argo's nodes: with the retryStrategy of KFP's manifests one for each task and one for each of its tries."""
     ended = re.findall(r"Task '([\w-]+)' finished with status (\w+)", log)
-    return [{"display_name": name, "state": "SUCCEEDED" if end == "SUCCESS" else "FAILED"} for name, end in ended]
+    states = {name: "SUCCEEDED" if end == "SUCCESS" else "FAILED" for name, end in ended}
+    nodes = {"root": state, "exit-handler-1": state}
+    for name, reached in states.items():
+        nodes |= {f"{name}-driver": "SUCCEEDED", name: reached, "executor": reached}
+    details = [{"display_name": "ncsn-train-sd9mr", "state": state}, {"display_name": "exit-handler-1.onExit(0)"}]
+    for name, reached in nodes.items():
+        details += [{"display_name": name, "state": reached}, {"display_name": f"{name}(0)", "state": reached}]
+    return details
 
 
 def _now() -> str:
@@ -245,7 +254,8 @@ def _route(server: KfpServer, method: str, target: str, content_type: str | None
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     path = parts.path.removeprefix("/apis/v2beta1/")
     if path == "healthz":
-        return {"commit_sha": "0", "tag_name": "2.17.0-emulator", "multi_user": server.multi_user}
+        version = "apiServerTagName" if server.behind_ui else "tag_name"
+        return {"commit_sha": "0", version: "2.17.0-emulator", "multi_user": server.multi_user}
     if path in ("pipelines/upload", "pipelines/upload_version"):
         return server.upload(query["name"], _file_in(content_type or "", content), query.get("pipelineid"))
     kind, _, rest = path.partition("/")

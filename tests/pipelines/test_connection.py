@@ -82,3 +82,8 @@ def test_a_token_file_that_is_not_there(kfp_server: KfpServer, monkeypatch: pyte
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", "/no/such/token")
     with pytest.raises(KfpError, match="KF_PIPELINES_SA_TOKEN_PATH = '/no/such/token' cannot be read"):
         connect(kfp_server.url)
+
+
+def test_the_version_is_read_through_the_user_interface_too(kfp_server: KfpServer) -> None:
+    for kfp_server.behind_ui in (False, True):
+        assert connect(kfp_server.url).version == "2.17.0-emulator"

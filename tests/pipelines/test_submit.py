@@ -13,7 +13,8 @@ from pipelines import compile as compiled
 from pipelines.connection import connect
 from pipelines.cron import kfp_schedule
 from pipelines.package import arguments_for, package
-from pipelines.submit import RunFailed, Submission, schedule, submit, wait
+from pipelines.submit import Submission, schedule, submit
+from pipelines.wait import RunFailed, wait
 
 
 @dsl.component(base_image="ncsn-python:0.1.0", install_kfp_package=False)
@@ -59,10 +60,11 @@ def test_a_run_is_executed_and_waited_for(kfp_server: KfpServer, tmp_path: Path)
     started = submit(connection, submission(tmp_path, count="7"))
     assert started.url == f"{kfp_server.url}/#/runs/details/{started.id}"
     states: list[str] = []
-    wait(connection, started.id, on_state=states.append, poll_seconds=0.1)
-    assert states[-1] == "SUCCEEDED"
+    wait(connection, started.id, say=states.append, poll_seconds=0.1)
+    assert [state for state in states if ":" not in state][-2:] == ["RUNNING", "SUCCEEDED"]
+    assert {"work: SUCCEEDED", "end: SUCCEEDED"} <= set(states), "and nothing of Argo's nodes"
     assert len(states) == len(set(states))
-    assert ((tmp_path / "worked").read_text(), (tmp_path / "ended").read_text()) == ("7", "SUCCEEDED")
+    assert ((tmp_path / "worked").read_text(), (tmp_path / "ended").read_text()) == ("7", "COMPLETE")
     assert [item["display_name"] for item in kfp_server.experiments.values()] == ["tests"]
     again = submit(connection, submission(tmp_path))
     assert {run["experiment_id"] for run in kfp_server.runs.values()} == set(kfp_server.experiments)
@@ -72,10 +74,8 @@ def test_a_run_is_executed_and_waited_for(kfp_server: KfpServer, tmp_path: Path)
 def test_a_failed_run_names_its_task_and_page(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     started = submit(connection, submission(tmp_path, count=-1))
-    with pytest.raises(
-        RunFailed, match=rf"run {started.id} ended FAILED \(failed: work; .*\); see {kfp_server.url}/#/"
-    ):
-        wait(connection, started.id, on_state=lambda _: None, poll_seconds=0.1)
+    with pytest.raises(RunFailed, match=rf"run {started.id} ended FAILED \(work\): no count; see {kfp_server.url}/#/"):
+        wait(connection, started.id, say=lambda _: None, why=lambda: "no count", poll_seconds=0.1)
     assert (tmp_path / "ended").read_text() == "FAILED"
 
 
@@ -90,8 +90,8 @@ def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) ->
 
     canceller = threading.Thread(target=cancel)
     canceller.start()
-    with pytest.raises(RunFailed, match="ended CANCELED"):
-        wait(connection, started.id, on_state=lambda _: None, poll_seconds=0.1)
+    with pytest.raises(RunFailed, match="ended FAILED"):
+        wait(connection, started.id, say=lambda _: None, poll_seconds=0.1)
     canceller.join()
 
 
@@ -102,6 +102,8 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, 
     states: list[str] = []
 
     def follow(state: str) -> None:
+        if ":" in state:
+            return
         states.append(state)
         if state == "PENDING":
             kfp_server.away = True
@@ -111,13 +113,13 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, 
         kfp_server.runs[started.id]["state"] = "SUCCEEDED"
         kfp_server.away = False
 
-    wait(connection, started.id, on_state=follow, poll_seconds=0.1)
+    wait(connection, started.id, say=follow, poll_seconds=0.1)
     assert states == ["PENDING", "SUCCEEDED"]
 
 
 def test_a_run_that_is_gone_cannot_be_watched(kfp_server: KfpServer) -> None:
     with pytest.raises(ValueError, match=r"run lost cannot be watched any more: .*not found \(404\)"):
-        wait(connect(kfp_server.url), "lost", on_state=lambda _: None, poll_seconds=0.1)
+        wait(connect(kfp_server.url), "lost", say=lambda _: None, poll_seconds=0.1)
 
 
 def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, t
     assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
     fired = [kfp_server.fire(made.id)["run_id"] for _ in range(2)]
     for run_id in fired:
-        wait(connection, run_id, on_state=lambda _: None, poll_seconds=0.1)
+        wait(connection, run_id, say=lambda _: None, poll_seconds=0.1)
     assert len(set(fired)) == 2
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from components import IMAGE
-from ncsn.steps.result import KFP_RUN_ID
+from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
 from pipelines.compile import COMPILED, PIPELINES, compile_all
 
 UPSTREAM = {
@@ -91,4 +91,4 @@ def test_tasks_get_addresses_and_secrets_by_reference(spec: dict[str, Any], plat
         assert secret["optional"] and config_map["optional"]
         assert {pair["envVar"] for pair in secret["keyToEnv"]} >= {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN"}
         assert {pair["envVar"] for pair in config_map["keyToEnv"]} >= {"AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"}
-        assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID}
+        assert {field["name"] for field in executor["fieldPathAsEnv"]} == {KFP_RUN_ID, KFP_WORKFLOW}

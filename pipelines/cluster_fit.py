@@ -1,0 +1,115 @@
+"""What a compiled pipeline needs on a cluster beside its tasks: how large their pods are, and when one is tried again.
+
+Not set on the tasks themselves: `kfp.local`, which runs the same pipelines on one machine, knows no sizes, and would
+try a mistake again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ncsn.cluster.rayjob_manifest import bytes_of
+from ncsn.config.compute import ComputeConfig
+
+GPU = "nvidia.com/gpu"
+RETRIES = {
+    "maxRetryCount": 2,
+    "backoffDuration": "10s",
+    "backoffFactor": 2.0,
+    # Argo counts from the start of the first try, and the next may take no longer: above compute.kuberay.max_hours.
+    "backoffMaxDuration": "34560000s",
+}
+"""For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is tried again; a mistake, which
+the task finds recorded, costs seconds."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one pod asks for and may use.
+
+    Attributes:
+        request: CPUs and memory that are kept for it.
+        limit: CPUs and memory that it cannot exceed.
+        gpus: GPUs.
+    """
+
+    request: tuple[str, str]
+    limit: tuple[str, str]
+    gpus: int = 0
+
+    def as_resources(self) -> dict[str, Any]:
+        """As the spec of a KFP container says it."""
+        resources: dict[str, Any] = {
+            "resourceCpuRequest": self.request[0],
+            "resourceMemoryRequest": self.request[1],
+            "resourceCpuLimit": self.limit[0],
+            "resourceMemoryLimit": self.limit[1],
+        }
+        if self.gpus:
+            resources["accelerator"] = {"resourceType": GPU, "resourceCount": str(self.gpus)}
+        return resources
+
+
+SIZES = {
+    "ingest": Size(("500m", "1Gi"), ("4", "8Gi")),
+    "evaluate": Size(("1", "2Gi"), ("8", "8Gi")),
+    "register": Size(("200m", "1Gi"), ("2", "4Gi")),
+    "report": Size(("200m", "1Gi"), ("2", "4Gi")),
+    "finish": Size(("100m", "512Mi"), ("1", "2Gi")),
+}
+"""Of the tasks that always work in their own pods."""
+LAUNCHER = Size(("100m", "512Mi"), ("1", "2Gi"))
+"""Of a task that waits for the cluster on which its step works."""
+UNKNOWN = Size(("1", "2Gi"), ("8", "16Gi"))
+"""Of a task that may work in its own pod, by a config that is not known yet."""
+
+
+def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], compute: ComputeConfig | None) -> None:
+    """Give every task of a compiled pipeline its size and its retries, in place.
+
+    Args:
+        spec: The pipeline.
+        platforms: What the compiler says of it to Kubernetes, if anything.
+        compute: Of the config that it will run with; None if that is not known yet.
+    """
+    for task in _tasks(spec):
+        if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+            task["retryPolicy"] = dict(RETRIES)
+    for component in spec["components"].values():
+        if "executorLabel" not in component:
+            continue
+        label = component["executorLabel"]
+        container = spec["deploymentSpec"]["executors"][label]["container"]
+        fixed = SIZES.get(label.removeprefix("exec-"))
+        container["resources"] = (fixed or _size(compute)).as_resources()
+        if fixed is None and compute is not None and compute.backend == "local":
+            # The task's own pod computes: it goes where the config wants the workers, and hands nothing on.
+            component.pop("taskConfigPassthroughs", None)
+            for platform in platforms:
+                _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], compute)
+
+
+def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for component in (spec["root"], *spec["components"].values()):
+        yield from component.get("dag", {}).get("tasks", {}).values()
+
+
+def _size(compute: ComputeConfig | None) -> Size:
+    if compute is None:
+        return UNKNOWN
+    if compute.backend != "local":
+        return LAUNCHER
+    # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
+    workers, memory = compute.max_workers, bytes_of(compute.kuberay.memory_per_worker)
+    amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
+    return Size(amount, amount, gpus=workers if compute.use_gpu else 0)
+
+
+def _place(executor: dict[str, Any], compute: ComputeConfig) -> None:
+    settings = compute.kuberay
+    if settings.node_selector:
+        executor["nodeSelector"] = {"labels": dict(settings.node_selector)}
+    if settings.tolerations:
+        executor["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in settings.tolerations]

@@ -1,0 +1,161 @@
+"""Waits for a run: tells how its tasks stand by their titles, why a pod does not start, and why the run failed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import kfp_server_api
+import urllib3
+
+from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.kfp_runs import troubles_of_run
+from pipelines.connection import Connection, KfpError, reason_of
+
+SUCCEEDED = ("SUCCEEDED", "SKIPPED")
+ENDED = (*SUCCEEDED, "FAILED", "CANCELED")
+POLL_SECONDS = 5.0
+PATIENCE_SECONDS = 300
+"""How long the server may be away while somebody waits for a run."""
+STANDALONE = "kubeflow"
+"""Namespace of the runs where Kubeflow Pipelines serves one user."""
+LOOK_SECONDS = 15.0
+_ARGO_SUFFIX = re.compile(r"\(\d+\)$")
+
+
+class RunFailed(Exception):
+    """A run ended in another state than success."""
+
+
+def wait(
+    connection: Connection,
+    run_id: str,
+    *,
+    say: Callable[[str], None],
+    why: Callable[[], str] = lambda: "",
+    poll_seconds: float = POLL_SECONDS,
+) -> None:
+    """Return when the run has succeeded.
+
+    KFP's own wait does not know that a cancelled run has ended, and KFP itself not that a pod cannot start.
+
+    Args:
+        connection: The server.
+        run_id: KFP's identifier of the run.
+        say: Told each new state of the run and of its tasks, and what keeps a pod from starting.
+        why: Asked for the reason of a failure, which KFP does not know.
+        poll_seconds: Time between two questions.
+
+    Raises:
+        RunFailed: if it ended otherwise, naming the tasks and the reason, or if a pod will never start. Then the run,
+            which would wait for ever, is terminated.
+        KfpError: if the server has been away for too long, or does not know the run.
+    """
+    pods = _Pods(connection, run_id, say)
+    shown: dict[str, str] = {}
+    while True:
+        run = _ask(connection, run_id, poll_seconds)
+        titles = _titles(run)
+        for name, state in {**_tasks(run, titles), "": run.state or "UNKNOWN"}.items():
+            if shown.get(name) != state:
+                shown[name] = state
+                say(f"{titles[name]}: {state}" if name else state)
+        if run.state in SUCCEEDED:
+            return
+        if run.state in ENDED:
+            failed = [titles[name] for name, state in _tasks(run, titles).items() if state == "FAILED"]
+            raise RunFailed(_words(connection, run, failed, why() or _said(run)))
+        hopeless = pods.look(titles)
+        if hopeless:
+            connection.client.terminate_run(run_id)
+            raise RunFailed(f"run {run_id} is terminated, since {hopeless}; see {connection.run_url(run_id)}")
+        time.sleep(poll_seconds)
+
+
+class _Pods:
+    """The pods of a run, as far as the cluster can be asked from here."""
+
+    def __init__(self, connection: Connection, run_id: str, say: Callable[[str], None]) -> None:
+        self._run_id, self._say = run_id, say
+        self._shown: dict[str, str] = {}
+        self._next = 0.0
+        try:
+            self._api: KubernetesApi | None = KubernetesApi(connection.namespace or STANDALONE, patience=LOOK_SECONDS)
+        except ValueError as error:
+            self._give_up(error)
+
+    def look(self, titles: Mapping[str, str]) -> str:
+        """Tell what keeps pods from starting; what of it will never get better, or nothing."""
+        if self._api is None or time.monotonic() < self._next:
+            return ""
+        self._next = time.monotonic() + LOOK_SECONDS
+        try:
+            troubles = troubles_of_run(self._api, self._run_id, pending=True)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return ""
+        for task, trouble in troubles.items():
+            text = f"{titles.get(task, task)} cannot start: {trouble}"
+            if self._shown.get(task) != trouble.reason:
+                self._shown[task] = trouble.reason
+                self._say(text)
+            if trouble.final:
+                return text
+        return ""
+
+    def _give_up(self, error: Exception) -> None:
+        self._api = None
+        self._say(f"the pods of this run cannot be seen from here, nor why one does not start: {error}")
+
+
+def _ask(connection: Connection, run_id: str, poll_seconds: float) -> Any:
+    asked = time.monotonic()
+    while True:
+        try:
+            return connection.client.get_run(run_id)
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            gone = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
+            if gone or time.monotonic() - asked > PATIENCE_SECONDS:
+                raise KfpError(
+                    f"run {run_id} cannot be watched any more: {reason_of(error)}; it may still be running: "
+                    f"{connection.run_url(run_id)}"
+                ) from None
+            time.sleep(poll_seconds)
+
+
+def _titles(run: Any) -> dict[str, str]:
+    """Task of the pipeline -> its title. Groups of tasks, such as an exit handler, are none."""
+    document = run.pipeline_spec or {}
+    spec = document.get("pipeline_spec", document)
+    graphs = [each["dag"]["tasks"] for each in (spec["root"], *spec["components"].values()) if "dag" in each]
+    tasks = {name: task for graph in graphs for name, task in graph.items()}
+    return {
+        name: task.get("taskInfo", {}).get("name", name)
+        for name, task in tasks.items()
+        if "executorLabel" in spec["components"][task["componentRef"]["name"]]
+    }
+
+
+def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
+    """Task -> state. KFP tells of Argo's nodes: each task once as itself and once for each try, as `train(0)`."""
+    details = (run.run_details.task_details if run.run_details else None) or []
+    named = [(_ARGO_SUFFIX.sub("", task.display_name or ""), task.state) for task in details]
+    order = {"FAILED": 2, "RUNNING": 1}
+    found: dict[str, str] = {}
+    for name, state in named:
+        if name in titles and state and order.get(state, 0) >= order.get(found.get(name, ""), 0):
+            found[name] = state
+    return found
+
+
+def _words(connection: Connection, run: Any, failed: list[str], reason: str) -> str:
+    tasks = f" ({', '.join(failed)})" if failed else ""
+    return f"run {run.run_id} ended {run.state}{tasks}{f': {reason}' if reason else ''}; see " + connection.run_url(
+        run.run_id
+    )
+
+
+def _said(run: Any) -> str:
+    return " ".join(run.error.message.split()) if run.error and run.error.message else ""
