@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncsn.checkpoint import TRAINED_CONFIG, SamplingCheckpoint
+from ncsn.tracking.connection import TrackingError, one_line, shown
+from ncsn.tracking.delivery import patience
 from ncsn.tracking.packaging import write_model
 from ncsn.tracking.run import StepRun
 from ncsn.tracking.versions import ensure_model, require_model_name
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION_LENGTH = 5000
 """What MLflow's database keeps of a description."""
+DOWNLOAD_RETRIES, DOWNLOAD_SECONDS = 3, 30
+"""Repeats of a request that fails, with pauses of 2, 4 and 8 seconds, and how long an answer may take."""
+
+_HEADINGS = ("The following failures occurred", "#####")
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         into: An existing folder.
 
     Raises:
-        ValueError: if the version was not made by this project.
+        TrackingError: if they cannot be had, with the reason.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -139,13 +145,20 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
     try:
         # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
         source = f"{str(version.source).rstrip('/')}/artifacts"
-        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
-        complete = (folder / TRAINED_CONFIG).is_file()
-    except (MlflowException, OSError):
-        complete = False
-    if not complete:
-        raise ValueError(
-            f"{version.name} version {version.version} has no weights and config of ncsn at {version.source}; "
-            "was it registered by `ncsn register`, and is its store within reach?"
+        with patience(retries=DOWNLOAD_RETRIES, timeout=DOWNLOAD_SECONDS):
+            folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
+        cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
+    except (MlflowException, OSError) as error:
+        cause = _first_failure(error)
+    if cause:
+        raise TrackingError(
+            f"{version.name} version {version.version} has no weights and config of ncsn at {version.source} that "
+            f"{shown(uri)} gives: {cause}; was it registered by `ncsn register`?"
         )
     return folder
+
+
+def _first_failure(error: Exception) -> str:
+    """The reason for the first file; MLflow puts headings before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith(_HEADINGS)), one_line(error))

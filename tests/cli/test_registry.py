@@ -99,7 +99,7 @@ def test_sampling_from_a_version_without_weights_leaves_nothing(registry: str, t
         env={**os.environ, "MLFLOW_TRACKING_URI": registry},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "error: digits version 2 has no weights and config of ncsn at file:///nowhere; was it" in done.stderr
+    assert "error: digits version 2 has no weights and config of ncsn at file:///nowhere that " in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

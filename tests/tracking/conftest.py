@@ -82,10 +82,24 @@ class Server:
             )
         wait_for(self._health, self._process)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it and its workers."""
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Killed while the block runs; whatever the block raises, it serves again after it."""
+        self.kill()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Stopped while the block runs: it takes connections and says nothing."""
         assert self._process is not None
-        os.killpg(self._process.pid, number)
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill it and its workers, if it runs."""

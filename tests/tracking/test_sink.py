@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -64,23 +65,24 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
         first = tracked.metrics_sink()
         for step in range(5):
             first.log({"train/loss_level_1": -step, "train/loss": float(step)}, images_seen=step)
-        _until(lambda: len(history(tracked, "train/loss")) == 5)
-        server.kill()
-        first.log({"train/loss_level_1": -5, "train/loss": 5.0}, images_seen=5)
-        _until(lambda: first.failing)
-        assert first.close(seconds=0.1).unsent == 2
-        (tmp_path / "sink").write_bytes(pickle.dumps(tracked.metrics_sink()))
-        killed = subprocess.run([sys.executable, "-c", DIES_WHILE_THE_SERVER_IS_AWAY, tmp_path / "sink"], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        second = tracked.metrics_sink()
-        for step in range(3, 12):
-            second.log({"train/loss_level_1": -step, "train/loss": float(step)}, images_seen=step)
-        second.log_picture(PICTURE, "train/preview", 10)
-        assert second.close(seconds=0.1).unsent == 15
-        assert str(tracked.journals) in tracked.unsent()
-        third = tracked.metrics_sink()
-        third.log({"train/loss_level_1": -12, "train/loss": 12.0}, images_seen=12)
-        server.start()
+        _until(lambda: first._sent == 10)  # the sink has the server's answer
+        assert len(history(tracked, "train/loss")) == 5
+        with server.away():
+            first.log({"train/loss_level_1": -5, "train/loss": 5.0}, images_seen=5)
+            _until(lambda: first.failing)
+            assert first.close(seconds=0.1).unsent == 2
+            sink = tmp_path / "sink"
+            sink.write_bytes(pickle.dumps(tracked.metrics_sink()))
+            killed = subprocess.run([sys.executable, "-c", DIES_WHILE_THE_SERVER_IS_AWAY, sink], check=False)
+            assert killed.returncode == -signal.SIGKILL
+            second = tracked.metrics_sink()
+            for step in range(3, 12):
+                second.log({"train/loss_level_1": -step, "train/loss": float(step)}, images_seen=step)
+            second.log_picture(PICTURE, "train/preview", 10)
+            assert second.close(seconds=0.1).unsent == 15
+            assert str(tracked.journals) in tracked.unsent()
+            third = tracked.metrics_sink()
+            third.log({"train/loss_level_1": -12, "train/loss": 12.0}, images_seen=12)
         assert third.close(seconds=60) == sinks.SinkReport(sent=17, unsent=0)
         assert tracked.unsent() == ""
     assert history(tracked, "train/loss") == [(step, float(step)) for step in range(13)]
@@ -96,12 +98,11 @@ def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server
         sink = tracked.metrics_sink()
         sink.log({"train/loss": 0.0}, images_seen=0)
         _until(lambda: history(tracked, "train/loss"))
-        server.signal(signal.SIGSTOP)
-        for step in range(1, 4):
-            sink.log({"train/loss": float(step)}, images_seen=step)
-        sink.log_picture(PICTURE, "train/preview", 3)
-        _until(lambda: sink._failures > 1)
-        server.signal(signal.SIGCONT)
+        with server.hanging():
+            for step in range(1, 4):
+                sink.log({"train/loss": float(step)}, images_seen=step)
+            sink.log_picture(PICTURE, "train/preview", 3)
+            _until(lambda: sink._failures > 1)
         assert sink.close(seconds=60).unsent == 0
     assert history(tracked, "train/loss") == [(step, float(step)) for step in range(4)]
     assert len(tracked.client.list_artifacts(tracked.run_id, "images")) == 2
@@ -114,15 +115,16 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
     overrides = ["train.num_images=200", "train.checkpoint_every_images=100", "noise.num_levels=5"]
     config = make_config(f"tracking.uri={server.url}", *overrides)
     dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
-    starting = threading.Thread(target=server.start)
+    outage = ExitStack()
+    starting = threading.Thread(target=outage.close)
 
     def disturb(images_seen: int, _total: int) -> None:
         if images_seen == 40:
-            server.kill()
+            outage.enter_context(server.away())
         if images_seen == 160:
             starting.start()
 
-    with step_run(config, run="disturbed", step="train") as tracked:
+    with outage, step_run(config, run="disturbed", step="train") as tracked:
         job = TrainingJob(config=config, dataset=dataset, sink=tracked.metrics_sink(), progress=disturb)
         train_loop(job, LocalContext(tmp_path / "disturbed"))
         starting.join()
@@ -156,13 +158,13 @@ class Points:
 
 def test_next_step_of_the_run_sends_what_waits(make_config, server, root):
     config = make_config(f"tracking.uri={server.url}")
-    with step_run(config, run="later", step="train") as tracked:
-        sink = MetricsSink(DEAD, tracked.run_id, folder=tracked.journals)
-        sink.log({"train/loss": 1.0}, images_seen=1)
-        assert sink.close(seconds=0.1).unsent == 1
-        server.kill()
-    assert len(list((root / "runs" / "later" / "tracking").glob("*.jsonl"))) == 2, "the parent's end waits too"
-    server.start()
+    with ExitStack() as outage:
+        with step_run(config, run="later", step="train") as tracked:
+            sink = MetricsSink(DEAD, tracked.run_id, folder=tracked.journals)
+            sink.log({"train/loss": 1.0}, images_seen=1)
+            assert sink.close(seconds=0.1).unsent == 1
+            outage.enter_context(server.away())
+        assert len(list((root / "runs" / "later" / "tracking").glob("*.jsonl"))) == 2, "the parent's end waits too"
     assert tracked.client.get_run(tracked.run_id).info.status == "RUNNING"
     with step_run(config, run="later", step="sample"):
         assert tracked.client.get_run(tracked.run_id).info.status == "FINISHED"

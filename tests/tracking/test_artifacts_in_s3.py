@@ -1,0 +1,62 @@
+"""A tracking server that keeps its artifacts in an S3 store which only the server itself can reach."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+import torch
+from mlflow.entities.model_registry import ModelVersion
+
+from ncsn.checkpoint import load_trained
+from ncsn.tracking import registry
+from ncsn.tracking.connection import TrackingError
+from ncsn.tracking.registry import Candidate, fetch_weights
+from ncsn.tracking.run import step_run
+
+SERVER = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", "sqlite:///server.db"]
+
+
+@pytest.fixture
+def url(s3_root: str, make_server) -> str:
+    """Address of a server that advertises presigned downloads, as MLflow 3.17.2 does for every store in S3."""
+    address: str = make_server([*SERVER, "--artifacts-destination", f"{s3_root}/mlflow"]).url
+    info = requests.get(f"{address}/api/3.0/mlflow/server-info", timeout=30).json()
+    assert info["multipart_downloads_enabled"] is True, info
+    return address
+
+
+@pytest.fixture
+def hidden_store(s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, unlike the server, finds nothing at the store's address."""
+    port, connect = urlsplit(s3_server.endpoint).port, socket.socket.connect
+
+    def refuse(self: socket.socket, address: tuple[str, int]) -> None:
+        if address[1] == port:
+            raise ConnectionRefusedError(f"nothing listens at {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_weights_go_up_and_down_through_the_server(url, make_config, checkpoint, hidden_store, tmp_path):
+    candidate = Candidate(name="s3", checkpoint=checkpoint, card="# s3\n", files={}, metrics={}, tags={})
+    with step_run(make_config(f"tracking.uri={url}"), run="s3", step="register") as tracked:
+        version = registry.register(tracked, candidate)
+    fetched = load_trained(fetch_weights(url, version, tmp_path), origin="the registry")
+    for name, tensor in checkpoint.network.named_parameters():
+        assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
+
+
+def test_a_store_that_refuses_the_server_is_named_within_a_minute(s3_root, make_server, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    url = make_server([*SERVER, "--artifacts-destination", f"{s3_root}/mlflow"]).url
+    version = ModelVersion("digits", "7", 0, source="mlflow-artifacts:/1/models/m-1/artifacts")
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"digits version 7 .* request signature"):
+        fetch_weights(url, version, tmp_path)
+    assert time.monotonic() - started < 60
