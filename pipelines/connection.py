@@ -30,6 +30,10 @@ class KfpError(ValueError):
     """The Kubeflow Pipelines API cannot be used; one line says what to do."""
 
 
+class KfpRefusalError(KfpError):
+    """The API does not know who asks."""
+
+
 @dataclass(frozen=True)
 class Credentials:
     """How to show who one is: at most one of these.
@@ -178,9 +182,9 @@ def _health(address: str, who: Credentials) -> dict[str, object]:
         ) from None
     refused = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
     if response.status in (401, 403):
-        raise KfpError(f"{address} refuses {who.source} ({response.status}); {refused}")
+        raise KfpRefusalError(f"{address} refuses {who.source} ({response.status}); {refused}")
     if 300 <= response.status < 400:
-        raise KfpError(f"{address} sends {who.source} to a login page; {refused}")
+        raise KfpRefusalError(f"{address} sends {who.source} to a login page; {refused}")
     try:
         answer = json.loads(response.data) if response.status == 200 else None
     except ValueError:

@@ -9,8 +9,8 @@ import platform
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 SOURCE_TREE = Path(__file__).parents[2]
 PATIENCE_SECONDS = 5.0
+IMAGE_VARIABLE = "NCSN_IMAGE"
 STANDALONE = "kubeflow"
 """Namespace of the runs where Kubeflow Pipelines serves one user."""
 
@@ -61,11 +62,13 @@ class Check:
         name: What it is.
         probe: Returns what it found; raises `NotConfigured`, or an error whose message says what is wrong.
         fix: A command that mends it.
+        fixes: Kind of error -> a command for that, in place of `fix`.
     """
 
     name: str
     probe: Callable[[], str]
     fix: str
+    fixes: Mapping[type[Exception], str] = field(default_factory=dict)
 
     def run(self) -> Finding:
         """Look."""
@@ -74,7 +77,8 @@ class Check:
         except NotConfigured as reason:
             return Finding(self.name, SKIPPED, str(reason))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other checks go on
-            return Finding(self.name, ILL, "; ".join(describe(error).lines), self.fix)
+            fix = next((fix for kind, fix in self.fixes.items() if isinstance(error, kind)), self.fix)
+            return Finding(self.name, ILL, "; ".join(describe(error).lines), fix)
 
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
@@ -95,7 +99,7 @@ def report(findings: list[Finding], *, as_json: bool) -> bool:
 
 
 def _base_checks(config: Config, host: str | None, namespace: str | None) -> Iterator[Check]:
-    from pipelines.connection import ENDPOINT
+    from pipelines.connection import ENDPOINT, TOKEN, KfpRefusalError
 
     root = storage.absolute(config.storage.root)
     keys = "export AWS_ENDPOINT_URL=http://HOST:PORT AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..."
@@ -104,7 +108,8 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
     yield Check("ray", _check_ray, "unset RAY_ADDRESS")
     yield Check("image", _check_image, "make image  # or, here: make")
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
-    yield Check("kfp", lambda: _check_kfp(host, namespace), f"{forward} & export {ENDPOINT}=http://localhost:8080")
+    away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
+    yield Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."})
 
 
 def _jobs_check(config: Config) -> Check:
@@ -126,11 +131,12 @@ def _check_jobs(config: Config) -> str:
 def _cluster_checks(config: Config) -> Iterator[Check]:
     """What a RayJob needs. The Kubernetes client takes a second to import, so only where it is of use."""
     if config.compute.backend != "kuberay":
-        for name in ("kubernetes", "rights", "kuberay", "gpus", "queue"):
+        for name in ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"):
             yield Check(name, lambda: _not_configured(f"compute.backend is {config.compute.backend}"), "")
         return
     from ncsn.cluster import doctor
     from ncsn.cluster.api import KubernetesApi
+    from ncsn.cluster.rayjob_manifest import TEMPLATE_VARIABLE
 
     settings = config.compute.kuberay
     try:
@@ -140,9 +146,13 @@ def _cluster_checks(config: Config) -> Iterator[Check]:
         return
     grant = f"kubectl apply -k infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
     operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+    away: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
     yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
-    yield Check("rights", lambda: doctor.check_rights(api), grant)
-    yield Check("kuberay", lambda: doctor.check_crd(api), operator)
+    yield Check("rights", lambda: doctor.check_rights(api), grant, away)
+    for_crd = {**away, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
+    yield Check("kuberay", lambda: doctor.check_crd(api), operator, for_crd)
+    image = settings.image or os.environ.get(IMAGE_VARIABLE)
+    yield Check("pod image", lambda: _check_pod_image(api, image), f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
     yield Check("gpus", lambda: _check_gpus(api, config), "kubectl describe nodes | grep nvidia.com/gpu")
     yield Check("queue", lambda: _check_queue(api, settings.queue), f"kubectl get localqueues -n {api.namespace}")
 
@@ -200,7 +210,22 @@ def _check_image() -> str:
     here = f"Ray {metadata.version('ray')} on Python {'.'.join(platform.python_version_tuple()[:2])}"
     if inside != here:
         raise ValueError(f"the image has {inside}, and this environment {here}; they cannot share a cluster")
-    return f"{os.environ.get('NCSN_IMAGE', 'NCSN_IMAGE is not set')}: {inside}, as here"
+    image = os.environ.get(IMAGE_VARIABLE)
+    named = f"{image} itself was not looked for" if image else f"{IMAGE_VARIABLE} names no image"
+    return f"the Dockerfile has {inside}, as here; {named}"
+
+
+def _check_pod_image(api: KubernetesApi, image: str | None) -> str:
+    """The image of the Ray pods. That it can be pulled, only a pod can find out."""
+    from ncsn.cluster.doctor import nodes_with_image
+
+    if image is None:
+        raise ValueError(f"the Ray pods have no image: neither compute.kuberay.image nor {IMAGE_VARIABLE} is set")
+    if not api.allowed("list", "nodes"):
+        return f"{image}, not looked for: this account may not list nodes"
+    there, of = nodes_with_image(api, image)
+    pulled = "" if there == of else "; that the others can pull it was not checked"
+    return f"{image} is on {there} of {of} nodes{pulled}"
 
 
 def _check_kfp(host: str | None, namespace: str | None) -> str:

@@ -15,6 +15,7 @@ NEEDED = (
 )
 """What infra/base/rbac/launcher-role.yaml grants."""
 GPU = "nvidia.com/gpu"
+_IN_WORDS = {"authOptions": "token auth"}
 
 
 def check_rights(api: KubernetesApi) -> str:
@@ -34,14 +35,22 @@ def check_crd(api: KubernetesApi) -> str:
 
     Raises:
         ValueError: if there is none.
+        FileNotFoundError: if there is no template to compare it with.
     """
     schema = api.rayjob_schema()
     _, unknown = fit_to_schema(load_template(), schema)
     known = schema.get("properties", {}).get("spec", {}).get("properties", {})
     since = {"preRunningDeadlineSeconds": "1.6", "deletionStrategy": "1.5"}
     release = next((version for name, version in since.items() if name in known), None)
-    left_out = f"; without {', '.join(sorted(unknown))}" if unknown else ""
+    missing = [_IN_WORDS.get(name.rpartition(".")[2], name) for name in sorted(unknown)]
+    left_out = f"; without {', '.join(missing)}" if missing else ""
     return f"RayJob ray.io/v1, KubeRay {f'{release} or later' if release else 'before 1.5'}{left_out}"
+
+
+def nodes_with_image(api: KubernetesApi, image: str) -> tuple[int, int]:
+    """How many nodes say that they have this image, and how many there are. A node names its 50 largest at most."""
+    nodes = api.nodes()
+    return sum(_has_image(node, image) for node in nodes), len(nodes)
 
 
 def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
@@ -73,6 +82,12 @@ def check_queue(api: KubernetesApi, name: str) -> str:
     if active["status"] != "True":
         raise ValueError(f"LocalQueue {name!r} is not active: {active.get('message') or active.get('reason', '')}")
     return f"LocalQueue {name!r} of ClusterQueue {queue['spec']['clusterQueue']!r}"
+
+
+def _has_image(node: Resource, image: str) -> bool:
+    """Whether the node lists the image, perhaps with the registry that a short name stands for."""
+    names = [name for each in node.get("status", {}).get("images", []) for name in each.get("names") or []]
+    return any(name == image or name in {f"docker.io/{image}", f"docker.io/library/{image}"} for name in names)
 
 
 def _gpus(node: Resource) -> int:

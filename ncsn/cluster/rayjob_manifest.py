@@ -80,14 +80,13 @@ class JobRequest:
 
 
 def load_template(path: str | None = None) -> Manifest:
-    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of the source tree.
+    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of this package.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if the file holds no RayJob.
     """
-    in_source_tree = Path(__file__).parents[2] / "infra" / "base" / "kuberay" / "rayjob.yaml"
-    file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or in_source_tree)
+    file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
     if not file.is_file():
         raise FileNotFoundError(f"no RayJob template at {file}; set {TEMPLATE_VARIABLE} to a copy of rayjob.yaml")
     template = yaml.safe_load(file.read_text())

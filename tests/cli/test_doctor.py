@@ -25,7 +25,8 @@ def test_a_machine_that_is_well(config_file: Path, store: Path, monkeypatch: pyt
     done, findings = examine(config_file)
     assert done.exit_code == 0, done.output
     states = {name: finding["state"] for name, finding in findings.items()}
-    cluster = dict.fromkeys(("kfp", "ray jobs", "kubernetes", "rights", "kuberay", "gpus", "queue"), "not configured")
+    names = ("kfp", "ray jobs", "kubernetes", "rights", "kuberay", "pod image", "gpus", "queue")
+    cluster = dict.fromkeys(names, "not configured")
     assert states == dict.fromkeys(("store", "mlflow", "ray", "image"), "ok") | cluster
     assert list(store.iterdir()) == [], "what it writes it removes"
     assert not any(finding["fix"] for finding in findings.values())
@@ -54,6 +55,16 @@ def test_kfp_must_know_who_asks(config_file: Path, kfp_server: KfpServer, monkey
     done, findings = examine(config_file, "--host", kfp_server.url)
     assert done.exit_code == 1
     assert "refuses no credentials (401)" in findings["kfp"]["detail"]
+    assert findings["kfp"]["fix"] == "export NCSN_KFP_TOKEN=..."
+
+
+def test_an_image_that_was_not_looked_for_is_not_called_good(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCSN_IMAGE", "nobody/has:this")
+    _, findings = examine(config_file)
+    assert findings["image"]["state"] == "ok"
+    assert "nobody/has:this itself was not looked for" in findings["image"]["detail"]
 
 
 def test_a_store_that_forgets_who_was_first(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,21 @@ GPUS = [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
 KUEUE = [{"apiGroups": ["kueue.x-k8s.io"], "resources": ["localqueues"], "verbs": ["get"]}]
 
 
+_ANY = {"x-kubernetes-preserve-unknown-fields": True}
+
+
 def examine(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    findings = examine_all(folder, *overrides)
+    return {finding["check"]: (finding["state"], finding["detail"]) for finding in findings}
+
+
+def examine_all(folder: Path, *overrides: str) -> list[dict[str, str]]:
     settings = ("compute.backend=kuberay", f"storage.root={folder}/store", *overrides)
     options = [part for setting in settings for part in ("--set", setting)]
     done = CliRunner().invoke(app, ["doctor", "--config", str(DIGITS), "--json", *options])
-    findings = json.loads(done.stdout)
+    findings: list[dict[str, str]] = json.loads(done.stdout)
     assert done.exit_code == any(finding["state"] == "failed" for finding in findings)
-    return {finding["check"]: (finding["state"], finding["detail"]) for finding in findings}
+    return findings
 
 
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
@@ -61,6 +69,36 @@ def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
     state, detail = examine(tmp_path)["kuberay"]
     assert state == "failed"
     assert "knows no RayJob" in detail
+
+
+def test_a_template_that_is_not_there_is_no_matter_of_the_operator(
+    emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert examine(tmp_path)["kuberay"][0] == "ok", "without the variable it is the package's own"
+    monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "nowhere.yaml"))
+    (finding,) = (finding for finding in examine_all(tmp_path) if finding["check"] == "kuberay")
+    assert (finding["state"], finding["fix"]) == ("failed", "unset NCSN_RAYJOB_TEMPLATE")
+
+
+def test_an_old_kuberay_is_said_to_lack_token_auth(emulation: Any, tmp_path: Path) -> None:
+    cluster = {"type": "object", "properties": {"headGroupSpec": _ANY, "workerGroupSpecs": _ANY, "rayVersion": _ANY}}
+    spec = {"type": "object", "properties": {"rayClusterSpec": cluster, "deletionStrategy": _ANY}}
+    emulation.cluster.schema = {"type": "object", "properties": {"metadata": _ANY, "spec": spec}}
+    assert "token auth" in examine(tmp_path)["kuberay"][1]
+
+
+def test_the_image_is_looked_for_on_the_nodes(emulation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCSN_IMAGE", raising=False)
+    assert examine(tmp_path)["pod image"][0] == "failed"
+    monkeypatch.setenv("NCSN_IMAGE", "ncsn-python:1")
+    assert examine(tmp_path)["pod image"] == (
+        "ok",
+        "ncsn-python:1, not looked for: this account may not list nodes",
+    )
+    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
+    for name, images in (("a", ["docker.io/library/ncsn-python:1"]), ("b", ["docker.io/library/ncsn-python:2"])):
+        emulation.cluster.create("nodes", {"metadata": {"name": name}, "status": {"images": [{"names": images}]}})
+    assert examine(tmp_path)["pod image"][1].startswith("ncsn-python:1 is on 1 of 2 nodes; ")
 
 
 def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ from kuberay_rules import house_errors, load_schemas, operator_errors, schema_er
 from ncsn.cluster.rayjob_manifest import JobRequest, fit_to_schema, load_template, render
 from ncsn.config.compute import ComputeConfig
 
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
 SCHEMAS = load_schemas("RayJob")
 needs_schemas = pytest.mark.skipif(
     not SCHEMAS, reason="no CRD schemas: NCSN_CRD_SCHEMAS names none and ../shared/crds is not there"
@@ -247,3 +253,30 @@ def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     other.write_text("kind: Pod")
     with pytest.raises(ValueError, match="is not a RayJob"):
         load_template()
+
+
+def test_a_wheel_carries_the_template(tmp_path: Path) -> None:
+    """Built from the files of the source tree, as pip does for `pip install .`."""
+    source = tmp_path / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in listed.stdout.split():
+        if name.startswith(("ncsn/", "components/", "pipelines/", "infra/", "pyproject", "README", "LICENSE")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name, follow_symlinks=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("ncsn/cluster/rayjob.yaml") == TEMPLATE.read_bytes()
