@@ -37,6 +37,7 @@ from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.launched import require_launchers_python
 from ncsn.lease import Lease
+from ncsn.steps.elsewhere import STEPS_ELSEWHERE
 from ncsn.steps.result import RunFolder, claim_run, recorded, run_folder
 
 _EXCLUSIVE = ("tune", "train", "run")
@@ -69,7 +70,9 @@ def run_step(
     with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
         console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
         storage.delete_file(folder.step(step, "progress.json"))
-        with ProgressView(console) as view, _shown_progress(folder, step, view):
+        # The log of a driver elsewhere, which is shown as it comes, has these lines already.
+        in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
+        with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
             module = importlib.import_module(f"ncsn.steps.{step}")
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
@@ -107,10 +110,10 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:
     """Become the MLflow server."""
-    from ncsn.tracking.connection import server_command
+    from ncsn.tracking.connection import runs_page, server_command
 
     command = server_command(config, host=host, port=port)
-    click.echo(f"http://{host}:{port}", err=True)
+    click.echo(runs_page(config, served=f"http://{host}:{port}"), err=True)
     os.execv(command[0], command)  # noqa: S606
 
 
@@ -153,8 +156,8 @@ def _interruption_by_ray() -> Iterator[None]:
 
 
 @contextmanager
-def _shown_progress(folder: RunFolder, step: str, view: ProgressView) -> Iterator[None]:
-    """Show what the step publishes while the block runs in this thread."""
+def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched: bool) -> Iterator[None]:
+    """Show when the step begins and ends, and if it is watched what it publishes meanwhile."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -166,12 +169,14 @@ def _shown_progress(folder: RunFolder, step: str, view: ProgressView) -> Iterato
     started = time.monotonic()
     view.start(step)
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    if watched:
+        watcher.start()
     try:
         yield
     finally:
         ended.set()
-        watcher.join()
+        if watched:
+            watcher.join()
     view.finish(step, f"done in {time.monotonic() - started:,.1f} s")
 
 

@@ -54,7 +54,7 @@ class ProgressView:
         self._lines = _LineThrottle()
 
     def update(self, step: str, progress: StepProgress) -> None:
-        """A step published how far it is."""
+        """A step published how far it is; what it repeats after a failure gets no lines of its own."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
         if progress.note:
             text += f"   {progress.note}"
@@ -75,17 +75,21 @@ class ProgressView:
 
 
 class _LineThrottle:
-    """Lets a line pass at every quarter of a step and every half minute, so that a log stays short."""
+    """Lets a line pass at every quarter of a step and every half minute, so that a log stays short, and never back."""
 
     def __init__(self) -> None:
+        self._done = -1
         self._share = 0.0
         self._time = time.monotonic()
 
     def due(self, progress: StepProgress) -> bool:
+        if progress.done <= self._done:
+            return False
         share = progress.done / progress.total if progress.total else 0.0
         now = time.monotonic()
         if share < self._share + _LINE_EVERY_SHARE and now < self._time + _LINE_EVERY_SECONDS:
             return False
+        self._done = progress.done
         self._share = share - share % _LINE_EVERY_SHARE
         self._time = now
         return True

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from ncsn import storage
@@ -14,6 +14,7 @@ from ncsn.checkpoint import DamagedError
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.damaged_checkpoint import remedy
 from ncsn.distributed.local_cluster import require_resources
+from ncsn.distributed.lost_workers import LostWorkers, reason
 from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
@@ -35,7 +36,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
         ValueError: for a mistake that a retry cannot mend (divergence, a checkpoint of another config, too few CPUs).
         LeaseExpired: if the launcher is gone; the last checkpoint is new.
         KeyboardInterrupt: on Ctrl-C.
-        ray.train.TrainingFailedError: if workers were lost more often than `compute.max_failures`.
+        RuntimeError: if workers failed more often than `compute.max_failures`, or could not be started.
     """
     require_resources(job.config)
     notes: list[str] = []
@@ -66,6 +67,9 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=STARTUP_ATTEMPTS),
             checkpoint_config=CheckpointConfig(num_to_keep=job.config.train.keep_checkpoints),
+            callbacks=[LostWorkers(run_uri, max_failures=compute.max_failures)],
+            # Its session's files keep all that it says.
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
@@ -74,6 +78,9 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
         if stop.code in (0, 1):  # what Ray makes of Ctrl-C; 0 would read as success
             raise KeyboardInterrupt from None
         raise
+    except TrainingFailedError as failure:
+        _logger.error("%s", failure)  # noqa: TRY400 - the workers' tracebacks are in its text
+        raise RuntimeError(f"{reason(failure)}; compute.max_failures = {compute.max_failures}") from failure
     outcome = result.return_value
     assert isinstance(outcome, (TrainOutcome, ValueError, LeaseExpired))
     return outcome

@@ -11,6 +11,9 @@ from ncsn.config import Config, to_yaml
 from ncsn.steps.outcome import clear_outcome
 from ncsn.steps.result import RunFolder, stored_error
 
+STEPS_ELSEWHERE = ("tune", "train", "sample")
+"""Those that run where `compute.backend` says; the others run where they are started."""
+
 _DIGEST_CHARACTERS = 12
 
 
@@ -30,6 +33,7 @@ def elsewhere(
         A function that returns when the step's result is in the store. It raises ValueError for a mistake that the
         step found there, and `RemoteFailure` for any other end.
     """
+    assert step in STEPS_ELSEWHERE
     if config.compute.backend == "local":
         return None
     options = [part for name, value in inputs.items() for part in (f"--{name}", value)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from ncsn.cli.progress_view import ProgressView
 from ncsn.cli.records import StepProgress
 
 
-def shown(*, terminal: bool, done: range) -> str:
+def shown(*, terminal: bool, done: Iterable[int]) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
     with ProgressView(console) as view:
@@ -32,6 +33,12 @@ def test_without_a_terminal_a_few_plain_lines() -> None:
         "train     1,000 / 1,000 images",
         "train     done in 2.0 s",
     ]
+
+
+def test_lines_never_go_back_after_a_failure() -> None:
+    lines = shown(terminal=False, done=[250, 500, 500, 260, 510, 760, 1000]).splitlines()
+    counts = [int(line.split()[1].replace(",", "")) for line in lines if "images" in line]
+    assert counts == [250, 500, 760, 1000]
 
 
 def test_on_a_terminal_a_bar_that_leaves_one_line() -> None:

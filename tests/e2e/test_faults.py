@@ -69,6 +69,8 @@ def test_workers_killed_at_three_random_points(workplace, whole: str, dataset) -
     told = finished(workplace.start(*command("train", "workers", *dataset), *(f"--inject={fault}" for fault in faults)))
     uri = str(workplace.folder("workers"))
     assert told.count("rehearsal: kill-worker at image") == 3, faults
+    assert told.count("worker lost, training resumes from ") == 3
+    assert "WorkerGroupError" not in told
     assert_same_training(whole, uri)
     assert_told_once(client_at(f"sqlite:///{workplace.root}/mlflow.db"), "workers", uri)
 

@@ -1,0 +1,62 @@
+"""One line for workers that failed, from what Ray Train hands to its callbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+
+from ncsn.distributed.lost_workers import LostWorkers, describe, reason
+
+
+def died(*, preempted: bool = False) -> Exception:
+    """What Ray Train 2.60 reports of a worker that does not answer any more."""
+    actor = ActorDiedError()
+    actor._preempted = preempted
+    return _HealthCheckFailed(actor)
+
+
+class _HealthCheckFailed(Exception):
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(f"A worker health check failed.\nWorker info: ...\n{failure}")
+        self.health_check_failure = failure
+
+
+@pytest.fixture
+def run_uri(tmp_path: Path) -> str:
+    snapshot = tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json"
+    snapshot.parent.mkdir()
+    snapshot.write_text(json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "images-000070016"}}))
+    return str(tmp_path)
+
+
+def said(lost: LostWorkers, *errors: Exception, caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        lost.after_exception(SimpleNamespace(), dict(enumerate(errors)))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_lost_worker_is_one_line_until_training_ends(run_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    lost = LostWorkers(run_uri, max_failures=1)
+    line = ["worker lost, training resumes from images-000070016"]
+    assert said(lost, RuntimeError("connection closed by peer"), died(), caplog=caplog) == line
+    assert said(lost, died(preempted=True), caplog=caplog) == line, "Ray Train counts these apart"
+    assert said(lost, died(), caplog=caplog) == []
+
+
+def test_what_a_worker_raised_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    error = RuntimeError("CUDA out of memory\nTried to allocate 2 GiB")
+    line = "worker 0 failed with RuntimeError: CUDA out of memory, training resumes from the start"
+    assert said(LostWorkers(str(tmp_path), max_failures=3), error, caplog=caplog) == [line]
+
+
+def test_why_training_failed_is_one_line() -> None:
+    errors = {1: RuntimeError("connection closed by peer"), 0: ValueError()}
+    assert reason(WorkerGroupError("[Rank 0 Error Snippet]: ...", errors)) == describe(errors)
+    assert "\n" not in describe({0: died()})
