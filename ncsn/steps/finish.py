@@ -196,13 +196,14 @@ def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun]) -> dict[
     """What the page links to, as far as the steps came."""
     noted = {step: tags for tracked in closed for step, tags in tracked.tags.items()}
     tags = {**noted.get("sample", {}), **noted.get("train", {})}
+    job = tags.get("ray.submission_id", "")  # none where a step has a cluster to itself, whose pages end with it
     steps = ("ingest", "train", "register", "report")
     ingested, trained, registered, reported = (_result(folders[step], step) for step in steps)
     return {
         "MLflow run": closed[-1].place if closed else "",
         "MLflow run id": closed[-1].run_id if closed else "",
-        "Ray job": tags.get("ray.submission_id") or tags.get("ray.job_id", ""),
-        "Ray dashboard": tags.get("ray.dashboard_url", ""),
+        "Ray job": job,
+        "Ray dashboard": tags.get("ray.dashboard_url", "") if job else "",
         "dataset": ingested.get("uri", ""),
         "dataset digest": ingested.get("digest", ""),
         "checkpoint": trained.get("checkpoint", ""),

@@ -29,6 +29,11 @@ SQLITE = "sqlite:///"
 REMOTE = ("http://", "https://")
 SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
 
+UI = "NCSN_MLFLOW_UI"
+"""Variable with the address of MLflow's pages for people, where that is not the tracking server's own."""
+
+_VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
+
 PROBE_SECONDS = 4
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  (only the parent of a private temporary folder)
 
@@ -165,6 +170,18 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
         _create_database(database)
         command += ["--artifacts-destination", _artifacts_uri(database)]
     return command
+
+
+def page(uri: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page; empty where the record is a database, of which nobody serves pages."""
+    served = os.environ.get(UI) or (shown(uri) if uri.startswith(REMOTE) else "")
+    return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{_VIEW}" if served else ""
+
+
+def runs_page(config: Config, *, served: str) -> str:
+    """The address of the experiment's runs in the pages at `served`; their start if there are none yet."""
+    experiment = client_at(tracking_uri(config)).get_experiment_by_name(config.tracking.experiment)
+    return f"{served}/#/experiments/{experiment.experiment_id}/runs{_VIEW}" if experiment else served
 
 
 def shown(uri: str) -> str:

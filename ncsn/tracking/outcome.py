@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.tracking.connection import REMOTE, TrackingError, one_line, open_client, shown
+from ncsn.tracking.connection import TrackingError, one_line, open_client, page, shown
 from ncsn.tracking.lookup import set_tags, tag_filter
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
             client.set_terminated(each.info.run_id, "KILLED" if each in dead and status == "FINISHED" else status)
     except MlflowException as error:
         raise TrackingError(f"tracking server {shown(uri)}: {one_line(error)}") from error
-    page = f"{shown(uri)}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
     noted = {step.data.tags["ncsn.step"]: step.data.tags for step in reversed(steps) if "ncsn.step" in step.data.tags}
-    return TrackedRun(parent.info.run_id, page if uri.startswith(REMOTE) else shown(uri), noted)
+    place = page(uri, parent.info.experiment_id, parent.info.run_id) or shown(uri)
+    return TrackedRun(parent.info.run_id, place, noted)
 
 
 def _parent(client: MlflowClient, config: Config, run: str) -> Run | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ncsn.tracking.connection import REMOTE, shown
+from ncsn.tracking.connection import page, shown
 from ncsn.tracking.provenance import kfp_run
 from ncsn.tracking.run import StepRun
 
@@ -55,9 +55,8 @@ def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
 
 
 def _recorded(tracked: StepRun, run: Run) -> RecordedRun:
-    page = f"{shown(tracked.uri)}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     return RecordedRun(
         run_id=run.info.run_id,
         tags=dict(run.data.tags),
-        page=page if tracked.uri.startswith(REMOTE) else "",
+        page=page(tracked.uri, run.info.experiment_id, run.info.run_id),
     )

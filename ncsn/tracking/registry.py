@@ -28,6 +28,8 @@ DESCRIPTION_LENGTH = 5000
 DOWNLOAD_RETRIES, DOWNLOAD_SECONDS = 3, 30
 """Repeats of a request that fails, with pauses of 2, 4 and 8 seconds, and how long an answer may take."""
 
+_FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
+"""Relative, so that it holds under whatever address the page is opened."""
 _HEADINGS = ("The following failures occurred", "#####")
 
 
@@ -80,7 +82,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         logged.artifact_location,
         run_id=tracked.run_id,
         tags={**candidate.tags, **identity, "ncsn.images_seen": str(images_seen)},
-        description=candidate.card[:DESCRIPTION_LENGTH],
+        description=_description(candidate, logged.model_id),
         model_id=logged.model_id,
     )
     first = find_version(client, candidate.name, digest=candidate.digest) or created
@@ -88,6 +90,14 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         # Another process registered the same at the same moment; the lower number stays.
         client.delete_model_version(candidate.name, created.version)
     return first
+
+
+def _description(candidate: Candidate, model_id: str) -> str:
+    """The card, whose pictures MLflow's page finds only by the address of the logged model's files."""
+    text = candidate.card
+    for name in candidate.files:
+        text = text.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
+    return text[:DESCRIPTION_LENGTH]
 
 
 def find_version(client: MlflowClient, name: str, *, digest: str) -> ModelVersion | None:

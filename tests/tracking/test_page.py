@@ -11,6 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from ncsn.report.figures import grid_png
+from ncsn.tracking.connection import page, runs_page
+from ncsn.tracking.registry import Candidate, register
 from ncsn.tracking.run import StepRun, step_run
 
 PATIENCE = 60_000
@@ -79,3 +81,27 @@ def test_previews_of_the_training_are_a_series(tab: Page, server, steps: dict[st
     picture = tab.locator("img[src*='train~preview'][src*='step%2B64']")
     expect(picture).to_be_visible(timeout=PATIENCE)
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+
+
+def test_a_link_to_a_run_opens_among_the_runs_of_trainings(tab: Page, server, steps: dict[str, StepRun]) -> None:
+    tab.goto(page(server.url, steps["train"].experiment_id, steps["train"].run_id))
+    expect(tab.get_by_role("link", name="Runs", exact=True).first).to_be_visible(timeout=PATIENCE)
+    expect(tab.get_by_role("link", name="Judges")).to_have_count(0)
+
+
+def test_the_runs_of_an_experiment_are_a_link(tab: Page, server, make_config, steps: dict[str, StepRun]) -> None:
+    config = make_config(f"tracking.uri={server.url}", "tracking.experiment=page")
+    tab.goto(runs_page(config, served=server.url))
+    expect(tab.get_by_role("link", name=RUN)).to_have_count(1, timeout=PATIENCE)
+    expect(tab.get_by_role("link", name="Judges")).to_have_count(0)
+
+
+def test_the_card_of_a_model_shows_its_pictures(tab: Page, server, make_config, checkpoint) -> None:
+    card = "# seen\n\n![images](grid.png)\n"
+    seen = Candidate("seen", checkpoint, card=card, files={"grid.png": grid_png(IMAGES)}, metrics={}, tags={})
+    with step_run(make_config(f"tracking.uri={server.url}"), run="seen", step="register") as tracked:
+        version = register(tracked, seen)
+    tab.goto(f"{server.url}/#/models/seen/versions/{version.version}")
+    picture = tab.locator("img[src*='grid.png']")
+    expect(picture).to_be_visible(timeout=PATIENCE)
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 8
