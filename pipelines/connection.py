@@ -194,4 +194,6 @@ def _health(address: str, who: Credentials) -> dict[str, object]:
             f"{address} is no Kubeflow Pipelines API: {url} answers {response.status} "
             f"{response.headers.get('Content-Type', '')}; check the address and its path"
         )
+    if answer.get("apiServerReady") is False:  # what ml-pipeline-ui says of the API behind it, with status 200
+        raise KfpError(f"{address} answers, and the API behind it does not; look at the Deployment ml-pipeline")
     return answer

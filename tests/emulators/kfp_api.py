@@ -45,6 +45,7 @@ class KfpServer:
         idle: Leave every run pending.
         away: Answer 503, as a proxy does before a server that starts anew.
         behind_ui: Answer as ml-pipeline-ui does, through which a port-forward goes: it has another word for version.
+        ready: With behind_ui, whether the API answers ml-pipeline-ui (2.17.0: its healthz is 200 without too).
     """
 
     def __init__(self, root: Path) -> None:
@@ -57,6 +58,7 @@ class KfpServer:
         self.idle = False
         self.away = False
         self.behind_ui = False
+        self.ready = True
         self.experiments: dict[str, Json] = {}
         self.pipelines: dict[str, Json] = {}
         self.versions: dict[str, Json] = {}
@@ -254,6 +256,8 @@ def _route(server: KfpServer, method: str, target: str, content_type: str | None
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     path = parts.path.removeprefix("/apis/v2beta1/")
     if path == "healthz":
+        if not server.ready:
+            return {"apiServerReady": False, "frontendTagName": "2.17.0-emulator"}
         version = "apiServerTagName" if server.behind_ui else "tag_name"
         return {"commit_sha": "0", version: "2.17.0-emulator", "multi_user": server.multi_user}
     if path in ("pipelines/upload", "pipelines/upload_version"):

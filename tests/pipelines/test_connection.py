@@ -87,3 +87,9 @@ def test_a_token_file_that_is_not_there(kfp_server: KfpServer, monkeypatch: pyte
 def test_the_version_is_read_through_the_user_interface_too(kfp_server: KfpServer) -> None:
     for kfp_server.behind_ui in (False, True):
         assert connect(kfp_server.url).version == "2.17.0-emulator"
+
+
+def test_a_user_interface_without_the_api_behind_it(kfp_server: KfpServer) -> None:
+    kfp_server.ready = False
+    with pytest.raises(KfpError, match="the API behind it does not"):
+        connect(kfp_server.url)

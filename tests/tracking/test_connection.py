@@ -143,3 +143,16 @@ def _answering(status: int) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_links_lead_where_people_open_mlflow(monkeypatch):
+    where = "/#/experiments/1/runs/abc?workflowType=machine_learning"
+    monkeypatch.delenv(connection.UI, raising=False)
+    assert (
+        connection.page("http://user:secret@mlflow.ncsn-system:5000", "1", "abc")
+        == f"http://mlflow.ncsn-system:5000{where}"
+    )
+    assert connection.page("sqlite:////tmp/mlflow.db", "1", "abc") == ""
+    monkeypatch.setenv(connection.UI, "https://mlflow.example/")
+    for uri in ("http://mlflow.ncsn-system:5000", "postgresql://mlflow@postgres/mlflow"):
+        assert connection.page(uri, "1", "abc") == f"https://mlflow.example{where}"
