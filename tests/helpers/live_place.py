@@ -26,7 +26,6 @@ SMALL = {
     "sampling.sampler.steps_per_level": 2,
     "evaluation.classifier_epochs": 5,
     "compute.num_workers": 1,
-    "compute.kuberay.head_cpus": 1,
     "compute.kuberay.head_memory": "3Gi",
     "compute.kuberay.memory_per_worker": "2Gi",
     "compute.kuberay.shm_per_worker": "512Mi",
