@@ -108,11 +108,14 @@ def kubeflow() -> Iterator[Kubeflow]:
 
 
 @pytest.fixture(scope="session")
-def prepared(kubeflow: Kubeflow, infra: Infra, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def prepared(
+    kubeflow: Kubeflow, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Its namespace made ready for our pipelines, unless it is."""
     if exists("configmap", ENVIRONMENT, "--namespace", NAMESPACE):
         yield
         return
+    infra: Infra = request.getfixturevalue("infra")
     ours = infra.for_namespace(NAMESPACE, tmp_path_factory.mktemp("kubeflow"))
     kubectl("label", "namespace", NAMESPACE, "ncsn.dev/pipelines=true", "--overwrite")
     try:
