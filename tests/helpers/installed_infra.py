@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
@@ -44,11 +43,12 @@ class Infra:
         for path in self.folder.rglob("*.yaml"):
             text = re.sub(r"\bncsn-system\b", self.system, path.read_text())
             path.write_text(re.sub(r"(?<![\w./-])kubeflow(?![\w./-])", self.pipelines, text))
-        services = self._kustomization("services")
         name, _, tag = image_under_test().rpartition(":")
-        for entry in services["images"]:
-            entry |= {"newName": name, "newTag": tag}
-        self._write("services", services)
+        for path in self.folder.rglob("kustomization.yaml"):
+            settings = yaml.safe_load(path.read_text())
+            for entry in settings.get("images", []):
+                entry |= {"newName": name, "newTag": tag}
+            path.write_text(yaml.safe_dump(settings))
 
     @property
     def servers(self) -> Namespace:
@@ -80,10 +80,11 @@ class Infra:
 
     def apply_without_servers(self) -> None:
         """All of the overlay standalone but the servers, and the keys."""
-        settings = self._kustomization("standalone")
+        overlays = self.folder / "overlays"
+        settings = yaml.safe_load((overlays / "standalone" / "kustomization.yaml").read_text())
         settings["resources"].remove("../services")
-        settings["images"] = self._kustomization("services")["images"]
-        self._write("without-servers", settings)
+        (overlays / "without-servers").mkdir(exist_ok=True)
+        (overlays / "without-servers" / "kustomization.yaml").write_text(yaml.safe_dump(settings))
         apply(self._credentials(self.pipelines))
         self.apply("without-servers")
 
@@ -98,16 +99,6 @@ class Infra:
         for item in self.servers.get("statefulsets,deployments")["items"]:
             name = f"{item['kind'].lower()}/{item['metadata']['name']}"
             kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=5m", seconds=310)
-
-    def _kustomization(self, overlay: str) -> dict[str, Any]:
-        file = self.folder / "overlays" / overlay / "kustomization.yaml"
-        settings: dict[str, Any] = yaml.safe_load(file.read_text())
-        return settings
-
-    def _write(self, overlay: str, settings: dict[str, Any]) -> None:
-        file = self.folder / "overlays" / overlay / "kustomization.yaml"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(settings))
 
     def _credentials(self, namespace: str) -> Resource:
         key, secret = self.keys
