@@ -49,13 +49,13 @@ def test_terminate_leaves_nothing_at_work(pipelines: Place, kubeflow: Kubeflow) 
 
 @pytest.mark.timeout(1800)
 def test_a_step_that_fails_is_named_with_its_reason(pipelines: Place, kubeflow: Kubeflow) -> None:
-    run = pipelines.folder
-    workers = 999
-    options = pipelines.options({"compute.backend": "local", "compute.num_workers": workers})
-    command = pipelines.commands.run("submit", "--json", "--wait", *options, "--run", run, seconds=1200, code=1)
+    """Only the step train knows that CPUs cannot train in float16."""
+    run, precision = pipelines.folder, "float16"
+    options = pipelines.options({"train.precision": precision})
+    command = pipelines.commands.run("submit", "--json", "--wait", *options, "--run", run, seconds=1500, code=1)
     assert kubeflow.run(command.result()["id"])["state"] == "FAILED"
     status = pipelines.stored(f"runs/{run}/status.json")
     assert (status["status"], status["failed_step"]) == ("FAILED", "train")
-    assert str(workers) in status["reason"]
-    assert str(workers) in command.said
-    assert pipelines.tracked(run) == {"FAILED"}
+    assert precision in status["reason"]
+    assert precision in command.said
+    assert pipelines.tracked(run) == {"FINISHED", "FAILED"}, "the step ingest finished, the run as a whole did not"
