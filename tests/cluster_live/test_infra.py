@@ -32,7 +32,7 @@ print("same")
 """
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_servers_become_ready_and_a_second_apply_is_taken(infra: Infra) -> None:
     infra.apply("standalone")
     infra.wait_for_servers()

@@ -98,7 +98,7 @@ class Infra:
         """Until all are ready."""
         for item in self.servers.get("statefulsets,deployments")["items"]:
             name = f"{item['kind'].lower()}/{item['metadata']['name']}"
-            kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=5m", seconds=310)
+            kubectl("rollout", "status", name, "--namespace", self.system, "--timeout=10m", seconds=620)
 
     def _credentials(self, namespace: str) -> Resource:
         key, secret = self.keys
