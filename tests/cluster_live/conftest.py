@@ -1,7 +1,7 @@
 """A real cluster, `infra/` on it under other names, and a namespace for each test: what `make test-cluster` runs.
 
 KUBECONFIG names the cluster, NCSN_IMAGE the image of all pods. What a failed test leaves to see is in the folder that
-NCSN_EVIDENCE names, by default cluster-evidence.
+NCSN_EVIDENCE names, by default cluster-evidence. NCSN_PATIENCE is a factor of all limits of time, by default 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from installed_infra import ENVIRONMENT, Infra, image_under_test, reached
 from kubeflow_pipelines import NAMESPACE, Kubeflow, find_kubeflow
 from live_place import Place
 from ncsn_commands import ROOT, Commands
-from real_cluster import Namespace, exists, kubectl, new_namespace, require_cluster
+from real_cluster import PATIENCE, Namespace, exists, kubectl, new_namespace, require_cluster
 
 EVIDENCE = Path(os.environ.get("NCSN_EVIDENCE", ROOT / "cluster-evidence"))
 FAILED = pytest.StashKey[bool]()
@@ -43,9 +43,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what all others rely on, last what takes longest."""
+    """First what all others rely on, last what takes longest, and each as long as a busy cluster needs."""
     order = ("test_infra", "test_start", "test_training", "test_ending", "test_pipelines")
-    items.sort(key=lambda item: order.index(item.path.stem))
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    for item in ours:
+        (limit,) = item.iter_markers("timeout")
+        item.add_marker(pytest.mark.timeout(limit.args[0] * PATIENCE), append=False)
+    items[:] = [item for item in items if item not in ours] + sorted(ours, key=lambda item: order.index(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from installed_infra import CREDENTIALS, ENVIRONMENT, Infra, image_under_test
 from ncsn_commands import ROOT
-from real_cluster import apply, eventually, kubectl
+from real_cluster import PATIENCE, apply, eventually, kubectl
 
 if TYPE_CHECKING:
     from live_place import Place
@@ -63,7 +63,7 @@ def test_an_artifact_goes_up_and_down_from_this_machine(home: Place) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=150 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "same"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from real_cluster import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,15 +35,17 @@ class Command:
     err: Path
 
     def wait(self, seconds: float) -> int:
-        """Its exit code.
+        """Its exit code, within `seconds` times `PATIENCE`.
 
         Raises:
             AssertionError: if it takes longer.
         """
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still at work after {seconds:g} s; it said last: {self.said[-2000:]}") from None
+            raise AssertionError(
+                f"still at work after {seconds * PATIENCE:g} s; it said last: {self.said[-2000:]}"
+            ) from None
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""

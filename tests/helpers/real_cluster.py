@@ -17,6 +17,8 @@ Resource = dict[str, Any]
 
 PURPOSE = {"app.kubernetes.io/part-of": "ncsn-test-cluster"}
 """Label of every namespace that the tests make."""
+PATIENCE = float(os.environ.get("NCSN_PATIENCE", "1"))
+"""Factor of every limit of time, for a cluster that is slow or busy with other work."""
 READY = {"ncsn.dev/pipelines": "true", "pod-security.kubernetes.io/enforce": "restricted"}
 WORKERS, HEADS = "ray.io/node-type=worker", "ray.io/node-type=head"
 
@@ -31,17 +33,18 @@ def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> s
     Args:
         arguments: Of kubectl.
         stdin: What it reads.
-        seconds: How long it may take.
+        seconds: How long it may take, times `PATIENCE`.
 
     Raises:
         KubectlFailed: if it exits with another code than 0, or takes longer.
     """
+    limit = seconds * PATIENCE
     try:
         done = subprocess.run(
-            ["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=seconds
+            ["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=limit
         )
     except subprocess.TimeoutExpired:
-        raise KubectlFailed(f"kubectl {' '.join(arguments)}: no answer in {seconds:g} s") from None
+        raise KubectlFailed(f"kubectl {' '.join(arguments)}: no answer in {limit:g} s") from None
     if done.returncode:
         raise KubectlFailed(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -74,7 +77,7 @@ def eventually(condition: Callable[[], object], what: str, *, seconds: float) ->
     Args:
         condition: Called every second.
         what: What it waits for, in words.
-        seconds: How long.
+        seconds: How long, times `PATIENCE`.
 
     Returns:
         Seconds that it took.
@@ -82,9 +85,9 @@ def eventually(condition: Callable[[], object], what: str, *, seconds: float) ->
     Raises:
         AssertionError: if it does not hold in time.
     """
-    started = time.monotonic()
+    started, limit = time.monotonic(), seconds * PATIENCE
     while not condition():
-        assert time.monotonic() - started < seconds, f"waited {seconds:g} s in vain until {what}"
+        assert time.monotonic() - started < limit, f"waited {limit:g} s in vain until {what}"
         time.sleep(1)
     return time.monotonic() - started
 
