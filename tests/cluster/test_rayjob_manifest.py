@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kuberay_rules import house_errors, load_schemas, operator_errors, schema_errors
+from kuberay_rules import fill_defaults, house_errors, load_schemas, operator_errors, schema_errors
 
 from ncsn.cluster.rayjob_manifest import JobRequest, fit_to_schema, load_template, render
 from ncsn.config.compute import ComputeConfig
@@ -82,6 +82,27 @@ def test_the_api_server_accepts_it(name: str, version: str) -> None:
     assert unknown == [], "this version of the CRD knows every field"
     assert fitted == VARIANTS[name]
     assert schema_errors(fitted, SCHEMAS[version]) == []
+
+
+@needs_schemas
+@pytest.mark.parametrize("version", list(SCHEMAS))
+def test_the_emulated_api_server_fills_in_the_defaults_of_the_crds(version: str) -> None:
+    spec = SCHEMAS[version]["properties"]["spec"]
+    group = spec["properties"]["rayClusterSpec"]["properties"]["workerGroupSpecs"]["items"]
+    filled: dict[str, Any] = {"spec": {"rayClusterSpec": {"workerGroupSpecs": [{}]}}}
+    fill_defaults(filled)
+    (workers,) = filled["spec"].pop("rayClusterSpec")["workerGroupSpecs"]
+    for values, schema in ((filled["spec"], spec), (workers, group)):
+        assert values and all(schema["properties"][name]["default"] == value for name, value in values.items())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_default_decides_how_many_workers_there_are(name: str) -> None:
+    filled = copy.deepcopy(VARIANTS[name])
+    fill_defaults(filled)
+    (workers,), (asked,) = (each["spec"]["rayClusterSpec"]["workerGroupSpecs"] for each in (filled, VARIANTS[name]))
+    assert {key: value for key, value in workers.items() if key != "numOfHosts"} == asked
+    assert operator_errors(filled) == house_errors(filled) == []
 
 
 @needs_schemas

@@ -42,6 +42,19 @@ def schema_errors(manifest: Manifest, schema: Manifest) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
 
 
+def fill_defaults(job: Manifest) -> None:
+    """What the API server adds to a RayJob, by the defaults of the CRDs of KubeRay 1.6.2 and 1.7.0."""
+    spec = job["spec"]
+    spec.setdefault("submissionMode", "K8sJobMode")
+    spec.setdefault("backoffLimit", 0)
+    spec.setdefault("ttlSecondsAfterFinished", 0)
+    for rule in spec.get("deletionStrategy", {}).get("deletionRules", []):
+        rule["condition"].setdefault("ttlSeconds", 0)
+    for group in spec.get("rayClusterSpec", {}).get("workerGroupSpecs", []):
+        for name, value in {"replicas": 0, "minReplicas": 0, "maxReplicas": UNBOUNDED, "numOfHosts": 1}.items():
+            group.setdefault(name, value)
+
+
 def operator_errors(job: Manifest) -> list[str]:
     """What KubeRay's validation or Kueue's webhook refuses of a RayJob."""
     return list(_operator_errors(job["metadata"], job["spec"]))

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from cluster_state import Cluster, Refusal, merge
-from kuberay_rules import schema_errors
+from kuberay_rules import fill_defaults, schema_errors
 
 NAMESPACE = "kubeflow"
 USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner"
@@ -139,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "create":
             if cluster.schema and (errors := schema_errors(body, cluster.schema)):
                 raise Refusal(422, "Invalid", f"RayJob is invalid: {errors[0]}")
+            fill_defaults(body)
             created = cluster.create("rayjobs", body)
             cluster.on_create(body["metadata"]["name"])
             self._send(created, 201)
