@@ -29,6 +29,7 @@ _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/name
 TIMEOUTS = (5, 30)
 _AWAY = {429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 10.0
+_LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
 
 class KubernetesApi:
@@ -224,18 +225,18 @@ class KubernetesApi:
             response.close()
 
     def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
-        """What a container wrote last before it ended and was started again; empty if nobody knows any more.
+        """What a container that has ended wrote last; empty if nobody knows any more.
 
         Raises:
             PermissionError: if logs may not be read.
         """
         read = self._core.read_namespaced_pod_log
-        options = {"container": container, "previous": True, "tail_lines": lines}
+        options = {"container": container, "tail_lines": lines}
         try:
             text = self._call("get", "pods/log", read, pod, self.namespace, **options, missing="")
-        except ValueError:  # HTTP 400: there is no earlier container, or its log is gone
+        except ValueError:  # HTTP 400: it has not started
             return []
-        return str(text).splitlines()
+        return [line for line in str(text).splitlines() if not line.startswith(_LOST_LOG)]
 
     def allowed(self, verb: str, resource: str) -> bool:
         """Whether the caller may do this here, for example `create` on `rayjobs.ray.io` or `get` on `pods/log`."""

@@ -33,6 +33,11 @@ class JobState:
         return self.deployment in _TERMINAL
 
     @property
+    def ended_by_operator(self) -> bool:
+        """Whether it failed by a limit of the operator and not by what its driver did."""
+        return self.reason.endswith("Exceeded") or self.deployment == "ValidationFailed"
+
+    @property
     def starting(self) -> bool:
         """Whether its cluster is being made."""
         return self.deployment in {"", "Initializing"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -81,7 +82,7 @@ class KubeRay:
                 with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "driver.log")) as log:
                     state = self._watch(name, step, pods)
                     log.finish()
-                    cause = log.first_error() or pods.cause or state.explain()
+                    cause = _cause(state, pods, log)
             # What failed stays to be looked at, if the operator has rules to delete it later.
             if not (state.kept and "deletionStrategy" in manifest["spec"]):
                 self._api.delete_rayjob(name)
@@ -157,7 +158,7 @@ class KubeRay:
 
     def _watch(self, name: str, step: RemoteStep, pods: PodWatch) -> JobState:
         """Wait for the end of the RayJob. What counts is its status as read, not the events on the way."""
-        shown = ""
+        shown, start = "", _Start(self._compute.kuberay.max_start_minutes)
         while True:
             found = self._api.rayjob(name)
             if found is None:
@@ -170,7 +171,7 @@ class KubeRay:
                 return state
             if state.failed and step.mistaken():
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
-            if state.reason == "PreRunningDeadlineExceeded":  # KubeRay would try again for as long
+            if start.has_failed(state):  # KubeRay would try again, for as long
                 raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
             hopeless = pods.look(found)
             if hopeless and state.starting:
@@ -223,6 +224,34 @@ class KubeRay:
                 raise
         else:
             say(f"RayJob {name} deleted")
+
+
+def _cause(state: JobState, pods: PodWatch, log: PodLog) -> str:
+    """The driver's own error, unless it was the operator that ended it."""
+    if state.ended_by_operator:
+        return "; ".join(filter(None, (" ".join(state.message.split()), pods.cause)))
+    return log.first_error() or pods.cause or state.explain()
+
+
+class _Start:
+    """Sees that a cluster did not start in time. KubeRay says so for a moment only, which a look may miss."""
+
+    def __init__(self, minutes: float) -> None:
+        self._enough = 0.9 * 60 * minutes
+        self._failed: int | None = None
+        self._began = math.inf
+
+    def has_failed(self, state: JobState) -> bool:
+        if state.reason == "PreRunningDeadlineExceeded":
+            return True
+        now, another = time.monotonic(), self._failed is not None and state.failed > self._failed
+        late = another and now - self._began > self._enough
+        if not state.starting:
+            self._began = math.inf
+        elif another or self._began == math.inf:
+            self._began = now
+        self._failed = state.failed
+        return late
 
 
 def _now() -> str:

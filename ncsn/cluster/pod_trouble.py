@@ -15,11 +15,13 @@ _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerEr
 _REFUSED_IMAGE = re.compile(
     r"not found|no such host|manifest unknown|denied|unauthorized|authorization failed|invalid reference", re.IGNORECASE
 )
+_REPEATED_NAME = re.compile(r'failed to (pull and unpack image|resolve reference) "[^"]*": ')  # containerd's
 _CRASHES_THAT_TELL = 3
 _STATUSES = {"initContainers": "initContainerStatuses", "containers": "containerStatuses"}
 _VOLUMES_AND_SANDBOX = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
 _REFUSED_POD = re.compile(r"^Failed(Create$|ToCreate(Head|Worker)Pod$)")
 _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
+_UNUSED_QUOTA = re.compile(r"exceeded quota.* used: (\S+,)?[^,\s]+=0[,\s]")  # no other pod makes room by its end
 _PASSING_REFUSAL = re.compile(r"exceeded quota|timeout|try again|connection refused", re.IGNORECASE)
 
 
@@ -53,9 +55,8 @@ def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
     status = pod.get("status", {})
     if status.get("phase") == "Failed" and status.get("reason"):
         return Trouble(status["reason"], _one_line(status.get("message", "")), final=True)
-    images = {each["name"]: each["image"] for kind in _STATUSES for each in pod["spec"].get(kind, [])}
     for container in (each for kind in _STATUSES.values() for each in status.get(kind, [])):
-        if trouble := _trouble_of_container(container, images[container["name"]], events):
+        if trouble := _trouble_of_container(container, pod["spec"], events):
             return trouble
     return _trouble_of_pending(status, events) if status.get("phase", "Pending") == "Pending" else None
 
@@ -71,16 +72,18 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
             return None
         if _REFUSED_POD.match(event.get("reason", "")):
             message = _one_line(event.get("message", ""))
-            return Trouble(event["reason"], message, final=not _PASSING_REFUSAL.search(message))
+            passing = _PASSING_REFUSAL.search(message) and not _UNUSED_QUOTA.search(message)
+            return Trouble(event["reason"], message, final=not passing)
     return None
 
 
-def _trouble_of_container(container: Resource, image: str, events: Sequence[Resource]) -> Trouble | None:
+def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[Resource]) -> Trouble | None:
     name = container["name"]
+    image = next(each["image"] for kind in _STATUSES for each in spec.get(kind, []) if each["name"] == name)
     waiting = container.get("state", {}).get("waiting", {})
     reason, said = waiting.get("reason", ""), _one_line(waiting.get("message", ""))
     if reason in _IMAGE:
-        why = _pull_failure(said, events)
+        why = _REPEATED_NAME.sub("", _pull_failure(said, events))
         # ErrImagePull is the first try; the back-off means that it failed again.
         refused = reason != "ErrImagePull" and _REFUSED_IMAGE.search(why) is not None
         final = refused or reason in {"InvalidImageName", "ErrImageNeverPull"}
@@ -89,7 +92,7 @@ def _trouble_of_container(container: Resource, image: str, events: Sequence[Reso
         return Trouble(reason, f"container {name}: {said}", final=reason != "CreateContainerError", container=name)
     ended = container.get("state", {}).get("terminated", {})
     if ended.get("exitCode", 0) != 0:
-        return _trouble_of_end(name, ended, restarts=0, final=True)
+        return _trouble_of_end(name, ended, restarts=0, final=spec.get("restartPolicy") == "Never")
     ended = container.get("lastState", {}).get("terminated", {})
     if reason == "CrashLoopBackOff":
         restarts = container.get("restartCount", 0)

@@ -52,11 +52,12 @@ class PodWatch:
         now, hopeless = time.monotonic(), dict[str, float]()
         self.cause = None
         for name, (pod, trouble) in troubles.items():
-            self.cause = self._tell(name, pod, trouble)
+            cause = self._tell(name, pod, trouble)
+            self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
             if name in self._hopeless_since or _is_hopeless(pod, trouble):
                 hopeless[name] = self._hopeless_since.get(name, now)
                 if _is_hopeless(pod, trouble) and now - hopeless[name] >= CONFIRM_SECONDS:
-                    return self.cause
+                    return cause
         self._hopeless_since = hopeless
         return None
 
@@ -84,7 +85,9 @@ class PodWatch:
         if trouble.container:
             with suppress(PermissionError):
                 words = self._api.last_words(name, trouble.container, lines=_LAST_LINES)
-        self._say_once(_group(pod), trouble.reason, "\n  | ".join([cause, *words]))
+        # The kubelet changes between these two, for one cause.
+        reason = trouble.reason.replace("ErrImagePull", "ImagePullBackOff")
+        self._say_once(_group(pod), reason, "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
         return f"{cause}: {said}" if said else cause
 

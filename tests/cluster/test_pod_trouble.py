@@ -20,7 +20,7 @@ def pod(container: dict[str, Any] | None = None, **status: Any) -> dict[str, Any
     statuses = {"containerStatuses": [{"name": "main", "restartCount": 0, **container}]} if container else {}
     return {
         "metadata": {"name": "task"},
-        "spec": {"containers": [{"name": "main", "image": IMAGE}]},
+        "spec": {"restartPolicy": "Always", "containers": [{"name": "main", "image": IMAGE}]},
         "status": {"phase": "Pending", **statuses, **status},
     }
 
@@ -81,6 +81,14 @@ def test_a_container_that_was_killed_for_memory_says_so(container: dict[str, Any
     assert trouble is not None and trouble.reason == "OOMKilled" and "137" in trouble.message
 
 
+@pytest.mark.parametrize(("policy", "final"), [("Never", True), ("Always", False)])
+def test_the_end_of_a_container_is_final_where_it_is_not_started_again(policy: str, *, final: bool) -> None:
+    over = pod({"state": ended(1)}, phase="Running")
+    over["spec"]["restartPolicy"] = policy
+    trouble = trouble_of(over, [])
+    assert trouble is not None and (trouble.reason, trouble.final) == ("Error", final)
+
+
 def test_an_init_container_counts_too() -> None:
     init = {"name": "first", "restartCount": 0, **waiting("CreateContainerConfigError", 'secret "keys" not found')}
     stuck = pod(waiting("PodInitializing"), initContainerStatuses=[init])
@@ -132,3 +140,12 @@ def test_pods_that_are_refused_are_told_by_their_owners_events() -> None:
     refused = trouble_of_owner([quota, policy])
     assert refused is not None and refused.final and refused.reason == "FailedToCreateHeadPod"
     assert trouble_of_owner([quota, event("SuccessfulCreate", "Created pod: x", "Normal")]) is None
+
+
+@pytest.mark.parametrize(
+    ("used", "final"), [("limits.memory=0,requests.memory=0", True), ("requests.memory=3Gi", False)]
+)
+def test_a_pod_above_a_quota_that_nobody_uses_is_refused_for_good(used: str, *, final: bool) -> None:
+    words = f'pods "x" is forbidden: exceeded quota: small, requested: requests.memory=6Gi, used: {used}, limited: y'
+    trouble = trouble_of_owner([event("FailedToCreateHeadPod", words)])
+    assert trouble is not None and trouble.final == final

@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(POLL_SECONDS)
 
     def _send_log(self, pod: str, query: dict[str, str]) -> None:
-        if "previous" in query:
+        if "tailLines" in query:
             self._send_last_words(pod, int(query["tailLines"]))
             return
         log = self.cluster.logs.get(pod)
@@ -240,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_last_words(self, pod: str, lines: int) -> None:
         words = self.cluster.last_words.get(pod)
         if words is None:
-            raise Refusal(400, "BadRequest", f'previous terminated container in pod "{pod}" not found')
+            raise Refusal(400, "BadRequest", f'container "ray-head" in pod "{pod}" is waiting to start: trying to pull')
         with self._stream("text/plain") as send:
             for word in words[-lines:]:
                 send(f"{word}\n".encode())
