@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ncsn.cluster.rayjob_manifest import bytes_of
+from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig
 
 GPU = "nvidia.com/gpu"
@@ -61,18 +62,18 @@ SIZES = {
 }
 """Of the tasks that always work in their own pods."""
 LAUNCHER = Size(("100m", "512Mi"), ("1", "2Gi"))
-"""Of a task that waits for the cluster on which its step works."""
+"""Of a task that waits for the cluster on which its step works, or has nothing to search."""
 UNKNOWN = Size(("1", "2Gi"), ("8", "16Gi"))
 """Of a task that may work in its own pod, by a config that is not known yet."""
 
 
-def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], compute: ComputeConfig | None) -> None:
+def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Config | None) -> None:
     """Give every task of a compiled pipeline its size and its retries, in place.
 
     Args:
         spec: The pipeline.
         platforms: What the compiler says of it to Kubernetes, if anything.
-        compute: Of the config that it will run with; None if that is not known yet.
+        config: The experiment that it will run; None if that is not known yet.
     """
     for task in _tasks(spec):
         if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
@@ -82,13 +83,13 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], compute: Comp
             continue
         label = component["executorLabel"]
         container = spec["deploymentSpec"]["executors"][label]["container"]
-        fixed = SIZES.get(label.removeprefix("exec-"))
-        container["resources"] = (fixed or _size(compute)).as_resources()
-        if fixed is None and compute is not None and compute.backend == "local":
+        step = label.removeprefix("exec-")
+        container["resources"] = (SIZES.get(step) or _size(step, config)).as_resources()
+        if step not in SIZES and config is not None and config.compute.backend == "local":
             # The task's own pod computes: it goes where the config wants the workers, and hands nothing on.
             component.pop("taskConfigPassthroughs", None)
             for platform in platforms:
-                _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], compute)
+                _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], config.compute)
 
 
 def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -96,10 +97,11 @@ def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from component.get("dag", {}).get("tasks", {}).values()
 
 
-def _size(compute: ComputeConfig | None) -> Size:
-    if compute is None:
+def _size(step: str, config: Config | None) -> Size:
+    if config is None:
         return UNKNOWN
-    if compute.backend != "local":
+    compute, idle = config.compute, step == "tune" and config.search is None
+    if idle or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, memory = compute.max_workers, bytes_of(compute.kuberay.memory_per_worker)

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from kfp import compiler
 
-from ncsn.config.compute import ComputeConfig
+from ncsn.config import Config
 from pipelines.cluster_fit import fit
 from pipelines.sample_pipeline import sample_pipeline
 from pipelines.search_pipeline import search_pipeline
@@ -21,19 +21,19 @@ PIPELINES = {
 }
 
 
-def compile_all(folder: Path = COMPILED, compute: ComputeConfig | None = None) -> list[Path]:
+def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
     """Write `<name>.yaml` of each pipeline into `folder`; the paths written. See `compile_one`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [compile_one(name, folder, compute) for name in PIPELINES]
+    return [compile_one(name, folder, config) for name in PIPELINES]
 
 
-def compile_one(name: str, folder: Path, compute: ComputeConfig | None = None) -> Path:
+def compile_one(name: str, folder: Path, config: Config | None = None) -> Path:
     """Write `<name>.yaml` of one pipeline into `folder`.
 
     Args:
         name: One of `PIPELINES`.
         folder: Where to.
-        compute: Of the config that it will run with, which decides how large its pods are; None = not known yet.
+        config: The experiment that it will run, which decides how large its pods are; None = not known yet.
 
     Returns:
         The path.
@@ -42,7 +42,7 @@ def compile_one(name: str, folder: Path, compute: ComputeConfig | None = None) -
     compiler.Compiler().compile(PIPELINES[name], str(path))
     text = path.read_text()
     spec, *platforms = yaml.safe_load_all(text)
-    fit(spec, platforms, compute)
+    fit(spec, platforms, config)
     heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     path.write_text(heading + yaml.safe_dump_all([spec, *platforms], sort_keys=True))
     return path

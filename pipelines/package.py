@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ncsn.config.compute import ComputeConfig
+from ncsn.config import Config
 from pipelines.compile import PIPELINES, compile_one
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -30,7 +30,7 @@ def package(
     *,
     cache: bool = True,
     known: Sequence[str] = (),
-    compute: ComputeConfig | None = None,
+    config: Config | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The compiled pipeline in a file that goes when the block ends, and the checked arguments.
 
@@ -39,7 +39,7 @@ def package(
         given: Arguments, see `arguments_for`.
         cache: False keeps every task out of KFP's cache.
         known: Tasks that may be cached in addition, because the arguments tell all that they depend on.
-        compute: Of the config that it will run with; None if that is not known.
+        config: The experiment that it will run; None if that is not known.
 
     Raises:
         ValueError: for an unknown pipeline, or arguments that do not fit.
@@ -49,7 +49,7 @@ def package(
         choices = ", ".join(known.removesuffix("_pipeline") for known in PIPELINES)
         raise ValueError(f"--pipeline {pipeline}: no such pipeline; choose one of {choices}")
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
-        path = compile_one(name, Path(folder), compute)
+        path = compile_one(name, Path(folder), config)
         spec, *platforms = yaml.safe_load_all(path.read_text())
         arguments = arguments_for(spec, given)
         _set_caching(spec, cache=cache, known=known)

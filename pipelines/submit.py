@@ -12,7 +12,7 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
-from ncsn.config.compute import ComputeConfig
+from ncsn.config import Config
 from pipelines.connection import Connection, KfpError, reason_of
 from pipelines.cron import kfp_schedule
 from pipelines.package import package
@@ -30,7 +30,7 @@ class Submission:
         service_account: Of the pods; None = the cluster's default.
         cache: False makes every task work anew.
         known: Tasks that KFP may cache in addition, because the arguments tell all that they depend on.
-        compute: Of the config, which decides how large the pods are; None if it is not known.
+        config: The experiment, which decides how large the pods are; None if it is not known.
     """
 
     pipeline: str
@@ -40,7 +40,7 @@ class Submission:
     service_account: str | None = None
     cache: bool = True
     known: Sequence[str] = ()
-    compute: ComputeConfig | None = None
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _packed(submission: Submission) -> contextlib.AbstractContextManager[tuple[P
         submission.arguments,
         cache=submission.cache,
         known=submission.known,
-        compute=submission.compute,
+        config=submission.config,
     )
 
 

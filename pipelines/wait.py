@@ -58,7 +58,7 @@ def wait(
     while True:
         run = _ask(connection, run_id, poll_seconds)
         titles = _titles(run)
-        for name, state in {**_tasks(run, titles), "": run.state or "UNKNOWN"}.items():
+        for name, state in {**_tasks(run, titles), "": run.state or "PENDING"}.items():
             if shown.get(name) != state:
                 shown[name] = state
                 say(f"{titles[name]}: {state}" if name else state)

@@ -31,8 +31,8 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
     from pipelines.compile import COMPILED, compile_all
 
     known = config_uri is not None or overrides
-    compute = resolve(config_uri, overrides=overrides).config.compute if known else None
-    for path in compile_all(folder or COMPILED, compute):
+    config = resolve(config_uri, overrides=overrides).config if known else None
+    for path in compile_all(folder or COMPILED, config):
         click.echo(path)
 
 

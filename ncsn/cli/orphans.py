@@ -8,6 +8,7 @@ import click
 
 from ncsn.cli.failures import describe
 
+_PATIENCE_SECONDS = 30.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
@@ -17,7 +18,7 @@ def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_
     from ncsn.cluster.api import KubernetesApi
     from ncsn.steps.janitor import clean_up
 
-    api, well, deeds = KubernetesApi(namespace), True, 0
+    api, well, deeds = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
     for deed in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
         deeds += 1
         if deed.error is None:

@@ -53,14 +53,14 @@ def prepare(
         name = run or given.get("model", "").removeprefix("models:/") or pipeline
         default_experiment = TrackingConfig.model_fields["experiment"].default
         known: tuple[str, ...] = ()
-        compute = None
+        config = None
     else:
         target = resolve(config_uri, overrides=overrides, run=run)
         arguments = _experiment_arguments(target, given_run=run, scheduled=scheduled)
         name = target.config.name if scheduled else target.run
         default_experiment = target.config.tracking.experiment
         known = ("ingest",) if "content" in arguments else ()
-        compute = target.config.compute
+        config = target.config
     if taken := arguments.keys() & given.keys():
         raise ValueError(f"--param {min(taken)}: this one comes from --config, --set and --run")
     return Submission(
@@ -71,7 +71,7 @@ def prepare(
         service_account=service_account,
         cache=cache and not scheduled,
         known=known,
-        compute=compute,
+        config=config,
     )
 
 

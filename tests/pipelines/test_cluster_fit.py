@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from ncsn.config import from_yaml
 from ncsn.config.compute import ComputeConfig
 from pipelines.cluster_fit import GPU, LAUNCHER, UNKNOWN
 from pipelines.compile import PIPELINES, compile_one
 
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 COMPUTING = ("train", "sample", "tune")
 LARGE = {
     "num_workers": [2, 4],
@@ -21,8 +23,13 @@ LARGE = {
 }
 
 
-def fitted(tmp_path: Path, name: str = "train_pipeline", compute: ComputeConfig | None = None) -> tuple[Any, Any]:
-    spec, platform = yaml.safe_load_all(compile_one(name, tmp_path, compute).read_text())
+def fitted(
+    tmp_path: Path, name: str = "train_pipeline", *, compute: ComputeConfig | None = None, searching: bool = True
+) -> tuple[Any, Any]:
+    config = None
+    if compute is not None:
+        config = from_yaml(DIGITS).model_copy(update={"compute": compute, "search": object() if searching else None})
+    spec, platform = yaml.safe_load_all(compile_one(name, tmp_path, config).read_text())
     return spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
@@ -71,6 +78,12 @@ def test_a_task_that_works_itself_is_as_large_as_its_workers(tmp_path: Path) -> 
         assert "taskConfigPassthroughs" not in spec["components"][f"comp-{task}"], "they would keep it off the pod"
     assert "accelerator" not in resources(spec)["ingest"]
     assert "nodeSelector" not in executors["exec-ingest"]
+
+
+def test_a_search_that_nobody_asks_for_reserves_nothing(tmp_path: Path) -> None:
+    spec, _ = fitted(tmp_path, compute=ComputeConfig.model_validate(LARGE), searching=False)
+    assert resources(spec)["tune"] == LAUNCHER.as_resources()
+    assert "accelerator" in resources(spec)["train"]
 
 
 def test_a_config_that_is_not_known_leaves_room(tmp_path: Path) -> None:
