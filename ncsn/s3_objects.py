@@ -7,6 +7,7 @@ back cut or padded with zeros. Here each is one request, which S3 answers with o
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +60,8 @@ def client() -> Any:
     """boto3's client, which threads share; the environment says where the store is and with which keys."""
     import boto3
     from botocore.config import Config
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of the keys that it found, in every worker's log
 
     # Tries are counted by `patiently`. A session of its own: boto3's shared one must not make clients in two threads
     # at once.
