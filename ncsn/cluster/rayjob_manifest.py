@@ -1,7 +1,7 @@
 """From a step to a RayJob: a reviewed template in which only named fields are filled.
 
-The template is `infra/base/kuberay/rayjob.yaml` of the source tree, to which `rayjob.yaml` beside this module is a link: a
-wheel carries its content. The image carries it as a file that NCSN_RAYJOB_TEMPLATE names.
+The template is `infra/base/kuberay/rayjob.yaml` of the source tree, to which `rayjob.yaml` beside this module is a
+link: a wheel carries its content. The image carries it as a file that NCSN_RAYJOB_TEMPLATE names.
 """
 
 from __future__ import annotations
