@@ -89,7 +89,9 @@ def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[
         final = refused or reason in {"InvalidImageName", "ErrImageNeverPull"}
         return Trouble(reason, f"image {image}: {why}" if why else f"image {image}", final=final)
     if reason in _CONFIG:
-        return Trouble(reason, f"container {name}: {said}", final=reason != "CreateContainerError", container=name)
+        return Trouble(
+            reason, f"container {name}: {said}", final=reason == "CreateContainerConfigError", container=name
+        )
     ended = container.get("state", {}).get("terminated", {})
     if ended.get("exitCode", 0) != 0:
         return _trouble_of_end(name, ended, restarts=0, final=spec.get("restartPolicy") == "Never")

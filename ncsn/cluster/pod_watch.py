@@ -43,14 +43,16 @@ class PodWatch:
             The cause if waiting does not help; None otherwise.
         """
         try:
-            troubles = dict(self._troubles(rayjob))
+            pods = self._api.pods(self._labels)
+            troubles = dict(self._troubles(pods, rayjob))
         except (ConnectionError, PermissionError) as error:
             self._say_once("", type(error).__name__, f"the pods cannot be looked at: {error}")
             return None
         groups = {_group(pod) for pod, _ in troubles.values()}
         self._said = {(group, reason) for group, reason in self._said if group in groups}
         now, hopeless = time.monotonic(), dict[str, float]()
-        self.cause = None
+        if pods or troubles:  # pods that are gone were deleted for what they waited for
+            self.cause = None
         for name, (pod, trouble) in troubles.items():
             cause = self._tell(name, pod, trouble)
             self.cause = self.cause or cause  # the oldest pod, which is the head: others wait for it
@@ -61,9 +63,9 @@ class PodWatch:
         self._hopeless_since = hopeless
         return None
 
-    def _troubles(self, rayjob: Resource) -> Iterator[tuple[str, tuple[Resource, Trouble]]]:
+    def _troubles(self, pods: list[Resource], rayjob: Resource) -> Iterator[tuple[str, tuple[Resource, Trouble]]]:
         budget = _MOST_EVENTS
-        for pod in self._api.pods(self._labels):
+        for pod in pods:
             if "deletionTimestamp" in pod["metadata"] or _is_finished_submitter(pod):
                 continue
             name, waits = pod["metadata"]["name"], pod["status"].get("phase") == "Pending"
