@@ -21,7 +21,8 @@ def test_an_image_that_cannot_be_pulled_is_named(place: Place, dataset: str) -> 
         eventually(place.namespace.rayjobs, "there is a RayJob", seconds=60)
         eventually(lambda: image in command.said, "the image is named", seconds=90)
         assert command.wait(240) not in (0, 2), command.said[-3000:]
-    assert image in command.said.splitlines()[-1]
+    (error,) = (line for line in command.said.splitlines() if line.startswith("error:"))
+    assert image in error
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
 
 
