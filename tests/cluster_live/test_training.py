@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from live_place import Place
 
 RUN = "mine"
-LONG = {"train.num_images": 192000}
+LONG = {"train.num_images": 96000, "train.checkpoint_every_images": 6400}
 """Training goes on for a minute or more after its first checkpoint."""
 
 
