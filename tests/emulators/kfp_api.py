@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.parser import BytesParser
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -172,22 +173,30 @@ class KfpServer:
         code = process.wait()
         text = re.sub(r"\x1b\[[0-9;]*m", "", (folder / "log.txt").read_text(errors="replace"))
         state = "FAILED" if code else "SUCCEEDED"
-        run["run_details"] = {"task_details": _task_details(text, state)}
+        spec = run["pipeline_spec"]
+        run["run_details"] = {"task_details": _task_details(text, state, spec.get("pipeline_spec", spec))}
         run["finished_at"] = _now()
         run["state"] = state
 
 
-def _task_details(log: str, state: str) -> list[Json]:
-    """Argo's nodes: with the retryStrategy of KFP's manifests one for each task and one for each of its tries."""
+def _task_details(log: str, state: str, spec: Json) -> list[Json]:
+    """Argo's nodes, in no order: with the retryStrategy of KFP's manifests one for each task and one for each try.
+
+    A task that was never begun is there once, without a state, and two nodes have not even a name.
+    """
     ended = re.findall(r"Task '([\w-]+)' finished with status (\w+)", log)
     states = {name: "SUCCEEDED" if end == "SUCCESS" else "FAILED" for name, end in ended}
-    nodes = {"root": state, "exit-handler-1": state}
+    nodes = {"ncsn-train-sd9mr": state, "root": state, "exit-handler-1": state, "exit-handler-1.onExit": "SUCCEEDED"}
+    executors = []
     for name, reached in states.items():
-        nodes |= {f"{name}-driver": "SUCCEEDED", name: reached, "executor": reached}
-    details = [{"display_name": "ncsn-train-sd9mr", "state": state}, {"display_name": "exit-handler-1.onExit(0)"}]
-    for name, reached in nodes.items():
-        details += [{"display_name": name, "state": reached}, {"display_name": f"{name}(0)", "state": reached}]
-    return details
+        nodes |= {f"{name}-driver": "SUCCEEDED", name: reached}
+        executors += [{"display_name": tried, "state": reached} for tried in ("executor", "executor(0)")]
+    details = [{"display_name": tried, "state": end} for name, end in nodes.items() for tried in (name, f"{name}(0)")]
+    components = (spec["root"], *spec["components"].values())
+    tasks = {name for component in components for name in component.get("dag", {}).get("tasks", {})}
+    never = [{"display_name": each} for name in tasks - nodes.keys() for each in (name, f"{name}-driver")]
+    found = [*details, *executors, *never, {"execution_id": "1"}, {"execution_id": "2"}]
+    return sorted(found, key=lambda each: sha256(json.dumps(each).encode()).digest())
 
 
 def _now() -> str:

@@ -17,8 +17,14 @@ _OBJECTS = {
 }
 
 
-def save_evidence(folder: Path, namespace: str) -> None:
-    """Write events, objects as YAML, and the log of every container (an earlier one's too) to `folder/NAMESPACE`."""
+def save_evidence(folder: Path, namespace: str, *, since: str = "") -> None:
+    """Write events, objects as YAML, and the log of every container (an earlier one's too) to `folder/NAMESPACE`.
+
+    Args:
+        folder: Where to.
+        namespace: Of what.
+        since: Time, as Kubernetes writes it; the logs of pods that ended and are older are left out.
+    """
     folder = folder / namespace
     folder.mkdir(parents=True, exist_ok=True)
     _keep(folder / "events.txt", "get", "events", "--sort-by=.lastTimestamp", "--namespace", namespace)
@@ -27,7 +33,8 @@ def save_evidence(folder: Path, namespace: str) -> None:
         _keep(folder / f"{name}.yaml", "get", *kinds, "--output=yaml", "--namespace", namespace)
     with contextlib.suppress(KubectlFailed):
         for pod in get("pods", "--namespace", namespace)["items"]:
-            _save_logs(folder / "logs", namespace, pod)
+            if pod["metadata"]["creationTimestamp"] >= since or pod["status"]["phase"] == "Running":
+                _save_logs(folder / "logs", namespace, pod)
 
 
 def _save_logs(folder: Path, namespace: str, pod: Resource) -> None:

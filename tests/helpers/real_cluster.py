@@ -86,10 +86,15 @@ def eventually(condition: Callable[[], object], what: str, *, seconds: float) ->
         AssertionError: if it does not hold in time.
     """
     started, limit = time.monotonic(), seconds * PATIENCE
-    while not condition():
-        assert time.monotonic() - started < limit, f"waited {limit:g} s in vain until {what}"
+    while True:
+        failure = ""
+        try:
+            if condition():
+                return time.monotonic() - started
+        except KubectlFailed as error:  # a busy API server answers the next time
+            failure = f"; {error}"
+        assert time.monotonic() - started < limit, f"waited {limit:g} s in vain until {what}{failure}"
         time.sleep(1)
-    return time.monotonic() - started
 
 
 @contextlib.contextmanager
