@@ -29,11 +29,8 @@ import yaml
 from ncsn.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
-from ncsn.evaluation.classifier import ClassifierRecipe
-from ncsn.evaluation.classifier_store import obtain_classifier
-from ncsn.evaluation.figures import measure_images
-from ncsn.evaluation.reference import obtain_reference
+from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.generation import evaluations_per_image, generate
 
 QUOTED = 64
@@ -148,28 +145,19 @@ def _load(uri: str) -> SamplingCheckpoint:
 
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
     """Quality and speed of the images made, and the quality of as many real test images."""
-    manifest = load_manifest(dataset)
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
-    recipe = ClassifierRecipe(
-        image_size=manifest.image_size,
-        channels=manifest.channels,
-        num_classes=len(manifest.class_names),
-        epochs=checkpoint.config.evaluation.classifier_epochs,
-        seed=0,
-    )
-    extractor = obtain_classifier(dataset, recipe, train=train, test=test).extractor
-    reference = obtain_reference(dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train")
+    reference = obtain_judge(checkpoint.config, dataset).reference
+    extractor = extractor_of(checkpoint.config, dataset)
 
     def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
-        figures = measure_images(
-            iter(images),
+        figures = measure(
+            map(extractor.extract, images),
             count=sum(map(len, images)),
-            extractor=extractor,
+            first_images=np.concatenate(images)[:NEIGHBOUR_IMAGES],
             reference=reference,
             training_images=train.images,
             num_splits=10,
             seed=0,
-            on_images=lambda _: None,
         ).figures
         values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)

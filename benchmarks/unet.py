@@ -38,15 +38,13 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import to_uint8
 from ncsn.data.cache import CACHE_DIR_VARIABLE, open_cache
-from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
-from ncsn.evaluation.classifier import ClassifierRecipe
-from ncsn.evaluation.classifier_store import obtain_classifier
-from ncsn.evaluation.figures import measure_images
-from ncsn.evaluation.reference import obtain_reference
+from ncsn.evaluation.extractors import batches
+from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.generation import generate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
@@ -169,25 +167,16 @@ class Judge:
 
     def fid(self, images: NDArray[np.uint8]) -> float:
         """Of uint8 images [N, H, W, C]."""
-        manifest = load_manifest(self.dataset)
-        train, test = open_cache(self.dataset, "train"), open_cache(self.dataset, "test")
-        epochs = _config().evaluation.classifier_epochs
-        recipe = ClassifierRecipe(
-            image_size=28, channels=1, num_classes=len(manifest.class_names), epochs=epochs, seed=0
-        )
-        extractor = obtain_classifier(self.dataset, recipe, train=train, test=test).extractor
-        reference = obtain_reference(
-            self.dataset, extractor, images=train.images, dataset_digest=manifest.digest, split="train"
-        )
-        measured = measure_images(
-            (images[at : at + SAMPLE_BATCH] for at in range(0, len(images), SAMPLE_BATCH)),
+        reference = obtain_judge(_config(), self.dataset).reference
+        extractor = extractor_of(_config(), self.dataset)
+        measured = measure(
+            map(extractor.extract, batches(images, batch_size=SAMPLE_BATCH)),
             count=len(images),
-            extractor=extractor,
+            first_images=images[:NEIGHBOUR_IMAGES],
             reference=reference,
-            training_images=train.images,
+            training_images=open_cache(self.dataset, "train").images,
             num_splits=2,
             seed=0,
-            on_images=lambda _: None,
         )
         return float(measured.figures["fid"].value)
 

@@ -15,11 +15,13 @@ import yaml
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.compute import bytes_of
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 PLAN = "plan.json"
 """Name of the plan in the folder of its run."""
 GIGABYTE = 1e9
+_BY_WORKERS = ("train", "sample", "evaluate")
 NEIGHBOUR_SEARCHES = 2
 """How often the evaluation looks through the training images: for the samples and for real test images."""
 
@@ -140,10 +142,10 @@ def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
 
 
 def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
-    """What `seconds` of a step come to: training and sampling reserve all workers, any other step one."""
+    """What `seconds` of a step come to: training, sampling and evaluation reserve all workers, any other step one."""
     compute = config.compute
-    workers = compute.max_workers if step in ("train", "sample") else 1
-    gpus = workers if compute.use_gpu and step in ("train", "sample", "evaluate") else 0
+    workers = compute.max_workers if step in _BY_WORKERS else 1
+    gpus = workers if compute.use_gpu and step in _BY_WORKERS else 0
     return cost(seconds, cores=workers * compute.cpus_per_worker, gpus=gpus, prices=prices)
 
 
@@ -159,12 +161,14 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     waves = math.ceil(counts.shards / config.compute.max_workers)
     measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
     passes = evaluation.classifier_epochs if evaluation.extractor == "classifier" else 0
+    # GPUs share the features; CPUs of one machine do so in the probe already.
+    lookers = config.compute.max_workers if config.compute.use_gpu else 1
     of_training_image = passes * rates.classifier_image + NEIGHBOUR_SEARCHES * rates.neighbour_image
     work = {
         "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
         "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
         "sample": waves * counts.nfe * rates.sample_evaluation,
-        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image,
+        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / lookers,
         "register": 0.0,
         "report": 0.0,
     }
@@ -178,7 +182,11 @@ def num_checkpoints(config: Config) -> int:
 
 
 def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, Any]:
-    """The plan as plain values: `steps`, `total`, `start_seconds`, `memory`, `storage`, `prices`, `rates`, `counts`."""
+    """The plan as plain values, by these names.
+
+    `steps`, `total`, `start_seconds`, `memory`, `pods` (None unless the backend is kuberay), `storage`, `prices`,
+    `rates`, `counts`.
+    """
     costs = {
         step: cost_of(config, step, seconds, prices) for step, seconds in step_seconds(config, counts, rates).items()
     }
@@ -187,6 +195,7 @@ def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
         "total": asdict(total(costs)),
         "start_seconds": rates.cluster_start + (len(STEPS) + 1) * rates.process_start,
         "memory": _memory(config, rates),
+        "pods": _pods(config, counts),
         "storage": _storage(config, counts, rates, prices),
         "prices": asdict(prices),
         "rates": asdict(rates),
@@ -201,6 +210,25 @@ def _memory(config: Config, rates: Rates) -> dict[str, Any]:
         "workers_gb": needed / GIGABYTE,
         "machine_gb": rates.machine_bytes / GIGABYTE,
         "fits": needed <= rates.machine_bytes,
+    }
+
+
+def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
+    """The worker pods of the RayJobs, the largest where a step needs more memory; None for another backend."""
+    compute = config.compute
+    if compute.backend != "kuberay":
+        return None
+    size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
+    if given is None:
+        from ncsn.worker_memory import worker_memory  # torch, which the ledger has no use for
+
+        worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in _BY_WORKERS)
+    return {
+        "count": compute.max_pods,
+        "workers": size,
+        "cpus": size * compute.cpus_per_worker,
+        "gpus": size if compute.use_gpu else 0,
+        "memory_gb": size * (worker if given is None else bytes_of(given)) / GIGABYTE,
     }
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ncsn.cluster.rayjob_manifest import bytes_of
 from ncsn.config import Config
-from ncsn.config.compute import ComputeConfig
+from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
 
 GPU = "nvidia.com/gpu"
 RETRIES = {
@@ -55,7 +54,6 @@ class Size:
 
 SIZES = {
     "ingest": Size(("500m", "1Gi"), ("4", "8Gi")),
-    "evaluate": Size(("1", "2Gi"), ("8", "8Gi")),
     "register": Size(("200m", "1Gi"), ("2", "4Gi")),
     "report": Size(("200m", "1Gi"), ("2", "4Gi")),
     "finish": Size(("100m", "512Mi"), ("1", "2Gi")),
@@ -104,7 +102,7 @@ def _size(step: str, config: Config | None) -> Size:
     if idle or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
-    workers, memory = compute.max_workers, bytes_of(compute.kuberay.memory_per_worker)
+    workers, memory = compute.max_workers, bytes_of(compute.kuberay.memory_per_worker or LEAST_MEMORY)
     amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
     return Size(amount, amount, gpus=workers if compute.use_gpu else 0)
 

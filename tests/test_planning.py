@@ -80,6 +80,8 @@ def test_cost_is_of_what_is_reserved() -> None:
     assert (training.cpu_hours, training.gpu_hours) == (4.0, 0.0)
     assert training.money == pytest.approx(0.4)
     assert training.kwh == pytest.approx(4 * 10 * 1.5 / 1000)
+    evaluating = cost_of(config("compute.use_gpu=true"), "evaluate", 3600.0, PRICES)
+    assert (evaluating.cpu_hours, evaluating.gpu_hours) == (8.0, 2.0)
     registering = cost_of(config("compute.use_gpu=true"), "register", 3600.0, PRICES)
     assert (registering.cpu_hours, registering.gpu_hours) == (4.0, 0.0)
     on_gpus = cost_of(config("compute.use_gpu=true"), "train", 3600.0, PRICES)
@@ -103,6 +105,21 @@ def test_plan_has_time_memory_and_storage() -> None:
     assert store["samples_gb"] == pytest.approx(0.01)
     assert store["money_per_month"] == pytest.approx(6.56 * 0.5)
     assert store["node_cache_gb"] == pytest.approx(550 * 64 / 1e9)
+
+
+def test_pods_are_planned_where_there_are_pods() -> None:
+    assert estimate(config(), COUNTS, RATES, PRICES)["pods"] is None
+    pods = ("compute.backend=kuberay", "compute.kuberay.workers_per_pod=2", "compute.use_gpu=true")
+    given = estimate(config(*pods, "compute.kuberay.memory_per_worker=3G"), COUNTS, RATES, PRICES)["pods"]
+    assert given == {"count": 1, "workers": 2, "cpus": 8, "gpus": 2, "memory_gb": 6.0}
+    estimated = estimate(config(*pods), COUNTS, RATES, PRICES)["pods"]
+    assert estimated["memory_gb"] == pytest.approx(2 * 7.5 * 2**30 / 1e9)
+
+
+def test_gpus_share_the_features() -> None:
+    alone = step_seconds(config("compute.use_gpu=true", "compute.num_workers=1"), COUNTS, RATES)["evaluate"]
+    shared = step_seconds(config("compute.use_gpu=true"), COUNTS, RATES)["evaluate"]
+    assert alone - shared == pytest.approx(650 * 0.001 / 2)
 
 
 def test_prices_come_from_a_file_of_ones_own(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
             "samples": Source("sample", "uri", "folder of samples"),
             "dataset": Source("ingest", "uri", "ingested data set"),
         },
+        leased=True,
     ),
     "register": StepInfo(
         "Put the model into MLflow's registry.",

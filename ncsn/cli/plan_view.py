@@ -29,6 +29,12 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
         f"{memory['machine_gb']:.1f} GB: {verdict}",
         soft_wrap=True,
     )
+    if pods := plan["pods"]:
+        console.print(
+            f"pods     {pods['count']} of {pods['workers']} workers: {pods['cpus']} CPUs, {pods['gpus']} GPUs and "
+            f"{pods['memory_gb']:.1f} GB each",
+            soft_wrap=True,
+        )
     console.print(
         f"storage  {store['store_gb']:.3f} GB: images {store['dataset_gb']:.3f}, checkpoints "
         f"{store['checkpoints_gb']:.3f}, samples {store['samples_gb']:.3f}; {store['money_per_month']:.4f} "

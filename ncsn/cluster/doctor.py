@@ -54,7 +54,7 @@ def nodes_with_image(api: KubernetesApi, image: str) -> tuple[int, int]:
 
 
 def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
-    """As many GPUs as workers, on nodes that the workers may use.
+    """As many GPUs as workers, on nodes that the workers may use, each with all GPUs of a pod.
 
     Raises:
         PermissionError: if this account may not see nodes.
@@ -62,10 +62,15 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     """
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
-    have = sum(_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable"))
-    if have < compute.min_workers:
-        raise ValueError(f"compute.num_workers = {compute.num_workers} needs as many GPUs, and the nodes have {have}")
-    return f"{have} GPUs for {compute.max_workers} workers"
+    each = [_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable")]
+    have, size = sum(each), compute.kuberay.workers_per_pod
+    room = sum(gpus // size for gpus in each)
+    if room < compute.min_pods:
+        raise ValueError(
+            f"compute.num_workers = {compute.num_workers} needs {compute.min_pods} pods of {size} GPUs, and the nodes, "
+            f"which have {', '.join(map(str, sorted(each, reverse=True))) or 'none'}, take {room}"
+        )
+    return f"{have} GPUs for {compute.max_workers} workers in {compute.max_pods} pods"
 
 
 def check_queue(api: KubernetesApi, name: str) -> str:

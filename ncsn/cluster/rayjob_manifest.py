@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ncsn.cluster.backend import command_digest, job_name
-from ncsn.config.compute import ComputeConfig, KubeRayConfig
+from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
 
 Manifest = dict[str, Any]
 
@@ -40,7 +40,6 @@ _WITHOUT_RULES = (
     "spec.deletionStrategy.deletionRules",
     "spec.preRunningDeadlineSeconds",
 )
-_UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _OBJECT_STORE_SHARE, _SMALLEST_STORE = 0.9, 75 * 2**20
 
 
@@ -109,8 +108,7 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = metadata.version("ray")
     (workers,) = cluster["workerGroupSpecs"]
-    most = compute.max_workers
-    workers |= {"replicas": most, "minReplicas": compute.min_workers, "maxReplicas": most}
+    workers |= {"replicas": compute.max_pods, "minReplicas": compute.min_pods, "maxReplicas": compute.max_pods}
     head, submitter = cluster["headGroupSpec"]["template"], spec["submitterPodTemplate"]
     for template_ in (head, workers["template"], submitter):
         template_["metadata"]["labels"] |= labels
@@ -121,7 +119,8 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     _fill_head_pod(head["spec"], settings)
     _fill_worker_pod(workers["template"]["spec"], compute)
     # Ray would take 30 % of the pod's memory, and a folder on disk where /dev/shm has less.
-    store = max(_SMALLEST_STORE, int(bytes_of(settings.shm_per_worker) * _OBJECT_STORE_SHARE))
+    shm = settings.workers_per_pod * bytes_of(settings.shm_per_worker)
+    store = max(_SMALLEST_STORE, int(shm * _OBJECT_STORE_SHARE))
     workers["rayStartParams"]["object-store-memory"] = str(store)
     if settings.queue is not None:
         manifest["metadata"]["labels"][QUEUE_LABEL] = settings.queue
@@ -169,12 +168,13 @@ def _fill_head_pod(pod: Manifest, settings: KubeRayConfig) -> None:
 
 def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
     settings = compute.kuberay
-    resources = {"cpu": str(compute.cpus_per_worker), "memory": settings.memory_per_worker}
+    number, memory = settings.workers_per_pod, settings.memory_per_worker or LEAST_MEMORY
+    resources = {"cpu": str(number * compute.cpus_per_worker), "memory": _times(number, memory)}
     if compute.use_gpu:
-        resources["nvidia.com/gpu"] = "1"
+        resources["nvidia.com/gpu"] = str(number)
     pod["containers"][0]["resources"] = {"requests": dict(resources), "limits": dict(resources)}
     (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
-    shm["emptyDir"]["sizeLimit"] = settings.shm_per_worker
+    shm["emptyDir"]["sizeLimit"] = _times(number, settings.shm_per_worker)
     if settings.node_selector:
         pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_selector
     if settings.tolerations:
@@ -182,10 +182,9 @@ def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
         pod["tolerations"] = [*pod.get("tolerations", []), *more]
 
 
-def bytes_of(quantity: str) -> float:
-    """An amount of memory such as 8Gi in bytes."""
+def _times(count: int, quantity: str) -> str:
     number = quantity.rstrip("MGTi")
-    return float(number) * _UNITS[quantity.removeprefix(number)]
+    return f"{count * float(number):g}{quantity.removeprefix(number)}"
 
 
 def _shut_down_by_time(spec: Manifest) -> None:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ncsn.config.section import Section
 
 MOST_WORKERS = 4096
+LEAST_MEMORY = "4Gi"
+"""Memory of a worker where neither the user nor an estimate asks for more."""
 
 _QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Mi|Gi|Ti|M|G|T)")
+_UNITS = {"M": 10**6, "G": 10**9, "T": 10**12, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def bytes_of(quantity: str) -> float:
+    """Bytes of an amount of memory such as 512Mi."""
+    number = quantity.rstrip("MGTi")
+    return float(number) * _UNITS[quantity.removeprefix(number)]
 
 
 class Toleration(Section):
@@ -37,8 +46,20 @@ class KubeRayConfig(Section):
     queue: str | None = Field(None, min_length=1, description="Kueue's LocalQueue that admits the RayJob; null = none.")
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes for the worker pods.")
     tolerations: tuple[Toleration, ...] = Field((), description="Node taints that the worker pods put up with.")
-    memory_per_worker: str = Field("4Gi", description="Memory of each worker pod, /dev/shm included.")
-    shm_per_worker: str = Field("1Gi", description="Size of /dev/shm of each worker pod: Ray's object store.")
+    workers_per_pod: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Workers that share a pod, which has so many times the CPUs, the memory, /dev/shm and the GPUs of "
+        "one. Set it to the GPUs of a node: workers of different pods cannot use NVLink. compute.num_workers must be a "
+        "multiple, and so must both ends of its range.",
+    )
+    memory_per_worker: str | None = Field(
+        None,
+        description="Memory for each worker, /dev/shm included, such as 512Mi or 8Gi; null = an estimate from the "
+        f"network, the batch and the extractor, at least {LEAST_MEMORY}.",
+    )
+    shm_per_worker: str = Field("1Gi", description="Part of /dev/shm for each worker: Ray's object store.")
     head_cpus: int | None = Field(
         None, ge=1, le=1024, description="CPU cores of the head pod, where the driver runs; null = the template's 2."
     )
@@ -77,9 +98,10 @@ class ComputeConfig(Section):
 
     backend: Literal["local", "ray-jobs", "kuberay"] = Field(
         "local",
-        description="Where tune, train and sample run: local = in this process, on a Ray cluster that it starts or "
-        "joins through RAY_ADDRESS; ray-jobs = as a job on a Ray cluster that is there already; kuberay = as a RayJob "
-        "on Kubernetes. Elsewhere storage.root must be in S3, or for ray-jobs a folder that the cluster shares.",
+        description="Where tune, train, sample and evaluate run: local = in this process, on a Ray cluster that it "
+        "starts or joins through RAY_ADDRESS; ray-jobs = as a job on a Ray cluster that is there already; kuberay = as "
+        "a RayJob on Kubernetes. Elsewhere storage.root must be in S3, or for ray-jobs a folder that the cluster "
+        "shares.",
     )
     num_workers: int | tuple[int, int] = Field(
         1,
@@ -121,6 +143,17 @@ class ComputeConfig(Section):
             raise ValueError(f"{value!r} is neither a number from 1 to {MOST_WORKERS} nor [min, max] of two such")
         return value
 
+    @model_validator(mode="after")
+    def _fills_pods(self) -> ComputeConfig:
+        size = self.kuberay.workers_per_pod
+        for count in (self.min_workers, self.max_workers) if self.backend == "kuberay" else ():
+            if count % size:
+                raise ValueError(
+                    f"{count} workers with kuberay.workers_per_pod = {size} would be {count / size:g} pods; "
+                    f"set num_workers to a multiple of {size}, or kuberay.workers_per_pod to a divisor of {count}"
+                )
+        return self
+
     @property
     def elastic(self) -> bool:
         """Whether the number of training's workers may change."""
@@ -135,3 +168,13 @@ class ComputeConfig(Section):
     def max_workers(self) -> int:
         """Workers that work where there is room for them."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def min_pods(self) -> int:
+        """Worker pods of a RayJob that training cannot do without."""
+        return self.min_workers // self.kuberay.workers_per_pod
+
+    @property
+    def max_pods(self) -> int:
+        """Worker pods of a RayJob."""
+        return self.max_workers // self.kuberay.workers_per_pod

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-
-import torch
+from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
 _GIB = 2**30
-
-
-@contextmanager
-def borrowed_gpu_memory() -> Iterator[None]:
-    """Give a GPU's memory back at the end of the block: this process lives on, and another may get the GPU next."""
-    try:
-        yield
-    finally:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

@@ -78,12 +78,15 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
 
 
 @contextmanager
-def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | None = None) -> Iterator[None]:
+def cluster_for(
+    config: Config, *, tasks: int, join: bool = True, metadata: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """A cluster for so many tasks, or none for a single one where none is at hand: it would take longer to start.
 
     Args:
         config: As for `ray_cluster`.
         tasks: How many there are to do.
+        join: Whether a single one goes to the cluster at RAY_ADDRESS, if there is one.
         metadata: As for `ray_cluster`.
 
     Raises:
@@ -91,7 +94,7 @@ def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | Non
         RuntimeError: as `ray_cluster`, and as `require_resources`.
         ValueError: if this machine has not what the config asks for.
     """
-    if tasks <= 1 and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+    if tasks <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
         if config.compute.use_gpu and not torch.cuda.is_available():
             raise ValueError("compute.use_gpu = true, and this machine has no GPU that torch can use; set it to false")
         yield
@@ -99,6 +102,11 @@ def cluster_for(config: Config, *, tasks: int, metadata: Mapping[str, str] | Non
     with ray_cluster(config, metadata=metadata):
         require_resources(config)
         yield
+
+
+def on_this_machine() -> bool:
+    """Whether a cluster that would be joined, or started, is one of this machine alone."""
+    return (os.environ.get("RAY_ADDRESS") or LOOPBACK).startswith(LOOPBACK)
 
 
 def _environment() -> dict[str, dict[str, str]] | None:

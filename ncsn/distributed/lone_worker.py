@@ -11,10 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import ray
-
 from ncsn import checkpoint, storage
-from ncsn.core.allocator import borrowed_gpu_memory
+from ncsn.distributed.tasks import call
 from ncsn.distributed.worker_context import LocalContext, newest_whole
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 
@@ -63,23 +61,15 @@ def train_alone(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
     """
     compute = job.config.compute
     assert compute.num_workers == 1, "several workers are Ray Train's"
-    task = _train.options(
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=1 if compute.use_gpu else 0,
-        max_retries=compute.max_failures,
-        scheduling_strategy="DEFAULT",  # not in the placement group of a trial's driver, which has no CPU
+    return call(
+        _train,
+        job,
+        checkpoints,
+        cpus=compute.cpus_per_worker,
+        use_gpu=compute.use_gpu,
+        retries=compute.max_failures,
     )
-    outcome = ray.get(task.remote(job, checkpoints))
-    if isinstance(outcome, ValueError):
-        raise outcome
-    assert isinstance(outcome, TrainOutcome)
-    return outcome
 
 
-@ray.remote
-def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome | ValueError:
-    with borrowed_gpu_memory():
-        try:
-            return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))
-        except ValueError as mistake:
-            return mistake
+def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
+    return train_loop(job, StoreContext(checkpoints, device="cuda" if job.config.compute.use_gpu else "cpu"))

@@ -7,11 +7,12 @@ second call makes only the ranges that are missing.
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,12 +24,11 @@ from torch import Tensor
 from ncsn import checkpoint, storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.allocator import borrowed_gpu_memory
 from ncsn.core.images import to_uint8
 from ncsn.data.row import NO_LABEL, Images, to_table
-from ncsn.evaluation.extractors import batches
-from ncsn.evaluation.judge import judge_of
-from ncsn.evaluation.reference import extract_all
+from ncsn.distributed.tasks import call, calls
+from ncsn.evaluation.extractors import batches, extract_all
+from ncsn.evaluation.judge import extractor_of
 from ncsn.evaluation.samples import SHARD_NAME, read_samples
 from ncsn.generation import generate
 
@@ -124,31 +124,35 @@ def sample_missing(
         ValueError: if the sampler leaves the finite numbers.
     """
     gaps = missing_ranges(storage.list_names(template.folder), num_images=num_images)
-    work = [(_sample_shard, shard) for shard in _pieces(template, gaps)]
-    made, there = 0, num_images - sum(shard.count for _, shard in work)
-    judge = None
+    judge = (looker.config, looker.dataset) if looker is not None else None
+    work = [_Work(shard, judge) for shard in _pieces(template, gaps)]
+    made, there = 0, num_images - sum(each.shard.count for each in work)
     if looker is not None:
-        judge = (looker.config, looker.dataset)
         # First, since it takes little, and no score comes before that of the first images.
-        work = [(_look_at_shard, shard) for shard in _pieces(template, _between(gaps, num_images=num_images))] + work
-    for first, (count, features) in (_as_tasks if ray.is_initialized() else _here)(work, judge):
+        made_before = _pieces(template, _between(gaps, num_images=num_images))
+        work = [_Work(shard, judge, there=True) for shard in made_before] + work
+    for each, features in (_as_calls if ray.is_initialized() else _here)(work):
         if looker is not None and features is not None:
-            looker.take(first, features)
-        made += count
+            looker.take(each.shard.first, features)
+        made += 0 if each.there else each.shard.count
         progress(there + made, num_images)
     return made
 
 
-_Judge = tuple[Config, str] | None
-_Made = tuple[int, Features | None]
-_Work = Sequence[tuple[Callable[[Shard, _Judge], _Made], Shard]]
+@dataclass(frozen=True)
+class _Work:
+    """A shard to make, or only to look at if it is there, and what looks at it: a config and the URI of a data set."""
+
+    shard: Shard
+    judge: tuple[Config, str] | None
+    there: bool = False
 
 
-def _here(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
-    """First image of each shard and what became of it, one after the other in this process."""
+def _here(work: Sequence[_Work]) -> Iterator[tuple[_Work, Features | None]]:
+    """One after the other in this process."""
     with _as_before():
-        for function, shard in work:
-            yield shard.first, function(shard, judge)
+        for each in work:
+            yield each, _sample_shard(each)
 
 
 @contextmanager
@@ -162,25 +166,12 @@ def _as_before() -> Iterator[None]:
         _load.cache_clear()
 
 
-def _as_tasks(work: _Work, judge: _Judge) -> Iterator[tuple[int, _Made]]:
-    """The same as tasks of the connected cluster, as they finish; those that nobody waits for are taken back."""
-    tasks: dict[Any, Any] = {function: ray.remote(max_retries=3)(function) for function, _ in work}
-    waiting = {
-        tasks[function].options(**_resources(shard)).remote(shard, judge): shard.first for function, shard in work
-    }
-    try:
-        while waiting:
-            (finished,), _ = ray.wait(list(waiting), num_returns=1)
-            yield waiting.pop(finished), ray.get(finished)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError) else error from None
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)
-
-
-def _resources(shard: Shard) -> dict[str, int]:
-    return {"num_cpus": shard.threads, "num_gpus": 1 if shard.use_gpu else 0}
+def _as_calls(work: Sequence[_Work]) -> Iterator[tuple[_Work, Features | None]]:
+    """On the connected cluster, as they finish."""
+    if not work:
+        return iter(())
+    shard = work[0].shard
+    return calls(_sample_shard, deque(work), cpus=shard.threads, use_gpu=shard.use_gpu)
 
 
 def _pieces(template: Shard, ranges: list[tuple[int, int]]) -> list[Shard]:
@@ -210,12 +201,10 @@ def watch_levels(shard: Shard, watcher: W) -> W:
     if not ray.is_initialized():
         with _as_before():
             return _watch_levels(shard, watcher)
-    task: Any = ray.remote(max_retries=3)(_watch_levels)
-    returned: W = ray.get(task.options(**_resources(shard)).remote(shard, watcher))
+    returned: W = call(_watch_levels, shard, watcher, cpus=shard.threads, use_gpu=shard.use_gpu)
     return returned
 
 
-@borrowed_gpu_memory()
 def _watch_levels(shard: Shard, watcher: W) -> W:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
@@ -234,10 +223,18 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
     return watcher
 
 
-@borrowed_gpu_memory()
-def _sample_shard(shard: Shard, judge: _Judge) -> _Made:
-    """Make and publish the shard; how many images that were, and their features if there is a judge."""
-    torch.set_num_threads(shard.threads)
+def _sample_shard(work: _Work) -> Features | None:
+    """Make and publish the shard unless it is there; the features of its images if there is a judge."""
+    torch.set_num_threads(work.shard.threads)
+    images = (_read if work.there else _make)(work.shard)
+    if work.judge is None:
+        return None
+    config, dataset = work.judge
+    seen = batches(images, batch_size=config.evaluation.batch_size)
+    return extract_all(extractor_of(config, dataset), seen).features
+
+
+def _make(shard: Shard) -> NDArray[np.uint8]:
     device = "cuda" if shard.use_gpu else "cpu"
     loaded = _load(shard.checkpoint, device)
     images = generate(
@@ -248,24 +245,14 @@ def _sample_shard(shard: Shard, judge: _Judge) -> _Made:
         device=device,
     )
     storage.write_bytes(shard.uri, _parquet_bytes(images))
-    return shard.count, _features(images, judge)
+    return images
 
 
-@borrowed_gpu_memory()
-def _look_at_shard(shard: Shard, judge: _Judge) -> _Made:
-    """The same for images that are in the folder already, by whatever shards."""
-    torch.set_num_threads(shard.threads)
+def _read(shard: Shard) -> NDArray[np.uint8]:
+    """Images that are in the folder already, by whatever shards."""
     last = shard.first + shard.count
     images = list(read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count))
-    return 0, _features(np.concatenate(images), judge)
-
-
-def _features(images: NDArray[np.uint8], judge: _Judge) -> Features | None:
-    if judge is None:
-        return None
-    config, dataset = judge
-    seen = batches(images, batch_size=config.evaluation.batch_size)
-    return extract_all(judge_of(config, dataset).extractor, seen).features
+    return np.concatenate(images)
 
 
 @lru_cache(maxsize=1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from ncsn import storage
 from ncsn.checkpoint import DamagedError
+from ncsn.data.manifest import load_manifest
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.damaged_checkpoint import remedy
 from ncsn.distributed.local_cluster import require_resources
@@ -21,6 +23,10 @@ from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.lease import LeaseExpired
 
 STARTUP_ATTEMPTS = 5
+TIMEOUT_SECONDS = 1800
+"""torch's own patience with a collective operation."""
+SLOWEST_READ = 5e6
+"""Bytes of images per second that a node reads from the slowest store that is worth waiting for."""
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
     filesystem, path = storage.filesystem(run_uri)
     trainer = TorchTrainer(
         _worker,
+        torch_config=TorchConfig(timeout_s=_patience(job.dataset)),
         train_loop_config={"job": job, "run_uri": run_uri},
         scaling_config=ScalingConfig(
             num_workers=compute.num_workers,
@@ -84,6 +91,13 @@ def _fit(job: TrainingJob, run_uri: str) -> TrainOutcome | ValueError | LeaseExp
     outcome = result.return_value
     assert isinstance(outcome, (TrainOutcome, ValueError, LeaseExpired))
     return outcome
+
+
+def _patience(dataset: str) -> int:
+    """Seconds for which a worker waits for the others, the first of which may have to fill its node's cache."""
+    manifest = load_manifest(dataset)
+    size = sum(manifest.counts.values()) * math.prod(manifest.shape)
+    return round(TIMEOUT_SECONDS + size / SLOWEST_READ)
 
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:

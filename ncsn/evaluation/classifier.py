@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsn.evaluation.extractors import Extracted, Images, batches, fingerprint_of, full_float32, require_images
+from ncsn.evaluation.extractors import (
+    Extracted,
+    Identity,
+    Images,
+    batches,
+    fingerprint_of,
+    full_float32,
+    require_images,
+)
 
 Labels = npt.NDArray[np.int64]
 
@@ -66,7 +74,7 @@ class ClassifierNetwork(nn.Module):
     def __init__(self, *, image_size: int, channels: int, num_classes: int) -> None:
         super().__init__()
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.reduction = -(-image_size // LARGEST_SIDE)
+        self.reduction = _reduction(image_size)
         side = image_size // self.reduction
         kernel, stride = (5, 2) if side >= 16 else (3, 1)
         pooled = ((side - 1) // stride + 1) // 2
@@ -98,6 +106,17 @@ class ClassifierNetwork(nn.Module):
         return self.logits(self.features(images))
 
 
+def identity(weights_sha256: str, *, image_size: int) -> Identity:
+    """The extractor that a classifier of images of this size in pixels makes."""
+    return Identity(
+        name="classifier",
+        fingerprint=fingerprint_of(
+            kind="classifier", version=RECIPE_VERSION, weights=weights_sha256, reduction=_reduction(image_size)
+        ),
+        num_features=NUM_FEATURES,
+    )
+
+
 class ClassifierExtractor:
     """The classifier as an `Extractor`; see there."""
 
@@ -106,9 +125,7 @@ class ClassifierExtractor:
 
     def __init__(self, network: ClassifierNetwork, *, weights_sha256: str) -> None:
         self.network = network.eval()
-        self.fingerprint = fingerprint_of(
-            kind="classifier", version=RECIPE_VERSION, weights=weights_sha256, reduction=network.reduction
-        )
+        self.fingerprint = identity(weights_sha256, image_size=network.image_size).fingerprint
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
@@ -200,6 +217,11 @@ def labelled_indices(labels: Labels, *, num_classes: int) -> Labels:
     if largest >= num_classes:
         raise ValueError(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")
     return indices
+
+
+def _reduction(image_size: int) -> int:
+    """Pixels of a side that are averaged into one."""
+    return -(-image_size // LARGEST_SIDE)
 
 
 def _batch_size(count: int) -> int:

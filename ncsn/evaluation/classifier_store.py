@@ -18,9 +18,10 @@ from ncsn.evaluation.classifier import (
     ClassifierRecipe,
     Labels,
     accuracy,
+    identity,
     train_classifier,
 )
-from ncsn.evaluation.extractors import Images
+from ncsn.evaluation.extractors import Identity, Images
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "classifier.json"
@@ -53,6 +54,36 @@ class StoredClassifier:
     test_accuracy: float
 
 
+@dataclass(frozen=True)
+class DescribedClassifier:
+    """What is known of a stored classifier without its weights.
+
+    Attributes:
+        identity: which extractor it is.
+        test_accuracy: as in `StoredClassifier`; None if no test image is labelled.
+    """
+
+    identity: Identity
+    test_accuracy: float | None
+
+
+def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
+    """Folder of the classifier of a recipe for a data set."""
+    return storage.join(dataset_uri, "classifier", recipe.key)
+
+
+def describe_classifier(uri: str) -> DescribedClassifier | None:
+    """What is known of the classifier in the folder `uri`; None if there is none."""
+    try:
+        description = json.loads(storage.read_text(storage.join(uri, DESCRIPTION)))
+    except FileNotFoundError:
+        return None
+    return DescribedClassifier(
+        identity=identity(description["weights_sha256"], image_size=description["recipe"]["image_size"]),
+        test_accuracy=description["test_accuracy"],
+    )
+
+
 def obtain_classifier(
     dataset_uri: str,
     recipe: ClassifierRecipe,
@@ -67,7 +98,7 @@ def obtain_classifier(
     Raises:
         ValueError: if the data set has no labels, or what is stored is damaged.
     """
-    uri = storage.join(dataset_uri, "classifier", recipe.key)
+    uri = classifier_uri(dataset_uri, recipe)
     if not storage.exists(storage.join(uri, DESCRIPTION)):
         started = time.monotonic()
         network = train_classifier(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +40,15 @@ class Extracted:
     log_probabilities: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which extractor it is, for whoever does not compute with it; see `Extractor`."""
+
+    name: str
+    fingerprint: str
+    num_features: int
+
+
 class Extractor(Protocol):
     """A fixed function from uint8 images to features and class probabilities, independent of batch composition."""
 
@@ -61,6 +70,32 @@ class Extractor(Protocol):
         Raises:
             ValueError: for images of another type or shape than the extractor takes.
         """
+
+
+def extract_all(
+    extractor: Extractor, stream: Iterable[Images], *, on_images: Callable[[int], None] | None = None
+) -> Extracted:
+    """Everything that an extractor sees in a stream of image batches.
+
+    Args:
+        extractor: what looks at the images.
+        stream: [n, H, W, C] uint8 batches.
+        on_images: called with n after each batch.
+
+    Raises:
+        ValueError: if the stream is empty, or images do not fit the extractor.
+    """
+    features: list[npt.NDArray[np.float32]] = []
+    log_probabilities: list[npt.NDArray[np.float64]] = []
+    for batch in stream:
+        extracted = extractor.extract(batch)
+        features.append(extracted.features)
+        log_probabilities.append(extracted.log_probabilities)
+        if on_images is not None:
+            on_images(len(batch))
+    if not features:
+        raise ValueError("there are no images to evaluate")
+    return Extracted(features=np.concatenate(features), log_probabilities=np.concatenate(log_probabilities))
 
 
 def fingerprint_of(**parts: str | int | float | None) -> str:

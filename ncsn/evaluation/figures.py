@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.cache import cache_folder
-from ncsn.evaluation.extractors import Extracted, Extractor, Images
+from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_jackknife
 from ncsn.evaluation.inception_score import inception_score
 from ncsn.evaluation.kernel_distance import kernel_distance
@@ -63,47 +63,40 @@ class Measured:
         }
 
 
-def measure_images(
-    stream: Iterator[Images],
+def measure(
+    seen: Iterable[Extracted],
     *,
     count: int,
-    extractor: Extractor,
+    first_images: Images,
     reference: Reference,
     training_images: Images,
     num_splits: int,
     seed: int,
-    on_images: Callable[[int], None],
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All figures of a stream of [n, H, W, C] uint8 batches.
+    """All figures of some images.
 
-    Only the first 256 images stay in memory. What the extractor sees in the others goes to files on the node's disk.
+    What the extractor sees in them goes to files on the node's disk, so that memory does not grow with their number.
 
     Args:
-        stream: the images.
-        count: how many there are.
-        extractor: what looks at them.
+        seen: what it sees, in order, in pieces of any size.
+        count: how many images there are.
+        first_images: the first 256 of them, or all if there are fewer, [n, H, W, C] uint8.
         reference: the training images through the same extractor.
         training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
         num_splits: of the score.
         seed: of the subsets that are drawn.
-        on_images: called with n after each batch.
         on_score: called with the Frechet distance so far whenever the number of images has doubled.
 
     Raises:
-        ValueError: for images that do not fit the extractor, or fewer of them than splits.
+        ValueError: for fewer images than splits, or features that are not finite.
     """
-    kept: list[Images] = []
-    missing = NEIGHBOUR_IMAGES
-    marks = score_marks(count, num_features=extractor.num_features)
+    marks = score_marks(count, num_features=len(reference.statistics.mean))
     running, scores = RunningDistance(reference.statistics), []
     with storage.scratch_folder(str(cache_folder())) as folder:
         spool = Spool(folder, count=count)
-        for batch in stream:
-            kept.append(batch[:missing])
-            missing -= len(kept[-1])
-            spool.add(extractor.extract(batch))
-            on_images(len(batch))
+        for piece in seen:
+            spool.add(piece)
             while marks and spool.done >= marks[0]:
                 running.add(spool.extracted.features[running.count : marks.pop(0)])
                 scores.append(running.score())
@@ -112,7 +105,7 @@ def measure_images(
         extracted = spool.extracted
         figures = figures_of(extracted, reference, groups=running.groups, num_splits=num_splits, seed=seed)
         features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
-    pixels = pixel_neighbours(np.concatenate(kept), training_images)
+    pixels = pixel_neighbours(first_images, training_images)
     nearest = neighbour_table(pixels=pixels, features=features)
     return Measured(figures=figures | neighbour_figures(pixels), nearest=nearest, running=scores)
 

@@ -10,14 +10,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ncsn.evaluation.extractors import Extracted, Images, fingerprint_of, full_float32, require_images
+from ncsn.evaluation.extractors import Extracted, Identity, Images, fingerprint_of, full_float32, require_images
 from ncsn.evaluation.weights import obtain_weights
 
 OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use."""
 
-FEATURES = "2048"
+NUM_FEATURES = 2048
+FEATURES = str(NUM_FEATURES)
 LOGITS = "logits_unbiased"
+
+
+def identity(sha256: str) -> Identity:
+    """The extractor that weights with this SHA-256 make. With other than the official ones its name changes."""
+    return Identity(
+        name="inception" if sha256 == OFFICIAL_SHA256 else "custom_graph",
+        fingerprint=fingerprint_of(
+            kind="inception-2015-12-05", port="torch-fidelity", weights=sha256, resize="tf1-bilinear-299"
+        ),
+        num_features=NUM_FEATURES,
+    )
 
 
 class InceptionExtractor:
@@ -27,7 +39,7 @@ class InceptionExtractor:
     With other weights than the official ones the figures are not called Inception figures: the name changes.
     """
 
-    num_features = 2048
+    num_features = NUM_FEATURES
 
     def __init__(self, weights: str, *, sha256: str = OFFICIAL_SHA256, device: str = "cpu") -> None:
         """Load the graph.
@@ -41,10 +53,8 @@ class InceptionExtractor:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is another one or not such weights, or torch-fidelity is not installed.
         """
-        self.name = "inception" if sha256 == OFFICIAL_SHA256 else "custom_graph"
-        self.fingerprint = fingerprint_of(
-            kind="inception-2015-12-05", port="torch-fidelity", weights=sha256, resize="tf1-bilinear-299"
-        )
+        known = identity(sha256)
+        self.name, self.fingerprint = known.name, known.fingerprint
         self._device = device
         self._graph = _load_graph(obtain_weights(weights, sha256=sha256)).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,17 @@ def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) 
         for offset in range(0, len(wanted), batch_size):
             yield wanted[offset : offset + batch_size]
         position += len(wanted)
+
+
+def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
+    """Index of the first image of each batch that `read_samples` gives.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if one of the images `0 .. num_images` is in no shard.
+    """
+    borders = [0, *(min(last, num_images) for _, last, _ in _shards(uri, num_images=num_images))]
+    return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
 
 
 def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int, str]]:

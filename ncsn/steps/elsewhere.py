@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
 from ncsn.config import Config, to_yaml
+from ncsn.data.manifest import load_manifest
 from ncsn.steps.outcome import clear_outcome
 from ncsn.steps.result import RunFolder, stored_error
 
@@ -38,16 +39,18 @@ def elsewhere(
         return None
     options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
     options += [part for text in inject for part in ("--inject", text)]
-    return lambda: _run_elsewhere(config, folder, step, options)
+    return lambda: _run_elsewhere(config, folder, step, options, inputs=inputs)
 
 
-def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[str]) -> None:
+def _run_elsewhere(
+    config: Config, folder: RunFolder, step: str, options: list[str], *, inputs: Mapping[str, str]
+) -> None:
     if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
         raise ValueError(
             f"storage.root = {config.storage.root!r} is a folder of this machine, which the pods of compute.backend "
             f"{config.compute.backend!r} cannot reach; use s3://bucket/prefix"
         )
-    backend = open_backend(config.compute)
+    backend = open_backend(_sized(config, step, inputs).compute)
     assert backend is not None
     uri, digest = _publish_config(config, folder, step)
     storage.delete_file(folder.step(step, "error.json"))
@@ -74,6 +77,19 @@ def _run_elsewhere(config: Config, folder: RunFolder, step: str, options: list[s
         if mistake is None:
             raise
         raise ValueError(mistake) from failure
+
+
+def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
+    """The config with memory for its workers."""
+    compute = config.compute
+    if compute.backend != "kuberay" or compute.kuberay.memory_per_worker is not None:
+        return config
+    from ncsn.worker_memory import worker_memory
+
+    images = load_manifest(inputs["dataset"]).count("train") if "dataset" in inputs else 0
+    size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"
+    kuberay = compute.kuberay.model_copy(update={"memory_per_worker": size})
+    return config.model_copy(update={"compute": compute.model_copy(update={"kuberay": kuberay})})
 
 
 def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, str]:

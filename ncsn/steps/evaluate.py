@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.cache import open_cache
 from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
-from ncsn.evaluation.extractors import Extractor, batches, fingerprint_of
-from ncsn.evaluation.figures import Figure, Measured, measure_images, metric_name
+from ncsn.distributed.local_cluster import cluster_for, on_this_machine, ray_tags
+from ncsn.distributed.tasks import runner_of
+from ncsn.evaluation.extractors import fingerprint_of
+from ncsn.evaluation.feature_pieces import PIECE_IMAGES
+from ncsn.evaluation.figures import Figure, Measured, metric_name
+from ncsn.evaluation.image_sets import SampleSet, SplitSet
 from ncsn.evaluation.judge import REFERENCE_SPLIT, SEED, obtain_judge
+from ncsn.evaluation.measured_sets import measure_sets
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.running import RunningScore
-from ncsn.evaluation.samples import read_samples, samples_shape
-from ncsn.steps.progress import ProgressFile
+from ncsn.evaluation.samples import samples_shape
+from ncsn.steps.elsewhere import elsewhere
+from ncsn.steps.progress import ProgressFile, while_leased
 from ncsn.steps.result import claim_run, once
+from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
 
 FIGURES_VERSION = 2
@@ -84,17 +89,23 @@ class _Meter:
         return callback
 
 
-def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResult:
+def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
     """Measure the first `config.sampling.num_images` images of a samples folder.
+
+    The features are made in pieces that stay in the store until the figures are there, so the same call again goes on
+    where an earlier one was cut off.
 
     Args:
         config: The experiment; its evaluation section decides how.
         run: Name of the run that keeps the figures.
         samples: URI of the samples folder.
         dataset: URI of the ingested data set.
+        lease: URI of the launcher's heartbeat. When it stops, evaluation ends; the features that are done stay.
 
     Raises:
         FileNotFoundError: if there is no samples folder.
+        LeaseExpired: if the launcher is gone.
+        RemoteFailure: if it failed on the cluster of `compute.backend`.
         ValueError: for missing or wrongly shaped samples, fewer samples than splits, or a data set without labels.
     """
     folder = claim_run(config, run)
@@ -102,7 +113,17 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
     _check_inputs(samples, dataset)
 
     def work(progress: ProgressFile) -> EvaluateResult:
-        with step_run(config, run=run, step="evaluate") as tracked:
+        with (
+            step_run(config, run=run, step="evaluate") as tracked,
+            cluster_for(
+                config,
+                tasks=_tasks(config, dataset),
+                # On this machine this process has all cores and needs no other. The head of a cluster has none.
+                join=lease is not None or not on_this_machine(),
+                metadata=job_metadata(tracked, run=run, step="evaluate"),
+            ),
+        ):
+            tracked.set_tags(ray_tags())
             manifest = load_manifest(dataset)
             tracked.log_dataset(
                 manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
@@ -112,7 +133,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
                 samples=samples,
                 dataset=dataset,
                 folder=folder.evaluation,
-                progress=progress,
+                progress=while_leased(progress, lease, kept="the features of {done} of {total} images stay"),
                 on_score=lambda score: progress.say(str(score)),
             )
             tracked.log_metrics({**result.metrics, **result.real_metrics})
@@ -138,6 +159,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str) -> EvaluateResu
         outputs=lambda result: [result.uri],
         unit="images",
         work=work,
+        elsewhere=elsewhere(config, folder, "evaluate", inputs={"samples": samples, "dataset": dataset}),
     )
 
 
@@ -154,40 +176,36 @@ def evaluate(
     settings, count = config.evaluation, config.sampling.num_images
     manifest = load_manifest(dataset)
     _check_shape(samples_shape(samples, num_images=count), manifest, samples)
-    train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
-    num_real = min(count, len(test))
-    training = settings.classifier_epochs * len(train) if settings.extractor == "classifier" else 0
-    meter = _Meter(progress, training + len(train) + count + num_real)
+    num_train, num_real = manifest.count("train"), min(count, manifest.count("test"))
+    training = settings.classifier_epochs * num_train if settings.extractor == "classifier" else 0
+    meter = _Meter(progress, training + num_train + count + num_real)
+    runner = runner_of(config.compute)
     judge = obtain_judge(
-        config, dataset, on_training=meter.part(training), on_reference=meter.part(len(train), after=training)
+        config,
+        dataset,
+        runner=runner,
+        on_training=meter.part(training),
+        on_reference=meter.part(num_train, after=training),
     )
-    extractor, reference = judge.extractor, judge.reference
-    meter.done = training + len(train)
-    chosen = test.images[keyed_permutation(SEED, epoch=0, size=len(test))[:num_real]]
-    measure = partial(
-        measure_images,
-        extractor=extractor,
-        reference=reference,
-        training_images=train.images,
-        num_splits=settings.num_splits,
-        seed=SEED,
-        on_images=meter.add,
+    meter.done = training + num_train
+    name, fingerprint = judge.extractor.name, judge.reference.fingerprint
+    sets = (SampleSet(samples, count), SplitSet(dataset, "test", num_real, drawn=SEED))
+    measured = measure_sets(
+        config, dataset, judge, sets, near=folder, runner=runner, on_images=meter.add, on_score=on_score
     )
-    stream = read_samples(samples, num_images=count, batch_size=settings.batch_size)
-    generated = measure(stream, count=count, on_score=on_score)
-    real = measure(batches(chosen, batch_size=settings.batch_size), count=num_real)
+    generated, real = measured
     generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
-        uri=storage.join(folder, f"{extractor.name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=judge.facts | generated.named(extractor.name),
-        real_metrics=real.named(extractor.name, real=True),
-        fingerprint=reference.fingerprint,
+        uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
+        metrics=judge.facts | generated.named(name),
+        real_metrics=real.named(name, real=True),
+        fingerprint=fingerprint,
         num_images=count,
         num_real_images=num_real,
-        gate=asdict(_gate(generated, extractor, reference.fingerprint)),
+        gate=asdict(_gate(generated, name, fingerprint)),
         memorisation=asdict(_memorisation(generated.figures["memorised"], real.figures["memorised"])),
         running=[asdict(score) for score in generated.running],
-        notes=_notes(count, num_real, extractor=extractor.name),
+        notes=_notes(count, num_real, extractor=name),
     )
     _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
     return result
@@ -201,6 +219,12 @@ def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[
         "nearest_training_images": nearest,
     }
     storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
+
+
+def _tasks(config: Config, dataset: str) -> int:
+    """How many there are to share, if there are workers to share them."""
+    images = max(load_manifest(dataset).count("train"), config.sampling.num_images)
+    return 1 if config.compute.max_workers == 1 else math.ceil(images / PIECE_IMAGES)
 
 
 def _check_inputs(samples: str, dataset: str) -> None:
@@ -222,10 +246,10 @@ def _pixels(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _gate(measured: Measured, extractor: Extractor, fingerprint: str) -> Measurement:
+def _gate(measured: Measured, extractor: str, fingerprint: str) -> Measurement:
     distance = measured.figures["fid"]
     return Measurement(
-        name=metric_name("fid", extractor=extractor.name, num_images=distance.num_images),
+        name=metric_name("fid", extractor=extractor, num_images=distance.num_images),
         value=distance.value,
         uncertainty=measured.value("fid_std"),
         num_images=distance.num_images,

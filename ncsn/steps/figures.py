@@ -18,7 +18,7 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
-from ncsn.evaluation.judge import obtain_judge
+from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.history import load_history
 from ncsn.planning import Prices
 from ncsn.steps import figure_numbers as numbers
@@ -138,7 +138,7 @@ def subject_of(
         trained=trained,
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
-        extractor=judge.extractor,
+        extractor=extractor_of(config, dataset),
         reference=judge.reference,
         samples=samples,
         device=device,

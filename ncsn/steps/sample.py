@@ -16,15 +16,15 @@ from ncsn.config import Config
 from ncsn.distributed.faults import Rehearsal, rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags
 from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, shards, watch_levels
+from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.evaluation.running import RunningScore, RunningScores
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
-from ncsn.lease import Lease
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.report.stages import Stages, denoising_gif, images_in_gif
 from ncsn.steps.elsewhere import elsewhere
-from ncsn.steps.progress import ProgressFile
+from ncsn.steps.progress import ProgressFile, while_leased
 from ncsn.steps.result import claim_run, once, run_folder
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run
@@ -169,7 +169,7 @@ class _Scores:
     _points: list[RunningScore] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        reference = obtain_judge(self.config, self.dataset).reference
+        reference = obtain_judge(self.config, self.dataset, runner=runner_of(self.config.compute)).reference
         self._fingerprint = reference.fingerprint
         self._running = RunningScores(reference.statistics, count=self.config.sampling.num_images)
 
@@ -193,16 +193,14 @@ class _Scores:
 
 def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal) -> Callable[[int, int], None]:
     """Publishes progress, ends the work if the launcher is gone, and lets fail what is to be rehearsed."""
-    watched = Lease(lease) if lease else None
+    watched = while_leased(progress, lease, kept="{done} of {total} images are sampled and stay")
     before = 0
 
     def update(done: int, total: int) -> None:
         nonlocal before
-        progress(done, total)
         faults.strike(range(before, done))
         before = done
-        if watched is not None and done < total:
-            watched.require(f"{done} of {total} images are sampled and stay")
+        watched(done, total)
 
     return update
 

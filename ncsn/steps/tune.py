@@ -14,6 +14,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.search import rungs, untrained_share
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trial import SearchPlan
 from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.distributed.tune import search
@@ -103,7 +104,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         ):
             require_resources(config)
             tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
-            judge = obtain_judge(config, dataset)
+            judge = obtain_judge(config, dataset, runner=runner_of(config.compute))
             objective = metric_name("fid", extractor=judge.extractor.name, num_images=settings.num_samples)
             follower = _Follower(tracked, progress, plan, objective, Lease(lease) if lease else None)
             search(plan, follower)

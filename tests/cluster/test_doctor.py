@@ -109,8 +109,17 @@ def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, 
         node = {"metadata": {"name": name, "labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
         emulation.cluster.create("nodes", node)
     assert examine(tmp_path, *gpu)["gpus"][0] == "failed"
-    assert "needs as many GPUs, and the nodes have 1" in examine(tmp_path, *gpu)["gpus"][1]
-    assert examine(tmp_path, *gpu, "compute.num_workers=1")["gpus"] == ("ok", "1 GPUs for 1 workers")
+    assert examine(tmp_path, *gpu, "compute.num_workers=1")["gpus"][0] == "ok"
+
+
+def test_a_pod_needs_all_its_gpus_on_one_node(emulation: Any, tmp_path: Path) -> None:
+    emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
+    for name, count in (("a", "8"), ("b", "4"), ("c", "4")):
+        node = {"metadata": {"name": name, "labels": {}}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
+        emulation.cluster.create("nodes", node)
+    gpu = ("compute.use_gpu=true", "compute.num_workers=16")
+    found = {size: examine(tmp_path, *gpu, f"compute.kuberay.workers_per_pod={size}")["gpus"][0] for size in (1, 4, 8)}
+    assert found == {1: "ok", 4: "ok", 8: "failed"}
 
 
 def test_the_queue_must_be_there_and_active(emulation: Any, tmp_path: Path) -> None:

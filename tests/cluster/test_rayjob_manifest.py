@@ -217,6 +217,20 @@ def test_an_elastic_step_asks_for_the_most_and_names_the_least() -> None:
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [5, 2, 5]
 
 
+@pytest.mark.parametrize("queue", [None, "research"])
+def test_a_pod_holds_several_workers(queue: str | None) -> None:
+    """Kueue and a ResourceQuota count what the pods ask for, so that both see the same GPUs as with one worker each."""
+    pods = {"workers_per_pod": 4, "memory_per_worker": "1.5Gi", "shm_per_worker": "512Mi", "queue": queue}
+    manifest = rendered(num_workers=[4, 8], cpus_per_worker=2, use_gpu=True, kuberay=pods)
+    (workers,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 1, 2]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"cpu": "8", "memory": "6Gi", "nvidia.com/gpu": "4"}
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert workers["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == "2048Mi"
+    assert workers["rayStartParams"] == {"object-store-memory": str(int(0.9 * 2 * 2**30))}
+
+
 def test_a_queue_replaces_the_deletion_rules() -> None:
     spec = VARIANTS["queue"]["spec"]
     assert "deletionStrategy" not in spec

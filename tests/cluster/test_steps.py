@@ -109,7 +109,7 @@ def test_the_whole_pipeline_runs_with_rayjobs(emulation, on_s3: Config, tmp_path
     steps = json.loads(done.stdout)["steps"]
     assert steps["train"]["images_seen"] == 320
     assert "champion" in steps["register"]["aliases"]
-    assert [name.split("-")[2] for name in emulation.operator.started] == ["train", "sample"]
+    assert [name.split("-")[2] for name in emulation.operator.started] == ["train", "sample", "evaluate"]
     eventually(lambda: not emulation.jobs, "no RayJob is left")
 
 

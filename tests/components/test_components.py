@@ -23,6 +23,7 @@ from components import (
     publish_scores,
     task,
 )
+from components.evaluate import evaluate
 from components.ingest import ingest
 from components.sample import sample
 from components.train import train
@@ -205,14 +206,17 @@ def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.Monke
         pass_on(dsl.TaskConfig(tolerations=[{"key": "gpu"}]), here)
 
 
-@pytest.mark.parametrize("component", [train, sample], ids=lambda component: component.name)
+@pytest.mark.parametrize("component", [train, sample, evaluate], ids=lambda component: component.name)
 def test_everything_can_be_set_on_a_task_that_computes_elsewhere(component: Any, tmp_path: Path) -> None:
     @dsl.pipeline(name="placed")
     def placed(uri: str) -> None:
-        kind = dsl.Dataset if component is train else dsl.Model
-        given = dsl.importer(artifact_uri=uri, artifact_class=kind)
-        name = "dataset" if component is train else "checkpoint"
-        task = component(config="{}", run="mine", **{name: given.output})
+        kinds = {
+            "train": {"dataset": dsl.Dataset},
+            "sample": {"checkpoint": dsl.Model},
+            "evaluate": {"dataset": dsl.Dataset, "samples": dsl.Dataset},
+        }[component.name]
+        given = {name: dsl.importer(artifact_uri=uri, artifact_class=kind).output for name, kind in kinds.items()}
+        task = component(config="{}", run="mine", **given)
         task.set_cpu_limit("4").set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
         kubernetes.add_node_selector(task, "pool", "big")
         kubernetes.add_toleration(task, key="gpu", operator="Exists")

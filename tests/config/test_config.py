@@ -124,6 +124,28 @@ def test_all_that_does_not_go_together_is_listed() -> None:
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["digits.yaml"] * 2
 
 
+@pytest.mark.parametrize(
+    ("workers", "size", "fits"), [("8", 4, True), ("[4, 8]", 4, True), ("6", 4, False), ("[2, 8]", 4, False)]
+)
+def test_workers_fill_their_pods(workers: str, size: int, *, fits: bool) -> None:
+    overrides = [f"compute.num_workers={workers}", f"compute.kuberay.workers_per_pod={size}"]
+    assert from_yaml(DIGITS, overrides=overrides).compute.backend == "local", "where there are no pods"
+    on_pods = ["compute.backend=kuberay", *overrides]
+    if fits:
+        compute = from_yaml(DIGITS, overrides=on_pods).compute
+        assert (compute.max_pods, compute.max_pods * size) == (2, compute.max_workers)
+        return
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=on_pods)
+    (line,) = str(caught.value).splitlines()
+    assert f"{int(workers.strip('[]').split(',')[0]) / size:g} pods" in line
+
+
+def test_pods_do_not_decide_who_a_run_is() -> None:
+    pods = ["compute.kuberay.workers_per_pod=8", "compute.kuberay.memory_per_worker=9Gi"]
+    assert changed_settings(from_yaml(DIGITS), from_yaml(DIGITS, overrides=pods)) == {}
+
+
 def test_workers_are_a_number_or_a_range() -> None:
     fixed, elastic = (from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"]) for value in ("3", "[2, 5]"))
     assert (fixed.compute.min_workers, fixed.compute.max_workers) == (3, 3)

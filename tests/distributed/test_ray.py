@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from ncsn.checkpoint import verify
 from ncsn.config import Config, from_yaml
-from ncsn.data.row import from_table
+from ncsn.data.row import Images, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.faults import rehearsal
@@ -243,6 +244,44 @@ def test_the_score_is_known_while_images_are_made(
     )
     for score, point in zip(scores, after.running, strict=True):
         assert asdict(score) == pytest.approx(point, rel=1e-5)
+
+
+def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
+    cluster: Cluster, tiny: str, dataset: str, tmp_path: Path
+) -> None:
+    """The reference too; and no piece of the features is left."""
+    noise = np.random.default_rng(0).integers(0, 256, (2100, 8, 8, 1), dtype=np.uint8)
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for first in range(0, 2100, 700):
+        part = noise[first : first + 700]
+        pq.write_table(
+            to_table(Images(part, np.full(700, -1))), samples / f"shard-{first:09d}-{first + 700:09d}.parquet"
+        )
+    overrides = ["sampling.num_images=2100", "evaluation={classifier_epochs: 1, num_splits: 2, batch_size: 64}"]
+    config = from_yaml(tiny, overrides=overrides)
+    noted: list[str] = []
+    alone = evaluate(
+        config,
+        samples=str(samples),
+        dataset=dataset,
+        folder=str(tmp_path / "alone"),
+        progress=lambda done, total: None,
+        on_score=lambda score: noted.append(str(score)),
+    )
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy, ignore=shutil.ignore_patterns("reference"))
+    shared, told = cluster.driver(
+        with_progress, evaluate, config, samples=str(samples), dataset=str(copy), folder=str(tmp_path / "shared")
+    )
+    assert shared.metrics == pytest.approx(alone.metrics, rel=1e-5)
+    assert shared.real_metrics == pytest.approx(alone.real_metrics, rel=1e-5)
+    assert (shared.fingerprint, shared.num_real_images) == (alone.fingerprint, alone.num_real_images)
+    assert len(noted) == len(alone.running) == len(shared.running)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == told[-1][1]
+    assert len([done for done, _ in told]) > 5, "piece by piece"
+    assert not list(copy.glob("reference/.*")) and not list((tmp_path / "shared").glob(".*"))
 
 
 def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: Path, tiny: str, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""The reference is computed once per extractor and data set, in batches that do not matter."""
+"""The reference is kept once per extractor and data set, and is the same whatever pieces it was made of."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ncsn.evaluation.extractors import Extracted, fingerprint_of
-from ncsn.evaluation.reference import extract_all, obtain_reference
+from ncsn.evaluation.extractors import Extracted, extract_all, fingerprint_of
+from ncsn.evaluation.reference import Reference, load_reference, publish_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
 
@@ -17,59 +18,52 @@ class MomentExtractor:
     name = "moments"
     num_features = 3
 
-    def __init__(self, fingerprint: str = "f") -> None:
-        self.fingerprint = fingerprint
-        self.calls = 0
+    fingerprint = "f"
 
     def extract(self, images: np.ndarray) -> Extracted:
-        self.calls += 1
         pixels = images.reshape(len(images), -1).astype(np.float32)
         features = np.stack([pixels.mean(1), pixels.min(1), pixels.max(1)], axis=1)
         bright = np.where(features[:, 0] > 127, 0.9, 0.2)
         return Extracted(features=features, log_probabilities=np.log(np.stack([bright, 1 - bright], axis=1)))
 
 
+def publish(folder: Path, *, pieces: list[int], fingerprint: str = "f" * 64) -> Reference:
+    """Of the images cut at these indices."""
+    borders = [0, *pieces, len(IMAGES)]
+    seen = [MomentExtractor().extract(IMAGES[first:last]) for first, last in itertools.pairwise(borders)]
+    publish_reference(str(folder), fingerprint, seen, shape=(50, 3), batch_size=7, origin={"split": "train"})
+    reference = load_reference(str(folder), fingerprint)
+    assert reference is not None
+    return reference
+
+
 def test_holds_all_features_their_moments_and_the_histogram(tmp_path: Path) -> None:
-    done: list[tuple[int, int]] = []
-    reference = obtain_reference(
-        str(tmp_path),
-        MomentExtractor(),
-        images=IMAGES,
-        dataset_digest="d",
-        batch_size=7,
-        on_progress=lambda *call: done.append(call),
-    )
+    reference = publish(tmp_path, pieces=[14, 35])
     extracted = MomentExtractor().extract(IMAGES)
     np.testing.assert_array_equal(reference.features, extracted.features)
     np.testing.assert_allclose(reference.statistics.mean, extracted.features.mean(0), rtol=1e-6)
     np.testing.assert_allclose(reference.statistics.covariance, np.cov(extracted.features, rowvar=False), rtol=1e-5)
     bright = (IMAGES.mean((1, 2, 3)) > 127).mean()
     np.testing.assert_allclose(reference.class_histogram, [bright, 1 - bright])
-    assert done[-1] == (50, 50)
 
 
-def test_is_computed_once_and_told_apart_by_extractor_data_and_split(tmp_path: Path) -> None:
-    def obtain(extractor: MomentExtractor, **changes: str) -> str:
-        settings = {"dataset_digest": "d", "split": "train"} | changes
-        return obtain_reference(str(tmp_path), extractor, images=IMAGES, **settings).fingerprint
+def test_pieces_of_whole_batches_change_no_bit(tmp_path: Path) -> None:
+    one, many = publish(tmp_path / "one", pieces=[]), publish(tmp_path / "many", pieces=[7, 21, 49])
+    np.testing.assert_array_equal(one.statistics.scatter, many.statistics.scatter)
+    np.testing.assert_array_equal(one.statistics.mean, many.statistics.mean)
+    np.testing.assert_array_equal(one.class_histogram, many.class_histogram)
 
-    first, again = MomentExtractor(), MomentExtractor()
-    fingerprints = {obtain(first)}
-    assert obtain(again) in fingerprints
-    assert (first.calls, again.calls) == (1, 0)
-    fingerprints |= {obtain(MomentExtractor("other")), obtain(first, dataset_digest="e"), obtain(first, split="test")}
-    assert len(fingerprints) == 4
+
+def test_is_found_by_its_fingerprint_alone(tmp_path: Path) -> None:
+    publish(tmp_path, pieces=[])
+    assert load_reference(str(tmp_path), "e" * 64) is None
 
 
 def test_a_failed_computation_leaves_nothing(tmp_path: Path) -> None:
-    class Broken(MomentExtractor):
-        def extract(self, images: np.ndarray) -> Extracted:
-            extracted = super().extract(images)
-            extracted.features[0] = np.nan
-            return extracted
-
-    with pytest.raises(ValueError, match="1 of 50 feature vectors hold NaN"):
-        obtain_reference(str(tmp_path), Broken(), images=IMAGES, dataset_digest="d")
+    seen = MomentExtractor().extract(IMAGES)
+    seen.features[0] = np.nan
+    with pytest.raises(ValueError, match="1 of 7 feature vectors hold NaN"):
+        publish_reference(str(tmp_path), "f" * 64, [seen], shape=(50, 3), batch_size=7, origin={})
     assert list((tmp_path / "reference").iterdir()) == []
 
 

@@ -6,14 +6,17 @@ import numpy as np
 
 from ncsn.config import Config
 from ncsn.distributed.sample_shards import Looker, Shard, sample_missing
-from ncsn.evaluation.judge import judge_of
+from ncsn.distributed.tasks import runner_of
+from ncsn.evaluation.judge import obtain_judge
 from ncsn.evaluation.running import RunningScore, RunningScores
 
 
 def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     count = config.sampling.num_images
-    running = RunningScores(judge_of(config, dataset).reference.statistics, count=count)
+    running = RunningScores(
+        obtain_judge(config, dataset, runner=runner_of(config.compute)).reference.statistics, count=count
+    )
     scores: list[RunningScore] = []
     there: list[int] = []
     latest = 0

@@ -15,6 +15,9 @@ from ncsn.data.cache import open_cache
 from ncsn.data.parquet import write_dataset
 from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
+from ncsn.evaluation import feature_pieces
+from ncsn.evaluation.classifier import ClassifierExtractor
+from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.running import RunningScore
 from ncsn.steps import evaluate as step
@@ -113,6 +116,39 @@ def test_a_second_call_returns_the_first_result(store: Path, dataset: str) -> No
     written = Path(first.uri).stat().st_mtime_ns
     assert step.run(config, run="again", samples=samples, dataset=dataset) == first
     assert Path(first.uri).stat().st_mtime_ns == written
+
+
+def test_an_interrupted_evaluation_looks_at_what_is_missing(
+    store: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_pieces, "PIECE_IMAGES", 100)
+    images, looked_at = open_cache(dataset, "test").images[:500], list[int]()
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for first in range(0, 500, 100):
+        rows = Images(np.ascontiguousarray(images[first : first + 100]), np.full(100, -1))
+        pq.write_table(to_table(rows), folder / f"shard-{first:09d}-{first + 100:09d}.parquet")
+    config = make_config(store)
+    whole = evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "whole")
+
+    extract = ClassifierExtractor.extract
+
+    def counted(self: ClassifierExtractor, images: np.ndarray) -> Extracted:
+        looked_at.append(len(images))
+        return extract(self, images)
+
+    monkeypatch.setattr(ClassifierExtractor, "extract", counted)
+    broken = folder / "shard-000000300-000000400.parquet"
+    content = broken.read_bytes()
+    broken.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="not a readable shard"):
+        evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
+    assert sum(looked_at) == 300
+    broken.write_bytes(content)
+    again = evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
+    assert sum(looked_at) == 300 + 200 + 500, "the last two hundred samples and the real images"
+    assert (again.metrics, again.real_metrics) == (whole.metrics, whole.real_metrics)
+    assert not list((tmp_path / "again").glob(".*"))
 
 
 def test_noise_is_told_from_digits(store: Path, dataset: str, tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What an extractor sees in a set of images, piece by piece in the store.
+
+The pieces can be made in any order by any number of processes, and those that an interrupted evaluation left are used
+again. A batch is never cut in two, so that the features do not depend on the pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.evaluation.extractors import Extracted, Extractor, extract_all, fingerprint_of
+from ncsn.evaluation.image_sets import SampleSet, SplitSet
+
+PIECE_IMAGES = 1024
+"""Images of a piece, or a batch if that is more: 16 MB of Inception features and probabilities."""
+
+
+@dataclass(frozen=True)
+class FeaturePiece:
+    """Images `first .. last` of a set, and where what is seen in them is kept.
+
+    Attributes:
+        config: The experiment, whose evaluation section names the extractor.
+        dataset: URI of the data set beside which the extractor is kept.
+        images: The set.
+        folder: URI of the folder of all pieces.
+        first: Index of the first image.
+        last: Index after the last.
+    """
+
+    config: Config
+    dataset: str
+    images: SampleSet | SplitSet
+    folder: str
+    first: int
+    last: int
+
+    @property
+    def uri(self) -> str:
+        """The file."""
+        return storage.join(self.folder, f"{self.first:09d}-{self.last:09d}.safetensors")
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def feature_pieces(
+    config: Config, dataset: str, images: SampleSet | SplitSet, *, near: str, fingerprint: str
+) -> list[FeaturePiece]:
+    """All pieces of a set, in order, in a folder of their own.
+
+    Args:
+        config: The experiment.
+        dataset: URI of the data set.
+        images: The set.
+        near: URI of the folder that holds the pieces' folder.
+        fingerprint: That of the extractor.
+    """
+    batch_size = config.evaluation.batch_size
+    key = fingerprint_of(extractor=fingerprint, batch_size=batch_size, kind=type(images).__name__, **asdict(images))
+    folder = storage.join(near, f".features-{key[:16]}")
+    starts = images.starts(batch_size)
+    cuts = [starts[0]]
+    for start, end in zip(starts, [*starts[1:], images.count], strict=True):
+        if end - cuts[-1] > PIECE_IMAGES and start > cuts[-1]:
+            cuts.append(start)
+    return [
+        FeaturePiece(config, dataset, images, folder, first, last)
+        for first, last in zip(cuts, [*cuts[1:], images.count], strict=True)
+    ]
+
+
+def missing_pieces(pieces: list[FeaturePiece]) -> list[FeaturePiece]:
+    """Those that are not in the store yet."""
+    there = set(storage.list_names(pieces[0].folder))
+    return [piece for piece in pieces if piece.uri.rpartition("/")[2] not in there]
+
+
+def look(
+    piece: FeaturePiece, extractor: Callable[[], Extractor], *, on_images: Callable[[int], None] | None = None
+) -> Extracted:
+    """What is seen in a piece: as it is in the store, or seen now and stored.
+
+    Args:
+        piece: The piece.
+        extractor: Gives what looks at the images, if that is needed.
+        on_images: Called with n after each batch of n images.
+    """
+    if storage.exists(piece.uri):
+        seen = Extracted(**load(storage.read_bytes(piece.uri)))
+        if on_images is not None:
+            on_images(len(piece))
+        return seen
+    stream = piece.images.read(piece.first, piece.last, batch_size=piece.config.evaluation.batch_size)
+    seen = extract_all(extractor(), stream, on_images=on_images)
+    storage.write_bytes(piece.uri, save({name: np.ascontiguousarray(values) for name, values in vars(seen).items()}))
+    return seen

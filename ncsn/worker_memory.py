@@ -1,0 +1,91 @@
+"""Memory that a worker pod needs for each worker, estimated from the config alone: nothing is computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ncsn import build
+from ncsn.config import Config
+from ncsn.config.compute import LEAST_MEMORY, bytes_of
+
+_UNIT = 2**29
+"""Estimates are rounded up to 0.5 GiB."""
+_MARGIN = 1.25
+_PROCESS = 0.7e9
+"""A process with Python, torch and Ray (measured: 670 MiB)."""
+_NODE = 0.5e9
+"""What Ray runs on each node besides."""
+_CUDA = 3e9
+"""What CUDA's libraries and context take of the host's memory."""
+_STATE, _SNAPSHOT = 5, 6
+"""Copies of the weights: with gradients, moments and running average; on their way into a checkpoint."""
+_SAMPLING_SHARE = 1 / 6
+"""Of the feature maps that training keeps, at most alive at once while images are made (measured: 8 to 11 %)."""
+_FLOAT, _DOUBLE = 4, 8
+_GRAPH_IMAGE = 20e6
+"""Bytes of an image of 299 pixels in the Inception graph."""
+_GROUPS = 20 + 10
+"""[D, D] matrices of the Frechet distance's jackknife."""
+
+
+def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
+    """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than is known of.
+
+    Args:
+        config: The experiment, with noise levels unless the step is evaluate.
+        step: Name of the step.
+        reference_images: Training images, for evaluate.
+    """
+    need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
+    need += _evaluation(config, reference_images) if step == "evaluate" else _network(config, step)
+    whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
+    return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
+
+
+def kept_bytes(network: nn.Module, config: Config) -> int:
+    """Bytes of the feature maps that autograd keeps of one image.
+
+    Args:
+        network: On the device `meta`, where nothing is computed.
+        config: The experiment.
+    """
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, nn.Parameter) else 0
+        return tensor
+
+    data = config.data
+    image = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        network(image, torch.zeros(1, dtype=torch.long, device="meta"))
+    return kept
+
+
+def _network(config: Config, step: str) -> float:
+    with torch.device("meta"):
+        network = build.network(config).to("meta")
+    weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
+    compute = config.compute
+    if compute.use_gpu:
+        return (1 if step == "sample" else _SNAPSHOT) * weights
+    kept = kept_bytes(network, config)
+    sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
+    share = math.ceil(config.train.batch_size / compute.min_workers)
+    training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
+    return {"sample": sampling, "train": training}.get(step, max(sampling, training))
+
+
+def _evaluation(config: Config, reference_images: int) -> float:
+    """The extractor on a batch, or afterwards the figures; the samples' features are on disk."""
+    if config.evaluation.extractor != "inception":
+        return 1e9
+    features = 2048
+    looking = 0.0 if config.compute.use_gpu else _GRAPH_IMAGE * config.evaluation.batch_size
+    figures = 2 * _FLOAT * features * reference_images + _DOUBLE * features**2 * _GROUPS
+    balls = 2 * _DOUBLE * 10_000 * (features + 2 * 1024)
+    return max(looking, figures + balls)

@@ -1,0 +1,89 @@
+"""Calls on a real Ray cluster that says it has two GPUs: which process makes them on which card, and if one is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import gpu_calls
+import pytest
+from ray_driver import RayDriver
+
+HELPERS = Path(gpu_calls.__file__).parent
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[RayDriver]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            driver = RayDriver(pool)
+            driver(gpu_calls.start, 2)
+            yield driver
+
+
+def cards_of(places: list[gpu_calls.Place]) -> dict[int, set[tuple[int, ...]]]:
+    found = defaultdict(set)
+    for process, cards in places:
+        found[process].add(cards)
+    return found
+
+
+def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver) -> None:
+    places = driver(gpu_calls.places, [0.3, *[0.05] * 9], use_gpu=True)
+    cards = cards_of(places)
+    assert len(places) == 10
+    assert len(cards) == 2
+    assert sorted(cards.values()) == [{(0,)}, {(1,)}]
+    assert os.getpid() not in cards
+    assert driver(gpu_calls.gpus_left, 30.0) == 2
+
+
+def test_another_round_has_other_processes(driver: RayDriver) -> None:
+    """So that no context stays on a card that is lent to somebody else by then."""
+    first = cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True))
+    second = cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True))
+    assert not first.keys() & second.keys()
+
+
+def test_a_limit_holds(driver: RayDriver) -> None:
+    assert len(cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True, at_once=1))) == 1
+
+
+def test_a_single_call_on_a_gpu_ends_its_process(driver: RayDriver) -> None:
+    places = driver(gpu_calls.places_one_by_one, 4)
+    assert len({process for process, _ in places}) == 4
+    assert all(len(cards) == 1 for _, cards in places)
+
+
+def test_calls_on_cpus_share_processes_and_have_no_gpu(driver: RayDriver) -> None:
+    places = driver(gpu_calls.places, [0.01] * 20, use_gpu=False)
+    assert len(places) == 20
+    assert {cards for _, cards in places} == {()}
+    assert len({process for process, _ in places}) <= 4
+
+
+def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(3)]
+    done = driver(gpu_calls.survivors, files)
+    assert sorted(name for name, _ in done) == ["0", "1", "2"]
+    assert driver(gpu_calls.gpus_left, 30.0) == 2
+
+
+def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="actor") as caught:
+        driver(gpu_calls.survivors, [tmp_path / "fatal"])
+    assert not isinstance(caught.value, ValueError)
+
+
+def test_a_mistake_is_raised_as_one_and_frees_the_gpus(driver: RayDriver) -> None:
+    with pytest.raises(ValueError, match="not 2"):
+        driver(gpu_calls.refused, [0, 1, 2, 3, 4, 5])
+    assert driver(gpu_calls.gpus_left, 30.0) == 2

@@ -1,0 +1,74 @@
+"""What calls on a Ray cluster with GPUs say of their process and card, in a module that the workers can import.
+
+Ray hands out GPUs by number; that there are none in this machine does not matter to it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from pathlib import Path
+
+from ncsn.distributed.tasks import call, calls
+
+import ray  # isort: skip  # after ncsn.distributed, which sets its environment
+
+Place = tuple[int, tuple[int, ...]]
+"""Process and the numbers of its GPUs."""
+
+
+def start(gpus: int) -> None:
+    """A cluster for this process that says it has so many GPUs."""
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(address="local", num_cpus=4, num_gpus=gpus, include_dashboard=False, logging_level="WARNING")
+
+
+def place(seconds: float) -> Place:
+    """Where this call is made, after a while."""
+    time.sleep(seconds)
+    return os.getpid(), tuple(ray.get_gpu_ids())
+
+
+def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None) -> list[Place]:
+    """Where a call for each duration is made."""
+    return [found for _, found in calls(place, deque(durations), cpus=1, use_gpu=use_gpu, at_once=at_once)]
+
+
+def places_one_by_one(count: int) -> list[Place]:
+    """Where so many single calls are made."""
+    return [call(place, 0.0, cpus=1, use_gpu=True) for _ in range(count)]
+
+
+def die_once(file: Path) -> int:
+    """Kill this process; in a second call, return its id."""
+    if file.name == "fatal" or not file.exists():
+        file.touch()
+        os._exit(1)
+    return os.getpid()
+
+
+def survivors(files: list[Path]) -> list[tuple[str, int]]:
+    """Name of each file and the process that had it in the end."""
+    return [(file.name, pid) for file, pid in calls(die_once, deque(files), cpus=1, use_gpu=True)]
+
+
+def refuse(number: int) -> int:
+    """A mistake for one number."""
+    if number == 2:
+        raise ValueError("not 2")
+    return number
+
+
+def refused(numbers: list[int]) -> list[int]:
+    """What comes of the numbers, which one of them ends."""
+    return [result for _, result in calls(refuse, deque(numbers), cpus=1, use_gpu=True)]
+
+
+def gpus_left(seconds: float) -> float:
+    """GPUs that are free again within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (free := ray.available_resources().get("GPU", 0.0)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return float(free)
