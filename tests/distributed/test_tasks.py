@@ -36,8 +36,8 @@ def cards_of(places: list[gpu_calls.Place]) -> dict[int, set[tuple[int, ...]]]:
     return found
 
 
-def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver) -> None:
-    places = driver(gpu_calls.places, [0.3, *[0.05] * 9], use_gpu=True)
+def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver, tmp_path: Path) -> None:
+    places = driver(gpu_calls.meetings, tmp_path, 10)
     cards = cards_of(places)
     assert len(places) == 10
     assert len(cards) == 2

@@ -36,6 +36,20 @@ def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None)
     return [found for _, found in calls(place, deque(durations), cpus=1, use_gpu=use_gpu, at_once=at_once)]
 
 
+def meet(folder: Path) -> Place:
+    """Where this call is made, once two processes have made calls: the first one waits for the second to start."""
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return place(0.0)
+
+
+def meetings(folder: Path, count: int) -> list[Place]:
+    """Where so many calls are made by two processes."""
+    return [found for _, found in calls(meet, deque([folder] * count), cpus=1, use_gpu=True)]
+
+
 def places_one_by_one(count: int) -> list[Place]:
     """Where so many single calls are made."""
     return [call(place, 0.0, cpus=1, use_gpu=True) for _ in range(count)]
