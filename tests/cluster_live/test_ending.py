@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ncsn_commands import Command
 
 RUN = "mine"
-ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 64000}
+ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 
 
 @contextmanager

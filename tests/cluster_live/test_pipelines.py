@@ -11,7 +11,7 @@ from real_cluster import eventually
 if TYPE_CHECKING:
     from live_place import Place
 
-ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 64000}
+ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 
 
