@@ -138,6 +138,7 @@ def pipelines(prepared: None, kubeflow: Kubeflow, request: pytest.FixtureRequest
         yield place
         if request.node.stash.get(FAILED, False):
             _save(request.node.name, place, since=began)
+        kubeflow.terminate_all(place.folder)
 
 
 @contextlib.contextmanager

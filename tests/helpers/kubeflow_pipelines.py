@@ -36,9 +36,13 @@ class Kubeflow:
         """What the button Terminate does."""
         self._ask("POST", f"runs/{run_id}:terminate")
 
-    def delete(self, run_id: str) -> None:
-        """The run and its Workflow."""
-        self._ask("DELETE", f"runs/{run_id}")
+    def terminate_all(self, name: str) -> list[str]:
+        """Terminate the runs of this name that are at work, among the latest fifty; their identifiers."""
+        runs = self._ask("GET", "runs?page_size=50&sort_by=created_at%20desc").get("runs", [])
+        at_work = [run["run_id"] for run in runs if run["display_name"] == name and run["state"] not in ENDED]
+        for run_id in at_work:
+            self.terminate(run_id)
+        return at_work
 
     def workflow(self, run_id: str) -> Resource:
         """The Workflow of a run."""
