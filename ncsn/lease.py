@@ -115,10 +115,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._every):
-            try:
+            # While the store is away the next beat tries again, and the lease outlasts several. The cluster is told all
+            # the same: a launcher without a store is no launcher that is gone.
+            with suppress(OSError), limited(self._every):
                 self._renew()
-            except OSError:  # the store is away: the next beat tries again, and the lease outlasts several
-                continue
             self._also()
 
     def _renew(self) -> None:

@@ -69,8 +69,12 @@ def wait(
             raise RunFailed(_words(connection, run, failed, why() or _said(run)))
         hopeless = pods.look(titles)
         if hopeless:
-            connection.client.terminate_run(run_id)
-            raise RunFailed(f"run {run_id} is terminated, since {hopeless}; see {connection.run_url(run_id)}")
+            how = "was terminated"
+            try:
+                connection.client.terminate_run(run_id)
+            except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+                how = f"cannot go on and could not be terminated ({reason_of(error)})"
+            raise RunFailed(f"run {run_id} {how}: {hopeless}; see {connection.run_url(run_id)}")
         time.sleep(poll_seconds)
 
 
@@ -80,6 +84,7 @@ class _Pods:
     def __init__(self, connection: Connection, run_id: str, say: Callable[[str], None]) -> None:
         self._run_id, self._say = run_id, say
         self._shown: dict[str, str] = {}
+        self._final: set[str] = set()
         self._next = 0.0
         try:
             self._api: KubernetesApi | None = KubernetesApi(connection.namespace or STANDALONE, patience=LOOK_SECONDS)
@@ -87,7 +92,7 @@ class _Pods:
             self._give_up(error)
 
     def look(self, titles: Mapping[str, str]) -> str:
-        """Tell what keeps pods from starting; what of it will never get better, or nothing."""
+        """Tell what keeps pods from starting; what of it will never get better, seen twice in a row, or nothing."""
         if self._api is None or time.monotonic() < self._next:
             return ""
         self._next = time.monotonic() + LOOK_SECONDS
@@ -96,18 +101,19 @@ class _Pods:
         except (OSError, ValueError) as error:
             self._give_up(error)
             return ""
+        before, self._final = self._final, {task for task, trouble in troubles.items() if trouble.final}
         for task, trouble in troubles.items():
             text = f"{titles.get(task, task)} cannot start: {trouble}"
             if self._shown.get(task) != trouble.reason:
                 self._shown[task] = trouble.reason
                 self._say(text)
-            if trouble.final:
+            if trouble.final and task in before:
                 return text
         return ""
 
     def _give_up(self, error: Exception) -> None:
         self._api = None
-        self._say(f"the pods of this run cannot be seen from here, nor why one does not start: {error}")
+        self._say(f"cannot read the pods of this run, so why one does not start is not shown: {error}")
 
 
 def _ask(connection: Connection, run_id: str, poll_seconds: float) -> Any:

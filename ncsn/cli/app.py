@@ -126,7 +126,7 @@ for _step in CATALOGUE:
     _add_step_command(_step)
 
 
-@app.command("reap", cls=ReportingCommand, short_help="End what no launcher and no pipeline waits for.")
+@app.command("reap", cls=ReportingCommand, short_help="Delete abandoned RayJobs and close their runs.")
 @click.option("--namespace", metavar="NAME", help="Default: that of this pod, or of the current kubeconfig context.")
 @click.option("--run", "run_name", metavar="NAME", help="Only what belongs to this run.")
 @click.option(

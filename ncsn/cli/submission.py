@@ -42,8 +42,8 @@ def prepare(
     """
     if not os.environ.get(IMAGE):
         raise ValueError(
-            f"{IMAGE} is not set, and no cluster has an image by chance; export {IMAGE}=REGISTRY/ncsn-python:TAG, the "
-            "image that `make image` has built and that is pushed there"
+            f"{IMAGE} is not set; export {IMAGE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed "
+            "to that registry"
         )
     given = _given(params)
     if pipeline == "sample":

@@ -102,9 +102,9 @@ class KubernetesApi:
 
     def list_rayjobs(self, labels: str) -> list[Resource]:
         """The RayJobs with these labels."""
-        listed = self._call(
-            "list", RAYJOBS, self._custom.list_namespaced_custom_object, *self._rayjobs, label_selector=labels
-        )
+        list_all = self._custom.list_namespaced_custom_object
+        without_kuberay: Resource = {"items": []}
+        listed = self._call("list", RAYJOBS, list_all, *self._rayjobs, label_selector=labels, missing=without_kuberay)
         items: list[Resource] = listed["items"]
         return items
 
@@ -166,7 +166,7 @@ class KubernetesApi:
         where = f"involvedObject.name={name}"
         listed = self._read("list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where)
         items: list[Resource] = listed["items"]
-        return sorted(items, key=_time_of)
+        return sorted(items, key=time_of_event)
 
     def create_config_map(self, manifest: Resource) -> None:
         """Create it.
@@ -325,8 +325,8 @@ def _load_configuration() -> tuple[client.Configuration, str]:
     return configuration, context["context"].get("namespace", "default")
 
 
-def _time_of(event: Resource) -> str:
-    """When it was last seen: a recorder fills either the older field or the newer ones."""
+def time_of_event(event: Resource) -> str:
+    """When it was last seen, in ISO 8601: a recorder fills either the older field or the newer ones."""
     seen = event.get("lastTimestamp") or (event.get("series") or {}).get("lastObservedTime")
     return str(seen or event.get("eventTime") or "")
 

@@ -12,6 +12,7 @@ NEEDED = (
     ("get", "pods/log"),
     ("list", "events"),
     ("get", "workflows.argoproj.io"),
+    *((verb, "configmaps") for verb in ("create", "delete")),
 )
 """What infra/base/rbac/launcher-role.yaml grants."""
 GPU = "nvidia.com/gpu"

@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.backend import Conflict, RemoteFailure, RemoteLost, RemoteStep, ended_on_sigterm, say
 from ncsn.cluster.job_state import JobState, state_of
-from ncsn.cluster.launcher import Launcher, environment_for_pods, find_launcher
+from ncsn.cluster.launcher import Launcher, environment_for_pods, find_launcher, is_ending
 from ncsn.cluster.pod_log import PodLog
 from ncsn.cluster.pod_watch import PodWatch
 from ncsn.cluster.rayjob_manifest import (
@@ -53,7 +53,9 @@ class KubeRay:
         self._compute = compute
         self._api = api or KubernetesApi(compute.kuberay.namespace)
         # Neither the heartbeat nor a process that is being killed waits for an API server that is away.
+        self._heart = KubernetesApi(self._api.namespace, patience=0)
         self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
+        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
         self._renew_seconds = renew_seconds
         self._launcher = Launcher()
         self._ours = False
@@ -138,7 +140,7 @@ class KubeRay:
             if found is None:
                 continue
             state, same = state_of(found), found["metadata"].get("annotations", {}).get(REQUEST_ANNOTATION) == digest
-            going = "deletionTimestamp" in found["metadata"]
+            going = "deletionTimestamp" in found["metadata"] or self._goes_with_another_pipeline(found)
             if not going and same and (state.succeeded or not state.finished):
                 self._ours = True
                 say(f"attached to RayJob {name}, which is {state.describe()}")
@@ -151,6 +153,15 @@ class KubeRay:
                 )
             self._api.delete_rayjob(name)
             self._wait_until_gone(name)
+
+    def _goes_with_another_pipeline(self, rayjob: Resource) -> bool:
+        """Whether it belongs to a pipeline run that has ended: the janitor deletes it, or Kubernetes its owner."""
+        owners = [each["name"] for each in rayjob["metadata"].get("ownerReferences", []) if each["kind"] == "Workflow"]
+        if not owners or owners[0] == self._launcher.workflow:
+            return False
+        with suppress(PermissionError):
+            return is_ending(self._api.workflow(owners[0]))
+        return False
 
     def _wait_until_gone(self, name: str) -> None:
         while (found := self._api.rayjob(name)) is not None:
@@ -185,13 +196,13 @@ class KubeRay:
     def _annotate(self, name: str) -> None:
         """Say in the cluster too that somebody waits: `ncsn reap` looks there."""
         with suppress(ConnectionError, PermissionError, ValueError):
-            self._impatient.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
+            self._heart.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
 
     def _end_at_once(self, name: str) -> None:
         """For SIGTERM, after which KFP leaves less than a second."""
         if not self._ours:
             return
-        if not self._launcher.is_told_to_end(self._impatient):
+        if not self._launcher.is_told_to_end(self._home):
             say(f"RayJob {name} goes on; the next attempt attaches to it, else it ends when the lease is stale")
             return
         self._delete(name, self._impatient)

@@ -22,7 +22,10 @@ _VOLUMES_AND_SANDBOX = {"FailedMount", "FailedAttachVolume", "FailedCreatePodSan
 _REFUSED_POD = re.compile(r"^Failed(Create$|ToCreate(Head|Worker)Pod$)")
 _CREATED_POD = re.compile(r"^(SuccessfulCreate|Created(Head|Worker)Pod)$")
 _UNUSED_QUOTA = re.compile(r"exceeded quota.* used: (\S+,)?[^,\s]+=0[,\s]")  # no other pod makes room by its end
-_PASSING_REFUSAL = re.compile(r"exceeded quota|timeout|try again|connection refused", re.IGNORECASE)
+_PASSING_REFUSAL = re.compile(
+    r"exceeded quota|time(d )?out|deadline exceeded|try again|connection refused|no endpoints available|internal error",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ncsn.cluster.api import KubernetesApi, Resource
+from ncsn.cluster.api import KubernetesApi, Resource, time_of_event
 from ncsn.cluster.backend import say
 from ncsn.cluster.driver_log import first_error
 from ncsn.cluster.pod_trouble import Trouble, trouble_of, trouble_of_owner
@@ -73,8 +73,11 @@ class PodWatch:
             budget -= waits
             if trouble := trouble_of(pod, events):
                 yield name, (pod, trouble)
+        made = rayjob["metadata"].get("creationTimestamp", "")
         for owner in (rayjob["metadata"]["name"], rayjob.get("status", {}).get("rayClusterName")):
-            if owner and (trouble := trouble_of_owner(self._events(owner))):
+            # Events outlive what they are about: an earlier RayJob of this name may have left some.
+            events = [event for event in self._events(owner) if time_of_event(event) >= made] if owner else []
+            if owner and (trouble := trouble_of_owner(events)):
                 yield owner, ({}, trouble)
 
     def _events(self, name: str) -> list[Resource]:

@@ -11,6 +11,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
 
 def _times(count: int, quantity: str) -> str:
     number = quantity.rstrip("MGTi")
-    return f"{count * float(number):g}{quantity.removeprefix(number)}"
+    return f"{(count * Decimal(number)).normalize():f}{quantity.removeprefix(number)}"
 
 
 def _shut_down_by_time(spec: Manifest) -> None:

@@ -25,6 +25,7 @@ class Orphan:
         config: URI of the experiment in the store.
         kfp_run: KFP's identifier of the run that has started it; empty if a person has.
         pipeline_ended: Whether it is at work for a pipeline run that has ended or is being ended.
+        finished: Whether it has ended by itself.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Orphan:
     config: str
     kfp_run: str
     pipeline_ended: bool
+    finished: bool
 
     def describe(self) -> str:
         """One line that says what it is, and why nobody waits for it."""
@@ -110,4 +112,5 @@ def _orphan(rayjob: Resource, now: datetime, *, pipeline_ended: bool) -> Orphan:
         config=_config_uri(rayjob),
         kfp_run=labels.get(KFP_RUN_LABEL, ""),
         pipeline_ended=pipeline_ended,
+        finished=state_of(rayjob).finished,
     )

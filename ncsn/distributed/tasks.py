@@ -7,7 +7,7 @@ GPU for its whole life: it makes call after call, with its network loaded once, 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -40,10 +40,12 @@ class OnCluster(Runner):
 
     def __init__(self, compute: ComputeConfig) -> None:
         self._cpus, self._use_gpu = compute.cpus_per_worker, compute.use_gpu
+        self._at_once = compute.max_workers  # more would need more memory than is planned for
 
     def each(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
         """Each item with `function` of it, as they are done."""
-        return calls(function, deque(items), cpus=self._cpus, use_gpu=gpu and self._use_gpu)
+        gpu = gpu and self._use_gpu
+        return calls(function, deque(items), cpus=self._cpus, use_gpu=gpu, at_once=self._at_once)
 
     def one(self, function: Callable[..., R], *arguments: Any, gpu: bool) -> R:
         """`function` of the arguments."""
@@ -108,7 +110,9 @@ def _by_processes(
     """As tasks would be, but each GPU's calls in one process. Only a process that is there is given an item."""
     kind: Any = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy=_DEFAULT)(_GpuProcess)
     waiting: dict[Any, tuple[Any, list[T]]] = {}
-    losses = 0
+    lost: Counter[int] = Counter()  # times that an item's process was lost, by the item's id
+    given: list[T] = []  # keeps the ids unique
+    failed_starts = 0
     try:
         while queue or any(items for _, items in waiting.values()):
             busy = sum(len(items) for _, items in waiting.values())
@@ -119,16 +123,23 @@ def _by_processes(
             process, items = waiting.pop(reference)
             try:
                 result = _result(reference)
-            except ray.exceptions.RayActorError:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError):
                 ray.kill(process)
                 queue.extendleft(items)
-                losses += 1
-                if losses > RETRIES:
+                # A lost node takes several processes at once, each with an item of its own.
+                lost.update(id(item) for item in items)
+                failed_starts += not items
+                if failed_starts > max(RETRIES, 2 * _gpus(at_once)) or any(lost[id(item)] > RETRIES for item in items):
                     raise
                 continue
-            losses = 0
+            except BaseException:
+                ray.kill(process)
+                raise
+            if not items:
+                failed_starts = 0
             if queue:
                 item = queue.popleft()
+                given.append(item)
                 waiting[process.call.remote(function, item, cpus)] = (process, [item])
             else:
                 ray.kill(process)

@@ -7,6 +7,7 @@ again. A batch is never cut in two, so that the features do not depend on the pi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -92,7 +93,8 @@ def look(
         extractor: Gives what looks at the images, if that is needed.
         on_images: Called with n after each batch of n images.
     """
-    if storage.exists(piece.uri):
+    # Asked for and not looked for first: who is done with the same set removes its pieces.
+    with suppress(FileNotFoundError):
         seen = Extracted(**load(storage.read_bytes(piece.uri)))
         if on_images is not None:
             on_images(len(piece))

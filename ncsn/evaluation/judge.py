@@ -176,7 +176,8 @@ def _make_reference(
         done += len(piece)
         if on_progress is not None:
             on_progress(done, images.count)
-    runner.one(_merge, pieces, extractor, fingerprint, gpu=False)
+    if load_reference(dataset, fingerprint) is None:  # else another run on this data set was faster
+        runner.one(_merge, pieces, extractor, fingerprint, gpu=False)
     storage.delete_folder(pieces[0].folder)
 
 

@@ -12,7 +12,7 @@ from ncsn.data.manifest import load_manifest
 from ncsn.steps.outcome import clear_outcome
 from ncsn.steps.result import RunFolder, stored_error
 
-STEPS_ELSEWHERE = ("tune", "train", "sample")
+STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
 """Those that run where `compute.backend` says; the others run where they are started."""
 
 _DIGEST_CHARACTERS = 12

@@ -48,7 +48,15 @@ class FinishResult:
     page: str
 
 
-def run(config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun | None = None) -> FinishResult:
+def run(
+    config: Config,
+    *,
+    run: str,
+    state: str,
+    message: str = "",
+    kfp: KfpRun | None = None,
+    namespace: str | None = None,
+) -> FinishResult:
     """Cancel what is at work, and write the outcome to `<root>/runs/<run>/status.json` and the run's MLflow run.
 
     Args:
@@ -57,7 +65,9 @@ def run(config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun 
             pipeline run has started is touched.
         state: What KFP says of the steps together: one of `SUCCEEDED`, FAILED or CANCELED.
         message: What KFP says of the reason.
-        kfp: The pipeline run, whose pods tell why a step left no word.
+        kfp: The pipeline run, whose pods tell why a step left no word. Only its jobs are canceled then: the run may
+            have been resumed by another.
+        namespace: That of the pipeline run; None for this pod's, or that of the kubeconfig.
 
     Raises:
         ValueError: if MLflow could not be told.
@@ -66,14 +76,15 @@ def run(config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun 
     try:
         folders = _folders(claim_run(config, run))
     except ForeignRun as refusal:
-        return _refused(config, run, str(refusal), kfp)
+        return _refused(config, run, str(refusal), kfp, namespace)
     runs = {folder.run: folder for folder in folders.values()}
     succeeded = state.upper() in SUCCEEDED
-    seen = _Seen() if succeeded or kfp is None else _look(kfp)
+    seen = _Seen() if succeeded or kfp is None else _look(kfp, namespace)
     outcome = Outcome("FINISHED") if succeeded else _outcome(folders, state, message, kfp, seen)
     tags = kfp_run()
     try:
-        cancelled = [name for each in runs for name in _cancel(config, run=each)]
+        ours = kfp.id if kfp else None
+        cancelled = [name for each in runs for name in _cancel(config, namespace, run=each, kfp_run=ours)]
     finally:
         for folder in runs.values():
             write_outcome(folder, outcome)
@@ -89,9 +100,9 @@ def run(config: Config, *, run: str, state: str, message: str = "", kfp: KfpRun 
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, run_page(facts))
 
 
-def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None) -> FinishResult:
+def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespace: str | None) -> FinishResult:
     """The end of a pipeline run whose name is another's: its store and its MLflow run are not ours to change."""
-    cancelled = _cancel(config, kfp_run=kfp.id) if kfp else []
+    cancelled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
     places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
     facts = RunFacts(run=run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
     return FinishResult("FAILED", reason, None, cancelled, run_page(facts))
@@ -112,12 +123,12 @@ class _Seen:
     notes: Sequence[str] = ()
 
 
-def _look(kfp: KfpRun) -> _Seen:
+def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
     from ncsn.cluster.api import KubernetesApi
     from ncsn.cluster.kfp_runs import troubles_of_run, was_stopped
 
     try:
-        api = KubernetesApi(patience=_LOOK_SECONDS)
+        api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
         return _Seen(was_stopped(api.workflow(kfp.workflow)), _of_steps(troubles_of_run(api, kfp.id)))
     except (OSError, ValueError) as error:
         return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
@@ -135,7 +146,7 @@ def _folders(folder: RunFolder) -> dict[str, RunFolder]:
     return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
-def _cancel(config: Config, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:
+def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:
     """End the jobs that are at work: of the run, or those that a pipeline run has started.
 
     A RayJob that failed stays for a while, to be looked at.
@@ -149,7 +160,7 @@ def _cancel(config: Config, *, run: str | None = None, kfp_run: str | None = Non
     from ncsn.cluster.api import KubernetesApi
     from ncsn.cluster.reap import reap
 
-    api = KubernetesApi(config.compute.kuberay.namespace)
+    api = KubernetesApi(config.compute.kuberay.namespace or namespace)
     return [orphan.name for orphan in reap(api, older_than=0, run=run, kfp_run=kfp_run, at_work=True)]
 
 
@@ -160,6 +171,8 @@ def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: Kf
     """
     step, error = _first_open(folders, kfp)
     told = ""
+    if error.get("type") == "SystemExit" and kfp is not None and not seen.notes and not seen.stopped:
+        error = {}  # a pod that is evicted gets SIGTERM too, and its state says more
     if not error and seen.troubles:
         step, trouble = next(iter(seen.troubles.items()))
         told = str(trouble)
@@ -182,7 +195,7 @@ def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[s
 
 
 def _stopped(jobs: Sequence[str]) -> list[str]:
-    return [f"{name} was still at work on the cluster and is stopped." for name in jobs]
+    return [f"{name} was still running on the cluster and has been stopped." for name in jobs]
 
 
 def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:

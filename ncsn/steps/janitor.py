@@ -6,17 +6,20 @@ a second, and its exit handler may never start. So somebody looks from outside, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ncsn import storage
-from ncsn.cluster.api import KubernetesApi
+from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.kfp_runs import NotedRun, forget_run, is_over, noted_runs, state_of_run
 from ncsn.cluster.launcher import is_ending
 from ncsn.cluster.reap import Orphan, find_orphans
 from ncsn.config import Config, from_json, from_yaml
 from ncsn.launched import KfpRun
 from ncsn.patience import limited
+from ncsn.steps.outcome import read_outcome
+from ncsn.steps.result import run_folder
 
 _STORE_SECONDS = 20.0
 
@@ -26,7 +29,7 @@ class Deed:
     """Something that was done, or would be.
 
     Attributes:
-        verb: delete or close.
+        verb: delete, close or ignore.
         what: The rest of the sentence.
         error: Why it could not be done.
     """
@@ -60,23 +63,44 @@ def clean_up(
             return Deed(verb, what, error)
         return Deed(verb, what)
 
-    noted = {each.id: each for each in noted_runs(api) if run in (None, each.run)}
+    notes = noted_runs(api)
+    workflows = {each.id: api.workflow(each.workflow) for each in notes}
+    resumed = {_place(each) for each in notes if not is_ending(workflows[each.id])}
+    noted = {each.id: each for each in notes if run in (None, each.run)}
     for orphan in find_orphans(api, older_than=older_than, run=run, at_work=at_work):
         yield do("delete", orphan.describe(), lambda name=orphan.name: api.delete_rayjob(name))  # type: ignore[misc]
-        if orphan.config and orphan.kfp_run not in noted:
+        if orphan.config and not orphan.finished and orphan.kfp_run not in noted:
             yield do("close", f"run {orphan.run}: KILLED", lambda each=orphan: _close_orphan(each))  # type: ignore[misc]
     for each in noted.values():
-        workflow = api.workflow(each.workflow)
-        if is_ending(workflow):
-            state, over = state_of_run(workflow), is_over(workflow)
-            what = f"run {each.run}: its pipeline run {each.id} has ended {state}"
-            yield do("close", what, lambda each=each, state=state, over=over: _close(api, each, state, over=over))  # type: ignore[misc]
+        workflow = workflows[each.id]
+        if not is_ending(workflow):
+            continue
+        if _place(each) in resumed:  # its records are those of the pipeline run that goes on
+            what = f"run {each.run} of {each.id}: another pipeline run continues it"
+            yield do("ignore", what, lambda each=each: forget_run(api, each))  # type: ignore[misc]
+        else:
+            what = f"run {each.run}: pipeline run {each.id}: {state_of_run(workflow)}"
+            yield do("close", what, lambda each=each, workflow=workflow: _close(api, each, workflow))  # type: ignore[misc]
 
 
-def _close(api: KubernetesApi, noted: NotedRun, state: str, *, over: bool) -> None:
-    """Close the run, and forget it unless something may still be at work: that could have the last word in MLflow."""
-    cancelled = _finish(from_json(noted.config), noted.run, state, kfp=KfpRun(noted.id, noted.workflow))
-    if over and not cancelled:
+def _place(noted: NotedRun) -> tuple[str, str]:
+    """What two pipeline runs share that work on one run: its name and its store."""
+    return noted.run, json.loads(noted.config).get("storage", {}).get("root", "")
+
+
+def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> None:
+    """Close the run, and forget it unless something may still be running: that could have the last word in MLflow."""
+    config, state = from_json(noted.config), state_of_run(workflow)
+    if workflow is None:  # deleted, perhaps long after its end
+        with limited(_STORE_SECONDS):
+            told = read_outcome(run_folder(config, noted.run))
+        if told is not None and told.status == "FINISHED":
+            state = "SUCCEEDED"
+        elif told is not None and told.status == "FAILED":
+            forget_run(api, noted)
+            return
+    cancelled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
+    if is_over(workflow) and not cancelled:
         forget_run(api, noted)
 
 
@@ -86,9 +110,11 @@ def _close_orphan(orphan: Orphan) -> None:
     _finish(config, orphan.run, "CANCELED")
 
 
-def _finish(config: Config, run: str, state: str, kfp: KfpRun | None = None) -> list[str]:
+def _finish(
+    config: Config, run: str, state: str, *, kfp: KfpRun | None = None, namespace: str | None = None
+) -> list[str]:
     # Imported here and not above: MLflow takes seconds, and most of the time there is nothing to close.
     from ncsn.steps import finish
 
     with limited(_STORE_SECONDS):
-        return finish.run(config, run=run, state=state, kfp=kfp).cancelled
+        return finish.run(config, run=run, state=state, kfp=kfp, namespace=namespace).cancelled

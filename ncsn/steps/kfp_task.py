@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ncsn.config import Config, to_json
@@ -46,7 +46,8 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
         try:
             yield
         except Exception as error:
-            write_outcome(folder, Outcome("FAILED", str(error), step))
+            with suppress(OSError):  # a store that is away must not hide the first error
+                write_outcome(folder, Outcome("FAILED", str(error), step))
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))
@@ -88,4 +89,4 @@ def _tell(call: Callable[[KubernetesApi], None]) -> None:
     try:
         call(KubernetesApi(patience=_NOTE_SECONDS))
     except (OSError, ValueError) as error:
-        say(f"the janitor is not told of this run: {error}")
+        say(f"could not register this run with the janitor: {error}")

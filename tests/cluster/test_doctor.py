@@ -36,7 +36,7 @@ def examine_all(folder: Path, *overrides: str) -> list[dict[str, str]]:
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     seen = examine(tmp_path)
     assert seen["kubernetes"][0] == seen["rights"][0] == seen["kuberay"][0] == "ok"
-    assert seen["rights"][1] == "11 verbs in namespace 'kubeflow'"
+    assert seen["rights"][1] == "13 verbs in namespace 'kubeflow'"
     assert seen["gpus"] == ("not configured", "compute.use_gpu is false")
     assert seen["queue"] == ("not configured", "compute.kuberay.queue is null")
 
@@ -45,7 +45,7 @@ def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:
     emulation.cluster.rules = [rule | {"verbs": ["get", "list", "watch"]} for rule in emulation.cluster.rules]
     state, detail = examine(tmp_path)["rights"]
     assert state == "failed"
-    missing = "create rayjobs.ray.io, patch rayjobs.ray.io, delete rayjobs.ray.io"
+    missing = "create rayjobs.ray.io, patch rayjobs.ray.io, delete rayjobs.ray.io, create configmaps, delete configmaps"
     assert detail.endswith(f"this account may not {missing} in namespace 'kubeflow'")
 
 

@@ -20,7 +20,7 @@ from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.kfp_task import pipeline_task
-from ncsn.steps.outcome import Outcome, read_outcome
+from ncsn.steps.outcome import Outcome, read_outcome, write_outcome
 from ncsn.steps.result import run_folder
 from ncsn.tracking.run import step_run
 
@@ -133,6 +133,39 @@ def test_a_rayjob_goes_with_its_pipeline_and_the_last_word_comes_later(
     assert len(notes(emulation)) == 1, "its driver may still write to MLflow"
     emulation.cluster.update("workflows", WORKFLOW, lambda each: each["status"].update(phase="Failed"))
     janitor()
+    assert notes(emulation) == []
+
+
+def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terminate, then submit again under the same name: the records and RayJobs are the second run's by then."""
+    begin(config, monkeypatch)
+    workflow(emulation, "Failed", activeDeadlineSeconds=0)
+    emulation.cluster.create("workflows", {"metadata": {"name": "second"}, "spec": {}, "status": {"phase": "Running"}})
+    labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "77aa"}
+    data = {"workflow": "second", "run": "mine", "config": to_json(config)}
+    emulation.cluster.rules = rules_of(INFRA / "rbac" / "launcher-role.yaml")
+    emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-77aa", "labels": labels}, "data": data})
+    rayjob(emulation, "working")
+    emulation.cluster.update(
+        "rayjobs", "working", lambda each: each["metadata"].update(creationTimestamp="2999-01-01T00:00:00Z")
+    )
+    assert [deed.split()[0] for deed in janitor()] == ["ignore"]
+    assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-77aa"]
+    assert (outcome(config), statuses(config)["run"], len(emulation.jobs)) == (None, "RUNNING", 1)
+    emulation.cluster.delete("rayjobs", "working")
+    emulation.cluster.delete("configmaps", "ncsn-run-77aa")
+
+
+def test_a_run_whose_workflow_is_gone_keeps_the_end_that_is_known(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config, monkeypatch)
+    write_outcome(run_folder(config, "mine"), Outcome("FINISHED"))
+    janitor()
+    assert outcome(config) == Outcome("FINISHED")
+    assert statuses(config)["run"] == "FINISHED"
     assert notes(emulation) == []
 
 

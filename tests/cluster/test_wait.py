@@ -81,4 +81,4 @@ def test_without_a_cluster_it_says_that_it_cannot_see(
     kfp_server.runs[run_id]["state"] = "SUCCEEDED"
     said: list[str] = []
     wait(connection, run_id, say=said.append, poll_seconds=0.1)
-    assert [line for line in said if "cannot be seen from here" in line] == said[:1]
+    assert [line for line in said if "cannot read the pods" in line] == said[:1]
