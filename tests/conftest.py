@@ -7,6 +7,7 @@ import os
 import resource
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ os.environ.update(
 )
 for _inherited in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "NCSN_CACHE_DIR"):
     os.environ.pop(_inherited, None)
+
+
+# A job in the background of a shell inherits an ignored SIGINT, and so would every command that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

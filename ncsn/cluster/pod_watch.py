@@ -15,6 +15,7 @@ CONFIRM_SECONDS = 20.0
 """For so long trouble that waiting does not cure must be seen: a Secret, say, may come a moment after its pod."""
 
 _LAST_LINES = 10
+_SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
 _MOST_EVENTS = 5  # pods per look whose events are read: many workers wait for the same reason
 _GROUP_LABEL, _SUBMITTER_LABEL = "ray.io/group", "job-name"
 
@@ -73,10 +74,12 @@ class PodWatch:
             budget -= waits
             if trouble := trouble_of(pod, events):
                 yield name, (pod, trouble)
-        made = rayjob["metadata"].get("creationTimestamp", "")
+        made = rayjob["metadata"].get("creationTimestamp", "")[:_SECONDS]
         for owner in (rayjob["metadata"]["name"], rayjob.get("status", {}).get("rayClusterName")):
             # Events outlive what they are about: an earlier RayJob of this name may have left some.
-            events = [event for event in self._events(owner) if time_of_event(event) >= made] if owner else []
+            events = (
+                [event for event in self._events(owner) if time_of_event(event)[:_SECONDS] >= made] if owner else []
+            )
             if owner and (trouble := trouble_of_owner(events)):
                 yield owner, ({}, trouble)
 

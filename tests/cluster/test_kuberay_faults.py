@@ -103,8 +103,11 @@ def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
     start = emulation.cluster.on_create
 
     def refuse(name: str) -> None:
-        about = {"metadata": {"name": f"{name}.1"}, "involvedObject": {"kind": "Job", "name": name}}
-        emulation.cluster.create("events", about | {"type": "Warning", "reason": "FailedCreate", "message": quota})
+        about = {"involvedObject": {"kind": "Job", "name": name}, "type": "Warning", "reason": "FailedCreate"}
+        old = {"metadata": {"name": f"{name}.0"}, "message": f"an earlier job's: {quota}"}
+        new = {"metadata": {"name": f"{name}.1"}, "message": quota}
+        emulation.cluster.create("events", about | new | {"lastTimestamp": "2999-01-01T00:00:00Z"})
+        emulation.cluster.create("events", about | old | {"lastTimestamp": "2026-01-01T00:00:00Z"})
         start(name)
 
     emulation.cluster.on_create = refuse
