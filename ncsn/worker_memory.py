@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ncsn import build
 from ncsn.config import Config
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
+from ncsn.config.noise import AutoNoiseConfig, NoiseConfig
 
 _UNIT = 2**29
 """Estimates are rounded up to 0.5 GiB."""
@@ -35,12 +36,15 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
     """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than is known of.
 
     Args:
-        config: The experiment, with noise levels unless the step is evaluate.
+        config: The experiment.
         step: Name of the step.
-        reference_images: Training images, for evaluate.
+        reference_images: Training images, for evaluate and tune.
     """
+    if isinstance(config.noise, AutoNoiseConfig):
+        config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
-    need += _evaluation(config, reference_images) if step == "evaluate" else _network(config, step)
+    need += 0.0 if step == "evaluate" else _network(config, step)
+    need += _evaluation(config, reference_images) if step in ("evaluate", "tune") else 0.0
     whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 

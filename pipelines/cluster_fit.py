@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ncsn.config import Config
-from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, bytes_of
+from ncsn.config.compute import ComputeConfig, bytes_of
+from ncsn.worker_memory import worker_memory
 
 GPU = "nvidia.com/gpu"
 RETRIES = {
@@ -61,6 +62,8 @@ SIZES = {
 """Of the tasks that always work in their own pods."""
 LAUNCHER = Size(("100m", "512Mi"), ("1", "2Gi"))
 """Of a task that waits for the cluster on which its step works, or has nothing to search."""
+REFERENCE_IMAGES = 50_000
+"""Of a dataset that is not ingested yet, as many as the larger published ones have."""
 UNKNOWN = Size(("1", "2Gi"), ("8", "16Gi"))
 """Of a task that may work in its own pod, by a config that is not known yet."""
 
@@ -102,7 +105,8 @@ def _size(step: str, config: Config | None) -> Size:
     if idle or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
-    workers, memory = compute.max_workers, bytes_of(compute.kuberay.memory_per_worker or LEAST_MEMORY)
+    workers, given = compute.max_workers, compute.kuberay.memory_per_worker
+    memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
     amount = (str(workers * compute.cpus_per_worker + 1), f"{round(workers * memory / 2**20) + 2048}Mi")
     return Size(amount, amount, gpus=workers if compute.use_gpu else 0)
 

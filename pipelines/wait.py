@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import kfp_server_api
 import urllib3
 
 from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.kfp_runs import troubles_of_run
+from ncsn.cluster.kfp_runs import has_workflow, troubles_of_run
 from pipelines.connection import Connection, KfpError, reason_of
 
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")
@@ -49,8 +50,8 @@ def wait(
         poll_seconds: Time between two questions.
 
     Raises:
-        RunFailed: if it ended otherwise, naming the tasks and the reason, or if a pod will never start. Then the run,
-            which would wait for ever, is terminated.
+        RunFailed: if it ended otherwise, naming the tasks and the reason, if its Workflow was deleted, or if a pod will
+            never start. Then the run, which would wait for ever, is terminated.
         KfpError: if the server has been away for too long, or does not know the run.
     """
     pods = _Pods(connection, run_id, say)
@@ -75,6 +76,8 @@ def wait(
             except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
                 how = f"cannot go on and could not be terminated ({reason_of(error)})"
             raise RunFailed(f"run {run_id} {how}: {hopeless}; see {connection.run_url(run_id)}")
+        if pods.deleted:
+            raise RunFailed(_words(connection, run, [], why() or "its Workflow was deleted from the cluster"))
         time.sleep(poll_seconds)
 
 
@@ -85,6 +88,7 @@ class _Pods:
         self._run_id, self._say = run_id, say
         self._shown: dict[str, str] = {}
         self._final: set[str] = set()
+        self._absent: int | None = None  # looks in a row without the Workflow, once it was seen
         self._next = 0.0
         try:
             self._api: KubernetesApi | None = KubernetesApi(connection.namespace or STANDALONE, patience=LOOK_SECONDS)
@@ -101,6 +105,7 @@ class _Pods:
         except (OSError, ValueError) as error:
             self._give_up(error)
             return ""
+        self._look_for_workflow()
         before, self._final = self._final, {task for task, trouble in troubles.items() if trouble.final}
         for task, trouble in troubles.items():
             text = f"{titles.get(task, task)} cannot start: {trouble}"
@@ -110,6 +115,19 @@ class _Pods:
             if trouble.final and task in before:
                 return text
         return ""
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the run's Workflow was there and is gone, in two looks. KFP never learns of it."""
+        return (self._absent or 0) >= 2
+
+    def _look_for_workflow(self) -> None:
+        assert self._api is not None
+        with suppress(OSError, ValueError):  # pods may be read by more accounts than Workflows
+            if has_workflow(self._api, self._run_id):
+                self._absent = 0
+            elif self._absent is not None:
+                self._absent += 1
 
     def _give_up(self, error: Exception) -> None:
         self._api = None
@@ -158,9 +176,8 @@ def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
 
 def _words(connection: Connection, run: Any, failed: list[str], reason: str) -> str:
     tasks = f" ({', '.join(failed)})" if failed else ""
-    return f"run {run.run_id} ended {run.state}{tasks}{f': {reason}' if reason else ''}; see " + connection.run_url(
-        run.run_id
-    )
+    how = f"ended {run.state}" if run.state in ENDED else "is over"
+    return f"run {run.run_id} {how}{tasks}{f': {reason}' if reason else ''}; see " + connection.run_url(run.run_id)
 
 
 def _said(run: Any) -> str:

@@ -161,6 +161,14 @@ class KubernetesApi:
         )
         return found
 
+    def workflows(self, labels: str) -> list[Resource]:
+        """The Argo Workflows with these labels."""
+        where = ("argoproj.io", "v1alpha1", self.namespace, "workflows")
+        listing = self._custom.list_namespaced_custom_object
+        listed = self._call("list", "workflows.argoproj.io", listing, *where, label_selector=labels)
+        items: list[Resource] = listed["items"]
+        return items
+
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
         where = f"involvedObject.name={name}"

@@ -17,7 +17,8 @@ from ncsn.cluster.pod_trouble import Trouble, trouble_of
 from ncsn.cluster.rayjob_manifest import KFP_RUN_LABEL, MANAGED_BY
 from ncsn.launched import KfpRun
 
-POD_LABEL = "pipeline/runid"
+RUN_ID_LABEL = "pipeline/runid"
+"""Of a run's Workflow and of its pods."""
 NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 _NODE_SUFFIX = re.compile(r"\(\d+\)$")
 _ENDED = {"Succeeded", "Failed", "Error"}
@@ -78,6 +79,11 @@ def state_of_run(workflow: Resource | None) -> str:
     return "SUCCEEDED" if workflow.get("status", {}).get("phase") == "Succeeded" else "FAILED"
 
 
+def has_workflow(api: KubernetesApi, run_id: str) -> bool:
+    """Whether the cluster has the run's Workflow. KFP goes on to say RUNNING once somebody has deleted it."""
+    return bool(api.workflows(f"{RUN_ID_LABEL}={run_id}"))
+
+
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:
     """Task of the pipeline -> what keeps its pod from running, or has ended it. Only the last pod of each counts.
 
@@ -86,7 +92,7 @@ def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -
         run_id: KFP's identifier.
         pending: Only of pods that have not started.
     """
-    pods = {_task_of(pod): pod for pod in api.pods(f"{POD_LABEL}={run_id}")}
+    pods = {_task_of(pod): pod for pod in api.pods(f"{RUN_ID_LABEL}={run_id}")}
     looked_at = {
         task: pod for task, pod in pods.items() if task and (not pending or pod["status"].get("phase") == "Pending")
     }

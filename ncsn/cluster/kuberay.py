@@ -145,7 +145,7 @@ class KubeRay:
                 self._ours = True
                 say(f"attached to RayJob {name}, which is {state.describe()}")
                 self._annotate(name)
-                return str(found["metadata"]["labels"].get(ATTEMPT_LABEL))
+                return str(found["metadata"]["labels"][ATTEMPT_LABEL])
             if not going and not state.finished:
                 raise ValueError(
                     f"RayJob {name} is at work on other inputs of the same step; wait for it, or delete it: "

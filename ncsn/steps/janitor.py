@@ -99,7 +99,12 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
         elif told is not None and told.status == "FAILED":
             forget_run(api, noted)
             return
-    cancelled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
+    try:
+        cancelled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
+    except PermissionError:
+        if config.compute.kuberay.namespace in (None, api.namespace):
+            raise
+        cancelled = []  # store and MLflow are told; RayJobs of another namespace end there, by its janitor or the lease
     if is_over(workflow) and not cancelled:
         forget_run(api, noted)
 

@@ -244,6 +244,29 @@ def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
     emulation.cluster.delete("configmaps", "ncsn-run-0000")
 
 
+def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
+    emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator has one namespace, so the refusal is made here."""
+    compute = config.compute.model_copy(
+        update={
+            "backend": "kuberay",
+            "kuberay": config.compute.kuberay.model_copy(update={"namespace": "elsewhere"}),
+        }
+    )
+    there = config.model_copy(update={"compute": compute})
+    begin(there, monkeypatch)
+    workflow(emulation, "Failed")
+
+    def refuse(*_: Any, **__: Any) -> list[str]:
+        raise PermissionError("forbidden in namespace 'elsewhere'")
+
+    monkeypatch.setattr("ncsn.steps.finish._cancel", refuse)
+    janitor()
+    assert statuses(there)["run"] == "FAILED"
+    assert notes(emulation) == []
+
+
 def test_reap_says_what_it_would_do_and_does_not(
     emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

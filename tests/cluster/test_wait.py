@@ -82,3 +82,31 @@ def test_without_a_cluster_it_says_that_it_cannot_see(
     said: list[str] = []
     wait(connection, run_id, say=said.append, poll_seconds=0.1)
     assert [line for line in said if "cannot read the pods" in line] == said[:1]
+
+
+def test_a_run_whose_workflow_was_deleted_is_over(
+    emulation: Any, started: tuple[Any, str], eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP 2.17.0 says RUNNING of it for ever."""
+    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
+    user = {"apiGroups": ["argoproj.io"], "resources": ["workflows"], "verbs": ["list"]}
+    emulation.cluster.rules = [*emulation.cluster.rules, user]
+    connection, run_id = started
+    metadata = {"name": "ncsn-train-sd9mr", "labels": {"pipeline/runid": run_id}}
+    emulation.cluster.create("workflows", {"metadata": metadata})
+    ended: list[str] = []
+
+    def watch() -> None:
+        try:
+            wait(connection, run_id, say=lambda _: None, why=lambda: "terminated", poll_seconds=0.1)
+        except RunFailed as failure:
+            ended.append(str(failure))
+
+    waiting = threading.Thread(target=watch, daemon=True)
+    waiting.start()
+    eventually(lambda: emulation.cluster.requests.count(("list", "workflows")) > 1, "the Workflow was seen")
+    emulation.cluster.delete("workflows", "ncsn-train-sd9mr")
+    waiting.join(30)
+    assert len(ended) == 1
+    assert run_id in ended[0]
+    assert "terminated" in ended[0]

@@ -98,9 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(body | {"status": {"allowed": allowed}}, 201)
             case ["apis", "ray.io", "v1", "namespaces", _, "rayjobs", *name]:
                 self._rayjobs(verb, name, query, body)
-            case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", name]:
-                self._authorize("get", "argoproj.io", "workflows")
-                self._send_found("workflows", [name], query)
+            case ["apis", "argoproj.io", "v1alpha1", "namespaces", _, "workflows", *name]:
+                self._authorize("get" if name else "list", "argoproj.io", "workflows")
+                self._send_found("workflows", name, query)
             case ["api", "v1", "nodes"]:
                 self._authorize("list", "", "nodes")
                 self._send_found("nodes", [], query)
