@@ -26,6 +26,20 @@ def test_it_trains_and_leaves_nothing_behind(place: Place, dataset: str) -> None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
 
 
+@pytest.mark.timeout(720)
+def test_two_workers_train_in_one_pod(place: Place, dataset: str) -> None:
+    options = place.options({"compute.num_workers": 2, "compute.kuberay.workers_per_pod": 2})
+    with place.commands.running("train", "--json", *options, "--run", RUN, "--dataset", dataset) as command:
+        eventually(lambda: place.namespace.pods(WORKERS) or command.ended, "there is a worker pod", seconds=240)
+        (pod,) = place.namespace.pods(WORKERS)
+        assert command.wait(480) == 0, command.said[-3000:]
+    (container,) = pod["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == "2"
+    assert container["resources"]["limits"]["memory"] == "4Gi"
+    assert command.result()["images_seen"] == 12800
+    assert "worker group of size 2" in place.text(f"runs/{RUN}/steps/train/driver.log")
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", [pytest.param(WORKERS, id="worker"), pytest.param(HEADS, id="head")])
 def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Place, dataset: str, kind: str) -> None:

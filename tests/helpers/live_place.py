@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import boto3
@@ -83,10 +84,14 @@ class Place:
 
     def checkpoints(self, run: str) -> set[str]:
         """Names of the complete checkpoints of a run."""
-        prefix = f"{self.folder}/runs/{run}/checkpoints/"
+        files = self.files(f"runs/{run}/checkpoints")
+        return {name.partition("/")[0] for name in files if name.endswith("/checkpoint.json")}
+
+    def files(self, path: str) -> dict[str, datetime]:
+        """When each object below a path of `storage.root` was written."""
+        prefix = f"{self.folder}/{path}/"
         found = self._s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-        complete = [each["Key"].removeprefix(prefix) for each in found if each["Key"].endswith("/checkpoint.json")]
-        return {name.partition("/")[0] for name in complete}
+        return {each["Key"].removeprefix(prefix): each["LastModified"] for each in found}
 
     def text(self, path: str) -> str:
         """The text at a path of `storage.root`."""
