@@ -37,7 +37,7 @@ def test_two_workers_train_in_one_pod(place: Place, dataset: str) -> None:
     assert container["resources"]["requests"]["cpu"] == "2"
     assert container["resources"]["limits"]["memory"] == "4Gi"
     assert command.result()["images_seen"] == 12800
-    assert "worker group of size 2" in place.text(f"runs/{RUN}/steps/train/driver.log")
+    assert "from rank 1" in place.text(f"runs/{RUN}/steps/train/driver.log")
 
 
 @pytest.mark.timeout(1200)
