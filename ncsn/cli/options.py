@@ -65,7 +65,7 @@ def inject_option(command: Decorated) -> Decorated:
         "--inject",
         multiple=True,
         metavar="FAULT@images=N",
-        help="Rehearse a failure, such as kill-worker@images=5000; repeatable; docs/operations.md lists them.",
+        help="Rehearse a failure, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
     )(command)
 
 
