@@ -1,4 +1,4 @@
-"""The plots of docs/performance.md from what `python -m benchmarks --out` wrote.
+"""The plots of docs/results.md from what `python -m benchmarks --out` wrote.
 
 python -m benchmarks.plots benchmarks.json [MORE.json ...] --folder docs/images
 """
