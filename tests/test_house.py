@@ -133,5 +133,5 @@ def test_make_builds_the_image_that_the_components_name() -> None:
     assert f"\nARG VERSION={PROJECT['version']}\n" in (ROOT / "Dockerfile").read_text()
 
 
-def test_changelog_has_this_version() -> None:
-    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+def test_changelog_has_an_unreleased_entry() -> None:
+    assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text()
