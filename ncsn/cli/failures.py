@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
+
+from ncsn.errors import Problem, problems_of
 
 FAILURE = 1
 MISTAKE = 2
@@ -30,39 +34,48 @@ class StepFailed(Exception):
     """A step failed in another process.
 
     Attributes:
+        step: Its name.
+        kind: Name of the error's class.
+        problems: What it said.
         mistake: Whether it was a user's mistake.
         log: The file with its traceback.
     """
 
-    def __init__(self, message: str, *, mistake: bool, log: Path) -> None:
-        super().__init__(message)
-        self.mistake = mistake
-        self.log = log
+    def __init__(self, step: str, problems: Sequence[Problem], *, kind: str, mistake: bool, log: Path) -> None:
+        super().__init__(f"step {step}: " + "\n".join(map(str, problems)))
+        self.step, self.kind, self.problems, self.mistake, self.log = step, kind, tuple(problems), mistake, log
 
 
 @dataclass(frozen=True)
 class Failure:
     """What to print, and the exit code."""
 
-    lines: tuple[str, ...]
+    problems: tuple[Problem, ...]
     code: int
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """One for each problem."""
+        return tuple(map(str, self.problems))
 
 
 def describe(error: BaseException) -> Failure:
-    """The lines and the exit code for an error.
+    """The problems and the exit code of an error.
 
-    A `ValueError` or a `FileNotFoundError` is a user's mistake and its message stands alone; of any other error the
-    type is shown too. A message of several lines is one mistake per line for a mistake, else only the first is kept.
+    A `UserError`, or any other `ValueError` or `FileNotFoundError`, is a user's mistake; each line of its message is a
+    problem. Of any other error the type is shown, and the first line only.
     """
     message = str(error).strip()
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _DISK_FULL in message:
-        return Failure((f"disk full: {_disk_full_place(error)}",), FAILURE)
+        return Failure((Problem("", f"disk full: {_disk_full_place(error)}"),), FAILURE)
     if isinstance(error, StepFailed):
-        return Failure(_lines(message), MISTAKE if error.mistake else FAILURE)
-    if isinstance(error, (ValueError, FileNotFoundError)):
-        return Failure(_lines(message or type(error).__name__), MISTAKE)
-    first = next(iter(_lines(message)), "")
-    return Failure((f"{type(error).__name__}: {first}" if first else type(error).__name__,), FAILURE)
+        first, *others = error.problems
+        first = replace(first, origin=": ".join(filter(None, (f"step {error.step}", first.origin))))
+        return Failure((first, *others), MISTAKE if error.mistake else FAILURE)
+    if problems := problems_of(error):
+        return Failure(problems, MISTAKE)
+    first_line = next(iter(_lines(message)), "")
+    return Failure((Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE)
 
 
 def _lines(message: str) -> tuple[str, ...]:
@@ -102,7 +115,8 @@ class ReportingCommand(click.Command):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and a code
-            ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False)))
+            as_json = bool(ctx.params.get("as_json"))
+            ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
 
 
 def stop_cleanly_on_sigterm() -> None:
@@ -110,17 +124,28 @@ def stop_cleanly_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
 
 
-def _report(error: Exception, *, with_traceback: bool) -> int:
+def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
     failure = describe(error)
     if with_traceback and not isinstance(error, StepFailed):
         traceback.print_exception(error)
-    for line in failure.lines:
-        click.echo(f"error: {line}", err=True)
+    if as_json and failure.code == MISTAKE:
+        click.echo(json.dumps({"error": _as_json(error)}, indent=1))
+    for problem in failure.problems:
+        hint = click.style(str(problem).removeprefix(problem.statement), dim=True) if problem.hint else ""
+        click.echo(f"error: {problem.statement}{hint}", err=True)
     if isinstance(error, StepFailed):
         click.echo(f"({error.log} says more)", err=True)
     elif failure.code == FAILURE and not with_traceback:
         click.echo(f"(--traceback or {TRACEBACK_VARIABLE}=1 shows where)", err=True)
     return failure.code
+
+
+def _as_json(error: Exception) -> dict[str, Any]:
+    if isinstance(error, StepFailed):
+        kind, problems = error.kind, error.problems
+    else:
+        kind, problems = type(error).__name__, problems_of(error)
+    return {"type": kind, "problems": [problem.to_json() for problem in problems]}
 
 
 def _remember_traceback(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order

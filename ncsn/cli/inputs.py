@@ -105,11 +105,11 @@ def override_value(overrides: Sequence[str], path: str) -> str | None:
 def _read(uri: str) -> str:
     absolute = storage.absolute(uri)
     if storage.is_local(absolute) and Path(absolute).is_dir():
-        raise ConfigError(f"{uri} is a folder; expected a YAML file")
+        raise ConfigError(uri, "is a folder; expected a YAML file")
     try:
         return storage.read_text(absolute)
     except UnicodeDecodeError:
-        raise ConfigError(f"{uri} is not a text file; expected YAML") from None
+        raise ConfigError(uri, "is not a text file; expected YAML") from None
 
 
 def _read_of_run(origin: str, run: str) -> str:

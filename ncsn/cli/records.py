@@ -9,6 +9,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, to_json
+from ncsn.errors import Problem
 from ncsn.patience import limited
 from ncsn.steps.result import STEPS, RunFolder
 
@@ -27,11 +28,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepError:
-    """Why a step failed."""
+    """Why a step failed; the problems of a mistake."""
 
     kind: str
     message: str
     mistake: bool
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
 def read_error(folder: RunFolder, step: str) -> StepError | None:
     """The error that `step` recorded, or None."""
     record = _read_json(folder.step(step, "error.json"))
-    return None if record is None else StepError(record["type"], record["message"], record["user"])
+    if record is None:
+        return None
+    problems = tuple(map(Problem.from_json, record["problems"]))
+    return StepError(record["type"], record["message"], mistake=record["user"], problems=problems)
 
 
 def forget_attempts(folder: RunFolder) -> None:

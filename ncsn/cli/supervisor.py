@@ -22,7 +22,8 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.cli.failures import StepFailed
 from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import StepRecord, read_error, read_progress, read_record, stored_records
+from ncsn.cli.records import StepError, StepRecord, read_error, read_progress, read_record, stored_records
+from ncsn.errors import Problem
 from ncsn.steps.result import STEPS, RunFolder
 
 _POLL_SECONDS = 0.5
@@ -95,13 +96,12 @@ class Supervisor:
     def _failure(self, step: str) -> StepFailed:
         recorded = read_error(self.folder, step)
         if recorded is None:
-            reason, mistake = _last_error_line(self.log) or "ended without a result", False
-        else:
-            reason = recorded.message if recorded.mistake else f"{recorded.kind}: {recorded.message}"
-            mistake = recorded.mistake
-        first, *more = reason.strip().splitlines() or ["no reason given"]
-        extra = [line for line in more if line.strip()] if mistake else []
-        return StepFailed("\n".join([f"step {step}: {first}", *extra]), mistake=mistake, log=self.log)
+            recorded = StepError("", _last_error_line(self.log) or "ended without a result", mistake=False)
+        problems = recorded.problems
+        if not recorded.mistake:
+            first = next(iter(recorded.message.strip().splitlines()), "no reason given")
+            problems = (Problem("", ": ".join(filter(None, (recorded.kind, first)))),)
+        return StepFailed(step, problems, kind=recorded.kind, mistake=recorded.mistake, log=self.log)
 
 
 def work_folder(folder: RunFolder) -> Path:

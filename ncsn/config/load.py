@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import yaml
@@ -13,13 +14,10 @@ from pydantic_core import ErrorDetails
 
 from ncsn.config.location import path_parts
 from ncsn.config.schema import Config
+from ncsn.errors import ConfigError, Problem, problems_of
 
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
 """Kinds of sections that may leave theirs out."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message has one line per mistake."""
 
 
 def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
@@ -36,9 +34,9 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(origin, f"not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
+        raise ConfigError(origin, f"expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
     if tree.get("noise") == "auto":
@@ -49,8 +47,8 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [line for detail in error.errors() for line in _explain(detail, tree).splitlines()]
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+        found = [problem for detail in error.errors() for problem in explain(detail, tree)]
+        raise ConfigError.of(replace(problem, origin=origin) for problem in found) from None
 
 
 def with_sampler(config: Config, sampler: str) -> Config:
@@ -88,16 +86,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {override!r}: expected a.b=value, for example noise.num_levels=50")
+        raise ConfigError("--set", "expected a.b=value", hint="write for example noise.num_levels=50", value=override)
     node = tree
     for key in keys[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section")
+            raise ConfigError("--set", f"{key!r} is a value, not a section", value=override)
     try:
         node[keys[-1]] = _number(yaml.safe_load(raw))
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+        raise ConfigError("--set", "the value is not valid YAML", value=override) from None
 
 
 def _number(value: Any) -> Any:
@@ -110,7 +108,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
+def explain(detail: ErrorDetails, tree: dict[str, Any]) -> list[Problem]:
+    """What pydantic found, by its dotted path. A validator's own `UserError` keeps its problems, below that path."""
     parts = path_parts(detail["loc"], tree)
     path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
@@ -118,20 +117,22 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any]) -> str:
         valid = _valid_keys(parts, tree)
         close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+        return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
     if kind == "missing":
-        return f"{path}: missing; it has no default"
+        return [Problem(path, "missing", "it has no default")]
     if kind == "union_tag_not_found":
-        kinds = _valid_kinds([*parts, "kind"], tree)
-        return f"{path}.kind: missing; valid: {', '.join(kinds)}"
+        return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree))}")]
     if kind == "union_tag_invalid":
-        return f"{path}.kind: {detail['ctx']['tag']!r} is not one of {detail['ctx']['expected_tags']}"
-    message = detail["msg"].removeprefix("Value error, ")
+        return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
     if kind == "value_error":
-        return f"{path}: {message}" if path else message
+        return [
+            replace(problem, key=".".join(filter(None, (path, problem.key))))
+            for problem in problems_of(detail["ctx"]["error"])
+        ]
+    message = detail["msg"]
     if kind == "string_pattern_mismatch":
         message = "1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit"
-    return f"{path}: {value!r} is not valid: {message[0].lower()}{message[1:]}"
+    return [Problem(path, f"not valid: {message[0].lower()}{message[1:]}", value=value)]
 
 
 def _valid_keys(parts: Sequence[str], tree: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_bac
 from ncsn.config import Config, to_yaml
 from ncsn.data.manifest import load_manifest
 from ncsn.steps.outcome import clear_outcome
-from ncsn.steps.result import RunFolder, stored_error
+from ncsn.steps.result import RunFolder, stored_mistake
 
 STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
 """Those that run where `compute.backend` says; the others run where they are started."""
@@ -31,7 +31,7 @@ def elsewhere(
         inject: Faults to rehearse there.
 
     Returns:
-        A function that returns when the step's result is in the store. It raises ValueError for a mistake that the
+        A function that returns when the step's result is in the store. It raises UserError for a mistake that the
         step found there, and `RemoteFailure` for any other end.
     """
     assert step in STEPS_ELSEWHERE
@@ -65,7 +65,7 @@ def _run_elsewhere(
             "mlflow.experiment": config.tracking.experiment,
             "mlflow.run_name": f"{folder.run}/{step}",
         },
-        mistaken=lambda: _recorded_mistake(folder, step) is not None,
+        mistaken=lambda: stored_mistake(folder, step) is not None,
     )
     try:
         backend.execute(remote)
@@ -73,10 +73,10 @@ def _run_elsewhere(
         if not storage.exists(folder.step(step, "result.json")):
             raise
     except RemoteFailure as failure:
-        mistake = _recorded_mistake(folder, step)
+        mistake = stored_mistake(folder, step)
         if mistake is None:
             raise
-        raise ValueError(mistake) from failure
+        raise mistake from failure
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
@@ -103,8 +103,3 @@ def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, 
     uri = folder.step(step, f"config-{digest}.yaml")
     storage.write_text(uri, text)
     return uri, digest
-
-
-def _recorded_mistake(folder: RunFolder, step: str) -> str | None:
-    record = stored_error(folder, step)
-    return str(record["message"]) if record is not None and record["user"] else None

@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ncsn.config import Config, to_json
+from ncsn.errors import UserError
 from ncsn.launched import KFP_RUN_ID, this_kfp_run
 from ncsn.steps.outcome import Outcome, clear_outcome, write_outcome
-from ncsn.steps.result import RunFolder, recorded, run_folder, stored_error
+from ncsn.steps.result import RunFolder, recorded, run_folder, stored_error, stored_mistake
 
 if TYPE_CHECKING:
     from ncsn.cluster.api import KubernetesApi
@@ -35,12 +36,12 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
 
     Raises:
         ForeignRun: if the run belongs to another config.
-        ValueError: the mistake that an earlier try of this very task has found.
+        UserError: the mistake that an earlier try of this very task has found.
     """
     mistake = _mistake_before(run_folder(config, run), step)
     with recorded(config, run, step) as folder:
         if mistake is not None:
-            raise ValueError(mistake)
+            raise mistake
         _note(config, run)
         clear_outcome(folder)
         try:
@@ -53,13 +54,13 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
             write_outcome(folder, Outcome("FINISHED"))
 
 
-def _mistake_before(folder: RunFolder, step: str) -> str | None:
+def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
     """What another try would only find again."""
     if not int(os.environ.get(_TRY) or 0):
         return None
     error = stored_error(folder, step)
-    known = error is not None and error["user"] and error.get("kfp_run") == os.environ.get(KFP_RUN_ID)
-    return str(error["message"]) if error is not None and known else None
+    same_run = error is not None and error["kfp_run"] == os.environ.get(KFP_RUN_ID)
+    return stored_mistake(folder, step) if same_run else None
 
 
 def _note(config: Config, run: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.errors import Problem, UserError, problems_of
 from ncsn.launched import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
 
@@ -261,7 +262,7 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
 
 
 def stored_error(folder: RunFolder, step: str) -> dict[str, Any] | None:
-    """What ended the step's last attempt: `type`, `user` (whether it was a mistake), `message`, `kfp_run`; or None."""
+    """What ended the step's last attempt, or None: `type`, `user` (a mistake?), `message`, `problems` and `kfp_run`."""
     try:
         record: dict[str, Any] = storage.read_json(folder.step(step, "error.json"))
     except FileNotFoundError:
@@ -269,12 +270,20 @@ def stored_error(folder: RunFolder, step: str) -> dict[str, Any] | None:
     return record
 
 
+def stored_mistake(folder: RunFolder, step: str) -> UserError | None:
+    """The user's mistake that ended the step's last attempt, or None."""
+    record = stored_error(folder, step)
+    return UserError.of(map(Problem.from_json, record["problems"])) if record is not None and record["user"] else None
+
+
 def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
     """A full disk must not hide the first error."""
+    problems = problems_of(error)
     record = {
         "type": type(error).__name__,
-        "user": isinstance(error, (ValueError, FileNotFoundError)),
+        "user": bool(problems),
         "message": str(error),
+        "problems": [problem.to_json() for problem in problems],
         "kfp_run": os.environ.get(KFP_RUN_ID, ""),
     }
     try:

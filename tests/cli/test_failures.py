@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli.failures import ReportingCommand, StepFailed, describe
-from ncsn.config import ConfigError
+from ncsn.errors import Problem
 
 
 def disk_full() -> OSError:
@@ -18,21 +18,23 @@ def disk_full() -> OSError:
     return caught.value
 
 
+def step_failed(reason: str, *, mistake: bool = False) -> StepFailed:
+    return StepFailed("train", [Problem("", reason)], kind="", mistake=mistake, log=Path("/p.log"))
+
+
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
         (ValueError("bad value"), 2, ("bad value",)),
-        (ConfigError("one\ntwo"), 2, ("one", "two")),
+        (ValueError("one\ntwo"), 2, ("one", "two")),
         (FileNotFoundError("no file at /x"), 2, ("no file at /x",)),
         (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
         (KeyError("missing"), 1, ("KeyError: 'missing'",)),
         (TimeoutError(), 1, ("TimeoutError",)),
-        (StepFailed("step train: lost", mistake=False, log=Path("/log")), 1, ("step train: lost",)),
-        (StepFailed("step ingest: no folder", mistake=True, log=Path("/log")), 2, ("step ingest: no folder",)),
+        (step_failed("lost"), 1, ("step train: lost",)),
+        (step_failed("no folder", mistake=True), 2, ("step train: no folder",)),
         (
-            StepFailed(
-                "step train: OSError: [Errno 28] No space left on device: '/x'", mistake=False, log=Path("/log")
-            ),
+            step_failed("OSError: [Errno 28] No space left on device: '/x'"),
             1,
             ("disk full: step train: OSError: [Errno 28] No space left on device: '/x'",),
         ),
@@ -62,7 +64,7 @@ def command_that_raises(error: BaseException) -> click.Command:
         (ValueError("bad value"), 2, "error: bad value\n"),
         (RuntimeError("broke"), 1, "error: RuntimeError: broke\n(--traceback or NCSN_TRACEBACK=1 shows where)\n"),
         (
-            StepFailed("step train: x", mistake=False, log=Path("/p.log")),
+            step_failed("x"),
             1,
             "error: step train: x\n(/p.log says more)\n",
         ),

@@ -21,6 +21,7 @@ from ncsn.cli.records import (
 )
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, from_yaml
+from ncsn.errors import Problem
 from ncsn.steps.result import STEPS, RunFolder, claim_run
 
 
@@ -73,10 +74,11 @@ def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Confi
 
 def test_earlier_attempts_are_forgotten_and_results_kept(folder: RunFolder) -> None:
     store_result(folder, "ingest", {"uri": "x"})
-    error = {"type": "ValueError", "user": True, "message": "no folder"}
+    problem = Problem("data.root", "no folder", value="/x")
+    error = {"type": "NotFound", "user": True, "message": str(problem), "problems": [problem.to_json()]}
     storage.write_text(folder.step("train", "error.json"), json.dumps(error))
     storage.write_text(folder.step("train", "progress.json"), json.dumps({"done": 1, "total": 2, "unit": "images"}))
-    assert read_error(folder, "train") == StepError("ValueError", "no folder", mistake=True)
+    assert read_error(folder, "train") == StepError("NotFound", str(problem), mistake=True, problems=(problem,))
     forget_attempts(folder)
     assert read_error(folder, "train") is None
     assert read_progress(folder, "train") is None

@@ -13,6 +13,7 @@ import pytest
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.errors import UserError, problems_of
 from ncsn.launched import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import (
@@ -24,6 +25,7 @@ from ncsn.steps.result import (
     recorded,
     run_folder,
     stored_error,
+    stored_mistake,
 )
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -99,12 +101,20 @@ def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("error", "user"),
-    [(ValueError("too small"), True), (RuntimeError("lost"), False), (SystemExit(143), False)],
-    ids=["mistake", "failure", "stop"],
+    ("error", "problems"),
+    [
+        (
+            UserError("a.b", "too small", hint="raise it", value=1),
+            [{"key": "a.b", "reason": "too small", "hint": "raise it", "value": 1}],
+        ),
+        (ValueError("too small"), [{"key": "", "reason": "too small", "hint": ""}]),
+        (RuntimeError("lost"), []),
+        (SystemExit(143), []),
+    ],
+    ids=["mistake", "sentence", "failure", "stop"],
 )
 def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, user: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, problems: list[dict[str, str]]
 ) -> None:
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     config = config_at(tmp_path)
@@ -112,10 +122,13 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
         raise error
     assert stored_error(folder, "train") == {
         "type": type(error).__name__,
-        "user": user,
+        "user": bool(problems),
         "message": str(error),
+        "problems": problems,
         "kfp_run": "5f3a",
     }
+    again = stored_mistake(folder, "train")
+    assert problems_of(again) == problems_of(error) if again else not problems
     with pytest.raises(ValueError, match="run `ncsn train --run fails` first"):
         load_result(folder, "train", Made)
     with recorded(config, "fails", "train"):

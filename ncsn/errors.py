@@ -1,0 +1,135 @@
+"""What is wrong as data: a user's mistake names what to change, why, and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self, TypeVar
+
+E = TypeVar("E", bound="UserError")
+
+_WORDS = {True: "true", False: "false", None: "null"}
+
+
+class _Missing(Enum):
+    """A class with one instance, which survives pickling."""
+
+    MISSING = "missing"
+
+
+MISSING = _Missing.MISSING
+"""The value of a problem that has none."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        key: What to change: a dotted path of the config, an option, an environment variable, a path or a URI. Empty
+            where only a sentence is known.
+        reason: What is wrong, one clause in lower case.
+        hint: What to do, imperative.
+        value: The value at the key.
+        origin: The file that holds the key, where that is not clear.
+    """
+
+    key: str
+    reason: str
+    hint: str = ""
+    value: object = MISSING
+    origin: str = ""
+
+    @property
+    def statement(self) -> str:
+        """`ORIGIN: KEY = VALUE: REASON`, of an option `--key VALUE: REASON`."""
+        equals = " " if self.key.startswith("--") else " = "
+        subject = self.key if self.value is MISSING else f"{self.key}{equals}{_shown(self.value)}"
+        return _one_line(": ".join(part for part in (self.origin, subject, self.reason) if part))
+
+    def __str__(self) -> str:
+        return f"{self.statement}; {_one_line(self.hint)}" if self.hint else self.statement
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without value and origin where there are none."""
+        record: dict[str, Any] = {"key": self.key, "reason": self.reason, "hint": self.hint}
+        if self.value is not MISSING:
+            record["value"] = json.loads(json.dumps(self.value, default=str))
+        return record | ({"origin": self.origin} if self.origin else {})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Problem:
+        """The inverse of `to_json`."""
+        return cls(**record)
+
+
+class UserError(ValueError):
+    """A user's mistake, exit code 2: one problem or more. `UserError.of` takes several."""
+
+    problems: tuple[Problem, ...]
+
+    def __init__(self, key: str, reason: str, *, hint: str = "", value: object = MISSING) -> None:
+        self._set((Problem(key, reason, hint, value),))
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> Self:
+        """An error of at least one problem."""
+        return _restore(cls, tuple(problems), {})
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of each problem."""
+        return [problem.key for problem in self.problems]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _restore, (type(self), self.problems, self.__dict__)
+
+    def _set(self, problems: tuple[Problem, ...]) -> None:
+        assert problems, "an error has at least one problem"
+        super().__init__(*map(str, problems))
+        self.problems = problems
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; its keys are dotted paths."""
+
+
+class NotFound(UserError, FileNotFoundError):
+    """A file, folder or record that a user named is not there."""
+
+    # That of ValueError, which comes first, cannot make an OSError.
+    __new__ = FileNotFoundError.__new__  # type: ignore[assignment]
+
+
+def problems_of(error: BaseException) -> tuple[Problem, ...]:
+    """The problems of a user's mistake, a sentence each where it is an error of another kind; none for a failure."""
+    if isinstance(error, UserError):
+        return error.problems
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+        return tuple(Problem("", line) for line in lines or [type(error).__name__])
+    return ()
+
+
+def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[str, Any]) -> E:
+    """An error of any subclass, whatever its constructor takes."""
+    error = kind.__new__(kind)
+    error._set(problems)
+    error.__dict__.update(attributes)
+    return error
+
+
+def _shown(value: object) -> str:
+    """As YAML has it, but text in quotes, since it may be empty."""
+    if value is None or isinstance(value, bool):
+        return _WORDS[value]
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

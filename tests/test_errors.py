@@ -1,0 +1,148 @@
+"""A user's mistake is data: it travels whole, and the command line shows it in one line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from refused import refused
+
+from ncsn.cli.failures import ReportingCommand, StepFailed, describe
+from ncsn.errors import ConfigError, NotFound, Problem, UserError, problems_of
+
+TWO = (
+    Problem("train.batch_size", "is less than 1", "raise it", value=0, origin="a.yaml"),
+    Problem("noise.x", "unknown key"),
+)
+
+
+class Gone(NotFound):
+    """A subclass with a constructor that takes something else."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), "was deleted")
+        self.folder = folder
+
+
+ERRORS = [
+    UserError("--seed", "is negative", hint="use 0 or more", value=-1),
+    NotFound("/data/set", "no folder here"),
+    ConfigError.of(TWO),
+    NotFound.of(TWO),
+    Gone(Path("/tmp")),
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        (Problem("a.b", "is negative", "raise it", value=-1.5), "a.b = -1.5: is negative; raise it"),
+        (Problem("a.b", "is unknown", value=""), "a.b = '': is unknown"),
+        (Problem("a.b", "is off", value=False), "a.b = false: is off"),
+        (Problem("a.b", "is empty", value=None), "a.b = null: is empty"),
+        (Problem("a.b", "is empty", value=[1, 2]), "a.b = [1, 2]: is empty"),
+        (Problem("/a/b", "no file here"), "/a/b: no file here"),
+        (Problem("--seed", "is negative", value=-1), "--seed -1: is negative"),
+        (Problem("", "all of it is\nwrong", "start\nagain"), "all of it is wrong; start again"),
+        (TWO[0], "a.yaml: train.batch_size = 0: is less than 1; raise it"),
+    ],
+)
+def test_a_problem_is_one_line(problem: Problem, line: str) -> None:
+    assert str(problem) == line
+    assert Problem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
+
+
+def test_several_problems_are_a_line_each() -> None:
+    with refused("train.batch_size", "noise.x", error=ConfigError) as caught:
+        raise ConfigError.of(TWO)
+    assert caught.value.keys == ["train.batch_size", "noise.x"]
+    assert str(caught.value).splitlines() == [str(problem) for problem in TWO]
+
+
+def test_what_is_not_found_is_a_missing_file_too() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        raise NotFound("/a/b", "no file here", hint="make it", value=1)
+    assert str(caught.value) == "/a/b = 1: no file here; make it"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_travels_whole(error: UserError) -> None:
+    error.add_note("on the way")
+    sent = pickle.loads(pickle.dumps(error))
+    assert (type(sent), sent.problems, str(sent), sent.args) == (type(error), error.problems, str(error), error.args)
+    assert sent.__dict__ == error.__dict__
+
+
+def _fail() -> None:
+    raise NotFound.of(TWO)
+
+
+def test_an_error_leaves_another_process_whole() -> None:
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool,
+        refused(*(problem.key for problem in TWO), error=NotFound),
+    ):
+        pool.submit(_fail).result()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_leaves_a_ray_task_whole(error: UserError) -> None:
+    from ray.exceptions import RayTaskError
+
+    raised = RayTaskError("task", "Traceback ...", error, "ray::task", 1, "127.0.0.1").as_instanceof_cause()
+    assert isinstance(raised, type(error)) and raised.problems == error.problems
+    assert pickle.loads(pickle.dumps(raised.cause)).problems == error.problems
+
+
+@pytest.mark.parametrize(
+    ("error", "problems"),
+    [
+        (ConfigError.of(TWO), TWO),
+        (ValueError("one\n\ntwo"), (Problem("", "one"), Problem("", "two"))),
+        (FileNotFoundError(), (Problem("", "FileNotFoundError"),)),
+        (OSError("disk"), ()),
+        (RuntimeError("broke"), ()),
+    ],
+)
+def test_other_mistakes_have_no_key_and_failures_no_problems(error: Exception, problems: tuple[Problem, ...]) -> None:
+    assert problems_of(error) == problems
+
+
+def _command(error: Exception) -> click.Command:
+    def fail(*, as_json: bool) -> None:
+        raise error
+
+    return ReportingCommand("fail", callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
+
+
+FAILED_STEP = StepFailed("train", TWO, kind="ConfigError", mistake=True, log=Path("/p.log"))
+
+
+@pytest.mark.parametrize("error", [ConfigError.of(TWO), FAILED_STEP], ids=["here", "in-a-step"])
+def test_the_command_line_says_a_line_for_each_and_the_problems_as_json(error: Exception) -> None:
+    first, second = describe(error).lines
+    plain = CliRunner().invoke(_command(error))
+    assert (plain.exit_code, plain.stdout) == (2, "")
+    assert plain.stderr.splitlines()[:2] == [f"error: {first}", f"error: {second}"]
+
+    asked = CliRunner().invoke(_command(error), ["--json"])
+    assert (asked.exit_code, asked.stderr) == (2, plain.stderr)
+    assert json.loads(asked.stdout) == {
+        "error": {"type": "ConfigError", "problems": [problem.to_json() for problem in TWO]}
+    }
+
+
+def test_a_failure_prints_no_json() -> None:
+    asked = CliRunner().invoke(_command(RuntimeError("broke")), ["--json"])
+    assert (asked.exit_code, asked.stdout) == (1, "")
+
+
+def test_the_hint_is_dimmed_on_a_terminal() -> None:
+    colored = CliRunner().invoke(_command(ConfigError.of(TWO)), color=True)
+    assert "is less than 1\x1b[2m; raise it\x1b[0m\n" in colored.stderr
