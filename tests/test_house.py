@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.load import section_models
+from ncsn.config.problems import section_models
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

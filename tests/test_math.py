@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config
-from ncsn.config.load import section_models
+from ncsn.config.problems import section_models
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "math.md").read_text()

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ncsn.config import Config
-from ncsn.config.load import section_models
+from ncsn.config.problems import section_models
 
 _WIDTH = 118
 _INDENT = "  "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ncsn.config.section import Section
+from ncsn.errors import UserError
 
 MOST_WORKERS = 4096
 LEAST_MEMORY = "4Gi"
@@ -78,7 +79,7 @@ class KubeRayConfig(Section):
     @classmethod
     def _is_quantity(cls, value: str | None) -> str | None:
         if value is not None and not _QUANTITY.fullmatch(value):
-            raise ValueError(f"{value!r} is not an amount of memory; write for example 512Mi or 8Gi")
+            raise UserError("", "not an amount of memory", hint="write for example 512Mi or 8Gi", value=value)
         return value
 
 
@@ -140,7 +141,7 @@ class ComputeConfig(Section):
             or len(counts) != 2
             or not 1 <= counts[0] <= counts[1] <= MOST_WORKERS
         ):
-            raise ValueError(f"{value!r} is neither a number from 1 to {MOST_WORKERS} nor [min, max] of two such")
+            raise UserError("", f"neither a number from 1 to {MOST_WORKERS} nor [min, max] of two such", value=value)
         return value
 
     @model_validator(mode="after")
@@ -148,9 +149,11 @@ class ComputeConfig(Section):
         size = self.kuberay.workers_per_pod
         for count in (self.min_workers, self.max_workers) if self.backend == "kuberay" else ():
             if count % size:
-                raise ValueError(
-                    f"{count} workers with kuberay.workers_per_pod = {size} would be {count / size:g} pods; "
-                    f"set num_workers to a multiple of {size}, or kuberay.workers_per_pod to a divisor of {count}"
+                raise UserError(
+                    "num_workers",
+                    f"{count} workers with kuberay.workers_per_pod = {size} would be {count / size:g} pods",
+                    hint=f"use a multiple of {size}, or set kuberay.workers_per_pod to a divisor of {count}",
+                    value=self.num_workers if isinstance(self.num_workers, int) else list(self.num_workers),
                 )
         return self
 

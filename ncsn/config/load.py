@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from ncsn.config.location import path_parts
+from ncsn.config.problems import problems
 from ncsn.config.schema import Config
-from ncsn.errors import ConfigError, Problem, problems_of
+from ncsn.errors import ConfigError
 
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
 """Kinds of sections that may leave theirs out."""
@@ -47,7 +45,7 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        found = [problem for detail in error.errors() for problem in explain(detail, tree)]
+        found = problems(error, tree, model=Config)
         raise ConfigError.of(replace(problem, origin=origin) for problem in found) from None
 
 
@@ -106,71 +104,3 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def explain(detail: ErrorDetails, tree: dict[str, Any]) -> list[Problem]:
-    """What pydantic found, by its dotted path. A validator's own `UserError` keeps its problems, below that path."""
-    parts = path_parts(detail["loc"], tree)
-    path = ".".join(parts)
-    kind, value = detail["type"], detail["input"]
-    if kind == "extra_forbidden":
-        valid = _valid_keys(parts, tree)
-        close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
-    if kind == "missing":
-        return [Problem(path, "missing", "it has no default")]
-    if kind == "union_tag_not_found":
-        return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree))}")]
-    if kind == "union_tag_invalid":
-        return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
-    if kind == "value_error":
-        return [
-            replace(problem, key=".".join(filter(None, (path, problem.key))))
-            for problem in problems_of(detail["ctx"]["error"])
-        ]
-    message = detail["msg"]
-    if kind == "string_pattern_mismatch":
-        message = "1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit"
-    return [Problem(path, f"not valid: {message[0].lower()}{message[1:]}", value=value)]
-
-
-def _valid_keys(parts: Sequence[str], tree: dict[str, Any]) -> list[str]:
-    """Keys that may stand beside the last of `parts`, for the kind that the tree chose there."""
-    return sorted({key for model in _models(parts, tree) for key in model.model_fields})
-
-
-def _valid_kinds(parts: Sequence[str], tree: dict[str, Any]) -> list[str]:
-    """Kinds that the section of the last of `parts` can have."""
-    return [kind for model in _models(parts, tree) for kind in get_args(model.model_fields["kind"].annotation)]
-
-
-def _models(parts: Sequence[str], tree: dict[str, Any]) -> list[type[BaseModel]]:
-    """The sections that may hold the last of `parts`."""
-    models: list[type[BaseModel]] = [Config]
-    node: Any = tree
-    for part in parts[:-1]:
-        if isinstance(node, list) and part.isdigit():
-            node = node[int(part)]
-            continue
-        node = node.get(part) if isinstance(node, dict) else None
-        kind = node.get("kind") if isinstance(node, dict) else None
-        named = [model for model in models if part in model.model_fields]
-        # A part that is no field is a key of a mapping of sections.
-        arms = [arm for model in named for arm in section_models(model, part)] if named else models
-        models = [
-            arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
-        ] or arms
-    return models
-
-
-def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    """The section classes that a field may hold, by itself or in a mapping: each arm of a union; none for a value."""
-    return list(_sections_in(model.model_fields[field].annotation))
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for arm in get_args(annotation):
-        yield from _sections_in(arm)

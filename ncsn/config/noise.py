@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ncsn.config.section import Section
+from ncsn.errors import UserError
 
 
 class NoiseConfig(Section):
@@ -24,13 +25,14 @@ class NoiseConfig(Section):
     @model_validator(mode="after")
     def _descending(self) -> NoiseConfig:
         if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
-            raise ValueError(
-                f"num_levels = 1 needs sigma_1 = sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}"
+            raise UserError(
+                "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {self.sigma_L}", value=self.sigma_1
             )
         if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
-            raise ValueError(
-                f"sigma_1 must be larger than sigma_L, got sigma_1 = {self.sigma_1} and sigma_L = {self.sigma_L}; "
-                "the levels run from most to least noise"
+            raise UserError(
+                "sigma_1",
+                f"must be larger than sigma_L = {self.sigma_L}: the levels run from most to least noise",
+                value=self.sigma_1,
             )
         return self
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ncsn.config.section import Section
+from ncsn.errors import UserError
 
 
 class AnnealedLangevinConfig(Section):
@@ -92,9 +93,7 @@ class KarrasHeunConfig(Section):
     @model_validator(mode="after")
     def _churns_somewhere(self) -> KarrasHeunConfig:
         if self.churn_min >= self.churn_max:
-            raise ValueError(
-                f"churn_min = {self.churn_min:g} must be below churn_max = {self.churn_max:g}: nothing is between"
-            )
+            raise UserError("churn_min", f"must be below churn_max = {self.churn_max:g}", value=self.churn_min)
         return self
 
 

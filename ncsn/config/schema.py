@@ -19,8 +19,9 @@ from ncsn.config.misfits import misfits
 from ncsn.config.networks import NetworkConfig
 from ncsn.config.noise import NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
-from ncsn.config.search import SearchConfig, space_mistakes
+from ncsn.config.search import SearchConfig, space_problems
 from ncsn.config.section import Section
+from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
@@ -113,9 +114,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:
         if self.num_images < self.batch_size:
-            raise ValueError(
-                f"num_images = {self.num_images} is less than one batch of batch_size = {self.batch_size}; "
-                "raise num_images"
+            raise UserError(
+                "num_images",
+                f"less than one batch of batch_size = {self.batch_size}",
+                hint="raise it",
+                value=self.num_images,
             )
         return self
 
@@ -159,14 +162,17 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _weights_named(self) -> EvaluationConfig:
         if self.extractor == "inception" and self.weights is None:
-            raise ValueError(
-                "extractor: inception needs evaluation.weights, the path, URL or s3 URI of its weights file "
-                "weights-inception-2015-12-05-6726825d.pth; nothing is fetched that the config does not name"
+            raise UserError(
+                "weights",
+                "missing, and extractor: inception needs them: nothing is fetched that the config does not name",
+                hint="give the path, URL or s3 URI of weights-inception-2015-12-05-6726825d.pth",
             )
         if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
-            raise ValueError(
-                f"weights_sha256 = {self.weights_sha256!r} is not a SHA-256: give 64 lower-case hexadecimal digits, "
-                "as `sha256sum FILE` prints them"
+            raise UserError(
+                "weights_sha256",
+                "not a SHA-256",
+                hint="give 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
+                value=self.weights_sha256,
             )
         return self
 
@@ -199,9 +205,11 @@ class TrackingConfig(Section):
     @classmethod
     def _addressable(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(MODEL_NAME_PATTERN, name):
-            raise ValueError(
-                f"registered model name {name!r} is not valid; use letters, digits, '.', '-' and '_', "
-                "no spaces, '/' or ':', which addresses such as models:/NAME@champion could not hold"
+            raise UserError(
+                "",
+                "not a name that addresses such as models:/NAME@champion can hold",
+                hint="use letters, digits, '.', '-' and '_'",
+                value=name,
             )
         return name
 
@@ -209,9 +217,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """One complete experiment."""
 
-    name: str = Field(
-        pattern=NAME_PATTERN, description="Name of the experiment: lower-case letters, digits, '-' and '_'."
-    )
+    name: str = Field(description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, image order, noise and levels.")
     data: DataConfig
     noise: NoiseChoice = NoiseConfig()
@@ -226,18 +232,28 @@ class Config(Section):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise UserError(
+                "",
+                "not a name",
+                hint="use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit",
+                value=name,
+            )
+        return name
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        found = misfits(self)
-        if found:
-            raise ValueError("\n".join(found))
+        if found := misfits(self):
+            raise UserError.of(found)
         return self
 
     @model_validator(mode="after")
     def _searches_what_exists(self) -> Config:
-        mistakes = space_mistakes(self)
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
+        if found := space_problems(self):
+            raise UserError.of(found)
         return self
 
     @property
@@ -245,10 +261,12 @@ class Config(Section):
         """The noise levels.
 
         Raises:
-            ValueError: if they are still to be chosen from the images.
+            UserError: if they are still to be chosen from the images.
         """
         if self.noise.kind == "auto":
-            raise ValueError("noise: auto has no levels before training has chosen them; run `ncsn train` first")
+            raise UserError(
+                "noise", "has no levels before training has chosen them", hint="run `ncsn train` first", value="auto"
+            )
         return self.noise
 
     @property

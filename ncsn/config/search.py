@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ncsn.config.location import path_parts
+from ncsn.config.problems import problems
 from ncsn.config.section import Section
+from ncsn.errors import ConfigError, Problem, UserError
 
 if TYPE_CHECKING:
     from ncsn.config.schema import Config
@@ -43,7 +44,7 @@ class _RangeDomain(Section):
     @model_validator(mode="after")
     def _ascending(self) -> _RangeDomain:
         if self.low >= self.high:
-            raise ValueError(f"low must be less than high, got low = {self.low:g} and high = {self.high:g}")
+            raise UserError("low", f"must be less than high = {self.high:g}", value=self.low)
         return self
 
 
@@ -61,7 +62,7 @@ class LogDomain(_RangeDomain):
     @model_validator(mode="after")
     def _positive(self) -> LogDomain:
         if self.low <= 0:
-            raise ValueError(f"low must be more than 0 for kind: log, got {self.low:g}; use kind: uniform")
+            raise UserError("low", "must be more than 0 for kind: log", hint="use kind: uniform", value=self.low)
         return self
 
 
@@ -172,7 +173,7 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
     A sampler's epsilon keeps its ratio to sigma_L ** 2, its natural unit.
 
     Raises:
-        ValueError: if the values do not make a config.
+        ConfigError: if the values do not make a config.
     """
     tree = config.model_dump(mode="json")
     tree["search"] = None
@@ -189,7 +190,7 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
     try:
         return type(config).model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_messages(error, tree))) from None
+        raise ConfigError.of(problems(error, tree, model=type(config))) from None
 
 
 def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
@@ -217,8 +218,8 @@ def significant(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def space_mistakes(config: Config) -> list[str]:
-    """What is wrong with the config's search space, one line each: paths, values, and combinations of them.
+def space_problems(config: Config) -> list[Problem]:
+    """What is wrong with the config's search space: paths, values, and combinations of them.
 
     A config whose noise levels are still to be chosen from the images is looked at once they are.
     """
@@ -226,36 +227,37 @@ def space_mistakes(config: Config) -> list[str]:
     if search is None or config.noise.kind == "auto":
         return []
     space = searched_space(config)
-    mistakes = [line for path in space for line in _path_mistakes(config, path)]
+    found = [problem for path in space for problem in _path_problems(config, path)]
     if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
-        mistakes.append(
-            f"search.epsilons: sampling.sampler.kind = {config.sampling.sampler.kind} has no epsilon; remove them"
-        )
-    if mistakes:
-        return mistakes
+        kind = config.sampling.sampler.kind
+        found.append(Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove them"))
+    if found:
+        return found
     for values in _corners(space):
         try:
             variant(config, values)
-        except ValueError as error:
+        except ConfigError as error:
             shown = ", ".join(f"{path} = {value}" for path, value in values.items())
-            return [f"search.space: it holds {shown}, which is not a valid experiment: {error}"]
+            why = "; ".join(map(str, error.problems))
+            return [Problem("search.space", f"it holds {shown}, which is not a valid experiment: {why}")]
     return []
 
 
-def _path_mistakes(config: Config, path: str) -> Iterator[str]:
+def _path_problems(config: Config, path: str) -> Iterator[Problem]:
+    key, choices = f"search.space.{path}", f"search any of {', '.join(_searchable(config))}"
     try:
         value = setting(config, path)
     except (KeyError, TypeError):
         close = difflib.get_close_matches(path, _searchable(config), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        yield f"search.space: there is no setting {path!r}; {hint}any of these can be searched: " + ", ".join(
-            _searchable(config)
-        )
+        yield Problem(key, "there is no such setting", f"{hint}{choices}")
         return
     if path == EPSILON:
-        yield f"search.space: {path} costs no training, so each checkpoint tries several; name them in search.epsilons"
+        yield Problem(
+            key, "costs no training, so each checkpoint tries several of them", "name them in search.epsilons"
+        )
     elif path not in _searchable(config) or isinstance(value, dict):
-        yield f"search.space: {path} cannot be searched; any of these can: {', '.join(_searchable(config))}"
+        yield Problem(key, "cannot be searched", choices)
 
 
 def _searchable(config: Config) -> list[str]:
@@ -287,10 +289,3 @@ def _ends(domain: Domain) -> Sequence[Any]:
     if isinstance(domain, ChoiceDomain):
         return domain.values
     return [int(end) if end.is_integer() else end for end in (domain.low, domain.high)]
-
-
-def _messages(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
-    for detail in error.errors():
-        where = ".".join(path_parts(detail["loc"], tree))
-        message = detail["msg"].removeprefix("Value error, ").replace("\n", "; ")
-        yield f"{where}: {message}" if where and detail["type"] != "value_error" else message

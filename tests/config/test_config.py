@@ -27,18 +27,24 @@ def test_round_trips(path: Path) -> None:
     ("override", "key"),
     [
         ("noise.num_level=3", "noise.num_level"),
-        ("noise.sigma_1=0.001", "noise"),
+        ("noise.sigma_1=0.001", "noise.sigma_1"),
         ("network.kind=resnet", "network.kind"),
         ("network.num_features=8", "network.num_features"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("name=Foo Bar", "name"),
         ("foo.bar=1", "foo"),
-        ("network.widths=[a]", "network.widths.0"),
+        ("network.widths=[8,a]", "network.widths.1"),
         ("loss.kind=mse", "loss.kind"),
         ("loss={antithetic: maybe}", "loss.antithetic"),
-        ("noise={num_levels: 1}", "noise"),
-        ("sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}", "sampling.sampler"),
+        ("noise={num_levels: 1}", "noise.sigma_1"),
+        ("sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}", "sampling.sampler.churn_min"),
+        ("train.num_images=1", "train.num_images"),
+        ("evaluation.extractor=inception", "evaluation.weights"),
+        ("evaluation.weights_sha256=abc", "evaluation.weights_sha256"),
+        ("tracking.registered_model=a/b", "tracking.registered_model"),
+        ("compute.kuberay.head_memory=much", "compute.kuberay.head_memory"),
+        ("compute.ray_jobs.address=head", "compute.ray_jobs.address"),
         ("sampling.sampler.kind=ddim", "sampling.sampler.kind"),
         ("noise", "--set"),
         ("seed.x=1", "--set"),
@@ -60,71 +66,46 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
 
 
 NCSN = "network={kind: ncsn}"
+EPSILON = "sampling.sampler.epsilon"
 MISFITS = [
-    (
-        ["compute.num_workers=65"],
-        "train.batch_size = 64 leaves some of compute.num_workers = 65 without an image; raise the one or lower",
-    ),
-    (
-        ["loss={kind: ssm}", "compute.compile=true"],
-        "compute.compile = true cannot train with loss.kind = ssm, which differentiates the network twice; use",
-    ),
-    (
-        [NCSN, "sampling.sampler={kind: karras_heun}"],
-        "sampling.sampler.kind = karras_heun needs a network that takes any sigma, and network.kind = ncsn knows",
-    ),
-    (
-        [NCSN, "sampling.sampler={kind: consistent_annealed, epsilon: 9.0e-4, refine: 2}"],
-        "sampling.sampler.refine = 2 needs a network that takes any sigma",
-    ),
-    # q = 0.03^(1/19) = 0.83148, and epsilon / 0.03^2 must be within 1 +- q.
-    (
-        ["sampling.sampler={kind: consistent_annealed, epsilon: 2.0e-3}"],
-        "sampling.sampler.epsilon = 0.002 does not fit the noise levels; consistent annealed sampling needs "
-        "0.0001517 to 0.001648",
-    ),
-    (["sampling.sampler={kind: langevin, level: 20}"], "level = 20 is not among noise.num_levels = 20; use 0 to 19"),
-    (["sampling.sampler={kind: langevin, level: -21}"], "level = -21 is not among noise.num_levels = 20"),
-    (
-        ["sampling.sampler={kind: probability_flow, num_levels: 21}"],
-        "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
-    ),
-    (
-        ["sampling.sampler={kind: predictor_corrector, num_levels: 21}"],
-        "sampling.sampler.num_levels = 21 is more than noise.num_levels = 20",
-    ),
-    (
-        ["sampling.sampler={kind: annealed_langevin, consistent: true, epsilon: 0.5}"],
-        "sampling.sampler.epsilon = 0.5 is more than noise.sigma_L^2 = ",
-    ),
-    (["loss={kind: single_sigma}"], "loss.kind = single_sigma trains at one noise level, but noise.num_levels = 20"),
-    (
-        ["noise={sigma_1: 0.01, num_levels: 1}"],
-        "sampling.sampler.kind = annealed_langevin goes through several noise levels, but noise.num_levels = 1",
-    ),
-    (["noise=auto", "data.logit_transform=true"], "noise: auto is measured on pixels, but data.logit_transform = true"),
-    (["noise=auto", "loss={kind: single_sigma}"], "trains at one noise level, but noise.num_levels = auto"),
-    (["sampling.num_images=9"], "sampling.num_images = 9 images do not fill evaluation.num_splits = 10"),
-    (["network.widths=[8,8,8,8,8]"], "data.image_size = 8 can be halved only 3 times; use at most 4 widths"),
-    (["network.attention_sizes=[4,5]"], "network.attention_sizes = [5] do not occur"),
-    ([NCSN, "data.image_size=27"], "data.image_size = 27 is not divisible by 2, which network.kind = ncsn needs"),
-    (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "is not divisible by 8"),
+    (["compute.num_workers=65"], "train.batch_size"),
+    (["loss={kind: ssm}", "compute.compile=true"], "compute.compile"),
+    ([NCSN, "sampling.sampler={kind: karras_heun}"], "sampling.sampler.kind"),
+    ([NCSN, "sampling.sampler={kind: consistent_annealed, epsilon: 9.0e-4, refine: 2}"], "sampling.sampler.refine"),
+    (["sampling.sampler={kind: consistent_annealed, epsilon: 2.0e-3}"], EPSILON),
+    (["sampling.sampler={kind: langevin, level: 20}"], "sampling.sampler.level"),
+    (["sampling.sampler={kind: langevin, level: -21}"], "sampling.sampler.level"),
+    (["sampling.sampler={kind: probability_flow, num_levels: 21}"], "sampling.sampler.num_levels"),
+    (["sampling.sampler={kind: predictor_corrector, num_levels: 21}"], "sampling.sampler.num_levels"),
+    (["sampling.sampler={kind: annealed_langevin, consistent: true, epsilon: 0.5}"], EPSILON),
+    (["loss={kind: single_sigma}"], "noise.num_levels"),
+    (["noise={sigma_1: 0.01, num_levels: 1}"], "sampling.sampler.kind"),
+    (["noise=auto", "data.logit_transform=true"], "noise"),
+    (["noise=auto", "loss={kind: single_sigma}"], "noise.num_levels"),
+    (["sampling.num_images=9"], "sampling.num_images"),
+    (["network.widths=[8,8,8,8,8]"], "network.widths"),
+    (["network.attention_sizes=[4,5]"], "network.attention_sizes"),
+    ([NCSN, "data.image_size=27"], "data.image_size"),
+    (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "data.image_size"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), MISFITS)
-def test_settings_that_do_not_go_together_are_one_line(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        from_yaml(DIGITS, overrides=overrides, origin="digits.yaml")
-    (line,) = str(caught.value).splitlines()
-    assert line.startswith("digits.yaml: ")
-    assert message in line
+@pytest.mark.parametrize(("overrides", "key"), MISFITS)
+def test_settings_that_do_not_go_together_are_refused(overrides: list[str], key: str) -> None:
+    with refused(key, error=ConfigError):
+        from_yaml(DIGITS, overrides=overrides)
+
+
+def test_the_range_of_a_consistent_epsilon_is_told() -> None:
+    """q = 0.03^(1/19) = 0.83148, and epsilon / 0.03^2 must be within 1 +- q."""
+    with refused(EPSILON) as caught:
+        from_yaml(DIGITS, overrides=["sampling.sampler={kind: consistent_annealed, epsilon: 2.0e-3}"])
+    assert "0.0001517 to 0.001648" in caught.value.problems[0].hint
 
 
 def test_all_that_does_not_go_together_is_listed() -> None:
-    with pytest.raises(ConfigError) as caught:
-        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"], origin="digits.yaml")
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["digits.yaml"] * 2
+    with refused("train.batch_size", "sampling.num_images", error=ConfigError):
+        from_yaml(DIGITS, overrides=["sampling.num_images=9", "compute.num_workers=4000"])
 
 
 @pytest.mark.parametrize(
@@ -138,10 +119,9 @@ def test_workers_fill_their_pods(workers: str, size: int, *, fits: bool) -> None
         compute = from_yaml(DIGITS, overrides=on_pods).compute
         assert (compute.max_pods, compute.max_pods * size) == (2, compute.max_workers)
         return
-    with pytest.raises(ConfigError) as caught:
+    with refused("compute.num_workers", error=ConfigError) as caught:
         from_yaml(DIGITS, overrides=on_pods)
-    (line,) = str(caught.value).splitlines()
-    assert f"{int(workers.strip('[]').split(',')[0]) / size:g} pods" in line
+    assert f"{int(workers.strip('[]').split(',')[0]) / size:g} pods" in caught.value.problems[0].reason
 
 
 def test_pods_do_not_decide_who_a_run_is() -> None:
@@ -157,17 +137,14 @@ def test_workers_are_a_number_or_a_range() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "[2, 1]", "[0, 2]", "[1, 2, 3]", "two", "1.5", "true", "[1, 4097]", "null"])
-def test_other_numbers_of_workers_are_one_line(value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_other_numbers_of_workers_are_refused(value: str) -> None:
+    with refused("compute.num_workers", error=ConfigError):
         from_yaml(DIGITS, overrides=[f"compute.num_workers={value}"])
-    assert str(caught.value).endswith("is neither a number from 1 to 4096 nor [min, max] of two such")
-    assert str(caught.value).startswith("config: compute.num_workers: ") and "\n" not in str(caught.value)
 
 
 def test_every_mistake_is_listed() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused("noise.x", "train.batch_size", error=ConfigError):
         from_yaml(DIGITS, overrides=["noise.x=1", "train.batch_size=0"])
-    assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("text", ["- 1", "a: [", "null", "name: x"])

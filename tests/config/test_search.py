@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn.config import Config, ConfigError, changed_settings, from_json, from_yaml, to_json
 from ncsn.config.search import rungs, searched_space, swept, untrained_share, variant
@@ -49,52 +50,44 @@ def test_the_section_travels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "key", "token"),
     [
+        ("noise.sigma1: {kind: log, low: 0.1, high: 1}", ".noise.sigma1", "'noise.sigma_1'"),
+        ("noise: {kind: log, low: 0.1, high: 1}", ".noise", "noise.sigma_1, "),
+        ("network.kind: {kind: choice, values: [unet]}", ".network.kind", ""),
+        ("train.num_images: {kind: log, low: 1e3, high: 1e5}", ".train.num_images", ""),
         (
-            "noise.sigma1: {kind: log, low: 0.1, high: 1}",
-            r"there is no setting 'noise\.sigma1'; did you mean 'noise",
+            "sampling.sampler.epsilon: {kind: log, low: 1e-6, high: 1e-4}",
+            ".sampling.sampler.epsilon",
+            "search.epsilons",
         ),
-        ("noise: {kind: log, low: 0.1, high: 1}", r"noise cannot be searched; any of these can: .*noise\.sigma_1, "),
-        ("network.kind: {kind: choice, values: [unet]}", r"network\.kind cannot be searched"),
-        ("train.num_images: {kind: log, low: 1e3, high: 1e5}", r"train\.num_images cannot be searched"),
-        ("sampling.sampler.epsilon: {kind: log, low: 1e-6, high: 1e-4}", r"costs no training.*in search\.epsilons"),
-        (
-            "noise.sigma_1: {kind: log, low: 0.02, high: 2}",
-            r"it holds noise\.sigma_1 = 0\.02, which is not a valid experiment: sigma_1 must be larger than sigma_L",
-        ),
-        (
-            "optimizer.learning_rate: {kind: log, low: 0.01, high: 20}",
-            r"it holds optimizer\.learning_rate = 20, .*: optimizer\.learning_rate: Input should be less than or equal",
-        ),
-        ("loss.anneal_power: {kind: choice, values: [2, much]}", r"it holds loss\.anneal_power = much"),
-        ("noise.sigma_1: {kind: log, low: 2, high: 1}", r"noise\.sigma_1: low must be less than high, got low = 2 and"),
-        (
-            "loss.anneal_power: {kind: log, low: 0, high: 2}",
-            r"low must be more than 0 for kind: log, got 0; ",
-        ),
-        ("noise.sigma_1: {low: 1, high: 2}", r"noise\.sigma_1\.kind: missing; valid: uniform, log, choice"),
-        (
-            "noise.sigma_1: {kind: log, lo: 1, high: 2}",
-            r"noise\.sigma_1\.lo: unknown key; .*: high, kind, low",
-        ),
+        ("noise.sigma_1: {kind: log, low: 0.02, high: 2}", "", "noise.sigma_1 = 0.02"),
+        ("optimizer.learning_rate: {kind: log, low: 0.01, high: 20}", "", "optimizer.learning_rate = 20"),
+        ("loss.anneal_power: {kind: choice, values: [2, much]}", "", "loss.anneal_power = much"),
+        ("noise.sigma_1: {kind: log, low: 2, high: 1}", ".noise.sigma_1.low", "2.0"),
+        ("loss.anneal_power: {kind: log, low: 0, high: 2}", ".loss.anneal_power.low", "0.0"),
+        ("noise.sigma_1: {low: 1, high: 2}", ".noise.sigma_1.kind", "uniform, log, choice"),
+        ("noise.sigma_1: {kind: log, lo: 1, high: 2}", ".noise.sigma_1.lo", "high, kind, low"),
     ],
 )
-def test_a_space_that_cannot_be_searched_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"search\.space.*{message}"):
+def test_a_space_that_cannot_be_searched_is_refused(text: str, key: str, token: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         digits(space(text))
+    found = {problem.key: str(problem) for problem in caught.value.problems}
+    assert token in found[f"search.space{key}"]
 
 
 def test_ranges_that_overlap_are_refused_as_a_pair() -> None:
     """Each is fine beside the config's own value of the other."""
-    with pytest.raises(ConfigError, match=r"it holds noise\.sigma_1 = 0\.05, noise\.sigma_L = 0\.1, which is not"):
+    with refused("search.space", error=ConfigError) as caught:
         digits(
             space("noise.sigma_1: {kind: log, low: 0.05, high: 2}, noise.sigma_L: {kind: log, low: 0.01, high: 0.1}")
         )
+    assert "noise.sigma_1 = 0.05, noise.sigma_L = 0.1" in caught.value.problems[0].reason
 
 
 def test_epsilons_need_a_sampler_that_has_one() -> None:
-    with pytest.raises(ConfigError, match=r"search\.epsilons: sampling\.sampler\.kind = probability_flow has no eps"):
+    with refused("search.epsilons", error=ConfigError):
         digits("search.epsilons=[0.1]", "sampling.sampler={kind: probability_flow}")
 
 
@@ -116,7 +109,7 @@ def test_a_variant_is_the_config_with_other_values() -> None:
         "network.widths": ([32, 64], [8, 16]),
     }
     assert changed.sampling == config.sampling
-    with pytest.raises(ValueError, match=r"noise\.sigma_1: Input should be greater than 0"):
+    with refused("noise.sigma_1", error=ConfigError):
         variant(config, {"noise.sigma_1": -1.0})
 
 

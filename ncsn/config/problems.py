@@ -1,0 +1,97 @@
+"""What pydantic found wrong with a config, by dotted path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ncsn.errors import Problem, problems_of
+
+
+def problems(error: ValidationError, tree: dict[str, Any], *, model: type[BaseModel]) -> list[Problem]:
+    """What keeps a tree from being a `model`. The keys of a validator's `UserError` are relative to its section."""
+    return [problem for detail in error.errors() for problem in _explain(detail, tree, model)]
+
+
+def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """The section classes that a field may hold, by itself or in a mapping: each arm of a union; none for a value."""
+    return list(_sections_in(model.model_fields[field].annotation))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for arm in get_args(annotation):
+        yield from _sections_in(arm)
+
+
+def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
+    parts = _path_parts(detail["loc"], tree)
+    path = ".".join(parts)
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        valid = _valid_keys(parts, tree, model)
+        close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
+    if kind == "missing":
+        return [Problem(path, "missing", "set it, since it has no default")]
+    if kind == "union_tag_not_found":
+        return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree, model))}")]
+    if kind == "union_tag_invalid":
+        return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
+    if kind == "value_error":
+        return [
+            replace(problem, key=".".join(filter(None, (path, problem.key))))
+            for problem in problems_of(detail["ctx"]["error"])
+        ]
+    return [Problem(path, f"{detail['msg'][0].lower()}{detail['msg'][1:]}", value=value)]
+
+
+def _valid_keys(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
+    """Keys that may stand beside the last of `parts`, for the kind that the tree chose there."""
+    return sorted({key for model in _models(parts, tree, root) for key in model.model_fields})
+
+
+def _valid_kinds(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
+    """Kinds that the section of the last of `parts` can have."""
+    return [kind for model in _models(parts, tree, root) for kind in get_args(model.model_fields["kind"].annotation)]
+
+
+def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[type[BaseModel]]:
+    """The sections that may hold the last of `parts`."""
+    models: list[type[BaseModel]] = [root]
+    node: Any = tree
+    for part in parts[:-1]:
+        if isinstance(node, list) and part.isdigit():
+            node = node[int(part)]
+            continue
+        node = node.get(part) if isinstance(node, dict) else None
+        kind = node.get("kind") if isinstance(node, dict) else None
+        named = [model for model in models if part in model.model_fields]
+        # A part that is no field is a key of a mapping of sections.
+        arms = [arm for model in named for arm in section_models(model, part)] if named else models
+        models = [
+            arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
+        ] or arms
+    return models
+
+
+def _path_parts(location: Sequence[int | str], tree: Any) -> list[str]:
+    """Pydantic's location without the tags that it adds for discriminated unions."""
+    parts: list[str] = []
+    node = tree
+    for part in location:
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue
+        parts.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return parts
