@@ -25,6 +25,7 @@ import numpy.typing as npt
 from pyarrow import fs
 
 from ncsn import s3_objects
+from ncsn.errors import NotFound, UserError
 from ncsn.patience import s3_filesystem
 
 S3_SCHEME = s3_objects.SCHEME
@@ -40,14 +41,14 @@ def absolute(uri: str) -> str:
     """Absolute form of a local path or an S3 URI, without a trailing slash.
 
     Raises:
-        ValueError: for a scheme other than s3, or an S3 URI without a bucket.
+        UserError: for a scheme other than s3, or an S3 URI without a bucket.
     """
     if uri.startswith(S3_SCHEME):
         if not uri.removeprefix(S3_SCHEME).strip("/"):
-            raise ValueError(f"{uri!r} names no bucket; use s3://bucket/prefix")
+            raise UserError(uri, "names no bucket", hint="use s3://bucket/prefix")
         return uri.rstrip("/")
     if "://" in uri and not uri.startswith("file://"):
-        raise ValueError(f"{uri!r}: unknown scheme; use a local path or s3://bucket/prefix")
+        raise UserError(uri, "unknown scheme", hint="use a local path or s3://bucket/prefix")
     return str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
@@ -90,12 +91,12 @@ def read_bytes(uri: str) -> bytes:
     """The whole file, as one writer left it.
 
     Raises:
-        FileNotFoundError: if there is none, naming `uri`.
+        NotFound: if there is none.
     """
     try:
         return Path(absolute(uri)).read_bytes() if is_local(uri) else s3_objects.get(uri)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no file at {uri}") from None
+        raise NotFound(uri, "no file here") from None
 
 
 def read_text(uri: str) -> str:
@@ -107,11 +108,12 @@ def read_json(uri: str) -> Any:
     """The value in a JSON file that this project wrote.
 
     Raises:
-        FileNotFoundError: if there is none, naming `uri`.
+        NotFound: if there is none.
         UnreadableError: if it is not JSON.
     """
+    content = read_bytes(uri)
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(content)
     except ValueError as error:
         raise UnreadableError(f"{uri} is not JSON: {error}") from error
 
@@ -145,7 +147,7 @@ def read_array(uri: str) -> npt.NDArray[Any]:
     """The array of a `.npy` file; one that would need unpickling is refused.
 
     Raises:
-        FileNotFoundError: if there is none, naming `uri`.
+        NotFound: if there is none.
         ValueError: if it is not such a file.
     """
     array: npt.NDArray[Any] = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
@@ -289,11 +291,11 @@ def local_copy(uri: str) -> Iterator[Path]:
     """The folder `uri` as a local folder: itself if it is local, else a temporary download."""
     if is_local(uri):
         if not Path(uri).is_dir():
-            raise FileNotFoundError(f"no folder at {uri}")
+            raise NotFound(uri, "no folder here")
         yield Path(uri)
         return
     if not list_names(uri):
-        raise FileNotFoundError(f"no folder at {uri}")
+        raise NotFound(uri, "no folder here")
     with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
         filesystem_, path = filesystem(uri)
         fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())

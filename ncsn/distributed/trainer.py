@@ -20,6 +20,7 @@ from ncsn.distributed.lost_workers import LostWorkers, reason
 from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
+from ncsn.errors import NotFound
 from ncsn.lease import LeaseExpired
 
 STARTUP_ATTEMPTS = 5
@@ -106,5 +107,7 @@ def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpir
     try:
         best = BestCheckpoint(run_uri) if job.config.train.keep_best else None
         return train_loop(job, RayContext(storage.join(run_uri, CHECKPOINTS), best=best))
+    except NotFound:  # another node may have it
+        raise
     except (ValueError, LeaseExpired) as end:
         return end

@@ -20,6 +20,7 @@ from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed.trial_records import Judged, Rung, TrialFolder
+from ncsn.errors import NotFound
 
 if TYPE_CHECKING:
     from ncsn.distributed.worker_loop import TrainOutcome
@@ -108,6 +109,8 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
             if folder.failure is None:
                 try:
                     rung = _reach(plan, values, folder, images)
+                except NotFound:  # says nothing of the trial's settings
+                    raise
                 except ValueError as error:
                     folder.fail(str(error))
             if rung is None:
