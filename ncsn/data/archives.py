@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from ncsn import storage
 from ncsn.data.pixels import BadImageError
 from ncsn.data.source import safe_member
+from ncsn.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
@@ -79,7 +80,7 @@ def index_archive(uri: str) -> list[Member]:
         uri: A `.tar` or `.zip` file, local or in S3.
 
     Raises:
-        ValueError: if the archive is damaged, compressed as a whole, or has a member that points outside of it.
+        UserError: if the archive is damaged, compressed as a whole, or has a member that points outside of it.
     """
     filesystem, path = storage.filesystem(uri)
     with filesystem.open_input_file(path) as stream:
@@ -134,8 +135,8 @@ def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
                     yield Member(info.name, info.offset_data, info.size)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"{uri} is not a whole tar archive ({error}); fetch it again, and decompress it if it is compressed"
+        raise UserError(
+            uri, f"is not a whole tar archive ({error})", hint="fetch it again, and decompress it if it is compressed"
         ) from error
 
 
@@ -145,7 +146,7 @@ def _zip_members(stream: Any, uri: str) -> Iterator[Member]:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
             end = archive.start_dir
     except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{uri} is not a whole zip archive ({error}); fetch it again") from error
+        raise UserError(uri, f"is not a whole zip archive ({error})", hint="fetch it again") from error
     ends = [info.header_offset for info in infos[1:]] + [end]
     for info, last in zip(infos, ends, strict=True):
         if not info.is_dir():
@@ -180,13 +181,13 @@ def _word(member: Member, stream: Any, uri: str) -> str:
     """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
     name = f"{uri}:{member.path}"
     if member.span > _LONGEST_LABEL:
-        raise ValueError(f"{name} is {member.span} bytes long, which is no label")
+        raise UserError(name, f"is {member.span} bytes long, which is no label")
     try:
         text = read_member(stream, member).decode()
         if member.path.endswith(".cls"):
             return text.strip()
         fields = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is not a label: {error}") from error
+        raise UserError(name, f"is not a label: {error}") from error
     values = [fields[key] for key in _LABEL_KEYS if key in fields] if isinstance(fields, dict) else []
     return str(values[0]) if values else ""

@@ -16,6 +16,7 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.manifest import Manifest, load_manifest
 from ncsn.data.parquet import read_blocks
 from ncsn.data.row import SplitDigest
+from ncsn.errors import UserError
 
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
 DEFAULT_CACHE_DIR = "~/.cache/ncsn"
@@ -71,8 +72,8 @@ def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str
         cache_dir: Folder on this machine's disk; None = `NCSN_CACHE_DIR`, else `~/.cache/ncsn`.
 
     Raises:
-        FileNotFoundError: if there is no complete dataset at `dataset_uri`.
-        ValueError: if the dataset or the copy is damaged, or there is no such split.
+        NotFound: if there is no complete dataset at `dataset_uri`.
+        UserError: if the dataset or the copy is damaged, or there is no such split.
         OSError: if the local disk is full; nothing is left behind.
     """
     manifest = load_manifest(dataset_uri)
@@ -131,7 +132,7 @@ def _open(folder: Path, split: str, manifest: Manifest) -> CachedSplit:
     except (OSError, ValueError):
         intact = False
     if not intact:
-        raise ValueError(f"the local copy {folder} of dataset {manifest.name} is damaged; delete that folder")
+        raise UserError(str(folder), f"the local copy of dataset {manifest.name} is damaged", hint="delete that folder")
     return CachedSplit(images, labels)
 
 
@@ -159,7 +160,8 @@ def _write_arrays(folder: Path, dataset_uri: str, split: str, manifest: Manifest
             file.flush()
             os.fsync(file.fileno())
     if digest.hexdigest() != manifest.content[split]:
-        raise ValueError(
-            f"the {split} split of {dataset_uri} does not have the content that its manifest says; "
-            "the dataset is damaged: delete it and ingest again"
+        raise UserError(
+            dataset_uri,
+            f"its {split} split does not have the content that its manifest says",
+            hint="delete it and ingest again, it is damaged",
         )

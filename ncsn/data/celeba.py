@@ -11,6 +11,7 @@ from ncsn.data.archives import index_archive
 from ncsn.data.encoded import EncodedImages, ImageFile
 from ncsn.data.row import NO_LABEL
 from ncsn.data.source import BadImages, Source, Split, fit_of, held_out, root_of
+from ncsn.errors import NotFound, UserError
 
 ARCHIVE = "img_align_celeba.zip"
 PARTITION = "list_eval_partition.txt"
@@ -29,10 +30,12 @@ def open_celeba(data: DataConfig) -> Source:
     root = root_of(data)
     archive = root / ARCHIVE if root.is_dir() else root
     if not archive.is_file():
-        raise FileNotFoundError(f"data.root {data.root!r} has no {ARCHIVE}; put it there (CelebA is not downloaded)")
+        raise NotFound(
+            "data.root", f"has no {ARCHIVE}", hint="put it there (CelebA is not downloaded)", value=data.root
+        )
     members = {member.path: member for member in index_archive(str(archive))}
     if not members:
-        raise ValueError(f"{archive} holds no .jpg or .png images; it is not {ARCHIVE}")
+        raise UserError(str(archive), f"holds no .jpg or .png images; it is not {ARCHIVE}")
     fit, bad = fit_of(data, crop=CROP), BadImages(skip=data.on_bad_image == "skip")
     splits = {}
     for split, names in _choose(archive, sorted(members), data.test_fraction).items():
@@ -53,7 +56,7 @@ def _choose(archive: Path, members: Sequence[str], test_fraction: float) -> Mapp
         numbers = _read_partition(partition)
         missing = next((name for name in members if Path(name).name not in numbers), None)
         if missing:
-            raise ValueError(f"{partition} does not list {Path(missing).name}; it belongs to another archive")
+            raise UserError(str(partition), f"does not list {Path(missing).name}; it belongs to another archive")
         return {
             split: [name for name in members if numbers[Path(name).name] == number]
             for split, number in _SPLIT_NUMBERS.items()
@@ -70,6 +73,6 @@ def _read_partition(path: Path) -> dict[str, int]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise ValueError(f"{path} line {number} is {line!r}; expected a file name and 0, 1 or 2")
+            raise UserError(f"{path}:{number}", "expected a file name and 0, 1 or 2", value=line)
         numbers[words[0]] = int(words[1])
     return numbers

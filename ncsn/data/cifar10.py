@@ -18,6 +18,7 @@ import numpy as np
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.source import Example, Source, Split, fit_of, root_of, safe_member
+from ncsn.errors import NotFound, UserError
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
@@ -65,21 +66,23 @@ def parse_pickle(content: bytes, *, name: str) -> tuple[np.ndarray, np.ndarray]:
         uint8 [N, 3, 32, 32] and int64 [N].
 
     Raises:
-        ValueError: if the pickle asks for anything else, or is not a CIFAR-10 batch.
+        UserError: if the pickle asks for anything else, or is not a CIFAR-10 batch.
     """
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
     except _ForbiddenGlobalError as error:
-        raise ValueError(f"{name} is refused: {error}; fetch the archive again from a source that you trust") from error
+        raise UserError(
+            name, f"is refused: {error}", hint="fetch the archive again from a source that you trust"
+        ) from error
     except _DAMAGED as error:
-        raise ValueError(
-            f"{name} is not a CIFAR-10 batch or is truncated ({error}); fetch the archive again"
+        raise UserError(
+            name, f"is not a CIFAR-10 batch or is truncated ({error})", hint="fetch the archive again"
         ) from error
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS or labels.dtype.kind not in "iu":
-        raise ValueError(f"{name} is not a CIFAR-10 batch: expected uint8 data [N, {_PIXELS}] and whole-number labels")
+        raise UserError(name, f"is not a CIFAR-10 batch: expected uint8 data [N, {_PIXELS}] and whole-number labels")
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name} holds {len(images)} images but {labels.size} labels; fetch the archive again")
+        raise UserError(name, f"holds {len(images)} images but {labels.size} labels", hint="fetch the archive again")
     return images.reshape(-1, *_SHAPE), labels.astype(np.int64)
 
 
@@ -90,14 +93,16 @@ def parse_binary(content: bytes, *, name: str) -> tuple[np.ndarray, np.ndarray]:
         uint8 [N, 3, 32, 32] and int64 [N].
 
     Raises:
-        ValueError: if the size is not a whole number of records.
+        UserError: if the size is not a whole number of records.
     """
     record = 1 + _PIXELS
     if not content or len(content) % record:
         rows = len(content) // record
-        raise ValueError(
-            f"{name} is truncated: expected a multiple of {record} bytes, found {len(content)} "
-            f"({rows} images and {len(content) - rows * record} bytes); fetch the archive again"
+        raise UserError(
+            name,
+            f"is truncated: expected a multiple of {record} bytes, found {len(content)} ({rows} images and "
+            f"{len(content) - rows * record} bytes)",
+            hint="fetch the archive again",
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     return records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].astype(np.int64)
@@ -122,7 +127,7 @@ def _open_split(data: DataConfig, names: Sequence[str], batches: _Opener) -> Spl
 def _check_labels(labels: np.ndarray, name: str) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= len(_CLASSES)))
     if wrong.size:
-        raise ValueError(f"{name} gives image {wrong[0]} label {labels[wrong[0]]}; labels are 0 to {len(_CLASSES) - 1}")
+        raise UserError(name, f"gives image {wrong[0]} label {labels[wrong[0]]}; labels are 0 to {len(_CLASSES) - 1}")
 
 
 def _locate(root: Path) -> _Opener:
@@ -135,9 +140,11 @@ def _locate(root: Path) -> _Opener:
     for archive in (root / name for name in _ARCHIVES):
         if archive.is_file():
             return _archive_batches(archive)
-    raise FileNotFoundError(
-        f"no CIFAR-10 in data.root {str(root)!r}: expected {_ARCHIVES[0]} or {_ARCHIVES[1]}, or their folder with "
-        "data_batch_1 to 5 and test_batch; put one there, or set data.download to true"
+    raise NotFound(
+        "data.root",
+        f"expected {_ARCHIVES[0]} or {_ARCHIVES[1]}, or their folder with data_batch_1 to 5 and test_batch",
+        hint="put one there, or set data.download to true",
+        value=str(root),
     )
 
 
@@ -149,7 +156,9 @@ def _folder_batches(folder: Path) -> dict[str, _Batch]:
         if not missing:
             return {name: _Batch(str(path), path) for name, path in paths.items()}
         if len(missing) < len(names):
-            raise FileNotFoundError(f"CIFAR-10 is incomplete: {missing[0]} is missing; unpack the archive again")
+            raise NotFound(
+                str(missing[0]), "is missing, so that CIFAR-10 is incomplete", hint="unpack the archive again"
+            )
     return {}
 
 
@@ -160,7 +169,7 @@ def _archive_batches(archive: Path) -> _Opener:
         members[Path(name).name.removesuffix(".bin")] = name
     missing = sorted(wanted - members.keys())
     if missing:
-        raise ValueError(f"{archive} is not CIFAR-10: it holds no {missing[0]}; fetch it again")
+        raise UserError(str(archive), f"is not CIFAR-10: it holds no {missing[0]}", hint="fetch it again")
     return lambda names: _unpacked(archive, [members[name] for name in names])
 
 
@@ -197,8 +206,8 @@ def _walk(archive: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
                 yield member.name, stream.read() if member.name in names else b""
 
 
-def _damaged_archive(archive: Path, error: BaseException) -> ValueError:
-    return ValueError(f"{archive} is not a whole tar archive ({' '.join(str(error).split())}); fetch it again")
+def _damaged_archive(archive: Path, error: BaseException) -> UserError:
+    return UserError(str(archive), f"is not a whole tar archive ({error})", hint="fetch it again")
 
 
 def _download(root: Path) -> None:

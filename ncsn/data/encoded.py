@@ -65,7 +65,7 @@ class EncodedImages:
             cores: Cores to use; None = all. A bucket is asked for 16 images at a time on any number of them.
 
         Raises:
-            ValueError: naming the image, for one that does not decode (unless bad images are skipped) or does not fit.
+            UserError: naming the image, for one that does not decode (unless bad images are skipped) or does not fit.
         """
         threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1) if storage.is_local(self.root) else _LARGEST_POOL
         with _Reader(self.root) as reader:

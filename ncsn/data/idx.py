@@ -15,6 +15,7 @@ import numpy as np
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.source import Example, Source, Split, fit_of, root_of
+from ncsn.errors import NotFound, UserError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UINT8 = 0x08
@@ -42,7 +43,7 @@ class IdxFile:
         """The rows in their order, uint8 [k, *shape[1:]], a few megabytes at a time.
 
         Raises:
-            ValueError: if the file is shorter or longer than its header says, or its compression is damaged.
+            UserError: if the file is shorter or longer than its header says, or its compression is damaged.
         """
         row_bytes = math.prod(self.shape[1:])
         rows = max(1, _CHUNK_BYTES // row_bytes)
@@ -55,13 +56,13 @@ class IdxFile:
                     raise self._wrong_length(first * row_bytes + len(data), "is truncated")
                 yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
             if _read(stream, 1, self.path):
-                raise ValueError(f"{self.path} holds more bytes than its header says; fetch it again")
+                raise UserError(str(self.path), "holds more bytes than its header says", hint="fetch it again")
 
     def check_length(self) -> None:
         """Compare an uncompressed file's size with its header.
 
         Raises:
-            ValueError: if they disagree.
+            UserError: if they disagree.
         """
         with self.path.open("rb") as stream:
             if stream.read(2) == _GZIP_MAGIC:
@@ -70,11 +71,12 @@ class IdxFile:
         if found != math.prod(self.shape):
             raise self._wrong_length(found, "is truncated" if found < math.prod(self.shape) else "is too long")
 
-    def _wrong_length(self, found: int, what: str) -> ValueError:
+    def _wrong_length(self, found: int, what: str) -> UserError:
         sizes = " x ".join(str(size) for size in self.shape)
-        return ValueError(
-            f"{self.path} {what}: expected {sizes} = {math.prod(self.shape)} bytes after the header, "
-            f"found {found}; fetch it again"
+        return UserError(
+            str(self.path),
+            f"{what}: expected {sizes} = {math.prod(self.shape)} bytes after the header, found {found}",
+            hint="fetch it again",
         )
 
 
@@ -86,23 +88,26 @@ def read_header(path: Path, *, dimensions: int) -> IdxFile:
         dimensions: 3 for images, 1 for labels.
 
     Raises:
-        ValueError: if it is not an IDX file of uint8 with that many dimensions.
+        UserError: if it is not an IDX file of uint8 with that many dimensions.
     """
     size = _header_bytes(dimensions)
     with _open(path) as stream:
         data = _read(stream, size, path)
     if len(data) < size:
-        raise ValueError(f"{path} is truncated: expected a header of {size} bytes, found {len(data)}; fetch it again")
+        raise UserError(
+            str(path), f"is truncated: expected a header of {size} bytes, found {len(data)}", hint="fetch it again"
+        )
     expected = (_UINT8 << 8) + dimensions
     magic, *shape = struct.unpack(f">{1 + dimensions}I", data)
     if magic != expected:
-        raise ValueError(
-            f"{path} starts with magic number 0x{magic:08x}, but IDX {'images' if dimensions == 3 else 'labels'} "
-            f"start with 0x{expected:08x}; it is another kind of file"
+        raise UserError(
+            str(path),
+            f"another kind of file: starts with magic number 0x{magic:08x}, but IDX "
+            f"{'images' if dimensions == 3 else 'labels'} start with 0x{expected:08x}",
         )
     if not all(1 <= side <= _LARGEST_SIDE for side in shape[1:]):
-        raise ValueError(
-            f"{path} says that its images have {shape[1]}x{shape[2]} pixels; it is damaged, fetch it again"
+        raise UserError(
+            str(path), f"says that its images have {shape[1]}x{shape[2]} pixels", hint="fetch it again, it is damaged"
         )
     return IdxFile(path, tuple(shape))
 
@@ -146,9 +151,10 @@ def _open_split(data: DataConfig, *, images: Path, labels: Path, classes: int) -
     label_file.check_length()
     count = image_file.shape[0]
     if label_file.shape[0] != count:
-        raise ValueError(
-            f"{images} holds {count} images but {labels} holds {label_file.shape[0]} labels; "
-            "they do not belong together"
+        raise UserError(
+            str(labels),
+            f"holds {label_file.shape[0]} labels, but {images} holds {count} images",
+            hint="fetch both again, they do not belong together",
         )
     fit = fit_of(data)
 
@@ -156,7 +162,9 @@ def _open_split(data: DataConfig, *, images: Path, labels: Path, classes: int) -
         values = np.concatenate([np.empty(0, np.uint8), *label_file.chunks()])
         wrong = np.flatnonzero(values >= classes)
         if wrong.size:
-            raise ValueError(f"{labels} gives image {wrong[0]} label {values[wrong[0]]}; labels are 0 to {classes - 1}")
+            raise UserError(
+                str(labels), f"gives image {wrong[0]} label {values[wrong[0]]}; labels are 0 to {classes - 1}"
+            )
         first = 0
         for chunk in image_file.chunks():
             labels_of_chunk = values[first : first + len(chunk)].tolist()
@@ -180,9 +188,11 @@ def _locate(data: DataConfig, torchvision_class: str) -> dict[tuple[str, str], P
     missing = _missing(found)
     if missing:
         split, kind = missing[0]
-        raise FileNotFoundError(
-            f"data.root {data.root!r} has no {_file_names(split, kind)[0]} (or .gz), nor has its folder raw or "
-            f"{torchvision_class}/raw; put the four IDX files of {data.source} there, or set data.download to true"
+        raise NotFound(
+            "data.root",
+            f"has no {_file_names(split, kind)[0]} (or .gz), nor has its folder raw or {torchvision_class}/raw",
+            hint=f"put the four IDX files of {data.source} there, or set data.download to true",
+            value=data.root,
         )
     return {key: path for key, path in found.items() if path is not None}
 
@@ -239,7 +249,7 @@ def _read(stream: gzip.GzipFile | BufferedReader, size: int, path: Path) -> byte
     except EOFError:
         pass
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged gzip file ({error}); fetch it again") from error
+        raise UserError(str(path), f"is a damaged gzip file ({error})", hint="fetch it again") from error
     return bytes(data)
 
 

@@ -15,6 +15,7 @@ from ncsn.data.encoded import EncodedImages, ImageFile
 from ncsn.data.listing import list_files
 from ncsn.data.row import NO_LABEL, SPLITS
 from ncsn.data.source import BadImages, Source, Split, fit_of, held_out, name_hash, required_root
+from ncsn.errors import UserError
 
 _INDEX_THREADS = 16
 
@@ -76,19 +77,23 @@ def _find(root: str) -> list[_Found]:
     alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and _is_file(root)
     if alone and not archives:
         kinds = " or ".join(ARCHIVE_SUFFIXES)
-        raise ValueError(f"data.root {root!r} is a file; data.source image_folder needs a folder of images, a {kinds}")
+        raise UserError(
+            "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
+        )
     if images:
         return [_Found(path, ImageFile(path, NO_LABEL), None) for path in images]
     if archives:
         return sorted(_in_archives(root, [""] if alone else archives), key=lambda one: one.path)
     compressed = next((path for path in files if path.lower().endswith(COMPRESSED_SUFFIXES)), None)
     if compressed:
-        raise ValueError(
-            f"data.root {root!r} holds {compressed!r}, which is compressed as a whole, so that no image of it can be "
-            "read alone; decompress it to a .tar (its images are compressed already)"
+        raise UserError(
+            "data.root",
+            f"holds {compressed!r}, which is compressed as a whole, so that no image of it can be read alone",
+            hint="decompress it to a .tar (its images are compressed already)",
+            value=root,
         )
     held = f"holds {len(files)} other files (such as {files[0]!r}) but" if files else "is empty:"
-    raise ValueError(f"data.root {root!r} {held} no image that ends in {', '.join(IMAGE_SUFFIXES)}")
+    raise UserError("data.root", f"{held} no image that ends in {', '.join(IMAGE_SUFFIXES)}", value=root)
 
 
 def _is_file(root: str) -> bool:
@@ -102,8 +107,8 @@ def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
     if not any(indices):
-        raise ValueError(
-            f"{uris[0]} holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
+        raise UserError(
+            uris[0], f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
         )
     repeated = {path for path, times in Counter(m.path for index in indices for m in index).items() if times > 1}
     for archive, members in zip(archives, indices, strict=True):
@@ -127,13 +132,15 @@ def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str
         stray = found[words.index(None)].path
         example = min(known)
         if beside:
-            raise ValueError(
-                f"{root} has labels (as {example!r}) beside some images but none beside others (as {stray!r}); "
-                "give every image a .cls file or a field cls in its .json, or none"
+            raise UserError(
+                root,
+                f"has labels (as {example!r}) beside some images but none beside others (as {stray!r})",
+                hint="give every image a .cls file or a field cls in its .json, or none",
             )
-        raise ValueError(
-            f"{root} mixes class folders (such as {example!r}) with images that are in none (such as {stray!r}); "
-            "move every image into a class folder, or none"
+        raise UserError(
+            root,
+            f"mixes class folders (such as {example!r}) with images that are in none (such as {stray!r})",
+            hint="move every image into a class folder, or none",
         )
     names = _class_names(known, numbers=beside)
     places = {name: place for place, name in enumerate(names)}
@@ -154,8 +161,10 @@ def _class_names(words: set[str], *, numbers: bool) -> tuple[str, ...]:
     if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
         largest = max(map(int, words), default=-1)
         if largest >= 10 * len(words) + 1000:
-            raise ValueError(
-                f"the labels beside the images go up to {largest} with {len(words)} classes; number them from 0"
+            raise UserError(
+                "data.root",
+                f"the labels beside the images go up to {largest} with {len(words)} classes",
+                hint="number them from 0",
             )
         return tuple(map(str, range(largest + 1)))
     return tuple(sorted(words))

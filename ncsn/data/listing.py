@@ -12,6 +12,7 @@ from pyarrow import fs
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.errors import NotFound, UserError
 
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "CREDENTIALS", "FORBIDDEN")
 
@@ -31,8 +32,8 @@ def list_files(root: str) -> list[Listed]:
         root: A local path or an S3 URI.
 
     Raises:
-        FileNotFoundError: if nothing stands there.
-        ValueError: if the bucket refuses the keys of the environment.
+        NotFound: if nothing stands there.
+        UserError: if the bucket refuses the keys of the environment.
         OSError: if it cannot be reached.
     """
     return sorted(_local(Path(root)) if storage.is_local(root) else _in_bucket(root))
@@ -40,7 +41,7 @@ def list_files(root: str) -> list[Listed]:
 
 def _local(root: Path) -> Iterator[Listed]:
     if not root.exists():
-        raise FileNotFoundError(f"data.root {str(root)!r} does not exist; set it to where the images are")
+        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=str(root))
     if root.is_file():
         yield _listed(root, root.name)
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -65,7 +66,7 @@ def _in_bucket(root: str) -> Iterator[Listed]:
             return
         infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     except FileNotFoundError:
-        raise FileNotFoundError(f"data.root {root!r} does not exist; set it to where the images are") from None
+        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=root) from None
     except OSError as error:
         raise _unreadable(root, error) from error
     for info in infos:
@@ -77,11 +78,14 @@ def _in_bucket(root: str) -> Iterator[Listed]:
 def _unreadable(root: str, error: OSError) -> Exception:
     reason = " ".join(str(error).split())
     if "NO_SUCH_BUCKET" in reason:
-        return FileNotFoundError(f"data.root {root!r} names a bucket that does not exist")
+        return NotFound("data.root", "names a bucket that does not exist", value=root)
     if any(word in reason.upper() for word in _REFUSED):
-        return ValueError(
-            f"data.root {root!r} is refused by its server: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to keys "
-            f"that may read it, and AWS_ENDPOINT_URL to the server if it is not Amazon's ({reason[:200]})"
+        return UserError(
+            "data.root",
+            f"is refused by its server ({reason[:200]})",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to keys that may read it, and "
+            "AWS_ENDPOINT_URL to the server if it is not Amazon's",
+            value=root,
         )
     return OSError(f"data.root {root!r} cannot be read: {reason[:300]}")
 

@@ -10,6 +10,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.data import row
+from ncsn.errors import NotFound, UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -112,16 +113,18 @@ def load_manifest(uri: str) -> Manifest:
     """The manifest of the dataset at `uri`.
 
     Raises:
-        FileNotFoundError: if there is no complete dataset.
-        ValueError: if it was written by another version of the format.
+        NotFound: if there is no complete dataset.
+        UserError: if it was written by another version of the format.
     """
     try:
         fields = storage.read_json(storage.join(uri, MANIFEST))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no dataset at {uri}; run `ncsn ingest` first") from None
+        raise NotFound(uri, "no dataset here", hint="run `ncsn ingest` first") from None
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"dataset {uri} has format version {version}, not {FORMAT_VERSION}; run `ncsn ingest` again")
+        raise UserError(
+            uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint="run `ncsn ingest` again"
+        )
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}
     suggested = fields.get("suggested_noise")

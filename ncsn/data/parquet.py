@@ -34,7 +34,7 @@ def write_dataset(
         on_progress: Called with (images read, images offered).
 
     Raises:
-        ValueError: if the source turns out to be damaged, or gives a split fewer than 2 images.
+        UserError: if the source turns out to be damaged, or gives a split fewer than 2 images.
         OSError: if the disk is full.
     """
     with storage.scratch_folder(folder) as scratch:
@@ -51,8 +51,8 @@ def read_split(uri: str, split: str, *, limit: int | None = None) -> Images:
     """All rows of a split, or the first `limit`.
 
     Raises:
-        FileNotFoundError: if there is no complete dataset at `uri`.
-        ValueError: if the dataset is damaged, or has no such split.
+        NotFound: if there is no complete dataset at `uri`.
+        UserError: if the dataset is damaged, or has no such split.
     """
     manifest = load_manifest(uri)
     count = manifest.count(split) if limit is None else min(limit, manifest.count(split))
@@ -71,8 +71,8 @@ def read_blocks(uri: str, split: str, *, manifest: Manifest | None = None) -> It
     """The rows of a split in their order, a few megabytes at a time.
 
     Raises:
-        FileNotFoundError: if there is no complete dataset at `uri`.
-        ValueError: if a part does not hold what the manifest says, or there is no such split.
+        NotFound: if there is no complete dataset at `uri`.
+        UserError: if a part does not hold what the manifest says, or there is no such split.
     """
     manifest = manifest or load_manifest(uri)
     manifest.count(split)
@@ -84,7 +84,7 @@ def read_rows(uri: str, split: str, *, first: int, count: int, manifest: Manifes
     """Rows `first .. first + count` of a split, reading only the row groups that hold them.
 
     Raises:
-        ValueError: if a part does not hold what the manifest says.
+        UserError: if a part does not hold what the manifest says.
     """
     images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
     place = 0

@@ -19,6 +19,7 @@ from ncsn.data import row
 from ncsn.data.manifest import Part, SkippedImage
 from ncsn.data.row import Images
 from ncsn.data.source import Example
+from ncsn.errors import UserError
 
 _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
@@ -98,14 +99,16 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
     """The rows of a part of the dataset at `uri`, or a range of them, block by block.
 
     Raises:
-        ValueError: if it does not hold what the manifest says.
+        UserError: if it does not hold what the manifest says.
     """
     part_uri = storage.join(uri, part.path)
     with _open(part_uri) as file:
         if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(row.schema(*shape)):
-            raise ValueError(
-                f"{part_uri} holds {file.metadata.num_rows} rows of {file.schema_arrow.names}, but the manifest "
-                f"says {part.rows} images of {shape}; it is damaged: delete {uri} and ingest again"
+            raise UserError(
+                part_uri,
+                f"holds {file.metadata.num_rows} rows of {file.schema_arrow.names}, but the manifest says "
+                f"{part.rows} images of {shape}",
+                hint=f"delete {uri} and ingest again",
             )
         wanted = range(part.rows) if rows is None else rows
         place = 0

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from ncsn.errors import UserError
+
 FILTER = Image.Resampling.BILINEAR
 """Pillow widens its filters when it shrinks, so this is an antialiased resize. The paper's code used the same one."""
 
@@ -49,7 +51,7 @@ class Fit:
         """Fit a uint8 array [H, W, C] with C = 1 or 3.
 
         Raises:
-            ValueError: for the wrong channel count, naming the image.
+            UserError: for the wrong channel count, naming the image.
         """
         if self.keeps(image.shape):
             return image
@@ -62,7 +64,7 @@ class Fit:
             uint8 [image_size, image_size, channels].
 
         Raises:
-            ValueError: for a kind of pixel that is not accepted or the wrong channel count, naming the image.
+            UserError: for a kind of pixel that is not accepted or the wrong channel count, naming the image.
         """
         image = self._to_channels(_plain(image, name=name), name=name)
         square = self._centre(image, name=name)
@@ -75,9 +77,11 @@ class Fit:
         if channels == self.channels:
             return image
         if not self.convert:
-            raise ValueError(
-                f"{name} is {_WORDS[channels]} but data.channels is {self.channels} ({_WORDS[self.channels]}); "
-                f"set data.channels to {channels}, or data.convert_channels to true"
+            raise UserError(
+                "data.channels",
+                f"{name} is {_WORDS[channels]}",
+                hint=f"set it to {channels}, or data.convert_channels to true",
+                value=self.channels,
             )
         return image.convert(_MODES[self.channels])
 
@@ -85,8 +89,8 @@ class Fit:
         width, height = image.size
         side = self.crop or min(width, height)
         if side > min(width, height):
-            raise ValueError(
-                f"{name} has {width}x{height} pixels, less than the {side}x{side} that are cut from its centre"
+            raise UserError(
+                name, f"has {width}x{height} pixels, less than the {side}x{side} that are cut from its center"
             )
         left, top = (width - side) // 2, (height - side) // 2
         return image.crop((left, top, left + side, top + side))
@@ -116,6 +120,6 @@ def _plain(image: Image.Image, *, name: str) -> Image.Image:
     if image.mode in ("LA", "PA", "RGBA", "P"):
         gray, transparent = image.mode == "LA", image.has_transparency_data
         if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-            raise ValueError(f"{name} has transparent pixels; flatten it on a background first")
+            raise UserError(name, "has transparent pixels", hint="flatten it on a background first")
         return image.convert("L" if gray else "RGB")
-    raise ValueError(f"{name} has pixels of kind {image.mode!r}; convert it to 8-bit gray or RGB first")
+    raise UserError(name, f"has pixels of kind {image.mode!r}", hint="convert it to 8-bit gray or RGB first")

@@ -14,6 +14,7 @@ import numpy as np
 from ncsn.config.schema import DataConfig
 from ncsn.data.manifest import SkippedImage
 from ncsn.data.pixels import Fit
+from ncsn.errors import NotFound, UserError
 
 
 class Example(NamedTuple):
@@ -34,10 +35,12 @@ class BadImages:
         """Note the image, or stop.
 
         Raises:
-            ValueError: naming the image, unless bad images are skipped.
+            UserError: naming the image, unless bad images are skipped.
         """
         if not self.skip:
-            raise ValueError(f"{name} does not decode: {reason}; repair or remove it, or set data.on_bad_image to skip")
+            raise UserError(
+                name, f"does not decode: {reason}", hint="repair or remove it, or set data.on_bad_image to skip"
+            )
         self.skipped.append(SkippedImage(name, reason))
 
 
@@ -96,11 +99,11 @@ def required_root(data: DataConfig) -> str:
     """data.root of a source that reads files.
 
     Raises:
-        ValueError: if it is not set.
+        UserError: if it is not set.
     """
     if data.root is None:
-        raise ValueError(
-            f"data.root is not set; data.source {data.source} reads files, so set data.root to where they are"
+        raise UserError(
+            "data.root", f"is not set, and data.source {data.source} reads files", hint="set it to where they are"
         )
     return data.root
 
@@ -109,13 +112,13 @@ def root_of(data: DataConfig) -> Path:
     """The local file or folder that holds the source.
 
     Raises:
-        ValueError: if data.root is not set.
-        FileNotFoundError: if it does not exist.
+        UserError: if data.root is not set.
+        NotFound: if it does not exist.
     """
     root = Path(required_root(data)).expanduser()
     if not root.exists():
-        raise FileNotFoundError(
-            f"data.root {data.root!r} does not exist; set it to where the files of {data.source} are"
+        raise NotFound(
+            "data.root", "does not exist", hint=f"set it to where the files of {data.source} are", value=data.root
         )
     return root
 
@@ -156,9 +159,9 @@ def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:
     Nothing is unpacked here; an archive with such a name was made to do harm, so none of it is trusted.
 
     Raises:
-        ValueError: for an absolute name or one with `..`.
+        UserError: for an absolute name or one with `..`.
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
-        raise ValueError(f"{archive} is refused: its member {name!r} points outside of it")
+        raise UserError(str(archive), f"is refused: its member {name!r} points outside of it")
     return path

@@ -33,8 +33,8 @@ def open_source(data: DataConfig) -> Source:
     """Find and check the files of the configured source.
 
     Raises:
-        FileNotFoundError: if data.root or a file that belongs below it is missing.
-        ValueError: if data.root is not set, or a file is not what it should be.
+        NotFound: if data.root or a file that belongs below it is missing.
+        UserError: if data.root is not set, or a file is not what it should be.
     """
     source = _OPENERS[data.source](data)
     if data.max_images is None:

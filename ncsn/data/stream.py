@@ -96,8 +96,8 @@ def open_training_images(dataset_uri: str, data: DataConfig, *, split: str = "tr
     """The split as `data.loader` says: the node's whole copy, or a stream of windows.
 
     Raises:
-        FileNotFoundError: if there is no complete dataset at `dataset_uri`.
-        ValueError: if the dataset is damaged, or there is no such split.
+        NotFound: if there is no complete dataset at `dataset_uri`.
+        UserError: if the dataset is damaged, or there is no such split.
         OSError: if the local disk is full.
     """
     if data.loader == "cache":

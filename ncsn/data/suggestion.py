@@ -24,6 +24,7 @@ from ncsn.core.noise_schedule import (
 )
 from ncsn.data.manifest import Manifest
 from ncsn.data.statistics import ImageSample
+from ncsn.errors import UserError
 
 MOST_IMAGES = 60_000
 _MOST_VALUES = 2**28
@@ -70,7 +71,7 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
     """The config with the levels that `noise: auto` stands for; any other config as it is.
 
     Raises:
-        ValueError: if the manifest has no distances, or the chosen levels do not fit the rest of the config.
+        UserError: if the manifest has no distances, or the chosen levels do not fit the rest of the config.
     """
     noise = config.noise
     if not isinstance(noise, AutoNoiseConfig):
@@ -93,13 +94,18 @@ def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
 def _distances(config: Config, manifest: Manifest) -> PairDistances:
     found = manifest.suggested_noise
     if found is None:
-        raise ValueError(
-            f"noise: auto needs the distances between the images, and the data set {manifest.name}/{manifest.digest} "
-            "was ingested before they were kept; `ncsn ingest` under another --run NAME adds them"
+        raise UserError(
+            "noise",
+            f"needs the distances between the images, and the data set {manifest.name}/{manifest.digest} was "
+            "ingested before they were kept",
+            hint="`ncsn ingest` under another --run NAME adds them",
+            value="auto",
         )
     if not found:
-        raise ValueError(
-            f"noise: auto finds no levels: the images of {manifest.name}/{manifest.digest} are all alike; "
-            "give noise.sigma_1, noise.sigma_L and noise.num_levels"
+        raise UserError(
+            "noise",
+            f"finds no levels: the images of {manifest.name}/{manifest.digest} are all alike",
+            hint="give noise.sigma_1, noise.sigma_L and noise.num_levels",
+            value="auto",
         )
     return found["mirrored" if config.data.horizontal_flip else "plain"].distances

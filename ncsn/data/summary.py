@@ -15,6 +15,7 @@ from ncsn.data.row import Images, SplitDigest
 from ncsn.data.source import Source
 from ncsn.data.statistics import ImageSample, PixelStatistics
 from ncsn.data.suggestion import sample_size, suggestions
+from ncsn.errors import UserError
 
 LEAST_IMAGES = 2
 SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
@@ -63,13 +64,16 @@ class SplitSummary:
         """Refuse a split that nothing can be learnt from.
 
         Raises:
-            ValueError: if it has fewer than 2 images.
+            UserError: if it has fewer than 2 images.
         """
         if self.digest.count < LEAST_IMAGES:
             skipped = f" ({len(source.skipped)} did not decode)" if source.skipped else ""
-            raise ValueError(
-                f"data.source {data.source} gives {self.digest.count} image(s) for the {split} split{skipped}; "
-                f"at least {LEAST_IMAGES} are needed: add images, or change data.test_fraction"
+            raise UserError(
+                "data.source",
+                f"gives {self.digest.count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are "
+                "needed",
+                hint="add images, or change data.test_fraction",
+                value=data.source,
             )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refused import refused
 
 from ncsn import storage
 from ncsn.data import cache
@@ -81,7 +82,7 @@ def test_the_environment_names_the_folder(dataset, tmp_path, monkeypatch):
 def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
     part = Path(dataset) / "train" / "part-00001.parquet"
     part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
-    with pytest.raises(ValueError, match="does not have the content that its manifest says"):
+    with refused(dataset):
         open_cache(dataset, "train", cache_dir=tmp_path / "cache")
     assert [name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")] == []
 
@@ -90,7 +91,7 @@ def test_a_damaged_copy_is_named(dataset, tmp_path):
     open_cache(dataset, "train", cache_dir=tmp_path / "cache")
     path = next((tmp_path / "cache").rglob("images.npy"))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"the local copy .* is damaged; delete that folder"):
+    with refused(str(path.parent)):
         open_cache(dataset, "train", cache_dir=tmp_path / "cache")
 
 
@@ -134,5 +135,5 @@ def test_a_batch_larger_than_the_dataset_wraps_around():
 
 @pytest.mark.parametrize("arguments", [{"first": -1}, {"count": -1}, {"size": 0}])
 def test_impossible_positions_are_refused(arguments):
-    with pytest.raises(ValueError, match="need first >= 0, count >= 0 and size >= 1"):
+    with pytest.raises(ValueError, match="first"):
         image_indices(0, **{"first": 0, "count": 1, "size": 1, **arguments})

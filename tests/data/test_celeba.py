@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
 
 NAMES = [f"img_align_celeba/{number:06d}.jpg" for number in range(1, 9)]
 
@@ -57,16 +59,18 @@ def test_the_official_partition_is_used_when_it_is_there(celeba, data_config):
 def test_a_partition_that_does_not_fit_is_refused(celeba, data_config):
     partition = celeba().with_name("list_eval_partition.txt")
     partition.write_text("000001.jpg 0\n")
-    with pytest.raises(ValueError, match=r"does not list 000002\.jpg"):
+    with refused(str(partition)) as caught:
         open_source(data_config("celeba", partition.parent, image_size=16, channels=3))
+    assert "000002.jpg" in caught.value.problems[0].reason
     partition.write_text("000001.jpg train\n")
-    with pytest.raises(ValueError, match=r"line 1 is '000001\.jpg train'; expected a file name and 0, 1 or 2"):
+    with refused(f"{partition}:1") as caught:
         open_source(data_config("celeba", partition.parent, image_size=16, channels=3))
+    assert caught.value.problems[0].value == "000001.jpg train"
 
 
 def test_a_bad_image_is_named_or_skipped(celeba, data_config):
     root = celeba(image_3=b"\xff\xd8\xff cut").parent
-    with pytest.raises(ValueError, match=r"img_align_celeba\.zip:img_align_celeba/000003\.jpg does not decode"):
+    with refused(f"{root}/img_align_celeba.zip:img_align_celeba/000003.jpg"):
         read_all(open_source(data_config("celeba", root, image_size=16, channels=3)))
     source = open_source(data_config("celeba", root, image_size=16, channels=3, on_bad_image="skip"))
     assert sorted(constants(source, "train") + constants(source, "test")) == [1, 2, 4, 5, 6, 7, 8]
@@ -78,7 +82,7 @@ def test_damage_to_a_stored_image_is_noticed(celeba, data_config):
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"000001\.jpg does not decode: Bad CRC-32"):
+    with refused(f"{path}:img_align_celeba/000001.jpg"):
         read_all(open_source(data_config("celeba", path, image_size=16, channels=3)))
 
 
@@ -88,21 +92,22 @@ def read_all(source):
 
 def test_broken_and_foreign_archives_are_refused(tmp_path, formats, data_config, celeba):
     config = data_config("celeba", tmp_path, image_size=16, channels=3)
-    with pytest.raises(FileNotFoundError, match=r"has no img_align_celeba\.zip; put it there"):
+    with refused("data.root", error=NotFound):
         open_source(config)
     path = celeba()
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is not a whole zip archive"):
+    with refused(str(path)):
         open_source(config)
     path.write_bytes(formats.zip({"readme.txt": b""}))
-    with pytest.raises(ValueError, match=r"holds no \.jpg or \.png"):
+    with refused(str(path)):
         open_source(config)
     path.write_bytes(formats.zip({"../000001.jpg": b""}))
-    with pytest.raises(ValueError, match=r"is refused: its member '\.\./000001\.jpg'"):
+    with refused(str(path)):
         open_source(config)
 
 
 def test_gray_faces_are_refused(celeba, formats, data_config):
     path = celeba(image_2=formats.image(np.zeros((218, 178), np.uint8)))
-    with pytest.raises(ValueError, match=r"000002\.jpg is gray but data.channels is 3"):
+    with refused("data.channels") as caught:
         read_all(open_source(data_config("celeba", path, image_size=16, channels=3)))
+    assert "000002.jpg" in caught.value.problems[0].reason

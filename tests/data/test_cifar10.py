@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn.data.cifar10 import parse_binary, parse_pickle
 from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
 
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
 
@@ -77,7 +79,7 @@ class Exploit:
 def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path, function):
     witness = tmp_path / "witness"
     content = pickle.dumps({b"data": Exploit(function, f"touch {witness}"), b"labels": []}, protocol=2)
-    with pytest.raises(ValueError, match=r"batch is refused: its pickle asks for \S+, which image data does not need"):
+    with refused("batch"):
         parse_pickle(content, name="batch")
     assert not witness.exists()
 
@@ -85,7 +87,7 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path, function):
 def test_a_pickle_cannot_claim_memory_by_a_shape():
     reconstruct = np.zeros(1).__reduce__()[0]
     content = pickle.dumps({b"data": Exploit(reconstruct, np.ndarray, (2**40,), b"b"), b"labels": []}, protocol=2)
-    with pytest.raises(ValueError, match="is not a CIFAR-10 batch"):
+    with refused("batch"):
         parse_pickle(content, name="batch")
 
 
@@ -102,24 +104,25 @@ def test_a_pickle_cannot_claim_memory_by_a_shape():
     ],
 )
 def test_other_content_is_not_a_batch(batch):
-    with pytest.raises(ValueError, match="batch is not a CIFAR-10 batch"):
+    with refused("batch"):
         parse_pickle(pickle.dumps(batch, protocol=2), name="batch")
 
 
 def test_labels_must_be_as_many_as_images():
     batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}
-    with pytest.raises(ValueError, match="holds 2 images but 1 labels"):
+    with refused("batch"):
         parse_pickle(pickle.dumps(batch, protocol=2), name="batch")
 
 
 def test_truncated_batches_are_refused(formats, cifar_batches):
     content = formats.cifar_pickle(*cifar_batches["test_batch"])
     for length in (0, 10, 1000, len(content) - 1):
-        with pytest.raises(ValueError, match="is not a CIFAR-10 batch or is truncated"):
+        with refused("batch"):
             parse_pickle(content[:length], name="batch")
     binary = formats.cifar_binary(*cifar_batches["test_batch"])
-    with pytest.raises(ValueError, match=r"expected a multiple of 3073 bytes, found 9209 \(2 images and 3063 bytes\)"):
+    with refused("batch") as caught:
         parse_binary(binary[:-10], name="batch")
+    assert "2 images and 3063 bytes" in caught.value.problems[0].reason
 
 
 def test_labels_out_of_range_are_refused(cifar_root, data_config):
@@ -128,40 +131,42 @@ def test_labels_out_of_range_are_refused(cifar_root, data_config):
     content = bytearray(path.read_bytes())
     content[3073] = 10
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"data_batch_2\.bin gives image 1 label 10"):
+    with refused(str(root / "cifar-10-batches-bin" / "data_batch_2.bin")) as caught:
         list(open_source(data_config("cifar10", root, image_size=32, channels=3)).splits["train"].stream())
+    assert "image 1 label 10" in caught.value.problems[0].reason
 
 
 def test_a_missing_batch_is_named(cifar_root, data_config):
     root = cifar_root("py")
     (root / "cifar-10-batches-py" / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match=r"incomplete: .*data_batch_4 is missing"):
+    with refused(str(root / "cifar-10-batches-py" / "data_batch_4"), error=NotFound):
         open_source(data_config("cifar10", root, image_size=32, channels=3))
 
 
 def test_an_archive_cut_short_is_refused(cifar_root, data_config):
     path = cifar_root("py tar path")
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(ValueError, match=f"{path} is not a whole tar archive"):
+    with refused(str(path)):
         open_source(data_config("cifar10", path, image_size=32, channels=3))
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path, formats, data_config):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(formats.tar({"readme": b"hello"}))
-    with pytest.raises(ValueError, match="is not CIFAR-10: it holds no data_batch_1"):
+    with refused(str(path)) as caught:
         open_source(data_config("cifar10", tmp_path, image_size=32, channels=3))
+    assert "data_batch_1" in caught.value.problems[0].reason
     path.write_bytes(b"<html>")
-    with pytest.raises(ValueError, match="is not a whole tar archive"):
+    with refused(str(path)):
         open_source(data_config("cifar10", tmp_path, image_size=32, channels=3))
 
 
 def test_an_archive_with_a_name_outside_of_it_is_refused(tmp_path, formats, data_config):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(formats.tar({"../../data_batch_1": b"x"}))
-    with pytest.raises(ValueError, match=r"refused: its member '../../data_batch_1' points outside"):
+    with refused(str(tmp_path / "cifar-10-python.tar.gz")):
         open_source(data_config("cifar10", tmp_path, image_size=32, channels=3))
 
 
 def test_an_empty_folder_says_what_to_put_there(tmp_path, data_config):
-    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 in data\.root .* expected cifar-10-python\.tar\.gz"):
+    with refused("data.root", error=NotFound):
         open_source(data_config("cifar10", tmp_path, image_size=32, channels=3))

@@ -8,8 +8,10 @@ import urllib.request
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -35,7 +37,7 @@ def test_images_and_labels_come_in_order(idx_folder, data_config, tmp_path, fold
 def test_mnist_has_its_own_torchvision_folder_and_names(idx_folder, data_config, tmp_path):
     idx_folder(folder="x/MNIST/raw")
     assert open_source(data_config("mnist", tmp_path / "x")).class_names == tuple("0123456789")
-    with pytest.raises(FileNotFoundError, match="has no train-images-idx3-ubyte"):
+    with refused("data.root", error=NotFound):
         open_source(data_config("fashion_mnist", tmp_path / "x"))
 
 
@@ -73,8 +75,9 @@ def test_other_sizes_are_resized(idx_folder, data_config):
 def test_gray_is_refused_as_rgb_by_name(idx_folder, data_config):
     folder, _ = idx_folder()
     source = open_source(data_config("mnist", folder, channels=3))
-    with pytest.raises(ValueError, match=f"image 0 of {folder}/{TRAIN_IMAGES} is gray but data.channels is 3"):
+    with refused("data.channels") as caught:
         next(source.splits["train"].stream())
+    assert f"image 0 of {folder}/{TRAIN_IMAGES}" in caught.value.problems[0].reason
     converted = open_source(data_config("mnist", folder, channels=3, convert_channels=True))
     assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
 
@@ -83,8 +86,9 @@ def test_a_truncated_file_is_refused_when_opened(idx_folder, data_config):
     folder, _ = idx_folder()
     path = folder / TRAIN_IMAGES
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{path} is truncated: expected 12 x 8 x 8 = 768 bytes .*, found 668"):
+    with refused(str(path)) as caught:
         open_source(data_config("mnist", folder))
+    assert "768" in caught.value.problems[0].reason and "668" in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("lost_pixels", [1, 100, 768])
@@ -93,10 +97,9 @@ def test_truncated_content_of_a_whole_gzip_file_is_refused(idx_folder, data_conf
     path = folder / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-lost_pixels]))
     source = open_source(data_config("mnist", folder))
-    with pytest.raises(
-        ValueError, match=f"is truncated: expected 12 x 8 x 8 = 768 bytes .*, found {768 - lost_pixels};"
-    ):
+    with refused(str(path)) as caught:
         list(source.splits["train"].stream())
+    assert f"found {768 - lost_pixels}" in caught.value.problems[0].reason
 
 
 def test_a_cut_gzip_file_is_refused_with_the_bytes_it_still_gives(idx_folder, data_config):
@@ -104,8 +107,9 @@ def test_a_cut_gzip_file_is_refused_with_the_bytes_it_still_gives(idx_folder, da
     path = folder / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(path.read_bytes()[:60_000])
     source = open_source(data_config("mnist", folder))
-    with pytest.raises(ValueError, match=r"is truncated: expected 2000 x 8 x 8 = 128000 bytes .*, found 5\d{4};"):
+    with refused(str(path)) as caught:
         list(source.splits["train"].stream())
+    assert "128000" in caught.value.problems[0].reason
 
 
 def test_damage_inside_a_gzip_file_is_refused(idx_folder, data_config):
@@ -115,7 +119,7 @@ def test_damage_inside_a_gzip_file_is_refused(idx_folder, data_config):
     content[40_000:40_100] = bytes(100)
     path.write_bytes(content)
     source = open_source(data_config("mnist", folder))
-    with pytest.raises(ValueError, match=rf"{path} is a damaged gzip file"):
+    with refused(str(path)):
         list(source.splits["train"].stream())
 
 
@@ -123,11 +127,12 @@ def test_more_bytes_than_promised_are_refused(idx_folder, data_config):
     folder, _ = idx_folder()
     path = folder / TRAIN_IMAGES
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match=r"is too long: expected .* found 769"):
+    with refused(str(path)) as caught:
         open_source(data_config("mnist", folder))
+    assert "769" in caught.value.problems[0].reason
     path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
-    with pytest.raises(ValueError, match="more bytes than its header says"):
+    with refused(f"{path}.gz"):
         list(open_source(data_config("mnist", folder)).splits["train"].stream())
 
 
@@ -136,31 +141,33 @@ def test_a_file_without_a_whole_header_is_refused(idx_folder, data_config, lengt
     folder, _ = idx_folder()
     path = folder / TRAIN_IMAGES
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"{path} is truncated: expected a header of 16 bytes, found {length}"):
+    with refused(str(path)) as caught:
         open_source(data_config("mnist", folder))
+    assert f"found {length}" in caught.value.problems[0].reason
 
 
 def test_the_wrong_magic_number_is_refused(idx_folder, data_config):
     folder, _ = idx_folder()
     (folder / TRAIN_IMAGES).write_bytes((folder / TRAIN_LABELS).read_bytes() + bytes(20))
-    with pytest.raises(ValueError, match="starts with magic number 0x00000801, but IDX images start with 0x00000803"):
+    with refused(f"{folder}/{TRAIN_IMAGES}") as caught:
         open_source(data_config("mnist", folder))
+    assert "0x00000801" in caught.value.problems[0].reason
     (folder / TRAIN_IMAGES).write_bytes(b"<!DOCTYPE html><html>")
-    with pytest.raises(ValueError, match="magic number 0x3c21444f"):
+    with refused(f"{folder}/{TRAIN_IMAGES}"):
         open_source(data_config("mnist", folder))
 
 
 def test_absurd_sizes_in_a_header_are_refused(idx_folder, data_config):
     folder, _ = idx_folder(compress=True)
     (folder / f"{TRAIN_IMAGES}.gz").write_bytes(struct.pack(">4I", 0x803, 12, 2**31, 2**31))
-    with pytest.raises(ValueError, match="2147483648x2147483648 pixels; it is damaged"):
+    with refused(f"{folder}/{TRAIN_IMAGES}.gz"):
         open_source(data_config("mnist", folder))
 
 
 def test_images_and_labels_must_be_as_many(idx_folder, data_config, formats):
     folder, arrays = idx_folder()
     (folder / TRAIN_LABELS).write_bytes(formats.idx(arrays[TRAIN_LABELS][:-1]))
-    with pytest.raises(ValueError, match=r"holds 12 images but .* holds 11 labels"):
+    with refused(f"{folder}/{TRAIN_LABELS}"):
         open_source(data_config("mnist", folder))
 
 
@@ -169,15 +176,17 @@ def test_labels_out_of_range_are_refused(idx_folder, data_config, formats):
     labels = arrays[TRAIN_LABELS].copy()
     labels[4] = 10
     (folder / TRAIN_LABELS).write_bytes(formats.idx(labels))
-    with pytest.raises(ValueError, match="gives image 4 label 10; labels are 0 to 9"):
+    with refused(f"{folder}/{TRAIN_LABELS}") as caught:
         list(open_source(data_config("mnist", folder)).splits["train"].stream())
+    assert "image 4 label 10" in caught.value.problems[0].reason
 
 
 def test_a_missing_file_is_named_with_what_to_do(idx_folder, data_config):
     folder, _ = idx_folder()
     (folder / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no t10k-labels-idx1-ubyte \(or \.gz\).*data\.download to true"):
+    with refused("data.root", error=NotFound) as caught:
         open_source(data_config("mnist", folder))
+    assert "t10k-labels-idx1-ubyte" in caught.value.problems[0].reason
 
 
 def test_download_leaves_files_that_are_there_alone(idx_folder, data_config):
@@ -194,6 +203,6 @@ def test_a_download_without_a_network_is_one_clear_line(data_config, tmp_path, m
     monkeypatch.delenv("NO_PROXY", raising=False)
     # urllib keeps the proxies that it saw first, so give this test an opener of its own and later ones theirs.
     monkeypatch.setattr(urllib.request, "_opener", None)
-    with pytest.raises(ConnectionError, match=r"could not download MNIST into .* by hand") as failure:
+    with pytest.raises(ConnectionError, match="MNIST") as failure:
         open_source(data_config("mnist", tmp_path / "new", download=True))
     assert "\n" not in str(failure.value)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn import storage
 from ncsn.data.listing import list_files, source_fingerprint
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
+from ncsn.errors import NotFound, UserError
 
 
 @pytest.fixture
@@ -117,10 +119,9 @@ def test_labels_in_words_are_sorted_and_a_missing_one_is_named(tmp_path, formats
         "wolf",
     )
     put(tmp_path, {"x.tar": tar_of({**members, "c.png": image})})
-    with pytest.raises(
-        ValueError, match=r"labels \(as 'bear'\) beside some images but none beside others \(as 'c\.png'\)"
-    ):
+    with refused(str(tmp_path)) as caught:
         open_source(data_config("image_folder", tmp_path))
+    assert "'c.png'" in caught.value.problems[0].reason
 
 
 def test_shards_that_number_their_images_anew_hold_different_images(tmp_path, formats, data_config):
@@ -140,9 +141,7 @@ def test_a_bad_image_in_an_archive_is_named_or_skipped(tmp_path, members, data_c
     for name, pack in (("x.tar", tar_of), ("x.zip", zip_of)):
         root = put(tmp_path / name, {name: pack(broken)})
         source = open_source(data_config("image_folder", root))
-        with pytest.raises(
-            ValueError, match=rf"{root}/{name}:cat/03\.png does not decode: .*data\.on_bad_image to skip"
-        ):
+        with refused(f"{root}/{name}:cat/03.png"):
             [list(split.stream()) for split in source.splits.values()]
         source = open_source(data_config("image_folder", root, on_bad_image="skip"))
         assert sum(len(list(split.stream())) for split in source.splits.values()) == 39
@@ -153,42 +152,40 @@ def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_conf
     content = bytearray(zip_of(members, zipfile.ZIP_STORED))
     content[content.index(b"IDAT") + 5] ^= 1
     source = open_source(data_config("image_folder", put(tmp_path, {"x.zip": bytes(content)})))
-    with pytest.raises(ValueError, match=r"x\.zip:cat/00\.png does not decode: Bad CRC-32: the archive is damaged"):
+    with pytest.raises(UserError) as caught:
         [list(split.stream()) for split in source.splits.values()]
+    assert caught.value.problems[0].key.endswith("x.zip:cat/00.png")
 
 
 def test_archives_that_cannot_be_used_are_named(tmp_path, members, data_config, formats):
-    def refused(files: dict[str, bytes], message: str) -> None:
+    def refuse(files: dict[str, bytes], key: str) -> None:
         root = put(tmp_path / str(len(list(tmp_path.iterdir()))), files)
-        with pytest.raises(ValueError, match=message):
+        with refused(key.format(root=root)):
             open_source(data_config("image_folder", root))
 
-    refused({"a.tar": tar_of({"notes.txt": b"x"})}, r"a\.tar holds no image that ends in \.png")
-    refused({"a.tar": tar_of(members)[:1000]}, r"a\.tar is not a whole tar archive \(.*\); fetch it again")
-    refused({"a.zip": zip_of(members)[:-30]}, r"a\.zip is not a whole zip archive")
-    refused({"a.tar": formats.tar(members)}, "is not a whole tar archive .*decompress it if it is compressed")
-    refused(
-        {"a.tar.gz": formats.tar(members)},
-        r"holds 'a\.tar\.gz', which is compressed as a whole.*decompress it to a \.tar",
-    )
-    refused({"a.tar": tar_of({"../x.png": b""})}, r"a\.tar is refused: its member '\.\./x\.png' points outside")
-    refused({"a.zip": zip_of({"/x.png": b""})}, r"a\.zip is refused: its member '/x\.png' points outside")
-    refused({"a.tar": tar_of({"x.png": b"", "x.json": b"{"})}, r"a\.tar:x\.json is not a label")
+    refuse({"a.tar": tar_of({"notes.txt": b"x"})}, "{root}/a.tar")
+    refuse({"a.tar": tar_of(members)[:1000]}, "{root}/a.tar")
+    refuse({"a.zip": zip_of(members)[:-30]}, "{root}/a.zip")
+    refuse({"a.tar": formats.tar(members)}, "{root}/a.tar")
+    refuse({"a.tar.gz": formats.tar(members)}, "data.root")
+    refuse({"a.tar": tar_of({"../x.png": b""})}, "{root}/a.tar")
+    refuse({"a.zip": zip_of({"/x.png": b""})}, "{root}/a.zip")
+    refuse({"a.tar": tar_of({"x.png": b"", "x.json": b"{"})}, "{root}/a.tar:x.json")
 
 
 def test_a_bucket_without_images_or_keys_is_one_line(s3_root, data_config, monkeypatch):
-    with pytest.raises(ValueError, match=rf"data.root '{s3_root}' is empty: no image"):
+    with refused("data.root") as caught:
         open_source(data_config("image_folder", s3_root))
-    with pytest.raises(FileNotFoundError, match=r"data.root 's3://no-such-bucket-here/x' "):
+    assert caught.value.problems[0].value == s3_root
+    with refused("data.root", error=NotFound):
         open_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
     put(s3_root, {"notes.txt": b"x"})
-    with pytest.raises(ValueError, match=r"holds 1 other files \(such as 'notes\.txt'\) but no image"):
+    with refused("data.root") as caught:
         open_source(data_config("image_folder", s3_root))
+    assert "notes.txt" in caught.value.problems[0].reason
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     storage._s3_filesystem.cache_clear()
-    with pytest.raises(
-        ValueError, match=rf"data.root '{s3_root}' is refused by its server: set AWS_ACCESS_KEY_ID"
-    ) as failure:
+    with refused("data.root") as failure:
         open_source(data_config("image_folder", s3_root))
     assert "\n" not in str(failure.value)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refused import refused
 
 from ncsn import storage
 from ncsn.data import row
@@ -21,6 +22,7 @@ from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_blocks, read_split, write_dataset
 from ncsn.data.row import Images, SplitDigest, from_table, to_table
 from ncsn.data.source import Example, SkippedImage, Source, Split
+from ncsn.errors import NotFound
 
 
 @pytest.fixture
@@ -213,8 +215,9 @@ def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_are_refused(tmp_path, images, config, count):
     few = {**images, "test": Images(images["test"].images[:count], images["test"].labels[:count])}
-    with pytest.raises(ValueError, match=rf"gives {count} image\(s\) for the test split; at least 2 are needed"):
+    with refused("data.source") as caught:
         write(few, tmp_path, config)
+    assert f"{count} image" in caught.value.problems[0].reason
     assert files_below(tmp_path) == []
 
 
@@ -228,7 +231,7 @@ def test_a_full_disk_leaves_nothing_behind(small_disk, data_config, rng):
 
 
 def test_a_missing_dataset_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no dataset at {tmp_path}; run `ncsn ingest` first"):
+    with refused(str(tmp_path), error=NotFound):
         load_manifest(str(tmp_path))
 
 
@@ -236,13 +239,13 @@ def test_a_future_format_is_refused(tmp_path, images, config):
     dataset = write(images, tmp_path, config)
     path = Path(dataset.uri) / "manifest.json"
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ValueError, match="has format version 2, not 1"):
+    with refused(dataset.uri):
         load_manifest(dataset.uri)
 
 
 def test_an_unknown_split_is_refused(tmp_path, images, config):
     uri = write(images, tmp_path, config).uri
-    with pytest.raises(ValueError, match="has no split 'valid'; it has train, test"):
+    with pytest.raises(ValueError, match="valid"):
         read_split(uri, "valid")
 
 
@@ -251,7 +254,7 @@ def test_a_part_of_other_rows_is_refused(tmp_path, images, config):
     pq.write_table(
         to_table(Images(images["train"].images[:9], images["train"].labels[:9])), f"{uri}/train/part-00000.parquet"
     )
-    with pytest.raises(ValueError, match=r"part-00000\.parquet holds 9 rows .* says 50 images of \(8, 8, 3\)"):
+    with refused(f"{uri}/train/part-00000.parquet"):
         read_split(uri, "train")
 
 

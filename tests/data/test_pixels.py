@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from refused import refused
 
 from ncsn.data.pixels import BadImageError, Fit, decode
 
@@ -39,16 +40,15 @@ def test_a_fixed_crop_is_centred_like_the_papers():
 
 
 def test_an_image_smaller_than_the_crop_is_refused():
-    with pytest.raises(ValueError, match=r"face\.jpg has 100x218 pixels, less than the 140x140"):
+    with refused("face.jpg"):
         Fit(64, 3, crop=140).array(np.zeros((218, 100, 3), np.uint8), name="face.jpg")
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(1, 3), (3, 1)])
 def test_the_wrong_channel_count_is_refused(given, wanted):
-    with pytest.raises(
-        ValueError, match=f"x is (gray|RGB) but data.channels is {wanted}.*set data.channels to {given}"
-    ):
+    with refused("data.channels") as caught:
         Fit(8, wanted).array(np.zeros((8, 8, given), np.uint8), name="x")
+    assert caught.value.problems[0].value == wanted and str(given) in caught.value.problems[0].hint
 
 
 def test_channels_convert_when_asked():
@@ -68,7 +68,7 @@ def with_alpha(alpha: int) -> Image.Image:
 def test_opaque_alpha_is_dropped_and_transparency_refused(formats):
     fitted = Fit(8, 3).image(decode(formats.image(with_alpha(255))), name="x")
     assert (fitted == [10, 20, 30]).all()
-    with pytest.raises(ValueError, match=r"x has transparent pixels; flatten it"):
+    with refused("x"):
         Fit(8, 3).image(decode(formats.image(with_alpha(254))), name="x")
 
 
@@ -87,8 +87,9 @@ def test_gray_with_alpha_is_gray(formats):
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("CMYK", "JPEG")])
 def test_other_kinds_of_pixels_are_refused(formats, mode, kind):
-    with pytest.raises(ValueError, match=f"x has pixels of kind '{mode}'; convert it to 8-bit"):
+    with refused("x") as caught:
         Fit(8, 3).image(decode(formats.image(Image.new(mode, (8, 8)), kind)), name="x")
+    assert mode in caught.value.problems[0].reason
 
 
 def test_photographs_are_turned_upright(formats):
@@ -117,7 +118,7 @@ def test_a_truncated_image_is_bad(formats, rng, kind):
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
 def test_other_formats_are_bad_whatever_they_are_called(formats, kind):
-    with pytest.raises(BadImageError, match="not a PNG or JPEG"):
+    with pytest.raises(BadImageError):
         decode(formats.image(np.zeros((8, 8, 3), np.uint8), kind))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn.data.source import BadImages, held_out, safe_member
 
@@ -38,7 +39,7 @@ def test_two_images_are_enough_to_hold_one_out():
 
 
 def test_bad_images_stop_or_are_noted():
-    with pytest.raises(ValueError, match=r"a\.png does not decode: cut; .*data.on_bad_image to skip"):
+    with refused("a.png"):
         BadImages(skip=False).handle("a.png", "cut")
     bad = BadImages(skip=True)
     bad.handle("a.png", "cut")
@@ -48,7 +49,7 @@ def test_bad_images_stop_or_are_noted():
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x", "C:\\x.png", "..\\x.png", "\\x"])
 def test_names_that_leave_the_archive_are_refused(name):
-    with pytest.raises(ValueError, match=r"a\.zip is refused: its member .* points outside"):
+    with refused("a.zip"):
         safe_member(name, archive=Path("a.zip"))
 
 

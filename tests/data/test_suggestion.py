@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
@@ -65,13 +66,13 @@ def test_given_levels_stay(dataset: str, tmp_path: Path) -> None:
 
 
 def test_auto_has_no_levels_before_it_is_resolved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="noise: auto has no levels before training"):
+    with refused("noise"):
         _ = auto(tmp_path).levels
 
 
 def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset: str, tmp_path: Path) -> None:
     config = auto(tmp_path, "sampling.sampler={kind: langevin, level: 500}")
-    with pytest.raises(ConfigError, match=r"levels of noise: auto: sampling\.sampler\.level = 500 is not among"):
+    with refused("sampling.sampler.level", error=ConfigError):
         resolve_noise(config, load_manifest(dataset))
 
 
@@ -83,9 +84,9 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
     assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
     assert changed_settings(config, settled) == {}
     assert settle_noise(config, "mine", manifest) == settled
-    with pytest.raises(ValueError, match=r"run 'mine' belongs to another config: noise\.num_levels is \d+ there and 3"):
+    with pytest.raises(ValueError, match=r"noise\.num_levels"):
         settle_noise(auto(tmp_path, "noise={num_levels: 3}"), "mine", manifest)
-    with pytest.raises(ValueError, match=r"noise\.num_levels is \d+ there and \d+ here"):
+    with pytest.raises(ValueError, match=r"noise\.num_levels"):
         settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), "mine", manifest)
 
 
@@ -96,7 +97,7 @@ def test_a_data_set_of_an_earlier_version_is_named_and_mended(dataset: str, tmp_
     fields = json.loads(path.read_text())
     del fields["suggested_noise"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="was ingested before they were kept; `ncsn ingest` under another --run NAME"):
+    with refused("noise"):
         resolve_noise(auto(tmp_path), load_manifest(uri))
     again = write_dataset(open_source(data), str(tmp_path), name="digits", data=data)
     assert (again.uri, again.created) == (uri, False)
@@ -107,7 +108,7 @@ def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) 
     sample = ImageSample(4)
     sample.update(np.full((3, 8, 8, 1), 7, np.uint8))
     assert suggestions(sample) == {}
-    with pytest.raises(ValueError, match=r"are all alike; give noise\.sigma_1"):
+    with refused("noise"):
         resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
 
 
