@@ -30,6 +30,7 @@ from ncsn.core.objectives import DenoisingScoreMatching, Objective, SingleSigma,
 from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector, Sampler
 from ncsn.core.train_state import TrainState
+from ncsn.errors import UserError
 
 _SAMPLERS: dict[type[object], type[Sampler]] = {
     AnnealedLangevinConfig: AnnealedLangevin,
@@ -121,12 +122,15 @@ def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | 
     """Type in which training computes convolutions, None for that of the weights.
 
     Raises:
-        ValueError: if `device` cannot train in it.
+        UserError: if `device` cannot train in it.
     """
     precision = config.train.precision
     if precision == "float16" and torch.device(device).type == "cpu":
-        raise ValueError(
-            "train.precision = float16 trains on GPUs only; set compute.use_gpu = true, or use bfloat16 or float32"
+        raise UserError(
+            "train.precision",
+            "trains on GPUs only",
+            hint="set compute.use_gpu = true, or use bfloat16 or float32",
+            value="float16",
         )
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 

@@ -28,6 +28,7 @@ from ncsn import build, storage
 from ncsn.config import Config, changed_settings, from_json, from_yaml, to_json, to_yaml
 from ncsn.core.starts import DataMoments
 from ncsn.core.train_state import TrainState
+from ncsn.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
@@ -42,7 +43,7 @@ FILES = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is damaged or belongs to something else."""
 
 
@@ -50,11 +51,8 @@ class DamagedError(CheckpointError):
     """A checkpoint of which a part is missing, cut short or altered; the one before it may be whole."""
 
     def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(f"{origin} is damaged: {reason}")
+        super().__init__(origin, f"is damaged: {reason}")
         self.reason = reason
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return DamagedError, (str(self).removesuffix(f" is damaged: {self.reason}"), self.reason)
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,10 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     facts = json.loads((folder / "state.json").read_text())
     if facts["dataset_digest"] != dataset_digest:
         raise CheckpointError(
-            f"{folder} was trained on the data set {facts['dataset_digest']}, not {dataset_digest}: the images have "
-            "changed since; choose another --run NAME"
+            str(folder),
+            f"was trained on the data set {facts['dataset_digest']}, not {dataset_digest}: the images have "
+            "changed since",
+            hint="choose another --run NAME",
         )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
@@ -192,8 +192,8 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             weights = load_file(folder / "ema.safetensors")
             moments = load_moments(folder / "moments.safetensors")
             digest = _sha256(folder / "ema.safetensors")[:16]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{uri} is not a checkpoint: {error}") from None
+    except FileNotFoundError:
+        raise CheckpointError(uri, "is not a checkpoint: there is no folder") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
     return SamplingCheckpoint(
         config=config,
@@ -280,7 +280,7 @@ def verify(folder: Path) -> None:
         raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
     if index.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}"
+            str(folder), f"has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}"
         )
     for name in FILES:
         if not (folder / name).is_file():
@@ -301,7 +301,7 @@ def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Conf
     changed = changed_settings(saved, wanted)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
-        raise CheckpointError(f"{origin} was trained with another config: {shown}")
+        raise CheckpointError(origin, f"was trained with another config: {shown}")
     return wanted.model_copy(update={"noise": saved.noise})
 
 
@@ -320,7 +320,7 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin:
         if names
     ]
     if problems:
-        raise CheckpointError(f"{origin} does not fit this network: tensors {'; '.join(problems)}")
+        raise CheckpointError(origin, f"does not fit this network: tensors {'; '.join(problems)}")
     network.load_state_dict(dict(tensors), strict=True)
 
 

@@ -32,6 +32,7 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.level_grid import choose_levels, karras_sigmas
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.starts import moment_matched_start
+from ncsn.errors import UserError
 
 _LONGEST_CHAIN = 100_000
 _LENGTHS: dict[type[SamplerConfig], str] = {
@@ -69,7 +70,7 @@ def generate(
         `[count, H, W, C]` uint8.
 
     Raises:
-        ValueError: if an image is not finite, or the sampler does not fit the network or its levels.
+        UserError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=_shape(trained.config), device=device)
     x = _sampled(trained, sampling, noise=noise, device=device, on_level=on_level)
@@ -102,7 +103,7 @@ def interpolate(
         `[count, H, W, C]` uint8.
 
     Raises:
-        ValueError: if `count` is less than 2, or as `generate`.
+        UserError: if `count` is less than 2, or as `generate`.
     """
     one, other = (
         KeyedNoise(sampling.seed, first=index, count=1, shape=_shape(trained.config), device=device)
@@ -135,21 +136,20 @@ def complete(
         `[N, H, W, C]` uint8.
 
     Raises:
-        ValueError: for another sampler, images or a mask of another shape, or an image that is not finite.
+        UserError: for another sampler, images or a mask of another shape, or an image that is not finite.
     """
     config, sampler, space = trained.config, sampling.sampler, build.pixel_space(trained.config.data)
     if not isinstance(sampler, AnnealedLangevinConfig):
-        raise ValueError(  # noqa: TRY004 - a setting, not a programmer's type
-            f"inpainting needs the sampler annealed_langevin (Algorithm 2), not {sampler.kind!r}"
-        )
+        raise UserError("sampling.sampler.kind", "inpainting needs annealed_langevin (Algorithm 2)", value=sampler.kind)
     height = width = config.data.image_size
     if images.shape[1:] != (height, width, config.data.channels) or images.dtype != np.uint8:
-        raise ValueError(
-            f"the images to complete are {list(images.shape[1:])} {images.dtype}, "
-            f"the model's are {[height, width, config.data.channels]} uint8"
+        raise UserError(
+            "images",
+            f"those to complete are {list(images.shape[1:])} {images.dtype}, the model's are "
+            f"{[height, width, config.data.channels]} uint8",
         )
     if known.shape not in ((height, width), (len(images), height, width)):
-        raise ValueError(f"the mask is {list(known.shape)}, the model's images are {[height, width]}")
+        raise UserError("mask", f"is {list(known.shape)}, the model's images are {[height, width]}")
     reference = space.encode(torch.tensor(images)).to(device)
     noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
     mask = torch.from_numpy(known).to(device)
@@ -208,9 +208,11 @@ def _shape(config: Config) -> tuple[int, int, int]:
 def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) -> NDArray[np.uint8]:
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
-        raise ValueError(
-            f"{broken} of {what} are not finite with sampling.sampler "
-            f"{sampling.sampler.model_dump()}; lower its step size, or train longer"
+        raise UserError(
+            "sampling.sampler",
+            f"{broken} of {what} are not finite",
+            hint="lower its step size, or train longer",
+            value=sampling.sampler.model_dump(),
         )
     images: NDArray[np.uint8] = to_uint8(build.pixel_space(config.data).invert(x)).cpu().numpy()
     return images
@@ -232,16 +234,19 @@ def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> Sa
     """The sampler with a chain of another length.
 
     Raises:
-        ValueError: if it has no length of its own, or none that takes exactly `nfe` evaluations; with the nearest.
+        UserError: if it has no length of its own, or none that takes exactly `nfe` evaluations; with the nearest.
     """
     near = {evaluations_per_image(chain, num_levels=num_levels): chain for chain in _near(sampler, nfe, num_levels)}
     if nfe in near:
         return near[nfe]
     field = _LENGTHS.get(type(sampler))
     if field is None:
-        raise ValueError(f"nfe cannot be chosen for the sampler {sampler.kind!r}")
-    raise ValueError(
-        f"nfe = {nfe} cannot be reached by sampling.sampler.{field}; use {' or '.join(map(str, sorted(near)))}"
+        raise UserError("nfe", f"cannot be chosen for the sampler {sampler.kind!r}", value=nfe)
+    raise UserError(
+        "nfe",
+        f"cannot be reached by sampling.sampler.{field}",
+        hint=f"use {' or '.join(map(str, sorted(near)))}",
+        value=nfe,
     )
 
 

@@ -16,6 +16,7 @@ import yaml
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
+from ncsn.errors import UserError
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 PLAN = "plan.json"
@@ -110,21 +111,21 @@ def load_prices(uri: str | None = None) -> Prices:
     """The price table at `uri`, else the one that comes with the package.
 
     Raises:
-        ValueError: naming what is missing, unknown or not a number.
+        UserError: naming what is missing, unknown or not a number.
     """
     own = resources.files("ncsn").joinpath("prices.yaml")
     text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
     try:
         table = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(origin, f"not valid YAML: {error}") from None
     names = [field.name for field in fields(Prices)]
     if not isinstance(table, dict) or set(table) != set(names):
-        raise ValueError(f"{origin}: expected exactly these prices: {', '.join(names)}")
+        raise UserError(origin, f"expected exactly these prices: {', '.join(names)}")
     for name in names[1:]:
         value = table[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise ValueError(f"{origin}: {name}: {value!r} is not a number of at least 0")
+            raise UserError(f"{origin}:{name}", "not a number of at least 0", value=value)
     return Prices(**table)
 
 

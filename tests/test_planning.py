@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.planning import (
@@ -133,20 +134,20 @@ def test_prices_come_from_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "setting"),
     [
-        ("{currency: EUR}", "expected exactly these prices: currency, cpu_core_hour, gpu_hour"),
-        ("[1, 2]", "expected exactly these prices"),
-        ("{a: [", "not valid YAML"),
+        ("{currency: EUR}", ""),
+        ("[1, 2]", ""),
+        ("{a: [", ""),
         (
             "{currency: EUR, cpu_core_hour: -1, gpu_hour: 2, storage_gb_month: 0.5, watts_per_cpu_core: 10, "
             "watts_per_gpu: 500, power_overhead: 1.5}",
-            "cpu_core_hour: -1 is not a number of at least 0",
+            ":cpu_core_hour",
         ),
     ],
 )
-def test_a_wrong_price_table_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "prices.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_prices(str(tmp_path / "prices.yaml"))
-    assert "\n" not in str(caught.value)
+def test_a_wrong_price_table_is_refused(tmp_path: Path, text: str, setting: str) -> None:
+    table = tmp_path / "prices.yaml"
+    table.write_text(text)
+    with refused(f"{table}{setting}"):
+        load_prices(str(table))
