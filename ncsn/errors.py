@@ -102,8 +102,8 @@ class ConfigError(UserError):
 class NotFound(UserError, FileNotFoundError):
     """A file, folder or record that a user named is not there."""
 
-    # That of ValueError, which comes first, cannot make an OSError.
-    __new__ = FileNotFoundError.__new__  # type: ignore[assignment]
+    def __new__(cls, *_arguments: object, **_settings: object) -> Self:
+        return FileNotFoundError.__new__(cls)  # ValueError, which comes first, cannot make an OSError
 
 
 def problems_of(error: BaseException) -> tuple[Problem, ...]:
