@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncsn.errors import UserError
 from ncsn.evaluation.extractors import (
     Extracted,
     Identity,
@@ -207,12 +208,15 @@ def labelled_indices(labels: Labels, *, num_classes: int) -> Labels:
     """
     indices = np.flatnonzero(np.asarray(labels) >= 0)
     if len(indices) == 0:
-        raise ValueError(
-            "the data set has no labels (all are -1), so no classifier can be trained on it; "
-            "use a source with classes, for example one subfolder per class"
+        raise UserError(
+            "data.source",
+            "the data set has no labels (all are -1), so no classifier can be trained on it",
+            hint="use a source with classes, for example one subfolder per class",
         )
     if num_classes < 2:
-        raise ValueError(f"a classifier needs images of at least 2 classes, the data set has {num_classes}")
+        raise UserError(
+            "data.source", f"a classifier needs images of at least 2 classes, the data set has {num_classes}"
+        )
     largest = int(labels[indices].max())
     if largest >= num_classes:
         raise ValueError(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from safetensors.torch import load, save
 
 from ncsn import storage
+from ncsn.errors import UserError
 from ncsn.evaluation.classifier import (
     ClassifierExtractor,
     ClassifierNetwork,
@@ -96,7 +97,7 @@ def obtain_classifier(
     """The classifier of `recipe` for a data set: the stored one, or one trained now and stored.
 
     Raises:
-        ValueError: if the data set has no labels, or what is stored is damaged.
+        UserError: if the data set has no labels, or what is stored is damaged.
     """
     uri = classifier_uri(dataset_uri, recipe)
     if not storage.exists(storage.join(uri, DESCRIPTION)):
@@ -114,16 +115,17 @@ def load_classifier(uri: str, *, device: str = "cpu") -> StoredClassifier:
     """Read a stored classifier.
 
     Raises:
-        FileNotFoundError: if there is none at `uri`.
-        ValueError: if its weights are not those that were stored.
+        NotFound: if there is none at `uri`.
+        UserError: if its weights are not those that were stored.
     """
     description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
     weights = storage.read_bytes(storage.join(uri, WEIGHTS))
     digest = hashlib.sha256(weights).hexdigest()
     if digest != description["weights_sha256"]:
-        raise ValueError(
-            f"{uri}/{WEIGHTS} is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}; "
-            "delete the folder to train the classifier again"
+        raise UserError(
+            f"{uri}/{WEIGHTS}",
+            f"is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}",
+            hint="delete the folder to train the classifier again",
         )
     recipe = ClassifierRecipe(**description["recipe"])
     network = ClassifierNetwork(image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes)

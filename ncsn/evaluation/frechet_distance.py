@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg.lapack import dpstrf
 
+from ncsn.errors import UserError
+
 Array = npt.NDArray[np.float64]
 
 JACKKNIFE_GROUPS = 20
@@ -86,7 +88,7 @@ class FrechetStatistics:
             ValueError: for fewer than two feature vectors.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+            raise UserError("images", "a covariance needs at least 2 images", value=self.count)
         return self.scatter / (self.count - 1)
 
 
@@ -131,7 +133,9 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     """
     whole = reduce(FrechetStatistics.merge, groups)
     if whole.count < 3:
-        raise ValueError(f"the uncertainty of a Frechet distance needs at least 3 images, got {whole.count}")
+        raise UserError(
+            "sampling.num_images", "the uncertainty of a Frechet distance needs at least 3 images", value=whole.count
+        )
     reference_factor = factor(reference.covariance)
     distances = np.empty(len(groups))
     for number, group in enumerate(groups):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ncsn.errors import UserError
 from ncsn.evaluation.extractors import Extracted, Identity, Images, fingerprint_of, full_float32, require_images
 from ncsn.evaluation.weights import obtain_weights
 
@@ -50,8 +51,8 @@ class InceptionExtractor:
             device: torch device to compute on.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is another one or not such weights, or torch-fidelity is not installed.
+            NotFound: if there is no such file.
+            UserError: if the file is another one or not such weights, or torch-fidelity is not installed.
         """
         known = identity(sha256)
         self.name, self.fingerprint = known.name, known.fingerprint
@@ -72,8 +73,11 @@ def _load_graph(path: Path) -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ValueError(
-            "evaluation.extractor: inception needs torch-fidelity; install it with `pip install torch-fidelity`"
+        raise UserError(
+            "evaluation.extractor",
+            "needs torch-fidelity",
+            hint="install it with `pip install torch-fidelity`",
+            value="inception",
         ) from None
     try:
         # torch-fidelity unpickles without restriction: only a file that a restricted read accepts may reach it.
@@ -81,4 +85,4 @@ def _load_graph(path: Path) -> Any:
         return FeatureExtractorInceptionV3("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} does not hold weights of the 2015 Inception graph: {reason}") from None
+        raise UserError(str(path), f"does not hold weights of the 2015 Inception graph: {reason}") from None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ncsn.errors import UserError
+
 
 @dataclass(frozen=True)
 class Score:
@@ -58,7 +60,9 @@ def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
     if num_splits < 1:
         raise ValueError(f"num_splits = {num_splits}; use 1 or more")
     if len(log_p) < num_splits:
-        raise ValueError(
-            f"{len(log_p)} images do not fill {num_splits} splits; "
-            f"generate at least {num_splits} images (sampling.num_images) or lower evaluation.num_splits"
+        raise UserError(
+            "sampling.num_images",
+            f"does not fill {num_splits} splits",
+            hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
+            value=len(log_p),
         )

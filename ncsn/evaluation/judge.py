@@ -17,6 +17,7 @@ from ncsn.config import Config, from_json, to_json
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import Manifest, load_manifest
+from ncsn.errors import UserError
 from ncsn.evaluation import classifier_store, inception
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.extractors import Extractor, Identity, fingerprint_of
@@ -65,7 +66,7 @@ def obtain_judge(
         on_reference: The same while the training images are looked at; called here.
 
     Raises:
-        ValueError: if the data set has too few test images or no labels, or weights are not those that were asked for.
+        UserError: if the data set has too few test images or no labels, or weights are not those that were asked for.
     """
     manifest = load_manifest(dataset)
     _require_test_images(config, manifest)
@@ -88,8 +89,8 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
     """The configured extractor, ready to compute in this process, which keeps it for the next call.
 
     Raises:
-        FileNotFoundError: if it is a classifier that is not trained yet.
-        ValueError: if the weights are not those that were asked for.
+        NotFound: if it is a classifier that is not trained yet.
+        UserError: if the weights are not those that were asked for.
     """
     return _extractor(to_json(config), dataset)
 
@@ -128,9 +129,11 @@ def _recipe(config: Config, manifest: Manifest) -> ClassifierRecipe:
 def _require_test_images(config: Config, manifest: Manifest) -> None:
     count, splits = manifest.count("test"), config.evaluation.num_splits
     if count < splits:
-        raise ValueError(
-            f"the test split has {count} images, fewer than evaluation.num_splits = {splits}; "
-            "lower evaluation.num_splits or raise data.test_fraction"
+        raise UserError(
+            "evaluation.num_splits",
+            f"the test split has {count} images only",
+            hint="lower it or raise data.test_fraction",
+            value=splits,
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ncsn.errors import UserError
+
 COPY_ERRORS = 3
 """Standard errors by which the share of copies may lie above that of real images."""
 
 
-class FingerprintMismatchError(ValueError):
+class FingerprintMismatchError(UserError):
     """Two figures that were measured in different ways."""
 
 
@@ -54,13 +56,16 @@ class Measurement:
         """
         if (self.name, self.num_images) != (other.name, other.num_images):
             raise FingerprintMismatchError(
-                f"{self.name} over {self.num_images} images cannot be compared with {other.name} over "
-                f"{other.num_images}; evaluate both with one extractor and as many images"
+                self.name,
+                f"over {self.num_images} images cannot be compared with {other.name} over {other.num_images}",
+                hint="evaluate both with one extractor and as many images",
             )
         if self.fingerprint != other.fingerprint:
             raise FingerprintMismatchError(
-                f"{self.name}: fingerprint {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, "
-                "weights or reference images); evaluate both again with one extractor and data set"
+                self.name,
+                f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
+                "reference images)",
+                hint="evaluate both again with one extractor and data set",
             )
         gain = other.value - self.value if self.lower_is_better else self.value - other.value
         return gain > self.combined_uncertainty(other)

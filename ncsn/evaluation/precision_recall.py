@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ncsn.errors import UserError
 from ncsn.evaluation.neighbours import distance_blocks, nearest_distances
 
 Features = npt.NDArray[np.floating]
@@ -58,9 +59,11 @@ def precision_recall(
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {list(generated.shape)} and {list(real.shape)}")
     if min(len(generated), len(real)) <= largest:
-        raise ValueError(
-            f"{min(len(generated), len(real))} images are too few for balls of {largest} neighbours; "
-            f"use at least {largest + 1}"
+        raise UserError(
+            "images",
+            f"too few for balls of {largest} neighbors",
+            hint=f"use at least {largest + 1}",
+            value=min(len(generated), len(real)),
         )
     real_radii = nearest_distances(real, k=largest, block_size=block_size)
     generated_radii = nearest_distances(generated, k=neighbourhood, block_size=block_size)[:, neighbourhood - 1]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncsn import storage
+from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import Images
 
 SHARD_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
@@ -22,8 +23,8 @@ def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     """(H, W, C) of the images of a samples folder, from the first shard's schema.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if one of the images `0 .. num_images` is in no shard, or the first shard cannot be read.
+        NotFound: if there is no such folder.
+        UserError: if one of the images `0 .. num_images` is in no shard, or the first shard cannot be read.
     """
     _, _, name = _shards(uri, num_images=num_images)[0]
     with _shard_errors(storage.join(uri, name)):
@@ -44,8 +45,8 @@ def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) 
         start: the first image to read.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if an image of the range is in no shard, or a shard does not hold what its name says.
+        NotFound: if there is no such folder.
+        UserError: if an image of the range is in no shard, or a shard does not hold what its name says.
     """
     position = start
     for first, last, name in _shards(uri, num_images=num_images, start=start):
@@ -60,8 +61,8 @@ def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
     """Index of the first image of each batch that `read_samples` gives.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if one of the images `0 .. num_images` is in no shard.
+        NotFound: if there is no such folder.
+        UserError: if one of the images `0 .. num_images` is in no shard.
     """
     borders = [0, *(min(last, num_images) for _, last, _ in _shards(uri, num_images=num_images))]
     return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
@@ -70,7 +71,7 @@ def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
 def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int, str]]:
     """(first, last, name) of the shards that hold images `start .. num_images`, each adding some to those before it."""
     if not storage.exists(uri):
-        raise FileNotFoundError(f"no samples folder at {uri}; run the sample step first")
+        raise NotFound(uri, "no samples folder here", hint="run the sample step first")
     found = filter(None, (SHARD_NAME.fullmatch(name) for name in storage.list_names(uri)))
     useful, position = [], start
     for first, last, name in sorted((int(match[1]), int(match[2]), match[0]) for match in found):
@@ -78,11 +79,12 @@ def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int
             useful.append((first, last, name))
             position = last
     if not useful:
-        raise ValueError(f"{uri} does not hold image {start}; run the sample step first")
+        raise UserError(uri, f"does not hold image {start}", hint="run the sample step first")
     if position < num_images:
-        raise ValueError(
-            f"{uri} holds images {start} to {position - 1} without a gap, but {num_images} are to be evaluated; "
-            "run the sample step again to make what is missing, or lower sampling.num_images"
+        raise UserError(
+            uri,
+            f"holds images {start} to {position - 1} without a gap, but {num_images} are to be evaluated",
+            hint="run the sample step again to make what is missing, or lower sampling.num_images",
         )
     return useful
 
@@ -94,7 +96,7 @@ def _read_shard(uri: str, *, count: int) -> Images:
         _tensor_type(column.type)
     images: Images = np.asarray(column.to_numpy_ndarray())
     if len(images) != count:
-        raise ValueError(f"{uri} holds {len(images)} images, its name says {count}; delete it and sample again")
+        raise UserError(uri, f"holds {len(images)} images, its name says {count}", hint="delete it and sample again")
     return images
 
 
@@ -109,4 +111,6 @@ def _shard_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, KeyError) as error:
-        raise ValueError(f"{uri} is not a readable shard of samples: {error}; delete it and sample again") from None
+        raise UserError(
+            uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
+        ) from None

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ncsn import storage
 from ncsn.data.cache import CACHE_DIR_VARIABLE, DEFAULT_CACHE_DIR
+from ncsn.errors import NotFound, UserError
 
 TIMEOUT_SECONDS = 60
 
@@ -27,15 +28,15 @@ def obtain_weights(source: str, *, sha256: str) -> Path:
         sha256: the file's SHA-256, 64 lower-case hex digits.
 
     Raises:
-        FileNotFoundError: if there is no file at `source`.
-        ValueError: if its SHA-256 is another one; the file is not kept.
+        NotFound: if there is no file at `source`.
+        UserError: if its SHA-256 is another one; the file is not kept.
         OSError: if the source cannot be reached.
     """
     remote = source.startswith(("http://", "https://", storage.S3_SCHEME))
     if not remote:
         path = Path(storage.absolute(source))
         if not path.is_file():
-            raise FileNotFoundError(f"evaluation.weights: no file at {path}")
+            raise NotFound("evaluation.weights", "no file here", value=str(path))
         _check(path, source, sha256)
         return path
     cached = Path(os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser() / "weights" / sha256
@@ -62,7 +63,7 @@ def _open(source: str) -> BinaryIO:
         try:
             return cast("BinaryIO", filesystem.open_input_stream(path))
         except FileNotFoundError:
-            raise FileNotFoundError(f"evaluation.weights: no file at {source}") from None
+            raise NotFound("evaluation.weights", "no file here", value=source) from None
         except pa.ArrowException as error:
             raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
     try:
@@ -76,7 +77,9 @@ def _check(path: Path, source: str, sha256: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ValueError(
-            f"evaluation.weights: {source} has SHA-256 {found}, expected {sha256}; "
-            "get the right file, or set evaluation.weights_sha256 if this one is meant"
+        raise UserError(
+            "evaluation.weights",
+            f"has SHA-256 {found}, expected {sha256}",
+            hint="get the right file, or set evaluation.weights_sha256 if this one is meant",
+            value=source,
         )

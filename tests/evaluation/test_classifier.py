@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refused import refused
 
 from ncsn.data.row import Images
+from ncsn.errors import NotFound
 from ncsn.evaluation.classifier import (
     ClassifierExtractor,
     ClassifierNetwork,
@@ -129,24 +131,24 @@ def test_unlabelled_images_are_left_out(digits: Splits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "message"),
-    [
-        (np.full(6, -1), 0, "has no labels .*one subfolder per class"),
-        (np.zeros(6, np.int64), 1, "at least 2 classes, the data set has 1"),
-        (np.arange(6), 5, "label 5 is out of range for 5 classes"),
-    ],
+    ("labels", "classes"), [(np.full(6, -1), 0), (np.zeros(6, np.int64), 1)], ids=["no-labels", "one-class"]
 )
-def test_labels_that_cannot_be_learnt_are_refused(labels: np.ndarray, classes: int, message: str) -> None:
+def test_labels_that_cannot_be_learnt_are_refused(labels: np.ndarray, classes: int) -> None:
     recipe = replace(QUICK, num_classes=classes)
-    with pytest.raises(ValueError, match=message):
+    with refused("data.source"):
         train_classifier(recipe, images=np.zeros((6, 8, 8, 1), np.uint8), labels=labels)
+
+
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"label 5 .* 5 classes"):
+        train_classifier(replace(QUICK, num_classes=5), images=np.zeros((6, 8, 8, 1), np.uint8), labels=np.arange(6))
 
 
 def test_images_of_another_shape_or_type_are_refused() -> None:
     extractor = ClassifierExtractor(ClassifierNetwork(image_size=8, channels=1, num_classes=2), weights_sha256="0")
-    with pytest.raises(ValueError, match=r"must be \[N, 8, 8, 1\], got \[2, 28, 28, 1\]"):
+    with pytest.raises(ValueError, match="28"):
         extractor.extract(np.zeros((2, 28, 28, 1), np.uint8))
-    with pytest.raises(ValueError, match=r"must be uint8 in 0..255, got float32"):
+    with pytest.raises(ValueError, match="float32"):
         extractor.extract(np.zeros((2, 8, 8, 1), np.float32))  # type: ignore[arg-type]
 
 
@@ -155,7 +157,7 @@ def test_damaged_weights_and_a_missing_classifier_are_refused(digits: Splits, tm
     stored = obtain_classifier(str(tmp_path), QUICK, train=train, test=test)
     weights = Path(stored.uri) / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match=r"is damaged.*delete the folder"):
+    with refused(str(weights)):
         load_classifier(stored.uri)
-    with pytest.raises(FileNotFoundError, match="no file at"):
+    with refused(str(tmp_path / "nowhere" / DESCRIPTION), error=NotFound):
         load_classifier(str(tmp_path / "nowhere"))

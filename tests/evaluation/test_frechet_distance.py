@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from refused import refused
 
 from ncsn.evaluation.frechet_distance import (
     FrechetStatistics,
@@ -90,7 +91,7 @@ def test_uncertainty_needs_three_images() -> None:
     features = np.random.default_rng(7).standard_normal((3, 2))
     reference = FrechetStatistics.of(np.random.default_rng(8).standard_normal((50, 2)))
     assert frechet_uncertainty(features, reference) > 0
-    with pytest.raises(ValueError, match="at least 3 images, got 2"):
+    with refused("sampling.num_images"):
         frechet_uncertainty(features[:2], reference)
 
 
@@ -124,9 +125,9 @@ def test_finite_sample_bias_falls_as_one_over_n() -> None:
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (np.array([[0.0, np.nan], [1.0, 2.0]]), "1 of 2 feature vectors hold NaN or infinity"),
-        (np.zeros(4), r"got \[4\]"),
-        (np.zeros((0, 4)), "at least one image"),
+        (np.array([[0.0, np.nan], [1.0, 2.0]]), "1 of 2"),
+        (np.zeros(4), r"\[4\]"),
+        (np.zeros((0, 4)), r"\[0, 4\]"),
     ],
 )
 def test_bad_features_are_refused(features: np.ndarray, message: str) -> None:
@@ -136,11 +137,11 @@ def test_bad_features_are_refused(features: np.ndarray, message: str) -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     one, two = FrechetStatistics.of(np.zeros((3, 4))), FrechetStatistics.of(np.zeros((3, 5)))
-    with pytest.raises(ValueError, match="4 and 5 dimensions"):
+    with pytest.raises(ValueError, match="4 and 5"):
         frechet_distance(one, two)
-    with pytest.raises(ValueError, match="4 and 5 dimensions"):
+    with pytest.raises(ValueError, match="4 and 5"):
         one.merge(two)
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with refused("images"):
         frechet_distance(FrechetStatistics.of(np.zeros((1, 4))), one)
-    with pytest.raises(ValueError, match="stream of batches is empty"):
+    with pytest.raises(ValueError, match="empty"):
         FrechetStatistics.of_batches([])

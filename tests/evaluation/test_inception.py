@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
+from refused import refused
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -69,14 +71,14 @@ def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
     np.testing.assert_array_equal(
         extractor.extract(gray).features, extractor.extract(np.repeat(gray, 3, axis=3)).features
     )
-    with pytest.raises(ValueError, match=r"must be \[N, H, W, 3\], got \[1, 8, 8, 2\]"):
+    with pytest.raises(ValueError, match="3"):
         extractor.extract(np.zeros((1, 8, 8, 2), np.uint8))
 
 
 def test_only_the_official_weights_give_inception_figures(weights: tuple[str, str]) -> None:
     path, sha256 = weights
     assert InceptionExtractor(path, sha256=sha256).name == "custom_graph"
-    with pytest.raises(ValueError, match=f"has SHA-256 {sha256}, expected 6726825d"):
+    with refused("evaluation.weights"):
         InceptionExtractor(path)
 
 
@@ -87,7 +89,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(ValueError, match="does not hold weights of the 2015 Inception graph") as caught:
+        with refused(str(path)) as caught:
             InceptionExtractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         return str(caught.value)
 
@@ -127,8 +129,8 @@ def prepare(folder: Path, **evaluation: Any) -> Prepared:
 
 
 def test_the_evaluate_step_refuses_other_weights(weights: tuple[str, str], tmp_path: Path) -> None:
-    path, sha256 = weights
-    with pytest.raises(ValueError, match=f"evaluation.weights: {path} has SHA-256 {sha256}, expected 6726825d"):
+    path, _ = weights
+    with refused("evaluation.weights"):
         prepare(tmp_path, weights=path).evaluate(tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
 
@@ -153,14 +155,11 @@ def test_the_evaluate_step_measures_with_the_graph(weights: tuple[str, str], tmp
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"extractor": "inception"}, "needs evaluation.weights"),
-        ({"weights_sha256": "abc"}, "'abc' is not a SHA-256: give 64 lower-case"),
-    ],
+    ("settings", "key"),
+    [({"extractor": "inception"}, "weights"), ({"weights_sha256": "abc"}, "weights_sha256")],
 )
-def test_the_config_names_weights_and_hash(settings: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_the_config_names_weights_and_hash(settings: dict[str, str], key: str) -> None:
+    with pytest.raises(ValidationError, match=rf"\b{key}\b"):
         EvaluationConfig.model_validate(settings)
 
 

@@ -53,7 +53,7 @@ def test_bad_features_are_refused() -> None:
     good = np.zeros((5, 4))
     with pytest.raises(ValueError, match=r"got \[5, 4\] and \[5, 3\]"):
         kernel_distance(good, np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="100 subsets of 1 images"):
+    with pytest.raises(ValueError, match="100 subsets"):
         kernel_distance(good, good[:1])
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaN"):
         kernel_distance(good, np.full((5, 4), np.nan))

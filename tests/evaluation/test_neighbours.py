@@ -40,7 +40,7 @@ def test_distances_within_a_set_leave_each_vector_itself_out() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \[2\] have no distance to \[3\]"):
+    with pytest.raises(ValueError, match=r"\[2\].*\[3\]"):
         nearest_neighbours(np.zeros((1, 2)), np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="k = 6 neighbours among 5; use 2 to 5"):
+    with pytest.raises(ValueError, match="k = 6"):
         nearest_neighbours(np.zeros((1, 3)), np.zeros((5, 3)), k=6)

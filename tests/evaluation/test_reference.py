@@ -62,7 +62,7 @@ def test_is_found_by_its_fingerprint_alone(tmp_path: Path) -> None:
 def test_a_failed_computation_leaves_nothing(tmp_path: Path) -> None:
     seen = MomentExtractor().extract(IMAGES)
     seen.features[0] = np.nan
-    with pytest.raises(ValueError, match="1 of 7 feature vectors hold NaN"):
+    with pytest.raises(ValueError, match="1 of 7"):
         publish_reference(str(tmp_path), "f" * 64, [seen], shape=(50, 3), batch_size=7, origin={})
     assert list((tmp_path / "reference").iterdir()) == []
 
@@ -72,7 +72,7 @@ def test_extraction_of_a_stream_keeps_its_order() -> None:
     extracted = extract_all(MomentExtractor(), iter([IMAGES[:20], IMAGES[20:]]), on_images=counts.append)
     np.testing.assert_array_equal(extracted.features, MomentExtractor().extract(IMAGES).features)
     assert counts == [20, 30]
-    with pytest.raises(ValueError, match="no images to evaluate"):
+    with pytest.raises(ValueError, match="no images"):
         extract_all(MomentExtractor(), iter([]))
 
 

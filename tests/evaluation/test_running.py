@@ -101,5 +101,5 @@ def test_a_spool_gives_back_what_was_seen_and_keeps_it_out_of_memory(tmp_path, r
         return used
 
     assert peak(200) < 2 * peak(5) + 100_000
-    with pytest.raises(ValueError, match="there are no images to evaluate"):
+    with pytest.raises(ValueError, match="no images"):
         _ = Spool(tmp_path, count=5).extracted
