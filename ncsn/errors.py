@@ -103,7 +103,8 @@ class NotFound(UserError, FileNotFoundError):
     """A file, folder or record that a user named is not there."""
 
     def __new__(cls, *_arguments: object, **_settings: object) -> Self:
-        return FileNotFoundError.__new__(cls)  # ValueError, which comes first, cannot make an OSError
+        """An OSError, which ValueError.__new__, the first in line, cannot make."""
+        return FileNotFoundError.__new__(cls)
 
 
 def problems_of(error: BaseException) -> tuple[Problem, ...]:
