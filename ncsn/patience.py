@@ -27,6 +27,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ncsn import outages
+from ncsn.errors import UserError
 
 VARIABLE = "NCSN_STORE_PATIENCE"
 """Seconds for which a call is repeated, in the environment."""
@@ -64,9 +65,10 @@ def patiently(call: Callable[[], T]) -> T:
     A warning says so, once.
 
     Raises:
+        UserError: if the variable holds no number.
         OSError: or what else the call raises, if it keeps failing, or fails for a reason that waiting does not mend.
     """
-    patience = min(float(os.environ.get(VARIABLE) or PATIENCE_SECONDS), _limit.get())
+    patience = min(_patience(), _limit.get())
     started, pause, tries = time.monotonic(), FIRST_PAUSE, 0
     while True:
         try:
@@ -85,6 +87,14 @@ def patiently(call: Callable[[], T]) -> T:
             return result
         time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that many workers do not knock in step
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _patience() -> float:
+    given = os.environ.get(VARIABLE)
+    try:
+        return float(given or PATIENCE_SECONDS)
+    except ValueError:
+        raise UserError(VARIABLE, "not a number of seconds", value=given) from None
 
 
 def s3_filesystem(bucket: str) -> fs.FileSystem:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn import outages, storage
 from ncsn.patience import VARIABLE, limited, patiently
@@ -53,6 +54,12 @@ def test_patience_ends(s3_root: str, outage, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(VARIABLE, "0.3")
     with pytest.raises(ConnectionRefusedError):
         storage.exists(f"{s3_root}/a")
+
+
+def test_a_patience_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "long")
+    with refused(VARIABLE):
+        patiently(list)
 
 
 def test_what_waiting_does_not_mend_is_raised_at_once(s3_root: str) -> None:
