@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from ncsn.errors import UserError
 from ncsn.tracking.gate import (
     Decision,
     Evidence,
@@ -17,7 +18,14 @@ from ncsn.tracking.gate import (
     recorded_decision,
 )
 from ncsn.tracking.promotions import Promotion, champion_version, previous_champion, promote, settle
-from ncsn.tracking.versions import CHALLENGER, aliased_version, require_model, require_version, tag_version
+from ncsn.tracking.versions import (
+    CHALLENGER,
+    CHAMPION,
+    aliased_version,
+    require_model,
+    require_version,
+    tag_version,
+)
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -75,8 +83,9 @@ def promote_version(
             return AliasChange(name, chosen, chosen, "it is the champion already", changed=False, dry_run=dry_run)
         decision = _asked_again(client, name, chosen, evidence, champion)
         if not decision.promoted and not force:
-            reason = f"{decision.reason}; --force promotes it all the same"
-            raise ValueError(f"{name} version {chosen} is not promoted: {reason}")
+            raise UserError(
+                f"models:/{name}/{chosen}", f"not promoted: {decision.reason}", hint="--force promotes it anyway"
+            )
         if not decision.promoted:
             decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
         if last is None or _promoted(client, name, chosen, last, decision):
@@ -95,8 +104,12 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         champion = champion_version(client, name)
         previous = previous_champion(client, name)
         if not champion or previous is None:
-            what = f"version {champion} is the first champion of {name}" if champion else f"{name} has no champion"
-            raise ValueError(f"{what}: there is none to go back to; `ncsn promote {name} --version N` names one")
+            what = f"version {champion} is the first champion" if champion else "there is no champion"
+            raise UserError(
+                f"models:/{name}@{CHAMPION}",
+                f"{what}, so there is none to go back to",
+                hint=f"choose one with `ncsn promote {name} --version N`",
+            )
         reason = f"rolled back from version {champion}"
         if last is not None:
             if not promote(client, name, previous, after=last, by="rollback", reason=reason):
@@ -135,5 +148,9 @@ def _leave(client: MlflowClient, name: str, version: str, decision: Decision) ->
 def _challenger(client: MlflowClient, name: str) -> str:
     found = aliased_version(client, name, CHALLENGER)
     if found is None:
-        raise ValueError(f"{name} has no {CHALLENGER}; name the version: `ncsn promote {name} --version N`")
+        raise UserError(
+            f"models:/{name}@{CHALLENGER}",
+            "there is no challenger",
+            hint=f"name the version: `ncsn promote {name} --version N`",
+        )
     return str(found.version)

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -38,12 +39,12 @@ PROBE_SECONDS = 4
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  (only the parent of a private temporary folder)
 
 
-class TrackingError(ValueError):
-    """The record of runs cannot be used; one line says what to do."""
+class TrackingError(UserError):
+    """MLflow cannot be used as configured."""
 
 
 class ServerAwayError(TrackingError):
-    """The tracking server does not answer, or only with an error of its own."""
+    """The tracking server does not answer, or answers with a server error."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,24 @@ def server_uri(named: str | None, *, root: str) -> str:
     root = storage.absolute(root)
     if not uri and not storage.is_local(root):
         raise TrackingError(
-            f"storage.root = {root!r} cannot hold MLflow's database; "
-            "set tracking.uri or MLFLOW_TRACKING_URI to a tracking server"
+            "tracking.uri",
+            f"not set, and storage.root = {root} cannot hold MLflow's database",
+            hint="set it or MLFLOW_TRACKING_URI to a tracking server",
         )
     uri = uri or f"{SQLITE}{root}/mlflow.db"
     if named and urlsplit(named).password:
         raise TrackingError(
-            f"tracking.uri = {shown(uri)!r} has a password in it, and a config is recorded with every run; "
-            "set MLFLOW_TRACKING_URI in the environment in its place"
+            "tracking.uri",
+            "contains a password, and the config is recorded with every run",
+            hint="set MLFLOW_TRACKING_URI in the environment instead",
+            value=shown(uri),
         )
     if not uri.startswith(SERVERS):
         raise TrackingError(
-            f"tracking URI {shown(uri)!r} is not a server or database; use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
+            "tracking.uri" if named else "MLFLOW_TRACKING_URI",
+            "not a server or database",
+            hint="use http://HOST:PORT or sqlite:////absolute/path/mlflow.db",
+            value=shown(uri),
         )
     if uri.startswith(SQLITE):
         # A Ray worker has another working folder, so a relative file would become another database there.
@@ -109,7 +116,7 @@ def connect(config: Config, *, patience: float = 0.0) -> Connection:
     try:
         experiment_id = _experiment_id(client, uri, config.tracking.experiment)
     except MlflowException as error:
-        raise TrackingError(f"tracking server {shown(uri)}: {one_line(error)}") from error
+        raise TrackingError(shown(uri), one_line(error)) from error
     return Connection(client=client, uri=uri, experiment_id=experiment_id)
 
 
@@ -162,7 +169,9 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
     """
     uri = tracking_uri(config)
     if uri.startswith((*REMOTE, "databricks")):
-        raise TrackingError(f"the runs are on a tracking server already: open {shown(uri)}")
+        raise TrackingError(
+            "tracking.uri", "already a server with its own pages", hint=f"open {shown(uri)}", value=shown(uri)
+        )
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri]
     if uri.startswith(SQLITE):
@@ -209,7 +218,9 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
                 raise
         return _experiment_id(client, uri, name)
     if experiment.lifecycle_stage != "active":
-        raise TrackingError(f"experiment {name!r} is deleted in MLflow; restore it or set another tracking.experiment")
+        raise TrackingError(
+            "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name
+        )
     return str(experiment.experiment_id)
 
 
@@ -262,14 +273,17 @@ def _probe(uri: str, experiment: str) -> None:
         )
     except MlflowException as error:
         raise ServerAwayError(
-            f"tracking server {shown(uri)} does not answer; start it, or set tracking.uri or MLFLOW_TRACKING_URI"
+            shown(uri),
+            "the tracking server does not answer",
+            hint="start it, or set tracking.uri or MLFLOW_TRACKING_URI",
         ) from error
     if response.status_code in (401, 403):
         raise TrackingError(
-            f"tracking server {shown(uri)} refuses the request ({response.status_code}); "
-            "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            shown(uri),
+            f"the tracking server refuses the request (HTTP {response.status_code})",
+            hint="check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
         )
     if response.status_code >= 500:
         raise ServerAwayError(
-            f"tracking server {shown(uri)} answers with error {response.status_code}; look at its log"
+            shown(uri), f"the tracking server answers with HTTP {response.status_code}", hint="check its log"
         )

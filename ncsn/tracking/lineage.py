@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ncsn import storage
+from ncsn.errors import UserError
 from ncsn.tracking.connection import shown
 from ncsn.tracking.versions import LEDGER_SUFFIX, is_model_address, resolve_version
 
@@ -78,7 +79,7 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
     tops = {top.info.run_id: top for top in (_top(client, run) for run in found)}
     if not tops:
         uri = shown(client.tracking_uri)
-        raise ValueError(f"nothing in MLflow at {uri} has to do with {identifier!r}; give {ACCEPTED}")
+        raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
     ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
     return [_marked(_chain(client, top), names) for top in ordered]
 

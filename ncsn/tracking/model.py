@@ -24,6 +24,7 @@ from ncsn.checkpoint import load_trained
 from ncsn.config import Config
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
+from ncsn.errors import UserError
 from ncsn.generation import complete, generate, with_evaluations
 
 DEFAULT_IMAGES = 16
@@ -76,11 +77,12 @@ class ScoreModel(PythonModel):
         n_images = int(params.get("n_images", DEFAULT_IMAGES))
         given, mask = list(params.get("images", [])), str(params.get("mask", ""))
         if bool(given) != bool(mask):
-            raise ValueError("inpainting takes both `images` and `mask`, and generation neither")
+            raise UserError("images" if mask else "mask", "missing; inpainting needs images and mask")
         total = n_images * max(len(given), 1)
         if n_images < 1 or total > MAX_IMAGES:
+            most = MAX_IMAGES // max(len(given), 1)
             times = f" for each of {len(given)} images" if given else ""
-            raise ValueError(f"n_images = {n_images}{times}; use 1 to {MAX_IMAGES // max(len(given), 1)}")
+            raise UserError("n_images", f"must be 1 to {most}{times}", value=n_images)
         if not given:
             parts = [
                 generate(self.trained, sampling=config.sampling, first=first, count=count, device=self.device)
@@ -111,7 +113,7 @@ def _chosen(config: Config, params: dict[str, Any]) -> Config:
     seed, nfe = params.get("seed"), params.get("nfe")
     if seed is not None:
         if not 0 <= seed < 2**63:
-            raise ValueError(f"seed = {seed}; use 0 to 2^63 - 1")
+            raise UserError("seed", "must be 0 to 2^63 - 1", value=seed)
         changes["seed"] = int(seed)
     if nfe:
         changes["sampler"] = with_evaluations(
@@ -134,10 +136,10 @@ def _decoded(text: str, param: str, *, mode: str, size: int) -> NDArray[np.uint8
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
             if picture.size != (size, size):
-                raise ValueError(f"`{param}` has a picture of {picture.size} pixels, the model's have {(size, size)}")
+                raise UserError(param, f"a picture has {picture.size} pixels, the model's images {(size, size)}")
             return np.asarray(picture.convert(mode))
     except (binascii.Error, OSError, SyntaxError):
-        raise ValueError(f"`{param}` must be PNG files in base64, as `base64 -w0 FILE` prints them") from None
+        raise UserError(param, "not a PNG file in base64", hint="encode it with `base64 -w0 FILE`") from None
 
 
 mlflow.models.set_model(ScoreModel())

@@ -62,7 +62,7 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
         for each in dead if os.environ.get("MLFLOW_RUN_ID") else [*dead, parent]:
             client.set_terminated(each.info.run_id, "KILLED" if each in dead and status == "FINISHED" else status)
     except MlflowException as error:
-        raise TrackingError(f"tracking server {shown(uri)}: {one_line(error)}") from error
+        raise TrackingError(shown(uri), one_line(error)) from error
     noted = {step.data.tags["ncsn.step"]: step.data.tags for step in reversed(steps) if "ncsn.step" in step.data.tags}
     place = page(uri, parent.info.experiment_id, parent.info.run_id) or shown(uri)
     return TrackedRun(parent.info.run_id, place, noted)

@@ -162,8 +162,9 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
         cause = _first_failure(error)
     if cause:
         raise TrackingError(
-            f"{version.name} version {version.version} has no weights and config of ncsn at {version.source} that "
-            f"{shown(uri)} gives: {cause}; was it registered by `ncsn register`?"
+            f"models:/{version.name}/{version.version}",
+            f"{shown(uri)} gives no weights and config of ncsn at {version.source}: {cause}",
+            hint="was it registered by `ncsn register`?",
         )
     return folder
 

@@ -196,7 +196,7 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         conclude(tracked.client, journals, endings(ids, "FAILED" if isinstance(error, Exception) else "KILLED"))
         if isinstance(error, MlflowException):
             raise TrackingError(
-                f"tracking server {shown(connection.uri)}: {one_line(error)}; the same command again goes on from here"
+                shown(connection.uri), one_line(error), hint="repeat the command to go on from here"
             ) from error
         raise
     seconds, when = time.monotonic() - started, now()
@@ -227,7 +227,9 @@ def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool
         try:
             found = client.get_run(adopted)
         except MlflowException as error:
-            raise TrackingError(f"MLFLOW_RUN_ID = {adopted!r} at {shown(connection.uri)}: {one_line(error)}") from error
+            raise TrackingError(
+                "MLFLOW_RUN_ID", f"{one_line(error)} (at {shown(connection.uri)})", value=adopted
+            ) from error
         set_tags(client, adopted, identity)
         return found, True
     parent = find_or_create(

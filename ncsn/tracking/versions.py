@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
+from ncsn.errors import UserError
 from ncsn.tracking.at_once import insert_or_find
 from ncsn.tracking.connection import TrackingError, one_line, shown
 
@@ -37,7 +38,7 @@ def registry_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise TrackingError(f"the registry at {shown(uri)} refuses: {one_line(error)}") from error
+        raise TrackingError(shown(uri), f"the registry refuses: {one_line(error)}") from error
 
 
 def require_model_name(name: str) -> None:
@@ -47,8 +48,10 @@ def require_model_name(name: str) -> None:
         ValueError: with what is allowed.
     """
     if not re.fullmatch(MODEL_NAME_PATTERN, name):
-        raise ValueError(
-            f"registered model name {name!r} is not valid; use letters, digits, '.', '-' and '_', no spaces, '/' or ':'"
+        raise UserError(
+            f"{_SCHEME}{name}",
+            "not a valid name of a registered model",
+            hint="use letters, digits, '.', '-' and '_', no spaces, '/' or ':'",
         )
 
 
@@ -69,15 +72,15 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
     """
     match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(_SCHEME))
     if match is None:
-        raise ValueError(f"{address!r} names no model version; use models:/NAME@{CHAMPION} or models:/NAME/VERSION")
+        raise UserError(address, "not a model version", hint=f"use {_SCHEME}NAME@{CHAMPION} or {_SCHEME}NAME/VERSION")
     name, version, alias = match["name"], match["version"], match["alias"]
     require_model(client, name)
     if version is not None:
         return require_version(client, name, version)
-    _require_alias(alias)
+    _require_alias(name, alias)
     found = aliased_version(client, name, alias)
     if found is None:
-        raise ValueError(f"model {name!r} has no alias {alias!r}; it has {_shown_aliases(client, name)}")
+        raise UserError(f"{_SCHEME}{name}@{alias}", f"no such alias; the model has: {_shown_aliases(client, name)}")
     return found
 
 
@@ -91,8 +94,8 @@ def require_model(client: MlflowClient, name: str) -> None:
     if not client.search_registered_models(f"name = '{name}'"):
         models = [model.name for model in client.search_registered_models()]
         known = [model for model in models if not model.endswith(LEDGER_SUFFIX)]
-        listed = f"it has {', '.join(known[:_NAMES_SHOWN])}" if known else "it has none"
-        raise ValueError(f"there is no model {name!r} in the registry; {listed}")
+        listed = ", ".join(known[:_NAMES_SHOWN]) or "none"
+        raise UserError(f"{_SCHEME}{name}", f"no such model; the registry has: {listed}")
 
 
 def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
@@ -104,7 +107,7 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
     versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     if version not in versions:
         listed = ", ".join(sorted(versions, key=int)[-_NAMES_SHOWN:]) or "none"
-        raise ValueError(f"model {name!r} has no version {version!r}; the latest are {listed}")
+        raise UserError(f"{_SCHEME}{name}/{version}", f"no such version; the latest are: {listed}")
     return client.get_model_version(name, version)
 
 
@@ -136,7 +139,7 @@ def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> N
     Raises:
         ValueError: for an alias that MLflow reserves or does not take.
     """
-    _require_alias(alias)
+    _require_alias(name, alias)
     insert_or_find(lambda: client.set_registered_model_alias(name, alias, version))
 
 
@@ -157,13 +160,14 @@ def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
             raise
 
 
-def _require_alias(alias: str) -> None:
+def _require_alias(name: str, alias: str) -> None:
+    address = f"{_SCHEME}{name}@{alias}"
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
-        raise ValueError(
-            f"alias {alias!r} is reserved by MLflow for version numbers; choose a word such as {CHAMPION!r}"
+        raise UserError(
+            address, "MLflow reserves this alias for version numbers", hint=f"choose a word such as {CHAMPION!r}"
         )
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,254}", alias):
-        raise ValueError(f"alias {alias!r} is not valid; use lower-case letters, digits, '-' and '_'")
+        raise UserError(address, "not a valid alias", hint="use lower-case letters, digits, '-' and '_'")
 
 
 def _shown_aliases(client: MlflowClient, name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import requests
 import torch
 from mlflow.entities.model_registry import ModelVersion
+from refused import refused
 
 from ncsn.checkpoint import load_trained
 from ncsn.tracking import registry
@@ -57,6 +58,7 @@ def test_a_store_that_refuses_the_server_is_named_within_a_minute(s3_root, make_
     url = make_server([*SERVER, "--artifacts-destination", f"{s3_root}/mlflow"]).url
     version = ModelVersion("digits", "7", 0, source="mlflow-artifacts:/1/models/m-1/artifacts")
     started = time.monotonic()
-    with pytest.raises(TrackingError, match=r"digits version 7 .* request signature"):
+    with refused("models:/digits/7", error=TrackingError) as caught:
         fetch_weights(url, version, tmp_path)
+    assert "signature" in str(caught.value)
     assert time.monotonic() - started < 60

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from mlflow.tracking import MlflowClient
+from refused import refused
 
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.tracking.by_hand import promote_version, roll_back
@@ -56,28 +57,28 @@ def champion_of(client: MlflowClient, name: str) -> str:
 @pytest.mark.parametrize(
     ("of", "champion", "promoted", "reason"),
     [
-        (evidence(9.0), None, True, "= 9 ± 0.3; there was no champion"),
-        (evidence(9.0), ("1", figure(9.5)), True, "9 ± 0.3 is better by more than the combined uncertainty 0.42 than"),
-        (evidence(9.0), ("1", figure(9.4)), False, "is not better by more than the combined uncertainty 0.42 than 9.4"),
-        (evidence(9.0, uncertainty=0.4), ("1", figure(9.5)), False, "uncertainty 0.5 than 9.5 ± 0.3 of champion"),
-        (evidence(9.0), ("1", figure(8.0)), False, "8 ± 0.3 of champion version 1"),
-        (evidence(9.0), ("1", figure(NAN)), False, "than nan ± 0.3"),
-        (evidence(NAN), None, False, "nan ± 0.3 is not a finite number"),
-        (evidence(9.0, uncertainty=NAN), None, False, "9 ± nan is not a finite number"),
-        (evidence(float("-inf")), ("1", figure(8.0)), False, "-inf ± 0.3 is not a finite number"),
-        (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, "a, b hold NaN or infinity"),
-        (evidence(1.0, COPIES), None, False, "60 of 256 samples copy a training image, 3 of 256 real ones do"),
-        (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, "not comparable with champion version 1"),
-        (evidence(1.0, num_images=64), ("1", figure(8.0)), False, "over 64 images cannot be compared"),
-        (evidence(1.0), ("1", None), False, "champion version 1 has no figure with an uncertainty"),
-        (evidence(9.0), ("2", figure(1.0)), True, "it was the champion already"),
-        (evidence(1.0, COPIES), ("2", figure(1.0)), False, "it stays champion until `ncsn rollback`"),
+        (evidence(9.0), None, True, ["= 9 ± 0.3"]),
+        (evidence(9.0), ("1", figure(9.5)), True, ["9 ± 0.3", " 0.42 ", "9.5 ± 0.3", "version 1"]),
+        (evidence(9.0), ("1", figure(9.4)), False, ["9 ± 0.3", " 0.42 ", "9.4 ± 0.3", "version 1"]),
+        (evidence(9.0, uncertainty=0.4), ("1", figure(9.5)), False, ["9 ± 0.4", " 0.5 ", "9.5 ± 0.3"]),
+        (evidence(9.0), ("1", figure(8.0)), False, ["8 ± 0.3", "version 1"]),
+        (evidence(9.0), ("1", figure(NAN)), False, ["nan ± 0.3"]),
+        (evidence(NAN), None, False, ["nan ± 0.3", "finite"]),
+        (evidence(9.0, uncertainty=NAN), None, False, ["9 ± nan", "finite"]),
+        (evidence(float("-inf")), ("1", figure(8.0)), False, ["-inf ± 0.3", "finite"]),
+        (evidence(1.0, broken=("a", "b")), ("1", figure(8.0)), False, ["a, b", "NaN"]),
+        (evidence(1.0, COPIES), None, False, ["60 of 256", "3 of 256"]),
+        (evidence(1.0, fingerprint="e" * 64), ("1", figure(8.0)), False, ["comparable", "version 1"]),
+        (evidence(1.0, num_images=64), ("1", figure(8.0)), False, ["64 images"]),
+        (evidence(1.0), ("1", None), False, ["version 1", "uncertainty"]),
+        (evidence(9.0), ("2", figure(1.0)), True, ["already"]),
+        (evidence(1.0, COPIES), ("2", figure(1.0)), False, ["`ncsn rollback`"]),
     ],
 )
 def test_decision_and_its_reason(of, champion, promoted, reason):
     decision = decide(of, version="2", champion=champion)
     assert decision.promoted is promoted
-    assert reason in decision.reason
+    assert [part for part in reason if part not in decision.reason] == []
     assert Decision.from_plain(json.loads(json.dumps(asdict(decision)))).reason == decision.reason
 
 
@@ -140,9 +141,9 @@ def test_champion_of_an_earlier_version_asks_to_be_measured_again(client):
     client.set_registered_model_alias("legacy", "champion", old)
     client.set_model_version_tag("legacy", old, "gate.decision", json.dumps({"measurement": {"value": 9.0}}))
     client.set_model_version_tag("legacy", old, "promoted_from", "0")
-    refused = pass_gate(client, name="legacy", version=new, evidence=evidence(1.0))
-    assert not refused.promoted
-    assert "evaluate and register its run again" in refused.reason
+    decision = pass_gate(client, name="legacy", version=new, evidence=evidence(1.0))
+    assert (decision.promoted, decision.champion_version) == (False, old)
+    assert "uncertainty" in decision.reason
     pass_gate(client, name="legacy", version=old, evidence=evidence(9.0))
     assert promote_version(client, "legacy", version=new).changed
     assert client.get_model_version("legacy", old).tags["promoted_from"] == "0"
@@ -248,7 +249,7 @@ def test_without_the_alias_there_is_no_champion(client):
     first, second = empty_versions(client, "removed", 2)
     pass_gate(client, name="removed", version=first, evidence=evidence(1.0))
     client.delete_registered_model_alias("removed", "champion")
-    with pytest.raises(ValueError, match="removed has no champion: there is none to go back to"):
+    with refused("models:/removed@champion"):
         roll_back(client, "removed")
     assert pass_gate(client, name="removed", version=second, evidence=evidence(9.0)).promoted
     assert champion_of(client, "removed") == second

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refused import refused
 
 from ncsn.config import flatten, from_yaml
 from ncsn.planning import load_prices
-from ncsn.tracking.connection import TrackingError, client_at, connect
+from ncsn.tracking.connection import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.provenance import provenance
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run
@@ -215,10 +216,9 @@ def test_a_ray_job_names_its_runs_in_mlflow_and_kfp(config, monkeypatch):
 def test_server_that_goes_away_in_a_step_is_one_line(make_config, monkeypatch):
     """And the work that was done is not lost: the same command goes on."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    line = pytest.raises(TrackingError, match=r"the same command again goes on from here$")
-    with line as caught, step_run(make_config(), run="away", step="sample") as tracked:
+    config = make_config()
+    with refused(tracking_uri(config), error=TrackingError), step_run(config, run="away", step="sample") as tracked:
         client_at("http://127.0.0.1:9").set_tag(tracked.run_id, "a", "b")
-    assert "\n" not in str(caught.value)
 
 
 def test_same_run_name_in_another_store_is_another_run(config, make_config, root, tmp_path):
@@ -271,8 +271,9 @@ def test_run_that_kfp_opened_is_the_parent_and_stays_open(config, make_config, m
 
 def test_unknown_run_to_adopt_is_named(config, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(TrackingError, match=f"MLFLOW_RUN_ID = '{'0' * 32}'"), step_run(config, run="x", step="train"):
+    with refused("MLFLOW_RUN_ID", error=TrackingError) as caught, step_run(config, run="x", step="train"):
         pass
+    assert caught.value.problems[0].value == "0" * 32
 
 
 def test_over_a_server(make_config, server, tmp_path):
