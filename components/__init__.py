@@ -28,17 +28,18 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
     Tasks call it before they import their step, whose imports are quicker then.
 
     Raises:
-        ValueError: if the config is wrong, or nothing names the run.
+        UserError: if the config is wrong, or nothing names the run.
     """
     from ncsn.upkeep import collect_seldom
 
     collect_seldom()
     from ncsn.config import from_json
+    from ncsn.errors import UserError
     from ncsn.launched import KFP_RUN_ID
 
     settings = from_json(config)
     if not run and not os.environ.get(KFP_RUN_ID):
-        raise ValueError(f"the parameter run is empty, and {KFP_RUN_ID} does not name this pipeline run; name the run")
+        raise UserError("run", f"empty, and {KFP_RUN_ID} is not set", hint="set this parameter to a name")
     return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
 
 
@@ -56,7 +57,7 @@ def task(
         task_config: What is set on a task that may start other pods; see `pass_on`.
 
     Raises:
-        ValueError: as `experiment` and `pass_on`, and if the run belongs to another config.
+        UserError: as `experiment` and `pass_on`, and if the run belongs to another config.
     """
     settings, name = experiment(config, run)
     from ncsn.steps.kfp_task import pipeline_task
@@ -71,16 +72,19 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
     """Leave what KFP holds for the pods that the task starts where the backend that starts them looks.
 
     Raises:
-        ValueError: if the task starts none, so that what was set on it would be lost.
+        UserError: if the task starts none, so that what was set on it would be lost.
     """
     from ncsn.cluster.task_config import TASK_CONFIG
+    from ncsn.errors import UserError
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})
     if for_other_pods and settings.compute.backend != "kuberay":
-        raise ValueError(
-            f"{', '.join(for_other_pods)} of this task are for the pods that it starts, and with "
-            f"compute.backend: {settings.compute.backend} it starts none; set compute.backend to kuberay"
+        raise UserError(
+            "compute.backend",
+            f"starts no pods, which {', '.join(for_other_pods)} of this task are for",
+            hint="set it to kuberay",
+            value=settings.compute.backend,
         )
     os.environ[TASK_CONFIG] = json.dumps(given)
 

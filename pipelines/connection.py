@@ -16,6 +16,8 @@ import kfp_server_api
 import urllib3
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
+from ncsn.errors import UserError
+
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
 TOKEN = "NCSN_KFP_TOKEN"  # noqa: S105 - the name of a variable
@@ -26,12 +28,12 @@ POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_SECONDS = 10
 
 
-class KfpError(ValueError):
-    """The Kubeflow Pipelines API cannot be used; one line says what to do."""
+class KfpError(UserError):
+    """The Kubeflow Pipelines API cannot be used as configured."""
 
 
 class KfpRefusalError(KfpError):
-    """The API does not know who asks."""
+    """The API refuses the credentials."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,18 @@ def endpoint(host: str | None) -> str:
     address = (host or os.environ.get(ENDPOINT, "")).rstrip("/")
     if not address:
         raise KfpError(
-            f"which Kubeflow? Give --host URL or set {ENDPOINT}, as in http://localhost:8080 after "
-            "`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+            "--host",
+            "no Kubeflow given",
+            hint=f"pass it or set {ENDPOINT}, for example http://localhost:8080 after "
+            "`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`",
         )
     parts = urlsplit(address if "://" in address else f"https://{address}")
     if parts.username or parts.password:
         raise KfpError(
-            f"{urlunsplit(parts._replace(netloc=parts.netloc.rpartition('@')[2]))}: leave user and password "
-            f"out of the address; set {TOKEN} or {COOKIE} in the environment"
+            "--host" if host else ENDPOINT,
+            "contains a user or a password",
+            hint=f"leave them out, and set {TOKEN} or {COOKIE} in the environment",
+            value=urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])),
         )
     return urlunsplit(parts)
 
@@ -118,7 +124,9 @@ def credentials() -> Credentials:
         return Credentials(COOKIE, cookie=cookie)
     if named := os.environ.get(TOKEN_PATH):
         if not os.access(named, os.R_OK):
-            raise KfpError(f"{TOKEN_PATH} = {named!r} cannot be read; mount the token of the service account there")
+            raise KfpError(
+                TOKEN_PATH, "cannot be read", hint="mount the token of the service account there", value=named
+            )
         return Credentials(TOKEN_PATH, token_path=Path(named))
     if os.access(POD_TOKEN, os.R_OK):
         return Credentials(str(POD_TOKEN), token_path=POD_TOKEN)
@@ -140,9 +148,11 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
     if health.get("multi_user"):
         namespace = namespace or (POD_NAMESPACE.read_text().strip() if POD_NAMESPACE.exists() else None)
         if namespace is None:
-            raise KfpError(f"{address} serves several users; say whose run it is with --namespace PROFILE")
+            raise KfpError("--namespace", f"missing, and {address} serves several users", hint="pass your profile")
     elif namespace is not None:
-        raise KfpError(f"{address} serves one user and has no namespaces; leave out --namespace {namespace}")
+        raise KfpError(
+            "--namespace", f"{address} serves one user and has no namespaces", hint="leave it out", value=namespace
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it needs a server of version 2
         client = Client(
@@ -177,23 +187,26 @@ def _health(address: str, who: Credentials) -> dict[str, object]:
     except urllib3.exceptions.HTTPError as error:
         reason = str(error).rpartition(": ")[2]
         raise KfpError(
-            f"{address} does not answer ({reason}); check --host or {ENDPOINT}, and that a port-forward "
-            "is still running"
+            address,
+            f"does not answer ({reason})",
+            hint=f"check --host or {ENDPOINT}, and that a port-forward is still running",
         ) from None
-    refused = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
+    set_one = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
     if response.status in (401, 403):
-        raise KfpRefusalError(f"{address} refuses {who.source} ({response.status}); {refused}")
+        raise KfpRefusalError(address, f"refuses {who.source} (HTTP {response.status})", hint=set_one)
     if 300 <= response.status < 400:
-        raise KfpRefusalError(f"{address} sends {who.source} to a login page; {refused}")
+        raise KfpRefusalError(address, f"sends {who.source} to a login page (HTTP {response.status})", hint=set_one)
     try:
         answer = json.loads(response.data) if response.status == 200 else None
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
         raise KfpError(
-            f"{address} is no Kubeflow Pipelines API: {url} answers {response.status} "
-            f"{response.headers.get('Content-Type', '')}; check the address and its path"
+            address,
+            f"not a Kubeflow Pipelines API: {url} answers HTTP {response.status} "
+            f"{response.headers.get('Content-Type', '')}",
+            hint="check the address and its path",
         )
     if answer.get("apiServerReady") is False:  # what ml-pipeline-ui says of the API behind it, with status 200
-        raise KfpError(f"{address} answers, and the API behind it does not; look at the Deployment ml-pipeline")
+        raise KfpError(address, "answers, but the API behind it does not", hint="check the Deployment ml-pipeline")
     return answer

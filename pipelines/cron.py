@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ncsn.errors import UserError
+
 _FIELDS = (
     ("second", 0, 59, ()),
     ("minute", 0, 59, ()),
@@ -24,7 +26,7 @@ def kfp_schedule(expression: str) -> str:
             `@weekly`, `@monthly` and `@yearly`.
 
     Raises:
-        ValueError: naming the field that no clock can meet.
+        UserError: for a field that no clock can meet.
     """
     text = expression.strip()
     if text in _SHORTHANDS:
@@ -33,15 +35,20 @@ def kfp_schedule(expression: str) -> str:
     if len(parts) == len(_FIELDS) - 1:
         parts = ["0", *parts]
     if len(parts) != len(_FIELDS):
-        raise ValueError(
-            f"schedule {expression!r} has {len(parts)} fields; write five, 'minute hour day month weekday', "
-            f"as in '0 3 * * 1' for Mondays at 03:00 UTC, or one of {', '.join(_SHORTHANDS)}"
+        raise UserError(
+            "--every",
+            f"a schedule of {len(parts)} fields",
+            hint="write five, 'minute hour day month weekday', as in '0 3 * * 1' for Mondays at 03:00 UTC, or one of "
+            f"{', '.join(_SHORTHANDS)}",
+            value=expression,
         )
     for part, (name, low, high, words) in zip(parts, _FIELDS, strict=True):
         if not all(_possible(item, low, high, words) for item in part.split(",")):
-            raise ValueError(
-                f"schedule {expression!r}: {part!r} is no {name}; use {low} to {high}, '*', a range such as "
-                f"{low}-{high}, or a step such as */2"
+            raise UserError(
+                "--every",
+                f"{part!r} is not a {name}",
+                hint=f"use {low} to {high}, '*', a range such as {low}-{high}, or a step such as */2",
+                value=expression,
             )
     return " ".join(parts)
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ncsn.config import Config
+from ncsn.errors import UserError
 from pipelines.compile import PIPELINES, compile_one
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -42,12 +43,12 @@ def package(
         config: The experiment that it will run; None if that is not known.
 
     Raises:
-        ValueError: for an unknown pipeline, or arguments that do not fit.
+        UserError: for an unknown pipeline, or arguments that do not fit.
     """
     name = f"{pipeline}_pipeline"
     if name not in PIPELINES:
         choices = ", ".join(known.removesuffix("_pipeline") for known in PIPELINES)
-        raise ValueError(f"--pipeline {pipeline}: no such pipeline; choose one of {choices}")
+        raise UserError("--pipeline", "no such pipeline", hint=f"choose one of {choices}", value=pipeline)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
         path = compile_one(name, Path(folder), config)
         spec, *platforms = yaml.safe_load_all(path.read_text())
@@ -65,21 +66,24 @@ def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         given: Name -> value; text is read as YAML for a parameter that is no text.
 
     Raises:
-        ValueError: for a name that the pipeline does not know, one that it needs, or a value of another type.
+        UserError: for a name that the pipeline does not know, one that it needs, or a value of another type.
     """
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"--param {name}: unknown parameter; {hint}the pipeline takes: {', '.join(sorted(known))}")
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"{meant}the pipeline takes: {', '.join(sorted(known))}"
+            raise UserError("--param", "unknown parameter", hint=hint, value=name)
     missing = [
         name
         for name, parameter in known.items()
         if name not in given and "defaultValue" not in parameter and not parameter.get("isOptional")
     ]
     if missing:
-        raise ValueError(f"the pipeline needs --param {missing[0]}=VALUE: {known[missing[0]].get('description', '')}")
+        name = missing[0]
+        description = known[name].get("description", "")
+        raise UserError("--param", f"the pipeline needs {name}", hint=f"pass --param {name}=VALUE: {description}")
     return {name: _typed(name, value, known[name]["parameterType"]) for name, value in given.items()}
 
 
@@ -92,7 +96,7 @@ def _typed(name: str, value: Any, wanted: str) -> Any:
         parsed = None
     is_flag = isinstance(parsed, bool) and wanted != "BOOLEAN"
     if is_flag or not isinstance(parsed, _TYPES[wanted]):
-        raise ValueError(f"--param {name}={value}: expected {wanted.lower().replace('_', ' ')}")
+        raise UserError("--param", f"expected a {wanted.lower().replace('_', ' ')}", value=f"{name}={value}")
     return parsed
 
 

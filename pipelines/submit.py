@@ -64,7 +64,7 @@ def require_access(connection: Connection) -> None:
     Raises:
         KfpError: if the server refuses.
     """
-    with _refusals("list experiments"):
+    with _refusals(connection, "list experiments"):
         connection.client.list_experiments(page_size=1, namespace=connection.namespace)
 
 
@@ -72,9 +72,10 @@ def submit(connection: Connection, submission: Submission) -> Submitted:
     """Start one run.
 
     Raises:
-        ValueError: for an unknown pipeline, an unknown, missing or ill-typed parameter, or what the server refuses.
+        UserError: for an unknown pipeline, or an unknown, missing or ill-typed parameter.
+        KfpError: if the server refuses.
     """
-    with _packed(submission) as (file, arguments), _refusals(f"start {submission.name!r}"):
+    with _packed(submission) as (file, arguments), _refusals(connection, f"start {submission.name!r}"):
         run = connection.client.run_pipeline(
             experiment_id=_experiment(connection, submission.experiment),
             job_name=submission.name,
@@ -94,10 +95,10 @@ def schedule(connection: Connection, submission: Submission, *, every: str) -> S
         every: Schedule in UTC, see `kfp_schedule`.
 
     Raises:
-        ValueError: as `submit`, and for a schedule that is none.
+        UserError: for what `submit` refuses, and for an invalid schedule.
     """
     cron = kfp_schedule(every)
-    with _packed(submission) as (file, arguments), _refusals(f"schedule {submission.name!r}"):
+    with _packed(submission) as (file, arguments), _refusals(connection, f"schedule {submission.name!r}"):
         recurring = connection.client.create_recurring_run(
             experiment_id=_experiment(connection, submission.experiment),
             job_name=submission.name,
@@ -128,15 +129,13 @@ def _experiment(connection: Connection, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _refusals(doing: str) -> Iterator[None]:
-    """Make the server's refusals one line."""
+def _refusals(connection: Connection, doing: str) -> Iterator[None]:
+    """Turn what the server refuses into a `KfpError`."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except kfp_server_api.ApiException as error:
-        hint = {401: "; renew the token or cookie", 403: "; ask for the right to create runs there"}.get(
-            error.status, ""
-        )
-        raise KfpError(f"cannot {doing}: {reason_of(error)}{hint}") from None
+        hint = {401: "renew the token or cookie", 403: "ask for the right to create runs there"}.get(error.status, "")
+        raise KfpError(connection.host, f"cannot {doing}: {reason_of(error)}", hint=hint) from None
     except urllib3.exceptions.HTTPError as error:
-        raise KfpError(f"cannot {doing}: {reason_of(error)}") from None
+        raise KfpError(connection.host, f"cannot {doing}: {reason_of(error)}") from None

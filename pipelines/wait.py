@@ -143,8 +143,9 @@ def _ask(connection: Connection, run_id: str, poll_seconds: float) -> Any:
             gone = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
             if gone or time.monotonic() - asked > PATIENCE_SECONDS:
                 raise KfpError(
-                    f"run {run_id} cannot be watched any more: {reason_of(error)}; it may still be running: "
-                    f"{connection.run_url(run_id)}"
+                    connection.run_url(run_id),
+                    f"cannot watch this run any longer: {reason_of(error)}",
+                    hint="it may still be running; look at that page",
                 ) from None
             time.sleep(poll_seconds)
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kfp import dsl, kubernetes
 from kfp.compiler import Compiler
+from refused import refused
 
 from components import (
     experiment,
@@ -58,7 +59,7 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
     nowhere = dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": str(tmp_path / "nowhere")})
     model, metrics = dsl.Model(uri=str(tmp_path / "model")), dsl.Metrics(uri=str(tmp_path / "metrics"))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere.*run `ncsn ingest` first"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere.*`ncsn ingest`"):
         train.python_func(
             config=to_json(config),
             run="mine",
@@ -143,7 +144,7 @@ def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, mon
     assert run_tune(tmp_path, config, required=False) == (config, "")
     for artifact in ("search", "plots", "metrics"):
         assert (tmp_path / artifact).read_text(), "KFP's page shows an artifact without a file as broken"
-    with pytest.raises(ValueError, match="the config has no search section"):
+    with refused("search"):
         run_tune(tmp_path, config, required=True)
 
 
@@ -182,7 +183,7 @@ def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatc
     config, name = experiment(DIGITS, "mine")
     assert (config, name) == (from_yaml(DIGITS), "mine")
     monkeypatch.delenv(KFP_RUN_ID)
-    with pytest.raises(ValueError, match="the parameter run is empty"):
+    with refused("run"):
         experiment(DIGITS, "")
 
 
@@ -202,8 +203,9 @@ def test_what_is_set_on_a_task_is_left_for_the_backend(monkeypatch: pytest.Monke
     assert task_config() == {"node_selector": {"pool": "big"}}
     here = from_yaml(DIGITS)
     pass_on(dsl.TaskConfig(env=[{"name": "A", "value": "b"}]), here)
-    with pytest.raises(ValueError, match=r"tolerations of this task are for the pods that it starts.*to kuberay"):
+    with refused("compute.backend") as caught:
         pass_on(dsl.TaskConfig(tolerations=[{"key": "gpu"}]), here)
+    assert "tolerations" in str(caught.value)
 
 
 @pytest.mark.parametrize("component", [train, sample, evaluate], ids=lambda component: component.name)

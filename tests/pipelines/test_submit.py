@@ -8,9 +8,11 @@ import pytest
 import yaml
 from kfp import dsl
 from kfp_api import KfpServer
+from refused import refused
 
+from ncsn.errors import MISSING
 from pipelines import compile as compiled
-from pipelines.connection import connect
+from pipelines.connection import KfpError, connect
 from pipelines.cron import kfp_schedule
 from pipelines.package import arguments_for, package
 from pipelines.submit import Submission, schedule, submit
@@ -74,7 +76,7 @@ def test_a_run_is_executed_and_waited_for(kfp_server: KfpServer, tmp_path: Path)
 def test_a_failed_run_names_its_task_and_page(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     started = submit(connection, submission(tmp_path, count=-1))
-    with pytest.raises(RunFailed, match=rf"run {started.id} ended FAILED \(work\): no count; see {kfp_server.url}/#/"):
+    with pytest.raises(RunFailed, match=rf"{started.id} .*FAILED.*work.*no count.*{kfp_server.url}/#/"):
         wait(connection, started.id, say=lambda _: None, why=lambda: "no count", poll_seconds=0.1)
     assert (tmp_path / "ended").read_text() == "FAILED"
 
@@ -90,7 +92,7 @@ def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) ->
 
     canceller = threading.Thread(target=cancel)
     canceller.start()
-    with pytest.raises(RunFailed, match="ended FAILED"):
+    with pytest.raises(RunFailed, match="FAILED"):
         wait(connection, started.id, say=lambda _: None, poll_seconds=0.1)
     canceller.join()
 
@@ -118,8 +120,10 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, 
 
 
 def test_a_run_that_is_gone_cannot_be_watched(kfp_server: KfpServer) -> None:
-    with pytest.raises(ValueError, match=r"run lost cannot be watched any more: .*not found \(404\)"):
-        wait(connect(kfp_server.url), "lost", say=lambda _: None, poll_seconds=0.1)
+    connection = connect(kfp_server.url)
+    with refused(connection.run_url("lost"), error=KfpError) as caught:
+        wait(connection, "lost", say=lambda _: None, poll_seconds=0.1)
+    assert "404" in str(caught.value)
 
 
 def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, tmp_path: Path) -> None:
@@ -138,24 +142,25 @@ def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, t
 def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     kfp_server.forbidden = True
-    with pytest.raises(ValueError, match=r"cannot start 'mine': User 'somebody' is not authorized.*\(403\); ask for"):
+    with refused(kfp_server.url, error=KfpError) as caught:
         submit(connection, submission(tmp_path))
+    assert all(fact in str(caught.value) for fact in ("'mine'", "'somebody'", "403"))
     assert kfp_server.runs == {}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "value"),
     [
-        ({"folder": "/x", "cuont": 1}, "--param cuont: unknown parameter; did you mean 'count'?"),
-        ({"count": 1}, "the pipeline needs --param folder=VALUE"),
-        ({"folder": "/x", "count": "many"}, "--param count=many: expected number integer"),
-        ({"folder": "/x", "count": "true"}, "--param count=true: expected number integer"),
+        ({"folder": "/x", "cuont": 1}, "cuont"),
+        ({"count": 1}, MISSING),
+        ({"folder": "/x", "count": "many"}, "count=many"),
+        ({"folder": "/x", "count": "true"}, "count=true"),
     ],
 )
-def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match="--param") as caught, package("small", given):
+def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], value: object) -> None:
+    with refused("--param") as caught, package("small", given):
         pass
-    assert message in str(caught.value)
+    assert caught.value.problems[0].value == value
 
 
 def test_arguments_take_the_type_of_their_parameter() -> None:
@@ -194,22 +199,24 @@ def test_schedules_are_put_into_kfps_form(expression: str, kfp: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expression", "reason"),
+    ("expression", "part", "name"),
     [
-        ("every monday", "has 2 fields"),
-        ("61 3 * * 1", "'61' is no minute"),
-        ("0 25 * * *", "'25' is no hour"),
-        ("0 3 0 * *", "'0' is no day of month"),
-        ("0 3 * * fry", "'fry' is no day of week"),
-        ("0 18-8 * * *", "'18-8' is no hour"),
-        ("*/0 * * * *", "'*/0' is no minute"),
-        ("*-5 * * * *", "'*-5' is no minute"),
+        ("every monday", "2", "fields"),
+        ("61 3 * * 1", "'61'", "minute"),
+        ("0 25 * * *", "'25'", "hour"),
+        ("0 3 0 * *", "'0'", "day of month"),
+        ("0 3 * * fry", "'fry'", "day of week"),
+        ("0 18-8 * * *", "'18-8'", "hour"),
+        ("*/0 * * * *", "'*/0'", "minute"),
+        ("*-5 * * * *", "'*-5'", "minute"),
     ],
 )
-def test_a_schedule_that_is_none_is_refused(expression: str, reason: str) -> None:
-    with pytest.raises(ValueError, match="schedule") as caught:
+def test_a_schedule_that_is_none_is_refused(expression: str, part: str, name: str) -> None:
+    with refused("--every") as caught:
         kfp_schedule(expression)
-    assert reason in str(caught.value)
+    (problem,) = caught.value.problems
+    assert problem.value == expression
+    assert part in problem.reason and name in problem.reason
 
 
 def test_the_server_takes_the_committed_pipelines(kfp_server: KfpServer) -> None:
