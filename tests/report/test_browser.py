@@ -87,8 +87,8 @@ def test_it_shows_its_pictures_and_asks_nobody_for_anything(visit, folder: Path,
     outside = {url for url in seen.requests if not url.startswith("data:")}
     assert outside <= {(folder / "report.html").as_uri(), (folder / "viewer.html").as_uri()}
     assert seen.complaints == []
-    headings = seen.frame.evaluate("[...document.querySelectorAll('h2')].map(h => h.textContent)")
-    assert headings[-2:] == ["Time and cost", "Where it comes from"]
+    sections = seen.frame.evaluate("[...document.querySelectorAll('section')].map(s => s.id)")
+    assert sections[-3:] == ["timings", "lineage", "config"]
 
 
 def test_nothing_is_wider_than_the_screen(visit) -> None:

@@ -90,7 +90,7 @@ def test_one_point_and_one_level_are_drawn() -> None:
 
 
 def test_losses_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 points of 10 levels, at least one, got \[10, 3\]"):
+    with pytest.raises(ValueError, match=r"\[10, 3\]"):
         LevelLosses.of(SEEN, LOSSES.T, sigmas=SIGMAS)
 
 
@@ -103,7 +103,7 @@ def test_quality_is_drawn_in_order_of_nfe() -> None:
 
 
 def test_a_quality_that_is_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"quality of heun must be finite, got \[5.0, nan\]"):
+    with pytest.raises(ValueError, match=r"heun.*\[5.0, nan\]"):
         quality_versus_nfe({"heun": NfeCurve([10, 20], [5.0, float("nan")])}, quality_label=FID)
 
 
@@ -159,8 +159,8 @@ def test_quality_costs_money_by_the_price_table() -> None:
     panel = quality_panel(measured, prices)
     assert panel.table[0][-2:] == ("seconds per 1,000 images", "EUR per 1,000 images")
     assert panel.table[1] == ("karras heun", "10", "9", "1,800", "0.5")
-    assert "2 cores at 0.5 EUR an hour while images are made, by the price table of `ncsn plan`" in panel.text
+    assert "2 cores at 0.5 EUR" in panel.text
     assert [text.get_text() for text in quality_plot(measured, prices).axes[0].texts] == ["1,800 s · 0.5 EUR"] * 2
     on_gpu = quality_panel({**measured, "cores": 1, "gpus": 1}, prices)
     assert on_gpu.table[1][-1] == "1.8"
-    assert "1 core at 0.5 EUR an hour and 1 GPU at 3" in on_gpu.text
+    assert "1 core at 0.5 EUR" in on_gpu.text and "1 GPU at 3" in on_gpu.text

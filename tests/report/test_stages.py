@@ -43,9 +43,9 @@ def test_a_stage_may_be_replaced_while_it_is_the_last() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="limit must be at least 3 stages, got 2"):
+    with pytest.raises(ValueError, match="limit"):
         Stages(2)
-    with pytest.raises(ValueError, match="there are no stages"):
+    with pytest.raises(ValueError, match="stages"):
         _ = Stages(3).frames
 
 

