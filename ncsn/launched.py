@@ -10,6 +10,8 @@ import os
 import platform
 from dataclasses import dataclass
 
+from ncsn.errors import UserError
+
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"
 """Variable with the id of the pipeline run, in the pods of a cluster."""
 KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"
@@ -52,12 +54,13 @@ def require_launchers_python() -> None:
     """Refuse to work for a launcher with another Python; Ray says nothing of it until something cannot be unpickled.
 
     Raises:
-        ValueError: naming both versions.
+        UserError: naming both versions.
     """
     here = python_version()
     there = job_metadata().get(PYTHON, here)
     if there != here:
-        raise ValueError(
-            f"the cluster has Python {here} and the launcher {there}; use one image or environment for both "
-            "(`ncsn doctor` shows this side's)"
+        raise UserError(
+            "Python",
+            f"the cluster has {here} and the launcher {there}",
+            hint="use one image or environment for both; `ncsn doctor` shows that of the launcher",
         )

@@ -18,6 +18,7 @@ from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
 from ncsn.cluster.backend import Conflict, say
+from ncsn.errors import UserError
 
 Resource = dict[str, Any]
 
@@ -41,7 +42,7 @@ class KubernetesApi:
         timeouts: Seconds to connect and to answer, of one request.
 
     Raises:
-        ValueError: if neither a pod's service account nor a kubeconfig names a cluster.
+        UserError: if neither a pod's service account nor a kubeconfig names a cluster.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class KubernetesApi:
         """OpenAPI schema of the RayJob that is installed. Every authenticated user may read it.
 
         Raises:
-            ValueError: if the cluster has no RayJob.
+            UserError: if the cluster has no RayJob.
         """
         path = f"/openapi/v3/apis/{GROUP}/{VERSION}"
         document = self._call("get", path, self._raw, path, "GET", missing=None)
@@ -77,9 +78,10 @@ class KubernetesApi:
             ):
                 found: Resource = schema
                 return found
-        raise ValueError(
-            f"the cluster {self.server} knows no RayJob {GROUP}/{VERSION}; install the KubeRay operator: "
-            "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+        raise UserError(
+            self.server,
+            f"the cluster knows no RayJob {GROUP}/{VERSION}",
+            hint="install the KubeRay operator: helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0",
         )
 
     def create_rayjob(self, manifest: Resource) -> Resource:
@@ -242,7 +244,7 @@ class KubernetesApi:
         options = {"container": container, "tail_lines": lines}
         try:
             text = self._call("get", "pods/log", read, pod, self.namespace, **options, missing="")
-        except ValueError:  # HTTP 400: it has not started
+        except UserError:  # HTTP 400: it has not started
             return []
         return [line for line in str(text).splitlines() if not line.startswith(_LOST_LOG)]
 
@@ -312,7 +314,9 @@ class KubernetesApi:
             )
         if error.status == 401:
             return PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")
-        return ValueError(f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}")
+        return UserError(
+            self.server, f"the Kubernetes API refuses to {verb} {resource} (HTTP {error.status}): {message}"
+        )
 
 
 def _load_configuration() -> tuple[client.Configuration, str]:
@@ -326,9 +330,11 @@ def _load_configuration() -> tuple[client.Configuration, str]:
         config.load_kube_config(config_file=file, client_configuration=configuration)
         _, context = config.list_kube_config_contexts(config_file=file)
     except config.ConfigException as error:
-        raise ValueError(
-            f"no Kubernetes cluster: this is no pod, and the kubeconfig {file or '~/.kube/config'} is not usable "
-            f"({error}); set KUBECONFIG, or compute.backend to local"
+        raise UserError(
+            "KUBECONFIG",
+            f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})",
+            hint="set it, or compute.backend to local",
+            value=file or "~/.kube/config",
         ) from None
     return configuration, context["context"].get("namespace", "default")
 

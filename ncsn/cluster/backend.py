@@ -69,7 +69,7 @@ class Backend(Protocol):
             RemoteFailure: if it ended without success.
             PermissionError: naming the right that is missing.
             ConnectionError: if the other side has not answered for long.
-            ValueError: for a mistake in the settings.
+            UserError: for a mistake in the settings.
         """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.rayjob_manifest import fit_to_schema, load_template
 from ncsn.config.compute import ComputeConfig
+from ncsn.errors import UserError
 
 NEEDED = (
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
@@ -35,8 +36,8 @@ def check_crd(api: KubernetesApi) -> str:
     """The RayJob that is installed, by the fields that it has.
 
     Raises:
-        ValueError: if there is none.
-        FileNotFoundError: if there is no template to compare it with.
+        UserError: if there is none.
+        NotFound: if there is no template to compare it with.
     """
     schema = api.rayjob_schema()
     _, unknown = fit_to_schema(load_template(), schema)
@@ -59,7 +60,7 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
 
     Raises:
         PermissionError: if this account may not see nodes.
-        ValueError: if there are fewer.
+        UserError: if there are fewer.
     """
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
@@ -67,9 +68,11 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     have, size = sum(each), compute.kuberay.workers_per_pod
     room = sum(gpus // size for gpus in each)
     if room < compute.min_pods:
-        raise ValueError(
-            f"compute.num_workers = {compute.num_workers} needs {compute.min_pods} pods of {size} GPUs, and the nodes, "
-            f"which have {', '.join(map(str, sorted(each, reverse=True))) or 'none'}, take {room}"
+        raise UserError(
+            "compute.num_workers",
+            f"needs {compute.min_pods} pods of {size} GPUs, and the nodes have room for {room}; GPUs of each node: "
+            f"{', '.join(map(str, sorted(each, reverse=True))) or 'none'}",
+            value=compute.num_workers,
         )
     return f"{have} GPUs for {compute.max_workers} workers in {compute.max_pods} pods"
 
@@ -78,15 +81,16 @@ def check_queue(api: KubernetesApi, name: str) -> str:
     """Kueue's LocalQueue, ready to admit.
 
     Raises:
-        ValueError: if it is not there or not active.
+        UserError: if it is not there or not active.
     """
     queue = api.local_queue(name)
     if queue is None:
-        raise ValueError(f"namespace {api.namespace!r} has no LocalQueue {name!r}")
+        raise UserError("compute.kuberay.queue", f"namespace {api.namespace} has no such LocalQueue", value=name)
     conditions = queue.get("status", {}).get("conditions", [])
     active = next((each for each in conditions if each["type"] == "Active"), {"status": "True"})
     if active["status"] != "True":
-        raise ValueError(f"LocalQueue {name!r} is not active: {active.get('message') or active.get('reason', '')}")
+        reason = active.get("message") or active.get("reason", "")
+        raise UserError("compute.kuberay.queue", f"this LocalQueue is not active: {reason}", value=name)
     return f"LocalQueue {name!r} of ClusterQueue {queue['spec']['clusterQueue']!r}"
 
 

@@ -22,7 +22,7 @@ _HARMLESS = re.compile(r"GetTimeoutError|PlacementGroupCleaner")
 _TRACEBACK = "Traceback (most recent call last)"
 # Ray puts the process before a worker's line: "(RayTrainWorker pid=7, ip=10.0.0.2) ValueError: ...".
 _ERROR = re.compile(
-    r"^(?:\([^)]*\)\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Expired|Exit)(?:: .*)?)$"
+    r"^(?:\([^)]*\)\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Expired|Exit|NotFound)(?:: .*)?)$"
 )
 
 

@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ncsn.cluster.backend import Conflict, say
+from ncsn.errors import UserError
 
 __all__ = ["JobDetails", "JobStatus", "JobsApi", "NoSuchJob"]
 
@@ -25,6 +26,7 @@ PATIENCE_SECONDS = 900.0
 FIRST_PATIENCE_SECONDS = 10.0
 """For the first answer: a wrong address is more likely than an outage."""
 
+_ADDRESS_KEY = "compute.ray_jobs.address"
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TIMEOUTS = (5, 60)
 _AWAY = {429, 502, 503, 504}
@@ -51,7 +53,7 @@ class JobsApi:
     Raises:
         ConnectionError: if nobody answers there.
         PermissionError: if the token is missing or wrong.
-        ValueError: if nothing names a cluster, or it has another version of Ray.
+        UserError: if nothing names a cluster, or it has another version of Ray.
     """
 
     def __init__(self, address: str | None = None, *, patience: float = PATIENCE_SECONDS) -> None:
@@ -61,9 +63,10 @@ class JobsApi:
         self._client.patience = patience
         self.ray_version: str = self._client.get("/api/version")["ray_version"]
         if self.ray_version != ray.__version__:
-            raise ValueError(
-                f"the cluster at {self.address} has Ray {self.ray_version} and this environment Ray {ray.__version__}; "
-                f"install ray=={self.ray_version} here, or submit from the image that the cluster runs"
+            raise UserError(
+                self.address,
+                f"the cluster has Ray {self.ray_version}, this environment has Ray {ray.__version__}",
+                hint=f"install ray=={self.ray_version} here, or submit from the image that the cluster runs",
             )
 
     def submit(self, name: str, *, entrypoint: str, metadata: dict[str, str], env: dict[str, str]) -> None:
@@ -150,7 +153,7 @@ class _Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
             except AuthenticationError as error:
                 raise PermissionError(_refusal(self._address, str(error))) from None
             except ValueError as error:  # requests' InvalidURL is both
-                raise ValueError(f"{self._address} is no address: {error}") from None
+                raise UserError(self._address, f"not an address: {error}") from None
             except OSError as error:
                 reason = type(error).__name__
             else:
@@ -182,14 +185,16 @@ def _last_line(text: str) -> str:
 
 
 def _address(given: str | None) -> str:
-    address = given or next((os.environ[name] for name in _ADDRESS_VARIABLES if os.environ.get(name)), None)
+    addresses = {_ADDRESS_KEY: given} | {name: os.environ.get(name) for name in _ADDRESS_VARIABLES}
+    key, address = next(((key, address) for key, address in addresses.items() if address), (_ADDRESS_KEY, None))
     if address is None:
-        raise ValueError(
-            "which Ray cluster? Give --address http://HEAD:8265, or set compute.ray_jobs.address or "
-            f"{_ADDRESS_VARIABLES[0]}"
+        raise UserError(
+            key, "no Ray cluster given", hint=f"pass --address http://HEAD:8265, or set it or {_ADDRESS_VARIABLES[0]}"
         )
     if not address.startswith(("http://", "https://")):
-        raise ValueError(f"the address {address!r} is not that of a Ray dashboard; write for example http://HEAD:8265")
+        raise UserError(
+            key, "not the address of a Ray dashboard", hint="use an address such as http://HEAD:8265", value=address
+        )
     return address.rstrip("/")
 
 

@@ -28,6 +28,7 @@ from ncsn.cluster.rayjob_manifest import (
 )
 from ncsn.cluster.task_config import task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
+from ncsn.errors import UserError
 from ncsn.lease import RENEW_SECONDS, Heartbeat
 
 WATCH_SECONDS = 15.0
@@ -70,7 +71,7 @@ class KubeRay:
             RemoteFailure: if it ended without success or cannot start, with the reason in one line.
             PermissionError: naming the verb that the account lacks.
             ConnectionError: if the API server has not answered for long.
-            ValueError: if the cluster has no KubeRay, refuses the manifest, or the name is taken by other work.
+            UserError: if the cluster has no KubeRay, refuses the manifest, or the name is taken by other work.
         """
         lease = storage.join(step.uri, "lease.json")
         self._launcher = find_launcher(self._api)
@@ -95,8 +96,10 @@ class KubeRay:
     def _manifest(self, step: RemoteStep, lease: str) -> Resource:
         image = self._compute.kuberay.image or self._launcher.image or os.environ.get(_IMAGE_VARIABLE)
         if image is None:
-            raise ValueError(
-                f"no image for the Ray pods; set compute.kuberay.image or {_IMAGE_VARIABLE} to that of `make image`"
+            raise UserError(
+                "compute.kuberay.image",
+                "no image for the Ray pods",
+                hint=f"set it or {_IMAGE_VARIABLE} to the image that `make image` builds",
             )
         request = JobRequest(
             run=step.run,
@@ -147,9 +150,10 @@ class KubeRay:
                 self._annotate(name)
                 return str(found["metadata"]["labels"][ATTEMPT_LABEL])
             if not going and not state.finished:
-                raise ValueError(
-                    f"RayJob {name} is at work on other inputs of the same step; wait for it, or delete it: "
-                    f"kubectl delete rayjob {name} --namespace {self._api.namespace}"
+                raise UserError(
+                    name,
+                    "this RayJob runs the same step on other inputs",
+                    hint=f"wait for it, or delete it: kubectl delete rayjob {name} --namespace {self._api.namespace}",
                 )
             self._api.delete_rayjob(name)
             self._wait_until_gone(name)

@@ -24,6 +24,7 @@ from ncsn.cluster.driver_log import DriverLog, first_error
 from ncsn.cluster.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
 from ncsn.cluster.launcher import forwarded_environment
 from ncsn.config.compute import ComputeConfig
+from ncsn.errors import UserError
 from ncsn.launched import PYTHON, python_version
 from ncsn.lease import RENEW_SECONDS, Heartbeat
 
@@ -68,7 +69,7 @@ class RayJobs:
             RemoteFailure: if it ended without success, with the reason in one line.
             PermissionError: if the token is missing or wrong.
             ConnectionError: if the cluster has not answered for long.
-            ValueError: if the step is at work there on other inputs.
+            UserError: if the step runs there on other inputs.
         """
         lease = storage.join(step.uri, "lease.json")
         beat = Heartbeat(lease, also=lambda: None, every=self._renew_seconds)
@@ -122,9 +123,10 @@ class RayJobs:
     def _adopt(self, job: JobDetails, digest: str, announce: Callable[[str], None]) -> str:
         name = str(job.submission_id)
         if (job.metadata or {}).get(REQUEST) != digest:
-            raise ValueError(
-                f"Ray job {name} is at work on other inputs of the same step; wait for it, or stop it: "
-                f"ray job stop {name} --address {self._api.address}"
+            raise UserError(
+                name,
+                "this Ray job runs the same step on other inputs",
+                hint=f"wait for it, or stop it: ray job stop {name} --address {self._api.address}",
             )
         announce(name)
         say(f"attached to Ray job {name}, which is {job.status}")

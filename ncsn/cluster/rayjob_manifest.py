@@ -20,6 +20,7 @@ import yaml
 
 from ncsn.cluster.backend import command_digest, job_name
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
+from ncsn.errors import NotFound, UserError
 
 Manifest = dict[str, Any]
 
@@ -83,15 +84,20 @@ def load_template(path: str | None = None) -> Manifest:
     """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of this package.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file holds no RayJob.
+        NotFound: if there is none.
+        UserError: if the file holds no RayJob.
     """
     file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
     if not file.is_file():
-        raise FileNotFoundError(f"no RayJob template at {file}; set {TEMPLATE_VARIABLE} to a copy of rayjob.yaml")
+        raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
     template = yaml.safe_load(file.read_text())
     if not isinstance(template, dict) or template.get("kind") != "RayJob":
-        raise ValueError(f"{file} is not a RayJob; set {TEMPLATE_VARIABLE} to a copy of infra/base/kuberay/rayjob.yaml")
+        raise UserError(
+            TEMPLATE_VARIABLE,
+            "not a RayJob",
+            hint="set it to a copy of infra/base/kuberay/rayjob.yaml",
+            value=str(file),
+        )
     return template
 
 

@@ -36,9 +36,9 @@ def examine_all(folder: Path, *overrides: str) -> list[dict[str, str]]:
 def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     seen = examine(tmp_path)
     assert seen["kubernetes"][0] == seen["rights"][0] == seen["kuberay"][0] == "ok"
-    assert seen["rights"][1] == "13 verbs in namespace 'kubeflow'"
-    assert seen["gpus"] == ("not configured", "compute.use_gpu is false")
-    assert seen["queue"] == ("not configured", "compute.kuberay.queue is null")
+    assert seen["rights"][1].startswith("13 ") and "kubeflow" in seen["rights"][1]
+    for check, setting in (("gpus", "compute.use_gpu"), ("queue", "compute.kuberay.queue")):
+        assert seen[check][0] == "not configured" and setting in seen[check][1]
 
 
 def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:
     state, detail = examine(tmp_path)["rights"]
     assert state == "failed"
     missing = "create rayjobs.ray.io, patch rayjobs.ray.io, delete rayjobs.ray.io, create configmaps, delete configmaps"
-    assert detail.endswith(f"this account may not {missing} in namespace 'kubeflow'")
+    assert f" {missing} " in detail
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_cluster_without_kuberay(emulation: Any, tmp_path: Path) -> None:
     emulation.cluster.installed = False
     state, detail = examine(tmp_path)["kuberay"]
     assert state == "failed"
-    assert "knows no RayJob" in detail
+    assert "ray.io/v1" in detail
 
 
 def test_a_template_that_is_not_there_is_no_matter_of_the_operator(
@@ -91,24 +91,23 @@ def test_the_image_is_looked_for_on_the_nodes(emulation: Any, tmp_path: Path, mo
     monkeypatch.delenv("NCSN_IMAGE", raising=False)
     assert examine(tmp_path)["pod image"][0] == "failed"
     monkeypatch.setenv("NCSN_IMAGE", "ncsn-python:1")
-    assert examine(tmp_path)["pod image"] == (
-        "ok",
-        "ncsn-python:1, not looked for: this account may not list nodes",
-    )
+    state, detail = examine(tmp_path)["pod image"]
+    assert state == "ok" and detail.startswith("ncsn-python:1, ")
     emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
     for name, images in (("a", ["docker.io/library/ncsn-python:1"]), ("b", ["docker.io/library/ncsn-python:2"])):
         emulation.cluster.create("nodes", {"metadata": {"name": name}, "status": {"images": [{"names": images}]}})
-    assert examine(tmp_path)["pod image"][1].startswith("ncsn-python:1 is on 1 of 2 nodes; ")
+    assert "1 of 2 nodes" in examine(tmp_path)["pod image"][1]
 
 
 def test_gpus_are_counted_on_the_nodes_that_the_workers_may_use(emulation: Any, tmp_path: Path) -> None:
     gpu = ("compute.use_gpu=true", "compute.num_workers=2", "compute.kuberay.node_selector={pool: big}")
-    assert "may not list nodes" in examine(tmp_path, *gpu)["gpus"][1]
+    assert examine(tmp_path, *gpu)["gpus"][0] == "not configured"
     emulation.cluster.rules = [*emulation.cluster.rules, *GPUS]
     for name, labels, count in (("a", {"pool": "big"}, "1"), ("b", {"pool": "small"}, "8")):
         node = {"metadata": {"name": name, "labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": count}}}
         emulation.cluster.create("nodes", node)
-    assert examine(tmp_path, *gpu)["gpus"][0] == "failed"
+    state, detail = examine(tmp_path, *gpu)["gpus"]
+    assert state == "failed" and detail.startswith("compute.num_workers = 2: ")
     assert examine(tmp_path, *gpu, "compute.num_workers=1")["gpus"][0] == "ok"
 
 
@@ -125,17 +124,20 @@ def test_a_pod_needs_all_its_gpus_on_one_node(emulation: Any, tmp_path: Path) ->
 def test_the_queue_must_be_there_and_active(emulation: Any, tmp_path: Path) -> None:
     emulation.cluster.rules = [*emulation.cluster.rules, *KUEUE]
     asked = ("compute.kuberay.queue=research",)
-    assert examine(tmp_path, *asked)["queue"][1].endswith("namespace 'kubeflow' has no LocalQueue 'research'")
+    state, detail = examine(tmp_path, *asked)["queue"]
+    assert state == "failed" and detail.startswith("compute.kuberay.queue = 'research': ")
     queue = {"metadata": {"name": "research"}, "spec": {"clusterQueue": "all"}}
     emulation.cluster.create("localqueues", queue)
-    assert examine(tmp_path, *asked)["queue"] == ("ok", "LocalQueue 'research' of ClusterQueue 'all'")
+    state, detail = examine(tmp_path, *asked)["queue"]
+    assert state == "ok" and "'research'" in detail and "'all'" in detail
     stopped = {"type": "Active", "status": "False", "message": "ClusterQueue is stopped"}
     emulation.cluster.update("localqueues", "research", lambda it: it.update(status={"conditions": [stopped]}))
-    assert examine(tmp_path, *asked)["queue"][1].endswith("is not active: ClusterQueue is stopped")
+    state, detail = examine(tmp_path, *asked)["queue"]
+    assert state == "failed" and "ClusterQueue is stopped" in detail
 
 
 def test_no_cluster_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
     state, detail = examine(tmp_path)["kubernetes"]
     assert state == "failed"
-    assert "no Kubernetes cluster" in detail
+    assert detail.startswith("KUBECONFIG = ")

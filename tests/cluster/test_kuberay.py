@@ -99,7 +99,7 @@ def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> 
     code = f"import pathlib, sys, time; time.sleep(0.5); pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
     step = replace(emulation.step(code), mistaken=told.exists)
     emulation.operator.retry_seconds = 1
-    with pytest.raises(RemoteFailure, match="another attempt would only repeat the mistake"):
+    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} failed"):
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     assert len(emulation.operator.started) == 1
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
@@ -224,20 +224,22 @@ def test_an_api_server_that_is_away_for_a_while_stops_nothing(
     thread.join()
     assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
     assert renewed[0] != renewed[1], "the lease in the store does not depend on the API server"
-    assert "the Kubernetes API is away" in capsys.readouterr().err
+    assert "is away" in capsys.readouterr().err
 
 
 def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
     emulation.cluster.away = True
-    with pytest.raises(ConnectionError, match=r"has not answered for 1 s .*the same command attaches to it again"):
+    with pytest.raises(ConnectionError, match=r"for 1 s ") as caught:
         emulation.execute(HELLO, patience=1)
+    assert KubernetesApi().server in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("verb", ["create", "get", "delete"])
 def test_a_missing_right_is_named(emulation, verb: str) -> None:
     rules = emulation.cluster.rules
     rules[0]["verbs"] = [other for other in rules[0]["verbs"] if other != verb]
-    with pytest.raises(PermissionError, match=rf"lacks the verb '{verb}' on rayjobs in namespace 'kubeflow'"):
+    with pytest.raises(PermissionError, match=rf"'{verb}' on rayjobs in namespace 'kubeflow'"):
         emulation.execute(HELLO)
     rules[0]["verbs"].append(verb)
 
@@ -245,9 +247,7 @@ def test_a_missing_right_is_named(emulation, verb: str) -> None:
 def test_without_the_right_to_read_logs_the_step_runs(emulation, capsys: pytest.CaptureFixture[str]) -> None:
     emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "pods/log" not in rule["resources"]]
     emulation.execute(HELLO)
-    assert (
-        "the log cannot be shown: forbidden: this account lacks the verb 'get' on pods/log" in capsys.readouterr().err
-    )
+    assert "'get' on pods/log" in capsys.readouterr().err
 
 
 def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kuberay_rules import load_schemas, schema_errors
+from refused import refused
 
 from ncsn.cluster.api import KubernetesApi
 from ncsn.cluster.backend import RemoteFailure, RemoteLost
@@ -44,14 +45,15 @@ def test_a_kfp_task_hands_over_its_image_its_workflow_and_its_run(emulation, mon
 
 def test_without_an_image_it_says_what_to_set(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCSN_IMAGE")
-    with pytest.raises(ValueError, match=r"set compute\.kuberay\.image or NCSN_IMAGE"):
+    with refused("compute.kuberay.image"):
         emulation.execute(HELLO)
 
 
 def test_a_cluster_without_kuberay_is_told_apart(emulation) -> None:
     emulation.cluster.installed = False
-    with pytest.raises(ValueError, match="install the KubeRay operator: helm install"):
+    with refused(KubernetesApi().server) as caught:
         emulation.execute(HELLO)
+    assert "helm install" in caught.value.problems[0].hint
     emulation.cluster.installed = True
 
 
@@ -71,13 +73,14 @@ def test_an_older_crd_is_served_with_what_it_knows(emulation, eventually, capsys
 def test_a_queue_is_waited_for(emulation, eventually, capsys: pytest.CaptureFixture[str]) -> None:
     threading.Timer(1, emulation.operator.admitted.set).start()
     emulation.execute(HELLO, kuberay={"queue": "research"})
-    assert "Suspended, waiting for quota in Kueue's queue research" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Suspended" in told and "research" in told
 
 
 def test_other_work_under_the_same_name_is_left_alone(emulation, eventually) -> None:
     launcher = emulation.launch(SLEEP)
     eventually(lambda: emulation.operator.started, "the entrypoint runs")
-    with pytest.raises(ValueError, match="is at work on other inputs of the same step; wait for it, or delete it"):
+    with refused(emulation.operator.started[0]):
         emulation.execute(HELLO)
     assert len(emulation.jobs) == 1 and "deletionTimestamp" not in emulation.jobs[0]["metadata"]
     launcher.kill()
@@ -102,7 +105,7 @@ def test_a_rayjob_that_somebody_deletes_is_a_failure(emulation, eventually) -> N
 
     thread = threading.Thread(target=delete)
     thread.start()
-    with pytest.raises(RemoteLost, match="was deleted while it was at work"):
+    with pytest.raises(RemoteLost, match="deleted"):
         emulation.execute(SLEEP)
     thread.join()
 
@@ -127,5 +130,5 @@ def test_reap_takes_what_nobody_waits_for(emulation, eventually) -> None:
 
 def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"no Kubernetes cluster: this is no pod, and the kubeconfig .* is not usable"):
+    with refused("KUBECONFIG"):
         KubernetesApi()

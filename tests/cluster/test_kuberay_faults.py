@@ -64,7 +64,7 @@ def terminated(launcher: subprocess.Popen[str], number: signal.Signals = signal.
 def test_an_image_that_cannot_be_pulled_ends_it_by_name(emulation, eventually, capsys) -> None:
     emulation.operator.head = unpullable
     image = "registry.example/ncsn-python:0.1.0"
-    with pytest.raises(RemoteFailure, match=rf"ImagePullBackOff: image {image}: .*pull access denied"):
+    with pytest.raises(RemoteFailure, match=rf"ImagePullBackOff: .*{image}.*pull access denied"):
         emulation.execute(HELLO)
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert len(emulation.operator.clusters) == 1
@@ -80,7 +80,7 @@ def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> Non
         "Traceback (most recent call last):",
         "ray.exceptions.AuthenticationError: no authentication token was found",
     ]
-    with pytest.raises(RemoteFailure, match=r"CrashLoopBackOff: .* 1 .*AuthenticationError: no authentication token"):
+    with pytest.raises(RemoteFailure, match=r"CrashLoopBackOff: .* 1 .*AuthenticationError: "):
         emulation.execute(HELLO)
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     shown = capsys.readouterr().err

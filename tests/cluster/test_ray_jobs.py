@@ -149,7 +149,7 @@ def test_training_runs_as_a_job_and_what_is_rehearsed_happens_there(jobs: Jobs, 
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
     log = storage.read_text(f"{step}/driver.log")
-    assert "images_seen" in log and "rehearsal: store-down at image 32" in log and "the store answers again" in log
+    assert "images_seen" in log and "store-down at image 32" in log
     from ncsn.tracking.connection import client_at
 
     client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
@@ -170,7 +170,9 @@ def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: Jobs) -
     (job,) = jobs.of("again")
     name = job["submission_id"]
     uri = jobs.folder / "runs/again/steps/train/driver.log"
-    assert said[-1] == f"RemoteFailure: Ray job {name} failed (exit code 1): ValueError: no such data; log {uri}"
+    assert re.fullmatch(
+        rf"RemoteFailure: .*{name} .*exit code 1.*ValueError: no such data.*{re.escape(str(uri))}", said[-1]
+    )
     assert "looking" in said and "looking\n" in jobs.log("again")
     marker.touch()
     second = jobs.launch("again", code)
@@ -199,7 +201,10 @@ def test_launchers_at_once_start_one_job_and_others_are_refused(jobs: Jobs) -> N
     for launcher in both:
         until(launcher, "at work")
     other = jobs.launch("shared", "print('something else')")
-    assert "is at work on other inputs of the same step; wait for it, or stop it: ray job stop ncsn-s" in ended(other)
+    (job,) = jobs.of("shared")
+    refusal = ended(other).splitlines()[-1]
+    assert refusal.startswith(f"UserError: {job['submission_id']}: ")
+    assert f"ray job stop {job['submission_id']} --address {jobs.nodes.dashboard}" in refusal
     release.touch()
     for launcher in both:
         assert [line for line in ended(launcher).splitlines() if line.startswith("line")] == [
@@ -223,7 +228,7 @@ def test_the_log_survives_a_broken_connection(jobs: Jobs) -> None:
     assert launcher.returncode == 0, said
     assert [line for line in said if line.startswith("line") or line == "at work"] == [f"line {n}" for n in range(10)]
     assert jobs.log("cut").endswith("".join(["at work\n", *(f"line {n}\n" for n in range(10))]))
-    assert any("the Ray cluster is away" in line for line in said)
+    assert any("is away" in line for line in said)
     assert len(jobs.of("cut")) == 1
 
 
@@ -323,7 +328,9 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
 @slow
 def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
     launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
-    assert "failed: the cluster has no command `ncsn`; install this package in the environment" in ended(launcher)
+    (job,) = jobs.of("bare")
+    (failure,) = [line for line in ended(launcher).splitlines() if line.startswith("RemoteFailure: ")]
+    assert job["submission_id"] in failure and "`ncsn`" in failure
 
 
 @slow
@@ -339,9 +346,9 @@ def test_another_python_is_refused_by_the_driver(jobs: Jobs, config: Path) -> No
     )
     here = ".".join(map(str, sys.version_info[:2]))
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        f"error: the cluster has Python {here} and the launcher 3.9; use one"
-    )
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: Python: ")
+    assert here in error and "3.9" in error
 
 
 @pytest.fixture
@@ -377,29 +384,28 @@ def open_api(address: str, **variables: str) -> str:
 def test_another_ray_is_refused(other_ray: str) -> None:
     # The environment does not override what is asked for, as it does with Ray's own client.
     error = open_api(other_ray, RAY_ADDRESS="http://127.0.0.1:9", RAY_AUTH_MODE="disabled")
-    assert re.fullmatch(
-        rf"ValueError: the cluster at {other_ray} has Ray 2\.99\.0 and this environment Ray \S+; install "
-        r"ray==2\.99\.0 here, or submit from the image that the cluster runs",
-        error,
-    )
+    assert error.startswith(f"ncsn.errors.UserError: {other_ray}: ")
+    assert "ray==2.99.0" in error
 
 
 @slow
 @pytest.mark.parametrize(
-    ("address", "variables", "message"),
+    ("address", "variables", "kind", "subject"),
     [
-        ("", {}, "ValueError: which Ray cluster? Give --address http://HEAD:8265"),
-        ("head:8265", {}, "ValueError: the address 'head:8265' is not that of a Ray dashboard; write"),
-        ("http://127.0.0.1:9", {}, "ConnectionError: the Ray cluster at http://127.0.0.1:9 has not answered for 1 s"),
-        ("DASHBOARD", {}, "asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
-        ("DASHBOARD", {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept the token; set RAY_AUTH_MODE=token"),
+        ("", {}, "ncsn.errors.UserError", "compute.ray_jobs.address: "),
+        ("head:8265", {}, "ncsn.errors.UserError", "compute.ray_jobs.address = 'head:8265': "),
+        ("", {"RAY_ADDRESS": "head:6379"}, "ncsn.errors.UserError", "RAY_ADDRESS = 'head:6379': "),
+        ("http://127.0.0.1:9", {}, "ConnectionError", "http://127.0.0.1:9 "),
+        ("DASHBOARD", {}, "PermissionError", "RAY_AUTH_TOKEN"),
+        ("DASHBOARD", {"RAY_AUTH_TOKEN": "f" * 64}, "PermissionError", "RAY_AUTH_TOKEN"),
     ],
 )
 def test_a_cluster_that_cannot_be_reached_is_said_in_one_line(
-    jobs: Jobs, address: str, variables: dict[str, str], message: str, tmp_path: Path
+    jobs: Jobs, address: str, variables: dict[str, str], kind: str, subject: str, tmp_path: Path
 ) -> None:
     error = open_api(address.replace("DASHBOARD", jobs.nodes.dashboard), HOME=str(tmp_path), **variables)
-    assert message in error
+    assert error.startswith(f"{kind}: ")
+    assert subject in error
 
 
 @slow
@@ -424,7 +430,7 @@ def test_doctor_and_finish_know_the_cluster(jobs: Jobs, config: Path) -> None:
     until(launcher, "at work")
     found = json.loads(jobs.ncsn("doctor", "--config", str(config), "--address", jobs.nodes.dashboard, "--json").stdout)
     (finding,) = [each for each in found if each["check"] == "ray jobs"]
-    assert finding["state"] == "ok" and finding["detail"].endswith("as here, 1 jobs at work"), finding
+    assert finding["state"] == "ok" and "1 jobs" in finding["detail"], finding
     stop = "from ncsn.cluster.ray_jobs import RayJobs; from ncsn.config.compute import ComputeConfig; print(RayJobs("
     stop += f"ComputeConfig(ray_jobs={{'address': {jobs.nodes.dashboard!r}}})).stop_all('left'))"
     done = subprocess.run(
@@ -432,4 +438,4 @@ def test_doctor_and_finish_know_the_cluster(jobs: Jobs, config: Path) -> None:
     )
     (job,) = jobs.of("left")
     assert done.stdout.strip() == str([job["submission_id"]]), done.stderr
-    assert "was stopped; the same command goes on" in ended(launcher)
+    assert f"RemoteFailure: Ray job {job['submission_id']} was stopped" in ended(launcher)

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from kuberay_rules import fill_defaults, house_errors, load_schemas, operator_errors, schema_errors
+from refused import refused
 
 from ncsn.cluster.rayjob_manifest import JobRequest, fit_to_schema, load_template, render
 from ncsn.config.compute import ComputeConfig
+from ncsn.errors import NotFound
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
@@ -283,10 +285,10 @@ def test_an_older_crd_gets_no_field_that_it_does_not_know(*, rules: bool) -> Non
 def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "rayjob.yaml"
     monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(other))
-    with pytest.raises(FileNotFoundError, match="set NCSN_RAYJOB_TEMPLATE"):
+    with refused("NCSN_RAYJOB_TEMPLATE", error=NotFound):
         load_template()
     other.write_text("kind: Pod")
-    with pytest.raises(ValueError, match="is not a RayJob"):
+    with refused("NCSN_RAYJOB_TEMPLATE"):
         load_template()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refused import refused
 
 from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure
@@ -71,7 +72,7 @@ def test_a_pod_that_cannot_reach_the_store_is_a_failure(emulation, on_s3: Config
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
         "NCSN_STORE_PATIENCE": "0",
     }
-    with pytest.raises(RemoteFailure, match=r"RayJob ncsn-mine-train-\w+ failed \(AppFailed\).*driver\.log$"):
+    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w+ .*AppFailed.*driver\.log"):
         train.run(on_s3, run="mine", dataset=dataset)
 
 
@@ -95,7 +96,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
 def test_a_store_that_pods_cannot_reach_is_refused(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = from_yaml(TINY.format(root=tmp_path / "store"))
     dataset = ingest.run(config, run="mine").uri
-    with pytest.raises(ValueError, match=r"which the pods of compute\.backend 'kuberay' cannot reach; use s3://"):
+    with refused("storage.root"):
         train.run(config, run="mine", dataset=dataset)
 
 
@@ -128,7 +129,7 @@ def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, tm
     config = on_s3.model_copy(update={"train": on_s3.train.model_copy(update=settings)})
     dataset = ingest.run(config, run="orphan").uri
     monkeypatch.setattr("ncsn.steps.elsewhere.open_backend", partial(KubeRay, renew_seconds=1000))
-    with pytest.raises(RemoteFailure, match=r"LeaseExpired: .*nothing was begun"):
+    with pytest.raises(RemoteFailure, match="LeaseExpired: "):
         train.run(config, run="orphan", dataset=dataset)
     assert len(emulation.operator.started) == 2
     saved = storage.list_names(f"{config.storage.root}/runs/orphan/checkpoints")

@@ -48,7 +48,7 @@ def test_an_image_that_nobody_has_is_named_and_the_run_ended(
     connection, run_id = started
     said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
     emulation.cluster.create("pods", waiting_pod(run_id, "ImagePullBackOff", said))
-    with pytest.raises(RunFailed, match=f"Ingest images cannot start: ImagePullBackOff: image {IMAGE}"):
+    with pytest.raises(RunFailed, match=f"Ingest images .*ImagePullBackOff: .*{IMAGE}"):
         wait(connection, run_id, say=lambda _: None, poll_seconds=0.1)
     assert f"POST /apis/v2beta1/runs/{run_id}:terminate" in kfp_server.requests
     emulation.cluster.delete("pods", "ncsn-train-sd9mr-system-container-impl-1")
@@ -81,7 +81,7 @@ def test_without_a_cluster_it_says_that_it_cannot_see(
     kfp_server.runs[run_id]["state"] = "SUCCEEDED"
     said: list[str] = []
     wait(connection, run_id, say=said.append, poll_seconds=0.1)
-    assert [line for line in said if "cannot read the pods" in line] == said[:1]
+    assert [line for line in said if "KUBECONFIG" in line] == said[:1]
 
 
 def test_a_run_whose_workflow_was_deleted_is_over(
