@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ncsn.distributed.worker_context import WorkerContext
+from ncsn.errors import UserError
 
 
 def compile_network(network: nn.Module, context: WorkerContext) -> None:
@@ -17,14 +18,16 @@ def compile_network(network: nn.Module, context: WorkerContext) -> None:
     A collective call.
 
     Raises:
-        ValueError: on every worker alike, if the machine of one has no compiler.
+        UserError: on every worker alike, if the machine of one has no compiler.
     """
     on_cpu = context.device.type == "cpu"
     compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
     lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
     if context.sum_over_workers(lacks) > 0:
-        raise ValueError(
-            f"compute.compile = true needs a compiler on each worker, one of {', '.join(compilers)}; install one or "
-            "use compute.compile = false"
+        raise UserError(
+            "compute.compile",
+            f"needs a compiler on each worker, one of {', '.join(compilers)}",
+            hint="install one, or set it to false",
+            value=True,
         )
     network.compile()

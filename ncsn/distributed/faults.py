@@ -30,6 +30,7 @@ from torch import nn
 from ncsn import outages, storage
 from ncsn.data.cache import cache_folder
 from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
+from ncsn.errors import UserError
 
 FORMS = {
     "kill-worker": "kill-worker@images=N",
@@ -89,14 +90,21 @@ def parse(text: str, *, step: str) -> Fault:
     """Read `KIND@images=N`, followed by `:TIME` or `:SHARE` where the kind has one.
 
     Raises:
-        ValueError: saying what is wrong, and how it is written.
+        UserError: for a text that is no fault of the step.
     """
     kinds = KINDS[step]
     found = _FAULT.fullmatch(text)
     if found is None or found["kind"] not in kinds:
-        raise ValueError(f"--inject {text!r} is not a fault of {step}; use {', '.join(FORMS[kind] for kind in kinds)}")
+        raise UserError(
+            "--inject", f"not a fault of {step}", hint=f"use {', '.join(FORMS[kind] for kind in kinds)}", value=text
+        )
     kind, images, argument = found["kind"], int(found["images"]), found["argument"]
-    wrong = ValueError(f"--inject {text!r}: write {FORMS[kind]}, with a TIME such as 30s or 2m and a SHARE in (0, 1]")
+    wrong = UserError(
+        "--inject",
+        f"not of the form {FORMS[kind]}",
+        hint="a TIME is for example 30s or 2m, a SHARE is in (0, 1]",
+        value=text,
+    )
     if kind in _TIMED:
         duration = _TIME.fullmatch(argument or "")
         if duration is None:
@@ -115,15 +123,18 @@ def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal:
     """What `--inject` asks for.
 
     Raises:
-        ValueError: for a text that is no fault, a fault that is given twice, or a store fault on a local folder.
+        UserError: for a text that is no fault, a fault that is given twice, or a store fault on a local folder.
     """
     faults = [parse(text, step=step) for text in texts]
     for fault, text in zip(faults, texts, strict=True):
         if [other.name for other in faults].count(fault.name) > 1:
-            raise ValueError(f"--inject {text!r} is given twice; one fault strikes once at the same image")
+            raise UserError("--inject", "given twice; each fault happens once", value=text)
         if fault.kind.startswith("store-") and storage.is_local(run_uri):
-            raise ValueError(
-                f"--inject {text!r} needs a store that is a server: storage.root = s3://...; {run_uri} is a folder"
+            raise UserError(
+                "--inject",
+                f"needs a store on a server, and {run_uri} is a folder",
+                hint="set storage.root to s3://BUCKET/PREFIX",
+                value=text,
             )
     return Rehearsal(tuple(faults), run_uri)
 
@@ -211,7 +222,12 @@ class Rehearsal:
     def _cut_checkpoint(self, name: str) -> None:
         """Leave half of the weights of a checkpoint on the store, once it is there and Ray Train has it on its list."""
         if not name:
-            raise ValueError("cut-checkpoint: there is no checkpoint yet; strike after train.checkpoint_every_images")
+            raise UserError(
+                "--inject",
+                "there is no checkpoint yet",
+                hint="use a number of images above train.checkpoint_every_images",
+                value="cut-checkpoint",
+            )
         folder = storage.join(self.run_uri, CHECKPOINTS)
         snapshot = storage.join(folder, SNAPSHOT)
         give_up = time.monotonic() + LISTED_SECONDS

@@ -17,6 +17,7 @@ from ray.job_config import JobConfig
 
 from ncsn import outages
 from ncsn.config import Config
+from ncsn.errors import UserError
 from ncsn.launched import job_metadata
 
 LOOPBACK = "127.0.0.1"
@@ -92,11 +93,13 @@ def cluster_for(
     Raises:
         ConnectionError: as `ray_cluster`.
         RuntimeError: as `ray_cluster`, and as `require_resources`.
-        ValueError: if this machine has not what the config asks for.
+        UserError: if this machine has not what the config asks for.
     """
     if tasks <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
         if config.compute.use_gpu and not torch.cuda.is_available():
-            raise ValueError("compute.use_gpu = true, and this machine has no GPU that torch can use; set it to false")
+            raise UserError(
+                "compute.use_gpu", "this machine has no GPU that torch can use", hint="set it to false", value=True
+            )
         yield
         return
     with ray_cluster(config, metadata=metadata):
@@ -182,30 +185,32 @@ def require_resources(config: Config) -> None:
     soon as a lost head is replaced, half a minute before the workers are back.
 
     Raises:
-        ValueError: with the arithmetic, if this machine is too small.
-        TooFewResources: with the arithmetic, if another cluster stays too small for `JOIN_SECONDS`.
+        UserError: if this machine is too small.
+        TooFewResources: if another cluster stays too small for `JOIN_SECONDS`.
     """
     if autoscales() or (lack := _lack(config)) is None:
         return
     if os.environ.get(_OWN) == ray.get_runtime_context().gcs_address:
-        raise ValueError(lack)
+        raise lack
     _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)
     ends = time.monotonic() + JOIN_SECONDS
     while lack := _lack(config):
         if time.monotonic() > ends:
-            raise TooFewResources(f"{lack}, also after {JOIN_SECONDS:g} s")
+            raise TooFewResources(f"{lack} (waited {JOIN_SECONDS:g} s for more nodes)")
         time.sleep(_POLL_SECONDS)
     _logger.warning("the cluster is large enough now")
 
 
-def _lack(config: Config) -> str | None:
+def _lack(config: Config) -> UserError | None:
     have = ray.cluster_resources()
     needed = {"CPU": _cpus_needed(config), "GPU": config.compute.min_workers if config.compute.use_gpu else 0}
     for kind, count in needed.items():
         if count > have.get(kind, 0):
-            return (
-                f"compute.num_workers = {config.compute.num_workers} needs {count} {kind}s and the cluster has "
-                f"{have.get(kind, 0):g}; lower compute.num_workers or compute.cpus_per_worker"
+            return UserError(
+                "compute.num_workers",
+                f"needs {count} {kind}s and the cluster has {have.get(kind, 0):g}",
+                hint="lower it or compute.cpus_per_worker",
+                value=config.compute.num_workers,
             )
     return None
 

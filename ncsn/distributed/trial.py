@@ -20,7 +20,7 @@ from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed.trial_records import Judged, Rung, TrialFolder
-from ncsn.errors import NotFound
+from ncsn.errors import NotFound, UserError
 
 if TYPE_CHECKING:
     from ncsn.distributed.worker_loop import TrainOutcome
@@ -142,7 +142,9 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     ]
     best = min(sweep, key=lambda judged: math.inf if judged.objective is None else judged.objective)
     if best.objective is None:
-        raise ValueError(f"all {len(sweep)} samplers leave the finite numbers at {images} training images")
+        raise UserError(
+            "sampling.sampler", f"all {len(sweep)} samplers give images that are not finite at {images} training images"
+        )
     return Rung(
         images_seen=images,
         objective=best.objective,

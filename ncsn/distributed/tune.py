@@ -26,6 +26,7 @@ from ncsn.distributed.local_cluster import autoscales
 from ncsn.distributed.suggestions import Suggestions
 from ncsn.distributed.trial import FAILED, SearchPlan, run_trial
 from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trials, trial_key
+from ncsn.errors import UserError
 
 # It misses the files of those loggers.
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -56,7 +57,7 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
         wanted: An upper limit, or None.
 
     Raises:
-        ValueError: if it cannot hold one, with the arithmetic.
+        UserError: if it cannot hold one.
     """
     each = {
         "CPU": float(compute.min_workers * compute.cpus_per_worker),
@@ -66,9 +67,11 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
     room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}
     scarce = min(room, key=lambda kind: room[kind])
     if room[scarce] < 1:
-        raise ValueError(
-            f"a trial of compute.num_workers = {compute.num_workers} takes {each[scarce]:g} {scarce} and the cluster "
-            f"has {resources.get(scarce, 0):g}; lower compute.num_workers or compute.cpus_per_worker"
+        raise UserError(
+            "compute.num_workers",
+            f"a trial takes {each[scarce]:g} {scarce} and the cluster has {resources.get(scarce, 0):g}",
+            hint="lower it or compute.cpus_per_worker",
+            value=compute.num_workers,
         )
     return min(room[scarce], wanted or room[scarce])
 
@@ -77,7 +80,7 @@ def search(plan: SearchPlan, observer: Observer) -> None:
     """Run what is left of a search on the connected cluster; the trials' folders hold what it found.
 
     Raises:
-        ValueError: if the cluster is too small for one trial.
+        UserError: if the cluster is too small for one trial.
     """
     settings, compute = plan.config.search, plan.config.compute
     assert settings is not None

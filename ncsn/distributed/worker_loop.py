@@ -34,12 +34,13 @@ from ncsn.distributed.faults import Rehearsal
 from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
+from ncsn.errors import UserError
 from ncsn.history import load_history
 from ncsn.lease import Lease, LeaseExpired
 
 
-class DivergedError(ValueError):
-    """Training has left the finite numbers."""
+class DivergedError(UserError):
+    """Training diverged: a loss or a gradient is not finite."""
 
 
 class MetricsSink(Protocol):
@@ -194,8 +195,11 @@ class Training:
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
             raise DivergedError(
+                "optimizer.learning_rate",
                 f"training diverged: loss {point['train/loss']}, gradient norm {point['train/grad_norm_max']} by "
-                f"images_seen = {images_seen}; {kept}; lower optimizer.learning_rate or set optimizer.grad_clip_norm"
+                f"images_seen = {images_seen}; {kept}",
+                hint="lower it or set optimizer.grad_clip_norm",
+                value=self.config.optimizer.learning_rate,
             )
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         if self.context.rank == 0 and self.job.sink:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refused import refused
 from safetensors.torch import load_file
 
 from ncsn import outages, storage
@@ -38,33 +39,34 @@ def test_a_fault_is_read(text: str, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "step", "message"),
+    ("text", "step", "form"),
     [
-        ("kill@images=3", "train", "'kill@images=3' is not a fault of train; use kill-worker@images=N, "),
-        ("kill-worker@image=3", "train", "is not a fault of train"),
-        ("kill-worker@images=-3", "train", "is not a fault of train"),
-        ("kill-worker@images=3:4s", "train", "write kill-worker@images=N, "),
-        ("nan@images=3", "sample", "is not a fault of sample; use store-down@images=N:TIME, store-errors"),
-        ("store-down@images=3", "train", "write store-down@images=N:TIME, with a TIME such as 30s or 2m"),
-        ("store-down@images=3:30", "train", "write store-down@images=N:TIME"),
-        ("store-errors@images=3:1.5", "train", r"write store-errors@images=N:SHARE, .* a SHARE in \(0, 1\]"),
-        ("store-errors@images=3:0.0", "train", "write store-errors@images=N:SHARE"),
+        ("kill@images=3", "train", "kill-worker@images=N"),
+        ("kill-worker@image=3", "train", "kill-worker@images=N"),
+        ("kill-worker@images=-3", "train", "kill-worker@images=N"),
+        ("kill-worker@images=3:4s", "train", "kill-worker@images=N"),
+        ("nan@images=3", "sample", "store-down@images=N:TIME"),
+        ("store-down@images=3", "train", "store-down@images=N:TIME"),
+        ("store-down@images=3:30", "train", "store-down@images=N:TIME"),
+        ("store-errors@images=3:1.5", "train", "store-errors@images=N:SHARE"),
+        ("store-errors@images=3:0.0", "train", "store-errors@images=N:SHARE"),
     ],
 )
-def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, form: str) -> None:
+    with refused("--inject") as caught:
         parse(text, step=step)
-    assert "\n" not in str(refused.value)
+    (problem,) = caught.value.problems
+    assert problem.value == text
+    assert form in str(problem)
 
 
 def test_a_rehearsal_that_could_not_happen_is_refused() -> None:
     assert rehearsal([], step="train", run_uri="/run").faults == ()
-    with pytest.raises(ValueError, match="'nan@images=3' is given twice"):
+    with refused("--inject"):
         rehearsal(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
-    with pytest.raises(
-        ValueError, match=r"needs a store that is a server: storage\.root = s3://\.\.\.; /run is a folder"
-    ):
+    with refused("--inject") as caught:
         rehearsal(["store-down@images=3:1s"], step="train", run_uri="/run")
+    assert "storage.root" in caught.value.problems[0].hint
     assert all(
         parse(form.replace("N", "1").replace("TIME", "1s").replace("SHARE", "1"), step="train")
         for form in FORMS.values()
@@ -109,10 +111,9 @@ def test_a_nan_ends_training_and_is_forgotten_by_the_same_command(
     whole: Path, tiny: str, dataset: str, tmp_path: Path
 ) -> None:
     config = from_yaml(tiny)
-    with pytest.raises(
-        DivergedError, match=r"loss nan.* by images_seen = 128; the last good checkpoint is images-0*80;"
-    ):
+    with refused("optimizer.learning_rate", error=DivergedError) as caught:
         run(tmp_path, config, dataset, "nan@images=100")
+    assert all(fact in str(caught.value) for fact in ("loss nan", "images_seen = 128", "images-000000080"))
     run(tmp_path, config, dataset, "nan@images=100")
     assert_same(whole, tmp_path)
 
@@ -152,7 +153,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_named(
     damaged.write_bytes(damaged.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         run(tmp_path, from_yaml(tiny), dataset)
-    assert f"checkpoint {LAST} is damaged ({name} " in caplog.text
+    assert LAST in caplog.text and name in caplog.text
     assert_same(whole, tmp_path)
 
 
@@ -164,7 +165,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
     for name in ("images-000000080", LAST):
         storage.write_bytes(f"{s3_root}/checkpoints/{name}/ema.safetensors", b"half")
     train_loop(job, StoreContext(f"{s3_root}/checkpoints"))
-    assert caplog.text.count("is damaged (ema.safetensors differs from its checksum)") == 2
+    assert caplog.text.count("ema.safetensors") == 2
     with storage.local_copy(f"{s3_root}/checkpoints/{LAST}") as folder:
         made = (folder / "ema.safetensors").read_bytes()
     assert made == (whole / "checkpoints" / LAST / "ema.safetensors").read_bytes()
@@ -179,6 +180,6 @@ def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkey
         outages.refuse("tracking")
         faults.strike(range(8), share=range(4), rank=0)
         outages.refuse("store")
-        with pytest.raises(ConnectionRefusedError, match="the tracking server is away for 60 s more"):
+        with pytest.raises(ConnectionRefusedError, match="60 s"):
             outages.refuse("tracking")
     outages.refuse("tracking")

@@ -38,7 +38,7 @@ def test_a_worker_that_joins_late_is_waited_for(tiny: str, tmp_path: Path) -> No
     assert "num_workers: 2" in config
     with RayNodes(tmp_path, count=1, cpus=1) as cluster:
         told, _ = drive(cluster, config, seconds=1).communicate(timeout=60)
-        assert "too few: compute.num_workers = 2 needs 2 CPUs and the cluster has 1" in told
+        assert "too few: compute.num_workers = 2: " in told
         driver = drive(cluster, config, seconds=120)
         assert driver.stdout is not None
         assert driver.stdout.readline() == "joined\n"

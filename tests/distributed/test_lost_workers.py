@@ -44,16 +44,16 @@ def said(lost: LostWorkers, *errors: Exception, caplog: pytest.LogCaptureFixture
 
 def test_a_lost_worker_is_one_line_until_training_ends(run_uri: str, caplog: pytest.LogCaptureFixture) -> None:
     lost = LostWorkers(run_uri, max_failures=1)
-    line = ["worker lost, training resumes from images-000070016"]
-    assert said(lost, RuntimeError("connection closed by peer"), died(), caplog=caplog) == line
-    assert said(lost, died(preempted=True), caplog=caplog) == line, "Ray Train counts these apart"
+    (line,) = said(lost, RuntimeError("connection closed by peer"), died(), caplog=caplog)
+    assert line.endswith("images-000070016")
+    assert said(lost, died(preempted=True), caplog=caplog) == [line], "Ray Train counts these apart"
     assert said(lost, died(), caplog=caplog) == []
 
 
 def test_what_a_worker_raised_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     error = RuntimeError("CUDA out of memory\nTried to allocate 2 GiB")
-    line = "worker 0 failed with RuntimeError: CUDA out of memory, training resumes from the start"
-    assert said(LostWorkers(str(tmp_path), max_failures=3), error, caplog=caplog) == [line]
+    (line,) = said(LostWorkers(str(tmp_path), max_failures=3), error, caplog=caplog)
+    assert "worker 0 " in line and "RuntimeError: CUDA out of memory" in line
 
 
 def test_why_training_failed_is_one_line() -> None:

@@ -20,6 +20,7 @@ import torch
 from live_scores import live_scores
 from obstacle import Obstacle
 from ray_driver import RayDriver, ray_driver, with_environment, with_progress
+from refused import refused
 from safetensors.torch import load_file
 
 from ncsn.checkpoint import verify
@@ -147,10 +148,8 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     faults = rehearsal(["cut-checkpoint@images=120"], step="train", run_uri=str(tmp_path))
     job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, rehearsal=faults)
     outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
-    assert outcome.notes == (
-        "checkpoint images-000000096 is damaged (weights.safetensors differs from its checksum): training went on from "
-        "images-000000048",
-    )
+    (note,) = outcome.notes
+    assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
     assert [path.name for path in (tmp_path / "faults").iterdir()] == ["cut-checkpoint-120"]
     for name in ("weights", "ema", "optimizer"):
         whole, disturbed = (tensors(run / "checkpoints" / "images-000000160", name) for run in (trained, tmp_path))
@@ -164,12 +163,12 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
 def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, dataset: str) -> None:
     """A checkpoint of another config would fail at every retry."""
     other = two_workers(tiny, "noise.sigma_1=2.0")
-    with pytest.raises(ValueError, match=r"trained with another config: noise\.sigma_1 is 1\.0 there and 2\.0 here"):
+    with pytest.raises(ValueError, match=r"noise\.sigma_1"):
         cluster.driver(trainer.train, TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: str) -> None:
-    with pytest.raises(ValueError, match=r"compute\.num_workers = 8 needs 8 CPUs and the cluster has [2-7];"):
+    with refused("compute.num_workers"):
         cluster.driver(require_resources, from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
 
 
@@ -330,7 +329,7 @@ def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.Mon
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
     with (
-        pytest.raises(ValueError, match=r"compute\.use_gpu = true, and this machine has no GPU"),
+        refused("compute.use_gpu"),
         cluster_for(config, tasks=1),
     ):
         pass
@@ -338,9 +337,7 @@ def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.Mon
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny, overrides=["sampling.sampler.epsilon=1.0", "sampling.sampler.steps_per_level=200"])
-    with pytest.raises(
-        ValueError, match=r"are not finite with sampling\.sampler .*'epsilon': 1\.0.*; lower its step size"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"sampling\.sampler .*'epsilon': 1\.0") as caught:
         sample(tmp_path, config, batch=10)
     assert "\n" not in str(caught.value)
 

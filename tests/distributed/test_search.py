@@ -54,8 +54,9 @@ def test_as_many_trials_as_the_cluster_holds(
 
 
 def test_a_cluster_that_cannot_hold_one_trial_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a trial of compute\.num_workers = 4 takes 4 GPU and the cluster has 1;"):
+    with refused("compute.num_workers") as caught:
         trials_at_once({"CPU": 64, "GPU": 1, "memory": GIB}, ComputeConfig(num_workers=4, use_gpu=True), wanted=None)
+    assert "4 GPU" in str(caught.value)
 
 
 def follow(scheduler: Halving, name: str, values: dict[str, Any], objectives: list[float], rungs: list[int]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refused import refused
 from safetensors.torch import load_file
 
 from ncsn import build
@@ -227,9 +228,7 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
 
 
 def test_float16_is_refused_on_a_cpu(tiny: str, dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^train\.precision = float16 trains on GPUs only; .* use bfloat16 or float32$"
-    ):
+    with pytest.raises(ValueError, match=r"^train\.precision = .*float16"):
         train(from_yaml(tiny, overrides=["train.precision=float16"]), dataset, tmp_path)
 
 
@@ -237,8 +236,9 @@ def test_compiling_without_a_compiler_is_a_mistake(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"^compute\.compile = true needs a compiler on each worker, one of g\+\+"):
+    with refused("compute.compile") as caught:
         train(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
+    assert "g++" in str(caught.value)
 
 
 def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
@@ -289,10 +289,9 @@ def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str,
             self.network = network
             return network
 
-    with pytest.raises(
-        DivergedError, match=r"loss nan.* by images_seen = 96; the last good checkpoint is images-0*80;"
-    ):
+    with refused("optimizer.learning_rate", error=DivergedError) as caught:
         train_loop(TrainingJob(config=config, dataset=dataset), Poisoned(tmp_path))
+    assert all(fact in str(caught.value) for fact in ("loss nan", "images_seen = 96", "images-000000080"))
     assert [path.name for path in tmp_path.iterdir()] == ["images-000000080"]
 
 
