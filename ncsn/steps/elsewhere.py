@@ -9,6 +9,7 @@ from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
 from ncsn.config import Config, to_yaml
 from ncsn.data.manifest import load_manifest
+from ncsn.errors import UserError
 from ncsn.steps.outcome import clear_outcome
 from ncsn.steps.result import RunFolder, stored_mistake
 
@@ -46,9 +47,11 @@ def _run_elsewhere(
     config: Config, folder: RunFolder, step: str, options: list[str], *, inputs: Mapping[str, str]
 ) -> None:
     if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
-        raise ValueError(
-            f"storage.root = {config.storage.root!r} is a folder of this machine, which the pods of compute.backend "
-            f"{config.compute.backend!r} cannot reach; use s3://bucket/prefix"
+        raise UserError(
+            "storage.root",
+            f"is a folder of this machine, which the pods of compute.backend {config.compute.backend} cannot reach",
+            hint="use s3://BUCKET/PREFIX",
+            value=config.storage.root,
         )
     backend = open_backend(_sized(config, step, inputs).compute)
     assert backend is not None

@@ -13,6 +13,7 @@ from ncsn.config import Config
 from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
 from ncsn.distributed.local_cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
+from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.feature_pieces import PIECE_IMAGES
 from ncsn.evaluation.figures import Figure, Measured, metric_name
@@ -229,16 +230,17 @@ def _tasks(config: Config, dataset: str) -> int:
 
 def _check_inputs(samples: str, dataset: str) -> None:
     if not storage.exists(storage.join(dataset, MANIFEST)):
-        raise ValueError(f"no data set at {dataset}; run `ncsn ingest` first")
+        raise NotFound(dataset, "no dataset", hint="run `ncsn ingest` first")
     if not storage.exists(samples):
-        raise FileNotFoundError(f"no samples folder at {samples}; run `ncsn sample` first")
+        raise NotFound(samples, "no folder of samples", hint="run `ncsn sample` first")
 
 
 def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> None:
     if shape != manifest.shape:
-        raise ValueError(
-            f"the samples at {samples} are {_pixels(shape)}, the data set has {_pixels(manifest.shape)}; "
-            "evaluate them against the data set that their model was trained on"
+        raise UserError(
+            samples,
+            f"the samples are {_pixels(shape)}, the dataset has {_pixels(manifest.shape)}",
+            hint="evaluate them against the dataset that their model was trained on",
         )
 
 

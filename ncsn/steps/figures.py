@@ -18,6 +18,7 @@ from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
+from ncsn.errors import UserError
 from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.history import load_history
 from ncsn.planning import Prices
@@ -123,9 +124,9 @@ def run(
 
 def _check(nfe: Sequence[int], num_images: int) -> None:
     if not nfe or min(nfe) < 1:
-        raise ValueError(f"nfe must be numbers of evaluations per image, each at least 1, got {list(nfe)}")
+        raise UserError("--nfe", "must be numbers of evaluations per image, each at least 1", value=list(nfe))
     if num_images < 2:
-        raise ValueError(f"num_images must be at least 2, a single image has no spread, got {num_images}")
+        raise UserError("--num-images", "must be at least 2, since a single image has no spread", value=num_images)
 
 
 def subject_of(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from ncsn.core.networks.released_checkpoint import (
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import image_moments
+from ncsn.errors import UserError
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import RunFolder, claim_run, once
@@ -37,20 +40,24 @@ def run(config: Config, *, run: str, file: str, dataset: str) -> TrainResult:
         dataset: URI of the ingested images: their moments are part of a checkpoint, and training goes on with them.
 
     Raises:
-        FileNotFoundError: if there is no such file or data set.
-        ValueError: if the file is not a released checkpoint or does not fit the config, or the run has been trained.
+        FileNotFoundError: if there is no such file or dataset.
+        UserError: if the file is not a released checkpoint or does not fit the config, or the run has been trained.
     """
     folder = claim_run(config, run)
     config = settle_noise(config, run, load_manifest(dataset))
     if config.network.kind == "unet":
-        raise ValueError("no released checkpoint is of network.kind = unet; use network.kind ncsn or ncsnv2")
+        raise UserError(
+            "network.kind", "no released checkpoint has this network", hint="use ncsn or ncsnv2", value="unet"
+        )
     with Path(file).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
 
     def work(progress: ProgressFile) -> TrainResult:
         if storage.list_names(folder.checkpoints):
-            raise ValueError(f"run {run!r} has checkpoints already; choose another --run NAME")
-        result = _import(config, read_released_checkpoint(file), folder, file=file, dataset=dataset)
+            raise UserError("--run", "has checkpoints already", hint="choose another --run NAME", value=run)
+        with _wrong_in(file):
+            released = read_released_checkpoint(file)
+        result = _import(config, released, folder, file=file, dataset=dataset)
         progress(result.images_seen, result.images_seen)
         return result
 
@@ -67,10 +74,8 @@ def run(config: Config, *, run: str, file: str, dataset: str) -> TrainResult:
 
 def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, file: str, dataset: str) -> TrainResult:
     state = build.train_state(config)
-    try:
+    with _wrong_in(file):
         load_released_checkpoint(released, network=state.network, optimizer=state.optimizer, ema=state.ema)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     _require_levels(config, released, file=file)
     state.images_seen = released.num_steps * config.train.batch_size
     uri = storage.join(folder.checkpoints, checkpoint.folder_name(state.images_seen))
@@ -92,11 +97,22 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
     )
 
 
+@contextmanager
+def _wrong_in(file: str) -> Iterator[None]:
+    """Turn what `ncsn.core` refuses into an error about the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(file, str(error).removeprefix(file).lstrip(": ")) from None
+
+
 def _require_levels(config: Config, released: ReleasedCheckpoint, *, file: str) -> None:
     """NCSNv2's files hold their sigmas, NCSN's do not."""
     theirs, ours = released.weights.get("sigmas"), build.sigmas(config)
     if theirs is not None and not torch.allclose(theirs.float(), ours, rtol=_SIGMA_TOLERANCE, atol=0):
-        raise ValueError(
-            f"{file} was trained with sigmas from {float(theirs[0]):g} to {float(theirs[-1]):g}, but noise.sigma_1 = "
-            f"{config.levels.sigma_1:g} and noise.sigma_L = {config.levels.sigma_L:g}; set them to the file's"
+        raise UserError(
+            "noise",
+            f"sigmas from {config.levels.sigma_1:g} to {config.levels.sigma_L:g}, but {file} was trained with sigmas "
+            f"from {float(theirs[0]):g} to {float(theirs[-1]):g}",
+            hint="set noise.sigma_1 and noise.sigma_L to those of the file",
         )

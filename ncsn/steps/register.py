@@ -13,6 +13,7 @@ from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
+from ncsn.errors import UserError
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.samples import read_samples
 from ncsn.report.costs import cost_line
@@ -121,9 +122,10 @@ def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) ->
     }
     for key, value in wanted.items():
         if manifest[key] != value:
-            raise ValueError(
-                f"{figures['uri']} measures samples of {key} {manifest[key]}, not of {value}; "
-                "sample and evaluate with the checkpoint and the sampler that are to be registered"
+            raise UserError(
+                figures["uri"],
+                f"measures samples of {key} {manifest[key]}, not of {value}",
+                hint="sample and evaluate with the checkpoint and the sampler that are to be registered",
             )
 
 
@@ -133,9 +135,10 @@ def _candidate(
     name = loaded.config.registered_model
     manifest = load_manifest(figures["dataset"])
     if manifest.digest != loaded.dataset_digest:
-        raise ValueError(
-            f"{checkpoint} was trained on the data set {loaded.dataset_digest}, but {figures['uri']} measures against "
-            f"{manifest.digest}; evaluate with the data set of the training"
+        raise UserError(
+            figures["uri"],
+            f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}",
+            hint="evaluate with the dataset of the training",
         )
     tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
@@ -195,10 +198,10 @@ def _evidence(figures: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
     """What the gate looks at.
 
     Raises:
-        ValueError: for an evaluation that was written before figures had an uncertainty.
+        UserError: for an evaluation that was written before figures had an uncertainty.
     """
     if "memorisation" not in figures:
-        raise ValueError(f"{figures['uri']} was written by an earlier version of ncsn; run `ncsn evaluate` again")
+        raise UserError(figures["uri"], "written by an earlier version of ncsn", hint="run `ncsn evaluate` again")
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     broken = not_finite({**figures["metrics"], **figures["real_metrics"], **weights})
     return Evidence(Measurement(**figures["gate"]), Memorisation(**figures["memorisation"]), tuple(broken))

@@ -29,7 +29,7 @@ RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 R = TypeVar("R")
 
 
-class ForeignRun(ValueError):
+class ForeignRun(UserError):
     """The name of a run belongs to another config."""
 
 
@@ -88,12 +88,14 @@ def run_folder(config: Config, run: str) -> RunFolder:
     """The folder of `run` below `config.storage.root`.
 
     Raises:
-        ValueError: for a name that cannot be a folder, a Ray job and an MLflow run at once.
+        UserError: for a name that cannot be a folder, a Ray job and an MLflow run at once.
     """
     if not RUN_PATTERN.fullmatch(run):
-        raise ValueError(
-            f"run name {run!r} is not valid: 1 to 63 lower-case letters, digits, '-', '_' and '.', "
-            "starting and ending with a letter or digit"
+        raise UserError(
+            "--run",
+            "is not a valid name",
+            hint="use 1 to 63 lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit",
+            value=run,
         )
     return RunFolder(root=storage.absolute(config.storage.root), run=run)
 
@@ -103,7 +105,7 @@ def claim_run(config: Config, run: str) -> RunFolder:
 
     Raises:
         ForeignRun: if another config (in what decides the weights) uses the name; the message says what differs.
-        ValueError: for a name that no run can have.
+        UserError: for a name that no run can have.
     """
     folder = run_folder(config, run)
     if storage.publish_once(folder.config, to_yaml(config).encode()):
@@ -123,19 +125,24 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ForeignRun(f"run {run!r} belongs to another config: {shown}{more}; choose another --run NAME")
+        raise ForeignRun(
+            "--run", f"belongs to another config: {shown}{more}", hint="choose another --run NAME", value=run
+        )
 
 
 def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
     """The stored result of an earlier step.
 
     Raises:
-        ValueError: if that step has not finished in this run.
+        UserError: if that step has not finished in this run.
     """
     stored = stored_record(folder, step)
     if stored is None:
-        raise ValueError(
-            f"run {folder.run!r} has no result of step {step!r}; run `ncsn {step} --run {folder.run}` first"
+        raise UserError(
+            "--run",
+            f"has no result of step {step}",
+            hint=f"run `ncsn {step} --run {folder.run}` first",
+            value=folder.run,
         )
     return result_type(**stored["result"])
 

@@ -17,6 +17,7 @@ from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_yaml
 from ncsn.distributed.local_cluster import cluster_for
 from ncsn.distributed.sample_shards import Shard, sample_missing, shards
+from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.report.figures import grid_png
@@ -110,18 +111,21 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
     """Take the folder for images of this source, or find that it is theirs already.
 
     Raises:
-        ValueError: if it holds images of another.
+        UserError: if it holds images of another.
     """
     manifest = storage.join(folder, MANIFEST)
     if storage.exists(folder) and storage.list_names(folder) and not storage.exists(manifest):
-        raise ValueError(f"{folder} is not empty and not a folder of samples; choose another --out")
+        raise UserError("--out", "not empty and not a folder of samples", hint="choose another folder", value=folder)
     if storage.publish_once(manifest, json.dumps(source, indent=1).encode()):
         return
     found = storage.read_json(manifest)
     for key, wanted in source.items():
         if found.get(key) != wanted:
-            raise ValueError(
-                f"{folder} holds images of {key} {found.get(key)!r}, not of {wanted!r}; choose another --out"
+            raise UserError(
+                "--out",
+                f"holds images of {key} {found.get(key)!r}, not of {wanted!r}",
+                hint="choose another folder",
+                value=folder,
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.core import toy
 from ncsn.core.toy import TWO_MODES, ModeReport, PlainScoreMlp
+from ncsn.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def _samples(network: PlainScoreMlp, *, seed: int) -> dict[str, ModeReport]:
     }
     for name, x in points.items():
         if not torch.isfinite(x).all():
-            raise ValueError(f"{name} diverged with seed {seed}; choose another seed")
+            raise UserError("--seed", f"{name} diverged", hint="choose another seed", value=seed)
     return {name: toy.mode_report(x) for name, x in points.items()}
 
 

@@ -12,6 +12,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.errors import UserError
 from ncsn.lease import Lease
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
@@ -56,7 +57,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
 
     Raises:
         FileNotFoundError: if there is no data set at `dataset`.
-        ValueError: if the run belongs to another config, training diverges, the cluster is too small, CPUs are to train
+        UserError: if the run belongs to another config, training diverges, the cluster is too small, CPUs are to train
             in float16, or `inject` names no fault.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
@@ -66,9 +67,11 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
     manifest = load_manifest(dataset)
     config = settle_noise(config, run, manifest)
     if config.evaluation.extractor == "classifier" and not manifest.class_names:
-        raise ValueError(
-            f"the data set {dataset} has no labels, so its samples could not be evaluated by a classifier; sort the "
-            "images into one subfolder per class, or set evaluation.extractor to inception and evaluation.weights"
+        raise UserError(
+            "evaluation.extractor",
+            f"needs labels, and the dataset {dataset} has none",
+            hint="sort the images into one subfolder per class, or set it to inception and set evaluation.weights",
+            value="classifier",
         )
 
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would

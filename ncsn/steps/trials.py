@@ -10,6 +10,7 @@ from ncsn.config import Config
 from ncsn.config.search import EPSILON, variant
 from ncsn.distributed.trial import SearchPlan
 from ncsn.distributed.trial_records import Rung, TrialRecord
+from ncsn.errors import UserError
 from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 
@@ -22,14 +23,15 @@ def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -
         accidents: URI of a trial's folder -> what ended it from outside.
 
     Raises:
-        ValueError: if none reached a rung; with a reason.
+        UserError: if none reached a rung.
     """
     sound = [trial for trial in trials if trial.failure is None and trial.rungs]
     if not sound:
         reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]
-        raise ValueError(
-            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}; "
-            "narrow search.space to settings that train"
+        raise UserError(
+            "search.space",
+            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
+            hint="narrow it to settings that train",
         )
     furthest = max(trial.rungs[-1].images_seen for trial in sound)
     level = [trial for trial in sound if trial.rungs[-1].images_seen == furthest]

@@ -18,6 +18,7 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trial import SearchPlan
 from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.distributed.tune import search
+from ncsn.errors import UserError
 from ncsn.evaluation.figures import metric_name
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.lease import Lease
@@ -81,12 +82,14 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         FileNotFoundError: if there is no data set at `dataset`.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
-        ValueError: if the config has no search, the run belongs to another config, the cluster is too small for a
+        UserError: if the config has no search, the run belongs to another config, the cluster is too small for a
             trial, or no trial reached its first rung.
     """
     if config.search is None:
-        raise ValueError(
-            "the config has no search section; add one, or give --set search.num_trials=16 for a search with defaults"
+        raise UserError(
+            "search",
+            "missing",
+            hint="add this section, or pass --set search.num_trials=16 for a search with defaults",
         )
     folder, trained_as = claim_run(config, run), run_folder(config, f"{run}-best").run
     manifest = load_manifest(dataset)

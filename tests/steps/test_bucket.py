@@ -60,7 +60,8 @@ def test_a_bucket_is_as_good_as_a_folder(config: Config, save_untrained) -> None
     assert registered.aliases == ["challenger", "champion"]
     page = report.run(config, run=RUN, evaluation=figures.uri)
     assert page.uri == f"{config.storage.root}/runs/{RUN}/report/report.html"
-    assert f"version 1 of ncsn-tiny and became the champion: {registered.reason}" in storage.read_text(page.uri)
+    text = storage.read_text(page.uri)
+    assert "version 1 of ncsn-tiny" in text and registered.reason in text
     assert all(uri.startswith(f"{config.storage.root}/") for uri in (data.uri, figures.uri, page.uri))
     for step in ("ingest", "evaluate", "register", "report"):
         assert storage.exists(f"{config.storage.root}/runs/{RUN}/steps/{step}/result.json")

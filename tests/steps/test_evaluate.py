@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from refused import refused
 from threadpoolctl import threadpool_limits
 
 from ncsn.config import Config
@@ -15,6 +16,7 @@ from ncsn.data.cache import open_cache
 from ncsn.data.parquet import write_dataset
 from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
 from ncsn.evaluation import feature_pieces
 from ncsn.evaluation.classifier import ClassifierExtractor
 from ncsn.evaluation.extractors import Extracted
@@ -141,7 +143,7 @@ def test_an_interrupted_evaluation_looks_at_what_is_missing(
     broken = folder / "shard-000000300-000000400.parquet"
     content = broken.read_bytes()
     broken.write_bytes(b"torn")
-    with pytest.raises(ValueError, match="not a readable shard"):
+    with pytest.raises(ValueError, match=broken.name):
         evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
     assert sum(looked_at) == 300
     broken.write_bytes(content)
@@ -196,17 +198,20 @@ def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_p
 def test_inception_figures_of_fewer_samples_than_published_ones_say_so() -> None:
     assert step._notes(50_000, 50_000, extractor="inception") == []
     (note,) = step._notes(10_000, 10_000, extractor="inception")
-    assert "over 50,000 samples, these are over 10,000" in note and "sampling.num_images = 50000" in note
+    assert "50,000" in note and "10,000" in note and "sampling.num_images" in note
     assert step._notes(512, 512, extractor="classifier") == []
 
 
 def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:
     config = make_config(store)
     samples = write_samples(tmp_path / "large", np.zeros((500, 28, 28, 1), np.uint8))
-    with pytest.raises(ValueError, match=r"are 28x28x1, the data set has 8x8x1; evaluate them against"):
+    with refused(samples) as caught:
         evaluate(config, samples=samples, dataset=dataset, folder=tmp_path / "out")
+    assert "28x28x1" in str(caught.value) and "8x8x1" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(FileNotFoundError, match=r"no samples folder at .*nowhere; run `ncsn sample` first"):
+    with refused(str(tmp_path / "nowhere"), error=NotFound) as caught:
         step.run(config, run="bad", samples=str(tmp_path / "nowhere"), dataset=dataset)
-    with pytest.raises(ValueError, match=r"no data set at .*; run `ncsn ingest` first"):
+    assert "`ncsn sample`" in caught.value.problems[0].hint
+    with refused(str(tmp_path), error=NotFound) as caught:
         step.run(config, run="bad", samples=samples, dataset=str(tmp_path))
+    assert "`ncsn ingest`" in caught.value.problems[0].hint

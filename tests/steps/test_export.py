@@ -51,6 +51,6 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(config: Config
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is not a checkpoint"):
+    with pytest.raises(ValueError, match="nowhere"):
         export.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()

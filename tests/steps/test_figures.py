@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from refused import refused
 from threadpoolctl import threadpool_limits
 
 from ncsn import storage
@@ -183,22 +184,17 @@ def test_other_settings_go_where_they_are_told(finished: FinishedRun, tmp_path: 
     (tmp_path / "away.json").rename(claim_run(finished.config, "mine").history)
     assert Path(other.uri) == tmp_path / "out" / "figures.json"
     assert list(other.figures) == PICTURES[2:]
-    assert any("before their history was kept" in note for note in other.notes)
+    assert any("history" in note for note in other.notes)
     facts = json.loads(Path(other.uri).read_text())
     assert facts["inpainting"]["sampler"]["kind"] == "annealed_langevin"
     assert [point["sampler"]["kind"] for point in facts["quality"]["points"]] == ["probability_flow"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"nfe": []}, r"nfe must be numbers .* at least 1, got \[\]"),
-        ({"nfe": [10, 0]}, r"each at least 1, got \[10, 0\]"),
-        ({"num_images": 1}, "num_images must be at least 2, a single image has no spread, got 1"),
-    ],
+    ("settings", "key"), [({"nfe": []}, "--nfe"), ({"nfe": [10, 0]}, "--nfe"), ({"num_images": 1}, "--num-images")]
 )
-def test_mistakes(finished: FinishedRun, settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_mistakes(finished: FinishedRun, settings: dict[str, object], key: str) -> None:
+    with refused(key):
         finished.figures(**settings)
 
 

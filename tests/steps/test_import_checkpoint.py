@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refused import refused
 from safetensors.torch import load_file
 
 from ncsn import build, checkpoint, storage
@@ -120,20 +121,22 @@ def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset:
     path = tmp_path / "checkpoint.pth"
     content = released(trained, path)
 
-    def refused(match: str, *overrides: str) -> None:
+    def refuses(run: str, key: str, *overrides: str) -> str:
         config = experiment(tmp_path, name, *overrides)
-        with pytest.raises(ValueError, match=match):
-            import_checkpoint.run(config, run=f"r{len(overrides)}{abs(hash(match))}", file=str(path), dataset=dataset)
+        with refused(key) as caught:
+            import_checkpoint.run(config, run=run, file=str(path), dataset=dataset)
+        return str(caught.value)
 
-    refused(r"checkpoint\.pth: the weights are of another network: begin_conv\.weight", "network.num_features=8")
-    refused("no released checkpoint is of network.kind = unet".replace(".", r"\."), "network={kind: unet}")
+    assert "begin_conv.weight" in refuses("features", str(path), "network.num_features=8")
+    refuses("kind", "network.kind", "network={kind: unet}")
     if name == "second":
-        refused(r"sigmas from 1 to 0\.01, but noise\.sigma_1 = 2 and noise\.sigma_L = 0\.01", "noise.sigma_1=2")
+        refuses("levels", "noise", "noise.sigma_1=2")
     content[0]["module.extra"] = content[0].pop("module.end_conv.bias")
     torch.save(content, path)
-    refused(r"1 names missing \(end_conv\.bias\), 1 unknown \(extra\)")
+    error = refuses("names", str(path))
+    assert "(end_conv.bias)" in error and "(extra)" in error
     torch.save({"state_dict": content[0]}, path)
-    refused(r"holds dict; expected the list")
+    assert "dict" in refuses("type", str(path))
 
 
 def test_a_trained_run_is_left_alone(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
@@ -142,5 +145,5 @@ def test_a_trained_run_is_left_alone(trained: tuple[str, Path], dataset: str, tm
     config = experiment(tmp_path, name)
     folder = run_folder(config, "mine")
     storage.write_text(storage.join(folder.checkpoints, "images-000000008", "checkpoint.json"), "{}")
-    with pytest.raises(ValueError, match="run 'mine' has checkpoints already; choose another --run NAME"):
+    with refused("--run"):
         import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)

