@@ -35,6 +35,7 @@ from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
+from ncsn.errors import UserError
 from ncsn.launched import require_launchers_python
 from ncsn.lease import Lease
 from ncsn.steps.elsewhere import STEPS_ELSEWHERE
@@ -93,9 +94,11 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
 
     config = target.config
     if config.search is not None:
-        raise ValueError(
-            "the config has a search section: run `ncsn tune` with the same options, then `ncsn run --config` with the "
-            "best.yaml that it names, or leave the search out with --set search=null"
+        raise UserError(
+            "search",
+            "`ncsn run` does not search",
+            hint="run `ncsn tune` with the same options, then `ncsn run --config` with the best.yaml that it names; "
+            "or leave the search out with --set search=null",
         )
     tracking_uri(config)  # raises now what the second step would find
     folder = claim_run(config, target.run)
@@ -199,8 +202,8 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(
-            f"run {folder.run!r} is at work in another process; wait for it, or take another --run"
+        raise UserError(
+            "--run", "running in another process", hint="wait for it, or choose another --run NAME", value=folder.run
         ) from None
     try:
         yield

@@ -20,6 +20,7 @@ import click
 from ncsn import storage
 from ncsn.cli.failures import describe
 from ncsn.config import Config
+from ncsn.errors import UserError
 from ncsn.patience import limited
 
 if TYPE_CHECKING:
@@ -171,7 +172,12 @@ def _probe_store(root: str, probe: str) -> str:
     finally:
         storage.delete_file(probe)
     if not first or second or content != b"first":
-        raise ValueError(f"{root} lets a second writer replace what the first has published; it needs If-None-Match")
+        raise UserError(
+            "storage.root",
+            "lets a second writer replace what the first has published",
+            hint="use a store that knows If-None-Match",
+            value=root,
+        )
     return f"{root}: read, written and deleted"
 
 
@@ -209,7 +215,7 @@ def _check_image() -> str:
     inside = f"Ray {ray[1]} on Python {python[1]}"
     here = f"Ray {metadata.version('ray')} on Python {'.'.join(platform.python_version_tuple()[:2])}"
     if inside != here:
-        raise ValueError(f"the image has {inside}, and this environment {here}; they cannot share a cluster")
+        raise UserError(IMAGE_VARIABLE, f"the image has {inside}, this environment has {here}; Ray refuses to mix them")
     image = os.environ.get(IMAGE_VARIABLE)
     named = f"{image} itself was not looked for" if image else f"{IMAGE_VARIABLE} names no image"
     return f"the Dockerfile has {inside}, as here; {named}"
@@ -220,7 +226,7 @@ def _check_pod_image(api: KubernetesApi, image: str | None) -> str:
     from ncsn.cluster.doctor import nodes_with_image
 
     if image is None:
-        raise ValueError(f"the Ray pods have no image: neither compute.kuberay.image nor {IMAGE_VARIABLE} is set")
+        raise UserError("compute.kuberay.image", f"the Ray pods have no image; {IMAGE_VARIABLE} is not set either")
     if not api.allowed("list", "nodes"):
         return f"{image}, not looked for: this account may not list nodes"
     there, of = nodes_with_image(api, image)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ncsn import storage
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
+from ncsn.errors import NotFound, UserError
 
 _ROOT_OVERRIDE = "storage.root"
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
@@ -34,7 +35,8 @@ def resolve(
     the one that the checkpoint lies in, else `default_run` of the config.
 
     Raises:
-        ValueError: if no option names a config, or it is not usable.
+        UserError: if no option names a config, or it is not usable.
+        NotFound: if there is no such run.
         FileNotFoundError: if there is no such file.
     """
     if config_uri is not None:
@@ -46,7 +48,7 @@ def resolve(
         origin = storage.join(store_root(overrides), "runs", run, "config.yaml")
         config = from_yaml(_read_of_run(origin, run), overrides=overrides, origin=origin)
     else:
-        raise ValueError("which experiment? Give --config PATH-or-URI, or --run NAME of a run that exists")
+        raise UserError("--config", "no experiment given", hint="pass --config PATH-or-URI, or --run NAME of a run")
     if run is None and checkpoint is not None:
         run = _run_of_checkpoint(checkpoint, config)
     return Target(config, run or default_run(config))
@@ -62,15 +64,18 @@ def any_run(overrides: Sequence[str]) -> str:
     """The name of a run in the store, for commands that need no more of a config than its store.
 
     Raises:
-        FileNotFoundError: if the store has none.
+        NotFound: if the store has none.
     """
     root = store_root(overrides)
     runs = storage.join(root, "runs")
     for name in storage.list_names(runs):
         if storage.exists(storage.join(runs, name, "config.yaml")):
             return name
-    raise FileNotFoundError(
-        f"no run in the store {root}; give --config, or --set {_ROOT_OVERRIDE}=URI of another store"
+    raise NotFound(
+        _ROOT_OVERRIDE,
+        "no run in this store",
+        hint=f"pass --config, or --set {_ROOT_OVERRIDE}=URI of another store",
+        value=root,
     )
 
 
@@ -78,8 +83,8 @@ def registry_uri(config_uri: str | None, *, overrides: Sequence[str], run: str |
     """The tracking server that the options name; else the environment's; else that of the runs in the store.
 
     Raises:
-        ValueError: if a config is not usable.
-        FileNotFoundError: if nothing names a server and the store has no run.
+        UserError: if a config is not usable.
+        NotFound: if nothing names a server and the store has no run.
     """
     from ncsn.tracking.connection import server_uri, tracking_uri
 
@@ -116,8 +121,11 @@ def _read_of_run(origin: str, run: str) -> str:
     try:
         return _read(origin)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no run {run!r}: no file at {origin}; give --config, or --set {_ROOT_OVERRIDE}=URI if it lies elsewhere"
+        raise NotFound(
+            "--run",
+            f"no file at {origin}",
+            hint=f"pass --config, or --set {_ROOT_OVERRIDE}=URI of another store",
+            value=run,
         ) from None
 
 

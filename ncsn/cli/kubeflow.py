@@ -73,11 +73,12 @@ def submit_command(
     says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
     """
     from ncsn.cli.submission import caching_in_words, prepare, why_it_failed
+    from ncsn.errors import UserError
     from pipelines.connection import connect
     from pipelines.submit import schedule, submit
 
     if every and waits:
-        raise ValueError("--wait waits for one run, and --every starts many; leave out one of them")
+        raise UserError("--wait", "waits for one run, and --every starts many", hint="leave out one of them")
     submission = prepare(
         pipeline,
         config_uri=config_uri,

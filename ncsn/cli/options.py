@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ncsn.cli.catalogue import OWN
+from ncsn.errors import UserError
 
 Decorated = Callable[..., Any]
 
@@ -43,10 +44,12 @@ def place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]
     """The overrides that `--backend` and `--address` stand for.
 
     Raises:
-        ValueError: if the backend has no use for an address.
+        UserError: if the backend has no use for an address.
     """
     if address is not None and backend not in (None, "ray-jobs"):
-        raise ValueError(f"--address {address} is for --backend ray-jobs, and --backend is {backend}; leave one out")
+        raise UserError(
+            "--address", f"is for --backend ray-jobs, and --backend is {backend}", hint="leave one out", value=address
+        )
     if address is not None:
         return ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
     return () if backend is None else (f"compute.backend={backend}",)

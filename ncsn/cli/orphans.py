@@ -7,6 +7,7 @@ import re
 import click
 
 from ncsn.cli.failures import describe
+from ncsn.errors import UserError
 
 _PATIENCE_SECONDS = 30.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -34,5 +35,5 @@ def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_
 def _seconds(text: str) -> float:
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ValueError(f"--older-than {text!r} is not a time; write for example 30m, 2h or 1d")
+        raise UserError("--older-than", "not a time", hint="write for example 30m, 2h or 1d", value=text)
     return float(match[1]) * _UNITS[match[2] or "s"]

@@ -10,6 +10,7 @@ import click
 from ncsn.cli.catalogue import BESIDE_THE_PIPELINE
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.options import Decorated, experiment_options, json_option
+from ncsn.errors import UserError
 
 
 @click.command("toy", cls=ReportingCommand, short_help="Make the paper's two-dimensional Figures 2 and 3.")
@@ -75,4 +76,4 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r}: expected whole numbers with commas between, such as 10,20,50") from None
+        raise UserError(option, "expected whole numbers with commas, such as 10,20,50", value=text) from None

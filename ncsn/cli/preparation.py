@@ -9,6 +9,7 @@ import click
 
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.options import experiment_options, json_option
+from ncsn.errors import UserError
 
 
 @click.command("suggest-noise", cls=ReportingCommand, short_help="Choose noise levels and a step size from the images.")
@@ -42,7 +43,7 @@ def suggest_noise_command(
     from ncsn.steps import suggest_noise
 
     if (config_uri is None) == (dataset is None):
-        raise ValueError("which images? Give either --config PATH-or-URI or --data URI of an ingested data set")
+        raise UserError("--config", "pass either this or --data", hint="--data takes the URI of an ingested dataset")
     space = suggest_noise.UNIT
     if dataset is not None:
         sample = suggest_noise.images_of_dataset(dataset)

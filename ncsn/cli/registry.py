@@ -12,6 +12,7 @@ import click
 
 from ncsn.cli.failures import ReportingCommand
 from ncsn.cli.options import Decorated, experiment_options, json_option
+from ncsn.errors import UserError
 
 if TYPE_CHECKING:
     from ncsn.tracking.by_hand import AliasChange
@@ -108,7 +109,11 @@ def export_command(
         target = resolve(config_uri, overrides=overrides, run=run_name)
         trained = read_record(run_folder(target.config, target.run), "train")
         if trained is None:
-            raise ValueError(f"run {target.run!r} is not trained yet; run `ncsn train` first, or give --checkpoint URI")
+            raise UserError(
+                "--checkpoint",
+                f"run {target.run!r} is not trained yet",
+                hint="run `ncsn train` first, or pass --checkpoint URI",
+            )
         result = export.from_checkpoint(str(trained.result["checkpoint"]), out=out)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else f"{result.parameters:,} EMA weights: {result.uri}")

@@ -12,6 +12,7 @@ from ncsn.cli.inputs import Target, override_value, resolve
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.listing import source_fingerprint
+from ncsn.errors import UserError
 from ncsn.patience import limited
 from ncsn.steps.outcome import read_outcome
 from ncsn.steps.result import require_owner, run_folder
@@ -37,18 +38,23 @@ def prepare(
     """What `ncsn submit` starts.
 
     Raises:
-        ValueError: for a config that no other machine could work with, a run name that another config has, a
-            parameter that is no K=V, or an image that nobody has named.
+        UserError: for a config that no other machine could work with, a run name that another config has, a
+            parameter that is not K=V, or if no image is set.
     """
     if not os.environ.get(IMAGE):
-        raise ValueError(
-            f"{IMAGE} is not set; export {IMAGE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed "
-            "to that registry"
+        raise UserError(
+            IMAGE,
+            "not set",
+            hint=f"export {IMAGE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed to that registry",
         )
     given = _given(params)
     if pipeline == "sample":
         if config_uri is not None:
-            raise ValueError("--config: a registered model brings its config; leave it out, and change it by --set")
+            raise UserError(
+                "--config",
+                "a registered model brings its own config",
+                hint="leave it out, and change values with --set",
+            )
         arguments: dict[str, Any] = _sample_arguments(overrides)
         name = run or given.get("model", "").removeprefix("models:/") or pipeline
         default_experiment = TrackingConfig.model_fields["experiment"].default
@@ -62,7 +68,7 @@ def prepare(
         known = ("ingest",) if "content" in arguments else ()
         config = target.config
     if taken := arguments.keys() & given.keys():
-        raise ValueError(f"--param {min(taken)}: this one comes from --config, --set and --run")
+        raise UserError("--param", "comes from --config, --set and --run", hint="leave it out", value=min(taken))
     return Submission(
         pipeline=pipeline,
         name=name,
@@ -105,7 +111,7 @@ def _given(params: Sequence[str]) -> dict[str, str]:
     for param in params:
         name, equals, value = param.partition("=")
         if not equals or not name:
-            raise ValueError(f"--param {param!r}: expected K=V")
+            raise UserError("--param", "expected K=V", value=param)
         given[name] = value
     return given
 
@@ -125,17 +131,21 @@ def _require_weights_there(config: Config) -> None:
     """Else the pipeline would find out at its fifth task, after all of training."""
     weights = config.evaluation.weights
     if weights is not None and "://" not in weights and not Path(weights).is_absolute():
-        raise ValueError(
-            f"evaluation.weights = {weights!r} is a file of this machine; set it to an address, https://... or "
-            "s3://BUCKET/..., or to the absolute path of a volume that every pod mounts"
+        raise UserError(
+            "evaluation.weights",
+            "a file of this machine, which the tasks of a cluster cannot read",
+            hint="use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts",
+            value=weights,
         )
 
 
 def _require_shared_store(root: str) -> None:
     if storage.is_local(root) and not Path(root).is_absolute():
-        raise ValueError(
-            f"storage.root = {root!r} is a folder of this machine, and the tasks of a cluster share no disk; "
-            "set storage.root to s3://BUCKET/PREFIX, or to the absolute path of a volume that every pod mounts"
+        raise UserError(
+            "storage.root",
+            "a folder of this machine, and the tasks of a cluster share no disk",
+            hint="use s3://BUCKET/PREFIX, or the absolute path of a volume that every pod mounts",
+            value=root,
         )
 
 
@@ -157,7 +167,11 @@ def _sample_arguments(overrides: Sequence[str]) -> dict[str, Any]:
     """The parameters of the sample pipeline, whose config is the registered one with `overrides`."""
     root = override_value(overrides, "storage.root")
     if root is None:
-        raise ValueError("--set storage.root=s3://BUCKET/PREFIX is needed: a registered model has no place for images")
+        raise UserError(
+            "storage.root",
+            "not set, and a registered model has no place for images",
+            hint="pass --set storage.root=s3://BUCKET/PREFIX",
+        )
     _require_shared_store(root)
     return {"root": root, "overrides": list(overrides)}
 

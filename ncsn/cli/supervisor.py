@@ -28,7 +28,9 @@ from ncsn.steps.result import STEPS, RunFolder
 
 _POLL_SECONDS = 0.5
 _PATIENCE = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
-_ERROR_LINE = re.compile(r"^\s*(?:[a-zA-Z_]\w*\.)*(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<message>.+)$")
+_ERROR_LINE = re.compile(
+    r"^\s*(?:[a-zA-Z_]\w*\.)*(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|NotFound)): (?P<message>.+)$"
+)
 _LOG_TAIL_BYTES = 65536
 
 

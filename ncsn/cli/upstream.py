@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ncsn import storage
 from ncsn.cli.catalogue import BESIDE_THE_PIPELINE, CATALOGUE, OWN, Source
 from ncsn.cli.records import read_record
+from ncsn.errors import UserError
 from ncsn.steps.result import RunFolder
 
 
@@ -14,7 +15,7 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -
     """URIs of all inputs of `step`: as given, else from the run; of those on demand only if given.
 
     Raises:
-        ValueError: if an earlier step has not finished; the message says which to run.
+        UserError: if an earlier step has not finished.
     """
     found = {}
     info = {**CATALOGUE, **BESIDE_THE_PIPELINE}[step]
@@ -28,8 +29,9 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -
 def _from_run(folder: RunFolder, step: str, name: str, source: Source) -> str:
     record = read_record(folder, source.step)
     if record is None:
-        raise ValueError(
-            f"{step} needs the {source.what}, and run {folder.run!r} has none yet; "
-            f"run `ncsn {source.step}` with the same options first, or give --{name} URI"
+        raise UserError(
+            f"--{name}",
+            f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
+            hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
         )
     return str(record.result[source.field])

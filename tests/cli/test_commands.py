@@ -47,22 +47,22 @@ def test_show_config_as_json_is_the_canonical_form(config_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "subject"),
     [
-        (["--set", "noise.num_level=5"], "noise.num_level: unknown key; did you mean 'num_levels'?"),
+        (["--set", "noise.num_level=5"], "noise.num_level: "),
         (["--set", "noise.sigma_1=0.001"], "noise.sigma_1 = 0.001: "),
         (["--set", "compute.num_workers=17"], "train.batch_size = 16: "),
-        (["--set", "nonsense"], "expected a.b=value"),
-        (["--run", "Not Valid"], "run name 'Not Valid' is not valid"),
+        (["--set", "nonsense"], "--set 'nonsense': "),
+        (["--run", "Not Valid"], "--run 'Not Valid': "),
         (["--set", "data.source=fashion_mnist", "--set", "data.root=/no/such/folder"], "/no/such/folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(config_file: Path, store: Path, args: list[str], message: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(config_file: Path, store: Path, args: list[str], subject: str) -> None:
     done = ncsn("ingest", "--config", str(config_file), *args)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2
     assert len(errors) == 1
-    assert message in errors[0]
+    assert subject in errors[0]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert not (store / "datasets").exists()
@@ -72,7 +72,8 @@ def test_a_run_name_belongs_to_one_experiment(config_file: Path) -> None:
     assert ncsn("ingest", "--config", str(config_file), "--run", "mine").returncode == 0
     other = ncsn("run", "--config", str(config_file), "--run", "mine", "--set", "seed=5")
     assert other.returncode == 2
-    assert "run 'mine' belongs to another config: seed is 0 there and 5 here" in other.stderr
+    assert "error: --run 'mine': " in other.stderr
+    assert "seed" in other.stderr
 
 
 def test_one_run_is_not_trained_twice_at_once(config_file: Path, store: Path) -> None:
@@ -81,20 +82,20 @@ def test_one_run_is_not_trained_twice_at_once(config_file: Path, store: Path) ->
     with FileLock(folder / ".lock"):
         done = ncsn("run", "--config", str(config_file), "--run", "mine")
     assert done.returncode == 2
-    assert "run 'mine' is at work in another process" in done.stderr
+    assert "error: --run 'mine': " in done.stderr
 
 
 def test_a_remote_store_without_a_tracking_server_is_refused_at_once(config_file: Path) -> None:
     done = ncsn("run", "--config", str(config_file), "--set", "storage.root=s3://bucket/prefix")
     assert done.returncode == 2
-    assert "set tracking.uri or MLFLOW_TRACKING_URI" in done.stderr
+    assert "error: tracking.uri: " in done.stderr
 
 
 def test_a_fault_that_there_is_not_is_one_line_and_claims_no_run(config_file: Path, store: Path) -> None:
     done = ncsn("train", "--config", str(config_file), "--run", "mine", "--dataset", "x", "--inject", "kill@images=3")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: --inject 'kill@images=3' is not a fault of train; use kill-")
+    assert done.stderr.splitlines()[-1].startswith("error: --inject 'kill@images=3': ")
     assert not (store / "runs" / "mine" / "config.yaml").exists()
     done = ncsn("sample", "--model", "models:/m/1", "--inject", "store-down@images=3:1s")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--inject rehearses on a run, not on a registered model" in done.stderr
+    assert "--inject" in done.stderr

@@ -43,7 +43,7 @@ def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkey
     ill = {name for name, finding in findings.items() if finding["state"] == "failed"}
     assert ill == {"store", "mlflow", "ray", "kfp"}
     assert findings["store"]["fix"] == f"mkdir -p {store}"
-    assert "does not answer" in findings["mlflow"]["detail"]
+    assert findings["mlflow"]["detail"].startswith(f"http://{nobody}: ")
     assert "kubectl port-forward" in findings["kfp"]["fix"]
 
 
@@ -54,7 +54,7 @@ def test_kfp_must_know_who_asks(config_file: Path, kfp_server: KfpServer, monkey
     kfp_server.token = "right"
     done, findings = examine(config_file, "--host", kfp_server.url)
     assert done.exit_code == 1
-    assert "refuses no credentials (401)" in findings["kfp"]["detail"]
+    assert "401" in findings["kfp"]["detail"]
     assert findings["kfp"]["fix"] == "export NCSN_KFP_TOKEN=..."
 
 
@@ -64,14 +64,15 @@ def test_an_image_that_was_not_looked_for_is_not_called_good(
     monkeypatch.setenv("NCSN_IMAGE", "nobody/has:this")
     _, findings = examine(config_file)
     assert findings["image"]["state"] == "ok"
-    assert "nobody/has:this itself was not looked for" in findings["image"]["detail"]
+    assert "nobody/has:this" in findings["image"]["detail"]
 
 
 def test_a_store_that_forgets_who_was_first(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.storage, "publish_once", lambda uri, data: bool(Path(uri).write_bytes(data)))
     Path(config_file.parent, "store").mkdir()
     _, findings = examine(config_file)
-    assert "lets a second writer replace what the first has published" in findings["store"]["detail"]
+    assert findings["store"]["state"] == "failed"
+    assert "If-None-Match" in findings["store"]["detail"]
 
 
 def test_another_python_than_the_image(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,8 @@ def test_another_python_than_the_image(config_file: Path, tmp_path: Path, monkey
     monkeypatch.setattr(doctor, "SOURCE_TREE", tmp_path)
     done, findings = examine(config_file)
     assert done.exit_code == 1
-    assert findings["image"]["detail"].startswith("the image has Ray 1.0.0 on Python 3.8, and this environment Ray 2.")
+    assert findings["image"]["detail"].startswith("NCSN_IMAGE: ")
+    assert "Ray 1.0.0 on Python 3.8" in findings["image"]["detail"]
 
 
 def test_for_people_it_is_a_table(config_file: Path) -> None:
@@ -88,5 +90,5 @@ def test_for_people_it_is_a_table(config_file: Path) -> None:
     assert done.exit_code == 1
     lines = done.stdout.splitlines()
     assert lines[0].startswith("store         ok              ")
-    assert lines[1].startswith("mlflow        failed          tracking URI 'nonsense' is not a server")
+    assert lines[1].startswith("mlflow        failed          tracking.uri = 'nonsense': ")
     assert lines[2].split() == ["fix:", "export", "MLFLOW_TRACKING_URI=http://HOST:PORT"]

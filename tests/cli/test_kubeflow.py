@@ -62,7 +62,7 @@ def test_submit_sends_the_resolved_config_and_prints_the_page(server: KfpServer,
     assert run["service_account"] == "mine"
     assert only(server.experiments)["display_name"] == "ncsn"
     assert cached_tasks(run) == {"ingest", "tune", "train", "sample", "evaluate"}
-    assert "cache: what an earlier run made with the same config" in done.stderr
+    assert done.stderr.startswith("cache: ")
 
 
 def test_no_cache_reaches_every_task(server: KfpServer, config_file: Path) -> None:
@@ -72,7 +72,7 @@ def test_no_cache_reaches_every_task(server: KfpServer, config_file: Path) -> No
     assert json.loads(done.stdout)["id"] == run["run_id"]
     assert run["display_name"] == "again"
     assert cached_tasks(run) == set()
-    assert "cache: every task works anew" in done.stderr
+    assert done.stderr.startswith("cache: ")
 
 
 def test_every_makes_a_schedule_whose_runs_name_themselves(server: KfpServer, config_file: Path) -> None:
@@ -89,7 +89,7 @@ def test_images_that_cannot_be_seen_from_here_are_not_cached(server: KfpServer, 
     elsewhere = ("--set", "data.source=fashion_mnist", "--set", "data.root=/mnt/of/the/cluster")
     done = ncsn("submit", "--config", str(config_file), *elsewhere)
     assert done.exit_code == 0, done.output
-    assert "work anew, since data.root cannot be seen from here" in done.stderr
+    assert "data.root" in done.stderr
     assert "ingest" not in cached_tasks(only(server.runs))
     assert "content" not in only(server.runs)["runtime_config"]["parameters"]
 
@@ -101,7 +101,7 @@ def test_weights_that_no_pod_has_are_refused_before_anything_is_trained(server: 
 
     done = submit("inception.pth")
     assert done.exit_code == 2
-    assert "evaluation.weights = 'inception.pth' is a file of this machine; set it to an address" in done.stderr
+    assert "error: evaluation.weights = 'inception.pth': " in done.stderr
     assert server.runs == {}
     for reachable in ("https://example.com/inception.pth", "s3://ncsn/inception.pth", "/mnt/inception.pth"):
         assert submit(reachable).exit_code == 0
@@ -125,40 +125,41 @@ def test_a_registered_model_is_sampled_by_its_own_config(server: KfpServer, tmp_
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "subject"),
     [
-        (["--param", "model=models:/x/1"], "--set storage.root=s3://BUCKET/PREFIX is needed"),
-        (["--set", "storage.root=s3://b/p"], "the pipeline needs --param model=VALUE"),
-        (["--set", "storage.root=s3://b/p", "--param", "root=x"], "--param root: this one comes from"),
-        (["--set", "storage.root=s3://b/p", "--config", "c.yaml"], "a registered model brings its config"),
+        (["--param", "model=models:/x/1"], "storage.root"),
+        (["--set", "storage.root=s3://b/p"], "--param"),
+        (["--set", "storage.root=s3://b/p", "--param", "root=x"], "--param 'root'"),
+        (["--set", "storage.root=s3://b/p", "--config", "c.yaml"], "--config"),
     ],
 )
-def test_a_mistake_about_a_model_is_one_line(server: KfpServer, args: list[str], message: str) -> None:
+def test_a_mistake_about_a_model_is_one_line(server: KfpServer, args: list[str], subject: str) -> None:
     done = ncsn("submit", "--pipeline", "sample", *args)
     assert done.exit_code == 2, done.output
-    assert message in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if not line.startswith("cache: ")]
+    assert error.startswith(f"error: {subject}: ")
     assert server.runs == {}
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "subject"),
     [
-        (["--set", "storage.root=.ncsn"], "the tasks of a cluster share no disk; set storage.root to s3://"),
-        (["--param", "runn=x"], "--param runn: unknown parameter; did you mean 'run'?"),
-        (["--param", "run=x"], "--param run: this one comes from --config, --set and --run"),
-        (["--param", "nonsense"], "--param 'nonsense': expected K=V"),
-        (["--pipeline", "cook"], "--pipeline cook: no such pipeline; choose one of"),
-        (["--every", "99 * * * *"], "'99' is no minute"),
-        (["--every", "@daily", "--wait"], "--wait waits for one run, and --every starts many"),
-        (["--namespace", "me"], "leave out --namespace me"),
-        (["--host", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+        (["--set", "storage.root=.ncsn"], "storage.root = '.ncsn'"),
+        (["--param", "runn=x"], "--param 'runn'"),
+        (["--param", "run=x"], "--param 'run'"),
+        (["--param", "nonsense"], "--param 'nonsense'"),
+        (["--pipeline", "cook"], "--pipeline 'cook'"),
+        (["--every", "99 * * * *"], "--every '99 * * * *'"),
+        (["--every", "@daily", "--wait"], "--wait"),
+        (["--namespace", "me"], "--namespace 'me'"),
+        (["--host", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
     ],
 )
-def test_a_mistake_is_one_line(server: KfpServer, config_file: Path, args: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(server: KfpServer, config_file: Path, args: list[str], subject: str) -> None:
     done = ncsn("submit", "--config", str(config_file), *args)
     assert done.exit_code == 2, done.output
     (error,) = [line for line in done.stderr.splitlines() if not line.startswith("cache: ")]
-    assert message in error
+    assert error.startswith(f"error: {subject}: ")
     assert done.stdout == ""
     assert server.runs == server.recurring_runs == {}
 
@@ -170,7 +171,7 @@ def test_an_image_that_nobody_has_named_is_refused(
     done = ncsn("submit", "--config", str(config_file))
     assert done.exit_code == 2
     (error,) = done.stderr.splitlines()
-    assert "NCSN_IMAGE is not set" in error
+    assert error.startswith("error: NCSN_IMAGE: ")
     assert server.runs == {}
 
 
@@ -183,7 +184,8 @@ def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(
     assert ncsn(*mine).exit_code == 0, "the same experiment again"
     done = ncsn(*mine, "--set", "seed=9")
     assert done.exit_code == 2
-    assert "run 'theirs' belongs to another config: seed is" in done.stderr
+    assert "error: --run 'theirs': " in done.stderr
+    assert "seed" in done.stderr
     assert len(server.runs) == 1
 
 

@@ -43,7 +43,7 @@ def test_mirrored_images_are_as_far_apart_or_farther() -> None:
 def test_a_suggestion_needs_one_set_of_images(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["suggest-noise", *arguments])
     assert done.exit_code == 2
-    assert "give either --config" in done.output.lower()
+    assert done.output.startswith("error: --config: ")
 
 
 def test_an_import_needs_ingested_images(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_an_import_needs_ingested_images(tmp_path: Path) -> None:
     store = f"storage.root={tmp_path}"
     done = CliRunner().invoke(app, ["import-checkpoint", str(file), "--config", str(DIGITS), "--set", store])
     assert done.exit_code == 2
-    assert "run `ncsn ingest` with the same options first, or give --dataset URI" in done.output
+    assert done.output.startswith("error: --dataset: ")

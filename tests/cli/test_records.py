@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from refused import refused
 
 from ncsn import storage
 from ncsn.cli.catalogue import CATALOGUE
@@ -93,8 +94,9 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> N
 
 
 def test_a_missing_input_names_the_step_to_run(folder: RunFolder) -> None:
-    with pytest.raises(ValueError, match=r"sample needs the checkpoint.*`ncsn train`.*--checkpoint URI"):
+    with refused("--checkpoint") as caught:
         find_inputs(folder, "sample", {"checkpoint": None})
+    assert "`ncsn train`" in caught.value.problems[0].hint
 
 
 @pytest.mark.parametrize("damaged", ["", '{"done": 1, "to'])

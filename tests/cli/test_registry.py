@@ -45,48 +45,42 @@ def ncsn(registry: str, *args: str) -> Result:
 
 def test_rollback_and_promote_say_what_they_did_and_dry_runs_what_they_would(registry, client) -> None:
     planned = ncsn(registry, "rollback", "digits", "--dry-run")
-    assert (
-        planned.output == "digits version 2 would become champion in place of version 3: rolled back from version 3\n"
-    )
+    assert planned.output.startswith("digits version 2 ") and planned.output.count("\n") == 1
+    assert str(client.get_model_version_by_alias("digits", "champion").version) == "3"
     done = ncsn(registry, "rollback", "digits", "--json")
-    assert json.loads(done.output) == {
-        "model": "digits",
-        "version": "2",
-        "replaced": "3",
-        "reason": "rolled back from version 3",
-        "changed": True,
-        "dry_run": False,
-    }
+    change = json.loads(done.output)
+    assert change.pop("reason")
+    assert change == {"model": "digits", "version": "2", "replaced": "3", "changed": True, "dry_run": False}
     assert str(client.get_model_version_by_alias("digits", "champion").version) == "2"
     refused = ncsn(registry, "promote", "digits", "--version", "1")
     assert refused.exit_code == 2
-    assert "digits version 1 is not promoted: eval/classifier_fid_n512 = 9 ± 0.1 is not better" in refused.output
+    assert refused.output.startswith("error: models:/digits/1: ")
+    assert "eval/classifier_fid_n512 = 9 ± 0.1" in refused.output
     back = ncsn(registry, "promote", "digits", "--version", "3")
-    assert back.output.startswith(
-        "digits version 3 is champion in place of version 2: eval/classifier_fid_n512 = 7 ± 0.1"
-    )
-    again = ncsn(registry, "promote", "digits", "--version", "3")
-    assert again.output == "digits version 3 is champion: it is the champion already\n"
+    assert back.output.startswith("digits version 3 ")
+    assert "eval/classifier_fid_n512 = 7 ± 0.1" in back.output
+    again = ncsn(registry, "promote", "digits", "--version", "3", "--json")
+    assert json.loads(again.output)["changed"] is False
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "key"),
     [
-        (["promote", "nothing"], "there is no model 'nothing' in the registry; it has digits"),
-        (["promote", "my model"], "registered model name 'my model' is not valid; use letters"),
-        (["promote", "digits", "--version", "17"], "model 'digits' has no version '17'; the latest are 1, 2, 3, 4"),
-        (["rollback", "nothing"], "there is no model 'nothing' in the registry"),
-        (["trace", "models:/digits@latest"], "alias 'latest' is reserved by MLflow"),
-        (["trace", "whatever"], "has to do with 'whatever'; give an MLflow run id, the name of a run"),
-        (["export", "--model", "models:/digits@v3", "--out", "OUT"], "alias 'v3' is reserved by MLflow"),
-        (["export", "--model", "digits/1", "--out", "OUT"], "digits version 1 has no weights and config of ncsn"),
+        (["promote", "nothing"], "models:/nothing"),
+        (["promote", "my model"], "models:/my model"),
+        (["promote", "digits", "--version", "17"], "models:/digits/17"),
+        (["rollback", "nothing"], "models:/nothing"),
+        (["trace", "models:/digits@latest"], "models:/digits@latest"),
+        (["trace", "whatever"], "whatever"),
+        (["export", "--model", "models:/digits@v3", "--out", "OUT"], "models:/digits@v3"),
+        (["export", "--model", "digits/1", "--out", "OUT"], "models:/digits/1"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(registry, tmp_path: Path, args: list[str], message: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(registry, tmp_path: Path, args: list[str], key: str) -> None:
     done = ncsn(registry, *(str(tmp_path / "out") if arg == "OUT" else arg for arg in args))
     assert done.exit_code == 2, done.output
     (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
-    assert message in line
+    assert line.startswith(f"error: {key}: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -99,7 +93,8 @@ def test_sampling_from_a_version_without_weights_leaves_nothing(registry: str, t
         env={**os.environ, "MLFLOW_TRACKING_URI": registry},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "error: digits version 2 has no weights and config of ncsn at file:///nowhere that " in done.stderr
+    assert "error: models:/digits/2: " in done.stderr
+    assert "file:///nowhere" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,7 +112,7 @@ def test_options_that_exclude_each_other_are_refused(registry) -> None:
 def test_without_any_registry_the_message_says_what_to_give(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["rollback", "digits", "--set", f"storage.root={tmp_path}"])
     assert done.exit_code == 2
-    assert f"no run in the store {tmp_path}; give --config" in done.output
+    assert done.output.startswith(f"error: storage.root = '{tmp_path}': ")
 
 
 class _Refuses(BaseHTTPRequestHandler):
@@ -155,4 +150,6 @@ def refusing() -> Iterator[str]:
 def test_a_registry_that_refuses_is_named(refusing: str, args: list[str]) -> None:
     done = ncsn(refusing, *args)
     assert done.exit_code == 2
-    assert done.output == f"error: the registry at {refusing} refuses: PERMISSION_DENIED: Permission denied\n"
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"error: {refusing}: ")
+    assert "PERMISSION_DENIED" in line

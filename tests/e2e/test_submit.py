@@ -71,7 +71,7 @@ def test_a_failed_run_is_told_with_its_reason(workplace: Any, server: KfpServer)
         workplace, server, "--run", "mistaken", "--set", "data.source=image_folder", "--set", "data.root=/nowhere"
     )
     assert done.returncode == 1
-    assert "ended FAILED (Ingest images): ingest: " in done.stderr
+    assert "FAILED (Ingest images)" in done.stderr
     status = json.loads(Path(workplace.folder("mistaken"), "status.json").read_text())
     assert (status["status"], status["failed_step"]) == ("FAILED", "ingest")
     assert "/nowhere" in status["reason"]
