@@ -88,7 +88,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     emulation.cluster.on_create = deleted
     emulation.operator.ray = False
     emulation.operator.retry_seconds = 60
-    with pytest.raises(ValueError, match="run `ncsn ingest` first"):
+    with refused(dataset):
         train.run(on_s3, run="mine", dataset=dataset)
     assert len(emulation.operator.started) == 1, "it would only be found again"
 

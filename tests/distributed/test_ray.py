@@ -23,7 +23,7 @@ from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn.checkpoint import verify
+from ncsn.checkpoint import CheckpointError, verify
 from ncsn.config import Config, from_yaml
 from ncsn.data.row import Images, from_table, to_table
 from ncsn.distributed import trainer
@@ -163,7 +163,7 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
 def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, dataset: str) -> None:
     """A checkpoint of another config would fail at every retry."""
     other = two_workers(tiny, "noise.sigma_1=2.0")
-    with pytest.raises(ValueError, match=r"noise\.sigma_1"):
+    with pytest.raises(CheckpointError, match=r"noise\.sigma_1"):
         cluster.driver(trainer.train, TrainingJob(config=other, dataset=dataset), run_uri=str(trained))
 
 
@@ -337,9 +337,9 @@ def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.Mon
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny, overrides=["sampling.sampler.epsilon=1.0", "sampling.sampler.steps_per_level=200"])
-    with pytest.raises(ValueError, match=r"sampling\.sampler .*'epsilon': 1\.0") as caught:
+    with refused("sampling.sampler") as caught:
         sample(tmp_path, config, batch=10)
-    assert "\n" not in str(caught.value)
+    assert "'epsilon': 1.0" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_an_interrupted_evaluation_looks_at_what_is_missing(
     broken = folder / "shard-000000300-000000400.parquet"
     content = broken.read_bytes()
     broken.write_bytes(b"torn")
-    with pytest.raises(ValueError, match=broken.name):
+    with refused(str(broken)):
         evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
     assert sum(looked_at) == 300
     broken.write_bytes(content)

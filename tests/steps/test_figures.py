@@ -201,5 +201,5 @@ def test_mistakes(finished: FinishedRun, settings: dict[str, object], key: str) 
 def test_a_sampler_that_diverges_is_a_mistake(finished: FinishedRun) -> None:
     sampler = {"kind": "annealed_langevin", "epsilon": 1.0, "steps_per_level": 300}
     sampling = finished.config.sampling.model_validate(finished.config.sampling.model_dump() | {"sampler": sampler})
-    with pytest.raises(ValueError, match=r"(not finite|NaN or infinite).*lower its (step size|epsilon)"):
+    with refused("sampling.sampler"):
         finished.figures(finished.config.model_copy(update={"sampling": sampling}))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refused import refused
 
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
@@ -112,14 +113,14 @@ def test_new_files_in_the_folder_are_noticed(config, tmp_path):
 def test_the_right_folder_may_follow_the_wrong_one(config, tmp_path):
     with pytest.raises(FileNotFoundError):
         ingest.run(config(source="image_folder", root=str(tmp_path / "nowhere")), run="one")
-    with pytest.raises(ValueError, match=str(tmp_path)):
+    with refused("data.root"):
         ingest.run(config(source="image_folder", root=str(tmp_path)), run="one")
 
 
 def test_a_failure_leaves_no_dataset(config, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=str(tmp_path / "images")):
+    with refused("data.root"):
         ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="one")
     assert datasets(tmp_path) == []
 
@@ -133,7 +134,7 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
         Image.fromarray(np.full((10, 10), number, np.uint8)).save(folder / f"{number}.png")
     (folder / "5.png").write_bytes(b"broken")
     settings = {"source": "image_folder", "root": str(folder), "test_fraction": 0.25}
-    with pytest.raises(ValueError, match=r"5\.png"):
+    with refused("5.png"):
         ingest.run(config(**settings), run="strict")
     assert datasets(tmp_path) == []
     result = ingest.run(config(**settings, on_bad_image="skip"), run="lenient")

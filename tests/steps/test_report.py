@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from refused import refused
 
 from ncsn import checkpoint, storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
 from ncsn.data.row import Images, to_table
+from ncsn.errors import NotFound
 from ncsn.history import TrainingHistory, level_loss
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, report
@@ -150,5 +152,5 @@ def test_images_are_made_for_a_small_model_only(config, evaluation):
 
 
 def test_without_an_evaluation_it_says_which(config, root):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+    with refused(str(root / "nothing.json"), error=NotFound):
         report.run(config, run=RUN, evaluation=str(root / "nothing.json"))
