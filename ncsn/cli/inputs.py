@@ -36,8 +36,7 @@ def resolve(
 
     Raises:
         UserError: if no option names a config, or it is not usable.
-        NotFound: if there is no such run.
-        FileNotFoundError: if there is no such file.
+        NotFound: if there is no such run or file.
     """
     if config_uri is not None:
         config = from_yaml(_read(config_uri), overrides=overrides, origin=config_uri)

@@ -59,7 +59,7 @@ def write_dataset_in_tasks(
         on_progress: Called with (images written and read back, images offered).
 
     Raises:
-        ValueError: if an image does not decode or fit, or a split has fewer than 2 images.
+        UserError: if an image does not decode or fit, or a split has fewer than 2 images.
         ray.exceptions.RayError: if the same part was lost four times.
     """
     key = _key(data, fingerprint)

@@ -72,7 +72,7 @@ def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluati
         `[H, W, C]` uint8.
 
     Raises:
-        ValueError: if an image is not finite.
+        UserError: if an image is not finite.
     """
     network = copy.deepcopy(state.network)
     state.ema.copy_to(network)

@@ -121,7 +121,7 @@ def sample_missing(
         How many images were made now.
 
     Raises:
-        ValueError: if the sampler leaves the finite numbers.
+        UserError: if the sampler leaves the finite numbers.
     """
     gaps = missing_ranges(storage.list_names(template.folder), num_images=num_images)
     judge = (looker.config, looker.dataset) if looker is not None else None

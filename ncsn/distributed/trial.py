@@ -59,7 +59,7 @@ class SearchPlan:
         """The experiment of one trial, which keeps its latest checkpoint only, for samples judge it.
 
         Raises:
-            ValueError: if the values do not go together.
+            UserError: if the values do not go together.
         """
         changed = variant(self.config, values)
         return changed.model_copy(
@@ -70,7 +70,7 @@ class SearchPlan:
         """The samplers that judge a checkpoint of the trial, all of one NFE.
 
         Raises:
-            ValueError: if no chain of the sampler has that NFE.
+            UserError: if no chain of the sampler has that NFE.
         """
         search, base = self.config.search, self.config
         assert search is not None

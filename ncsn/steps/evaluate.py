@@ -104,10 +104,10 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         lease: URI of the launcher's heartbeat. When it stops, evaluation ends; the features that are done stay.
 
     Raises:
-        FileNotFoundError: if there is no samples folder.
+        NotFound: if there is no samples folder.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
-        ValueError: for missing or wrongly shaped samples, fewer samples than splits, or a data set without labels.
+        UserError: for missing or wrongly shaped samples, fewer samples than splits, or a data set without labels.
     """
     folder = claim_run(config, run)
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)

@@ -36,7 +36,7 @@ def from_checkpoint(checkpoint: str, *, out: str) -> ExportResult:
     """Write the EMA weights of a checkpoint to `out`.
 
     Raises:
-        ValueError: if there is no complete checkpoint.
+        UserError: if there is no complete checkpoint.
     """
     return _write(checkpoints.load_for_sampling(checkpoint), source=checkpoint, out=out)
 
@@ -45,7 +45,7 @@ def from_model(address: str, *, registry: str, out: str) -> ExportResult:
     """Write the EMA weights of a registered model to `out`.
 
     Raises:
-        ValueError: for an unknown model, version or alias.
+        UserError: for an unknown model, version or alias.
     """
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)

@@ -84,7 +84,7 @@ def run(
         out: URI of the folder for the files; None = `report` in the run's folder.
 
     Raises:
-        ValueError: if the checkpoint belongs to another config, or a sampler leaves the finite numbers.
+        UserError: if the checkpoint belongs to another config, or a sampler leaves the finite numbers.
     """
     folder = claim_run(config, run)
     _check(nfe, num_images)

@@ -70,7 +70,7 @@ def run(
         namespace: That of the pipeline run; None for this pod's, or that of the kubeconfig.
 
     Raises:
-        ValueError: if MLflow could not be told.
+        UserError: if MLflow could not be told.
         PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are told nevertheless.
     """
     try:

@@ -74,8 +74,8 @@ def read_sources(config: Config, folder: RunFolder, evaluation: str) -> Sources:
     """Read what the other steps left.
 
     Raises:
-        FileNotFoundError: if the evaluation, its samples or its data set is gone.
-        ValueError: if the samples were made with a checkpoint that is damaged or of another config.
+        NotFound: if the evaluation, its samples or its data set is gone.
+        UserError: if the samples were made with a checkpoint that is damaged or of another config.
     """
     figures = storage.read_json(evaluation)
     samples = storage.read_json(storage.join(figures["samples"], "manifest.json"))

@@ -41,8 +41,8 @@ def run(config: Config, *, run: str) -> IngestResult:
         run: Name of the run.
 
     Raises:
-        FileNotFoundError: if the source's files are missing.
-        ValueError: if they are damaged, do not fit the config, or the run name belongs to another config.
+        NotFound: if the source's files are missing.
+        UserError: if they are damaged, do not fit the config, or the run name belongs to another config.
         OSError: if the disk is full. Nothing is left half-written.
     """
     folder = claim_run(config, run)

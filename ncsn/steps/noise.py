@@ -13,7 +13,7 @@ def settle_noise(config: Config, run: str, manifest: Manifest) -> Config:
     """The config with the levels that `noise: auto` stands for, which then are the run's.
 
     Raises:
-        ValueError: if they cannot be chosen, or are not those that the run has.
+        UserError: if they cannot be chosen, or are not those that the run has.
     """
     folder = run_folder(config, run)
     settled = resolve_noise(config, manifest)

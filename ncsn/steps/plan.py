@@ -28,8 +28,8 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
         The plan as plain values, see `ncsn.planning.estimate`.
 
     Raises:
-        FileNotFoundError: if the source's files are missing.
-        ValueError: for a config that the steps refuse.
+        NotFound: if the source's files are missing.
+        UserError: for a config that the steps refuse.
     """
     from ncsn.steps.rehearsal import rehearse
     from ncsn.steps.small_experiment import count, settle

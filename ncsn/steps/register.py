@@ -65,8 +65,8 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         evaluation: URI of the evaluation of its samples, as the evaluate step leaves it.
 
     Raises:
-        FileNotFoundError: if there is no evaluation.
-        ValueError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
+        NotFound: if there is no evaluation.
+        UserError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
     """
     folder = claim_run(config, run)
     loaded = checkpoints.load_for_sampling(checkpoint)

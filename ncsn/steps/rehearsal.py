@@ -80,7 +80,7 @@ def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -
         report: Called with the name of each part as it begins.
 
     Raises:
-        ValueError: as the steps do, for a config that they refuse.
+        UserError: as the steps do, for a config that they refuse.
     """
     with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as scratch:
         root = Path(scratch)

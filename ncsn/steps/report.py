@@ -46,8 +46,9 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         evaluation: URI of the evaluation that the report is about, as the evaluate step leaves it.
 
     Raises:
-        FileNotFoundError: if there is no evaluation, or its samples are gone.
-        ValueError: if the page would be too large, or MLflow does not answer.
+        NotFound: if there is no evaluation, or its samples are gone.
+        ValueError: if the page would be too large.
+        TrackingError: if MLflow does not answer.
     """
     folder = claim_run(config, run)
     evaluation = storage.absolute(evaluation)

@@ -84,7 +84,7 @@ def run(
     Raises:
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
-        ValueError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, the sampler
+        UserError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, the sampler
             diverges, or `inject` names no fault.
     """
     faults = rehearsal(inject, step="sample", run_uri=run_folder(config, run).uri)

@@ -71,7 +71,7 @@ def run(
         progress: Called with (images there, images wanted).
 
     Raises:
-        ValueError: for an unknown model, settings that would need another network, or a folder with other images.
+        UserError: for an unknown model, settings that would need another network, or a folder with other images.
     """
     with registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)

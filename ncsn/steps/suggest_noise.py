@@ -62,7 +62,7 @@ def run(
         space: Where the network sees the images.
 
     Raises:
-        ValueError: if there are fewer than two images, or they are all alike.
+        UserError: if there are fewer than two images, or they are all alike.
     """
     images = torch.from_numpy(sample.images)
     if space.logit:

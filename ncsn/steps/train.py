@@ -56,7 +56,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
         inject: Faults to rehearse; see `ncsn.distributed.faults`.
 
     Raises:
-        FileNotFoundError: if there is no data set at `dataset`.
+        NotFound: if there is no data set at `dataset`.
         UserError: if the run belongs to another config, training diverges, the cluster is too small, CPUs are to train
             in float16, or `inject` names no fault.
         LeaseExpired: if the launcher is gone.

@@ -79,7 +79,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         lease: URI of the launcher's heartbeat. When it has stopped by a rung, the search ends and keeps what it has.
 
     Raises:
-        FileNotFoundError: if there is no data set at `dataset`.
+        NotFound: if there is no data set at `dataset`.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
         UserError: if the config has no search, the run belongs to another config, the cluster is too small for a

@@ -67,7 +67,7 @@ def promote_version(
         dry_run: Change nothing.
 
     Raises:
-        ValueError: for an unknown model or version, or if the gate refuses.
+        UserError: for an unknown model or version, or if the gate refuses.
     """
     require_model(client, name)
     chosen = version or _challenger(client, name)
@@ -96,7 +96,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
     """Make the champion before the present one champion again.
 
     Raises:
-        ValueError: for an unknown model, or if no earlier champion is on record.
+        UserError: for an unknown model, or if no earlier champion is on record.
     """
     require_model(client, name)
     while True:

@@ -67,7 +67,7 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
         identifier: See `ACCEPTED`.
 
     Raises:
-        ValueError: if nothing on the server has to do with it.
+        UserError: if nothing on the server has to do with it.
     """
     names = {identifier}
     if is_model_address(identifier):

@@ -65,7 +65,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
     """The version of this candidate: a new one, or the one that it has already.
 
     Raises:
-        ValueError: for a name that the registry does not take.
+        UserError: for a name that the registry does not take.
     """
     require_model_name(candidate.name)
     client = tracked.client

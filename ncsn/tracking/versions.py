@@ -45,7 +45,7 @@ def require_model_name(name: str) -> None:
     """Refuse a name that cannot be part of a `models:/name@alias` address.
 
     Raises:
-        ValueError: with what is allowed.
+        UserError: with what is allowed.
     """
     if not re.fullmatch(MODEL_NAME_PATTERN, name):
         raise UserError(
@@ -68,7 +68,7 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
         address: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or one of these without `models:/`.
 
     Raises:
-        ValueError: for an address that is none, a reserved alias, or an unknown model, version or alias.
+        UserError: for an address that is none, a reserved alias, or an unknown model, version or alias.
     """
     match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(_SCHEME))
     if match is None:
@@ -88,7 +88,7 @@ def require_model(client: MlflowClient, name: str) -> None:
     """Refuse a model that is not in the registry.
 
     Raises:
-        ValueError: with the names that are.
+        UserError: with the names that are.
     """
     require_model_name(name)
     if not client.search_registered_models(f"name = '{name}'"):
@@ -102,7 +102,7 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
     """A version of a model that there is.
 
     Raises:
-        ValueError: with the versions that there are.
+        UserError: with the versions that there are.
     """
     versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     if version not in versions:
@@ -137,7 +137,7 @@ def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> N
     """Point an alias at a version.
 
     Raises:
-        ValueError: for an alias that MLflow reserves or does not take.
+        UserError: for an alias that MLflow reserves or does not take.
     """
     _require_alias(name, alias)
     insert_or_find(lambda: client.set_registered_model_alias(name, alias, version))
