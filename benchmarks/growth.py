@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.measure import Row, in_turns, own_process
 from ncsn.core.allocator import keep_freed_memory
-from ncsn.core.ema import Ema
 from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import KarrasHeun
-from ncsn.core.train_state import train_step
+from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 
 BATCHES = (8, 32, 128, 512)
 SIZES = (8, 16, 32, 64)
@@ -46,13 +46,12 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
     torch.set_num_threads(1)
     keep_freed_memory()
     net, sigmas = network(size), geometric_sigmas(3.0, 0.03, LEVELS)
-    optimizer, ema = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, decay=0.999)
-    x, z, level = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size), torch.arange(batch) % LEVELS
+    state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, decay=0.999))
+    x, z = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size)
+    drawn, options = Batch(x, torch.arange(batch) % LEVELS, z), StepOptions(autocast_dtype=torch.bfloat16)
 
     def step() -> None:
-        train_step(
-            net, optimizer=optimizer, ema=ema, x=x, level=level, z=z, sigmas=sigmas, autocast_dtype=torch.bfloat16
-        )
+        train_step(net, drawn, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=options)
 
     return step
 

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 import yaml
 
+from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.cache import open_cache
 from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.judge import extractor_of, obtain_judge
-from ncsn.generation import evaluations_per_image, generate
+from ncsn.generation import generate
 
 QUOTED = 64
 """Images that seconds are quoted for."""
@@ -166,7 +167,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
         row(
             setting.name,
             images,
-            nfe=evaluations_per_image(setting.sampling.sampler, num_levels=checkpoint.config.levels.num_levels),
+            nfe=build.sampler(setting.sampling.sampler).num_evaluations(checkpoint.config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
             sampler=setting.sampling.sampler.model_dump(),
             precision=setting.sampling.precision,

@@ -20,10 +20,10 @@ from torch.nn import functional
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from benchmarks.plain_ncsn import PlainNcsn
 from ncsn.core.allocator import keep_freed_memory
-from ncsn.core.ema import Ema
+from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.train_state import train_step
+from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 
 SIZE, LEVELS, FEATURES = 28, 10, 64
 FORWARD_BACKWARD_FLOP = 11_357_939_712
@@ -34,10 +34,8 @@ STEPS_ON_GPU = 30
 """Between two looks at the clock, as training does not wait for each step of a GPU either."""
 PEAK_ON_GPU = 16
 """Times the batch, for the convolution: with fewer images the GPU would wait for the next call."""
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images, levels, noise."""
 Step = Callable[[Batch], Tensor]
-"""Gives the loss."""
+"""Gives the mean loss of an image, 1.0 for a network that gives zero."""
 
 
 def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Batch]:
@@ -49,7 +47,7 @@ def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Ba
         x = functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic").clamp(0, 1)
         level = torch.randint(0, LEVELS, (batch,), generator=draw)
         z = torch.randn(x.shape, generator=draw)
-        return x.to(device), level.to(device), z.to(device)
+        return Batch(x.to(device), level.to(device), z.to(device))
 
     return cycle([one() for _ in range(count)])
 
@@ -60,7 +58,7 @@ def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
 
     def step(batch: Batch) -> Tensor:
-        x, level, z = batch
+        x, level, z = batch.x, batch.level, batch.z
         sigma = sigmas[level][:, None, None, None]
         optimizer.zero_grad()
         loss = (sigma * network(x + sigma * z, level) + z).square().sum(dim=(1, 2, 3)).mean() / 2
@@ -69,7 +67,7 @@ def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
         with torch.no_grad():
             for name, value in network.named_parameters():
                 average[name].mul_(0.999).add_(value, alpha=0.001)
-        return loss.detach()
+        return 2 * loss.detach() / x[0].numel()
 
     return step
 
@@ -77,14 +75,12 @@ def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
 def our_step(network: nn.Module, sigmas: Tensor) -> Step:
     """The step of `ncsn train` in bfloat16."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    ema = Ema(network, decay=0.999)
+    state = TrainState(network, optimizer, Ema(network, decay=0.999))
+    options = StepOptions(autocast_dtype=torch.bfloat16)
 
     def step(batch: Batch) -> Tensor:
-        x, level, z = batch
-        report = train_step(
-            network, optimizer=optimizer, ema=ema, x=x, level=level, z=z, sigmas=sigmas, autocast_dtype=torch.bfloat16
-        )
-        return report.loss
+        report = train_step(network, batch, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=options)
+        return report.per_image.mean()
 
     return step
 

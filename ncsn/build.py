@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +11,22 @@ from torch import Tensor, nn
 from ncsn.config import Config
 from ncsn.config.losses import DsmLossConfig, SsmLossConfig
 from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig
-from ncsn.config.samplers import (
-    AnnealedLangevinConfig,
-    ConsistentAnnealedConfig,
-    KarrasHeunConfig,
-    LangevinConfig,
-    PredictorCorrectorConfig,
-    ProbabilityFlowConfig,
-    SamplerConfig,
-)
+from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import DataConfig
-from ncsn.core.ema import Ema
 from ncsn.core.images import PixelSpace
+from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.networks.ncsnv2 import NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.objectives import DenoisingScoreMatching, Objective, SingleSigma, SlicedScoreMatching
 from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector, Sampler
-from ncsn.core.train_state import TrainState
+from ncsn.core.training import Ema, StepOptions, TrainState
 from ncsn.errors import UserError
 
-_SAMPLERS: dict[type[object], type[Sampler]] = {
-    AnnealedLangevinConfig: AnnealedLangevin,
-    LangevinConfig: Langevin,
-    ConsistentAnnealedConfig: ConsistentAnnealed,
-    PredictorCorrectorConfig: PredictorCorrector,
-    ProbabilityFlowConfig: ProbabilityFlow,
-    KarrasHeunConfig: KarrasHeun,
+_SAMPLERS: dict[str, type[Sampler]] = {
+    each.kind: each
+    for each in (AnnealedLangevin, Langevin, ConsistentAnnealed, PredictorCorrector, ProbabilityFlow, KarrasHeun)
 }
 
 
@@ -82,22 +70,32 @@ def network(config: Config) -> nn.Module:
 
 def sampler(settings: SamplerConfig) -> Sampler:
     """The sampler, ready to run on any network."""
-    return _SAMPLERS[type(settings)](**settings.model_dump(exclude={"kind"}))
+    return _SAMPLERS[settings.kind](**settings.model_dump(exclude={"kind"}))
 
 
-def objective(config: Config) -> Objective:
-    """What training minimises."""
-    loss = config.loss
-    if isinstance(loss, DsmLossConfig):
-        return DenoisingScoreMatching(anneal_power=loss.anneal_power, antithetic=loss.antithetic)
-    if isinstance(loss, SsmLossConfig):
-        return SlicedScoreMatching(anneal_power=loss.anneal_power)
+def sampler_section(sampler: Sampler) -> SamplerConfig:
+    """The config section of a sampler."""
+    return parse_sampler({"kind": sampler.kind, **asdict(sampler)})
+
+
+def loss(config: Config) -> Loss:
+    """What training minimizes."""
+    settings = config.loss
+    if isinstance(settings, DsmLossConfig):
+        return DenoisingScoreMatching(anneal_power=settings.anneal_power, antithetic=settings.antithetic)
+    if isinstance(settings, SsmLossConfig):
+        return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
     return SingleSigma()
 
 
-def num_projections(config: Config) -> int:
-    """Random directions per image that the objective takes."""
-    return config.loss.num_projections if isinstance(config.loss, SsmLossConfig) else 0
+def step_options(config: Config, *, device: str | torch.device, world_size: int) -> StepOptions:
+    """How a training step computes on `device` as one of `world_size` workers."""
+    return StepOptions(
+        grad_clip_norm=config.optimizer.grad_clip_norm,
+        autocast_dtype=autocast_dtype(config, device),
+        microbatch=config.compute.microbatch,
+        mean_share=config.train.batch_size / world_size,
+    )
 
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ncsn import build, storage
 from ncsn.config import Config, changed_settings, from_json, from_yaml, to_json, to_yaml
-from ncsn.core.starts import DataMoments
-from ncsn.core.train_state import TrainState
+from ncsn.core.images import DataMoments
+from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 
 FORMAT_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,36 +13,14 @@ from torch import Tensor
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
-from ncsn.config.samplers import (
-    AnnealedLangevinConfig,
-    ConsistentAnnealedConfig,
-    KarrasHeunConfig,
-    LangevinConfig,
-    PredictorCorrectorConfig,
-    ProbabilityFlowConfig,
-    SamplerConfig,
-)
+from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import to_uint8
-from ncsn.core.inpainting import inpaint
-from ncsn.core.interpolation import InterpolatedNoise
-from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.level_grid import choose_levels, karras_sigmas
-from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.starts import moment_matched_start
+from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.langevin import inpaint
+from ncsn.core.samplers import AnnealedLangevin
 from ncsn.errors import UserError
-
-_LONGEST_CHAIN = 100_000
-_LENGTHS: dict[type[SamplerConfig], str] = {
-    AnnealedLangevinConfig: "steps_per_level",
-    LangevinConfig: "num_steps",
-    ProbabilityFlowConfig: "num_levels",
-    KarrasHeunConfig: "num_steps",
-}
-"""The setting of each sampler that decides how many evaluations it takes."""
-_START_DRAW = 2**31
-"""Number of the draw that a moment-matched start takes, far beyond those of any chain."""
 
 
 def generate(
@@ -138,8 +115,8 @@ def complete(
     Raises:
         UserError: for another sampler, images or a mask of another shape, or an image that is not finite.
     """
-    config, sampler, space = trained.config, sampling.sampler, build.pixel_space(trained.config.data)
-    if not isinstance(sampler, AnnealedLangevinConfig):
+    config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    if not isinstance(sampler, AnnealedLangevin):
         raise UserError("sampling.sampler.kind", "inpainting needs annealed_langevin (Algorithm 2)", value=sampler.kind)
     height = width = config.data.image_size
     if images.shape[1:] != (height, width, config.data.channels) or images.dtype != np.uint8:
@@ -187,15 +164,15 @@ def _sampled(
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The chain of the configured sampler from its start to its end, in the network's space."""
-    space = build.pixel_space(trained.config.data)
+    config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
     with _inference(sampling, device):
-        x = start(trained, sampling.sampler, noise=noise)
+        x = sampler.start(space, trained.moments, sigma_1=config.levels.sigma_1, noise=noise)
         if on_level is not None:
             on_level(0, space.invert(x))
-        return build.sampler(sampling.sampler)(
+        return sampler(
             trained.network,
             x=x,
-            sigmas=build.sigmas(trained.config).to(device),
+            sigmas=build.sigmas(config).to(device),
             noise=noise,
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
         )
@@ -218,87 +195,18 @@ def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str)
     return images
 
 
-def start(trained: TrainedNetwork, sampler: SamplerConfig, *, noise: KeyedNoise | InterpolatedNoise) -> Tensor:
-    """Where the chain begins: uniform pixels for Langevin dynamics, which forgets them, else data plus noise."""
-    if isinstance(sampler, AnnealedLangevinConfig | LangevinConfig):
-        return build.pixel_space(trained.config.data).transform(noise.uniform(0))
-    return moment_matched_start(trained.moments, sigma=trained.config.levels.sigma_1, z=noise(_START_DRAW))
+def evaluations_per_image(config: Config) -> int:
+    """NFE of an image by the config's sampler."""
+    return build.sampler(config.sampling.sampler).num_evaluations(config.levels.num_levels)
 
 
-def evaluations_per_image(sampler: SamplerConfig, *, num_levels: int) -> int:
-    """NFE of one image for a network of `num_levels` levels."""
-    return build.sampler(sampler).num_evaluations(num_levels)
-
-
-def with_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
-    """The sampler with a chain of another length.
+def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int) -> SamplerConfig:
+    """The sampler's section with a chain of exactly `nfe` evaluations.
 
     Raises:
-        UserError: if it has no length of its own, or none that takes exactly `nfe` evaluations; with the nearest.
+        UserError: There is none; names the nearest.
     """
-    near = {evaluations_per_image(chain, num_levels=num_levels): chain for chain in _near(sampler, nfe, num_levels)}
-    if nfe in near:
-        return near[nfe]
-    field = _LENGTHS.get(type(sampler))
-    if field is None:
-        raise UserError("nfe", f"cannot be chosen for the sampler {sampler.kind!r}", value=nfe)
-    raise UserError(
-        "nfe",
-        f"cannot be reached by sampling.sampler.{field}",
-        hint=f"use {' or '.join(map(str, sorted(near)))}",
-        value=nfe,
-    )
-
-
-def nearest_evaluations(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
-    """The sampler with the chain that comes nearest to `nfe` evaluations; itself if it has no length of its own."""
-    chains = _near(sampler, nfe, num_levels)
-    return min(chains, key=lambda chain: abs(evaluations_per_image(chain, num_levels=num_levels) - nfe))
-
-
-def shortened(sampler: SamplerConfig, *, nfe: int, num_levels: int) -> SamplerConfig:
-    """The sampler with `nfe` evaluations at most, or a plain one of about so many where it cannot be that short."""
-    if evaluations_per_image(sampler, num_levels=num_levels) <= nfe:
-        return sampler
-    if isinstance(sampler, AnnealedLangevinConfig) and nfe > num_levels:
-        return sampler.model_copy(update={"steps_per_level": (nfe - sampler.denoise) // num_levels})
-    if isinstance(sampler, LangevinConfig):
-        return sampler.model_copy(update={"num_steps": max(nfe - sampler.denoise, 1)})
-    return ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=max(2, min(nfe, num_levels)))
-
-
-def visited_sigmas(sampler: SamplerConfig, sigmas: Tensor) -> list[float]:
-    """Sigma of each level that a sampler reports to `on_level`, for a network's levels [L]."""
-    high, low = float(sigmas[0]), float(sigmas[-1])
-    match sampler:
-        case LangevinConfig():
-            return [float(sigmas[sampler.level])]
-        case ConsistentAnnealedConfig() if sampler.refine > 1:
-            return geometric_sigmas(high, low, (len(sigmas) - 1) * sampler.refine + 1).tolist()
-        case PredictorCorrectorConfig():
-            return [float(sigmas[level]) for level in choose_levels(sigmas, sampler.num_levels)]
-        case ProbabilityFlowConfig():
-            chosen = choose_levels(sigmas, sampler.num_levels, spacing=sampler.spacing)
-            return [float(sigmas[level]) for level in chosen]
-        case KarrasHeunConfig():
-            return karras_sigmas(high, low, sampler.num_steps, rho=sampler.rho)
-    values: list[float] = sigmas.tolist()
-    return values
-
-
-def _near(sampler: SamplerConfig, nfe: int, num_levels: int) -> list[SamplerConfig]:
-    """The sampler with the lengths, one or two, whose evaluations are next to `nfe`."""
-    field = _LENGTHS.get(type(sampler))
-    if field is None or evaluations_per_image(sampler, num_levels=num_levels) == nfe:
-        return [sampler]
-    least = 1 if field == "steps_per_level" or isinstance(sampler, LangevinConfig) else 2
-    lengths = range(least, min(num_levels if field == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
-
-    def with_length(length: int) -> SamplerConfig:
-        return sampler.model_copy(update={field: length})
-
-    def evaluations(length: int) -> int:
-        return evaluations_per_image(with_length(length), num_levels=num_levels)
-
-    index = bisect_left(lengths, nfe, key=evaluations)
-    return [with_length(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [with_length(least)]
+    try:
+        return build.sampler_section(build.sampler(section).with_evaluations(nfe, num_levels=num_levels))
+    except ValueError as error:
+        raise UserError("nfe", str(error), value=nfe) from None

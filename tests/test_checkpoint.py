@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from ncsn import build, checkpoint
 from ncsn.config import Config, from_yaml
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState, train_step
+from ncsn.core.images import fit_moments
+from ncsn.core.losses import Batch
+from ncsn.core.training import TrainState, train_step
 
 TEXT = """
 name: tiny
@@ -31,15 +32,9 @@ MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual
 def trained(config: Config) -> TrainState:
     """A state after one step, so that every part of it is filled."""
     state = build.train_state(config)
-    train_step(
-        state.network,
-        optimizer=state.optimizer,
-        ema=state.ema,
-        x=torch.rand(4, 1, 8, 8),
-        level=torch.arange(4),
-        z=torch.randn(4, 1, 8, 8),
-        sigmas=build.sigmas(config),
-    )
+    batch = Batch(torch.rand(4, 1, 8, 8), torch.arange(4), torch.randn(4, 1, 8, 8))
+    options = build.step_options(config, device="cpu", world_size=1)
+    train_step(state.network, batch, state=state, loss=build.loss(config), sigmas=build.sigmas(config), options=options)
     state.images_seen = 32
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +14,11 @@ from refused import refused
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, from_yaml
-from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig
-from ncsn.core.starts import fit_moments
+from ncsn.core.images import fit_moments
+from ncsn.core.ode_samplers import KarrasHeun
+from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
 from ncsn.errors import ConfigError
-from ncsn.generation import (
-    complete,
-    evaluations_per_image,
-    generate,
-    interpolate,
-    nearest_evaluations,
-    shortened,
-    visited_sigmas,
-    with_evaluations,
-)
+from ncsn.generation import complete, evaluations_per_image, generate, interpolate, with_evaluations
 
 TEXT = """
 name: tiny
@@ -50,6 +43,10 @@ def config_with(kind: str) -> Config:
     tree = yaml.safe_load(TEXT)
     tree["sampling"]["sampler"] = {"kind": kind, **SAMPLERS[kind][0]}
     return from_yaml(yaml.safe_dump(tree))
+
+
+def sampler_with(kind: str) -> Sampler:
+    return build.sampler(config_with(kind).sampling.sampler)
 
 
 def trained(config: Config) -> TrainedNetwork:
@@ -130,7 +127,7 @@ def test_an_interpolation_runs_from_one_image_to_the_other(kind: str) -> None:
     assert path.shape == (4, 8, 8, 1)
     assert all(not np.array_equal(a, b) for a, b in itertools.combinations(path, 2))
     assert np.array_equal(path, interpolate(network, sampling=config.sampling, first=2, second=5, count=4))
-    shared_start = isinstance(config.sampling.sampler, AnnealedLangevinConfig | LangevinConfig)
+    shared_start = sampler_with(kind).uniform_start
     for end, index in ((0, 2), (-1, 5))[: 1 if shared_start else 2]:
         image = generate(network, sampling=config.sampling, first=index, count=1)[0]
         assert np.abs(path[end].astype(int) - image.astype(int)).max() <= 1
@@ -151,7 +148,7 @@ def test_nfe_is_what_the_network_is_asked(kind: str, nfe: int) -> None:
     network.network.score_at = counted  # type: ignore[assignment]
     network.network.forward = lambda x, level: counted(x, network.network.sigmas[level])  # type: ignore[assignment,index]
     generate(network, sampling=config.sampling, first=0, count=1)
-    assert calls == nfe == evaluations_per_image(config.sampling.sampler, num_levels=6)
+    assert calls == nfe == evaluations_per_image(config)
 
 
 def test_stages_begin_with_the_start() -> None:
@@ -171,9 +168,9 @@ def test_stages_begin_with_the_start() -> None:
     ],
 )
 def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, value: int) -> None:
-    changed = with_evaluations(config_with(kind).sampling.sampler, nfe=nfe, num_levels=6)
+    changed = sampler_with(kind).with_evaluations(nfe, num_levels=6)
     assert getattr(changed, field) == value
-    assert evaluations_per_image(changed, num_levels=6) == nfe
+    assert changed.num_evaluations(6) == nfe
 
 
 @pytest.mark.parametrize(
@@ -182,8 +179,8 @@ def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, va
 )
 def test_lengths_out_of_reach_name_the_nearest(kind: str, nfe: int, hint: str) -> None:
     with refused("nfe") as caught:
-        with_evaluations(config_with(kind).sampling.sampler, nfe=nfe, num_levels=6)
-    assert caught.value.problems[0].hint == hint
+        with_evaluations(config_with(kind).sampling.sampler, nfe, num_levels=6)
+    assert hint in str(caught.value)
 
 
 def test_a_sampler_for_continuous_networks_refuses_the_2019_network() -> None:
@@ -208,14 +205,20 @@ def test_the_2020_network_is_built_in_each_depth(depth: str) -> None:
     assert torch.allclose(same[0], same[1], rtol=1e-5, atol=1e-6)
 
 
-def test_sampler_is_shortened_where_it_can_be() -> None:
-    annealed = AnnealedLangevinConfig(kind="annealed_langevin", steps_per_level=50)
-    assert shortened(annealed, nfe=21, num_levels=4) == annealed.model_copy(update={"steps_per_level": 5})
-    assert evaluations_per_image(shortened(annealed, nfe=21, num_levels=4), num_levels=4) == 21
-    assert shortened(annealed, nfe=1000, num_levels=4) == annealed
-    assert isinstance(shortened(annealed, nfe=3, num_levels=4), ProbabilityFlowConfig)
-    langevin = LangevinConfig(kind="langevin", num_steps=500)
-    assert evaluations_per_image(shortened(langevin, nfe=9, num_levels=4), num_levels=4) == 9
+def test_a_chain_is_cut_to_the_evaluations_that_it_may_take() -> None:
+    annealed = AnnealedLangevin(epsilon=2e-5, steps_per_level=50)
+    assert annealed.at_most(21, num_levels=4) == replace(annealed, steps_per_level=5)
+    assert annealed.at_most(1000, num_levels=4) == annealed
+    assert annealed.at_most(3, num_levels=4) is None
+    shorter = Langevin(level=-1, step_size=1e-4, num_steps=500, denoise=True).at_most(9, num_levels=4)
+    assert shorter is not None and shorter.num_evaluations(4) == 9
+    assert KarrasHeun(num_steps=18).at_most(10, num_levels=4) == KarrasHeun(num_steps=5)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_sampler_and_its_section_of_the_config_are_one(kind: str) -> None:
+    section = config_with(kind).sampling.sampler
+    assert build.sampler_section(build.sampler(section)) == section
 
 
 @pytest.mark.parametrize(
@@ -230,8 +233,7 @@ def test_sampler_is_shortened_where_it_can_be() -> None:
     ],
 )
 def test_the_nearest_chain(kind: str, wanted: int, nfe: int) -> None:
-    near = nearest_evaluations(config_with(kind).sampling.sampler, nfe=wanted, num_levels=6)
-    assert evaluations_per_image(near, num_levels=6) == nfe
+    assert sampler_with(kind).nearest(wanted, num_levels=6).num_evaluations(6) == nfe
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -246,7 +248,7 @@ def test_each_stage_after_the_start_has_its_sigma(kind: str, fewer: bool) -> Non
         sampling = sampling.model_copy(update={"sampler": finer})
     stages: list[int] = []
     generate(trained(config), sampling=sampling, first=0, count=1, on_level=lambda stage, _: stages.append(stage))
-    sigmas = visited_sigmas(sampling.sampler, build.sigmas(config))
+    sigmas = build.sampler(sampling.sampler).visited(build.sigmas(config))
     assert len(sigmas) == len(stages) - 1
     assert sigmas == sorted(sigmas, reverse=True)
     assert sigmas[-1] == pytest.approx(0.05)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from ncsn.config.section import Section
 from ncsn.errors import UserError
@@ -106,3 +107,9 @@ SamplerConfig = Annotated[
     | KarrasHeunConfig,
     Field(discriminator="kind"),
 ]
+_SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)
+
+
+def parse_sampler(values: Mapping[str, Any]) -> SamplerConfig:
+    """The section of a sampler from its plain values."""
+    return _SECTION.validate_python(values)

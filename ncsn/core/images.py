@@ -13,34 +13,28 @@ LOGIT_MARGIN = 1e-6
 
 
 def to_unit(images_u8: Tensor) -> Tensor:
-    """Bring stored images to network space.
+    """Stored images uint8 [B, H, W, C] as contiguous float32 [B, C, H, W] in [0, 1]."""
+    return _grays(images_u8).div_(255)
+
+
+def dequantize(images_u8: Tensor, u: Tensor) -> Tensor:
+    """Stored images with each gray step spread evenly: (gray + u) / 256.
 
     Args:
         images_u8: uint8 [B, H, W, C].
+        u: Uniform (0, 1) numbers [B, C, H, W], fresh at each use.
 
     Returns:
-        float32 [B, C, H, W] in [0, 1], contiguous.
-    """
-    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
-        raise ValueError(
-            f"expected uint8 images [B, H, W, C], got {images_u8.dtype} of shape {list(images_u8.shape)}; "
-            "convert before calling to_unit"
-        )
-    return images_u8.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-def dequantize(x: Tensor, u: Tensor) -> Tensor:
-    """Spread each gray step evenly: (255 x + u) / 256.
-
-    Args:
-        x: Images in [0, 1] on the grid of 256 gray steps, as `to_unit` gives them.
-        u: Uniform (0, 1) numbers of the same shape, fresh at each use.
-
-    Returns:
-        Same shape, in [0, 1); floor(256 result) is the gray value for every input.
+        float32 [B, C, H, W] in [0, 1); floor(256 result) is the gray value for every input.
     """
     # 8 bits of gray and 16 of noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
-    return (255 * x).round_().add_((u * 65536).floor_(), alpha=1 / 65536).div_(256)
+    return _grays(images_u8).add_((u * 65536).floor_(), alpha=1 / 65536).div_(256)
+
+
+def _grays(images_u8: Tensor) -> Tensor:
+    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
+        raise ValueError(f"expected uint8 images [B, H, W, C], got {images_u8.dtype} of shape {list(images_u8.shape)}")
+    return images_u8.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -102,10 +96,9 @@ class PixelSpace:
         Returns:
             float32 [B, C, H, W].
         """
-        x = to_unit(images_u8)
-        if self.dequantized:
-            x = dequantize(x, torch.full_like(x, 0.5) if u is None else u)
-        return self.transform(x)
+        if not self.dequantized:
+            return self.transform(to_unit(images_u8))
+        return self.transform(dequantize(images_u8, torch.tensor(0.5) if u is None else u))
 
     def transform(self, x: Tensor) -> Tensor:
         """Bring values in [0, 1] to the space."""
@@ -114,6 +107,70 @@ class PixelSpace:
     def invert(self, y: Tensor) -> Tensor:
         """Undo `transform`."""
         return unlogit(y) if self.logit else y
+
+
+@dataclass(frozen=True)
+class DataMoments:
+    """Mean and covariance of the pixels of a data set, the covariance as V diag(variances - rest) V^T + rest I.
+
+    Attributes:
+        mean: float32 [C, H, W].
+        directions: V^T, orthonormal rows of the leading principal components, float32 [K, D], D = C H W.
+        variances: Variance along each, descending, float32 [K].
+        rest: Mean variance of the D - K other directions.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variances: Tensor
+    rest: float
+
+
+def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
+    """Mean and leading principal components of images.
+
+    Args:
+        x: Images [N, C, H, W] in network space, N >= 2.
+        num_components: K; fewer if N - 1 or D is smaller.
+
+    Returns:
+        Moments on the CPU; the total variance is the data's whatever K is.
+    """
+    if len(x) < 2:
+        raise ValueError(f"moments need at least 2 images, got {len(x)}")
+    flat = x.detach().cpu().flatten(1).to(torch.float64)
+    mean = flat.mean(dim=0)
+    flat = flat - mean
+    count = min(num_components, len(flat) - 1, flat.shape[1])
+    if flat.shape[1] <= len(flat):
+        eigenvalues, vectors = torch.linalg.eigh(flat.T @ flat / (len(flat) - 1))
+        variances, directions = eigenvalues.flip(0), vectors.flip(1).T
+    else:
+        _, singular, directions = torch.linalg.svd(flat, full_matrices=False)
+        variances = singular.square() / (len(flat) - 1)
+    total = float(flat.square().sum() / (len(flat) - 1))
+    leading = variances[:count].clamp(min=0)
+    rest = max(total - float(leading.sum()), 0.0) / max(flat.shape[1] - count, 1)
+    return DataMoments(
+        mean=mean.view(x.shape[1:]).float(),
+        directions=directions[:count].float().contiguous(),
+        variances=leading.float(),
+        rest=rest,
+    )
+
+
+def moment_matched(moments: DataMoments, *, sigma: float, z: Tensor) -> Tensor:
+    """A draw from N(mean, covariance + sigma^2 I), the normal distribution nearest to the data plus noise of sigma.
+
+    It comes close to that data also where sigma is far below the spread of the data. z: standard normal [B, C, H, W].
+    """
+    flat = z.flatten(1)
+    directions = moments.directions.to(flat)
+    rest = (moments.rest + sigma**2) ** 0.5
+    gain = (moments.variances.to(flat) + sigma**2).sqrt() - rest
+    spread = rest * flat + ((flat @ directions.T) * gain) @ directions
+    start: Tensor = moments.mean.to(z) + spread.view_as(z)
+    return start
 
 
 def image_grid(images_u8: np.ndarray | Tensor, *, columns: int, padding: int = 1) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Langevin dynamics and its annealed form (Song & Ermon 2019, equation 4 and Algorithm 1).
+"""Langevin dynamics, its annealed form, and inpainting (Song & Ermon 2019, equation 4 and Algorithms 1 and 2).
 
 Convention: x <- x + a s(x) + sqrt(2 a) z with a_i = epsilon sigma_i^2 / sigma_L^2. Algorithm 1 as printed takes half
 of that step, so its epsilon is twice the one here; the epsilons of the released code and of NCSNv2 are the ones here.
@@ -23,16 +23,8 @@ OnLevel = Callable[[int, Tensor], None]
 """Called with the level just finished and the state; the state must not be changed or kept without a copy."""
 
 
-def step_sizes(sigmas: Tensor, epsilon: float) -> Tensor:
-    """Step size a_i = epsilon sigma_i^2 / sigma_L^2 of each level, float64 [L] on the CPU."""
-    if not epsilon > 0:
-        raise ValueError(f"the step size must be positive, got epsilon = {epsilon}")
-    squared = sigmas.detach().to("cpu", torch.float64).square()
-    return epsilon * squared / squared[-1]
-
-
 def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tuple[float, float]]:
-    """Step size a and deviation of the noise of the steps at each level.
+    """Step size a_i = epsilon sigma_i^2 / sigma_L^2 of each level and the deviation of its steps' noise.
 
     The deviation is sqrt(2 a), or with `consistent` sqrt(2 a - (a / sigma)^2), with which a point mass under noise of
     sigma stays so: steps of size a alone leave more, 2 / (2 - a / sigma^2) of its variance.
@@ -40,10 +32,12 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
     Raises:
         ValueError: epsilon is not positive, or too large for consistent steps.
     """
-    steps = step_sizes(sigmas, epsilon).tolist()
+    if not epsilon > 0:
+        raise ValueError(f"the step size must be positive, got epsilon = {epsilon}")
+    squares = sigmas.detach().to("cpu", torch.float64).square().tolist()
+    steps = [epsilon * square / squares[-1] for square in squares]
     if not consistent:
         return [(a, math.sqrt(2 * a)) for a in steps]
-    squares = sigmas.detach().to("cpu", torch.float64).square().tolist()
     if epsilon > squares[-1] * (1 + 1e-6):
         raise ValueError(f"consistent steps need epsilon of at most sigma_L^2 = {squares[-1]:.4g}, got {epsilon:g}")
     return [(a, math.sqrt(2 * a - a * a / square)) for a, square in zip(steps, squares, strict=True)]
@@ -87,6 +81,7 @@ def annealed_langevin(
     denoise: bool,
     consistent: bool = False,
     on_level: OnLevel | None = None,
+    hold: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1; the step convention is this module's).
 
@@ -103,6 +98,7 @@ def annealed_langevin(
         denoise: End with x + sigma_L^2 s(x, L), which removes the noise of the last level.
         consistent: Scale the noise of the steps so that a level's sigma stays what it is, see `level_steps`.
         on_level: Receives each level and the state after its last step, before the denoising.
+        hold: Level -> what is applied to the state after each of its steps.
 
     Returns:
         The final state, not clamped to [0, 1].
@@ -110,9 +106,96 @@ def annealed_langevin(
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
     for level, (step_size, noise_std) in enumerate(level_steps(sigmas, epsilon, consistent=consistent)):
+        held = hold(level) if hold is not None else None
         for step in range(level * steps_per_level, (level + 1) * steps_per_level):
             score = score_at_level(network, x, level=level)
             x = langevin_step(x, score=score, step_size=step_size, z=noise(step), noise_std=noise_std)
+            x = x if held is None else held(x)
         if on_level is not None:
             on_level(level, x)
     return denoise_step(network, x, level=len(sigmas) - 1, sigma=float(sigmas[-1])) if denoise else x
+
+
+@torch.no_grad()
+def inpaint(
+    network: ScoreFunction,
+    *,
+    x: Tensor,
+    reference: Tensor,
+    mask: Tensor,
+    sigmas: Tensor,
+    epsilon: float,
+    steps_per_level: int,
+    noise: NoiseSource,
+    denoise: bool = True,
+    restore: bool = True,
+    consistent: bool = False,
+    on_level: OnLevel | None = None,
+) -> Tensor:
+    """Complete images of which some pixels are known (Algorithm 2).
+
+    At each level the known pixels are reference + sigma z with one z for all its steps; each step updates the whole
+    image and then sets these pixels. For k completions of each image repeat reference k times
+    (`reference.repeat_interleave(k, dim=0)`) and give each repetition its own start and noise.
+
+    Args:
+        network: The score network, in eval mode.
+        x: Initial state [B, C, H, W]; uniform on [0, 1) in the paper. Not changed.
+        reference: Images with the known pixels [B, C, H, W]; other pixels of it are not used.
+        mask: True where a pixel is known, bool of shape [H, W], [1 or C, H, W] or [B, 1 or C, H, W].
+        sigmas: Noise levels [L], descending.
+        epsilon: Step size at the last level, in the convention of `ncsn.core.langevin`.
+        steps_per_level: T.
+        noise: Source of the normal draws: numbers 0 to L T - 1 for the steps, as in `annealed_langevin`, then L T + i
+            for the known pixels of level i.
+        denoise: End with x + sigma_L^2 s(x, L).
+        restore: Give the known pixels back exactly at the end. The paper leaves them with noise of sigma_L.
+        consistent: As in `annealed_langevin`; without it what is made carries more noise than what is known.
+        on_level: Receives each level and the state after its last step.
+
+    Returns:
+        The completed images, not clamped.
+
+    Raises:
+        ValueError: The mask's shape or type does not fit, or the reference's shape is not x's.
+    """
+    known = _expanded_mask(mask, x)
+    if reference.shape != x.shape:
+        raise ValueError(f"the reference has shape {list(reference.shape)}, the images have {list(x.shape)}")
+    num_steps = len(sigmas) * steps_per_level
+
+    def hold(level: int) -> Callable[[Tensor], Tensor]:
+        noisy = torch.add(reference, noise(num_steps + level), alpha=float(sigmas[level]))
+        return lambda state: torch.where(known, noisy, state)
+
+    x = annealed_langevin(
+        network,
+        x=x,
+        sigmas=sigmas,
+        epsilon=epsilon,
+        steps_per_level=steps_per_level,
+        noise=noise,
+        denoise=denoise,
+        consistent=consistent,
+        on_level=on_level,
+        hold=hold,
+    )
+    return torch.where(known, reference, x) if restore else x
+
+
+def _expanded_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask must be bool, True where a pixel is known, got {mask.dtype}")
+    batch, channels, height, width = x.shape
+    shape = list(mask.shape)
+    fits = shape[-2:] == [height, width] and (
+        mask.ndim == 2
+        or (mask.ndim == 3 and shape[0] in (1, channels))
+        or (mask.ndim == 4 and shape[0] in (1, batch) and shape[1] in (1, channels))
+    )
+    if not fits:
+        raise ValueError(
+            f"the mask has shape {shape}; for images of {channels} x {height} x {width} it must be "
+            f"[{height}, {width}], [1 or {channels}, {height}, {width}] or one such per image"
+        )
+    return mask.to(x.device).expand_as(x)

@@ -17,6 +17,64 @@ if TYPE_CHECKING:
 Spacing = Literal["geometric", "karras"]
 
 
+@dataclass(frozen=True)
+class LevelGrid:
+    """Levels at which a sampler evaluates a network: by index, or by sigma where `indices` is None."""
+
+    network: ScoreFunction
+    sigmas: list[float]  # descending
+    indices: list[int] | None
+
+    @classmethod
+    def subset(
+        cls, network: ScoreFunction, sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric"
+    ) -> LevelGrid:
+        """`count` of the network's own levels, see `choose_levels`."""
+        indices, values = choose_levels(sigmas, count, spacing=spacing), floats(sigmas)
+        return cls(network, [values[i] for i in indices], indices)
+
+    def score(self, x: Tensor, k: int) -> Tensor:
+        """Score of a batch at grid position k."""
+        if self.indices is None:
+            return score_at_sigma(self.network, x, sigma=self.sigmas[k])
+        return score_at_level(self.network, x, level=self.indices[k])
+
+    def denoised(self, x: Tensor, k: int) -> Tensor:
+        """Tweedie's x + sigma^2 s(x) at grid position k."""
+        return torch.add(x, self.score(x, k), alpha=self.sigmas[k] ** 2)
+
+
+def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
+    """Indices of `count` of the levels [L], first and last among them; None, or more than L, for all.
+
+    A grid is laid over the range, evenly in log sigma or (`karras`) in sigma^(1/7), and each of its points moved to the
+    nearest level in log sigma. Points that meet at one level become one with `karras`; `geometric` takes the next free
+    level, so that `count` are returned.
+    """
+    total = len(sigmas)
+    if count is None or count >= total:
+        return list(range(total))
+    if count < 2:
+        raise ValueError(f"at least the first and the last level must be used, got num_levels = {count}")
+    logs = sigmas.detach().cpu().double().log()
+    if spacing == "karras":
+        grid = torch.tensor(karras_sigmas(float(sigmas[0]), float(sigmas[-1]), count), dtype=torch.float64).log()
+    else:
+        grid = torch.linspace(float(logs[0]), float(logs[-1]), count, dtype=torch.float64)
+    nearest: list[int] = (grid[:, None] - logs).abs().argmin(dim=1).tolist()
+    if spacing == "karras":
+        return sorted(set(nearest))
+    for k in range(1, count):
+        nearest[k] = min(max(nearest[k], nearest[k - 1] + 1), total - count + k)
+    return nearest
+
+
+def refined_sigmas(sigmas: Tensor, refine: int) -> list[float]:
+    """A geometric grid over the range of the levels [L] with `refine` times as many steps."""
+    count = (len(sigmas) - 1) * refine + 1
+    return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), count, dtype=torch.float64).exp())
+
+
 def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int, *, rho: float = 7.0) -> list[float]:
     """The grid of Karras et al. 2022, equation 5, without the 0 at its end; both ends are exact."""
     if num_steps < 2:
@@ -42,76 +100,7 @@ def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor
     return score.to(x.dtype)
 
 
-def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
-    """Indices of `count` of the given levels, first and last among them.
-
-    A grid is laid over the range and each of its points moved to the level that is nearest in log sigma. Points that
-    meet at one level become one, except that `geometric` then takes the next free level, so that `count` are returned.
-
-    Args:
-        sigmas: Levels [L], descending.
-        count: Number of levels, at least 2; None, or more than L, for all.
-        spacing: Evenly in log sigma or in sigma^(1/7).
-    """
-    total = len(sigmas)
-    if count is None or count >= total:
-        return list(range(total))
-    if count < 2:
-        raise ValueError(f"at least the first and the last level must be used, got num_levels = {count}")
-    logs = sigmas.detach().cpu().double().log()
-    if spacing == "karras":
-        grid = torch.tensor(karras_sigmas(float(sigmas[0]), float(sigmas[-1]), count), dtype=torch.float64).log()
-    else:
-        grid = torch.linspace(float(logs[0]), float(logs[-1]), count, dtype=torch.float64)
-    nearest: list[int] = (grid[:, None] - logs).abs().argmin(dim=1).tolist()
-    if spacing == "karras":
-        return sorted(set(nearest))
-    for k in range(1, count):
-        nearest[k] = min(max(nearest[k], nearest[k - 1] + 1), total - count + k)
-    return nearest
-
-
-@dataclass(frozen=True)
-class LevelGrid:
-    """Levels at which a sampler evaluates a network, by index or, on a grid finer than its own, by sigma.
-
-    Attributes:
-        network: The score network.
-        sigmas: Noise levels, descending.
-        indices: The network's index of each, or None to go by sigma.
-    """
-
-    network: ScoreFunction
-    sigmas: list[float]
-    indices: list[int] | None
-
-    @classmethod
-    def subset(
-        cls,
-        network: ScoreFunction,
-        sigmas: Tensor,
-        count: int | None,
-        *,
-        spacing: Spacing = "geometric",
-    ) -> LevelGrid:
-        """So many of the network's own levels, see `choose_levels`."""
-        indices = choose_levels(sigmas, count, spacing=spacing)
-        values = sigmas.tolist()
-        return cls(network, [values[i] for i in indices], indices)
-
-    @classmethod
-    def refined(cls, network: ScoreFunction, sigmas: Tensor, refine: int) -> LevelGrid:
-        """A geometric grid with `refine` times as many steps; the network must be continuous."""
-        count = (len(sigmas) - 1) * refine + 1
-        logs = torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), count, dtype=torch.float64)
-        return cls(network, logs.exp().tolist(), None)
-
-    def score(self, x: Tensor, k: int) -> Tensor:
-        """Score of a batch at grid position k."""
-        if self.indices is None:
-            return score_at_sigma(self.network, x, sigma=self.sigmas[k])
-        return score_at_level(self.network, x, level=self.indices[k])
-
-    def denoised(self, x: Tensor, k: int) -> Tensor:
-        """Tweedie's x + sigma^2 s(x) at grid position k."""
-        return torch.add(x, self.score(x, k), alpha=self.sigmas[k] ** 2)
+def floats(sigmas: Tensor) -> list[float]:
+    """The levels [L] as numbers."""
+    values: list[float] = sigmas.tolist()
+    return values

@@ -1,7 +1,4 @@
-"""Samplers that solve the probability-flow ODE; calling convention and `denoise` as in `ncsn.core.samplers`.
-
-An ODE does not forget its start, see `ncsn.core.starts`.
-"""
+"""Samplers that solve the probability-flow ODE, which does not forget its start; see `ncsn.core.samplers`."""
 
 from __future__ import annotations
 
@@ -12,35 +9,38 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ncsn.core.level_grid import LevelGrid, karras_sigmas, score_at_sigma
+from ncsn.core.level_grid import LevelGrid, Spacing, choose_levels, karras_sigmas, score_at_sigma
+from ncsn.core.samplers import Sampler
 
 if TYPE_CHECKING:
     from ncsn.core.langevin import NoiseSource, OnLevel
-    from ncsn.core.level_grid import Spacing
     from ncsn.core.losses import ScoreFunction
 
 
 @dataclass(frozen=True)
-class ProbabilityFlow:
+class ProbabilityFlow(Sampler):
     """The ODE dx/dsigma = -sigma s(x) on the network's own levels (Song et al. 2021; Karras et al. 2022, equation 1).
 
-    Attributes:
-        method: `euler`, one NFE per level, or `heun`, second order, two.
-        num_levels: Use so many of the network's levels; None for all.
-        spacing: How they spread over the range: `geometric`, evenly in log sigma; `karras`, evenly in sigma^(1/7), and
-            then moved to the nearest level of the network, which can make them fewer.
-        denoise: See the module. It is the Euler step to sigma = 0.
+    `denoise` is the Euler step to sigma = 0.
     """
 
     method: Literal["euler", "heun"] = "heun"
-    num_levels: int | None = None
-    spacing: Spacing = "geometric"
+    num_levels: int | None = None  # levels used; None for all
+    spacing: Spacing = "geometric"  # see `choose_levels`
     denoise: bool = True
 
+    kind = "probability_flow"
+    length = "num_levels"
+    least = 2
+
     def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image; an upper bound with `karras` spacing."""
+        """See `Sampler`; an upper bound with `karras` spacing."""
         steps = min(self.num_levels or num_levels, num_levels) - 1
         return steps * (2 if self.method == "heun" else 1) + self.denoise
+
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        return [float(sigmas[level]) for level in choose_levels(sigmas, self.num_levels, spacing=self.spacing)]
 
     @torch.no_grad()
     def __call__(
@@ -49,10 +49,10 @@ class ProbabilityFlow:
         *,
         x: Tensor,
         sigmas: Tensor,
-        noise: NoiseSource,  # noqa: ARG002 - the convention of all samplers
+        noise: NoiseSource,  # noqa: ARG002 - an ODE draws none
         on_level: OnLevel | None = None,
     ) -> Tensor:
-        """Solve the ODE from the first level to the last; `noise` is not used."""
+        """See `Sampler`."""
         grid = LevelGrid.subset(network, sigmas, self.num_levels, spacing=self.spacing)
         last = len(grid.sigmas) - 1
         for k, sigma in enumerate(grid.sigmas):
@@ -70,37 +70,38 @@ class ProbabilityFlow:
 
 
 @dataclass(frozen=True)
-class KarrasHeun:
+class KarrasHeun(Sampler):
     """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2), for continuous networks.
 
-    Attributes:
-        num_steps: N; NFE is 2N - 1.
-        rho: Exponent of the grid sigma_k = (sigma_1^(1/rho) + k/(N-1) (sigma_L^(1/rho) - sigma_1^(1/rho)))^rho.
-        churn: S_churn: total noise added again on the way, 0 for the deterministic ODE.
-        churn_min: Lowest sigma with churn.
-        churn_max: Highest sigma with churn.
-        churn_noise: S_noise: standard deviation of the normal numbers used for it.
-        denoise: See the module. It is the step to sigma = 0.
+    Of the network's levels only the first and the last are used. `denoise` is the step to sigma = 0.
     """
 
     num_steps: int = 18
-    rho: float = 7.0
-    churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = math.inf
-    churn_noise: float = 1.0
+    rho: float = 7.0  # exponent of the grid
+    churn: float = 0.0  # S_churn: total noise added again on the way; 0 is the deterministic ODE
+    churn_min: float = 0.0  # lowest sigma with churn
+    churn_max: float = math.inf  # highest sigma with churn
+    churn_noise: float = 1.0  # S_noise: standard deviation of what churn adds
     denoise: bool = True
 
-    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - the convention of all samplers
-        """NFE per image, whatever the number of levels."""
+    kind = "karras_heun"
+    length = "num_steps"
+    least = 2
+
+    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - a grid of its own
+        """See `Sampler`."""
         return 2 * (self.num_steps - 1) + self.denoise
+
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), self.num_steps, rho=self.rho)
 
     @torch.no_grad()
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
-        """Solve from the largest to the smallest of `sigmas`, of which only these two are used."""
-        levels = karras_sigmas(float(sigmas[0]), float(sigmas[-1]), self.num_steps, rho=self.rho)
+        """See `Sampler`."""
+        levels = self.visited(sigmas)
         for k, sigma in enumerate(levels):
             if on_level is not None:
                 on_level(k, x)

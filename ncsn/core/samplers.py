@@ -1,38 +1,54 @@
-"""Samplers with one calling convention: `sampler(network, x=start, sigmas=..., noise=..., on_level=...) -> x`.
+"""Samplers: frozen settings, called as `sampler(network, x=start, sigmas=..., noise=..., on_level=...) -> x`.
 
-A sampler is a frozen set of settings. Its state never leaves [B, C, H, W], an image depends only on its own start and
-noise, and nothing is clamped. `denoise` means the same everywhere: the result has the noise of the last level taken
-out by x + sigma_L^2 s(x), or still carries it. `on_level(k, x)` is called with position k of the sampler's own
-sequence of levels when that level is done.
-
-All but the Langevin samplers need a start distributed as data plus noise of the first sigma, see `ncsn.core.starts`.
-Those that solve an ODE are in `ncsn.core.ode_samplers`.
+The state never leaves [B, C, H, W], an image depends only on its own start and noise, and nothing is clamped.
+`denoise` means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
+Annealed Langevin forgets its start. The others need an x distributed as the data plus noise of sigma_1.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from ncsn.core.images import moment_matched
 from ncsn.core.langevin import annealed_langevin, denoise_step, langevin_step, score_at_level
-from ncsn.core.level_grid import LevelGrid
+from ncsn.core.level_grid import LevelGrid, choose_levels, floats, refined_sigmas
 
 if TYPE_CHECKING:
+    from ncsn.core.images import DataMoments, PixelSpace
+    from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
     from ncsn.core.langevin import NoiseSource, OnLevel
     from ncsn.core.losses import ScoreFunction
 
+_LONGEST_CHAIN = 100_000
+_START_DRAW = 2**31  # far beyond the draws of any chain
 
-class Sampler(Protocol):
-    """What every sampler is."""
 
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """A sampler; a subclass's fields are those of the config section of its `kind`."""
+
+    kind: ClassVar[str]
+    length: ClassVar[str | None] = None  # the field that decides the NFE
+    least: ClassVar[int] = 1  # its smallest value
+    uniform_start: ClassVar[bool] = False
+
+    @abstractmethod
     def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image for a network of so many levels."""
+        """NFE per image for a network of `num_levels` levels."""
 
+    @abstractmethod
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """The sigma of each level that `on_level` is called for, given the network's levels [L]."""
+
+    @abstractmethod
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
@@ -42,74 +58,82 @@ class Sampler(Protocol):
             network: The score network, in eval mode.
             x: Start [B, C, H, W]; it is not changed.
             sigmas: The network's noise levels [L], descending.
-            noise: Source of the normal draws, by number.
-            on_level: Receives each level done.
-
-        Returns:
-            The images [B, C, H, W], not clamped to [0, 1].
+            noise: Number of a draw -> standard normal tensor of x's shape.
+            on_level: Called with (k, x) when the k-th visited level is done.
         """
 
-
-@dataclass(frozen=True)
-class Langevin:
-    """Langevin dynamics at one noise level (2019, equation 4).
-
-    Attributes:
-        level: The level, 0 = most noise; negative ones count from the last.
-        step_size: a in x + a s + sqrt(2a) z.
-        num_steps: Number of steps.
-        denoise: See the module.
-    """
-
-    level: int
-    step_size: float
-    num_steps: int
-    denoise: bool = False
-
-    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - the convention of all samplers
-        """NFE per image."""
-        return self.num_steps + self.denoise
-
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
+    def start(
+        self, space: PixelSpace, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
     ) -> Tensor:
-        """Run the chain; `on_level` is called once."""
-        if not -len(sigmas) <= self.level < len(sigmas):
-            raise ValueError(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {self.level}")
-        level = self.level % len(sigmas)
-        for step in range(self.num_steps):
-            score = score_at_level(network, x, level=level)
-            x = langevin_step(x, score=score, step_size=self.step_size, z=noise(step))
-        if on_level is not None:
-            on_level(0, x)
-        return denoise_step(network, x, level=level, sigma=float(sigmas[level])) if self.denoise else x
+        """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
+        if self.uniform_start:
+            return space.transform(noise.uniform(0))
+        return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
+
+    def with_evaluations(self, nfe: int, *, num_levels: int) -> Self:
+        """The sampler with a chain of exactly `nfe` evaluations.
+
+        Raises:
+            ValueError: There is none; names the nearest.
+        """
+        near = {chain.num_evaluations(num_levels): chain for chain in self._near(nfe, num_levels)}
+        if nfe in near:
+            return near[nfe]
+        if self.length is None:
+            raise ValueError(f"cannot be chosen for the sampler {self.kind!r}")
+        nearest = " or ".join(map(str, sorted(near)))
+        raise ValueError(f"cannot be reached by sampling.sampler.{self.length}; use {nearest}")
+
+    def nearest(self, nfe: int, *, num_levels: int) -> Self:
+        """The sampler with the chain closest to `nfe` evaluations; itself if it has no `length`."""
+        return min(self._near(nfe, num_levels), key=lambda chain: abs(chain.num_evaluations(num_levels) - nfe))
+
+    def at_most(self, nfe: int, *, num_levels: int) -> Self | None:
+        """The sampler with the longest chain of at most `nfe` evaluations; None if it cannot be that short."""
+        if self.num_evaluations(num_levels) <= nfe:
+            return self
+        short = [chain for chain in self._near(nfe, num_levels) if chain.num_evaluations(num_levels) <= nfe]
+        return short[-1] if short else None
+
+    def _near(self, nfe: int, num_levels: int) -> list[Self]:
+        """The chains, one or two, with the numbers of evaluations next to `nfe`."""
+        if self.length is None or self.num_evaluations(num_levels) == nfe:
+            return [self]
+        lengths = range(self.least, min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
+        index = bisect_left(lengths, nfe, key=lambda n: self._with(n).num_evaluations(num_levels))
+        return [self._with(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [self._with(self.least)]
+
+    def _with(self, length: int) -> Self:
+        assert self.length is not None
+        changes: dict[str, Any] = {self.length: length}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin:
-    """Annealed Langevin dynamics (2019, Algorithm 1), see `annealed_langevin`.
+class AnnealedLangevin(Sampler):
+    """Annealed Langevin dynamics (2019, Algorithm 1), see `annealed_langevin`."""
 
-    Attributes:
-        epsilon: Step size at the last level.
-        steps_per_level: T.
-        denoise: See the module.
-        consistent: See `level_steps`.
-    """
-
-    epsilon: float
+    epsilon: float  # step size at the last level
     steps_per_level: int
     denoise: bool = True
-    consistent: bool = False
+    consistent: bool = False  # see `level_steps`
+
+    kind = "annealed_langevin"
+    length = "steps_per_level"
+    uniform_start = True
 
     def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image."""
+        """See `Sampler`."""
         return num_levels * self.steps_per_level + self.denoise
+
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        return floats(sigmas)
 
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
-        """Run the chain."""
+        """See `Sampler`."""
         return annealed_langevin(
             network,
             x=x,
@@ -124,36 +148,73 @@ class AnnealedLangevin:
 
 
 @dataclass(frozen=True)
-class ConsistentAnnealed:
-    """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020, Algorithm 2).
+class Langevin(Sampler):
+    """Langevin dynamics at one noise level (2019, equation 4)."""
 
-    Each level takes one step and adds just so much noise that the image carries exactly the next level's sigma.
+    level: int  # 0 = most noise; negative ones count from the last
+    step_size: float  # a in x + a s + sqrt(2a) z
+    num_steps: int
+    denoise: bool
 
-    Attributes:
-        epsilon: Step size at the last level; eta = epsilon / sigma_L^2 must lie in [1 - q, 1 + q] for the ratio
-            q < 1 of neighbouring sigmas.
-        refine: Steps per level: the grid is made so many times finer, for which the network must be continuous.
-        denoise: See the module. Without it the last step still takes out the share eta of the last level's noise.
-    """
+    kind = "langevin"
+    length = "num_steps"
+    uniform_start = True
 
-    epsilon: float
-    refine: int = 1
-    denoise: bool = True
+    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - one level only
+        """See `Sampler`."""
+        return self.num_steps + self.denoise
 
-    def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image."""
-        return (num_levels - 1) * self.refine + 1 + self.denoise
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        return [float(sigmas[self.level])]
 
     @torch.no_grad()
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
-        """Run the chain."""
-        grid = (
-            LevelGrid.subset(network, sigmas, None)
-            if self.refine == 1
-            else LevelGrid.refined(network, sigmas, self.refine)
-        )
+        """See `Sampler`."""
+        if not -len(sigmas) <= self.level < len(sigmas):
+            raise ValueError(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {self.level}")
+        level = self.level % len(sigmas)
+        for step in range(self.num_steps):
+            score = score_at_level(network, x, level=level)
+            x = langevin_step(x, score=score, step_size=self.step_size, z=noise(step))
+        if on_level is not None:
+            on_level(0, x)
+        return denoise_step(network, x, level=level, sigma=float(sigmas[level])) if self.denoise else x
+
+
+@dataclass(frozen=True)
+class ConsistentAnnealed(Sampler):
+    """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020, Algorithm 2).
+
+    Each level takes one step and adds the noise that leaves exactly the next level's sigma. Without `denoise` the last
+    step still removes the share eta of the last level's noise.
+    """
+
+    epsilon: float  # eta = epsilon / sigma_L^2 must be in [1 - q, 1 + q] for the ratio q < 1 of neighboring sigmas
+    refine: int = 1  # makes the grid this many times finer; above 1 the network must be continuous
+    denoise: bool = True
+
+    kind = "consistent_annealed"
+
+    def num_evaluations(self, num_levels: int) -> int:
+        """See `Sampler`."""
+        return (num_levels - 1) * self.refine + 1 + self.denoise
+
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        if self.refine == 1:
+            return floats(sigmas)
+        return refined_sigmas(sigmas, self.refine)
+
+    @torch.no_grad()
+    def __call__(
+        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
+    ) -> Tensor:
+        """See `Sampler`."""
+        indices = list(range(len(sigmas))) if self.refine == 1 else None
+        grid = LevelGrid(network, self.visited(sigmas), indices)
         eta, beta = self._coefficients(grid.sigmas)
         last = len(grid.sigmas) - 1
         for k, sigma in enumerate(grid.sigmas):
@@ -178,36 +239,35 @@ class ConsistentAnnealed:
 
 
 @dataclass(frozen=True)
-class PredictorCorrector:
+class PredictorCorrector(Sampler):
     """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021, Algorithm 2).
 
-    At each level Langevin corrector steps, then the predictor's step to the next. A corrector step has size
+    Langevin corrector steps at each level, then the predictor's step to the next. A corrector step has size
     2 (snr |z| / |s|)^2 with the norms of each image, not of the batch, so that images do not depend on each other.
-
-    Attributes:
-        predictor: `reverse_diffusion` or `ancestral`, which adds less noise.
-        corrector_steps: Langevin steps per level; 0 leaves the predictor alone.
-        snr: r of the corrector.
-        num_levels: Use so many of the network's levels, evenly spread in log sigma; None for all.
-        denoise: See the module. The predictor's last step to sigma = 0 without its noise is the denoising.
     """
 
-    predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion"
+    predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion"  # ancestral adds less noise
     corrector_steps: int = 1
     snr: float = 0.16
-    num_levels: int | None = None
+    num_levels: int | None = None  # levels used, evenly spread in log sigma; None for all
     denoise: bool = True
 
+    kind = "predictor_corrector"
+
     def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image."""
+        """See `Sampler`."""
         levels = min(self.num_levels or num_levels, num_levels)
         return levels * (self.corrector_steps + 1) - (not self.denoise)
+
+    def visited(self, sigmas: Tensor) -> list[float]:
+        """See `Sampler`."""
+        return [float(sigmas[level]) for level in choose_levels(sigmas, self.num_levels)]
 
     @torch.no_grad()
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
-        """Run the chain."""
+        """See `Sampler`."""
         grid = LevelGrid.subset(network, sigmas, self.num_levels)
         last, draws = len(grid.sigmas) - 1, 0
         for k in range(len(grid.sigmas)):
@@ -219,6 +279,7 @@ class PredictorCorrector:
             if k < last:
                 x = self._predict(x, score=grid.score(x, k), sigmas=grid.sigmas[k : k + 2], z=noise(draws))
                 draws += 1
+        # The predictor's last step, to sigma = 0 without noise, is the denoising.
         return grid.denoised(x, last) if self.denoise else x
 
     def _correct(self, x: Tensor, *, score: Tensor, z: Tensor) -> Tensor:

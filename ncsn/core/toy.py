@@ -13,11 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.ema import Ema
 from ncsn.core.langevin import annealed_langevin, langevin_step
-from ncsn.core.losses import ssm_loss
+from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.train_state import train_step
+from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,8 @@ def fit_figure_2(*, seed: int = 0, num_steps: int = 10_000, batch_size: int = 12
         x = TWO_MODES.sample(batch_size, generator=generator)
         v = torch.randn(1, batch_size, 2, generator=generator)
         optimizer.zero_grad()
-        result = ssm_loss(network.score, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
-        torch.autograd.backward(result.loss)
+        value = SlicedScoreMatching(anneal_power=0.0)(network.score, Batch(x, level, z, v), sigmas)
+        torch.autograd.backward(value.loss)
         optimizer.step()
     return network
 
@@ -248,15 +247,12 @@ def fit_conditional(
         torch.manual_seed(seed)
         network = ConditionalScoreMlp(sigmas)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    ema = Ema(network, decay=ema_decay)
+    state = TrainState(network, optimizer, Ema(network, decay=ema_decay))
     for _ in range(num_steps):
-        train_step(
-            network,
-            optimizer=optimizer,
-            ema=ema,
+        batch = Batch(
             x=TWO_MODES.sample(batch_size, generator=generator),
             level=torch.randint(0, len(sigmas), (batch_size,), generator=generator),
             z=torch.randn(batch_size, 2, generator=generator),
-            sigmas=sigmas,
         )
-    return network, ema
+        train_step(network, batch, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=StepOptions())
+    return network, state.ema

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,44 +9,12 @@ from torch import Tensor
 
 from ncsn import build
 from ncsn.config import Config
-from ncsn.core.images import mirror
+from ncsn.core.images import DataMoments, fit_moments, mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
-from ncsn.core.starts import DataMoments, fit_moments
+from ncsn.core.losses import Batch
 from ncsn.data.stream import TrainingImages
 
 MOMENT_IMAGES = 10_000
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One worker's part of a global batch.
-
-    Attributes:
-        x: `[B, C, H, W]` float32 in [0, 1), or its logits.
-        level: `[B]` int64.
-        z: Standard normal noise, shape of `x`.
-        v: Projections `[P, B, C, H, W]` where the objective needs them.
-    """
-
-    x: Tensor
-    level: Tensor
-    z: Tensor
-    v: Tensor | None
-
-    def to(self, device: torch.device, *, memory_format: torch.memory_format) -> Batch:
-        """The batch on `device`, images in this order in memory. To a GPU the copy runs beside the computation."""
-
-        def moved(part: Tensor, order: torch.memory_format) -> Tensor:
-            # Only from pinned memory does a copy not make the program wait.
-            source = part.pin_memory() if device.type == "cuda" else part
-            return source.to(device, non_blocking=True, memory_format=order)
-
-        return Batch(
-            x=moved(self.x, memory_format),
-            level=moved(self.level, torch.preserve_format),
-            z=moved(self.z, memory_format),
-            v=None if self.v is None else moved(self.v, torch.preserve_format),
-        )
 
 
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
@@ -60,7 +26,7 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
     level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.levels.num_levels
     z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
-    v, projections = None, build.num_projections(config)
+    v, projections = None, build.loss(config).num_projections
     if projections:
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()

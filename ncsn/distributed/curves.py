@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import level_sums
-from ncsn.core.train_state import StepReport
+from ncsn.core.training import StepReport
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.history import level_loss
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
 from ncsn.config.samplers import ProbabilityFlowConfig
-from ncsn.core.images import image_grid
-from ncsn.core.starts import DataMoments
-from ncsn.core.train_state import TrainState
+from ncsn.core.images import DataMoments, image_grid
+from ncsn.core.training import TrainState
 from ncsn.generation import generate
 
 NAME = "train/preview"

@@ -87,10 +87,10 @@ class SearchPlan:
     def _of_equal_length(self, config: Config) -> SamplerConfig:
         from ncsn.generation import evaluations_per_image, with_evaluations
 
-        base, search = self.config, self.config.search
+        search = self.config.search
         assert search is not None
-        nfe = search.nfe or evaluations_per_image(base.sampling.sampler, num_levels=base.levels.num_levels)
-        return with_evaluations(config.sampling.sampler, nfe=nfe, num_levels=config.levels.num_levels)
+        nfe = search.nfe or evaluations_per_image(self.config)
+        return with_evaluations(config.sampling.sampler, nfe, num_levels=config.levels.num_levels)
 
 
 def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) -> None:

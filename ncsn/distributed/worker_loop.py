@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
 from ncsn.core.allocator import keep_freed_memory
-from ncsn.core.starts import DataMoments
-from ncsn.core.train_state import train_step
+from ncsn.core.images import DataMoments
+from ncsn.core.training import train_step
 from ncsn.data.manifest import load_manifest
 from ncsn.data.stream import open_training_images
 from ncsn.distributed.batches import draw_batch, image_moments
@@ -117,7 +117,8 @@ class Training:
     def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
         self.job, self.config, self.context = job, job.config, context
         self.sigmas = build.sigmas(self.config).to(context.device)
-        self.objective = build.objective(self.config)
+        self.loss = build.loss(self.config)
+        self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
         self.curves = Curves(self.config.levels.num_levels, context)
         self.saved, self.pauses = "", list[float]()
         with context.mistakes_shared():  # a full disk, say, may stand in the way on one node alone
@@ -170,22 +171,7 @@ class Training:
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
-        report = train_step(
-            self.model,
-            optimizer=state.optimizer,
-            ema=state.ema,
-            x=batch.x,
-            level=batch.level,
-            z=batch.z,
-            sigmas=self.sigmas,
-            v=batch.v,
-            objective=self.objective,
-            grad_clip_norm=config.optimizer.grad_clip_norm,
-            autocast_dtype=build.autocast_dtype(config, context.device),
-            scaler=state.scaler,
-            microbatch=config.compute.microbatch,
-            mean_share=config.train.batch_size / context.world_size,
-        )
+        report = train_step(self.model, batch, state=state, loss=self.loss, sigmas=self.sigmas, options=self.options)
         state.images_seen += config.train.batch_size
         self.curves.add(batch.level, report, images=config.train.batch_size)
 

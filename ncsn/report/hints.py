@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.schema import TrainConfig
+from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
-from ncsn.core.starts import DataMoments
 
 Array = NDArray[np.float64]
 

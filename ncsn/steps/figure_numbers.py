@@ -14,25 +14,19 @@ from torch import Tensor
 
 from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
-from ncsn.config.samplers import AnnealedLangevinConfig, LangevinConfig, ProbabilityFlowConfig, SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
+from ncsn.core.ode_samplers import ProbabilityFlow
+from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
 from ncsn.data.cache import CachedSplit
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.neighbours import nearest_neighbours
 from ncsn.evaluation.reference import Reference
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import (
-    complete,
-    evaluations_per_image,
-    generate,
-    interpolate,
-    nearest_evaluations,
-    visited_sigmas,
-)
+from ncsn.generation import complete, generate, interpolate
 from ncsn.report.stages import Stages
 
 Images = NDArray[np.uint8]
@@ -123,7 +117,7 @@ class NearestImages:
 class QualityPoint:
     """One sampler at one length of its chain."""
 
-    sampler: SamplerConfig
+    sampler: Sampler
     nfe: int
     fid: float
     num_images: int
@@ -133,7 +127,7 @@ class QualityPoint:
     def facts(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "sampler": self.sampler.model_dump(mode="json"),
+            "sampler": build.sampler_section(self.sampler).model_dump(mode="json"),
             "nfe": self.nfe,
             "fid": self.fid,
             "num_images": self.num_images,
@@ -153,7 +147,7 @@ def levels(subject: Subject, *, most: int) -> Levels:
         on_level=lambda stage, x: stages.add(stage, to_uint8(x).cpu().numpy()),
     )
     stages.add(stages.numbers[-1], final)
-    sigmas = visited_sigmas(subject.sampling.sampler, subject.sigmas)
+    sigmas = build.sampler(subject.sampling.sampler).visited(subject.sigmas)
     return Levels(stages.frames, stages.numbers, [sigmas[stage - 1] for stage in stages.numbers if stage > 0])
 
 
@@ -182,17 +176,16 @@ def inpainting_chain(sampling: SamplingConfig, sigmas: Tensor) -> SamplingConfig
 
     Its steps keep each level's noise, as what is given has it; at a single level they are the plain Langevin ones.
     """
-    chosen = sampling.sampler
-    if isinstance(chosen, AnnealedLangevinConfig):
+    chosen = build.sampler(sampling.sampler)
+    if isinstance(chosen, AnnealedLangevin):
         return sampling
-    if isinstance(chosen, LangevinConfig) and len(sigmas) == 1:
-        settings = {"steps_per_level": chosen.num_steps, "epsilon": chosen.step_size}
+    if isinstance(chosen, Langevin) and len(sigmas) == 1:
+        sampler = AnnealedLangevin(epsilon=chosen.step_size, steps_per_level=chosen.num_steps)
     else:
         ratio = float((sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)))
         epsilon = consistent_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
-        settings = {"steps_per_level": INPAINTING_STEPS, "epsilon": epsilon, "consistent": True}
-    sampler = AnnealedLangevinConfig.model_validate({"kind": "annealed_langevin", **settings})
-    return sampling.model_copy(update={"sampler": sampler})
+        sampler = AnnealedLangevin(epsilon=epsilon, steps_per_level=INPAINTING_STEPS, consistent=True)
+    return sampling.model_copy(update={"sampler": build.sampler_section(sampler)})
 
 
 def interpolations(subject: Subject) -> Images:
@@ -268,7 +261,7 @@ def _points(
     chosen = list(_samplers(subject, nfe))
     points = []
     for number, sampler in enumerate(chosen):
-        sampling = subject.sampling.model_copy(update={"sampler": sampler})
+        sampling = subject.sampling.model_copy(update={"sampler": build.sampler_section(sampler)})
         done = number * num_images
         started = time.perf_counter()
         images = []
@@ -280,7 +273,7 @@ def _points(
         points.append(
             QualityPoint(
                 sampler=sampler,
-                nfe=evaluations_per_image(sampler, num_levels=len(subject.sigmas)),
+                nfe=sampler.num_evaluations(len(subject.sigmas)),
                 fid=_fid(subject, np.concatenate(images)),
                 num_images=num_images,
                 seconds_per_1000=round(1000 * seconds / num_images, 2),
@@ -289,14 +282,14 @@ def _points(
     return points
 
 
-def _samplers(subject: Subject, nfe: Sequence[int]) -> Iterator[SamplerConfig]:
+def _samplers(subject: Subject, nfe: Sequence[int]) -> Iterator[Sampler]:
     """The run's sampler and, between several levels, the probability flow, of the nearest lengths and none twice."""
     num_levels, seen = len(subject.sigmas), set()
-    compared = (subject.sampling.sampler, ProbabilityFlowConfig(kind="probability_flow"))
+    compared = (build.sampler(subject.sampling.sampler), ProbabilityFlow())
     for sampler in compared if num_levels > 1 else compared[:1]:
         for wanted in sorted(set(nfe)):
-            near = nearest_evaluations(sampler, nfe=wanted, num_levels=num_levels)
-            key = near.kind, evaluations_per_image(near, num_levels=num_levels)
+            near = sampler.nearest(wanted, num_levels=num_levels)
+            key = near.kind, near.num_evaluations(num_levels)
             if key not in seen:
                 seen.add(key)
                 yield near

@@ -71,7 +71,7 @@ def quick_work(config: Config, trained: SamplingCheckpoint) -> float:
     """How much it is to make both panels, in evaluations x parameters x pixels."""
     num_levels = config.levels.num_levels
     chains = 2 * sum(max(nfe, num_levels) for nfe in QUICK_NFE) * QUICK_IMAGES
-    completions = COMPLETED * evaluations_per_image(config.sampling.sampler, num_levels=num_levels)
+    completions = COMPLETED * evaluations_per_image(config)
     parameters = sum(parameter.numel() for parameter in trained.network.parameters())
     return float(chains + completions) * parameters * config.data.image_size**2
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ncsn import storage
+from ncsn import build, storage
 from ncsn.config import Config, to_json
+from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
@@ -33,7 +34,6 @@ from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.judge import SEED
 from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
-from ncsn.generation import shortened
 from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
@@ -173,8 +173,10 @@ class _Rehearsal:
         sampling, workers = self.config.sampling, self.config.compute.max_workers
         guess = train_image * workers * sampling.batch_size / EVALUATIONS_PER_STEP
         levels = self.config.levels.num_levels
-        sampler = shortened(sampling.sampler, nfe=max(1, round(SECONDS / guess)), num_levels=levels)
-        sampling = sampling.model_copy(update={"sampler": sampler})
+        nfe = max(1, round(SECONDS / guess))
+        shorter = build.sampler(sampling.sampler).at_most(nfe, num_levels=levels)
+        sampler = shorter or ProbabilityFlow("euler", max(2, min(nfe, levels)))
+        sampling = sampling.model_copy(update={"sampler": build.sampler_section(sampler)})
         self.config = self.config.model_copy(update={"sampling": sampling})
         cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
         seconds = self._seconds("sample")

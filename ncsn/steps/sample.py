@@ -120,7 +120,7 @@ def run(
                 strip=storage.join(uri, "strip.png"),
                 gif=storage.join(uri, "denoising.gif"),
                 num_images=sampling.num_images,
-                nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
+                nfe=evaluations_per_image(config),
                 seconds=round(seconds, 3),
                 checkpoint=checkpoint,
             )

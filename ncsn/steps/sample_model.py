@@ -151,7 +151,7 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
         uri=folder,
         grid=grid,
         num_images=sampling.num_images,
-        nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
+        nfe=evaluations_per_image(config),
         seconds=round(time.perf_counter() - started, 1),
         model=model,
     )

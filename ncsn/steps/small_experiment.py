@@ -41,7 +41,7 @@ def count(config: Config) -> Counts:
         train_images=splits["train"].count,
         test_images=splits["test"].count,
         shards=math.ceil(sampling.num_images / sampling.batch_size),
-        nfe=evaluations_per_image(sampling.sampler, num_levels=config.levels.num_levels),
+        nfe=evaluations_per_image(config),
     )
 
 

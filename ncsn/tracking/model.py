@@ -116,9 +116,7 @@ def _chosen(config: Config, params: dict[str, Any]) -> Config:
             raise UserError("seed", "must be 0 to 2^63 - 1", value=seed)
         changes["seed"] = int(seed)
     if nfe:
-        changes["sampler"] = with_evaluations(
-            config.sampling.sampler, nfe=int(nfe), num_levels=config.levels.num_levels
-        )
+        changes["sampler"] = with_evaluations(config.sampling.sampler, int(nfe), num_levels=config.levels.num_levels)
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
 
 

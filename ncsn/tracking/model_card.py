@@ -112,7 +112,7 @@ def _settings(checkpoint: SamplingCheckpoint) -> list[tuple[str, str]]:
         (
             "sampler",
             ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items())
-            + f": NFE {evaluations_per_image(sampler, num_levels=noise.num_levels)}",
+            + f": NFE {evaluations_per_image(config)}",
         ),
         ("seed", str(config.seed)),
     ]

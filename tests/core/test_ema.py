@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncsn.core.ema import Ema
+from ncsn.core.training import Ema
 
 
 def constant(value: float) -> nn.Linear:

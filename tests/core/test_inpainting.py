@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from ncsn.core.inpainting import inpaint
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin
+from ncsn.core.langevin import annealed_langevin, inpaint
 from ncsn.core.noise_schedule import geometric_sigmas
 
 RHO, KNOWN = 0.8, 1.3

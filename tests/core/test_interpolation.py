@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from ncsn.core.interpolation import InterpolatedNoise
-from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.langevin import annealed_langevin
 from ncsn.core.noise_schedule import geometric_sigmas
 

@@ -7,16 +7,23 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import dsm_loss, level_sums, ssm_loss
+from ncsn.core.losses import Batch, DenoisingScoreMatching, SingleSigma, SlicedScoreMatching, level_sums
 from ncsn.core.networks.ncsn import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.objectives import SingleSigma
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Generator:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dsm_loss(network, x, *, level, sigmas, z, **settings):
+    return DenoisingScoreMatching(**settings)(network, Batch(x, level, z), sigmas)
+
+
+def ssm_loss(network, x, *, level, sigmas, z, v, **settings):
+    return SlicedScoreMatching(**settings)(network, Batch(x, level, z, v), sigmas)
 
 
 def zero(x, level):
@@ -133,7 +140,7 @@ def test_antithetic_pairs_have_less_variance_than_twice_the_draws():
 def test_baseline_is_unweighted_at_one_sigma():
     x, z = torch.rand(16, 3, 32, 32), draws(16, 3, 32, 32)
     level = torch.zeros(16, dtype=torch.int64)
-    result = SingleSigma()(zero, x, level=level, sigmas=torch.tensor([0.01]), z=z)
+    result = SingleSigma()(zero, Batch(x, level, z), torch.tensor([0.01]))
     assert result.loss.item() == pytest.approx(1.5e7, rel=0.05)
     assert result.loss.item() == pytest.approx(0.5 * (z / 0.01).square().sum().item() / 16, rel=1e-5)
     assert result.per_image.mean().item() == pytest.approx(1, abs=0.02)

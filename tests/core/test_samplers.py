@@ -176,11 +176,11 @@ def test_langevin_at_one_level_reaches_its_variance(analytic):
     noise = KeyedNoise(0, first=0, count=50, shape=(1, 20, 20))
     network = analytic.GaussianScore(SIGMAS.float(), s2=0.04)
     arguments = {"x": 0.2 * noise(1000), "sigmas": SIGMAS.float(), "noise": noise}
-    x = Langevin(level=-1, step_size=8e-3, num_steps=40)(network, **arguments)
+    x = Langevin(level=-1, step_size=8e-3, num_steps=40, denoise=False)(network, **arguments)
     target = 0.04 + 0.01**2
     assert x.var().item() == pytest.approx(target * 2 / (2 - 8e-3 / target), rel=0.03)
     with pytest.raises(ValueError, match="within the 10 levels 0 to 9, got 10"):
-        Langevin(level=10, step_size=1e-5, num_steps=1)(network, **arguments)
+        Langevin(level=10, step_size=1e-5, num_steps=1, denoise=False)(network, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ncsn.core.images import fit_moments, moment_matched
 from ncsn.core.keyed_random import keyed_normal
-from ncsn.core.starts import fit_moments, moment_matched_start
 
 
 def correlated(count, *, size=6):
@@ -41,7 +41,7 @@ def test_draws_have_the_mean_and_covariance_of_data_plus_noise():
     x = correlated(500)
     moments = fit_moments(x, num_components=6)
     z = keyed_normal(0, stream=0, first=0, count=200_000, size=6).view(-1, 1, 2, 3)
-    start = moment_matched_start(moments, sigma=1.5, z=z)
+    start = moment_matched(moments, sigma=1.5, z=z)
     target = x.flatten(1).T.cov() + 1.5**2 * torch.eye(6)
     assert (start.flatten(1).T.cov() - target).abs().max() < 0.02 * target.abs().max()
     torch.testing.assert_close(start.mean(dim=0), x.mean(dim=0), rtol=0, atol=0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ncsn.core.langevin import annealed_langevin, denoise_step
-from ncsn.core.losses import dsm_loss
+from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.core.toy import (
@@ -154,7 +154,7 @@ def losses(network, level, *, count=200_000):
     x, z = TWO_MODES.sample(count, generator=generator), torch.randn(count, 2, generator=generator)
     with torch.no_grad():
         levels = torch.full((count,), level)
-        return dsm_loss(network, x, level=levels, sigmas=TEN_TO_TENTH, z=z).loss.item()
+        return DenoisingScoreMatching()(network, Batch(x, levels, z), TEN_TO_TENTH).loss.item()
 
 
 @pytest.mark.oracle(4)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ncsn import build, checkpoint
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, changed_settings, from_yaml
-from ncsn.core.images import LOGIT_MARGIN
-from ncsn.core.starts import DataMoments
+from ncsn.core.images import LOGIT_MARGIN, DataMoments
 from ncsn.data.cache import open_cache
 from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.worker_context import LocalContext

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from ncsn import build, checkpoint
 from ncsn.config import changed_settings, from_yaml
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.losses import dsm_loss
+from ncsn.core.losses import DenoisingScoreMatching
 from ncsn.data.cache import open_cache
 from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.worker_context import LocalContext
@@ -70,9 +71,7 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
         for parameter in state.network.parameters():
             parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
     batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4)
-    loss = build.objective(config)(
-        state.network, batch.x, level=batch.level, sigmas=build.sigmas(config), z=batch.z, v=batch.v
-    ).loss
+    loss = build.loss(config)(state.network, batch, build.sigmas(config)).loss
     torch.autograd.backward(loss)
     gradients = [parameter.grad for parameter in state.network.parameters()]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
@@ -91,8 +90,8 @@ def test_the_antithetic_loss_is_the_mean_over_both_signs(tiny: str, dataset: str
     config = from_yaml(tiny, overrides=["loss.antithetic=true"])
     batch, sigmas = draw_batch(config, open_cache(dataset, "train"), first=0, count=8), build.sigmas(config)
     network = build.network(config)
-    pair = build.objective(config)(network, batch.x, level=batch.level, sigmas=sigmas, z=batch.z).loss
-    one, other = (dsm_loss(network, batch.x, level=batch.level, sigmas=sigmas, z=s * batch.z).loss for s in (1, -1))
+    pair = build.loss(config)(network, batch, sigmas).loss
+    one, other = (DenoisingScoreMatching()(network, replace(batch, z=s * batch.z), sigmas).loss for s in (1, -1))
     assert pair.item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-5)
 
 

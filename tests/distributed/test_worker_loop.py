@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ncsn import build
 from ncsn.config import Config, from_yaml
-from ncsn.core.train_state import train_step
+from ncsn.core.training import StepOptions, train_step
 from ncsn.data.cache import open_cache
 from ncsn.distributed import preview as previews
 from ncsn.distributed.batches import draw_batch
@@ -168,16 +168,14 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
         with torch.no_grad():
             for parameter in state.network.parameters():
                 parameter.add_(0.1)  # the output layer starts at zero and would hide most gradients
-        batch = draw_batch(config, split, first=first, count=count)
+        state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.0)
         train_step(
             state.network,
-            optimizer=torch.optim.SGD(state.network.parameters(), lr=0.0),
-            ema=state.ema,
-            x=batch.x,
-            level=batch.level,
-            z=batch.z,
+            draw_batch(config, split, first=first, count=count),
+            state=state,
+            loss=build.loss(config),
             sigmas=build.sigmas(config),
-            mean_share=mean_share,
+            options=StepOptions(mean_share=mean_share),
         )
         return [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
 

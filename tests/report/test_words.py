@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
+from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
-from ncsn.core.starts import fit_moments
 from ncsn.report.costs import cost_facts, cost_line
 from ncsn.report.film import MOST_PIXEL_BYTES, film
 from ncsn.report.hints import average_hints, linear_loss, sampler_hints, training_hints

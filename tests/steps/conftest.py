@@ -10,10 +10,8 @@ import torch
 
 from ncsn import build, checkpoint
 from ncsn.config import Config
-from ncsn.core.ema import Ema
-from ncsn.core.images import to_unit
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState
+from ncsn.core.images import fit_moments, to_unit
+from ncsn.core.training import Ema, TrainState
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_split
 

@@ -11,9 +11,8 @@ from safetensors import safe_open
 
 from ncsn import build, checkpoint
 from ncsn.config import Config, from_json, from_yaml
-from ncsn.core.ema import Ema
-from ncsn.core.starts import fit_moments
-from ncsn.core.train_state import TrainState
+from ncsn.core.images import fit_moments
+from ncsn.core.training import Ema, TrainState
 from ncsn.steps import export
 
 EXPERIMENT = """

@@ -20,7 +20,7 @@ import torch
 from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config, from_yaml
-from ncsn.core.starts import fit_moments
+from ncsn.core.images import fit_moments
 from ncsn.tracking.connection import client_at
 
 EXPERIMENT = """
