@@ -195,6 +195,19 @@ def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str)
     return images
 
 
+def level_images(x: Tensor, sampling: SamplingConfig) -> NDArray[np.uint8]:
+    """`[N, H, W, C]` uint8 of what `on_level` gets.
+
+    Raises:
+        UserError: if a pixel is not finite.
+    """
+    try:
+        images: NDArray[np.uint8] = to_uint8(x).cpu().numpy()
+    except ValueError as error:
+        raise UserError("sampling.sampler", str(error), value=sampling.sampler.model_dump()) from None
+    return images
+
+
 def evaluations_per_image(config: Config) -> int:
     """NFE of an image by the config's sampler."""
     return build.sampler(config.sampling.sampler).num_evaluations(config.levels.num_levels)

@@ -24,13 +24,12 @@ from torch import Tensor
 from ncsn import checkpoint, storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8
 from ncsn.data.row import NO_LABEL, Images, to_table
 from ncsn.distributed.tasks import call, calls
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.judge import extractor_of
 from ncsn.evaluation.samples import SHARD_NAME, read_samples
-from ncsn.generation import generate
+from ncsn.generation import generate, level_images
 
 Features = NDArray[np.float32]
 
@@ -213,7 +212,7 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
     def on_level(stage: int, x: Tensor) -> None:
         nonlocal stages
         stages = stage
-        watcher.add(stage, to_uint8(x).cpu().numpy())
+        watcher.add(stage, level_images(x, shard.sampling))
 
     loaded = _load(shard.checkpoint, device)
     final = generate(

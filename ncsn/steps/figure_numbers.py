@@ -15,7 +15,6 @@ from torch import Tensor
 from ncsn import build
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
 from ncsn.core.ode_samplers import ProbabilityFlow
@@ -26,7 +25,7 @@ from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.neighbours import nearest_neighbours
 from ncsn.evaluation.reference import Reference
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import complete, generate, interpolate
+from ncsn.generation import complete, generate, interpolate, level_images
 from ncsn.report.stages import Stages
 
 Images = NDArray[np.uint8]
@@ -144,7 +143,7 @@ def levels(subject: Subject, *, most: int) -> Levels:
         first=0,
         count=ROWS,
         device=subject.device,
-        on_level=lambda stage, x: stages.add(stage, to_uint8(x).cpu().numpy()),
+        on_level=lambda stage, x: stages.add(stage, level_images(x, subject.sampling)),
     )
     stages.add(stages.numbers[-1], final)
     sigmas = build.sampler(subject.sampling.sampler).visited(subject.sigmas)

@@ -134,7 +134,7 @@ def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
         Image.fromarray(np.full((10, 10), number, np.uint8)).save(folder / f"{number}.png")
     (folder / "5.png").write_bytes(b"broken")
     settings = {"source": "image_folder", "root": str(folder), "test_fraction": 0.25}
-    with refused("5.png"):
+    with refused(str(folder / "5.png")):
         ingest.run(config(**settings), run="strict")
     assert datasets(tmp_path) == []
     result = ingest.run(config(**settings, on_bad_image="skip"), run="lenient")
