@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row, in_turns, own_process
-from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import KarrasHeun
 from ncsn.core.training import Ema, StepOptions, TrainState, train_step
+from ncsn.process import keep_freed_memory
 
 BATCHES = (8, 32, 128, 512)
 SIZES = (8, 16, 32, 64)

@@ -30,12 +30,12 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
     Raises:
         UserError: if the config is wrong, or nothing names the run.
     """
-    from ncsn.upkeep import collect_seldom
+    from ncsn.process import collect_seldom
 
     collect_seldom()
     from ncsn.config import from_json
     from ncsn.errors import UserError
-    from ncsn.launched import KFP_RUN_ID
+    from ncsn.process import KFP_RUN_ID
 
     settings = from_json(config)
     if not run and not os.environ.get(KFP_RUN_ID):

@@ -19,7 +19,7 @@ def finish(
     from components import experiment, publish
 
     settings, name = experiment(config, run)
-    from ncsn.launched import this_kfp_run
+    from ncsn.process import this_kfp_run
     from ncsn.steps import finish
     from ncsn.steps.kfp_task import forget
 

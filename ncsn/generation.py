@@ -15,12 +15,12 @@ from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.langevin import inpaint
 from ncsn.core.samplers import AnnealedLangevin
 from ncsn.errors import UserError
+from ncsn.process import keep_freed_memory
 
 
 def generate(

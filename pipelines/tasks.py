@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 
 ENVIRONMENT = "ncsn-environment"
 """ConfigMap with addresses, in the namespace of the runs."""

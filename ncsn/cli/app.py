@@ -23,7 +23,7 @@ from ncsn.cli.pictures import figures_command, toy_command
 from ncsn.cli.planning import plan_command
 from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
 from ncsn.cli.registry import export_command, model_options, promote_command, rollback_command, sample_from_model
-from ncsn.upkeep import collect_seldom
+from ncsn.process import collect_seldom
 
 
 class _InOrder(click.Group):

@@ -15,7 +15,7 @@ from ncsn.cluster.api import KubernetesApi, Resource
 from ncsn.cluster.backend import Conflict
 from ncsn.cluster.pod_trouble import Trouble, trouble_of
 from ncsn.cluster.rayjob_manifest import KFP_RUN_LABEL, MANAGED_BY
-from ncsn.launched import KfpRun
+from ncsn.process import KfpRun
 
 RUN_ID_LABEL = "pipeline/runid"
 """Of a run's Workflow and of its pods."""

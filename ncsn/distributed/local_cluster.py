@@ -18,7 +18,7 @@ from ray.job_config import JobConfig
 from ncsn import outages
 from ncsn.config import Config
 from ncsn.errors import UserError
-from ncsn.launched import job_metadata
+from ncsn.process import job_metadata
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
-from ncsn.core.allocator import keep_freed_memory
 from ncsn.core.images import DataMoments
 from ncsn.core.training import train_step
 from ncsn.data.manifest import load_manifest
@@ -37,6 +36,7 @@ from ncsn.distributed.worker_context import WorkerContext
 from ncsn.errors import UserError
 from ncsn.history import load_history
 from ncsn.lease import Lease, LeaseExpired
+from ncsn.process import keep_freed_memory
 
 
 class DivergedError(UserError):

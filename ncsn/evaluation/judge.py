@@ -14,7 +14,6 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config, from_json, to_json
-from ncsn.core.allocator import keep_freed_memory
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import Manifest, load_manifest
 from ncsn.errors import UserError
@@ -25,6 +24,7 @@ from ncsn.evaluation.feature_pieces import FeaturePiece, feature_pieces, look, m
 from ncsn.evaluation.image_sets import SplitSet
 from ncsn.evaluation.reference import FOLDER, Reference, load_reference, publish_reference
 from ncsn.evaluation.runner import Here, Runner
+from ncsn.process import keep_freed_memory
 
 REFERENCE_SPLIT = "train"
 SEED = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
-from ncsn.launched import KFP_RUN_ID, KfpRun
+from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.report.run_page import RunFacts, run_page
 from ncsn.steps.outcome import Outcome, write_outcome
 from ncsn.steps.result import STEPS, ForeignRun, RunFolder, claim_run, stored_error, stored_record

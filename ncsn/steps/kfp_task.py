@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
-from ncsn.launched import KFP_RUN_ID, this_kfp_run
+from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.steps.outcome import Outcome, clear_outcome, write_outcome
 from ncsn.steps.result import RunFolder, recorded, run_folder, stored_error, stored_mistake
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import Problem, UserError, problems_of
-from ncsn.launched import KFP_RUN_ID
+from ncsn.process import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")

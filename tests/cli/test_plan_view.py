@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.cli.inputs import resolve
-from ncsn.cli.plan_view import duration
+from ncsn.report.costs import duration
 
 
 @pytest.mark.parametrize(

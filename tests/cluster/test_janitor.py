@@ -17,7 +17,7 @@ from ncsn import storage
 from ncsn.cli.orphans import reap_orphans
 from ncsn.cluster.api import KubernetesApi
 from ncsn.config import Config, from_yaml, to_json, to_yaml
-from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.kfp_task import pipeline_task

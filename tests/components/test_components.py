@@ -32,7 +32,7 @@ from components.tune import tune
 from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import NotFound
-from ncsn.launched import KFP_RUN_ID
+from ncsn.process import KFP_RUN_ID
 from ncsn.steps.outcome import Outcome, read_outcome, write_outcome
 from ncsn.steps.result import run_folder, stored_error
 

@@ -18,10 +18,10 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data import row
-from ncsn.data.manifest import load_manifest
+from ncsn.data.manifest import SkippedImage, load_manifest
 from ncsn.data.parquet import read_blocks, read_split, write_dataset
 from ncsn.data.row import Images, SplitDigest, from_table, to_table
-from ncsn.data.source import Example, SkippedImage, Source, Split
+from ncsn.data.source import Example, Source, Split
 from ncsn.errors import NotFound
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from components import IMAGE
-from ncsn.launched import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from pipelines.compile import COMPILED, PIPELINES, compile_all
 
 UPSTREAM = {

@@ -11,7 +11,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.launched import KFP_RUN_ID, KfpRun
+from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.steps import finish, ingest
 from ncsn.steps.result import run_folder
 from ncsn.tracking.connection import ServerAwayError

@@ -15,7 +15,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
-from ncsn.launched import KFP_RUN_ID
+from ncsn.process import KFP_RUN_ID
 from ncsn.steps.progress import ProgressFile
 from ncsn.steps.result import (
     ForeignRun,

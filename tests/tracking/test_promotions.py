@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ncsn.tracking.connection import open_client_at
 from ncsn.tracking.gate import recorded_decision
-from ncsn.tracking.promotions import LEDGER_SUFFIX, champion_version, history
-from ncsn.tracking.versions import set_alias, tag_version
+from ncsn.tracking.promotions import champion_version, history
+from ncsn.tracking.versions import LEDGER_SUFFIX, set_alias, tag_version
 
 PIPELINE = """
 import json, sys, time
