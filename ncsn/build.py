@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.losses import DsmLossConfig, SsmLossConfig
-from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig
-from ncsn.config.samplers import SamplerConfig, parse_sampler
+from ncsn.config.choices import (
+    DsmLossConfig,
+    NcsnNetworkConfig,
+    NcsnV2NetworkConfig,
+    SamplerConfig,
+    SsmLossConfig,
+    parse_sampler,
+)
 from ncsn.config.schema import DataConfig
 from ncsn.core.images import PixelSpace
 from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching

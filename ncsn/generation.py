@@ -13,7 +13,7 @@ from torch import Tensor
 from ncsn import build
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
-from ncsn.config.samplers import SamplerConfig
+from ncsn.config.choices import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ncsn import build
 from ncsn.config import Config
+from ncsn.config.choices import AutoNoiseConfig, NoiseConfig
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
-from ncsn.config.noise import AutoNoiseConfig, NoiseConfig
 
 _UNIT = 2**29
 """Estimates are rounded up to 0.5 GiB."""

@@ -1,7 +1,6 @@
 """The one typed configuration: schema, parsing and flattening. Imports nothing else of this package."""
 
-from ncsn.config.flatten import changed_settings, flatten, training_settings
-from ncsn.config.load import from_json, from_yaml, to_json, to_yaml
+from ncsn.config.load import changed_settings, flatten, from_json, from_yaml, to_json, to_yaml, training_settings
 from ncsn.config.schema import Config
 from ncsn.errors import ConfigError
 

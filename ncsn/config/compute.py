@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ncsn.config.section import Section
+from ncsn.config.choices import Section
 from ncsn.errors import UserError
 
 MOST_WORKERS = 4096

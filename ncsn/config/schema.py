@@ -13,14 +13,18 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ncsn.config.choices import (
+    DsmLossConfig,
+    LossConfig,
+    NetworkConfig,
+    NoiseChoice,
+    NoiseConfig,
+    SamplerConfig,
+    Section,
+)
 from ncsn.config.compute import ComputeConfig
-from ncsn.config.losses import DsmLossConfig, LossConfig
-from ncsn.config.misfits import misfits
-from ncsn.config.networks import NetworkConfig
-from ncsn.config.noise import NoiseChoice, NoiseConfig
-from ncsn.config.samplers import SamplerConfig
+from ncsn.config.rules import misfits
 from ncsn.config.search import SearchConfig, space_problems
-from ncsn.config.section import Section
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"

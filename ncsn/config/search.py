@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from ncsn.config.choices import Section
 from ncsn.config.problems import problems
-from ncsn.config.section import Section
 from ncsn.errors import ConfigError, Problem, UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ncsn.config import Config, from_yaml
-from ncsn.config.noise import AutoNoiseConfig
+from ncsn.config.choices import AutoNoiseConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import (
     NoiseSuggestion,

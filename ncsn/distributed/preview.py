@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
-from ncsn.config.samplers import ProbabilityFlowConfig
+from ncsn.config.choices import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.training import TrainState
 from ncsn.generation import generate

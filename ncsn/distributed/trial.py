@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.samplers import SamplerConfig
+from ncsn.config.choices import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed.trial_records import Judged, Rung, TrialFolder

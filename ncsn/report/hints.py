@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
+from ncsn.config.choices import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.schema import TrainConfig
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
+from ncsn.config.choices import AnnealedLangevinConfig, ProbabilityFlowConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.report.costs import cost_facts, cost_line

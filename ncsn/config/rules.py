@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ncsn.config.losses import SingleSigmaLossConfig, SsmLossConfig
-from ncsn.config.networks import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.noise import NoiseConfig
-from ncsn.config.samplers import (
+from ncsn.config.choices import (
     AnnealedLangevinConfig,
     ConsistentAnnealedConfig,
     KarrasHeunConfig,
     LangevinConfig,
+    NcsnNetworkConfig,
+    NcsnV2NetworkConfig,
+    NoiseConfig,
     PredictorCorrectorConfig,
     ProbabilityFlowConfig,
+    SingleSigmaLossConfig,
+    SsmLossConfig,
+    UnetNetworkConfig,
 )
 from ncsn.errors import Problem
 
 if TYPE_CHECKING:
     from ncsn.config.schema import Config
+
 
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 
