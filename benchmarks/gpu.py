@@ -25,7 +25,7 @@ from benchmarks.training_step import (
 )
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.langevin import annealed_langevin
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
 BUDGET_SECONDS = 480.0

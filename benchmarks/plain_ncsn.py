@@ -1,7 +1,7 @@
 """The network of Song & Ermon 2019 (appendix A) in its plainest form: what a careful reader of the paper would write.
 
-The yardstick of the training benchmark and an independent judge of ncsn.core.networks.ncsn: parameters have the same
-names, so either loads the other's. It is float32, eager, and takes no care of speed.
+The yardstick of the training benchmark and an independent judge of ncsn.core.networks.refinenet: parameters have the
+same names, so either loads the other's. It is float32, eager, and takes no care of speed.
 """
 
 from __future__ import annotations

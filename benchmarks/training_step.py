@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from benchmarks.plain_ncsn import PlainNcsn
 from ncsn.core.losses import Batch, DenoisingScoreMatching
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory

@@ -20,8 +20,7 @@ from ncsn.config.choices import (
 from ncsn.config.schema import DataConfig
 from ncsn.core.images import PixelSpace
 from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching
-from ncsn.core.networks.ncsn import NcsnNetwork
-from ncsn.core.networks.ncsnv2 import NcsnV2Network
+from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow

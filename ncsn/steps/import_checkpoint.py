@@ -11,11 +11,7 @@ import torch
 
 from ncsn import build, checkpoint, storage
 from ncsn.config import Config
-from ncsn.core.networks.released_checkpoint import (
-    ReleasedCheckpoint,
-    load_released_checkpoint,
-    read_released_checkpoint,
-)
+from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkpoint, read_released_checkpoint
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import image_moments

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ncsn.core.losses import Batch, DenoisingScoreMatching, SingleSigma, SlicedScoreMatching, level_sums
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ncsn.core.losses import Batch, DenoisingScoreMatching
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.blocks import check_levels
-from ncsn.core.networks.dropout import KeyedDropout, image_keys
-from ncsn.core.networks.normalization import group_norm_by_image
+from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image, image_keys
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # says large from small, the highest tells levels that differ by a few percent.

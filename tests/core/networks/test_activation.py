@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
-from ncsn.core.networks.activation import elu
+from ncsn.core.networks.blocks import elu
 
 
 def test_values_are_pytorch_s_and_derivatives_those_of_differences() -> None:

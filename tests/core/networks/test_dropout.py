@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ncsn.core.networks.dropout import KeyedDropout, image_keys
+from ncsn.core.networks.normalization import KeyedDropout, image_keys
 from ncsn.core.networks.unet import UnetNetwork
 
 P = 0.3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 
 
 def emb(name, width):

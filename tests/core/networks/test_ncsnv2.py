@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncsn.core.networks.ncsn import NcsnNetwork
-from ncsn.core.networks.ncsnv2 import NcsnV2Network
+from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 
 
 @pytest.mark.oracle(15)

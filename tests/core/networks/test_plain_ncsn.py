@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.plain_ncsn import PlainNcsn
-from ncsn.core.networks.ncsn import NcsnNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
 
 
 def test_scores_and_gradients_are_those_of_the_plain_network():

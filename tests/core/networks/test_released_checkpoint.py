@@ -7,9 +7,8 @@ import pickle
 import pytest
 import torch
 
-from ncsn.core.networks.ncsn import NcsnNetwork
-from ncsn.core.networks.ncsnv2 import NcsnV2Network
-from ncsn.core.networks.released_checkpoint import load_released_checkpoint, read_released_checkpoint
+from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
+from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
 from ncsn.core.training import Ema
 
 SIGMAS = torch.tensor([1.0, 0.1, 0.01])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ncsn.core.training import Ema
 
+
 _PREFIX = "module."
 
 
