@@ -147,7 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 def _forget_s3_clients() -> None:
-    from ncsn import s3_objects, storage
+    from ncsn.storage import files, s3
 
-    storage._s3_filesystem.cache_clear()
-    s3_objects.client.cache_clear()
+    files._s3_filesystem.cache_clear()
+    s3.client.cache_clear()

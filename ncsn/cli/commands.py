@@ -36,10 +36,10 @@ from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
-from ncsn.lease import Lease
 from ncsn.process import require_launchers_python
 from ncsn.steps.elsewhere import STEPS_ELSEWHERE
 from ncsn.steps.result import RunFolder, claim_run, recorded, run_folder
+from ncsn.storage.heartbeat import Lease
 
 _EXCLUSIVE = ("tune", "train", "run")
 _POLL_SECONDS = 0.5

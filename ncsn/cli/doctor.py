@@ -21,7 +21,7 @@ from ncsn import storage
 from ncsn.cli.failures import describe
 from ncsn.config import Config
 from ncsn.errors import UserError
-from ncsn.patience import limited
+from ncsn.storage.retry import limited
 
 if TYPE_CHECKING:
     from ncsn.cluster.api import KubernetesApi

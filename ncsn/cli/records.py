@@ -10,8 +10,8 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config, to_json
 from ncsn.errors import Problem
-from ncsn.patience import limited
 from ncsn.steps.result import STEPS, RunFolder
+from ncsn.storage.retry import limited
 
 _COMPLETE = "complete.json"
 

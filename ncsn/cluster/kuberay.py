@@ -29,7 +29,7 @@ from ncsn.cluster.rayjob_manifest import (
 from ncsn.cluster.task_config import task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
-from ncsn.lease import RENEW_SECONDS, Heartbeat
+from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 WATCH_SECONDS = 15.0
 DELETE_SECONDS = 30.0

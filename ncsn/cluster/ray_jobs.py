@@ -25,8 +25,8 @@ from ncsn.cluster.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
 from ncsn.cluster.launcher import forwarded_environment
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
-from ncsn.lease import RENEW_SECONDS, Heartbeat
 from ncsn.process import PYTHON, python_version
+from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"
 """Keys in the metadata of a job."""

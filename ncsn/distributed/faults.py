@@ -27,10 +27,11 @@ import ray
 import torch
 from torch import nn
 
-from ncsn import outages, storage
+from ncsn import storage
 from ncsn.data.cache import cache_folder
 from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
 from ncsn.errors import UserError
+from ncsn.storage import retry
 
 FORMS = {
     "kill-worker": "kill-worker@images=N",
@@ -160,11 +161,11 @@ class Rehearsal:
             yield
             return
         digest = hashlib.sha256(self.run_uri.encode()).hexdigest()[:12]
-        os.environ[outages.VARIABLE] = str(cache_folder() / "outages" / digest)
+        os.environ[retry.OUTAGE_VARIABLE] = str(cache_folder() / "outages" / digest)
         try:
             yield
         finally:
-            del os.environ[outages.VARIABLE]
+            del os.environ[retry.OUTAGE_VARIABLE]
 
     def strike(
         self,
@@ -215,9 +216,9 @@ class Rehearsal:
         elif fault.kind == "disk-full":
             self._disk_full = True
         elif fault.kind == "tracking-down":
-            outages.declare("tracking", seconds=fault.seconds)
+            retry.declare("tracking", seconds=fault.seconds)
         else:
-            outages.declare("store", seconds=fault.seconds, share=fault.share)
+            retry.declare("store", seconds=fault.seconds, share=fault.share)
 
     def _cut_checkpoint(self, name: str) -> None:
         """Leave half of the weights of a checkpoint on the store, once it is there and Ray Train has it on its list."""

@@ -15,10 +15,10 @@ import ray
 import torch
 from ray.job_config import JobConfig
 
-from ncsn import outages
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.process import job_metadata
+from ncsn.storage import retry
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0
@@ -114,7 +114,7 @@ def on_this_machine() -> bool:
 
 def _environment() -> dict[str, dict[str, str]] | None:
     """What the processes of a joined cluster are to share with this one."""
-    inherited = outages.inherited()
+    inherited = retry.inherited()
     return {"env_vars": inherited} if inherited else None
 
 

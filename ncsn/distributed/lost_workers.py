@@ -11,7 +11,7 @@ from ray.train import TrainingFailedError, UserCallback
 
 from ncsn import storage
 from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
-from ncsn.patience import limited
+from ncsn.storage.retry import limited
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.evaluation.runner import Here, Runner
-from ncsn.lease import LeaseExpired
+from ncsn.storage.heartbeat import LeaseExpired
 
 T = TypeVar("T")
 R = TypeVar("R")

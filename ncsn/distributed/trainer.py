@@ -21,7 +21,7 @@ from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.errors import NotFound
-from ncsn.lease import LeaseExpired
+from ncsn.storage.heartbeat import LeaseExpired
 
 STARTUP_ATTEMPTS = 5
 TIMEOUT_SECONDS = 1800

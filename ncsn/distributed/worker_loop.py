@@ -35,8 +35,8 @@ from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.errors import UserError
 from ncsn.history import load_history
-from ncsn.lease import Lease, LeaseExpired
 from ncsn.process import keep_freed_memory
+from ncsn.storage.heartbeat import Lease, LeaseExpired
 
 
 class DivergedError(UserError):

@@ -16,10 +16,10 @@ from ncsn.cluster.kfp_runs import NotedRun, forget_run, is_over, noted_runs, sta
 from ncsn.cluster.launcher import is_ending
 from ncsn.cluster.reap import Orphan, find_orphans
 from ncsn.config import Config, from_json, from_yaml
-from ncsn.patience import limited
 from ncsn.process import KfpRun
 from ncsn.steps.outcome import read_outcome
 from ncsn.steps.result import run_folder
+from ncsn.storage.retry import limited
 
 _STORE_SECONDS = 20.0
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ncsn import storage
-from ncsn.lease import Lease
-from ncsn.patience import limited
+from ncsn.storage.heartbeat import Lease
+from ncsn.storage.retry import limited
 
 LAST_SECONDS = 5.0
 """Longest wait for the last record to be written."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ncsn import outages
+from ncsn.storage import retry
 from ncsn.tracking.connection import client_at, one_line, shown
 from ncsn.tracking.delivery import Delivery, patience
 from ncsn.tracking.journal import Entry, Journal, JournalInUseError, now
@@ -204,7 +204,7 @@ class MetricsSink:
     def _send(self, delivery: Delivery, journal: Journal) -> None:
         """Send all that is unsent, oldest first; an entry counts as sent when the server has answered for it."""
         while journal.unsent and (self._deadline is None or time.monotonic() < self._deadline):
-            outages.refuse("tracking")
+            retry.refuse("tracking")
             batch, sent = delivery.send_batch()
             with self._wake:
                 journal.acknowledge(batch)

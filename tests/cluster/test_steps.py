@@ -122,7 +122,9 @@ def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, tm
     KubeRay starts the driver once more, on a new cluster. That one ends before it trains.
     """
     (tmp_path / "pod").mkdir()
-    (tmp_path / "pod" / "sitecustomize.py").write_text("import ncsn.lease\nncsn.lease.LEASE_SECONDS = 20\n")
+    (tmp_path / "pod" / "sitecustomize.py").write_text(
+        "import ncsn.storage.heartbeat\nncsn.storage.heartbeat.LEASE_SECONDS = 20\n"
+    )
     folders = os.pathsep.join((str(tmp_path / "pod"), os.environ.get("PYTHONPATH", "")))
     emulation.operator.references["ncsn-environment"]["PYTHONPATH"] = folders
     settings = {"num_images": 10**7, "report_every_images": 160, "checkpoint_every_images": 10**6}

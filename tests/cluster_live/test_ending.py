@@ -12,7 +12,7 @@ import pytest
 from real_cluster import WORKERS, eventually, kubectl
 
 from ncsn.cluster.rayjob_manifest import RENEWED_ANNOTATION
-from ncsn.lease import LEASE_SECONDS
+from ncsn.storage.heartbeat import LEASE_SECONDS
 
 if TYPE_CHECKING:
     from live_place import Place

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from refused import refused
 
-from ncsn import storage
 from ncsn.data.listing import list_files, source_fingerprint
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound, UserError
+from ncsn.storage import write_bytes
+from ncsn.storage.files import _s3_filesystem
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -
 
 def put(root: Path | str, files: dict[str, bytes]) -> str:
     for name, content in files.items():
-        storage.write_bytes(f"{root}/{name}", content)
+        write_bytes(f"{root}/{name}", content)
     return str(root)
 
 
@@ -184,7 +185,7 @@ def test_a_bucket_without_images_or_keys_is_one_line(s3_root, data_config, monke
         open_source(data_config("image_folder", s3_root))
     assert "notes.txt" in caught.value.problems[0].reason
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage._s3_filesystem.cache_clear()
+    _s3_filesystem.cache_clear()
     with refused("data.root") as failure:
         open_source(data_config("image_folder", s3_root))
     assert "\n" not in str(failure.value)

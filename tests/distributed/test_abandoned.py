@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from ncsn import lease as lease_module
 from ncsn.config import from_yaml
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.lease import Lease, LeaseExpired
+from ncsn.storage import heartbeat
+from ncsn.storage.heartbeat import Lease, LeaseExpired
 
 
 def test_training_saves_a_checkpoint_and_ends(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.01)
     config = from_yaml(tiny)
     beat = tmp_path / "lease.json"
     beat.write_text("the last beat")

@@ -13,13 +13,14 @@ import pytest
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn import outages, storage
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
 from ncsn.distributed.lone_worker import StoreContext
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, TrainOutcome, train_loop
 from ncsn.history import load_history
+from ncsn.storage import retry
 
 LAST = "images-000000160"
 
@@ -174,12 +175,12 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
 def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
     faults = Rehearsal((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
-    outages.refuse("tracking")
+    retry.refuse("tracking")
     with faults.outages_shared():
         faults.strike(range(8), share=range(4, 8), rank=1)
-        outages.refuse("tracking")
+        retry.refuse("tracking")
         faults.strike(range(8), share=range(4), rank=0)
-        outages.refuse("store")
+        retry.refuse("store")
         with pytest.raises(ConnectionRefusedError, match="60 s"):
-            outages.refuse("tracking")
-    outages.refuse("tracking")
+            retry.refuse("tracking")
+    retry.refuse("tracking")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
@@ -28,6 +27,7 @@ from ncsn.steps.result import (
     stored_error,
     stored_mistake,
 )
+from ncsn.storage import files
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -43,11 +43,11 @@ def config_at(root: Path, *overrides: str) -> Config:
 
 
 def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1) -> Made:
-    target = storage.join(folder.uri, "made.txt")
+    target = files.join(folder.uri, "made.txt")
 
     def work(progress: ProgressFile) -> Made:
         progress(1, 1)
-        storage.write_text(target, str(number))
+        files.write_text(target, str(number))
         return Made(uri=target, number=number)
 
     return once(
@@ -94,9 +94,9 @@ def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
 def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) -> None:
     folder = claim_run(config_at(tmp_path), "older")
     make(folder, inputs={}, number=1)
-    record = json.loads(storage.read_text(folder.step("train", "result.json")))
+    record = json.loads(files.read_text(folder.step("train", "result.json")))
     del record["result"]["number"]
-    storage.write_text(folder.step("train", "result.json"), json.dumps(record))
+    files.write_text(folder.step("train", "result.json"), json.dumps(record))
     assert make(folder, inputs={}, number=2).number == 2
 
 
@@ -169,7 +169,7 @@ def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: py
         assert allowed.wait(60)
         written.append(text)
 
-    monkeypatch.setattr(storage, "write_text", slow)
+    monkeypatch.setattr(files, "write_text", slow)
     progress = ProgressFile(uri, "images", interval=0)
     for done in range(1, 1000):
         progress(done, 1000)

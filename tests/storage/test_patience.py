@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn import outages, storage
-from ncsn.patience import VARIABLE, limited, patiently
+from ncsn import storage
+from ncsn.storage import retry
+from ncsn.storage.retry import PATIENCE_VARIABLE, limited, patiently
 
 
 @pytest.fixture
 def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Takes the store away from this process."""
-    monkeypatch.setenv(outages.VARIABLE, str(tmp_path / "outages"))
-    return lambda **arguments: outages.declare("store", **arguments)
+    monkeypatch.setenv(retry.OUTAGE_VARIABLE, str(tmp_path / "outages"))
+    return lambda **arguments: retry.declare("store", **arguments)
 
 
 def test_every_call_outlasts_an_outage_and_one_line_says_so(s3_root: str, tmp_path: Path, outage, caplog) -> None:
@@ -51,14 +52,14 @@ def test_patience_ends(s3_root: str, outage, monkeypatch: pytest.MonkeyPatch) ->
     outage(seconds=60)
     with limited(0), pytest.raises(ConnectionRefusedError, match="rehearsal: the store server is away"):
         storage.exists(f"{s3_root}/a")
-    monkeypatch.setenv(VARIABLE, "0.3")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0.3")
     with pytest.raises(ConnectionRefusedError):
         storage.exists(f"{s3_root}/a")
 
 
 def test_a_patience_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "long")
-    with refused(VARIABLE):
+    monkeypatch.setenv(PATIENCE_VARIABLE, "long")
+    with refused(PATIENCE_VARIABLE):
         patiently(list)
 
 

@@ -1,24 +1,18 @@
-"""A store in S3 that may be away for a while: each call is repeated, with growing pauses, before it counts as failed.
+"""The S3 file system, and requests that concern one object as a whole.
 
-Everything that speaks to S3 comes through here, also Ray Train's own uploads, which get the file system from
-`ncsn.storage`. A file is written when it is complete, from a local copy, so that a failed upload starts again at its
-first byte; a reader opens the file again where it was.
+Arrow asks for an object's length first and then for that many bytes, so that one which is replaced in between comes
+back cut or padded with zeros. Here each is one request, which S3 answers with one version of the object.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
-import math
 import os
-import random
-import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,75 +20,10 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from ncsn import outages
-from ncsn.errors import UserError
+from ncsn.storage.retry import patiently
 
-VARIABLE = "NCSN_STORE_PATIENCE"
-"""Seconds for which a call is repeated, in the environment."""
-PATIENCE_SECONDS = 120.0
-"""The same where it says nothing."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between two tries."""
 IN_MEMORY = 8 << 20
 """Bytes of a file that is being written; what is longer waits on the local disk."""
-
-_TRANSIENT = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIME|HTTP status 5\d\d"
-)
-_TRANSIENT_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout"})
-_TRANSIENT_KINDS = frozenset({"ConnectionError", "HTTPClientError", "IncompleteReadError"})
-
-T = TypeVar("T")
-_limit: ContextVar[float] = ContextVar("limit", default=math.inf)
-_logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Repeat the calls of this block for no longer: they are a first look, or nobody should wait for them."""
-    token = _limit.set(seconds)
-    try:
-        yield
-    finally:
-        _limit.reset(token)
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """The result of `call`, repeated for two minutes or what the variable says while the store is away.
-
-    A warning says so, once.
-
-    Raises:
-        UserError: if the variable holds no number.
-        OSError: or what else the call raises, if it keeps failing, or fails for a reason that waiting does not mend.
-    """
-    patience = min(_patience(), _limit.get())
-    started, pause, tries = time.monotonic(), FIRST_PAUSE, 0
-    while True:
-        try:
-            outages.refuse("store")
-            result = call()
-        except Exception as error:
-            tries += 1
-            if not _is_transient(error) or time.monotonic() + pause - started > patience:
-                raise
-            if tries == 1:
-                reason = str(error).partition("\n")[0]
-                _logger.warning("the store is away, trying again for %d s: %s", patience, reason)
-        else:
-            if tries:
-                _logger.warning("the store answers again after %.1f s", time.monotonic() - started)
-            return result
-        time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that many workers do not knock in step
-        pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _patience() -> float:
-    given = os.environ.get(VARIABLE)
-    try:
-        return float(given or PATIENCE_SECONDS)
-    except ValueError:
-        raise UserError(VARIABLE, "not a number of seconds", value=given) from None
 
 
 def s3_filesystem(bucket: str) -> fs.FileSystem:
@@ -105,20 +34,6 @@ def s3_filesystem(bucket: str) -> fs.FileSystem:
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
     return fs.PyFileSystem(_Patient(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    response = getattr(error, "response", None)  # boto3's, which is not imported for this
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    if any(
-        kind.__module__ == "botocore.exceptions" and kind.__name__ in _TRANSIENT_KINDS for kind in type(error).__mro__
-    ):
-        return True
-    return isinstance(error, OSError) and _TRANSIENT.search(str(error)) is not None
 
 
 class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
@@ -235,3 +150,81 @@ class _Writer(io.RawIOBase):
         self._spool.seek(0)
         with self._open() as stream:
             shutil.copyfileobj(self._spool, stream, 1 << 20)
+
+
+SCHEME = "s3://"
+
+_TRIES_IN_CONFLICT = 5
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
+
+T = TypeVar("T")
+
+
+def get(uri: str) -> bytes:
+    """The object as it was at one moment, whoever replaces it meanwhile.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        OSError: if it cannot be read.
+    """
+    bucket, key = _place(uri)
+    return _request(uri, lambda: bytes(client().get_object(Bucket=bucket, Key=key)["Body"].read()))
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write an object unless there is one; whether this call wrote it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    bucket, key = _place(uri)
+    put = partial(client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    for tries_left in reversed(range(_TRIES_IN_CONFLICT)):
+        try:
+            _request(uri, put)
+        except FileExistsError:
+            return False
+        except BlockingIOError:
+            if not tries_left:
+                raise
+        else:
+            break
+    return True
+
+
+@functools.cache
+def client() -> Any:
+    """boto3's client, which threads share; the environment says where the store is and with which keys."""
+    import boto3
+    from botocore.config import Config
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of the keys that it found, in every worker's log
+
+    # Tries are counted by `patiently`. A session of its own: boto3's shared one must not make clients in two threads
+    # at once.
+    once = Config(retries={"total_max_attempts": 1}, connect_timeout=_CONNECT_SECONDS, read_timeout=_ANSWER_SECONDS)
+    return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=once)
+
+
+def _place(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    return bucket, key
+
+
+def _request(uri: str, call: Callable[[], T]) -> T:
+    """The answer, waited for while the store is away; what boto3 raises becomes Python's own error."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return patiently(call)
+    except ClientError as error:
+        kind = {
+            "NoSuchKey": FileNotFoundError,
+            "NoSuchBucket": FileNotFoundError,
+            "PreconditionFailed": FileExistsError,
+            # Two writers at the same moment: S3 may refuse both, and wants to be asked again.
+            "ConditionalRequestConflict": BlockingIOError,
+        }.get(error.response["Error"]["Code"], OSError)
+        raise kind(f"{uri}: {error}") from error
+    except BotoCoreError as error:
+        raise OSError(f"{uri}: {error}") from error

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn import s3_objects, storage
 from ncsn.errors import NotFound
+from ncsn.storage import files, s3
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -28,81 +28,81 @@ def names_below(folder: Path) -> list[str]:
 def test_absolute_makes_local_paths_absolute_and_keeps_s3(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert storage.absolute("store") == str(tmp_path / "store")
-    assert storage.absolute("file:///a/b/") == "/a/b"
-    assert storage.absolute("~/store") == "/home/somebody/store"
-    assert storage.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
+    assert files.absolute("store") == str(tmp_path / "store")
+    assert files.absolute("file:///a/b/") == "/a/b"
+    assert files.absolute("~/store") == "/home/somebody/store"
+    assert files.absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///", "gs://bucket/prefix", "http://host/path"])
 def test_absolute_refuses_what_it_cannot_reach(uri):
     with refused(uri):
-        storage.absolute(uri)
+        files.absolute(uri)
 
 
 def test_join_puts_single_slashes():
-    assert storage.join("s3://bucket/", "/a/", "b/c") == "s3://bucket/a/b/c"
-    assert storage.join("/folder", "a") == "/folder/a"
+    assert files.join("s3://bucket/", "/a/", "b/c") == "s3://bucket/a/b/c"
+    assert files.join("/folder", "a") == "/folder/a"
 
 
 def test_a_written_file_reads_back_and_is_replaced(root):
-    uri = storage.join(root, "a", "file.txt")
-    assert not storage.exists(uri)
-    storage.write_text(uri, "first \N{SNOWMAN}")
-    assert storage.exists(uri)
-    assert storage.exists(storage.join(root, "a"))
-    assert storage.read_text(uri) == "first \N{SNOWMAN}"
-    storage.write_text(uri, "second")
-    assert storage.read_bytes(uri) == b"second"
-    assert storage.list_names(storage.join(root, "a")) == ["file.txt"]
+    uri = files.join(root, "a", "file.txt")
+    assert not files.exists(uri)
+    files.write_text(uri, "first \N{SNOWMAN}")
+    assert files.exists(uri)
+    assert files.exists(files.join(root, "a"))
+    assert files.read_text(uri) == "first \N{SNOWMAN}"
+    files.write_text(uri, "second")
+    assert files.read_bytes(uri) == b"second"
+    assert files.list_names(files.join(root, "a")) == ["file.txt"]
 
 
 def test_an_empty_file_is_a_file(root):
-    uri = storage.join(root, "empty")
-    storage.write_bytes(uri, b"")
-    assert storage.exists(uri)
-    assert storage.read_bytes(uri) == b""
+    uri = files.join(root, "empty")
+    files.write_bytes(uri, b"")
+    assert files.exists(uri)
+    assert files.read_bytes(uri) == b""
 
 
 def test_a_missing_file_is_named(root):
-    uri = storage.join(root, "nothing.txt")
+    uri = files.join(root, "nothing.txt")
     with refused(uri, error=NotFound):
-        storage.read_bytes(uri)
+        files.read_bytes(uri)
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"done": 1', b'{"done": 1}\x00\x00', b"\xff"])
 def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
-    uri = storage.join(root, "record.json")
-    storage.write_text(uri, '{"done": 1}')
-    assert storage.read_json(uri) == {"done": 1}
-    storage.write_bytes(uri, damaged)
-    with pytest.raises(storage.UnreadableError) as failure:
-        storage.read_json(uri)
+    uri = files.join(root, "record.json")
+    files.write_text(uri, '{"done": 1}')
+    assert files.read_json(uri) == {"done": 1}
+    files.write_bytes(uri, damaged)
+    with pytest.raises(files.UnreadableError) as failure:
+        files.read_json(uri)
     assert not isinstance(failure.value, (ValueError, FileNotFoundError))
 
 
 def test_deleting_is_idempotent_and_leaves_the_neighbours(root):
     for name in ("a", "b"):
-        storage.write_text(storage.join(root, name), name)
-    storage.delete_file(storage.join(root, "a"))
-    storage.delete_file(storage.join(root, "a"))
-    assert storage.list_names(root) == ["b"]
+        files.write_text(files.join(root, name), name)
+    files.delete_file(files.join(root, "a"))
+    files.delete_file(files.join(root, "a"))
+    assert files.list_names(root) == ["b"]
 
 
 def test_list_names_is_sorted_direct_and_empty_for_nothing(root):
-    assert storage.list_names(storage.join(root, "nowhere")) == []
+    assert files.list_names(files.join(root, "nowhere")) == []
     for name in ("b/1", "b/2", "a", "c/d/e"):
-        storage.write_text(storage.join(root, *name.split("/")), name)
-    assert storage.list_names(root) == ["a", "b", "c"]
-    assert storage.list_names(storage.join(root, "b")) == ["1", "2"]
+        files.write_text(files.join(root, *name.split("/")), name)
+    assert files.list_names(root) == ["a", "b", "c"]
+    assert files.list_names(files.join(root, "b")) == ["1", "2"]
 
 
 def test_publish_once_keeps_the_first(root):
-    uri = storage.join(root, "claim")
-    assert storage.publish_once(uri, b"first") is True
-    assert storage.publish_once(uri, b"second") is False
-    assert storage.read_bytes(uri) == b"first"
-    assert storage.list_names(root) == ["claim"]
+    uri = files.join(root, "claim")
+    assert files.publish_once(uri, b"first") is True
+    assert files.publish_once(uri, b"second") is False
+    assert files.read_bytes(uri) == b"first"
+    assert files.list_names(root) == ["claim"]
 
 
 def test_of_many_writers_at_once_exactly_one_publishes(root):
@@ -112,73 +112,73 @@ def test_of_many_writers_at_once_exactly_one_publishes(root):
     def claim(round_and_writer: tuple[int, int]) -> bool:
         number, writer = round_and_writer
         barrier.wait()
-        return storage.publish_once(storage.join(root, f"claim-{number}"), str(writer).encode())
+        return files.publish_once(files.join(root, f"claim-{number}"), str(writer).encode())
 
     with ThreadPoolExecutor(writers) as pool:
         for number in range(3):
             won = list(pool.map(claim, [(number, writer) for writer in range(writers)]))
             assert won.count(True) == 1
-            assert storage.read_text(storage.join(root, f"claim-{number}")) == str(won.index(True))
-    assert storage.list_names(root) == [f"claim-{number}" for number in range(3)]
+            assert files.read_text(files.join(root, f"claim-{number}")) == str(won.index(True))
+    assert files.list_names(root) == [f"claim-{number}" for number in range(3)]
 
 
 def test_a_staged_folder_appears_whole(root):
-    uri = storage.join(root, "dataset")
-    with storage.staged_folder(uri, marker="done.json") as folder:
+    uri = files.join(root, "dataset")
+    with files.staged_folder(uri, marker="done.json") as folder:
         (folder / "train").mkdir()
         (folder / "train" / "part").write_bytes(b"rows")
         (folder / "done.json").write_text("{}")
-        assert not storage.exists(uri)
-    assert storage.list_names(root) == ["dataset"]
-    assert storage.list_names(uri) == ["done.json", "train"]
-    assert storage.read_bytes(storage.join(uri, "train", "part")) == b"rows"
+        assert not files.exists(uri)
+    assert files.list_names(root) == ["dataset"]
+    assert files.list_names(uri) == ["done.json", "train"]
+    assert files.read_bytes(files.join(uri, "train", "part")) == b"rows"
 
 
 def test_a_staged_folder_that_fails_leaves_nothing(root):
     def fail_half_way() -> None:
-        with storage.staged_folder(storage.join(root, "dataset"), marker="done.json") as folder:
+        with files.staged_folder(files.join(root, "dataset"), marker="done.json") as folder:
             (folder / "done.json").write_text("{}")
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
         fail_half_way()
-    assert storage.list_names(root) == []
+    assert files.list_names(root) == []
 
 
 def test_the_marker_is_published_last(s3_root, monkeypatch):
     seen = []
-    publish_once = storage.publish_once
+    publish_once = files.publish_once
 
     def watch(uri: str, data: bytes) -> bool:
-        seen.append((uri, storage.list_names(f"{s3_root}/dataset")))
+        seen.append((uri, files.list_names(f"{s3_root}/dataset")))
         return publish_once(uri, data)
 
-    monkeypatch.setattr(storage, "publish_once", watch)
-    with storage.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
+    monkeypatch.setattr(files, "publish_once", watch)
+    with files.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
         for name in ("a-marker", "b", "z"):
             (folder / name).write_text(name)
     assert seen == [(f"{s3_root}/dataset/a-marker", ["b", "z"])]
 
 
 def test_of_two_staged_folders_the_first_published_stays(root):
-    uri = storage.join(root, "dataset")
-    with storage.staged_folder(uri, marker="done") as late:
+    uri = files.join(root, "dataset")
+    with files.staged_folder(uri, marker="done") as late:
         (late / "done").write_text("late")
-        with storage.staged_folder(uri, marker="done") as early:
+        with files.staged_folder(uri, marker="done") as early:
             (early / "done").write_text("early")
-    assert storage.read_text(storage.join(uri, "done")) == "early"
-    assert storage.list_names(root) == ["dataset"]
+    assert files.read_text(files.join(uri, "done")) == "early"
+    assert files.list_names(root) == ["dataset"]
 
 
 def test_publish_folder_says_who_published(root):
-    uri = storage.join(root, "dataset")
+    uri = files.join(root, "dataset")
     outcomes = []
     for text in ("first", "second"):
-        with storage.scratch_folder(root) as folder:
+        with files.scratch_folder(root) as folder:
             (folder / "done").write_text(text)
-            outcomes.append(storage.publish_folder(folder, uri, marker="done"))
+            outcomes.append(files.publish_folder(folder, uri, marker="done"))
     assert outcomes == [True, False]
-    assert storage.read_text(storage.join(uri, "done")) == "first"
+    assert files.read_text(files.join(uri, "done")) == "first"
 
 
 def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
@@ -186,51 +186,51 @@ def test_a_folder_without_its_marker_is_not_taken_for_complete(tmp_path):
     (tmp_path / "dataset" / "stray").write_text("not ours")
     with (
         pytest.raises(OSError, match="not empty"),
-        storage.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
+        files.staged_folder(str(tmp_path / "dataset"), marker="done") as folder,
     ):
         (folder / "done").write_text("")
     assert names_below(tmp_path) == ["dataset", "dataset/stray"]
 
 
 def test_local_copy_brings_every_file(root):
-    uri = storage.join(root, "folder")
+    uri = files.join(root, "folder")
     for name in ("a", "b/c"):
-        storage.write_text(storage.join(uri, *name.split("/")), name)
-    with storage.local_copy(uri) as folder:
+        files.write_text(files.join(uri, *name.split("/")), name)
+    with files.local_copy(uri) as folder:
         assert names_below(folder) == ["a", "b", "b/c"]
         assert (folder / "b" / "c").read_text() == "b/c"
 
 
 def test_local_copy_names_a_missing_folder(root):
-    uri = storage.join(root, "nowhere")
-    with refused(uri, error=NotFound), storage.local_copy(uri):
+    uri = files.join(root, "nowhere")
+    with refused(uri, error=NotFound), files.local_copy(uri):
         pass
 
 
 def test_a_large_file_reaches_the_bucket_whole(s3_root, tmp_path):
     content = os.urandom(12 << 20)  # above the size from which uploads go in several parts
-    with storage.staged_folder(f"{s3_root}/dataset", marker="done") as folder:
+    with files.staged_folder(f"{s3_root}/dataset", marker="done") as folder:
         (folder / "part").write_bytes(content)
         (folder / "done").write_text("")
-    assert storage.read_bytes(f"{s3_root}/dataset/part") == content
+    assert files.read_bytes(f"{s3_root}/dataset/part") == content
 
 
 def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
-    storage.write_text(f"{s3_root}/file", "text")
+    files.write_text(f"{s3_root}/file", "text")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage._s3_filesystem.cache_clear()
-    s3_objects.client.cache_clear()
+    files._s3_filesystem.cache_clear()
+    s3.client.cache_clear()
     with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
-        storage.exists(f"{s3_root}/file")
+        files.exists(f"{s3_root}/file")
 
 
 def test_a_write_that_fails_keeps_the_old_file(small_disk):
     uri = str(small_disk.folder / "file")
-    storage.write_bytes(uri, b"old")
+    files.write_bytes(uri, b"old")
     with pytest.raises(OSError, match=os.strerror(small_disk.full)) as failure:
-        storage.write_bytes(uri, bytes(16 << 20))
+        files.write_bytes(uri, bytes(16 << 20))
     assert failure.value.errno == small_disk.full
-    assert storage.read_bytes(uri) == b"old"
+    assert files.read_bytes(uri) == b"old"
     assert names_below(small_disk.folder) == ["file"]
 
 
@@ -240,35 +240,35 @@ def test_a_staged_folder_is_published_whole_and_once(request, tmp_path, place):
     file = tmp_path / "file"
     for staging, content in (("first", b"1"), ("second", b"2")):
         file.write_bytes(content)
-        storage.publish_file(file, f"{root}/{staging}/train/part")
-        storage.write_bytes(f"{root}/{staging}/marker", content)
-    assert storage.publish_staged(f"{root}/first", f"{root}/final", marker="marker")
-    assert not storage.publish_staged(f"{root}/second", f"{root}/final", marker="marker")
-    assert storage.read_bytes(f"{root}/final/train/part") == b"1"
+        files.publish_file(file, f"{root}/{staging}/train/part")
+        files.write_bytes(f"{root}/{staging}/marker", content)
+    assert files.publish_staged(f"{root}/first", f"{root}/final", marker="marker")
+    assert not files.publish_staged(f"{root}/second", f"{root}/final", marker="marker")
+    assert files.read_bytes(f"{root}/final/train/part") == b"1"
     for staging in ("first", "second", "never"):
-        storage.delete_folder(f"{root}/{staging}")
+        files.delete_folder(f"{root}/{staging}")
         with pytest.raises(FileNotFoundError):
-            storage.read_bytes(f"{root}/{staging}/train/part")
-    assert storage.read_bytes(f"{root}/final/marker") == b"1"
+            files.read_bytes(f"{root}/{staging}/train/part")
+    assert files.read_bytes(f"{root}/final/marker") == b"1"
 
 
 def test_a_reader_beside_a_busy_writer_sees_whole_objects(s3_root):
     """Objects of other lengths replace each other as fast as the server takes them, and thousands are read."""
     uri, stop, writes = f"{s3_root}/progress.json", threading.Event(), 0
     contents = [json.dumps({"done": 10**size, "note": "x" * 7 * size}).encode() for size in range(30)]
-    storage.write_bytes(uri, contents[0])
+    files.write_bytes(uri, contents[0])
 
     def write() -> None:
         nonlocal writes
         while not stop.is_set():
             writes += 1
-            storage.write_bytes(uri, contents[writes * 7 % len(contents)])
+            files.write_bytes(uri, contents[writes * 7 % len(contents)])
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         with ThreadPoolExecutor(2) as pool:
-            read = list(pool.map(storage.read_bytes, [uri] * 3000))
+            read = list(pool.map(files.read_bytes, [uri] * 3000))
     finally:
         stop.set()
         writer.join()

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from ncsn import storage
-from ncsn.patience import limited
+from ncsn.storage import files
+from ncsn.storage.retry import limited
 
 RENEW_SECONDS = 30.0
 LEASE_SECONDS = 300.0
@@ -85,7 +85,7 @@ class Lease:
     def _give_up(self) -> None:
         self._given_up = self._seen
         with suppress(OSError), limited(0):
-            storage.write_bytes(self.uri + _GIVEN_UP, self._seen)
+            files.write_bytes(self.uri + _GIVEN_UP, self._seen)
 
 
 class Heartbeat:
@@ -122,11 +122,11 @@ class Heartbeat:
             self._also()
 
     def _renew(self) -> None:
-        storage.write_text(self._uri, json.dumps({"renewed_at": time.time()}))
+        files.write_text(self._uri, json.dumps({"renewed_at": time.time()}))
 
 
 def _read(uri: str, *, missing: T) -> bytes | T:
     try:
-        return storage.read_bytes(uri)
+        return files.read_bytes(uri)
     except FileNotFoundError:
         return missing

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ncsn import lease as lease_module
-from ncsn.lease import LEASE_SECONDS, Heartbeat, Lease, LeaseExpired
+from ncsn.storage import heartbeat
+from ncsn.storage.heartbeat import LEASE_SECONDS, Heartbeat, Lease, LeaseExpired
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five minutes take 0.3 s."""
-    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.3)
 
 
 @pytest.mark.usefixtures("short")
@@ -71,7 +71,7 @@ def test_what_one_attempt_gave_up_the_next_gives_up_at_once(tmp_path: Path, monk
     path = tmp_path / "lease.json"
     path.write_text("the last beat")
     with monkeypatch.context() as patch:
-        patch.setattr(lease_module, "LEASE_SECONDS", 0.1)
+        patch.setattr(heartbeat, "LEASE_SECONDS", 0.1)
         first = Lease(str(path), check_seconds=0)
         assert not first.expired()
         time.sleep(0.2)
@@ -96,4 +96,4 @@ def test_the_heart_beats_until_the_block_ends(tmp_path: Path) -> None:
     assert json.loads(last)["renewed_at"] > first["renewed_at"]
     time.sleep(0.2)
     assert path.read_text() == last
-    assert LEASE_SECONDS > 2 * lease_module.RENEW_SECONDS, "one beat that is lost is no silence"
+    assert LEASE_SECONDS > 2 * heartbeat.RENEW_SECONDS, "one beat that is lost is no silence"

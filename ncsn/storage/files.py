@@ -1,9 +1,9 @@
-"""The store: one way to name, read and publish bytes on a local disk or in S3.
+"""Names, reads, writes and publishes bytes, on a local disk or in S3.
 
 A URI is an absolute local path or `s3://bucket/prefix`. Addresses and keys come from the environment
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`). Everything is written under a
 temporary name and published last, so that a reader never sees half of anything. A store in
-S3 that is away is waited for (`ncsn.patience`).
+S3 that is away is waited for (`ncsn.storage.retry`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from pyarrow import fs
 
-from ncsn import s3_objects
 from ncsn.errors import NotFound, UserError
-from ncsn.patience import s3_filesystem
+from ncsn.storage import s3
+from ncsn.storage.s3 import s3_filesystem
 
-S3_SCHEME = s3_objects.SCHEME
+S3_SCHEME = s3.SCHEME
 
 _SCRATCH = ".tmp-"
 
@@ -94,7 +94,7 @@ def read_bytes(uri: str) -> bytes:
         NotFound: if there is none.
     """
     try:
-        return Path(absolute(uri)).read_bytes() if is_local(uri) else s3_objects.get(uri)
+        return Path(absolute(uri)).read_bytes() if is_local(uri) else s3.get(uri)
     except FileNotFoundError:
         raise NotFound(uri, "no file here") from None
 
@@ -195,7 +195,7 @@ def publish_once(uri: str, data: bytes) -> bool:
             except FileExistsError:
                 return False
         return True
-    return s3_objects.put_if_absent(uri, data)
+    return s3.put_if_absent(uri, data)
 
 
 @contextmanager
