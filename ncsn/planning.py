@@ -7,48 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from importlib import resources
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-
-from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
-from ncsn.errors import UserError
+from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
-PLAN = "plan.json"
-"""Name of the plan in the folder of its run."""
 GIGABYTE = 1e9
-_BY_WORKERS = ("train", "sample", "evaluate")
 NEIGHBOUR_SEARCHES = 2
 """How often the evaluation looks through the training images: for the samples and for real test images."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """The price table; see `prices.yaml` for the meaning of each."""
-
-    currency: str
-    cpu_core_hour: float
-    gpu_hour: float
-    storage_gb_month: float
-    watts_per_cpu_core: float
-    watts_per_gpu: float
-    power_overhead: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What some seconds on reserved cores and GPUs come to."""
-
-    seconds: float
-    cpu_hours: float
-    gpu_hours: float
-    money: float
-    kwh: float
 
 
 @dataclass(frozen=True)
@@ -105,54 +74,6 @@ class Rates:
     dataset_image_bytes: float
     checkpoint_bytes: float
     sample_bytes: float
-
-
-def load_prices(uri: str | None = None) -> Prices:
-    """The price table at `uri`, else the one that comes with the package.
-
-    Raises:
-        UserError: naming what is missing, unknown or not a number.
-    """
-    own = resources.files("ncsn").joinpath("prices.yaml")
-    text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
-    try:
-        table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(origin, f"not valid YAML: {error}") from None
-    names = [field.name for field in fields(Prices)]
-    if not isinstance(table, dict) or set(table) != set(names):
-        raise UserError(origin, f"expected exactly these prices: {', '.join(names)}")
-    for name in names[1:]:
-        value = table[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise UserError(f"{origin}:{name}", "not a number of at least 0", value=value)
-    return Prices(**table)
-
-
-def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
-    """What `seconds` of so many cores and GPUs come to."""
-    cpu_hours, gpu_hours = cores * seconds / 3600, gpus * seconds / 3600
-    watt_hours = cpu_hours * prices.watts_per_cpu_core + gpu_hours * prices.watts_per_gpu
-    return Cost(
-        seconds=seconds,
-        cpu_hours=cpu_hours,
-        gpu_hours=gpu_hours,
-        money=cpu_hours * prices.cpu_core_hour + gpu_hours * prices.gpu_hour,
-        kwh=watt_hours * prices.power_overhead / 1000,
-    )
-
-
-def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
-    """What `seconds` of a step come to: training, sampling and evaluation reserve all workers, any other step one."""
-    compute = config.compute
-    workers = compute.max_workers if step in _BY_WORKERS else 1
-    gpus = workers if compute.use_gpu and step in _BY_WORKERS else 0
-    return cost(seconds, cores=workers * compute.cpus_per_worker, gpus=gpus, prices=prices)
-
-
-def total(costs: Mapping[str, Cost]) -> Cost:
-    """The sum over all steps."""
-    return Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs.values()) for field in fields(Cost)})
 
 
 def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, float]:
@@ -223,7 +144,7 @@ def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
     if given is None:
         from ncsn.worker_memory import worker_memory  # torch, which the ledger has no use for
 
-        worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in _BY_WORKERS)
+        worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
     return {
         "count": compute.max_pods,
         "workers": size,

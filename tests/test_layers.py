@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ncsn.steps.result import STEPS
+from ncsn.runs.folder import STEPS
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = [ROOT / "components" / f"{step}.py" for step in (*STEPS, "tune")]

@@ -23,22 +23,16 @@ from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
 from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import (
-    StepRecord,
-    complete_records,
-    forget_attempts,
-    mark_complete,
-    read_progress,
-    stored_records,
-)
+from ncsn.cli.records import complete_records, mark_complete
 from ncsn.cli.summary import describe_result, print_summary
 from ncsn.cli.supervisor import Supervisor, work_folder
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import require_launchers_python
+from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.records import StepRecord, forget_attempts, read_progress, recorded, stored_records
 from ncsn.steps.elsewhere import STEPS_ELSEWHERE
-from ncsn.steps.result import RunFolder, claim_run, recorded, run_folder
 from ncsn.storage.heartbeat import Lease
 
 _EXCLUSIVE = ("tune", "train", "run")

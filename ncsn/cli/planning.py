@@ -39,7 +39,7 @@ def plan_command(
 
     target = resolve(config_uri, overrides=overrides, run=run_name)
     if actual:
-        from ncsn.steps.plan import ledger
+        from ncsn.runs.costs import ledger
 
         found = ledger(target.config, run=target.run)
     else:
@@ -53,8 +53,8 @@ def plan_command(
 def _rehearsed(target: Target, prices_uri: str | None) -> dict[str, Any]:
     from ncsn.cli.output import quiet_libraries
     from ncsn.cli.supervisor import work_folder
-    from ncsn.planning import load_prices
-    from ncsn.steps.result import run_folder
+    from ncsn.runs.costs import load_prices
+    from ncsn.runs.folder import run_folder
 
     prices = load_prices(prices_uri)
     log = work_folder(run_folder(target.config, target.run)) / "plan.log"

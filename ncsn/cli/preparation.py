@@ -78,8 +78,8 @@ def import_checkpoint_command(
     from ncsn.cli.inputs import resolve
     from ncsn.cli.summary import describe_import
     from ncsn.cli.upstream import find_inputs
+    from ncsn.runs.folder import run_folder
     from ncsn.steps import import_checkpoint
-    from ncsn.steps.result import run_folder
 
     target = resolve(config_uri, overrides=overrides, run=run_name)
     inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset})

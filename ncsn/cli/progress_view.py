@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ncsn.cli.records import StepProgress
+from ncsn.runs.records import StepProgress
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25

@@ -94,9 +94,9 @@ def export_command(
     """
     from ncsn import storage
     from ncsn.cli.inputs import registry_uri, resolve
-    from ncsn.cli.records import read_record
+    from ncsn.runs.folder import run_folder
+    from ncsn.runs.records import read_record
     from ncsn.steps import export
-    from ncsn.steps.result import run_folder
 
     if checkpoint is not None and model is not None:
         raise click.UsageError("give --checkpoint or --model, not both")
@@ -149,7 +149,7 @@ def sample_from_model(
     from ncsn.cli.inputs import registry_uri, store_root
     from ncsn.cli.output import quiet_libraries
     from ncsn.cli.progress_view import ProgressView
-    from ncsn.cli.records import StepProgress
+    from ncsn.runs.records import StepProgress
     from ncsn.steps import sample_model
 
     address = given.get("model")

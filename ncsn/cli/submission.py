@@ -13,8 +13,8 @@ from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.listing import source_fingerprint
 from ncsn.errors import UserError
-from ncsn.steps.outcome import read_outcome
-from ncsn.steps.result import require_owner, run_folder
+from ncsn.runs.folder import require_owner, run_folder
+from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ncsn import storage
 from ncsn.cli.inputs import DEFAULT_ROOT
-from ncsn.cli.records import StepRecord
 from ncsn.config import Config
 from ncsn.report.result_lines import result_line
-from ncsn.steps.result import RunFolder
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import StepRecord
 
 if TYPE_CHECKING:
     from ncsn.core.noise_schedule import NoiseSuggestion

@@ -22,9 +22,9 @@ from pathlib import Path
 from ncsn import storage
 from ncsn.cli.failures import StepFailed
 from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import StepError, StepRecord, read_error, read_progress, read_record, stored_records
 from ncsn.errors import Problem
-from ncsn.steps.result import STEPS, RunFolder
+from ncsn.runs.folder import STEPS, RunFolder
+from ncsn.runs.records import StepError, StepRecord, read_error, read_progress, read_record, stored_records
 
 _POLL_SECONDS = 0.5
 _PATIENCE = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from ncsn import storage
 from ncsn.cli.catalogue import BESIDE_THE_PIPELINE, CATALOGUE, OWN, Source
-from ncsn.cli.records import read_record
 from ncsn.errors import UserError
-from ncsn.steps.result import RunFolder
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import read_record
 
 
 def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -> dict[str, str]:

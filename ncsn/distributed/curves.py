@@ -12,7 +12,7 @@ from torch import Tensor
 from ncsn.core.losses import level_sums
 from ncsn.core.training import StepReport
 from ncsn.distributed.worker_context import WorkerContext
-from ncsn.history import level_loss
+from ncsn.runs.records import level_loss
 
 
 class Curves:

@@ -34,8 +34,8 @@ from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.errors import UserError
-from ncsn.history import load_history
 from ncsn.process import keep_freed_memory
+from ncsn.runs.records import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 
 

@@ -29,7 +29,7 @@ def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
     """What the steps took together, what was planned, and what images cost that are made after training.
 
     Args:
-        ledger: As `ncsn.steps.plan.ledger` gives it.
+        ledger: As `ncsn.runs.costs.ledger` gives it.
         num_images: Images that the sample step made.
     """
     currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]

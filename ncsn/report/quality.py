@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ncsn.planning import Prices, cost
 from ncsn.report.page import Figures, Plot
 from ncsn.report.plots import NfeCurve, quality_versus_nfe
 from ncsn.report.style import to_svg
+from ncsn.runs.costs import Prices, cost
 
 Measured = Mapping[str, Any]
 """As `ncsn.steps.figure_numbers.quality` gives it."""

@@ -10,8 +10,9 @@ from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_bac
 from ncsn.config import Config, to_yaml
 from ncsn.data.manifest import load_manifest
 from ncsn.errors import UserError
-from ncsn.steps.outcome import clear_outcome
-from ncsn.steps.result import RunFolder, stored_mistake
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import clear_outcome
+from ncsn.steps.result import stored_mistake
 
 STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
 """Those that run where `compute.backend` says; the others run where they are started."""

@@ -23,9 +23,10 @@ from ncsn.evaluation.measured_sets import measure_sets
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.running import RunningScore
 from ncsn.evaluation.samples import samples_shape
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.elsewhere import elsewhere
-from ncsn.steps.progress import ProgressFile, while_leased
-from ncsn.steps.result import claim_run, once
+from ncsn.steps.result import once
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
 

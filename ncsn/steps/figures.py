@@ -20,13 +20,12 @@ from ncsn.config import Config
 from ncsn.data.cache import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation.judge import extractor_of, obtain_judge
-from ncsn.history import load_history
-from ncsn.planning import Prices
+from ncsn.runs.costs import Prices, prices_of, read_plan
+from ncsn.runs.folder import RunFolder, claim_run
+from ncsn.runs.records import ProgressFile, load_history
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figure_numbers import Subject
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, once
-from ncsn.tracking.costs import prices_of, read_plan
+from ncsn.steps.result import once
 from ncsn.tracking.run import step_run
 
 if TYPE_CHECKING:

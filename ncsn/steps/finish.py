@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.report.run_page import RunFacts, run_page
-from ncsn.steps.outcome import Outcome, write_outcome
-from ncsn.steps.result import STEPS, ForeignRun, RunFolder, claim_run, stored_error, stored_record
+from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
+from ncsn.runs.records import Outcome, stored_error, stored_record, write_outcome
 from ncsn.tracking.outcome import TrackedRun, close_run
 from ncsn.tracking.provenance import container_image, kfp_run
 

@@ -16,7 +16,6 @@ from ncsn.config import Config, to_yaml
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import Manifest, load_manifest
 from ncsn.evaluation.samples import read_samples
-from ncsn.history import load_history
 from ncsn.report.costs import cost_facts
 from ncsn.report.film import film
 from ncsn.report.hints import average_hints, linear_loss, sampler_hints
@@ -28,11 +27,11 @@ from ncsn.report.scores import read_figures, score_rows
 from ncsn.report.search import search_panel
 from ncsn.report.story import Facts, judge, lead, tiles
 from ncsn.report.training import training_panel
+from ncsn.runs.costs import ledger, prices_of, read_plan
+from ncsn.runs.folder import STEPS, RunFolder
+from ncsn.runs.records import load_history
 from ncsn.steps.panels import sampled_panels
-from ncsn.steps.plan import ledger
-from ncsn.steps.result import STEPS, RunFolder
 from ncsn.steps.sample import LEVELS
-from ncsn.tracking.costs import prices_of, read_plan
 from ncsn.tracking.recorded import RecordedRun, step_runs, whole_run
 from ncsn.tracking.run import StepRun
 

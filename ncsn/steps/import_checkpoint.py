@@ -16,9 +16,10 @@ from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import image_moments
 from ncsn.errors import UserError
+from ncsn.runs.folder import RunFolder, claim_run
+from ncsn.runs.records import ProgressFile
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, once
+from ncsn.steps.result import once
 from ncsn.steps.train import TrainResult
 
 _SIGMA_TOLERANCE = 1e-4

@@ -11,8 +11,9 @@ from ncsn.data.manifest import MANIFEST
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import fills_several_parts, open_source
 from ncsn.data.summary import Dataset
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import claim_run, once
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import ProgressFile
+from ncsn.steps.result import once
 from ncsn.tracking.run import step_run
 
 

@@ -17,8 +17,8 @@ from ncsn.cluster.launcher import is_ending
 from ncsn.cluster.reap import Orphan, find_orphans
 from ncsn.config import Config, from_json, from_yaml
 from ncsn.process import KfpRun
-from ncsn.steps.outcome import read_outcome
-from ncsn.steps.result import run_folder
+from ncsn.runs.folder import run_folder
+from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 
 _STORE_SECONDS = 20.0

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
-from ncsn.steps.outcome import Outcome, clear_outcome, write_outcome
-from ncsn.steps.result import RunFolder, recorded, run_folder, stored_error, stored_mistake
+from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, write_outcome
+from ncsn.steps.result import stored_mistake
 
 if TYPE_CHECKING:
     from ncsn.cluster.api import KubernetesApi

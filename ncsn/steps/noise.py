@@ -6,7 +6,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.manifest import Manifest
 from ncsn.data.suggestion import resolve_noise
-from ncsn.steps.result import require_owner, run_folder
+from ncsn.runs.folder import require_owner, run_folder
 
 
 def settle_noise(config: Config, run: str, manifest: Manifest) -> Config:

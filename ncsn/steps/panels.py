@@ -12,11 +12,11 @@ from ncsn import storage
 from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.generation import evaluations_per_image
-from ncsn.planning import Prices
 from ncsn.report.page import Figures, Picture
 from ncsn.report.panels import inpainting_panel
 from ncsn.report.quality import quality_panel
 from ncsn.report.style import to_png
+from ncsn.runs.costs import Prices
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figures import subject_of
 

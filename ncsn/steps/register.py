@@ -18,9 +18,10 @@ from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.samples import read_samples
 from ncsn.report.costs import cost_line
 from ncsn.report.neighbours import neighbours_png
-from ncsn.steps.plan import ledger
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import claim_run, once
+from ncsn.runs.costs import ledger
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import ProgressFile
+from ncsn.steps.result import once
 from ncsn.tracking import registry
 from ncsn.tracking.connection import open_client, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, decision_record, not_finite, pass_gate

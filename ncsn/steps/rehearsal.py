@@ -35,9 +35,9 @@ from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.judge import SEED
 from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
 from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
-from ncsn.steps.result import RunFolder, run_folder
 from ncsn.steps.small_experiment import FEW_IMAGES, IMAGES, RUN, own_cache, scaled_down, with_values
 from ncsn.tracking.connection import connect
 from ncsn.tracking.history import metric_history

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.report.html import look, render
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import ProgressFile
 from ncsn.steps.gather import make_page, read_sources
 from ncsn.steps.panels import FIGURES
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import claim_run, once
+from ncsn.steps.result import once
 from ncsn.tracking.run import step_run
 
 FILE = "report.html"

@@ -8,126 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, from_yaml, to_yaml
-from ncsn.errors import Problem, UserError, problems_of
-from ncsn.process import KFP_RUN_ID
-from ncsn.steps.progress import ProgressFile
-
-STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
-RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+from ncsn.errors import Problem, UserError
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import ProgressFile, add_seconds, stored_error, stored_record
 
 R = TypeVar("R")
-
-
-class ForeignRun(UserError):
-    """The name of a run belongs to another config."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """URIs of everything that one run keeps."""
-
-    root: str
-    run: str
-
-    @property
-    def uri(self) -> str:
-        """`<root>/runs/<run>`."""
-        return storage.join(self.root, "runs", self.run)
-
-    @property
-    def config(self) -> str:
-        """The experiment that owns this run name."""
-        return storage.join(self.uri, "config.yaml")
-
-    @property
-    def checkpoints(self) -> str:
-        """Folder of the checkpoints, managed by Ray Train."""
-        return storage.join(self.uri, "checkpoints")
-
-    @property
-    def history(self) -> str:
-        """The curves of training."""
-        return storage.join(self.uri, "history.json")
-
-    @property
-    def report(self) -> str:
-        """Folder of the figures for people."""
-        return storage.join(self.uri, "report")
-
-    @property
-    def evaluation(self) -> str:
-        """Folder of the evaluation figures."""
-        return storage.join(self.uri, "evaluation")
-
-    @property
-    def search(self) -> str:
-        """Folder of a search and of what it found."""
-        return storage.join(self.uri, "search")
-
-    def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
-        """Folder of the images that one sampler made from one checkpoint."""
-        return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
-
-    def step(self, step: str, file: str) -> str:
-        """A file that one step keeps: `result.json`, `progress.json` or `error.json`."""
-        return storage.join(self.uri, "steps", step, file)
-
-
-def run_folder(config: Config, run: str) -> RunFolder:
-    """The folder of `run` below `config.storage.root`.
-
-    Raises:
-        UserError: for a name that cannot be a folder, a Ray job and an MLflow run at once.
-    """
-    if not RUN_PATTERN.fullmatch(run):
-        raise UserError(
-            "--run",
-            "is not a valid name",
-            hint="use 1 to 63 lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit",
-            value=run,
-        )
-    return RunFolder(root=storage.absolute(config.storage.root), run=run)
-
-
-def claim_run(config: Config, run: str) -> RunFolder:
-    """Take the run name for this experiment, or find that it is this experiment's already.
-
-    Raises:
-        ForeignRun: if another config (in what decides the weights) uses the name; the message says what differs.
-        UserError: for a name that no run can have.
-    """
-    folder = run_folder(config, run)
-    if storage.publish_once(folder.config, to_yaml(config).encode()):
-        return folder
-    owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
-    require_owner(owner, config, run)
-    return folder
-
-
-def require_owner(owner: Config, config: Config, run: str) -> None:
-    """Refuse a config that would decide the weights of another's run otherwise.
-
-    Raises:
-        ForeignRun: naming the first settings that differ.
-    """
-    changed = changed_settings(owner, config)
-    if changed:
-        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ForeignRun(
-            "--run", f"belongs to another config: {shown}{more}", hint="choose another --run NAME", value=run
-        )
 
 
 def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
@@ -188,7 +79,7 @@ def once(
     try:
         result = work(progress)
     finally:
-        _spend(folder, step, time.time() - started)
+        add_seconds(folder, step, time.time() - started)
     record = {
         "step": step,
         "run": folder.run,
@@ -199,21 +90,6 @@ def once(
     }
     storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
     return result
-
-
-def spent_seconds(folder: RunFolder, step: str) -> float | None:
-    """What all calls of the step took together, but for those that were killed; None if it was never at work."""
-    try:
-        return float(storage.read_json(folder.step(step, "spent.json"))["seconds"])
-    except FileNotFoundError:
-        return None
-
-
-def _spend(folder: RunFolder, step: str, seconds: float) -> None:
-    """Add to the account of the step; a full disk must not hide the first error."""
-    with suppress(OSError):
-        whole = (spent_seconds(folder, step) or 0.0) + seconds
-        storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
 
 
 def _result_from_elsewhere(
@@ -235,65 +111,7 @@ def _result_from_elsewhere(
     return result_type(**stored["result"])
 
 
-def stored_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
-    """The record of an earlier call of the step: its inputs, its result and when it was made; None if there is none."""
-    try:
-        record: dict[str, Any] = storage.read_json(folder.step(step, "result.json"))
-    except FileNotFoundError:
-        return None
-    return record
-
-
-@contextmanager
-def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
-    """Leave whatever ends the block early as the step's `error.json`, for those who wait elsewhere.
-
-    Commands and pipeline tasks put all of a step into one such block, so that a failure before its work is told too.
-    What an earlier attempt left is removed first.
-
-    Args:
-        config: The experiment.
-        run: Name of the run.
-        step: Name of the step.
-
-    Raises:
-        ForeignRun: if the run belongs to another config, whose records stay as they are.
-    """
-    folder = claim_run(config, run)
-    storage.delete_file(folder.step(step, "error.json"))
-    try:
-        yield folder
-    except BaseException as error:
-        _record_error(folder, step, error)
-        raise
-
-
-def stored_error(folder: RunFolder, step: str) -> dict[str, Any] | None:
-    """What ended the step's last attempt, or None: `type`, `user` (a mistake?), `message`, `problems` and `kfp_run`."""
-    try:
-        record: dict[str, Any] = storage.read_json(folder.step(step, "error.json"))
-    except FileNotFoundError:
-        return None
-    return record
-
-
 def stored_mistake(folder: RunFolder, step: str) -> UserError | None:
     """The user's mistake that ended the step's last attempt, or None."""
     record = stored_error(folder, step)
     return UserError.of(map(Problem.from_json, record["problems"])) if record is not None and record["user"] else None
-
-
-def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:
-    """A full disk must not hide the first error."""
-    problems = problems_of(error)
-    record = {
-        "type": type(error).__name__,
-        "user": bool(problems),
-        "message": str(error),
-        "problems": [problem.to_json() for problem in problems],
-        "kfp_run": os.environ.get(KFP_RUN_ID, ""),
-    }
-    try:
-        storage.write_text(folder.step(step, "error.json"), json.dumps(record))
-    except OSError as failure:
-        error.add_note(f"(the error could not be recorded in the store: {failure})")

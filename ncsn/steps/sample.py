@@ -23,9 +23,10 @@ from ncsn.evaluation.samples import read_samples
 from ncsn.generation import evaluations_per_image
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.report.stages import Stages, denoising_gif, images_in_gif
+from ncsn.runs.folder import claim_run, run_folder
+from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.elsewhere import elsewhere
-from ncsn.steps.progress import ProgressFile, while_leased
-from ncsn.steps.result import claim_run, once, run_folder
+from ncsn.steps.result import once
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run
 

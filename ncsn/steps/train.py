@@ -13,10 +13,11 @@ from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.errors import UserError
+from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.records import ProgressFile, stored_record
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, once, run_folder, stored_record
+from ncsn.steps.result import once
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run

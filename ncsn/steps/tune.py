@@ -21,11 +21,12 @@ from ncsn.distributed.tune import search
 from ncsn.errors import UserError
 from ncsn.evaluation.figures import metric_name
 from ncsn.evaluation.judge import obtain_judge
+from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.records import ProgressFile
 from ncsn.steps import trials as conclusions
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import RunFolder, claim_run, once, run_folder
+from ncsn.steps.result import once
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import StepRun, step_run

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
+from ncsn.runs.costs import read_plan, step_costs
 from ncsn.tracking.at_once import insert_or_find
 from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
-from ncsn.tracking.costs import log_plan, read_plan, step_costs
+from ncsn.tracking.costs import log_plan
 from ncsn.tracking.delivery import send_leftovers
 from ncsn.tracking.ending import conclude, endings
 from ncsn.tracking.journal import Entry, now, runs_with_journal

@@ -11,7 +11,7 @@ from ncsn import storage
 from ncsn.cli.inputs import any_run, default_run, resolve
 from ncsn.config import from_yaml
 from ncsn.errors import ConfigError, NotFound
-from ncsn.steps.result import RUN_PATTERN, claim_run
+from ncsn.runs.folder import RUN_PATTERN, claim_run
 
 
 def test_the_same_experiment_gets_the_same_run_name(config_file: Path) -> None:

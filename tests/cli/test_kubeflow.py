@@ -13,7 +13,7 @@ from kfp_api import KfpServer
 from ncsn.cli.app import app
 from ncsn.cli.inputs import resolve
 from ncsn.config import from_json
-from ncsn.steps.result import claim_run
+from ncsn.runs.folder import claim_run
 from pipelines.compile import COMPILED
 
 

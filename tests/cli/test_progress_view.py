@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import StepProgress
+from ncsn.runs.records import StepProgress
 
 
 def shown(*, terminal: bool, done: Iterable[int]) -> str:

@@ -11,19 +11,12 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.inputs import resolve
-from ncsn.cli.records import (
-    StepError,
-    complete_records,
-    forget_attempts,
-    mark_complete,
-    read_error,
-    read_progress,
-    stored_records,
-)
+from ncsn.cli.records import complete_records, mark_complete
 from ncsn.cli.upstream import find_inputs
 from ncsn.config import Config, from_yaml
 from ncsn.errors import Problem
-from ncsn.steps.result import STEPS, RunFolder, claim_run
+from ncsn.runs.folder import STEPS, RunFolder, claim_run
+from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, stored_records
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from ncsn.cli.inputs import resolve
-from ncsn.cli.records import StepRecord
 from ncsn.cli.summary import print_summary
-from ncsn.steps.result import claim_run
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import StepRecord
 
 RESULTS: dict[str, dict[str, Any]] = {
     "ingest": {"uri": "/d", "digest": "0123456789abcdef", "counts": {"train": 1258, "test": 539}, "created": True},

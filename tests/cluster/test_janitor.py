@@ -18,11 +18,11 @@ from ncsn.cli.orphans import reap_orphans
 from ncsn.cluster.api import KubernetesApi
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.runs.folder import run_folder
+from ncsn.runs.records import Outcome, read_outcome, write_outcome
 from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.kfp_task import pipeline_task
-from ncsn.steps.outcome import Outcome, read_outcome, write_outcome
-from ncsn.steps.result import run_folder
 from ncsn.tracking.run import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"

@@ -33,8 +33,8 @@ from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import NotFound
 from ncsn.process import KFP_RUN_ID
-from ncsn.steps.outcome import Outcome, read_outcome, write_outcome
-from ncsn.steps.result import run_folder, stored_error
+from ncsn.runs.folder import run_folder
+from ncsn.runs.records import Outcome, read_outcome, stored_error, write_outcome
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()

@@ -20,8 +20,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.statistics import ImageSample
 from ncsn.data.suggestion import resolve_noise, sample_size, suggestions
+from ncsn.runs.folder import claim_run
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.result import claim_run
 
 AUTO = """
 name: auto

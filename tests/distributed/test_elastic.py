@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ncsn.config import from_yaml
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.history import TrainingHistory, load_history
+from ncsn.runs.records import TrainingHistory, load_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

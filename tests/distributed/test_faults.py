@@ -19,7 +19,7 @@ from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
 from ncsn.distributed.lone_worker import StoreContext
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, TrainOutcome, train_loop
-from ncsn.history import load_history
+from ncsn.runs.records import load_history
 from ncsn.storage import retry
 
 LAST = "images-000000160"

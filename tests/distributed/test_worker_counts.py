@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ncsn.config import from_yaml
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.history import load_history
+from ncsn.runs.records import load_history
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, train_loop
-from ncsn.history import TrainingHistory, load_history
+from ncsn.runs.records import TrainingHistory, load_history
 
 
 @dataclass

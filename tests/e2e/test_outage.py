@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ncsn.steps.result import STEPS
+from ncsn.runs.folder import STEPS
 from ncsn.tracking.connection import client_at
 
 RUN = "outage"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from ncsn.checkpoint import load_for_sampling
 from ncsn.config import from_json, from_yaml
 from ncsn.evaluation.samples import read_samples
-from ncsn.steps.result import STEPS
+from ncsn.runs.folder import STEPS
 
 RUN = "mine"
 

@@ -9,7 +9,6 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ncsn.planning import load_prices
 from ncsn.report.plots import (
     LevelLosses,
     NfeCurve,
@@ -22,6 +21,7 @@ from ncsn.report.plots import (
 from ncsn.report.quality import quality_panel, quality_plot
 from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import INK, LEVEL_COLOURS, PALETTE, to_png, to_svg
+from ncsn.runs.costs import load_prices
 
 SIGMAS = np.geomspace(1, 0.01, 10)
 SEEN = np.array([1000, 2000, 3000])

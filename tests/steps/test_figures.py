@@ -25,10 +25,10 @@ from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.history import load_history
+from ncsn.runs.folder import claim_run
+from ncsn.runs.records import load_history
 from ncsn.steps import figures as step
 from ncsn.steps.figure_numbers import inpainting_chain
-from ncsn.steps.result import claim_run
 
 EXPERIMENT = """
 name: tiny

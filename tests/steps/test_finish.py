@@ -12,8 +12,8 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
+from ncsn.runs.folder import run_folder
 from ncsn.steps import finish, ingest
-from ncsn.steps.result import run_folder
 from ncsn.tracking.connection import ServerAwayError
 from ncsn.tracking.run import step_run
 

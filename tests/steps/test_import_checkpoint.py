@@ -18,8 +18,8 @@ from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.generation import generate
+from ncsn.runs.folder import run_folder
 from ncsn.steps import import_checkpoint
-from ncsn.steps.result import run_folder
 from ncsn.steps.train import _imported
 
 NETWORKS = {"first": "{kind: ncsn, num_features: 4}", "second": "{kind: ncsnv2, num_features: 4}"}

@@ -11,9 +11,12 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.planning import STEPS, load_prices
+from ncsn.planning import STEPS
+from ncsn.runs import costs
+from ncsn.runs.costs import load_prices
+from ncsn.runs.folder import run_folder
 from ncsn.steps import plan, rehearsal
-from ncsn.steps.result import once, run_folder
+from ncsn.steps.result import once
 from ncsn.steps.small_experiment import count
 from ncsn.steps.train import TrainResult
 
@@ -84,7 +87,7 @@ def test_counts_are_those_of_the_source(tmp_path: Path) -> None:
 def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None:
     experiment = config(tmp_path, "compute.num_workers=2")
     folder = run_folder(experiment, "run")
-    assert plan.ledger(experiment, run="run")["actual"]["steps"] == {}
+    assert costs.ledger(experiment, run="run")["actual"]["steps"] == {}
     planned = {"prices": asdict(load_prices()) | {"currency": "EUR"}, "steps": {"train": {"seconds": 5.0}}}
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "plan.json").write_text(json.dumps(planned))
@@ -96,7 +99,7 @@ def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError):
         once(folder, "train", inputs={}, result_type=TrainResult, outputs=lambda _: [], unit="images", work=work)
-    found = plan.ledger(experiment, run="run")
+    found = costs.ledger(experiment, run="run")
     seconds = found["actual"]["steps"]["train"]["seconds"]
     assert 1000.0 <= seconds < 1060.0
     assert found["actual"]["steps"]["train"]["cpu_hours"] == pytest.approx(2 * seconds / 3600)

@@ -15,11 +15,11 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
 from ncsn.data.row import Images, to_table
 from ncsn.errors import NotFound
-from ncsn.history import TrainingHistory, level_loss
 from ncsn.report.figures import grid_png
+from ncsn.runs.folder import run_folder
+from ncsn.runs.records import TrainingHistory, level_loss
 from ncsn.steps import ingest, report
 from ncsn.steps.panels import SMALL_WORK, quick_work
-from ncsn.steps.result import run_folder
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.connection import connect
 

@@ -15,18 +15,9 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
-from ncsn.steps.progress import ProgressFile
-from ncsn.steps.result import (
-    ForeignRun,
-    RunFolder,
-    claim_run,
-    load_result,
-    once,
-    recorded,
-    run_folder,
-    stored_error,
-    stored_mistake,
-)
+from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, run_folder
+from ncsn.runs.records import ProgressFile, recorded, stored_error
+from ncsn.steps.result import load_result, once, stored_mistake
 from ncsn.storage import files
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()

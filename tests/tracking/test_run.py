@@ -15,7 +15,7 @@ import pytest
 from refused import refused
 
 from ncsn.config import flatten, from_yaml
-from ncsn.planning import load_prices
+from ncsn.runs.costs import load_prices
 from ncsn.tracking.connection import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.provenance import provenance
 from ncsn.tracking.recorded import job_metadata

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ncsn.history import TrainingHistory, level_loss, load_history
+from ncsn.runs.records import TrainingHistory, level_loss, load_history
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""What a step costs: prices, and the plan of a run beside what it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.errors import UserError
+from ncsn.runs.folder import STEPS, RunFolder, run_folder
+from ncsn.runs.records import spent_seconds
+
+PLAN = "plan.json"
+"""Name of the plan in the folder of its run."""
+STEPS_BY_WORKERS = ("train", "sample", "evaluate")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price table; see `prices.yaml` for the meaning of each."""
+
+    currency: str
+    cpu_core_hour: float
+    gpu_hour: float
+    storage_gb_month: float
+    watts_per_cpu_core: float
+    watts_per_gpu: float
+    power_overhead: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some seconds on reserved cores and GPUs come to."""
+
+    seconds: float
+    cpu_hours: float
+    gpu_hours: float
+    money: float
+    kwh: float
+
+
+def load_prices(uri: str | None = None) -> Prices:
+    """The price table at `uri`, else the one that comes with the package.
+
+    Raises:
+        UserError: naming what is missing, unknown or not a number.
+    """
+    own = resources.files("ncsn").joinpath("prices.yaml")
+    text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(origin, f"not valid YAML: {error}") from None
+    names = [field.name for field in fields(Prices)]
+    if not isinstance(table, dict) or set(table) != set(names):
+        raise UserError(origin, f"expected exactly these prices: {', '.join(names)}")
+    for name in names[1:]:
+        value = table[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise UserError(f"{origin}:{name}", "not a number of at least 0", value=value)
+    return Prices(**table)
+
+
+def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
+    """What `seconds` of so many cores and GPUs come to."""
+    cpu_hours, gpu_hours = cores * seconds / 3600, gpus * seconds / 3600
+    watt_hours = cpu_hours * prices.watts_per_cpu_core + gpu_hours * prices.watts_per_gpu
+    return Cost(
+        seconds=seconds,
+        cpu_hours=cpu_hours,
+        gpu_hours=gpu_hours,
+        money=cpu_hours * prices.cpu_core_hour + gpu_hours * prices.gpu_hour,
+        kwh=watt_hours * prices.power_overhead / 1000,
+    )
+
+
+def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
+    """What `seconds` of a step come to: training, sampling and evaluation reserve all workers, any other step one."""
+    compute = config.compute
+    workers = compute.max_workers if step in STEPS_BY_WORKERS else 1
+    gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
+    return cost(seconds, cores=workers * compute.cpus_per_worker, gpus=gpus, prices=prices)
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """The sum over all steps."""
+    return Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs.values()) for field in fields(Cost)})
+
+
+def read_plan(run_uri: str) -> dict[str, Any] | None:
+    """The plan that was made for a run, as plain values; None if none was."""
+    try:
+        plan: dict[str, Any] = storage.read_json(storage.join(run_uri, PLAN))
+    except FileNotFoundError:
+        return None
+    return plan
+
+
+def prices_of(plan: Mapping[str, Any] | None) -> Prices:
+    """The prices that a run was planned with, else those of the package."""
+    return Prices(**plan["prices"]) if plan else load_prices()
+
+
+def step_costs(
+    config: Config, plan: dict[str, Any] | None, *, step: str, seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the step's run, `cost/<what>`, and of the pipeline's, `cost/<step>_seconds` beside `plan/...`."""
+    prices = prices_of(plan)
+    of_step = {f"cost/{name}": value for name, value in asdict(cost_of(config, step, seconds, prices)).items()}
+    planned = {f"plan/{step}_seconds": plan["steps"][step]["seconds"]} if plan and step in plan["steps"] else {}
+    return of_step, planned | {f"cost/{step}_seconds": seconds}
+
+
+def ledger(config: Config, *, run: str) -> dict[str, Any]:
+    """The plan of a run beside what its steps have taken so far.
+
+    Returns:
+        `plan`: as `run` gave it, or None; `actual`: `steps`, step -> `Cost` as plain values with `images_per_second`
+        where the step counts images, and `total`; `prices`: those that both were reckoned with.
+    """
+    folder = run_folder(config, run)
+    plan = read_plan(folder.uri)
+    prices = prices_of(plan)
+    costs = {
+        step: cost_of(config, step, seconds, prices)
+        for step, seconds in ((step, spent_seconds(folder, step)) for step in STEPS)
+        if seconds is not None
+    }
+    steps = {step: asdict(cost) | _speed(folder, step) for step, cost in costs.items()}
+    return {"plan": plan, "actual": {"steps": steps, "total": asdict(total(costs))}, "prices": asdict(prices)}
+
+
+def _speed(folder: RunFolder, step: str) -> dict[str, float]:
+    """Images per second of the last call, where the result says how many and how long."""
+    try:
+        result = storage.read_json(folder.step(step, "result.json"))["result"]
+    except FileNotFoundError:
+        return {}
+    if "images_per_second" in result:
+        return {"images_per_second": result["images_per_second"]}
+    if "num_images" in result and result.get("seconds"):
+        return {"images_per_second": result["num_images"] / result["seconds"]}
+    return {}
