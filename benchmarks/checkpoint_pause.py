@@ -12,13 +12,13 @@ import boto3
 
 from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
-from ncsn import build
 from ncsn.config import from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster
 from ncsn.distributed.worker_loop import TrainingJob
+from ncsn.model import build
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from s3_server import running_s3_server

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import yaml
 
-from ncsn import build
-from ncsn.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.cache import open_cache
 from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.judge import extractor_of, obtain_judge
-from ncsn.generation import generate
+from ncsn.model import build
+from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
+from ncsn.model.generate import generate
 
 QUOTED = 64
 """Images that seconds are quoted for."""

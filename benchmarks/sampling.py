@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.digits_run import digits_run
 from benchmarks.measure import Row
 from benchmarks.samplers import make_images, measured, settings_of
-from ncsn.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import load_for_sampling
 
 IMAGES, BATCH = 256, 64
 LANGEVIN = {

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
-from ncsn.checkpoint import load_for_sampling
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import to_uint8
 from ncsn.data.cache import CACHE_DIR_VARIABLE, open_cache
@@ -44,7 +43,8 @@ from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.judge import extractor_of, obtain_judge
-from ncsn.generation import generate
+from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"

@@ -142,7 +142,7 @@ def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
         return None
     size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
     if given is None:
-        from ncsn.worker_memory import worker_memory  # torch, which the ledger has no use for
+        from ncsn.model.memory import worker_memory  # torch, which the ledger has no use for
 
         worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig, bytes_of
-from ncsn.worker_memory import worker_memory
+from ncsn.model.memory import worker_memory
 
 GPU = "nvidia.com/gpu"
 RETRIES = {

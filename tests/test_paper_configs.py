@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ncsn import build
 from ncsn.config import Config, from_yaml
 from ncsn.core.noise_schedule import best_epsilon
-from ncsn.generation import evaluations_per_image
+from ncsn.model import build
+from ncsn.model.generate import evaluations_per_image
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -49,5 +49,5 @@ def test_what_a_compiler_leaves_is_collected_without_a_word(loaded: str) -> None
     ids=["by default", "as the user counts", "by the user's policy"],
 )
 def test_torch_waits_for_its_threads_as_long_as_is_set(given: dict[str, str], spins: str) -> None:
-    said = _said("import ncsn.build", OMP_DISPLAY_ENV="VERBOSE", **given)
+    said = _said("import ncsn.model.build", OMP_DISPLAY_ENV="VERBOSE", **given)
     assert f"GOMP_SPINCOUNT = '{spins}'" in said

@@ -37,9 +37,9 @@ def suggest_noise_command(
     sigma_1 is the largest distance between two images, of up to 60,000; the ratio of neighbouring levels makes them
     overlap; and epsilon leaves the right variance after T steps.
     """
-    from ncsn import build
     from ncsn.cli.inputs import resolve
     from ncsn.cli.summary import describe_suggestion
+    from ncsn.model import build
     from ncsn.steps import suggest_noise
 
     if (config_uri is None) == (dataset is None):

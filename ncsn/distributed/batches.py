@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncsn import build
 from ncsn.config import Config
 from ncsn.core.images import DataMoments, fit_moments, mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
 from ncsn.data.stream import TrainingImages
+from ncsn.model import build
 
 MOMENT_IMAGES = 10_000
 

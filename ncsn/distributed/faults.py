@@ -29,8 +29,8 @@ from torch import nn
 
 from ncsn import storage
 from ncsn.data.cache import cache_folder
-from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
 from ncsn.errors import UserError
+from ncsn.model.checkpoint_store import CHECKPOINTS, SNAPSHOT
 from ncsn.storage import retry
 
 FORMS = {

@@ -10,13 +10,13 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ncsn import checkpoint
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.distributed.tasks import calls, runner_of
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.judge import extractor_of, obtain_judge
-from ncsn.generation import generate
+from ncsn.model import checkpoint
+from ncsn.model.generate import generate
 
 Features = npt.NDArray[np.float32]
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ncsn import checkpoint, storage
+from ncsn import storage
 from ncsn.distributed.tasks import call
-from ncsn.distributed.worker_context import LocalContext, newest_whole
+from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
+from ncsn.model import checkpoint
+from ncsn.model.checkpoint_store import newest_whole
 
 
 class StoreContext(LocalContext):

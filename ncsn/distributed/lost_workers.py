@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError, UserCallback
 
 from ncsn import storage
-from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
+from ncsn.model.checkpoint_store import CHECKPOINTS, SNAPSHOT
 from ncsn.storage.retry import limited
 
 _logger = logging.getLogger(__name__)

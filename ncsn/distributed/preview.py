@@ -9,12 +9,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
 from ncsn.config.choices import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.training import TrainState
-from ncsn.generation import generate
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.generate import generate
 
 NAME = "train/preview"
 SHARE = 0.01

@@ -22,9 +22,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ncsn import checkpoint, storage
-from ncsn.distributed.best_checkpoint import BestCheckpoint
+from ncsn import storage
 from ncsn.distributed.worker_context import WorkerContext
+from ncsn.model import checkpoint
+from ncsn.model.checkpoint_store import BestCheckpoint
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
 _NO_BUFFER_SYNC: dict[str, Any] = {

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncsn import checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.row import NO_LABEL, Images, to_table
@@ -29,7 +29,8 @@ from ncsn.distributed.tasks import call, calls
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.judge import extractor_of
 from ncsn.evaluation.samples import SHARD_NAME, read_samples
-from ncsn.generation import generate, level_images
+from ncsn.model import checkpoint
+from ncsn.model.generate import generate, level_images
 
 Features = NDArray[np.float32]
 

@@ -11,16 +11,15 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ncsn import storage
-from ncsn.checkpoint import DamagedError
 from ncsn.data.manifest import load_manifest
-from ncsn.distributed.best_checkpoint import BestCheckpoint
-from ncsn.distributed.damaged_checkpoint import remedy
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.lost_workers import LostWorkers, reason
 from ncsn.distributed.ray_context import RayContext
-from ncsn.distributed.worker_context import CHECKPOINTS
 from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.errors import NotFound
+from ncsn.model.checkpoint import DamagedError
+from ncsn.model.checkpoint_store import CHECKPOINTS, BestCheckpoint
+from ncsn.model.damaged_checkpoint import remedy
 from ncsn.storage.heartbeat import LeaseExpired
 
 STARTUP_ATTEMPTS = 5

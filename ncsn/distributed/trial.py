@@ -85,7 +85,7 @@ class SearchPlan:
         return self._of_equal_length(self.config)
 
     def _of_equal_length(self, config: Config) -> SamplerConfig:
-        from ncsn.generation import evaluations_per_image, with_evaluations
+        from ncsn.model.generate import evaluations_per_image, with_evaluations
 
         search = self.config.search
         assert search is not None
@@ -158,8 +158,8 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
 
 def _train(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> tuple[str, TrainOutcome]:
     from ncsn.distributed import lone_worker, trainer
-    from ncsn.distributed.worker_context import CHECKPOINTS
     from ncsn.distributed.worker_loop import TrainingJob
+    from ncsn.model.checkpoint_store import CHECKPOINTS
 
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, stop_at=images)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ncsn import checkpoint, storage
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, below the run's."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of them, beside them."""
+from ncsn import storage
+from ncsn.model.checkpoint_store import newest_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -68,27 +64,6 @@ class WorkerContext(ABC):
             name: Name of the checkpoint.
             loss: Loss since the checkpoint before, the same on each rank; None keeps it out of the choice of the best.
         """
-
-
-@contextmanager
-def newest_whole(
-    names: Sequence[str], *, opened: Callable[[str], AbstractContextManager[Path]], delete: Callable[[str], None]
-) -> Iterator[Path | None]:
-    """Context manager: the last of the checkpoints `names` that is whole; None if there is none.
-
-    A damaged one is deleted, with a warning: training makes it again.
-    """
-    for name in reversed(names):
-        with opened(name) as folder:
-            try:
-                checkpoint.verify(folder)
-            except checkpoint.DamagedError as damage:
-                _logger.warning("checkpoint %s is damaged (%s): going on from the one before", name, damage.reason)
-            else:
-                yield folder
-                return
-        delete(name)
-    yield None
 
 
 class LocalContext(WorkerContext):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ncsn import build, checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.images import DataMoments
 from ncsn.core.training import train_step
@@ -34,6 +34,7 @@ from ncsn.distributed.machine_usage import MachineUsage
 from ncsn.distributed.preview import send_preview
 from ncsn.distributed.worker_context import WorkerContext
 from ncsn.errors import UserError
+from ncsn.model import build, checkpoint
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired

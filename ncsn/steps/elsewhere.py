@@ -88,7 +88,7 @@ def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
     compute = config.compute
     if compute.backend != "kuberay" or compute.kuberay.memory_per_worker is not None:
         return config
-    from ncsn.worker_memory import worker_memory
+    from ncsn.model.memory import worker_memory
 
     images = load_manifest(inputs["dataset"]).count("train") if "dataset" in inputs else 0
     size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"

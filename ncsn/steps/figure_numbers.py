@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncsn import build
-from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
@@ -25,7 +23,9 @@ from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.neighbours import nearest_neighbours
 from ncsn.evaluation.reference import Reference
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import complete, generate, interpolate, level_images
+from ncsn.model import build
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.generate import complete, generate, interpolate, level_images
 from ncsn.report.stages import Stages
 
 Images = NDArray[np.uint8]

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation.judge import extractor_of, obtain_judge
+from ncsn.model import checkpoint as checkpoints
 from ncsn.runs.costs import Prices, prices_of, read_plan
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.records import ProgressFile, load_history

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ncsn import build, storage
-from ncsn import checkpoint as checkpoints
-from ncsn.checkpoint import SamplingCheckpoint
+from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import Manifest, load_manifest
 from ncsn.evaluation.samples import read_samples
+from ncsn.model import build
+from ncsn.model import checkpoint as checkpoints
+from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.report.costs import cost_facts
 from ncsn.report.film import film
 from ncsn.report.hints import average_hints, linear_loss, sampler_hints

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from ncsn import build, checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkpoint, read_released_checkpoint
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed.batches import image_moments
 from ncsn.errors import UserError
+from ncsn.model import build, checkpoint
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.records import ProgressFile
 from ncsn.steps.noise import settle_noise

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from ncsn import storage
-from ncsn.checkpoint import TRAINED_CONFIG
 from ncsn.config import Config, from_yaml
+from ncsn.model.checkpoint import TRAINED_CONFIG
 from ncsn.steps.sample_model import MODEL_FOLDER, ModelSamples
 
 _READABLE_CHARACTERS = 40

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ncsn import storage
-from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
-from ncsn.generation import evaluations_per_image
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.generate import evaluations_per_image
 from ncsn.report.page import Figures, Picture
 from ncsn.report.panels import inpainting_panel
 from ncsn.report.quality import quality_panel

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ncsn import checkpoint as checkpoints
 from ncsn import storage
-from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.data.cache import open_cache
 from ncsn.data.manifest import load_manifest
 from ncsn.errors import UserError
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.samples import read_samples
+from ncsn.model import checkpoint as checkpoints
+from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.report.costs import cost_line
 from ncsn.report.neighbours import neighbours_png
 from ncsn.runs.costs import ledger

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ncsn import build, storage
+from ncsn import storage
 from ncsn.config import Config, to_json
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.data.cache import open_cache
@@ -34,6 +34,7 @@ from ncsn.evaluation.extractors import Extractor
 from ncsn.evaluation.inception import InceptionExtractor
 from ncsn.evaluation.judge import SEED
 from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
+from ncsn.model import build
 from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import evaluate, ingest, register, sample, train

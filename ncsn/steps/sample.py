@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.distributed.faults import Rehearsal, rehearsal
@@ -20,7 +19,8 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.judge import obtain_judge
 from ncsn.evaluation.running import RunningScore, RunningScores
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import evaluations_per_image
+from ncsn.model import checkpoint as checkpoints
+from ncsn.model.generate import evaluations_per_image
 from ncsn.report.figures import grid_png, strip_png
 from ncsn.report.stages import Stages, denoising_gif, images_in_gif
 from ncsn.runs.folder import claim_run, run_folder

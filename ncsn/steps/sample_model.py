@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ncsn import checkpoint as checkpoints
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_yaml
 from ncsn.distributed.local_cluster import cluster_for
 from ncsn.distributed.sample_shards import Shard, sample_missing, shards
 from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import evaluations_per_image
+from ncsn.model import checkpoint as checkpoints
+from ncsn.model.generate import evaluations_per_image
 from ncsn.report.figures import grid_png
 from ncsn.steps.sample import GRID_IMAGES
 from ncsn.tracking.connection import open_client_at, shown
@@ -83,7 +83,7 @@ def run(
         source = {
             "model": model,
             "registry": shown(registry),
-            "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
+            "checkpoint_digest": version.tags.get("ncsn.model.checkpoint", ""),
             "sampler": config.sampling.sampler.model_dump(mode="json"),
             "seed": config.sampling.seed,
             "precision": config.sampling.precision,

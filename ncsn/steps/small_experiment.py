@@ -16,7 +16,7 @@ from ncsn.data.cache import CACHE_DIR_VARIABLE
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.suggestion import resolve_noise
-from ncsn.generation import evaluations_per_image
+from ncsn.model.generate import evaluations_per_image
 from ncsn.planning import Counts
 
 RUN = "rehearsal"

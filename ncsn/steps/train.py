@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ncsn import build, storage
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.manifest import load_manifest
 from ncsn.distributed import trainer
@@ -13,6 +13,7 @@ from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.errors import UserError
+from ncsn.model import build
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.records import ProgressFile, stored_record
 from ncsn.steps.elsewhere import elsewhere

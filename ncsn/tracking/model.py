@@ -20,12 +20,12 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 from PIL import Image
 
-from ncsn.checkpoint import load_trained
 from ncsn.config import Config
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.errors import UserError
-from ncsn.generation import complete, generate, with_evaluations
+from ncsn.model.checkpoint import load_trained
+from ncsn.model.generate import complete, generate, with_evaluations
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536

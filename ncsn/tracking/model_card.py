@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config
 from ncsn.data.manifest import Manifest
-from ncsn.generation import evaluations_per_image
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.generate import evaluations_per_image
 
 INTENDED = (
     "For studying and demonstrating score-based generative models, and for images like those of the data set where "

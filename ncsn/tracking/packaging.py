@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ncsn
-from ncsn.checkpoint import SamplingCheckpoint, save_trained
 from ncsn.config import Config
+from ncsn.model.checkpoint import SamplingCheckpoint, save_trained
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 NEEDED = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")

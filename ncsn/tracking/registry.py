@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ncsn.checkpoint import TRAINED_CONFIG, SamplingCheckpoint
+from ncsn.model.checkpoint import TRAINED_CONFIG, SamplingCheckpoint
 from ncsn.tracking.connection import TrackingError, one_line, shown
 from ncsn.tracking.delivery import patience
 from ncsn.tracking.packaging import write_model
@@ -75,7 +75,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         return found
     logged = _log_model(tracked, candidate)
     images_seen = candidate.checkpoint.images_seen
-    identity = {"ncsn.model": candidate.digest, "ncsn.checkpoint": candidate.checkpoint.digest}
+    identity = {"ncsn.model": candidate.digest, "ncsn.model.checkpoint": candidate.checkpoint.digest}
     created = client.create_model_version(
         candidate.name,
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.
@@ -139,7 +139,7 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download what a version generates images with, laid out as `ncsn.checkpoint.save_trained` does.
+    """Download what a version generates images with, laid out as `ncsn.model.checkpoint.save_trained` does.
 
     Args:
         uri: Of the registry.

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ncsn import build, checkpoint
-from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.core.images import LOGIT_MARGIN, DataMoments
 from ncsn.data.cache import open_cache
 from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.generation import complete, generate
+from ncsn.model import build, checkpoint
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.generate import complete, generate
 
 LOGIT = (
     "data.logit_transform=true",

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ncsn import build, checkpoint
 from ncsn.config import changed_settings, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching
@@ -18,7 +17,8 @@ from ncsn.data.cache import open_cache
 from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.generation import generate
+from ncsn.model import build, checkpoint
+from ncsn.model.generate import generate
 
 SSM = "loss={kind: ssm, num_projections: 2}"
 ONE_SIGMA = (

@@ -13,12 +13,12 @@ import torch
 from ray_nodes import RayNodes
 from safetensors.torch import load_file
 
-from ncsn.checkpoint import load_for_sampling
 from ncsn.config import from_yaml
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.evaluation.samples import read_samples
-from ncsn.generation import generate
+from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.generate import generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -23,16 +23,16 @@ from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn.checkpoint import CheckpointError, verify
 from ncsn.config import Config, from_yaml
 from ncsn.data.row import Images, from_table, to_table
 from ncsn.distributed import trainer
-from ncsn.distributed.best_checkpoint import BestCheckpoint
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, shards, watch_levels
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.model.checkpoint import CheckpointError, verify
+from ncsn.model.checkpoint_store import BestCheckpoint
 from ncsn.report.stages import Stages
 from ncsn.steps.evaluate import evaluate
 

@@ -13,7 +13,6 @@ import torch
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn import build
 from ncsn.config import Config, from_yaml
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data.cache import open_cache
@@ -22,6 +21,7 @@ from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import DivergedError, TrainingJob, train_loop
+from ncsn.model import build
 from ncsn.runs.records import TrainingHistory, load_history
 
 

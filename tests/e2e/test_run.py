@@ -13,9 +13,9 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors import safe_open
 
-from ncsn.checkpoint import load_for_sampling
 from ncsn.config import from_json, from_yaml
 from ncsn.evaluation.samples import read_samples
+from ncsn.model.checkpoint import load_for_sampling
 from ncsn.runs.folder import STEPS
 
 RUN = "mine"

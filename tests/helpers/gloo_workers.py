@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from ncsn.checkpoint import DamagedError
 from ncsn.distributed.ray_context import RayContext
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.model.checkpoint import DamagedError
 
 
 class GlooContext(RayContext):

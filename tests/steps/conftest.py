@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncsn import build, checkpoint
 from ncsn.config import Config
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import Ema, TrainState
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import read_split
+from ncsn.model import build, checkpoint
 
 SaveUntrained = Callable[[Config, str, Path], None]
 

@@ -9,10 +9,10 @@ import torch
 from refused import refused
 from safetensors import safe_open
 
-from ncsn import build, checkpoint
 from ncsn.config import Config, from_json, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.training import Ema, TrainState
+from ncsn.model import build, checkpoint
 from ncsn.steps import export
 
 EXPERIMENT = """

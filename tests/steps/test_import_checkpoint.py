@@ -10,14 +10,15 @@ import torch
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn import build, checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.manifest import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
-from ncsn.generation import generate
+from ncsn.model import build, checkpoint
+from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps import import_checkpoint
 from ncsn.steps.train import _imported

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from refused import refused
 
-from ncsn import checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import NotFound
+from ncsn.model import checkpoint
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking.connection import connect

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from refused import refused
 
-from ncsn import checkpoint, storage
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
 from ncsn.data.row import Images, to_table
 from ncsn.errors import NotFound
+from ncsn.model import checkpoint
 from ncsn.report.figures import grid_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import TrainingHistory, level_loss

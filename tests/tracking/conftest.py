@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncsn import build
-from ncsn.checkpoint import SamplingCheckpoint
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
+from ncsn.model import build
+from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.tracking.connection import client_at
 
 EXPERIMENT = """

@@ -13,7 +13,7 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 from refused import refused
 
-from ncsn.checkpoint import load_trained
+from ncsn.model.checkpoint import load_trained
 from ncsn.tracking import registry
 from ncsn.tracking.connection import TrackingError
 from ncsn.tracking.registry import Candidate, fetch_weights

@@ -39,7 +39,11 @@ def chain(config) -> str:
         tracked.set_tags({"evaluation.uri": "/store/evaluation.json"})
         client = tracked.client
         client.create_registered_model("traced-model")
-        tags = {"gate.promoted": "true", "gate.reason": "there was no champion", "ncsn.checkpoint": "abcd1234abcd1234"}
+        tags = {
+            "gate.promoted": "true",
+            "gate.reason": "there was no champion",
+            "ncsn.model.checkpoint": "abcd1234abcd1234",
+        }
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
         client.set_registered_model_alias("traced-model", "champion", "1")
         ledger = f"traced-model{LEDGER_SUFFIX}"  # as it may come out of a server, which adds the run

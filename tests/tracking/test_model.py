@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ncsn.generation import complete, generate
+from ncsn.model.generate import complete, generate
 from ncsn.tracking.packaging import requirements, write_model
 
 LOAD = """

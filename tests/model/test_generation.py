@@ -11,14 +11,14 @@ import torch
 import yaml
 from refused import refused
 
-from ncsn import build
-from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.ode_samplers import KarrasHeun
 from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
 from ncsn.errors import ConfigError
-from ncsn.generation import complete, evaluations_per_image, generate, interpolate, with_evaluations
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.generate import complete, evaluations_per_image, generate, interpolate, with_evaluations
 
 TEXT = """
 name: tiny

@@ -24,11 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ncsn import build, storage
+from ncsn import storage
 from ncsn.config import Config, changed_settings, from_json, from_yaml, to_json, to_yaml
 from ncsn.core.images import DataMoments
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
+from ncsn.model import build
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"

@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncsn import build
-from ncsn.checkpoint import TrainedNetwork
 from ncsn.config import Config
 from ncsn.config.choices import SamplerConfig
 from ncsn.config.schema import SamplingConfig
@@ -20,6 +18,8 @@ from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.langevin import inpaint
 from ncsn.core.samplers import AnnealedLangevin
 from ncsn.errors import UserError
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.process import keep_freed_memory
 
 

@@ -9,11 +9,11 @@ import torch
 from refused import refused
 from safetensors.torch import load_file
 
-from ncsn import build, checkpoint
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.losses import Batch
 from ncsn.core.training import TrainState, train_step
+from ncsn.model import build, checkpoint
 
 TEXT = """
 name: tiny

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ncsn import build
 from ncsn.config import Config
 from ncsn.config.choices import AutoNoiseConfig, NoiseConfig
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
+from ncsn.model import build
 
 _UNIT = 2**29
 """Estimates are rounded up to 0.5 GiB."""

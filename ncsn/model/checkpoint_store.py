@@ -1,4 +1,4 @@
-"""The best checkpoint so far, kept beside the latest ones.
+"""The checkpoints of a run: the newest whole one, and the best.
 
     <run>/best/images-000000160/    a whole checkpoint
     <run>/best/best.json            its name and its loss; readers begin here
@@ -11,12 +11,16 @@ and measured (`ncsn evaluate`).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ncsn import checkpoint, storage
+from ncsn import storage
+from ncsn.model import checkpoint
 
 FOLDER = "best"
 RECORD = "best.json"
@@ -57,3 +61,32 @@ class BestCheckpoint:
             if other not in (name, RECORD):
                 storage.delete_folder(storage.join(self.uri, other))
         return True
+
+
+_logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, below the run's."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of them, beside them."""
+
+
+@contextmanager
+def newest_whole(
+    names: Sequence[str], *, opened: Callable[[str], AbstractContextManager[Path]], delete: Callable[[str], None]
+) -> Iterator[Path | None]:
+    """Context manager: the last of the checkpoints `names` that is whole; None if there is none.
+
+    A damaged one is deleted, with a warning: training makes it again.
+    """
+    for name in reversed(names):
+        with opened(name) as folder:
+            try:
+                checkpoint.verify(folder)
+            except checkpoint.DamagedError as damage:
+                _logger.warning("checkpoint %s is damaged (%s): going on from the one before", name, damage.reason)
+            else:
+                yield folder
+                return
+        delete(name)
+    yield None

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config, from_yaml
-from ncsn.worker_memory import worker_memory
+from ncsn.model.memory import worker_memory
 
-CIFAR10 = (Path(__file__).parents[1] / "configs" / "cifar10_unet.yaml").read_text()
+CIFAR10 = (Path(__file__).parents[2] / "configs" / "cifar10_unet.yaml").read_text()
 GIB = 2**30
 
 
@@ -44,10 +44,10 @@ def test_evaluation_holds_the_reference() -> None:
 
 
 def test_a_small_experiment_gets_the_least() -> None:
-    digits = from_yaml((Path(__file__).parents[1] / "configs" / "digits.yaml").read_text())
+    digits = from_yaml((Path(__file__).parents[2] / "configs" / "digits.yaml").read_text())
     assert {worker_memory(digits, step) for step in ("train", "sample", "evaluate", "tune")} == {4 * GIB}
     roomy = from_yaml(
-        (Path(__file__).parents[1] / "configs" / "digits.yaml").read_text(),
+        (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text(),
         overrides=["compute.kuberay.shm_per_worker=8Gi"],
     )
     assert worker_memory(roomy, "train") > 8 * GIB

@@ -7,8 +7,8 @@ from operator import itemgetter
 from typing import Any
 
 from ncsn import storage
-from ncsn.checkpoint import DamagedError, verify
-from ncsn.distributed.worker_context import CHECKPOINTS, SNAPSHOT
+from ncsn.model.checkpoint import DamagedError, verify
+from ncsn.model.checkpoint_store import CHECKPOINTS, SNAPSHOT
 
 
 def remedy(run_uri: str, damage: DamagedError) -> str:

@@ -1,0 +1,1 @@
+"""A config's network, its checkpoints, and images from it."""
