@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.measure import Row, in_turns, ratio
-from ncsn.data.cache import image_indices, mapped
+from ncsn.data.training_images import image_indices, mapped
 
 IMAGES, SIZE, BATCH = 60_000, 28, 128
 BATCHES = 400

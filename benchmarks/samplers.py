@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from ncsn.config.schema import SamplingConfig
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.model import build

@@ -35,9 +35,9 @@ from torch.nn import functional
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import to_uint8
-from ncsn.data.cache import CACHE_DIR_VARIABLE, open_cache
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.extractors import batches

@@ -34,7 +34,7 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
 
 def describe_suggestion(suggestion: NoiseSuggestion) -> str:
     """YAML for a config, under comments that say what it rests on."""
-    from ncsn.data.suggestion import noise_section
+    from ncsn.data.statistics import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
     section = {

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.manifest import SkippedImage
+from ncsn.data.format import SkippedImage
 from ncsn.data.pixels import Fit
 from ncsn.errors import NotFound, UserError
 

@@ -12,11 +12,9 @@ from dataclasses import replace
 from functools import partial
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.celeba import open_celeba
 from ncsn.data.cifar10 import open_cifar10
-from ncsn.data.digits import open_digits
-from ncsn.data.idx import open_fashion_mnist, open_mnist
-from ncsn.data.image_folder import open_image_folder
+from ncsn.data.image_folder import open_celeba, open_image_folder
+from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist
 from ncsn.data.source import BadImages, Source, Split
 
 _OPENERS: dict[str, Callable[[DataConfig], Source]] = {

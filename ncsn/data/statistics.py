@@ -1,13 +1,29 @@
-"""Pixel statistics from exact integer counts, and a sample, neither of which depends on how the rows come in blocks."""
+"""What is learned of the rows while they are written: statistics, a sample, noise levels, the manifest."""
 
 from __future__ import annotations
 
 import heapq
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from ncsn.core.keyed_random import Stream, keyed_uniform
+from ncsn import storage
+from ncsn.config import Config, from_yaml
+from ncsn.config.choices import AutoNoiseConfig
+from ncsn.config.schema import DataConfig
+from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
+from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
+from ncsn.data import format
+from ncsn.data.format import MANIFEST, Images, Manifest, Part, SplitDigest, load_manifest, schema_words
+from ncsn.data.source import Source
+from ncsn.errors import UserError
 
 GRAY_STEPS = 256
 
@@ -92,3 +108,209 @@ class ImageSample:
     def images(self) -> np.ndarray:
         """The sample in the stream's order, uint8 [N, H, W, C]."""
         return np.stack([image for _, _, image in sorted(self._kept, key=lambda kept: kept[1])])
+
+
+MOST_IMAGES = 60_000
+_MOST_VALUES = 2**28
+"""Bytes of the images that are kept for the largest distance."""
+_MOST_WORK = 2e11
+"""Multiplications for it: some seconds on two CPU cores. Real images take a tenth, pure noise would take all."""
+_FEW, _FEW_WORK = 2_000, 2.5e10
+"""Images all pairs of which are compared for the percentile, and multiplications that this may take."""
+
+
+def sample_size(values_per_image: int) -> int:
+    """How many images ingest keeps to compare them: 60,000, fewer where they are large."""
+    return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
+
+
+def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
+    """What ingest writes into the manifest: a suggestion for the images as they are, and one for mirrored ones too.
+
+    Returns:
+        Nothing if the images are all alike.
+    """
+    images = torch.from_numpy(sample.images)
+    few = images[torch.from_numpy(_some(len(images), values_per_image=images[0].numel()))]
+    found = {}
+    for name, flips in (("plain", False), ("mirrored", True)):
+        maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
+        if maximum <= AutoNoiseConfig(kind="auto").sigma_L:
+            return {}
+        distances = replace(
+            pair_distances(few, flips=flips), maximum=maximum, num_images=len(images), exact=sample.complete and exact
+        )
+        found[name] = suggest_noise(distances, dimension=images[0].numel())
+    return found
+
+
+def _some(count: int, *, values_per_image: int) -> NDArray[np.int64]:
+    """Which images the percentile rests on."""
+    most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / values_per_image))))
+    chosen: NDArray[np.int64] = np.sort(keyed_permutation(0, epoch=0, size=count)[:most])
+    return chosen
+
+
+def resolve_noise(config: Config, manifest: Manifest) -> Config:
+    """The config with the levels that `noise: auto` stands for; any other config as it is.
+
+    Raises:
+        UserError: if the manifest has no distances, or the chosen levels do not fit the rest of the config.
+    """
+    noise = config.noise
+    if not isinstance(noise, AutoNoiseConfig):
+        return config
+    suggestion = suggest_noise(
+        _distances(config, manifest),
+        dimension=math.prod(manifest.shape),
+        sigma_L=noise.sigma_L,
+        overlap=noise.overlap,
+    )
+    tree = config.model_dump(mode="json") | {"noise": noise_section(suggestion)}
+    return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")
+
+
+def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
+    """The config's section `noise` for a suggestion."""
+    return {"sigma_1": suggestion.sigma_1, "sigma_L": suggestion.sigma_L, "num_levels": suggestion.num_levels}
+
+
+def _distances(config: Config, manifest: Manifest) -> PairDistances:
+    found = manifest.suggested_noise
+    if found is None:
+        raise UserError(
+            "noise",
+            f"needs the distances between the images, and the data set {manifest.name}/{manifest.digest} was "
+            "ingested before they were kept",
+            hint="`ncsn ingest` under another --run NAME adds them",
+            value="auto",
+        )
+    if not found:
+        raise UserError(
+            "noise",
+            f"finds no levels: the images of {manifest.name}/{manifest.digest} are all alike",
+            hint="give noise.sigma_1, noise.sigma_L and noise.num_levels",
+            value="auto",
+        )
+    return found["mirrored" if config.data.horizontal_flip else "plain"].distances
+
+
+LEAST_IMAGES = 2
+SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
+"""The data settings that decide the content of a dataset."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in the store.
+
+    Attributes:
+        uri: Its folder, `<folder>/<digest>`.
+        manifest: What it holds.
+        created: False if it was there already and nothing was written.
+    """
+
+    uri: str
+    manifest: Manifest
+    created: bool
+
+
+@dataclass
+class SplitSummary:
+    """What is learnt of a split, row by row in its order."""
+
+    statistics: PixelStatistics
+    class_counts: np.ndarray
+    sample: ImageSample
+    digest: SplitDigest = field(default_factory=SplitDigest)
+    parts: list[Part] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, data: DataConfig) -> SplitSummary:
+        """Of no rows yet."""
+        sample = ImageSample(sample_size(data.image_size**2 * data.channels))
+        return cls(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
+
+    def update(self, rows: Images) -> None:
+        """Append rows."""
+        self.digest.update(rows)
+        self.statistics.update(rows.images)
+        self.sample.update(rows.images)
+        self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
+
+    def require_enough(self, split: str, source: Source, data: DataConfig) -> None:
+        """Refuse a split that nothing can be learnt from.
+
+        Raises:
+            UserError: if it has fewer than 2 images.
+        """
+        if self.digest.count < LEAST_IMAGES:
+            skipped = f" ({len(source.skipped)} did not decode)" if source.skipped else ""
+            raise UserError(
+                "data.source",
+                f"gives {self.digest.count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are "
+                "needed",
+                hint="add images, or change data.test_fraction",
+                value=data.source,
+            )
+
+
+def publish_dataset(
+    source: Source,
+    splits: Mapping[str, SplitSummary],
+    folder: str,
+    *,
+    name: str,
+    data: DataConfig,
+    publish: Callable[[Manifest, str], bool],
+) -> Dataset:
+    """Give the written rows their place, unless the store holds them already.
+
+    Args:
+        source: Where they come from.
+        splits: What was learnt of them.
+        folder: URI of the folder that holds all versions of this dataset.
+        name: Name of the dataset.
+        data: The settings that the source was opened with.
+        publish: Publishes parts and manifest at a URI; False if a complete dataset was there before it.
+    """
+    manifest = _describe(source, splits, name=name, data=data)
+    uri = storage.join(folder, manifest.digest)
+    there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
+    if there is not None and there.suggested_noise is not None:
+        return Dataset(uri, there, created=False)
+    suggested = suggestions(splits["train"].sample)
+    if there is not None:
+        there = replace(there, suggested_noise=suggested)
+        storage.write_text(storage.join(uri, MANIFEST), there.to_json())
+        return Dataset(uri, there, created=False)
+    manifest = replace(manifest, suggested_noise=suggested)
+    created = publish(manifest, uri)
+    return Dataset(uri, manifest if created else load_manifest(uri), created)
+
+
+def _describe(source: Source, splits: Mapping[str, SplitSummary], *, name: str, data: DataConfig) -> Manifest:
+    shape = (data.image_size, data.image_size, data.channels)
+    content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
+    train = splits["train"].statistics
+    settings = data.model_dump(mode="json")
+    return Manifest(
+        name=name,
+        digest=format.dataset_digest(shape=shape, class_names=source.class_names, splits=content),
+        image_size=data.image_size,
+        channels=data.channels,
+        counts={split: summary.digest.count for split, summary in splits.items()},
+        class_names=list(source.class_names),
+        class_counts={split: summary.class_counts.tolist() for split, summary in splits.items()},
+        mean=train.mean,
+        std=train.std,
+        minimum=train.minimum,
+        maximum=train.maximum,
+        skipped=list(source.skipped),
+        parts={split: summary.parts for split, summary in splits.items()},
+        content=content,
+        schema=schema_words(*shape),
+        source=source.description,
+        license=source.license,
+        settings={key: settings[key] for key in SHAPING},
+    )

@@ -11,7 +11,7 @@ from ncsn.config import Config
 from ncsn.core.images import DataMoments, fit_moments, mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
-from ncsn.data.stream import TrainingImages
+from ncsn.data.training_images import TrainingImages
 from ncsn.model import build
 
 MOMENT_IMAGES = 10_000

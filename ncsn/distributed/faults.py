@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from ncsn import storage
-from ncsn.data.cache import cache_folder
+from ncsn.data.training_images import cache_folder
 from ncsn.errors import UserError
 from ncsn.model.checkpoint_store import CHECKPOINTS, SNAPSHOT
 from ncsn.storage import retry

@@ -19,11 +19,10 @@ import ray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.manifest import MANIFEST, Manifest, Part, load_manifest
-from ncsn.data.parquet import Counter
-from ncsn.data.parts import PartWriter, block_rows, inspect_part, part_name, read_part, take
+from ncsn.data.format import MANIFEST, Manifest, Part, load_manifest
+from ncsn.data.parquet import Counter, PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.source import BadImages, DivisibleImages, Source
-from ncsn.data.summary import SHAPING, Dataset, SplitSummary, publish_dataset
+from ncsn.data.statistics import SHAPING, Dataset, SplitSummary, publish_dataset
 
 TASKS_PER_CPU = 2
 """Tasks at a time: one at work and one waiting per core, so that the queue of a million images stays small."""

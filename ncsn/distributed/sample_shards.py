@@ -24,7 +24,7 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
-from ncsn.data.row import NO_LABEL, Images, to_table
+from ncsn.data.format import NO_LABEL, Images, to_table
 from ncsn.distributed.tasks import call, calls
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.judge import extractor_of

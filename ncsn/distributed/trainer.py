@@ -11,7 +11,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ncsn import storage
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.lost_workers import LostWorkers, reason
 from ncsn.distributed.ray_context import RayContext

@@ -23,8 +23,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.images import DataMoments
 from ncsn.core.training import train_step
-from ncsn.data.manifest import load_manifest
-from ncsn.data.stream import open_training_images
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import open_training_images
 from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.cadence import Cadence
 from ncsn.distributed.compilation import compile_network

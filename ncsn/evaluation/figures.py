@@ -10,7 +10,7 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.cache import cache_folder
+from ncsn.data.training_images import cache_folder
 from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_jackknife
 from ncsn.evaluation.inception_score import inception_score

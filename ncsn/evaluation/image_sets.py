@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors import Images, batches
 from ncsn.evaluation.samples import batch_starts, read_samples
 

@@ -14,8 +14,8 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config, from_json, to_json
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import Manifest, load_manifest
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation import classifier_store, inception
 from ncsn.evaluation.classifier import ClassifierRecipe

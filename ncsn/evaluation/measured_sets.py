@@ -8,7 +8,7 @@ from functools import partial
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.feature_pieces import FeaturePiece, feature_pieces, look, missing_pieces
 from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, Measured, measure
 from ncsn.evaluation.image_sets import SampleSet, SplitSet

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from ncsn import storage
-from ncsn.data.cache import CACHE_DIR_VARIABLE, DEFAULT_CACHE_DIR
+from ncsn.data.training_images import CACHE_DIR_VARIABLE, DEFAULT_CACHE_DIR
 from ncsn.errors import NotFound, UserError
 
 TIMEOUT_SECONDS = 60

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ncsn.config import Config
-from ncsn.data.manifest import Manifest
+from ncsn.data.format import Manifest
 from ncsn.report.page import Tile
 from ncsn.report.scores import Reading, read_figures
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ncsn import storage
 from ncsn.cluster.backend import RemoteFailure, RemoteLost, RemoteStep, open_backend
 from ncsn.config import Config, to_yaml
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.errors import UserError
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import clear_outcome

@@ -10,7 +10,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.manifest import MANIFEST, Manifest, load_manifest
+from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.distributed.local_cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError

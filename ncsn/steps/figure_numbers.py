@@ -17,7 +17,7 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
-from ncsn.data.cache import CachedSplit
+from ncsn.data.training_images import CachedSplit
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.neighbours import nearest_neighbours

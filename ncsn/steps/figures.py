@@ -16,7 +16,7 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation.judge import extractor_of, obtain_judge
 from ncsn.model import checkpoint as checkpoints

@@ -11,8 +11,8 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config, to_yaml
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import Manifest, load_manifest
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints

@@ -12,8 +12,8 @@ import torch
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkpoint, read_released_checkpoint
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.batches import image_moments
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.data.manifest import Manifest
-from ncsn.data.suggestion import resolve_noise
+from ncsn.data.format import Manifest
+from ncsn.data.statistics import resolve_noise
 from ncsn.runs.folder import require_owner, run_folder
 
 

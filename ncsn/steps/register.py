@@ -9,8 +9,8 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.samples import read_samples

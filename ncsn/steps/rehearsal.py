@@ -21,10 +21,10 @@ import torch
 from ncsn import storage
 from ncsn.config import Config, to_json
 from ncsn.core.ode_samplers import ProbabilityFlow
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
 from ncsn.distributed.preview import EVALUATIONS_PER_STEP
 from ncsn.distributed.worker_context import LocalContext

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.data.cache import CACHE_DIR_VARIABLE
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.data.suggestion import resolve_noise
+from ncsn.data.statistics import resolve_noise
+from ncsn.data.training_images import CACHE_DIR_VARIABLE
 from ncsn.model.generate import evaluations_per_image
 from ncsn.planning import Counts
 

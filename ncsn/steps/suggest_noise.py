@@ -13,7 +13,7 @@ from ncsn.config.schema import DataConfig
 from ncsn.core.images import PixelSpace
 from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_blocks
 from ncsn.data.sources import open_source
 from ncsn.data.statistics import ImageSample

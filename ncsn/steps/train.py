@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags

@@ -12,7 +12,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.search import rungs, untrained_share
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trial import SearchPlan

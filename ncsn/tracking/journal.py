@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ncsn import storage
-from ncsn.data.cache import cache_folder
+from ncsn.data.training_images import cache_folder
 
 SUFFIX = ".jsonl"
 

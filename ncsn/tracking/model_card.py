@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ncsn.config import Config
-from ncsn.data.manifest import Manifest
+from ncsn.data.format import Manifest
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import evaluations_per_image
 

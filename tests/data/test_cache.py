@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from refused import refused
 
 from ncsn import storage
-from ncsn.data import cache
-from ncsn.data.cache import image_indices, open_cache
+from ncsn.data import training_images
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import image_indices, open_cache
 
 
 @pytest.fixture
@@ -56,8 +56,10 @@ def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, mon
 
 def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monkeypatch):
     made = []
-    fill = cache._fill
-    monkeypatch.setattr(cache, "_fill", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments)))
+    fill = training_images._fill
+    monkeypatch.setattr(
+        training_images, "_fill", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments))
+    )
     barrier = threading.Barrier(6)
 
     def ask(_: int) -> int:

@@ -56,7 +56,7 @@ def test_a_split_can_be_read_twice(idx_folder, data_config):
 
 def test_images_larger_than_a_chunk_stream_whole(idx_folder, data_config, monkeypatch):
     folder, arrays = idx_folder(train=12)
-    monkeypatch.setattr("ncsn.data.idx._CHUNK_BYTES", 5 * 64)  # 5, 5 and 2 images
+    monkeypatch.setattr("ncsn.data.small_sets._CHUNK_BYTES", 5 * 64)  # 5, 5 and 2 images
     assert np.array_equal(read(open_source(data_config("mnist", folder)), "train")[0][..., 0], arrays[TRAIN_IMAGES])
 
 

@@ -17,10 +17,9 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.data import row
-from ncsn.data.manifest import SkippedImage, load_manifest
+from ncsn.data import format
+from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, to_table
 from ncsn.data.parquet import read_blocks, read_split, write_dataset
-from ncsn.data.row import Images, SplitDigest, from_table, to_table
 from ncsn.data.source import Example, Source, Split
 from ncsn.errors import NotFound
 
@@ -147,7 +146,7 @@ def test_the_same_input_writes_the_same_bytes(tmp_path, images, config):
 
 
 def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parts._BLOCK_BYTES", 20 * 192)
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 20 * 192)
     dataset = write(images, tmp_path, config)
     blocks = list(read_blocks(dataset.uri, "train"))
     assert [len(block) for block in blocks] == [20, 20, 10]
@@ -155,7 +154,7 @@ def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.suggestion.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
+    monkeypatch.setattr("ncsn.data.statistics.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
     image = np.zeros((64, 64, 3), np.uint8)
 
     def peak(count: int) -> int:
@@ -180,7 +179,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
 
 
 def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parts._BLOCK_BYTES", 16 * 192)
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 16 * 192)
     seen = []
     write_dataset(
         source_of(images),
@@ -290,7 +289,7 @@ def test_of_processes_that_write_at_once_one_creates(tmp_path):
 
 def test_rows_make_the_round_trip_through_arrow(images):
     table = to_table(images["train"])
-    assert table.schema == row.schema(8, 8, 3)
+    assert table.schema == format.schema(8, 8, 3)
     back = from_table(pa.concat_tables([table.slice(0, 13), table.slice(13)]))
     assert np.array_equal(back.images, images["train"].images)
     assert np.array_equal(back.labels, images["train"].labels)

@@ -11,7 +11,7 @@ import pytest
 
 from ncsn.data.parquet import read_rows, read_split, write_dataset
 from ncsn.data.source import Example, Source, Split
-from ncsn.data.stream import StreamedSplit, window_at
+from ncsn.data.training_images import StreamedSplit, window_at
 
 
 @pytest.mark.parametrize(("size", "window"), [(1000, 160), (1007, 160), (100, 160), (33, 16), (7, 64)])
@@ -72,7 +72,7 @@ def numbers(images: np.ndarray) -> list[int]:
 
 
 def test_a_range_of_rows_is_read_over_parts_and_row_groups(numbered, monkeypatch):
-    monkeypatch.setattr("ncsn.data.parts._BLOCK_BYTES", 7 * 64)
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 7 * 64)
     uri = numbered(30)
     manifest = StreamedSplit(uri, "train", window_images=64)._manifest
     for first, count in ((0, 500), (0, 1), (29, 2), (13, 100), (499, 1)):
@@ -139,7 +139,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(small_disk, tmp
 READER = """
 import sys
 import numpy as np
-from ncsn.data.stream import StreamedSplit
+from ncsn.data.training_images import StreamedSplit
 
 stream = StreamedSplit(sys.argv[1], "train", window_images=64, cache_dir=sys.argv[2])
 images = np.concatenate([stream.ordered(3, first=first, count=50) for first in range(0, 1000, 50)])

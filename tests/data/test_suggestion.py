@@ -14,12 +14,11 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
 from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
-from ncsn.data.cache import open_cache
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.data.statistics import ImageSample
-from ncsn.data.suggestion import resolve_noise, sample_size, suggestions
+from ncsn.data.statistics import ImageSample, resolve_noise, sample_size, suggestions
+from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
 from ncsn.steps.noise import settle_noise
 

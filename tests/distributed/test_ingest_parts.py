@@ -19,7 +19,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
 

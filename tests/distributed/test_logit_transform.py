@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.core.images import LOGIT_MARGIN, DataMoments
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ncsn.config import changed_settings, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop

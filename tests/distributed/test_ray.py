@@ -24,7 +24,7 @@ from refused import refused
 from safetensors.torch import load_file
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.row import Images, from_table, to_table
+from ncsn.data.format import Images, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.data.stream import StreamedSplit, open_training_images
+from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.distributed.batches import draw_batch, image_moments
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.training import StepOptions, train_step
-from ncsn.data.cache import open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.distributed import preview as previews
 from ncsn.distributed.batches import draw_batch
 from ncsn.distributed.cadence import Cadence

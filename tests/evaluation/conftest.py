@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
-from ncsn.data.row import Images
+from ncsn.data.format import Images
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from refused import refused
 
-from ncsn.data.row import Images
+from ncsn.data.format import Images
 from ncsn.errors import NotFound
 from ncsn.evaluation.classifier import (
     ClassifierExtractor,

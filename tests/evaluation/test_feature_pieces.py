@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.cache import open_cache
+from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
-from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation import feature_pieces as module
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.feature_pieces import FeaturePiece, feature_pieces, look, missing_pieces

@@ -22,8 +22,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
+from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.row import to_table
 from ncsn.data.sources import open_source
 from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
 from ncsn.evaluation.inception import InceptionExtractor

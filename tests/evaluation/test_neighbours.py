@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ncsn.data.row import Images
+from ncsn.data.format import Images
 from ncsn.evaluation.neighbours import nearest_distances, nearest_neighbours
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from refused import refused
 
-from ncsn.data.row import Images, to_table
+from ncsn.data.format import Images, to_table
 from ncsn.errors import NotFound
 from ncsn.evaluation.samples import read_samples, samples_shape
 

@@ -11,7 +11,7 @@ import torch
 from ncsn.config import Config
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import Ema, TrainState
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.model import build, checkpoint
 

@@ -11,8 +11,8 @@ import pytest
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
-from ncsn.data.row import Images, to_table
 from ncsn.model import checkpoint
 from ncsn.report.figures import grid_png
 from ncsn.steps import evaluate, ingest, register, report

@@ -12,10 +12,10 @@ from refused import refused
 from threadpoolctl import threadpool_limits
 
 from ncsn.config import Config
-from ncsn.data.cache import open_cache
+from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
-from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
 from ncsn.evaluation import feature_pieces
 from ncsn.evaluation.classifier import ClassifierExtractor

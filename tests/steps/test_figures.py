@@ -19,10 +19,10 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas
-from ncsn.data.cache import open_cache
+from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
-from ncsn.data.row import Images, to_table
 from ncsn.data.sources import open_source
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.runs.folder import claim_run

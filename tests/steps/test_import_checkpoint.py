@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed.worker_context import LocalContext

@@ -11,7 +11,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config
-from ncsn.data.manifest import load_manifest
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.steps import ingest
 

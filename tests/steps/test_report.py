@@ -12,8 +12,8 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
-from ncsn.data.row import Images, to_table
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.figures import grid_png
