@@ -28,8 +28,8 @@ import yaml
 
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
-from ncsn.evaluation.judge import extractor_of, obtain_judge
+from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.model.generate import generate

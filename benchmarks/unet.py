@@ -41,8 +41,8 @@ from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.extractors import batches
-from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, measure
-from ncsn.evaluation.judge import extractor_of, obtain_judge
+from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.distributed.tasks import calls, runner_of
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
-from ncsn.evaluation.judge import extractor_of, obtain_judge
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model import checkpoint
 from ncsn.model.generate import generate
 

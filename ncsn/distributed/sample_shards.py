@@ -27,7 +27,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import NO_LABEL, Images, to_table
 from ncsn.distributed.tasks import call, calls
 from ncsn.evaluation.extractors import batches, extract_all
-from ncsn.evaluation.judge import extractor_of
+from ncsn.evaluation.reference import extractor_of
 from ncsn.evaluation.samples import SHARD_NAME, read_samples
 from ncsn.model import checkpoint
 from ncsn.model.generate import generate, level_images

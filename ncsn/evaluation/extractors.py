@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pickle
+import shutil
+import urllib.error
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
+
+from ncsn import storage
+from ncsn.data.training_images import CACHE_DIR_VARIABLE, DEFAULT_CACHE_DIR
+from ncsn.errors import NotFound, UserError
 
 Images = npt.NDArray[np.uint8]
 
@@ -123,3 +136,145 @@ def require_images(images: Images, *, height: int | None, width: int | None, cha
     )
     if not fits:
         raise ValueError(f"images must be {['N', *expected]}, got {list(images.shape)}".replace("'", ""))
+
+
+TIMEOUT_SECONDS = 60
+
+
+def obtain_weights(source: str, *, sha256: str) -> Path:
+    """A local file with the weights. Nothing is fetched but from the source that the user named.
+
+    Args:
+        source: local path, http(s) URL or s3 URI.
+        sha256: the file's SHA-256, 64 lower-case hex digits.
+
+    Raises:
+        NotFound: if there is no file at `source`.
+        UserError: if its SHA-256 is another one; the file is not kept.
+        OSError: if the source cannot be reached.
+    """
+    remote = source.startswith(("http://", "https://", storage.S3_SCHEME))
+    if not remote:
+        path = Path(storage.absolute(source))
+        if not path.is_file():
+            raise NotFound("evaluation.weights", "no file here", value=str(path))
+        _check(path, source, sha256)
+        return path
+    cached = Path(os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser() / "weights" / sha256
+    if not cached.is_file():
+        _fetch(source, cached, sha256)
+    return cached
+
+
+def _fetch(source: str, cached: Path, sha256: str) -> None:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_name(f".{cached.name[:16]}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with _open(source) as stream, temporary.open("wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        _check(temporary, source, sha256)
+        os.replace(temporary, cached)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open(source: str) -> BinaryIO:
+    if source.startswith(storage.S3_SCHEME):
+        filesystem, path = storage.filesystem(source)
+        try:
+            return cast("BinaryIO", filesystem.open_input_stream(path))
+        except FileNotFoundError:
+            raise NotFound("evaluation.weights", "no file here", value=source) from None
+        except pa.ArrowException as error:
+            raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
+    try:
+        # Scheme and source come from the config of the user whose machine this is.
+        return cast("BinaryIO", urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS))  # noqa: S310
+    except urllib.error.URLError as error:
+        raise OSError(f"evaluation.weights: cannot fetch {source}: {error.reason}") from None
+
+
+def _check(path: Path, source: str, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise UserError(
+            "evaluation.weights",
+            f"has SHA-256 {found}, expected {sha256}",
+            hint="get the right file, or set evaluation.weights_sha256 if this one is meant",
+            value=source,
+        )
+
+
+OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use."""
+
+NUM_FEATURES = 2048
+FEATURES = str(NUM_FEATURES)
+LOGITS = "logits_unbiased"
+
+
+def identity(sha256: str) -> Identity:
+    """The extractor that weights with this SHA-256 make. With other than the official ones its name changes."""
+    return Identity(
+        name="inception" if sha256 == OFFICIAL_SHA256 else "custom_graph",
+        fingerprint=fingerprint_of(
+            kind="inception-2015-12-05", port="torch-fidelity", weights=sha256, resize="tf1-bilinear-299"
+        ),
+        num_features=NUM_FEATURES,
+    )
+
+
+class InceptionExtractor:
+    """Pool features [N, 2048] and class probabilities [N, 1008] without the last bias; an `Extractor`, see there.
+
+    Images are resized to 299 pixels as TensorFlow 1 did (bilinear, no half-pixel offset), gray ones repeated to RGB.
+    With other weights than the official ones the figures are not called Inception figures: the name changes.
+    """
+
+    num_features = NUM_FEATURES
+
+    def __init__(self, weights: str, *, sha256: str = OFFICIAL_SHA256, device: str = "cpu") -> None:
+        """Load the graph.
+
+        Args:
+            weights: local path, URL or s3 URI of the weights file.
+            sha256: its SHA-256.
+            device: torch device to compute on.
+
+        Raises:
+            NotFound: if there is no such file.
+            UserError: if the file is another one or not such weights, or torch-fidelity is not installed.
+        """
+        known = identity(sha256)
+        self.name, self.fingerprint = known.name, known.fingerprint
+        self._device = device
+        self._graph = _load_graph(obtain_weights(weights, sha256=sha256)).to(device)
+
+    def extract(self, images: Images) -> Extracted:
+        """Features [N, 2048] and log probabilities [N, 1008] of uint8 [N, H, W, 1 or 3] images."""
+        require_images(images, height=None, width=None, channels=1 if images.shape[-1] == 1 else 3)
+        pixels = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2)
+        with torch.inference_mode(), full_float32():
+            features, logits = self._graph(pixels.expand(-1, 3, -1, -1))
+            log_probabilities = F.log_softmax(logits.double(), dim=1)
+        return Extracted(features=features.float().cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
+
+
+def _load_graph(path: Path) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UserError(
+            "evaluation.extractor",
+            "needs torch-fidelity",
+            hint="install it with `pip install torch-fidelity`",
+            value="inception",
+        ) from None
+    try:
+        # torch-fidelity unpickles without restriction: only a file that a restricted read accepts may reach it.
+        torch.load(path, map_location="meta", weights_only=True)
+        return FeatureExtractorInceptionV3("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(str(path), f"does not hold weights of the 2015 Inception graph: {reason}") from None

@@ -10,7 +10,7 @@ import numpy as np
 
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
-from ncsn.evaluation.figures import NEIGHBOUR_IMAGES, pixel_neighbours
+from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, pixel_neighbours
 
 _TILED_BYTES = 1 << 28
 

@@ -15,13 +15,11 @@ from ncsn.distributed.local_cluster import cluster_for, on_this_machine, ray_tag
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import fingerprint_of
-from ncsn.evaluation.feature_pieces import PIECE_IMAGES
-from ncsn.evaluation.figures import Figure, Measured, metric_name
-from ncsn.evaluation.image_sets import SampleSet, SplitSet
-from ncsn.evaluation.judge import REFERENCE_SPLIT, SEED, obtain_judge
-from ncsn.evaluation.measured_sets import measure_sets
+from ncsn.evaluation.frechet import RunningScore
+from ncsn.evaluation.measure import Figure, Measured, measure_sets, metric_name
 from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.evaluation.running import RunningScore
+from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
+from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.samples import samples_shape
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile, while_leased

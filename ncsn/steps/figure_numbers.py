@@ -19,10 +19,10 @@ from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
 from ncsn.data.training_images import CachedSplit
 from ncsn.evaluation.extractors import Extractor, batches
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
-from ncsn.evaluation.neighbours import nearest_neighbours
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.reference import Reference
 from ncsn.evaluation.samples import read_samples
+from ncsn.evaluation.scores import nearest_neighbours
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import complete, generate, interpolate, level_images

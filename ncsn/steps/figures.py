@@ -18,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation.judge import extractor_of, obtain_judge
+from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model import checkpoint as checkpoints
 from ncsn.runs.costs import Prices, prices_of, read_plan
 from ncsn.runs.folder import RunFolder, claim_run

@@ -30,9 +30,8 @@ from ncsn.distributed.preview import EVALUATIONS_PER_STEP
 from ncsn.distributed.worker_context import LocalContext
 from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
-from ncsn.evaluation.extractors import Extractor
-from ncsn.evaluation.inception import InceptionExtractor
-from ncsn.evaluation.judge import SEED
+from ncsn.evaluation.extractors import Extractor, InceptionExtractor
+from ncsn.evaluation.reference import SEED
 from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
 from ncsn.model import build
 from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates

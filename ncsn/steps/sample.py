@@ -16,8 +16,8 @@ from ncsn.distributed.faults import Rehearsal, rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags
 from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, shards, watch_levels
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.judge import obtain_judge
-from ncsn.evaluation.running import RunningScore, RunningScores
+from ncsn.evaluation.frechet import RunningScore, RunningScores
+from ncsn.evaluation.reference import obtain_judge
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image

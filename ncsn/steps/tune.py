@@ -19,8 +19,8 @@ from ncsn.distributed.trial import SearchPlan
 from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.distributed.tune import search
 from ncsn.errors import UserError
-from ncsn.evaluation.figures import metric_name
-from ncsn.evaluation.judge import obtain_judge
+from ncsn.evaluation.measure import metric_name
+from ncsn.evaluation.reference import obtain_judge
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.records import ProgressFile
 from ncsn.steps import trials as conclusions

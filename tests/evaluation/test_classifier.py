@@ -12,13 +12,16 @@ from refused import refused
 from ncsn.data.format import Images
 from ncsn.errors import NotFound
 from ncsn.evaluation.classifier import (
+    DESCRIPTION,
+    WEIGHTS,
     ClassifierExtractor,
     ClassifierNetwork,
     ClassifierRecipe,
     accuracy,
+    load_classifier,
+    obtain_classifier,
     train_classifier,
 )
-from ncsn.evaluation.classifier_store import DESCRIPTION, WEIGHTS, load_classifier, obtain_classifier
 
 RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
 QUICK = replace(RECIPE, epochs=1)

@@ -13,10 +13,9 @@ from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import feature_pieces as module
+from ncsn.evaluation import pieces as module
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.feature_pieces import FeaturePiece, feature_pieces, look, missing_pieces
-from ncsn.evaluation.image_sets import SampleSet, SplitSet
+from ncsn.evaluation.pieces import FeaturePiece, SampleSet, SplitSet, feature_pieces, look, missing_pieces
 from ncsn.evaluation.samples import read_samples
 
 CONFIG = """

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 from refused import refused
 
-from ncsn.evaluation.frechet_distance import (
+from ncsn.evaluation.frechet import (
     FrechetStatistics,
     factor,
     frechet_distance,

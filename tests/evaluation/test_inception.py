@@ -25,11 +25,9 @@ from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance
-from ncsn.evaluation.inception import InceptionExtractor
-from ncsn.evaluation.inception_score import inception_score
-from ncsn.evaluation.kernel_distance import kernel_distance
-from ncsn.evaluation.precision_recall import precision_recall
+from ncsn.evaluation.extractors import InceptionExtractor
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.scores import inception_score, kernel_distance, precision_recall
 from ncsn.steps import evaluate
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ncsn.evaluation.inception_score import inception_score
+from ncsn.evaluation.scores import inception_score
 
 
 def log_one_hot(classes: np.ndarray, num_classes: int = 10) -> np.ndarray:

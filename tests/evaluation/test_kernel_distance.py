@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ncsn.evaluation.kernel_distance import kernel_distance, squared_mmd
+from ncsn.evaluation.scores import kernel_distance, squared_mmd
 
 
 @pytest.mark.oracle(20)

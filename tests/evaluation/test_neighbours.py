@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ncsn.data.format import Images
-from ncsn.evaluation.neighbours import nearest_distances, nearest_neighbours
+from ncsn.evaluation.scores import nearest_distances, nearest_neighbours
 
 
 def test_agrees_with_the_full_matrix_in_any_blocks() -> None:

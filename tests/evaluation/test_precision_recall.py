@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refused import refused
 
-from ncsn.evaluation.precision_recall import precision_recall
+from ncsn.evaluation.scores import precision_recall
 
 
 def test_a_set_against_itself_is_perfect() -> None:

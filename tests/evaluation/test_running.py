@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.frechet_distance import FrechetStatistics, frechet_distance, frechet_uncertainty
-from ncsn.evaluation.running import NORMAL_95, RunningDistance, RunningScore, RunningScores, Spool, merged, score_marks
+from ncsn.evaluation.frechet import (
+    NORMAL_95,
+    FrechetStatistics,
+    RunningDistance,
+    RunningScore,
+    RunningScores,
+    Spool,
+    frechet_distance,
+    frechet_uncertainty,
+    merged,
+    score_marks,
+)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.errors import NotFound
-from ncsn.evaluation.weights import obtain_weights
+from ncsn.evaluation.extractors import obtain_weights
 
 CONTENT = b"weights" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -7,8 +7,8 @@ import numpy as np
 from ncsn.config import Config
 from ncsn.distributed.sample_shards import Looker, Shard, sample_missing
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.judge import obtain_judge
-from ncsn.evaluation.running import RunningScore, RunningScores
+from ncsn.evaluation.frechet import RunningScore, RunningScores
+from ncsn.evaluation.reference import obtain_judge
 
 
 def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:

@@ -17,11 +17,11 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
-from ncsn.evaluation import feature_pieces
+from ncsn.evaluation import pieces
 from ncsn.evaluation.classifier import ClassifierExtractor
 from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.evaluation.running import RunningScore
 from ncsn.steps import evaluate as step
 
 
@@ -123,7 +123,7 @@ def test_a_second_call_returns_the_first_result(store: Path, dataset: str) -> No
 def test_an_interrupted_evaluation_looks_at_what_is_missing(
     store: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_pieces, "PIECE_IMAGES", 100)
+    monkeypatch.setattr(pieces, "PIECE_IMAGES", 100)
     images, looked_at = open_cache(dataset, "test").images[:500], list[int]()
     folder = tmp_path / "samples"
     folder.mkdir()

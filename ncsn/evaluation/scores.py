@@ -1,0 +1,298 @@
+"""Inception score, kernel distance, precision and recall, nearest neighbors.
+
+Precision and recall after Kynkaanniemi et al. 2019, density and coverage after Naeem et al. 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ncsn.errors import UserError
+
+Array = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.number]
+
+BLOCK_VALUES = 1 << 23
+MEMORISED_RATIO = 1 / 3
+"""A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest reference vectors of each of Q queries, nearest first.
+
+    Attributes:
+        indices: [Q, k] int64 rows of the reference.
+        distances: [Q, k] float64 Euclidean distances.
+    """
+
+    indices: npt.NDArray[np.int64]
+    distances: Array
+
+    @property
+    def memorised(self) -> npt.NDArray[np.bool_]:
+        """[Q] whether a query is a copy: under a third as far from its nearest neighbour as from its second.
+
+        A training image that stands in the data set twice is not recognised: then both distances are small.
+        """
+        flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORISED_RATIO * self.distances[:, 1]
+        return flags
+
+
+def nearest_neighbours(
+    queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None
+) -> Neighbours:
+    """Exact k nearest neighbours by Euclidean distance, in one pass over the reference.
+
+    Args:
+        queries: [Q, ...] vectors or images; images count as the vectors of their values.
+        reference: [N, ...] with N >= k; a memory map is read one block at a time.
+        k: neighbours per query, at least 2 for the memorisation flag.
+        block_size: reference vectors in memory at a time; None = about 64 MB of them.
+
+    Raises:
+        ValueError: for different shapes, or fewer reference vectors than k.
+    """
+    if queries.shape[1:] != reference.shape[1:]:
+        raise ValueError(f"queries of shape {list(queries.shape[1:])} have no distance to {list(reference.shape[1:])}")
+    if not 2 <= k <= len(reference):
+        raise ValueError(f"k = {k} neighbours among {len(reference)}; use 2 to {len(reference)}")
+    flat = _rows(queries)
+    block_size = block_size or max(BLOCK_VALUES // flat.shape[1], 1)
+    distances, indices = np.full((len(flat), k), np.inf), np.zeros((len(flat), k), np.int64)
+    for first in range(0, len(reference), block_size):
+        block = _rows(reference[first : first + block_size])
+        candidates = np.concatenate([distances, _distances(flat, block)], axis=1)
+        numbers = np.broadcast_to(np.arange(first, first + len(block)), (len(flat), len(block)))
+        keep = np.argpartition(candidates, k - 1, axis=1)[:, :k]
+        indices = np.take_along_axis(np.concatenate([indices, numbers], axis=1), keep, axis=1)
+        distances = np.take_along_axis(candidates, keep, axis=1)
+    order = np.lexsort((indices, distances), axis=1)
+    return Neighbours(
+        indices=np.take_along_axis(indices, order, axis=1), distances=np.take_along_axis(distances, order, axis=1)
+    )
+
+
+def nearest_distances(vectors: Vectors, *, k: int, block_size: int = 1024) -> Array:
+    """[N, k] ascending distances of each of N > k vectors to its nearest others, itself left out."""
+    nearest = np.empty((len(vectors), k))
+    for rows, distances in distance_blocks(vectors, vectors, block_size=block_size):
+        distances[np.arange(len(rows)), rows] = np.inf
+        nearest[rows] = np.sort(np.partition(distances, k - 1, axis=1)[:, :k], axis=1)
+    return nearest
+
+
+def distance_blocks(a: Vectors, b: Vectors, *, block_size: int) -> Iterator[tuple[npt.NDArray[np.int64], Array]]:
+    """The [N, M] Euclidean distance matrix in blocks of rows: (row numbers, distances)."""
+    columns = _rows(b)
+    for first in range(0, len(a), block_size):
+        rows = _rows(a[first : first + block_size])
+        yield np.arange(first, first + len(rows)), _distances(rows, columns)
+
+
+def _rows(vectors: Vectors) -> Array:
+    return np.asarray(vectors, dtype=np.float64).reshape(len(vectors), -1)
+
+
+def _distances(a: Array, b: Array) -> Array:
+    """[N, M] by |a|^2 + |b|^2 - 2 a.b: exact for pixel values, which are small whole numbers in float64."""
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
+    distances: Array = np.sqrt(np.maximum(squares, 0.0))
+    return distances
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean and population standard deviation of the score over the splits, each in [1, K]."""
+
+    mean: float
+    std: float
+
+
+def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -> Score:
+    """The exponential of the mean KL divergence between p(y|x) and p(y), the mean of p(y|x) within a split.
+
+    The result is an *Inception score* only for the logits of the 2015 Inception graph without its last bias; with any
+    other classifier it is that classifier's score.
+
+    Args:
+        log_probabilities: [N, K] log p(y|x), each row summing to 1 after exp; -inf for a probability of 0 is fine.
+        num_splits: contiguous splits of the N rows, equal to within one row; order matters.
+
+    Raises:
+        ValueError: for a wrong shape, NaN, rows that are not distributions, or fewer rows than splits.
+    """
+    log_p = np.asarray(log_probabilities, dtype=np.float64)
+    _check(log_p, num_splits)
+    count = len(log_p)
+    # Split by split, so that of a memory map no more than a split is in memory.
+    splits = [log_p[split * count // num_splits : (split + 1) * count // num_splits] for split in range(num_splits)]
+    if missing := sum(int(np.isnan(rows).any(axis=1).sum()) for rows in splits):
+        raise ValueError(f"{missing} of {count} rows of log probabilities hold NaN")
+    scores = [_score_of_split(rows) for rows in splits]
+    return Score(mean=float(np.mean(scores)), std=float(np.std(scores)))
+
+
+def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
+    p = np.exp(log_p)
+    worst = float(np.abs(p.sum(axis=1) - 1).max())
+    if not worst <= 1e-3:
+        raise ValueError(f"rows must be log probabilities, but one sums to 1 only within {worst:.3g}: use log_softmax")
+    marginal = p.mean(axis=0)
+    # E KL(p(y|x) || p(y)) = H(y) - H(y|x); each entropy has 0 log 0 = 0.
+    conditional = -np.sum(p * np.where(p > 0, log_p, 0.0), axis=1).mean()
+    entropy = -np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0)))
+    return float(np.clip(np.exp(entropy - conditional), 1.0, log_p.shape[1]))
+
+
+def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
+    if log_p.ndim != 2 or log_p.shape[1] < 1:
+        raise ValueError(f"log probabilities must be [images, classes], got shape {list(log_p.shape)}")
+    if num_splits < 1:
+        raise ValueError(f"num_splits = {num_splits}; use 1 or more")
+    if len(log_p) < num_splits:
+        raise UserError(
+            "sampling.num_images",
+            f"does not fill {num_splits} splits",
+            hint=f"generate at least {num_splits} images or lower evaluation.num_splits",
+            value=len(log_p),
+        )
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """Mean and population standard deviation over the subsets. Being unbiased, the mean may be negative."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(
+    a: npt.NDArray[np.floating],
+    b: npt.NDArray[np.floating],
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> KernelDistance:
+    """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3.
+
+    Args:
+        a: [N, D] features.
+        b: [M, D] features; a memory map is read one subset at a time.
+        num_subsets: pairs of subsets, each drawn without replacement.
+        subset_size: feature vectors per subset; fewer if N or M is smaller.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: for different dimensions, fewer than two feature vectors, or values that are not finite.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features must be [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
+    size = min(subset_size, len(a), len(b))
+    if size < 2 or num_subsets < 1:
+        raise ValueError(f"{num_subsets} subsets of {size} images give no estimate; use at least 1 subset of 2 images")
+    generator = np.random.Generator(np.random.Philox(seed))
+    # Subsets that are all of both sets do not differ: one is enough.
+    repeats = 1 if size == len(a) == len(b) else num_subsets
+    estimates = [squared_mmd(_draw(a, size, generator), _draw(b, size, generator)) for _ in range(repeats)]
+    mean = float(np.mean(estimates))
+    if not np.isfinite(mean):
+        raise ValueError("features hold NaN or infinity; check the samples for them")
+    return KernelDistance(mean=mean, std=float(np.std(estimates)))
+
+
+def squared_mmd(x: Array, y: Array) -> float:
+    """Unbiased estimate of MMD^2 from [m, D] and [n, D] float64 features, m and n at least 2."""
+    m, n = len(x), len(y)
+    within_x, within_y = _kernel(x, x), _kernel(y, y)
+    same = (within_x.sum() - np.trace(within_x)) / (m * (m - 1)) + (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
+    return float(same - 2 * _kernel(x, y).mean())
+
+
+def _kernel(x: Array, y: Array) -> Array:
+    base = x @ y.T
+    base /= x.shape[1]
+    base += 1
+    cube: Array = base * base * base  # a power of floats is many times slower
+    return cube
+
+
+def _draw(features: npt.NDArray[np.floating], size: int, generator: np.random.Generator) -> Array:
+    # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
+    rows = np.sort(generator.choice(len(features), size, replace=False))
+    return np.asarray(features[rows], dtype=np.float64)
+
+
+Features = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Shares of images that lie in the other set's support.
+
+    Attributes:
+        precision: of the generated images, inside some real image's ball (k = 3), in [0, 1].
+        recall: of the real images, inside some generated image's ball (k = 3), in [0, 1].
+        density: real balls (k = 5) that a generated image lies in, on average, over k; above 1 where real is dense.
+        coverage: of the real images, with a generated image inside their ball (k = 5), in [0, 1].
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def precision_recall(
+    generated: Features,
+    real: Features,
+    *,
+    neighbourhood: int = 3,
+    density_neighbourhood: int = 5,
+    block_size: int = 1024,
+) -> PrecisionRecall:
+    """Compare two sets of features; a ball reaches to its centre's k-th nearest neighbour in its own set.
+
+    All four depend on the number of images: compare only figures of equal counts, and give both sets as many.
+
+    Args:
+        generated: [N, D].
+        real: [M, D].
+        neighbourhood: k of precision and recall.
+        density_neighbourhood: k of density and coverage.
+        block_size: rows of the distance matrix in memory at a time.
+
+    Raises:
+        ValueError: for different dimensions, or not more images than neighbours.
+    """
+    largest = max(neighbourhood, density_neighbourhood)
+    if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
+        raise ValueError(f"features must be [N, D] and [M, D], got {list(generated.shape)} and {list(real.shape)}")
+    if min(len(generated), len(real)) <= largest:
+        raise UserError(
+            "images",
+            f"too few for balls of {largest} neighbors",
+            hint=f"use at least {largest + 1}",
+            value=min(len(generated), len(real)),
+        )
+    real_radii = nearest_distances(real, k=largest, block_size=block_size)
+    generated_radii = nearest_distances(generated, k=neighbourhood, block_size=block_size)[:, neighbourhood - 1]
+    small, large = real_radii[:, neighbourhood - 1], real_radii[:, density_neighbourhood - 1]
+    inside, hits = 0, 0
+    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for rows, distances in distance_blocks(generated, real, block_size=block_size):
+        inside += int((distances <= small).any(axis=1).sum())
+        hits += int((distances < large).sum())
+        recalled |= (distances <= generated_radii[rows, None]).any(axis=0)
+        covered |= (distances < large).any(axis=0)
+    return PrecisionRecall(
+        precision=inside / len(generated),
+        recall=float(recalled.mean()),
+        density=hits / (density_neighbourhood * len(generated)),
+        coverage=float(covered.mean()),
+    )
