@@ -17,8 +17,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster
-from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.model import build
+from ncsn.training.loop import TrainingJob
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from s3_server import running_s3_server

@@ -17,8 +17,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
 from ncsn.distributed.local_cluster import ray_cluster
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 IMAGES = 9_600
 DIGITS: tuple[str, ...] = ()

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed import worker_loop
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.tracking.run import step_run
 from ncsn.tracking.sink import MetricsSink
+from ncsn.training import loop
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 _IMPORT = "import time, torch; t = time.process_time(); import mlflow.tracking; print(time.process_time() - t)"
 
@@ -55,13 +55,13 @@ class TimedSink(MetricsSink):
 def measure(config: Config, root: Path) -> dict[str, float]:
     """Seconds of CPU of one training by one worker, and of the parts of it that tracking takes."""
     dataset = write_dataset(open_source(config.data), str(root / "data"), name="data", data=config.data).uri
-    send, preview = worker_loop.send_preview, 0.0
+    send, preview = loop.send_preview, 0.0
 
     def timed(*arguments: Any, **named: Any) -> None:
         nonlocal preview
         preview += _thread_seconds(lambda: send(*arguments, **named))
 
-    worker_loop.send_preview = timed
+    loop.send_preview = timed
     with step_run(config, run="benchmark", step="train") as tracked:
         sink = TimedSink(tracked.uri, tracked.run_id, folder=tracked.journals)
         started = time.process_time()

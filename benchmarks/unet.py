@@ -38,14 +38,14 @@ from ncsn.core.images import to_uint8
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import Training, TrainingJob
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
 THEIR_BATCH, SAMPLE_BATCH = 16, 64

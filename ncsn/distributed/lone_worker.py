@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ncsn import storage
 from ncsn.distributed.tasks import call
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.model import checkpoint
 from ncsn.model.checkpoint_store import newest_whole
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 
 class StoreContext(LocalContext):

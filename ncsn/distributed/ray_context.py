@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ncsn import storage
-from ncsn.distributed.worker_context import WorkerContext
 from ncsn.model import checkpoint
 from ncsn.model.checkpoint_store import BestCheckpoint
+from ncsn.training.context import WorkerContext
 
 # All buffers are constants. Torch 2.13 renamed the argument that says so.
 _NO_BUFFER_SYNC: dict[str, Any] = {

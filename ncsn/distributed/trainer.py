@@ -15,12 +15,12 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed.local_cluster import require_resources
 from ncsn.distributed.lost_workers import LostWorkers, reason
 from ncsn.distributed.ray_context import RayContext
-from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome, train_loop
 from ncsn.errors import NotFound
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import CHECKPOINTS, BestCheckpoint
 from ncsn.model.damaged_checkpoint import remedy
 from ncsn.storage.heartbeat import LeaseExpired
+from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 STARTUP_ATTEMPTS = 5
 TIMEOUT_SECONDS = 1800

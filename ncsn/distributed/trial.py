@@ -23,7 +23,7 @@ from ncsn.distributed.trial_records import Judged, Rung, TrialFolder
 from ncsn.errors import NotFound, UserError
 
 if TYPE_CHECKING:
-    from ncsn.distributed.worker_loop import TrainOutcome
+    from ncsn.training.loop import TrainOutcome
 
 FAILED = 1e12
 """Objective of a trial that cannot go on: a number, so that the search learns to keep away."""
@@ -158,8 +158,8 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
 
 def _train(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> tuple[str, TrainOutcome]:
     from ncsn.distributed import lone_worker, trainer
-    from ncsn.distributed.worker_loop import TrainingJob
     from ncsn.model.checkpoint_store import CHECKPOINTS
+    from ncsn.training.loop import TrainingJob
 
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, stop_at=images)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)

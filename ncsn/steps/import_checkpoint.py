@@ -14,7 +14,6 @@ from ncsn.config import Config
 from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkpoint, read_released_checkpoint
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.distributed.batches import image_moments
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
 from ncsn.runs.folder import RunFolder, claim_run
@@ -22,6 +21,7 @@ from ncsn.runs.records import ProgressFile
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.result import once
 from ncsn.steps.train import TrainResult
+from ncsn.training.batches import image_moments
 
 _SIGMA_TOLERANCE = 1e-4
 

@@ -26,9 +26,6 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
-from ncsn.distributed.preview import EVALUATIONS_PER_STEP
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import Training, TrainingJob
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
 from ncsn.evaluation.extractors import Extractor, InceptionExtractor
 from ncsn.evaluation.reference import SEED
@@ -41,6 +38,9 @@ from ncsn.steps import report as page
 from ncsn.steps.small_experiment import FEW_IMAGES, IMAGES, RUN, own_cache, scaled_down, with_values
 from ncsn.tracking.connection import connect
 from ncsn.tracking.history import metric_history
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import Training, TrainingJob
+from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 SECONDS = 6.0
 """Wanted length of a measurement."""

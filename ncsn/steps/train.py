@@ -11,7 +11,6 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import ray_cluster, ray_tags
-from ncsn.distributed.worker_loop import TrainingJob
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
@@ -22,6 +21,7 @@ from ncsn.steps.result import once
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.recorded import job_metadata
 from ncsn.tracking.run import step_run
+from ncsn.training.loop import TrainingJob
 
 
 @dataclass(frozen=True)

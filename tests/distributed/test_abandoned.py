@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import from_yaml
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 
 def test_training_saves_a_checkpoint_and_ends(

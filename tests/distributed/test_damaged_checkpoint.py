@@ -11,10 +11,10 @@ import torch.multiprocessing
 from gloo_workers import resume_from_a_torn_copy
 
 from ncsn.config import from_yaml
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.damaged_checkpoint import remedy
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 DAMAGE = DamagedError("/tmp/copy", "weights.safetensors differs from its checksum")
 

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

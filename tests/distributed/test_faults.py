@@ -17,10 +17,10 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
 from ncsn.distributed.lone_worker import StoreContext
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import DivergedError, TrainingJob, TrainOutcome, train_loop
 from ncsn.runs.records import load_history
 from ncsn.storage import retry
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome, train_loop
 
 LAST = "images-000000160"
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.core.images import LOGIT_MARGIN, DataMoments
 from ncsn.data.training_images import open_cache
-from ncsn.distributed.batches import draw_batch, image_moments
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import complete, generate
+from ncsn.training.batches import draw_batch, image_moments
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 LOGIT = (
     "data.logit_transform=true",

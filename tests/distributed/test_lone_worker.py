@@ -10,8 +10,8 @@ from safetensors.torch import load
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.distributed.lone_worker import StoreContext
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 
 def tensors(checkpoint: str) -> dict[str, torch.Tensor]:

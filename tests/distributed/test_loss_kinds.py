@@ -14,11 +14,11 @@ from ncsn.config import changed_settings, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching
 from ncsn.data.training_images import open_cache
-from ncsn.distributed.batches import draw_batch
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
+from ncsn.training.batches import draw_batch
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 SSM = "loss={kind: ssm, num_projections: 2}"
 ONE_SIGMA = (

@@ -14,11 +14,11 @@ from ray_nodes import RayNodes
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.evaluation.samples import read_samples
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -29,12 +29,12 @@ from ncsn.distributed import trainer
 from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, shards, watch_levels
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model.checkpoint import CheckpointError, verify
 from ncsn.model.checkpoint_store import BestCheckpoint
 from ncsn.report.stages import Stages
 from ncsn.steps.evaluate import evaluate
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

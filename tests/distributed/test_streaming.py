@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.data.training_images import StreamedSplit, open_training_images
-from ncsn.distributed.batches import draw_batch, image_moments
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
+from ncsn.training.batches import draw_batch, image_moments
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 STREAM = ["data.loader=stream", "data.window_images=64"]
 

@@ -12,9 +12,9 @@ from gloo_workers import work
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.runs.records import load_history
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 
 @pytest.mark.slow

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from ncsn.config import Config, from_yaml
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data.training_images import open_cache
-from ncsn.distributed import preview as previews
-from ncsn.distributed.batches import draw_batch
-from ncsn.distributed.cadence import Cadence
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import DivergedError, TrainingJob, train_loop
 from ncsn.model import build
 from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.training import metrics as previews
+from ncsn.training.batches import draw_batch
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import Cadence, DivergedError, TrainingJob, train_loop
 
 
 @dataclass

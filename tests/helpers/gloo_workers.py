@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 
 from ncsn.distributed.ray_context import RayContext
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model.checkpoint import DamagedError
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 
 class GlooContext(RayContext):

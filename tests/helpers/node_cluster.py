@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer
-from ncsn.distributed.worker_loop import TrainingJob, TrainOutcome
+from ncsn.training.loop import TrainingJob, TrainOutcome
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 import torch.distributed

@@ -23,12 +23,12 @@ from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import load_history
 from ncsn.steps import figures as step
 from ncsn.steps.figure_numbers import inpainting_chain
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 EXPERIMENT = """
 name: tiny

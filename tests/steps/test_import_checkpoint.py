@@ -15,13 +15,13 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
 from ncsn.steps import import_checkpoint
 from ncsn.steps.train import _imported
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 NETWORKS = {"first": "{kind: ncsn, num_features: 4}", "second": "{kind: ncsnv2, num_features: 4}"}
 EXPERIMENT = """

@@ -17,12 +17,12 @@ import torch
 
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.distributed import preview as previews
-from ncsn.distributed.worker_context import LocalContext
-from ncsn.distributed.worker_loop import TrainingJob, train_loop
 from ncsn.tracking import sink as sinks
 from ncsn.tracking.run import step_run
 from ncsn.tracking.sink import MetricsSink
+from ncsn.training import metrics as previews
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
 
 DEAD = "http://127.0.0.1:9"
 """Discard's port, on which nothing listens here."""

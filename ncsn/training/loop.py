@@ -7,6 +7,8 @@ order), so the images of a global batch, their levels and their noise do not dep
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ncsn import storage
 from ncsn.config import Config
@@ -25,19 +28,66 @@ from ncsn.core.images import DataMoments
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
-from ncsn.distributed.batches import draw_batch, image_moments
-from ncsn.distributed.cadence import Cadence
-from ncsn.distributed.compilation import compile_network
-from ncsn.distributed.curves import Curves
 from ncsn.distributed.faults import Rehearsal
-from ncsn.distributed.machine_usage import MachineUsage
-from ncsn.distributed.preview import send_preview
-from ncsn.distributed.worker_context import WorkerContext
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
+from ncsn.training.batches import draw_batch, image_moments
+from ncsn.training.context import WorkerContext
+from ncsn.training.metrics import Curves, MachineUsage, send_preview
+
+
+class Cadence:
+    """Is due about every few seconds, on all workers at the same step.
+
+    What all workers must do together cannot wait for each one's own clock, and a fixed number of steps is too often for
+    a small network and too seldom for a large one. So the workers agree, each time, on the steps to the next.
+
+    Args:
+        context: The workers.
+        seconds: Time between two times that it is due.
+    """
+
+    def __init__(self, context: WorkerContext, *, seconds: float) -> None:
+        self._context, self._seconds = context, seconds
+        self._steps = self._left = 1
+        self._since = time.perf_counter()
+
+    def due(self) -> bool:
+        """Count a step; whether it is time. A collective call when it is."""
+        self._left -= 1
+        if self._left:
+            return False
+        now = time.perf_counter()
+        mean = torch.tensor([(now - self._since) / self._steps], device=self._context.device)
+        step_seconds = float(self._context.sum_over_workers(mean)) / self._context.world_size
+        # At most twice as far as before: the first steps of a training are not like the others.
+        self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
+        self._since = now
+        return True
+
+
+def compile_network(network: nn.Module, context: WorkerContext) -> None:
+    """Compile the network's forward and backward pass in place; its class and the names of its tensors stay.
+
+    A collective call.
+
+    Raises:
+        UserError: on every worker alike, if the machine of one has no compiler.
+    """
+    on_cpu = context.device.type == "cpu"
+    compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
+    lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
+    if context.sum_over_workers(lacks) > 0:
+        raise UserError(
+            "compute.compile",
+            f"needs a compiler on each worker, one of {', '.join(compilers)}",
+            hint="install one, or set it to false",
+            value=True,
+        )
+    network.compile()
 
 
 class DivergedError(UserError):

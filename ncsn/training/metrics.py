@@ -1,0 +1,196 @@
+"""What training tells of itself: loss curves, machine usage, preview images."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ncsn.config import Config
+from ncsn.config.choices import ProbabilityFlowConfig
+from ncsn.core.images import DataMoments, image_grid
+from ncsn.core.losses import level_sums
+from ncsn.core.training import StepReport, TrainState
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.generate import generate
+from ncsn.runs.records import level_loss
+from ncsn.training.context import WorkerContext
+
+
+class Curves:
+    """Sums of the losses, by noise level, over all workers: between two reports, and between two checkpoints."""
+
+    def __init__(self, num_levels: int, context: WorkerContext) -> None:
+        self._context = context
+        self._sums = torch.zeros(2, num_levels, dtype=torch.float64, device=context.device)
+        self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
+        self._started, self._images = time.perf_counter(), 0
+        self._since_checkpoint = torch.zeros(2, num_levels, dtype=torch.float64)
+
+    def add(self, level: Tensor, step: StepReport, *, images: int) -> None:
+        """Take one step: this worker's levels `[B]` and losses, and the size of the global batch."""
+        self._sums += torch.stack(level_sums(step.per_image, level=level, num_levels=self._sums.shape[1]))
+        self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
+        self._images += images
+
+    def unreported(self) -> dict[str, Any]:
+        """What has been added since the last report and the last checkpoint, as JSON values. A collective call."""
+        sums = self._context.sum_over_workers(self._sums.clone())
+        return {
+            "sums": sums.tolist(),
+            "grad_norm": float(self._grad_norm),
+            "since_checkpoint": self._since_checkpoint.tolist(),
+        }
+
+    def go_on_from(self, unreported: Mapping[str, Any]) -> None:
+        """Take up what `unreported` gave; the sums on one worker, for they are added up over all."""
+        if self._context.rank == 0:
+            self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
+        self._grad_norm.fill_(unreported["grad_norm"])
+        self._since_checkpoint += torch.tensor(unreported["since_checkpoint"], dtype=torch.float64)
+
+    def take(self) -> dict[str, float]:
+        """The curves' next point, and start anew. A collective call."""
+        sums = self._context.sum_over_workers(self._sums.clone()).cpu()
+        self._since_checkpoint += sums
+        losses, counts = sums
+        now = time.perf_counter()
+        point = {
+            "train/loss": float(losses.sum() / counts.sum()),
+            "train/grad_norm_max": float(self._grad_norm),
+            "train/images_per_second": self._images / (now - self._started),
+        }
+        width = len(str(len(losses) - 1))
+        for index in counts.nonzero().flatten().tolist():
+            point[level_loss(index, width)] = float(losses[index] / counts[index])
+        self._sums.zero_()
+        self._grad_norm.zero_()
+        self._started, self._images = now, 0
+        return point
+
+    def take_checkpoint_loss(self) -> float:
+        """Loss since the checkpoint before: each level counts alike, however often it was drawn."""
+        losses, counts = self._since_checkpoint
+        drawn = counts > 0
+        mean = float((losses[drawn] / counts[drawn]).mean())
+        self._since_checkpoint.zero_()
+        return mean
+
+
+class MachineUsage:
+    """Reads the load since the last reading; each takes about a millisecond.
+
+    Args:
+        device: Where the worker computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        psutil.cpu_percent()  # the next reading is since now
+
+    def read(self) -> dict[str, float]:
+        """Name `system/<what>` -> value; of GPUs only the worker's own, where it has one."""
+        memory = psutil.virtual_memory()
+        usage = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": memory.used / 1e6,
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/worker_memory_megabytes": self._process.memory_info().rss / 1e6,
+        }
+        return usage | self._gpu() if self._device.type == "cuda" else usage
+
+    def _gpu(self) -> dict[str, float]:
+        free, total = torch.cuda.mem_get_info(self._device)
+        gpu = f"system/gpu_{self._device.index or 0}"
+        usage = {
+            f"{gpu}_memory_usage_megabytes": (total - free) / 1e6,
+            f"{gpu}_memory_usage_percentage": 100 * (total - free) / total,
+            f"{gpu}_memory_peak_megabytes": torch.cuda.max_memory_allocated(self._device) / 1e6,
+        }
+        try:
+            usage[f"{gpu}_utilization_percentage"] = float(torch.cuda.utilization(self._device))
+        except Exception:  # noqa: BLE001 - NVIDIA's own library is missing, or does not tell, as of a part of a GPU
+            return usage
+        return usage
+
+
+NAME = "train/preview"
+SHARE = 0.01
+"""Largest part of the training time that previews may take."""
+EVALUATIONS_PER_STEP = 3
+"""A training step on an image costs about three network evaluations: forward, and twice that backward."""
+MOST_EVALUATIONS, LEAST_EVALUATIONS = 20, 5
+PIXELS = 256
+"""Wanted side of the picture; small images are enlarged by whole factors."""
+
+_logger = logging.getLogger(__name__)
+
+
+class PictureSink(Protocol):
+    """Takes pictures; neither blocks nor raises."""
+
+    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
+        """Take one picture, `[H, W, C]` uint8."""
+
+
+def send_preview(sink: PictureSink, *, config: Config, state: TrainState, moments: DataMoments) -> None:
+    """Send a few images from the present weights, if there is time for them."""
+    evaluations = preview_evaluations(config)
+    if not evaluations:
+        return
+    try:
+        picture = preview(config, state, moments, evaluations=evaluations)
+    except ValueError as error:  # early weights may not make images yet; that is no fault of the training
+        _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
+    else:
+        sink.log_picture(picture, NAME, state.images_seen)
+
+
+def preview_evaluations(config: Config) -> int:
+    """NFE of a preview image, as many as fit in `SHARE` of the time between two checkpoints; 0 for no preview.
+
+    While one worker makes the preview the others wait.
+    """
+    images = config.tracking.preview_images
+    if not images or config.levels.num_levels == 1:
+        return 0
+    between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
+    affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
+    wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
+    return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0
+
+
+def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluations: int) -> NDArray[np.uint8]:
+    """Images 0, 1, ... of the seed of `config.sampling` from the EMA weights, as one picture.
+
+    Draws from no generator, so that training goes on as without it.
+
+    Returns:
+        `[H, W, C]` uint8.
+
+    Raises:
+        UserError: if an image is not finite.
+    """
+    network = copy.deepcopy(state.network)
+    state.ema.copy_to(network)
+    network.eval()
+    sampler = ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=evaluations)
+    images = generate(
+        TrainedNetwork(config=config, network=network, moments=moments),
+        sampling=config.sampling.model_copy(update={"sampler": sampler}),
+        first=0,
+        count=config.tracking.preview_images,
+        device=next(network.parameters()).device,
+    )
+    grid = image_grid(images, columns=round(len(images) ** 0.5))
+    factor = max(1, PIXELS // max(grid.shape[:2]))
+    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
