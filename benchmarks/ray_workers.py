@@ -16,7 +16,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.distributed import trainer
-from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.cluster import ray_cluster
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 

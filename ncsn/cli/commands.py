@@ -139,7 +139,7 @@ def _cluster(config: Config) -> Iterator[str]:
         yield f"one job per step ({config.compute.backend})"
         return
     # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
-    from ncsn.distributed.local_cluster import ray_cluster
+    from ncsn.distributed.cluster import ray_cluster
 
     with ray_cluster(config) as address:
         yield address

@@ -11,7 +11,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.distributed.local_cluster import cluster_for, on_this_machine, ray_tags
+from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import fingerprint_of

@@ -77,8 +77,8 @@ def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressF
     if not fills_several_parts(source, data):
         return write_dataset(source, folder, name=data.source, data=data, on_progress=progress)
     # Imported here and not above: ray takes a second, which a small source need not wait for.
-    from ncsn.distributed.ingest_parts import write_dataset_in_tasks
-    from ncsn.distributed.local_cluster import ray_cluster
+    from ncsn.distributed.cluster import ray_cluster
+    from ncsn.distributed.ingest import write_dataset_in_tasks
 
     with ray_cluster(config):
         return write_dataset_in_tasks(

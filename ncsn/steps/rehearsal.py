@@ -25,7 +25,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.distributed.local_cluster import cluster_memory, ray_cluster
+from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
 from ncsn.evaluation.extractors import Extractor, InceptionExtractor
 from ncsn.evaluation.reference import SEED
@@ -50,7 +50,7 @@ MOST_STEPS, LEAST_STEPS = 600, 2 * REPORTS
 _START = """
 import sys, time
 from ncsn.config import from_json
-from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.cluster import ray_cluster
 from ncsn.steps import evaluate, ingest, register, report, sample, train
 config, started = from_json(sys.argv[1]), time.perf_counter()
 from ncsn.tracking.connection import connect

@@ -12,9 +12,9 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import Rehearsal, rehearsal
-from ncsn.distributed.local_cluster import cluster_for, ray_tags
-from ncsn.distributed.sample_shards import Features, Looker, Shard, sample_missing, shards, watch_levels
+from ncsn.distributed.sampling import Features, Looker, Shard, sample_missing, shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningScore, RunningScores
 from ncsn.evaluation.reference import obtain_judge

@@ -14,8 +14,8 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_yaml
-from ncsn.distributed.local_cluster import cluster_for
-from ncsn.distributed.sample_shards import Shard, sample_missing, shards
+from ncsn.distributed.cluster import cluster_for
+from ncsn.distributed.sampling import Shard, sample_missing, shards
 from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints

@@ -9,8 +9,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.distributed import trainer
+from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.distributed.faults import rehearsal
-from ncsn.distributed.local_cluster import ray_cluster, ray_tags
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.runs.folder import RunFolder, claim_run, run_folder

@@ -8,8 +8,7 @@ from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.search import EPSILON, variant
-from ncsn.distributed.trial import SearchPlan
-from ncsn.distributed.trial_records import Rung, TrialRecord
+from ncsn.distributed.trials import Rung, SearchPlan, TrialRecord
 from ncsn.errors import UserError
 from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png

@@ -13,11 +13,10 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.search import rungs, untrained_share
 from ncsn.data.format import load_manifest
-from ncsn.distributed.local_cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
+from ncsn.distributed.search import search
 from ncsn.distributed.tasks import runner_of
-from ncsn.distributed.trial import SearchPlan
-from ncsn.distributed.trial_records import TrialFolder, TrialRecord, read_trial, read_trials
-from ncsn.distributed.tune import search
+from ncsn.distributed.trials import SearchPlan, TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import obtain_judge

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
-from ncsn.distributed.lone_worker import StoreContext
+from ncsn.distributed.trainer import StoreContext
 from ncsn.runs.records import load_history
 from ncsn.storage import retry
 from ncsn.training.context import LocalContext

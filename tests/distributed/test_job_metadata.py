@@ -10,7 +10,7 @@ import sys
 SCRIPT = """
 import json, subprocess, sys
 from ncsn.config import from_yaml
-from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.cluster import ray_cluster
 
 config, step = from_yaml(sys.argv[1]), sys.argv[2]
 with ray_cluster(config, metadata={"ncsn.step": step}):

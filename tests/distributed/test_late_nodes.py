@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(240)
 DRIVER = """
 import sys
 from ncsn.config import from_yaml
-from ncsn.distributed import local_cluster
+from ncsn.distributed import cluster as local_cluster
 local_cluster.JOIN_SECONDS = float(sys.argv[2])
 with local_cluster.ray_cluster(from_yaml(sys.argv[1])) as address:
     print("joined", flush=True)

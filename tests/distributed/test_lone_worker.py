@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 from ncsn import storage
 from ncsn.config import from_yaml
-from ncsn.distributed.lone_worker import StoreContext
+from ncsn.distributed.trainer import StoreContext
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 

@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
-from ncsn.distributed.lost_workers import LostWorkers, describe, reason
+from ncsn.distributed.trainer import LostWorkers, describe, reason
 
 
 def died(*, preempted: bool = False) -> Exception:

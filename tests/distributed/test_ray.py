@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import Images, from_table, to_table
 from ncsn.distributed import trainer
+from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import rehearsal
-from ncsn.distributed.local_cluster import cluster_for, ray_tags, require_resources
-from ncsn.distributed.sample_shards import Shard, missing_ranges, sample_missing, shards, watch_levels
+from ncsn.distributed.sampling import Shard, missing_ranges, sample_missing, shards, watch_levels
 from ncsn.model.checkpoint import CheckpointError, verify
 from ncsn.model.checkpoint_store import BestCheckpoint
 from ncsn.report.stages import Stages

@@ -11,10 +11,9 @@ from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
-from ncsn.distributed import trial
-from ncsn.distributed.trial import FAILED, SearchPlan, run_trial
-from ncsn.distributed.trial_records import Judged, Rung, TrialFolder, read_trials
-from ncsn.distributed.tune import DRIVER_MEMORY, Halving, trials_at_once
+from ncsn.distributed import trials
+from ncsn.distributed.search import DRIVER_MEMORY, Halving, trials_at_once
+from ncsn.distributed.trials import FAILED, Judged, Rung, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"
@@ -121,7 +120,7 @@ def test_a_missing_data_set_fails_no_trial(plan: SearchPlan, monkeypatch: pytest
     def reach(*_: object) -> None:
         raise NotFound(plan.dataset, "no dataset here")
 
-    monkeypatch.setattr(trial, "_reach", reach)
+    monkeypatch.setattr(trials, "_reach", reach)
     with refused(plan.dataset, error=NotFound):
         reported(plan, plan.baseline)
     assert TrialFolder.of(plan.trials, plan.baseline).failure is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ncsn.config.search import ChoiceDomain, Domain, LogDomain, UniformDomain
-from ncsn.distributed.suggestions import Suggestions
+from ncsn.distributed.search import Suggestions
 
 SPACE: dict[str, Domain] = {
     "noise.sigma_1": LogDomain(kind="log", low=0.1, high=10),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from ncsn.distributed.ray_context import RayContext
+from ncsn.distributed.trainer import RayContext
 from ncsn.model.checkpoint import DamagedError
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop

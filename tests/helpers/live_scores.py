@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ncsn.config import Config
-from ncsn.distributed.sample_shards import Looker, Shard, sample_missing
+from ncsn.distributed.sampling import Looker, Shard, sample_missing
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningScore, RunningScores
 from ncsn.evaluation.reference import obtain_judge

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 from ncsn.config import Config
-from ncsn.distributed.local_cluster import ray_cluster
+from ncsn.distributed.cluster import ray_cluster
 
 P = ParamSpec("P")
 R = TypeVar("R")

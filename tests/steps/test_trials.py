@@ -12,8 +12,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
-from ncsn.distributed.trial import SearchPlan
-from ncsn.distributed.trial_records import Judged, Rung, TrialRecord
+from ncsn.distributed.trials import Judged, Rung, SearchPlan, TrialRecord
 from ncsn.steps.trials import baseline_rung, best_config, best_trial, coordinates_png, epsilon_png, table
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Annealed sampling as Ray tasks, one per shard of images, or in this process if it is connected to no cluster.
+"""Sampling as Ray tasks: shards of images, and samples that are measured and not kept.
 
 Image i of a run is a function of (checkpoint, sampler settings, seed, i). Shards therefore never disagree, and a
 second call makes only the ranges that are missing.
@@ -25,9 +25,10 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import NO_LABEL, Images, to_table
-from ncsn.distributed.tasks import call, calls
+from ncsn.distributed.tasks import call, calls, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
-from ncsn.evaluation.reference import extractor_of
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.evaluation.samples import SHARD_NAME, read_samples
 from ncsn.model import checkpoint
 from ncsn.model.generate import generate, level_images
@@ -264,3 +265,79 @@ def _parquet_bytes(images: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class SamplesToJudge:
+    """One checkpoint and how its samples are judged.
+
+    Attributes:
+        config: The experiment whose evaluation section decides what looks at the images.
+        dataset: URI of the data set that they are compared with.
+        checkpoint: URI of the checkpoint.
+        num_images: Images by each sampler.
+    """
+
+    config: Config
+    dataset: str
+    checkpoint: str
+    num_images: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    samples: SamplesToJudge
+    index: int
+    sampling: SamplingConfig
+    first: int
+    count: int
+
+
+def frechet_distances(samples: SamplesToJudge, samplings: Sequence[SamplingConfig]) -> list[float | None]:
+    """Frechet distance to the training images of the samples by each sampler, None if one left the finite numbers.
+
+    As many tasks run at a time as training has workers, so that no more than its resources are taken.
+    """
+    compute, size = samples.config.compute, samples.config.sampling.batch_size
+    reference = obtain_judge(samples.config, samples.dataset, runner=runner_of(compute)).reference.statistics
+    queue = deque(
+        _Part(samples, index, sampling, first, min(size, samples.num_images - first))
+        for index, sampling in enumerate(samplings)
+        for first in range(0, samples.num_images, size)
+    )
+    found: list[dict[int, Features]] = [{} for _ in samplings]
+    broken: set[int] = set()
+    for part, features in calls(
+        _features_of, queue, cpus=compute.cpus_per_worker, use_gpu=compute.use_gpu, at_once=compute.max_workers
+    ):
+        if features is not None:
+            found[part.index][part.first] = features
+        elif part.index not in broken:
+            broken.add(part.index)
+            for other in [other for other in queue if other.index == part.index]:
+                queue.remove(other)
+    return [
+        None if index in broken else frechet_distance(FrechetStatistics.of(_in_order(features)), reference)
+        for index, features in enumerate(found)
+    ]
+
+
+def _in_order(features: dict[int, Features]) -> Features:
+    return np.concatenate([features[first] for first in sorted(features)])
+
+
+@lru_cache(maxsize=1)
+def _judged_samples_load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
+    return checkpoint.load_for_sampling(uri, device=device)
+
+
+def _features_of(part: _Part) -> Features | None:
+    """Features of the samples; None if the sampler left the finite numbers."""
+    config = part.samples.config
+    device = "cuda" if config.compute.use_gpu else "cpu"
+    loaded = _judged_samples_load(part.samples.checkpoint, device)
+    try:
+        images = generate(loaded, sampling=part.sampling, first=part.first, count=part.count, device=device)
+    except ValueError:
+        return None
+    return extractor_of(config, part.samples.dataset).extract(images).features
