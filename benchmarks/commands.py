@@ -8,7 +8,7 @@ import subprocess
 
 from benchmarks.digits_run import NCSN, RUN, digits_run, seconds_of
 from benchmarks.measure import Row
-from ncsn.tracking.history import metric_history
+from ncsn.tracking.mlflow_runs import metric_history
 
 
 def rows(*, rounds: int = 3) -> list[Row]:

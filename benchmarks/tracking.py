@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.sink import MetricsSink
 from ncsn.training import loop
 from ncsn.training.context import LocalContext

@@ -22,7 +22,7 @@ def sample_model(
     from ncsn.config import to_json
     from ncsn.steps import model_run, sample_model
     from ncsn.storage import read_bytes
-    from ncsn.tracking.connection import server_uri
+    from ncsn.tracking.client import server_uri
 
     server = server_uri(registry or None, root=root)
     result = sample_model.run(model, registry=server, root=root, overrides=overrides, progress=lambda *_: None)

@@ -84,7 +84,7 @@ def run_step(
 
 def run_pipeline(target: Target, *, as_json: bool) -> None:
     """Run all steps through KFP on one Ray cluster, or find that they are done."""
-    from ncsn.tracking.connection import tracking_uri
+    from ncsn.tracking.client import tracking_uri
 
     config = target.config
     if config.search is not None:
@@ -111,7 +111,7 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:
     """Become the MLflow server."""
-    from ncsn.tracking.connection import runs_page, server_command
+    from ncsn.tracking.client import runs_page, server_command
 
     command = server_command(config, host=host, port=port)
     click.echo(runs_page(config, served=f"http://{host}:{port}"), err=True)

@@ -182,7 +182,7 @@ def _probe_store(root: str, probe: str) -> str:
 
 
 def _check_mlflow(config: Config) -> str:
-    from ncsn.tracking.connection import SQLITE, open_client, shown, tracking_uri
+    from ncsn.tracking.client import SQLITE, open_client, shown, tracking_uri
 
     uri = tracking_uri(config)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():

@@ -85,7 +85,7 @@ def registry_uri(config_uri: str | None, *, overrides: Sequence[str], run: str |
         UserError: if a config is not usable.
         NotFound: if nothing names a server and the store has no run.
     """
-    from ncsn.tracking.connection import server_uri, tracking_uri
+    from ncsn.tracking.client import server_uri, tracking_uri
 
     if config_uri is None and run is None:
         named = override_value(overrides, "tracking.uri")

@@ -32,7 +32,7 @@ def trace_command(
     """
     from ncsn.cli.inputs import registry_uri
     from ncsn.cli.output import console_on
-    from ncsn.tracking.connection import open_client_at
+    from ncsn.tracking.client import open_client_at
     from ncsn.tracking.lineage import trace
     from ncsn.tracking.versions import registry_errors
 

@@ -40,7 +40,7 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
 def _circumstances(config: Config) -> dict[str, str]:
     """What a whole run's results depend on besides each other."""
     from ncsn.data.listing import source_fingerprint
-    from ncsn.tracking.connection import shown, tracking_uri
+    from ncsn.tracking.client import shown, tracking_uri
 
     return {
         "config": to_json(config),

@@ -15,7 +15,7 @@ from ncsn.cli.options import Decorated, experiment_options, json_option
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
-    from ncsn.tracking.by_hand import AliasChange
+    from ncsn.tracking.promotion import AliasChange
 
 
 class Change(TypedDict):
@@ -40,7 +40,7 @@ def _change_options(command: Decorated) -> Decorated:
 @_change_options
 def promote_command(*, model: str, version: str | None, force: bool, **asked: Unpack[Change]) -> None:
     """Make a version of MODEL champion, if its recorded figure passes the gate against the present champion."""
-    from ncsn.tracking.by_hand import promote_version
+    from ncsn.tracking.promotion import promote_version
 
     _change(partial(promote_version, name=model, version=version, force=force), asked)
 
@@ -50,7 +50,7 @@ def promote_command(*, model: str, version: str | None, force: bool, **asked: Un
 @_change_options
 def rollback_command(*, model: str, **asked: Unpack[Change]) -> None:
     """Make the champion of MODEL before the present one champion again; repeated, it goes further back."""
-    from ncsn.tracking.by_hand import roll_back
+    from ncsn.tracking.promotion import roll_back
 
     _change(partial(roll_back, name=model), asked)
 
@@ -58,7 +58,7 @@ def rollback_command(*, model: str, **asked: Unpack[Change]) -> None:
 def _change(change: Callable[..., AliasChange], asked: Change) -> None:
     """Call `change` on the registry that is asked for, and print what it did."""
     from ncsn.cli.inputs import registry_uri
-    from ncsn.tracking.connection import open_client_at
+    from ncsn.tracking.client import open_client_at
     from ncsn.tracking.versions import registry_errors
 
     uri = registry_uri(asked["config_uri"], overrides=asked["overrides"], run=asked["run_name"])

@@ -182,7 +182,7 @@ def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _whereabouts(folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> Iterator[tuple[str, str]]:
-    from ncsn.tracking.connection import shown, tracking_uri
+    from ncsn.tracking.client import shown, tracking_uri
 
     yield "grid", records["sample"].result["grid"]
     yield "strip", records["sample"].result["strip"]

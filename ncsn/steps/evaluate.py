@@ -17,7 +17,6 @@ from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Figure, Measured, measure_sets, metric_name
-from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
 from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.samples import samples_shape
@@ -25,8 +24,8 @@ from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.result import once
-from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import step_run
+from ncsn.tracking.gate import Measurement, Memorisation
+from ncsn.tracking.mlflow_runs import job_metadata, step_run
 
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""

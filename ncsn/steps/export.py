@@ -12,7 +12,7 @@ from ncsn import storage
 from ncsn.config import to_json
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.tracking.connection import open_client_at
+from ncsn.tracking.client import open_client_at
 from ncsn.tracking.registry import fetch_weights
 from ncsn.tracking.versions import registry_errors, resolve_version
 

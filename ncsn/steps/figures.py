@@ -26,7 +26,7 @@ from ncsn.runs.records import ProgressFile, load_history
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figure_numbers import Subject
 from ncsn.steps.result import once
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

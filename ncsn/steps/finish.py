@@ -12,8 +12,8 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.report.run_page import RunFacts, run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, stored_error, stored_record, write_outcome
+from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.outcome import TrackedRun, close_run
-from ncsn.tracking.provenance import container_image, kfp_run
 
 if TYPE_CHECKING:
     from ncsn.cluster.pod_trouble import Trouble

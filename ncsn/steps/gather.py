@@ -33,8 +33,7 @@ from ncsn.runs.folder import STEPS, RunFolder
 from ncsn.runs.records import load_history
 from ncsn.steps.panels import sampled_panels
 from ncsn.steps.sample import LEVELS
-from ncsn.tracking.recorded import RecordedRun, step_runs, whole_run
-from ncsn.tracking.run import StepRun
+from ncsn.tracking.mlflow_runs import RecordedRun, StepRun, step_runs, whole_run
 
 REPORT = "report"
 BEST = "-best"

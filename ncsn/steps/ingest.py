@@ -14,7 +14,7 @@ from ncsn.data.statistics import Dataset
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
 from ncsn.steps.result import once
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 
 @dataclass(frozen=True)

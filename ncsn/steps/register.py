@@ -12,7 +12,6 @@ from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
@@ -23,10 +22,11 @@ from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
 from ncsn.steps.result import once
 from ncsn.tracking import registry
-from ncsn.tracking.connection import open_client, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, decision_record, not_finite, pass_gate
+from ncsn.tracking.client import open_client, shown, tracking_uri
+from ncsn.tracking.gate import Evidence, Measurement, Memorisation, decision_record, not_finite
+from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.model_card import Scores, model_card
-from ncsn.tracking.run import StepRun, step_run
+from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3

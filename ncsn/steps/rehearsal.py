@@ -36,8 +36,8 @@ from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.steps.small_experiment import FEW_IMAGES, IMAGES, RUN, own_cache, scaled_down, with_values
-from ncsn.tracking.connection import connect
-from ncsn.tracking.history import metric_history
+from ncsn.tracking.client import connect
+from ncsn.tracking.mlflow_runs import metric_history
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
@@ -53,7 +53,7 @@ from ncsn.config import from_json
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.steps import evaluate, ingest, register, report, sample, train
 config, started = from_json(sys.argv[1]), time.perf_counter()
-from ncsn.tracking.connection import connect
+from ncsn.tracking.client import connect
 connect(config)
 recorded = time.perf_counter()
 with ray_cluster(config):

@@ -13,7 +13,7 @@ from ncsn.runs.records import ProgressFile
 from ncsn.steps.gather import make_page, read_sources
 from ncsn.steps.panels import FIGURES
 from ncsn.steps.result import once
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 FILE = "report.html"
 

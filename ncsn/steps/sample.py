@@ -27,8 +27,7 @@ from ncsn.runs.folder import claim_run, run_folder
 from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.result import once
-from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import StepRun, step_run
+from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8

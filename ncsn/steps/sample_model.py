@@ -22,7 +22,7 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.figures import grid_png
 from ncsn.steps.sample import GRID_IMAGES
-from ncsn.tracking.connection import open_client_at, shown
+from ncsn.tracking.client import open_client_at, shown
 from ncsn.tracking.registry import fetch_weights
 from ncsn.tracking.versions import registry_errors, resolve_version
 

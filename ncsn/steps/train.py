@@ -19,8 +19,7 @@ from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.result import once
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import job_metadata, step_run
 from ncsn.training.loop import TrainingJob
 
 

@@ -27,8 +27,7 @@ from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
 from ncsn.steps.result import once
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import StepRun, step_run
+from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
 
 _MUCH = 0.1
 """Share of untrained weights in the running average from which on a rung says little about the trial."""

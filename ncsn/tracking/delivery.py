@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ncsn.tracking.connection import one_line
+from ncsn.tracking.client import one_line, set_tags
 from ncsn.tracking.journal import Entry, Journal, JournalInUseError, held, runs_with_journal
-from ncsn.tracking.lookup import set_tags
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -1,4 +1,4 @@
-"""The gate to the alias `champion`: what it looks at, how it decides, and what it leaves behind."""
+"""The gate to the alias `champion`: what it looks at, and how it decides. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,117 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from ncsn.evaluation.measurement import FingerprintMismatchError, Measurement, Memorisation
-from ncsn.tracking.promotions import Author, history, promote, settle
-from ncsn.tracking.versions import CHALLENGER, CHAMPION, set_alias, tag_version
+from ncsn.errors import UserError
+from ncsn.tracking.versions import (
+    CHAMPION,
+)
 
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
+COPY_ERRORS = 3
+"""Standard errors by which the share of copies may lie above that of real images."""
+
+
+class FingerprintMismatchError(UserError):
+    """Two figures that were measured in different ways."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure of merit.
+
+    Attributes:
+        name: `area/what_n<count>`, for example eval/classifier_fid_n512.
+        value: the figure.
+        uncertainty: its standard deviation over other samples of as many images.
+        num_images: generated images behind it.
+        fingerprint: hash of extractor, weights, resize, and reference split and data set.
+        lower_is_better: the direction of improvement.
+    """
+
+    name: str
+    value: float
+    uncertainty: float
+    num_images: int
+    fingerprint: str
+    lower_is_better: bool
+
+    def __str__(self) -> str:
+        """The figure and its uncertainty."""
+        return f"{self.value:.4g} \u00b1 {self.uncertainty:.2g}"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both numbers are."""
+        return math.isfinite(self.value) and math.isfinite(self.uncertainty)
+
+    def combined_uncertainty(self, other: Measurement) -> float:
+        """Standard deviation of the difference of the two: they come from samples that know nothing of each other."""
+        return math.hypot(self.uncertainty, other.uncertainty)
+
+    def better_than(self, other: Measurement) -> bool:
+        """Whether this figure is better by more than the combined uncertainty; NaN is never better.
+
+        Raises:
+            FingerprintMismatchError: if the two were not measured in the same way.
+        """
+        if (self.name, self.num_images) != (other.name, other.num_images):
+            raise FingerprintMismatchError(
+                self.name,
+                f"over {self.num_images} images cannot be compared with {other.name} over {other.num_images}",
+                hint="evaluate both with one extractor and as many images",
+            )
+        if self.fingerprint != other.fingerprint:
+            raise FingerprintMismatchError(
+                self.name,
+                f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
+                "reference images)",
+                hint="evaluate both again with one extractor and data set",
+            )
+        gain = other.value - self.value if self.lower_is_better else self.value - other.value
+        return gain > self.combined_uncertainty(other)
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """How many of the samples copy a training image, beside how many of real test images look like copies.
+
+    Attributes:
+        copies: samples among `num_images` that do.
+        num_images: samples that were looked at.
+        real_copies: real test images among `num_real_images` that do; those stand in the data more than once.
+        num_real_images: real test images that were looked at.
+    """
+
+    copies: int
+    num_images: int
+    real_copies: int
+    num_real_images: int
+
+    @property
+    def limit(self) -> float:
+        """Largest share of copies that chance explains: that of real images and three standard errors.
+
+        The standard error of the difference is that of two equal shares, estimated from both sets together.
+        """
+        pooled = (self.copies + self.real_copies) / (self.num_images + self.num_real_images)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / self.num_images + 1 / self.num_real_images))
+        return self.real_copies / self.num_real_images + COPY_ERRORS * error
+
+    @property
+    def passed(self) -> bool:
+        """Whether the samples copy no more than chance explains."""
+        return self.copies / self.num_images <= self.limit
+
+    def __str__(self) -> str:
+        """The two counts."""
+        return (
+            f"{self.copies} of {self.num_images} samples copy a training image, "
+            f"{self.real_copies} of {self.num_real_images} real ones do"
+        )
+
+
+Author = Literal["gate", "hand", "alias", "rollback", ""]
 
 
 @dataclass(frozen=True)
@@ -103,41 +206,9 @@ def decide(evidence: Evidence, *, version: str, champion: tuple[str, Measurement
     return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {number}")
 
 
-def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence) -> Decision:
-    """Make the version `challenger`, and `champion` if it may replace the present one.
-
-    The decision, its numbers and who was replaced become tags of the version. Asked again with the same evidence, it
-    returns the recorded decision and changes nothing; stopped at any point and asked again, it completes what it began.
-    """
-    recorded = recorded_decision(client, name, version)
-    if recorded is not None and recorded.evidence == evidence:
-        return recorded
-    set_alias(client, name=name, alias=CHALLENGER, version=version)
-    begun = (made for made in _promotions_of(client, name, version) if made.evidence == evidence)
-    decision = next(begun, None)
-    while decision is None:
-        last = settle(client, name)
-        made = decide(evidence, version=version, champion=known_champion(client, name, last.version))
-        if made.promoted and last.version != version:
-            written = json.dumps(asdict(made))
-            if not promote(client, name, version, after=last, by="gate", reason=made.reason, decision=written):
-                continue  # another pipeline promoted at the same moment: compare with that one
-        decision = made
-    settle(client, name)  # what was begun may lack its alias
-    tag_version(client, name, version, decision_tags(decision))
-    return decision
-
-
 def decision_record(decision: Decision, *, name: str, version: str, by: Author) -> dict[str, Any]:
     """What the artifact `gate.json` of the run that registered a version says."""
     return {"model": name, "version": version, "by": by, **asdict(decision)}
-
-
-def recorded_decision(client: MlflowClient, name: str, version: str) -> Decision | None:
-    """The decision that a version's tags hold; None if there is none, or one of a version 0.1.0 without uncertainty."""
-    written = client.get_model_version(name, version).tags.get("gate.decision")
-    values = json.loads(written) if written else {}
-    return Decision.from_plain(values) if "evidence" in values else None
 
 
 def _objection(evidence: Evidence) -> str:
@@ -149,24 +220,6 @@ def _objection(evidence: Evidence) -> str:
     if not evidence.memorisation.passed:
         return f"{evidence.memorisation}: more than chance explains (up to {evidence.memorisation.limit:.1%})"
     return ""
-
-
-def _promotions_of(client: MlflowClient, name: str, version: str) -> list[Decision]:
-    """The decisions by which the gate promoted a version, as the ledger has them, latest first.
-
-    It has them before the version's tags: its process may have been stopped in between.
-    """
-    entries = reversed(history(client, name))
-    written = (entry.decision for entry in entries if entry.version == version and entry.decision)
-    return [Decision.from_plain(json.loads(text)) for text in written]
-
-
-def known_champion(client: MlflowClient, name: str, version: str) -> tuple[str, Measurement | None] | None:
-    """A champion and its figure, for `decide`; None for no version."""
-    if not version:
-        return None
-    known = recorded_decision(client, name, version) or next(iter(_promotions_of(client, name, version)), None)
-    return version, None if known is None or known.evidence is None else known.evidence.measurement
 
 
 def decision_tags(decision: Decision) -> dict[str, str]:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.tracking.connection import TrackingError, one_line, open_client, page, shown
-from ncsn.tracking.lookup import set_tags, tag_filter
+from ncsn.tracking.client import TrackingError, one_line, open_client, page, set_tags, shown, tag_filter
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ncsn.storage import retry
-from ncsn.tracking.connection import client_at, one_line, shown
+from ncsn.tracking.client import client_at, one_line, shown
 from ncsn.tracking.delivery import Delivery, patience
 from ncsn.tracking.journal import Entry, Journal, JournalInUseError, now
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
-from ncsn.tracking.at_once import insert_or_find
-from ncsn.tracking.connection import TrackingError, one_line, shown
+from ncsn.tracking.client import TrackingError, insert_or_find, one_line, shown
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 LEDGER_SUFFIX = ".promotions"
-"""Ends the name of the companion model that `ncsn.tracking.promotions` keeps."""
+"""Ends the name of the companion model that `ncsn.tracking.promotion` keeps."""
 _SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5

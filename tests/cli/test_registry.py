@@ -16,9 +16,9 @@ from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
 from ncsn.cli.app import app
-from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.tracking.connection import client_at
-from ncsn.tracking.gate import Evidence, pass_gate
+from ncsn.tracking.client import client_at
+from ncsn.tracking.gate import Evidence, Measurement, Memorisation
+from ncsn.tracking.promotion import pass_gate
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ncsn.runs.records import Outcome, read_outcome, write_outcome
 from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.kfp_task import pipeline_task
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()

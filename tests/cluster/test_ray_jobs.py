@@ -150,7 +150,7 @@ def test_training_runs_as_a_job_and_what_is_rehearsed_happens_there(jobs: Jobs, 
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
     log = storage.read_text(f"{step}/driver.log")
     assert "images_seen" in log and "store-down at image 32" in log
-    from ncsn.tracking.connection import client_at
+    from ncsn.tracking.client import client_at
 
     client = client_at(jobs.nodes.environment["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("ncsn")
@@ -288,7 +288,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
 @slow
 def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Path) -> None:
     """What the search leaves in the store is trained and sampled there; the score comes back while images are made."""
-    from ncsn.tracking.connection import client_at
+    from ncsn.tracking.client import client_at
 
     root = from_yaml(config.read_text()).storage.root
     dataset = ingest.run(from_yaml(config.read_text()), run="sought").uri

@@ -19,7 +19,7 @@ from ray_nodes import RayNodes
 from same_run import assert_same_training, assert_told_once, checkpoints
 
 from ncsn import storage
-from ncsn.tracking.connection import client_at
+from ncsn.tracking.client import client_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from ncsn.runs.folder import STEPS
-from ncsn.tracking.connection import client_at
+from ncsn.tracking.client import client_at
 
 RUN = "outage"
 AWAY_SECONDS = 60

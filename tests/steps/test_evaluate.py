@@ -21,8 +21,8 @@ from ncsn.evaluation import pieces
 from ncsn.evaluation.classifier import ClassifierExtractor
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.frechet import RunningScore
-from ncsn.evaluation.measurement import Measurement, Memorisation
 from ncsn.steps import evaluate as step
+from ncsn.tracking.gate import Measurement, Memorisation
 
 
 @pytest.fixture(scope="module")

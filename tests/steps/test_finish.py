@@ -14,8 +14,8 @@ from ncsn.config import Config, from_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import run_folder
 from ncsn.steps import finish, ingest
-from ncsn.tracking.connection import ServerAwayError
-from ncsn.tracking.run import step_run
+from ncsn.tracking.client import ServerAwayError
+from ncsn.tracking.mlflow_runs import step_run
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 

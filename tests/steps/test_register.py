@@ -15,7 +15,7 @@ from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.figures import grid_png
 from ncsn.steps import ingest, register
-from ncsn.tracking.connection import connect
+from ncsn.tracking.client import connect
 
 EXPERIMENT = """
 name: tiny

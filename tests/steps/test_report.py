@@ -22,7 +22,7 @@ from ncsn.runs.records import TrainingHistory, level_loss
 from ncsn.steps import ingest, report
 from ncsn.steps.panels import SMALL_WORK, quick_work
 from ncsn.steps.sample import LEVELS
-from ncsn.tracking.connection import connect
+from ncsn.tracking.client import connect
 
 EXPERIMENT = """
 name: tiny

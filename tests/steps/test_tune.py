@@ -21,7 +21,7 @@ from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.steps import tune
-from ncsn.tracking.connection import connect
+from ncsn.tracking.client import connect
 
 TINY = """
 name: tiny

@@ -21,7 +21,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.tracking.connection import client_at
+from ncsn.tracking.client import client_at
 
 EXPERIMENT = """
 name: tiny

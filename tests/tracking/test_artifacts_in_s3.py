@@ -15,9 +15,9 @@ from refused import refused
 
 from ncsn.model.checkpoint import load_trained
 from ncsn.tracking import registry
-from ncsn.tracking.connection import TrackingError
+from ncsn.tracking.client import TrackingError
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.registry import Candidate, fetch_weights
-from ncsn.tracking.run import step_run
 
 SERVER = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", "sqlite:///server.db"]
 

@@ -9,11 +9,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from refused import refused
 
-from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.tracking.by_hand import promote_version, roll_back
-from ncsn.tracking.connection import connect
-from ncsn.tracking.gate import Evidence, pass_gate, recorded_decision
-from ncsn.tracking.run import step_run
+from ncsn.tracking.client import connect
+from ncsn.tracking.gate import Evidence, Measurement, Memorisation
+from ncsn.tracking.mlflow_runs import step_run
+from ncsn.tracking.promotion import pass_gate, promote_version, recorded_decision, roll_back
 
 
 def evidence(value: float) -> Evidence:
@@ -129,7 +128,7 @@ def test_what_a_stopped_promotion_did_not_write_the_next_call_writes(client, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ncsn.tracking.by_hand._leave", stopped)
+        patch.setattr("ncsn.tracking.promotion._leave", stopped)
         with pytest.raises(KeyboardInterrupt):
             promote_version(client, "stopped", force=True)
     assert not recorded_decision(client, "stopped", second).promoted

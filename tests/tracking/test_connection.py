@@ -15,21 +15,13 @@ import pytest
 from refused import refused
 
 from ncsn.errors import MISSING
-from ncsn.tracking import connection
-from ncsn.tracking.connection import (
-    ServerAwayError,
-    TrackingError,
-    client_at,
-    connect,
-    server_command,
-    shown,
-    tracking_uri,
-)
+from ncsn.tracking import client
+from ncsn.tracking.client import ServerAwayError, TrackingError, client_at, connect, server_command, shown, tracking_uri
 
 BOTH_START = """
 import sys
 from ncsn.config import from_json
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 with step_run(from_json(sys.argv[1]), run="both", step=sys.argv[2]) as tracked:
     for step in range(40):
@@ -85,7 +77,7 @@ def test_closed_port_is_named_at_once(make_config):
 
 
 def test_server_that_accepts_and_says_nothing_is_given_up(make_config, monkeypatch):
-    monkeypatch.setattr(connection, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(client, "PROBE_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with refused(f"http://127.0.0.1:{port}", error=ServerAwayError):
@@ -167,12 +159,12 @@ def _answering(status: int) -> Iterator[str]:
 
 def test_links_lead_where_people_open_mlflow(monkeypatch):
     where = "/#/experiments/1/runs/abc?workflowType=machine_learning"
-    monkeypatch.delenv(connection.UI, raising=False)
+    monkeypatch.delenv(client.UI, raising=False)
     assert (
-        connection.page("http://user:secret@mlflow.ncsn-system:5000", "1", "abc")
+        client.page("http://user:secret@mlflow.ncsn-system:5000", "1", "abc")
         == f"http://mlflow.ncsn-system:5000{where}"
     )
-    assert connection.page("sqlite:////tmp/mlflow.db", "1", "abc") == ""
-    monkeypatch.setenv(connection.UI, "https://mlflow.example/")
+    assert client.page("sqlite:////tmp/mlflow.db", "1", "abc") == ""
+    monkeypatch.setenv(client.UI, "https://mlflow.example/")
     for uri in ("http://mlflow.ncsn-system:5000", "postgresql://mlflow@postgres/mlflow"):
-        assert connection.page(uri, "1", "abc") == f"https://mlflow.example{where}"
+        assert client.page(uri, "1", "abc") == f"https://mlflow.example{where}"

@@ -9,7 +9,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 
 from ncsn.tracking.ending import conclude, endings
 from ncsn.tracking.journal import Entry, held, runs_with_journal
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 
 class Refuses:

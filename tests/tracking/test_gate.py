@@ -10,11 +10,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from refused import refused
 
-from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.tracking.by_hand import promote_version, roll_back
-from ncsn.tracking.connection import connect
-from ncsn.tracking.gate import Decision, Evidence, decide, not_finite, pass_gate
-from ncsn.tracking.promotions import history
+from ncsn.tracking.client import connect
+from ncsn.tracking.gate import Decision, Evidence, Measurement, Memorisation, decide, not_finite
+from ncsn.tracking.promotion import history, pass_gate, promote_version, roll_back
 from ncsn.tracking.versions import aliases_of
 
 NAN = float("nan")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ncsn.tracking.history import metric_history
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import metric_history, step_run
 
 
 def test_points_of_a_step_are_read_back_in_order(config):

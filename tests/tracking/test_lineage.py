@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from refused import refused
 
-from ncsn.tracking.connection import connect
+from ncsn.tracking.client import connect
 from ncsn.tracking.lineage import Link, trace
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.versions import LEDGER_SUFFIX
 
 DIGEST = "5f" * 32

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ncsn.model.generate import complete, generate
-from ncsn.tracking.packaging import requirements, write_model
+from ncsn.tracking.registry import requirements, write_model
 
 LOAD = """
 import sys

@@ -11,9 +11,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from ncsn.report.figures import grid_png
-from ncsn.tracking.connection import page, runs_page
+from ncsn.tracking.client import page, runs_page
+from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.registry import Candidate, register
-from ncsn.tracking.run import StepRun, step_run
 
 PATIENCE = 60_000
 RUN = "seen-by-a-browser"

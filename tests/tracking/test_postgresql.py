@@ -22,7 +22,7 @@ from mlflow.entities import Metric
 
 from ncsn import storage
 from ncsn.tracking import sink as sinks
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 
 MANIFEST = Path(__file__).parents[2] / "infra" / "base" / "mlflow" / "deployment.yaml"
 PASSWORD = "p:a/s?s w@rd"

@@ -9,9 +9,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from ncsn.tracking.connection import open_client_at
-from ncsn.tracking.gate import recorded_decision
-from ncsn.tracking.promotions import champion_version, history
+from ncsn.tracking.client import open_client_at
+from ncsn.tracking.promotion import champion_version, history, recorded_decision
 from ncsn.tracking.versions import LEDGER_SUFFIX, set_alias, tag_version
 
 PIPELINE = """
@@ -19,8 +18,9 @@ import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
 from mlflow.tracking import MlflowClient
-from ncsn.evaluation.measurement import Measurement, Memorisation
-from ncsn.tracking.gate import Evidence, pass_gate
+from ncsn.tracking.gate import Measurement, Memorisation
+from ncsn.tracking.gate import Evidence
+from ncsn.tracking.promotion import pass_gate
 
 uri, version, value, meeting = sys.argv[1], sys.argv[2], float(sys.argv[3]), Path(sys.argv[4])
 

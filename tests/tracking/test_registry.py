@@ -12,8 +12,8 @@ from refused import refused
 from ncsn.errors import ConfigError
 from ncsn.model.checkpoint import SamplingCheckpoint, load_trained
 from ncsn.tracking import registry
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.registry import Candidate, fetch_weights
-from ncsn.tracking.run import step_run
 from ncsn.tracking.versions import has_version, require_model_name
 
 

@@ -16,10 +16,9 @@ from refused import refused
 
 from ncsn.config import flatten, from_yaml
 from ncsn.runs.costs import load_prices
-from ncsn.tracking.connection import TrackingError, client_at, connect, tracking_uri
-from ncsn.tracking.provenance import provenance
-from ncsn.tracking.recorded import job_metadata
-from ncsn.tracking.run import StepRun, step_run
+from ncsn.tracking.client import TrackingError, client_at, connect, tracking_uri
+from ncsn.tracking.lineage import provenance
+from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
 
 
 def test_steps_of_a_run_are_children_of_one_parent(config):

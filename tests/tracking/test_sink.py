@@ -18,7 +18,7 @@ import torch
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.tracking import sink as sinks
-from ncsn.tracking.run import step_run
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.sink import MetricsSink
 from ncsn.training import metrics as previews
 from ncsn.training.context import LocalContext

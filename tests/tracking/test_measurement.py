@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from refused import refused
 
-from ncsn.evaluation.measurement import FingerprintMismatchError, Measurement, Memorisation
+from ncsn.tracking.gate import FingerprintMismatchError, Measurement, Memorisation
 
 FID = Measurement(
     name="eval/classifier_fid_n512",

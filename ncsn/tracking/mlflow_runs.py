@@ -19,20 +19,42 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
-from ncsn.runs.costs import read_plan, step_costs
-from ncsn.tracking.at_once import insert_or_find
-from ncsn.tracking.connection import Connection, TrackingError, connect, one_line, shown
-from ncsn.tracking.costs import log_plan
+from ncsn.runs.costs import PLAN, read_plan, step_costs
+from ncsn.tracking.client import (
+    BATCH,
+    PARAM_LENGTH,
+    Connection,
+    TrackingError,
+    connect,
+    find_or_create,
+    insert_or_find,
+    log_params,
+    one_line,
+    page,
+    set_tags,
+    shown,
+    tag_filter,
+)
 from ncsn.tracking.delivery import send_leftovers
 from ncsn.tracking.ending import conclude, endings
 from ncsn.tracking.journal import Entry, now, runs_with_journal
-from ncsn.tracking.lookup import BATCH, PARAM_LENGTH, find_or_create, log_params, set_tags
-from ncsn.tracking.provenance import provenance
+from ncsn.tracking.lineage import kfp_run, provenance
 from ncsn.tracking.sink import MetricsSink
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
+
+
+PLANNED = "ncsn.planned_at"
+
+
+def log_plan(client: MlflowClient, parent: Run, plan: dict[str, Any]) -> None:
+    """Keep the plan with the run of the pipeline, once."""
+    if parent.data.tags.get(PLANNED) != plan["made_at"]:
+        client.log_text(parent.info.run_id, json.dumps(plan, indent=1), PLAN)
+        set_tags(client, parent.info.run_id, {PLANNED: plan["made_at"]})
+
 
 TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
@@ -282,3 +304,69 @@ def _describe(client: MlflowClient, run: Run, config: Config) -> None:
     changed = [f"{path}: {known[path]} -> {value}" for path, value in params.items() if known.get(path, value) != value]
     if changed:
         set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
+
+
+def metric_history(config: Config, *, run: str, step: str, name: str) -> list[tuple[int, float]]:
+    """The points (images seen, value) of one metric of one step, in their order; empty if there is no such run.
+
+    Raises:
+        TrackingError: if the tracking server cannot be used.
+    """
+    connection = connect(config)
+    query = tag_filter({**run_identity(config, run), "ncsn.step": step})
+    found = connection.client.search_runs([connection.experiment_id], query, max_results=1)
+    points = [
+        (metric.step, metric.value)
+        for each in found
+        for metric in connection.client.get_metric_history(each.info.run_id, name)
+    ]
+    return sorted(points)
+
+
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run in MLflow.
+
+    Attributes:
+        run_id: Its id.
+        tags: Its tags.
+        page: Address of its page; empty if the runs are not on a server.
+    """
+
+    run_id: str
+    tags: Mapping[str, str]
+    page: str
+
+
+def whole_run(tracked: StepRun) -> RecordedRun:
+    """The run of the whole pipeline that a step belongs to."""
+    return _recorded(tracked, tracked.client.get_run(tracked.parent_run_id))
+
+
+def step_runs(tracked: StepRun) -> dict[str, RecordedRun]:
+    """Step -> its latest run, of the pipeline run that `tracked` belongs to."""
+    found = tracked.client.search_runs(
+        [tracked.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{tracked.parent_run_id}'",
+        max_results=MOST_STEPS,
+        order_by=["attributes.start_time ASC"],
+    )
+    return {run.data.tags["ncsn.step"]: _recorded(tracked, run) for run in found if "ncsn.step" in run.data.tags}
+
+
+def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
+    """What a Ray job says of itself in Ray's own pages: which step it is, and its runs in MLflow and KFP."""
+    recorded = _recorded(tracked, tracked.client.get_run(tracked.run_id))
+    names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id}
+    return names | {"mlflow.run": recorded.page or shown(tracked.uri)} | kfp_run()
+
+
+def _recorded(tracked: StepRun, run: Run) -> RecordedRun:
+    return RecordedRun(
+        run_id=run.info.run_id,
+        tags=dict(run.data.tags),
+        page=page(tracked.uri, run.info.experiment_id, run.info.run_id),
+    )
