@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ncsn.report.costs import duration
+from ncsn.report.words import duration
 
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:

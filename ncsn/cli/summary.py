@@ -13,7 +13,7 @@ from rich.table import Table
 from ncsn import storage
 from ncsn.cli.inputs import DEFAULT_ROOT
 from ncsn.config import Config
-from ncsn.report.result_lines import result_line
+from ncsn.report.words import result_line
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 

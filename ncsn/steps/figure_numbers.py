@@ -26,7 +26,7 @@ from ncsn.evaluation.scores import nearest_neighbours
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import complete, generate, interpolate, level_images
-from ncsn.report.stages import Stages
+from ncsn.report.images import Stages
 
 Images = NDArray[np.uint8]
 Space = Literal["pixels", "features"]

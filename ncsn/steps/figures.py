@@ -177,7 +177,7 @@ def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
 
 
 def _draw_images(sheet: _Sheet, subject: Subject) -> None:
-    from ncsn.report.panels import (
+    from ncsn.report.images import (
         MAX_STAGES,
         inpainting_panel,
         interpolation_panel,
@@ -214,7 +214,7 @@ def _draw_quality(
     num_images: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    from ncsn.report.quality import money_note, quality_plot
+    from ncsn.report.diagnostics import money_note, quality_plot
 
     measured = numbers.quality(subject, nfe=nfe, num_images=num_images, progress=progress)
     sheet.figures["quality_nfe"] = quality_plot(measured, prices)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.report.run_page import RunFacts, run_page
+from ncsn.report.cards import RunFacts, run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, stored_error, stored_record, write_outcome
 from ncsn.tracking.lineage import container_image, kfp_run

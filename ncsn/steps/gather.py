@@ -17,17 +17,10 @@ from ncsn.evaluation.samples import read_samples
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.report.costs import cost_facts
-from ncsn.report.film import film
-from ncsn.report.hints import average_hints, linear_loss, sampler_hints
-from ncsn.report.lineage import tag_facts
-from ncsn.report.neighbours import neighbours
-from ncsn.report.page import Fact, Figures, Film, Neighbour, Page, Picture, Scores, Timing
-from ncsn.report.result_lines import result_line
-from ncsn.report.scores import read_figures, score_rows
-from ncsn.report.search import search_panel
-from ncsn.report.story import Facts, judge, lead, tiles
-from ncsn.report.training import training_panel
+from ncsn.report.diagnostics import Facts, average_hints, judge, lead, linear_loss, sampler_hints, tiles, training_panel
+from ncsn.report.images import film, neighbours
+from ncsn.report.page import Fact, Figures, Film, Neighbour, Page, Picture, Scores, Timing, search_panel, tag_facts
+from ncsn.report.words import cost_facts, read_figures, result_line, score_rows
 from ncsn.runs.costs import ledger, prices_of, read_plan
 from ncsn.runs.folder import STEPS, RunFolder
 from ncsn.runs.records import load_history

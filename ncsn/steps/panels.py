@@ -12,9 +12,9 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import evaluations_per_image
+from ncsn.report.diagnostics import quality_panel
+from ncsn.report.images import inpainting_panel
 from ncsn.report.page import Figures, Picture
-from ncsn.report.panels import inpainting_panel
-from ncsn.report.quality import quality_panel
 from ncsn.report.style import to_png
 from ncsn.runs.costs import Prices
 from ncsn.steps import figure_numbers as numbers

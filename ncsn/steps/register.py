@@ -15,8 +15,9 @@ from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.report.costs import cost_line
-from ncsn.report.neighbours import neighbours_png
+from ncsn.report.images import neighbours_png
+from ncsn.report.model_card import Scores, model_card
+from ncsn.report.words import cost_line
 from ncsn.runs.costs import ledger
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
@@ -25,7 +26,6 @@ from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorisation, decision_record, not_finite
 from ncsn.tracking.mlflow_runs import StepRun, step_run
-from ncsn.tracking.model_card import Scores, model_card
 from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 

@@ -21,8 +21,7 @@ from ncsn.evaluation.reference import obtain_judge
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
-from ncsn.report.figures import grid_png, strip_png
-from ncsn.report.stages import Stages, denoising_gif, images_in_gif
+from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
 from ncsn.runs.folder import claim_run, run_folder
 from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.elsewhere import elsewhere

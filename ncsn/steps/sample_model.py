@@ -20,7 +20,7 @@ from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
-from ncsn.report.figures import grid_png
+from ncsn.report.images import grid_png
 from ncsn.steps.sample import GRID_IMAGES
 from ncsn.tracking.client import open_client_at, shown
 from ncsn.tracking.registry import fetch_weights

@@ -10,7 +10,7 @@ from ncsn.config import Config
 from ncsn.config.search import EPSILON, variant
 from ncsn.distributed.trials import Rung, SearchPlan, TrialRecord
 from ncsn.errors import UserError
-from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
+from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.cli.inputs import resolve
-from ncsn.report.costs import duration
+from ncsn.report.words import duration
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from ncsn.distributed.faults import rehearsal
 from ncsn.distributed.sampling import Shard, missing_ranges, sample_missing, shards, watch_levels
 from ncsn.model.checkpoint import CheckpointError, verify
 from ncsn.model.checkpoint_store import BestCheckpoint
-from ncsn.report.stages import Stages
+from ncsn.report.images import Stages
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ncsn.report.figures import grid_png
-from ncsn.report.film import film
-from ncsn.report.neighbours import neighbours
+from ncsn.report.diagnostics import training_panel
+from ncsn.report.images import film, grid_png, neighbours
 from ncsn.report.page import Fact, Figures, Page, Picture, Scores, Tile, Timing
-from ncsn.report.scores import score_rows
-from ncsn.report.training import training_panel
+from ncsn.report.words import score_rows
 
 METRICS = {
     "eval/classifier_score_n64": 1.23,

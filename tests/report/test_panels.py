@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ncsn.report.panels import MAX_STAGES, inpainting_panel, interpolation_panel, neighbours_panel, samples_at_levels
+from ncsn.report.images import MAX_STAGES, inpainting_panel, interpolation_panel, neighbours_panel, samples_at_levels
 from ncsn.report.style import to_png
 
 

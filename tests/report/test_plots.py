@@ -9,17 +9,18 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from ncsn.report.diagnostics import quality_panel, quality_plot
 from ncsn.report.plots import (
     LevelLosses,
     NfeCurve,
+    epsilon_versus_quality,
     loss_curves,
     loss_heat_map,
     quality_versus_nfe,
+    search_coordinates,
     timing_bars,
     under_trained_levels,
 )
-from ncsn.report.quality import quality_panel, quality_plot
-from ncsn.report.search_plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import INK, LEVEL_COLOURS, PALETTE, to_png, to_svg
 from ncsn.runs.costs import load_prices
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ncsn.report.run_page import RunFacts, run_page
+from ncsn.report.cards import RunFacts, run_page
 
 FACTS = RunFacts(
     run="mine",

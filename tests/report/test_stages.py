@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ncsn.report.stages import GIF_BYTES, Stages, denoising_gif, images_in_gif
+from ncsn.report.images import GIF_BYTES, Stages, denoising_gif, images_in_gif
 
 
 def noise(*shape: int) -> np.ndarray:

@@ -14,13 +14,10 @@ from PIL import Image
 from ncsn.config.choices import AnnealedLangevinConfig, ProbabilityFlowConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
-from ncsn.report.costs import cost_facts, cost_line
-from ncsn.report.film import MOST_PIXEL_BYTES, film
-from ncsn.report.hints import average_hints, linear_loss, sampler_hints, training_hints
-from ncsn.report.lineage import tag_facts
-from ncsn.report.scores import read_figures, score_rows
-from ncsn.report.search import search_panel
-from ncsn.report.training import MOST_POINTS, thinned
+from ncsn.report.diagnostics import MOST_POINTS, average_hints, linear_loss, sampler_hints, thinned, training_hints
+from ncsn.report.images import MOST_PIXEL_BYTES, film
+from ncsn.report.page import search_panel, tag_facts
+from ncsn.report.words import cost_facts, cost_line, read_figures, score_rows
 
 METRICS = {
     "eval/classifier_score_n512": 8.0,

@@ -14,7 +14,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
 from ncsn.model import checkpoint
-from ncsn.report.figures import grid_png
+from ncsn.report.images import grid_png
 from ncsn.steps import evaluate, ingest, register, report
 
 EXPERIMENT = """

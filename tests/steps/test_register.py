@@ -13,7 +13,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
-from ncsn.report.figures import grid_png
+from ncsn.report.images import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking.client import connect
 

@@ -16,7 +16,7 @@ from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
-from ncsn.report.figures import grid_png
+from ncsn.report.images import grid_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import TrainingHistory, level_loss
 from ncsn.steps import ingest, report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ncsn.data.format import Manifest
-from ncsn.tracking.model_card import Scores, model_card
+from ncsn.report.model_card import Scores, model_card
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 

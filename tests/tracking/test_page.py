@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from ncsn.report.figures import grid_png
+from ncsn.report.images import grid_png
 from ncsn.tracking.client import page, runs_page
 from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.registry import Candidate, register

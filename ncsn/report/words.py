@@ -1,12 +1,12 @@
-"""Figures of merit in words: what each one says, and the samples' beside that of real images."""
+"""Metrics, results and costs in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ncsn.report.page import ScoreRow
+from ncsn.report.page import Fact, ScoreRow
 
 REAL = "eval/real_"
 GENERATED = "eval/"
@@ -136,3 +136,82 @@ def _bars(value: float, real: float | None) -> tuple[float | None, float | None]
         return None, None
     scale = 1.1 * max(value, real)
     return round(100 * value / scale, 1), round(100 * real / scale, 1)
+
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h` or `4.0 days`."""
+    if seconds < 2 * MINUTE:
+        return f"{seconds:,.0f} s"
+    if seconds < 2 * HOUR:
+        return f"{seconds / MINUTE:,.1f} min"
+    return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
+
+
+def cost_line(ledger: Mapping[str, Any]) -> str:
+    """The whole run in one line; empty if no step has an account."""
+    actual = ledger["actual"]
+    return _words(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
+
+
+def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
+    """What the steps took together, what was planned, and what images cost that are made after training.
+
+    Args:
+        ledger: As `ncsn.runs.costs.ledger` gives it.
+        num_images: Images that the sample step made.
+    """
+    currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
+    if not steps:
+        return
+    yield Fact("Taken", _words(ledger["actual"]["total"], currency))
+    if ledger["plan"] is not None:
+        yield Fact("Planned", _words(ledger["plan"]["total"], currency))
+    if "sample" in steps and num_images:
+        share = 1000 / num_images
+        per_thousand = {name: share * value for name, value in steps["sample"].items()}
+        yield Fact("Per 1,000 images", _words(per_thousand, currency))
+
+
+def _words(cost: Mapping[str, float], currency: str) -> str:
+    gpu = f" · {cost['gpu_hours']:,.2g} GPU hours" if cost["gpu_hours"] else ""
+    return (
+        f"{duration(cost['seconds'])} · {cost['cpu_hours']:,.2g} CPU hours{gpu} · {cost['money']:,.2g} {currency} · "
+        f"{cost['kwh']:,.2g} kWh"
+    )
+
+
+DIGEST_SHOWN = 12
+
+
+def result_line(step: str, result: Mapping[str, Any]) -> str:
+    """What came of a step.
+
+    Args:
+        step: Its name.
+        result: Its stored result, as plain values.
+    """
+    match step:
+        case "ingest":
+            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
+            return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
+        case "tune":
+            before = "" if result["baseline"] is None else f" (the config as it stands: {result['baseline']:.4g})"
+            return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
+        case "train":
+            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+            return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
+        case "sample":
+            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations each"
+        case "evaluate":
+            return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
+        case "register":
+            aliases = ", ".join(result["aliases"]) or "no alias"
+            return f"{result['model']} version {result['version']} ({aliases})"
+        case "figures":
+            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
+        case "report":
+            return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
+    raise AssertionError(step)

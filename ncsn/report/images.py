@@ -1,0 +1,367 @@
+"""Pictures of images: grids, strips, panels, animations, neighbors."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from ncsn.core.images import image_grid
+from ncsn.report.page import Film, Neighbour, Picture
+from ncsn.report.style import PALETTE, bare, new_figure, styled
+
+Images = NDArray[np.uint8]
+
+GIF_BYTES = 1_000_000
+"""Most of a GIF; noise does not compress, so large images get fewer frames."""
+GIF_PIXELS = 36_000
+"""Most pixels of a frame; large images are fewer."""
+GIF_COLOURS = 32
+GIF_BITS = 7
+"""Of a pixel of noise in so many colours, once compressed, at most."""
+FEWEST_FRAMES = 5
+FRAME_MS, LAST_FRAME_MS = 90, 2500
+
+
+def evenly_spread(count: int, *, most: int) -> list[int]:
+    """At most `most` of the numbers from 0 to `count` - 1, ascending, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
+
+
+class Stages:
+    """Takes the images of each stage and keeps at most `limit` of the stages, evenly spread, and always the last.
+
+    Whenever it is full, it lets every second stage go and takes half as many from there on, so it need not know how
+    many will come.
+
+    Args:
+        limit: Stages kept at most, at least 3.
+    """
+
+    def __init__(self, limit: int) -> None:
+        if limit < 3:
+            raise ValueError(f"limit must be at least 3 stages, got {limit}")
+        self._limit = limit
+        self._every = 1
+        self._kept: dict[int, Images] = {}
+        self._last: tuple[int, Images] | None = None
+
+    def add(self, stage: int, images: Images) -> None:
+        """Take `[N, H, W, C]` uint8 of a stage; stages count from 0."""
+        self._last = stage, images
+        if stage % self._every == 0:
+            self._kept[stage] = images
+        if len(self._kept) == self._limit:
+            self._every *= 2
+            self._kept = {number: kept for number, kept in self._kept.items() if number % self._every == 0}
+
+    @property
+    def numbers(self) -> list[int]:
+        """The stages that are kept, ascending."""
+        return sorted({*self._kept, *([self._last[0]] if self._last else [])})
+
+    @property
+    def frames(self) -> Images:
+        """`[stages, N, H, W, C]` uint8 of the stages that are kept.
+
+        Raises:
+            ValueError: if there was none.
+        """
+        if self._last is None:
+            raise ValueError("there are no stages")
+        kept = self._kept | dict([self._last])
+        return np.stack([kept[number] for number in self.numbers])
+
+
+def images_in_gif(image_size: int) -> int:
+    """How many square images a frame has room for: 25, or the square number that fits."""
+    side = min(5, math.isqrt(GIF_PIXELS) // (image_size + 1))
+    return max(1, side) ** 2
+
+
+def denoising_gif(frames: Images) -> bytes:
+    """A GIF that shows a grid of images form, and starts anew after a pause.
+
+    Args:
+        frames: `[stages, N, H, W, C]` uint8, most noise first.
+
+    Returns:
+        A GIF file of less than 1 MB for images up to 256 x 256; stages are left out if it takes that.
+    """
+    columns = math.isqrt(frames.shape[1])
+    size = image_grid(frames[-1], columns=columns).shape
+    factor = max(1, math.isqrt(GIF_PIXELS) // max(size[:2]))
+    room = max(FEWEST_FRAMES, GIF_BYTES * 8 // (GIF_BITS * size[0] * size[1] * factor**2))
+    chosen = frames[evenly_spread(len(frames), most=room)]
+    grids = [image_grid(stage, columns=columns).repeat(factor, axis=0).repeat(factor, axis=1) for stage in chosen]
+    pictures = _in_few_colours(grids)
+    while len(data := _gif(pictures)) > GIF_BYTES and len(pictures) > FEWEST_FRAMES:
+        pictures = [*pictures[:-1:2], pictures[-1]]
+    return data
+
+
+def _in_few_colours(grids: list[Images]) -> list[Image.Image]:
+    """Pictures of few colours, which a GIF stores in few bits: greys, or those of the last grid."""
+    if grids[0].shape[-1] == 1:
+        step = 255 / (GIF_COLOURS - 1)
+        return [Image.fromarray((np.round(grid[..., 0] / step) * step).astype(np.uint8)) for grid in grids]
+    palette = Image.fromarray(grids[-1]).quantize(GIF_COLOURS)
+    return [Image.fromarray(grid).quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
+
+
+def _gif(pictures: list[Image.Image]) -> bytes:
+    buffer = io.BytesIO()
+    durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+GAP = 1 / 14
+"""Between images, of their side."""
+CELL_INCHES = 0.62
+MAX_STAGES = 12
+
+
+@styled
+def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
+    """Images as annealing makes them: one row per image, one column per stage, most noise left.
+
+    Args:
+        frames: [stages, N, H, W, C], the start and then one per visited level; at most 12 of them, the first and the
+            last among these, are shown.
+        sigmas: Sigma of each visited level, one fewer than the stages.
+
+    Raises:
+        ValueError: if the numbers of stages and levels do not fit.
+    """
+    if len(sigmas) != len(frames) - 1:
+        raise ValueError(f"expected one sigma for each of {len(frames) - 1} levels after the start, got {len(sigmas)}")
+    shown = evenly_spread(len(frames), most=MAX_STAGES)
+    names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
+    figure, axes = _panel([list(row) for row in frames[shown].swapaxes(0, 1)], header=names)
+    axes.set_xlabel("sigma of the level just finished (pixels in [0, 1])")
+    return figure
+
+
+@styled
+def neighbours_panel(
+    samples: Images, neighbours: Images, *, distances: NDArray[np.float64] | None = None, memorised: Sequence[bool] = ()
+) -> Figure:
+    """Samples, each beside its nearest training images.
+
+    Args:
+        samples: [N, H, W, C].
+        neighbours: [N, k, H, W, C], nearest first.
+        distances: [N, k], written below each neighbour.
+        memorised: [N], marks the samples that are copies.
+    """
+    count = neighbours.shape[1]
+    header = ["sample", "nearest", *(str(place) for place in range(2, count + 1))]
+    figure, axes = _panel(
+        [[sample, *row] for sample, row in zip(samples, neighbours, strict=True)],
+        header=header,
+        captions=None if distances is None else [["", *map(_digits, row)] for row in distances],
+        apart=1,
+    )
+    for row in np.flatnonzero(memorised):
+        place = (0.5, row * _pitch(captions=distances is not None) + 0.98)
+        box = {"facecolor": PALETTE[1], "edgecolor": "none", "pad": 1}
+        axes.annotate("copy", place, color="white", fontsize=6, ha="center", va="bottom", bbox=box)
+    return figure
+
+
+@styled
+def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np.bool_]) -> Figure:
+    """Test images, what was given of them, and its completions.
+
+    Args:
+        originals: [N, H, W, C].
+        completions: [N, k, H, W, C].
+        mask: [H, W], true where a pixel was given.
+    """
+    given = [np.where(mask[..., None], image, np.uint8(128)) for image in originals]
+    rows = [[image, part, *made] for image, part, made in zip(originals, given, completions, strict=True)]
+    count = completions.shape[1]
+    return _panel(rows, header=["original", "given", *(f"{number}" for number in range(1, count + 1))], apart=2)[0]
+
+
+@styled
+def interpolation_panel(images: Images) -> Figure:
+    """Generated images, and what lies between each two of them: one row per pair.
+
+    Args:
+        images: [pairs, N, H, W, C], an image at each end of a row.
+    """
+    between = (f"{k / (images.shape[1] - 1):.2f}" for k in range(1, images.shape[1] - 1))
+    figure, axes = _panel([list(row) for row in images], header=["one", *between, "other"])
+    axes.set_xlabel("share of the way from the noise of the one image to that of the other")
+    return figure
+
+
+def _panel(
+    rows: Sequence[Sequence[Images]],
+    *,
+    header: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
+    apart: int = 0,
+) -> tuple[Figure, Axes]:
+    """Equal images in rows; one unit of the axes is one image.
+
+    Args:
+        rows: Images [H, W, C].
+        header: A word above each column.
+        captions: A word below each image.
+        apart: So many columns at the left stand a little apart from the others.
+    """
+    pitch, shift = _pitch(captions=captions is not None), 0.25 if apart else 0.0
+    width, height = len(header) * (1 + GAP) + shift, len(rows) * pitch
+    figure = new_figure(CELL_INCHES * width + 0.2, CELL_INCHES * height + 0.5)
+    axes = bare(figure.subplots())
+    for column, word in enumerate(header):
+        left = column * (1 + GAP) + (shift if column >= apart else 0.0)
+        axes.annotate(word, (left + 0.5, -0.1), ha="center", va="bottom", fontsize=8, annotation_clip=False)
+        for row, images in enumerate(rows):
+            top = row * pitch
+            image = images[column][..., 0] if images[column].shape[-1] == 1 else images[column]
+            place = (left, left + 1, top + 1, top)
+            axes.imshow(image, extent=place, cmap="gray", vmin=0, vmax=255, interpolation="none")
+            if captions is not None:
+                axes.annotate(captions[row][column], (left + 0.5, top + 1.03), ha="center", va="top", fontsize=6)
+    axes.set(xlim=(0, width), ylim=(height, -0.05), aspect="equal")
+    return figure, axes
+
+
+def _digits(distance: float) -> str:
+    """Three digits, and all whole ones of a large number: 1.06e+03 is hard to compare with 998."""
+    return f"{distance:.0f}" if distance >= 100 else f"{distance:.3g}"
+
+
+def _pitch(*, captions: bool) -> float:
+    """Distance of two rows."""
+    return 1 + GAP + (0.22 if captions else 0.0)
+
+
+GRID_PIXELS = 960
+"""Wanted side of a picture; small images are enlarged by whole factors."""
+
+
+def grid_png(images: NDArray[np.uint8], *, columns: int | None = None) -> bytes:
+    """Images in rows, enlarged without smoothing so that each pixel can be seen.
+
+    Args:
+        images: `[N, H, W, C]` uint8, C = 1 or 3.
+        columns: Images per row; None makes the picture about square.
+
+    Returns:
+        A PNG file.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return png_bytes(np.asarray(image_grid(images, columns=columns, padding=1)))
+
+
+def strip_png(frames: NDArray[np.uint8]) -> bytes:
+    """One row per image, one column per stage of annealing, most noise left.
+
+    Args:
+        frames: `[stages, N, H, W, C]` uint8.
+
+    Returns:
+        A PNG file.
+    """
+    stages, count = frames.shape[:2]
+    return grid_png(frames.swapaxes(0, 1).reshape(stages * count, *frames.shape[2:]), columns=stages)
+
+
+def png_bytes(picture: NDArray[np.uint8], *, enlarge: bool = True) -> bytes:
+    """`[H, W, C]` uint8 as a PNG file, small pictures enlarged by a whole factor if wanted."""
+    factor = max(1, GRID_PIXELS // max(picture.shape[:2])) if enlarge else 1
+    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+MOST_PIXEL_BYTES = 1_000_000
+"""Of all frames together, because noise does not compress."""
+MOST_FRAMES = 48
+FEWEST_FILM_FRAMES = 8
+
+
+def film(frames: NDArray[np.uint8], *, sigmas: Sequence[float]) -> Film:
+    """A film of at most 48 frames; large images are fewer.
+
+    Args:
+        frames: `[stages, N, H, W, C]` uint8: the start, the images after each level, and last the finished ones.
+        sigmas: Noise of each level; if there is not one per stage after the start, stages are numbered.
+    """
+    frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FILM_FRAMES * frames[0, 0].size))]
+    stages, count = frames.shape[:2]
+    chosen = evenly_spread(stages, most=max(2, min(MOST_FRAMES, MOST_PIXEL_BYTES // frames[0].size)))
+    rows = [image_grid(frames[stage], columns=count) for stage in chosen]
+    height, width = rows[0].shape[:2]
+    picture = Picture(
+        png_bytes(np.concatenate(rows), enlarge=False),
+        alt=f"{count} images at {len(chosen)} stages, from noise at the top to the finished images at the bottom",
+    )
+    return Film(picture, size=(width, height), labels=[_label(stage, stages, sigmas) for stage in chosen])
+
+
+def _label(stage: int, stages: int, sigmas: Sequence[float]) -> str:
+    if stage == 0:
+        return "start: noise"
+    if stage == stages - 1:
+        return "finished"
+    return f"noise {sigmas[stage - 1]:.3g}" if len(sigmas) == stages - 1 else f"stage {stage} of {stages - 1}"
+
+
+def neighbours(
+    table: Sequence[Mapping[str, Any]], *, samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
+) -> list[Neighbour]:
+    """One entry per line of an evaluation's table of nearest training images.
+
+    Args:
+        table: Lines with `image`, `memorised`, `pixels_rows`, `features_rows` and `pixels_distances`.
+        samples: `[N, H, W, C]` uint8 from image 0 on.
+        training_images: `[M, H, W, C]` uint8, all rows of the train split; a memory map is fine.
+    """
+    return [
+        Neighbour(
+            picture=_picture(line, samples, training_images),
+            distance=" · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"]),
+            memorised=bool(line["memorised"]),
+        )
+        for line in table
+        if line["image"] < len(samples)
+    ]
+
+
+def neighbours_png(
+    table: Sequence[Mapping[str, Any]], *, samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
+) -> bytes:
+    """The same as one PNG file: two samples per row, each before its nearest by pixels and by features."""
+    lines = [_images(line, samples, training_images) for line in table]
+    return grid_png(np.concatenate(lines), columns=6)
+
+
+def _picture(line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]) -> Picture:
+    grid = image_grid(_images(line, samples, training_images), columns=3)
+    return Picture(
+        png_bytes(grid, enlarge=False),
+        alt=f"sample {line['image']}, then the training image nearest by pixels, then the one nearest by features",
+        width=420,
+    )
+
+
+def _images(
+    line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """The sample and its nearest training images [3, H, W, C]."""
+    nearest = [training_images[line[f"{space}_rows"][0]] for space in ("pixels", "features")]
+    return np.stack([samples[line["image"]], *nearest])
