@@ -32,7 +32,7 @@ from ncsn.errors import UserError
 from ncsn.process import require_launchers_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.records import StepRecord, forget_attempts, read_progress, recorded, stored_records
-from ncsn.steps.elsewhere import STEPS_ELSEWHERE
+from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _EXCLUSIVE = ("tune", "train", "run")

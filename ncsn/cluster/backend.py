@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
-from ncsn.config.compute import ComputeConfig
-
 TERMINATED = 128 + signal.SIGTERM
 MAX_NAME = 47
 """KubeRay makes names of 53 characters from a RayJob's by adding 6."""
@@ -71,19 +69,6 @@ class Backend(Protocol):
             ConnectionError: if the other side has not answered for long.
             UserError: for a mistake in the settings.
         """
-
-
-def open_backend(compute: ComputeConfig) -> Backend | None:
-    """The backend that `compute.backend` names; None for the local one, which is this process."""
-    if compute.backend == "local":
-        return None
-    if compute.backend == "ray-jobs":
-        from ncsn.cluster.ray_jobs import RayJobs
-
-        return RayJobs(compute)
-    from ncsn.cluster.kuberay import KubeRay
-
-    return KubeRay(compute)
 
 
 def job_name(run: str, step: str, uri: str) -> str:

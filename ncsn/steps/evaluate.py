@@ -22,8 +22,7 @@ from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.samples import samples_shape
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile, while_leased
-from ncsn.steps.elsewhere import elsewhere
-from ncsn.steps.result import once
+from ncsn.steps.step import elsewhere, once
 from ncsn.tracking.gate import Measurement, Memorisation
 from ncsn.tracking.mlflow_runs import job_metadata, step_run
 

@@ -12,18 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
-from ncsn.data.training_images import CachedSplit
+from ncsn.data.training_images import CachedSplit, open_cache
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.reference import Reference
+from ncsn.evaluation.reference import Reference, extractor_of, obtain_judge
 from ncsn.evaluation.samples import read_samples
 from ncsn.evaluation.scores import nearest_neighbours
 from ncsn.model import build
+from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import complete, generate, interpolate, level_images
 from ncsn.report.images import Stages
@@ -299,3 +301,20 @@ def _fid(subject: Subject, images: Images) -> float:
         subject.extractor.extract(batch).features for batch in batches(images, batch_size=subject.sampling.batch_size)
     ]
     return frechet_distance(FrechetStatistics.of(np.concatenate(features)), subject.reference.statistics)
+
+
+def subject_of(
+    config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
+) -> Subject:
+    """Open a finished run, of which `samples` and `dataset` are URIs."""
+    judge = obtain_judge(config, dataset)
+    return Subject(
+        sampling=config.sampling,
+        trained=trained,
+        train=open_cache(dataset, "train"),
+        test=open_cache(dataset, "test"),
+        extractor=extractor_of(config, dataset),
+        reference=judge.reference,
+        samples=samples,
+        device=device,
+    )

@@ -16,20 +16,19 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation.reference import extractor_of, obtain_judge
 from ncsn.model import checkpoint as checkpoints
 from ncsn.runs.costs import Prices, prices_of, read_plan
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.records import ProgressFile, load_history
 from ncsn.steps import figure_numbers as numbers
-from ncsn.steps.figure_numbers import Subject
-from ncsn.steps.result import once
+from ncsn.steps.figure_numbers import Subject, subject_of
+from ncsn.steps.step import once
 from ncsn.tracking.mlflow_runs import step_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 DEFAULT_NFE = (10, 20, 50, 100)
 DEFAULT_IMAGES = 256
@@ -126,23 +125,6 @@ def _check(nfe: Sequence[int], num_images: int) -> None:
         raise UserError("--nfe", "must be numbers of evaluations per image, each at least 1", value=list(nfe))
     if num_images < 2:
         raise UserError("--num-images", "must be at least 2, since a single image has no spread", value=num_images)
-
-
-def subject_of(
-    config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
-) -> Subject:
-    """Open a finished run, of which `samples` and `dataset` are URIs."""
-    judge = obtain_judge(config, dataset)
-    return Subject(
-        sampling=config.sampling,
-        trained=trained,
-        train=open_cache(dataset, "train"),
-        test=open_cache(dataset, "test"),
-        extractor=extractor_of(config, dataset),
-        reference=judge.reference,
-        samples=samples,
-        device=device,
-    )
 
 
 def _draw(

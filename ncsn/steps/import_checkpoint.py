@@ -19,7 +19,7 @@ from ncsn.model import build, checkpoint
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.records import ProgressFile
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.result import once
+from ncsn.steps.step import once
 from ncsn.steps.train import TrainResult
 from ncsn.training.batches import image_moments
 

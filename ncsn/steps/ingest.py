@@ -13,7 +13,7 @@ from ncsn.data.sources import fills_several_parts, open_source
 from ncsn.data.statistics import Dataset
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
-from ncsn.steps.result import once
+from ncsn.steps.step import once
 from ncsn.tracking.mlflow_runs import step_run
 
 

@@ -12,7 +12,7 @@ from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, write_outcome
-from ncsn.steps.result import stored_mistake
+from ncsn.steps.step import stored_mistake
 
 if TYPE_CHECKING:
     from ncsn.cluster.api import KubernetesApi

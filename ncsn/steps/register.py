@@ -21,7 +21,7 @@ from ncsn.report.words import cost_line
 from ncsn.runs.costs import ledger
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
-from ncsn.steps.result import once
+from ncsn.steps.step import once
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorisation, decision_record, not_finite

@@ -24,8 +24,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
 from ncsn.runs.folder import claim_run, run_folder
 from ncsn.runs.records import ProgressFile, while_leased
-from ncsn.steps.elsewhere import elsewhere
-from ncsn.steps.result import once
+from ncsn.steps.step import elsewhere, once
 from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
 
 GRID_IMAGES = 64

@@ -15,9 +15,8 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.records import ProgressFile, stored_record
-from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.result import once
+from ncsn.steps.step import elsewhere, once
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import job_metadata, step_run
 from ncsn.training.loop import TrainingJob

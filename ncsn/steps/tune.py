@@ -5,29 +5,120 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import rungs, untrained_share
+from ncsn.config.search import EPSILON, rungs, untrained_share, variant
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.search import search
 from ncsn.distributed.tasks import runner_of
-from ncsn.distributed.trials import SearchPlan, TrialFolder, TrialRecord, read_trial, read_trials
+from ncsn.distributed.trials import Rung, SearchPlan, TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import obtain_judge
+from ncsn.report.plots import epsilon_versus_quality, search_coordinates
+from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.records import ProgressFile
-from ncsn.steps import trials as conclusions
-from ncsn.steps.elsewhere import elsewhere
 from ncsn.steps.noise import settle_noise
-from ncsn.steps.result import once
+from ncsn.steps.step import elsewhere, once
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
+
+
+def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:
+    """Of the trials that got furthest the one with the least objective, the earlier one of equals.
+
+    Args:
+        trials: All of a search.
+        accidents: URI of a trial's folder -> what ended it from outside.
+
+    Raises:
+        UserError: if none reached a rung.
+    """
+    sound = [trial for trial in trials if trial.failure is None and trial.rungs]
+    if not sound:
+        reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]
+        raise UserError(
+            "search.space",
+            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
+            hint="narrow it to settings that train",
+        )
+    furthest = max(trial.rungs[-1].images_seen for trial in sound)
+    level = [trial for trial in sound if trial.rungs[-1].images_seen == furthest]
+    return min(level, key=lambda trial: (trial.rungs[-1].objective, trial.number))
+
+
+def best_config(config: Config, best: TrialRecord) -> Config:
+    """The experiment with the best trial's settings and sampler, ready to train, without a search."""
+    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
+
+
+def baseline_rung(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
+    """What the config as it stands, with its own sampler, reached at that many images; None if it was not tried."""
+    sampler = plan.own_sampler().model_dump(mode="json")
+    for trial in trials:
+        if trial.values == plan.baseline:
+            for rung in trial.rungs:
+                if rung.images_seen == images_seen:
+                    return next((judged.objective for judged in rung.sweep if judged.sampler == sampler), None)
+    return None
+
+
+def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row of plain values per trial, in the order in which they were started."""
+    return [_row(trial, accidents) for trial in trials]
+
+
+def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
+    """Every trial's settings, how far it got and what it reached there, as parallel coordinates."""
+    settings = {path: [trial.values[path] for trial in trials] for path in trials[0].values}
+    last = [_last(trial) for trial in trials]
+    if any(rung and "epsilon" in rung.sampler for rung in last):
+        settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
+    settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
+    quality = [
+        rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
+    ]
+    return to_png(search_coordinates(settings, quality, quality_label=objective))
+
+
+def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
+    """What each epsilon reached on the best trial's last checkpoint; None for a sampler without one."""
+    rung = best.rungs[-1]
+    if "epsilon" not in rung.sampler:
+        return None
+    figure = epsilon_versus_quality(
+        [judged.sampler["epsilon"] for judged in rung.sweep],
+        [math.nan if judged.objective is None else judged.objective for judged in rung.sweep],
+        quality_label=objective,
+        chosen=rung.sampler["epsilon"],
+    )
+    return to_png(figure)
+
+
+def _row(trial: TrialRecord, accidents: Mapping[str, str]) -> dict[str, Any]:
+    rung = _last(trial)
+    return {
+        "trial": trial.number,
+        "values": trial.values,
+        "status": trial.status,
+        "images_seen": rung.images_seen if rung else 0,
+        "objective": rung.objective if rung else None,
+        "sampler": rung.sampler if rung else None,
+        "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
+        "reason": trial.failure or accidents.get(trial.uri, ""),
+    }
+
+
+def _last(trial: TrialRecord) -> Rung | None:
+    return trial.rungs[-1] if trial.rungs else None
+
 
 _MUCH = 0.1
 """Share of untrained weights in the running average from which on a rung says little about the trial."""
@@ -254,7 +345,7 @@ def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: 
     trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
     for trial in trials:
         follower.record(trial, over=True)  # also of earlier attempts, which may have been cut off in between
-    best = conclusions.best_trial(trials, accidents=follower.accidents)
+    best = best_trial(trials, accidents=follower.accidents)
     rung = best.rungs[-1]
     result = TuneResult(
         uri=folder.search,
@@ -264,11 +355,11 @@ def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: 
         plots=_publish_plots(folder, trials, best, objective=follower.objective),
         objective_name=follower.objective,
         objective=rung.objective,
-        baseline=conclusions.baseline_rung(plan, trials, images_seen=rung.images_seen),
+        baseline=baseline_rung(plan, trials, images_seen=rung.images_seen),
         values=best.values,
         sampler=rung.sampler,
         images_seen=rung.images_seen,
-        trials=conclusions.table(trials, accidents=follower.accidents),
+        trials=table(trials, accidents=follower.accidents),
     )
     everything = {"objective": follower.objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
     storage.write_text(result.table, json.dumps(everything, indent=1))
@@ -278,8 +369,8 @@ def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: 
 
 def _publish_plots(folder: RunFolder, trials: Sequence[TrialRecord], best: TrialRecord, *, objective: str) -> list[str]:
     pictures = {
-        "coordinates.png": conclusions.coordinates_png(trials, objective=objective),
-        "epsilon.png": conclusions.epsilon_png(best, objective=objective),
+        "coordinates.png": coordinates_png(trials, objective=objective),
+        "epsilon.png": epsilon_png(best, objective=objective),
     }
     uris = []
     for name, picture in pictures.items():
@@ -294,5 +385,5 @@ def _best_yaml(config: Config, best: TrialRecord, result: TuneResult) -> str:
     return (
         f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "
         f"{result.objective:.4g} at {result.images_seen:,} training images{before}\n"
-        + to_yaml(conclusions.best_config(config, best))
+        + to_yaml(best_config(config, best))
     )

@@ -130,7 +130,7 @@ def test_a_driver_without_a_launcher_saves_and_ends(emulation, on_s3: Config, tm
     settings = {"num_images": 10**7, "report_every_images": 160, "checkpoint_every_images": 10**6}
     config = on_s3.model_copy(update={"train": on_s3.train.model_copy(update=settings)})
     dataset = ingest.run(config, run="orphan").uri
-    monkeypatch.setattr("ncsn.steps.elsewhere.open_backend", partial(KubeRay, renew_seconds=1000))
+    monkeypatch.setattr("ncsn.steps.step.open_backend", partial(KubeRay, renew_seconds=1000))
     with pytest.raises(RemoteFailure, match="LeaseExpired: "):
         train.run(config, run="orphan", dataset=dataset)
     assert len(emulation.operator.started) == 2

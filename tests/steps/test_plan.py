@@ -16,8 +16,8 @@ from ncsn.runs import costs
 from ncsn.runs.costs import load_prices
 from ncsn.runs.folder import run_folder
 from ncsn.steps import plan, rehearsal
-from ncsn.steps.result import once
 from ncsn.steps.small_experiment import count
+from ncsn.steps.step import once
 from ncsn.steps.train import TrainResult
 
 TINY = """

@@ -20,7 +20,7 @@ from ncsn.report.images import grid_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import TrainingHistory, level_loss
 from ncsn.steps import ingest, report
-from ncsn.steps.panels import SMALL_WORK, quick_work
+from ncsn.steps.report import SMALL_WORK, quick_work
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.client import connect
 

@@ -17,7 +17,7 @@ from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, run_folder
 from ncsn.runs.records import ProgressFile, recorded, stored_error
-from ncsn.steps.result import load_result, once, stored_mistake
+from ncsn.steps.step import load_result, once, stored_mistake
 from ncsn.storage import files
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()

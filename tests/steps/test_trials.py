@@ -13,7 +13,7 @@ from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.distributed.trials import Judged, Rung, SearchPlan, TrialRecord
-from ncsn.steps.trials import baseline_rung, best_config, best_trial, coordinates_png, epsilon_png, table
+from ncsn.steps.tune import baseline_rung, best_config, best_trial, coordinates_png, epsilon_png, table
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 OBJECTIVE = "eval/classifier_fid_n256"
