@@ -74,8 +74,8 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
     Raises:
         UserError: if the task starts none, so that what was set on it would be lost.
     """
-    from ncsn.cluster.task_config import TASK_CONFIG
     from ncsn.errors import UserError
+    from ncsn.remote.manifest import TASK_CONFIG
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})

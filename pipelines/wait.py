@@ -11,8 +11,8 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
-from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.kfp_runs import has_workflow, troubles_of_run
+from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.orphans import has_workflow, troubles_of_run
 from pipelines.connection import Connection, KfpError, reason_of
 
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")

@@ -24,7 +24,7 @@ from ncsn.errors import UserError
 from ncsn.storage.retry import limited
 
 if TYPE_CHECKING:
-    from ncsn.cluster.api import KubernetesApi
+    from ncsn.remote.kubernetes import KubernetesApi
 
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 SOURCE_TREE = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def _jobs_check(config: Config) -> Check:
 def _check_jobs(config: Config) -> str:
     if config.compute.backend != "ray-jobs":
         raise NotConfigured(f"compute.backend is {config.compute.backend}")
-    from ncsn.cluster.jobs_api import JobsApi
+    from ncsn.remote.jobs_api import JobsApi
 
     api = JobsApi(config.compute.ray_jobs.address, patience=PATIENCE_SECONDS)
     at_work = sum(not job.status.is_terminal() for job in api.jobs())
@@ -135,9 +135,9 @@ def _cluster_checks(config: Config) -> Iterator[Check]:
         for name in ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"):
             yield Check(name, lambda: _not_configured(f"compute.backend is {config.compute.backend}"), "")
         return
-    from ncsn.cluster import doctor
-    from ncsn.cluster.api import KubernetesApi
-    from ncsn.cluster.rayjob_manifest import TEMPLATE_VARIABLE
+    from ncsn.remote import checks
+    from ncsn.remote.kubernetes import KubernetesApi
+    from ncsn.remote.manifest import TEMPLATE_VARIABLE
 
     settings = config.compute.kuberay
     try:
@@ -149,9 +149,9 @@ def _cluster_checks(config: Config) -> Iterator[Check]:
     operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
     away: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
     yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
-    yield Check("rights", lambda: doctor.check_rights(api), grant, away)
+    yield Check("rights", lambda: checks.check_rights(api), grant, away)
     for_crd = {**away, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
-    yield Check("kuberay", lambda: doctor.check_crd(api), operator, for_crd)
+    yield Check("kuberay", lambda: checks.check_crd(api), operator, for_crd)
     image = settings.image or os.environ.get(IMAGE_VARIABLE)
     yield Check("pod image", lambda: _check_pod_image(api, image), f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
     yield Check("gpus", lambda: _check_gpus(api, config), "kubectl describe nodes | grep nvidia.com/gpu")
@@ -223,7 +223,7 @@ def _check_image() -> str:
 
 def _check_pod_image(api: KubernetesApi, image: str | None) -> str:
     """The image of the Ray pods. That it can be pulled, only a pod can find out."""
-    from ncsn.cluster.doctor import nodes_with_image
+    from ncsn.remote.checks import nodes_with_image
 
     if image is None:
         raise UserError("compute.kuberay.image", f"the Ray pods have no image; {IMAGE_VARIABLE} is not set either")
@@ -246,7 +246,7 @@ def _check_kfp(host: str | None, namespace: str | None) -> str:
 
 
 def _check_gpus(api: KubernetesApi, config: Config) -> str:
-    from ncsn.cluster.doctor import check_gpus
+    from ncsn.remote.checks import check_gpus
 
     if not config.compute.use_gpu:
         raise NotConfigured("compute.use_gpu is false")
@@ -256,7 +256,7 @@ def _check_gpus(api: KubernetesApi, config: Config) -> str:
 
 
 def _check_queue(api: KubernetesApi, queue: str | None) -> str:
-    from ncsn.cluster.doctor import check_queue
+    from ncsn.remote.checks import check_queue
 
     return check_queue(api, queue) if queue else _not_configured("compute.kuberay.queue is null")
 

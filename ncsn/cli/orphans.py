@@ -16,7 +16,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
     """Do what is left to do, or list it, one line each; whether all of it could be done."""
-    from ncsn.cluster.api import KubernetesApi
+    from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 
     api, well, deeds = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0

@@ -16,7 +16,7 @@ from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.outcome import TrackedRun, close_run
 
 if TYPE_CHECKING:
-    from ncsn.cluster.pod_trouble import Trouble
+    from ncsn.remote.pods import Trouble
 
 SEARCH = "tune"
 """The step between the first and the second, where there is one."""
@@ -124,8 +124,8 @@ class _Seen:
 
 
 def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
-    from ncsn.cluster.api import KubernetesApi
-    from ncsn.cluster.kfp_runs import troubles_of_run, was_stopped
+    from ncsn.remote.kubernetes import KubernetesApi
+    from ncsn.remote.orphans import troubles_of_run, was_stopped
 
     try:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
@@ -154,11 +154,11 @@ def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kf
     if config.compute.backend == "local":
         return []
     if config.compute.backend == "ray-jobs":
-        from ncsn.cluster.ray_jobs import RayJobs
+        from ncsn.remote.ray_jobs import RayJobs
 
         return RayJobs(config.compute).stop_all(run) if run else []
-    from ncsn.cluster.api import KubernetesApi
-    from ncsn.cluster.reap import reap
+    from ncsn.remote.kubernetes import KubernetesApi
+    from ncsn.remote.orphans import reap
 
     api = KubernetesApi(config.compute.kuberay.namespace or namespace)
     return [orphan.name for orphan in reap(api, older_than=0, run=run, kfp_run=kfp_run, at_work=True)]

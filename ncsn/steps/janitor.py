@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ncsn import storage
-from ncsn.cluster.api import KubernetesApi, Resource
-from ncsn.cluster.kfp_runs import NotedRun, forget_run, is_over, noted_runs, state_of_run
-from ncsn.cluster.launcher import is_ending
-from ncsn.cluster.reap import Orphan, find_orphans
 from ncsn.config import Config, from_json, from_yaml
 from ncsn.process import KfpRun
+from ncsn.remote.kubernetes import KubernetesApi, Resource
+from ncsn.remote.manifest import is_ending
+from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, is_over, noted_runs, state_of_run
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited

@@ -15,7 +15,7 @@ from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, wr
 from ncsn.steps.step import stored_mistake
 
 if TYPE_CHECKING:
-    from ncsn.cluster.api import KubernetesApi
+    from ncsn.remote.kubernetes import KubernetesApi
 
 _TRY = "KFP_RETRY_INDEX"
 """Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again."""
@@ -68,7 +68,7 @@ def _note(config: Config, run: str) -> None:
     """Let the janitor know whose run it is to close if it is stopped in any way."""
     here = this_kfp_run()
     if here is not None:
-        from ncsn.cluster.kfp_runs import NotedRun, note_run
+        from ncsn.remote.orphans import NotedRun, note_run
 
         _tell(lambda api: note_run(api, NotedRun(here.id, here.workflow, run=run, config=to_json(config))))
 
@@ -77,7 +77,7 @@ def forget() -> None:
     """Let the janitor know that the run is closed."""
     here = this_kfp_run()
     if here is not None:
-        from ncsn.cluster.kfp_runs import forget_run
+        from ncsn.remote.orphans import forget_run
 
         _tell(lambda api: forget_run(api, here))
 
@@ -85,8 +85,8 @@ def forget() -> None:
 def _tell(call: Callable[[KubernetesApi], None]) -> None:
     """Without a cluster that answers, or the right, the work goes on nevertheless."""
     # Imported here and not above: outside of a cluster nobody waits a second for it.
-    from ncsn.cluster.api import KubernetesApi
-    from ncsn.cluster.backend import say
+    from ncsn.remote.backend import say
+    from ncsn.remote.kubernetes import KubernetesApi
 
     try:
         call(KubernetesApi(patience=_NOTE_SECONDS))

@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ncsn import storage
-from ncsn.cluster.backend import Backend, RemoteFailure, RemoteLost, RemoteStep
 from ncsn.config import Config, to_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.data.format import load_manifest
 from ncsn.errors import Problem, UserError
+from ncsn.remote.backend import Backend, RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, stored_error, stored_record
 
@@ -127,10 +127,10 @@ def open_backend(compute: ComputeConfig) -> Backend | None:
     if compute.backend == "local":
         return None
     if compute.backend == "ray-jobs":
-        from ncsn.cluster.ray_jobs import RayJobs
+        from ncsn.remote.ray_jobs import RayJobs
 
         return RayJobs(compute)
-    from ncsn.cluster.kuberay import KubeRay
+    from ncsn.remote.kuberay import KubeRay
 
     return KubeRay(compute)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from real_cluster import WORKERS, eventually, kubectl
 
-from ncsn.cluster.rayjob_manifest import RENEWED_ANNOTATION
+from ncsn.remote.manifest import RENEWED_ANNOTATION
 from ncsn.storage.heartbeat import LEASE_SECONDS
 
 if TYPE_CHECKING:

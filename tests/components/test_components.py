@@ -29,10 +29,10 @@ from components.ingest import ingest
 from components.sample import sample
 from components.train import train
 from components.tune import tune
-from ncsn.cluster.task_config import TASK_CONFIG, task_config
 from ncsn.config import from_yaml, to_json
 from ncsn.errors import NotFound
 from ncsn.process import KFP_RUN_ID
+from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import Outcome, read_outcome, stored_error, write_outcome
 

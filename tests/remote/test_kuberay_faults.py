@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from pod_states import crash_loop, unpullable, unschedulable
 
-from ncsn.cluster import kuberay, pod_watch
-from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.backend import RemoteFailure
-from ncsn.cluster.pod_log import PodLog
-from ncsn.cluster.task_config import TASK_CONFIG
+from ncsn.remote import kuberay, pods
+from ncsn.remote.backend import RemoteFailure
+from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.manifest import TASK_CONFIG
+from ncsn.remote.pods import PodLog
 
 HELLO = "print('done')"
 SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
@@ -34,7 +34,7 @@ WORKFLOW: dict[str, Any] = {
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look every 0.2 s, and trouble is believed after one."""
     monkeypatch.setattr(kuberay, "WATCH_SECONDS", 0.2)
-    monkeypatch.setattr(pod_watch, "CONFIRM_SECONDS", 1.0)
+    monkeypatch.setattr(pods, "CONFIRM_SECONDS", 1.0)
 
 
 @pytest.fixture

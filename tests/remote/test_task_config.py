@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from kuberay_rules import house_errors, load_schemas, operator_errors, schema_errors
 
-from ncsn.cluster.rayjob_manifest import JobRequest, load_template, render
-from ncsn.cluster.task_config import TASK_CONFIG, task_config, with_task_config
 from ncsn.config.compute import ComputeConfig
+from ncsn.remote.manifest import TASK_CONFIG, JobRequest, load_template, render, task_config, with_task_config
 
 TASK: dict[str, Any] = {
     "node_selector": {"pool": "big"},

@@ -17,9 +17,9 @@ import pytest
 from kuberay_rules import fill_defaults, house_errors, load_schemas, operator_errors, schema_errors
 from refused import refused
 
-from ncsn.cluster.rayjob_manifest import JobRequest, fit_to_schema, load_template, render
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import NotFound
+from ncsn.remote.manifest import JobRequest, fit_to_schema, load_template, render
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "infra" / "base" / "kuberay" / "rayjob.yaml"
@@ -316,4 +316,4 @@ def test_a_wheel_carries_the_template(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("ncsn/cluster/rayjob.yaml") == TEMPLATE.read_bytes()
+        assert archive.read("ncsn/remote/rayjob.yaml") == TEMPLATE.read_bytes()

@@ -15,9 +15,9 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.cli.orphans import reap_orphans
-from ncsn.cluster.api import KubernetesApi
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import Outcome, read_outcome, write_outcome
 from ncsn.steps import ingest

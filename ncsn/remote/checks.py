@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ncsn.cluster.api import KubernetesApi, Resource
-from ncsn.cluster.rayjob_manifest import fit_to_schema, load_template
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
+from ncsn.remote.kubernetes import KubernetesApi, Resource
+from ncsn.remote.manifest import fit_to_schema, load_template
 
 NEEDED = (
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),

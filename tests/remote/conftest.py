@@ -17,16 +17,16 @@ from cluster_state import Cluster, rules_of
 from kuberay_operator import Operator
 from kubernetes_api import ApiServer
 
-from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.backend import RemoteStep
-from ncsn.cluster.kuberay import KubeRay
 from ncsn.config.compute import ComputeConfig
+from ncsn.remote.backend import RemoteStep
+from ncsn.remote.kuberay import KubeRay
+from ncsn.remote.kubernetes import KubernetesApi
 
 ROLE = Path(__file__).parents[2] / "infra" / "base" / "rbac" / "launcher-role.yaml"
 _LAUNCHER = """
 import json, sys
-from ncsn.cluster.backend import RemoteStep
-from ncsn.cluster.kuberay import KubeRay
+from ncsn.remote.backend import RemoteStep
+from ncsn.remote.kuberay import KubeRay
 from ncsn.config.compute import ComputeConfig
 step = json.loads(sys.argv[1])
 KubeRay(ComputeConfig(), renew_seconds=0.2).execute(RemoteStep(**step | {"command": tuple(step["command"])}))

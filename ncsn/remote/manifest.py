@@ -1,26 +1,36 @@
-"""From a step to a RayJob: a reviewed template in which only named fields are filled.
+"""The RayJob manifest, from template, config, launcher and task.
 
 The template is `infra/base/kuberay/rayjob.yaml` of the source tree, to which `rayjob.yaml` beside this module is a
 link: a wheel carries its content. The image carries it as a file that NCSN_RAYJOB_TEMPLATE names.
+
+KFP hands a component its node selector, tolerations, affinity, environment and volumes as plain pieces of a pod. They
+reach this package in an environment variable, as they reach the component: beside the config, not in it, because they
+say where the work happens and nothing about its result.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ncsn.cluster.backend import command_digest, job_name
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
 from ncsn.errors import NotFound, UserError
+from ncsn.remote.backend import command_digest, job_name
+
+if TYPE_CHECKING:
+    from ncsn.remote.kubernetes import KubernetesApi
+
 
 Manifest = dict[str, Any]
 
@@ -219,3 +229,156 @@ def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> A
         else:
             unknown.append(below)
     return fitted
+
+
+_POD_VARIABLE = "KFP_POD_NAME"
+_KFP_RUN_POD_LABEL = "pipeline/runid"
+# What joins the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
+_FORWARDED = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_TRACKING_AUTH",
+    "NCSN_KFP_RUN_ID",
+)
+_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a RayJob takes over from the pod that starts it.
+
+    Attributes:
+        image: Image of the pod, or None.
+        workflow: Name of the pod's Argo Workflow, or None.
+        owner: Owner reference to it, so that the RayJob goes when the Workflow does; None from another namespace.
+        labels: Labels for the RayJob.
+    """
+
+    image: str | None = None
+    workflow: str | None = None
+    owner: dict[str, Any] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def is_told_to_end(self, home: KubernetesApi) -> bool:
+        """Whether SIGTERM means the work and not only this process.
+
+        KFP's Terminate and the eviction of a pod send the same signal. Only the Workflow tells them apart, and an
+        evicted pod is started again, where it attaches to the work. Without a Workflow somebody stopped this process.
+
+        Args:
+            home: The namespace of this pod, without patience.
+        """
+        if self.workflow is None:
+            return True
+        try:
+            return is_ending(home.workflow(self.workflow))
+        except (ConnectionError, PermissionError, ValueError):
+            return False
+
+
+def find_launcher(api: KubernetesApi) -> Launcher:
+    """What is known of this pod; nothing where KFP did not start this process.
+
+    Args:
+        api: The namespace of the RayJobs.
+    """
+    name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
+    pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
+    if pod is None:
+        return Launcher()
+    owners = [owner for owner in pod["metadata"].get("ownerReferences", []) if owner["kind"] == "Workflow"]
+    images = [container["image"] for container in pod["spec"]["containers"] if container["name"] == "main"]
+    run = pod["metadata"].get("labels", {}).get(_KFP_RUN_POD_LABEL)
+    return Launcher(
+        image=images[0] if images else None,
+        workflow=owners[0]["name"] if owners else None,
+        owner=_owner(owners[0]) if owners and at_home else None,
+        labels={KFP_RUN_LABEL: run} if run else {},
+    )
+
+
+def is_ending(workflow: dict[str, Any] | None) -> bool:
+    """Whether an Argo Workflow has ended, or somebody is ending it; one that is gone has ended.
+
+    KFP's Terminate sets `spec.activeDeadlineSeconds` to 0, Argo's own stop and terminate set `spec.shutdown`.
+    """
+    if workflow is None:
+        return True
+    spec, phase = workflow.get("spec", {}), workflow.get("status", {}).get("phase", "")
+    over = phase in {"Succeeded", "Failed", "Error"} or "deletionTimestamp" in workflow["metadata"]
+    return over or spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Variables of this process that the job needs. An address with a password in it is not among them."""
+    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
+    return {name: value for name, value in values.items() if "@" not in value}
+
+
+def environment_for_pods() -> dict[str, str]:
+    """The same without addresses of this machine: a port-forward leads nowhere from a pod, which has a ConfigMap."""
+    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
+
+
+def _owner(reference: dict[str, Any]) -> dict[str, Any]:
+    named = {key: reference[key] for key in ("apiVersion", "kind", "name", "uid")}
+    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+    return named | {"controller": False, "blockOwnerDeletion": False}
+
+
+TASK_CONFIG = "NCSN_TASK_CONFIG"
+"""Variable with the pieces as JSON; the keys are the fields of `kfp.dsl.TaskConfig`."""
+
+_RAY_AUTH = "RAY_AUTH_"
+
+
+def task_config() -> dict[str, Any]:
+    """What the task has set on it; empty outside of KFP."""
+    found: dict[str, Any] = json.loads(os.environ.get(TASK_CONFIG) or "{}")
+    return found
+
+
+def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
+    """The RayJob with the pieces on its pods.
+
+    The environment and the volumes go to head and workers, where a name that the pod has already keeps its meaning. The
+    rest goes to the workers: what the task sets comes before what the config says, key by key; tolerations add up.
+
+    Ray's token stays behind: a new cluster has one of its own, which KubeRay (1.6.2, 1.7.0) leaves out of a pod that
+    names the variable already, and a head without a token does not start.
+
+    Args:
+        manifest: A rendered RayJob; it stays as it is.
+        task: See `task_config`.
+    """
+    changed = copy.deepcopy(manifest)
+    env = [each for each in task.get("env") or [] if not each["name"].startswith(_RAY_AUTH)]
+    cluster = changed["spec"]["rayClusterSpec"]
+    workers = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]
+    for pod in (cluster["headGroupSpec"]["template"]["spec"], *workers):
+        _add_new(pod, "volumes", task.get("volumes"), key="name")
+        for container in pod["containers"]:
+            _add_new(container, "env", env, key="name")
+            _add_new(container, "volumeMounts", task.get("volume_mounts"), key="mountPath")
+    for pod in workers:
+        _place(pod, task)
+    return changed
+
+
+def _place(pod: Manifest, task: Mapping[str, Any]) -> None:
+    if selector := task.get("node_selector"):
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | selector
+    if tolerations := task.get("tolerations"):
+        pod["tolerations"] = [*pod.get("tolerations", []), *tolerations]
+    if affinity := task.get("affinity"):
+        pod["affinity"] = pod.get("affinity", {}) | affinity
+
+
+def _add_new(node: Manifest, field: str, items: list[Manifest] | None, *, key: str) -> None:
+    present = node.get(field, [])
+    known = {item[key] for item in present}
+    if new := [item for item in items or [] if item[key] not in known]:
+        node[field] = [*present, *new]

@@ -17,8 +17,8 @@ import urllib3
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
-from ncsn.cluster.backend import Conflict, say
 from ncsn.errors import UserError
+from ncsn.remote.backend import Conflict, say
 
 Resource = dict[str, Any]
 

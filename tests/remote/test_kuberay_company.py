@@ -11,9 +11,9 @@ import pytest
 from kuberay_rules import load_schemas, schema_errors
 from refused import refused
 
-from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.backend import RemoteFailure, RemoteLost
-from ncsn.cluster.reap import find_orphans, reap
+from ncsn.remote.backend import RemoteFailure, RemoteLost
+from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.orphans import find_orphans, reap
 
 HELLO = "print('done')"
 SLEEP = "import time; time.sleep(60)"

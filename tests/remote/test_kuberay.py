@@ -14,13 +14,12 @@ import yaml
 from cluster_state import pairs
 from pod_states import unschedulable
 
-from ncsn.cluster.api import KubernetesApi
-from ncsn.cluster.backend import RemoteFailure
-from ncsn.cluster.kfp_runs import NotedRun, forget_run, note_run, troubles_of_run
-from ncsn.cluster.kuberay import KubeRay
-from ncsn.cluster.rayjob_manifest import load_template
-from ncsn.cluster.reap import reap
 from ncsn.config.compute import ComputeConfig
+from ncsn.remote.backend import RemoteFailure
+from ncsn.remote.kuberay import KubeRay
+from ncsn.remote.kubernetes import KubernetesApi
+from ncsn.remote.manifest import load_template
+from ncsn.remote.orphans import NotedRun, forget_run, note_run, reap, troubles_of_run
 
 HELLO = "print('first'); print('second'); print('third')"
 SLEEP = "import time; print('at work', flush=True); time.sleep(60)"

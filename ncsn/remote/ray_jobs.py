@@ -10,22 +10,23 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ncsn import storage
-from ncsn.cluster.backend import (
+from ncsn.config.compute import ComputeConfig
+from ncsn.errors import UserError
+from ncsn.process import PYTHON, python_version
+from ncsn.remote.backend import (
     Conflict,
+    DriverLog,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
     command_digest,
     ended_on_sigterm,
+    first_error,
     job_name,
     say,
 )
-from ncsn.cluster.driver_log import DriverLog, first_error
-from ncsn.cluster.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
-from ncsn.cluster.launcher import forwarded_environment
-from ncsn.config.compute import ComputeConfig
-from ncsn.errors import UserError
-from ncsn.process import PYTHON, python_version
+from ncsn.remote.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
+from ncsn.remote.manifest import forwarded_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
 RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ncsn.cluster.pod_trouble import trouble_of, trouble_of_owner
+from ncsn.remote.pods import trouble_of, trouble_of_owner
 
 IMAGE = "registry.example/ncsn-python:9"
 REFUSAL = (

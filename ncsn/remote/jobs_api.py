@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ncsn.cluster.backend import Conflict, say
 from ncsn.errors import UserError
+from ncsn.remote.backend import Conflict, say
 
 __all__ = ["JobDetails", "JobStatus", "JobsApi", "NoSuchJob"]
 
@@ -33,6 +33,7 @@ _AWAY = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"
 _EXISTS = "already exists"
 _LONGEST_PAUSE = 10.0
+
 
 # It tells of every connection that it closes.
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)

@@ -14,9 +14,9 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cluster.backend import RemoteFailure
-from ncsn.cluster.kuberay import KubeRay
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.remote.backend import RemoteFailure
+from ncsn.remote.kuberay import KubeRay
 from ncsn.steps import ingest, train
 
 TINY = """

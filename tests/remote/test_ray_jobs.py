@@ -39,8 +39,8 @@ storage: {{root: "{root}"}}
 """
 _LAUNCHER = """
 import json, sys
-from ncsn.cluster.backend import RemoteFailure, RemoteStep
-from ncsn.cluster.ray_jobs import RayJobs
+from ncsn.remote.backend import RemoteFailure, RemoteStep
+from ncsn.remote.ray_jobs import RayJobs
 from ncsn.config.compute import ComputeConfig
 address, step = sys.argv[1], json.loads(sys.argv[2])
 jobs = RayJobs(ComputeConfig.model_validate({"ray_jobs": {"address": address}}), renew_seconds=0.5)
@@ -373,7 +373,7 @@ def other_ray() -> Iterator[str]:
 
 def open_api(address: str, **variables: str) -> str:
     """Open the API in a process of its own; the error."""
-    code = "import sys; from ncsn.cluster.jobs_api import JobsApi; JobsApi(sys.argv[1] or None, patience=1)"
+    code = "import sys; from ncsn.remote.jobs_api import JobsApi; JobsApi(sys.argv[1] or None, patience=1)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")} | variables
     done = subprocess.run(
         [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, check=False
@@ -411,7 +411,7 @@ def test_a_cluster_that_cannot_be_reached_is_said_in_one_line(
 @slow
 def test_a_token_in_a_file_is_enough(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(jobs.nodes.token)
-    code = f"from ncsn.cluster.jobs_api import JobsApi; JobsApi({jobs.nodes.dashboard!r}); raise SystemExit('it is')"
+    code = f"from ncsn.remote.jobs_api import JobsApi; JobsApi({jobs.nodes.dashboard!r}); raise SystemExit('it is')"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -431,7 +431,7 @@ def test_doctor_and_finish_know_the_cluster(jobs: Jobs, config: Path) -> None:
     found = json.loads(jobs.ncsn("doctor", "--config", str(config), "--address", jobs.nodes.dashboard, "--json").stdout)
     (finding,) = [each for each in found if each["check"] == "ray jobs"]
     assert finding["state"] == "ok" and "1 jobs" in finding["detail"], finding
-    stop = "from ncsn.cluster.ray_jobs import RayJobs; from ncsn.config.compute import ComputeConfig; print(RayJobs("
+    stop = "from ncsn.remote.ray_jobs import RayJobs; from ncsn.config.compute import ComputeConfig; print(RayJobs("
     stop += f"ComputeConfig(ray_jobs={{'address': {jobs.nodes.dashboard!r}}})).stop_all('left'))"
     done = subprocess.run(
         [sys.executable, "-c", stop], env=jobs.environment, capture_output=True, text=True, check=False
