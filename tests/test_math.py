@@ -61,7 +61,9 @@ def _is_here(text: str, module: str) -> bool:
     if section in Config.model_fields:
         return not field or any(field in model.model_fields for model in section_models(Config, section))
     owner, _, name = (path if "." in path else f"{module}.{path}").rpartition(".")
-    return hasattr(importlib.import_module(f"ncsn.core.{owner}"), name)
+    return hasattr(
+        importlib.import_module(f"ncsn.{owner}" if owner.startswith("tools.") else f"ncsn.core.{owner}"), name
+    )
 
 
 def _missing_code(cell: str) -> list[str]:

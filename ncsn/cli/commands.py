@@ -19,6 +19,7 @@ import click
 from filelock import FileLock, Timeout
 
 from ncsn import storage
+from ncsn.cli.catalogue import BESIDE_THE_PIPELINE
 from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.inputs import Target
 from ncsn.cli.output import console_on, quiet_libraries
@@ -68,7 +69,7 @@ def run_step(
         # The log of a driver elsewhere, which is shown as it comes, has these lines already.
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.steps.{step}")
+            module = importlib.import_module(f"ncsn.{_package_of(step)}.{step}")
             if settings and "inject" in settings:  # a misspelled fault must not claim the run's name
                 from ncsn.distributed.faults import rehearsal
 
@@ -154,6 +155,10 @@ def _interruption_by_ray() -> Iterator[None]:
         if stop.code in (TERMINATED, signal.SIGTERM):
             sys.exit(TERMINATED)
         raise KeyboardInterrupt from stop
+
+
+def _package_of(step: str) -> str:
+    return "tools" if step in BESIDE_THE_PIPELINE else "steps"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def toy_command(*, out: str | None, seed: int, as_json: bool) -> None:
     from ncsn import storage
     from ncsn.cli.inputs import DEFAULT_ROOT
     from ncsn.cli.summary import describe_toy
-    from ncsn.steps import toy
+    from ncsn.tools import toy
 
     result = dataclasses.asdict(toy.run(out or storage.join(DEFAULT_ROOT, "toy"), seed=seed))
     click.echo(json.dumps(result, indent=1) if as_json else describe_toy(result))

@@ -60,8 +60,8 @@ def _rehearsed(target: Target, prices_uri: str | None) -> dict[str, Any]:
     log = work_folder(run_folder(target.config, target.run)) / "plan.log"
     with quiet_libraries(log) as console:
         console.print(f"log    {log}\nrehearsal", soft_wrap=True)
-        from ncsn.steps import plan
+        from ncsn.tools import trial_run
 
-        return plan.run(
+        return trial_run.run(
             target.config, run=target.run, prices=prices, report=lambda part: console.print(f"       {part}")
         )

@@ -40,18 +40,18 @@ def suggest_noise_command(
     from ncsn.cli.inputs import resolve
     from ncsn.cli.summary import describe_suggestion
     from ncsn.model import build
-    from ncsn.steps import suggest_noise
+    from ncsn.tools import preparation
 
     if (config_uri is None) == (dataset is None):
         raise UserError("--config", "pass either this or --data", hint="--data takes the URI of an ingested dataset")
-    space = suggest_noise.UNIT
+    space = preparation.UNIT
     if dataset is not None:
-        sample = suggest_noise.images_of_dataset(dataset)
+        sample = preparation.images_of_dataset(dataset)
     else:
         data = resolve(config_uri, overrides=overrides).config.data
         space = build.pixel_space(data)
-        sample, mirrored = suggest_noise.images_of_source(data), mirrored or data.horizontal_flip
-    found = suggest_noise.run(
+        sample, mirrored = preparation.images_of_source(data), mirrored or data.horizontal_flip
+    found = preparation.suggest_levels(
         sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
     )
     click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else describe_suggestion(found))
@@ -79,11 +79,11 @@ def import_checkpoint_command(
     from ncsn.cli.summary import describe_import
     from ncsn.cli.upstream import find_inputs
     from ncsn.runs.folder import run_folder
-    from ncsn.steps import import_checkpoint
+    from ncsn.tools import preparation
 
     target = resolve(config_uri, overrides=overrides, run=run_name)
     inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset})
-    result = import_checkpoint.run(target.config, run=target.run, file=file, **inputs)
+    result = preparation.import_checkpoint(target.config, run=target.run, file=file, **inputs)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=1))
     else:

@@ -96,15 +96,15 @@ def export_command(
     from ncsn.cli.inputs import registry_uri, resolve
     from ncsn.runs.folder import run_folder
     from ncsn.runs.records import read_record
-    from ncsn.steps import export
+    from ncsn.tools import models
 
     if checkpoint is not None and model is not None:
         raise click.UsageError("give --checkpoint or --model, not both")
     if model is not None:
         registry = registry_uri(config_uri, overrides=overrides, run=run_name)
-        result = export.from_model(model, registry=registry, out=out)
+        result = models.from_model(model, registry=registry, out=out)
     elif checkpoint is not None:
-        result = export.from_checkpoint(storage.absolute(checkpoint), out=out)
+        result = models.from_checkpoint(storage.absolute(checkpoint), out=out)
     else:
         target = resolve(config_uri, overrides=overrides, run=run_name)
         trained = read_record(run_folder(target.config, target.run), "train")
@@ -114,7 +114,7 @@ def export_command(
                 f"run {target.run!r} is not trained yet",
                 hint="run `ncsn train` first, or pass --checkpoint URI",
             )
-        result = export.from_checkpoint(str(trained.result["checkpoint"]), out=out)
+        result = models.from_checkpoint(str(trained.result["checkpoint"]), out=out)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else f"{result.parameters:,} EMA weights: {result.uri}")
 
@@ -150,7 +150,7 @@ def sample_from_model(
     from ncsn.cli.output import quiet_libraries
     from ncsn.cli.progress_view import ProgressView
     from ncsn.runs.records import StepProgress
-    from ncsn.steps import sample_model
+    from ncsn.tools import models
 
     address = given.get("model")
     if address is None:
@@ -160,7 +160,7 @@ def sample_from_model(
     registry = registry_uri(config_uri, overrides=overrides, run=run_name)
     with quiet_libraries(None) as console, ProgressView(console) as view:
         view.start("sample")
-        result = sample_model.run(
+        result = models.sample_model(
             address,
             registry=registry,
             root=store_root(overrides),

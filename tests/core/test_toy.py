@@ -11,7 +11,7 @@ from ncsn.core.langevin import annealed_langevin, denoise_step
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.ode_samplers import ProbabilityFlow
-from ncsn.core.toy import (
+from ncsn.tools.mixture import (
     TWO_MODES,
     GaussianMixture,
     annealed_toy_langevin,

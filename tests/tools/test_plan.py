@@ -11,14 +11,14 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.planning import STEPS
 from ncsn.runs import costs
 from ncsn.runs.costs import load_prices
 from ncsn.runs.folder import run_folder
-from ncsn.steps import plan, rehearsal
-from ncsn.steps.small_experiment import count
 from ncsn.steps.step import once
 from ncsn.steps.train import TrainResult
+from ncsn.tools import trial_run
+from ncsn.tools.planning import STEPS
+from ncsn.tools.trial_run import count
 
 TINY = """
 name: tiny
@@ -41,7 +41,7 @@ def test_rehearsal_knows_what_each_step_takes_and_leaves_only_the_plan(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     parts: list[str] = []
-    made = plan.run(config(tmp_path), run="planned", report=parts.append)
+    made = trial_run.run(config(tmp_path), run="planned", report=parts.append)
     assert parts == ["start", *STEPS]
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
         "runs/planned/plan.json"
@@ -63,7 +63,7 @@ def test_rehearsal_knows_what_each_step_takes_and_leaves_only_the_plan(
 def test_a_rehearsed_training_is_split_into_images_checkpoint_and_the_rest() -> None:
     """Stretches of 10, 2 and 2 seconds, of which the first warms up; the loop took 20 seconds and the step 30."""
     points = [(100, 10.0), (200, 50.0), (300, 50.0)]
-    image, checkpoint, around = rehearsal.training_seconds(points, loop=20.0, step=30.0)
+    image, checkpoint, around = trial_run.training_seconds(points, loop=20.0, step=30.0)
     assert image == pytest.approx(4 / 200)
     assert checkpoint == pytest.approx(20 - 14)
     assert around == pytest.approx(30 - 300 * image - checkpoint)
@@ -72,11 +72,11 @@ def test_a_rehearsed_training_is_split_into_images_checkpoint_and_the_rest() -> 
 def test_a_rehearsed_training_is_whole_stretches(tmp_path: Path) -> None:
     data = config(tmp_path, "data.max_images=100").data
     dataset = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
-    chosen = rehearsal.train_length(config(tmp_path), dataset)
+    chosen = trial_run.train_length(config(tmp_path), dataset)
     stretch = chosen["train.report_every_images"]
     assert stretch % 16 == 0
-    assert chosen["train.num_images"] == chosen["train.checkpoint_every_images"] == rehearsal.REPORTS * stretch
-    assert rehearsal.LEAST_STEPS <= chosen["train.num_images"] / 16 <= rehearsal.MOST_STEPS
+    assert chosen["train.num_images"] == chosen["train.checkpoint_every_images"] == trial_run.REPORTS * stretch
+    assert trial_run.LEAST_STEPS <= chosen["train.num_images"] / 16 <= trial_run.MOST_STEPS
 
 
 def test_counts_are_those_of_the_source(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ncsn.config import Config, from_json, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.core.training import Ema, TrainState
 from ncsn.model import build, checkpoint
-from ncsn.steps import export
+from ncsn.tools import models
 
 EXPERIMENT = """
 name: tiny
@@ -40,7 +40,7 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(config: Config
         next(network.parameters()).add_(1)  # the weights in training are not what is exported
     moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest="d1")
-    result = export.from_checkpoint(str(folder), out=str(tmp_path / "new" / "ema.safetensors"))
+    result = models.from_checkpoint(str(folder), out=str(tmp_path / "new" / "ema.safetensors"))
     assert (result.source, result.parameters) == (str(folder), sum(each.numel() for each in network.parameters()))
     with safe_open(result.uri, "pt") as weights:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
@@ -52,5 +52,5 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(config: Config
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
-        export.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
+        models.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()

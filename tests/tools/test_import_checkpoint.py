@@ -18,8 +18,8 @@ from ncsn.data.sources import open_source
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
-from ncsn.steps import import_checkpoint
 from ncsn.steps.train import _imported
+from ncsn.tools import preparation
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 
@@ -77,9 +77,12 @@ def test_training_goes_on_from_it_to_the_last_bit(trained: tuple[str, Path], dat
     name, _ = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name)
-    result = import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    result = preparation.import_checkpoint(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
     assert result.images_seen == 32 and result.checkpoint.endswith("/runs/mine/checkpoints/images-000000032")
-    assert import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset) == result
+    assert (
+        preparation.import_checkpoint(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+        == result
+    )
     start = _imported(run_folder(config, "mine"))
     assert start == result.checkpoint
     went_on = train_loop(TrainingJob(config=config, dataset=dataset, start=start), LocalContext(tmp_path / "on"))
@@ -96,7 +99,7 @@ def test_it_can_be_sampled_from(trained: tuple[str, Path], dataset: str, tmp_pat
     name, folder = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name)
-    result = import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    result = preparation.import_checkpoint(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
     loaded = checkpoint.load_for_sampling(result.checkpoint)
     expected = load_file(folder / ("ema.safetensors" if name == "second" else "weights.safetensors"))
     assert all(torch.equal(parameter, expected[key]) for key, parameter in loaded.network.named_parameters())
@@ -108,7 +111,7 @@ def test_a_training_in_float16_goes_on_from_it(trained: tuple[str, Path], datase
     name, _ = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name, "train.precision=float16", "compute.use_gpu=true")
-    result = import_checkpoint.run(config, run="half", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+    result = preparation.import_checkpoint(config, run="half", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
     state = build.train_state(config)
     state.scaler = torch.amp.GradScaler("cpu")
     digest = load_manifest(dataset).digest
@@ -125,7 +128,7 @@ def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset:
     def refuses(run: str, key: str, *overrides: str) -> str:
         config = experiment(tmp_path, name, *overrides)
         with refused(key) as caught:
-            import_checkpoint.run(config, run=run, file=str(path), dataset=dataset)
+            preparation.import_checkpoint(config, run=run, file=str(path), dataset=dataset)
         return str(caught.value)
 
     assert "begin_conv.weight" in refuses("features", str(path), "network.num_features=8")
@@ -147,4 +150,4 @@ def test_a_trained_run_is_left_alone(trained: tuple[str, Path], dataset: str, tm
     folder = run_folder(config, "mine")
     storage.write_text(storage.join(folder.checkpoints, "images-000000008", "checkpoint.json"), "{}")
     with refused("--run"):
-        import_checkpoint.run(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
+        preparation.import_checkpoint(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)

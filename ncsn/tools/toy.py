@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn import storage
-from ncsn.core import toy
-from ncsn.core.toy import TWO_MODES, ModeReport, PlainScoreMlp
 from ncsn.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ncsn.report.style import INK, PALETTE, new_figure, styled
+from ncsn.tools import mixture
+from ncsn.tools.mixture import TWO_MODES, ModeReport, PlainScoreMlp
 
 TRUSTED = ((5.0, 5.0, 2.5), (-5.0, -5.0, 2.5))
 """(x, y, half side) of the squares around the modes in which there is data to learn from."""
@@ -62,10 +65,9 @@ def run(folder: str, *, seed: int = 0) -> ToyResult:
         seed: The same seed gives the same numbers on one machine.
     """
     from ncsn.report.style import to_png  # matplotlib takes a second, which `ncsn --help` need not wait for
-    from ncsn.report.toy_plots import ModeSample, mode_samples
 
     with _one_thread():
-        network = toy.fit_figure_2(seed=seed, num_steps=PLAIN_STEPS)
+        network = mixture.fit_figure_2(seed=seed, num_steps=PLAIN_STEPS)
         reports = _samples(network, seed=seed)
     panels = {
         name: ModeSample(name, report.points.numpy().astype(float), report.weight) for name, report in reports.items()
@@ -106,25 +108,26 @@ def _samples(network: PlainScoreMlp, *, seed: int) -> dict[str, ModeReport]:
     generator = torch.Generator().manual_seed(seed)
 
     def start() -> Tensor:
-        return toy.figure_3_start(generator=generator)
+        return mixture.figure_3_start(generator=generator)
 
-    conditional, ema = toy.fit_conditional(toy.LEARNED_SIGMAS, seed=seed, num_steps=CONDITIONAL_STEPS, ema_decay=0.99)
+    conditional, ema = mixture.fit_conditional(
+        mixture.LEARNED_SIGMAS, seed=seed, num_steps=CONDITIONAL_STEPS, ema_decay=0.99
+    )
     ema.copy_to(conditional)
     points = {
         "exact sampling": TWO_MODES.sample(1280, generator=generator),
-        "plain Langevin": toy.plain_langevin(start(), generator=generator),
-        "annealed Langevin": toy.annealed_toy_langevin(start(), generator=generator),
-        "plain, learned score": toy.plain_langevin(start(), generator=generator, score=network),
-        "annealed, learned score": toy.annealed_learned_langevin(start(), network=conditional, generator=generator),
+        "plain Langevin": mixture.plain_langevin(start(), generator=generator),
+        "annealed Langevin": mixture.annealed_toy_langevin(start(), generator=generator),
+        "plain, learned score": mixture.plain_langevin(start(), generator=generator, score=network),
+        "annealed, learned score": mixture.annealed_learned_langevin(start(), network=conditional, generator=generator),
     }
     for name, x in points.items():
         if not torch.isfinite(x).all():
             raise UserError("--seed", f"{name} diverged", hint="choose another seed", value=seed)
-    return {name: toy.mode_report(x) for name, x in points.items()}
+    return {name: mixture.mode_report(x) for name, x in points.items()}
 
 
 def _figure_2(network: PlainScoreMlp) -> Figure:
-    from ncsn.report.toy_plots import score_fields
 
     arrows, pixels = _grid(ARROWS), _grid(PIXELS)
     with torch.no_grad():
@@ -155,3 +158,89 @@ def _grid(count: int) -> Tensor:
     axis = torch.linspace(-8, 8, count)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y], dim=-1).view(-1, 2)
+
+
+Array = NDArray[np.float64]
+
+LIMIT = 8.0
+"""The figures show [-8, 8]^2."""
+_DENSITY = LinearSegmentedColormap.from_list(
+    "density", [(*to_rgb(PALETTE[1]), 0.0), (*to_rgb(PALETTE[1]), 0.45), (*to_rgb(PALETTE[1]), 0.9)]
+)
+
+
+@dataclass(frozen=True)
+class ModeSample:
+    """Where one sampler's points ended.
+
+    Attributes:
+        title: Name of the sampler.
+        points: [N, 2].
+        weight: Share of them at the mode (5, 5).
+    """
+
+    title: str
+    points: Array
+    weight: float
+
+
+@styled
+def score_fields(
+    positions: Array, fields: Mapping[str, Array], *, density: Array, trusted: Sequence[tuple[float, float, float]]
+) -> Figure:
+    """Figure 2: fields of scores as arrows over the density, darker where it is higher.
+
+    Args:
+        positions: [G, G, 2], x along the second axis, y along the first, ascending.
+        fields: Title -> [G, G, 2] scores at the positions.
+        density: [M, M] over [-8, 8]^2, y ascending along the first axis.
+        trusted: (x, y, half side) of the squares in which the fields agree.
+    """
+    figure = new_figure(3.5 * len(fields), 3.7)
+    for axes, (title, field) in zip(_square_axes(figure, len(fields)), fields.items(), strict=True):
+        axes.imshow(
+            density, extent=(-LIMIT, LIMIT, -LIMIT, LIMIT), origin="lower", cmap=_DENSITY, interpolation="bilinear"
+        )
+        x, y, u, v = positions[..., 0], positions[..., 1], field[..., 0], field[..., 1]
+        axes.quiver(x, y, u, v, color=PALETTE[0], angles="xy", scale_units="xy", scale=9, width=0.004)
+        for left, bottom, half in trusted:
+            corner = (left - half, bottom - half)
+            axes.add_patch(Rectangle(corner, 2 * half, 2 * half, fill=False, edgecolor="#d03030", linewidth=1.4))
+        axes.set_title(title)
+    return figure
+
+
+@styled
+def mode_samples(rows: Sequence[Sequence[ModeSample]], *, truth: float) -> Figure:
+    """Figure 3: points of several samplers, with the share of them at the mode (5, 5).
+
+    Args:
+        rows: Rows of samplers.
+        truth: The share that is right.
+    """
+    columns = max(len(row) for row in rows)
+    figure = new_figure(2.6 * columns, 2.95 * len(rows))
+    all_axes = _square_axes(figure, columns, len(rows))
+    for number, axes in enumerate(all_axes):
+        row, column = divmod(number, columns)
+        if column >= len(rows[row]):
+            axes.set_axis_off()
+            all_axes[number - columns].tick_params(labelbottom=True)
+            continue
+        sample = rows[row][column]
+        axes.plot(
+            *sample.points.T, ".", color=PALETTE[1], markersize=2.2, markeredgewidth=0, alpha=0.7, rasterized=True
+        )
+        for place, height, share in ((-5.0, -1.2, 1 - sample.weight), (5.0, 1.2, sample.weight)):
+            axes.annotate(f"{share:.2f}", (place, height), ha="center", va="center", fontsize=10)
+        axes.set_title(sample.title)
+    figure.supxlabel(f"shares of the points; the mixture has {1 - truth:.2f} and {truth:.2f}", color=INK, fontsize=8)
+    return figure
+
+
+def _square_axes(figure: Figure, columns: int, rows: int = 1) -> list[Axes]:
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[-5, 0, 5], yticks=[-5, 0, 5])
+        axes.grid(visible=False)
+    return list(grid.flat)

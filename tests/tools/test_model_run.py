@@ -8,8 +8,7 @@ import pytest
 
 from ncsn.config import from_yaml, to_json, training_settings
 from ncsn.runs.folder import RUN_PATTERN
-from ncsn.steps.model_run import run_of_images
-from ncsn.steps.sample_model import ModelSamples
+from ncsn.tools.models import ModelSamples, run_of_images
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 

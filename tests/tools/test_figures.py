@@ -25,8 +25,8 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import load_history
-from ncsn.steps import figures as step
 from ncsn.steps.figure_numbers import inpainting_chain
+from ncsn.tools import figures as step
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 

@@ -1,9 +1,11 @@
-"""Images from a registered model, wherever its run is: the batch path beside `mlflow models serve`."""
+"""Registered models: images from them, and their export as plain files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save
 
 from ncsn import storage
-from ncsn.config import Config, from_json, from_yaml, to_yaml
+from ncsn.config import Config, from_json, from_yaml, to_json, to_yaml
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import Shard, sample_missing, shards
 from ncsn.errors import UserError
 from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
+from ncsn.model.checkpoint import TRAINED_CONFIG, TrainedNetwork
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import grid_png
 from ncsn.steps.sample import GRID_IMAGES
@@ -51,7 +55,7 @@ class ModelSamples:
     model: str
 
 
-def run(
+def sample_model(
     address: str,
     *,
     registry: str,
@@ -155,3 +159,65 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
         seconds=round(time.perf_counter() - started, 1),
         model=model,
     )
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A file of weights.
+
+    Attributes:
+        uri: The file.
+        parameters: Numbers in it.
+        source: Where they come from: URI of a checkpoint, or `models:/<name>/<version>`.
+    """
+
+    uri: str
+    parameters: int
+    source: str
+
+
+def from_checkpoint(checkpoint: str, *, out: str) -> ExportResult:
+    """Write the EMA weights of a checkpoint to `out`.
+
+    Raises:
+        UserError: if there is no complete checkpoint.
+    """
+    return _write(checkpoints.load_for_sampling(checkpoint), source=checkpoint, out=out)
+
+
+def from_model(address: str, *, registry: str, out: str) -> ExportResult:
+    """Write the EMA weights of a registered model to `out`.
+
+    Raises:
+        UserError: for an unknown model, version or alias.
+    """
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
+        version = resolve_version(open_client_at(registry), address)
+        source = f"models:/{version.name}/{version.version}"
+        trained = checkpoints.load_trained(fetch_weights(registry, version, Path(temporary)), origin=source)
+    return _write(trained, source=source, out=out)
+
+
+def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
+    """The parameters under their names in the network; the config that builds it is the file's metadata."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.network.named_parameters()}
+    uri = storage.absolute(out)
+    storage.write_bytes(uri, save(weights, metadata={"config": to_json(trained.config), "source": source}))
+    return ExportResult(uri=uri, parameters=sum(tensor.numel() for tensor in weights.values()), source=source)
+
+
+_READABLE_CHARACTERS = 40
+
+
+def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+    """The config with which to evaluate the images, and a run name that is theirs alone.
+
+    Args:
+        images: What `sample_model.run` made below `root`.
+        root: Store for the evaluation.
+        overrides: Those with which the images were made, and others that change how they are measured.
+    """
+    origin = storage.join(images.uri, MODEL_FOLDER, TRAINED_CONFIG)
+    config = from_yaml(storage.read_text(origin), overrides=[*overrides, f"storage.root={root}"], origin=images.model)
+    model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:_READABLE_CHARACTERS]
+    return config, f"{model.strip('-')}-{images.uri.rpartition('/')[2]}"

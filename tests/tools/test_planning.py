@@ -8,8 +8,8 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.planning import STEPS, Counts, Rates, estimate, num_checkpoints, step_seconds
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
+from ncsn.tools.planning import STEPS, Counts, Rates, estimate, num_checkpoints, step_seconds
 
 CONFIG = """
 name: plan

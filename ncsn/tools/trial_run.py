@@ -8,39 +8,117 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ncsn import storage
-from ncsn.config import Config, to_json
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.data.training_images import open_cache
+from ncsn.data.statistics import resolve_noise
+from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
 from ncsn.evaluation.extractors import Extractor, InceptionExtractor
 from ncsn.evaluation.reference import SEED
-from ncsn.evaluation.speed import search_seconds_per_image, seconds_per_image, training_seconds_per_image
 from ncsn.model import build
-from ncsn.planning import NEIGHBOUR_SEARCHES, Counts, Rates
+from ncsn.model.generate import evaluations_per_image
+from ncsn.runs.costs import PLAN, Prices, load_prices
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
-from ncsn.steps.small_experiment import FEW_IMAGES, IMAGES, RUN, own_cache, scaled_down, with_values
+from ncsn.tools.planning import (
+    NEIGHBOUR_SEARCHES,
+    Counts,
+    Rates,
+    estimate,
+    search_seconds_per_image,
+    seconds_per_image,
+    training_seconds_per_image,
+)
 from ncsn.tracking.client import connect
 from ncsn.tracking.mlflow_runs import metric_history
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
+
+RUN = "rehearsal"
+IMAGES, FEW_IMAGES = 2048, 256
+"""Images of each split that are rehearsed with; the few where each takes long, and to see what one image takes."""
+
+
+def settle(config: Config) -> Config:
+    """The config with noise levels, which `noise: auto` takes here from some of its images."""
+    if config.noise.kind != "auto":
+        return config
+    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
+        data = with_values(config, **{"data.max_images": min(IMAGES, config.data.max_images or IMAGES)}).data
+        return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
+
+
+def count(config: Config) -> Counts:
+    """How much of everything the config asks for."""
+    splits = open_source(config.data).splits
+    sampling = config.sampling
+    return Counts(
+        train_images=splits["train"].count,
+        test_images=splits["test"].count,
+        shards=math.ceil(sampling.num_images / sampling.batch_size),
+        nfe=evaluations_per_image(config),
+    )
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Keep the rehearsal's images out of this node's cache, here and in the workers of a cluster that starts now."""
+    before = os.environ.get(CACHE_DIR_VARIABLE)
+    os.environ[CACHE_DIR_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_DIR_VARIABLE]
+        else:
+            os.environ[CACHE_DIR_VARIABLE] = before
+
+
+def scaled_down(config: Config, root: Path) -> Config:
+    """The experiment on a few images, in a store and with a record of its own below `root`."""
+    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
+    samples = config.sampling.batch_size * config.compute.max_workers
+    return with_values(
+        config,
+        **{
+            "compute.backend": "local",
+            "compute.num_workers": config.compute.max_workers,
+            "storage.root": str(root),
+            "tracking.uri": f"sqlite:///{root}/mlflow.db",
+            "data.max_images": min(images, config.data.max_images or images),
+            "sampling.num_images": samples,
+            "evaluation.classifier_epochs": 1,
+            "evaluation.num_splits": 1,
+        },
+    )
+
+
+def with_values(config: Config, **values: Any) -> Config:
+    """The config with other values, dotted path -> value."""
+    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+    return from_yaml(to_yaml(config), overrides=overrides)
+
 
 SECONDS = 6.0
 """Wanted length of a measurement."""
@@ -72,7 +150,7 @@ class Start:
 
 
 def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -> Rates:
-    """Measure what `ncsn.planning` needs.
+    """Measure what `ncsn.tools.planning` needs.
 
     Args:
         config: The experiment.
@@ -276,3 +354,32 @@ def _extractor(config: Config, dataset: str) -> Extractor:
 
 def _bytes(folder: str, pattern: str) -> float:
     return float(sum(path.stat().st_size for path in Path(folder).glob(pattern)))
+
+
+def run(config: Config, *, run: str, prices: Prices | None = None, report: Callable[[str], None]) -> dict[str, Any]:
+    """Estimate the whole pipeline of `config` by a rehearsal on this machine or cluster, and keep it with the run.
+
+    Args:
+        config: The experiment.
+        run: Name of the run that it is planned for; its name is not claimed.
+        prices: What things cost; None takes the package's table.
+        report: Called with the name of each part of the rehearsal.
+
+    Returns:
+        The plan as plain values, see `ncsn.tools.planning.estimate`.
+
+    Raises:
+        NotFound: if the source's files are missing.
+        UserError: for a config that the steps refuse.
+    """
+    folder = run_folder(config, run)
+    config = settle(config)
+    counts = count(config)
+    rates = rehearse(config, counts, report=report)
+    plan = {
+        "run": run,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **estimate(config, counts, rates, prices or load_prices()),
+    }
+    storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
+    return plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
-from ncsn.steps.sample_model import _claim
+from ncsn.tools.models import _claim
 
 SOURCE = {"model": "models:/digits/1", "seed": 0, "sampler": {"kind": "annealed_langevin", "epsilon": 1e-4}}
 

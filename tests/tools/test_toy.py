@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ncsn.core import toy
-from ncsn.steps import toy as step
+from ncsn.tools import mixture
+from ncsn.tools import toy as step
 
 
 @pytest.fixture(scope="module")
@@ -49,5 +49,5 @@ def test_the_files_hold_the_result(small: step.ToyResult) -> None:
 def test_plain_langevin_follows_the_score_it_is_given() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.full((2000, 2), 3.0)
-    x = toy.plain_langevin(start, generator=generator, score=lambda x: -x)
+    x = mixture.plain_langevin(start, generator=generator, score=lambda x: -x)
     assert x.mean().item() == pytest.approx(0, abs=0.05) and x.var().item() == pytest.approx(1.026, abs=0.08)

@@ -1,0 +1,1 @@
+"""What is no step of the pipeline: figures, planning, registered models, preparation, the toy example."""
