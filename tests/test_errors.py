@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from refused import refused
 
-from ncsn.cli.failures import ReportingCommand, StepFailed, describe
+from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, NotFound, Problem, UserError, problems_of
 
 TWO = (

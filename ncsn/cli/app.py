@@ -6,12 +6,25 @@ from collections.abc import Mapping
 
 import click
 
-from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.failures import FAILURE, ReportingCommand
+from ncsn.cli.commands import (
+    export_command,
+    figures_command,
+    import_checkpoint_command,
+    model_options,
+    plan_command,
+    promote_command,
+    rollback_command,
+    sample_from_model,
+    suggest_noise_command,
+    toy_command,
+    trace_command,
+)
 from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
-from ncsn.cli.lineage import trace_command
 from ncsn.cli.options import (
+    CATALOGUE,
+    FAILURE,
     Decorated,
+    ReportingCommand,
     backend_options,
     experiment_options,
     inject_option,
@@ -19,10 +32,6 @@ from ncsn.cli.options import (
     place_overrides,
     score_option,
 )
-from ncsn.cli.pictures import figures_command, toy_command
-from ncsn.cli.planning import plan_command
-from ncsn.cli.preparation import import_checkpoint_command, suggest_noise_command
-from ncsn.cli.registry import export_command, model_options, promote_command, rollback_command, sample_from_model
 from ncsn.process import collect_seldom
 
 
@@ -63,8 +72,8 @@ def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name:
 
     The same command again resumes where it stopped, and returns at once when all is done.
     """
-    from ncsn.cli.commands import run_pipeline
-    from ncsn.cli.inputs import resolve
+    from ncsn.cli.execute import run_pipeline
+    from ncsn.cli.target import resolve
 
     run_pipeline(resolve(config_uri, overrides=overrides, run=run_name), as_json=as_json)
 
@@ -92,8 +101,8 @@ def _add_step_command(step: str) -> None:
         inject: tuple[str, ...] = (),
         **given: str | None,
     ) -> None:
-        from ncsn.cli.commands import run_step
-        from ncsn.cli.inputs import resolve
+        from ncsn.cli.execute import run_step
+        from ncsn.cli.target import resolve
 
         place = place_overrides(given.pop("backend", None), given.pop("address", None))
         if given.get("model") or given.get("out"):
@@ -147,7 +156,7 @@ def reap_command(
     Such a run is recorded as KILLED in the store and in MLflow, or as what its pipeline run has ended as. The CronJob
     ncsn-janitor of infra/base/janitor does this every minute.
     """
-    from ncsn.cli.orphans import reap_orphans
+    from ncsn.cli.kubeflow import reap_orphans
 
     if not reap_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
         ctx.exit(FAILURE)
@@ -160,8 +169,8 @@ def show_config_command(
     *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool
 ) -> None:
     """Print the resolved config, each field with its meaning and range. The output is a valid config file."""
-    from ncsn.cli.inputs import resolve
-    from ncsn.cli.show_config import documented_yaml
+    from ncsn.cli.target import resolve
+    from ncsn.cli.views import documented_yaml
     from ncsn.config import to_json
 
     config = resolve(config_uri, overrides=overrides, run=run_name).config
@@ -176,8 +185,8 @@ def ui_command(
     *, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, host: str, port: int
 ) -> None:
     """Serve MLflow's pages for the runs in the store. Ctrl-C ends it."""
-    from ncsn.cli.commands import serve_ui
-    from ncsn.cli.inputs import any_run, resolve
+    from ncsn.cli.execute import serve_ui
+    from ncsn.cli.target import any_run, resolve
 
     if config_uri is None and run_name is None:
         run_name = any_run(overrides)

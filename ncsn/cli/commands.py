@@ -1,210 +1,416 @@
-"""What the commands do, once the options are read."""
+"""The commands beside the steps. Their imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import click
-from filelock import FileLock, Timeout
 
-from ncsn import storage
-from ncsn.cli.catalogue import BESIDE_THE_PIPELINE
-from ncsn.cli.failures import TERMINATED, stop_cleanly_on_sigterm
-from ncsn.cli.inputs import Target
-from ncsn.cli.output import console_on, quiet_libraries
-from ncsn.cli.progress_view import ProgressView
-from ncsn.cli.records import complete_records, mark_complete
-from ncsn.cli.summary import describe_result, print_summary
-from ncsn.cli.supervisor import Supervisor, work_folder
-from ncsn.cli.upstream import find_inputs
-from ncsn.config import Config, to_json
+from ncsn.cli.options import BESIDE_THE_PIPELINE, Decorated, ReportingCommand, experiment_options, json_option
 from ncsn.errors import UserError
-from ncsn.process import require_launchers_python
-from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.records import StepRecord, forget_attempts, read_progress, recorded, stored_records
-from ncsn.steps.step import STEPS_ELSEWHERE
-from ncsn.storage.heartbeat import Lease
 
-_EXCLUSIVE = ("tune", "train", "run")
-_POLL_SECONDS = 0.5
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from ncsn.cli.target import Target
+    from ncsn.tracking.lineage import Link
+    from ncsn.tracking.promotion import AliasChange
 
 
-def run_step(
-    step: str,
-    target: Target,
+class Change(TypedDict):
+    """What the commands that move an alias are asked besides the model."""
+
+    dry_run: bool
+    config_uri: str | None
+    overrides: tuple[str, ...]
+    run_name: str | None
+    as_json: bool
+
+
+def _change_options(command: Decorated) -> Decorated:
+    dry_run = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+    return dry_run(experiment_options(json_option(command)))
+
+
+@click.command("promote", cls=ReportingCommand, short_help="Make a registered version champion.")
+@click.argument("model")
+@click.option("--version", metavar="N", help="Which version; default: the challenger.")
+@click.option("--force", is_flag=True, help="Whatever the gate says.")
+@_change_options
+def promote_command(*, model: str, version: str | None, force: bool, **asked: Unpack[Change]) -> None:
+    """Make a version of MODEL champion, if its recorded figure passes the gate against the present champion."""
+    from ncsn.tracking.promotion import promote_version
+
+    _change(partial(promote_version, name=model, version=version, force=force), asked)
+
+
+@click.command("rollback", cls=ReportingCommand, short_help="Make the champion before the present one champion again.")
+@click.argument("model")
+@_change_options
+def rollback_command(*, model: str, **asked: Unpack[Change]) -> None:
+    """Make the champion of MODEL before the present one champion again; repeated, it goes further back."""
+    from ncsn.tracking.promotion import roll_back
+
+    _change(partial(roll_back, name=model), asked)
+
+
+def _change(change: Callable[..., AliasChange], asked: Change) -> None:
+    """Call `change` on the registry that is asked for, and print what it did."""
+    from ncsn.cli.target import registry_uri
+    from ncsn.tracking.client import open_client_at
+    from ncsn.tracking.versions import registry_errors
+
+    uri = registry_uri(asked["config_uri"], overrides=asked["overrides"], run=asked["run_name"])
+    with registry_errors(uri):
+        done = change(open_client_at(uri), dry_run=asked["dry_run"])
+    if asked["as_json"]:
+        click.echo(json.dumps(dataclasses.asdict(done), indent=1))
+        return
+    verb = "would become" if done.dry_run and done.changed else "is"
+    instead = f" in place of version {done.replaced}" if done.changed and done.replaced else ""
+    click.echo(f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}")
+
+
+@click.command("export", cls=ReportingCommand, short_help="Write EMA weights as one safetensors file.")
+@click.option("--out", required=True, metavar="FILE", help="The file to write.")
+@click.option("--checkpoint", metavar="URI", help="Of this checkpoint.")
+@click.option("--model", metavar="URI", help="Of this registered model: models:/NAME@champion or models:/NAME/VERSION.")
+@experiment_options
+@json_option
+def export_command(
     *,
-    given: Mapping[str, str | None],
+    out: str,
+    checkpoint: str | None,
+    model: str | None,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
     as_json: bool,
-    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run one step in this process and print its result.
+    """Write EMA weights as one safetensors file, with the config as its metadata.
+
+    They are those of --checkpoint, of --model, or of the last checkpoint of --run.
+    """
+    from ncsn import storage
+    from ncsn.cli.target import registry_uri, resolve
+    from ncsn.runs.folder import run_folder
+    from ncsn.runs.records import read_record
+    from ncsn.tools import models
+
+    if checkpoint is not None and model is not None:
+        raise click.UsageError("give --checkpoint or --model, not both")
+    if model is not None:
+        registry = registry_uri(config_uri, overrides=overrides, run=run_name)
+        result = models.from_model(model, registry=registry, out=out)
+    elif checkpoint is not None:
+        result = models.from_checkpoint(storage.absolute(checkpoint), out=out)
+    else:
+        target = resolve(config_uri, overrides=overrides, run=run_name)
+        trained = read_record(run_folder(target.config, target.run), "train")
+        if trained is None:
+            raise UserError(
+                "--checkpoint",
+                f"run {target.run!r} is not trained yet",
+                hint="run `ncsn train` first, or pass --checkpoint URI",
+            )
+        result = models.from_checkpoint(str(trained.result["checkpoint"]), out=out)
+    values = dataclasses.asdict(result)
+    click.echo(json.dumps(values, indent=1) if as_json else f"{result.parameters:,} EMA weights: {result.uri}")
+
+
+def model_options(command: Decorated) -> Decorated:
+    """`--model` and `--out` of `ncsn sample`."""
+    for option in (
+        click.option("--out", metavar="FOLDER", help="With --model: where the images go."),
+        click.option("--model", metavar="URI", help="A registered model in place of a run: models:/NAME@champion."),
+    ):
+        command = option(command)
+    return command
+
+
+def sample_from_model(
+    given: Mapping[str, str | None],
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+) -> None:
+    """Generate images from a registered model and print where they are.
 
     Args:
-        step: Its name.
-        target: The experiment and the run.
-        given: Inputs that options name.
+        given: The options of `ncsn sample`: `model`, perhaps `out`.
+        config_uri: With `overrides` and `run_name`: where the registry is.
+        overrides: Also changes of the registered config.
+        run_name: See `config_uri`.
         as_json: Print JSON.
-        settings: Arguments of the step that are neither config nor inputs.
     """
-    folder = run_folder(target.config, target.run)
-    inputs = find_inputs(folder, step, given)
-    lease = given.get("lease")
-    leased = {"lease": lease} if lease else {}
-    log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
-    # A driver that has a launcher works under its lock, which is the launcher's or the name of the job.
-    with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
-        console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
-        storage.delete_file(folder.step(step, "progress.json"))
-        # The log of a driver elsewhere, which is shown as it comes, has these lines already.
-        in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-        with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.{_package_of(step)}.{step}")
-            if settings and "inject" in settings:  # a misspelled fault must not claim the run's name
-                from ncsn.distributed.faults import rehearsal
+    from ncsn.cli.console import ProgressView, quiet_libraries
+    from ncsn.cli.target import registry_uri, store_root
+    from ncsn.runs.records import StepProgress
+    from ncsn.tools import models
 
-                rehearsal(settings["inject"], step=step, run_uri=folder.uri)
-            with _interruption_by_ray(), recorded(target.config, target.run, step):
-                if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
-                    Lease(lease).require("nothing was begun")
-                require_launchers_python()
-                result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
-    values = dataclasses.asdict(result)
-    click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
-
-
-def run_pipeline(target: Target, *, as_json: bool) -> None:
-    """Run all steps through KFP on one Ray cluster, or find that they are done."""
-    from ncsn.tracking.client import tracking_uri
-
-    config = target.config
-    if config.search is not None:
-        raise UserError(
-            "search",
-            "`ncsn run` does not search",
-            hint="run `ncsn tune` with the same options, then `ncsn run --config` with the best.yaml that it names; "
-            "or leave the search out with --set search=null",
+    address = given.get("model")
+    if address is None:
+        raise click.UsageError("--out goes with --model; the samples of a run lie in the run's folder")
+    if given.get("checkpoint"):
+        raise click.UsageError("give --checkpoint or --model, not both")
+    registry = registry_uri(config_uri, overrides=overrides, run=run_name)
+    with quiet_libraries(None) as console, ProgressView(console) as view:
+        view.start("sample")
+        result = models.sample_model(
+            address,
+            registry=registry,
+            root=store_root(overrides),
+            out=given.get("out"),
+            overrides=overrides,
+            progress=lambda done, total: view.update("sample", StepProgress(done, total, "images")),
         )
-    tracking_uri(config)  # raises now what the second step would find
-    folder = claim_run(config, target.run)
-    before = stored_records(folder)
-    records = complete_records(folder, config)
-    if records is None:
-        with _alone(folder, "run"):
-            records = _execute(config, folder)
+        view.finish("sample", f"done in {result.seconds:,.1f} s")
     if as_json:
-        results = {step: record.result for step, record in records.items()}
-        click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))
+        click.echo(json.dumps(dataclasses.asdict(result), indent=1))
     else:
-        earlier = [step for step, record in records.items() if record == before.get(step)]
-        print_summary(console_on(sys.stdout), folder, config, records, earlier=earlier)
+        click.echo(f"sample: {result.num_images:,} images of {result.model}, {result.nfe:,} network evaluations each")
+        click.echo(f"uri: {result.uri}\ngrid: {result.grid}")
 
 
-def serve_ui(config: Config, *, host: str, port: int) -> None:
-    """Become the MLflow server."""
-    from ncsn.tracking.client import runs_page, server_command
+@click.command("suggest-noise", cls=ReportingCommand, short_help="Choose noise levels and a step size from the images.")
+@click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment whose source is looked at.")
+@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config.")
+@click.option("--data", "dataset", metavar="URI", help="An ingested data set to look at instead.")
+@click.option("--mirrored", is_flag=True, help="Count mirrored images too; with --config data.horizontal_flip decides.")
+@click.option("--sigma-L", "sigma_last", default=0.01, show_default=True, help="Smallest sigma, pixels in [0, 1].")
+@click.option("--overlap", default=0.5, show_default=True, help="Overlap C of neighbouring levels; published: 0.567.")
+@click.option("--steps-per-level", default=5, show_default=True, type=click.IntRange(1), help="Langevin steps T.")
+@json_option
+def suggest_noise_command(
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    dataset: str | None,
+    mirrored: bool,
+    sigma_last: float,
+    overlap: float,
+    steps_per_level: int,
+    as_json: bool,
+) -> None:
+    """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
 
-    command = server_command(config, host=host, port=port)
-    click.echo(runs_page(config, served=f"http://{host}:{port}"), err=True)
-    os.execv(command[0], command)  # noqa: S606
-
-
-def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
-    forget_attempts(folder)
-    work = work_folder(folder)
-    with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
-        supervisor = Supervisor(folder, work, view)
-        console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
-        with _cluster(config) as address:
-            # Ray puts a handler of its own in place that aborts the process after three seconds.
-            stop_cleanly_on_sigterm()
-            console.print(f"ray    {address}", soft_wrap=True)
-            supervisor.run(to_json(config))
-    return mark_complete(folder, config)
-
-
-@contextmanager
-def _cluster(config: Config) -> Iterator[str]:
-    """The Ray cluster that the steps join; none where each brings its own."""
-    if config.compute.backend != "local":
-        yield f"one job per step ({config.compute.backend})"
-        return
-    # Imported here and not above: ray takes a second, which a run that is complete need not wait for.
-    from ncsn.distributed.cluster import ray_cluster
-
-    with ray_cluster(config) as address:
-        yield address
-
-
-@contextmanager
-def _interruption_by_ray() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself, aborts the training and exits with 0 or 1, where 130 is due."""
-    try:
-        yield
-    except SystemExit as stop:
-        if stop.code in (TERMINATED, signal.SIGTERM):
-            sys.exit(TERMINATED)
-        raise KeyboardInterrupt from stop
-
-
-def _package_of(step: str) -> str:
-    return "tools" if step in BESIDE_THE_PIPELINE else "steps"
-
-
-@contextmanager
-def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched: bool) -> Iterator[None]:
-    """Show when the step begins and ends, and if it is watched what it publishes meanwhile."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            progress = read_progress(folder, step)
-            if progress is not None:
-                view.update(step, progress)
-
-    started = time.monotonic()
-    view.start(step)
-    watcher = threading.Thread(target=watch, daemon=True)
-    if watched:
-        watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if watched:
-            watcher.join()
-    view.finish(step, f"done in {time.monotonic() - started:,.1f} s")
-
-
-@contextmanager
-def _alone(folder: RunFolder, step: str) -> Iterator[None]:
-    """Refuse to train one run twice at once: both would write the same checkpoints.
-
-    The kernel frees the lock when its process ends, however it ends. A store that is not local has no lock.
+    sigma_1 is the largest distance between two images, of up to 60,000; the ratio of neighbouring levels makes them
+    overlap; and epsilon leaves the right variance after T steps.
     """
-    if step not in _EXCLUSIVE or not storage.is_local(folder.uri):
-        yield
+    from ncsn.cli.target import resolve
+    from ncsn.cli.views import describe_suggestion
+    from ncsn.model import build
+    from ncsn.tools import preparation
+
+    if (config_uri is None) == (dataset is None):
+        raise UserError("--config", "pass either this or --data", hint="--data takes the URI of an ingested dataset")
+    space = preparation.UNIT
+    if dataset is not None:
+        sample = preparation.images_of_dataset(dataset)
+    else:
+        data = resolve(config_uri, overrides=overrides).config.data
+        space = build.pixel_space(data)
+        sample, mirrored = preparation.images_of_source(data), mirrored or data.horizontal_flip
+    found = preparation.suggest_levels(
+        sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
+    )
+    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else describe_suggestion(found))
+
+
+@click.command("import-checkpoint", cls=ReportingCommand, short_help="Go on from a released checkpoint of NCSN(v2).")
+@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
+@experiment_options
+@click.option("--dataset", metavar="URI", help="The ingested data set; default: the run's own.")
+@json_option
+def import_checkpoint_command(
+    *,
+    file: str,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    dataset: str | None,
+    as_json: bool,
+) -> None:
+    """Read checkpoint.pth of the authors' code, strictly and without running anything in it, as a run's training.
+
+    `ncsn sample` samples from it, and `ncsn train` goes on from it until train.num_images.
+    """
+    from ncsn.cli.target import find_inputs, resolve
+    from ncsn.cli.views import describe_import
+    from ncsn.runs.folder import run_folder
+    from ncsn.tools import preparation
+
+    target = resolve(config_uri, overrides=overrides, run=run_name)
+    inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset})
+    result = preparation.import_checkpoint(target.config, run=target.run, file=file, **inputs)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=1))
+    else:
+        click.echo(describe_import(target.run, result.checkpoint, result.images_seen, target.config.train.num_images))
+
+
+@click.command("toy", cls=ReportingCommand, short_help="Make the paper's two-dimensional Figures 2 and 3.")
+@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: toy in the default store.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of data and noise.")
+@json_option
+def toy_command(*, out: str | None, seed: int, as_json: bool) -> None:
+    """Learn the score of a mixture of two Gaussians, and sample with plain and annealed Langevin dynamics.
+
+    Plain Langevin dynamics leaves the two modes at half of the points each, annealed finds their weights.
+    """
+    from ncsn import storage
+    from ncsn.cli.target import DEFAULT_ROOT
+    from ncsn.cli.views import describe_toy
+    from ncsn.tools import toy
+
+    result = dataclasses.asdict(toy.run(out or storage.join(DEFAULT_ROOT, "toy"), seed=seed))
+    click.echo(json.dumps(result, indent=1) if as_json else describe_toy(result))
+
+
+def _input_options(step: str) -> Decorated:
+    def decorate(command: Decorated) -> Decorated:
+        for name, source in reversed(list(BESIDE_THE_PIPELINE[step].inputs.items())):
+            command = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
+                command
+            )
+        return command
+
+    return decorate
+
+
+@click.command(
+    "figures", cls=ReportingCommand, short_help="Draw a finished run.", help=BESIDE_THE_PIPELINE["figures"].summary
+)
+@experiment_options
+@_input_options("figures")
+@click.option("--nfe", metavar="N,N,...", help="Evaluations per image in the curve of quality over NFE.")
+@click.option("--num-images", type=int, help="Images behind each of its points.")
+@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: report in the run's folder.")
+@json_option
+def figures_command(
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    as_json: bool,
+    nfe: str | None,
+    num_images: int | None,
+    out: str | None,
+    **given: str | None,
+) -> None:
+    """Draw a finished run."""
+    from ncsn.cli.execute import run_step
+    from ncsn.cli.target import resolve
+
+    target = resolve(config_uri, overrides=overrides, run=run_name, checkpoint=given.get("checkpoint"))
+    chosen = {"nfe": _numbers("--nfe", nfe) if nfe else None, "num_images": num_images, "out": out}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    run_step("figures", target, given=given, settings=settings, as_json=as_json)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(option, "expected whole numbers with commas, such as 10,20,50", value=text) from None
+
+
+@click.command("plan", cls=ReportingCommand, short_help="Say what a run will take before it starts.")
+@experiment_options
+@click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
+@click.option("--actual", is_flag=True, help="Rehearse nothing: show what the run has taken beside its plan.")
+@json_option
+def plan_command(
+    *,
+    config_uri: str | None,
+    overrides: tuple[str, ...],
+    run_name: str | None,
+    prices_uri: str | None,
+    actual: bool,
+    as_json: bool,
+) -> None:
+    """Say what a run will take: hours, memory, storage, money and energy of each step.
+
+    Rehearses every step on a few images, in about a minute, in a store of its own.
+    """
+    from ncsn.cli.console import console_on
+    from ncsn.cli.target import resolve
+    from ncsn.cli.views import print_ledger, print_plan
+
+    target = resolve(config_uri, overrides=overrides, run=run_name)
+    if actual:
+        from ncsn.runs.costs import ledger
+
+        found = ledger(target.config, run=target.run)
+    else:
+        found = _rehearsed(target, prices_uri)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        (print_ledger if actual else print_plan)(console_on(sys.stdout), found)
+
+
+def _rehearsed(target: Target, prices_uri: str | None) -> dict[str, Any]:
+    from ncsn.cli.console import quiet_libraries
+    from ncsn.cli.execute import work_folder
+    from ncsn.runs.costs import load_prices
+    from ncsn.runs.folder import run_folder
+
+    prices = load_prices(prices_uri)
+    log = work_folder(run_folder(target.config, target.run)) / "plan.log"
+    with quiet_libraries(log) as console:
+        console.print(f"log    {log}\nrehearsal", soft_wrap=True)
+        from ncsn.tools import trial_run
+
+        return trial_run.run(
+            target.config, run=target.run, prices=prices, report=lambda part: console.print(f"       {part}")
+        )
+
+
+@click.command("trace", cls=ReportingCommand, short_help="Print where something came from and what came of it.")
+@click.argument("identifier", metavar="ID")
+@experiment_options
+@json_option
+def trace_command(
+    *, identifier: str, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool
+) -> None:
+    """Print the whole chain that ID is part of: pipeline run, steps, Ray jobs, data, checkpoint, samples, model.
+
+    ID is an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version
+    (models:/NAME/3 or models:/NAME@champion), a dataset digest or its beginning, or the URI of a checkpoint.
+    """
+    from ncsn.cli.console import console_on
+    from ncsn.cli.target import registry_uri
+    from ncsn.tracking.client import open_client_at
+    from ncsn.tracking.lineage import trace
+    from ncsn.tracking.versions import registry_errors
+
+    uri = registry_uri(config_uri, overrides=overrides, run=run_name)
+    with registry_errors(uri):
+        chains = trace(open_client_at(uri), identifier)
+    if as_json:
+        click.echo(json.dumps({"id": identifier, "chains": [dataclasses.asdict(chain) for chain in chains]}, indent=1))
         return
-    path = Path(folder.uri) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            "--run", "running in another process", hint="wait for it, or choose another --run NAME", value=folder.run
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    console = console_on(sys.stdout)
+    for chain in chains:
+        console.print(_tree(chain), soft_wrap=True)
+
+
+def _tree(link: Link) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    mark = "  [bold]<- asked for[/]" if link.asked else ""
+    tree = Tree(f"[bold]{link.kind}[/] {escape(link.id)}{mark}")
+    for name, value in link.facts.items():
+        tree.add(f"[dim]{name.replace('_', ' ')}:[/] {escape(value)}")
+    for below in link.links:
+        tree.children.append(_tree(below))
+    return tree

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ncsn import storage
-from ncsn.cli.failures import describe
+from ncsn.cli.options import describe
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.storage.retry import limited

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import click
 
-from ncsn.cli.failures import FAILURE, ReportingCommand
-from ncsn.cli.options import backend_options, experiment_options, json_option, place_overrides
+from ncsn.cli.options import (
+    FAILURE,
+    ReportingCommand,
+    backend_options,
+    describe,
+    experiment_options,
+    json_option,
+    place_overrides,
+)
+from ncsn.errors import UserError
 
 
 @click.command("compile", cls=ReportingCommand, short_help="Write the pipelines as the YAML that KFP runs.")
@@ -27,7 +36,7 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
 
     NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; the files are to upload by hand.
     """
-    from ncsn.cli.inputs import resolve
+    from ncsn.cli.target import resolve
     from pipelines.compile import COMPILED, compile_all
 
     known = config_uri is not None or overrides
@@ -124,9 +133,39 @@ def doctor_command(
 ) -> None:
     """Check all that the experiment will need, each with the command that mends it; exit with 1 if anything fails."""
     from ncsn.cli.doctor import examine, report
-    from ncsn.cli.inputs import resolve
+    from ncsn.cli.target import resolve
 
     place = place_overrides(backend, address)
     config = resolve(config_uri, overrides=(*overrides, *place), run=run_name).config
     if not report(examine(config, host=host, namespace=namespace), as_json=as_json):
         ctx.exit(FAILURE)
+
+
+_PATIENCE_SECONDS = 30.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
+
+
+def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
+    """Do what is left to do, or list it, one line each; whether all of it could be done."""
+    from ncsn.remote.kubernetes import KubernetesApi
+    from ncsn.steps.janitor import clean_up
+
+    api, well, deeds = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
+    for deed in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
+        deeds += 1
+        if deed.error is None:
+            click.echo(f"would {deed.verb} {deed.what}" if dry_run else f"{deed.verb}d {deed.what}")
+        else:
+            well = False
+            click.echo(f"error: could not {deed.verb} {deed.what}: {'; '.join(describe(deed.error).lines)}", err=True)
+    if not deeds:
+        click.echo(f"nothing to do in {api.namespace}")
+    return well
+
+
+def _seconds(text: str) -> float:
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UserError("--older-than", "not a time", hint="write for example 30m, 2h or 1d", value=text)
+    return float(match[1]) * _UNITS[match[2] or "s"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ncsn import storage
-from ncsn.cli.inputs import Target, override_value, resolve
+from ncsn.cli.target import Target, override_value, resolve
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.listing import source_fingerprint

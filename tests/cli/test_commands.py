@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ncsn.cli.inputs import resolve
+from ncsn.cli.target import resolve
 from ncsn.config import from_json
 
 

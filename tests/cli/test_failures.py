@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ncsn.cli.failures import ReportingCommand, StepFailed, describe
+from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import Problem
 
 

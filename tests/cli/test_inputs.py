@@ -8,7 +8,7 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.inputs import any_run, default_run, resolve
+from ncsn.cli.target import any_run, default_run, resolve
 from ncsn.config import from_yaml
 from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import RUN_PATTERN, claim_run

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from kfp_api import KfpServer
 
 from ncsn.cli.app import app
-from ncsn.cli.inputs import resolve
+from ncsn.cli.target import resolve
 from ncsn.config import from_json
 from ncsn.runs.folder import claim_run
 from pipelines.compile import COMPILED

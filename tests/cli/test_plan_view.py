@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ncsn.cli.inputs import resolve
+from ncsn.cli.target import resolve
 from ncsn.report.words import duration
 
 

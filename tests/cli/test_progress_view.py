@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 from rich.console import Console
 
-from ncsn.cli.progress_view import ProgressView
+from ncsn.cli.console import ProgressView
 from ncsn.runs.records import StepProgress
 
 

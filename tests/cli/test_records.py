@@ -9,10 +9,9 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.inputs import resolve
-from ncsn.cli.records import complete_records, mark_complete
-from ncsn.cli.upstream import find_inputs
+from ncsn.cli.execute import complete_records, mark_complete
+from ncsn.cli.options import CATALOGUE
+from ncsn.cli.target import find_inputs, resolve
 from ncsn.config import Config, from_yaml
 from ncsn.errors import Problem
 from ncsn.runs.folder import STEPS, RunFolder, claim_run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ncsn.cli.show_config import documented_yaml
+from ncsn.cli.views import documented_yaml
 from ncsn.config import Config, flatten, from_yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

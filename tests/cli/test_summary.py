@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ncsn.cli.inputs import resolve
-from ncsn.cli.summary import print_summary
+from ncsn.cli.target import resolve
+from ncsn.cli.views import print_summary
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import StepRecord
 

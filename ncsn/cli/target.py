@@ -1,17 +1,20 @@
-"""From options to a config and a run name."""
+"""From options to a config, a run and the inputs of a step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ncsn import storage
+from ncsn.cli.options import BESIDE_THE_PIPELINE, CATALOGUE, OWN, Source
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.errors import NotFound, UserError
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import read_record
 
 _ROOT_OVERRIDE = "storage.root"
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
@@ -133,3 +136,29 @@ def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
     inside = storage.absolute(checkpoint).removeprefix(f"{runs}/")
     parts = inside.split("/")
     return parts[0] if len(parts) >= 3 and parts[1] == "checkpoints" else None
+
+
+def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -> dict[str, str]:
+    """URIs of all inputs of `step`: as given, else from the run; of those on demand only if given.
+
+    Raises:
+        UserError: if an earlier step has not finished.
+    """
+    found = {}
+    info = {**CATALOGUE, **BESIDE_THE_PIPELINE}[step]
+    asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
+    for name, source in {**info.inputs, **asked}.items():
+        uri = given.get(name)
+        found[name] = storage.absolute(uri) if uri and uri != OWN else _from_run(folder, step, name, source)
+    return found
+
+
+def _from_run(folder: RunFolder, step: str, name: str, source: Source) -> str:
+    record = read_record(folder, source.step)
+    if record is None:
+        raise UserError(
+            f"--{name}",
+            f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
+            hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
+        )
+    return str(record.result[source.field])

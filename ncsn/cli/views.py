@@ -1,24 +1,31 @@
-"""Results in a person's words."""
+"""Results, plans and configs as text."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+import annotated_types
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ncsn import storage
-from ncsn.cli.inputs import DEFAULT_ROOT
+from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
-from ncsn.report.words import result_line
+from ncsn.config.problems import section_models
+from ncsn.report.words import duration, result_line
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
 if TYPE_CHECKING:
     from ncsn.core.noise_schedule import NoiseSuggestion
+
 
 _REAL = "eval/real_"
 _STD = "_std"
@@ -193,3 +200,160 @@ def _whereabouts(folder: RunFolder, config: Config, records: Mapping[str, StepRe
     this_run = f"--run {folder.run}" if found else f"--run {folder.run} --config {folder.config}"
     yield "next", f"ncsn ui {this_run}"
     yield "", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"
+
+
+_WIDTH = 118
+_INDENT = "  "
+
+
+def documented_yaml(config: Config) -> str:
+    """Valid YAML that parses to `config`, each value under a comment with its description, range and default."""
+    return "\n".join([*_comment(_first_line(type(config)), ""), *_section(config, ""), ""])
+
+
+def _section(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            if not indent:
+                yield ""
+            yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
+            yield f"{indent}{name}:"
+            yield from _section(value, indent + _INDENT)
+        else:
+            yield from _comment(_meaning(field), indent)
+            yield f"{indent}{name}: {_scalar(value)}"
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or model.__name__).strip().splitlines()[0]
+
+
+def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
+    kinds = [kind for model in section_models(section, name) if "kind" in model.model_fields for kind in _kinds(model)]
+    others = [kind for kind in kinds if kind != getattr(value, "kind", None)]
+    return f" Other kinds, with settings of their own: {', '.join(others)}." if others else ""
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation)
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def _scalar(value: Any) -> str:
+    text: str = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _meaning(field: FieldInfo) -> str:
+    limits = [*_limits(field), *([] if field.is_required() else [f"default {_scalar(field.default)}"])]
+    return f"{field.description} [{'; '.join(limits)}]" if limits else str(field.description)
+
+
+def _limits(field: FieldInfo) -> Iterator[str]:
+    choices = _choices(field.annotation)
+    if choices:
+        yield "one of " + ", ".join(_scalar(choice) for choice in choices)
+    for limit in field.metadata:
+        match limit:
+            case annotated_types.Ge(ge):
+                yield f">= {ge}"
+            case annotated_types.Gt(gt):
+                yield f"> {gt}"
+            case annotated_types.Le(le):
+                yield f"<= {le}"
+            case annotated_types.Lt(lt):
+                yield f"< {lt}"
+            case annotated_types.MinLen(min_length):
+                yield f"at least {min_length} long"
+            case annotated_types.MaxLen(max_length):
+                yield f"at most {max_length} long"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(choice for arm in get_args(annotation) for choice in _choices(arm))
+    return ()
+
+
+def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    """Each step's time and cost, then memory and storage."""
+    currency = plan["prices"]["currency"]
+    table = _table(currency)
+    for step, cost in plan["steps"].items():
+        table.add_row(step, duration(cost["seconds"]), *_costs(cost))
+    table.add_row("start", duration(plan["start_seconds"]), "", "", "", "")
+    whole = plan["total"]
+    table.add_row("[bold]all", f"[bold]{duration(whole['seconds'] + plan['start_seconds'])}", *_costs(whole))
+    console.print(table)
+    memory, store = plan["memory"], plan["storage"]
+    verdict = "fits" if memory["fits"] else "[bold]does not fit[/]: lower train.batch_size or compute.num_workers"
+    console.print(
+        f"memory   {memory['worker_gb']:.2f} GB per worker, {memory['workers_gb']:.2f} of "
+        f"{memory['machine_gb']:.1f} GB: {verdict}",
+        soft_wrap=True,
+    )
+    if pods := plan["pods"]:
+        console.print(
+            f"pods     {pods['count']} of {pods['workers']} workers: {pods['cpus']} CPUs, {pods['gpus']} GPUs and "
+            f"{pods['memory_gb']:.1f} GB each",
+            soft_wrap=True,
+        )
+    console.print(
+        f"storage  {store['store_gb']:.3f} GB: images {store['dataset_gb']:.3f}, checkpoints "
+        f"{store['checkpoints_gb']:.3f}, samples {store['samples_gb']:.3f}; {store['money_per_month']:.4f} "
+        f"{currency} a month; {store['node_cache_gb']:.3f} GB in each node's cache",
+        soft_wrap=True,
+    )
+    rates = plan["rates"]
+    console.print(
+        f"rates    {1 / rates['train_image']:,.0f} training images/s; one network evaluation of a batch of samples "
+        f"{1000 * rates['sample_evaluation']:,.1f} ms",
+        soft_wrap=True,
+    )
+
+
+def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
+    """What each step took, beside its plan."""
+    plan, actual = ledger["plan"], ledger["actual"]
+    table = _table(ledger["prices"]["currency"])
+    table.add_column("planned", justify="right")
+    table.add_column("actual / planned", justify="right")
+    for step, cost in actual["steps"].items():
+        table.add_row(step, duration(cost["seconds"]), *_costs(cost), *_beside(plan, step, cost["seconds"]))
+    if actual["steps"]:
+        table.add_row("[bold]all", f"[bold]{duration(actual['total']['seconds'])}", *_costs(actual["total"]), "", "")
+        console.print(table)
+    else:
+        console.print("no step of this run has been at work yet")
+
+
+def _table(currency: str) -> Table:
+    table = Table("step", box=SIMPLE_HEAD)
+    for column in ("time", "CPU hours", "GPU hours", currency, "kWh"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _costs(cost: Mapping[str, float]) -> list[str]:
+    return [f"{cost[name]:,.3g}" for name in ("cpu_hours", "gpu_hours", "money", "kwh")]
+
+
+def _beside(plan: Mapping[str, Any] | None, step: str, seconds: float) -> list[str]:
+    if plan is None or step not in plan["steps"]:
+        return ["", ""]
+    planned = plan["steps"][step]["seconds"]
+    return [duration(planned), f"{seconds / planned:.2f}"]
