@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.errors import Problem, problems_of
+from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.runs.folder import STEPS, RunFolder, claim_run
 from ncsn.storage.heartbeat import Lease
@@ -228,6 +228,12 @@ def stored_error(folder: RunFolder, step: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return record
+
+
+def stored_mistake(folder: RunFolder, step: str) -> UserError | None:
+    """The user's mistake that ended the step's last attempt, or None."""
+    record = stored_error(folder, step)
+    return UserError.of(map(Problem.from_json, record["problems"])) if record is not None and record["user"] else None
 
 
 def _record_error(folder: RunFolder, step: str, error: BaseException) -> None:

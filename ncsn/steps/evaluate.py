@@ -20,11 +20,10 @@ from ncsn.evaluation.measure import Figure, Measured, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
 from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, obtain_judge
 from ncsn.evaluation.samples import samples_shape
-from ncsn.runs.folder import claim_run
-from ncsn.runs.records import ProgressFile, while_leased
-from ncsn.steps.step import elsewhere, once
+from ncsn.runs.records import while_leased
+from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorisation
-from ncsn.tracking.mlflow_runs import job_metadata, step_run
+from ncsn.tracking.mlflow_runs import StepRun
 
 FIGURES_VERSION = 2
 """Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
@@ -106,59 +105,55 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         RemoteFailure: if it failed on the cluster of `compute.backend`.
         UserError: for missing or wrongly shaped samples, fewer samples than splits, or a data set without labels.
     """
-    folder = claim_run(config, run)
+    step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
     _check_inputs(samples, dataset)
+    inputs = {
+        "figures": FIGURES_VERSION,
+        "samples": samples,
+        "dataset": dataset,
+        "num_images": config.sampling.num_images,
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    if result := step.found(inputs, needs=lambda result: [result.uri]):
+        return result
+    if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
+        return result
+    with (
+        step.work(config) as work,
+        cluster_for(
+            config,
+            tasks=_tasks(config, dataset),
+            # On this machine this process has all cores and needs no other. The head of a cluster has none.
+            join=lease is not None or not on_this_machine(),
+            metadata=work.job_metadata(),
+        ),
+    ):
+        work.tracked.set_tags(ray_tags())
+        manifest = load_manifest(dataset)
+        work.tracked.log_dataset(
+            manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
+        )
+        result = evaluate(
+            config,
+            samples=samples,
+            dataset=dataset,
+            folder=step.folder.evaluation,
+            progress=while_leased(work.progress, lease, kept="the features of {done} of {total} images stay"),
+            on_score=lambda score: work.progress.say(str(score)),
+        )
+        _log(work.tracked, result, samples=samples, extractor=config.evaluation.extractor)
+    return step.done(result)
 
-    def work(progress: ProgressFile) -> EvaluateResult:
-        with (
-            step_run(config, run=run, step="evaluate") as tracked,
-            cluster_for(
-                config,
-                tasks=_tasks(config, dataset),
-                # On this machine this process has all cores and needs no other. The head of a cluster has none.
-                join=lease is not None or not on_this_machine(),
-                metadata=job_metadata(tracked, run=run, step="evaluate"),
-            ),
-        ):
-            tracked.set_tags(ray_tags())
-            manifest = load_manifest(dataset)
-            tracked.log_dataset(
-                manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
-            )
-            result = evaluate(
-                config,
-                samples=samples,
-                dataset=dataset,
-                folder=folder.evaluation,
-                progress=while_leased(progress, lease, kept="the features of {done} of {total} images stay"),
-                on_score=lambda score: progress.say(str(score)),
-            )
-            tracked.log_metrics({**result.metrics, **result.real_metrics})
-            for point in result.running:
-                score = RunningScore(**point)
-                tracked.log_metrics(score.named("eval", extractor=config.evaluation.extractor), step=score.num_images)
-            tracked.set_tags({"eval.fingerprint": result.fingerprint})
-            tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
-            tracked.log_file(result.uri)
-            return result
 
-    return once(
-        folder,
-        "evaluate",
-        inputs={
-            "figures": FIGURES_VERSION,
-            "samples": samples,
-            "dataset": dataset,
-            "num_images": config.sampling.num_images,
-            "evaluation": config.evaluation.model_dump(mode="json"),
-        },
-        result_type=EvaluateResult,
-        outputs=lambda result: [result.uri],
-        unit="images",
-        work=work,
-        elsewhere=elsewhere(config, folder, "evaluate", inputs={"samples": samples, "dataset": dataset}),
-    )
+def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
+    tracked.log_metrics({**result.metrics, **result.real_metrics})
+    for point in result.running:
+        score = RunningScore(**point)
+        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+    tracked.set_tags({"eval.fingerprint": result.fingerprint})
+    tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
+    tracked.log_file(result.uri)
 
 
 def evaluate(

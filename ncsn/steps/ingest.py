@@ -11,10 +11,8 @@ from ncsn.data.listing import source_fingerprint
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import fills_several_parts, open_source
 from ncsn.data.statistics import Dataset
-from ncsn.runs.folder import claim_run
 from ncsn.runs.records import ProgressFile
-from ncsn.steps.step import once
-from ncsn.tracking.mlflow_runs import step_run
+from ncsn.steps.step import Step
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,19 @@ def run(config: Config, *, run: str) -> IngestResult:
         UserError: if they are damaged, do not fit the config, or the run name belongs to another config.
         OSError: if the disk is full. Nothing is left half-written.
     """
-    folder = claim_run(config, run)
+    step = Step.claim("ingest", config, run, IngestResult, unit="images")
     fingerprint = source_fingerprint(config.data)
-
-    def work(progress: ProgressFile) -> IngestResult:
-        with step_run(config, run=run, step="ingest") as tracked:
-            # Named after the source, not the experiment, so that experiments on the same images share one dataset.
-            datasets = storage.join(folder.root, "datasets", config.data.source)
-            dataset = _write(config, datasets, fingerprint=fingerprint, progress=progress)
-            manifest = dataset.manifest
-            tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
-            tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
-            return IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created)
-
-    return once(
-        folder,
-        "ingest",
-        inputs={"data": config.data.model_dump(mode="json"), "files": fingerprint},
-        result_type=IngestResult,
-        outputs=lambda result: [storage.join(result.uri, MANIFEST)],
-        unit="images",
-        work=work,
-    )
+    inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
+    if result := step.found(inputs, needs=lambda result: [storage.join(result.uri, MANIFEST)]):
+        return result
+    with step.work(config) as work:
+        # Named after the source, not the experiment, so that experiments on the same images share one dataset.
+        datasets = storage.join(step.folder.root, "datasets", config.data.source)
+        dataset = _write(config, datasets, fingerprint=fingerprint, progress=work.progress)
+        manifest = dataset.manifest
+        work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
+        work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
+    return step.done(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created))
 
 
 def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressFile) -> Dataset:

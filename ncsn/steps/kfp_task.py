@@ -11,8 +11,7 @@ from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, write_outcome
-from ncsn.steps.step import stored_mistake
+from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, stored_mistake, write_outcome
 
 if TYPE_CHECKING:
     from ncsn.remote.kubernetes import KubernetesApi

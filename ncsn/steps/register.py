@@ -19,13 +19,11 @@ from ncsn.report.images import neighbours_png
 from ncsn.report.model_card import Scores, model_card
 from ncsn.report.words import cost_line
 from ncsn.runs.costs import ledger
-from ncsn.runs.folder import claim_run
-from ncsn.runs.records import ProgressFile
-from ncsn.steps.step import once
+from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
 from ncsn.tracking.gate import Evidence, Measurement, Memorisation, decision_record, not_finite
-from ncsn.tracking.mlflow_runs import StepRun, step_run
+from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
@@ -69,49 +67,37 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         NotFound: if there is no evaluation.
         UserError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
     """
-    folder = claim_run(config, run)
+    step = Step.claim("register", config, run, RegisterResult, unit="stages")
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)
     figures = storage.read_json(evaluation)
     _require_own_samples(figures, loaded)
     evidence = _evidence(figures, loaded)
+    inputs = {
+        "checkpoint": loaded.digest,
+        "sampler": config.sampling.sampler.model_dump(mode="json"),
+        "evaluation": evaluation,
+        "evidence": asdict(evidence),
+        "model": config.registered_model,
+        "registry": shown(tracking_uri(config)),
+    }
+    if (result := step.found(inputs, needs=lambda _: [])) and _is_registered(config, result):
+        return result
+    with step.work(config) as work, registry_errors(work.tracked.uri):
+        candidate = _candidate(work.tracked, loaded, figures, run=run, checkpoint=checkpoint)
+        work.progress(1, STAGES)
+        version = registry.register(work.tracked, candidate)
+        work.progress(2, STAGES)
+        result = _decide(work.tracked, candidate.name, str(version.version), evidence)
+    return step.done(result)
 
-    def work(progress: ProgressFile) -> RegisterResult:
-        with step_run(config, run=run, step="register") as tracked, registry_errors(tracked.uri):
-            candidate = _candidate(tracked, loaded, figures, run=run, checkpoint=checkpoint)
-            progress(1, STAGES)
-            version = registry.register(tracked, candidate)
-            progress(2, STAGES)
-            return _decide(tracked, candidate.name, str(version.version), evidence)
 
-    def registered() -> RegisterResult:
-        inputs = {
-            "checkpoint": loaded.digest,
-            "sampler": config.sampling.sampler.model_dump(mode="json"),
-            "evaluation": evaluation,
-            "evidence": asdict(evidence),
-            "model": config.registered_model,
-            "registry": shown(tracking_uri(config)),
-        }
-        return once(
-            folder,
-            "register",
-            inputs=inputs,
-            result_type=RegisterResult,
-            outputs=lambda _: [],
-            unit="stages",
-            work=work,
-        )
-
-    result = registered()
+def _is_registered(config: Config, result: RegisterResult) -> bool:
+    """Whether the version is still in the registry."""
     client, uri = open_client(config)
     with registry_errors(uri):
-        present = has_version(client, result.model, result.version)
-    if not present:
-        storage.delete_file(folder.step("register", "result.json"))
-        result = registered()
-    return result
+        return has_version(client, result.model, result.version)
 
 
 def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) -> None:

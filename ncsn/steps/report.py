@@ -40,13 +40,13 @@ from ncsn.report.page import Fact, Figures, Film, Neighbour, Page, Picture, Scor
 from ncsn.report.style import to_png
 from ncsn.report.words import cost_facts, read_figures, result_line, score_rows
 from ncsn.runs.costs import Prices, ledger, prices_of, read_plan
-from ncsn.runs.folder import STEPS, RunFolder, claim_run
-from ncsn.runs.records import ProgressFile, load_history
+from ncsn.runs.folder import STEPS, RunFolder
+from ncsn.runs.records import load_history
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figure_numbers import subject_of
 from ncsn.steps.sample import LEVELS
-from ncsn.steps.step import once
-from ncsn.tracking.mlflow_runs import RecordedRun, StepRun, step_run, step_runs, whole_run
+from ncsn.steps.step import Step
+from ncsn.tracking.mlflow_runs import RecordedRun, StepRun, step_runs, whole_run
 
 SMALL_WORK = 1e12
 """Evaluations x parameters x pixels of all panels together: some five seconds on two cores."""
@@ -391,32 +391,23 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         ValueError: if the page would be too large.
         TrackingError: if MLflow does not answer.
     """
-    folder = claim_run(config, run)
+    step = Step.claim("report", config, run, ReportResult, unit="images")
     evaluation = storage.absolute(evaluation)
-    sources = read_sources(config, folder, evaluation)
-
-    def work(progress: ProgressFile) -> ReportResult:
-        with step_run(config, run=run, step="report") as tracked:
-            page = make_page(sources, tracked, progress=progress)
-            text = render(page)
-            uri = storage.join(folder.report, FILE)
-            storage.write_text(uri, text)
-            tracked.log_file(uri, to_parent=True)
-            tracked.set_tags({"report.uri": uri})
-            return ReportResult(uri=uri, size=len(text.encode()), sections=page.headings)
-
-    return once(
-        folder,
-        "report",
-        inputs={
-            "evaluation": sources.evaluation,
-            "steps": {step: record["finished_at"] for step, record in sources.records.items()},
-            "config": config.model_dump(mode="json"),
-            "figures": digest_of(storage.join(folder.report, FIGURES)),
-            "look": look(),
-        },
-        result_type=ReportResult,
-        outputs=lambda result: [result.uri],
-        unit="images",
-        work=work,
-    )
+    sources = read_sources(config, step.folder, evaluation)
+    inputs = {
+        "evaluation": sources.evaluation,
+        "steps": {name: record["finished_at"] for name, record in sources.records.items()},
+        "config": config.model_dump(mode="json"),
+        "figures": digest_of(storage.join(step.folder.report, FIGURES)),
+        "look": look(),
+    }
+    if result := step.found(inputs, needs=lambda result: [result.uri]):
+        return result
+    with step.work(config) as work:
+        page = make_page(sources, work.tracked, progress=work.progress)
+        text = render(page)
+        uri = storage.join(step.folder.report, FILE)
+        storage.write_text(uri, text)
+        work.tracked.log_file(uri, to_parent=True)
+        work.tracked.set_tags({"report.uri": uri})
+    return step.done(ReportResult(uri=uri, size=len(text.encode()), sections=page.headings))

@@ -22,10 +22,10 @@ from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
-from ncsn.runs.folder import claim_run, run_folder
+from ncsn.runs.folder import run_folder
 from ncsn.runs.records import ProgressFile, while_leased
-from ncsn.steps.step import elsewhere, once
-from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
+from ncsn.steps.step import Step
+from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -86,69 +86,54 @@ def run(
             diverges, or `inject` names no fault.
     """
     faults = rehearsal(inject, step="sample", run_uri=run_folder(config, run).uri)
-    folder = claim_run(config, run)
+    step = Step.claim("sample", config, run, SampleResult, unit="images")
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling
     sampler_key = sampling.model_dump(include={"sampler", "seed", "precision"})
     sampler_digest = hashlib.sha256(json.dumps(sampler_key, sort_keys=True).encode()).hexdigest()[:12]
-    uri = folder.samples(loaded.digest, sampler_digest)
-
-    def work(progress: ProgressFile) -> SampleResult:
-        shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
-        with (
-            step_run(config, run=run, step="sample") as tracked,
-            faults.outages_shared(),
-            cluster_for(
-                config,
-                tasks=len(shards(shard, num_images=sampling.num_images, missing=score is None)),
-                metadata=job_metadata(tracked, run=run, step="sample"),
-            ),
-        ):
-            tracked.set_tags(ray_tags())
-            started = time.perf_counter()
-            watched = _watched(progress, lease, faults)
-            scores = _Scores(config, score, progress) if score else None
-            looker = scores.looker if scores else None
-            made = sample_missing(shard, num_images=sampling.num_images, progress=watched, looker=looker)
-            seconds = time.perf_counter() - started
-            result = SampleResult(
-                uri=uri,
-                grid=storage.join(uri, "grid.png"),
-                strip=storage.join(uri, "strip.png"),
-                gif=storage.join(uri, "denoising.gif"),
-                num_images=sampling.num_images,
-                nfe=evaluations_per_image(config),
-                seconds=round(seconds, 3),
-                checkpoint=checkpoint,
-            )
-            _publish_pictures(result, shard)
-            _publish_manifest(result, sampler_key, loaded.digest)
-            origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
-            tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
-            tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
-            if scores is not None:
-                scores.log(tracked)
-            for picture in (result.grid, result.strip, result.gif):
-                tracked.log_file(picture)
-            return result
-
-    return once(
-        folder,
-        "sample",
-        inputs={"uri": uri, "num_images": sampling.num_images},
-        result_type=SampleResult,
-        outputs=lambda result: [result.uri, result.grid, result.strip, result.gif],
-        unit="images",
-        work=work,
-        elsewhere=elsewhere(
-            config,
-            folder,
-            "sample",
-            inputs={"checkpoint": checkpoint} | ({"score": score} if score else {}),
-            inject=inject,
-        ),
-    )
+    uri = step.folder.samples(loaded.digest, sampler_digest)
+    inputs = {"uri": uri, "num_images": sampling.num_images}
+    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):
+        return result
+    options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
+    if result := step.dispatched(config, options, inject=inject):
+        return result
+    shard = _first_shard(config, checkpoint=checkpoint, folder=uri)
+    tasks = len(shards(shard, num_images=sampling.num_images, missing=score is None))
+    with (
+        step.work(config) as work,
+        faults.outages_shared(),
+        cluster_for(config, tasks=tasks, metadata=work.job_metadata()),
+    ):
+        tracked = work.tracked
+        tracked.set_tags(ray_tags())
+        started = time.perf_counter()
+        watched = _watched(work.progress, lease, faults)
+        scores = _Scores(config, score, work.progress) if score else None
+        looker = scores.looker if scores else None
+        made = sample_missing(shard, num_images=sampling.num_images, progress=watched, looker=looker)
+        seconds = time.perf_counter() - started
+        result = SampleResult(
+            uri=uri,
+            grid=storage.join(uri, "grid.png"),
+            strip=storage.join(uri, "strip.png"),
+            gif=storage.join(uri, "denoising.gif"),
+            num_images=sampling.num_images,
+            nfe=evaluations_per_image(config),
+            seconds=round(seconds, 3),
+            checkpoint=checkpoint,
+        )
+        _publish_pictures(result, shard)
+        _publish_manifest(result, sampler_key, loaded.digest)
+        origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
+        tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
+        tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
+        if scores is not None:
+            scores.log(tracked)
+        for picture in (result.grid, result.strip, result.gif):
+            tracked.log_file(picture)
+    return step.done(result)
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""What every step shares: the run's folder, the claim on a run name, and doing the work once.
+"""The life of a step: claimed, found or done, here or on another machine, and recorded.
 
-A step is idempotent: asked again with the same inputs it returns the stored result. Its result is JSON in the store,
-so that a launcher on another machine needs no back-channel.
+A step is idempotent: asked again with the same inputs it returns the stored result. Its result is JSON in the store, so
+a launcher on another machine needs no back-channel.
 """
 
 from __future__ import annotations
@@ -10,116 +10,197 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
-from ncsn.config import Config, to_yaml
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.compute import ComputeConfig
-from ncsn.data.format import load_manifest
-from ncsn.errors import Problem, UserError
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.errors import UserError
 from ncsn.remote.backend import Backend, RemoteFailure, RemoteLost, RemoteStep
-from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, stored_error, stored_record
+from ncsn.runs.folder import RunFolder, claim_run, require_owner
+from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, stored_mistake, stored_record
+
+if TYPE_CHECKING:
+    from ncsn.tracking.mlflow_runs import StepRun
+
+STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
+"""Those that run where `compute.backend` says; the others are not worth a cluster."""
 
 R = TypeVar("R")
 
 
-def load_result(folder: RunFolder, step: str, result_type: type[R]) -> R:
-    """The stored result of an earlier step.
+@dataclass(frozen=True)
+class Work:
+    """A step that runs in this process."""
 
-    Raises:
-        UserError: if that step has not finished in this run.
-    """
-    stored = stored_record(folder, step)
-    if stored is None:
-        raise UserError(
-            "--run",
-            f"has no result of step {step}",
-            hint=f"run `ncsn {step} --run {folder.run}` first",
-            value=folder.run,
-        )
-    return result_type(**stored["result"])
+    step: str
+    run: str
+    progress: ProgressFile
+    tracked: StepRun
+
+    def job_metadata(self) -> dict[str, str]:
+        """What a Ray job shows of the step on Ray's pages."""
+        from ncsn.tracking.mlflow_runs import job_metadata
+
+        return job_metadata(self.tracked, run=self.run, step=self.step)
 
 
-def once(
-    folder: RunFolder,
-    step: str,
-    *,
-    inputs: Mapping[str, Any],
-    result_type: type[R],
-    outputs: Callable[[R], Sequence[str]],
-    unit: str,
-    work: Callable[[ProgressFile], R],
-    elsewhere: Callable[[], None] | None = None,
-) -> R:
-    """Do the step's work unless its result for the same inputs is there.
+class Step(Generic[R]):
+    """One step of a run.
 
     Args:
+        name: Its name, a command of `ncsn`.
         folder: The run.
-        step: Name of the step, one of `STEPS`.
-        inputs: Plain values that decide the result; equal inputs mean equal work.
-        result_type: Frozen dataclass of plain values.
-        outputs: URIs that a stored result needs to be of use; if one is gone the work is done again.
-        unit: What the progress counts.
-        work: Does the work; gets the callable that publishes progress.
-        elsewhere: Has it done on another machine instead, which leaves the result in the store.
-
-    Returns:
-        The stored or the new result.
+        result: Type of its result, a frozen dataclass of plain values.
+        unit: What its progress counts.
     """
-    inputs = json.loads(json.dumps(inputs))
-    stored = stored_record(folder, step)
-    # A result that an older version stored may lack a field; then the work is done again.
-    fields = {field.name for field in dataclasses.fields(result_type)}  # type: ignore[arg-type]
-    if stored is not None and stored["inputs"] == inputs and stored["result"].keys() == fields:
-        result = result_type(**stored["result"])
-        if all(storage.exists(uri) for uri in outputs(result)):
-            return result
-    if elsewhere is not None:
-        return _result_from_elsewhere(folder, step, elsewhere, inputs=inputs, result_type=result_type)
-    progress = ProgressFile(folder.step(step, "progress.json"), unit)
-    started = time.time()
-    try:
-        result = work(progress)
-    finally:
-        add_seconds(folder, step, time.time() - started)
-    record = {
-        "step": step,
-        "run": folder.run,
-        "inputs": inputs,
-        "result": dataclasses.asdict(result),  # type: ignore[call-overload]
-        "seconds": round(time.time() - started, 3),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
-    return result
 
+    def __init__(self, name: str, folder: RunFolder, result: type[R], *, unit: str) -> None:
+        self.name, self.folder = name, folder
+        self._type, self._unit = result, unit
+        self._inputs: dict[str, Any] = {}
+        self._started = 0.0
 
-def _result_from_elsewhere(
-    folder: RunFolder,
-    step: str,
-    elsewhere: Callable[[], None],
-    *,
-    inputs: Mapping[str, Any],
-    result_type: type[R],
-) -> R:
-    """Have the step done; the other side keeps its own records."""
-    elsewhere()
-    stored = stored_record(folder, step)
-    if stored is None or stored["inputs"] != inputs:
-        raise RuntimeError(
-            f"step {step} ended on the cluster without a result for these inputs in {folder.uri}/steps/{step}; "
-            "does the cluster (compute.kuberay.image) hold this version of ncsn, and does it reach this store?"
+    @classmethod
+    def claim(cls, name: str, config: Config, run: str, result: type[R], *, unit: str) -> Step[R]:
+        """The step of a run whose name belongs to this config from now on.
+
+        Raises:
+            ForeignRun: The name belongs to another config.
+            UserError: No run can have this name.
+        """
+        return cls(name, claim_run(config, run), result, unit=unit)
+
+    def settle_noise(self, config: Config, manifest: Manifest) -> Config:
+        """The config with the levels that `noise: auto` stands for, which are the run's from now on.
+
+        Raises:
+            UserError: They cannot be chosen, or are not those that the run has.
+        """
+        from ncsn.data.statistics import resolve_noise
+
+        uri = self.folder.config
+        settled, owner = resolve_noise(config, manifest), from_yaml(storage.read_text(uri), origin=uri)
+        require_owner(resolve_noise(owner, manifest), settled, self.folder.run)
+        if owner.noise != settled.noise:
+            storage.write_text(uri, to_yaml(owner.model_copy(update={"noise": settled.noise})))
+        return settled
+
+    def found(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
+        """The stored result for these inputs; None if the work is to be done.
+
+        Args:
+            inputs: Plain values that decide the result.
+            needs: URIs without which the result is of no use.
+        """
+        self._inputs = json.loads(json.dumps(inputs))
+        stored = stored_record(self.folder, self.name)
+        # A result of an older version may lack a field; then the work is done again.
+        fields = {field.name for field in dataclasses.fields(self._type)}  # type: ignore[arg-type]
+        if stored is None or stored["inputs"] != self._inputs or stored["result"].keys() != fields:
+            return None
+        result = self._type(**stored["result"])
+        return result if all(storage.exists(uri) for uri in needs(result)) else None
+
+    def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
+        """The result from where `compute.backend` says; None if the work is to be done here.
+
+        Args:
+            config: The experiment.
+            options: URIs for the step's options of these names.
+            inject: Faults to simulate there.
+
+        Raises:
+            UserError: The step found a mistake there.
+            RemoteFailure: It ended there otherwise.
+        """
+        assert self.name in STEPS_ELSEWHERE
+        if config.compute.backend == "local":
+            return None
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        arguments += [part for text in inject for part in ("--inject", text)]
+        self._execute(config, arguments, options)
+        stored = stored_record(self.folder, self.name)
+        if stored is None or stored["inputs"] != self._inputs:
+            raise RuntimeError(
+                f"step {self.name} ended on the cluster without a result for these inputs in "
+                f"{self.folder.uri}/steps/{self.name}; does the cluster (compute.kuberay.image) hold this version of "
+                "ncsn, and does it reach this store?"
+            )
+        return self._type(**stored["result"])
+
+    @contextmanager
+    def timed(self) -> Iterator[ProgressFile]:
+        """Publish the progress of the work, and add its seconds to what the step has taken so far."""
+        self._started = time.time()
+        try:
+            yield ProgressFile(self.folder.step(self.name, "progress.json"), self._unit)
+        finally:
+            add_seconds(self.folder, self.name, time.time() - self._started)
+
+    @contextmanager
+    def work(self, config: Config) -> Iterator[Work]:
+        """The same, with the step's MLflow run, which ends as the block does."""
+        from ncsn.tracking.mlflow_runs import step_run
+
+        with self.timed() as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
+            yield Work(self.name, self.folder.run, progress, tracked)
+
+    def done(self, result: R) -> R:
+        """Store the result, which makes the step complete."""
+        record = {
+            "step": self.name,
+            "run": self.folder.run,
+            "inputs": self._inputs,
+            "result": dataclasses.asdict(result),  # type: ignore[call-overload]
+            "seconds": round(time.time() - self._started, 3),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        storage.write_text(self.folder.step(self.name, "result.json"), json.dumps(record, indent=1))
+        return result
+
+    def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
+        """The same command on the cluster, with the local backend, on the same store."""
+        folder, step = self.folder, self.name
+        if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
+            raise UserError(
+                "storage.root",
+                f"is a folder of this machine, which the pods of compute.backend {config.compute.backend} cannot reach",
+                hint="use s3://BUCKET/PREFIX",
+                value=config.storage.root,
+            )
+        backend = open_backend(_sized(config, step, inputs).compute)
+        assert backend is not None
+        uri, digest = _publish_config(config, folder, step)
+        storage.delete_file(folder.step(step, "error.json"))
+        clear_outcome(folder)
+        remote = RemoteStep(
+            run=folder.run,
+            step=step,
+            uri=storage.join(folder.uri, "steps", step),
+            command=("ncsn", step, "--config", uri, "--run", folder.run, *arguments, "--json"),
+            facts={
+                "ncsn.config": digest,
+                "mlflow.experiment": config.tracking.experiment,
+                "mlflow.run_name": f"{folder.run}/{step}",
+            },
+            mistaken=lambda: stored_mistake(folder, step) is not None,
         )
-    return result_type(**stored["result"])
-
-
-def stored_mistake(folder: RunFolder, step: str) -> UserError | None:
-    """The user's mistake that ended the step's last attempt, or None."""
-    record = stored_error(folder, step)
-    return UserError.of(map(Problem.from_json, record["problems"])) if record is not None and record["user"] else None
+        try:
+            backend.execute(remote)
+        except RemoteLost:
+            if not storage.exists(folder.step(step, "result.json")):
+                raise
+        except RemoteFailure as failure:
+            mistake = stored_mistake(folder, step)
+            if mistake is None:
+                raise
+            raise mistake from failure
 
 
 def open_backend(compute: ComputeConfig) -> Backend | None:
@@ -133,75 +214,6 @@ def open_backend(compute: ComputeConfig) -> Backend | None:
     from ncsn.remote.kuberay import KubeRay
 
     return KubeRay(compute)
-
-
-STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
-"""Those that run where `compute.backend` says; the others run where they are started."""
-
-_DIGEST_CHARACTERS = 12
-
-
-def elsewhere(
-    config: Config, folder: RunFolder, step: str, *, inputs: Mapping[str, str], inject: Sequence[str] = ()
-) -> Callable[[], None] | None:
-    """What does the step's work where `compute.backend` says; None if that is here.
-
-    Args:
-        config: The experiment.
-        folder: The run.
-        step: Name of the step, a command of `ncsn`.
-        inputs: URIs for the step's options of the same names.
-        inject: Faults to rehearse there.
-
-    Returns:
-        A function that returns when the step's result is in the store. It raises UserError for a mistake that the
-        step found there, and `RemoteFailure` for any other end.
-    """
-    assert step in STEPS_ELSEWHERE
-    if config.compute.backend == "local":
-        return None
-    options = [part for name, value in inputs.items() for part in (f"--{name}", value)]
-    options += [part for text in inject for part in ("--inject", text)]
-    return lambda: _run_elsewhere(config, folder, step, options, inputs=inputs)
-
-
-def _run_elsewhere(
-    config: Config, folder: RunFolder, step: str, options: list[str], *, inputs: Mapping[str, str]
-) -> None:
-    if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
-        raise UserError(
-            "storage.root",
-            f"is a folder of this machine, which the pods of compute.backend {config.compute.backend} cannot reach",
-            hint="use s3://BUCKET/PREFIX",
-            value=config.storage.root,
-        )
-    backend = open_backend(_sized(config, step, inputs).compute)
-    assert backend is not None
-    uri, digest = _publish_config(config, folder, step)
-    storage.delete_file(folder.step(step, "error.json"))
-    clear_outcome(folder)
-    remote = RemoteStep(
-        run=folder.run,
-        step=step,
-        uri=storage.join(folder.uri, "steps", step),
-        command=("ncsn", step, "--config", uri, "--run", folder.run, *options, "--json"),
-        facts={
-            "ncsn.config": digest,
-            "mlflow.experiment": config.tracking.experiment,
-            "mlflow.run_name": f"{folder.run}/{step}",
-        },
-        mistaken=lambda: stored_mistake(folder, step) is not None,
-    )
-    try:
-        backend.execute(remote)
-    except RemoteLost:
-        if not storage.exists(folder.step(step, "result.json")):
-            raise
-    except RemoteFailure as failure:
-        mistake = stored_mistake(folder, step)
-        if mistake is None:
-            raise
-        raise mistake from failure
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
@@ -224,7 +236,7 @@ def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, 
         "storage": config.storage.model_copy(update={"root": folder.root}),
     }
     text = to_yaml(config.model_copy(update=here))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     uri = folder.step(step, f"config-{digest}.yaml")
     storage.write_text(uri, text)
     return uri, digest

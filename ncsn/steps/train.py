@@ -7,18 +7,16 @@ from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import load_manifest
+from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.distributed.faults import rehearsal
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.records import ProgressFile, stored_record
-from ncsn.steps.noise import settle_noise
-from ncsn.steps.step import elsewhere, once
+from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.records import stored_record
+from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.mlflow_runs import job_metadata, step_run
 from ncsn.training.loop import TrainingJob
 
 
@@ -63,9 +61,50 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
         RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
     faults = rehearsal(inject, step="train", run_uri=run_folder(config, run).uri)
-    folder = claim_run(config, run)
+    step = Step.claim("train", config, run, TrainResult, unit="images")
     manifest = load_manifest(dataset)
-    config = settle_noise(config, run, manifest)
+    config = step.settle_noise(config, manifest)
+    _require_trainable(config, manifest, dataset)
+    inputs = {"dataset": dataset, "num_images": config.train.num_images}
+    if result := step.found(inputs, needs=lambda result: [result.checkpoint]):
+        return result
+    if result := step.dispatched(config, {"dataset": dataset}, inject=inject):
+        return result
+    with (
+        step.work(config) as work,
+        faults.outages_shared(),
+        ray_cluster(config, metadata=work.job_metadata()),
+    ):
+        tracked = work.tracked
+        tracked.set_tags(ray_tags())
+        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
+        job = TrainingJob(
+            config=config,
+            dataset=dataset,
+            sink=tracked.metrics_sink(),
+            progress=work.progress,
+            history=step.folder.history,
+            start=_imported(step.folder),
+            lease=Lease(lease) if lease else None,
+            rehearsal=faults,
+        )
+        outcome = trainer.train(job, run_uri=step.folder.uri)
+        checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
+        tracked.set_tags({"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)})
+        result = TrainResult(
+            checkpoint=checkpoint,
+            images_seen=outcome.images_seen,
+            loss=outcome.loss,
+            images_per_second=round(outcome.images_per_second, 1),
+            seconds=round(outcome.seconds, 1),
+            dataset=dataset,
+            notes=[note for note in (*outcome.notes, tracked.unsent()) if note],
+        )
+    return step.done(result)
+
+
+def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None:
+    """Raise now what each worker, or the evaluation after hours of training, would find."""
     if config.evaluation.extractor == "classifier" and not manifest.class_names:
         raise UserError(
             "evaluation.extractor",
@@ -73,50 +112,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             hint="sort the images into one subfolder per class, or set it to inception and set evaluation.weights",
             value="classifier",
         )
-
-    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")  # raises now what each worker would
-
-    def work(progress: ProgressFile) -> TrainResult:
-        with (
-            step_run(config, run=run, step="train") as tracked,
-            faults.outages_shared(),
-            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="train")),
-        ):
-            tracked.set_tags(ray_tags())
-            tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
-            job = TrainingJob(
-                config=config,
-                dataset=dataset,
-                sink=tracked.metrics_sink(),
-                progress=progress,
-                history=folder.history,
-                start=_imported(folder),
-                lease=Lease(lease) if lease else None,
-                rehearsal=faults,
-            )
-            outcome = trainer.train(job, run_uri=folder.uri)
-            checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
-            tracked.set_tags({"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)})
-            return TrainResult(
-                checkpoint=checkpoint,
-                images_seen=outcome.images_seen,
-                loss=outcome.loss,
-                images_per_second=round(outcome.images_per_second, 1),
-                seconds=round(outcome.seconds, 1),
-                dataset=dataset,
-                notes=[note for note in (*outcome.notes, tracked.unsent()) if note],
-            )
-
-    return once(
-        folder,
-        "train",
-        inputs={"dataset": dataset, "num_images": config.train.num_images},
-        result_type=TrainResult,
-        outputs=lambda result: [result.checkpoint],
-        unit="images",
-        work=work,
-        elsewhere=elsewhere(config, folder, "train", inputs={"dataset": dataset}, inject=inject),
-    )
+    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")
 
 
 def _imported(folder: RunFolder) -> str | None:

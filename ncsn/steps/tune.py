@@ -23,12 +23,11 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import obtain_judge
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
-from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import ProgressFile
-from ncsn.steps.noise import settle_noise
-from ncsn.steps.step import elsewhere, once
+from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
+from ncsn.tracking.mlflow_runs import StepRun
 
 
 def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:
@@ -181,45 +180,33 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             "missing",
             hint="add this section, or pass --set search.num_trials=16 for a search with defaults",
         )
-    folder, trained_as = claim_run(config, run), run_folder(config, f"{run}-best").run
+    step = Step.claim("tune", config, run, TuneResult, unit="trials")
+    # A run name belongs to one config, and the best config is another one.
+    trained_as = run_folder(config, f"{run}-best").run
     manifest = load_manifest(dataset)
-    config = _of_fixed_size(settle_noise(config, run, manifest))
+    config = _of_fixed_size(step.settle_noise(config, manifest))
     settings = config.search
     assert settings is not None
-    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, folder, dataset))
+    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, step.folder, dataset))
     plan.samplings(plan.baseline)  # raises now what every trial would find
     _warn_of_untrained_weights(config)
-
-    def work(progress: ProgressFile) -> TuneResult:
-        with (
-            step_run(config, run=run, step="tune") as tracked,
-            ray_cluster(config, metadata=job_metadata(tracked, run=run, step="tune")),
-        ):
-            require_resources(config)
-            tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
-            judge = obtain_judge(config, dataset, runner=runner_of(config.compute))
-            objective = metric_name("fid", extractor=judge.extractor.name, num_images=settings.num_samples)
-            follower = _Follower(tracked, progress, plan, objective, Lease(lease) if lease else None)
-            search(plan, follower)
-            result = _conclude(plan, folder, follower, run=trained_as)
-            tracked.log_metrics({objective: result.objective}, result.images_seen)
-            for uri in (result.config, result.table, *result.plots):
-                tracked.log_file(uri)
-            return result
-
-    return once(
-        folder,
-        "tune",
-        inputs={
-            "trials": plan.trials,
-            "search": settings.model_dump(mode="json", exclude={"max_concurrent"}),
-        },
-        result_type=TuneResult,
-        outputs=lambda result: [result.config, result.table, *result.plots],
-        unit="trials",
-        work=work,
-        elsewhere=elsewhere(config, folder, "tune", inputs={"dataset": dataset}),
-    )
+    inputs = {"trials": plan.trials, "search": settings.model_dump(mode="json", exclude={"max_concurrent"})}
+    if result := step.found(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
+        return result
+    if result := step.dispatched(config, {"dataset": dataset}):
+        return result
+    with step.work(config) as work, ray_cluster(config, metadata=work.job_metadata()):
+        require_resources(config)
+        work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
+        judge = obtain_judge(config, dataset, runner=runner_of(config.compute))
+        objective = metric_name("fid", extractor=judge.extractor.name, num_images=settings.num_samples)
+        follower = _Follower(work.tracked, work.progress, plan, objective, Lease(lease) if lease else None)
+        search(plan, follower)
+        result = _conclude(plan, step.folder, follower, run=trained_as)
+        work.tracked.log_metrics({objective: result.objective}, result.images_seen)
+        for uri in (result.config, result.table, *result.plots):
+            work.tracked.log_file(uri)
+    return step.done(result)
 
 
 def trainable(result: TuneResult, config: Config) -> Config:

@@ -19,12 +19,11 @@ from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.runs.costs import Prices, prices_of, read_plan
-from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.records import ProgressFile, load_history
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import load_history
 from ncsn.steps import figure_numbers as numbers
 from ncsn.steps.figure_numbers import Subject, subject_of
-from ncsn.steps.step import once
-from ncsn.tracking.mlflow_runs import step_run
+from ncsn.steps.step import Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,40 +83,31 @@ def run(
     Raises:
         UserError: if the checkpoint belongs to another config, or a sampler leaves the finite numbers.
     """
-    folder = claim_run(config, run)
+    step = Step.claim("figures", config, run, FiguresResult, unit="images")
     _check(nfe, num_images)
     device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
     trained = checkpoints.load_for_sampling(checkpoint, device=device)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
-    out = storage.absolute(out) if out else folder.report
-
-    def work(progress: ProgressFile) -> FiguresResult:
-        with step_run(config, run=run, step="figures") as tracked:
-            subject = subject_of(config, trained, samples=samples, dataset=dataset, device=device)
-            sheet = _draw(subject, folder, nfe=nfe, num_images=num_images, progress=progress)
-            result = _publish(sheet, out)
-            for uri in (result.uri, *result.figures.values()):
-                tracked.log_file(uri, "figures")
-            return result
-
-    return once(
-        folder,
-        "figures",
-        inputs={
-            "checkpoint": checkpoint,
-            "samples": samples,
-            "dataset": dataset,
-            "nfe": sorted(set(nfe)),
-            "num_images": num_images,
-            "out": out,
-            "sampling": config.sampling.model_dump(mode="json"),
-            "evaluation": config.evaluation.model_dump(mode="json"),
-        },
-        result_type=FiguresResult,
-        outputs=lambda result: [result.uri, *result.figures.values()],
-        unit="images",
-        work=work,
-    )
+    out = storage.absolute(out) if out else step.folder.report
+    inputs = {
+        "checkpoint": checkpoint,
+        "samples": samples,
+        "dataset": dataset,
+        "nfe": sorted(set(nfe)),
+        "num_images": num_images,
+        "out": out,
+        "sampling": config.sampling.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    if result := step.found(inputs, needs=lambda result: [result.uri, *result.figures.values()]):
+        return result
+    with step.work(config) as work:
+        subject = subject_of(config, trained, samples=samples, dataset=dataset, device=device)
+        sheet = _draw(subject, step.folder, nfe=nfe, num_images=num_images, progress=work.progress)
+        result = _publish(sheet, out)
+        for uri in (result.uri, *result.figures.values()):
+            work.tracked.log_file(uri, "figures")
+    return step.done(result)
 
 
 def _check(nfe: Sequence[int], num_images: int) -> None:

@@ -27,10 +27,8 @@ from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
-from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.records import ProgressFile
-from ncsn.steps.noise import settle_noise
-from ncsn.steps.step import once
+from ncsn.runs.folder import RunFolder
+from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
 from ncsn.training.batches import image_moments
 
@@ -113,33 +111,24 @@ def import_checkpoint(config: Config, *, run: str, file: str, dataset: str) -> T
         FileNotFoundError: if there is no such file or dataset.
         UserError: if the file is not a released checkpoint or does not fit the config, or the run has been trained.
     """
-    folder = claim_run(config, run)
-    config = settle_noise(config, run, load_manifest(dataset))
+    step = Step.claim("train", config, run, TrainResult, unit="images")
+    config = step.settle_noise(config, load_manifest(dataset))
     if config.network.kind == "unet":
         raise UserError(
             "network.kind", "no released checkpoint has this network", hint="use ncsn or ncsnv2", value="unet"
         )
     with Path(file).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-
-    def work(progress: ProgressFile) -> TrainResult:
-        if storage.list_names(folder.checkpoints):
+    if result := step.found({"imported": digest, "dataset": dataset}, needs=lambda result: [result.checkpoint]):
+        return result
+    with step.timed() as progress:
+        if storage.list_names(step.folder.checkpoints):
             raise UserError("--run", "has checkpoints already", hint="choose another --run NAME", value=run)
         with _wrong_in(file):
             released = read_released_checkpoint(file)
-        result = _import(config, released, folder, file=file, dataset=dataset)
+        result = _import(config, released, step.folder, file=file, dataset=dataset)
         progress(result.images_seen, result.images_seen)
-        return result
-
-    return once(
-        folder,
-        "train",
-        inputs={"imported": digest, "dataset": dataset},
-        result_type=TrainResult,
-        outputs=lambda result: [result.checkpoint],
-        unit="images",
-        work=work,
-    )
+    return step.done(result)
 
 
 def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, file: str, dataset: str) -> TrainResult:

@@ -20,7 +20,8 @@ from ncsn.data.sources import open_source
 from ncsn.data.statistics import ImageSample, resolve_noise, sample_size, suggestions
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
-from ncsn.steps.noise import settle_noise
+from ncsn.steps.step import Step
+from ncsn.steps.train import TrainResult
 
 AUTO = """
 name: auto
@@ -78,15 +79,16 @@ def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset:
 def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
     manifest, config = load_manifest(dataset), auto(tmp_path)
     folder = claim_run(config, "mine")
-    settled = settle_noise(config, "mine", manifest)
+    step = Step("train", folder, TrainResult, unit="images")
+    settled = step.settle_noise(config, manifest)
     assert from_yaml(storage.read_text(folder.config)) == settled
     assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
     assert changed_settings(config, settled) == {}
-    assert settle_noise(config, "mine", manifest) == settled
+    assert step.settle_noise(config, manifest) == settled
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        settle_noise(auto(tmp_path, "noise={num_levels: 3}"), "mine", manifest)
+        step.settle_noise(auto(tmp_path, "noise={num_levels: 3}"), manifest)
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
-        settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), "mine", manifest)
+        step.settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), manifest)
 
 
 def test_a_data_set_of_an_earlier_version_is_named_and_mended(dataset: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ncsn.data.sources import open_source
 from ncsn.runs import costs
 from ncsn.runs.costs import load_prices
 from ncsn.runs.folder import run_folder
-from ncsn.steps.step import once
+from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
 from ncsn.tools import trial_run
 from ncsn.tools.planning import STEPS
@@ -94,11 +94,8 @@ def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None
     (tmp_path / "runs" / "run" / "steps" / "train").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "steps" / "train" / "spent.json").write_text('{"seconds": 1000.0}')
 
-    def work(_progress: object) -> TrainResult:
+    with pytest.raises(RuntimeError), Step("train", folder, TrainResult, unit="images").timed():
         raise RuntimeError("lost a worker")
-
-    with pytest.raises(RuntimeError):
-        once(folder, "train", inputs={}, result_type=TrainResult, outputs=lambda _: [], unit="images", work=work)
     found = costs.ledger(experiment, run="run")
     seconds = found["actual"]["steps"]["train"]["seconds"]
     assert 1000.0 <= seconds < 1060.0

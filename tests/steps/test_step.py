@@ -15,9 +15,9 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
-from ncsn.runs.folder import ForeignRun, RunFolder, claim_run, run_folder
-from ncsn.runs.records import ProgressFile, recorded, stored_error
-from ncsn.steps.step import load_result, once, stored_mistake
+from ncsn.runs.folder import ForeignRun, claim_run, run_folder
+from ncsn.runs.records import ProgressFile, recorded, stored_error, stored_mistake, stored_record
+from ncsn.steps.step import Step
 from ncsn.storage import files
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -33,23 +33,15 @@ def config_at(root: Path, *overrides: str) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={root}", *overrides])
 
 
-def make(folder: RunFolder, *, inputs: dict[str, object], number: int = 1) -> Made:
-    target = files.join(folder.uri, "made.txt")
-
-    def work(progress: ProgressFile) -> Made:
+def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1) -> Made:
+    step = Step.claim("train", config, run, Made, unit="images")
+    if result := step.found(inputs, needs=lambda result: [result.uri]):
+        return result
+    target = files.join(step.folder.uri, "made.txt")
+    with step.timed() as progress:
         progress(1, 1)
         files.write_text(target, str(number))
-        return Made(uri=target, number=number)
-
-    return once(
-        folder,
-        "train",
-        inputs=inputs,
-        result_type=Made,
-        outputs=lambda result: [result.uri],
-        unit="images",
-        work=work,
-    )
+    return step.done(Made(uri=target, number=number))
 
 
 def test_same_config_claims_again_and_another_is_refused(tmp_path: Path) -> None:
@@ -68,27 +60,29 @@ def test_names_that_cannot_be_folders_are_refused(tmp_path: Path, name: str) -> 
 
 
 def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
-    folder = claim_run(config_at(tmp_path), "once")
-    assert make(folder, inputs={"a": 1}, number=1).number == 1
-    assert make(folder, inputs={"a": 1}, number=2).number == 1
-    assert make(folder, inputs={"a": 2}, number=3).number == 3
-    assert load_result(folder, "train", Made).number == 3
+    config = config_at(tmp_path)
+    assert make(config, "once", inputs={"a": 1}, number=1).number == 1
+    assert make(config, "once", inputs={"a": 1}, number=2).number == 1
+    assert make(config, "once", inputs={"a": 2}, number=3).number == 3
+    stored = stored_record(run_folder(config, "once"), "train")
+    assert stored is not None and stored["result"]["number"] == 3
 
 
 def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
-    folder = claim_run(config_at(tmp_path), "gone")
-    first = make(folder, inputs={}, number=1)
+    config = config_at(tmp_path)
+    first = make(config, "gone", inputs={}, number=1)
     Path(first.uri).unlink()
-    assert make(folder, inputs={}, number=2).number == 2
+    assert make(config, "gone", inputs={}, number=2).number == 2
 
 
 def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) -> None:
-    folder = claim_run(config_at(tmp_path), "older")
-    make(folder, inputs={}, number=1)
+    config = config_at(tmp_path)
+    make(config, "older", inputs={}, number=1)
+    folder = run_folder(config, "older")
     record = json.loads(files.read_text(folder.step("train", "result.json")))
     del record["result"]["number"]
     files.write_text(folder.step("train", "result.json"), json.dumps(record))
-    assert make(folder, inputs={}, number=2).number == 2
+    assert make(config, "older", inputs={}, number=2).number == 2
 
 
 @pytest.mark.parametrize(
@@ -120,9 +114,7 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     }
     again = stored_mistake(folder, "train")
     assert problems_of(again) == problems_of(error) if again else not problems
-    with refused("--run") as caught:
-        load_result(folder, "train", Made)
-    assert "`ncsn train --run fails`" in caught.value.problems[0].hint
+    assert stored_record(folder, "train") is None
     with recorded(config, "fails", "train"):
         assert stored_error(folder, "train") is None
 
