@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from refused import refused
 
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
 from ncsn.runs.records import ProgressFile, recorded, stored_error, stored_mistake, stored_record
 from ncsn.steps.step import Step
-from ncsn.storage import files
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -37,10 +37,10 @@ def make(config: Config, run: str, *, inputs: dict[str, object], number: int = 1
     step = Step.claim("train", config, run, Made, unit="images")
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
-    target = files.join(step.folder.uri, "made.txt")
+    target = storage.join(step.folder.uri, "made.txt")
     with step.timed() as progress:
         progress(1, 1)
-        files.write_text(target, str(number))
+        storage.write_text(target, str(number))
     return step.done(Made(uri=target, number=number))
 
 
@@ -79,9 +79,9 @@ def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) ->
     config = config_at(tmp_path)
     make(config, "older", inputs={}, number=1)
     folder = run_folder(config, "older")
-    record = json.loads(files.read_text(folder.step("train", "result.json")))
+    record = json.loads(storage.read_text(folder.step("train", "result.json")))
     del record["result"]["number"]
-    files.write_text(folder.step("train", "result.json"), json.dumps(record))
+    storage.write_text(folder.step("train", "result.json"), json.dumps(record))
     assert make(config, "older", inputs={}, number=2).number == 2
 
 
@@ -152,7 +152,7 @@ def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: py
         assert allowed.wait(60)
         written.append(text)
 
-    monkeypatch.setattr(files, "write_text", slow)
+    monkeypatch.setattr(storage, "write_text", slow)
     progress = ProgressFile(uri, "images", interval=0)
     for done in range(1, 1000):
         progress(done, 1000)
