@@ -5,6 +5,7 @@ A module of its own, read at compile time alone: inside a running task `kfp.dsl`
 
 from kfp import dsl
 
+# kfp.local passes an empty TaskConfig, so one component serves both runners.
 PASSED_ON = (
     *(
         dsl.TaskConfigPassthrough(field=field, apply_to_task=False)

@@ -74,6 +74,7 @@ def unlogit(y: Tensor) -> Tensor:
     return torch.sigmoid(y)
 
 
+# The only place that knows pixels or logits, so no sampler transforms twice.
 @dataclass(frozen=True)
 class PixelSpace:
     """The space in which a network is trained and a sampler moves.
@@ -109,6 +110,7 @@ class PixelSpace:
         return unlogit(y) if self.logit else y
 
 
+# Part of every checkpoint, so that samplers that remember their start need no dataset.
 @dataclass(frozen=True)
 class DataMoments:
     """Mean and covariance of the pixels of a data set, the covariance as V diag(variances - rest) V^T + rest I.

@@ -107,6 +107,8 @@ class SingleSigma(DenoisingScoreMatching):
         Raises:
             ValueError: There is more than one level.
         """
+        # One level in the schedule, so checkpoints, reports and samplers work unchanged; the 2019 network with one
+        # level is unconditional.
         if len(sigmas) != 1:
             raise ValueError(f"the single-sigma baseline has one noise level, got {len(sigmas)}")
         return super().__call__(network, batch, sigmas)

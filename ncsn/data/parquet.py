@@ -26,6 +26,8 @@ _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
 # Arrow keeps uint8 in 32-bit Parquet integers; splitting their bytes lets the compressor drop the three that are zero.
 _WRITER = {
+    # Decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one digest
+    # everywhere.
     "compression": "zstd",
     "use_dictionary": False,
     "column_encoding": {f"{format.IMAGE}.list.element": "BYTE_STREAM_SPLIT"},

@@ -196,6 +196,7 @@ def search(plan: SearchPlan, observer: Observer) -> None:
         at_once = trials_at_once(ray.cluster_resources(), compute, wanted=settings.max_concurrent)
     filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
     tuner = tune.Tuner(
+        # A driver that holds a CPU can deadlock with the workers it waits for.
         tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
         tune_config=tune.TuneConfig(
             num_samples=left,

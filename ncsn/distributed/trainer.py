@@ -142,6 +142,8 @@ class RayContext(WorkerContext):
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,  # `_store` does
+            # Ray's own copy has no order among files, and checkpoint_score_attribute keeps the k best but not the k
+            # latest.
             checkpoint_upload_fn=store,
         )
 

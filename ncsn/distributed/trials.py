@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ncsn.training.loop import TrainOutcome
 
 
+# JSON and not Ray Tune's pickled state, which is up to ten seconds old when a search is killed.
 _TRIAL, _FAILED, _STOPPED = "trial.json", "failed.json", "stopped.json"
 _RUNG = re.compile(r"rung-(\d+)\.json")
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 INK = "#6e6e6e"
 """Of text, axes and reference lines."""
+# At least 3:1 contrast on white and near-black.
 PALETTE = ("#2f7fc4", "#cf5f1d", "#16876a", "#b4519b", "#8467d7", "#8d7a1f")
 """Of series that are told apart by name, in this order."""
 LEVEL_COLOURS = LinearSegmentedColormap.from_list("ncsn-levels", ["#2b7bba", "#7b6bd6", "#bd4f93", "#d0561c"])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
+# The default backend: MLflow refuses to create a new file store, and the registry needs a database.
 SQLITE = "sqlite:///"
 REMOTE = ("http://", "https://")
 SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")

@@ -280,6 +280,7 @@ def container_image() -> str:
     NCSN_IMAGE alone does not say so: a task that KFP executes on this machine has it, too, and so has a shell from
     which pipelines are submitted.
     """
+    # /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
     image = os.environ.get("NCSN_CONTAINER_IMAGE", "")
     return image or (os.environ.get("NCSN_IMAGE", "") if os.environ.get("NCSN_KFP_RUN_ID") else "")
 

