@@ -22,7 +22,6 @@ def tune(
     """Search for better settings; where none is required and the config has no search, hand on what was given."""
     from components import experiment, publish, publish_metrics, publish_no_search, publish_pictures, task
 
-    # Not a branch of the graph: only the config's reader knows, and a skipped branch costs as many pods.
     if experiment(config, run)[0].search is None and not required:
         publish_no_search(search, plots, metrics)
         return (config, run)

@@ -87,7 +87,6 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page.name for page in PAGES if page.name not in README and page.name != "README.md"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="the README shows the packages that the modules are being moved to")
 def test_the_tree_is_the_tree() -> None:
     tree = next(text for language, text in _BLOCK.findall(README) if language == "text" and "ncsn/core/" in text)
     paths = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
