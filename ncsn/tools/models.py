@@ -87,7 +87,7 @@ def sample_model(
         source = {
             "model": model,
             "registry": shown(registry),
-            "checkpoint_digest": version.tags.get("ncsn.model.checkpoint", ""),
+            "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
             "sampler": config.sampling.sampler.model_dump(mode="json"),
             "seed": config.sampling.seed,
             "precision": config.sampling.precision,

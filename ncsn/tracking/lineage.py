@@ -205,7 +205,7 @@ def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
     facts = _known(
         aliases=", ".join(sorted(version.aliases)) or None,
         checkpoint=tags.get("ncsn.checkpoint_uri"),
-        digest=tags.get("ncsn.model.checkpoint"),
+        digest=tags.get("ncsn.checkpoint"),
         evaluation=run_tags.get("evaluation.uri"),
     )
     decision = _known(

@@ -158,7 +158,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
         return found
     logged = _log_model(tracked, candidate)
     images_seen = candidate.checkpoint.images_seen
-    identity = {"ncsn.model": candidate.digest, "ncsn.model.checkpoint": candidate.checkpoint.digest}
+    identity = {"ncsn.model": candidate.digest, "ncsn.checkpoint": candidate.checkpoint.digest}
     created = client.create_model_version(
         candidate.name,
         # Not models:/<id>: with a local database MLflow would look that up in its global tracking server.

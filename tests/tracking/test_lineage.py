@@ -42,7 +42,7 @@ def chain(config) -> str:
         tags = {
             "gate.promoted": "true",
             "gate.reason": "there was no champion",
-            "ncsn.model.checkpoint": "abcd1234abcd1234",
+            "ncsn.checkpoint": "abcd1234abcd1234",
         }
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
         client.set_registered_model_alias("traced-model", "champion", "1")

@@ -38,7 +38,7 @@ def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_confi
     version = tracked.client.get_model_version("versions", "1")
     assert version.description == "# versions\n"
     assert version.run_id == tracked.run_id
-    assert version.tags["ncsn.model.checkpoint"] == checkpoint.digest
+    assert version.tags["ncsn.checkpoint"] == checkpoint.digest
     assert has_version(tracked.client, "versions", "2")
     assert not has_version(tracked.client, "versions", "3")
     output, _ = tracked.client.get_run(tracked.run_id).outputs.model_outputs
