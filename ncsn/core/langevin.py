@@ -134,29 +134,18 @@ def inpaint(
     consistent: bool = False,
     on_level: OnLevel | None = None,
 ) -> Tensor:
-    """Complete images of which some pixels are known (Algorithm 2).
+    """Complete images of which some pixels are known (Algorithm 2). The other arguments are `annealed_langevin`'s.
 
     At each level the known pixels are reference + sigma z with one z for all its steps; each step updates the whole
     image and then sets these pixels. For k completions of each image repeat reference k times
     (`reference.repeat_interleave(k, dim=0)`) and give each repetition its own start and noise.
 
     Args:
-        network: The score network, in eval mode.
-        x: Initial state [B, C, H, W]; uniform on [0, 1) in the paper. Not changed.
         reference: Images with the known pixels [B, C, H, W]; other pixels of it are not used.
         mask: True where a pixel is known, bool of shape [H, W], [1 or C, H, W] or [B, 1 or C, H, W].
-        sigmas: Noise levels [L], descending.
-        epsilon: Step size at the last level, in the convention of `ncsn.core.langevin`.
-        steps_per_level: T.
-        noise: Source of the normal draws: numbers 0 to L T - 1 for the steps, as in `annealed_langevin`, then L T + i
-            for the known pixels of level i.
-        denoise: End with x + sigma_L^2 s(x, L).
+        noise: Numbers 0 to L T - 1 for the steps, then L T + i for the known pixels of level i.
         restore: Give the known pixels back exactly at the end. The paper leaves them with noise of sigma_L.
-        consistent: As in `annealed_langevin`; without it what is made carries more noise than what is known.
-        on_level: Receives each level and the state after its last step.
-
-    Returns:
-        The completed images, not clamped.
+        consistent: Without it what is made carries more noise than what is known.
 
     Raises:
         ValueError: The mask's shape or type does not fit, or the reference's shape is not x's.

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import ProgressFile, while_leased
-from ncsn.steps.step import Step
+from ncsn.steps.step import Step, Work
 from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64
@@ -90,8 +91,7 @@ def run(
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling
-    sampler_key = sampling.model_dump(include={"sampler", "seed", "precision"})
-    sampler_digest = hashlib.sha256(json.dumps(sampler_key, sort_keys=True).encode()).hexdigest()[:12]
+    sampler_digest = hashlib.sha256(json.dumps(_sampler_key(config), sort_keys=True).encode()).hexdigest()[:12]
     uri = step.folder.samples(loaded.digest, sampler_digest)
     inputs = {"uri": uri, "num_images": sampling.num_images}
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):
@@ -106,34 +106,61 @@ def run(
         faults.outages_shared(),
         cluster_for(config, tasks=tasks, metadata=work.job_metadata()),
     ):
-        tracked = work.tracked
-        tracked.set_tags(ray_tags())
-        started = time.perf_counter()
-        watched = _watched(work.progress, lease, faults)
-        scores = _Scores(config, score, work.progress) if score else None
-        looker = scores.looker if scores else None
-        made = sample_missing(shard, num_images=sampling.num_images, progress=watched, looker=looker)
-        seconds = time.perf_counter() - started
-        result = SampleResult(
-            uri=uri,
-            grid=storage.join(uri, "grid.png"),
-            strip=storage.join(uri, "strip.png"),
-            gif=storage.join(uri, "denoising.gif"),
-            num_images=sampling.num_images,
-            nfe=evaluations_per_image(config),
-            seconds=round(seconds, 3),
-            checkpoint=checkpoint,
-        )
-        _publish_pictures(result, shard)
-        _publish_manifest(result, sampler_key, loaded.digest)
-        origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
-        tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": uri})
-        tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": made / seconds})
-        if scores is not None:
-            scores.log(tracked)
-        for picture in (result.grid, result.strip, result.gif):
-            tracked.log_file(picture)
+        work.tracked.set_tags(ray_tags())
+        result = _sample(work, config, shard, loaded, score=score, lease=lease, faults=faults)
     return step.done(result)
+
+
+def _sample(
+    work: Work,
+    config: Config,
+    shard: Shard,
+    loaded: checkpoints.SamplingCheckpoint,
+    *,
+    score: str | None,
+    lease: str | None,
+    faults: Rehearsal,
+) -> SampleResult:
+    started = time.perf_counter()
+    scores = _Scores(config, score, work.progress) if score else None
+    made = sample_missing(
+        shard,
+        num_images=config.sampling.num_images,
+        progress=_watched(work.progress, lease, faults),
+        looker=scores.looker if scores else None,
+    )
+    seconds = time.perf_counter() - started
+    result = SampleResult(
+        uri=shard.folder,
+        grid=storage.join(shard.folder, "grid.png"),
+        strip=storage.join(shard.folder, "strip.png"),
+        gif=storage.join(shard.folder, "denoising.gif"),
+        num_images=config.sampling.num_images,
+        nfe=evaluations_per_image(config),
+        seconds=round(seconds, 3),
+        checkpoint=shard.checkpoint,
+    )
+    _publish_pictures(result, shard)
+    _publish_manifest(result, _sampler_key(config), loaded.digest)
+    _log(work.tracked, result, loaded, images_per_second=made / seconds)
+    if scores is not None:
+        scores.log(work.tracked)
+    return result
+
+
+def _sampler_key(config: Config) -> dict[str, Any]:
+    """What decides the images, given the weights."""
+    return config.sampling.model_dump(include={"sampler", "seed", "precision"})
+
+
+def _log(
+    tracked: StepRun, result: SampleResult, loaded: checkpoints.SamplingCheckpoint, *, images_per_second: float
+) -> None:
+    origin = {"checkpoint.uri": result.checkpoint, "checkpoint.digest": loaded.digest}
+    tracked.set_tags({**origin, "dataset.digest": loaded.dataset_digest, "samples.uri": result.uri})
+    tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": images_per_second})
+    for picture in (result.grid, result.strip, result.gif):
+        tracked.log_file(picture)
 
 
 @dataclass
