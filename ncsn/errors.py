@@ -56,7 +56,7 @@ class Problem:
         """Plain values; without value and origin where there are none."""
         record: dict[str, Any] = {"key": self.key, "reason": self.reason, "hint": self.hint}
         if self.value is not MISSING:
-            record["value"] = json.loads(json.dumps(self.value, default=str))
+            record["value"] = json.loads(json.dumps(self.value, default=str, skipkeys=True))
         return record | ({"origin": self.origin} if self.origin else {})
 
     @classmethod
