@@ -328,8 +328,8 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
 @slow
 def test_a_cluster_without_the_command_is_named(jobs: Jobs) -> None:
     launcher = jobs.launch("bare", "", command=("ncsn-of-another-name", "train"))
-    (job,) = jobs.of("bare")
     (failure,) = [line for line in ended(launcher).splitlines() if line.startswith("RemoteFailure: ")]
+    (job,) = jobs.of("bare")
     assert job["submission_id"] in failure and "`ncsn`" in failure
 
 
