@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, subprocess, sys
 from ncsn.config import from_yaml
@@ -23,6 +25,7 @@ with ray_cluster(config, metadata={"ncsn.step": step}):
 """
 
 
+@pytest.mark.slow
 def test_a_driver_names_its_step_on_its_own_cluster_and_on_one_that_it_joins(tiny: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", SCRIPT, tiny, "first"]

@@ -32,6 +32,7 @@ def drive(cluster: RayNodes, config: str, *, seconds: float) -> subprocess.Popen
     return subprocess.Popen(command, env=cluster.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_late_is_waited_for(tiny: str, tmp_path: Path) -> None:
     """As on Kubernetes after the loss of the head: the driver runs before the worker is back."""
     config = tiny.replace("num_workers: 1", "num_workers: 2")

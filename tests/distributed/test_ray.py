@@ -141,6 +141,7 @@ def test_the_same_run_resumes_and_has_nothing_left_to_do(
     assert (again.images_seen, again.loss, again.checkpoint) == (160, None, "images-000000160")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path
 ) -> None:

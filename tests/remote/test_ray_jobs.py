@@ -158,6 +158,7 @@ def test_training_runs_as_a_job_and_what_is_rehearsed_happens_there(jobs: Jobs, 
     assert tracked.info.run_name == "train" and tracked.info.status == "FINISHED"
 
 
+@slow
 def test_a_failure_is_one_line_and_does_not_block_the_next_attempt(jobs: Jobs) -> None:
     marker = jobs.folder / "mended"
     code = (

@@ -43,8 +43,9 @@ def started(kfp_server: KfpServer) -> tuple[Any, str]:
 
 
 def test_an_image_that_nobody_has_is_named_and_the_run_ended(
-    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str]
+    emulation: Any, kfp_server: KfpServer, started: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.wait.LOOK_SECONDS", 0.1)
     connection, run_id = started
     said = f'Back-off pulling image "{IMAGE}": ErrImagePull: failed to pull: {IMAGE}: not found'
     emulation.cluster.create("pods", waiting_pod(run_id, "ImagePullBackOff", said))
