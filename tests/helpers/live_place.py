@@ -90,7 +90,12 @@ class Place:
     def files(self, path: str) -> dict[str, datetime]:
         """When each object below a path of `storage.root` was written."""
         prefix = f"{self.folder}/{path}/"
-        found = self._s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+        try:
+            found = self._s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "NoSuchBucket":  # the first upload makes it
+                return {}
+            raise
         return {each["Key"].removeprefix(prefix): each["LastModified"] for each in found}
 
     def text(self, path: str) -> str:
