@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from live_place import Place
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
+LONG = {"train.num_images": 192_000, "train.checkpoint_every_images": 6400}
+JANITOR_SECONDS = 60
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 
 
@@ -45,6 +48,23 @@ def test_terminate_leaves_nothing_at_work(pipelines: Place, kubeflow: Kubeflow) 
     assert pipelines.stored(f"runs/{run}/status.json")["status"] == "KILLED"
     assert pipelines.tracked(run) == {"FINISHED", "KILLED"}, "ingest finished, train and the run as a whole did not"
     assert kubeflow.run(run_id)["state"] in ENDED - {"SUCCEEDED"}
+
+
+@pytest.mark.timeout(2400)
+def test_a_terminated_run_is_submitted_again(pipelines: Place, kubeflow: Kubeflow) -> None:
+    """At once and under the same name: the end of the first run does not touch the second one's records."""
+    run = pipelines.folder
+    options = ("--json", *pipelines.options(LONG), "--run", run)
+    first = pipelines.commands.run("submit", *options, seconds=120).result()["id"]
+    eventually(lambda: pipelines.checkpoints(run), "training has made a checkpoint", seconds=1200)
+    kubeflow.terminate(first)
+    second = pipelines.commands.run("submit", "--wait", *options, seconds=1500).result()["id"]
+    assert kubeflow.run(second)["state"] == "SUCCEEDED"
+    assert kubeflow.run(first)["state"] in ENDED - {"SUCCEEDED"}
+    time.sleep(2 * JANITOR_SECONDS)
+    assert pipelines.stored(f"runs/{run}/status.json")["status"] == "FINISHED"
+    assert pipelines.tracked(run) == {"FINISHED"}
+    assert not pipelines.at_work(run)
 
 
 @pytest.mark.timeout(1800)
