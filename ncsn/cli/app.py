@@ -64,7 +64,7 @@ def main() -> None:
     app(prog_name="ncsn")
 
 
-@app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or what is left of it.")
+@app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
 @experiment_options
 @json_option
 def run_command(*, config_uri: str | None, overrides: tuple[str, ...], run_name: str | None, as_json: bool) -> None:

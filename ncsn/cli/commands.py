@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Change(TypedDict):
-    """What the commands that move an alias are asked besides the model."""
+    """Options of the commands that move an alias."""
 
     dry_run: bool
     config_uri: str | None
@@ -338,7 +338,7 @@ def plan_command(
 ) -> None:
     """Say what a run will take: hours, memory, storage, money and energy of each step.
 
-    Rehearses every step on a few images, in about a minute, in a store of its own.
+    Runs every step on a few images in a temporary store, in about a minute.
     """
     from ncsn.cli.console import console_on
     from ncsn.cli.target import resolve

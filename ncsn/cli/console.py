@@ -60,7 +60,7 @@ class ProgressView:
         self._lines = _LineThrottle()
 
     def update(self, step: str, progress: StepProgress) -> None:
-        """A step published how far it is; what it repeats after a failure gets no lines of its own."""
+        """Show the published progress of a step; work repeated after a failure is not shown again."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
         if progress.note:
             text += f"   {progress.note}"
