@@ -29,7 +29,7 @@ import yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
-from ncsn.evaluation.reference import extractor_of, obtain_judge
+from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.model.generate import generate
@@ -147,7 +147,7 @@ def _load(uri: str) -> SamplingCheckpoint:
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
     """Quality and speed of the images made, and the quality of as many real test images."""
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
-    reference = obtain_judge(checkpoint.config, dataset).reference
+    reference = open_evaluator(checkpoint.config, dataset).reference
     extractor = extractor_of(checkpoint.config, dataset)
 
     def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
@@ -159,7 +159,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
             training_images=train.images,
             num_splits=10,
             seed=0,
-        ).figures
+        ).metrics
         values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)
 

@@ -40,7 +40,7 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
-from ncsn.evaluation.reference import extractor_of, obtain_judge
+from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
@@ -160,14 +160,14 @@ def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """Frechet distance by the config's classifier of a dataset."""
 
     dataset: str
 
     def fid(self, images: NDArray[np.uint8]) -> float:
         """Of uint8 images [N, H, W, C]."""
-        reference = obtain_judge(_config(), self.dataset).reference
+        reference = open_evaluator(_config(), self.dataset).reference
         extractor = extractor_of(_config(), self.dataset)
         measured = measure(
             map(extractor.extract, batches(images, batch_size=SAMPLE_BATCH)),
@@ -178,12 +178,12 @@ class Judge:
             num_splits=2,
             seed=0,
         )
-        return float(measured.figures["fid"].value)
+        return float(measured.metrics["fid"].value)
 
 
 def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int) -> Row:
     """Both trained at once for so many minutes, each on half of the cores; each schedule ends when the time is over."""
-    judge, fids, said = Judge(dataset), {}, []
+    scorer, fids, said = Scorer(dataset), {}, []
     barrier = get_context("spawn").Barrier(2)
     with ProcessPoolExecutor(2, get_context("spawn"), _meet, (barrier,)) as pool:
         sides = {
@@ -192,9 +192,9 @@ def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, eval
         }
         for name, side in sides.items():
             seen, seconds, samples = side.result()
-            fids[name] = judge.fid(samples)
+            fids[name] = scorer.fid(samples)
             said.append(f"{fids[name]:.1f} after {seen:,} images in {seconds / 60:.1f} minutes")
-    real = judge.fid(open_cache(dataset, "test").images[:images])
+    real = scorer.fid(open_cache(dataset, "test").images[:images])
     return Row(
         "unet",
         f"classifier FID of {images} images after {minutes:g} minutes of training over that of diffusers'",

@@ -6,7 +6,6 @@ second call makes only the ranges that are missing.
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
@@ -24,30 +22,29 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
-from ncsn.data.format import NO_LABEL, Images, to_table
+from ncsn.data.shards import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import call, calls, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.reference import extractor_of, obtain_judge
-from ncsn.evaluation.samples import SHARD_NAME, read_samples
+from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import checkpoint
 from ncsn.model.generate import generate, level_images
 
 Features = NDArray[np.float32]
 
 
-class Watcher(Protocol):
+class OnLevels(Protocol):
     """Sees images on their way from noise. Picklable."""
 
     def add(self, stage: int, images: NDArray[np.uint8]) -> None:
         """Take `[N, H, W, C]` of a stage, 0 = the start; the last stage comes twice, the second time finished."""
 
 
-W = TypeVar("W", bound=Watcher)
+W = TypeVar("W", bound=OnLevels)
 
 
 @dataclass(frozen=True)
-class Looker:
+class OnFeatures:
     """What looks at images while others are still being made.
 
     Attributes:
@@ -86,19 +83,7 @@ class Shard:
     @property
     def uri(self) -> str:
         """Where the shard is published."""
-        last = self.first + self.count
-        return storage.join(self.folder, f"shard-{self.first:09d}-{last:09d}.parquet")
-
-
-def missing_ranges(names: list[str], *, num_images: int) -> list[tuple[int, int]]:
-    """Index ranges `[first, last)` below `num_images` that no shard among `names` holds."""
-    present = sorted(tuple(map(int, match.groups())) for match in map(SHARD_NAME.fullmatch, names) if match)
-    gaps, position = [], 0
-    for first, last in [*present, (num_images, num_images)]:
-        if min(first, num_images) > position:
-            gaps.append((position, min(first, num_images)))
-        position = max(position, last)
-    return gaps
+        return storage.join(self.folder, shard_name(self.first, self.first + self.count))
 
 
 def shards(template: Shard, *, num_images: int, missing: bool) -> list[Shard]:
@@ -108,7 +93,7 @@ def shards(template: Shard, *, num_images: int, missing: bool) -> list[Shard]:
 
 
 def sample_missing(
-    template: Shard, *, num_images: int, progress: Callable[[int, int], None], looker: Looker | None = None
+    template: Shard, *, num_images: int, progress: Callable[[int, int], None], on_features: OnFeatures | None = None
 ) -> int:
     """Make what is missing of images `0 .. num_images` on the connected Ray cluster, or here if there is none.
 
@@ -116,7 +101,7 @@ def sample_missing(
         template: A shard whose `count` is the batch size.
         num_images: Images wanted in all.
         progress: Called with (images there, images wanted).
-        looker: Gets the features of all images, of those that are there already first.
+        on_features: Gets the features of all images, of those that are there already first.
 
     Returns:
         How many images were made now.
@@ -125,18 +110,18 @@ def sample_missing(
         UserError: if the sampler leaves the finite numbers.
     """
     gaps = missing_ranges(storage.list_names(template.folder), num_images=num_images)
-    judge = (looker.config, looker.dataset) if looker is not None else None
-    work = [_Work(shard, judge) for shard in _pieces(template, gaps)]
+    evaluator = (on_features.config, on_features.dataset) if on_features is not None else None
+    work = [_Work(shard, evaluator) for shard in _pieces(template, gaps)]
     made, there = 0, num_images - sum(each.shard.count for each in work)
-    if looker is not None:
+    if on_features is not None:
         # First, since it takes little, and no score comes before that of the first images.
         made_before = _pieces(template, _between(gaps, num_images=num_images))
-        work = [_Work(shard, judge, there=True) for shard in made_before] + work
+        work = [_Work(shard, evaluator, there=True) for shard in made_before] + work
     # Features come from the task that made the shard: separate tasks would queue behind all remaining shards. Starting
     # Ray for one shard takes half of the time for 64 digits.
     for each, features in (_as_calls if ray.is_initialized() else _here)(work):
-        if looker is not None and features is not None:
-            looker.take(each.shard.first, features)
+        if on_features is not None and features is not None:
+            on_features.take(each.shard.first, features)
         made += 0 if each.there else each.shard.count
         progress(there + made, num_images)
     return made
@@ -147,7 +132,7 @@ class _Work:
     """A shard to make, or only to look at if it is there, and what looks at it: a config and the URI of a data set."""
 
     shard: Shard
-    judge: tuple[Config, str] | None
+    evaluator: tuple[Config, str] | None
     there: bool = False
 
 
@@ -191,24 +176,24 @@ def _between(gaps: list[tuple[int, int]], *, num_images: int) -> list[tuple[int,
     return [(first, last) for first, last in zip(firsts, lasts, strict=True) if first < last]
 
 
-def watch_levels(shard: Shard, watcher: W) -> W:
-    """Make the shard's images once more under the eyes of a watcher; nothing is written.
+def watch_levels(shard: Shard, on_levels: W) -> W:
+    """Make the shard's images once more and show them; nothing is written.
 
     Args:
         shard: The images.
-        watcher: Sees them at the start, after each noise level, and at last finished; it travels to the task.
+        on_levels: Sees them at the start, after each noise level, and at last finished; it travels to the task.
 
     Returns:
-        The watcher as it came back.
+        `on_levels` as it came back.
     """
     if not ray.is_initialized():
         with _as_before():
-            return _watch_levels(shard, watcher)
-    returned: W = call(_watch_levels, shard, watcher, cpus=shard.threads, use_gpu=shard.use_gpu)
+            return _watch_levels(shard, on_levels)
+    returned: W = call(_watch_levels, shard, on_levels, cpus=shard.threads, use_gpu=shard.use_gpu)
     return returned
 
 
-def _watch_levels(shard: Shard, watcher: W) -> W:
+def _watch_levels(shard: Shard, on_levels: W) -> W:
     torch.set_num_threads(shard.threads)
     device = "cuda" if shard.use_gpu else "cpu"
     stages = 0
@@ -216,23 +201,23 @@ def _watch_levels(shard: Shard, watcher: W) -> W:
     def on_level(stage: int, x: Tensor) -> None:
         nonlocal stages
         stages = stage
-        watcher.add(stage, level_images(x, shard.sampling))
+        on_levels.add(stage, level_images(x, shard.sampling))
 
     loaded = _load(shard.checkpoint, device)
     final = generate(
         loaded, sampling=shard.sampling, first=shard.first, count=shard.count, device=device, on_level=on_level
     )
-    watcher.add(stages, final)
-    return watcher
+    on_levels.add(stages, final)
+    return on_levels
 
 
 def _sample_shard(work: _Work) -> Features | None:
-    """Make and publish the shard unless it is there; the features of its images if there is a judge."""
+    """Make and publish the shard unless it is there; the features of its images if there is an evaluator."""
     torch.set_num_threads(work.shard.threads)
     images = (_read if work.there else _make)(work.shard)
-    if work.judge is None:
+    if work.evaluator is None:
         return None
-    config, dataset = work.judge
+    config, dataset = work.evaluator
     seen = batches(images, batch_size=config.evaluation.batch_size)
     return extract_all(extractor_of(config, dataset), seen).features
 
@@ -247,7 +232,7 @@ def _make(shard: Shard) -> NDArray[np.uint8]:
         count=shard.count,
         device=device,
     )
-    storage.write_bytes(shard.uri, _parquet_bytes(images))
+    write_shard(shard.uri, images)
     return images
 
 
@@ -263,15 +248,9 @@ def _load(uri: str, device: str) -> checkpoint.TrainedNetwork:
     return checkpoint.load_for_generation(uri, device=device)
 
 
-def _parquet_bytes(images: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer)
-    return buffer.getvalue()
-
-
 @dataclass(frozen=True)
-class SamplesToJudge:
-    """One checkpoint and how its samples are judged.
+class SamplesToScore:
+    """One checkpoint and how its samples are scored.
 
     Attributes:
         config: The experiment whose evaluation section decides what looks at the images.
@@ -288,20 +267,20 @@ class SamplesToJudge:
 
 @dataclass(frozen=True)
 class _Part:
-    samples: SamplesToJudge
+    samples: SamplesToScore
     index: int
     sampling: SamplingConfig
     first: int
     count: int
 
 
-def frechet_distances(samples: SamplesToJudge, samplings: Sequence[SamplingConfig]) -> list[float | None]:
+def score_samples(samples: SamplesToScore, samplings: Sequence[SamplingConfig]) -> list[float | None]:
     """Frechet distance to the training images of the samples by each sampler, None if one left the finite numbers.
 
     As many tasks run at a time as training has workers, so that no more than its resources are taken.
     """
     compute, size = samples.config.compute, samples.config.sampling.batch_size
-    reference = obtain_judge(samples.config, samples.dataset, runner=runner_of(compute)).reference.statistics
+    reference = open_evaluator(samples.config, samples.dataset, runner=runner_of(compute)).reference.statistics
     queue = deque(
         _Part(samples, index, sampling, first, min(size, samples.num_images - first))
         for index, sampling in enumerate(samplings)
@@ -329,7 +308,7 @@ def _in_order(features: dict[int, Features]) -> Features:
 
 
 @lru_cache(maxsize=1)
-def _judged_samples_load(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
+def _load_for_scoring(uri: str, device: str) -> checkpoint.SamplingCheckpoint:
     return checkpoint.load_for_sampling(uri, device=device)
 
 
@@ -337,7 +316,7 @@ def _features_of(part: _Part) -> Features | None:
     """Features of the samples; None if the sampler left the finite numbers."""
     config = part.samples.config
     device = "cuda" if config.compute.use_gpu else "cpu"
-    loaded = _judged_samples_load(part.samples.checkpoint, device)
+    loaded = _load_for_scoring(part.samples.checkpoint, device)
     try:
         images = generate(loaded, sampling=part.sampling, first=part.first, count=part.count, device=device)
     except ValueError:

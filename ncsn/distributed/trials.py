@@ -45,7 +45,7 @@ Status = Literal["finished", "stopped", "failed", "unfinished"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """One sampler on one checkpoint.
 
     Attributes:
@@ -74,7 +74,7 @@ class Rung:
     images_seen: int
     objective: float
     sampler: dict[str, Any]
-    sweep: list[Judged]
+    sweep: list[Scored]
     loss: float | None
     seconds: float
     checkpoint: str
@@ -192,7 +192,7 @@ def read_trial(folder: TrialFolder, *, last_rung: int) -> TrialRecord | None:
 
 
 def _rung(record: dict[str, Any]) -> Rung:
-    return Rung(**{**record, "sweep": [Judged(**judged) for judged in record["sweep"]]})
+    return Rung(**{**record, "sweep": [Scored(**scored) for scored in record["sweep"]]})
 
 
 FAILED = 1e12
@@ -217,7 +217,7 @@ class SearchPlan:
 
     @cached_property
     def rungs(self) -> list[int]:
-        """Training images at which a trial is judged."""
+        """Training images at which a trial is scored."""
         return rungs(self.config)
 
     @property
@@ -292,25 +292,25 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
 
 def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> Rung:
     # Imported here, so that a trial that has nothing left to do need not wait for torch.
-    from ncsn.distributed.sampling import SamplesToJudge, frechet_distances
+    from ncsn.distributed.sampling import SamplesToScore, score_samples
 
     search = plan.config.search
     assert search is not None
     started = time.monotonic()
     samplings = plan.samplings(values)
     checkpoints, outcome = _train(plan, values, folder, images)
-    samples = SamplesToJudge(
+    samples = SamplesToScore(
         config=plan.config,
         dataset=plan.dataset,
         checkpoint=storage.join(checkpoints, outcome.checkpoint),
         num_images=search.num_samples,
     )
-    found = frechet_distances(samples, samplings)
+    found = score_samples(samples, samplings)
     sweep = [
-        Judged(sampler=sampling.sampler.model_dump(mode="json"), objective=distance)
+        Scored(sampler=sampling.sampler.model_dump(mode="json"), objective=distance)
         for sampling, distance in zip(samplings, found, strict=True)
     ]
-    best = min(sweep, key=lambda judged: math.inf if judged.objective is None else judged.objective)
+    best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
     if best.objective is None:
         raise UserError(
             "sampling.sampler", f"all {len(sweep)} samplers give images that are not finite at {images} training images"

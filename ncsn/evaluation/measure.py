@@ -28,7 +28,7 @@ from ncsn.evaluation.pieces import FeaturePiece, Runner, SampleSet, SplitSet, fe
 from ncsn.evaluation.reference import (
     REFERENCE_SPLIT,
     SEED,
-    Judge,
+    Evaluator,
     Reference,
     class_histogram,
     extractor_of,
@@ -47,8 +47,8 @@ FEWEST_BALLS = 6
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure and the images behind it."""
+class Metric:
+    """A metric and the images behind it."""
 
     value: float
     num_images: int
@@ -59,24 +59,24 @@ class Measured:
     """One set of images, measured.
 
     Attributes:
-        figures: short name -> figure.
+        metrics: short name -> metric.
         nearest: nearest training images of the first 16 images, as `neighbour_table` lists them.
         running: the Frechet distance of the first images, for more and more of them.
     """
 
-    figures: dict[str, Figure]
+    metrics: dict[str, Metric]
     nearest: list[dict[str, Any]]
     running: list[RunningScore]
 
-    def value(self, figure: str) -> float:
-        """The figure of that short name."""
-        return self.figures[figure].value
+    def value(self, metric: str) -> float:
+        """The metric of that short name."""
+        return self.metrics[metric].value
 
     def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
         """Metric name -> value."""
         return {
-            metric_name(name, extractor=extractor, num_images=figure.num_images, real=real): figure.value
-            for name, figure in self.figures.items()
+            metric_name(name, extractor=extractor, num_images=metric.num_images, real=real): metric.value
+            for name, metric in self.metrics.items()
         }
 
 
@@ -91,7 +91,7 @@ def measure(
     seed: int,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All figures of some images.
+    """All metrics of some images.
 
     What the extractor sees in them goes to files on the node's disk, so that memory does not grow with their number.
 
@@ -120,21 +120,21 @@ def measure(
                 if on_score is not None:
                     on_score(scores[-1])
         extracted = spool.extracted
-        figures = figures_of(extracted, reference, groups=running.groups, num_splits=num_splits, seed=seed)
+        metrics = metrics_of(extracted, reference, groups=running.groups, num_splits=num_splits, seed=seed)
         features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
     pixels = pixel_neighbours(first_images, training_images)
     nearest = neighbour_table(pixels=pixels, features=features)
-    return Measured(figures=figures | neighbour_figures(pixels), nearest=nearest, running=scores)
+    return Measured(metrics=metrics | neighbour_metrics(pixels), nearest=nearest, running=scores)
 
 
-def figures_of(
+def metrics_of(
     extracted: Extracted,
     reference: Reference,
     *,
     groups: Sequence[FrechetStatistics],
     num_splits: int,
     seed: int,
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Figures by short name.
 
     - `score`, `score_std`: the Inception-score formula over contiguous splits.
@@ -169,7 +169,7 @@ def figures_of(
         "class_tv": float(0.5 * np.abs(difference).sum()),
         "confidence": float(np.exp(extracted.log_probabilities.max(axis=1)).mean()),
     }
-    return {name: Figure(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
+    return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
 
 
 def pixel_neighbours(images: Images, training_images: Images) -> Neighbours:
@@ -177,7 +177,7 @@ def pixel_neighbours(images: Images, training_images: Images) -> Neighbours:
     return nearest_neighbours(images[:NEIGHBOUR_IMAGES], training_images, k=2)
 
 
-def neighbour_figures(neighbours: Neighbours) -> dict[str, Figure]:
+def neighbour_metrics(neighbours: Neighbours) -> dict[str, Metric]:
     """`memorised`, the share in [0, 1] of images that copy a training image, and `nn_distance`.
 
     `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. Well below that of
@@ -185,8 +185,8 @@ def neighbour_figures(neighbours: Neighbours) -> dict[str, Figure]:
     """
     count = len(neighbours.distances)
     return {
-        "memorised": Figure(float(neighbours.memorised.mean()), count),
-        "nn_distance": Figure(float(np.median(neighbours.distances[:, 0])), count),
+        "memorised": Metric(float(neighbours.memorised.mean()), count),
+        "nn_distance": Metric(float(np.median(neighbours.distances[:, 0])), count),
     }
 
 
@@ -204,22 +204,22 @@ def neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[st
     ]
 
 
-def metric_name(figure: str, *, extractor: str, num_images: int, real: bool = False) -> str:
+def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = False) -> str:
     """`eval/classifier_fid_n512`, or `eval/real_classifier_fid_n512` for real test images."""
-    return f"eval/{'real_' if real else ''}{extractor}_{figure}_n{num_images}"
+    return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
 
 
-def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str, Figure]:
+def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str, Metric]:
     count = min(len(extracted.features), len(reference.features), BALL_IMAGES)
     if count < FEWEST_BALLS:
         return {}
     chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:count])
     shares = precision_recall(extracted.features[:count], reference.features[chosen])
     return {
-        "precision": Figure(shares.precision, count),
-        "recall": Figure(shares.recall, count),
-        "density": Figure(shares.density, count),
-        "coverage": Figure(shares.coverage, count),
+        "precision": Metric(shares.precision, count),
+        "recall": Metric(shares.recall, count),
+        "density": Metric(shares.density, count),
+        "coverage": Metric(shares.coverage, count),
     }
 
 
@@ -235,7 +235,7 @@ class _Work:
 def measure_sets(
     config: Config,
     dataset: str,
-    judge: Judge,
+    evaluator: Evaluator,
     sets: Sequence[SampleSet | SplitSet],
     *,
     near: str,
@@ -243,7 +243,7 @@ def measure_sets(
     on_images: Callable[[int], None],
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> list[Measured]:
-    """All figures of each set.
+    """All metrics of each set.
 
     The features are kept below `near` until all sets are measured, so that a second call goes on where the first was
     cut off.
@@ -251,7 +251,7 @@ def measure_sets(
     Args:
         config: The experiment.
         dataset: URI of the ingested data set.
-        judge: Its extractor and reference.
+        evaluator: Its extractor and reference.
         sets: What to measure.
         near: URI of the folder for the pieces.
         runner: Computes, the features on GPUs if the config uses them.
@@ -265,8 +265,8 @@ def measure_sets(
     works = [
         _Work(
             number,
-            feature_pieces(config, dataset, images, near=near, fingerprint=judge.extractor.fingerprint),
-            judge.reference.fingerprint,
+            feature_pieces(config, dataset, images, near=near, fingerprint=evaluator.extractor.fingerprint),
+            evaluator.reference.fingerprint,
         )
         for number, images in enumerate(sets)
     ]
@@ -299,7 +299,7 @@ def _measure(
     first = work.pieces[0]
     config, dataset, images = first.config, first.dataset, first.images
     reference = load_reference(dataset, work.fingerprint)
-    assert reference is not None, "the judge has it"
+    assert reference is not None, "the evaluator has it"
     return measure(
         (look(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
         count=images.count,

@@ -145,7 +145,7 @@ _HERE = Here()
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """The extractor of an experiment and the training images through it, both in the store.
 
     Attributes:
@@ -159,14 +159,14 @@ class Judge:
     facts: dict[str, float]
 
 
-def obtain_judge(
+def open_evaluator(
     config: Config,
     dataset: str,
     *,
     runner: Runner = _HERE,
     on_training: Callable[[int, int], None] | None = None,
     on_reference: Callable[[int, int], None] | None = None,
-) -> Judge:
+) -> Evaluator:
     """Find the extractor and the reference in the store, or have them made now.
 
     Args:
@@ -193,7 +193,7 @@ def obtain_judge(
         _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=on_reference)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
-    return Judge(extractor=identity, reference=reference, facts=facts)
+    return Evaluator(extractor=identity, reference=reference, facts=facts)
 
 
 def extractor_of(config: Config, dataset: str) -> Extractor:

@@ -72,13 +72,13 @@ def _verdict(facts: Facts) -> str:
     score, best = generated["score"], real["score"]
     scale = f" on a scale from 1 to {facts.classes}" if facts.classes else ""
     text = (
-        f"How good are they? {judge(score.extractor)} finds them clear and varied to a degree of {score.value:.3g}"
-        f"{scale}; real images that the model has never seen reach {best.value:.3g}."
+        f"How good are they? {extractor_phrase(score.extractor)} finds them clear and varied to a degree of "
+        f"{score.value:.3g}{scale}; real images that the model has never seen reach {best.value:.3g}."
     )
     return f"{text} {_copies(generated['memorised'])}" if "memorised" in generated else text
 
 
-def judge(extractor: str) -> str:
+def extractor_phrase(extractor: str) -> str:
     """Who looks at the images, as the subject of a sentence."""
     return {
         "classifier": "A classifier trained on the same labelled pictures",

@@ -11,15 +11,15 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
+from ncsn.data.shards import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
-from ncsn.evaluation.measure import Figure, Measured, measure_sets, metric_name
+from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, obtain_judge
-from ncsn.evaluation.samples import samples_shape
+from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, open_evaluator
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorisation
@@ -173,7 +173,7 @@ def evaluate(
     training = settings.classifier_epochs * num_train if settings.extractor == "classifier" else 0
     meter = _Meter(progress, training + num_train + count + num_real)
     runner = runner_of(config.compute)
-    judge = obtain_judge(
+    evaluator = open_evaluator(
         config,
         dataset,
         runner=runner,
@@ -181,22 +181,22 @@ def evaluate(
         on_reference=meter.part(num_train, after=training),
     )
     meter.done = training + num_train
-    name, fingerprint = judge.extractor.name, judge.reference.fingerprint
+    name, fingerprint = evaluator.extractor.name, evaluator.reference.fingerprint
     sets = (SampleSet(samples, count), SplitSet(dataset, "test", num_real, drawn=SEED))
     measured = measure_sets(
-        config, dataset, judge, sets, near=folder, runner=runner, on_images=meter.add, on_score=on_score
+        config, dataset, evaluator, sets, near=folder, runner=runner, on_images=meter.add, on_score=on_score
     )
     generated, real = measured
-    generated.figures["score_ratio"] = Figure(generated.value("score") / real.value("score"), count)
+    generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=judge.facts | generated.named(name),
+        metrics=evaluator.facts | generated.named(name),
         real_metrics=real.named(name, real=True),
         fingerprint=fingerprint,
         num_images=count,
         num_real_images=num_real,
         gate=asdict(_gate(generated, name, fingerprint)),
-        memorisation=asdict(_memorisation(generated.figures["memorised"], real.figures["memorised"])),
+        memorisation=asdict(_memorisation(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
         notes=_notes(count, num_real, extractor=name),
     )
@@ -241,7 +241,7 @@ def _pixels(shape: tuple[int, ...]) -> str:
 
 
 def _gate(measured: Measured, extractor: str, fingerprint: str) -> Measurement:
-    distance = measured.figures["fid"]
+    distance = measured.metrics["fid"]
     return Measurement(
         name=metric_name("fid", extractor=extractor, num_images=distance.num_images),
         value=distance.value,
@@ -252,7 +252,7 @@ def _gate(measured: Measured, extractor: str, fingerprint: str) -> Measurement:
     )
 
 
-def _memorisation(samples: Figure, real: Figure) -> Memorisation:
+def _memorisation(samples: Metric, real: Metric) -> Memorisation:
     return Memorisation(
         copies=round(samples.value * samples.num_images),
         num_images=samples.num_images,

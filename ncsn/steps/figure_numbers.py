@@ -18,11 +18,11 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
 from ncsn.core.ode_samplers import ProbabilityFlow
 from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
+from ncsn.data.shards import read_samples
 from ncsn.data.training_images import CachedSplit, open_cache
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.reference import Reference, extractor_of, obtain_judge
-from ncsn.evaluation.samples import read_samples
+from ncsn.evaluation.reference import Reference, extractor_of, open_evaluator
 from ncsn.evaluation.scores import nearest_neighbours
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
@@ -307,14 +307,14 @@ def subject_of(
     config: Config, trained: checkpoints.SamplingCheckpoint, *, samples: str, dataset: str, device: str
 ) -> Subject:
     """Open a finished run, of which `samples` and `dataset` are URIs."""
-    judge = obtain_judge(config, dataset)
+    evaluator = open_evaluator(config, dataset)
     return Subject(
         sampling=config.sampling,
         trained=trained,
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
         extractor=extractor_of(config, dataset),
-        reference=judge.reference,
+        reference=evaluator.reference,
         samples=samples,
         device=device,
     )

@@ -10,9 +10,9 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
+from ncsn.data.shards import read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.report.images import neighbours_png

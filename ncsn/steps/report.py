@@ -17,8 +17,8 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.shards import read_samples
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.samples import read_samples
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
@@ -26,7 +26,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.report.diagnostics import (
     Facts,
     average_hints,
-    judge,
+    extractor_phrase,
     lead,
     linear_loss,
     quality_panel,
@@ -251,7 +251,7 @@ def _scores(sources: Sources, facts: Facts) -> Scores:
     return Scores(
         rows=rows,
         more=more,
-        measured=f"{judge(next(iter(extractors), ''))} looked at {evaluation['num_images']:,} generated and "
+        measured=f"{extractor_phrase(next(iter(extractors), ''))} looked at {evaluation['num_images']:,} generated and "
         f"{evaluation['num_real_images']:,} real test images{knows}. A figure means something beside that of the real "
         "ones only. These do not compare with published scores unless the extractor is the 2015 Inception graph.",
         fingerprint=evaluation["fingerprint"],

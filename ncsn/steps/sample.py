@@ -13,13 +13,13 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import Rehearsal, rehearsal
-from ncsn.distributed.sampling import Features, Looker, Shard, sample_missing, shards, watch_levels
+from ncsn.distributed.sampling import Features, OnFeatures, Shard, sample_missing, shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningScore, RunningScores
-from ncsn.evaluation.reference import obtain_judge
-from ncsn.evaluation.samples import read_samples
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
@@ -127,7 +127,7 @@ def _sample(
         shard,
         num_images=config.sampling.num_images,
         progress=_watched(work.progress, lease, faults),
-        looker=scores.looker if scores else None,
+        on_features=scores.on_features if scores else None,
     )
     seconds = time.perf_counter() - started
     result = SampleResult(
@@ -179,14 +179,14 @@ class _Scores:
     _points: list[RunningScore] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        reference = obtain_judge(self.config, self.dataset, runner=runner_of(self.config.compute)).reference
+        reference = open_evaluator(self.config, self.dataset, runner=runner_of(self.config.compute)).reference
         self._fingerprint = reference.fingerprint
         self._running = RunningScores(reference.statistics, count=self.config.sampling.num_images)
 
     @property
-    def looker(self) -> Looker:
+    def on_features(self) -> OnFeatures:
         """Hands over the features of finished images."""
-        return Looker(self.config, self.dataset, self._take)
+        return OnFeatures(self.config, self.dataset, self._take)
 
     def log(self, tracked: StepRun) -> None:
         """Take the curve to MLflow."""

@@ -20,7 +20,7 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trials import Rung, SearchPlan, TrialFolder, TrialRecord, read_trial, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation.measure import metric_name
-from ncsn.evaluation.reference import obtain_judge
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
@@ -65,7 +65,7 @@ def baseline_rung(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_see
         if trial.values == plan.baseline:
             for rung in trial.rungs:
                 if rung.images_seen == images_seen:
-                    return next((judged.objective for judged in rung.sweep if judged.sampler == sampler), None)
+                    return next((scored.objective for scored in rung.sweep if scored.sampler == sampler), None)
     return None
 
 
@@ -93,8 +93,8 @@ def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
     if "epsilon" not in rung.sampler:
         return None
     figure = epsilon_versus_quality(
-        [judged.sampler["epsilon"] for judged in rung.sweep],
-        [math.nan if judged.objective is None else judged.objective for judged in rung.sweep],
+        [scored.sampler["epsilon"] for scored in rung.sweep],
+        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
         quality_label=objective,
         chosen=rung.sampler["epsilon"],
     )
@@ -198,8 +198,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     with step.work(config) as work, ray_cluster(config, metadata=work.job_metadata()):
         require_resources(config)
         work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
-        judge = obtain_judge(config, dataset, runner=runner_of(config.compute))
-        objective = metric_name("fid", extractor=judge.extractor.name, num_images=settings.num_samples)
+        evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
+        objective = metric_name("fid", extractor=evaluator.extractor.name, num_images=settings.num_samples)
         follower = _Follower(work.tracked, work.progress, plan, objective, Lease(lease) if lease else None)
         search(plan, follower)
         result = _conclude(plan, step.folder, follower, run=trained_as)

@@ -17,10 +17,10 @@ from safetensors.torch import save
 
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_json, to_yaml
+from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import Shard, sample_missing, shards
 from ncsn.errors import UserError
-from ncsn.evaluation.samples import read_samples
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TRAINED_CONFIG, TrainedNetwork
 from ncsn.model.generate import evaluations_per_image

@@ -28,7 +28,7 @@ from ncsn.data.format import Images, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import rehearsal
-from ncsn.distributed.sampling import Shard, missing_ranges, sample_missing, shards, watch_levels
+from ncsn.distributed.sampling import Shard, sample_missing, shards, watch_levels
 from ncsn.model.checkpoint import CheckpointError, verify
 from ncsn.model.checkpoint_store import BestCheckpoint
 from ncsn.report.images import Stages
@@ -341,20 +341,6 @@ def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_pat
     with refused("sampling.sampler") as caught:
         sample(tmp_path, config, batch=10)
     assert "'epsilon': 1.0" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("names", "gaps"),
-    [
-        ([], [(0, 10)]),
-        (["shard-000000000-000000004.parquet"], [(4, 10)]),
-        (["shard-000000004-000000008.parquet", "manifest.json"], [(0, 4), (8, 10)]),
-        (["shard-000000000-000000020.parquet"], []),
-        (["shard-000000012-000000020.parquet"], [(0, 10)]),
-    ],
-)
-def test_missing_ranges(names: list[str], gaps: list[tuple[int, int]]) -> None:
-    assert missing_ranges(names, num_images=10) == gaps
 
 
 def test_snapshot_names_the_checkpoints(trained: Path) -> None:

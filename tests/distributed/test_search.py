@@ -13,7 +13,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import trials
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, trials_at_once
-from ncsn.distributed.trials import FAILED, Judged, Rung, SearchPlan, TrialFolder, read_trials, run_trial
+from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"
@@ -22,7 +22,7 @@ GIB = float(2**30)
 
 def rung(images: int, objective: float) -> Rung:
     sampler = {"kind": "annealed_langevin", "epsilon": 1e-5}
-    return Rung(images, objective, sampler, [Judged(sampler, objective)], 0.5, 1.0, f"images-{images:09d}")
+    return Rung(images, objective, sampler, [Scored(sampler, objective)], 0.5, 1.0, f"images-{images:09d}")
 
 
 @pytest.fixture

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from ncsn.config import Config
-from ncsn.distributed.sampling import Looker, Shard, sample_missing
+from ncsn.distributed.sampling import OnFeatures, Shard, sample_missing
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningScore, RunningScores
-from ncsn.evaluation.reference import obtain_judge
+from ncsn.evaluation.reference import open_evaluator
 
 
 def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     count = config.sampling.num_images
     running = RunningScores(
-        obtain_judge(config, dataset, runner=runner_of(config.compute)).reference.statistics, count=count
+        open_evaluator(config, dataset, runner=runner_of(config.compute)).reference.statistics, count=count
     )
     scores: list[RunningScore] = []
     there: list[int] = []
@@ -30,5 +30,5 @@ def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[Runnin
         nonlocal latest
         latest = done
 
-    sample_missing(shard, num_images=count, progress=progress, looker=Looker(config, dataset, take))
+    sample_missing(shard, num_images=count, progress=progress, on_features=OnFeatures(config, dataset, take))
     return scores, there

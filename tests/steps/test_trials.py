@@ -12,7 +12,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
-from ncsn.distributed.trials import Judged, Rung, SearchPlan, TrialRecord
+from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
 from ncsn.steps.tune import baseline_rung, best_config, best_trial, coordinates_png, epsilon_png, table
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -36,9 +36,9 @@ def trial(number: int, *reached: tuple[int, float], failure: str | None = None, 
             objective=objective,
             sampler=sampler(8e-5),
             sweep=[
-                Judged(sampler(8e-5), objective),
-                Judged(sampler(9e-5), objective + 1),
-                Judged(sampler(1e-2), None),
+                Scored(sampler(8e-5), objective),
+                Scored(sampler(9e-5), objective + 1),
+                Scored(sampler(1e-2), None),
             ],
             loss=0.5,
             seconds=1.5,
@@ -110,6 +110,6 @@ def test_plots_are_drawn_also_with_trials_that_failed() -> None:
 
 
 def test_a_sampler_without_epsilon_has_no_plot_of_it() -> None:
-    rung = Rung(40, 1.0, {"kind": "probability_flow"}, [Judged({"kind": "probability_flow"}, 1.0)], 0.5, 1.0, "x")
+    rung = Rung(40, 1.0, {"kind": "probability_flow"}, [Scored({"kind": "probability_flow"}, 1.0)], 0.5, 1.0, "x")
     best = TrialRecord("trial-0", 0, {"noise.sigma_1": 1.0}, (rung,), None, False, 40)
     assert epsilon_png(best, objective=OBJECTIVE) is None

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from refused import refused
 
 from ncsn.data.format import Images, to_table
+from ncsn.data.shards import missing_ranges, read_samples, samples_shape
 from ncsn.errors import NotFound
-from ncsn.evaluation.samples import read_samples, samples_shape
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
 
@@ -68,3 +69,17 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     with refused(str(damaged)) as caught:
         read(tmp_path, 6)
     assert "int64" in caught.value.problems[0].reason
+
+
+@pytest.mark.parametrize(
+    ("names", "gaps"),
+    [
+        ([], [(0, 10)]),
+        (["shard-000000000-000000004.parquet"], [(4, 10)]),
+        (["shard-000000004-000000008.parquet", "manifest.json"], [(0, 4), (8, 10)]),
+        (["shard-000000000-000000020.parquet"], []),
+        (["shard-000000012-000000020.parquet"], [(0, 10)]),
+    ],
+)
+def test_missing_ranges(names: list[str], gaps: list[tuple[int, int]]) -> None:
+    assert missing_ranges(names, num_images=10) == gaps

@@ -1,0 +1,129 @@
+"""Generated images as Parquet shards in a folder, `shard-<first>-<last>.parquet` for images [first, last)."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ncsn import storage
+from ncsn.data.format import IMAGE, NO_LABEL, Images, to_table
+from ncsn.errors import NotFound, UserError
+
+_NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
+
+
+def shard_name(first: int, last: int) -> str:
+    """File name of the shard of images [first, last)."""
+    return f"shard-{first:09d}-{last:09d}.parquet"
+
+
+def write_shard(uri: str, images: NDArray[np.uint8]) -> None:
+    """Publish images [N, H, W, C] as one shard."""
+    buffer = io.BytesIO()
+    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer)
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, int]]:
+    """Index ranges [first, last) below `num_images` that no shard among `names` holds."""
+    gaps, position = [], 0
+    for first, last, _ in [*_ranges(names), (num_images, num_images, "")]:
+        if min(first, num_images) > position:
+            gaps.append((position, min(first, num_images)))
+        position = max(position, last)
+    return gaps
+
+
+def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
+    """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
+    _, _, name = _shards(uri, num_images=num_images)[0]
+    shard = storage.join(uri, name)
+    with _shard_errors(shard):
+        filesystem, path = storage.filesystem(shard)
+        return tuple(_tensor_type(pq.read_schema(path, filesystem=filesystem).field(IMAGE).type).shape)
+
+
+def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """Images `start .. num_images` of the folder `uri` as [n, H, W, C] uint8 batches, one shard in memory at a time.
+
+    Shards may overlap. No batch holds images of two shards.
+
+    Raises:
+        NotFound: if there is no such folder.
+        UserError: if an image of the range is in no shard, or a shard does not hold what its name says.
+    """
+    position = start
+    for first, last, name in _shards(uri, num_images=num_images, start=start):
+        images = _read_shard(storage.join(uri, name), count=last - first)
+        wanted = images[position - first : num_images - first]
+        for offset in range(0, len(wanted), batch_size):
+            yield wanted[offset : offset + batch_size]
+        position += len(wanted)
+
+
+def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
+    """Index of the first image of each batch that `read_samples` yields."""
+    borders = [0, *(min(last, num_images) for _, last, _ in _shards(uri, num_images=num_images))]
+    return [start for first, last in itertools.pairwise(borders) for start in range(first, last, batch_size)]
+
+
+def _ranges(names: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(first, last, name) of each shard, sorted."""
+    found = filter(None, map(_NAME.fullmatch, names))
+    return sorted((int(match[1]), int(match[2]), match[0]) for match in found)
+
+
+def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int, str]]:
+    """The shards that hold images `start .. num_images`, each with images that those before it lack."""
+    if not storage.exists(uri):
+        raise NotFound(uri, "no samples folder here", hint="run the sample step first")
+    useful, position = [], start
+    for first, last, name in _ranges(storage.list_names(uri)):
+        if first <= position < min(last, num_images):
+            useful.append((first, last, name))
+            position = last
+    if not useful:
+        raise UserError(uri, f"does not hold image {start}", hint="run the sample step first")
+    if position < num_images:
+        raise UserError(
+            uri,
+            f"holds images {start} to {position - 1} without a gap, but {num_images} are to be evaluated",
+            hint="run the sample step again to generate the missing ones, or lower sampling.num_images",
+        )
+    return useful
+
+
+def _read_shard(uri: str, *, count: int) -> NDArray[np.uint8]:
+    filesystem, path = storage.filesystem(uri)
+    with _shard_errors(uri):
+        column = pq.read_table(path, filesystem=filesystem, columns=[IMAGE]).column(IMAGE).combine_chunks()
+        _tensor_type(column.type)
+    images: NDArray[np.uint8] = np.asarray(column.to_numpy_ndarray())
+    if len(images) != count:
+        raise UserError(uri, f"holds {len(images)} images, its name says {count}", hint="delete it and sample again")
+    return images
+
+
+def _tensor_type(column_type: Any) -> Any:
+    if not isinstance(column_type, pa.FixedShapeTensorType) or column_type.value_type != pa.uint8():
+        raise pa.ArrowInvalid(f"column {IMAGE!r} is {column_type}, expected a fixed-shape tensor of uint8")
+    return column_type
+
+
+@contextmanager
+def _shard_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise UserError(
+            uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
+        ) from None
