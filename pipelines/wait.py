@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import kfp_server_api
@@ -13,6 +14,7 @@ import urllib3
 
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.orphans import has_workflow, troubles_of_run
+from ncsn.storage.retry import Retry
 from pipelines.connection import Connection, KfpError, reason_of
 
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")
@@ -55,9 +57,10 @@ def wait(
         KfpError: if the server has been away for too long, or does not know the run.
     """
     pods = _Pods(connection, run_id, say)
+    retry = Retry("Kubeflow Pipelines", PATIENCE_SECONDS, _unavailable, pauses=(poll_seconds, poll_seconds), say=say)
     shown: dict[str, str] = {}
     while True:
-        run = _ask(connection, run_id, poll_seconds)
+        run = _ask(connection, run_id, retry)
         titles = _titles(run)
         for name, state in {**_tasks(run, titles), "": run.state or "PENDING"}.items():
             if shown.get(name) != state:
@@ -134,20 +137,21 @@ class _Pods:
         self._say(f"cannot read the pods of this run, so why one does not start is not shown: {error}")
 
 
-def _ask(connection: Connection, run_id: str, poll_seconds: float) -> Any:
-    asked = time.monotonic()
-    while True:
-        try:
-            return connection.client.get_run(run_id)
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            gone = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
-            if gone or time.monotonic() - asked > PATIENCE_SECONDS:
-                raise KfpError(
-                    connection.run_url(run_id),
-                    f"cannot watch this run any longer: {reason_of(error)}",
-                    hint="it may still be running; look at that page",
-                ) from None
-            time.sleep(poll_seconds)
+def _ask(connection: Connection, run_id: str, retry: Retry) -> Any:
+    try:
+        return retry(partial(connection.client.get_run, run_id))
+    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+        raise KfpError(
+            connection.run_url(run_id),
+            f"cannot watch this run any longer: {reason_of(error)}",
+            hint="it may still be running; look at that page",
+        ) from None
+
+
+def _unavailable(error: Exception) -> str | None:
+    refused = isinstance(error, kfp_server_api.ApiException) and 400 <= (error.status or 0) < 500
+    failed = isinstance(error, (kfp_server_api.ApiException, urllib3.exceptions.HTTPError))
+    return reason_of(error) if failed and not refused else None
 
 
 def _titles(run: Any) -> dict[str, str]:

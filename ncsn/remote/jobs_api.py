@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -19,6 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ncsn.errors import UserError
 from ncsn.remote.backend import Conflict, say
+from ncsn.storage.retry import Retry
 
 __all__ = ["JobDetails", "JobStatus", "JobsApi", "NoSuchJob"]
 
@@ -32,7 +33,6 @@ _TIMEOUTS = (5, 60)
 _AWAY = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"
 _EXISTS = "already exists"
-_LONGEST_PAUSE = 10.0
 
 
 # It tells of every connection that it closes.
@@ -132,6 +132,14 @@ class JobsApi:
             raise ConnectionError(str(error)) from error
 
 
+class _Unavailable(Exception):
+    """The head node does not answer, or answers with a server error."""
+
+
+def _unavailable(error: Exception) -> str | None:
+    return str(error) if isinstance(error, _Unavailable) else None
+
+
 class _Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
     """Ray's client with time limits, patience and errors of one line; Ray's own waits for ever or gives up at once."""
 
@@ -147,29 +155,27 @@ class _Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
         return response.json()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        ends, pause = time.monotonic() + self.patience, 0.5
-        while True:
-            try:
-                response = super()._do_request(method, endpoint, timeout=_TIMEOUTS, **options)
-            except AuthenticationError as error:
-                raise PermissionError(_refusal(self._address, str(error))) from None
-            except ValueError as error:  # requests' InvalidURL is both
-                raise UserError(self._address, f"not an address: {error}") from None
-            except OSError as error:
-                reason = type(error).__name__
-            else:
-                away = response.status_code in _AWAY or (response.status_code == 500 and _NO_AGENT in response.text)
-                if not away:
-                    return response
-                reason = f"HTTP {response.status_code}: {_last_line(response.text) or response.reason}"
-            if time.monotonic() + pause > ends:
-                raise ConnectionError(
-                    f"the Ray cluster at {self._address} has not answered for {self.patience:g} s ({reason}); what "
-                    "runs there goes on for a while, and the same command attaches to it again"
-                )
-            say(f"the Ray cluster is away ({reason}); asking again in {pause:g} s")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        retry = Retry("the Ray cluster", self.patience, _unavailable, say=say)
+        try:
+            return retry(partial(self._request_once, method, endpoint, **options))
+        except _Unavailable as error:
+            raise ConnectionError(
+                f"the Ray cluster at {self._address} has not answered for {self.patience:g} s ({error}); what "
+                "runs there goes on for a while, and the same command attaches to it again"
+            ) from None
+
+    def _request_once(self, method: str, endpoint: str, **options: Any) -> Any:
+        try:
+            response = super()._do_request(method, endpoint, timeout=_TIMEOUTS, **options)
+        except AuthenticationError as error:
+            raise PermissionError(_refusal(self._address, str(error))) from None
+        except ValueError as error:  # requests' InvalidURL is both
+            raise UserError(self._address, f"not an address: {error}") from None
+        except OSError as error:
+            raise _Unavailable(type(error).__name__) from None
+        if response.status_code in _AWAY or (response.status_code == 500 and _NO_AGENT in response.text):
+            raise _Unavailable(f"HTTP {response.status_code}: {_last_line(response.text) or response.reason}")
+        return response
 
     def _raise_error(self, r: Any) -> None:
         message = _last_line(r.text) or r.reason

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
 from ncsn.remote.backend import Conflict, say
+from ncsn.storage.retry import Retry
 
 Resource = dict[str, Any]
 
@@ -29,7 +31,6 @@ PATIENCE_SECONDS = 900.0
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUTS = (5, 30)
 _AWAY = {429, 500, 502, 503, 504}
-_LONGEST_PAUSE = 10.0
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
 
@@ -279,31 +280,23 @@ class KubernetesApi:
 
     def _call(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call until the API server answers. With `missing` given, that stands for 404."""
-        ends = time.monotonic() + self.patience
         has_missing, missing = "missing" in options, options.pop("missing", None)
         options.setdefault("_request_timeout", self._timeouts)
-        pause = 0.5
-        while True:
-            try:
-                return function(*args, **options)
-            except ApiException as error:
-                if error.status == 404 and has_missing:
-                    return missing
-                if error.status == 409 and verb == "create":
-                    raise Conflict from None
-                if error.status not in _AWAY:
-                    raise self._refusal(verb, resource, error) from None
-                reason = f"HTTP {error.status}"
-            except urllib3.exceptions.HTTPError as error:
-                reason = type(error).__name__
-            if time.monotonic() + pause > ends:
+        retry = Retry("the Kubernetes API", self.patience, _unavailable, say=say)
+        try:
+            return retry(partial(function, *args, **options))
+        except (ApiException, urllib3.exceptions.HTTPError) as error:
+            if reason := _unavailable(error):
                 raise ConnectionError(
                     f"the Kubernetes API at {self.server} has not answered for {self.patience:g} s ({reason}); "
                     "what runs there goes on, and the same command attaches to it again"
-                )
-            say(f"the Kubernetes API is away ({reason}); asking again in {pause:g} s")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                ) from None
+            status = getattr(error, "status", None)
+            if status == 404 and has_missing:
+                return missing
+            if status == 409 and verb == "create":
+                raise Conflict from None
+            raise self._refusal(verb, resource, error) from None
 
     def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
         message = _message_of(error)
@@ -337,6 +330,12 @@ def _load_configuration() -> tuple[client.Configuration, str]:
             value=file or "~/.kube/config",
         ) from None
     return configuration, context["context"].get("namespace", "default")
+
+
+def _unavailable(error: Exception) -> str | None:
+    if isinstance(error, ApiException):
+        return f"HTTP {error.status}" if error.status in _AWAY else None
+    return type(error).__name__ if isinstance(error, urllib3.exceptions.HTTPError) else None
 
 
 def time_of_event(event: Resource) -> str:

@@ -3,7 +3,7 @@
 A URI is an absolute local path or `s3://bucket/prefix`. Addresses and keys come from the environment
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`). Everything is written under a
 temporary name and published last, so that a reader never sees half of anything. A store in
-S3 that is away is waited for (`ncsn.storage.retry`).
+S3 that is unavailable is waited for (`ncsn.storage.retry`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,4 @@
-"""A store in S3 that may be away for a while: each call is repeated, with growing pauses, before it counts as failed.
-
-A fault (`ncsn.faults`) declares an outage; the one place that speaks to the server asks `refuse` before each call.
-Without the variable that costs one look into the environment.
-
-Everything that speaks to S3 comes through here, also Ray Train's own uploads, which get the file system from
-`ncsn.storage`. A file is written when it is complete, from a local copy, so that a failed upload starts again at its
-first byte; a reader opens the file again where it was.
-"""
+"""One retry policy for servers that are unavailable for a while, and the simulated outages of `--inject`."""
 
 from __future__ import annotations
 
@@ -20,19 +12,83 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from ncsn.errors import UserError
 
-OUTAGE_VARIABLE = "NCSN_OUTAGES"
-"""Names the folder of the declared outages; set by a rehearsal for what it starts."""
+OUTAGE_VARIABLE = "NCSN_OUTAGES"  # names the folder of the declared outages; a run with `--inject` sets it
+STORE_VARIABLE = "NCSN_STORE_PATIENCE"  # seconds for which a call to the store is repeated
+STORE_SECONDS = 120.0
 
 Server = Literal["store", "tracking"]
+T = TypeVar("T")
+
+_TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIME|HTTP status 5\d\d"
+)
+# ConditionalRequestConflict: of two writers at the same moment S3 may refuse both.
+_TRANSIENT_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "ConditionalRequestConflict"}
+_TRANSIENT_KINDS = {"ConnectionError", "HTTPClientError", "IncompleteReadError"}
+
+_limit: ContextVar[float] = ContextVar("limit", default=math.inf)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Calls again, with growing pauses, while a server is unavailable; the last error is raised."""
+
+    server: str
+    seconds: float  # after which it gives up; with 0 there is one call
+    reason: Callable[[Exception], str | None]  # why the server is unavailable; None if another call would fail too
+    pauses: tuple[float, float] = (0.5, 10.0)  # seconds: the first and the longest
+    say: Callable[[str], None] = _logger.warning
+
+    def __call__(self, call: Callable[[], T]) -> T:
+        """The result of `call`; says once that it waits, and once that the server answers again."""
+        started, waits, (pause, longest) = time.monotonic(), False, self.pauses
+        while True:
+            try:
+                result = call()
+            except Exception as error:
+                reason = self.reason(error)
+                if reason is None or time.monotonic() + pause - started > self.seconds:
+                    raise
+                if not waits:
+                    self.say(f"{self.server} is unavailable ({reason}); trying again for {self.seconds:g} s")
+                waits = True
+            else:
+                if waits:
+                    self.say(f"{self.server} answers again after {time.monotonic() - started:.1f} s")
+                return result
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that many workers do not call at once
+            pause = min(2 * pause, longest)
+
+
+def call_store(call: Callable[[], T]) -> T:
+    """The result of a call to the store in S3, repeated while it is unavailable."""
+
+    def attempt() -> T:
+        refuse("store")
+        return call()
+
+    return Retry("the store", min(_store_seconds(), _limit.get()), _reason, pauses=(0.2, 5.0))(attempt)
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """In this block, a call to the store is repeated for at most `seconds`."""
+    token = _limit.set(seconds)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def declare(server: Server, *, seconds: float, share: float = 1.0) -> None:
-    """Take `server` away from now on for `seconds`; `share` is the part of the calls that fail."""
+    """Let a `share` of the calls to `server` fail for `seconds` from now on."""
     path = Path(os.environ[OUTAGE_VARIABLE]) / server
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{server}.{os.getpid()}")
@@ -41,16 +97,12 @@ def declare(server: Server, *, seconds: float, share: float = 1.0) -> None:
 
 
 def inherited() -> dict[str, str]:
-    """The variable, for processes that do not inherit the environment of this one."""
+    """The variable of the outages, for processes that do not inherit this process's environment."""
     return {OUTAGE_VARIABLE: os.environ[OUTAGE_VARIABLE]} if OUTAGE_VARIABLE in os.environ else {}
 
 
 def refuse(server: Server) -> None:
-    """Return, unless a rehearsal has taken the server away.
-
-    Raises:
-        ConnectionRefusedError: if it has.
-    """
+    """Raise ConnectionRefusedError during a declared outage of `server`."""
     folder = os.environ.get(OUTAGE_VARIABLE)
     if folder is None:
         return
@@ -60,73 +112,19 @@ def refuse(server: Server) -> None:
         return
     left = outage["until"] - time.time()
     if left > 0 and random.random() < outage["share"]:  # noqa: S311 - no secret depends on it
-        raise ConnectionRefusedError(f"rehearsal: the {server} server is away for {left:.0f} s more")
+        raise ConnectionRefusedError(f"simulated outage of the {server} server, for {left:.0f} s more")
 
 
-PATIENCE_VARIABLE = "NCSN_STORE_PATIENCE"
-"""Seconds for which a call is repeated, in the environment."""
-PATIENCE_SECONDS = 120.0
-"""The same where it says nothing."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between two tries."""
-
-_TRANSIENT = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIME|HTTP status 5\d\d"
-)
-_TRANSIENT_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout"})
-_TRANSIENT_KINDS = frozenset({"ConnectionError", "HTTPClientError", "IncompleteReadError"})
-
-T = TypeVar("T")
-_limit: ContextVar[float] = ContextVar("limit", default=math.inf)
-_logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Repeat the calls of this block for no longer: they are a first look, or nobody should wait for them."""
-    token = _limit.set(seconds)
+def _store_seconds() -> float:
+    given = os.environ.get(STORE_VARIABLE)
     try:
-        yield
-    finally:
-        _limit.reset(token)
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """The result of `call`, repeated for two minutes or what the variable says while the store is away.
-
-    A warning says so, once.
-
-    Raises:
-        UserError: if the variable holds no number.
-        OSError: or what else the call raises, if it keeps failing, or fails for a reason that waiting does not mend.
-    """
-    patience = min(_patience(), _limit.get())
-    started, pause, tries = time.monotonic(), FIRST_PAUSE, 0
-    while True:
-        try:
-            refuse("store")
-            result = call()
-        except Exception as error:
-            tries += 1
-            if not _is_transient(error) or time.monotonic() + pause - started > patience:
-                raise
-            if tries == 1:
-                reason = str(error).partition("\n")[0]
-                _logger.warning("the store is away, trying again for %d s: %s", patience, reason)
-        else:
-            if tries:
-                _logger.warning("the store answers again after %.1f s", time.monotonic() - started)
-            return result
-        time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that many workers do not knock in step
-        pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _patience() -> float:
-    given = os.environ.get(PATIENCE_VARIABLE)
-    try:
-        return float(given or PATIENCE_SECONDS)
+        return float(given or STORE_SECONDS)
     except ValueError:
-        raise UserError(PATIENCE_VARIABLE, "not a number of seconds", value=given) from None
+        raise UserError(STORE_VARIABLE, "not a number of seconds", value=given) from None
+
+
+def _reason(error: Exception) -> str | None:
+    return str(error).partition("\n")[0] if _is_transient(error) else None
 
 
 def _is_transient(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from ncsn.storage.retry import patiently
+from ncsn.storage.retry import call_store
 
 IN_MEMORY = 8 << 20
 """Bytes of a file that is being written; what is longer waits on the local disk."""
@@ -30,7 +30,7 @@ def s3_filesystem(bucket: str) -> fs.FileSystem:
     """The patient file system of a bucket; the environment says where it is."""
     # from_uri honours AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
     # background, for which Arrow takes the same few threads that wait for them when several files are copied.
-    found = patiently(partial(fs.FileSystem.from_uri, f"s3://{bucket}"))[0]
+    found = call_store(partial(fs.FileSystem.from_uri, f"s3://{bucket}"))[0]
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
     return fs.PyFileSystem(_Patient(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
@@ -52,31 +52,31 @@ class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
         return str(self._fs.normalize_path(path))
 
     def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return patiently(partial(self._fs.get_file_info, paths))
+        return call_store(partial(self._fs.get_file_info, paths))
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return patiently(partial(self._fs.get_file_info, selector))
+        return call_store(partial(self._fs.get_file_info, selector))
 
     def create_dir(self, path: str, recursive: bool) -> None:  # noqa: FBT001 - Arrow's order
-        patiently(partial(self._fs.create_dir, path, recursive=recursive))
+        call_store(partial(self._fs.create_dir, path, recursive=recursive))
 
     def delete_dir(self, path: str) -> None:
-        patiently(partial(self._fs.delete_dir, path))
+        call_store(partial(self._fs.delete_dir, path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:  # noqa: FBT001, FBT002
-        patiently(partial(self._fs.delete_dir_contents, path, missing_dir_ok=missing_dir_ok))
+        call_store(partial(self._fs.delete_dir_contents, path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
         raise NotImplementedError("nobody empties a whole store")
 
     def delete_file(self, path: str) -> None:
-        patiently(partial(self._fs.delete_file, path))
+        call_store(partial(self._fs.delete_file, path))
 
     def move(self, src: str, dest: str) -> None:
-        patiently(partial(self._fs.move, src, dest))
+        call_store(partial(self._fs.move, src, dest))
 
     def copy_file(self, src: str, dest: str) -> None:
-        patiently(partial(self._fs.copy_file, src, dest))
+        call_store(partial(self._fs.copy_file, src, dest))
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
@@ -94,7 +94,7 @@ class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
 class _Reader(io.RawIOBase):
     def __init__(self, open_file: Callable[[], pa.NativeFile]) -> None:
         self._open, self._position = open_file, 0
-        file = patiently(open_file)
+        file = call_store(open_file)
         self._size = int(file.size())
         self._file: pa.NativeFile | None = file
 
@@ -112,7 +112,7 @@ class _Reader(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        data = patiently(partial(self._read, size))
+        data = call_store(partial(self._read, size))
         self._position += len(data)
         return data
 
@@ -141,7 +141,7 @@ class _Writer(io.RawIOBase):
         if self.closed:
             return
         try:
-            patiently(self._upload)
+            call_store(self._upload)
         finally:
             self._spool.close()
             super().close()
@@ -154,7 +154,6 @@ class _Writer(io.RawIOBase):
 
 SCHEME = "s3://"
 
-_TRIES_IN_CONFLICT = 5
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
 
 T = TypeVar("T")
@@ -178,17 +177,10 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         OSError: if it cannot be written.
     """
     bucket, key = _place(uri)
-    put = partial(client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    for tries_left in reversed(range(_TRIES_IN_CONFLICT)):
-        try:
-            _request(uri, put)
-        except FileExistsError:
-            return False
-        except BlockingIOError:
-            if not tries_left:
-                raise
-        else:
-            break
+    try:
+        _request(uri, partial(client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
+    except FileExistsError:
+        return False
     return True
 
 
@@ -200,7 +192,7 @@ def client() -> Any:
 
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of the keys that it found, in every worker's log
 
-    # Tries are counted by `patiently`. A session of its own: boto3's shared one must not make clients in two threads
+    # `call_store` repeats a call. A session of its own: boto3's shared one must not make clients in two threads
     # at once.
     once = Config(retries={"total_max_attempts": 1}, connect_timeout=_CONNECT_SECONDS, read_timeout=_ANSWER_SECONDS)
     return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=once)
@@ -212,18 +204,16 @@ def _place(uri: str) -> tuple[str, str]:
 
 
 def _request(uri: str, call: Callable[[], T]) -> T:
-    """The answer, waited for while the store is away; what boto3 raises becomes Python's own error."""
+    """The answer, waited for while the store is unavailable; what boto3 raises becomes Python's own error."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        return patiently(call)
+        return call_store(call)
     except ClientError as error:
         kind = {
             "NoSuchKey": FileNotFoundError,
             "NoSuchBucket": FileNotFoundError,
             "PreconditionFailed": FileExistsError,
-            # Two writers at the same moment: S3 may refuse both, and wants to be asked again.
-            "ConditionalRequestConflict": BlockingIOError,
         }.get(error.response["Error"]["Code"], OSError)
         raise kind(f"{uri}: {error}") from error
     except BotoCoreError as error:

@@ -11,10 +11,10 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -24,6 +24,7 @@ from filelock import FileLock
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import UserError
+from ncsn.storage.retry import Retry
 
 if TYPE_CHECKING:
     from mlflow.entities import Param, Run
@@ -115,7 +116,8 @@ def connect(config: Config, *, patience: float = 0.0) -> Connection:
     Raises:
         TrackingError: if the server does not answer, refuses the credentials, or the experiment is deleted.
     """
-    client, uri = _open_patiently(config, patience)
+    retry = Retry("MLflow", patience, _unavailable, pauses=(1.0, 1.0))
+    client, uri = retry(partial(open_client, config))
     from mlflow.exceptions import MlflowException
 
     try:
@@ -146,15 +148,8 @@ def open_client_at(uri: str, *, experiment: str = "Default") -> MlflowClient:
     return client_at(uri)
 
 
-def _open_patiently(config: Config, patience: float) -> tuple[MlflowClient, str]:
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            return open_client(config)
-        except ServerAwayError:
-            if time.monotonic() >= give_up:
-                raise
-            time.sleep(1)
+def _unavailable(error: Exception) -> str | None:
+    return error.problems[0].reason if isinstance(error, ServerAwayError) else None
 
 
 def client_at(uri: str) -> MlflowClient:

@@ -223,7 +223,7 @@ def test_an_api_server_that_is_away_for_a_while_stops_nothing(
     thread.join()
     assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
     assert renewed[0] != renewed[1], "the lease in the store does not depend on the API server"
-    assert "is away" in capsys.readouterr().err
+    assert "is unavailable" in capsys.readouterr().err
 
 
 def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:

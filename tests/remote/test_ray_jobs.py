@@ -229,7 +229,7 @@ def test_the_log_survives_a_broken_connection(jobs: Jobs) -> None:
     assert launcher.returncode == 0, said
     assert [line for line in said if line.startswith("line") or line == "at work"] == [f"line {n}" for n in range(10)]
     assert jobs.log("cut").endswith("".join(["at work\n", *(f"line {n}\n" for n in range(10))]))
-    assert any("is away" in line for line in said)
+    assert any("is unavailable" in line for line in said)
     assert len(jobs.of("cut")) == 1
 
 
