@@ -234,3 +234,42 @@ _SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)
 def parse_sampler(values: Mapping[str, Any]) -> SamplerConfig:
     """The section of a sampler from its plain values."""
     return _SECTION.validate_python(values)
+
+
+class _RangeDomain(Section):
+    low: float = Field(description="Least value.")
+    high: float = Field(description="Largest value.")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> _RangeDomain:
+        if self.low >= self.high:
+            raise UserError("low", f"must be less than high = {self.high:g}", value=self.low)
+        return self
+
+
+class UniformDomain(_RangeDomain):
+    """Any value of a range, all equally likely; whole numbers where the setting is one."""
+
+    kind: Literal["uniform"] = Field(description="A range.")
+
+
+class LogDomain(_RangeDomain):
+    """Any value of a range, all orders of magnitude equally likely."""
+
+    kind: Literal["log"] = Field(description="A range of positive numbers, by their logarithm.")
+
+    @model_validator(mode="after")
+    def _positive(self) -> LogDomain:
+        if self.low <= 0:
+            raise UserError("low", "must be more than 0 for kind: log", hint="use kind: uniform", value=self.low)
+        return self
+
+
+class ChoiceDomain(Section):
+    """One of a few values."""
+
+    kind: Literal["choice"] = Field(description="One of a few values.")
+    values: tuple[Any, ...] = Field(min_length=1, description="The values.")
+
+
+Domain = Annotated[UniformDomain | LogDomain | ChoiceDomain, Field(discriminator="kind")]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from ncsn.config.problems import problems
+from ncsn.config.rules import checked
 from ncsn.config.schema import Config
+from ncsn.config.search import space_problems
 from ncsn.errors import ConfigError
 
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
@@ -43,10 +43,13 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
         if isinstance(tree.get(section), dict):
             tree[section] = {"kind": kind, **tree[section]}
     try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        found = problems(error, tree, model=Config)
-        raise ConfigError.of(replace(problem, origin=origin) for problem in found) from None
+        config = checked(tree)
+        found = space_problems(config)
+    except ConfigError as error:
+        found = list(error.problems)
+    if found:
+        raise ConfigError.of(replace(problem, origin=origin) for problem in found)
+    return config
 
 
 def with_sampler(config: Config, sampler: str) -> Config:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
+
+from pydantic import ValidationError
 
 from ncsn.config.choices import (
     AnnealedLangevinConfig,
@@ -19,13 +21,22 @@ from ncsn.config.choices import (
     SsmLossConfig,
     UnetNetworkConfig,
 )
-from ncsn.errors import Problem
-
-if TYPE_CHECKING:
-    from ncsn.config.schema import Config
-
+from ncsn.config.problems import problems
+from ncsn.config.schema import Config
+from ncsn.errors import ConfigError, Problem
 
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
+
+
+def checked(tree: dict[str, Any]) -> Config:
+    """The experiment of a tree of plain values, whose settings are valid and go together."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError.of(problems(error, tree, model=Config)) from None
+    if found := misfits(config):
+        raise ConfigError.of(found)
+    return config
 
 
 def misfits(config: Config) -> list[Problem]:

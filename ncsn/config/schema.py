@@ -9,11 +9,12 @@ schedule means. The sections `compute`, `storage` and `tracking` say where the w
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ncsn.config.choices import (
+    Domain,
     DsmLossConfig,
     LossConfig,
     NetworkConfig,
@@ -23,8 +24,6 @@ from ncsn.config.choices import (
     Section,
 )
 from ncsn.config.compute import ComputeConfig
-from ncsn.config.rules import misfits
-from ncsn.config.search import SearchConfig, space_problems
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
@@ -181,6 +180,56 @@ class EvaluationConfig(Section):
         return self
 
 
+class SearchConfig(Section):
+    """A search for better settings; absent = none. DSM losses of other noise levels do not compare, samples do."""
+
+    space: dict[str, Domain] | None = Field(
+        None,
+        description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
+        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L from a third to three times their values, with "
+        "noise: auto those that the images suggest.",
+    )
+    epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Step sizes that every checkpoint is sampled with, as epsilon / sigma_L ** 2: they cost no "
+        "training. null = half, one and two times that of the config. For samplers that have an epsilon.",
+    )
+    num_trials: int = Field(16, ge=1, le=10000, description="Choices of settings to train.")
+    algorithm: Literal["optuna", "random"] = Field(
+        "optuna", description="Who chooses: Optuna's tree-structured Parzen estimator, or chance."
+    )
+    seed: int = Field(
+        1,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choices and of the samples that judge them. Keep it apart from sampling.seed, so that "
+        "the final figures are of samples that decided nothing.",
+    )
+    first_rung_images: int | None = Field(
+        None,
+        ge=1,
+        description="Training images after which a trial is judged first. The next rungs are reduction_factor times "
+        "further each, the last is train.num_images. null = train.num_images / reduction_factor ** 2; train.num_images "
+        "= no early stopping.",
+    )
+    reduction_factor: int = Field(
+        4, ge=2, le=100, description="Of so many trials at a rung about one goes on (asynchronous successive halving)."
+    )
+    num_samples: int = Field(
+        512, ge=2, le=1_000_000, description="Images that judge a trial at each rung, for each epsilon."
+    )
+    nfe: int | None = Field(
+        None, ge=1, description="Network evaluations per image, equal for all trials; null = those of the config."
+    )
+    baseline: bool = Field(
+        True, description="Train the config as it stands to the end, as the first trial, to compare with."
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Trials at a time; null = as many as the cluster holds, and never more than that."
+    )
+
+
 class StorageConfig(Section):
     """Where bytes live."""
 
@@ -247,18 +296,6 @@ class Config(Section):
                 value=name,
             )
         return name
-
-    @model_validator(mode="after")
-    def _fits(self) -> Config:
-        if found := misfits(self):
-            raise UserError.of(found)
-        return self
-
-    @model_validator(mode="after")
-    def _searches_what_exists(self) -> Config:
-        if found := space_problems(self):
-            raise UserError.of(found)
-        return self
 
     @property
     def levels(self) -> NoiseConfig:

@@ -6,16 +6,12 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-
-from ncsn.config.choices import Section
-from ncsn.config.problems import problems
-from ncsn.errors import ConfigError, Problem, UserError
-
-if TYPE_CHECKING:
-    from ncsn.config.schema import Config
+from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
+from ncsn.config.rules import checked
+from ncsn.config.schema import Config
+from ncsn.errors import ConfigError, Problem
 
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
@@ -35,95 +31,6 @@ _SPREAD = 3.0
 """A setting that the space does not name is searched from a third to three times its value."""
 _EPSILON_FACTORS = (0.5, 1.0, 2.0)
 _MOST_CORNERS = 128
-
-
-class _RangeDomain(Section):
-    low: float = Field(description="Least value.")
-    high: float = Field(description="Largest value.")
-
-    @model_validator(mode="after")
-    def _ascending(self) -> _RangeDomain:
-        if self.low >= self.high:
-            raise UserError("low", f"must be less than high = {self.high:g}", value=self.low)
-        return self
-
-
-class UniformDomain(_RangeDomain):
-    """Any value of a range, all equally likely; whole numbers where the setting is one."""
-
-    kind: Literal["uniform"] = Field(description="A range.")
-
-
-class LogDomain(_RangeDomain):
-    """Any value of a range, all orders of magnitude equally likely."""
-
-    kind: Literal["log"] = Field(description="A range of positive numbers, by their logarithm.")
-
-    @model_validator(mode="after")
-    def _positive(self) -> LogDomain:
-        if self.low <= 0:
-            raise UserError("low", "must be more than 0 for kind: log", hint="use kind: uniform", value=self.low)
-        return self
-
-
-class ChoiceDomain(Section):
-    """One of a few values."""
-
-    kind: Literal["choice"] = Field(description="One of a few values.")
-    values: tuple[Any, ...] = Field(min_length=1, description="The values.")
-
-
-Domain = Annotated[UniformDomain | LogDomain | ChoiceDomain, Field(discriminator="kind")]
-
-
-class SearchConfig(Section):
-    """A search for better settings; absent = none. DSM losses of other noise levels do not compare, samples do."""
-
-    space: dict[str, Domain] | None = Field(
-        None,
-        description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
-        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L from a third to three times their values, with "
-        "noise: auto those that the images suggest.",
-    )
-    epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
-        None,
-        min_length=1,
-        description="Step sizes that every checkpoint is sampled with, as epsilon / sigma_L ** 2: they cost no "
-        "training. null = half, one and two times that of the config. For samplers that have an epsilon.",
-    )
-    num_trials: int = Field(16, ge=1, le=10000, description="Choices of settings to train.")
-    algorithm: Literal["optuna", "random"] = Field(
-        "optuna", description="Who chooses: Optuna's tree-structured Parzen estimator, or chance."
-    )
-    seed: int = Field(
-        1,
-        ge=0,
-        lt=2**32,
-        description="Seed of the choices and of the samples that judge them. Keep it apart from sampling.seed, so that "
-        "the final figures are of samples that decided nothing.",
-    )
-    first_rung_images: int | None = Field(
-        None,
-        ge=1,
-        description="Training images after which a trial is judged first. The next rungs are reduction_factor times "
-        "further each, the last is train.num_images. null = train.num_images / reduction_factor ** 2; train.num_images "
-        "= no early stopping.",
-    )
-    reduction_factor: int = Field(
-        4, ge=2, le=100, description="Of so many trials at a rung about one goes on (asynchronous successive halving)."
-    )
-    num_samples: int = Field(
-        512, ge=2, le=1_000_000, description="Images that judge a trial at each rung, for each epsilon."
-    )
-    nfe: int | None = Field(
-        None, ge=1, description="Network evaluations per image, equal for all trials; null = those of the config."
-    )
-    baseline: bool = Field(
-        True, description="Train the config as it stands to the end, as the first trial, to compare with."
-    )
-    max_concurrent: int | None = Field(
-        None, ge=1, description="Trials at a time; null = as many as the cluster holds, and never more than that."
-    )
 
 
 def searched_space(config: Config) -> dict[str, Domain]:
@@ -187,10 +94,7 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
     epsilon = tree["sampling"]["sampler"].get("epsilon")
     if epsilon is not None and EPSILON not in values and sigma_L != config.noise.sigma_L:
         tree["sampling"]["sampler"]["epsilon"] = significant(epsilon * (sigma_L / config.noise.sigma_L) ** 2)
-    try:
-        return type(config).model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError.of(problems(error, tree, model=type(config))) from None
+    return checked(tree)
 
 
 def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:

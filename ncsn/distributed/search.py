@@ -14,7 +14,7 @@ import ray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from ncsn.config.search import ChoiceDomain, Domain, LogDomain, significant
+from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
 from ncsn.distributed.trials import trial_key
 
 # Read when Tune starts: no files of its loggers beside ours, and Ctrl-C is for the command to answer.
@@ -29,7 +29,7 @@ from ray.tune.search import Searcher
 
 from ncsn import storage
 from ncsn.config.compute import ComputeConfig
-from ncsn.config.search import searched_space, setting
+from ncsn.config.search import searched_space, setting, significant
 from ncsn.distributed.cluster import autoscales
 from ncsn.distributed.trials import FAILED, SearchPlan, TrialFolder, TrialRecord, read_trials, run_trial
 from ncsn.errors import UserError

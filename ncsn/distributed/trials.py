@@ -260,7 +260,7 @@ class SearchPlan:
         search = self.config.search
         assert search is not None
         nfe = search.nfe or evaluations_per_image(self.config)
-        return with_evaluations(config.sampling.sampler, nfe, num_levels=config.levels.num_levels)
+        return with_evaluations(config.sampling.sampler, nfe, num_levels=config.levels.num_levels, key="search.nfe")
 
 
 def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) -> None:

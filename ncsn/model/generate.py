@@ -213,7 +213,7 @@ def evaluations_per_image(config: Config) -> int:
     return build.sampler(config.sampling.sampler).num_evaluations(config.levels.num_levels)
 
 
-def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int) -> SamplerConfig:
+def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int, key: str = "nfe") -> SamplerConfig:
     """The sampler's section with a chain of exactly `nfe` evaluations.
 
     Raises:
@@ -222,4 +222,4 @@ def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int) -> Sa
     try:
         return build.sampler_section(build.sampler(section).with_evaluations(nfe, num_levels=num_levels))
     except ValueError as error:
-        raise UserError("nfe", str(error), value=nfe) from None
+        raise UserError(key, str(error), value=nfe) from None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncsn.config.search import ChoiceDomain, Domain, LogDomain, UniformDomain
+from ncsn.config.choices import ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.distributed.search import Suggestions
 
 SPACE: dict[str, Domain] = {

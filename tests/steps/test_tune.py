@@ -195,7 +195,7 @@ def test_a_config_without_a_search_is_refused(searched: Searched) -> None:
 
 def test_an_nfe_that_the_config_cannot_have_is_refused_before_anything_is_trained(searched: Searched) -> None:
     config = from_yaml(TINY.format(root=searched.config.storage.root), overrides=["search.nfe=8"])
-    with refused("nfe") as caught:
+    with refused("search.nfe") as caught:
         tune.run(config, run="hunt", dataset=searched.dataset)
     assert caught.value.problems[0].value == 8
 
