@@ -1,144 +1,50 @@
-"""The house in order: targets and settings explain themselves, pins are complete, nothing is local to a machine."""
+"""The structure of the code: layers, imports, what must load fast, and sizes."""
 
 from __future__ import annotations
 
 import ast
-import re
+import graphlib
+import json
 import subprocess
+import sys
 import tomllib
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
 
+import grimp
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from pydantic import BaseModel
-
-from ncsn.config import Config, from_yaml
-from ncsn.config.problems import section_models
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-# Which of these there are depends on the build of torch, which pins them itself.
-OF_TORCH = re.compile(r"(nvidia|cuda)-|triton\b")
+STANDARD = set(sys.stdlib_module_names)
 
+HEAVY = {"torch", "torchvision", "ray", "mlflow", "kfp", "scipy", "sklearn", "matplotlib", "pandas", "boto3", "optuna"}
+LATE = HEAVY | {"botocore", "kfp_server_api", "kubernetes", "numpy", "pyarrow", "pydantic", "rich", "torch_fidelity"}
+"""Packages that a function may import, with the modules of this project that load one of them."""
+LIGHT = (
+    "ncsn.errors",
+    "ncsn.process",
+    "ncsn.config",
+    "ncsn.storage",
+    "ncsn.runs.costs",
+    "ncsn.runs.folder",
+    "ncsn.runs.records",
+    "ncsn.remote.backend",
+    "ncsn.report.cards",
+    "ncsn.report.words",
+    "ncsn.tracking.client",
+    "ncsn.tracking.gate",
+    "ncsn.tracking.lineage",
+    "ncsn.tracking.promotion",
+    "ncsn.cli.app",
+    "ncsn.cli.commands",
+    "ncsn.cli.console",
+    "ncsn.cli.doctor",
+    "ncsn.cli.target",
+    "ncsn.cli.views",
+)
+"""They serve --help, show-config, submit, promote, the launcher's pod and the Finish task."""
 
-def test_every_make_target_explains_itself() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    explained = set(re.findall(r"^([a-z-]+):.*## \w", makefile, flags=re.MULTILINE))
-    phony = set(re.findall(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE))
-    assert targets == explained == phony
-    assert {"demo", "test", "test-all", "lint", "ui", "image", "clean", "help"} <= targets
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_parses_and_is_named_after_its_file(path: Path) -> None:
-    assert from_yaml(path.read_text(), origin=path.name).name.replace("-", "_") == path.stem
-
-
-def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield model
-    for name in model.model_fields:
-        for section in section_models(model, name):
-            yield from _sections(section)
-
-
-@pytest.mark.parametrize("model", list(_sections(Config)), ids=lambda model: model.__name__)
-def test_every_setting_has_its_meaning(model: type[BaseModel]) -> None:
-    assert model.__doc__
-    values = {name: field for name, field in model.model_fields.items() if not section_models(model, name)}
-    assert [name for name, field in values.items() if not field.description] == []
-
-
-def _constraints() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
-
-
-def _installed_for_project() -> dict[str, str]:
-    """Name -> version of what the project and its dev extra need here, directly or through others."""
-    found: dict[str, str] = {}
-    seen: set[tuple[str, str]] = set()
-    waiting = [("ncsn", "dev")]
-    while waiting:
-        name, extra = waiting.pop()
-        if (name, extra) in seen:
-            continue
-        seen.add((name, extra))
-        for text in metadata.requires(name) or []:
-            requirement = Requirement(text)
-            if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", extra)):
-                needed = canonicalize_name(requirement.name)
-                if not OF_TORCH.match(needed):
-                    found[needed] = metadata.version(needed)
-                    waiting += [(needed, wanted) for wanted in ("", *requirement.extras)]
-    return found
-
-
-def test_constraints_pin_everything() -> None:
-    constraints = _constraints()
-    loose = {name for name, requirement in constraints.items() if not str(requirement.specifier).startswith("==")}
-    assert loose == set()
-    assert _installed_for_project().keys() - constraints.keys() == set()
-
-
-def test_constraints_lie_in_the_ranges_of_the_project() -> None:
-    constraints = _constraints()
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
-        requirement = Requirement(text)
-        pin = constraints[canonicalize_name(requirement.name)]
-        version = str(pin.specifier).removeprefix("==")
-        assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
-
-
-def _tracked_text() -> Iterator[tuple[str, str]]:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.split("\0"):
-        path = ROOT / name
-        if name and path.is_file() and path.suffix not in {".png", ".safetensors", ".npz", ".parquet"}:
-            yield name, path.read_text()
-
-
-def test_nothing_is_local_to_one_machine() -> None:
-    forbidden = re.compile(
-        r"(?<![\w.])/(work|root|home/(?!somebody)\w+|Users/\w+)/|pypi\.org|pythonhosted\.org|download\.pytorch\.org"
-    )
-    found = [f"{name}: {match[0]}" for name, text in _tracked_text() for match in forbidden.finditer(text)]
-    assert found == []
-
-
-def test_nothing_is_left_to_do() -> None:
-    marks = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b(?![|)])")
-    found = [f"{name}: {match[0]}" for name, text in _tracked_text() for match in marks.finditer(text)]
-    assert found == []
-
-
-def test_image_is_pinned_and_not_root() -> None:
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    images = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, flags=re.MULTILINE)
-    assert images
-    assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]+", image) for image in images)
-    by_digest = re.findall(r"^BASE_IMAGE \?= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert [re.sub(r"@sha256:[0-9a-f]{64}$", "", image) for image in by_digest] == images != by_digest
-    users = re.findall(r"^USER (\S+)$", dockerfile, flags=re.MULTILINE)
-    assert re.fullmatch(r"[1-9]\d*", users[-1]), "Kubernetes checks runAsNonRoot against a number"
-
-
-def test_make_builds_the_image_that_the_components_name() -> None:
-    assert f"\nIMAGE ?= ncsn-python:{PROJECT['version']}\n" in (ROOT / "Makefile").read_text()
-    assert f'"ncsn-python:{PROJECT["version"]}"' in (ROOT / "components" / "__init__.py").read_text()
-    assert f"\nARG VERSION={PROJECT['version']}\n" in (ROOT / "Dockerfile").read_text()
-
-
-def test_changelog_has_an_unreleased_entry() -> None:
-    assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text()
-
-
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 350, 60, 15
 STILL_LONGER = {
     "ncsn/cli/commands.py",
     "ncsn/cli/execute.py",
@@ -163,25 +69,143 @@ STILL_LONGER = {
 """Files to shorten; none may join them, and one that is short enough leaves the list."""
 
 
-def _modules() -> Iterator[Path]:
-    for package in ("ncsn", "components", "pipelines"):
-        yield from sorted((ROOT / package).rglob("*.py"))
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_files_are_short() -> None:
-    longer = {str(path.relative_to(ROOT)) for path in _modules() if path.read_text().count("\n") > MOST_LINES}
-    assert longer == STILL_LONGER
+SOURCES = {_name(path): path for top in ("ncsn", "components", "pipelines") for path in (ROOT / top).rglob("*.py")}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
-@pytest.mark.parametrize("path", list(_modules()), ids=lambda path: str(path.relative_to(ROOT)))
-def test_functions_are_short(path: Path) -> None:
-    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
-    lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions}
-    assert {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FUNCTION} == {}
+def _imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Modules that the import statements among `nodes` name."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else str(node.module) for name in names}
+    return found
 
 
-@pytest.mark.parametrize(
-    "package", sorted(path.parent for path in (ROOT / "ncsn").glob("*/__init__.py")), ids=lambda path: path.name
-)
-def test_packages_are_of_a_size_to_look_through(package: Path) -> None:
-    assert 4 <= len(list(package.glob("*.py"))) <= 14
+def _functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _imported_late(tree: ast.Module) -> set[str]:
+    return _imported(node for function in _functions(tree) for node in ast.walk(function))
+
+
+def _imported_early(tree: ast.Module) -> set[str]:
+    return _imported(tree.body)
+
+
+def _loaded_by(module: str, seen: set[str]) -> set[str]:
+    """The modules that importing one loads, as far as this project's code says."""
+    if module and module not in seen:
+        seen.add(module)
+        _loaded_by(module.rpartition(".")[0], seen)
+        for other in _imported_early(TREES[module]) if module in TREES else ():
+            _loaded_by(other, seen)
+    return seen
+
+
+def _packages(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules} - STANDARD
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Over all imports: those inside functions and for type checkers too."""
+    graph = grimp.build_graph("ncsn", "components", "pipelines", cache_dir=None)
+    graphlib.TopologicalSorter(
+        {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    ).prepare()
+
+
+def test_every_module_has_a_layer() -> None:
+    """The layers contract says nothing of a module that it does not name."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    named = {name for layer in layers for name in layer.replace("|", ":").replace(" ", "").split(":")}
+    assert {name for name in SOURCES if name.count(".") == 1 and name.startswith("ncsn.")} <= named
+
+
+def test_imports_are_absolute() -> None:
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {node.level for node in nodes} == {0}
+
+
+def test_a_function_imports_only_what_is_heavy() -> None:
+    late = {
+        (name, module)
+        for name, tree in TREES.items()
+        if not name.startswith("components")  # KFP ships the source of the function alone
+        for module in _imported_late(tree)
+    }
+    assert [(name, module) for name, module in late if not _packages(_loaded_by(module, set())) & LATE] == []
+
+
+def test_the_core_needs_only_torch_and_numpy() -> None:
+    for name in SOURCES:
+        if name.startswith("ncsn.core"):
+            found = _imported(ast.walk(TREES[name]))
+            assert _packages(found) <= {"torch", "numpy", "ncsn"}, name
+            assert all(module.startswith(("ncsn.core", "torch", "numpy")) for module in found if "ncsn" in module), name
+
+
+def test_what_every_command_waits_for_is_light() -> None:
+    code = """
+import importlib, json, sys
+from ncsn.cli import main
+sys.argv = ["ncsn", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+of_help = set(sys.modules)
+for module in MODULES:
+    importlib.import_module(module)
+heavy = [sorted(HEAVY & set(sys.modules)), sorted((HEAVY | {"pyarrow"}) & of_help)]
+print("\\n" + json.dumps(heavy))
+"""
+    code = f"HEAVY, MODULES = {HEAVY!r}, {LIGHT!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    help_text, _, loaded = done.stdout.strip().rpartition("\n")
+    assert json.loads(loaded) == [[], []]
+    as_module = subprocess.run([sys.executable, "-m", "ncsn", "--help"], cwd=ROOT, capture_output=True, check=True)
+    assert as_module.stdout.decode().strip() == help_text.strip()
+
+
+COMPONENTS = sorted(name for name in SOURCES if name.startswith("components."))
+
+
+def test_components_load_only_kfp() -> None:
+    """KFP ships the source of the function alone, so what it needs is imported inside it."""
+    for name in ("components", *COMPONENTS):
+        assert _packages(_imported_early(TREES[name])) <= {"kfp", "components"}, name
+
+
+@pytest.mark.parametrize("name", [name for name in COMPONENTS if name not in ("components.task_config",)])
+def test_a_component_is_one_short_function(name: str) -> None:
+    (function,) = (node for node in TREES[name].body if isinstance(node, ast.FunctionDef))
+    assert function.name == name.rpartition(".")[2]
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    assert (body[-1].end_lineno or 0) - body[0].lineno + 1 <= MOST_LINES_OF_A_COMPONENT
+
+
+def test_files_and_functions_are_short() -> None:
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in SOURCES.values()}
+    assert {path for path, count in lines.items() if count > MOST_LINES} == STILL_LONGER
+    functions = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in _functions(tree)
+    }
+    assert {name: count for name, count in functions.items() if count > MOST_LINES_OF_A_FUNCTION} == {}
+
+
+def test_packages_are_of_a_size_to_look_through() -> None:
+    counts = {path.parent.name: len(list(path.parent.glob("*.py"))) for path in (ROOT / "ncsn").glob("*/__init__.py")}
+    assert {name: count for name, count in counts.items() if not 4 <= count <= 14} == {}

@@ -19,7 +19,7 @@ from ncsn.cli.commands import (
     toy_command,
     trace_command,
 )
-from ncsn.cli.kubeflow import compile_command, doctor_command, submit_command
+from ncsn.cli.kubeflow import compile_command, doctor_command, reap_orphans, submit_command
 from ncsn.cli.options import (
     CATALOGUE,
     FAILURE,
@@ -156,8 +156,6 @@ def reap_command(
     Such a run is recorded as KILLED in the store and in MLflow, or as what its pipeline run has ended as. The CronJob
     ncsn-janitor of infra/base/janitor does this every minute.
     """
-    from ncsn.cli.kubeflow import reap_orphans
-
     if not reap_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
         ctx.exit(FAILURE)
 

@@ -82,7 +82,6 @@ def submit_command(
     says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
     """
     from ncsn.cli.submission import caching_in_words, prepare, why_it_failed
-    from ncsn.errors import UserError
     from pipelines.connection import connect
     from pipelines.submit import schedule, submit
 

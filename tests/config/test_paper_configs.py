@@ -11,7 +11,7 @@ from ncsn.core.noise_schedule import best_epsilon
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def shipped(name: str) -> Config:
