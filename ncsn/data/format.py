@@ -98,7 +98,7 @@ def dataset_digest(*, shape: Sequence[int], class_names: Sequence[str], splits: 
         "class_names": list(class_names),
         "splits": dict(splits),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]
+    return storage.digest(content, DIGEST_LENGTH)
 
 
 MANIFEST = "manifest.json"

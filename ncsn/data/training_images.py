@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, SplitDigest, load_manifest
@@ -145,13 +144,9 @@ def _open(folder: Path, split: str, manifest: Manifest) -> CachedSplit:
 
 def _fill(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
     """Write the arrays under a temporary name. Through a memory map, a full disk would kill the process instead."""
-    temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
+    with storage.scratch_folder(str(folder.parent)) as temporary:
         _write_arrays(temporary, dataset_uri, split, manifest)
         temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_arrays(folder: Path, dataset_uri: str, split: str, manifest: Manifest) -> None:
@@ -352,10 +347,5 @@ class StreamedSplit:
             rows = rows_per_chunk(self._window_images)
             count = min(rows, self._size - chunk * rows)
             images = read_rows(self._uri, self._split, first=chunk * rows, count=count, manifest=self._manifest).images
-            temporary = file.with_name(f".{file.name}.tmp-{uuid.uuid4().hex[:8]}")
-            try:
-                with temporary.open("wb") as stream:
-                    np.save(stream, images)
-                temporary.rename(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with storage.local_file(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, images)

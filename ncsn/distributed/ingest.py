@@ -8,7 +8,6 @@ rows, however many tasks there were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -89,7 +88,7 @@ def write_dataset_in_tasks(
 def _key(data: DataConfig, fingerprint: str) -> str:
     settings = data.model_dump(mode="json")
     content = {setting: settings[setting] for setting in (*SHAPING, "rows_per_part", "root")}
-    return hashlib.sha256(json.dumps([fingerprint, content], sort_keys=True).encode()).hexdigest()[:16]
+    return storage.digest([fingerprint, content], 16)
 
 
 def _known(folder: str, receipt: str) -> Dataset | None:

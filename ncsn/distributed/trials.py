@@ -16,7 +16,6 @@ at work, so nothing is left behind.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -163,7 +162,7 @@ class TrialRecord:
 
 def trial_key(values: Mapping[str, Any]) -> str:
     """Name of the folder of these values, independent of their order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return storage.digest(values, 16)
 
 
 def read_trials(trials: str, *, last_rung: int) -> list[TrialRecord]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +111,7 @@ def extract_all(
 
 def fingerprint_of(**parts: str | int | float | None) -> str:
     """SHA-256 (hex) of named parts, independent of their order."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return storage.digest(parts, length=64)
 
 
 def batches(images: Images, *, batch_size: int) -> Iterator[Images]:
@@ -167,15 +165,10 @@ def obtain_weights(source: str, *, sha256: str) -> Path:
 
 
 def _fetch(source: str, cached: Path, sha256: str) -> None:
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_name(f".{cached.name[:16]}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
+    with storage.local_file(cached) as temporary:
         with _open(source) as stream, temporary.open("wb") as file:
             shutil.copyfileobj(stream, file, 1 << 20)
         _check(temporary, source, sha256)
-        os.replace(temporary, cached)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(source: str) -> BinaryIO:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -91,7 +90,7 @@ def run(
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     sampling = config.sampling
-    sampler_digest = hashlib.sha256(json.dumps(_sampler_key(config), sort_keys=True).encode()).hexdigest()[:12]
+    sampler_digest = storage.digest(_sampler_key(config), 12)
     uri = step.folder.samples(loaded.digest, sampler_digest)
     inputs = {"uri": uri, "num_images": sampling.num_images}
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):

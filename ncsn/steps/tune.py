@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -243,7 +242,7 @@ def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:
         "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
         **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "seed"}),
     }
-    digest = hashlib.sha256(json.dumps(judged_by, sort_keys=True).encode()).hexdigest()[:12]
+    digest = storage.digest(judged_by, 12)
     return storage.join(folder.search, "trials", digest)
 
 

@@ -2,13 +2,14 @@
 
 A URI is an absolute local path or `s3://bucket/prefix`. Addresses and keys come from the environment
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`). Everything is written under a
-temporary name and published last, so that a reader never sees half of anything. A store in
-S3 that is unavailable is waited for (`ncsn.storage.retry`).
+temporary name and published last, so that a reader never sees half of it. Calls to S3 are repeated while it is
+unavailable (`ncsn.storage.retry`).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -34,15 +35,11 @@ _SCRATCH = ".tmp-"
 
 
 class UnreadableError(OSError):
-    """A file of this project that is damaged: no mistake of whoever reads it, so never a `ValueError`."""
+    """A damaged file of this project. Not the user's mistake, so never a `ValueError`."""
 
 
 def absolute(uri: str) -> str:
-    """Absolute form of a local path or an S3 URI, without a trailing slash.
-
-    Raises:
-        UserError: for a scheme other than s3, or an S3 URI without a bucket.
-    """
+    """A local path or an S3 URI in absolute form, without a trailing slash."""
     if uri.startswith(S3_SCHEME):
         if not uri.removeprefix(S3_SCHEME).strip("/"):
             raise UserError(uri, "names no bucket", hint="use s3://bucket/prefix")
@@ -63,7 +60,7 @@ def is_local(uri: str) -> bool:
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The pyarrow filesystem of `uri` and the path inside it."""
+    """The pyarrow file system of `uri` and the path inside it."""
     if is_local(uri):
         return fs.LocalFileSystem(), absolute(uri)
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
@@ -74,25 +71,21 @@ _s3_filesystem = functools.cache(s3_filesystem)
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder stands at `uri`."""
+    """Whether there is a file or folder at `uri`."""
     filesystem_, path = filesystem(uri)
     found: bool = filesystem_.get_file_info(path).type != fs.FileType.NotFound
     return found
 
 
 def list_names(uri: str) -> list[str]:
-    """Sorted names directly below the folder `uri`; empty if there is none."""
+    """Sorted names directly below the folder `uri`; empty if there is no folder."""
     filesystem_, path = filesystem(uri)
     selector = fs.FileSelector(path, allow_not_found=True)
     return sorted(info.base_name for info in filesystem_.get_file_info(selector))
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file, as one writer left it.
-
-    Raises:
-        NotFound: if there is none.
-    """
+    """The whole file, as one writer left it; `NotFound` if there is none."""
     try:
         return Path(absolute(uri)).read_bytes() if is_local(uri) else s3.get(uri)
     except FileNotFoundError:
@@ -100,17 +93,12 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_text(uri: str) -> str:
-    """The whole file as UTF-8."""
+    """The whole file as UTF-8 text."""
     return read_bytes(uri).decode()
 
 
 def read_json(uri: str) -> Any:
-    """The value in a JSON file that this project wrote.
-
-    Raises:
-        NotFound: if there is none.
-        UnreadableError: if it is not JSON.
-    """
+    """The value in a JSON file; `NotFound` if there is none, `UnreadableError` if it is not JSON."""
     content = read_bytes(uri)
     try:
         return json.loads(content)
@@ -118,13 +106,25 @@ def read_json(uri: str) -> Any:
         raise UnreadableError(f"{uri} is not JSON: {error}") from error
 
 
+def find_json(uri: str) -> Any | None:
+    """The value in a JSON file, or None if there is no file."""
+    try:
+        return read_json(uri)
+    except FileNotFoundError:
+        return None
+
+
+def digest(values: Any, length: int) -> str:
+    """The first `length` hex digits of the SHA-256 of plain values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
+
+
 def write_bytes(uri: str, data: bytes) -> None:
-    """Publish a file atomically, replacing what stood there."""
+    """Publish a file atomically, in place of an older one."""
     if is_local(uri):
-        with _temporary_sibling(uri) as temporary:
+        with local_file(Path(uri)) as temporary:
             temporary.write_bytes(data)
             _flush_to_disk(temporary)
-            os.replace(temporary, uri)
     else:
         filesystem_, path = filesystem(uri)
         with filesystem_.open_output_stream(path) as stream:
@@ -144,12 +144,7 @@ def write_array(uri: str, array: npt.NDArray[Any]) -> None:
 
 
 def read_array(uri: str) -> npt.NDArray[Any]:
-    """The array of a `.npy` file; one that would need unpickling is refused.
-
-    Raises:
-        NotFound: if there is none.
-        ValueError: if it is not such a file.
-    """
+    """The array in a `.npy` file; one that would need unpickling is a `ValueError`."""
     array: npt.NDArray[Any] = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
     return array
 
@@ -162,14 +157,14 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all in it; no error if there is none."""
+    """Delete a folder with its content; no error if there is none."""
     filesystem_, path = filesystem(uri)
     if filesystem_.get_file_info(path).type == fs.FileType.Directory:
         filesystem_.delete_dir(path)
 
 
 def publish_file(file: Path, uri: str) -> None:
-    """Publish a local file atomically, whatever its size; a local `uri` has to be on the same disk."""
+    """Publish a local file of any size atomically; a local `uri` has to be on the same disk."""
     if is_local(uri):
         _flush_to_disk(file)
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
@@ -180,14 +175,10 @@ def publish_file(file: Path, uri: str) -> None:
 
 
 def publish_once(uri: str, data: bytes) -> bool:
-    """Publish a file only if none stands there; of several writers exactly one succeeds.
-
-    Returns:
-        True if this call published it, False if there was one already. Where S3's answer is lost on the way and the
-        request is repeated, the first try counts as "one already".
-    """
+    """Publish a file unless there is one; whether this call did. Of several writers exactly one succeeds."""
+    # Where S3's answer to a write is lost and the request is repeated, the first write counts as another's.
     if is_local(uri):
-        with _temporary_sibling(uri) as temporary:
+        with _temporary_sibling(Path(uri)) as temporary:
             temporary.write_bytes(data)
             _flush_to_disk(temporary)
             try:
@@ -202,8 +193,7 @@ def publish_once(uri: str, data: bytes) -> bool:
 def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
     """A local folder to fill, published at `uri` when the block ends without an error.
 
-    Readers take the file `marker` as the sign that the folder is complete: it is published last. If the block
-    raises, nothing appears at `uri`. If another writer published first, theirs stays.
+    The file `marker`, which is published last, makes the folder complete. If another writer was first, theirs stays.
     """
     with scratch_folder(uri.rpartition("/")[0]) as staging:
         yield staging
@@ -212,7 +202,7 @@ def staged_folder(uri: str, *, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(near: str) -> Iterator[Path]:
-    """A private local folder, gone when the block ends; on the same disk as `near` if that is local."""
+    """A temporary local folder, removed when the block ends; on the same disk as `near` if that is local."""
     scratch = new_scratch(near)
     try:
         yield scratch
@@ -221,7 +211,7 @@ def scratch_folder(near: str) -> Iterator[Path]:
 
 
 def new_scratch(near: str) -> Path:
-    """A private local folder, the caller's to remove; on the same disk as `near` if that is local."""
+    """A temporary local folder that the caller removes; on the same disk as `near` if that is local."""
     if not is_local(near):
         return Path(tempfile.mkdtemp(prefix="ncsn-"))
     scratch = Path(near) / f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
@@ -236,18 +226,10 @@ def remove_scratch(near: str) -> None:
 
 
 def publish_folder(folder: Path, uri: str, *, marker: str, replace: bool = False) -> bool:
-    """Publish a local folder at `uri`, complete as soon as the file `marker` stands in it.
+    """Publish a local folder at `uri` unless there is a complete one; whether this call did.
 
-    A local folder is moved and has to be on the same disk; `scratch_folder` gives one that is.
-
-    Args:
-        folder: What to publish.
-        uri: Where.
-        marker: Name of the file that makes it complete.
-        replace: Whether to take the place of a complete one, which is not there for a moment then.
-
-    Returns:
-        True if this call published it, False if there was a complete one already, which stays.
+    The file `marker` makes it complete. A local `uri` has to be on the same disk, as with `scratch_folder`. With
+    `replace` it takes the place of a complete one, and for a moment there is none.
     """
     if exists(join(uri, marker)):
         if not replace:
@@ -268,12 +250,9 @@ def publish_folder(folder: Path, uri: str, *, marker: str, replace: bool = False
 
 
 def publish_staged(staging: str, uri: str, *, marker: str) -> bool:
-    """Publish a folder that lies in the same store, complete as soon as the file `marker` stands in it.
+    """Publish a folder of the same store at `uri` unless there is a complete one; whether this call did.
 
-    On a disk it is moved; in S3, which cannot move, its objects are copied by the server and `staging` stays.
-
-    Returns:
-        True if this call published it, False if there was a complete one already, which stays.
+    On a disk it is moved; in S3, which cannot move, the server copies its objects and `staging` stays.
     """
     if is_local(uri):
         return publish_folder(Path(staging), uri, marker=marker)
@@ -320,16 +299,23 @@ def _upload_folder(folder: Path, uri: str, *, marker: str) -> bool:
 
 
 def _flush_to_disk(file: Path) -> None:
-    """Force the bytes out, so that after a power failure no published name stands for an empty file."""
+    # After a power failure no published name is that of an empty file.
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 @contextmanager
-def _temporary_sibling(uri: str) -> Iterator[Path]:
-    target = Path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+def local_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write a file at, which becomes `path` when the block ends without an error."""
+    with _temporary_sibling(path) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary_sibling(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
     finally:

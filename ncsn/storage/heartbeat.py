@@ -1,8 +1,8 @@
-"""A sign of life in the store, so that work without a launcher ends by itself.
+"""A heartbeat in the store, so that work whose launcher is gone ends by itself.
 
-Whoever started the work renews a small object. Whoever does the work reads it and compares what it reads with what it
-read before, on its own clock: the clocks of two machines need not agree. Work that gave the launcher up says so beside
-the lease, so that a retry by the cluster, whose own clock begins again, ends at once.
+The launcher renews a small object, the lease. The worker compares its content with what it read before, by its own
+clock: the clocks of two machines need not agree. A worker that gives up writes so next to the lease, so that a retry
+by the cluster, whose clock starts again, ends at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from ncsn.storage import files
 from ncsn.storage.retry import limited
 
 RENEW_SECONDS = 30.0
-LEASE_SECONDS = 300.0
-"""Silence after which the launcher is given up."""
+LEASE_SECONDS = 300.0  # without a renewal for so long, the launcher is given up
 
 _GIVEN_UP = ".given-up"
 
@@ -29,20 +28,15 @@ T = TypeVar("T")
 
 
 class LeaseExpired(RuntimeError):
-    """Nobody waits for this work any more."""
+    """The launcher of this work is gone."""
 
 
 @dataclass
 class Lease:
-    """The worker's side. Picklable before its first use.
+    """The worker's side. Picklable before its first use."""
 
-    Attributes:
-        uri: The object that the launcher renews.
-        check_seconds: How often to look at most.
-    """
-
-    uri: str
-    check_seconds: float = 10.0
+    uri: str  # the object that the launcher renews
+    check_seconds: float = 10.0  # between two looks at it
     _seen: bytes = field(default=b"", repr=False)
     _changed_at: float = field(default=0.0, repr=False)
     _next_look: float = field(default=0.0, repr=False)
@@ -50,7 +44,7 @@ class Lease:
     _given_up: bytes | None = field(default=None, repr=False)
 
     def expired(self) -> bool:
-        """Whether the launcher has been silent for too long. A store that cannot be read says nothing of it."""
+        """Whether the lease was not renewed for too long; False while the store cannot be read."""
         now = time.monotonic()
         if now < self._next_look:
             return False
@@ -71,14 +65,7 @@ class Lease:
         return content == self._given_up
 
     def require(self, kept: str) -> None:
-        """End the work if nobody waits for it.
-
-        Args:
-            kept: What is saved, for the message.
-
-        Raises:
-            LeaseExpired: if the lease has expired.
-        """
+        """Raise `LeaseExpired` if it has expired; `kept` says in the message what is saved."""
         if self.expired():
             raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {kept}")
 
@@ -89,13 +76,7 @@ class Lease:
 
 
 class Heartbeat:
-    """The launcher's side: a context that renews the lease at `uri` from a thread of its own.
-
-    Args:
-        uri: The object to renew.
-        also: Called at each beat, after the object; what it raises is its own business.
-        every: Seconds between two beats.
-    """
+    """The launcher's side: a context in which a thread renews the lease at `uri` and calls `also` at each beat."""
 
     def __init__(self, uri: str, *, also: Callable[[], None], every: float = RENEW_SECONDS) -> None:
         self._uri, self._also, self._every = uri, also, every
@@ -115,8 +96,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._every):
-            # While the store is away the next beat tries again, and the lease outlasts several. The cluster is told all
-            # the same: a launcher without a store is no launcher that is gone.
+            # A beat that fails is no loss: the lease outlasts several. The cluster is told even so, since a launcher
+            # that cannot reach the store is not gone.
             with suppress(OSError), limited(self._every):
                 self._renew()
             self._also()

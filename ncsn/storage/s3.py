@@ -1,8 +1,4 @@
-"""The S3 file system, and requests that concern one object as a whole.
-
-Arrow asks for an object's length first and then for that many bytes, so that one which is replaced in between comes
-back cut or padded with zeros. Here each is one request, which S3 answers with one version of the object.
-"""
+"""Arrow's S3 file system whose calls are repeated, and requests for one whole object."""
 
 from __future__ import annotations
 
@@ -22,28 +18,30 @@ from pyarrow import fs
 
 from ncsn.storage.retry import call_store
 
-IN_MEMORY = 8 << 20
-"""Bytes of a file that is being written; what is longer waits on the local disk."""
+SCHEME = "s3://"
+IN_MEMORY = 8 << 20  # bytes of a file that is being written; a longer one is spooled to the local disk
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
+
+T = TypeVar("T")
 
 
 def s3_filesystem(bucket: str) -> fs.FileSystem:
-    """The patient file system of a bucket; the environment says where it is."""
-    # from_uri honours AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
+    """The file system of a bucket; the environment says where it is."""
+    # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
     # background, for which Arrow takes the same few threads that wait for them when several files are copied.
     found = call_store(partial(fs.FileSystem.from_uri, f"s3://{bucket}"))[0]
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
-    return fs.PyFileSystem(_Patient(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
+    return fs.PyFileSystem(_Retrying(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
 
 
-class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
-    """Arrow's S3 file system, call by call."""
-
+# Arrow's own retries know no limit in seconds, warn of nothing, and leave no place for a simulated outage.
+class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def __init__(self, filesystem: fs.FileSystem) -> None:
         self._fs = filesystem
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Patient) and self._fs == other._fs
+        return isinstance(other, _Retrying) and self._fs == other._fs
 
     def get_type_name(self) -> str:
         return str(self._fs.type_name)
@@ -67,7 +65,7 @@ class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
         call_store(partial(self._fs.delete_dir_contents, path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("nobody empties a whole store")
+        raise NotImplementedError("a whole store is never emptied")
 
     def delete_file(self, path: str) -> None:
         call_store(partial(self._fs.delete_file, path))
@@ -91,6 +89,7 @@ class _Patient(fs.FileSystemHandler):  # type: ignore[misc]
         raise NotImplementedError("S3 cannot append")
 
 
+# After an error the file is opened again at the same place.
 class _Reader(io.RawIOBase):
     def __init__(self, open_file: Callable[[], pa.NativeFile]) -> None:
         self._open, self._position = open_file, 0
@@ -122,10 +121,11 @@ class _Reader(io.RawIOBase):
             file = self._open()
         file.seek(self._position)
         data: bytes = file.read(size if size >= 0 else None)
-        self._file = file  # kept only if it is well
+        self._file = file  # kept only if it could be read
         return data
 
 
+# The upload begins when the file is complete, so that one that fails can start again at the first byte.
 class _Writer(io.RawIOBase):
     def __init__(self, open_file: Callable[[], pa.NativeFile]) -> None:
         self._open = open_file
@@ -152,30 +152,16 @@ class _Writer(io.RawIOBase):
             shutil.copyfileobj(self._spool, stream, 1 << 20)
 
 
-SCHEME = "s3://"
-
-_CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
-
-T = TypeVar("T")
-
-
 def get(uri: str) -> bytes:
-    """The object as it was at one moment, whoever replaces it meanwhile.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        OSError: if it cannot be read.
-    """
+    """One version of the object, whole; FileNotFoundError if there is none."""
+    # Arrow asks for an object's length first and then for that many bytes, so that an object which is replaced in
+    # between comes back cut or padded with zeros.
     bucket, key = _place(uri)
     return _request(uri, lambda: bytes(client().get_object(Bucket=bucket, Key=key)["Body"].read()))
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write an object unless there is one; whether this call wrote it.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write an object unless there is one; whether this call wrote it."""
     bucket, key = _place(uri)
     try:
         _request(uri, partial(client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
@@ -186,14 +172,13 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 @functools.cache
 def client() -> Any:
-    """boto3's client, which threads share; the environment says where the store is and with which keys."""
+    """boto3's client, which threads share; address and keys come from the environment."""
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells of the keys that it found, in every worker's log
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
 
-    # `call_store` repeats a call. A session of its own: boto3's shared one must not make clients in two threads
-    # at once.
+    # `call_store` repeats calls. boto3's shared session must not make clients in two threads at once, so this is new.
     once = Config(retries={"total_max_attempts": 1}, connect_timeout=_CONNECT_SECONDS, read_timeout=_ANSWER_SECONDS)
     return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=once)
 
@@ -204,7 +189,7 @@ def _place(uri: str) -> tuple[str, str]:
 
 
 def _request(uri: str, call: Callable[[], T]) -> T:
-    """The answer, waited for while the store is unavailable; what boto3 raises becomes Python's own error."""
+    """The answer of `call`, with Python's own errors in place of boto3's."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:

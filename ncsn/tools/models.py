@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
@@ -108,7 +107,7 @@ def _config(weights: Path, overrides: Sequence[str], *, origin: str) -> Config:
 
 
 def _digest(source: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
+    return storage.digest(source, 12)
 
 
 def _claim(folder: str, source: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ call names the run that it means.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -286,7 +285,7 @@ def run_identity(config: Config, run: str) -> dict[str, str]:
 def _result_digest(config: Config, step: str) -> str:
     """Digest of what can change a result: a step with other settings is another run, on another machine the same."""
     sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ("search",))})
-    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+    return storage.digest(sections, 16)
 
 
 def _describe(client: MlflowClient, run: Run, config: Config) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import re
 import shutil
 import tempfile
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ncsn
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.model.checkpoint import TRAINED_CONFIG, SamplingCheckpoint, save_trained
 from ncsn.tracking.client import TrackingError, one_line, shown
@@ -141,7 +140,7 @@ class Candidate:
         """Equal for equal weights with equal sampler settings: then it is one version."""
         config = self.checkpoint.config
         recipe = {"weights": self.checkpoint.digest, "sampler": config.sampling.sampler.model_dump(mode="json")}
-        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+        return storage.digest(recipe, 16)
 
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
