@@ -148,7 +148,7 @@ def test_text_that_is_no_mapping_of_plain_values_is_refused(text: str) -> None:
 
 
 def test_every_missing_section_is_named() -> None:
-    with refused("data", "network", "sampling", "train", error=ConfigError):
+    with refused("data", "network", "train", "sampling", error=ConfigError):
         from_yaml("name: x")
 
 
