@@ -1,3 +1,3 @@
-"""What a user waits for, measured: `python -m benchmarks`."""
+"""Benchmarks of what a user waits for: `python -m benchmarks`."""
 
-import ncsn  # noqa: F401 - before torch is loaded, for what it sets
+import ncsn  # noqa: F401 - sets the environment before torch is loaded

@@ -1,12 +1,11 @@
-"""The benchmark table: what a user waits for, on this machine, beside what it should reach.
+"""The benchmark table: what a user waits for on this machine, and its target.
 
     python -m benchmarks [PART ...] [--out benchmarks.json]
     python -m benchmarks --gpu [--out gpu.json]
 
-Parts: training, evaluation, data, ingest, commands, sampling, ray, checkpoint, growth, unet. `unet` runs only where it
-is named, because it needs diffusers, which nothing else does. `--gpu` needs a GPU and only torch, numpy and the
-repository. The JSON file is written anew after each part, so that what ends early leaves what it has measured; a part
-that fails does not keep the others from being measured.
+Parts: training, evaluation, data, ingest, commands, sampling, ray, checkpoint, growth, unet. `unet` runs only if it is
+named, because it alone needs diffusers. `--gpu` needs a GPU and only torch, numpy and the repository. The JSON file is
+written after each part, so an early end keeps the rows so far. If a part fails, the others still run.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ ON_REQUEST = ("unet",)
 
 
 def main() -> None:
-    """Measure the parts asked for, print the table and write JSON."""
+    """Measure the chosen parts, print the table and write JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +66,7 @@ def main() -> None:
     for measure in _measures(options):
         try:
             found = measure()
-        except Exception:  # noqa: BLE001 - the others took half an hour
+        except Exception:  # noqa: BLE001 - the others take half an hour
             traceback.print_exc()
             failures += 1
             continue

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint of a network of 30 million parameters on S3."""
+"""How long training pauses for a checkpoint of a network of 30 million parameters on S3."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ncsn.training.loop import TrainingJob
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from s3_server import running_s3_server
 
+# The steps between two checkpoints are enough for the first to reach the store.
 BUCKET, BATCH, STEPS, CHECKPOINTS = "ncsn-bench", 4, 12, 4
-"""Steps between two checkpoints: enough for the one before to reach the store."""
 
 
 def rows() -> list[Row]:
-    """The paper's network for CIFAR-10 on the digits, whose small images make its steps short, trained on Ray."""
+    """The paper's network for CIFAR-10, trained on the digits, which are small, so its steps are short."""
     overrides = [
         *('network={"kind": "ncsn", "num_features": 128}', "train.precision=bfloat16", "tracking.preview_images=0"),
         *(f"train.batch_size={BATCH}", f"train.num_images={BATCH * STEPS * CHECKPOINTS}"),
@@ -44,7 +44,7 @@ def rows() -> list[Row]:
         dataset = write_dataset(open_source(config.data), folder, name="digits", data=config.data).uri
         with ray_cluster(config):
             outcome = trainer.train(TrainingJob(config=config, dataset=dataset), run_uri=f"s3://{BUCKET}/runs/bench")
-    pauses = outcome.pauses[1:]  # the first one measures the training images as well
+    pauses = outcome.pauses[1:]  # the first one includes measuring the training images
     return [
         Row(
             "checkpoint",

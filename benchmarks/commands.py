@@ -1,4 +1,4 @@
-"""What the command line makes its user wait for."""
+"""How long the command line takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ncsn.tracking.mlflow_runs import metric_history
 
 
 def rows(*, rounds: int = 3) -> list[Row]:
-    """`ncsn --help`; the digits' whole pipeline; 64 digits from its checkpoint; what `ncsn plan` says of memory."""
+    """`ncsn --help`, the pipeline of the digits, 64 digits from its checkpoint, and the estimated memory."""
     run = digits_run()
     work = {step: _arithmetic(step) for step in ("train", "sample", "evaluate")}
     few = ["--set", "sampling.num_images=64"]
@@ -52,7 +52,7 @@ def rows(*, rounds: int = 3) -> list[Row]:
 
 
 def _memory() -> Row:
-    """What a training worker took at most over what `ncsn plan` says before."""
+    """Peak memory of a training worker over the estimate of `ncsn plan`."""
     run = digits_run()
     plan = subprocess.run([*NCSN, "plan", *run.options, "--json"], check=True, capture_output=True, text=True)
     planned = 1000 * json.loads(plan.stdout)["memory"]["worker_gb"]
@@ -68,7 +68,7 @@ def _memory() -> Row:
 
 
 def _arithmetic(step: str) -> float:
-    """Seconds that a step computed, of the whole step where it does not tell."""
+    """Seconds of a step's computation, or of the whole step if it does not report them."""
     found = digits_run().step(step)
     return float(found["result"].get("seconds", found["seconds"]))
 

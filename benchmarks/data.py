@@ -19,7 +19,7 @@ BATCHES = 400
 
 
 def cache_row(*, rounds: int) -> Row:
-    """Gathering the shuffled images of a step as float32, from the file and, by the same call, from memory."""
+    """Read the shuffled images of a step as float32, from the file and from memory."""
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         memory = draw.integers(0, 256, (IMAGES, SIZE, SIZE, 1), dtype=np.uint8)

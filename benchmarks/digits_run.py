@@ -1,4 +1,4 @@
-"""One run of the digits' pipeline for all parts that look at it."""
+"""One run of the digits' pipeline, shared by the parts that need it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,14 @@ RUN = "bench"
 
 @dataclass(frozen=True)
 class DigitsRun:
-    """A finished `ncsn run` on the digits.
+    """A finished `ncsn run` on the digits."""
 
-    Attributes:
-        store: Its store, gone when this process ends.
-        seconds: What it took.
-    """
-
-    store: str
+    store: str  # deleted when this process ends
     seconds: float
 
     @property
     def options(self) -> list[str]:
-        """The options of a command that looks at the run."""
+        """The command-line options that select the run."""
         return ["--config", str(CONFIG), "--set", f"storage.root={self.store}", "--run", RUN]
 
     @property
@@ -50,7 +45,7 @@ class DigitsRun:
 
 @functools.cache
 def digits_run() -> DigitsRun:
-    """The run, made when it is first asked for."""
+    """The run, which the first call makes."""
     folder = tempfile.TemporaryDirectory(prefix="ncsn-bench-")
     atexit.register(folder.cleanup)
     seconds = seconds_of([*NCSN, "run", *DigitsRun(folder.name, 0.0).options])
@@ -58,11 +53,7 @@ def digits_run() -> DigitsRun:
 
 
 def seconds_of(command: list[str]) -> float:
-    """Seconds from the start to the end of a process.
-
-    Raises:
-        RuntimeError: with what it said, if it fails.
-    """
+    """Seconds from the start to the end of a process."""
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:

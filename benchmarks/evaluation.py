@@ -26,14 +26,14 @@ DIMENSIONS, BATCH = 2048, 64
 
 
 class RandomGraph(FeatureExtractorInceptionV3):  # type: ignore[misc]
-    """The graph as initialised, since the official weights cannot be had everywhere and cost the same."""
+    """The graph with initial weights, which cost the same as the official ones and need no download."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load nothing."""
 
 
 def statistics_row(*, rounds: int, dimensions: int = DIMENSIONS) -> Row:
-    """Our distance of two sets of statistics against the usual code: scipy's sqrtm of the product."""
+    """Our distance of two sets of statistics against the usual code, scipy's sqrtm of the product."""
     draw = np.random.default_rng(0)
     mixing = draw.standard_normal((dimensions, dimensions)) / dimensions**0.5
     a, b = (
@@ -88,7 +88,7 @@ def prepare_ours(weights: str, images: int) -> Callable[[], object]:
 def prepare_theirs(weights: str, images: int) -> Callable[[], object]:
     """As torch-fidelity does it."""
     graph = FeatureExtractorInceptionV3("port", ["2048"], feature_extractor_weights_path=weights).eval()
-    data = Unlabelled(torch.from_numpy(_pixels(images).transpose(0, 3, 1, 2).copy()))
+    data = Unlabeled(torch.from_numpy(_pixels(images).transpose(0, 3, 1, 2).copy()))
     return lambda: get_featuresdict_from_dataset(data, graph, BATCH, False, False, False)
 
 
@@ -96,7 +96,7 @@ def _pixels(images: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
 
 
-class Unlabelled(TensorDataset):
+class Unlabeled(TensorDataset):
     """Images alone, as torch-fidelity expects them."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def _random_weights(folder: Path) -> Path:
 
 
 def rows() -> list[Row]:
-    """Both, at the sizes of the table."""
+    """Both rows, at the sizes of the table."""
     return [statistics_row(rounds=2), features_row(images=512, rounds=2)]
 
 

@@ -1,4 +1,4 @@
-"""The GPU's rows, unattended in under nine minutes: the training step, how it grows with the batch, and sampling.
+"""The rows of the GPU, in under nine minutes: the training step, its growth with the batch, and sampling.
 
 Needs only torch, numpy and ncsn.core.
 """
@@ -28,15 +28,14 @@ from ncsn.core.langevin import annealed_langevin
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
-BUDGET_SECONDS = 480.0
-"""After which no further part is begun."""
+BUDGET_SECONDS = 480.0  # no part starts after it
 BATCH = 128
 
 
 def parts(
     *, device: str = "cuda", batches: tuple[int, ...] = (8, 32, 128, 512), steps: int = 500
 ) -> list[Callable[[], list[Row]]]:
-    """What gives the rows; past the budget, counted from now, a part gives none."""
+    """Functions that measure the rows; when the budget from now is spent, a function returns none."""
     where, began = torch.device(device), time.perf_counter()
     step = partial(measure, device=where, batch=BATCH, rounds=20, speedup=4.0, share_of_peak=40.0)
     wanted: list[Callable[[], list[Row]]] = [

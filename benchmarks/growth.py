@@ -1,4 +1,4 @@
-"""How cost grows: training with the workers, the batch and the image size; sampling with the number of images."""
+"""How cost grows: of training with workers, batch and image size; of sampling with the number of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = 32
 
 
 def network(size: int) -> UnetNetwork:
-    """That of configs/fashion_mnist.yaml without attention, for any image size."""
+    """The network of configs/fashion_mnist.yaml without attention, for any image size."""
     torch.manual_seed(0)
     return UnetNetwork(
         channels=1,
@@ -57,7 +57,7 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
 
 
 def prepare_sampling(images: int) -> Callable[[], None]:
-    """So many 28x28 images by the EDM grid at 9 evaluations, on one thread."""
+    """28x28 images by the EDM grid at 9 evaluations, on one thread."""
     torch.set_num_threads(1)
     keep_freed_memory()
     net, sigmas = network(28).eval(), geometric_sigmas(3.0, 0.03, LEVELS)
@@ -84,7 +84,7 @@ def rates(
 
 def worker_rows() -> list[Row]:
     """Images per second of the paper's network on 1 to 4 one-thread workers, which share this machine's cores."""
-    # Imported here, so that the processes of the other rows need not wait for Ray's import.
+    # Imported here, because the processes of the other rows do not need Ray.
     from benchmarks.ray_workers import PAPER, config, images, train_on_ray
 
     found = []
@@ -107,7 +107,7 @@ def worker_rows() -> list[Row]:
 
 
 def rows() -> list[Row]:
-    """All of them."""
+    """All rows."""
     batches = {str(batch): (batch, (batch, 28)) for batch in BATCHES}
     sizes = {f"{size}x{size}": (32, (32, size)) for size in SIZES}
     samples = {str(images): (images, (images,)) for images in SAMPLES}

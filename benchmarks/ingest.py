@@ -20,7 +20,7 @@ SIZE = 28
 
 
 def ingestion(folder: str, rows: int, found: str) -> None:
-    """Write and ingest so many images, and leave seconds, CPU seconds and peak MiB in the file `found`."""
+    """Write and ingest this many images, and write seconds, CPU seconds and peak MiB to the file `found`."""
     draw = np.random.default_rng(0)
     root = Path(folder) / f"idx-{rows}"
     root.mkdir()
@@ -36,13 +36,13 @@ def ingestion(folder: str, rows: int, found: str) -> None:
 
 
 def peak_mebibytes() -> float:
-    """Most memory of this process so far. What `getrusage` says a process inherits from the one that started it."""
+    """Peak memory of this process. A process inherits the number of `getrusage` from its parent, so it is not used."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def _write_idx(path: Path, shape: tuple[int, ...], draw: np.random.Generator) -> None:
-    """Half of the pixels black, the others noise, which compresses worse than any photograph; labels 0 to 9."""
+    """Half of the pixels are black and half are noise, which compresses worse than photographs; labels 0 to 9."""
     with path.open("wb") as file:
         file.write(struct.pack(f">{1 + len(shape)}I", 0x0800 + len(shape), *shape))
         for first in range(0, shape[0], 10_000):
@@ -53,7 +53,7 @@ def _write_idx(path: Path, shape: tuple[int, ...], draw: np.random.Generator) ->
 
 
 def rows() -> list[Row]:
-    """The rate between the two sizes, which leaves out what an ingestion costs at any size, and the memory of both."""
+    """The rate between the two sizes, without the fixed cost of an ingestion, and the memory of both."""
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (FEW, MANY):

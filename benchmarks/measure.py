@@ -1,4 +1,4 @@
-"""Rows of the benchmark table, and timing in pairs: what is compared takes turns, so that both see the same machine."""
+"""Rows of the benchmark table, and timing of candidates in turns, so that all see the same load of the machine."""
 
 from __future__ import annotations
 
@@ -12,23 +12,12 @@ from multiprocessing import get_context
 from typing import Any
 
 Clock = Callable[[], float]
-TIMES = "x"
-"""Unit of a ratio."""
+TIMES = "x"  # unit of a ratio
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure beside what it should reach.
-
-    Attributes:
-        part: What a user waits for.
-        measure: What was measured against what.
-        value: The figure.
-        unit: Its unit; "x" for a ratio.
-        target: What to reach, in the same unit; None where the figure only informs.
-        higher_is_better: Whether more than the target is good.
-        detail: The figures behind it, in words.
-    """
+    """One measured number and its target."""
 
     part: str
     measure: str
@@ -40,23 +29,20 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is reached; None without one."""
+        """Whether the value reaches the target; None without a target."""
         if self.target is None:
             return None
         return self.value >= self.target if self.higher_is_better else self.value <= self.target
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with `reached`."""
+        """All fields, and `reached`."""
         return asdict(self) | {"reached": self.reached}
 
 
 def in_turns(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after one call of each that is not counted.
-
-    A candidate that returns a float has timed itself.
-    """
+    """Seconds of each candidate in each round after a warm-up; a candidate that returns a float timed itself."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()
@@ -72,10 +58,9 @@ def in_turns(
 def own_process(
     prepare: Callable[..., Callable[[], object]], *args: object, clock: Clock = time.perf_counter
 ) -> Iterator[Callable[[], float]]:
-    """A call of what `prepare(*args)` makes, in a process of its own: nothing it sets reaches the others.
+    """A call of the function that `prepare(*args)` returns, in a separate process; it returns its seconds.
 
-    It returns the seconds that it took there. With the clock `time.process_time` they are CPU seconds, which for one
-    thread are those of an idle machine, whatever else runs on this one.
+    With the clock `time.process_time` they are CPU seconds, which for one thread do not depend on other load.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _keep, (prepare, *args)) as pool:
         yield lambda: pool.submit(_call, clock).result()
@@ -95,7 +80,7 @@ def _call(clock: Clock) -> float:
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """How many times as fast: the median over the rounds of the ratios within a round."""
+    """Speedup: the median over the rounds of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 

@@ -1,7 +1,7 @@
-"""The network of Song & Ermon 2019 (appendix A) in its plainest form: what a careful reader of the paper would write.
+"""The network of Song & Ermon 2019 (appendix A) as plain code, written from the paper and not optimized.
 
-The yardstick of the training benchmark and an independent judge of ncsn.core.networks.refinenet: parameters have the
-same names, so either loads the other's. It is float32, eager, and takes no care of speed.
+The baseline of the training benchmark and an independent check of ncsn.core.networks.refinenet: parameters have the
+same names, so each loads the other's. It is float32 and eager.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class PlainNorm(nn.Module):
-    """Conditional instance normalisation++: gamma (IN(x) + alpha m) + beta."""
+    """Conditional instance normalization++: gamma (IN(x) + alpha m) + beta."""
 
     def __init__(self, channels: int, num_levels: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class PlainUnit(nn.Module):
 
 
 class PlainPairs(nn.Module):
-    """Convolutions and the normalisation before each."""
+    """Convolutions and the normalization before each."""
 
     def __init__(self, convs: list[nn.Conv2d], num_levels: int) -> None:
         super().__init__()

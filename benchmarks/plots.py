@@ -1,4 +1,4 @@
-"""The plots of docs/results.md from what `python -m benchmarks --out` wrote.
+"""The plots of docs/results.md, from the files of `python -m benchmarks --out`.
 
 python -m benchmarks.plots benchmarks.json [MORE.json ...] --folder docs/images
 """
@@ -27,7 +27,7 @@ GROWTH = {
 
 
 def against_targets(rows: list[Found], path: Path) -> None:
-    """Each figure over its target, so that to the right of 1 is good; a logarithmic axis."""
+    """Each value over its target on a logarithmic axis; to the right of 1 is good."""
     with_target = [row for row in rows if row["target"] is not None]
     ratios = [
         row["value"] / row["target"] if row["higher_is_better"] else row["target"] / row["value"] for row in with_target
@@ -96,7 +96,7 @@ def _finish(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw both; a later file's row takes the place of an earlier one's of the same name."""
+    """Draw both; a row of a later file replaces that of the same name in an earlier one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("docs/images"))

@@ -1,4 +1,4 @@
-"""What Ray costs and what a second worker brings: images per second of the training loop with and without it."""
+"""The cost of Ray and the gain of a second worker: images per second of the training loop with and without them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ncsn.training.loop import TrainingJob, train_loop
 
 IMAGES = 9_600
 DIGITS: tuple[str, ...] = ()
+# Turns the digits' experiment into one of the paper's network, as narrow as configs/fashion_mnist_ncsn.yaml.
 PAPER = ("network={kind: ncsn, num_features: 16}", "data.image_size=28", "train.precision=bfloat16")
-"""What makes the digits' experiment one of the paper's network, as narrow as configs/fashion_mnist_ncsn.yaml."""
 
 
 def rows(*, rounds: int = 2) -> list[Row]:
-    """One worker over no Ray, and two workers over one; a worker has one thread."""
+    """One worker over the loop without Ray, and two workers over one; a worker has one thread."""
     with tempfile.TemporaryDirectory() as folder:
         digits = speeds(DIGITS, f"{folder}/digits", rounds=rounds, without_ray=True)
         paper = speeds(PAPER, f"{folder}/paper", rounds=rounds)
@@ -56,7 +56,7 @@ def _two_over_one(what: str, measured: dict[str, list[float]]) -> Row:
 
 
 def speeds(changes: tuple[str, ...], folder: str, *, rounds: int, without_ray: bool = False) -> dict[str, list[float]]:
-    """Images per second of each round by one and two workers, and without Ray if asked for."""
+    """Images per second of each round by one and two workers, and optionally without Ray."""
     dataset = images(changes, folder)
     ways: dict[str, Callable[..., float]] = {"no Ray": _without} if without_ray else {}
     ways |= {"1": partial(_on_ray, workers=1), "2": partial(_on_ray, workers=2)}
@@ -68,13 +68,13 @@ def speeds(changes: tuple[str, ...], folder: str, *, rounds: int, without_ray: b
 
 
 def images(changes: tuple[str, ...], folder: str) -> str:
-    """Their data set."""
+    """The dataset of the experiment."""
     data = config(changes, folder, workers=1).data
     return write_dataset(open_source(data), f"{folder}/data", name="digits", data=data).uri
 
 
 def _apart(train: Callable[..., float], *args: object) -> float:
-    """In a process of its own: each has the same past."""
+    """In a separate process, so that each has the same history."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(train, *args).result()
 
@@ -89,7 +89,7 @@ def _on_ray(changes: tuple[str, ...], folder: str, dataset: str, run: str, *, wo
 
 
 def train_on_ray(settings: Config, dataset: str, run_uri: str) -> float:
-    """Images per second of a training on a Ray cluster of its own."""
+    """Images per second of a training on a new Ray cluster."""
     with ray_cluster(settings):
         return trainer.train(TrainingJob(config=settings, dataset=dataset), run_uri=run_uri).images_per_second
 

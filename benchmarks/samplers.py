@@ -2,10 +2,10 @@
 
     python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml --out samplers.json
 
-SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and if need be its own
-`precision`, `num_images` and `batch_size`. Images are kept below --work by what they depend on, so a second call makes
-only what is missing. Seconds are CPU seconds of one core for 64 images, the median over the batches made, so that other
-work on the machine changes them little.
+SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and optionally
+`precision`, `num_images` and `batch_size`. Images stay below --work by what they depend on, so a second call makes only
+the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the new batches, so other load on
+the machine changes them little.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.model.generate import generate
 
-QUOTED = 64
-"""Images that seconds are quoted for."""
+QUOTED = 64  # the table has the seconds for this many images
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What a setting gave."""
+    """The result of a setting."""
 
     name: str
     nfe: int
@@ -93,7 +92,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quality against the number of network evaluations.")
     parser.add_argument("checkpoint", help="folder of a checkpoint")
-    parser.add_argument("dataset", help="folder of the ingested data set, with labels")
+    parser.add_argument("dataset", help="folder of the ingested dataset, with labels")
     parser.add_argument("settings", type=Path, help="YAML list of {name, sampler, precision, ...}")
     parser.add_argument("--num-images", type=int, default=10_000, help="images per setting that does not say its own")
     parser.add_argument("--batch-size", type=int, default=256, help="images made at once, likewise")
@@ -117,7 +116,7 @@ def settings_of(
 
 
 def make_images(checkpoint: str, settings: list[Setting], *, processes: int) -> None:
-    """Make the images that are missing, in processes of one thread each."""
+    """Generate the missing images, in processes of one thread each."""
     tasks = [(setting.sampling, *batch) for setting in settings for batch in setting.batches if not batch[2].exists()]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_make_batch, checkpoint, *task) for task in tasks]
@@ -145,7 +144,7 @@ def _load(uri: str) -> SamplingCheckpoint:
 
 
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
-    """Quality and speed of the images made, and the quality of as many real test images."""
+    """Quality and speed of the images, and the quality of as many real test images."""
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
     reference = open_evaluator(checkpoint.config, dataset).reference
     extractor = extractor_of(checkpoint.config, dataset)

@@ -1,4 +1,4 @@
-"""Seconds to quality: what sampler reaches the Frechet distance of annealed Langevin dynamics at 1,000 evaluations."""
+"""Time to quality: the Frechet distance of annealed Langevin dynamics at 1,000 evaluations, by faster samplers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICKER = [
 
 
 def rows() -> list[Row]:
-    """On the digits, in CPU seconds of one core, which other work on the machine changes little."""
+    """On the digits, in CPU seconds of one core, which other load on the machine changes little."""
     run = digits_run()
     trained = run.step("train")["result"]
     checkpoint = load_for_sampling(trained["checkpoint"])

@@ -1,11 +1,11 @@
-"""On paper: what limits training on 1 to 512 GPUs.
+"""A model of training on 1 to 512 GPUs: what limits it.
 
     python -m benchmarks.scale [CONFIG] [--gpu-tflops 200] [--network-gbytes 50] [--store-gbytes 1] [--batch-per-gpu N]
 
-Nothing is measured. Per step: computation is the network's FLOP over what a GPU achieves; the gradients (float32) go
-around a ring inside a node and one between the nodes, each at its bandwidth, beside the backward pass, which is two
-thirds of the computation. Data is what a loader that streams must fetch; the node-local cache fetches it once. A
-checkpoint is weights, running average and Adam's two moments, uploaded beside the training.
+Nothing is measured. Per step: computation is the network's FLOP over the rate that a GPU achieves. The gradients
+(float32) go around a ring inside a node and one between the nodes, each at its bandwidth, during the backward pass,
+which is two thirds of the computation. Data is for a streaming loader; the node-local cache fetches it once. A
+checkpoint is weights, running average and Adam's two moments, uploaded during the training.
 """
 
 from __future__ import annotations
@@ -23,46 +23,29 @@ from ncsn.model import build
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_NODE = 8
-BUCKET_BYTES = 25 << 20
-"""Gradients that DistributedDataParallel exchanges at once."""
+BUCKET_BYTES = 25 << 20  # gradients that DistributedDataParallel exchanges at once
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What is assumed of the hardware, in units of 1 and bytes a second.
+    """Assumptions about the hardware, in FLOP/s, bytes/s and seconds."""
 
-    Attributes:
-        flops: FLOP/s that a GPU achieves in training.
-        inside: Bandwidth between the GPUs of a node.
-        network: Bandwidth between nodes, per node.
-        store: Bandwidth of the object store to one node.
-        hop_seconds: Latency of one exchange between two GPUs.
-    """
-
-    flops: float
-    inside: float
-    network: float
-    store: float
-    hop_seconds: float = 10e-6
+    flops: float  # that a GPU achieves in training
+    inside: float  # bandwidth between the GPUs of a node
+    network: float  # bandwidth between nodes, per node
+    store: float  # bandwidth of the object store to one node
+    hop_seconds: float = 10e-6  # latency of one exchange between two GPUs
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a config asks for.
-
-    Attributes:
-        parameters: Of the network.
-        flop: Of one image, forward and backward.
-        image_bytes: Of one stored image.
-        batch: Images of a step on all GPUs.
-        checkpoint_every: Images between two checkpoints.
-    """
+    """The work of a config."""
 
     parameters: int
-    flop: float
-    image_bytes: int
-    batch: int
-    checkpoint_every: int
+    flop: float  # of one image, forward and backward
+    image_bytes: int  # stored
+    batch: int  # of all GPUs together
+    checkpoint_every: int  # images
 
     @classmethod
     def of(cls, config: Config) -> Work:
@@ -94,7 +77,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """With what of the exchange the backward pass does not hide."""
+        """Computation, and the part of the exchange that the backward pass does not hide."""
         return self.compute + max(0.0, self.all_reduce - 2 / 3 * self.compute)
 
     @property
@@ -103,7 +86,7 @@ class Step:
         return self.compute / self.seconds
 
     def limit(self, machines: Machines) -> str:
-        """What is in the way first."""
+        """The first bottleneck."""
         limits = {
             "gradients": self.all_reduce > 2 / 3 * self.compute,
             "checkpoints": self.checkpoint > self.interval,
@@ -127,7 +110,7 @@ def step_on(gpus: int, work: Work, machines: Machines, *, batch: int) -> Step:
 
 
 def table(work: Work, machines: Machines, *, per_gpu: int | None) -> str:
-    """Markdown; the global batch is the config's, or `per_gpu` images a GPU."""
+    """Markdown; the global batch is the config's, or `per_gpu` images per GPU."""
     lines = [
         "| GPUs | batch | images/s | compute | all-reduce | efficiency | data | checkpoint, every | limit |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---|",

@@ -1,9 +1,9 @@
-"""What tracking costs a training: CPU seconds of the loop's calls, of the thread that sends, and of the previews.
+"""The cost of tracking in a training: CPU seconds of the loop's calls, of the sending thread, and of the previews.
 
     python -m benchmarks.tracking configs/digits.yaml --images 70000
 
-Trains on one core with a SQLite record, the dearest, for the database then works in the same process. CPU seconds do
-not depend on what else the machine does. What the process spends once on importing MLflow is shown by itself.
+Trains on one core with a SQLite database, the most expensive case, because the database is in the same process. CPU
+seconds do not depend on other load. The one-time import of MLflow is a separate number.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _IMPORT = "import time, torch; t = time.process_time(); import mlflow.tracking; 
 
 
 class TimedSink(MetricsSink):
-    """A sink that knows how long the training loop was in it, and what its own thread used."""
+    """A sink that measures the seconds of the training loop in it, and of the sending thread."""
 
     def __init__(self, uri: str, run_id: str, *, folder: str) -> None:
         super().__init__(uri, run_id, folder=folder)
         self.calls = self.sender = 0.0
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """As the sink's own."""
+        """Log and measure."""
         self.calls += _thread_seconds(lambda: super(TimedSink, self).log(metrics, images_seen))
 
     def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
-        """As the sink's own."""
+        """Log and measure."""
         self.calls += _thread_seconds(lambda: super(TimedSink, self).log_picture(picture, name, images_seen))
 
     def _run(self) -> None:
@@ -53,7 +53,7 @@ class TimedSink(MetricsSink):
 
 
 def measure(config: Config, root: Path) -> dict[str, float]:
-    """Seconds of CPU of one training by one worker, and of the parts of it that tracking takes."""
+    """CPU seconds of one training by one worker, and of the parts that tracking takes."""
     dataset = write_dataset(open_source(config.data), str(root / "data"), name="data", data=config.data).uri
     send, preview = loop.send_preview, 0.0
 

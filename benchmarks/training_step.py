@@ -26,16 +26,13 @@ from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory
 
 SIZE, LEVELS, FEATURES = 28, 10, 64
+# Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition.
 FORWARD_BACKWARD_FLOP = 11_357_939_712
-"""Of one 28x28x1 image through the network of 64 features, convolutions only, 2 per multiplication and addition."""
-REPEATS = 20
-"""Of the convolution beside which the step is held, so that it lasts long enough to be timed."""
-STEPS_ON_GPU = 30
-"""Between two looks at the clock, as training does not wait for each step of a GPU either."""
-PEAK_ON_GPU = 16
-"""Times the batch, for the convolution: with fewer images the GPU would wait for the next call."""
+REPEATS = 20  # of the convolution, so that it takes long enough to be timed
+STEPS_ON_GPU = 30  # between two readings of the clock, since training does not wait for each step of a GPU either
+PEAK_ON_GPU = 16  # times the batch, for the convolution; with fewer images the GPU waits for the next call
+# Returns the mean loss of an image, 1.0 for a network that predicts zero.
 Step = Callable[[Batch], Tensor]
-"""Gives the mean loss of an image, 1.0 for a network that gives zero."""
 
 
 def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Batch]:
@@ -53,7 +50,7 @@ def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Ba
 
 
 def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
-    """Float32 (TF32 in convolutions of a GPU, PyTorch's default), eager, Adam as it comes, a loop for the average."""
+    """Float32 (TF32 in convolutions of a GPU, PyTorch's default), eager, default Adam, a loop for the average."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
 
@@ -86,7 +83,7 @@ def our_step(network: nn.Module, sigmas: Tensor) -> Step:
 
 
 def convolution_flop(batch: int, device: torch.device) -> float:
-    """Of what `prepare_convolution` times."""
+    """FLOP of the convolution that `prepare_convolution` times."""
     return REPEATS * 3.0 * 2 * _peak_batch(batch, device) * (2 * FEATURES) ** 2 * 9 * (SIZE // 2) ** 2
 
 
@@ -95,12 +92,12 @@ def _peak_batch(batch: int, device: torch.device) -> int:
 
 
 def _steps(device: torch.device) -> int:
-    """Training steps between two looks at the clock."""
+    """Training steps between two readings of the clock."""
     return STEPS_ON_GPU if device.type == "cuda" else 1
 
 
 def prepare_convolution(name: str, batch: int) -> Callable[[], None]:
-    """`REPEATS` times forward and back through the network's commonest convolution in bfloat16, and nothing else."""
+    """`REPEATS` forward and backward passes of the network's most common convolution in bfloat16."""
     torch.set_num_threads(1)
     keep_freed_memory()
     device = torch.device(name)
@@ -120,7 +117,7 @@ def prepare_convolution(name: str, batch: int) -> Callable[[], None]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what the GPU was given."""
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -128,7 +125,7 @@ def synchronise(device: torch.device) -> None:
 def measure(
     *, device: torch.device, batch: int, rounds: int, compiled: bool, speedup: float, share_of_peak: float
 ) -> list[Row]:
-    """Images per second beside the plain step's, and the share of what the machine's convolutions can do."""
+    """Images per second over the plain step's, and the share of the machine's rate for convolutions."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     with (
         own_process(prepare_plain, str(device), batch, clock=clock) as plain,
@@ -223,7 +220,7 @@ def _start(device: torch.device, *, num_features: int = FEATURES) -> tuple[Plain
 
 
 def rows() -> list[Row]:
-    """On one core; compiled too where there is a C++ compiler, which takes more than a minute before the first step."""
+    """On one core; also compiled if there is a C++ compiler, which takes more than a minute before the first step."""
     cpu = torch.device("cpu")
     on_cpu = partial(measure, device=cpu, batch=32, rounds=5, speedup=2.3, share_of_peak=70)
     return [

@@ -3,9 +3,9 @@
     pip install diffusers
     python -m benchmarks.unet --minutes 20
 
-Both have 0.7 million parameters, train on Fashion-MNIST at 28x28, at once and in one process each with half of the
-machine's cores, and are judged by the same classifier. Ours is configs/fashion_mnist.yaml. The other has the settings
-that diffusers' DDPM training script has by default: batch 16, AdamW (0.95, 0.999) at 1e-4 with 500 steps of warm-up and
+Both have 0.7 million parameters, train on Fashion-MNIST at 28x28, at the same time in one process each with half of the
+machine's cores, and are evaluated by the same classifier. Ours is configs/fashion_mnist.yaml. The other has the default
+settings of diffusers' DDPM training script: batch 16, AdamW (0.95, 0.999) at 1e-4 with 500 steps of warm-up and
 a cosine, gradients clipped to 1, 1,000 linear betas, a running average that approaches 0.9999, float32.
 """
 
@@ -129,7 +129,7 @@ class Ours:
 
 
 def prepare(kind: str, dataset: str, folder: str) -> Callable[[], None]:
-    """`SPEED_IMAGES` images through the training of one of the two."""
+    """Train one of the two on `SPEED_IMAGES` images."""
     torch.set_num_threads(1)
     side: Any = (
         Theirs(dataset, steps=1000) if kind == "theirs" else Ours(dataset, config=_config(), folder=Path(folder))
@@ -182,7 +182,7 @@ class Scorer:
 
 
 def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int) -> Row:
-    """Both trained at once for so many minutes, each on half of the cores; each schedule ends when the time is over."""
+    """Both trained at the same time, each on half of the cores; each schedule ends when the time is over."""
     scorer, fids, said = Scorer(dataset), {}, []
     barrier = get_context("spawn").Barrier(2)
     with ProcessPoolExecutor(2, get_context("spawn"), _meet, (barrier,)) as pool:
@@ -215,9 +215,9 @@ def _meet(barrier: Barrier) -> None:
 def _made(
     name: str, dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int
 ) -> tuple[int, float, NDArray[np.uint8]]:
-    """Train one of the two beside the other, then sample: training images seen, seconds that took, and the samples."""
+    """Train one of the two next to the other, then sample: training images seen, their seconds, and the samples."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    _meeting[0].wait()  # so that the other is at work while this one tries how quick it is
+    _meeting[0].wait()  # the other one computes during the trial
     steps = _steps(name, dataset, folder, 60 * minutes)
     side = _side(name, dataset, folder / name, steps=steps)
     _meeting[0].wait()
@@ -225,13 +225,13 @@ def _made(
     for _ in range(steps):
         side.step()
     seconds = time.perf_counter() - began
-    torch.set_num_threads(os.cpu_count() or 1)  # ours has soon done with the other half
+    torch.set_num_threads(os.cpu_count() or 1)  # ours soon frees the other half
     made = side.sample(images) if name == "ours" else side.sample(images, evaluations=evaluations)
     return steps * side.batch, seconds, made
 
 
 def _steps(name: str, dataset: str, folder: Path, seconds: float) -> int:
-    """Steps that fit in the time, by a short try, so that the schedules know their end."""
+    """Steps that fit in the time, by a short trial, so that the schedules know their end."""
     side = _side(name, dataset, folder / f"{name}-try", steps=10_000)
     side.step()
     began, count = time.perf_counter(), 0
@@ -266,7 +266,7 @@ def rows(*, minutes: float = 1.0, images: int = 256, evaluations: int = 100, rou
 
 
 def main() -> None:
-    """Measure with the time asked for."""
+    """Measure both rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each side")
     parser.add_argument("--images", type=int, default=512, help="samples for the Frechet distance")

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and that the GPU's rows need torch and numpy alone."""
+"""The arithmetic of the benchmarks, and that the rows of the GPU need torch and numpy only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORK = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpo
 MACHINES = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
 
 
-def test_a_ratio_is_the_median_of_the_rounds_in_which_both_saw_the_same_machine() -> None:
+def test_a_ratio_is_the_median_over_rounds() -> None:
     ticks = itertools.accumulate([0, 2, 0, 1, 0, 60, 0, 20, 0, 5, 0, 1])  # start and end of each timed call
     seconds = in_turns({"slow": lambda: None, "fast": lambda: None}, rounds=3, clock=lambda: float(next(ticks)))
     assert seconds == {"slow": [2, 60, 5], "fast": [1, 20, 1]}
@@ -34,13 +34,13 @@ def test_a_candidate_may_time_itself() -> None:
 
 
 @pytest.mark.parametrize(("value", "higher", "reached"), [(2.0, True, True), (1.9, True, False), (1.9, False, True)])
-def test_a_row_says_whether_it_reached_its_target(value: float, higher: bool, reached: bool) -> None:
+def test_a_row_knows_whether_it_reaches_its_target(value: float, higher: bool, reached: bool) -> None:
     row = Row("part", "measure", value, target=2.0, higher_is_better=higher)
     assert row.reached is reached
     assert ("**missed**" in table([row])) is not reached
 
 
-def test_a_part_that_fails_leaves_the_others(
+def test_the_other_parts_run_after_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> list[Row]:
@@ -55,7 +55,7 @@ def test_a_part_that_fails_leaves_the_others(
     assert [row["value"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]] == [2.0]
 
 
-def test_a_part_that_cannot_be_imported_leaves_the_others(
+def test_the_other_parts_run_after_one_cannot_be_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(main, "PARTS", {"missing": "benchmarks.missing", "there": "benchmarks.commands"})
@@ -66,7 +66,7 @@ def test_a_part_that_cannot_be_imported_leaves_the_others(
     assert "No module named 'benchmarks.missing'" in capsys.readouterr().err
 
 
-def test_past_its_budget_the_gpu_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_part_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "BUDGET_SECONDS", 0.0)
     assert [found for part in gpu.parts(device="cpu") for found in part()] == []
 
@@ -80,15 +80,15 @@ def test_one_gpu_only_computes() -> None:
     assert step.interval == pytest.approx(6400 * 1e-3)
 
 
-def test_gradients_go_around_the_ring_of_a_node_and_that_of_the_nodes() -> None:
+def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
     near, far = step_on(8, WORK, MACHINES, batch=64), step_on(16, WORK, MACHINES, batch=64)
     assert near.all_reduce == pytest.approx(2 * 7 / 8 * 100e6 / 1e11)
     assert far.all_reduce == pytest.approx(near.all_reduce + 2 * 1 / 2 * 100e6 / 1e10)
-    assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # two thirds hide beside the backward pass
+    assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # the backward pass hides two thirds
     assert far.limit(MACHINES) == "gradients"
 
 
-def test_what_the_gpu_runs_runs() -> None:
+def test_the_gpu_parts_run_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert gpu.sampling(cpu, images=2, steps_per_level=1, num_features=8).value > 0
     found = loss_curves(device=cpu, batch=2, steps=10, num_features=8)
@@ -97,14 +97,14 @@ def test_what_the_gpu_runs_runs() -> None:
     assert step.value > 0 and 0 < use.value < 200
 
 
-def test_peak_memory_is_the_processes_own() -> None:
+def test_peak_memory_is_not_inherited() -> None:
     code = "from benchmarks.ingest import peak_mebibytes; print(peak_mebibytes())"
-    ballast = np.ones(2**27)  # a gibibyte in the process that starts it
+    ballast = np.ones(2**27)  # a gibibyte in the parent process
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 20 < float(done.stdout) < ballast.nbytes / 2**20
 
 
-def test_the_gpu_rows_need_torch_and_numpy_alone() -> None:
+def test_the_gpu_rows_need_only_torch_and_numpy() -> None:
     code = """if True:
         import json, sys
         import numpy, torch

@@ -1,1 +1,1 @@
-"""Figures for people: `figures` makes bare pictures, `plots`, `search_plots` and `panels` make matplotlib figures."""
+"""Plots, pictures and texts about a run, and the HTML page of the report."""

@@ -1,46 +1,158 @@
-"""The page that KFP shows for a run, as Markdown: how it ended, and where everything about it is."""
+"""Pages in Markdown: the model card in the registry, and the page of a run in KFP. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ncsn.config import Config
+
+if TYPE_CHECKING:
+    from ncsn.data.format import Manifest
+
+INTENDED = (
+    "Study and demonstration of score-based generative models, and synthetic images that resemble the dataset and are "
+    "labeled as synthetic. Not for decisions about real things or people, and no replacement for the dataset."
+)
+LIMITS = (
+    "The images are samples from a distribution that was fitted to the data above, with its biases and its resolution. "
+    "They are not evidence of anything real. The metrics `memorised` and `nn_distance` say how close they are to "
+    "training images.",
+    "The scores hold for this sampler, number of images and extractor only. They are comparable with published "
+    "Inception Scores or FID only if the extractor is the Inception network of 2015.",
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model card says of the model and where it comes from."""
+
+    name: str  # of the registered model
+    run: str
+    checkpoint: str  # digest
+    images_seen: int
+    num_parameters: int
+    nfe: int
+    cost: str = ""
+    pictures: Mapping[str, str] | None = None  # description -> file next to the card
+
+
+def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
+    """Markdown below 5000 characters, which fits a registry description; `evaluation` is the result of that step."""
+    shape = " x ".join(map(str, manifest.shape))
+    parts = [
+        f"# {facts.name}",
+        f"Generates {shape} images: a noise conditional score network (Song & Ermon 2019), trained on "
+        f"{manifest.name} in run `{facts.run}`, checkpoint `{facts.checkpoint}`.",
+        " ".join(f"![{shown}]({file})" for shown, file in (facts.pictures or {}).items()),
+        "## Intended use",
+        INTENDED,
+        "## Data",
+        _data(manifest),
+        "## Settings",
+        _table(("", ""), _settings(facts, config)),
+        "## Scores",
+        _scores(evaluation, num_splits=config.evaluation.num_splits),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in LIMITS),
+        "## License",
+        f"Code: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
+        "## Use",
+        "```python\nimport mlflow\n\n"
+        f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
+        f'images = model.predict(None, params={{"n_images": 16, "seed": 1}})  # uint8 [16, H, W, C]\n```',
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _data(manifest: Manifest) -> str:
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
+    skipped = f"; {len(manifest.skipped)} more could not be decoded" if manifest.skipped else ""
+    return f"{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`."
+
+
+def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
+    noise, sampler, optimizer = config.levels, config.sampling.sampler, config.optimizer
+    clip = f", gradient norm at most {optimizer.grad_clip_norm:g}" if optimizer.grad_clip_norm else ""
+    settings = [
+        (
+            "network",
+            f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of decay {config.train.ema_decay:g}",
+        ),
+        (
+            "training",
+            f"{facts.images_seen:,} images, batch {config.train.batch_size}, Adam at {optimizer.learning_rate:g} "
+            f"({optimizer.decay}){clip}",
+        ),
+        ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}"),
+        (
+            "sampler",
+            ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items()) + f": NFE {facts.nfe}",
+        ),
+        ("seed", str(config.seed)),
+    ]
+    return [*settings, ("cost", facts.cost)] if facts.cost else settings
+
+
+def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:
+    metrics: Mapping[str, float] = evaluation["metrics"]
+    real = {
+        name.replace("/real_", "/").rpartition("_n")[0]: f"{value:.4g} ({name.rpartition('_')[2]})"
+        for name, value in evaluation["real_metrics"].items()
+    }
+    rows = [
+        (f"`{name}`", f"{value:.4g}", _interval(metrics, name, num_splits), real.get(name.rpartition("_n")[0], ""))
+        for name, value in metrics.items()
+        if not name.rpartition("_n")[0].endswith("_std")
+    ]
+    notes = "".join(f"\n- {note}" for note in (*evaluation["notes"], f"fingerprint `{evaluation['fingerprint']}`"))
+    return f"{_table(('metric', 'this model', '95 % interval', 'real test images'), rows)}\n{notes}"
+
+
+def _interval(metrics: Mapping[str, float], name: str, num_splits: int) -> str:
+    """Where the metric of other samples would be: by the jackknife for distances, by the splits for scores."""
+    stem, _, count = name.rpartition("_n")
+    deviation = metrics.get(f"{stem}_std_n{count}")
+    # The subsets of the kernel distance share images, so their deviation is not that of the mean.
+    if deviation is None or stem.endswith("_kid"):
+        return ""
+    error = 1.96 * (deviation / math.sqrt(num_splits) if stem.endswith("_score") else deviation)
+    return f"{metrics[name] - error:.4g} to {metrics[name] + error:.4g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the page says.
-
-    Attributes:
-        run: Name of the run.
-        status: FINISHED, FAILED or KILLED.
-        reason: Why, if it did not finish.
-        steps: Step -> how it stands, in the pipeline's order.
-        places: What -> where: an address, a URI, a digest. An empty one is left out.
-        notes: Sentences for the reader.
-    """
+    """How a run ended, and where its parts are."""
 
     run: str
-    status: str
-    reason: str
-    steps: Mapping[str, str]
-    places: Mapping[str, str]
-    notes: Sequence[str] = field(default_factory=tuple)
+    status: str  # FINISHED, FAILED or KILLED
+    reason: str  # empty if it finished
+    steps: Mapping[str, str]  # step -> its state
+    places: Mapping[str, str]  # name -> address, URI or digest; an empty one is left out
+    notes: Sequence[str] = ()
 
 
 def run_page(facts: RunFacts) -> str:
-    """Markdown that KFP's viewer, which knows tables and links but no HTML, shows as it is meant."""
+    """The page that KFP shows for a run. Its viewer knows tables and links, but no HTML."""
     lines = [f"# {facts.run}: {facts.status}", ""]
     if facts.reason:
         lines += [*(f"> {_plain(line)}" for line in facts.reason.splitlines() if line.strip()), ""]
     lines += ["| step | |", "|---|---|", *(f"| {step} | {_plain(state)} |" for step, state in facts.steps.items()), ""]
-    shown = {what: where for what, where in facts.places.items() if where}
-    lines += ["| what | where |", "|---|---|", *(f"| {what} | {_place(where)} |" for what, where in shown.items()), ""]
+    shown = {name: place for name, place in facts.places.items() if place}
+    lines += ["| what | where |", "|---|---|", *(f"| {name} | {_place(place)} |" for name, place in shown.items()), ""]
     lines += [f"- {_plain(note)}" for note in facts.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _place(where: str) -> str:
-    return f"<{where}>" if where.startswith(("http://", "https://")) else f"`{where}`"
+def _place(place: str) -> str:
+    return f"<{place}>" if place.startswith(("http://", "https://")) else f"`{place}`"
 
 
 def _plain(text: str) -> str:

@@ -1,7 +1,7 @@
-"""The report as one HTML file that needs nothing from outside.
+"""The report as one HTML file that loads nothing.
 
-Everything is inside: pictures as `data:` URIs, plots as SVG, one style sheet and one short script. A content security
-policy in the page forbids every request and every script but that one, whatever its texts contain.
+Pictures are `data:` URIs, plots are SVG. A content security policy in the page forbids every request, and every script
+but the page's own, whatever its texts contain.
 """
 
 from __future__ import annotations
@@ -16,41 +16,17 @@ from markupsafe import Markup
 from ncsn.report.page import Page
 
 TEMPLATES = Path(__file__).with_name("templates")
-MAX_BYTES = 5_000_000
-"""Largest report: MLflow and KFP load it as a whole."""
+MAX_BYTES = 5_000_000  # MLflow and KFP load the page as a whole
 
 
 def look() -> str:
-    """Digest of everything that decides how a page looks."""
+    """Digest of the templates, which decide how a page looks."""
     contents = (path.read_bytes() for path in sorted(TEMPLATES.iterdir()))
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 
 
 def render(page: Page) -> str:
-    """The page as HTML.
-
-    Raises:
-        ValueError: if it is larger than `MAX_BYTES`.
-    """
-    script = (TEMPLATES / "report.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            page=page,
-            style=Markup((TEMPLATES / "report.css").read_text()),  # noqa: S704  (our own file)
-            script=Markup(script),  # noqa: S704  (our own file)
-            script_digest=digest,
-        )
-    )
-    size = len(text.encode())
-    if size > MAX_BYTES:
-        raise ValueError(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
-    return text
-
-
-def _environment() -> Environment:
+    """The page as HTML of at most `MAX_BYTES`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -59,4 +35,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = lambda plot: Markup(plot.svg)  # noqa: S704  (drawn by our own plots)
-    return environment
+    script = (TEMPLATES / "report.js").read_text()
+    text = environment.get_template("report.html.j2").render(
+        page=page,
+        style=Markup((TEMPLATES / "report.css").read_text()),  # noqa: S704  (our own file)
+        script=Markup(script),  # noqa: S704  (our own file)
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        raise ValueError(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
+    return text

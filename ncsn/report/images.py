@@ -1,4 +1,4 @@
-"""Pictures of images: grids, strips, panels, animations, neighbors."""
+"""Pictures of images: grids, strips, panels, animations, nearest neighbors."""
 
 from __future__ import annotations
 
@@ -14,37 +14,29 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.core.images import image_grid
-from ncsn.report.page import Film, Neighbour, Picture
+from ncsn.report.page import Film, Neighbor, Picture
 from ncsn.report.style import PALETTE, bare, new_figure, styled
 
 Images = NDArray[np.uint8]
 
+# Noise does not compress, so a GIF of large images gets fewer images and fewer frames.
 GIF_BYTES = 1_000_000
-"""Most of a GIF; noise does not compress, so large images get fewer frames."""
-GIF_PIXELS = 36_000
-"""Most pixels of a frame; large images are fewer."""
-GIF_COLOURS = 32
-GIF_BITS = 7
-"""Of a pixel of noise in so many colours, once compressed, at most."""
+GIF_PIXELS = 36_000  # of a frame
+GIF_COLORS = 32
+GIF_BITS = 7  # at most, of a pixel of noise in 32 colors after compression
 FEWEST_FRAMES = 5
 FRAME_MS, LAST_FRAME_MS = 90, 2500
 
 
 def evenly_spread(count: int, *, most: int) -> list[int]:
-    """At most `most` of the numbers from 0 to `count` - 1, ascending, the first and the last among them."""
+    """At most `most` of the numbers from 0 to `count` - 1, ascending, with the first and the last."""
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
 
 
 class Stages:
-    """Takes the images of each stage and keeps at most `limit` of the stages, evenly spread, and always the last.
+    """Keeps the images of at most `limit` stages, evenly spread, and always those of the last."""
 
-    Whenever it is full, it lets every second stage go and takes half as many from there on, so it need not know how
-    many will come.
-
-    Args:
-        limit: Stages kept at most, at least 3.
-    """
-
+    # When it is full, it drops every second stage and keeps half as many from then on. So their number may be unknown.
     def __init__(self, limit: int) -> None:
         if limit < 3:
             raise ValueError(f"limit must be at least 3 stages, got {limit}")
@@ -54,7 +46,7 @@ class Stages:
         self._last: tuple[int, Images] | None = None
 
     def add(self, stage: int, images: Images) -> None:
-        """Take `[N, H, W, C]` uint8 of a stage; stages count from 0."""
+        """Take `[N, H, W, C]` uint8 of a stage, counted from 0."""
         self._last = stage, images
         if stage % self._every == 0:
             self._kept[stage] = images
@@ -64,16 +56,12 @@ class Stages:
 
     @property
     def numbers(self) -> list[int]:
-        """The stages that are kept, ascending."""
+        """The kept stages, ascending."""
         return sorted({*self._kept, *([self._last[0]] if self._last else [])})
 
     @property
     def frames(self) -> Images:
-        """`[stages, N, H, W, C]` uint8 of the stages that are kept.
-
-        Raises:
-            ValueError: if there was none.
-        """
+        """`[stages, N, H, W, C]` uint8 of the kept stages, at least one."""
         if self._last is None:
             raise ValueError("there are no stages")
         kept = self._kept | dict([self._last])
@@ -81,19 +69,16 @@ class Stages:
 
 
 def images_in_gif(image_size: int) -> int:
-    """How many square images a frame has room for: 25, or the square number that fits."""
+    """How many images fit in a frame of a GIF: a square number up to 25."""
     side = min(5, math.isqrt(GIF_PIXELS) // (image_size + 1))
     return max(1, side) ** 2
 
 
 def denoising_gif(frames: Images) -> bytes:
-    """A GIF that shows a grid of images form, and starts anew after a pause.
+    """A GIF of less than 1 MB for images up to 256 x 256; it leaves out stages to stay that small.
 
     Args:
         frames: `[stages, N, H, W, C]` uint8, most noise first.
-
-    Returns:
-        A GIF file of less than 1 MB for images up to 256 x 256; stages are left out if it takes that.
     """
     columns = math.isqrt(frames.shape[1])
     size = image_grid(frames[-1], columns=columns).shape
@@ -101,18 +86,18 @@ def denoising_gif(frames: Images) -> bytes:
     room = max(FEWEST_FRAMES, GIF_BYTES * 8 // (GIF_BITS * size[0] * size[1] * factor**2))
     chosen = frames[evenly_spread(len(frames), most=room)]
     grids = [image_grid(stage, columns=columns).repeat(factor, axis=0).repeat(factor, axis=1) for stage in chosen]
-    pictures = _in_few_colours(grids)
+    pictures = _in_few_colors(grids)
     while len(data := _gif(pictures)) > GIF_BYTES and len(pictures) > FEWEST_FRAMES:
         pictures = [*pictures[:-1:2], pictures[-1]]
     return data
 
 
-def _in_few_colours(grids: list[Images]) -> list[Image.Image]:
-    """Pictures of few colours, which a GIF stores in few bits: greys, or those of the last grid."""
+def _in_few_colors(grids: list[Images]) -> list[Image.Image]:
+    """Pictures of few colors, which a GIF stores in few bits: grays, or the colors of the last grid."""
     if grids[0].shape[-1] == 1:
-        step = 255 / (GIF_COLOURS - 1)
+        step = 255 / (GIF_COLORS - 1)
         return [Image.fromarray((np.round(grid[..., 0] / step) * step).astype(np.uint8)) for grid in grids]
-    palette = Image.fromarray(grids[-1]).quantize(GIF_COLOURS)
+    palette = Image.fromarray(grids[-1]).quantize(GIF_COLORS)
     return [Image.fromarray(grid).quantize(palette=palette, dither=Image.Dither.NONE) for grid in grids]
 
 
@@ -123,49 +108,44 @@ def _gif(pictures: list[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-GAP = 1 / 14
-"""Between images, of their side."""
+GAP = 1 / 14  # between images, as a share of their side
 CELL_INCHES = 0.62
 MAX_STAGES = 12
 
 
 @styled
 def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
-    """Images as annealing makes them: one row per image, one column per stage, most noise left.
+    """Images after each level: one row per image, one column per stage, at most 12 of them.
 
     Args:
-        frames: [stages, N, H, W, C], the start and then one per visited level; at most 12 of them, the first and the
-            last among these, are shown.
+        frames: [stages, N, H, W, C], the start and then one per visited level.
         sigmas: Sigma of each visited level, one fewer than the stages.
-
-    Raises:
-        ValueError: if the numbers of stages and levels do not fit.
     """
     if len(sigmas) != len(frames) - 1:
         raise ValueError(f"expected one sigma for each of {len(frames) - 1} levels after the start, got {len(sigmas)}")
     shown = evenly_spread(len(frames), most=MAX_STAGES)
     names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
     figure, axes = _panel([list(row) for row in frames[shown].swapaxes(0, 1)], header=names)
-    axes.set_xlabel("sigma of the level just finished (pixels in [0, 1])")
+    axes.set_xlabel("sigma of the completed level (pixels in [0, 1])")
     return figure
 
 
 @styled
-def neighbours_panel(
-    samples: Images, neighbours: Images, *, distances: NDArray[np.float64] | None = None, memorised: Sequence[bool] = ()
+def neighbors_panel(
+    samples: Images, neighbors: Images, *, distances: NDArray[np.float64] | None = None, memorised: Sequence[bool] = ()
 ) -> Figure:
-    """Samples, each beside its nearest training images.
+    """Samples and their nearest training images.
 
     Args:
         samples: [N, H, W, C].
-        neighbours: [N, k, H, W, C], nearest first.
-        distances: [N, k], written below each neighbour.
-        memorised: [N], marks the samples that are copies.
+        neighbors: [N, k, H, W, C], nearest first.
+        distances: [N, k], below each neighbor.
+        memorised: [N], marks the copies.
     """
-    count = neighbours.shape[1]
+    count = neighbors.shape[1]
     header = ["sample", "nearest", *(str(place) for place in range(2, count + 1))]
     figure, axes = _panel(
-        [[sample, *row] for sample, row in zip(samples, neighbours, strict=True)],
+        [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)],
         header=header,
         captions=None if distances is None else [["", *map(_digits, row)] for row in distances],
         apart=1,
@@ -179,7 +159,7 @@ def neighbours_panel(
 
 @styled
 def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np.bool_]) -> Figure:
-    """Test images, what was given of them, and its completions.
+    """Test images, their given part, and its completions.
 
     Args:
         originals: [N, H, W, C].
@@ -194,14 +174,10 @@ def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np
 
 @styled
 def interpolation_panel(images: Images) -> Figure:
-    """Generated images, and what lies between each two of them: one row per pair.
-
-    Args:
-        images: [pairs, N, H, W, C], an image at each end of a row.
-    """
+    """Interpolations between two generated images, one row per pair: [pairs, N, H, W, C]."""
     between = (f"{k / (images.shape[1] - 1):.2f}" for k in range(1, images.shape[1] - 1))
-    figure, axes = _panel([list(row) for row in images], header=["one", *between, "other"])
-    axes.set_xlabel("share of the way from the noise of the one image to that of the other")
+    figure, axes = _panel([list(row) for row in images], header=["first", *between, "second"])
+    axes.set_xlabel("position between the noise of the first image and that of the second")
     return figure
 
 
@@ -212,14 +188,7 @@ def _panel(
     captions: Sequence[Sequence[str]] | None = None,
     apart: int = 0,
 ) -> tuple[Figure, Axes]:
-    """Equal images in rows; one unit of the axes is one image.
-
-    Args:
-        rows: Images [H, W, C].
-        header: A word above each column.
-        captions: A word below each image.
-        apart: So many columns at the left stand a little apart from the others.
-    """
+    """Equal images [H, W, C] in rows; one unit of the axes is one image, a gap follows the `apart` leftmost columns."""
     pitch, shift = _pitch(captions=captions is not None), 0.25 if apart else 0.0
     width, height = len(header) * (1 + GAP) + shift, len(rows) * pitch
     figure = new_figure(CELL_INCHES * width + 0.2, CELL_INCHES * height + 0.5)
@@ -239,48 +208,31 @@ def _panel(
 
 
 def _digits(distance: float) -> str:
-    """Three digits, and all whole ones of a large number: 1.06e+03 is hard to compare with 998."""
+    # 1.06e+03 is hard to compare with 998.
     return f"{distance:.0f}" if distance >= 100 else f"{distance:.3g}"
 
 
 def _pitch(*, captions: bool) -> float:
-    """Distance of two rows."""
     return 1 + GAP + (0.22 if captions else 0.0)
 
 
-GRID_PIXELS = 960
-"""Wanted side of a picture; small images are enlarged by whole factors."""
+GRID_PIXELS = 960  # about the side of a picture; small images are enlarged by a whole factor
 
 
-def grid_png(images: NDArray[np.uint8], *, columns: int | None = None) -> bytes:
-    """Images in rows, enlarged without smoothing so that each pixel can be seen.
-
-    Args:
-        images: `[N, H, W, C]` uint8, C = 1 or 3.
-        columns: Images per row; None makes the picture about square.
-
-    Returns:
-        A PNG file.
-    """
+def grid_png(images: Images, *, columns: int | None = None) -> bytes:
+    """A PNG file of `[N, H, W, C]` images in rows, enlarged without smoothing; about square without `columns`."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     return png_bytes(np.asarray(image_grid(images, columns=columns, padding=1)))
 
 
-def strip_png(frames: NDArray[np.uint8]) -> bytes:
-    """One row per image, one column per stage of annealing, most noise left.
-
-    Args:
-        frames: `[stages, N, H, W, C]` uint8.
-
-    Returns:
-        A PNG file.
-    """
+def strip_png(frames: Images) -> bytes:
+    """A PNG file of `[stages, N, H, W, C]`: one row per image, one column per stage."""
     stages, count = frames.shape[:2]
     return grid_png(frames.swapaxes(0, 1).reshape(stages * count, *frames.shape[2:]), columns=stages)
 
 
-def png_bytes(picture: NDArray[np.uint8], *, enlarge: bool = True) -> bytes:
-    """`[H, W, C]` uint8 as a PNG file, small pictures enlarged by a whole factor if wanted."""
+def png_bytes(picture: Images, *, enlarge: bool = True) -> bytes:
+    """`[H, W, C]` uint8 as a PNG file."""
     factor = max(1, GRID_PIXELS // max(picture.shape[:2])) if enlarge else 1
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
@@ -288,18 +240,17 @@ def png_bytes(picture: NDArray[np.uint8], *, enlarge: bool = True) -> bytes:
     return buffer.getvalue()
 
 
-MOST_PIXEL_BYTES = 1_000_000
-"""Of all frames together, because noise does not compress."""
+MOST_PIXEL_BYTES = 1_000_000  # of all frames together, because noise does not compress
 MOST_FRAMES = 48
 FEWEST_FILM_FRAMES = 8
 
 
-def film(frames: NDArray[np.uint8], *, sigmas: Sequence[float]) -> Film:
-    """A film of at most 48 frames; large images are fewer.
+def film(frames: Images, *, sigmas: Sequence[float]) -> Film:
+    """A film of at most 48 frames; it shows fewer images where they are large.
 
     Args:
         frames: `[stages, N, H, W, C]` uint8: the start, the images after each level, and last the finished ones.
-        sigmas: Noise of each level; if there is not one per stage after the start, stages are numbered.
+        sigmas: Sigma of each level; if their number does not fit, the labels number the stages.
     """
     frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FILM_FRAMES * frames[0, 0].size))]
     stages, count = frames.shape[:2]
@@ -315,25 +266,23 @@ def film(frames: NDArray[np.uint8], *, sigmas: Sequence[float]) -> Film:
 
 def _label(stage: int, stages: int, sigmas: Sequence[float]) -> str:
     if stage == 0:
-        return "start: noise"
+        return "start"
     if stage == stages - 1:
         return "finished"
-    return f"noise {sigmas[stage - 1]:.3g}" if len(sigmas) == stages - 1 else f"stage {stage} of {stages - 1}"
+    return f"sigma {sigmas[stage - 1]:.3g}" if len(sigmas) == stages - 1 else f"stage {stage} of {stages - 1}"
 
 
-def neighbours(
-    table: Sequence[Mapping[str, Any]], *, samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
-) -> list[Neighbour]:
+def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> list[Neighbor]:
     """One entry per line of an evaluation's table of nearest training images.
 
     Args:
         table: Lines with `image`, `memorised`, `pixels_rows`, `features_rows` and `pixels_distances`.
-        samples: `[N, H, W, C]` uint8 from image 0 on.
-        training_images: `[M, H, W, C]` uint8, all rows of the train split; a memory map is fine.
+        samples: `[N, H, W, C]` from image 0 on.
+        training_images: `[M, H, W, C]`, all rows of the train split.
     """
     return [
-        Neighbour(
-            picture=_picture(line, samples, training_images),
+        Neighbor(
+            picture=_triple(line, samples, training_images),
             distance=" · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"]),
             memorised=bool(line["memorised"]),
         )
@@ -342,26 +291,22 @@ def neighbours(
     ]
 
 
-def neighbours_png(
-    table: Sequence[Mapping[str, Any]], *, samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
-) -> bytes:
-    """The same as one PNG file: two samples per row, each before its nearest by pixels and by features."""
-    lines = [_images(line, samples, training_images) for line in table]
+def neighbors_png(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> bytes:
+    """The same as one PNG file with two samples per row."""
+    lines = [_with_nearest(line, samples, training_images) for line in table]
     return grid_png(np.concatenate(lines), columns=6)
 
 
-def _picture(line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]) -> Picture:
-    grid = image_grid(_images(line, samples, training_images), columns=3)
+def _triple(line: Mapping[str, Any], samples: Images, training_images: Images) -> Picture:
+    grid = image_grid(_with_nearest(line, samples, training_images), columns=3)
     return Picture(
         png_bytes(grid, enlarge=False),
-        alt=f"sample {line['image']}, then the training image nearest by pixels, then the one nearest by features",
+        alt=f"sample {line['image']}, the training image nearest in pixels, and the one nearest in features",
         width=420,
     )
 
 
-def _images(
-    line: Mapping[str, Any], samples: NDArray[np.uint8], training_images: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
-    """The sample and its nearest training images [3, H, W, C]."""
+def _with_nearest(line: Mapping[str, Any], samples: Images, training_images: Images) -> Images:
+    """The sample and its nearest training images by pixels and by features, [3, H, W, C]."""
     nearest = [training_images[line[f"{space}_rows"][0]] for space in ("pixels", "features")]
     return np.stack([samples[line["image"]], *nearest])

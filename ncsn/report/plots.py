@@ -1,11 +1,11 @@
-"""Plots of curves and numbers: plain arrays in, a matplotlib figure out. `ncsn.report.style` makes files of them."""
+"""Plots of curves and numbers: plain arrays in, a matplotlib figure out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,30 +15,28 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ncsn.report.style import HEAT, INK, LEVEL_COLOURS, PALETTE, bare, new_figure, styled
+from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
 
 Array = NDArray[np.float64]
 
-UNDER_TRAINED = 1.25
-"""A level is called under-trained if its loss is so many times what its neighbours let expect."""
-LOSS_LABEL = "normalised loss (a zero network reads 1)"
+UNDER_TRAINED = 1.25  # loss of a level over the loss that its neighbors suggest
+LOSS_LABEL = "normalized loss (1: predicting zero)"
 SEEN_LABEL = "images seen"
 SIGMA_LABEL = "sigma (pixels in [0, 1])"
-NFE_LABEL = "NFE (score-network evaluations per image)"
+NFE_LABEL = "NFE (network evaluations per image)"
 
 
 def under_trained_levels(losses: ArrayLike) -> list[int]:
-    """Levels whose loss stands well above what their neighbours let expect.
-
-    The loss rises smoothly as sigma falls, so a level is expected at the mean of its two neighbours. The first level is
-    expected at the second's loss; the last on the line through the two before it, but not below the one before.
+    """Levels whose loss is well above what their neighbors suggest.
 
     Args:
-        losses: Normalised loss of each level [L], most noise first; NaN where it is not known.
+        losses: Normalized loss of each level [L], most noise first; NaN where it is unknown.
     """
     values = np.asarray(losses, np.float64)
     if len(values) < 3:
         return []
+    # The loss rises smoothly as sigma falls, so a level is expected at the mean of its neighbors. The last level is
+    # expected on the line through the two before it, but not below the one before.
     expected = np.empty_like(values)
     expected[1:-1] = (values[:-2] + values[2:]) / 2
     expected[0] = values[1]
@@ -47,73 +45,51 @@ def under_trained_levels(losses: ArrayLike) -> list[int]:
     return above
 
 
-@dataclass(frozen=True)
-class LevelLosses:
-    """The normalised loss of each noise level over training.
+def last_losses(losses: ArrayLike) -> Array:
+    """The last loss of each level that is not NaN, [L] of [P, L]; NaN if there is none."""
+    values = np.asarray(losses, np.float64)
+    known = np.isfinite(values)
+    rows = len(values) - 1 - known[::-1].argmax(axis=0)
+    return np.where(known.any(axis=0), values[rows, np.arange(values.shape[1])], np.nan)
 
-    Attributes:
+
+@styled
+def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
+    """One line per level, colored by sigma.
+
+    Args:
         images_seen: [P], at least one point.
         losses: [P, L]; NaN where no image had that level.
         sigmas: [L], descending.
     """
-
-    images_seen: Array
-    losses: Array
-    sigmas: Array
-
-    @classmethod
-    def of(cls, images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> LevelLosses:
-        """From anything that numpy makes arrays of.
-
-        Raises:
-            ValueError: if the numbers of points and levels do not fit, or there is none.
-        """
-        made = cls(*(np.asarray(part, np.float64) for part in (images_seen, losses, sigmas)))
-        points, levels = len(made.images_seen), len(made.sigmas)
-        if made.losses.shape != (points, levels) or not made.losses.size:
-            shape = list(made.losses.shape)
-            raise ValueError(f"the losses must have {points} points of {levels} levels, at least one, got {shape}")
-        return made
-
-    @property
-    def last(self) -> Array:
-        """[L] the last loss of each level that is not NaN; NaN if there is none."""
-        known = np.isfinite(self.losses)
-        rows = len(self.losses) - 1 - known[::-1].argmax(axis=0)
-        return np.where(known.any(axis=0), self.losses[rows, np.arange(self.losses.shape[1])], np.nan)
-
-
-@styled
-def loss_curves(history: LevelLosses) -> Figure:
-    """One line per level, coloured by sigma."""
-    seen, losses, levels = history.images_seen, history.losses, history.sigmas
+    seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     norm = LogNorm(levels[-1], levels[0]) if levels[0] > levels[-1] else Normalize(levels[0] - 1, levels[0] + 1)
     for level, sigma in enumerate(levels):
-        known = np.isfinite(losses[:, level])
+        known = np.isfinite(values[:, level])
         marker = "o" if known.sum() == 1 else None
-        colour = LEVEL_COLOURS(norm(sigma))
-        axes.plot(seen[known], losses[known, level], color=colour, linewidth=1.1, marker=marker, markersize=3)
+        color = LEVEL_COLORS(norm(sigma))
+        axes.plot(seen[known], values[known, level], color=color, linewidth=1.1, marker=marker, markersize=3)
     axes.axhline(1, color=INK, linestyle="--", linewidth=0.8)
     axes.set(xlabel=SEEN_LABEL, ylabel=LOSS_LABEL, yscale="log")
     _count_axis(axes)
-    bar = figure.colorbar(ScalarMappable(norm, LEVEL_COLOURS), ax=axes, label=SIGMA_LABEL)
+    bar = figure.colorbar(ScalarMappable(norm, LEVEL_COLORS), ax=axes, label=SIGMA_LABEL)
     bar.outline.set_visible(False)
     return figure
 
 
 @styled
-def loss_heat_map(history: LevelLosses) -> Figure:
-    """A map, one row per level, with an arrow at each level that stands out from its neighbours."""
-    losses, levels = history.losses, history.sigmas
+def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
+    """The same losses as a map, one row per level, with an arrow at each under-trained level."""
+    seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
-    edges = np.concatenate([[0.0], history.images_seen])
-    finite = losses[np.isfinite(losses) & (losses > 0)]
+    edges = np.concatenate([[0.0], seen])
+    finite = values[np.isfinite(values) & (values > 0)]
     norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.01))
     mesh = axes.pcolormesh(
-        edges, np.arange(len(levels) + 1) - 0.5, losses.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True
+        edges, np.arange(len(levels) + 1) - 0.5, values.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True
     )
     axes.invert_yaxis()
     axes.grid(visible=False)
@@ -121,61 +97,53 @@ def loss_heat_map(history: LevelLosses) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
     axes.set(xlabel=SEEN_LABEL, ylabel="level: sigma")
     _count_axis(axes)
-    for level in under_trained_levels(history.last):
+    under_trained = under_trained_levels(last_losses(values))
+    for level in under_trained:
         at = {"xycoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
         axes.annotate("◀", (1.01, level), color=PALETTE[1], fontsize=9, **at)  # type: ignore[arg-type]
     bar = figure.colorbar(mesh, ax=axes, label=LOSS_LABEL, pad=0.06)
     bar.outline.set_visible(False)
-    if under_trained_levels(history.last):
-        axes.set_title("◀ ends well above its neighbours: train longer", color=PALETTE[1], loc="right", fontsize=8)
+    if under_trained:
+        axes.set_title("◀ well above its neighbors: train longer", color=PALETTE[1], loc="right", fontsize=8)
     return figure
 
 
-@dataclass(frozen=True)
-class NfeCurve:
-    """One sampler at several lengths of its chain.
-
-    Attributes:
-        nfe: Evaluations per image [P].
-        quality: Figure of merit at each [P].
-        labels: A word beside each point, such as its seconds; empty for none.
-    """
+class NfeCurve(NamedTuple):
+    """One sampler at several numbers of evaluations per image."""
 
     nfe: Sequence[int]
     quality: Sequence[float]
-    labels: Sequence[str] = ()
+    labels: Sequence[str] = ()  # next to each point
 
 
 @styled
 def quality_versus_nfe(
     curves: Mapping[str, NfeCurve], *, quality_label: str, real: float | None = None, real_label: str = "real images"
 ) -> Figure:
-    """What more evaluations per image buy, one line per sampler.
-
-    Args:
-        curves: Name of the sampler -> its points.
-        quality_label: Name of the figure with extractor and sample count.
-        real: The same figure of real images, as a dashed line.
-        real_label: What that line is.
+    """Quality over evaluations per image, one line per sampler; real images are a dashed line.
 
     Raises:
-        ValueError: if a figure is not finite.
+        ValueError: if a number is not finite, because matplotlib would leave it out.
     """
     figure = new_figure(7, 3.8)
     axes = figure.subplots()
-    for (name, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
-        require_finite(f"quality of {name}", curve.quality)
+    for number, (name, curve) in enumerate(curves.items()):
+        if not np.isfinite(curve.quality).all():
+            raise ValueError(f"quality of {name} must be finite, got {list(curve.quality)}")
         order = np.argsort(curve.nfe, kind="stable")
         x, y = np.asarray(curve.nfe)[order], np.asarray(curve.quality)[order]
-        axes.plot(x, y, "o-", color=colour, markersize=5, label=name)
+        axes.plot(x, y, "o-", color=PALETTE[number % len(PALETTE)], markersize=5, label=name)
         for nfe, quality, label in zip(curve.nfe, curve.quality, curve.labels, strict=False):
             offset = {"xytext": (4, 5), "textcoords": "offset points"}
             axes.annotate(label, (nfe, quality), fontsize=7, **offset)  # type: ignore[arg-type]
     if real is not None:
-        require_finite(real_label, [real])
+        if not math.isfinite(real):
+            raise ValueError(f"quality of {real_label} must be finite, got {real}")
         axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
     axes.set(xlabel=NFE_LABEL, ylabel=quality_label, xscale="log")
-    log_scale_where_positive(axes, [value for curve in curves.values() for value in curve.quality] + [real or math.inf])
+    _log_scale_where_positive(
+        axes, [*(value for curve in curves.values() for value in curve.quality), real or math.inf]
+    )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks(sorted({nfe for curve in curves.values() for nfe in curve.nfe}), minor=False)
     axes.xaxis.minorticks_off()
@@ -183,53 +151,15 @@ def quality_versus_nfe(
     return figure
 
 
-@styled
-def timing_bars(seconds: Mapping[str, float], *, notes: Mapping[str, str] | None = None) -> Figure:
-    """Seconds as horizontal bars, in the given order from above.
-
-    Args:
-        seconds: What -> how long.
-        notes: What -> a word behind its number.
-    """
-    figure = new_figure(7, 0.7 + 0.32 * len(seconds))
-    axes = figure.subplots()
-    names, values = list(seconds), np.array(list(seconds.values()), np.float64)
-    require_finite("seconds", values)
-    bars = axes.barh(names, values, color=PALETTE[0], height=0.65)
-    texts = [f"{value:,.1f} s  {(notes or {}).get(name, '')}".rstrip() for name, value in seconds.items()]
-    axes.bar_label(bars, texts, padding=4, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.grid(visible=True, axis="x")
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel="seconds")
-    return figure
-
-
-def log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
-    """A logarithmic y axis if the figures allow it and spread over more than a factor of 3."""
+def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
+    """A logarithmic y axis if all values are positive and spread over more than a factor of 3."""
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     if len(finite) and finite.min() > 0 and finite.max() > 3 * finite.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _if_round(value)))
-
-
-def require_finite(what: str, values: ArrayLike) -> None:
-    """Refuse numbers that a plot would silently leave out.
-
-    Raises:
-        ValueError: naming them.
-    """
-    numbers = np.asarray(values, np.float64)
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{what} must be finite, got {numbers.tolist()}")
-
-
-def colours(count: int) -> list[str]:
-    """So many colours of the palette, from its start again when it is used up."""
-    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+        # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
 def _count_axis(axes: Axes) -> None:
@@ -244,32 +174,19 @@ def _short_count(count: float) -> str:
     return f"{count:g}"
 
 
-def _if_round(value: float) -> str:
-    """A text for 2, 3 and 5 times a power of ten, and none for what would stand too close to them."""
-    return f"{value:g}" if f"{value:e}"[0] in "235" else ""
-
-
 def _level_name(level: float, sigmas: Array) -> str:
     index = int(level)
     return f"{index}: {sigmas[index]:.3g}" if index == level and 0 <= index < len(sigmas) else ""
 
 
-LOGARITHMIC = 30.0
-"""Numbers that spread over more than this factor are laid out by their logarithm."""
+LOGARITHMIC = 30.0  # numbers that spread over more than this factor are placed by their logarithm
 
 
 @styled
 def epsilon_versus_quality(
     epsilon: Sequence[float], quality: Sequence[float], *, quality_label: str, chosen: float | None = None
 ) -> Figure:
-    """The figure of merit over the step size of Langevin dynamics.
-
-    Args:
-        epsilon: [P] step sizes.
-        quality: [P]; NaN, of a chain that diverged, is marked at the upper edge.
-        quality_label: Name of the figure with extractor and sample count.
-        chosen: The epsilon that was chosen.
-    """
+    """Quality over the step size of Langevin dynamics; NaN, of a chain that diverged, is marked at the upper edge."""
     figure = new_figure(7, 3.4)
     axes = figure.subplots()
     x, y = np.asarray(epsilon, np.float64), np.asarray(quality, np.float64)
@@ -283,7 +200,7 @@ def epsilon_versus_quality(
     if chosen is not None:
         axes.axvline(chosen, color=PALETTE[2], linestyle="--", linewidth=1.2, label=f"chosen: {chosen:.3g}")
     axes.set(xlabel="epsilon (step size at the last level, squared pixels)", ylabel=quality_label, xscale="log")
-    log_scale_where_positive(axes, y[finite])
+    _log_scale_where_positive(axes, y[finite])
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", ncols=2)
     return figure
@@ -293,14 +210,13 @@ def epsilon_versus_quality(
 def search_coordinates(
     settings: Mapping[str, Sequence[Any]], quality: Sequence[float], *, quality_label: str, lower_is_better: bool = True
 ) -> Figure:
-    """A search in parallel coordinates: one line per trial through its settings to its figure of merit.
+    """A search in parallel coordinates: one line per trial through its settings to its quality.
 
     Args:
-        settings: Dotted path -> the value in each trial [P], numbers or words. Numbers that spread over more than a
-            factor of 30 are laid out by their logarithm.
-        quality: [P]; trials without a finite one are drawn thin.
-        quality_label: Name of the figure.
-        lower_is_better: Which end of it is the best trial's, drawn thickest.
+        settings: Dotted path -> the value in each trial [P], numbers or words.
+        quality: [P]; trials without a finite one get a thin line, and the best one the thickest.
+        quality_label: Name of the last axis.
+        lower_is_better: Which end of it is the best.
     """
     scores = np.asarray(quality, np.float64)
     columns = [*(_Column.of(name, values) for name, values in settings.items()), _Column.of(quality_label, scores)]
@@ -313,29 +229,23 @@ def search_coordinates(
     best = int(np.nanargmin(scores if lower_is_better else -scores)) if finite.any() else -1
     for trial in np.argsort(np.where(finite, -scores if lower_is_better else scores, -math.inf), kind="stable"):
         heights = [column.positions[trial] for column in columns if np.isfinite(column.positions[trial])]
-        colour = LEVEL_COLOURS(norm(heights[-1])) if norm is not None and finite[trial] else INK
+        color = LEVEL_COLORS(norm(heights[-1])) if norm is not None and finite[trial] else INK
         width = 3.0 if trial == best else 1.2 if finite[trial] else 0.6
-        axes.plot(range(len(heights)), heights, color=colour, linewidth=width, alpha=1 if trial == best else 0.75)
+        axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if trial == best else 0.75)
     _draw_columns(axes, columns)
     return figure
 
 
 @dataclass(frozen=True)
 class _Column:
-    """One axis of parallel coordinates.
-
-    Attributes:
-        name: Its title.
-        positions: Height of each trial's value, 0 to 1; NaN if it has none.
-        ticks: Height and text of what is written beside the axis.
-    """
+    """One axis of parallel coordinates."""
 
     name: str
-    positions: NDArray[np.float64]
-    ticks: list[tuple[float, str]]
+    positions: Array  # height of each trial's value, 0 to 1; NaN if it has none
+    ticks: list[tuple[float, str]]  # height and text
 
     @classmethod
-    def of(cls, name: str, values: Sequence[Any] | NDArray[np.float64]) -> _Column:
+    def of(cls, name: str, values: Sequence[Any] | Array) -> _Column:
         if all(_is_number(value) for value in values):
             return cls._of_numbers(name, np.array(values, np.float64))
         words = sorted({str(value) for value in values})
@@ -345,7 +255,7 @@ class _Column:
         )
 
     @classmethod
-    def _of_numbers(cls, name: str, values: NDArray[np.float64]) -> _Column:
+    def _of_numbers(cls, name: str, values: Array) -> _Column:
         finite = values[np.isfinite(values)]
         if not len(finite):
             return cls(name, np.full(len(values), math.nan), [])

@@ -1,7 +1,7 @@
-"""The one look of all plots, and their files.
+"""The style of all plots, and their PNG and SVG files.
 
-A plot has no background, its ink is a grey and its colours have a middle lightness, so that it can be read on a light
-and on a dark page alike. In an SVG the ink becomes `currentColor`: there it takes the colour of the text around it.
+A plot has no background, its ink is gray and its colors have a middle lightness, so that it is readable on a light and
+on a dark page. In an SVG the ink becomes `currentColor`, the color of the text around it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 INK = "#6e6e6e"
-"""Of text, axes and reference lines."""
-# At least 3:1 contrast on white and near-black.
+# All colors have a contrast of at least 3:1 on white and on near-black.
 PALETTE = ("#2f7fc4", "#cf5f1d", "#16876a", "#b4519b", "#8467d7", "#8d7a1f")
-"""Of series that are told apart by name, in this order."""
-LEVEL_COLOURS = LinearSegmentedColormap.from_list("ncsn-levels", ["#2b7bba", "#7b6bd6", "#bd4f93", "#d0561c"])
-"""Of noise levels and other ordered numbers."""
-HEAT = "viridis"
-"""Of areas, which need no contrast with the page."""
+# Noise levels and other ordered numbers.
+LEVEL_COLORS = LinearSegmentedColormap.from_list("ncsn-levels", ["#2b7bba", "#7b6bd6", "#bd4f93", "#d0561c"])
+HEAT = "viridis"  # areas, which need no contrast with the page
 DPI = 160
 
 _STYLE: dict[Any, Any] = {
@@ -61,7 +58,7 @@ P = ParamSpec("P")
 
 
 def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw a plot in this module's look, whatever matplotlib's settings are outside."""
+    """Draw a plot in this style, independent of matplotlib's global settings."""
 
     @functools.wraps(plot)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -72,12 +69,12 @@ def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, of which a page shows about 100 pixels each."""
+    """An empty figure of this size in inches; the page shows an inch as about 100 pixels."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def bare(axes: Axes) -> Axes:
-    """Take ticks, frame and grid from axes that show pictures."""
+    """Remove ticks, frame and grid from axes that show pictures."""
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -85,7 +82,7 @@ def bare(axes: Axes) -> Axes:
 
 
 def to_png(figure: Figure) -> bytes:
-    """A PNG file without a background. The same figure gives the same bytes."""
+    """A PNG file with a transparent background. The same figure gives the same bytes."""
     buffer = io.BytesIO()
     with rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -93,12 +90,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def to_svg(figure: Figure, *, salt: str = "ncsn") -> str:
-    """An `<svg>` element, which stands inside a page or as a file of its own. The same figure gives the same text.
-
-    Args:
-        figure: The plot.
-        salt: What the element's ids are made from; give each of several plots in one page its own.
-    """
+    """An `<svg>` element. The same figure gives the same text; plots of one page need different salts for their IDs."""
     buffer = io.StringIO()
     with rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": salt}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -1,141 +1,205 @@
-"""Metrics, results and costs in words."""
+"""Metrics, results and costs in words. Imports no torch, because the command line uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ncsn.report.page import Fact, ScoreRow
+from ncsn.report.page import Fact, ScoreRow, Tile
+
+if TYPE_CHECKING:
+    from ncsn.data.format import Manifest
 
 REAL = "eval/real_"
 GENERATED = "eval/"
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """What a figure says.
-
-    Attributes:
-        label: Its name in words.
-        text: One sentence.
-        better: The direction of improvement; empty if there is none.
-    """
+class Meaning(NamedTuple):
+    """What a metric says."""
 
     label: str
     text: str
     better: Literal["higher", "lower", ""]
 
 
+# In the order in which the page shows them.
 MEANINGS: Mapping[str, Meaning] = {
     "score": Meaning(
-        "Clear and varied",
-        "Grows when each image is plainly of one kind and all kinds occur: 1 at worst, the number of kinds at best.",
+        "Score",
+        "The Inception Score's formula. It is high when each image clearly shows one class and all classes occur: from "
+        "1 to the number of classes.",
         "higher",
     ),
     "fid": Meaning(
-        "Distance to the training images",
-        "Fréchet distance between generated and training images as the extractor sees them; smaller sets read higher.",
+        "Fréchet distance",
+        "Between the features of these images and those of the training images. It is larger for fewer images.",
         "lower",
     ),
     "kid": Meaning(
-        "Distance, whatever the count",
-        "Kernel distance to the training images, about zero for real ones; may be slightly negative.",
+        "Kernel distance",
+        "To the training images, independent of the number of images. It is zero for real images on average and can be "
+        "negative.",
         "lower",
     ),
-    "precision": Meaning("Realistic", "Share of the images that lie among real ones.", "higher"),
-    "recall": Meaning("Complete", "Share of the real images that lie among these.", "higher"),
+    "precision": Meaning(
+        "Precision", "Share of these images that are in the region of the real ones, by features.", "higher"
+    ),
+    "recall": Meaning(
+        "Recall", "Share of the real images that are in the region of these ones, by features.", "higher"
+    ),
     "density": Meaning(
-        "Realistic, outliers aside", "How densely real images surround these; real ones read about 1.", "higher"
+        "Density",
+        "How densely real images surround these in feature space; about 1 for real images. Outliers count little.",
+        "higher",
     ),
-    "coverage": Meaning("Complete, outliers aside", "Share of the real images with one of these nearby.", "higher"),
+    "coverage": Meaning(
+        "Coverage",
+        "Share of the real images that have one of these images nearby in feature space. Outliers count little.",
+        "higher",
+    ),
     "class_tv": Meaning(
-        "Imbalance of kinds", "0 if all kinds are as frequent as in training, 1 if none matches.", "lower"
+        "Class imbalance",
+        "Total variation distance between the class frequencies here and in the training images: from 0 to 1.",
+        "lower",
     ),
-    "confidence": Meaning("Recognisable", "Mean certainty of the extractor about what an image shows.", "higher"),
-    "memorised": Meaning("Copies", "Share of the images that copy a training image, by pixels.", "lower"),
+    "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
+    "memorised": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "nn_distance": Meaning(
         "Distance to the nearest training image",
-        "Median over the images, in gray steps of 0 to 255; far below that of real images would mean copying.",
+        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than for real images.",
         "",
     ),
 }
-"""Figures that have words, in the order in which they are shown."""
 FIRST = ("score", "fid", "precision", "recall", "memorised")
-"""Those to see first."""
+# Longest first, because `score_std` also ends like `std` would.
+_KNOWN = sorted((*MEANINGS, *(f"{metric}_std" for metric in MEANINGS)), key=len, reverse=True)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A figure of merit, read from its name: `eval/classifier_fid_n512` -> fid of 512 images by the classifier."""
+class Reading(NamedTuple):
+    """A metric, read from its name: `eval/classifier_fid_n512` is the fid of 512 images by the classifier."""
 
     name: str
     extractor: str
-    figure: str
     num_images: int
     value: float
 
 
 def read_figures(metrics: Mapping[str, float]) -> dict[str, Reading]:
-    """Figure -> reading, of metrics named `eval/[real_]<extractor>_<figure>_n<count>`; other metrics are left out."""
+    """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out."""
     readings = {}
     for name, value in metrics.items():
         stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
-        figure = next((known for known in _known() if stem.endswith(f"_{known}")), None)
-        if figure is not None and count.isdigit():
-            extractor = stem.removesuffix(f"_{figure}")
-            readings[figure] = Reading(name, extractor, figure, int(count), float(value))
+        metric = next((known for known in _KNOWN if stem.endswith(f"_{known}")), None)
+        if metric is not None and count.isdigit():
+            readings[metric] = Reading(name, stem.removesuffix(f"_{metric}"), int(count), float(value))
     return readings
 
 
 def score_rows(
     metrics: Mapping[str, float], real_metrics: Mapping[str, float]
 ) -> tuple[list[ScoreRow], list[ScoreRow]]:
-    """A row for each figure that has words, with its deviation and the real images' beside it.
-
-    Returns:
-        The rows to see first, and the others.
-    """
+    """A row for each metric that has a meaning: those to see first, and the others."""
     generated, real = read_figures(metrics), read_figures(real_metrics)
-    rows = {figure: _row(figure, generated, real) for figure in MEANINGS if figure in generated}
+    rows = {metric: _row(metric, generated, real) for metric in MEANINGS if metric in generated}
     return (
-        [row for figure, row in rows.items() if figure in FIRST],
-        [row for figure, row in rows.items() if figure not in FIRST],
+        [row for metric, row in rows.items() if metric in FIRST],
+        [row for metric, row in rows.items() if metric not in FIRST],
     )
 
 
-def _known() -> list[str]:
-    """Longest first, because `score_std` ends like `std` would."""
-    return sorted((*MEANINGS, *(f"{figure}_std" for figure in MEANINGS)), key=len, reverse=True)
-
-
-def _row(figure: str, generated: Mapping[str, Reading], real: Mapping[str, Reading]) -> ScoreRow:
-    meaning, value = MEANINGS[figure], generated[figure].value
-    beside = real[figure].value if figure in real else None
-    share, real_share = _bars(value, beside)
+def _row(metric: str, generated: Mapping[str, Reading], real: Mapping[str, Reading]) -> ScoreRow:
+    meaning, value = MEANINGS[metric], generated[metric].value
+    of_real = real[metric].value if metric in real else None
+    share, real_share = None, None
+    if of_real is not None and min(value, of_real) >= 0 and value + of_real > 0:
+        scale = 1.1 * max(value, of_real)
+        share, real_share = round(100 * value / scale, 1), round(100 * of_real / scale, 1)
     return ScoreRow(
         label=meaning.label,
-        name=generated[figure].name,
+        name=generated[metric].name,
         meaning=meaning.text,
         better=meaning.better,
-        value=_with_deviation(figure, generated),
-        real=_with_deviation(figure, real) if beside is not None else "",
+        value=_with_deviation(metric, generated),
+        real=_with_deviation(metric, real) if of_real is not None else "",
         share=share,
         real_share=real_share,
     )
 
 
-def _with_deviation(figure: str, readings: Mapping[str, Reading]) -> str:
-    deviation = readings.get(f"{figure}_std")
-    return f"{readings[figure].value:.3g}" + ("" if deviation is None else f" ±\u00a0{deviation.value:.2g}")
+def _with_deviation(metric: str, readings: Mapping[str, Reading]) -> str:
+    deviation = readings.get(f"{metric}_std")
+    return f"{readings[metric].value:.3g}" + ("" if deviation is None else f" ±\u00a0{deviation.value:.2g}")
 
 
-def _bars(value: float, real: float | None) -> tuple[float | None, float | None]:
-    """Length of the bar and place of the mark in percent, on a scale that ends a little after the larger one."""
-    if real is None or not (value >= 0 and real >= 0 and value + real > 0):
-        return None, None
-    scale = 1.1 * max(value, real)
-    return round(100 * value / scale, 1), round(100 * real / scale, 1)
+def lead(
+    *,
+    manifest: Manifest,
+    num_levels: int,
+    images_seen: int,
+    nfe: int,
+    generated: Mapping[str, Reading],
+    real: Mapping[str, Reading],
+    decision: Mapping[str, Any] | None,
+) -> list[str]:
+    """Paragraphs for a stranger: the data, the model, its quality, and the gate's decision if there is one.
+
+    `decision` is the result of the register step.
+    """
+    size, color = manifest.image_size, "gray" if manifest.channels == 1 else "color"
+    paragraphs = [
+        f"The model was trained on {manifest.count('train'):,} {color} images of {size} x {size} pixels: "
+        f"{manifest.source.rstrip('.')}.",
+        f"It is a noise conditional score network (Song & Ermon 2019). It saw {images_seen:,} training images, with "
+        f"repetitions, at {num_levels} levels of Gaussian noise, and learned the score: the direction in which the "
+        "pixels become more likely. To generate an image, it starts from noise and follows the score in "
+        f"{nfe:,} network evaluations.",
+    ]
+    if "score" in generated and "score" in real:
+        score, of_real = generated["score"], real["score"]
+        scale = f" on a scale from 1 to {len(manifest.class_names)}" if score.extractor == "classifier" else ""
+        text = (
+            f"{extractor_phrase(score.extractor)} gives the generated images a score of {score.value:.3g}{scale} for "
+            f"how clear and how varied they are. Real images that the model has not seen get {of_real.value:.3g}."
+        )
+        paragraphs.append(f"{text} {_copies(generated['memorised'])}" if "memorised" in generated else text)
+    if decision is not None:
+        verb = "is the new champion" if decision["promoted"] else "is not the new champion"
+        paragraphs.append(
+            f"It is version {decision['version']} of {decision['model']} and {verb}. Reason: {decision['reason']}."
+        )
+    return paragraphs
+
+
+def _copies(memorised: Reading) -> str:
+    copies = round(memorised.value * memorised.num_images)
+    found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies} are copies")
+    return f"Of {memorised.num_images:,} generated images that were compared with every training image, {found}."
+
+
+def extractor_phrase(extractor: str) -> str:
+    """The extractor, as the subject of a sentence."""
+    return {
+        "classifier": "A classifier trained on the same labeled images",
+        "inception": "The Inception network of 2015, which published scores use,",
+    }.get(extractor, f"The extractor “{extractor}”")
+
+
+def tiles(nfe: int, generated: Mapping[str, Reading], real: Mapping[str, Reading]) -> list[Tile]:
+    """The numbers at the top of the page."""
+    found = []
+    if "score" in generated and "score" in real:
+        value, of_real = generated["score"].value, real["score"].value
+        note = f"of the score of real images: {value:.3g} vs. {of_real:.3g}"
+        found.append(Tile("score", f"{value / of_real:.0%}", note))
+    if "fid" in generated:
+        note = f"real images: {real['fid'].value:.3g}; lower is better" if "fid" in real else "lower is better"
+        found.append(Tile("Fréchet distance", f"{generated['fid'].value:.3g}", note))
+    if "memorised" in generated:
+        copies = generated["memorised"]
+        number = round(copies.value * copies.num_images)
+        found.append(Tile("copies", f"{number}", f"in {copies.num_images:,} generated images"))
+    found.append(Tile("network evaluations", f"{nfe:,}", "per image (NFE)"))
+    return found
 
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -151,31 +215,26 @@ def duration(seconds: float) -> str:
 
 
 def cost_line(ledger: Mapping[str, Any]) -> str:
-    """The whole run in one line; empty if no step has an account."""
+    """The cost of the whole run, from `ncsn.runs.costs.ledger`; empty if no step has recorded its time."""
     actual = ledger["actual"]
-    return _words(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
+    return _cost(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
 
 
 def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
-    """What the steps took together, what was planned, and what images cost that are made after training.
-
-    Args:
-        ledger: As `ncsn.runs.costs.ledger` gives it.
-        num_images: Images that the sample step made.
-    """
+    """The cost of the run, its plan, and the cost of 1,000 more images; `num_images` are those of the sample step."""
     currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
     if not steps:
         return
-    yield Fact("Taken", _words(ledger["actual"]["total"], currency))
+    yield Fact("Actual cost", _cost(ledger["actual"]["total"], currency))
     if ledger["plan"] is not None:
-        yield Fact("Planned", _words(ledger["plan"]["total"], currency))
+        yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
     if "sample" in steps and num_images:
         share = 1000 / num_images
         per_thousand = {name: share * value for name, value in steps["sample"].items()}
-        yield Fact("Per 1,000 images", _words(per_thousand, currency))
+        yield Fact("Per 1,000 images", _cost(per_thousand, currency))
 
 
-def _words(cost: Mapping[str, float], currency: str) -> str:
+def _cost(cost: Mapping[str, float], currency: str) -> str:
     gpu = f" · {cost['gpu_hours']:,.2g} GPU hours" if cost["gpu_hours"] else ""
     return (
         f"{duration(cost['seconds'])} · {cost['cpu_hours']:,.2g} CPU hours{gpu} · {cost['money']:,.2g} {currency} · "
@@ -187,24 +246,19 @@ DIGEST_SHOWN = 12
 
 
 def result_line(step: str, result: Mapping[str, Any]) -> str:
-    """What came of a step.
-
-    Args:
-        step: Its name.
-        result: Its stored result, as plain values.
-    """
+    """The stored result of a step in one line."""
     match step:
         case "ingest":
             counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
             return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
         case "tune":
-            before = "" if result["baseline"] is None else f" (the config as it stands: {result['baseline']:.4g})"
+            before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
             return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
         case "train":
             loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
             return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
         case "sample":
-            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations each"
+            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
         case "evaluate":
             return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
         case "register":
@@ -215,3 +269,37 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
         case "report":
             return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
     raise AssertionError(step)
+
+
+# The other tags are versions of packages, or for MLflow alone.
+TAGS = {
+    "mlflow.source.git.commit": "Git commit",
+    "mlflow.docker.image.uri": "Image",
+    "kfp.pipeline_run_id": "KFP run",
+    "ray.submission_id": "Ray submission",
+    "ray.job_id": "Ray job",
+    "ray.session": "Ray session",
+    "mlflow.user": "Started by",
+}
+LINKS = {"kfp.pipeline_run_id": "kfp.pipeline_run_url", "ray.submission_id": "ray.dashboard_url"}
+VERSION = ".version"
+
+
+def tag_facts(runs: Sequence[Mapping[str, str]]) -> list[Fact]:
+    """Facts from the tags of MLflow runs; where steps have different values, all of them in order."""
+    facts = []
+    for tag, label in TAGS.items():
+        if values := _values(runs, tag):
+            links = _values(runs, LINKS.get(tag, ""))
+            # A tag may hold anything; only an address of a page becomes a link.
+            link = links[0] if links and links[0].startswith(("http://", "https://")) else ""
+            facts.append(Fact(label, ", ".join(values), link))
+    versions = {tag.removesuffix(VERSION): None for tags in runs for tag in tags if tag.endswith(VERSION)}
+    if versions:
+        shown = (f"{name} {', '.join(_values(runs, name + VERSION))}" for name in versions)
+        facts.append(Fact("Versions", " · ".join(shown)))
+    return facts
+
+
+def _values(runs: Sequence[Mapping[str, str]], tag: str) -> list[str]:
+    return list(dict.fromkeys(tags[tag] for tags in runs if tags.get(tag)))

@@ -15,8 +15,9 @@ from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.report.images import neighbours_png
-from ncsn.report.model_card import Scores, model_card
+from ncsn.model.generate import evaluations_per_image
+from ncsn.report.cards import ModelFacts, model_card
+from ncsn.report.images import neighbors_png
 from ncsn.report.words import cost_line
 from ncsn.runs.costs import ledger
 from ncsn.steps.step import Step
@@ -28,7 +29,7 @@ from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3
-PICTURES = {"grid.png": "samples", "neighbours.png": "samples, each beside its nearest training images"}
+PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
 """Name -> what it shows, of the pictures beside the card."""
 CARD_NEIGHBOURS = 8
 
@@ -131,22 +132,17 @@ def _candidate(
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
     tracked.set_tags({**origin, "samples.uri": figures["samples"], "evaluation.uri": figures["uri"]})
     files = _pictures(figures)
-    scores = Scores(
-        figures["metrics"],
-        figures["real_metrics"],
-        figures["fingerprint"],
-        figures["notes"],
-        num_splits=loaded.config.evaluation.num_splits,
-    )
-    card = model_card(
-        name,
-        checkpoint=loaded,
-        manifest=manifest,
-        scores=scores,
+    facts = ModelFacts(
+        name=name,
         run=run,
+        checkpoint=loaded.digest,
+        images_seen=loaded.images_seen,
+        num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
+        nfe=evaluations_per_image(loaded.config),
         cost=cost_line(ledger(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
     )
+    card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=figures)
     tracked.log_text(card, "model_card.md")
     for file, content in files.items():
         tracked.log_bytes(content, file)
@@ -155,13 +151,13 @@ def _candidate(
         checkpoint=loaded,
         card=card,
         files=files,
-        metrics={**scores.metrics, **scores.real_metrics},
+        metrics={**figures["metrics"], **figures["real_metrics"]},
         tags={
             "ncsn.run": run,
             "ncsn.root": storage.absolute(loaded.config.storage.root),
             "ncsn.checkpoint_uri": checkpoint,
             "dataset.digest": manifest.digest,
-            "eval.fingerprint": scores.fingerprint,
+            "eval.fingerprint": figures["fingerprint"],
         },
     )
 
@@ -177,7 +173,7 @@ def _pictures(figures: dict[str, Any]) -> dict[str, bytes]:
         count = 1 + max(line["image"] for line in table)
         samples = np.concatenate(list(read_samples(figures["samples"], num_images=count, batch_size=count)))
         training = open_cache(figures["dataset"], figures["reference_split"]).images
-        files["neighbours.png"] = neighbours_png(table, samples=samples, training_images=training)
+        files["neighbours.png"] = neighbors_png(table, samples=samples, training_images=training)
     return files
 
 

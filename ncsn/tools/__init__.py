@@ -1,1 +1,1 @@
-"""What is no step of the pipeline: figures, planning, registered models, preparation, the toy example."""
+"""Everything that is not a pipeline step: figures, planning, registered models, preparation, the toy example."""

@@ -1,60 +1,49 @@
-"""Pictures of a finished run: losses, levels, inpainting, interpolation, neighbours, and quality over NFE.
-
-Not a step of the pipeline: it reads what the pipeline left, and can be asked for at any time.
-"""
+"""`ncsn figures`: losses, levels, inpainting, interpolation, neighbors, and quality over NFE of a finished run."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.shards import read_samples
 from ncsn.errors import UserError
+from ncsn.evaluation.scores import nearest_neighbours
+from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
-from ncsn.runs.costs import Prices, prices_of, read_plan
-from ncsn.runs.folder import RunFolder
+from ncsn.model.generate import generate, interpolate, level_images
+from ncsn.report.diagnostics import price_note, quality_plot
+from ncsn.report.finished_run import FinishedRun, inpainting, open_run, quality
+from ncsn.report.images import MAX_STAGES, Stages, interpolation_panel, neighbors_panel, samples_at_levels
+from ncsn.report.plots import last_losses, loss_curves, loss_heat_map, under_trained_levels
+from ncsn.report.style import to_png, to_svg
+from ncsn.runs.costs import prices_of, read_plan
 from ncsn.runs.records import load_history
-from ncsn.steps import figure_numbers as numbers
-from ncsn.steps.figure_numbers import Subject, subject_of
 from ncsn.steps.step import Step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 DEFAULT_NFE = (10, 20, 50, 100)
 DEFAULT_IMAGES = 256
+ROWS = 8  # samples in a panel
+NEIGHBORS = 5
+INTERPOLATIONS = 4
+INTERPOLATED = 8  # images of each interpolation, with both ends
 
 
 @dataclass(frozen=True)
 class FiguresResult:
-    """The figures of one run.
+    """The figures of one run."""
 
-    Attributes:
-        uri: JSON file with the numbers behind all of them.
-        figures: Name -> PNG file; an SVG file of the same name stands beside it.
-        notes: What is missing, and why.
-    """
-
-    uri: str
-    figures: dict[str, str]
+    uri: str  # JSON file with the numbers behind all figures
+    figures: dict[str, str]  # name -> PNG file; there is an SVG file of the same name
     notes: list[str]
-
-
-@dataclass
-class _Sheet:
-    """Figures and their numbers as they are made."""
-
-    figures: dict[str, Figure] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def run(
@@ -68,20 +57,20 @@ def run(
     num_images: int = DEFAULT_IMAGES,
     out: str | None = None,
 ) -> FiguresResult:
-    """Draw a finished run; the second call with the same inputs returns the first's figures.
+    """Draw a finished run; a second call with the same inputs returns the figures of the first.
 
     Args:
         config: The experiment.
         run: Name of the run.
-        checkpoint: URI of the checkpoint.
-        samples: URI of its samples, of which the nearest training images are sought.
-        dataset: URI of the ingested data set.
-        nfe: Wanted evaluations per image in the curve of quality over NFE; each sampler takes the nearest it can.
-        num_images: Images behind each point of that curve.
-        out: URI of the folder for the files; None = `report` in the run's folder.
+        checkpoint: URI.
+        samples: URI.
+        dataset: URI.
+        nfe: Evaluations per image in the plot of quality over NFE; each sampler takes the nearest that it can have.
+        num_images: Images at each point of that plot.
+        out: URI of the folder for the files; None is `report` in the run's folder.
 
     Raises:
-        UserError: if the checkpoint belongs to another config, or a sampler leaves the finite numbers.
+        UserError: if the checkpoint belongs to another config, or a sampler diverges.
     """
     step = Step.claim("figures", config, run, FiguresResult, unit="images")
     _check(nfe, num_images)
@@ -102,8 +91,17 @@ def run(
     if result := step.found(inputs, needs=lambda result: [result.uri, *result.figures.values()]):
         return result
     with step.work(config) as work:
-        subject = subject_of(config, trained, samples=samples, dataset=dataset, device=device)
-        sheet = _draw(subject, step.folder, nfe=nfe, num_images=num_images, progress=work.progress)
+        opened = open_run(config, trained, samples=samples, dataset=dataset, device=device)
+        sheet = _Sheet()
+        _draw_losses(sheet, opened, history=step.folder.history)
+        _draw_images(sheet, opened)
+        measured = quality(opened, nfe=nfe, num_images=num_images, progress=work.progress)
+        prices = prices_of(read_plan(step.folder.uri))
+        sheet.figures["quality_nfe"], sheet.numbers["quality"] = quality_plot(measured, prices), measured
+        sheet.notes.append(
+            "each point of quality_nfe shows the seconds and the price of 1,000 images on this machine. "
+            + price_note(measured, prices)
+        )
         result = _publish(sheet, out)
         for uri in (result.uri, *result.figures.values()):
             work.tracked.log_file(uri, "figures")
@@ -117,87 +115,100 @@ def _check(nfe: Sequence[int], num_images: int) -> None:
         raise UserError("--num-images", "must be at least 2, since a single image has no spread", value=num_images)
 
 
-def _draw(
-    subject: Subject, folder: RunFolder, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
-) -> _Sheet:
-    sheet = _Sheet()
-    _draw_losses(sheet, folder, subject)
-    _draw_images(sheet, subject)
-    prices = prices_of(read_plan(folder.uri))
-    _draw_quality(sheet, subject, prices, nfe=nfe, num_images=num_images, progress=progress)
-    return sheet
+@dataclass
+class _Sheet:
+    figures: dict[str, Figure] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def _draw_losses(sheet: _Sheet, folder: RunFolder, subject: Subject) -> None:
-    from ncsn.report.plots import LevelLosses, loss_curves, loss_heat_map, under_trained_levels
-
-    history = load_history(folder.history)
-    if not history.images_seen:
-        sheet.notes.append("no curves of the loss: the run was trained before their history was kept")
+def _draw_losses(sheet: _Sheet, run: FinishedRun, *, history: str) -> None:
+    found, sigmas = load_history(history), run.sigmas.tolist()
+    if not found.images_seen:
+        sheet.notes.append("no plots of the loss: the run has no history of it")
         return
-    sigmas = subject.sigmas.tolist()
-    losses = history.level_losses(len(sigmas))
-    curves = LevelLosses.of(history.images_seen, losses, sigmas=sigmas)
-    sheet.figures["loss_curves"] = loss_curves(curves)
-    sheet.figures["loss_map"] = loss_heat_map(curves)
+    losses = found.level_losses(len(sigmas))
+    sheet.figures["loss_curves"] = loss_curves(found.images_seen, losses, sigmas=sigmas)
+    sheet.figures["loss_map"] = loss_heat_map(found.images_seen, losses, sigmas=sigmas)
     sheet.numbers["losses"] = {
-        "images_seen": history.images_seen,
+        "images_seen": found.images_seen,
         "sigmas": sigmas,
         "by_level": [[value if math.isfinite(value) else None for value in row] for row in losses.tolist()],
-        "under_trained_levels": under_trained_levels(curves.last),
+        "under_trained_levels": under_trained_levels(last_losses(losses)),
     }
 
 
-def _draw_images(sheet: _Sheet, subject: Subject) -> None:
-    from ncsn.report.images import (
-        MAX_STAGES,
-        inpainting_panel,
-        interpolation_panel,
-        neighbours_panel,
-        samples_at_levels,
-    )
-
-    levels = numbers.levels(subject, most=MAX_STAGES)
-    sheet.figures["levels"] = samples_at_levels(levels.frames, sigmas=levels.sigmas)
-    sheet.numbers["levels"] = {"stages": levels.stages, "sigmas": levels.sigmas}
-    inpainted = numbers.inpainting(subject)
-    sheet.figures["inpainting"] = inpainting_panel(inpainted.originals, inpainted.completions, mask=inpainted.known)
-    sheet.numbers["inpainting"] = inpainted.facts
-    interpolated = numbers.interpolations(subject)
-    sheet.figures["interpolation"] = interpolation_panel(interpolated)
-    steps = np.diff(interpolated / 255.0, axis=1)
-    sheet.numbers["interpolation"] = {
-        "rms_of_steps": np.sqrt((steps**2).mean(axis=(2, 3, 4))).round(4).tolist(),
-    }
+def _draw_images(sheet: _Sheet, run: FinishedRun) -> None:
+    sheet.figures["levels"], sheet.numbers["levels"] = _levels(run)
+    sheet.figures["inpainting"], sheet.numbers["inpainting"] = inpainting(run)
+    sheet.figures["interpolation"], sheet.numbers["interpolation"] = _interpolations(run)
     for space in ("pixels", "features"):
-        found = numbers.neighbours(subject, space=space)
-        sheet.figures[f"neighbours_{space}"] = neighbours_panel(
-            found.samples, found.neighbours, distances=found.distances, memorised=found.memorised
+        name = f"neighbours_{space}"
+        sheet.figures[name], sheet.numbers[name] = _neighbors(run, space)
+
+
+def _levels(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
+    """The first samples of the run as they are after each level."""
+    stages = Stages(MAX_STAGES + 1)
+    final = generate(
+        run.trained,
+        sampling=run.sampling,
+        first=0,
+        count=ROWS,
+        device=run.device,
+        on_level=lambda stage, x: stages.add(stage, level_images(x, run.sampling)),
+    )
+    stages.add(stages.numbers[-1], final)
+    visited = build.sampler(run.sampling.sampler).visited(run.sigmas)
+    sigmas = [visited[stage - 1] for stage in stages.numbers if stage > 0]
+    return samples_at_levels(stages.frames, sigmas=sigmas), {"stages": stages.numbers, "sigmas": sigmas}
+
+
+def _interpolations(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
+    """From each even one of the run's first samples to the odd one after it."""
+    images = np.stack(
+        [
+            interpolate(
+                run.trained,
+                sampling=run.sampling,
+                first=2 * pair,
+                second=2 * pair + 1,
+                count=INTERPOLATED,
+                device=run.device,
+            )
+            for pair in range(INTERPOLATIONS)
+        ]
+    )
+    steps = np.diff(images / 255.0, axis=1)
+    return interpolation_panel(images), {"rms_of_steps": np.sqrt((steps**2).mean(axis=(2, 3, 4))).round(4).tolist()}
+
+
+def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
+    """The training images nearest to the run's first samples, in pixels or in the features of the extractor."""
+    samples = np.concatenate(list(read_samples(run.samples, num_images=ROWS, batch_size=ROWS)))
+    if space == "pixels":
+        found, unit = nearest_neighbours(samples, run.train.images, k=NEIGHBORS), "grey levels, 0 to 255"
+    else:
+        features = run.extractor.extract(samples).features
+        found, unit = nearest_neighbours(features, run.reference.features, k=NEIGHBORS), "features"
+    rows = [
+        {
+            "image": image,
+            "rows": indices.tolist(),
+            "distances": np.round(distances, 4).tolist(),
+            "memorised": bool(copy),
+        }
+        for image, (indices, distances, copy) in enumerate(
+            zip(found.indices, found.distances, found.memorised, strict=True)
         )
-        sheet.numbers[f"neighbours_{space}"] = found.facts
-
-
-def _draw_quality(
-    sheet: _Sheet,
-    subject: Subject,
-    prices: Prices,
-    *,
-    nfe: Sequence[int],
-    num_images: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    from ncsn.report.diagnostics import money_note, quality_plot
-
-    measured = numbers.quality(subject, nfe=nfe, num_images=num_images, progress=progress)
-    sheet.figures["quality_nfe"] = quality_plot(measured, prices)
-    sheet.numbers["quality"] = measured
-    note = money_note(measured, prices)
-    sheet.notes.append(f"beside each point of quality_nfe: seconds per 1,000 images on this machine, and money. {note}")
+    ]
+    panel = neighbors_panel(
+        samples, run.train.images[found.indices], distances=found.distances, memorised=found.memorised.tolist()
+    )
+    return panel, {"unit": unit, "samples": rows}
 
 
 def _publish(sheet: _Sheet, out: str) -> FiguresResult:
-    from ncsn.report.style import to_png, to_svg
-
     for name, figure in sheet.figures.items():
         storage.write_bytes(storage.join(out, f"{name}.png"), to_png(figure))
         storage.write_text(storage.join(out, f"{name}.svg"), to_svg(figure, salt=name))

@@ -35,23 +35,14 @@ MODEL_FOLDER = "model"
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """Images of a registered model.
+    """Images of a registered model."""
 
-    Attributes:
-        uri: Folder of the Parquet shards, their manifest and a copy of the weights.
-        grid: URI of a PNG with the first images.
-        num_images: Images in the folder.
-        nfe: Score-network evaluations per image.
-        seconds: Duration of this call's sampling.
-        model: `models:/<name>/<version>`.
-    """
-
-    uri: str
-    grid: str
+    uri: str  # folder with the Parquet shards, their manifest and a copy of the weights
+    grid: str  # URI of a PNG with the first images
     num_images: int
     nfe: int
-    seconds: float
-    model: str
+    seconds: float  # of this call
+    model: str  # `models:/<name>/<version>`
 
 
 def sample_model(
@@ -68,13 +59,13 @@ def sample_model(
     Args:
         address: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         registry: URI of the tracking server.
-        root: Store below which the images go if `out` is None, to `generated/<name>/<version>/<settings>`.
+        root: Without `out`, the images go to `<root>/generated/<name>/<version>/<settings>`.
         out: Folder for the images.
-        overrides: `a.b=value`, on the config that is registered with the model; of its sampling and compute sections.
-        progress: Called with (images there, images wanted).
+        overrides: Changes of the registered config, in its sampling and compute sections.
+        progress: Called with (existing images, wanted images).
 
     Raises:
-        UserError: for an unknown model, settings that would need another network, or a folder with other images.
+        UserError: for an unknown model, settings of another network, or a folder with other images.
     """
     with registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)
@@ -91,31 +82,22 @@ def sample_model(
             "seed": config.sampling.seed,
             "precision": config.sampling.precision,
         }
-        place = ("generated", version.name, str(version.version), _digest(source))
-        folder = storage.absolute(out) if out else storage.join(near, *place)
+        default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
+        folder = storage.absolute(out) if out else default
         _claim(folder, source)
         storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=checkpoints.TRAINED_CONFIG)
     return _sample(config, folder, model=model, progress=progress)
 
 
 def _config(weights: Path, overrides: Sequence[str], *, origin: str) -> Config:
-    """The registered config with what the caller changes."""
     registered = from_json((weights / checkpoints.TRAINED_CONFIG).read_text())
     config = from_yaml(to_yaml(registered), overrides=overrides, origin=origin)
     checkpoints.require_same_training(registered, config, origin=origin)
     return config
 
 
-def _digest(source: dict[str, Any]) -> str:
-    return storage.digest(source, 12)
-
-
 def _claim(folder: str, source: dict[str, Any]) -> None:
-    """Take the folder for images of this source, or find that it is theirs already.
-
-    Raises:
-        UserError: if it holds images of another.
-    """
+    """Claim the folder for images of this source; refuse it if it has other images."""
     manifest = storage.join(folder, MANIFEST)
     if storage.exists(folder) and storage.list_names(folder) and not storage.exists(manifest):
         raise UserError("--out", "not empty and not a folder of samples", hint="choose another folder", value=folder)
@@ -126,7 +108,7 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
         if found.get(key) != wanted:
             raise UserError(
                 "--out",
-                f"holds images of {key} {found.get(key)!r}, not of {wanted!r}",
+                f"has images of {key} {found.get(key)!r}, not of {wanted!r}",
                 hint="choose another folder",
                 value=folder,
             )
@@ -162,34 +144,20 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A file of weights.
-
-    Attributes:
-        uri: The file.
-        parameters: Numbers in it.
-        source: Where they come from: URI of a checkpoint, or `models:/<name>/<version>`.
-    """
+    """A file of weights."""
 
     uri: str
     parameters: int
-    source: str
+    source: str  # URI of a checkpoint, or `models:/<name>/<version>`
 
 
 def from_checkpoint(checkpoint: str, *, out: str) -> ExportResult:
-    """Write the EMA weights of a checkpoint to `out`.
-
-    Raises:
-        UserError: if there is no complete checkpoint.
-    """
+    """Write the EMA weights of a checkpoint to the file `out`."""
     return _write(checkpoints.load_for_sampling(checkpoint), source=checkpoint, out=out)
 
 
 def from_model(address: str, *, registry: str, out: str) -> ExportResult:
-    """Write the EMA weights of a registered model to `out`.
-
-    Raises:
-        UserError: for an unknown model, version or alias.
-    """
+    """Write the EMA weights of a registered model to the file `out`."""
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)
         source = f"models:/{version.name}/{version.version}"
@@ -198,25 +166,16 @@ def from_model(address: str, *, registry: str, out: str) -> ExportResult:
 
 
 def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
-    """The parameters under their names in the network; the config that builds it is the file's metadata."""
+    # The names are those of the network, which the config in the metadata builds.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.network.named_parameters()}
     uri = storage.absolute(out)
     storage.write_bytes(uri, save(weights, metadata={"config": to_json(trained.config), "source": source}))
     return ExportResult(uri=uri, parameters=sum(tensor.numel() for tensor in weights.values()), source=source)
 
 
-_READABLE_CHARACTERS = 40
-
-
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
-    """The config with which to evaluate the images, and a run name that is theirs alone.
-
-    Args:
-        images: What `sample_model.run` made below `root`.
-        root: Store for the evaluation.
-        overrides: Those with which the images were made, and others that change how they are measured.
-    """
+    """The config to evaluate the images with, in the store `root`, and a run name that no other images have."""
     origin = storage.join(images.uri, MODEL_FOLDER, TRAINED_CONFIG)
     config = from_yaml(storage.read_text(origin), overrides=[*overrides, f"storage.root={root}"], origin=images.model)
-    model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:_READABLE_CHARACTERS]
+    model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:40]
     return config, f"{model.strip('-')}-{images.uri.rpartition('/')[2]}"

@@ -1,6 +1,6 @@
-"""What a pipeline run will take and what it took: seconds, CPU- and GPU-hours, money, energy, memory and storage.
+"""What a pipeline run will take: seconds, CPU and GPU hours, money, energy, memory and storage.
 
-Plain arithmetic on rates that somebody measured; `ncsn.tools.trial_run` measures them.
+Plain arithmetic on the rates that `ncsn.tools.trial_run` measures; the measurements without steps are at the end.
 """
 
 from __future__ import annotations
@@ -23,81 +23,55 @@ from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 GIGABYTE = 1e9
-NEIGHBOUR_SEARCHES = 2
-"""How often the evaluation looks through the training images: for the samples and for real test images."""
+NEIGHBOR_SEARCHES = 2  # of an evaluation in the training images: for the samples and for real test images
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much of everything a config asks for.
-
-    Attributes:
-        train_images: Images of the train split.
-        test_images: Images of the test split.
-        shards: Batches of images that sampling makes.
-        nfe: Network evaluations per generated image.
-    """
+    """How much of everything a config asks for."""
 
     train_images: int
     test_images: int
-    shards: int
+    shards: int  # batches of generated images
     nfe: int
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a probe measured on the machine at hand; seconds unless the name says otherwise.
+    """What a trial run measures; seconds unless the name says otherwise."""
 
-    Attributes:
-        cluster_start: Starting Ray, or joining it.
-        process_start: Starting the process of one step with its imports.
-        fixed: Step -> what it takes in its own process before and after the work that grows with the config.
-        ingest_image: Reading and writing one image.
-        train_image: One training image, by all workers together.
-        checkpoint: Making and publishing one checkpoint, with its preview.
-        sample_evaluation: One network evaluation of one batch, while all workers are busy.
-        classifier_image: One image of one pass of the classifier's training.
-        extract_image: One image through the extractor.
-        neighbour_image: One training image in the search for those nearest to a set of images.
-        worker_bytes: Memory of a training worker.
-        machine_bytes: Memory of the machines of the cluster.
-        dataset_image_bytes: Of one image in the store.
-        checkpoint_bytes: Of one checkpoint.
-        sample_bytes: Of one generated image in the store.
-    """
-
-    cluster_start: float
-    process_start: float
-    fixed: Mapping[str, float]
+    cluster_start: float  # to start or join a Ray cluster
+    process_start: float  # of one step, with its imports
+    fixed: Mapping[str, float]  # step -> its time that does not grow with the config
     ingest_image: float
-    train_image: float
-    checkpoint: float
-    sample_evaluation: float
-    classifier_image: float
+    train_image: float  # by all workers together
+    checkpoint: float  # save and publish one, with its preview
+    sample_evaluation: float  # of one batch, while all workers are busy
+    classifier_image: float  # in one epoch of the classifier's training
     extract_image: float
-    neighbour_image: float
-    worker_bytes: float
-    machine_bytes: float
-    dataset_image_bytes: float
+    neighbour_image: float  # one training image in one search for nearest neighbors
+    worker_bytes: float  # memory of a training worker
+    machine_bytes: float  # memory of the cluster
+    dataset_image_bytes: float  # stored
     checkpoint_bytes: float
-    sample_bytes: float
+    sample_bytes: float  # of one stored image
 
 
 def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, float]:
-    """Step -> seconds, as the step itself will report them."""
+    """The seconds of each step, as the step itself reports them."""
     train, evaluation, sampling = config.train, config.evaluation, config.sampling
     images = math.ceil(train.num_images / train.batch_size) * train.batch_size
     waves = math.ceil(counts.shards / config.compute.max_workers)
     measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
     passes = evaluation.classifier_epochs if evaluation.extractor == "classifier" else 0
-    # GPUs share the features; CPUs of one machine do so in the probe already.
-    lookers = config.compute.max_workers if config.compute.use_gpu else 1
-    of_training_image = passes * rates.classifier_image + NEIGHBOUR_SEARCHES * rates.neighbour_image
+    # GPUs share the features. The CPUs of one machine already do so in the trial run.
+    extractors = config.compute.max_workers if config.compute.use_gpu else 1
+    of_training_image = passes * rates.classifier_image + NEIGHBOR_SEARCHES * rates.neighbour_image
     work = {
         "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
         "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
         "sample": waves * counts.nfe * rates.sample_evaluation,
-        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / lookers,
+        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / extractors,
         "register": 0.0,
         "report": 0.0,
     }
@@ -105,17 +79,13 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
 
 
 def num_checkpoints(config: Config) -> int:
-    """How many checkpoints the training publishes."""
+    """Checkpoints that the training publishes."""
     every, images = config.train.checkpoint_every_images, config.train.num_images
     return images // every + (images % every > 0)
 
 
 def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, Any]:
-    """The plan as plain values, by these names.
-
-    `steps`, `total`, `start_seconds`, `memory`, `pods` (None unless the backend is kuberay), `storage`, `prices`,
-    `rates`, `counts`.
-    """
+    """The plan as plain values: `steps`, `total`, `start_seconds`, `memory`, `pods`, `storage` and the arguments."""
     costs = {
         step: cost_of(config, step, seconds, prices) for step, seconds in step_seconds(config, counts, rates).items()
     }
@@ -143,13 +113,13 @@ def _memory(config: Config, rates: Rates) -> dict[str, Any]:
 
 
 def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
-    """The worker pods of the RayJobs, the largest where a step needs more memory; None for another backend."""
+    """The worker pods of the RayJobs by the step with the most memory; None for another backend."""
     compute = config.compute
     if compute.backend != "kuberay":
         return None
     size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
     if given is None:
-        from ncsn.model.memory import worker_memory  # torch, which the ledger has no use for
+        from ncsn.model.memory import worker_memory  # imports torch
 
         worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
     return {
@@ -182,7 +152,7 @@ _TILED_BYTES = 1 << 28
 
 
 def seconds_per_image(extractor: Extractor, images: Images, *, batch_size: int) -> float:
-    """Of one image through the extractor: its second batch, for the first warms up."""
+    """Seconds of one image in the extractor, by its second batch; the first warms up."""
     batch = np.array(images[:batch_size])
     extractor.extract(batch)
     started = time.perf_counter()
@@ -191,7 +161,7 @@ def seconds_per_image(extractor: Extractor, images: Images, *, batch_size: int) 
 
 
 def search_seconds_per_image(images: Images) -> float:
-    """Of one training image in the search for those nearest to a set of images: the second search, as above."""
+    """Seconds of one training image in a search for nearest neighbors, by the second search."""
     queries = np.array(images[:NEIGHBOUR_IMAGES])
     pixel_neighbours(queries, images)
     started = time.perf_counter()
@@ -200,11 +170,11 @@ def search_seconds_per_image(images: Images) -> float:
 
 
 def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labels: Labels, seconds: float) -> float:
-    """Of one image of one pass over a large set, whose batches and threads are others than a small one's.
+    """Seconds of one image in one epoch over a large set, which has other batches and threads than a small one.
 
     Args:
         recipe: The classifier.
-        images: Some images, [N, H, W, C] uint8; repeated until they are a large set.
+        images: [N, H, W, C] uint8, repeated until they are a large set.
         labels: [N] classes.
         seconds: How long to train, about.
     """

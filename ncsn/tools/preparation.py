@@ -1,4 +1,4 @@
-"""What prepares a training: noise levels for some images, weights that the authors released."""
+"""Before a training: noise levels suggested for a dataset, and checkpoints that the authors released."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ from ncsn.training.batches import image_moments
 
 UNIT = PixelSpace()
 MOST_IMAGES = 60_000
-_MOST_VALUES = 2**31
-"""Bytes of the images that are kept for it."""
+_MOST_VALUES = 2**31  # uint8 of all images
 _BLOCK = 1024
 
 
 def images_of_dataset(uri: str) -> ImageSample:
-    """The train split of an ingested data set: all of up to 60,000 images (fewer where they are large), or a sample."""
+    """The train split of an ingested dataset, or a sample of 60,000 images (fewer if they are large)."""
     sample = _empty_sample(math.prod(load_manifest(uri).shape))
     for rows in read_blocks(uri, "train"):
         sample.update(rows.images)
@@ -48,7 +47,7 @@ def images_of_dataset(uri: str) -> ImageSample:
 
 
 def images_of_source(data: DataConfig) -> ImageSample:
-    """The train split of a source that need not be ingested, otherwise like `images_of_dataset`."""
+    """The same of a source that is not ingested."""
     sample = _empty_sample(data.image_size**2 * data.channels)
     examples = open_source(data).splits["train"].stream()
     while block := list(itertools.islice(examples, _BLOCK)):
@@ -65,18 +64,15 @@ def suggest_levels(
     steps_per_level: int,
     space: PixelSpace = UNIT,
 ) -> NoiseSuggestion:
-    """Apply techniques 1, 2 and 4 of NCSNv2.
+    """Apply techniques 1, 2 and 4 of NCSNv2 to at least two different images.
 
     Args:
         sample: The images.
         mirrored: Whether training mirrors images.
         sigma_L: Smallest sigma.
-        overlap: C of neighbouring levels.
+        overlap: C of neighboring levels.
         steps_per_level: T, the Langevin steps per level that sampling can afford.
-        space: Where the network sees the images.
-
-    Raises:
-        UserError: if there are fewer than two images, or they are all alike.
+        space: In which the network sees the images.
     """
     images = torch.from_numpy(sample.images)
     if space.logit:
@@ -97,19 +93,19 @@ _SIGMA_TOLERANCE = 1e-4
 
 
 def import_checkpoint(config: Config, *, run: str, file: str, dataset: str) -> TrainResult:
-    """Write the released weights, Adam's moments and step, and the running average as a checkpoint of the run.
+    """Write a released file (weights, Adam's moments and step, EMA) as a checkpoint of the run.
 
-    It becomes the result of the run's step `train`, so that sampling finds it, and training goes on from it.
+    It becomes the result of the run's train step: sampling finds it, and training continues from it.
 
     Args:
-        config: The experiment, of the file's network and noise levels.
-        run: Name of the run, which has not been trained yet.
-        file: Path of the released file on this machine.
-        dataset: URI of the ingested images: their moments are part of a checkpoint, and training goes on with them.
+        config: The experiment, with the network and the noise levels of the file.
+        run: Name of a run without checkpoints.
+        file: Path on this machine.
+        dataset: URI; the moments of its images are part of a checkpoint.
 
     Raises:
-        FileNotFoundError: if there is no such file or dataset.
-        UserError: if the file is not a released checkpoint or does not fit the config, or the run has been trained.
+        FileNotFoundError: if the file or the dataset does not exist.
+        UserError: if the file is not a released checkpoint or does not fit the config, or the run has checkpoints.
     """
     step = Step.claim("train", config, run, TrainResult, unit="images")
     config = step.settle_noise(config, load_manifest(dataset))
@@ -158,7 +154,7 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
 
 @contextmanager
 def _wrong_in(file: str) -> Iterator[None]:
-    """Turn what `ncsn.core` refuses into an error about the file."""
+    """Turn a ValueError of `ncsn.core` into an error about the file."""
     try:
         yield
     except ValueError as error:
@@ -166,7 +162,7 @@ def _wrong_in(file: str) -> Iterator[None]:
 
 
 def _require_levels(config: Config, released: ReleasedCheckpoint, *, file: str) -> None:
-    """NCSNv2's files hold their sigmas, NCSN's do not."""
+    # Files of NCSNv2 contain their sigmas, those of NCSN do not.
     theirs, ours = released.weights.get("sigmas"), build.sigmas(config)
     if theirs is not None and not torch.allclose(theirs.float(), ours, rtol=_SIGMA_TOLERANCE, atol=0):
         raise UserError(

@@ -1,6 +1,6 @@
-"""The pipeline's steps on a few images, timed: real code on the cluster that the run would use, in a scratch store.
+"""`ncsn plan`: a trial run of the pipeline's steps on a few images, in a temporary store, on the cluster of the run.
 
-So the rates know what start-up, workers that share cores, checkpoints and tracking cost here, not only the network.
+So the rates include start-up, workers that share cores, checkpoints and tracking, not only the network.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.core.ode_samplers import ProbabilityFlow
@@ -31,9 +29,8 @@ from ncsn.data.sources import open_source
 from ncsn.data.statistics import resolve_noise
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
-from ncsn.evaluation.classifier import SMALL_SET, ClassifierExtractor, ClassifierNetwork, ClassifierRecipe
-from ncsn.evaluation.extractors import Extractor, InceptionExtractor
-from ncsn.evaluation.reference import SEED
+from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe
+from ncsn.evaluation.reference import SEED, extractor_of
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.runs.costs import PLAN, Prices, load_prices
@@ -41,7 +38,7 @@ from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.tools.planning import (
-    NEIGHBOUR_SEARCHES,
+    NEIGHBOR_SEARCHES,
     Counts,
     Rates,
     estimate,
@@ -55,76 +52,13 @@ from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
-RUN = "rehearsal"
-IMAGES, FEW_IMAGES = 2048, 256
-"""Images of each split that are rehearsed with; the few where each takes long, and to see what one image takes."""
-
-
-def settle(config: Config) -> Config:
-    """The config with noise levels, which `noise: auto` takes here from some of its images."""
-    if config.noise.kind != "auto":
-        return config
-    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
-        data = with_values(config, **{"data.max_images": min(IMAGES, config.data.max_images or IMAGES)}).data
-        return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
-
-
-def count(config: Config) -> Counts:
-    """How much of everything the config asks for."""
-    splits = open_source(config.data).splits
-    sampling = config.sampling
-    return Counts(
-        train_images=splits["train"].count,
-        test_images=splits["test"].count,
-        shards=math.ceil(sampling.num_images / sampling.batch_size),
-        nfe=evaluations_per_image(config),
-    )
-
-
-@contextmanager
-def own_cache(folder: Path) -> Iterator[None]:
-    """Keep the rehearsal's images out of this node's cache, here and in the workers of a cluster that starts now."""
-    before = os.environ.get(CACHE_DIR_VARIABLE)
-    os.environ[CACHE_DIR_VARIABLE] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[CACHE_DIR_VARIABLE]
-        else:
-            os.environ[CACHE_DIR_VARIABLE] = before
-
-
-def scaled_down(config: Config, root: Path) -> Config:
-    """The experiment on a few images, in a store and with a record of its own below `root`."""
-    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
-    samples = config.sampling.batch_size * config.compute.max_workers
-    return with_values(
-        config,
-        **{
-            "compute.backend": "local",
-            "compute.num_workers": config.compute.max_workers,
-            "storage.root": str(root),
-            "tracking.uri": f"sqlite:///{root}/mlflow.db",
-            "data.max_images": min(images, config.data.max_images or images),
-            "sampling.num_images": samples,
-            "evaluation.classifier_epochs": 1,
-            "evaluation.num_splits": 1,
-        },
-    )
-
-
-def with_values(config: Config, **values: Any) -> Config:
-    """The config with other values, dotted path -> value."""
-    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
-    return from_yaml(to_yaml(config), overrides=overrides)
-
-
-SECONDS = 6.0
-"""Wanted length of a measurement."""
+RUN = "trial"
+IMAGES, FEW_IMAGES = 2048, 256  # of each split; the few where an image takes long, and to measure what one takes
+SECONDS = 6.0  # wanted length of a measurement
 REPORTS = 6
 MOST_STEPS, LEAST_STEPS = 600, 2 * REPORTS
 
+# What the process of a step does before its work.
 _START = """
 import sys, time
 from ncsn.config import from_json
@@ -137,51 +71,122 @@ recorded = time.perf_counter()
 with ray_cluster(config):
     print(recorded - started, time.perf_counter() - recorded)
 """
-"""What the process of a step does before its work."""
+
+
+def run(config: Config, *, run: str, prices: Prices | None = None, report: Callable[[str], None]) -> dict[str, Any]:
+    """Estimate the whole pipeline by a trial run, and store the plan in the run's folder.
+
+    Args:
+        config: The experiment.
+        run: Name of the planned run, which is not claimed.
+        prices: The default is the package's table.
+        report: Called with the name of each part of the trial run as it begins.
+
+    Returns:
+        The plan as plain values, see `ncsn.tools.planning.estimate`.
+    """
+    folder = run_folder(config, run)
+    config = settle(config)
+    counts = count(config)
+    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as scratch:
+        small = scaled_down(config, Path(scratch))
+        report("start")
+        started = time.perf_counter()
+        with own_cache(Path(scratch) / "cache"), ray_cluster(config):
+            cluster_start = time.perf_counter() - started
+            connect(small)  # creates the database, which a store does once
+            rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
+    plan = {
+        "run": run,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **estimate(config, counts, rates, prices or load_prices()),
+    }
+    storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
+    return plan
+
+
+def settle(config: Config) -> Config:
+    """The config with noise levels; `noise: auto` takes them from some of its images."""
+    if config.noise.kind != "auto":
+        return config
+    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
+        data = with_values(config, **{"data.max_images": _at_most(IMAGES, config)}).data
+        return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
+
+
+def count(config: Config) -> Counts:
+    """How many images and evaluations the config asks for."""
+    splits = open_source(config.data).splits
+    sampling = config.sampling
+    return Counts(
+        train_images=splits["train"].count,
+        test_images=splits["test"].count,
+        shards=math.ceil(sampling.num_images / sampling.batch_size),
+        nfe=evaluations_per_image(config),
+    )
+
+
+def _at_most(images: int, config: Config) -> int:
+    return min(images, config.data.max_images or images)
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Keep the trial run's images out of the node's cache, here and in the workers of a cluster that starts now."""
+    before = os.environ.get(CACHE_DIR_VARIABLE)
+    os.environ[CACHE_DIR_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_DIR_VARIABLE]
+        else:
+            os.environ[CACHE_DIR_VARIABLE] = before
+
+
+def scaled_down(config: Config, root: Path) -> Config:
+    """The experiment on a few images, with its store and tracking below `root`."""
+    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
+    samples = config.sampling.batch_size * config.compute.max_workers
+    return with_values(
+        config,
+        **{
+            "compute.backend": "local",
+            "compute.num_workers": config.compute.max_workers,
+            "storage.root": str(root),
+            "tracking.uri": f"sqlite:///{root}/mlflow.db",
+            "data.max_images": _at_most(images, config),
+            "sampling.num_images": samples,
+            "evaluation.classifier_epochs": 1,
+            "evaluation.num_splits": 1,
+        },
+    )
+
+
+def with_values(config: Config, **values: Any) -> Config:
+    """The config with other values at these dotted paths."""
+    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+    return from_yaml(to_yaml(config), overrides=overrides)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds that a step's process takes: to start, until MLflow answers, until it has joined the cluster."""
+    """Seconds that the process of a step takes to start, to connect to MLflow and to join the cluster."""
 
     process: float
     tracking: float
     joining: float
 
 
-def rehearse(config: Config, counts: Counts, *, report: Callable[[str], None]) -> Rates:
-    """Measure what `ncsn.tools.planning` needs.
+class _TrialRun:
+    """The steps one after the other, each with the results of the one before."""
 
-    Args:
-        config: The experiment.
-        counts: What it asks for.
-        report: Called with the name of each part as it begins.
-
-    Raises:
-        UserError: as the steps do, for a config that they refuse.
-    """
-    with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as scratch:
-        root = Path(scratch)
-        small = scaled_down(config, root)
-        report("start")
-        started = time.perf_counter()
-        with own_cache(root / "cache"), ray_cluster(config):
-            cluster_start = time.perf_counter() - started
-            connect(small)  # creates the database, which a store has once
-            return _Rehearsal(small, counts, start=_process_start(small), cluster_start=cluster_start).rates(
-                config, report
-            )
-
-
-class _Rehearsal:
-    """The steps one after the other, each with what the one before left."""
-
-    def __init__(self, config: Config, counts: Counts, *, start: Start, cluster_start: float) -> None:
-        self.config, self.counts, self.start, self.cluster_start = config, counts, start, cluster_start
+    def __init__(self, config: Config, counts: Counts, *, start: Start) -> None:
+        self.config, self.counts, self.start = config, counts, start
         self.folder: RunFolder = run_folder(config, RUN)
 
-    def rates(self, config: Config, report: Callable[[str], None]) -> Rates:
-        """Rehearse every step of `config`."""
+    def rates(self, config: Config, report: Callable[[str], None], cluster_start: float) -> Rates:
+        """Run every step."""
         report("ingest")
         ingest_image, images = self._seconds_per_image(config)
         self.config = with_values(self.config, **train_length(self.config, images))
@@ -207,7 +212,7 @@ class _Rehearsal:
         page.run(self.config, run=RUN, evaluation=figures.uri)
         fixed["report"] = self._seconds("report") + self.start.tracking
         return Rates(
-            cluster_start=self.cluster_start,
+            cluster_start=cluster_start,
             process_start=self.start.process,
             fixed=fixed,
             ingest_image=ingest_image,
@@ -232,10 +237,10 @@ class _Rehearsal:
         return float(storage.read_json(self.folder.step(step, "result.json"))["seconds"])
 
     def _seconds_per_image(self, config: Config) -> tuple[float, str]:
-        """Between a few images and more, so that what opening the source takes falls out; and URI of the more."""
+        """From the difference between few and more images, without opening the source; and the URI of the more."""
         taken, images, uri = [], [], ""
         for limit in (FEW_IMAGES, IMAGES):
-            data = with_values(self.config, **{"data.max_images": min(limit, config.data.max_images or limit)}).data
+            data = with_values(self.config, **{"data.max_images": _at_most(limit, config)}).data
             started = time.perf_counter()
             dataset = write_dataset(open_source(data), f"{self.folder.root}/{limit}", name=RUN, data=data)
             taken.append(time.perf_counter() - started)
@@ -244,10 +249,7 @@ class _Rehearsal:
         return max(taken[1] - taken[0], 0.0) / max(images[1] - images[0], 1), uri
 
     def _sampling(self, checkpoint: str, train_image: float) -> tuple[sample.SampleResult, float, float]:
-        """Samples, seconds of one evaluation of a batch, and of what surrounds the sampling.
-
-        The second call finds workers that have started; only there does time grow with the evaluations.
-        """
+        """Samples, seconds of one evaluation of a batch, and the other seconds of the step."""
         sampling, workers = self.config.sampling, self.config.compute.max_workers
         guess = train_image * workers * sampling.batch_size / EVALUATIONS_PER_STEP
         levels = self.config.levels.num_levels
@@ -258,25 +260,24 @@ class _Rehearsal:
         self.config = self.config.model_copy(update={"sampling": sampling})
         cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
         seconds = self._seconds("sample")
-        wave = self.config.sampling.num_images
-        more = with_values(self.config, **{"sampling.num_images": 2 * wave})
+        # The second call finds started workers, so its time is that of the evaluations.
+        more = with_values(self.config, **{"sampling.num_images": 2 * self.config.sampling.num_images})
         warm = sample.run(more, run=RUN, checkpoint=checkpoint)
         evaluation = warm.seconds / cold.nfe
         strip = sample.STRIP_IMAGES / self.config.sampling.batch_size * (self.counts.nfe - cold.nfe) * evaluation
         return cold, evaluation, seconds - warm.seconds + strip
 
     def _evaluation(self, dataset: str, result: evaluate.EvaluateResult) -> tuple[float, float, float, float]:
-        """Seconds of an image of the classifier's training, through the extractor, in searches, and of the rest."""
+        """Seconds of an image in the classifier's training, in the extractor and in searches; and the other seconds."""
         split = open_cache(dataset, "train")
-        extract_image = seconds_per_image(
-            _extractor(self.config, dataset), split.images, batch_size=self.config.evaluation.batch_size
-        )
+        extractor, batch_size = extractor_of(self.config, dataset), self.config.evaluation.batch_size
+        extract_image = seconds_per_image(extractor, split.images, batch_size=batch_size)
         trained = [
             json.loads(path.read_text())["training_seconds"] for path in Path(dataset).glob("classifier/*/*.json")
         ]
         measured = len(split) + result.num_images + result.num_real_images
         neighbour_image = search_seconds_per_image(split.images)
-        searching = NEIGHBOUR_SEARCHES * len(split) * neighbour_image
+        searching = NEIGHBOR_SEARCHES * len(split) * neighbour_image
         fixed = max(self._seconds("evaluate") - sum(trained) - measured * extract_image - searching, 0.0)
         if not trained:
             return 0.0, extract_image, neighbour_image, fixed
@@ -296,10 +297,10 @@ class _Rehearsal:
 
 
 def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: float) -> tuple[float, float, float]:
-    """Seconds of an image, of a checkpoint and of what surrounds the loop; the first stretch warms up.
+    """Seconds of an image, of a checkpoint, and the other seconds of the step.
 
     Args:
-        points: Images seen at the end of each stretch, and its images per second.
+        points: Images seen at the end of each report interval, and its images per second; the first one warms up.
         loop: Seconds of the loop, which saves one checkpoint.
         step: Seconds of the whole step.
     """
@@ -312,7 +313,7 @@ def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: 
 
 
 def train_length(config: Config, dataset: str) -> dict[str, int]:
-    """So many steps that they take about `SECONDS`, by the second step of one process on all cores."""
+    """A training of about `SECONDS`, by the time of the second step of one process on all cores."""
     batch = config.train.batch_size
     steps = MOST_STEPS
     if not config.compute.use_gpu:
@@ -339,47 +340,5 @@ def _process_start(config: Config) -> Start:
     return Start(process=whole - tracking - joining, tracking=tracking, joining=joining)
 
 
-def _extractor(config: Config, dataset: str) -> Extractor:
-    """The configured extractor; a classifier that knows nothing takes as long as one that does."""
-    settings, manifest = config.evaluation, load_manifest(dataset)
-    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
-    if settings.extractor == "inception":
-        assert settings.weights is not None, "the schema asks for weights"
-        return InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device)
-    network = ClassifierNetwork(
-        image_size=manifest.image_size, channels=manifest.channels, num_classes=len(manifest.class_names)
-    )
-    return ClassifierExtractor(network.to(device), weights_sha256="")
-
-
 def _bytes(folder: str, pattern: str) -> float:
     return float(sum(path.stat().st_size for path in Path(folder).glob(pattern)))
-
-
-def run(config: Config, *, run: str, prices: Prices | None = None, report: Callable[[str], None]) -> dict[str, Any]:
-    """Estimate the whole pipeline of `config` by a rehearsal on this machine or cluster, and keep it with the run.
-
-    Args:
-        config: The experiment.
-        run: Name of the run that it is planned for; its name is not claimed.
-        prices: What things cost; None takes the package's table.
-        report: Called with the name of each part of the rehearsal.
-
-    Returns:
-        The plan as plain values, see `ncsn.tools.planning.estimate`.
-
-    Raises:
-        NotFound: if the source's files are missing.
-        UserError: for a config that the steps refuse.
-    """
-    folder = run_folder(config, run)
-    config = settle(config)
-    counts = count(config)
-    rates = rehearse(config, counts, report=report)
-    plan = {
-        "run": run,
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **estimate(config, counts, rates, prices or load_prices()),
-    }
-    storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
-    return plan

@@ -1,13 +1,13 @@
-"""A page with every part, and a real browser to look at it."""
+"""A page with every part."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from ncsn.report.diagnostics import training_panel
-from ncsn.report.images import film, grid_png, neighbours
-from ncsn.report.page import Fact, Figures, Page, Picture, Scores, Tile, Timing
+from ncsn.report.diagnostics import training_section
+from ncsn.report.images import film, grid_png, neighbors
+from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
 
 METRICS = {
@@ -36,7 +36,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def page(images: np.ndarray) -> Page:
-    """Every part of a report, with long words where a run may have them."""
+    """Every part of a report, with a long URI."""
     sigmas = [1.0, 0.3, 0.1, 0.03]
     line = {
         "image": 0,
@@ -47,21 +47,21 @@ def page(images: np.ndarray) -> Page:
     }
     rows, more = score_rows(METRICS, REAL_METRICS)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
-    training = training_panel(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
+    training = training_section(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
     inpainting = Picture(grid_png(images[:16]), alt="completions", caption="Half of each image was given.")
     return Page(
         title="digits",
         run="digits-0123abcd",
         finished_at="2026-01-01 12:00",
         verdict="champion",
-        lead=["A program looked at pictures.", "It is version 1 of a-model."],
-        tiles=[Tile("clear and varied", "96%", "of real images' score"), Tile("copies", "1", "among 64 samples")],
+        lead=["The model was trained.", "It is version 1 of a-model."],
+        tiles=[Tile("score", "96%", "of the score of real images"), Tile("copies", "1", "among 64 samples")],
         samples=Picture(grid_png(images), alt="a grid of generated images", caption="The first images."),
-        scores=Scores(rows, more, measured="A classifier looked.", fingerprint="f" * 64, notes=["only 60 real images"]),
+        scores=Scores(rows, more, measured="By a classifier.", fingerprint="f" * 64, notes=["only 60 real images"]),
         film=film(np.stack([images[:8]] * 5), sigmas=sigmas),
-        neighbours=neighbours([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
-        neighbours_text="The numbers are pixel distances.",
-        panels=[training, Figures("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")])],
+        neighbors=neighbors([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
+        neighbors_text="The numbers are pixel distances.",
+        sections=[training, Section("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")])],
         timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
         total="105.0 s",
         costs=[Fact("Energy", "0.01 kWh")],

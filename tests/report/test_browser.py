@@ -1,4 +1,4 @@
-"""The report in a real browser, as KFP, MLflow and a phone show it."""
+"""The report in a browser, as KFP, MLflow and a phone show it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from playwright.sync_api import Browser, Frame, expect
 from ncsn.report.html import render
 from ncsn.report.page import Page
 
-SCREENSHOTS = "NCSN_SCREENSHOTS"
-"""Folder that keeps the screenshots; without it they stay below pytest's own."""
+SCREENSHOTS = "NCSN_SCREENSHOTS"  # folder for the screenshots; the default is pytest's own
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
 VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
 <iframe sandbox="allow-scripts" src="report.html"></iframe>"""
@@ -25,8 +24,6 @@ IN_VIEW = """(() => {
 
 @dataclass
 class Visit:
-    """What happened while a page was shown."""
-
     frame: Frame
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
@@ -43,7 +40,7 @@ def folder(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=SIZES)
 def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_path: Path):
-    """Opens a page of the folder at one size, in a dark or light room, and takes its picture."""
+    """Opens a page of the folder at one size, in a dark or light scheme, and takes a screenshot."""
     width, height = SIZES[request.param]
     contexts = []
 
@@ -77,10 +74,10 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["report.html", "viewer.html"])
-def test_it_shows_its_pictures_and_asks_nobody_for_anything(visit, folder: Path, page: Page, name: str) -> None:
+def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page: Page, name: str) -> None:
     seen = visit(name)
     widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 5, "grid, film, two neighbours, inpainting"
+    assert len(widths) == 5, "grid, film, two neighbors, inpainting"
     assert min(widths) > 0
     plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
     assert len(plots) == 2 and min(plots) > 300
@@ -97,31 +94,29 @@ def test_nothing_is_wider_than_the_screen(visit) -> None:
     assert seen.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert seen.frame.evaluate(
         "[...document.querySelectorAll('.scores .number')].every(part => part.scrollWidth <= part.clientWidth)"
-    ), "each figure has room"
+    ), "each number has room"
     background, ink = seen.frame.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.plot text')).fill]"
-        ".map(colour => Math.max(...colour.match(/\\d+/g).slice(0, 3).map(Number)))"
+        ".map(color => Math.max(...color.match(/\\d+/g).slice(0, 3).map(Number)))"
     )
-    assert background < 60, "dark where the room is dark"
-    assert ink > 180, "and the plots' words are light there"
+    assert background < 60
+    assert ink > 180
 
 
 def test_the_film_plays_and_obeys_the_slider(visit) -> None:
     frame = visit("viewer.html").frame
     assert frame.locator(".film output").text_content() == "finished"
     frame.locator(".film input").fill("2")
-    assert frame.locator(".film output").text_content() == "noise 0.3"
+    assert frame.locator(".film output").text_content() == "sigma 0.3"
     top = frame.locator(".film img").bounding_box()["y"] - frame.locator(".film .window").bounding_box()["y"]
     height = frame.locator(".film .window").bounding_box()["height"]
     assert top == pytest.approx(-2 * height, rel=0.02), "the third frame fills the window"
     frame.locator(".film button").click()
-    expect(frame.locator(".film output")).to_have_text(
-        "finished", timeout=30_000
-    )  # evaluates no string, as the CSP asks
+    # It evaluates no string, which the policy would forbid.
+    expect(frame.locator(".film output")).to_have_text("finished", timeout=30_000)
 
 
-def test_the_film_starts_by_itself_when_it_comes_into_view(visit) -> None:
-    """Not before, and it stops for whoever takes the slider."""
+def test_the_film_starts_when_it_is_visible_and_stops_at_the_slider(visit) -> None:
     frame = visit("report.html", motion="no-preference").frame
     output, button = frame.locator(".film output"), frame.locator(".film button")
     if not frame.evaluate(IN_VIEW):
@@ -133,10 +128,10 @@ def test_the_film_starts_by_itself_when_it_comes_into_view(visit) -> None:
     frame.locator(".film input").fill("2")
     expect(button).to_have_text("\u25b6")
     frame.wait_for_timeout(1000)  # five frames' time
-    assert output.text_content() == "noise 0.3"
+    assert output.text_content() == "sigma 0.3"
 
 
-def test_the_film_stays_still_for_those_who_ask_for_that(visit) -> None:
+def test_the_film_does_not_start_with_reduced_motion(visit) -> None:
     frame = visit("report.html").frame
     frame.locator(".film").scroll_into_view_if_needed()
     frame.wait_for_timeout(1000)

@@ -1,4 +1,4 @@
-"""The report step: what it gathers, that it is made once, and what it does without."""
+"""The report step: its sections, when it is made again, and runs with missing parts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(root) -> Config:
 
 @pytest.fixture(scope="module")
 def evaluation(config, root, save_untrained) -> str:
-    """What the steps before leave: a data set, a checkpoint that was never trained, samples and their figures."""
+    """The results of the steps before: a dataset, an untrained checkpoint, samples and their metrics."""
     data = ingest.run(config, run=RUN)
     folder = root / "checkpoint"
     save_untrained(config, data.uri, folder)
@@ -86,21 +86,21 @@ def made(config, evaluation) -> report.ReportResult:
     return report.run(config, run=RUN, evaluation=evaluation)
 
 
-def test_it_has_a_section_for_all_that_there_is(config, root, made):
+def test_each_result_has_a_section(config, root, made):
     text = Path(made.uri).read_text()
     assert Path(made.uri) == root / "runs" / RUN / "report" / "report.html"
     assert made.size == len(text.encode())
     quality, inpainting = "quality against cost", "completing half an image"
     first, last = ["samples", "film", "scores", "neighbours"], ["timings", "lineage", "config"]
     assert made.sections == [*first, quality, inpainting, *last]
-    assert "20 pictures" in text and "8 images" in text
-    assert "reach 4" in text and "Of 4 " in text
+    assert " 20 gray images" in text and " 8 training images" in text
+    assert "a score of 2" in text and "Of 4 " in text
     assert "num_levels: 2" in text
     assert "probability flow" in text and "classifier_fid_n64" in text
-    assert "CPU hours" in text, "what the steps took"
+    assert "CPU hours" in text
 
 
-def test_mlflow_keeps_it_with_the_whole_run(config, made, tmp_path):
+def test_mlflow_has_it_at_the_pipeline_run(config, made, tmp_path):
     connection = connect(config)
     (whole,) = connection.client.search_runs([connection.experiment_id], "tags.`ncsn.part` = 'run'")
     kept = connection.client.download_artifacts(whole.info.run_id, "report.html", str(tmp_path))
@@ -108,7 +108,7 @@ def test_mlflow_keeps_it_with_the_whole_run(config, made, tmp_path):
     assert whole.info.run_id in Path(kept).read_text()
 
 
-def test_it_is_made_once_and_anew_when_there_is_more_to_show(config, evaluation, made):
+def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     before = Path(made.uri).stat().st_mtime_ns
     assert report.run(config, run=RUN, evaluation=evaluation) == made
     assert Path(made.uri).stat().st_mtime_ns == before
@@ -140,10 +140,10 @@ def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):
     storage.write_bytes(storage.join(folder.report, "inpainting.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
     text = Path(report.run(config, run=RUN, evaluation=evaluation).uri).read_text()
     assert "classifier_fid_n999" in text and "karras heun" in text
-    assert "classifier_fid_n64" not in text, "not measured again"
+    assert "classifier_fid_n64" not in text
 
 
-def test_images_are_made_for_a_small_model_only(config, evaluation):
+def test_images_are_generated_for_a_small_model_only(config, evaluation):
     trained = checkpoint.load_for_sampling(
         json.loads((Path(evaluation).parent / "samples/manifest.json").read_text())["checkpoint"]
     )
@@ -152,6 +152,6 @@ def test_images_are_made_for_a_small_model_only(config, evaluation):
     assert quick_work(large, trained) > SMALL_WORK
 
 
-def test_without_an_evaluation_it_says_which(config, root):
+def test_a_missing_evaluation_is_refused(config, root):
     with refused(str(root / "nothing.json"), error=NotFound):
         report.run(config, run=RUN, evaluation=str(root / "nothing.json"))

@@ -23,9 +23,9 @@ from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
+from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import load_history
-from ncsn.steps.figure_numbers import inpainting_chain
 from ncsn.tools import figures as step
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -101,7 +101,7 @@ def numbers(result: step.FiguresResult) -> dict[str, dict[str, object]]:
     return json.loads(Path(result.uri).read_text())
 
 
-def test_each_picture_is_there_twice(result: step.FiguresResult) -> None:
+def test_each_figure_is_a_png_and_an_svg(result: step.FiguresResult) -> None:
     assert list(result.figures) == PICTURES
     for uri in result.figures.values():
         with Image.open(uri) as picture:
@@ -115,7 +115,7 @@ def test_a_second_call_returns_the_first_result(finished: FinishedRun, result: s
     assert Path(result.uri).stat().st_mtime_ns == written
 
 
-def test_losses_are_those_of_training(finished: FinishedRun, numbers) -> None:
+def test_losses_are_the_history_of_training(finished: FinishedRun, numbers) -> None:
     history = load_history(claim_run(finished.config, "mine").history)
     assert numbers["losses"]["images_seen"] == history.images_seen == [320, 640, 960, 1280]
     np.testing.assert_array_equal(numbers["losses"]["by_level"], history.level_losses(4))
@@ -141,7 +141,7 @@ def test_completions_differ_and_miss_the_original(numbers) -> None:
         ({"kind": "langevin", "num_steps": 40, "step_size": 6e-5}, 1, 40, 6e-5),
     ],
 )
-def test_inpainting_goes_through_the_levels_that_there_are(
+def test_inpainting_uses_the_levels_of_the_run(
     sampler: dict[str, object], num_levels: int, steps: int, epsilon: float | None
 ) -> None:
     sigmas = geometric_sigmas(1.0 if num_levels > 1 else 0.01, 0.01, num_levels)
@@ -175,7 +175,7 @@ def test_quality_is_measured_at_the_nearest_lengths_of_both_samplers(finished: F
     assert quality["real"]["num_images"] == 24 and quality["metric"] == "classifier_fid_n24"
 
 
-def test_other_settings_go_where_they_are_told(finished: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_without_history_and_with_another_sampler_goes_to_out(finished: FinishedRun, tmp_path: Path) -> None:
     Path(claim_run(finished.config, "mine").history).rename(tmp_path / "away.json")
     flow = {"kind": "probability_flow"}
     sampling = finished.config.sampling.model_validate(finished.config.sampling.model_dump() | {"sampler": flow})
@@ -193,12 +193,12 @@ def test_other_settings_go_where_they_are_told(finished: FinishedRun, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "key"), [({"nfe": []}, "--nfe"), ({"nfe": [10, 0]}, "--nfe"), ({"num_images": 1}, "--num-images")]
 )
-def test_mistakes(finished: FinishedRun, settings: dict[str, object], key: str) -> None:
+def test_wrong_numbers_are_refused(finished: FinishedRun, settings: dict[str, object], key: str) -> None:
     with refused(key):
         finished.figures(**settings)
 
 
-def test_a_sampler_that_diverges_is_a_mistake(finished: FinishedRun) -> None:
+def test_a_sampler_that_diverges_is_refused(finished: FinishedRun) -> None:
     sampler = {"kind": "annealed_langevin", "epsilon": 1.0, "steps_per_level": 300}
     sampling = finished.config.sampling.model_validate(finished.config.sampling.model_dump() | {"sampler": sampler})
     with refused("sampling.sampler"):

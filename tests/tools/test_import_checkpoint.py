@@ -1,4 +1,4 @@
-"""Synthetic files in the two released formats become checkpoints that training goes on from and sampling takes."""
+"""Synthetic files in the two released formats become checkpoints for training and sampling."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", params=sorted(NETWORKS))
 def trained(request: pytest.FixtureRequest, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Our own training of 4 steps, whose state the released files get."""
+    """A training of 4 steps, whose state the released files contain."""
     folder = tmp_path_factory.mktemp(request.param)
     config = experiment(folder, request.param, "train.num_images=32")
     outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
@@ -72,8 +72,8 @@ def released(trained: tuple[str, Path], path: Path) -> list[Any]:
     return content
 
 
-def test_training_goes_on_from_it_to_the_last_bit(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
-    """4 steps elsewhere + import + 4 steps = 8 steps."""
+def test_training_continues_bitwise(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    """4 steps, import, 4 steps: the same as 8 steps."""
     name, _ = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name)
@@ -88,7 +88,7 @@ def test_training_goes_on_from_it_to_the_last_bit(trained: tuple[str, Path], dat
     went_on = train_loop(TrainingJob(config=config, dataset=dataset, start=start), LocalContext(tmp_path / "on"))
     whole = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(tmp_path / "whole"))
     assert went_on.checkpoint == whole.checkpoint == "images-000000064"
-    # NCSN's file has no average, so that one starts anew.
+    # The file of NCSN has no average, so the average starts again.
     for file in ("weights", "optimizer", *(("ema",) if name == "second" else ())):
         one, two = (load_file(tmp_path / run / whole.checkpoint / f"{file}.safetensors") for run in ("on", "whole"))
         assert one.keys() == two.keys()
@@ -106,8 +106,8 @@ def test_it_can_be_sampled_from(trained: tuple[str, Path], dataset: str, tmp_pat
     assert generate(loaded, sampling=config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
 
 
-def test_a_training_in_float16_goes_on_from_it(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
-    """Where it is imported there need be no GPU; the scale of the loss starts as that of a new training."""
+def test_training_continues_in_float16(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+    """The import needs no GPU; the loss scale is that of a new training."""
     name, _ = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name, "train.precision=float16", "compute.use_gpu=true")
@@ -120,7 +120,7 @@ def test_a_training_in_float16_goes_on_from_it(trained: tuple[str, Path], datase
     assert state.images_seen == 32 and state.scaler.get_scale() == 2**16
 
 
-def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
     name, _ = trained
     path = tmp_path / "checkpoint.pth"
     content = released(trained, path)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_one_clear_line(trained: tuple[str, Path], dataset:
     assert "dict" in refuses("type", str(path))
 
 
-def test_a_trained_run_is_left_alone(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
+def test_a_run_with_checkpoints_is_refused(trained: tuple[str, Path], dataset: str, tmp_path: Path) -> None:
     name, _ = trained
     released(trained, tmp_path / "checkpoint.pth")
     config = experiment(tmp_path, name)

@@ -1,14 +1,23 @@
-"""Costs and estimates by hand-made rates, whose sums can be done on paper."""
+"""Costs and estimates from given rates, and a plan from a real trial run."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from refused import refused
 
 from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.runs import costs
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
+from ncsn.runs.folder import run_folder
+from ncsn.steps.step import Step
+from ncsn.steps.train import TrainResult
+from ncsn.tools import trial_run
 from ncsn.tools.planning import STEPS, Counts, Rates, estimate, num_checkpoints, step_seconds
 
 CONFIG = """
@@ -37,6 +46,10 @@ RATES = Rates(
     dataset_image_bytes=1e6,
     checkpoint_bytes=2e9,
     sample_bytes=1e5,
+)
+TABLE = (
+    "{currency: EUR, cpu_core_hour: 0.1, gpu_hour: 2, storage_gb_month: 0.5, watts_per_cpu_core: 10, "
+    "watts_per_gpu: 500, power_overhead: 1.5}"
 )
 PRICES = Prices("EUR", cpu_core_hour=0.1, gpu_hour=2.0, storage_gb_month=0.5, watts_per_cpu_core=10.0,
                 watts_per_gpu=500.0, power_overhead=1.5)  # fmt: skip
@@ -113,13 +126,9 @@ def test_gpus_share_the_features() -> None:
     assert alone - shared == pytest.approx(650 * 0.001 / 2)
 
 
-def test_prices_come_from_a_file_of_ones_own(tmp_path: Path) -> None:
-    table = tmp_path / "prices.yaml"
-    table.write_text(
-        "{currency: EUR, cpu_core_hour: 0.1, gpu_hour: 2, storage_gb_month: 0.5, watts_per_cpu_core: 10, "
-        "watts_per_gpu: 500, power_overhead: 1.5}"
-    )
-    assert load_prices(str(table)) == PRICES
+def test_prices_come_from_a_file_or_from_the_package(tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text(TABLE)
+    assert load_prices(str(tmp_path / "prices.yaml")) == PRICES
     assert load_prices().currency == "USD"
 
 
@@ -129,15 +138,95 @@ def test_prices_come_from_a_file_of_ones_own(tmp_path: Path) -> None:
         ("{currency: EUR}", ""),
         ("[1, 2]", ""),
         ("{a: [", ""),
-        (
-            "{currency: EUR, cpu_core_hour: -1, gpu_hour: 2, storage_gb_month: 0.5, watts_per_cpu_core: 10, "
-            "watts_per_gpu: 500, power_overhead: 1.5}",
-            ":cpu_core_hour",
-        ),
+        (TABLE.replace("cpu_core_hour: 0.1", "cpu_core_hour: -1"), ":cpu_core_hour"),
     ],
 )
 def test_a_wrong_price_table_is_refused(tmp_path: Path, text: str, setting: str) -> None:
-    table = tmp_path / "prices.yaml"
-    table.write_text(text)
-    with refused(f"{table}{setting}"):
-        load_prices(str(table))
+    (tmp_path / "prices.yaml").write_text(text)
+    with refused(f"{tmp_path / 'prices.yaml'}{setting}"):
+        load_prices(str(tmp_path / "prices.yaml"))
+
+
+TINY = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 16, num_images: 160000, checkpoint_every_images: 80000, report_every_images: 800}
+sampling: {num_images: 90, batch_size: 20, sampler: {kind: annealed_langevin, steps_per_level: 2}}
+evaluation: {classifier_epochs: 3}
+"""
+
+
+def tiny(root: Path, *overrides: str) -> Config:
+    return from_yaml(TINY, overrides=[f"storage.root={root}", *overrides])
+
+
+@pytest.mark.slow
+def test_a_trial_run_measures_each_step_and_leaves_only_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    parts: list[str] = []
+    made = trial_run.run(tiny(tmp_path), run="planned", report=parts.append)
+    assert parts == ["start", *STEPS]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
+        "runs/planned/plan.json"
+    ]
+    assert json.loads((tmp_path / "runs" / "planned" / "plan.json").read_text()) == made
+    assert made["counts"] == {"train_images": 1258, "test_images": 539, "shards": 5, "nfe": 9}
+    rates = made["rates"]
+    assert all(rates["fixed"][step] > 0 for step in STEPS)
+    measured = ("train_image", "sample_evaluation", "classifier_image", "extract_image")
+    measured += ("neighbour_image", "checkpoint_bytes")
+    assert all(rates[name] > 0 for name in measured)
+    assert 1e-5 < rates["train_image"] < 1.0
+    assert 5e7 < rates["worker_bytes"] < rates["machine_bytes"]
+    training = made["steps"]["train"]["seconds"]
+    assert training == pytest.approx(rates["fixed"]["train"] + 160000 * rates["train_image"] + 2 * rates["checkpoint"])
+    assert made["memory"]["fits"]
+
+
+def test_a_trial_training_is_split_into_images_checkpoint_and_the_rest() -> None:
+    """Intervals of 10, 2 and 2 seconds, of which the first warms up; the loop took 20 seconds and the step 30."""
+    points = [(100, 10.0), (200, 50.0), (300, 50.0)]
+    image, checkpoint, around = trial_run.training_seconds(points, loop=20.0, step=30.0)
+    assert image == pytest.approx(4 / 200)
+    assert checkpoint == pytest.approx(20 - 14)
+    assert around == pytest.approx(30 - 300 * image - checkpoint)
+
+
+def test_a_trial_training_is_whole_report_intervals(tmp_path: Path) -> None:
+    data = tiny(tmp_path, "data.max_images=100").data
+    dataset = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
+    chosen = trial_run.train_length(tiny(tmp_path), dataset)
+    stretch = chosen["train.report_every_images"]
+    assert stretch % 16 == 0
+    assert chosen["train.num_images"] == chosen["train.checkpoint_every_images"] == trial_run.REPORTS * stretch
+    assert trial_run.LEAST_STEPS <= chosen["train.num_images"] / 16 <= trial_run.MOST_STEPS
+
+
+def test_counts_are_those_of_the_source(tmp_path: Path) -> None:
+    counts = trial_run.count(tiny(tmp_path, "data.max_images=100", "sampling.num_images=41"))
+    assert (counts.train_images, counts.test_images, counts.shards, counts.nfe) == (100, 100, 3, 9)
+
+
+def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None:
+    experiment = tiny(tmp_path, "compute.num_workers=2")
+    folder = run_folder(experiment, "run")
+    assert costs.ledger(experiment, run="run")["actual"]["steps"] == {}
+    planned = {"prices": asdict(load_prices()) | {"currency": "EUR"}, "steps": {"train": {"seconds": 5.0}}}
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "plan.json").write_text(json.dumps(planned))
+    (tmp_path / "runs" / "run" / "steps" / "train").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "steps" / "train" / "spent.json").write_text('{"seconds": 1000.0}')
+
+    with pytest.raises(RuntimeError), Step("train", folder, TrainResult, unit="images").timed():
+        raise RuntimeError("lost a worker")
+    found = costs.ledger(experiment, run="run")
+    seconds = found["actual"]["steps"]["train"]["seconds"]
+    assert 1000.0 <= seconds < 1060.0
+    assert found["actual"]["steps"]["train"]["cpu_hours"] == pytest.approx(2 * seconds / 3600)
+    assert found["actual"]["total"]["seconds"] == seconds
+    assert found["plan"] == planned
+    assert found["prices"]["currency"] == "EUR"

@@ -1,0 +1,168 @@
+"""A finished run, opened to make new images with its network: completions, and quality over NFE."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ncsn.config import Config
+from ncsn.config.schema import SamplingConfig
+from ncsn.core.keyed_random import keyed_permutation
+from ncsn.core.noise_schedule import consistent_epsilon
+from ncsn.core.ode_samplers import ProbabilityFlow
+from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
+from ncsn.data.training_images import CachedSplit, open_cache
+from ncsn.evaluation.extractors import Extractor, batches
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.reference import Reference, extractor_of, open_evaluator
+from ncsn.model import build
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.generate import complete, generate
+from ncsn.report.images import inpainting_panel
+
+Images = NDArray[np.uint8]
+
+INPAINTED = 16  # test images
+COMPLETIONS = 4  # of each
+INPAINTING_STEPS = 10  # Langevin steps per level where inpainting does not extend the run's own sampler
+SEED = 0  # of the order of test images, the same for all experiments on a dataset
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Network, images and extractor of a finished run."""
+
+    sampling: SamplingConfig
+    trained: SamplingCheckpoint
+    train: CachedSplit
+    test: CachedSplit
+    extractor: Extractor
+    reference: Reference  # the training images through the extractor
+    samples: str  # URI
+    device: str
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels of the network [L]."""
+        return build.sigmas(self.trained.config)
+
+    def test_images(self, count: int) -> Images:
+        """At most `count` test images, the same in each call."""
+        rows = keyed_permutation(SEED, epoch=0, size=len(self.test))[:count]
+        images: Images = self.test.images[rows]
+        return images
+
+
+def open_run(config: Config, trained: SamplingCheckpoint, *, samples: str, dataset: str, device: str) -> FinishedRun:
+    """Open a run from its checkpoint and the URIs of its samples and dataset."""
+    reference = open_evaluator(config, dataset).reference  # trains the extractor first if it is missing
+    return FinishedRun(
+        sampling=config.sampling,
+        trained=trained,
+        train=open_cache(dataset, "train"),
+        test=open_cache(dataset, "test"),
+        extractor=extractor_of(config, dataset),
+        reference=reference,
+        samples=samples,
+        device=device,
+    )
+
+
+def inpainting(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
+    """Completions of test images whose left half is given (Algorithm 2): a panel, and numbers for JSON."""
+    originals = run.test_images(INPAINTED)
+    height, width = originals.shape[1:3]
+    known = np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
+    sampling = inpainting_chain(run.sampling, run.sigmas)
+    completions = complete(
+        run.trained, originals.repeat(COMPLETIONS, axis=0), known, sampling=sampling, device=run.device
+    ).reshape(len(originals), COMPLETIONS, *originals.shape[1:])
+    unknown = completions[:, :, ~known] / 255.0
+    error = unknown - originals[:, None, ~known] / 255.0
+    return inpainting_panel(originals, completions, mask=known), {
+        "sampler": sampling.sampler.model_dump(mode="json"),
+        "given": "left half",
+        "rmse": round(float(np.sqrt((error**2).mean())), 4),
+        "spread_between_completions": round(float(unknown.std(axis=1).mean()), 4),
+    }
+
+
+def inpainting_chain(sampling: SamplingConfig, sigmas: Tensor) -> SamplingConfig:
+    """The run's own sampling if its sampler is annealed Langevin dynamics, which inpainting extends; else with it."""
+    chosen = build.sampler(sampling.sampler)
+    if isinstance(chosen, AnnealedLangevin):
+        return sampling
+    if isinstance(chosen, Langevin) and len(sigmas) == 1:
+        # At a single level, the annealed steps are the plain Langevin ones.
+        sampler = AnnealedLangevin(epsilon=chosen.step_size, steps_per_level=chosen.num_steps)
+    else:
+        # Consistent steps keep the noise of each level, which the given pixels have.
+        ratio = float((sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)))
+        epsilon = consistent_epsilon(sigma_L=float(sigmas[-1]), ratio=ratio, steps_per_level=INPAINTING_STEPS)
+        sampler = AnnealedLangevin(epsilon=epsilon, steps_per_level=INPAINTING_STEPS, consistent=True)
+    return sampling.model_copy(update={"sampler": build.sampler_section(sampler)})
+
+
+def quality(
+    run: FinishedRun, *, nfe: Sequence[int], num_images: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """The run's sampler and the probability flow at several NFE, each measured over `num_images` new images.
+
+    Returns:
+        Plain values for JSON: `metric`, `fingerprint`, `points`, `real` (the same metric of up to `num_images` real
+        test images), and the `cores` and `gpus` in use.
+    """
+    samplers, points = list(_samplers(run, nfe)), []
+    for number, sampler in enumerate(samplers):
+        section = build.sampler_section(sampler)
+        sampling = run.sampling.model_copy(update={"sampler": section})
+        started, images = time.perf_counter(), []
+        for first in range(0, num_images, sampling.batch_size):
+            count = min(sampling.batch_size, num_images - first)
+            images.append(generate(run.trained, sampling=sampling, first=first, count=count, device=run.device))
+            progress(number * num_images + first + count, len(samplers) * num_images)
+        seconds = time.perf_counter() - started
+        points.append(
+            {
+                "sampler": section.model_dump(mode="json"),
+                "nfe": sampler.num_evaluations(len(run.sigmas)),
+                "fid": _fid(run, np.concatenate(images)),
+                "num_images": num_images,
+                "seconds_per_1000_images": round(1000 * seconds / num_images, 2),
+            }
+        )
+    real = run.test_images(num_images)
+    return {
+        "metric": f"{run.extractor.name}_fid_n{num_images}",
+        "fingerprint": run.reference.fingerprint,
+        "points": points,
+        "real": {"fid": _fid(run, real), "num_images": len(real)},
+        "cores": torch.get_num_threads(),
+        "gpus": 0 if run.device == "cpu" else 1,
+    }
+
+
+def _samplers(run: FinishedRun, nfe: Sequence[int]) -> Iterator[Sampler]:
+    """Both samplers at the nearest NFE that they can have, none twice; at a single level there is no flow."""
+    num_levels, seen = len(run.sigmas), set()
+    compared = (build.sampler(run.sampling.sampler), ProbabilityFlow())
+    for sampler in compared if num_levels > 1 else compared[:1]:
+        for wanted in sorted(set(nfe)):
+            near = sampler.nearest(wanted, num_levels=num_levels)
+            key = near.kind, near.num_evaluations(num_levels)
+            if key not in seen:
+                seen.add(key)
+                yield near
+
+
+def _fid(run: FinishedRun, images: Images) -> float:
+    features = [run.extractor.extract(batch).features for batch in batches(images, batch_size=run.sampling.batch_size)]
+    return frechet_distance(FrechetStatistics.of(np.concatenate(features)), run.reference.statistics)

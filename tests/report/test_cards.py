@@ -1,0 +1,125 @@
+"""The model card has the facts that it is given and fits a registry description; the run page is plain Markdown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ncsn.config import from_yaml
+from ncsn.data.format import Manifest
+from ncsn.report.cards import ModelFacts, RunFacts, model_card, run_page
+from ncsn.tracking.registry import DESCRIPTION_LENGTH
+
+CONFIG = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+noise: {num_levels: 2, sigma_L: 0.1}
+network: {kind: unet, widths: [8]}
+train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
+sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+evaluation: {num_splits: 25}
+"""
+MANIFEST = Manifest(
+    name="digits",
+    digest="0123abcd",
+    image_size=8,
+    channels=1,
+    counts={"train": 1258, "test": 539},
+    class_names=list("0123456789"),
+    class_counts={},
+    mean=[0.3],
+    std=[0.4],
+    minimum=0,
+    maximum=255,
+    skipped=[],
+    parts={},
+    content={},
+    schema={},
+    source="Handwritten digits.",
+    license="CC BY 4.0",
+    settings={},
+)
+EVALUATION = {
+    "metrics": {
+        "eval/classifier_score_n512": 8.7654321,
+        "eval/classifier_score_std_n512": 0.5,
+        "eval/classifier_fid_n512": 14.0,
+        "eval/classifier_fid_std_n512": 1.0,
+        "eval/classifier_kid_n512": 0.1,
+        "eval/classifier_kid_std_n512": 0.2,
+        "eval/classifier_test_accuracy": 0.97,
+    },
+    "real_metrics": {"eval/real_classifier_score_n539": 9.25},
+    "fingerprint": "f" * 64,
+    "notes": ["the smaller set has the smaller score"],
+}
+FACTS = ModelFacts("ncsn-tiny", run="a-run", checkpoint="cafe", images_seen=8, num_parameters=1234567, nfe=5)
+
+
+def card(**facts: object) -> str:
+    return model_card(replace(FACTS, **facts), config=from_yaml(CONFIG), manifest=MANIFEST, evaluation=EVALUATION)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| `eval/classifier_score_n512` | 8.765 | 8.569 to 8.961 | 9.25 (n539) |",  # 1.96 * 0.5 / sqrt(25)
+        "| `eval/classifier_fid_n512` | 14 | 12.04 to 15.96 |  |",
+        "| `eval/classifier_kid_n512` | 0.1 |  |  |",
+        "| `eval/classifier_test_accuracy` | 0.97 |  |  |",
+        "the smaller set",
+        "f" * 64,
+    ],
+)
+def test_scores_are_next_to_those_of_real_images_with_their_counts(line: str) -> None:
+    assert line in card() and "_std_" not in card()
+
+
+def test_the_card_says_where_the_model_comes_from_and_how_to_use_it() -> None:
+    text = card(cost="3.1 min · 0.1 CPU hours", pictures={"samples": "grid.png", "neighbors": "neighbours.png"})
+    for fact in (
+        "`a-run`",
+        "`cafe`",
+        "1,234,567",
+        "1,258 train, 539 test",
+        "0123abcd",
+        "CC BY 4.0",
+        "NFE 5",
+        "2 levels",
+    ):
+        assert fact in text
+    assert "![samples](grid.png) ![neighbors](neighbours.png)" in text
+    assert "| cost | 3.1 min · 0.1 CPU hours |" in text
+    assert 'load_model("models:/ncsn-tiny@champion")' in text
+    assert len(text) < DESCRIPTION_LENGTH
+    assert "![" not in card() and "| cost |" not in card()
+
+
+def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
+    page = run_page(
+        RunFacts(
+            run="mine",
+            status="FAILED",
+            reason="train: a <b>bad</b> thing\nsecond line",
+            steps={"ingest": "done", "train": "failed | late"},
+            places={"MLflow run": "http://mlflow/#/runs/1", "dataset digest": "abc", "image": ""},
+            notes=["The gate: better"],
+        )
+    )
+    assert "| MLflow run | <http://mlflow/#/runs/1> |" in page
+    assert "| dataset digest | `abc` |" in page
+    assert "image" not in page, "an empty place is left out"
+    assert page.startswith("# mine: FAILED\n\n> train: a &lt;b>bad&lt;/b> thing\n> second line\n")
+    assert "| train | failed \\| late |" in page
+    assert page.endswith("- The gate: better\n")
+
+
+def test_words_and_cards_load_no_heavy_package() -> None:
+    """The command line and the last task of a pipeline import them."""
+    code = "import json, sys, ncsn.report.cards, ncsn.report.words; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "scipy", "sklearn", "matplotlib", "jinja2"} & set(json.loads(done.stdout)) == set()

@@ -1,0 +1,145 @@
+"""Panels, animations and films hold the images that they are given."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ncsn.report.images import (
+    GIF_BYTES,
+    MAX_STAGES,
+    MOST_PIXEL_BYTES,
+    Stages,
+    denoising_gif,
+    film,
+    images_in_gif,
+    inpainting_panel,
+    interpolation_panel,
+    neighbors_panel,
+    samples_at_levels,
+)
+from ncsn.report.style import to_png
+
+
+def images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def shown(figure) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for image in figure.axes[0].get_images()]
+
+
+def words(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+
+
+def test_levels_are_columns_and_images_rows() -> None:
+    frames = images(4, 2, 8, 8, 1)
+    figure = samples_at_levels(frames, sigmas=[1.0, 0.1, 0.01])
+    assert words(figure) == ["start", "1", "0.1", "0.01"]
+    np.testing.assert_array_equal(shown(figure), frames.reshape(8, 8, 8))
+
+
+def test_of_many_levels_the_first_and_the_last_are_shown() -> None:
+    figure = samples_at_levels(images(233, 1, 4, 4, 3), sigmas=np.geomspace(50, 0.01, 232).tolist())
+    assert len(words(figure)) == MAX_STAGES
+    assert (words(figure)[0], words(figure)[-1]) == ("start", "0.01")
+
+
+def test_neighbors_are_next_to_their_sample_with_their_distances() -> None:
+    samples, neighbors = images(2, 8, 8, 1), images(2, 2, 8, 8, 1)
+    distances = np.array([[1.5, 1064.2], [3.25, 40.0]])
+    figure = neighbors_panel(samples, neighbors, distances=distances, memorised=[False, True])
+    assert {"1.5", "1064", "3.25", "40"} <= set(words(figure))
+    assert words(figure).count("copy") == 1
+    columns = [samples, neighbors[:, 0], neighbors[:, 1]]
+    np.testing.assert_array_equal(shown(figure), np.concatenate(columns)[..., 0])
+
+
+def test_the_part_that_was_not_given_is_gray() -> None:
+    originals, completions = images(2, 4, 4, 3), images(2, 3, 4, 4, 3)
+    mask = np.zeros((4, 4), bool)
+    mask[:, :2] = True
+    figure = inpainting_panel(originals, completions, mask=mask)
+    assert words(figure) == ["original", "given", "1", "2", "3"]
+    given = shown(figure)[2]
+    np.testing.assert_array_equal(given[:, :2], originals[0][:, :2])
+    assert (given[:, 2:] == 128).all()
+    assert to_png(figure)
+
+
+def test_interpolations_are_rows_between_their_ends() -> None:
+    rows = images(2, 5, 4, 4, 3)
+    figure = interpolation_panel(rows)
+    assert words(figure)[1:-1] == ["0.25", "0.50", "0.75"]
+    np.testing.assert_array_equal(shown(figure), rows.swapaxes(0, 1).reshape(10, 4, 4, 3))
+
+
+def stages_of(count: int, limit: int) -> Stages:
+    stages = Stages(limit)
+    for number in range(count):
+        stages.add(number, np.full((1, 2, 2, 1), number % 256, np.uint8))
+        assert len(stages.numbers) <= limit
+    return stages
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(1, [0]), (3, [0, 1, 2]), (5, [0, 2, 4]), (6, [0, 2, 4, 5]), (10, [0, 4, 8, 9])]
+)
+def test_stages_are_spread_evenly_and_end_with_the_last(count: int, kept: list[int]) -> None:
+    stages = stages_of(count, 5)
+    assert stages.numbers == kept
+    assert stages.frames[:, 0, 0, 0, 0].tolist() == kept
+
+
+def test_of_many_stages_few_stay_in_memory() -> None:
+    numbers = stages_of(2312, 40).numbers
+    assert numbers[0] == 0 and numbers[-1] == 2311 and 20 <= len(numbers) <= 40
+    assert len(set(np.diff(numbers[:-1]))) == 1
+
+
+def test_the_last_stage_may_be_replaced() -> None:
+    stages = stages_of(3, 5)
+    stages.add(2, np.full((1, 2, 2, 1), 99, np.uint8))
+    assert stages.numbers == [0, 1, 2] and stages.frames[-1].max() == 99
+
+
+def test_gif_shows_each_stage_in_order_and_rests_on_the_last() -> None:
+    frames = np.stack([np.full((4, 8, 8, 1), value, np.uint8) for value in (0, 255, 123)])
+    with Image.open(io.BytesIO(denoising_gif(frames))) as gif:
+        assert gif.n_frames == 3 and gif.info["loop"] == 0
+        shades, durations = [], []
+        for number in range(3):
+            gif.seek(number)
+            durations.append(gif.info["duration"])
+            shades.append(gif.convert("L").getpixel((gif.width // 4, gif.height // 4)))
+    assert shades[:2] == [0, 255] and shades[2] == pytest.approx(123, abs=5)
+    assert durations[-1] > 10 * durations[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "count"), [(28, 1, 25), (32, 3, 25), (64, 3, 4), (256, 3, 1)], ids=lambda it: f"{it}"
+)
+def test_a_gif_of_pure_noise_stays_below_a_megabyte(size: int, channels: int, count: int) -> None:
+    assert images_in_gif(size) == count
+    data = denoising_gif(images(40, count, size, size, channels))
+    assert len(data) <= GIF_BYTES
+    with Image.open(io.BytesIO(data)) as gif:
+        assert gif.n_frames >= 5 and gif.size[0] >= size
+
+
+def test_the_film_has_every_stage_of_small_images_and_few_of_large_ones() -> None:
+    small = np.arange(5, dtype=np.uint8).repeat(3 * 8 * 8).reshape(5, 3, 8, 8, 1)
+    played = film(small, sigmas=[1.0, 0.3, 0.1, 0.03])
+    assert played.labels == ["start", "sigma 1", "sigma 0.3", "sigma 0.1", "finished"]
+    picture = np.asarray(Image.open(io.BytesIO(played.frames.content)))
+    width, height = played.size
+    assert picture.shape == (5 * height, width) == (5 * 10, 3 * 9 + 1)
+    assert [picture[stage * height + 4, 4] for stage in range(5)] == [0, 1, 2, 3, 4]
+    large = film(np.zeros((100, 8, 128, 128, 3), np.uint8), sigmas=[1.0])
+    assert math.prod(large.size) * 3 * len(large.labels) < 1.1 * MOST_PIXEL_BYTES
+    assert len(large.labels) >= 8 and large.labels[1].startswith("stage ")

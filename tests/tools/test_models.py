@@ -1,0 +1,85 @@
+"""Registered models: exported weights, folders of images, and their evaluation; `sample --model` is in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from refused import refused
+from safetensors import safe_open
+
+from ncsn.config import from_json, from_yaml, to_json, training_settings
+from ncsn.core.images import fit_moments
+from ncsn.core.training import Ema, TrainState
+from ncsn.model import build, checkpoint
+from ncsn.runs.folder import RUN_PATTERN
+from ncsn.tools import models
+from ncsn.tools.models import ModelSamples, _claim, run_of_images
+
+DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
+SOURCE = {"model": "models:/digits/1", "seed": 0, "sampler": {"kind": "annealed_langevin", "epsilon": 1e-4}}
+
+
+def test_exported_weights_are_the_ema_and_build_the_network_again(tmp_path: Path) -> None:
+    config = from_yaml(DIGITS, overrides=["network.widths=[8]", "network.blocks_per_resolution=1"])
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    network = build.network(config)
+    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    with torch.no_grad():
+        next(network.parameters()).add_(1)  # the last weights, which are not exported
+    moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest="d1")
+    result = models.from_checkpoint(str(folder), out=str(tmp_path / "new" / "ema.safetensors"))
+    assert (result.source, result.parameters) == (str(folder), sum(each.numel() for each in network.parameters()))
+    with safe_open(result.uri, "pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
+        stored = from_json(weights.metadata()["config"])
+    rebuilt = checkpoint.network_from_weights(stored, tensors, origin=result.uri)
+    for name, tensor in rebuilt.named_parameters():
+        assert torch.equal(tensor, state.ema.weights[name])
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
+        models.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
+    folder = str(tmp_path / "images")
+    _claim(folder, SOURCE)
+    _claim(folder, SOURCE)
+    assert json.loads((tmp_path / "images" / "manifest.json").read_text()) == SOURCE
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"model": "models:/digits/2"}, {"sampler": {"kind": "langevin"}}], ids=lambda it: min(it)
+)
+def test_images_of_two_sources_are_not_mixed(tmp_path: Path, change: dict[str, object]) -> None:
+    _claim(str(tmp_path), SOURCE)
+    with refused("--out") as caught:
+        _claim(str(tmp_path), SOURCE | change)
+    (name,) = change
+    assert f"{name} {SOURCE[name]!r}" in str(caught.value) and repr(change[name]) in str(caught.value)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.pdf").write_bytes(b"")
+    with refused("--out"):
+        _claim(str(tmp_path), SOURCE)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.pdf"]
+
+
+def test_images_are_evaluated_with_the_registered_config_in_their_own_run(tmp_path: Path) -> None:
+    folder = tmp_path / "generated" / "NCSN.Digits" / "3" / "0123456789ab"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(to_json(from_yaml(DIGITS)))
+    images = ModelSamples(str(folder), "grid.png", 16, 9, 1.0, "models:/NCSN.Digits/3")
+    changes = ["sampling.num_images=16", "storage.root=/other"]
+    config, run = run_of_images(images, root="/elsewhere", overrides=changes)
+    assert run == "ncsn-digits-3-0123456789ab" and RUN_PATTERN.fullmatch(run)
+    assert (config.sampling.num_images, config.storage.root) == (16, "/elsewhere")
+    assert training_settings(config) == training_settings(from_yaml(DIGITS))
