@@ -18,14 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.sink import MetricsSink
 from ncsn.training import loop
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -33,20 +30,20 @@ from ncsn.training.loop import TrainingJob, train_loop
 _IMPORT = "import time, torch; t = time.process_time(); import mlflow.tracking; print(time.process_time() - t)"
 
 
-class TimedSink(MetricsSink):
-    """A sink that measures the seconds of the training loop in it, and of the sending thread."""
+class TimedMetrics(LiveMetrics):
+    """Measures the time that the training loop spends in it, and the CPU seconds of its thread."""
 
-    def __init__(self, uri: str, run_id: str, *, folder: str) -> None:
-        super().__init__(uri, run_id, folder=folder)
+    def __init__(self, uri: str, run_id: str) -> None:
+        super().__init__(uri, run_id)
         self.calls = self.sender = 0.0
 
-    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """Log and measure."""
-        self.calls += _thread_seconds(lambda: super(TimedSink, self).log(metrics, images_seen))
+    def log(self, metrics: Mapping[str, float], images_seen: int, when: int | None = None) -> None:
+        """Take the metrics of one moment."""
+        self.calls += _thread_seconds(lambda: super(TimedMetrics, self).log(metrics, images_seen, when))
 
-    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
-        """Log and measure."""
-        self.calls += _thread_seconds(lambda: super(TimedSink, self).log_picture(picture, name, images_seen))
+    def log_picture(self, png: bytes, name: str, images_seen: int, when: int | None = None) -> None:
+        """Take one picture."""
+        self.calls += _thread_seconds(lambda: super(TimedMetrics, self).log_picture(png, name, images_seen, when))
 
     def _run(self) -> None:
         self.sender = _thread_seconds(super()._run)
@@ -55,15 +52,18 @@ class TimedSink(MetricsSink):
 def measure(config: Config, root: Path) -> dict[str, float]:
     """CPU seconds of one training by one worker, and of the parts that tracking takes."""
     dataset = write_dataset(open_source(config.data), str(root / "data"), name="data", data=config.data).uri
-    send, preview = loop.send_preview, 0.0
+    make, preview = loop.preview_png, 0.0
 
-    def timed(*arguments: Any, **named: Any) -> None:
+    def timed(**named: Any) -> bytes | None:
         nonlocal preview
-        preview += _thread_seconds(lambda: send(*arguments, **named))
+        started = time.thread_time()
+        png = make(**named)
+        preview += time.thread_time() - started
+        return png
 
-    loop.send_preview = timed
+    loop.preview_png = timed
     with step_run(config, run="benchmark", step="train") as tracked:
-        sink = TimedSink(tracked.uri, tracked.run_id, folder=tracked.journals)
+        sink = TimedMetrics(tracked.uri, tracked.run_id)
         started = time.process_time()
         train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(root / "checkpoints"))
         whole = time.process_time() - started

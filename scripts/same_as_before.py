@@ -46,7 +46,7 @@ SEARCH = """data.max_images=256 train.num_images=512 train.ema_decay=0.9 search.
 FILES = ("runs/**/*.safetensors", "runs/**/levels.npy", "datasets/**/*.safetensors", "datasets/**/*.npy", "toy/*.png")
 VALUES = ("runs/*/evaluation/*.json", "runs/*/history.json", "runs/**/rung-*.json", "runs/**/trials.json", "toy/*.json")
 ROWS = ("runs/**/*.parquet", "datasets/**/*.parquet")
-TIMES = ("seconds", "per_second", "uri", "created")
+TIMES = ("seconds", "per_second", "uri", "created", "times", "system")
 
 
 def main() -> int:

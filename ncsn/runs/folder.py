@@ -45,6 +45,15 @@ class RunFolder:
         return storage.join(self.uri, "history.json")
 
     @property
+    def previews(self) -> str:
+        """Folder of the images that training made of itself."""
+        return storage.join(self.uri, "previews")
+
+    def preview(self, images_seen: int) -> str:
+        """The preview at this many training images, a PNG file."""
+        return storage.join(self.previews, f"images-{images_seen:09d}.png")
+
+    @property
     def report(self) -> str:
         """Folder of the figures for people."""
         return storage.join(self.uri, "report")

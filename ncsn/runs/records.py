@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -31,30 +32,38 @@ from ncsn.storage.retry import limited
 
 LEVEL_LOSS = "train/loss_level_"
 """Before the level's number in a curve's name."""
+PREVIEW = "train/preview"
+"""Name of the series of previews."""
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 @dataclass
 class TrainingHistory:
-    """Points of all curves.
-
-    Attributes:
-        uri: The file.
-        images_seen: Where each point stands, ascending.
-        points: Metric name -> value of each point.
-    """
+    """Points of all curves."""
 
     uri: str
-    images_seen: list[int] = field(default_factory=list)
-    points: list[dict[str, float]] = field(default_factory=list)
+    images_seen: list[int] = field(default_factory=list)  # where each point is, ascending
+    points: list[dict[str, float]] = field(default_factory=list)  # metric name -> value
+    system: list[dict[str, float]] = field(default_factory=list, compare=False)  # load of the machine at each point
+    times: list[int] = field(default_factory=list, compare=False)  # of each point, in milliseconds since 1970
 
-    def add(self, point: dict[str, float], images_seen: int) -> None:
+    def add(
+        self, point: dict[str, float], images_seen: int, *, system: dict[str, float] | None = None, when: int = 0
+    ) -> None:
         """Take the curves' next point."""
         self.images_seen.append(images_seen)
         self.points.append(point)
+        self.system.append(system or {})
+        self.times.append(when or now_ms())
 
     def publish(self) -> None:
         """Write all points."""
-        storage.write_text(self.uri, json.dumps({"images_seen": self.images_seen, "points": self.points}))
+        stored = {"images_seen": self.images_seen, "points": self.points, "system": self.system, "times": self.times}
+        storage.write_text(self.uri, json.dumps(stored))
 
     def curve(self, name: str) -> NDArray[np.float64]:
         """Values [P] of one curve, NaN where a point lacks it."""
@@ -78,7 +87,14 @@ def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
     except FileNotFoundError:
         return TrainingHistory(uri)
     count = sum(1 for seen in stored["images_seen"] if until is None or seen <= until)
-    return TrainingHistory(uri, stored["images_seen"][:count], stored["points"][:count])
+    return TrainingHistory(
+        uri,
+        stored["images_seen"][:count],
+        stored["points"][:count],
+        # Earlier versions did not keep these.
+        stored.get("system", [{}] * count)[:count],
+        stored.get("times", [now_ms()] * count)[:count],
+    )
 
 
 LAST_SECONDS = 5.0

@@ -81,9 +81,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
         job = TrainingJob(
             config=config,
             dataset=dataset,
-            sink=tracked.metrics_sink(),
+            sink=tracked.live_metrics(),
             progress=work.progress,
             history=step.folder.history,
+            preview=step.folder.preview,
             start=_imported(step.folder),
             lease=Lease(lease) if lease else None,
             rehearsal=faults,
@@ -98,7 +99,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             images_per_second=round(outcome.images_per_second, 1),
             seconds=round(outcome.seconds, 1),
             dataset=dataset,
-            notes=[note for note in (*outcome.notes, tracked.unsent()) if note],
+            notes=[note for note in (*outcome.notes, tracked.send_rest()) if note],
         )
     return step.done(result)
 

@@ -7,11 +7,12 @@ call names the run that it means.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.runs.costs import PLAN, read_plan, step_costs
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import now_ms
+from ncsn.storage.retry import limited
 from ncsn.tracking.client import (
-    BATCH,
     PARAM_LENGTH,
     Connection,
     TrackingError,
@@ -34,11 +37,9 @@ from ncsn.tracking.client import (
     shown,
     tag_filter,
 )
-from ncsn.tracking.delivery import send_leftovers
-from ncsn.tracking.ending import conclude, endings
-from ncsn.tracking.journal import Entry, now, runs_with_journal
 from ncsn.tracking.lineage import kfp_run, provenance
-from ncsn.tracking.sink import MetricsSink
+from ncsn.tracking.live import Entry, LiveMetrics, log_metrics, request_limits
+from ncsn.tracking.reconcile import complete, reconcile, write_record
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -64,6 +65,10 @@ LATER = {"ingest": ("search", "sampling", "evaluation"), "tune": (), "train": ("
 """Sections that a step does not use."""
 OUTAGE_SECONDS = 60.0
 """How long a later step waits for a server that the first one has reached."""
+RETRIES, TIMEOUT = 2, 10
+"""Retries, and seconds for each, at the end of a step, before the rest is left to the next command."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class StepRun:
     experiment_id: str
     run_id: str
     parent_run_id: str
-    journals: str
+    folder: RunFolder
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings. One that the run has already keeps its value: MLflow's parameters do not change."""
@@ -83,24 +88,22 @@ class StepRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number, at `step` (images seen, where there is such a count)."""
-        from mlflow.entities import Metric
+        values = {name: float(value) for name, value in metrics.items()}
+        log_metrics(self.client, self.run_id, [Entry("", step, now_ms(), values)])
 
-        time_ = now()
-        entries = [Metric(name, float(value), time_, step) for name, value in metrics.items()]
-        for first in range(0, len(entries), BATCH):
-            self.client.log_batch(self.run_id, metrics=entries[first : first + BATCH], synchronous=True)
-
-    def metrics_sink(self) -> MetricsSink:
+    def live_metrics(self) -> LiveMetrics:
         """A picklable sender of this run's metrics for a training loop, perhaps in another process."""
-        return MetricsSink(self.uri, self.run_id, folder=self.journals)
+        return LiveMetrics(self.uri, self.run_id)
 
-    def unsent(self) -> str:
-        """Where something waits that the server does not have yet, and what sends it; empty if it has all."""
-        if not runs_with_journal(self.journals):
+    def send_rest(self) -> str:
+        """Send what MLflow lacks so far; a note for people if the server is unreachable, else empty."""
+        with request_limits(retries=RETRIES, seconds=TIMEOUT):
+            reason = reconcile(self.client, self.folder)
+        if not reason:
             return ""
         return (
-            f"the tracking server {shown(self.uri)} was away: what it has not got waits in {self.journals}, and the "
-            "next command of this run sends it"
+            f"the tracking server {shown(self.uri)} lacks metrics of this run ({reason}); the next command of the run "
+            f"sends them from {self.folder.uri}"
         )
 
     def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
@@ -163,7 +166,7 @@ class StepRun:
         """A run below this one, such as that of a trial: a new one, or the one that has this `key` already."""
         connection = Connection(client=self.client, uri=self.uri, experiment_id=self.experiment_id)
         identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
-        found = find_or_create(connection, identity, tags={}, name=name, claims=self.journals)
+        found = find_or_create(connection, identity, tags={}, name=name, claims=_claims(self.folder))
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
@@ -194,13 +197,14 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
     from mlflow.exceptions import MlflowException
 
     connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
-    journals = journal_folder(config, run)
-    send_leftovers(connection.client, journals)
-    parent, adopted = _parent(connection, config, run)
-    plan = read_plan(_run_folder(config, run))
+    folder = RunFolder(storage.absolute(config.storage.root), run)
+    if reason := reconcile(connection.client, folder):
+        _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
+    parent, adopted = _parent(connection, config, folder)
+    plan = read_plan(folder.uri)
     if plan is not None:
         log_plan(connection.client, parent, plan)
-    child = _child(connection, parent, config, run, step)
+    child = _child(connection, parent, config, folder, step)
     set_tags(connection.client, child.info.run_id, tags or {})
     tracked = StepRun(
         client=connection.client,
@@ -208,42 +212,67 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         experiment_id=child.info.experiment_id,
         run_id=child.info.run_id,
         parent_run_id=parent.info.run_id,
-        journals=journals,
+        folder=folder,
     )
-    ids = [child.info.run_id] if adopted else [child.info.run_id, parent.info.run_id]
+    write_record(folder, step, {"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
+    complete(tracked.client, folder, step, {"run_id": tracked.run_id})
     started = time.monotonic()
     try:
         yield tracked
     except BaseException as error:
-        conclude(tracked.client, journals, endings(ids, "FAILED" if isinstance(error, Exception) else "KILLED"))
+        with limited(TIMEOUT):
+            _end(tracked, step, "FAILED" if isinstance(error, Exception) else "KILLED", adopted=adopted)
         if isinstance(error, MlflowException):
             raise TrackingError(
                 shown(connection.uri), one_line(error), hint="repeat the command to go on from here"
             ) from error
         raise
-    seconds, when = time.monotonic() - started, now()
-    of_step, of_run = step_costs(config, plan, step=step, seconds=seconds)
-    costs = [
-        (tracked.run_id, Entry("cost", when // 1000, when, metrics=of_step)),
-        (tracked.parent_run_id, Entry(f"cost/{step}", when // 1000, when, metrics=of_run)),
-    ]
-    conclude(tracked.client, journals, [*costs, *endings(ids, "FINISHED")])
+    costs = step_costs(config, plan, step=step, seconds=time.monotonic() - started)
+    _end(tracked, step, "FINISHED", adopted=adopted, costs=costs)
 
 
-def journal_folder(config: Config, run: str) -> str:
-    """URI of what the steps of a run could not send yet."""
-    return storage.join(_run_folder(config, run), "tracking")
+def _end(
+    tracked: StepRun,
+    step: str,
+    status: str,
+    *,
+    adopted: bool,
+    costs: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+) -> None:
+    """End the step's run and, unless it is somebody else's, the parent.
+
+    The work itself is done: what the server does not take now, the next command of the run sends.
+    """
+    from mlflow.exceptions import MlflowException
+
+    record = {
+        "run_id": tracked.run_id,
+        "parent_run_id": tracked.parent_run_id,
+        "status": status,
+        "ended": now_ms(),
+        "cost": costs[0],
+        "run_cost": costs[1],
+    }
+    try:
+        with suppress(OSError):  # a full disk or an unreachable store
+            write_record(tracked.folder, step, record)
+        with request_limits(retries=RETRIES, seconds=TIMEOUT):
+            complete(tracked.client, tracked.folder, step, record, parent=not adopted)
+    except (MlflowException, OSError) as error:
+        _logger.warning("the MLflow run of the step %s is not complete: %s", step, one_line(error))
 
 
-def _run_folder(config: Config, run: str) -> str:
-    return storage.join(storage.absolute(config.storage.root), "runs", run)
+def _claims(folder: RunFolder) -> str:
+    """Folder in which processes that open one MLflow run at once agree on which."""
+    return storage.join(folder.uri, "tracking")
 
 
-def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool]:
+def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[Run, bool]:
     """The run of the whole pipeline, and whether somebody else opened it."""
     from mlflow.exceptions import MlflowException
 
     client = connection.client
+    run = folder.run
     identity = run_identity(config, run)
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         try:
@@ -259,19 +288,19 @@ def _parent(connection: Connection, config: Config, run: str) -> tuple[Run, bool
         {**identity, "ncsn.part": "run"},
         tags=provenance("ncsn run"),
         name=run,
-        claims=journal_folder(config, run),
+        claims=_claims(folder),
     )
     _describe(client, parent, config)
     return parent, False
 
 
-def _child(connection: Connection, parent: Run, config: Config, run: str, step: str) -> Run:
+def _child(connection: Connection, parent: Run, config: Config, folder: RunFolder, step: str) -> Run:
     child = find_or_create(
         replace(connection, experiment_id=parent.info.experiment_id),
-        {**run_identity(config, run), "ncsn.step": step, "ncsn.config": _result_digest(config, step)},
+        {**run_identity(config, folder.run), "ncsn.step": step, "ncsn.config": _result_digest(config, step)},
         tags={"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")},
         name=step,
-        claims=journal_folder(config, run),
+        claims=_claims(folder),
     )
     _describe(connection.client, child, config)
     return child

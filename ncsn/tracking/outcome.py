@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import TrackingError, one_line, open_client, page, set_tags, shown, tag_filter
+from ncsn.tracking.reconcile import reconcile
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
         if parent is None:
             return None
         set_tags(client, parent.info.run_id, tags)
+        if reason := reconcile(client, RunFolder(storage.absolute(config.storage.root), run)):
+            _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
         steps = _search(client, parent.info.experiment_id, {"mlflow.parentRunId": parent.info.run_id})
         dead = [step for step in steps if step.info.status == "RUNNING"]
         for each in dead if os.environ.get("MLFLOW_RUN_ID") else [*dead, parent]:

@@ -17,7 +17,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.model.checkpoint import TRAINED_CONFIG, SamplingCheckpoint, save_trained
 from ncsn.tracking.client import TrackingError, one_line, shown
-from ncsn.tracking.delivery import patience
+from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.versions import ensure_model, require_model_name
 
@@ -237,7 +237,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
     try:
         # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
         source = f"{str(version.source).rstrip('/')}/artifacts"
-        with patience(retries=DOWNLOAD_RETRIES, timeout=DOWNLOAD_SECONDS):
+        with request_limits(retries=DOWNLOAD_RETRIES, seconds=DOWNLOAD_SECONDS):
             folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
     except (MlflowException, OSError) as error:

@@ -11,15 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ncsn import storage
@@ -32,11 +30,11 @@ from ncsn.distributed.faults import Rehearsal
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
 from ncsn.process import keep_freed_memory
-from ncsn.runs.records import load_history
+from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
-from ncsn.training.metrics import Curves, MachineUsage, send_preview
+from ncsn.training.metrics import Curves, LiveSink, MachineUsage, preview_png
 
 
 class Cadence:
@@ -94,19 +92,6 @@ class DivergedError(UserError):
     """Training diverged: a loss or a gradient is not finite."""
 
 
-class MetricsSink(Protocol):
-    """Receives the curves and pictures on rank 0. Must neither block nor raise."""
-
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
-        """Take one point of each curve."""
-
-    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
-        """Take one picture, `[H, W, C]` uint8."""
-
-    def close(self) -> object:
-        """Send what is left."""
-
-
 @dataclass(frozen=True)
 class TrainingJob:
     """Everything a worker needs to know; picklable.
@@ -117,6 +102,7 @@ class TrainingJob:
         sink: Where rank 0 sends the curves, or None.
         progress: Called on rank 0 with (images_seen, num_images), or None.
         history: URI of the file in which rank 0 keeps the curves, or None.
+        preview: Images seen -> URI of the file in which rank 0 keeps the preview, or None.
         start: URI of a checkpoint to start from while the run has none of its own, or None.
         lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
         rehearsal: Faults to let happen.
@@ -125,9 +111,10 @@ class TrainingJob:
 
     config: Config
     dataset: str
-    sink: MetricsSink | None = None
+    sink: LiveSink | None = None
     progress: Callable[[int, int], None] | None = None
     history: str | None = None
+    preview: Callable[[int], str] | None = None
     start: str | None = None
     lease: Lease | None = None
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
@@ -185,6 +172,7 @@ class Training:
         self.cadence, self.warned = Cadence(context, seconds=5.0), False
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
+        self.reported = 0
 
     def _resume(self) -> None:
         """Go on from the latest checkpoint, if there is one."""
@@ -239,10 +227,12 @@ class Training:
                 value=self.config.optimizer.learning_rate,
             )
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
+        self.reported = now_ms()
+        system = self.usage.read() if self.context.rank == 0 else {}
         if self.context.rank == 0 and self.job.sink:
-            self.job.sink.log(self.usage.read() | self.point, images_seen)
+            self.job.sink.log(system | self.point, images_seen, self.reported)
         if self.history is not None:
-            self.history.add(self.point, images_seen)
+            self.history.add(self.point, images_seen, system=system, when=self.reported)
 
     def abandoned(self) -> bool:
         """Whether the launcher is gone, the same on every worker. A collective call."""
@@ -255,9 +245,18 @@ class Training:
         """Publish a checkpoint. A collective call."""
         began = time.perf_counter()
         if self.context.rank == 0 and self.job.sink:
-            send_preview(self.job.sink, config=self.config, state=self.state, moments=self.moments)
+            self._preview(self.job.sink)
         self._publish(loss=self.curves.take_checkpoint_loss())
         self.pauses.append(time.perf_counter() - began)
+
+    def _preview(self, sink: LiveSink) -> None:
+        """Show a few images from the present weights, if there is time for them."""
+        png = preview_png(config=self.config, state=self.state, moments=self.moments)
+        if png is None:
+            return
+        if self.job.preview is not None:
+            storage.write_bytes(self.job.preview(self.state.images_seen), png)
+        sink.log_picture(png, PREVIEW, self.state.images_seen, self.reported)
 
     def save_in_time(self) -> None:
         """Publish a checkpoint, once, if a machine is about to be taken away. A collective call.
@@ -325,6 +324,12 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
                 training.save_in_time()
             if context.rank == 0 and job.progress:
                 job.progress(seen, job.last_image)
+    except Exception:
+        # MLflow may not have the last points yet, and training may not reach them again.
+        if training.history is not None:
+            with suppress(OSError):
+                training.history.publish()
+        raise
     finally:
         if context.rank == 0 and job.sink:
             job.sink.close()

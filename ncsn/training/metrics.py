@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config
@@ -123,7 +125,6 @@ class MachineUsage:
         return usage
 
 
-NAME = "train/preview"
 SHARE = 0.01
 """Largest part of the training time that previews may take."""
 EVALUATIONS_PER_STEP = 3
@@ -135,24 +136,32 @@ PIXELS = 256
 _logger = logging.getLogger(__name__)
 
 
-class PictureSink(Protocol):
-    """Takes pictures; neither blocks nor raises."""
+class LiveSink(Protocol):
+    """Receives curves and pictures on rank 0 while training runs. Must neither block nor raise."""
 
-    def log_picture(self, picture: NDArray[np.uint8], name: str, images_seen: int) -> None:
-        """Take one picture, `[H, W, C]` uint8."""
+    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
+        """Take one point of each curve; `when` is in milliseconds since 1970."""
+
+    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
+        """Take one picture of a series."""
+
+    def close(self) -> object:
+        """Send what is left."""
 
 
-def send_preview(sink: PictureSink, *, config: Config, state: TrainState, moments: DataMoments) -> None:
-    """Send a few images from the present weights, if there is time for them."""
+def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> bytes | None:
+    """A few images from the present weights as a PNG file; None if there is no time for them."""
     evaluations = preview_evaluations(config)
     if not evaluations:
-        return
+        return None
     try:
         picture = preview(config, state, moments, evaluations=evaluations)
     except ValueError as error:  # early weights may not make images yet; that is no fault of the training
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
-    else:
-        sink.log_picture(picture, NAME, state.images_seen)
+        return None
+    buffer = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def preview_evaluations(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refused import refused
 from safetensors.torch import load_file
 
@@ -32,11 +34,11 @@ class Recorder:
     pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
     closed: bool = False
 
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
         self.points.append((images_seen, metrics))
 
-    def log_picture(self, picture: np.ndarray, name: str, images_seen: int) -> None:
-        self.pictures.append((name, images_seen, picture))
+    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
+        self.pictures.append((name, images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
 
     def close(self) -> None:
         self.closed = True

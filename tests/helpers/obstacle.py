@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 
 @dataclass
 class Obstacle:
@@ -14,14 +12,14 @@ class Obstacle:
 
     target: Path
 
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
+    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
         if images_seen == 96:
             if self.target.exists():
                 self.target.unlink()
             else:
                 self.target.write_text("in the way")
 
-    def log_picture(self, picture: np.ndarray, name: str, images_seen: int) -> None:
+    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
         pass
 
     def close(self) -> None:

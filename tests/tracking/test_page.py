@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from ncsn.report.images import grid_png
@@ -20,16 +23,22 @@ RUN = "seen-by-a-browser"
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
 
 
+def plain_png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), shade).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def steps(make_config, server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepRun]:
     """Two steps of a run on a real server, with what the real ones leave: a series of previews, and a grid."""
     config = make_config(f"tracking.uri={server.url}", "tracking.experiment=page")
     grid = tmp_path_factory.mktemp("pictures") / "grid.png"
     grid.write_bytes(grid_png(IMAGES))
-    with step_run(config, run=RUN, step="train") as train, train.metrics_sink() as sink:
+    with step_run(config, run=RUN, step="train") as train, closing(train.live_metrics()) as sink:
         for images_seen in (64, 128):
             sink.log({"train/loss": 1 / images_seen}, images_seen)
-            sink.log_picture(np.full((64, 64, 3), images_seen, np.uint8), "train/preview", images_seen)
+            sink.log_picture(plain_png(images_seen), "train/preview", images_seen)
     with step_run(config, run=RUN, step="sample") as sample:
         sample.log_file(str(grid))
     return {"train": train, "sample": sample}

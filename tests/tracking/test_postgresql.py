@@ -12,21 +12,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from live_worker import DEAD, Worker
 from mlflow.entities import Metric
 
 from ncsn import storage
-from ncsn.tracking import sink as sinks
+from ncsn.tracking import live
+from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import step_run
 
 MANIFEST = Path(__file__).parents[2] / "infra" / "base" / "mlflow" / "deployment.yaml"
 PASSWORD = "p:a/s?s w@rd"
-PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 
 
 def _programs() -> Path:
@@ -106,7 +107,7 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
     database, s3_root, make_server, make_config, monkeypatch
 ):
-    monkeypatch.setattr(sinks, "SEND_EVERY", 0.1)
+    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
     upgrade = _manifest("upgrade-schema")
     assert upgrade["args"] == [each["value"] for each in _manifest("mlflow")["env"] if "BACKEND_STORE" in each["name"]]
     for _ in range(2):  # of an empty database, and of a current one
@@ -117,20 +118,24 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
     config = make_config(f"tracking.uri={server.url}")
     with step_run(config, run="postgresql", step="train") as tracked:
         tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
-        sink = tracked.metrics_sink()
-        for step in range(50):
-            sink.log({"train/loss_level_0": float("nan"), "train/loss": float(step)}, images_seen=step)
-            if step == 20:
-                server.kill()
-            if step == 40:
-                server.start()
-        sink.log_picture(PICTURE, "train/preview", 49)
-        assert sink.close(seconds=60) == sinks.SinkReport(sent=101, unsent=0)
+        worker = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        worker.train(range(20))
+        server.kill()
+        worker.train(range(20, 40))
+        server.start()
+        worker.train(range(40, 50))
+        worker.save()
+        assert worker.sink.close(seconds=60) == live.LiveReport(sent=151, unsent=0)
+        lost = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=50)
+        lost.train(range(50, 60))
+        lost.save()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda _: tracked.send_rest(), range(4))) == [""] * 4
         twice = [Metric("train/again", value, 1_700_000_000_000, 7) for value in (0.5, float("nan"))]
         for _ in range(2):
             tracked.client.log_batch(tracked.run_id, metrics=twice, synchronous=True)
     history = tracked.client.get_metric_history(tracked.run_id, "train/loss")
-    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(50)]
+    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(60)]
     assert len(tracked.client.get_metric_history(tracked.run_id, "train/again")) == 2
     run = tracked.client.get_run(tracked.run_id)
     assert run.info.status == "FINISHED"
@@ -138,6 +143,6 @@ def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
     assert logged.dataset.digest == "d" * 36
     folder = f"{s3_root}/mlflow/{tracked.experiment_id}/{tracked.run_id}/artifacts"
     assert storage.list_names(folder) == ["config.yaml", "images"]
-    assert len(storage.list_names(f"{folder}/images")) == 2
+    assert len(storage.list_names(f"{folder}/images")) == 4
     with step_run(config, run="postgresql", step="train") as again:
         assert again.run_id == tracked.run_id

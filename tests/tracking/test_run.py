@@ -16,6 +16,7 @@ from refused import refused
 
 from ncsn.config import flatten, from_yaml
 from ncsn.runs.costs import load_prices
+from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
 from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
@@ -126,7 +127,7 @@ def test_of_many_runs_that_read_one_new_data_set_at_once_none_is_refused(make_co
 
     def read(worker: int) -> list[str]:
         run_id = connection.client.create_run(connection.experiment_id).info.run_id
-        parts = {"run_id": run_id, "parent_run_id": run_id, "journals": ""}
+        parts = {"run_id": run_id, "parent_run_id": run_id, "folder": RunFolder("/store", "any")}
         tracked = StepRun(connection.client, connection.uri, connection.experiment_id, **parts)
         for round_ in range(5):
             together.wait(timeout=60)

@@ -1,0 +1,127 @@
+"""Sends MLflow what it lacks of what a run folder has.
+
+What a killed process had not sent is either before its last checkpoint, and in the run folder, or after it, and is
+trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ncsn import storage
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import PREVIEW, load_history
+from ncsn.tracking.client import one_line
+from ncsn.tracking.live import HOPELESS, Entry, Sender, log_metrics
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+RECORD = "mlflow.json"
+"""The file of a step that names its MLflow run and, when the step has ended, how it ended and what it cost."""
+CURVES = "train"
+"""The step that has curves and previews."""
+
+_logger = logging.getLogger(__name__)
+
+
+def reconcile(client: MlflowClient, folder: RunFolder) -> str:
+    """Send what the steps' MLflow runs lack of what the run folder has: points, previews, the end and the cost.
+
+    Returns:
+        Why something cannot be sent now; empty if MLflow has everything.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        for step in storage.list_names(storage.join(folder.uri, "steps")):
+            record = _read_record(folder, step)
+            # A run that has ended lacks nothing, because its end is sent last.
+            if record is not None and _is_open(client, record["run_id"]):
+                complete(client, folder, step, record)
+    except (MlflowException, OSError) as error:
+        return one_line(error)
+    return ""
+
+
+def _is_open(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in HOPELESS:
+            raise
+        return False  # the step was recorded on another server
+    return bool(run.info.status == "RUNNING" and run.info.lifecycle_stage == "active")
+
+
+def complete(
+    client: MlflowClient, folder: RunFolder, step: str, record: Mapping[str, Any], *, parent: bool = False
+) -> None:
+    """`reconcile` for one step, of which `record` is the content of `mlflow.json`; with `parent` ends that run too.
+
+    Raises:
+        MlflowException: if the server does not take it now.
+        OSError: if it does not take a picture, or the store cannot be read.
+    """
+    run_id, status = record["run_id"], record.get("status", "")
+    if step == CURVES:
+        try:
+            with _unless_hopeless(run_id):
+                _send_curves(client, run_id, folder)
+        except OSError as error:
+            if status not in ("FAILED", "KILLED"):  # such a step may have ended because of the store
+                raise
+            _logger.warning("the curves of the MLflow run %s are not complete: %s", run_id, error)
+    if not status:
+        return
+    ended = record["ended"]
+    for each, costs in ((record["parent_run_id"], record["run_cost"]), (run_id, record["cost"])):
+        with _unless_hopeless(each):
+            # A series with a point per call of the step, whose place is its end in seconds since 1970.
+            log_metrics(client, each, [Entry("cost", ended // 1000, ended, costs)])
+    for each in [record["parent_run_id"]] * parent + [run_id]:
+        with _unless_hopeless(each):
+            client.set_terminated(each, status, end_time=ended)
+
+
+def write_record(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
+    """Keep which MLflow run the step has, and, when it has ended, how and at what cost."""
+    storage.write_text(folder.step(step, RECORD), json.dumps(record))
+
+
+def _read_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = storage.read_json(folder.step(step, RECORD))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _send_curves(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
+    history, sender = load_history(folder.history), Sender(client, run_id)
+    points = list(zip(history.images_seen, history.times, history.system, history.points, strict=True))
+    sender.send(Entry(next(reversed(point)), seen, when, system | point) for seen, when, system, point in points)
+    kept = set(storage.list_names(folder.previews))
+    for seen, when, _, _ in points:
+        picture = folder.preview(seen)
+        if picture.rpartition("/")[2] in kept and not sender.has(PREVIEW, seen, picture=True):
+            sender.send([Entry(PREVIEW, seen, when, png=storage.read_bytes(picture))])
+
+
+@contextmanager
+def _unless_hopeless(run_id: str) -> Iterator[None]:
+    """Let a run that is gone not keep the others from being completed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in HOPELESS:
+            raise
+        _logger.warning("the MLflow run %s is not complete: %s", run_id, one_line(error))

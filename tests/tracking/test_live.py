@@ -1,0 +1,347 @@
+"""Metrics reach MLflow once, live or from the run folder, whatever happens to server and processes meanwhile."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import live_worker
+import pytest
+import torch
+from live_worker import DEAD, LEVEL, LOSS, Worker, png
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+
+from ncsn import storage
+from ncsn.config import to_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import PREVIEW, TrainingHistory, load_history
+from ncsn.tracking import live
+from ncsn.tracking.live import LiveMetrics, LiveReport
+from ncsn.tracking.mlflow_runs import StepRun, step_run
+from ncsn.tracking.outcome import close_run
+from ncsn.tracking.reconcile import complete, reconcile
+from ncsn.training import metrics as previews
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
+
+HELPERS = Path(live_worker.__file__).parent
+DIES = """
+import os, pickle, signal, sys
+sys.path.insert(0, sys.argv[1])
+from live_worker import Worker
+sink, folder = pickle.load(open(sys.argv[2], "rb"))
+worker = Worker(sink, folder, since=5)
+worker.train(range(5, 8))
+worker.save()
+worker.train(range(8, 10))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+DRIVER_DIES = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from live_worker import DEAD, Worker
+from ncsn.config import from_yaml
+from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import step_run
+with step_run(from_yaml(open(sys.argv[2]).read()), run="driver", step="train") as tracked:
+    worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
+    worker.train(range(3))
+    worker.save()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(program: str, *arguments: object) -> None:
+    command = [sys.executable, "-c", program, str(HELPERS), *map(str, arguments)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+def history(tracked: StepRun, name: str = LOSS) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in tracked.client.get_metric_history(tracked.run_id, name)]
+
+
+def pictures(tracked: StepRun) -> Counter[int]:
+    """Step -> files of its picture."""
+    names = [Path(file.path).name for file in tracked.client.list_artifacts(tracked.run_id, "images")]
+    return Counter(int(name.removeprefix("train~preview+step+").partition("+")[0]) for name in names)
+
+
+def assert_once(tracked: StepRun, count: int, *, previews: set[int]) -> None:
+    """Each of the points 0, 1, ... of each curve, and each picture with its small copy, is there once."""
+    assert sorted(history(tracked, LOSS)) == [(step, float(step)) for step in range(count)]
+    assert sorted(history(tracked, LEVEL)) == [(step, -float(step)) for step in range(count)]
+    assert Counter(step for step, _ in history(tracked, "system/cpu")) == dict.fromkeys(range(count), 1)
+    assert pictures(tracked) == dict.fromkeys(previews, 2)
+
+
+def until(condition) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
+
+
+def test_copy_in_another_process_sends_everything_in_order(config):
+    with step_run(config, run="sink", step="train") as tracked:
+        sink = pickle.loads(pickle.dumps(tracked.live_metrics()))
+        for step in range(600):
+            sink.log({LEVEL: float("nan"), LOSS: 1 / (step + 1)}, images_seen=128 * step)
+        assert sink.close() == LiveReport(sent=1200, unsent=0)
+        assert tracked.send_rest() == ""
+    assert history(tracked) == [(128 * i, 1 / (i + 1)) for i in range(600)]
+    assert len(history(tracked, LEVEL)) == 600
+
+
+@pytest.mark.usefixtures("quick")
+def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_config, server, tmp_path):
+    """The server is killed, then the worker; the next worker repeats what came after its checkpoint."""
+    with step_run(make_config(f"tracking.uri={server.url}"), run="killed", step="train") as tracked:
+        first = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        first.train(range(5))
+        first.save()
+        until(lambda: first.sink._sent == 16)
+        with server.away():
+            pickled = tmp_path / "worker"
+            pickled.write_bytes(pickle.dumps((tracked.live_metrics(), tracked.folder)))
+            killed(DIES, pickled)
+            second = Worker(tracked.live_metrics(), tracked.folder, since=8)
+            second.train(range(8, 12))
+            until(lambda: second.sink.failing)
+            assert second.sink.close(seconds=0.1).unsent == 12
+            assert tracked.folder.uri in tracked.send_rest()
+        third = Worker(tracked.live_metrics(), tracked.folder, since=8)
+        third.train(range(8, 13))
+        third.save()
+        assert third.sink.close(seconds=60) == LiveReport(sent=16, unsent=0)
+        assert [step for step, _ in history(tracked)] == [*range(5), *range(8, 13)]
+        assert tracked.send_rest() == ""
+        assert_once(tracked, 13, previews={4, 7, 12})
+        assert tracked.send_rest() == ""
+    assert_once(tracked, 13, previews={4, 7, 12})
+
+
+@pytest.mark.usefixtures("quick")
+def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch):
+    """A stopped server takes requests into its queue and executes them when it goes on: they come twice or more."""
+    monkeypatch.setattr(live, "REQUEST_SECONDS", 1)
+    with step_run(make_config(f"tracking.uri={server.url}"), run="hang", step="train") as tracked:
+        worker = Worker(tracked.live_metrics(), tracked.folder, since=0)
+        worker.train(range(1))
+        until(lambda: history(tracked))
+        with server.hanging():
+            worker.train(range(1, 4))
+            worker.save()
+            until(lambda: worker.sink._failures > 1)
+            started = time.monotonic()
+            assert worker.sink.close(seconds=1).unsent == 10
+            assert time.monotonic() - started < 3
+        assert tracked.send_rest() == ""
+    assert_once(tracked, 4, previews={3})
+
+
+def test_a_killed_driver_loses_nothing(config, tmp_path):
+    """The finish step sends what the run folder has, and ends the run."""
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    killed(DRIVER_DIES, tmp_path / "config.yaml")
+    closed = close_run(config, run="driver", status="FAILED", tags={})
+    assert closed is not None
+    with step_run(config, run="driver", step="train") as tracked:
+        assert tracked.parent_run_id == closed.run_id
+        assert_once(tracked, 3, previews={2})
+
+
+def test_two_that_reconcile_at_once_double_nothing(make_config, server):
+    with step_run(make_config(f"tracking.uri={server.url}"), run="twice", step="train") as tracked:
+        worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
+        worker.train(range(300))
+        worker.save()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda _: reconcile(tracked.client, tracked.folder), range(4))) == [""] * 4
+    assert_once(tracked, 300, previews={299})
+
+
+@pytest.mark.usefixtures("quick")
+def test_training_does_not_notice_that_the_server_is_killed(make_config, server, monkeypatch, tmp_path):
+    """The same curves and weights as a training that sends nothing, and every point of it once on the server."""
+    monkeypatch.setattr(previews, "SHARE", 100.0)
+    overrides = ["train.num_images=200", "train.checkpoint_every_images=100", "noise.num_levels=5"]
+    config = make_config(f"tracking.uri={server.url}", *overrides)
+    dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+    outage = ExitStack()
+    starting = threading.Thread(target=outage.close)
+
+    def disturb(images_seen: int, _total: int) -> None:
+        if images_seen == 40:
+            outage.enter_context(server.away())
+        if images_seen == 160:
+            starting.start()
+
+    with outage, step_run(config, run="disturbed", step="train") as tracked:
+        folder = tracked.folder
+        parts = {"sink": tracked.live_metrics(), "history": folder.history, "preview": folder.preview}
+        train_loop(TrainingJob(config, dataset, progress=disturb, **parts), LocalContext(tmp_path / "disturbed"))
+        starting.join()
+    train_loop(TrainingJob(config, dataset, history=str(tmp_path / "history")), LocalContext(tmp_path / "plain"))
+    plain = load_history(str(tmp_path / "history"))
+    assert len(plain.images_seen) == 50
+    for name in plain.points[0]:
+        points = history(tracked, name)
+        assert [step for step, _ in points] == [
+            seen for seen, point in zip(plain.images_seen, plain.points, strict=True) if name in point
+        ]
+    assert history(tracked) == list(zip(plain.images_seen, plain.curve(LOSS), strict=True))
+    assert len(history(tracked, "system/worker_memory_megabytes")) == 50
+    assert pictures(tracked) == {100: 2, 200: 2}
+    assert storage.list_names(folder.previews) == ["images-000000100.png", "images-000000200.png"]
+    last = "images-000000200/ema.safetensors"
+    assert (tmp_path / "disturbed" / last).read_bytes() == (tmp_path / "plain" / last).read_bytes()
+
+
+def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
+    """It may fail there again, so no later attempt would send them."""
+    dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+
+    def fail(_seen: int, _total: int) -> None:
+        raise RuntimeError("lost")
+
+    job = TrainingJob(config, dataset, history=str(tmp_path / "history.json"), progress=fail)
+    with pytest.raises(RuntimeError):
+        train_loop(job, LocalContext(tmp_path / "checkpoints"))
+    assert load_history(str(tmp_path / "history.json")).images_seen == [4]
+
+
+def test_the_next_step_sends_the_end_of_the_one_before(make_config, server):
+    config = make_config(f"tracking.uri={server.url}")
+    with ExitStack() as outage:
+        with step_run(config, run="later", step="train") as tracked:
+            worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
+            worker.train(range(2))
+            worker.save()
+            outage.enter_context(server.away())
+        ended = time.time()
+    assert tracked.client.get_run(tracked.run_id).info.status == "RUNNING"
+    with step_run(config, run="later", step="sample"):
+        run = tracked.client.get_run(tracked.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.info.end_time <= 1000 * ended
+        assert {"cost/seconds", "cost/money"} <= run.data.metrics.keys()
+        assert tracked.client.get_run(tracked.parent_run_id).info.status == "RUNNING"
+    parent = tracked.client.get_run(tracked.parent_run_id)
+    assert {"cost/train_seconds", "cost/sample_seconds"} <= parent.data.metrics.keys()
+    assert parent.info.status == "FINISHED"
+    assert_once(tracked, 2, previews={1})
+
+
+def test_a_run_of_an_earlier_version_ends_well(config, root):
+    """Its history has no times, its curves are in MLflow, and a journal that nobody reads any more may be there."""
+    with step_run(config, run="old", step="train") as tracked:
+        for step in range(3):
+            tracked.log_metrics({LOSS: float(step)}, step)
+    points = [{LOSS: float(step)} for step in range(4)]
+    (root / "runs" / "old" / "history.json").write_text(json.dumps({"images_seen": [0, 1, 2, 3], "points": points}))
+    (root / "runs" / "old" / "steps" / "train" / "mlflow.json").unlink()
+    journal = root / "runs" / "old" / "tracking" / f"{tracked.run_id}.jsonl"
+    journal.write_text("{}\n")
+    with step_run(config, run="old", step="sample"):
+        assert [step for step, _ in history(tracked)] == [0, 1, 2]
+    with step_run(config, run="old", step="train") as again:
+        assert again.run_id == tracked.run_id
+    assert history(tracked) == [(step, float(step)) for step in range(4)]
+    assert TrainingHistory("none", [0], [{}]).times == []
+
+
+def test_pictures_are_a_series_that_the_page_shows(config):
+    with step_run(config, run="pictures", step="train") as tracked, closing(tracked.live_metrics()) as sink:
+        for step in (5, 10, 10):
+            sink.log_picture(png(), PREVIEW, step)
+    names = sorted(Path(file.path).name for file in tracked.client.list_artifacts(tracked.run_id, "images"))
+    assert [name.split("+")[:3] for name in names] == [["train~preview", "step", s] for s in ("10", "10", "5", "5")]
+    assert [name.endswith("+compressed.webp") for name in names] == [True, False, True, False]
+    assert tracked.client.get_run(tracked.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_close_gives_up_and_says_what_is_unsent(caplog, monkeypatch):
+    monkeypatch.setattr(live, "MOST_WAITING", 2)
+    sink = LiveMetrics(DEAD, "0" * 32)
+    for step in range(5):
+        sink.log({LOSS: 1.0, LEVEL: 1.0}, images_seen=step)
+    assert len(sink._waiting) == 2
+    report = sink.close(seconds=1)
+    assert (report.sent, report.unsent) == (0, 10)
+    assert DEAD in caplog.text
+
+
+def test_deleted_run_is_not_waited_for(config):
+    with step_run(config, run="deleted", step="train") as tracked:
+        tracked.client.delete_run(tracked.run_id)
+        sink = tracked.live_metrics()
+        sink.log({LOSS: 1.0}, images_seen=1)
+        started = time.monotonic()
+        report = sink.close()
+        assert time.monotonic() - started < 10
+        tracked.client.restore_run(tracked.run_id)
+    assert (report.sent, report.unsent) == (0, 1)
+
+
+def test_what_is_no_metric_is_counted_and_costs_no_other(config):
+    with step_run(config, run="bad", step="train") as tracked:
+        sink = tracked.live_metrics()
+        sink.log({LOSS: 1.0, "train/name?": 1.0, "train/text": "high", "train/two": torch.ones(2)}, images_seen=1)  # type: ignore[dict-item]
+        report = sink.close()
+    assert (report.sent, report.unsent) == (1, 3)
+    metrics = tracked.client.get_run(tracked.run_id).data.metrics
+    assert {name: value for name, value in metrics.items() if name.startswith("train/")} == {LOSS: 1.0}
+
+
+def test_nothing_logged_nothing_started():
+    sink = LiveMetrics(DEAD, "0" * 32)
+    assert sink.close() == LiveReport(sent=0, unsent=0)
+    assert sink._thread is None
+
+
+class Refuses:
+    """A client whose requests fail."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.asked = code, 0
+
+    def log_batch(self, *_: object, **__: object) -> None:
+        self.asked += 1
+        raise MlflowException("no", self.code)
+
+    set_terminated = log_batch
+
+
+END = {"run_id": "child", "parent_run_id": "parent", "status": "FINISHED", "ended": 1000}
+END |= {"cost": {"cost/seconds": 1.0}, "run_cost": {"cost/sample_seconds": 1.0}}
+
+
+def test_an_unreachable_server_is_asked_once_at_the_end(tmp_path):
+    client = Refuses(TEMPORARILY_UNAVAILABLE)
+    with pytest.raises(MlflowException):
+        complete(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
+    assert client.asked == 1
+
+
+def test_a_run_that_refuses_does_not_keep_the_others_from_ending(tmp_path):
+    client = Refuses(INVALID_PARAMETER_VALUE)
+    complete(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
+    assert client.asked == 4
