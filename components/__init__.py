@@ -1,7 +1,7 @@
 """The pipeline's steps as KFP components, one file each, and what they share.
 
-A component hands the canonical config, the name of the run and the URIs of its inputs to one function of `ncsn.steps`.
-The data lies in the store; a KFP artifact is the step's result as JSON, with the URIs in its metadata.
+A component passes the canonical config, the name of the run and the URIs of its inputs to one function of `ncsn.steps`.
+The data is in the store; a KFP artifact is the step's result as JSON, with the URIs in its metadata.
 """
 
 import base64
@@ -16,19 +16,15 @@ from typing import Any
 
 from kfp import dsl
 
-IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")
-"""Image of every task; NCSN_IMAGE at compile time names another."""
+IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")  # of every task, read at compile time
 
 _HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
 
 
 def experiment(config: str, run: str) -> tuple[Any, str]:
-    """The config of a task, and the run's name: `run`, else one made of the config's name and KFP's run.
+    """The config of a task, and the run's name: `run`, else the config's name and the id of KFP's run.
 
-    Tasks call it before they import their step, whose imports are quicker then.
-
-    Raises:
-        UserError: if the config is wrong, or nothing names the run.
+    Tasks call it before they import their step, which makes those imports faster.
     """
     from ncsn.process import collect_seldom
 
@@ -47,17 +43,10 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
 def task(
     step: str, *, config: str, run: str, last: bool = False, task_config: dsl.TaskConfig | None = None
 ) -> Iterator[tuple[Any, str]]:
-    """All that a task does for its step, given the settings and the name of the run; see `pipeline_task`.
+    """The settings and the run's name, around the step of a task; see `pipeline_task`.
 
-    Args:
-        step: Name of the step.
-        config: As the task got it.
-        run: As the task got it.
-        last: Whether the pipeline ends with it.
-        task_config: What is set on a task that may start other pods; see `pass_on`.
-
-    Raises:
-        UserError: as `experiment` and `pass_on`, and if the run belongs to another config.
+    `config` and `run` are the task's parameters. The pipeline ends with the `last` task. `task_config` is what KFP
+    holds for the pods that the task may start.
     """
     settings, name = experiment(config, run)
     from ncsn.steps.kfp_task import pipeline_task
@@ -69,10 +58,10 @@ def task(
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
-    """Leave what KFP holds for the pods that the task starts where the backend that starts them looks.
+    """Pass what KFP holds for the pods that the task starts to the backend that starts them.
 
     Raises:
-        UserError: if the task starts none, so that what was set on it would be lost.
+        UserError: The task starts no pods, so these settings would be lost.
     """
     from ncsn.errors import UserError
     from ncsn.remote.manifest import TASK_CONFIG
@@ -96,7 +85,7 @@ def publish(artifact: dsl.Artifact, result: Any, **metadata: str) -> None:
 
 
 def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) -> None:
-    """Log the numbers; the file is there too, because KFP's local cache takes an artifact without one for lost."""
+    """Log the numbers, and write a file: KFP's local cache treats an artifact without one as lost."""
     known = {name: float(value) for name, value in values.items() if value is not None}
     for name, value in known.items():
         metrics.log_metric(name, value)
@@ -104,17 +93,12 @@ def publish_metrics(metrics: dsl.Metrics, values: Mapping[str, float | None]) ->
 
 
 def headline(values: Mapping[str, float]) -> dict[str, float]:
-    """The few figures by which KFP's page compares runs: the scores and distances, of samples and of real images."""
+    """The metrics by which KFP's page compares runs: scores and distances, of samples and of real images."""
     return {name: value for name, value in values.items() if _HEADLINE.fullmatch(name)}
 
 
 def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
-    """Write one self-contained page; KFP shows it in a frame that cannot fetch anything.
-
-    Args:
-        page: The artifact.
-        pictures: Caption -> PNG.
-    """
+    """Write PNGs by caption as one self-contained page; KFP shows it in a frame that cannot fetch anything."""
     figures = (
         f'<figure><img style="image-rendering: pixelated; max-width: 100%" alt="{caption}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{caption}</figcaption></figure>'
@@ -124,7 +108,7 @@ def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
 
 
 def publish_no_search(search: dsl.Artifact, plots: dsl.HTML, metrics: dsl.Metrics) -> None:
-    """Say that there was no search, in each of its artifacts: KFP's page shows one without a file as broken."""
+    """Write to each artifact of a search that there was none: KFP's page shows one without a file as broken."""
     Path(search.path).write_text("null")
     Path(plots.path).write_text('<!doctype html><meta charset="utf-8"><p>The config has no section search.</p>')
     publish_metrics(metrics, {})

@@ -1,10 +1,11 @@
-"""What is set on a task that computes elsewhere and is meant for the pods there.
+"""Settings of a task that are meant for the pods that it starts.
 
-A module of its own, read at compile time alone: inside a running task `kfp.dsl` has no names for this.
+Imported at compile time only: inside a running task `kfp.dsl` lacks these names.
 """
 
 from kfp import dsl
 
+# Addresses and volumes are for the task's own pod too, resources for it alone: the config sizes the others.
 # kfp.local passes an empty TaskConfig, so one component serves both runners.
 PASSED_ON = (
     *(
@@ -24,4 +25,3 @@ PASSED_ON = (
         )
     ),
 )
-"""Addresses and volumes are for the task's own pod as well, resources for it alone: the config sizes the others."""

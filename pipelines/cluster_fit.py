@@ -1,7 +1,7 @@
-"""What a compiled pipeline needs on a cluster beside its tasks: how large their pods are, and when one is tried again.
+"""Sizes and retries of the pods of a compiled pipeline.
 
-Not set on the tasks themselves: `kfp.local`, which runs the same pipelines on one machine, knows no sizes, and would
-try a mistake again.
+They are not set on the tasks: `kfp.local`, which runs the same pipelines on one machine, knows no sizes and would retry
+a mistake.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ncsn.config.compute import ComputeConfig, bytes_of
 from ncsn.model.memory import worker_memory
 
 GPU = "nvidia.com/gpu"
+# For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is retried; a mistake, which the
+# task finds recorded, costs seconds.
 RETRIES = {
     "maxRetryCount": 2,
     "backoffDuration": "10s",
@@ -22,26 +24,18 @@ RETRIES = {
     # Argo counts from the start of the first try, and the next may take no longer: above compute.kuberay.max_hours.
     "backoffMaxDuration": "34560000s",
 }
-"""For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is tried again; a mistake, which
-the task finds recorded, costs seconds."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one pod asks for and may use.
+    """What one pod asks for and may use."""
 
-    Attributes:
-        request: CPUs and memory that are kept for it.
-        limit: CPUs and memory that it cannot exceed.
-        gpus: GPUs.
-    """
-
-    request: tuple[str, str]
+    request: tuple[str, str]  # CPUs, memory
     limit: tuple[str, str]
     gpus: int = 0
 
     def as_resources(self) -> dict[str, Any]:
-        """As the spec of a KFP container says it."""
+        """The form of a KFP container's spec."""
         resources: dict[str, Any] = {
             "resourceCpuRequest": self.request[0],
             "resourceMemoryRequest": self.request[1],
@@ -53,28 +47,24 @@ class Size:
         return resources
 
 
+# Of tasks that always work in their own pods.
 SIZES = {
     "ingest": Size(("500m", "1Gi"), ("4", "8Gi")),
     "register": Size(("200m", "1Gi"), ("2", "4Gi")),
     "report": Size(("200m", "1Gi"), ("2", "4Gi")),
     "finish": Size(("100m", "512Mi"), ("1", "2Gi")),
 }
-"""Of the tasks that always work in their own pods."""
+# Of a task that waits for the cluster that does its step, or has nothing to search.
 LAUNCHER = Size(("100m", "512Mi"), ("1", "2Gi"))
-"""Of a task that waits for the cluster on which its step works, or has nothing to search."""
-REFERENCE_IMAGES = 50_000
-"""Of a dataset that is not ingested yet, as many as the larger published ones have."""
+# Of a task that may work in its own pod, by a config that is not known yet.
 UNKNOWN = Size(("1", "2Gi"), ("8", "16Gi"))
-"""Of a task that may work in its own pod, by a config that is not known yet."""
+REFERENCE_IMAGES = 50_000  # of a dataset that is not ingested yet: as many as the larger published ones have
 
 
 def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Config | None) -> None:
-    """Give every task of a compiled pipeline its size and its retries, in place.
+    """Set size and retries of every task of a compiled pipeline, in place.
 
-    Args:
-        spec: The pipeline.
-        platforms: What the compiler says of it to Kubernetes, if anything.
-        config: The experiment that it will run; None if that is not known yet.
+    `platforms` are its documents for Kubernetes, if any; `config` is the experiment, None if it is not known yet.
     """
     for task in _tasks(spec):
         if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
@@ -87,7 +77,7 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
         step = label.removeprefix("exec-")
         container["resources"] = (SIZES.get(step) or _size(step, config)).as_resources()
         if step not in SIZES and config is not None and config.compute.backend == "local":
-            # The task's own pod computes: it goes where the config wants the workers, and hands nothing on.
+            # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
             component.pop("taskConfigPassthroughs", None)
             for platform in platforms:
                 _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], config.compute)

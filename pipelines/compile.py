@@ -22,21 +22,15 @@ PIPELINES = {
 
 
 def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
-    """Write `<name>.yaml` of each pipeline into `folder`; the paths written. See `compile_one`."""
+    """Write `<name>.yaml` of each pipeline into `folder`; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [compile_one(name, folder, config) for name in PIPELINES]
 
 
 def compile_one(name: str, folder: Path, config: Config | None = None) -> Path:
-    """Write `<name>.yaml` of one pipeline into `folder`.
+    """Write `<name>.yaml` of one of `PIPELINES` into `folder`; the path.
 
-    Args:
-        name: One of `PIPELINES`.
-        folder: Where to.
-        config: The experiment that it will run, which decides how large its pods are; None = not known yet.
-
-    Returns:
-        The path.
+    `config` is the experiment that it will run, which decides how large its pods are; None if it is not known yet.
     """
     path = folder / f"{name}.yaml"
     compiler.Compiler().compile(PIPELINES[name], str(path))

@@ -1,6 +1,6 @@
 """A client of a Kubeflow Pipelines API that has answered, or one line that says why there is none.
 
-Credentials come from the environment or from the token that Kubernetes puts into a pod, never from an argument.
+Credentials come from the environment or from the token that Kubernetes mounts in a pod, never from an argument.
 """
 
 from __future__ import annotations
@@ -38,22 +38,15 @@ class KfpRefusalError(KfpError):
 
 @dataclass(frozen=True)
 class Credentials:
-    """How to show who one is: at most one of these.
+    """At most one of token, cookie and token file."""
 
-    Attributes:
-        source: Where it comes from, for messages.
-        token: Bearer token.
-        cookie: Value of the Cookie header of a session in the browser.
-        token_path: File with a token that Kubernetes renews.
-    """
-
-    source: str
+    source: str  # for messages
     token: str | None = None
-    cookie: str | None = None
-    token_path: Path | None = None
+    cookie: str | None = None  # of a session in the browser
+    token_path: Path | None = None  # Kubernetes renews its content
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request made by hand."""
+        """The headers of a request without KFP's client."""
         token = self.token or (self.token_path.read_text().strip() if self.token_path else None)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return headers | ({"Cookie": self.cookie} if self.cookie else {})
@@ -61,18 +54,11 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Connection:
-    """A client whose server has answered.
-
-    Attributes:
-        client: KFP's own client.
-        host: Address of the API.
-        namespace: The user's namespace; None where the server knows no users.
-        version: What the server says of itself.
-    """
+    """A client whose server has answered."""
 
     client: Client
     host: str
-    namespace: str | None
+    namespace: str | None  # the user's; None where the server knows no users
     version: str
 
     def run_url(self, run_id: str) -> str:
@@ -88,11 +74,7 @@ class Connection:
 
 
 def endpoint(host: str | None) -> str:
-    """The address of the API: `host`, else the environment's.
-
-    Raises:
-        KfpError: if neither names one, or it holds a password.
-    """
+    """The address of the API: `host`, else the environment's."""
     address = (host or os.environ.get(ENDPOINT, "")).rstrip("/")
     if not address:
         raise KfpError(
@@ -113,11 +95,7 @@ def endpoint(host: str | None) -> str:
 
 
 def credentials() -> Credentials:
-    """What the environment offers: a token, a cookie, a token file, or the token of a pod.
-
-    Raises:
-        KfpError: if the file that KF_PIPELINES_SA_TOKEN_PATH names cannot be read.
-    """
+    """A token, a cookie or a token file from the environment, else the token of a pod."""
     if token := os.environ.get(TOKEN):
         return Credentials(TOKEN, token=token)
     if cookie := os.environ.get(COOKIE):
@@ -134,14 +112,12 @@ def credentials() -> Credentials:
 
 
 def connect(host: str | None, *, namespace: str | None = None) -> Connection:
-    """Ask the server how it is, and make a client of it.
+    """A client of the server at `host`, None = KF_PIPELINES_ENDPOINT, after it has answered.
 
-    Args:
-        host: Address of the API; None = KF_PIPELINES_ENDPOINT.
-        namespace: The user's namespace, for a Kubeflow of several users; None = that of this pod.
+    A Kubeflow of several users needs a namespace; None = that of this pod.
 
     Raises:
-        KfpError: if it does not answer, refuses, or needs a namespace.
+        KfpError: It does not answer, refuses, or needs a namespace.
     """
     address, who = endpoint(host), credentials()
     health = _health(address, who)
@@ -167,7 +143,7 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
 
 
 def reason_of(error: Exception) -> str:
-    """What the server said, or what became of the connection."""
+    """The server's message, or how the connection failed."""
     if not isinstance(error, kfp_server_api.ApiException):
         return f"no answer ({str(error).rpartition(': ')[2]})"
     try:
@@ -178,7 +154,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _health(address: str, who: Credentials) -> dict[str, object]:
-    """The server's answer to healthz. KFP's client asks it too, but for half a minute and without a word."""
+    """The server's answer to healthz. KFP's client asks too, but for half a minute and without a message."""
     url = f"{address}/apis/v2beta1/healthz"
     try:
         response = urllib3.PoolManager().request(

@@ -1,6 +1,6 @@
 """Runs the train pipeline on this machine with `kfp.local`, in the current environment: `python -m pipelines.local`.
 
-Takes one line of JSON on standard input: `{"config", "run", "pipeline_root"}`. The caller keeps that pipe open; when
+Reads one line of JSON from standard input: `{"config", "run", "pipeline_root"}`. The caller keeps that pipe open; when
 it closes, the caller is gone, and this process ends with everything that it started.
 """
 
@@ -21,13 +21,7 @@ from pipelines.train_pipeline import train_pipeline
 def run(config: str, *, run: str, pipeline_root: str) -> None:
     """Compile the pipeline from source and execute its steps one by one as subprocesses.
 
-    Args:
-        config: The experiment as canonical JSON.
-        run: Name of the run.
-        pipeline_root: Local folder for KFP's artifacts.
-
-    Raises:
-        RuntimeError: naming the task that failed.
+    `config` is canonical JSON, `pipeline_root` a local folder for KFP's artifacts.
     """
     local.init(
         runner=local.SubprocessRunner(use_venv=False),

@@ -7,7 +7,7 @@ from kfp import dsl
 from components.evaluate import evaluate
 from components.ingest import ingest
 from components.sample_model import sample_model
-from pipelines.tasks import furnish
+from pipelines.tasks import configure_task
 
 
 @dsl.pipeline(
@@ -32,15 +32,15 @@ def sample_pipeline(
         evaluated: Measure the images too, for which the model's data set is ingested if the store does not have it.
     """
     # Not cached: who is champion changes without any argument.
-    sampled = furnish(
+    sampled = configure_task(
         sample_model(model=model, registry=registry, root=root, overrides=overrides),
         title="Sample images",
         cached=False,
     )
     with dsl.If(evaluated == True, name="if evaluated"):  # noqa: E712 - KFP records the comparison
         config, run = sampled.outputs["config"], sampled.outputs["run"]
-        ingested = furnish(ingest(config=config, run=run, content=""), title="Ingest images", cached=False)
-        furnish(
+        ingested = configure_task(ingest(config=config, run=run, content=""), title="Ingest images", cached=False)
+        configure_task(
             evaluate(config=config, run=run, dataset=ingested.outputs["dataset"], samples=sampled.outputs["samples"]),
             title="Evaluate samples",
             cached=True,

@@ -5,7 +5,7 @@ from kfp import dsl
 from components.finish import finish
 from components.ingest import ingest
 from components.tune import tune
-from pipelines.tasks import furnish
+from pipelines.tasks import configure_task
 
 
 @dsl.pipeline(
@@ -23,10 +23,10 @@ def search_pipeline(config: str, run: str = "", content: str = "") -> None:
             the id of this pipeline run.
         content: Fingerprint of the source's files, if known: KFP then takes the data set from its cache.
     """
-    finished = furnish(finish(config=config, run=run), title="Finish", cached=False)
+    finished = configure_task(finish(config=config, run=run), title="Finish", cached=False)
     with dsl.ExitHandler(finished, name="steps"):
-        ingested = furnish(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
-        furnish(
+        ingested = configure_task(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
+        configure_task(
             tune(config=config, run=run, required=True, dataset=ingested.outputs["dataset"]),
             title="Search settings",
             cached=True,

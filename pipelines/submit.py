@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,47 +13,40 @@ from typing import Any
 
 import kfp_server_api
 import urllib3
+import yaml
 
 from ncsn.config import Config
+from ncsn.errors import UserError
+from pipelines.compile import PIPELINES, compile_one
 from pipelines.connection import Connection, KfpError, reason_of
-from pipelines.cron import kfp_schedule
-from pipelines.package import package
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "NUMBER_INTEGER": (int,),
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": (bool,),
+    "LIST": (list,),
+    "STRUCT": (dict,),
+}
+_FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What to start.
+    """What to start."""
 
-    Attributes:
-        pipeline: `train`, or another of `pipelines.compile.PIPELINES` without its ending.
-        name: How the run is called on KFP's page.
-        arguments: Parameter of the pipeline -> value.
-        experiment: KFP's experiment.
-        service_account: Of the pods; None = the cluster's default.
-        cache: False makes every task work anew.
-        known: Tasks that KFP may cache in addition, because the arguments tell all that they depend on.
-        config: The experiment, which decides how large the pods are; None if it is not known.
-    """
-
-    pipeline: str
-    name: str
-    arguments: Mapping[str, Any]
-    experiment: str
-    service_account: str | None = None
-    cache: bool = True
-    known: Sequence[str] = ()
-    config: Config | None = None
+    pipeline: str  # `train`, or another of `PIPELINES` without its ending
+    name: str  # of the run, on KFP's page
+    arguments: Mapping[str, Any]  # text is read as YAML for a parameter that is no string
+    experiment: str  # KFP's
+    service_account: str | None = None  # of the pods; None = the cluster's default
+    cache: bool = True  # False keeps every task out of KFP's cache
+    known: Sequence[str] = ()  # tasks that KFP may cache in addition: the arguments tell all that they depend on
+    config: Config | None = None  # decides how large the pods are; None if it is not known
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was started: a run, or a schedule of runs.
-
-    Attributes:
-        id: KFP's identifier.
-        url: Its page.
-        experiment: KFP's experiment.
-    """
+    """A run, or a schedule of runs, that KFP has accepted."""
 
     id: str
     url: str
@@ -59,23 +54,14 @@ class Submitted:
 
 
 def require_access(connection: Connection) -> None:
-    """Ask for something that only a user may see; the server tells anybody that it is well.
-
-    Raises:
-        KfpError: if the server refuses.
-    """
+    """Ask for something that only a user may see; the health of the server is public."""
     with _refusals(connection, "list experiments"):
         connection.client.list_experiments(page_size=1, namespace=connection.namespace)
 
 
 def submit(connection: Connection, submission: Submission) -> Submitted:
-    """Start one run.
-
-    Raises:
-        UserError: for an unknown pipeline, or an unknown, missing or ill-typed parameter.
-        KfpError: if the server refuses.
-    """
-    with _packed(submission) as (file, arguments), _refusals(connection, f"start {submission.name!r}"):
+    """Start one run."""
+    with package(submission) as (file, arguments), _refusals(connection, f"start {submission.name!r}"):
         run = connection.client.run_pipeline(
             experiment_id=_experiment(connection, submission.experiment),
             job_name=submission.name,
@@ -87,18 +73,9 @@ def submit(connection: Connection, submission: Submission) -> Submitted:
 
 
 def schedule(connection: Connection, submission: Submission, *, every: str) -> Submitted:
-    """Start a run whenever the clock says so, one at a time and none for times that were missed.
-
-    Args:
-        connection: The server.
-        submission: What to start.
-        every: Schedule in UTC, see `kfp_schedule`.
-
-    Raises:
-        UserError: for what `submit` refuses, and for an invalid schedule.
-    """
-    cron = kfp_schedule(every)
-    with _packed(submission) as (file, arguments), _refusals(connection, f"schedule {submission.name!r}"):
+    """Start a run at the times of a cron expression in UTC, one at a time; times that were missed are skipped."""
+    cron = f"0 {every.strip()}" if len(every.split()) == _FIELDS else every  # KFP's first field is the second
+    with package(submission) as (file, arguments), _refusals(connection, f"schedule {submission.name!r} by {every!r}"):
         recurring = connection.client.create_recurring_run(
             experiment_id=_experiment(connection, submission.experiment),
             job_name=submission.name,
@@ -113,26 +90,70 @@ def schedule(connection: Connection, submission: Submission, *, every: str) -> S
     return Submitted(run_id, connection.recurring_url(run_id), submission.experiment)
 
 
-def _packed(submission: Submission) -> contextlib.AbstractContextManager[tuple[Path, dict[str, Any]]]:
-    return package(
-        submission.pipeline,
-        submission.arguments,
-        cache=submission.cache,
-        known=submission.known,
-        config=submission.config,
-    )
+@contextlib.contextmanager
+def package(submission: Submission) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The compiled pipeline in a temporary file, and the arguments, checked before anything is sent."""
+    name = f"{submission.pipeline}_pipeline"
+    if name not in PIPELINES:
+        choices = ", ".join(known.removesuffix("_pipeline") for known in PIPELINES)
+        raise UserError("--pipeline", "no such pipeline", hint=f"choose one of {choices}", value=submission.pipeline)
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as folder:
+        path = compile_one(name, Path(folder), submission.config)
+        spec, *platforms = yaml.safe_load_all(path.read_text())
+        arguments = arguments_for(spec, submission.arguments)
+        _set_caching(spec, cache=submission.cache, known=submission.known)
+        path.write_text(yaml.safe_dump_all([spec, *platforms], sort_keys=True))
+        yield path, arguments
+
+
+def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in the types of the parameters of a compiled pipeline."""
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"{meant}the pipeline takes: {', '.join(sorted(known))}"
+            raise UserError("--param", "unknown parameter", hint=hint, value=name)
+    for name, parameter in known.items():
+        if name not in given and "defaultValue" not in parameter and not parameter.get("isOptional"):
+            hint = f"pass --param {name}=VALUE: {parameter.get('description', '')}"
+            raise UserError("--param", f"the pipeline needs {name}", hint=hint)
+    return {name: _typed(name, value, known[name]["parameterType"]) for name, value in given.items()}
+
+
+def _typed(name: str, value: Any, wanted: str) -> Any:
+    if wanted == "STRING":
+        return str(value)
+    try:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        parsed = None
+    is_flag = isinstance(parsed, bool) and wanted != "BOOLEAN"
+    if is_flag or not isinstance(parsed, _TYPES[wanted]):
+        raise UserError("--param", f"expected a {wanted.lower().replace('_', ' ')}", value=f"{name}={value}")
+    return parsed
+
+
+def _set_caching(spec: dict[str, Any], *, cache: bool, known: Sequence[str]) -> None:
+    # In all graphs; KFP's client would miss the tasks inside an exit handler.
+    for component in (spec["root"], *spec["components"].values()):
+        for name, task in component.get("dag", {}).get("tasks", {}).items():
+            if not cache:
+                task["cachingOptions"] = {}
+            elif name in known:
+                task["cachingOptions"] = {"enableCache": True}
 
 
 def _experiment(connection: Connection, name: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()):  # KFP's client prints a link
-        return str(connection.client.create_experiment(name, namespace=connection.namespace).experiment_id)
+    return str(connection.client.create_experiment(name, namespace=connection.namespace).experiment_id)
 
 
 @contextlib.contextmanager
 def _refusals(connection: Connection, doing: str) -> Iterator[None]:
-    """Turn what the server refuses into a `KfpError`."""
+    """Turn the server's refusal into a `KfpError`."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):  # KFP's client prints links
             yield
     except kfp_server_api.ApiException as error:
         hint = {401: "renew the token or cookie", 403: "ask for the right to create runs there"}.get(error.status, "")

@@ -1,4 +1,4 @@
-"""What every task of every pipeline gets: a title, a rule for KFP's cache, and the cluster's addresses and secrets."""
+"""What every task of every pipeline has: a title, a rule for KFP's cache, the cluster's addresses and secrets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from kfp import dsl, kubernetes
 from components import IMAGE
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 
-ENVIRONMENT = "ncsn-environment"
-"""ConfigMap with addresses, in the namespace of the runs."""
+ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
 ADDRESSES = (
     "AWS_ENDPOINT_URL",
     "AWS_REGION",
@@ -18,8 +17,7 @@ ADDRESSES = (
     "NCSN_MLFLOW_UI",
     "NCSN_RAYJOB_TEMPLATE",
 )
-CREDENTIALS = "ncsn-credentials"
-"""Secret, in the namespace of the runs."""
+CREDENTIALS = "ncsn-credentials"  # Secret, in the namespace of the runs
 SECRETS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -30,24 +28,17 @@ SECRETS = (
 )
 
 
-def furnish(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.PipelineTask:
-    """Make a task fit for a cluster.
+def configure_task(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.PipelineTask:
+    """Configure a task for a cluster; the same task.
 
-    Args:
-        task: The task.
-        title: How KFP's page calls it.
-        cached: Whether KFP may take its outputs from an earlier run with the same arguments, artifacts and image.
-            `kfp.local` does so only if asked.
-
-    Returns:
-        The same task.
+    `cached` lets KFP take its outputs from an earlier run with the same arguments, artifacts and image.
     """
     task.set_display_name(title)
     task.set_caching_options(cached)
     task.set_env_variable("NCSN_IMAGE", IMAGE)
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
-    # Not arguments, which would make the cache key of every run its own.
+    # Not arguments, which would give every run another cache key.
     for variable, label in ((KFP_RUN_ID, "pipeline/runid"), (KFP_WORKFLOW, "workflows.argoproj.io/workflow")):
         kubernetes.use_field_path_as_env(task, env_name=variable, field_path=f"metadata.labels['{label}']")
     return task

@@ -10,7 +10,7 @@ from components.report import report
 from components.sample import sample
 from components.train import train
 from components.tune import tune
-from pipelines.tasks import furnish
+from pipelines.tasks import configure_task
 
 
 @dsl.pipeline(
@@ -31,32 +31,36 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
             the id of this pipeline run.
         content: Fingerprint of the source's files, if known: KFP then takes the data set from its cache.
     """
-    finished = furnish(finish(config=config, run=run), title="Finish", cached=False)
+    finished = configure_task(finish(config=config, run=run), title="Finish", cached=False)
     with dsl.ExitHandler(finished, name="steps"):
         # Not cached unless `ncsn submit` knows the content: KFP sees the same config and not that images changed.
-        ingested = furnish(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
+        ingested = configure_task(ingest(config=config, run=run, content=content), title="Ingest images", cached=False)
         dataset = ingested.outputs["dataset"]
-        # A task and not a branch: that a config asks for a search, only its reader can tell.
-        tuned = furnish(
+        # A task and not a branch: only a task that reads the config knows whether it asks for a search.
+        tuned = configure_task(
             tune(config=config, run=run, required=False, dataset=dataset),
             title="Search settings, if asked",
             cached=True,
         )
         config, run = tuned.outputs["best_config"], tuned.outputs["best_run"]
-        trained = furnish(train(config=config, run=run, dataset=dataset), title="Train score network", cached=True)
+        trained = configure_task(
+            train(config=config, run=run, dataset=dataset), title="Train score network", cached=True
+        )
         checkpoint = trained.outputs["checkpoint"]
-        sampled = furnish(sample(config=config, run=run, checkpoint=checkpoint), title="Sample images", cached=True)
-        evaluated = furnish(
+        sampled = configure_task(
+            sample(config=config, run=run, checkpoint=checkpoint), title="Sample images", cached=True
+        )
+        evaluated = configure_task(
             evaluate(config=config, run=run, dataset=dataset, samples=sampled.outputs["samples"]),
             title="Evaluate samples",
             cached=True,
         )
-        # The gate compares with whatever is champion now, so this is decided anew in every run.
-        registered = furnish(
+        # Not cached: the gate compares with the present champion.
+        registered = configure_task(
             register(config=config, run=run, checkpoint=checkpoint, evaluation=evaluated.outputs["evaluation"]),
             title="Register model",
             cached=False,
         )
-        # Whether or not the model was promoted, and not before that is known: the page says so.
+        # After the gate, whose decision the page shows.
         reporting = report(config=config, run=run, evaluation=evaluated.outputs["evaluation"]).after(registered)
-        furnish(reporting, title="Write report", cached=False)
+        configure_task(reporting, title="Write report", cached=False)

@@ -54,8 +54,6 @@ STILL_LONGER = {
     "ncsn/evaluation/classifier.py",
     "ncsn/evaluation/frechet.py",
     "ncsn/model/checkpoint.py",
-    "ncsn/remote/kubernetes.py",
-    "ncsn/remote/manifest.py",
     "ncsn/runs/records.py",
     "ncsn/steps/tune.py",
     "ncsn/tracking/client.py",

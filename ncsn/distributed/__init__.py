@@ -17,5 +17,8 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
-    _prepare_environment()
+if "ray" not in sys.modules:
+    if "RAY_ADDRESS" not in os.environ:
+        _prepare_environment()
+    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default does not send a token that is there

@@ -1,10 +1,22 @@
-"""Steps on a cluster elsewhere. The only package that imports the Kubernetes client, and Ray's Jobs client."""
+"""Steps on other machines: as jobs of a Ray cluster, or as RayJobs on Kubernetes."""
 
 from __future__ import annotations
 
-import os
-import sys
+from ncsn.config.compute import ComputeConfig
+from ncsn.remote.backend import Backend
 
-if "ray" not in sys.modules and {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-    # Who has a token means to show it; Ray decides when it is imported, and its default is not to.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+def open_backend(compute: ComputeConfig, *, namespace: str | None = None) -> Backend | None:
+    """The backend that `compute.backend` names; None for the local one, which is this process.
+
+    `namespace` is the default of `compute.kuberay.namespace`.
+    """
+    if compute.backend == "ray-jobs":
+        from ncsn.remote.ray_jobs import RayJobs
+
+        return RayJobs(compute)
+    if compute.backend == "kuberay":
+        from ncsn.remote.kuberay import KubeRay
+
+        return KubeRay(compute, namespace=namespace)
+    return None

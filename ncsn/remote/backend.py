@@ -1,7 +1,7 @@
-"""What a backend is: it runs a step's command somewhere else and returns when it is done.
+"""A backend runs a step's command on other machines and returns when it has ended.
 
-The command is the same `ncsn <step>` that a person types, with the local backend. Config, result, progress and errors
-go through the store, so that a backend carries nothing but the command.
+The command is the `ncsn <step>` that a person types, with the local backend. Config, result, progress and errors go
+through the store, so a backend carries only the command.
 """
 
 from __future__ import annotations
@@ -10,55 +10,62 @@ import hashlib
 import re
 import signal
 import sys
-import tempfile
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar
 
-from ncsn import storage
+from ncsn.errors import UserError
+from ncsn.storage.retry import Retry
 
 TERMINATED = 128 + signal.SIGTERM
-MAX_NAME = 47
-"""KubeRay makes names of 53 characters from a RayJob's by adding 6."""
+MAX_NAME = 47  # KubeRay adds up to 6 characters to a RayJob's name, and a name has at most 53
+CHECK_SECONDS = 5.0  # a person waits for `ncsn doctor`
+PATIENCE_SECONDS = 900.0  # a head node or an API server is replaced within this time
 
 _DIGEST_CHARACTERS = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RemoteStep:
-    """One step to run elsewhere.
-
-    Attributes:
-        run: Name of the run.
-        step: Name of the step.
-        uri: Folder of the step in the store, which keeps its log and the launcher's lease.
-        command: Command and arguments, which take `--lease URI` as well.
-        facts: What names the step's records elsewhere, such as its MLflow run, for whoever looks at the cluster.
-        mistaken: Whether the step has recorded a mistake since it was started, which another attempt would repeat.
-    """
+    """One step to run elsewhere."""
 
     run: str
     step: str
-    uri: str
-    command: tuple[str, ...]
-    facts: Mapping[str, str] = field(default_factory=dict)
-    mistaken: Callable[[], bool] = lambda: False
+    uri: str  # folder of the step in the store: holds its log and the launcher's lease
+    command: tuple[str, ...]  # also takes `--lease URI`
+    facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
+    mistaken: Callable[[], bool] = lambda: False  # whether the step has recorded a mistake, which a retry would repeat
 
 
 class Conflict(Exception):
-    """There is something of that name."""
+    """The name is taken."""
 
 
 class RemoteFailure(RuntimeError):
-    """The step ended elsewhere without success; the message is one line with the reason."""
+    """The step failed elsewhere; the message is one line with the reason."""
 
 
 class RemoteLost(RemoteFailure):
-    """The step's record is gone, so nobody can say how it ended; if it did, its result is in the store."""
+    """The backend no longer knows the step; if it ended well, its result is in the store."""
+
+
+class NotConfigured(Exception):
+    """There is nothing to check."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that `ncsn doctor` looks at."""
+
+    name: str
+    probe: Callable[[], str]  # returns what it found; raises NotConfigured, or an error that says what is wrong
+    fix: str  # a command
+    fixes: Mapping[type[Exception], str] = field(default_factory=dict)  # the fix for these errors
 
 
 class Backend(Protocol):
@@ -68,21 +75,60 @@ class Backend(Protocol):
         """Run the step to its end, or attach to it if it is running.
 
         Raises:
-            RemoteFailure: if it ended without success.
-            PermissionError: naming the right that is missing.
-            ConnectionError: if the other side has not answered for long.
-            UserError: for a mistake in the settings.
+            RemoteFailure: It failed.
+            PermissionError: A right or a token is missing.
+            ConnectionError: The other side did not answer in time.
+            UserError: A setting is wrong, or the name is taken by other work.
         """
+
+    def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
+        """Stop the running jobs of a run, or of a run of KFP; their names."""
+
+    def checks(self) -> Iterator[Check]:
+        """What the backend needs."""
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """Work that has the name of a step."""
+
+    kind: str
+    name: str
+    state: str
+    request: str  # digest of its command
+    attachable: bool
+    running: bool  # then other work must not take its place
+    attach: Callable[[], T]
+    clear: Callable[[], None]  # makes room for the next attempt
+    how_to_end: str  # a command
+
+
+def attach_or_start(request: str, *, start: Callable[[], T], find: Callable[[], Found[T] | None]) -> T:
+    """Start the work, or attach to what an earlier attempt left, or to what a request whose answer was lost started.
+
+    `start` raises `Conflict` if the name is taken.
+    """
+    while True:
+        with suppress(Conflict):
+            return start()
+        found = find()
+        if found is None:
+            continue
+        if found.attachable and found.request == request:
+            handle = found.attach()
+            say(f"attached to {found.kind} {found.name}, which is {found.state}")
+            return handle
+        if found.running:
+            raise UserError(
+                found.name,
+                f"this {found.kind} runs the same step on other inputs",
+                hint=f"wait for it, or end it: {found.how_to_end}",
+            )
+        found.clear()
 
 
 def job_name(run: str, step: str, uri: str) -> str:
-    """`ncsn-<run>-<step>-<digest>`, at most 47 characters of DNS-1035; the same for every attempt.
-
-    Args:
-        run: Name of the run.
-        step: Name of the step.
-        uri: Folder of the step in the store.
-    """
+    """`ncsn-<run>-<step>-<digest>`, a DNS-1035 label of at most 47 characters; the same for every attempt."""
     digest = hashlib.sha256(uri.encode()).hexdigest()[:_DIGEST_CHARACTERS]
     readable = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     room = MAX_NAME - len(f"ncsn--{step}-{digest}")
@@ -96,7 +142,7 @@ def command_digest(command: tuple[str, ...]) -> str:
 
 @contextmanager
 def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
-    """On SIGTERM call `end` first and clean up afterwards: KFP gives a canceled task very little time."""
+    """On SIGTERM call `end` before any cleanup: KFP kills a canceled task after less than a second."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,124 +159,29 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Tell whoever waits. A KFP task's stderr is its log."""
+    """Print a line for the person who waits; the log of a KFP task is its stderr."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
-_PAUSES = (1.0, 5.0)
-_LAST_READ_SECONDS = 15.0
-_SAID = "error: "
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What Ray prints of itself on a busy node, and gets over.
-_HARMLESS = re.compile(r"GetTimeoutError|PlacementGroupCleaner")
-_TRACEBACK = "Traceback (most recent call last)"
-# Ray puts the process before a worker's line: "(RayTrainWorker pid=7, ip=10.0.0.2) ValueError: ...".
-_ERROR = re.compile(
-    r"^(?:\([^)]*\)\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Expired|Exit|NotFound)(?:: .*)?)$"
-)
+class Unavailable(ConnectionError):
+    """A server that may answer the next request; the message is the reason."""
 
 
-def first_error(lines: Iterable[str]) -> str | None:
-    """The exception of the first traceback, which is the failed worker's: what others print afterwards follows it.
+def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
+    """The result of `call`, repeated while it raises `Unavailable`.
 
-    Without a traceback it is what `ncsn` itself said last.
+    Raises:
+        ConnectionError: The server did not answer within `seconds`.
     """
-    in_traceback, said = False, None
-    for line in (_COLOUR.sub("", line) for line in lines):
-        if _HARMLESS.search(line):
-            in_traceback = False
-        elif _TRACEBACK in line:
-            in_traceback = True
-        elif in_traceback and (match := _ERROR.match(line.strip())):
-            return match[1]
-        elif line.startswith(_SAID):
-            said = line.removeprefix(_SAID)
-    return said
+    try:
+        return Retry(server, seconds, _reason, say=say)(call)
+    except Unavailable as error:
+        raise ConnectionError(
+            f"{server} has not answered for {seconds:g} s ({error}); what runs there goes on for a while, and the same "
+            "command attaches to it again"
+        ) from None
 
 
-class DriverLog(ABC):
-    """A context that shows the log as it comes and publishes it at `uri` in the end.
-
-    A stream may be cut at any time, so it is opened again and again. The outcome of the job is never read from here.
-
-    Args:
-        uri: Where the whole log is kept in the end.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
-        self._job_over = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._follow_all, name="driver-log", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._job_over.set()
-        with self._lock:
-            self._file.close()
-
-    def finish(self) -> None:
-        """Read what is left, and publish all of it."""
-        self.stop_following()
-        self.publish()
-
-    def stop_following(self) -> None:
-        """Read what is left."""
-        self._job_over.set()
-        self._thread.join(_LAST_READ_SECONDS)
-
-    def publish(self) -> None:
-        """Keep at `uri` all that was read."""
-        content = self._content()
-        if content:
-            storage.write_bytes(self.uri, content)
-
-    def lines(self) -> Iterator[str]:
-        """What came so far."""
-        yield from self._content().decode(errors="replace").splitlines()
-
-    @abstractmethod
-    def follow(self) -> bool:
-        """Take the lines that are new until the stream ends; whether there were any.
-
-        Raises:
-            PermissionError: if it may not be read.
-            ConnectionError: if it has not started, or is cut.
-        """
-
-    def take(self, line: bytes) -> None:
-        """Show one line and keep it."""
-        with self._lock:
-            if not self._file.closed:
-                self._file.seek(0, 2)
-                self._file.write(line + b"\n")
-        say(line.decode(errors="replace"))
-
-    def _content(self) -> bytes:
-        with self._lock:
-            self._file.seek(0)
-            return self._file.read()
-
-    def _follow_all(self) -> None:
-        pause = _PAUSES[0]
-        while True:
-            # Asked before reading, so that all that was written until the job was over is read.
-            over = self._job_over.is_set()
-            try:
-                news = self.follow()
-            except PermissionError as error:
-                say(f"the log cannot be shown: {error}")
-                return
-            except ConnectionError:
-                news = True
-            if over:
-                return
-            pause = _PAUSES[0] if news else min(2 * pause, _PAUSES[1])
-            self._job_over.wait(pause)
+def _reason(error: Exception) -> str | None:
+    return str(error) if isinstance(error, Unavailable) else None

@@ -1,13 +1,20 @@
-"""What a RayJob will need of the cluster, looked at before there is one. A check says what it found, or raises."""
+"""What a RayJob will need of the cluster, checked by `ncsn doctor` before there is one."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Mapping
+
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
+from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.manifest import fit_to_schema, load_template
+from ncsn.remote.manifest import TEMPLATE_VARIABLE, fit_to_schema, load_template
 
-NEEDED = (
+STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
+IMAGE_VARIABLE = "NCSN_IMAGE"
+GPU = "nvidia.com/gpu"
+NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
     ("get", "pods/log"),
@@ -15,17 +22,33 @@ NEEDED = (
     ("get", "workflows.argoproj.io"),
     *((verb, "configmaps") for verb in ("create", "delete")),
 )
-"""What infra/base/rbac/launcher-role.yaml grants."""
-GPU = "nvidia.com/gpu"
+
 _IN_WORDS = {"authOptions": "token auth"}
 
 
-def check_rights(api: KubernetesApi) -> str:
-    """Every verb that the launcher uses.
+def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
+    """The checks of the backend `kuberay`; only the first if no cluster is configured."""
+    settings = compute.kuberay
+    try:
+        api = KubernetesApi(settings.namespace, patience=CHECK_SECONDS)
+    except ValueError as error:
+        yield Check("kubernetes", _raising(error), "export KUBECONFIG=FILE")
+        return
+    grant = f"kubectl apply -k infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
+    operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+    unreachable: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
+    image = settings.image or os.environ.get(IMAGE_VARIABLE)
+    yield Check("kubernetes", lambda: f"{api.server}, namespace {api.namespace!r}", "")
+    yield Check("rights", lambda: check_rights(api), grant, unreachable)
+    for_crd = {**unreachable, FileNotFoundError: f"unset {TEMPLATE_VARIABLE}"}
+    yield Check("kuberay", lambda: check_crd(api), operator, for_crd)
+    yield Check("pod image", lambda: check_image(api, image), f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG")
+    yield Check("gpus", lambda: check_gpus(api, compute), "kubectl describe nodes | grep nvidia.com/gpu")
+    yield Check("queue", lambda: check_queue(api, settings.queue), f"kubectl get localqueues -n {api.namespace}")
 
-    Raises:
-        PermissionError: naming those that are missing.
-    """
+
+def check_rights(api: KubernetesApi) -> str:
+    """Every verb that the launcher uses."""
     missing = [f"{verb} {resource}" for verb, resource in NEEDED if not api.allowed(verb, resource)]
     if missing:
         raise PermissionError(f"this account may not {', '.join(missing)} in namespace {api.namespace!r}")
@@ -33,12 +56,7 @@ def check_rights(api: KubernetesApi) -> str:
 
 
 def check_crd(api: KubernetesApi) -> str:
-    """The RayJob that is installed, by the fields that it has.
-
-    Raises:
-        UserError: if there is none.
-        NotFound: if there is no template to compare it with.
-    """
+    """The RayJob that is installed, by the fields that it has."""
     schema = api.rayjob_schema()
     _, unknown = fit_to_schema(load_template(), schema)
     known = schema.get("properties", {}).get("spec", {}).get("properties", {})
@@ -49,19 +67,24 @@ def check_crd(api: KubernetesApi) -> str:
     return f"RayJob ray.io/v1, KubeRay {f'{release} or later' if release else 'before 1.5'}{left_out}"
 
 
-def nodes_with_image(api: KubernetesApi, image: str) -> tuple[int, int]:
-    """How many nodes say that they have this image, and how many there are. A node names its 50 largest at most."""
+def check_image(api: KubernetesApi, image: str | None) -> str:
+    """The image of the Ray pods. Only a pod can find out whether it can be pulled."""
+    if image is None:
+        raise UserError("compute.kuberay.image", f"the Ray pods have no image; {IMAGE_VARIABLE} is not set either")
+    if not api.allowed("list", "nodes"):
+        return f"{image}, not looked for: this account may not list nodes"
     nodes = api.nodes()
-    return sum(_has_image(node, image) for node in nodes), len(nodes)
+    having = sum(_has_image(node, image) for node in nodes)  # a node lists its 50 largest images at most
+    unknown = "" if having == len(nodes) else "; whether the others can pull it was not checked"
+    return f"{image} is on {having} of {len(nodes)} nodes{unknown}"
 
 
 def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
-    """As many GPUs as workers, on nodes that the workers may use, each with all GPUs of a pod.
-
-    Raises:
-        PermissionError: if this account may not see nodes.
-        UserError: if there are fewer.
-    """
+    """As many GPUs as workers, on nodes that the workers may use, with all GPUs of a pod on one node."""
+    if not compute.use_gpu:
+        raise NotConfigured("compute.use_gpu is false")
+    if not api.allowed("list", "nodes"):
+        raise NotConfigured("this account may not list nodes, so it cannot tell")
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
     each = [_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable")]
@@ -77,12 +100,10 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     return f"{have} GPUs for {compute.max_workers} workers in {compute.max_pods} pods"
 
 
-def check_queue(api: KubernetesApi, name: str) -> str:
-    """Kueue's LocalQueue, ready to admit.
-
-    Raises:
-        UserError: if it is not there or not active.
-    """
+def check_queue(api: KubernetesApi, name: str | None) -> str:
+    """Kueue's LocalQueue, active."""
+    if name is None:
+        raise NotConfigured("compute.kuberay.queue is null")
     queue = api.local_queue(name)
     if queue is None:
         raise UserError("compute.kuberay.queue", f"namespace {api.namespace} has no such LocalQueue", value=name)
@@ -102,3 +123,10 @@ def _has_image(node: Resource, image: str) -> bool:
 
 def _gpus(node: Resource) -> int:
     return int(node.get("status", {}).get("allocatable", {}).get(GPU, 0))
+
+
+def _raising(error: Exception) -> Callable[[], str]:
+    def probe() -> str:
+        raise error
+
+    return probe

@@ -1,193 +1,201 @@
-"""Ray's Jobs API as this package uses it. The only module outside `ncsn.distributed` that imports Ray.
-
-Every call goes on through a head node that is away for a while, and says in one line what a cluster refuses.
-"""
+"""Ray's Jobs API over REST, as specified in Ray's documentation (doc/source/cluster/.../job-submission/openapi.yml)."""
 
 from __future__ import annotations
 
-import logging
+import copy
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
 
 import aiohttp
-import ray
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+import requests
 
 from ncsn.errors import UserError
-from ncsn.remote.backend import Conflict, say
-from ncsn.storage.retry import Retry
+from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, Unavailable, keep_asking
 
-__all__ = ["JobDetails", "JobStatus", "JobsApi", "NoSuchJob"]
-
-PATIENCE_SECONDS = 900.0
-FIRST_PATIENCE_SECONDS = 10.0
-"""For the first answer: a wrong address is more likely than an outage."""
+FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more likely than an outage
 
 _ADDRESS_KEY = "compute.ray_jobs.address"
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TIMEOUTS = (5, 60)
-_AWAY = {429, 502, 503, 504}
+_UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"
-_EXISTS = "already exists"
-
-
-# It tells of every connection that it closes.
-logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+_KUBERNETES_TOKEN = Path("/var/run/secrets/ray.io/serviceaccount/token")
 
 
 class NoSuchJob(LookupError):
-    """The cluster knows no job of that id."""
+    """The cluster knows no job of that name."""
+
+
+class Refused(RuntimeError):
+    """The cluster refuses a request."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster describes it."""
+
+    name: str
+    status: str
+    metadata: Mapping[str, str]
+    started: int  # milliseconds since 1970
+    message: str
+    exit_code: int | None  # of its driver
+
+    @property
+    def ended(self) -> bool:
+        """Whether its status is final."""
+        return self.status in {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
 class JobsApi:
-    """The Jobs API of one cluster.
+    """The Jobs API of the cluster whose dashboard is at `address`; None = RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
-    Args:
-        address: URL of its dashboard; None for that in RAY_API_SERVER_ADDRESS or RAY_ADDRESS. The token is taken from
-            where Ray looks for it: RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH.
-        patience: Seconds for which it may be away, once it has answered.
+    Ray's own client waits for ever or gives up at once. This one repeats a request for `patience` seconds, once the
+    cluster has answered.
 
     Raises:
-        ConnectionError: if nobody answers there.
-        PermissionError: if the token is missing or wrong.
-        UserError: if nothing names a cluster, or it has another version of Ray.
+        ConnectionError: The cluster does not answer.
+        PermissionError: The token is missing or wrong.
+        UserError: Nothing names a cluster, or it has another version of Ray.
     """
 
     def __init__(self, address: str | None = None, *, patience: float = PATIENCE_SECONDS) -> None:
         self.address = _address(address)
-        with _only_address(self.address):
-            self._client = _Client(self.address, patience=min(patience, FIRST_PATIENCE_SECONDS))
-        self._client.patience = patience
-        self.ray_version: str = self._client.get("/api/version")["ray_version"]
-        if self.ray_version != ray.__version__:
+        self._headers = _token_headers(self.address)
+        self._patience = min(patience, FIRST_PATIENCE_SECONDS)
+        try:
+            self.ray_version: str = self._request("GET", "/api/version")["ray_version"]
+        except NoSuchJob:
+            raise Refused(f"the server at {self.address} is no Ray dashboard (HTTP 404)") from None
+        self._patience = patience
+        here = metadata.version("ray")
+        if self.ray_version != here:
             raise UserError(
                 self.address,
-                f"the cluster has Ray {self.ray_version}, this environment has Ray {ray.__version__}",
+                f"the cluster has Ray {self.ray_version}, this environment has Ray {here}",
                 hint=f"install ray=={self.ray_version} here, or submit from the image that the cluster runs",
             )
 
+    def impatient(self) -> Self:
+        """The same cluster, asked once."""
+        other = copy.copy(self)
+        other._patience = 0
+        return other
+
     def submit(self, name: str, *, entrypoint: str, metadata: dict[str, str], env: dict[str, str]) -> None:
-        """Start a job. Its code is what is installed in the cluster's environment; nothing is uploaded.
+        """Start a job with the code that is installed on the cluster.
 
         Args:
             name: Submission id.
             entrypoint: Command line for the head's shell.
             metadata: Shown with the job and handed to its driver.
-            env: Variables for the driver and its workers. Everyone who may see the dashboard sees them.
+            env: Variables for the driver and its workers. All who may see the dashboard see them.
 
         Raises:
-            Conflict: if there is, or ever was, a job of that name.
+            Conflict: There is, or was, a job of that name.
         """
+        job = {"submission_id": name, "entrypoint": entrypoint, "metadata": metadata, "runtime_env": {"env_vars": env}}
         try:
-            self._client.submit_job(
-                entrypoint=entrypoint, submission_id=name, metadata=metadata, runtime_env={"env_vars": env}
-            )
-        except RuntimeError as error:
-            # Of two submissions at the same moment Ray may refuse one without saying why.
-            if self._is_known(name):
-                raise Conflict(str(error)) from error
+            self._request("POST", "/api/jobs/", job)
+        except Refused:
+            # Of two submissions at the same moment Ray may refuse one without the reason.
+            try:
+                self.job(name)
+            except NoSuchJob:
+                pass
+            else:
+                raise Conflict from None
             raise
 
-    def _is_known(self, name: str) -> bool:
-        try:
-            self.job(name)
-        except NoSuchJob:
-            return False
-        return True
-
-    def job(self, name: str) -> JobDetails:
+    def job(self, name: str) -> Job:
         """What is known of a job.
 
         Raises:
-            NoSuchJob: if the cluster knows none of that name.
+            NoSuchJob: The cluster knows none of that name.
         """
-        return self._client.get_job_info(name)
+        return _job(self._request("GET", f"/api/jobs/{name}"))
 
-    def jobs(self) -> list[JobDetails]:
+    def jobs(self) -> list[Job]:
         """All submitted jobs that the cluster remembers, oldest first."""
-        submitted = [job for job in self._client.list_jobs() if job.submission_id is not None]
-        return sorted(submitted, key=lambda job: job.start_time or 0)
+        submitted = [_job(each) for each in self._request("GET", "/api/jobs/") if each["submission_id"] is not None]
+        return sorted(submitted, key=lambda job: job.started)
 
     def stop(self, name: str) -> None:
-        """Ask a job to end; nothing happens if it has, or if there is none."""
+        """Ask a job to end; without effect if it has ended or is unknown."""
         try:
-            self._client.stop_job(name)
+            self._request("POST", f"/api/jobs/{name}/stop")
         except NoSuchJob:
             return
 
     async def tail(self, name: str) -> AsyncIterator[str]:
-        """Pieces of what the driver writes, from its beginning until its end.
+        """Pieces of the driver's output, from its beginning to its end.
 
         Raises:
-            ConnectionError: if there is none yet, or the connection breaks.
+            ConnectionError: There is none yet, or the connection broke.
         """
         try:
-            async for piece in self._client.tail_job_logs(name):
-                yield piece
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            async with (
+                aiohttp.ClientSession(headers=self._headers) as session,
+                session.ws_connect(f"{self.address}/api/jobs/{name}/logs/tail") as socket,
+            ):
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.ERROR:
+                        raise ConnectionError(str(socket.exception()))
+                    yield message.data
+                if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+                    raise ConnectionError("closed without a reason")
+        except (aiohttp.ClientError, OSError) as error:
             raise ConnectionError(str(error)) from error
 
+    def _request(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of the answer."""
+        return keep_asking(
+            lambda: self._answer(method, path, body),
+            server=f"the Ray cluster at {self.address}",
+            seconds=self._patience,
+        )
 
-class _Unavailable(Exception):
-    """The head node does not answer, or answers with a server error."""
-
-
-def _unavailable(error: Exception) -> str | None:
-    return str(error) if isinstance(error, _Unavailable) else None
-
-
-class _Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
-    """Ray's client with time limits, patience and errors of one line; Ray's own waits for ever or gives up at once."""
-
-    def __init__(self, address: str, *, patience: float) -> None:
-        self.patience = patience
-        super().__init__(address)
-
-    def get(self, endpoint: str) -> Any:
-        """The JSON at an endpoint."""
-        response = self._do_request("GET", endpoint)
-        if response.status_code != 200:
-            self._raise_error(response)
+    def _answer(self, method: str, path: str, body: Any) -> Any:
+        try:
+            # requests reads the environment for proxies and certificates, as Ray's client does.
+            response = requests.request(
+                method, f"{self.address}{path}", json=body, headers=self._headers, timeout=_TIMEOUTS
+            )
+        except ValueError as error:
+            raise UserError(self.address, f"not an address: {error}") from None
+        except OSError as error:
+            raise Unavailable(type(error).__name__) from None
+        status, message = response.status_code, _last_line(response.text) or response.reason
+        if status in _UNAVAILABLE or (status == 500 and _NO_AGENT in response.text):
+            raise Unavailable(f"HTTP {status}: {message}")
+        if status == 401:
+            raise _refusal(self.address, "asks for a token")
+        if status == 403:
+            raise _refusal(self.address, "does not accept the token")
+        if status == 404:
+            raise NoSuchJob(message)
+        if status != 200:
+            raise Refused(f"the Ray cluster at {self.address} refuses (HTTP {status}): {message}")
         return response.json()
 
-    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        retry = Retry("the Ray cluster", self.patience, _unavailable, say=say)
-        try:
-            return retry(partial(self._request_once, method, endpoint, **options))
-        except _Unavailable as error:
-            raise ConnectionError(
-                f"the Ray cluster at {self._address} has not answered for {self.patience:g} s ({error}); what "
-                "runs there goes on for a while, and the same command attaches to it again"
-            ) from None
 
-    def _request_once(self, method: str, endpoint: str, **options: Any) -> Any:
-        try:
-            response = super()._do_request(method, endpoint, timeout=_TIMEOUTS, **options)
-        except AuthenticationError as error:
-            raise PermissionError(_refusal(self._address, str(error))) from None
-        except ValueError as error:  # requests' InvalidURL is both
-            raise UserError(self._address, f"not an address: {error}") from None
-        except OSError as error:
-            raise _Unavailable(type(error).__name__) from None
-        if response.status_code in _AWAY or (response.status_code == 500 and _NO_AGENT in response.text):
-            raise _Unavailable(f"HTTP {response.status_code}: {_last_line(response.text) or response.reason}")
-        return response
-
-    def _raise_error(self, r: Any) -> None:
-        message = _last_line(r.text) or r.reason
-        if r.status_code == 404:
-            raise NoSuchJob(message)
-        if _EXISTS in message:
-            raise Conflict
-        raise RuntimeError(f"the Ray cluster at {self._address} refuses (HTTP {r.status_code}): {message}")
+def _job(found: Mapping[str, Any]) -> Job:
+    return Job(
+        name=found["submission_id"],
+        status=found["status"],
+        metadata=found["metadata"] or {},
+        started=found["start_time"] or 0,
+        message=found["message"] or "",
+        exit_code=found["driver_exit_code"],
+    )
 
 
 def _last_line(text: str) -> str:
-    """What went wrong, of a traceback or a message."""
+    """The reason, at the end of a traceback or a message."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -205,24 +213,23 @@ def _address(given: str | None) -> str:
     return address.rstrip("/")
 
 
-@contextmanager
-def _only_address(address: str) -> Iterator[None]:
-    """Ray lets the environment override what it is told."""
-    name = _ADDRESS_VARIABLES[0]
-    before = os.environ.get(name)
-    os.environ[name] = address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def _token_headers(address: str) -> dict[str, str]:
+    """The token from where Ray looks for it; a token in the environment is sent even if RAY_AUTH_MODE is not set."""
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if token or path else "disabled")
+    if mode.lower() != "token":
+        return {}
+    if not token:
+        in_pod = os.environ.get("RAY_ENABLE_K8S_TOKEN_AUTH", "").lower() in {"1", "true"}
+        file = Path(path) if path else _KUBERNETES_TOKEN if in_pod else Path.home() / ".ray" / "auth_token"
+        token = file.read_text() if os.access(file, os.R_OK) else ""
+    if not token.strip():
+        raise _refusal(address, "is to be asked with a token, and there is none")
+    return {"Authorization": f"Bearer {token.strip()}"}
 
 
-def _refusal(address: str, error: str) -> str:
-    what = "asks for a token" if "required" in error else "does not accept the token"
-    return (
+def _refusal(address: str, what: str) -> PermissionError:
+    return PermissionError(
         f"the Ray cluster at {address} {what}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to "
         "the cluster's own"
     )

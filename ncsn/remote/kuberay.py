@@ -1,4 +1,4 @@
-"""Steps as RayJobs: create or attach to one, watch it to its end, show its log, and leave nothing behind."""
+"""A step as a RayJob: create it or attach to one, watch it to its end, show its log, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -8,163 +8,116 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import cached_property
 
 from ncsn import storage
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
-from ncsn.remote.backend import Conflict, RemoteFailure, RemoteLost, RemoteStep, ended_on_sigterm, say
+from ncsn.remote.backend import (
+    PATIENCE_SECONDS,
+    Check,
+    Conflict,
+    Found,
+    RemoteFailure,
+    RemoteLost,
+    RemoteStep,
+    attach_or_start,
+    ended_on_sigterm,
+    say,
+)
+from ncsn.remote.checks import kuberay_checks
 from ncsn.remote.kubernetes import KubernetesApi, Resource
+from ncsn.remote.launcher import Launcher, environment_for_pods, find_launcher, is_ending, workflow_of
 from ncsn.remote.manifest import (
     ATTEMPT_LABEL,
     RENEWED_ANNOTATION,
     REQUEST_ANNOTATION,
     JobRequest,
-    Launcher,
-    environment_for_pods,
-    find_launcher,
     fit_to_schema,
-    is_ending,
     load_template,
     render,
+    selector,
     task_config,
     with_task_config,
 )
 from ncsn.remote.pods import PodLog, PodWatch
+from ncsn.remote.rayjob_state import JobState, state_of
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
-# KubeRay's own helper leaves ValidationFailed out, and who trusts it waits for ever.
-_TERMINAL = {"Complete", "Failed", "ValidationFailed"}
-
-
-@dataclass(frozen=True)
-class JobState:
-    """The status of a RayJob.
-
-    Attributes:
-        deployment: `jobDeploymentStatus`: what the operator does.
-        job: `jobStatus`: what the Ray job does.
-        reason: Why it failed, one word.
-        message: Why it failed, in words.
-        failed: Attempts that failed.
-    """
-
-    deployment: str
-    job: str
-    reason: str
-    message: str
-    failed: int
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing will change any more."""
-        return self.deployment in _TERMINAL
-
-    @property
-    def ended_by_operator(self) -> bool:
-        """Whether it failed by a limit of the operator and not by what its driver did."""
-        return self.reason.endswith("Exceeded") or self.deployment == "ValidationFailed"
-
-    @property
-    def starting(self) -> bool:
-        """Whether its cluster is being made."""
-        return self.deployment in {"", "Initializing"}
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the step did its work. Complete says only that the operator is done: the job may have failed."""
-        return self.deployment == "Complete" and self.job == "SUCCEEDED"
-
-    @property
-    def kept(self) -> bool:
-        """Whether the operator deletes it later, by rules that know this state, so that it can be looked at."""
-        return self.deployment == "Failed" or (self.deployment == "Complete" and self.job == "FAILED")
-
-    def describe(self) -> str:
-        """`Running / RUNNING`."""
-        return " / ".join(word for word in (self.deployment or "created", self.job) if word)
-
-    def explain(self) -> str:
-        """Why it ended without success."""
-        why = self.reason or self.describe()
-        return f"{why}: {' '.join(self.message.split())}" if self.message else why
-
-
-def state_of(rayjob: dict[str, Any]) -> JobState:
-    """The state of a RayJob as the API server returned it."""
-    status = rayjob.get("status", {})
-    return JobState(
-        deployment=status.get("jobDeploymentStatus", ""),
-        job=status.get("jobStatus", ""),
-        reason=status.get("reason", ""),
-        message=status.get("message", ""),
-        failed=status.get("failed", 0),
-    )
-
-
 WATCH_SECONDS = 15.0
-DELETE_SECONDS = 30.0
-"""For so long a RayJob is deleted while the API server is away, where a person waits."""
+DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
 _AT_ONCE = (2.0, 3.0)
 _IMAGE_VARIABLE = "NCSN_IMAGE"
 
 
 class KubeRay:
-    """The backend `kuberay`.
-
-    Args:
-        compute: Size of the cluster and the settings of its RayJobs.
-        api: The cluster; the one that the environment names by default.
-        renew_seconds: How often the lease is renewed.
-    """
+    """The backend `kuberay`. `namespace` is the default of `compute.kuberay.namespace`."""
 
     def __init__(
-        self, compute: ComputeConfig, *, api: KubernetesApi | None = None, renew_seconds: float = RENEW_SECONDS
+        self,
+        compute: ComputeConfig,
+        *,
+        namespace: str | None = None,
+        patience: float = PATIENCE_SECONDS,
+        renew_seconds: float = RENEW_SECONDS,
     ) -> None:
-        self._compute = compute
-        self._api = api or KubernetesApi(compute.kuberay.namespace)
-        # Neither the heartbeat nor a process that is being killed waits for an API server that is away.
-        self._heart = KubernetesApi(self._api.namespace, patience=0)
-        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
-        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
-        self._renew_seconds = renew_seconds
+        self._compute, self._patience, self._renew_seconds = compute, patience, renew_seconds
+        self._namespace = compute.kuberay.namespace or namespace
         self._launcher = Launcher()
         self._ours = False
 
+    @cached_property
+    def _api(self) -> KubernetesApi:
+        return KubernetesApi(self._namespace, patience=self._patience)
+
     def execute(self, step: RemoteStep) -> None:
-        """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it is done.
+        """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
         pipeline; then the next attempt attaches. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
 
         Raises:
-            RemoteFailure: if it ended without success or cannot start, with the reason in one line.
-            PermissionError: naming the verb that the account lacks.
-            ConnectionError: if the API server has not answered for long.
-            UserError: if the cluster has no KubeRay, refuses the manifest, or the name is taken by other work.
+            RemoteFailure: It failed or cannot start; one line with the reason.
+            PermissionError: The account lacks a verb.
+            ConnectionError: The API server did not answer in time.
+            UserError: The cluster has no KubeRay, refuses the manifest, or other work has the name.
         """
         lease = storage.join(step.uri, "lease.json")
+        # Clients of their own, made now: the signal handler must not wait for a lock of the client that it interrupts.
+        self._heart = KubernetesApi(self._api.namespace, patience=0)
+        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
+        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
         self._launcher = find_launcher(self._api)
         manifest = self._manifest(step, lease)
-        name = manifest["metadata"]["name"]
+        name, request = manifest["metadata"]["name"], manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
         beat = Heartbeat(lease, also=lambda: self._annotate(name), every=self._renew_seconds)
         with ended_on_sigterm(lambda: self._end_at_once(name)), beat:
             with self._deleted_if_left(name):
-                attempt = self._create_or_adopt(manifest)
+                attempt = attach_or_start(request, start=lambda: self._create(manifest), find=lambda: self._find(name))
                 pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
                 with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "driver.log")) as log:
                     state = self._watch(name, step, pods)
                     log.finish()
                     cause = _cause(state, pods, log)
-            # What failed stays to be looked at, if the operator has rules to delete it later.
             if not (state.kept and "deletionStrategy" in manifest["spec"]):
                 self._api.delete_rayjob(name)
             if not state.succeeded:
                 how = state.reason or state.describe()
                 raise RemoteFailure(f"RayJob {name} failed ({how}): {cause}; log {log.uri}")
+
+    def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
+        """Delete the running RayJobs of a run, or of a run of KFP; their names. What failed stays for inspection."""
+        rayjobs = self._api.list_rayjobs(selector(run=run, kfp_run=kfp_run))
+        names = [rayjob["metadata"]["name"] for rayjob in rayjobs if not state_of(rayjob).finished]
+        for name in names:
+            self._api.delete_rayjob(name)
+        return names
+
+    def checks(self) -> Iterator[Check]:
+        """What a RayJob needs."""
+        return kuberay_checks(self._compute)
 
     def _manifest(self, step: RemoteStep, lease: str) -> Resource:
         image = self._compute.kuberay.image or self._launcher.image or os.environ.get(_IMAGE_VARIABLE)
@@ -192,52 +145,53 @@ class KubeRay:
             say(f"left out, because this cluster's KubeRay does not know it: {', '.join(unknown)}")
         return fitted
 
-    def _create_or_adopt(self, manifest: Resource) -> str:
-        """Create the RayJob; 409 means that an earlier attempt, or a request whose answer was lost, created it.
-
-        Returns:
-            What labels its pods; those of an earlier RayJob of the same name may still be ending.
-        """
+    def _create(self, manifest: Resource) -> str:
+        """Create the RayJob; the label of its pods, because those of an earlier one of this name may still end."""
         name = manifest["metadata"]["name"]
-        digest = manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
-        while True:
-            try:
-                self._ours = True
-                self._api.create_rayjob(manifest)
-            except Conflict:
-                self._ours = False
-            except (PermissionError, ValueError):
-                self._ours = False
-                raise
-            else:
-                say(f"RayJob {name} created in namespace {self._api.namespace}")
-                return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
-            found = self._api.rayjob(name)
-            if found is None:
-                continue
-            state, same = state_of(found), found["metadata"].get("annotations", {}).get(REQUEST_ANNOTATION) == digest
-            going = "deletionTimestamp" in found["metadata"] or self._goes_with_another_pipeline(found)
-            if not going and same and (state.succeeded or not state.finished):
-                self._ours = True
-                say(f"attached to RayJob {name}, which is {state.describe()}")
-                self._annotate(name)
-                return str(found["metadata"]["labels"][ATTEMPT_LABEL])
-            if not going and not state.finished:
-                raise UserError(
-                    name,
-                    "this RayJob runs the same step on other inputs",
-                    hint=f"wait for it, or delete it: kubectl delete rayjob {name} --namespace {self._api.namespace}",
-                )
+        self._ours = True  # before it exists, because this process may be killed meanwhile
+        try:
+            self._api.create_rayjob(manifest)
+        except (Conflict, PermissionError, ValueError):
+            self._ours = False
+            raise
+        say(f"RayJob {name} created in namespace {self._api.namespace}")
+        return str(manifest["metadata"]["labels"][ATTEMPT_LABEL])
+
+    def _find(self, name: str) -> Found[str] | None:
+        rayjob = self._api.rayjob(name)
+        if rayjob is None:
+            return None
+        state, metadata = state_of(rayjob), rayjob["metadata"]
+        going = "deletionTimestamp" in metadata or self._belongs_to_ended_pipeline(rayjob)
+
+        def attach() -> str:
+            self._ours = True
+            self._annotate(name)
+            return str(metadata["labels"][ATTEMPT_LABEL])
+
+        def clear() -> None:
             self._api.delete_rayjob(name)
             self._wait_until_gone(name)
 
-    def _goes_with_another_pipeline(self, rayjob: Resource) -> bool:
-        """Whether it belongs to a pipeline run that has ended: the janitor deletes it, or Kubernetes its owner."""
-        owners = [each["name"] for each in rayjob["metadata"].get("ownerReferences", []) if each["kind"] == "Workflow"]
-        if not owners or owners[0] == self._launcher.workflow:
+        return Found(
+            kind="RayJob",
+            name=name,
+            state=state.describe(),
+            request=metadata.get("annotations", {}).get(REQUEST_ANNOTATION, ""),
+            attachable=not going and (state.succeeded or not state.finished),
+            running=not going and not state.finished,
+            attach=attach,
+            clear=clear,
+            how_to_end=f"kubectl delete rayjob {name} --namespace {self._api.namespace}",
+        )
+
+    def _belongs_to_ended_pipeline(self, rayjob: Resource) -> bool:
+        """Whether its pipeline run has ended: then the janitor deletes it, or Kubernetes with its owner."""
+        workflow = workflow_of(rayjob)
+        if workflow is None or workflow == self._launcher.workflow:
             return False
         with suppress(PermissionError):
-            return is_ending(self._api.workflow(owners[0]))
+            return is_ending(self._api.workflow(workflow))
         return False
 
     def _wait_until_gone(self, name: str) -> None:
@@ -245,12 +199,12 @@ class KubeRay:
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
     def _watch(self, name: str, step: RemoteStep, pods: PodWatch) -> JobState:
-        """Wait for the end of the RayJob. What counts is its status as read, not the events on the way."""
+        """Wait for the end of the RayJob: its status is read, not derived from events."""
         shown, start = "", _Start(self._compute.kuberay.max_start_minutes)
         while True:
             found = self._api.rayjob(name)
             if found is None:
-                raise RemoteLost(f"RayJob {name} was deleted while it was at work")
+                raise RemoteLost(f"RayJob {name} was deleted while it ran")
             state = state_of(found)
             if state.describe() != shown:
                 shown = state.describe()
@@ -259,7 +213,7 @@ class KubeRay:
                 return state
             if state.failed and step.mistaken():
                 raise RemoteFailure(f"RayJob {name} failed, and another attempt would only repeat the mistake")
-            if start.has_failed(state):  # KubeRay would try again, for as long
+            if start.has_failed(state):  # KubeRay would try again for the same time
                 raise RemoteFailure(f"RayJob {name} did not start in time: {pods.cause or state.explain()}")
             hopeless = pods.look(found)
             if hopeless and state.starting:
@@ -271,12 +225,11 @@ class KubeRay:
         return f", waiting for quota in Kueue's queue {queue}" if queue and state.deployment == "Suspended" else ""
 
     def _annotate(self, name: str) -> None:
-        """Say in the cluster too that somebody waits: `ncsn reap` looks there."""
+        """Renew the lease in the cluster too, where `ncsn reap` looks."""
         with suppress(ConnectionError, PermissionError, ValueError):
             self._heart.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
 
     def _end_at_once(self, name: str) -> None:
-        """For SIGTERM, after which KFP leaves less than a second."""
         if not self._ours:
             return
         if not self._launcher.is_told_to_end(self._home):
@@ -286,12 +239,10 @@ class KubeRay:
 
     @contextmanager
     def _deleted_if_left(self, name: str) -> Iterator[None]:
-        """Delete the RayJob when a failure or Ctrl-C leaves the block.
-
-        On SIGTERM that is decided already, and while the API server is away the work goes on.
-        """
+        """Delete the RayJob when a failure or Ctrl-C leaves the block."""
         try:
             yield
+        # On SIGTERM the handler has decided, and while the API server is unreachable the work goes on.
         except (SystemExit, ConnectionError, RemoteLost):
             raise
         except BaseException:
@@ -315,14 +266,14 @@ class KubeRay:
 
 
 def _cause(state: JobState, pods: PodWatch, log: PodLog) -> str:
-    """The driver's own error, unless it was the operator that ended it."""
+    """The driver's error, unless the operator ended it."""
     if state.ended_by_operator:
         return "; ".join(filter(None, (" ".join(state.message.split()), pods.cause)))
     return log.first_error() or pods.cause or state.explain()
 
 
 class _Start:
-    """Sees that a cluster did not start in time. KubeRay says so for a moment only, which a look may miss."""
+    """Notices that a cluster did not start in time. KubeRay reports it only for a moment, which a poll may miss."""
 
     def __init__(self, minutes: float) -> None:
         self._enough = 0.9 * 60 * minutes

@@ -1,6 +1,6 @@
 """The Kubernetes API as this package uses it: RayJobs, their pods, and what the caller may do.
 
-Every call goes on through an API server that is away for a while, and says in one line what a cluster refuses.
+A call is repeated while the API server is unreachable; a refusal is an error of one line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,26 @@ from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
-from ncsn.remote.backend import Conflict, say
-from ncsn.storage.retry import Retry
+from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, Unavailable, keep_asking
 
 Resource = dict[str, Any]
 
 GROUP, VERSION, RAYJOBS = "ray.io", "v1", "rayjobs"
 KUEUE_VERSIONS = ("v1beta2", "v1beta1")
-PATIENCE_SECONDS = 900.0
+TIMEOUTS = (5, 30)
 
 _IN_CLUSTER_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-TIMEOUTS = (5, 30)
-_AWAY = {429, 500, 502, 503, 504}
+_UNAVAILABLE = {429, 500, 502, 503, 504}
 _LOST_LOG = "unable to retrieve container logs"  # what the kubelet answers for one that is gone
 
 
 class KubernetesApi:
-    """One namespace of one cluster.
+    """One namespace of one cluster; None = that of this pod, or of the current kubeconfig context.
 
-    Args:
-        namespace: Where to work; None for that of this pod, or of the current kubeconfig context.
-        patience: Seconds for which an API server may be away.
-        timeouts: Seconds to connect and to answer, of one request.
+    A call is repeated for `patience` seconds. `timeouts` are the seconds to connect and to answer, of one request.
 
     Raises:
-        UserError: if neither a pod's service account nor a kubeconfig names a cluster.
+        UserError: Neither a pod's service account nor a kubeconfig names a cluster.
     """
 
     def __init__(
@@ -66,17 +60,12 @@ class KubernetesApi:
         self._rayjobs = (GROUP, VERSION, self.namespace, RAYJOBS)
 
     def rayjob_schema(self) -> Resource:
-        """OpenAPI schema of the RayJob that is installed. Every authenticated user may read it.
-
-        Raises:
-            UserError: if the cluster has no RayJob.
-        """
+        """OpenAPI schema of the RayJob that is installed, which every authenticated user may read."""
         path = f"/openapi/v3/apis/{GROUP}/{VERSION}"
         document = self._call("get", path, self._raw, path, "GET", missing=None)
         for schema in (document or {}).get("components", {}).get("schemas", {}).values():
-            if {"group": GROUP, "version": VERSION, "kind": "RayJob"} in schema.get(
-                "x-kubernetes-group-version-kind", []
-            ):
+            kinds = schema.get("x-kubernetes-group-version-kind", [])
+            if {"group": GROUP, "version": VERSION, "kind": "RayJob"} in kinds:
                 found: Resource = schema
                 return found
         raise UserError(
@@ -86,11 +75,7 @@ class KubernetesApi:
         )
 
     def create_rayjob(self, manifest: Resource) -> Resource:
-        """Create it.
-
-        Raises:
-            Conflict: if there is one of that name.
-        """
+        """Create it; raises `Conflict` if there is one of that name."""
         created: Resource = self._call(
             "create", RAYJOBS, self._custom.create_namespaced_custom_object, *self._rayjobs, manifest
         )
@@ -112,22 +97,22 @@ class KubernetesApi:
         return items
 
     def annotate_rayjob(self, name: str, annotations: dict[str, str]) -> None:
-        """Set annotations; nothing happens if it is gone."""
+        """Set annotations; without effect if it is gone."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{RAYJOBS}/{name}"
         body = {"metadata": {"annotations": annotations}}
         self._call("patch", RAYJOBS, self._raw, path, "PATCH", body, missing=None)
 
     def delete_rayjob(self, name: str) -> None:
-        """Delete it and, in the background, its cluster; nothing happens if it is gone."""
+        """Delete it and, in the background, its cluster; without effect if it is gone."""
         body = client.V1DeleteOptions(propagation_policy="Background")
         delete = self._custom.delete_namespaced_custom_object
         self._call("delete", RAYJOBS, delete, *self._rayjobs, name, body=body, missing=None)
 
     def wait_for_change(self, name: str, *, since: str, seconds: float) -> None:
-        """Return when the RayJob changes after resource version `since`, or a while later, whatever happens.
+        """Return when the RayJob changes after resource version `since`, and after `seconds` at the latest.
 
-        The caller reads the RayJob again: what a watch delivers is only the sign to look. So neither a version that is
-        gone (410), nor a watch that the server cuts, nor a server that is away needs an answer here.
+        The caller reads the RayJob again: a watch only says when to look. So a version that is gone (410), a watch that
+        the server cuts, and a server that is unreachable are not handled here.
         """
         started = time.monotonic()
         try:
@@ -180,32 +165,27 @@ class KubernetesApi:
         return sorted(items, key=time_of_event)
 
     def create_config_map(self, manifest: Resource) -> None:
-        """Create it.
-
-        Raises:
-            Conflict: if there is one of that name.
-        """
+        """Create it; raises `Conflict` if there is one of that name."""
         self._call("create", "configmaps", self._core.create_namespaced_config_map, self.namespace, manifest)
 
     def config_maps(self, labels: str) -> list[Resource]:
         """The ConfigMaps with these labels."""
         listing = self._core.list_namespaced_config_map
-        items: list[Resource] = self._read("list", "configmaps", listing, self.namespace, label_selector=labels)[
-            "items"
-        ]
+        listed = self._read("list", "configmaps", listing, self.namespace, label_selector=labels)
+        items: list[Resource] = listed["items"]
         return items
 
     def delete_config_map(self, name: str) -> None:
-        """Delete it; nothing happens if it is gone."""
+        """Delete it; without effect if it is gone."""
         self._call("delete", "configmaps", self._core.delete_namespaced_config_map, name, self.namespace, missing=None)
 
     def nodes(self) -> list[Resource]:
-        """The cluster's nodes; most accounts of one namespace may not see them."""
+        """The cluster's nodes, which an account of one namespace seldom may see."""
         items: list[Resource] = self._read("list", "nodes", self._core.list_node)["items"]
         return items
 
     def local_queue(self, name: str) -> Resource | None:
-        """Kueue's LocalQueue of this namespace, or None; of the newest version of its API that the cluster serves."""
+        """Kueue's LocalQueue of this namespace, or None, by the newest API version that the cluster serves."""
         for version in KUEUE_VERSIONS:
             where = ("kueue.x-k8s.io", version, self.namespace, "localqueues", name)
             found: Resource | None = self._call(
@@ -236,11 +216,7 @@ class KubernetesApi:
             response.close()
 
     def last_words(self, pod: str, container: str, *, lines: int) -> list[str]:
-        """What a container that has ended wrote last; empty if nobody knows any more.
-
-        Raises:
-            PermissionError: if logs may not be read.
-        """
+        """The last lines of a container that has ended; empty if its log is gone."""
         read = self._core.read_namespaced_pod_log
         options = {"container": container, "tail_lines": lines}
         try:
@@ -274,7 +250,7 @@ class KubernetesApi:
         )
 
     def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """The answer as it came: the client's own models refuse what they do not expect."""
+        """The JSON of the answer: the client's own models refuse what they do not expect."""
         response = self._call(verb, resource, function, *args, _preload_content=False, **options)
         return None if response is None else json.loads(response.data)
 
@@ -282,21 +258,22 @@ class KubernetesApi:
         """Call until the API server answers. With `missing` given, that stands for 404."""
         has_missing, missing = "missing" in options, options.pop("missing", None)
         options.setdefault("_request_timeout", self._timeouts)
-        retry = Retry("the Kubernetes API", self.patience, _unavailable, say=say)
-        try:
-            return retry(partial(function, *args, **options))
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            if reason := _unavailable(error):
-                raise ConnectionError(
-                    f"the Kubernetes API at {self.server} has not answered for {self.patience:g} s ({reason}); "
-                    "what runs there goes on, and the same command attaches to it again"
-                ) from None
-            status = getattr(error, "status", None)
-            if status == 404 and has_missing:
-                return missing
-            if status == 409 and verb == "create":
-                raise Conflict from None
-            raise self._refusal(verb, resource, error) from None
+
+        def call() -> Any:
+            try:
+                return function(*args, **options)
+            except ApiException as error:
+                if error.status == 404 and has_missing:
+                    return missing
+                if error.status == 409 and verb == "create":
+                    raise Conflict from None
+                if error.status not in _UNAVAILABLE:
+                    raise self._refusal(verb, resource, error) from None
+                raise Unavailable(f"HTTP {error.status}") from None
+            except urllib3.exceptions.HTTPError as error:
+                raise Unavailable(type(error).__name__) from None
+
+        return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self.patience)
 
     def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
         message = _message_of(error)
@@ -332,14 +309,8 @@ def _load_configuration() -> tuple[client.Configuration, str]:
     return configuration, context["context"].get("namespace", "default")
 
 
-def _unavailable(error: Exception) -> str | None:
-    if isinstance(error, ApiException):
-        return f"HTTP {error.status}" if error.status in _AWAY else None
-    return type(error).__name__ if isinstance(error, urllib3.exceptions.HTTPError) else None
-
-
 def time_of_event(event: Resource) -> str:
-    """When it was last seen, in ISO 8601: a recorder fills either the older field or the newer ones."""
+    """When it was last seen, in ISO 8601; a recorder fills either the older field or the newer ones."""
     seen = event.get("lastTimestamp") or (event.get("series") or {}).get("lastObservedTime")
     return str(seen or event.get("eventTime") or "")
 

@@ -1,11 +1,11 @@
 """The RayJob manifest, from template, config, launcher and task.
 
-The template is `infra/base/kuberay/rayjob.yaml` of the source tree, to which `rayjob.yaml` beside this module is a
-link: a wheel carries its content. The image carries it as a file that NCSN_RAYJOB_TEMPLATE names.
+The template is `infra/base/kuberay/rayjob.yaml` of the source tree; `rayjob.yaml` in this package is a link to it, and
+a wheel contains its content. The image carries it as a file that NCSN_RAYJOB_TEMPLATE names.
 
-KFP hands a component its node selector, tolerations, affinity, environment and volumes as plain pieces of a pod. They
-reach this package in an environment variable, as they reach the component: beside the config, not in it, because they
-say where the work happens and nothing about its result.
+KFP hands a component its node selector, tolerations, affinity, environment and volumes as parts of a pod. They reach
+this package in an environment variable, as they reach the component. They are not in the config, because they say where
+the work happens and nothing about its result.
 """
 
 from __future__ import annotations
@@ -13,24 +13,19 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
 from ncsn.errors import NotFound, UserError
 from ncsn.remote.backend import command_digest, job_name
-
-if TYPE_CHECKING:
-    from ncsn.remote.kubernetes import KubernetesApi
-
 
 Manifest = dict[str, Any]
 
@@ -39,11 +34,11 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_LABEL = "ncsn.dev/run"
 STEP_LABEL = "ncsn.dev/step"
 KFP_RUN_LABEL = "ncsn.dev/kfp-run-id"
-ATTEMPT_LABEL = "ncsn.dev/attempt"
-"""Of a RayJob and its pods; another one under the same name has another value."""
+ATTEMPT_LABEL = "ncsn.dev/attempt"  # of a RayJob and its pods; another RayJob of the same name has another value
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 REQUEST_ANNOTATION = "ncsn.dev/request"
 RENEWED_ANNOTATION = "ncsn.dev/renewed-at"
+TASK_CONFIG = "NCSN_TASK_CONFIG"  # variable with KFP's parts as JSON; the keys are the fields of kfp.dsl.TaskConfig
 
 # Where one of these is unknown, there are no deletion rules, or (KubeRay 1.5) they are behind a gate that is closed and
 # the operator refuses a RayJob that has them. 1.6 opened the gate and brought preRunningDeadlineSeconds.
@@ -53,35 +48,25 @@ _WITHOUT_RULES = (
     "spec.preRunningDeadlineSeconds",
 )
 _OBJECT_STORE_SHARE, _SMALLEST_STORE = 0.9, 75 * 2**20
+_RAY_AUTH = "RAY_AUTH_"
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What one RayJob runs.
-
-    Attributes:
-        run: Name of the run.
-        step: Name of the step.
-        uri: Folder of the step in the store; with `run` and `step` it decides the RayJob's name.
-        entrypoint: Command and arguments for the head.
-        image: Image of every pod.
-        env: Addresses for the Ray pods. Never a secret.
-        labels: Further labels.
-        owner: Owner reference to the workflow that started the step, or None.
-    """
+    """What one RayJob runs."""
 
     run: str
     step: str
-    uri: str
+    uri: str  # folder of the step in the store; with run and step it decides the name
     entrypoint: tuple[str, ...]
     image: str
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)  # addresses for the Ray pods; never a secret
     labels: Mapping[str, str] = field(default_factory=dict)
-    owner: Manifest | None = None
+    owner: Manifest | None = None  # reference to the Workflow that started the step
 
     @property
     def name(self) -> str:
-        """The same for every attempt; see `job_name`."""
+        """The same for every attempt."""
         return job_name(self.run, self.step, self.uri)
 
     @property
@@ -90,13 +75,14 @@ class JobRequest:
         return command_digest(self.entrypoint)
 
 
-def load_template(path: str | None = None) -> Manifest:
-    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of this package.
+def selector(*, run: str | None = None, kfp_run: str | None = None) -> str:
+    """Selects the objects of ncsn: all, those of a run, those of a run of KFP."""
+    wanted = {MANAGED_BY: "ncsn", RUN_LABEL: run, KFP_RUN_LABEL: kfp_run}
+    return ",".join(f"{label}={value}" for label, value in wanted.items() if value)
 
-    Raises:
-        NotFound: if there is none.
-        UserError: if the file holds no RayJob.
-    """
+
+def load_template(path: str | None = None) -> Manifest:
+    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of this package."""
     file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
     if not file.is_file():
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
@@ -112,7 +98,7 @@ def load_template(path: str | None = None) -> Manifest:
 
 
 def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, namespace: str) -> Manifest:
-    """The RayJob of `request`: `template` with the named fields filled, complete and unbounded in nothing."""
+    """The RayJob of `request`: the template with the named fields filled, and a limit on everything."""
     manifest = copy.deepcopy(template)
     settings = compute.kuberay
     labels = {RUN_LABEL: request.run, STEP_LABEL: request.step, **request.labels}
@@ -146,12 +132,7 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
 
 
 def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[str]]:
-    """The manifest without fields that the cluster's CRD does not know, and the dotted paths of those.
-
-    Args:
-        manifest: A rendered RayJob.
-        schema: OpenAPI schema of the RayJob that is installed.
-    """
+    """The manifest without fields that the OpenAPI schema of the installed RayJob lacks, and their dotted paths."""
     unknown: list[str] = []
     fitted = _known_part(manifest, schema, "", unknown)
     if "deletionStrategy" in manifest["spec"] and any(path in unknown for path in _WITHOUT_RULES):
@@ -231,130 +212,21 @@ def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> A
     return fitted
 
 
-_POD_VARIABLE = "KFP_POD_NAME"
-_KFP_RUN_POD_LABEL = "pipeline/runid"
-# What joins the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
-_FORWARDED = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_RUN_ID",
-    "MLFLOW_EXPERIMENT_ID",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_WORKSPACE",
-    "MLFLOW_TRACKING_AUTH",
-    "NCSN_KFP_RUN_ID",
-)
-_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What a RayJob takes over from the pod that starts it.
-
-    Attributes:
-        image: Image of the pod, or None.
-        workflow: Name of the pod's Argo Workflow, or None.
-        owner: Owner reference to it, so that the RayJob goes when the Workflow does; None from another namespace.
-        labels: Labels for the RayJob.
-    """
-
-    image: str | None = None
-    workflow: str | None = None
-    owner: dict[str, Any] | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-    def is_told_to_end(self, home: KubernetesApi) -> bool:
-        """Whether SIGTERM means the work and not only this process.
-
-        KFP's Terminate and the eviction of a pod send the same signal. Only the Workflow tells them apart, and an
-        evicted pod is started again, where it attaches to the work. Without a Workflow somebody stopped this process.
-
-        Args:
-            home: The namespace of this pod, without patience.
-        """
-        if self.workflow is None:
-            return True
-        try:
-            return is_ending(home.workflow(self.workflow))
-        except (ConnectionError, PermissionError, ValueError):
-            return False
-
-
-def find_launcher(api: KubernetesApi) -> Launcher:
-    """What is known of this pod; nothing where KFP did not start this process.
-
-    Args:
-        api: The namespace of the RayJobs.
-    """
-    name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
-    pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
-    if pod is None:
-        return Launcher()
-    owners = [owner for owner in pod["metadata"].get("ownerReferences", []) if owner["kind"] == "Workflow"]
-    images = [container["image"] for container in pod["spec"]["containers"] if container["name"] == "main"]
-    run = pod["metadata"].get("labels", {}).get(_KFP_RUN_POD_LABEL)
-    return Launcher(
-        image=images[0] if images else None,
-        workflow=owners[0]["name"] if owners else None,
-        owner=_owner(owners[0]) if owners and at_home else None,
-        labels={KFP_RUN_LABEL: run} if run else {},
-    )
-
-
-def is_ending(workflow: dict[str, Any] | None) -> bool:
-    """Whether an Argo Workflow has ended, or somebody is ending it; one that is gone has ended.
-
-    KFP's Terminate sets `spec.activeDeadlineSeconds` to 0, Argo's own stop and terminate set `spec.shutdown`.
-    """
-    if workflow is None:
-        return True
-    spec, phase = workflow.get("spec", {}), workflow.get("status", {}).get("phase", "")
-    over = phase in {"Succeeded", "Failed", "Error"} or "deletionTimestamp" in workflow["metadata"]
-    return over or spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
-
-
-def forwarded_environment() -> dict[str, str]:
-    """Variables of this process that the job needs. An address with a password in it is not among them."""
-    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
-    return {name: value for name, value in values.items() if "@" not in value}
-
-
-def environment_for_pods() -> dict[str, str]:
-    """The same without addresses of this machine: a port-forward leads nowhere from a pod, which has a ConfigMap."""
-    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
-
-
-def _owner(reference: dict[str, Any]) -> dict[str, Any]:
-    named = {key: reference[key] for key in ("apiVersion", "kind", "name", "uid")}
-    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
-    return named | {"controller": False, "blockOwnerDeletion": False}
-
-
-TASK_CONFIG = "NCSN_TASK_CONFIG"
-"""Variable with the pieces as JSON; the keys are the fields of `kfp.dsl.TaskConfig`."""
-
-_RAY_AUTH = "RAY_AUTH_"
-
-
 def task_config() -> dict[str, Any]:
-    """What the task has set on it; empty outside of KFP."""
+    """The parts of a pod that KFP holds for this task; empty outside of KFP."""
     found: dict[str, Any] = json.loads(os.environ.get(TASK_CONFIG) or "{}")
     return found
 
 
 def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
-    """The RayJob with the pieces on its pods.
+    """A copy of the RayJob with the parts of `task_config` on its pods.
 
-    The environment and the volumes go to head and workers, where a name that the pod has already keeps its meaning. The
-    rest goes to the workers: what the task sets comes before what the config says, key by key; tolerations add up.
-
-    Ray's token stays behind: a new cluster has one of its own, which KubeRay (1.6.2, 1.7.0) leaves out of a pod that
-    names the variable already, and a head without a token does not start.
-
-    Args:
-        manifest: A rendered RayJob; it stays as it is.
-        task: See `task_config`.
+    The environment and the volumes go to head and workers, where a name that the pod already has keeps its meaning. The
+    rest goes to the workers: the task's values replace the config's, key by key; tolerations add up.
     """
     changed = copy.deepcopy(manifest)
+    # A new cluster has its own token. KubeRay (1.6.2, 1.7.0) leaves it out of a pod that already names the variable,
+    # and a head without a token does not start.
     env = [each for each in task.get("env") or [] if not each["name"].startswith(_RAY_AUTH)]
     cluster = changed["spec"]["rayClusterSpec"]
     workers = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]

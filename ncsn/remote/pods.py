@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import urllib3
 
-from ncsn.remote.backend import DriverLog, first_error, say
+from ncsn.remote.backend import say
+from ncsn.remote.driver_log import DriverLog, first_error
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
 from ncsn.remote.manifest import ATTEMPT_LABEL
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-# A registry that is away or busy may answer later; one that knows the image's name and says no will say it again.
+# An unreachable or busy registry may answer later; one that knows the image's name and refuses will refuse again.
 _REFUSED_IMAGE = re.compile(
     r"not found|no such host|manifest unknown|denied|unauthorized|authorization failed|invalid reference", re.IGNORECASE
 )
@@ -36,31 +37,19 @@ _PASSING_REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Trouble:
-    """What keeps a pod from running, or has ended it.
+    """What keeps a pod from running, or ended it."""
 
-    Attributes:
-        reason: One word of Kubernetes: ImagePullBackOff, CrashLoopBackOff, Unschedulable, OOMKilled, Evicted, ...
-        message: One line with the details: the image's name, the exit code, the scheduler's words.
-        final: Whether waiting does not help.
-        container: The container that it is about, whose log may say more; empty if none has started.
-    """
-
-    reason: str
-    message: str
-    final: bool
-    container: str = ""
+    reason: str  # Kubernetes' word: ImagePullBackOff, CrashLoopBackOff, Unschedulable, OOMKilled, Evicted, ...
+    message: str  # one line: the image's name, the exit code, the scheduler's message
+    final: bool  # waiting does not help
+    container: str = ""  # its log may say more; empty if none has started
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
 
 
 def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
-    """What is wrong with a pod; None if it runs, has succeeded, or is just starting.
-
-    Args:
-        pod: The pod as the API server returns it.
-        events: The events of this pod, oldest first.
-    """
+    """What is wrong with a pod, by its status and its events, oldest first; None if it starts, runs or succeeded."""
     status = pod.get("status", {})
     if status.get("phase") == "Failed" and status.get("reason"):
         return Trouble(status["reason"], _one_line(status.get("message", "")), final=True)
@@ -71,10 +60,9 @@ def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
-    """Why an object that owns pods (a Job, a RayCluster) gets none, such as a quota; None if its last one was made.
+    """Why an object that owns pods (a Job, a RayCluster) gets none; None if its last one was created.
 
-    Args:
-        events: The events of this object, oldest first.
+    `events` are those of the object, oldest first.
     """
     for event in reversed(events):
         if _CREATED_POD.match(event.get("reason", "")):
@@ -140,7 +128,7 @@ def _trouble_of_pending(status: Resource, events: Sequence[Resource]) -> Trouble
 
 
 def _pull_failure(said: str, events: Sequence[Resource]) -> str:
-    """The registry's words. Before Kubernetes 1.32 a back-off does not repeat them, and only an event has them."""
+    """The registry's message. Before Kubernetes 1.32 a back-off does not repeat it, and only an event has it."""
     if "Back-off" not in said or "Err" in said:
         return said.partition("ErrImagePull: ")[2] or said
     failures = [_one_line(event.get("message", "")) for event in events if event.get("reason") == "Failed"]
@@ -152,8 +140,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+# Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.
 CONFIRM_SECONDS = 20.0
-"""For so long trouble that waiting does not cure must be seen: a Secret, say, may come a moment after its pod."""
 
 _LAST_LINES = 10
 _SECONDS = len("2026-01-01T00:00:00")  # some times have fractions of a second, some have not
@@ -162,12 +150,7 @@ _GROUP_LABEL, _SUBMITTER_LABEL = "ray.io/group", "job-name"
 
 
 class PodWatch:
-    """Says once why pods do not run.
-
-    Args:
-        api: The cluster.
-        labels: Selector of the pods of one RayJob.
-    """
+    """Prints once why the pods of a RayJob do not run. `labels` selects them; `cause` is the latest reason."""
 
     def __init__(self, api: KubernetesApi, labels: str) -> None:
         self._api, self._labels = api, labels
@@ -176,19 +159,12 @@ class PodWatch:
         self.cause: str | None = None
 
     def look(self, rayjob: Resource) -> str | None:
-        """Say what is new, and leave the latest cause in `cause`.
-
-        Args:
-            rayjob: The RayJob as it is now.
-
-        Returns:
-            The cause if waiting does not help; None otherwise.
-        """
+        """Print what is new and set `cause`; the cause if waiting does not help, else None."""
         try:
             pods = self._api.pods(self._labels)
             troubles = dict(self._troubles(pods, rayjob))
         except (ConnectionError, PermissionError) as error:
-            self._say_once("", type(error).__name__, f"the pods cannot be looked at: {error}")
+            self._say_once("", type(error).__name__, f"cannot read the pods: {error}")
             return None
         groups = {_group(pod) for pod, _ in troubles.values()}
         self._said = {(group, reason) for group, reason in self._said if group in groups}
@@ -225,16 +201,17 @@ class PodWatch:
                 yield owner, ({}, trouble)
 
     def _events(self, name: str) -> list[Resource]:
-        with suppress(PermissionError):  # a Role from before this was read
+        with suppress(PermissionError):  # an older Role lacks this verb
             return self._api.events(name)
         return []
 
     def _tell(self, name: str, pod: Resource, trouble: Trouble) -> str:
+        """Print the trouble with the container's last lines; the cause with its error."""
         cause, words = f"{name}: {trouble}", list[str]()
         if trouble.container:
             with suppress(PermissionError):
                 words = self._api.last_words(name, trouble.container, lines=_LAST_LINES)
-        # The kubelet changes between these two, for one cause.
+        # The kubelet alternates between these two for one cause.
         reason = trouble.reason.replace("ErrImagePull", "ImagePullBackOff")
         self._say_once(_group(pod), reason, "\n  | ".join([cause, *words]))
         said = first_error(words) or next((line.strip() for line in reversed(words) if line.strip()), None)
@@ -251,12 +228,12 @@ def _group(pod: Resource) -> str:
 
 
 def _is_hopeless(pod: Resource, trouble: Trouble) -> bool:
-    """A pod that has failed for good is replaced by its owner, which may do better elsewhere."""
+    """The owner of a pod in phase Failed replaces it, perhaps on a better node."""
     return trouble.final and pod.get("status", {}).get("phase") != "Failed"
 
 
 def _is_finished_submitter(pod: Resource) -> bool:
-    """Its log is shown, and Kubernetes makes another."""
+    """Its log is shown, and Kubernetes creates another."""
     return _SUBMITTER_LABEL in pod["metadata"]["labels"] and pod["status"].get("phase") != "Pending"
 
 
@@ -264,16 +241,10 @@ _OVERLAP_SECONDS = 10
 
 
 class PodLog(DriverLog):
-    """A context; see `DriverLog`.
+    """The log of a RayJob's submitter pods.
 
-    The API server may cut the stream, and a new cluster means a new pod. What was shown is dropped by the time of each
-    line. Pods of an earlier RayJob of the same name may still be ending: theirs is not this log.
-
-    Args:
-        api: The cluster.
-        job: Name of the RayJob.
-        attempt: What labels its pods.
-        uri: Where the whole log is kept in the end.
+    The API server may cut the stream, and a new cluster means a new pod. Lines that were shown are dropped by their
+    time. Pods of an earlier RayJob of the same name may still be ending; they have another `attempt` label.
     """
 
     def __init__(self, api: KubernetesApi, job: str, *, attempt: str, uri: str) -> None:
@@ -283,12 +254,12 @@ class PodLog(DriverLog):
         self._last_time, self._last_read = b"", time.monotonic()
 
     def first_error(self) -> str | None:
-        """What failed in the latest pod; where that has nothing to say, in those before."""
+        """What failed in the latest pod; if its log does not say, in those before."""
         latest = itertools.islice(self.lines(), self._begins, None)
         return first_error(latest) or first_error(self.lines())
 
     def follow(self) -> bool:
-        """Take what is new of the latest pod's log; see `DriverLog.follow`."""
+        """Take what is new of the latest pod's log."""
         try:
             pods = [pod for pod in self._api.pods(self._labels) if "deletionTimestamp" not in pod["metadata"]]
             if not pods:

@@ -1,4 +1,4 @@
-"""Steps as jobs on a Ray cluster that is there already: submit or attach to one, watch it to its end, show its log."""
+"""Steps as jobs on a running Ray cluster: submit a job or attach to it, watch it to its end, show its log."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 
 from ncsn import storage
 from ncsn.config.compute import ComputeConfig
-from ncsn.errors import UserError
 from ncsn.process import PYTHON, python_version
 from ncsn.remote.backend import (
+    CHECK_SECONDS,
+    Check,
     Conflict,
-    DriverLog,
+    Found,
     RemoteFailure,
     RemoteLost,
     RemoteStep,
+    attach_or_start,
     command_digest,
     ended_on_sigterm,
-    first_error,
     job_name,
     say,
 )
-from ncsn.remote.jobs_api import JobDetails, JobsApi, JobStatus, NoSuchJob
-from ncsn.remote.manifest import forwarded_environment
+from ncsn.remote.driver_log import DriverLog, first_error
+from ncsn.remote.jobs_api import Job, JobsApi, NoSuchJob
+from ncsn.remote.launcher import forwarded_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
-RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"
-"""Keys in the metadata of a job."""
-
-NOT_FOUND = 127
-"""A shell's exit code for a command that is not there."""
-
-STOP_SECONDS = 30
-"""For a driver that is told to stop: it records that in the store and in MLflow."""
+RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"  # keys in the metadata of a job
+NOT_FOUND = 127  # a shell's exit code for an unknown command
+STOP_SECONDS = 30  # for a driver that is asked to stop: it records that in the store and in MLflow
 
 _POLL_SECONDS = (0.5, 2.0)
 _SILENT_SECONDS = 300.0
@@ -44,144 +42,156 @@ _STOP_WAIT_SECONDS = 10.0
 
 
 class RayJobs:
-    """The backend `ray-jobs`.
+    """The backend `ray-jobs`. `renew_seconds` is the period of the lease's renewal."""
 
-    Args:
-        compute: Names the cluster.
-        api: The cluster; the one that the settings or the environment name by default.
-        renew_seconds: How often the lease is renewed.
-    """
-
-    def __init__(
-        self, compute: ComputeConfig, *, api: JobsApi | None = None, renew_seconds: float = RENEW_SECONDS
-    ) -> None:
-        self._api = api or JobsApi(compute.ray_jobs.address)
-        # Neither the log nor a process that is being killed waits for a head node that is away.
-        self._impatient = JobsApi(self._api.address, patience=0)
+    def __init__(self, compute: ComputeConfig, *, renew_seconds: float = RENEW_SECONDS) -> None:
+        self._address = compute.ray_jobs.address
         self._renew_seconds = renew_seconds
+        self._running: str | None = None  # the job that this process started or attached to
+
+    @cached_property
+    def _api(self) -> JobsApi:
+        return JobsApi(self._address)
+
+    @cached_property
+    def _impatient(self) -> JobsApi:
+        """For the log, and for a process that is being killed: neither waits for a head node that is unreachable."""
+        return self._api.impatient()
 
     def execute(self, step: RemoteStep) -> None:
-        """Run the step as a job, or attach to the one that an earlier attempt left at work; return when it is done.
+        """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 
         SIGTERM and Ctrl-C stop the job. If this process is killed or cut off, the job ends when the lease is stale,
         unless the same command is given again before.
 
         Raises:
-            RemoteFailure: if it ended without success, with the reason in one line.
-            PermissionError: if the token is missing or wrong.
-            ConnectionError: if the cluster has not answered for long.
-            UserError: if the step runs there on other inputs.
+            RemoteFailure: The job failed; one line with the reason.
+            PermissionError: The token is missing or wrong.
+            ConnectionError: The cluster did not answer in time.
+            UserError: The step runs there on other inputs.
         """
         lease = storage.join(step.uri, "lease.json")
+        base, request = job_name(step.run, step.step, step.uri), command_digest(step.command)
         beat = Heartbeat(lease, also=lambda: None, every=self._renew_seconds)
-        running: list[str] = []
-        with beat, ended_on_sigterm(lambda: self._stop(running)):
+        with beat, ended_on_sigterm(self._stop_running):
             try:
-                name = self._submit_or_adopt(step, lease, running.append)
+                name = attach_or_start(
+                    request, start=lambda: self._submit(step, base, request, lease), find=lambda: self._find(base)
+                )
                 with JobLog(self._impatient, name, uri=storage.join(step.uri, "driver.log")) as log:
                     job = self._watch(name)
                     log.finish()
-                    _require_success(job, name, log)
+                    _require_success(job, log)
             except (KeyboardInterrupt, SystemExit):
-                self._stop(running)
-                self._wait_for_end(running)
+                self._stop_running()
+                self._wait_for_end()
                 raise
 
-    def stop_all(self, run: str) -> list[str]:
-        """Stop the jobs of a run that are at work; their names."""
-        found = [job for job in self._api.jobs() if (job.metadata or {}).get(RUN) == run and not _ended(job)]
-        names = [str(job.submission_id) for job in found]
+    def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:  # noqa: ARG002 - a job does not know it
+        """Stop the running jobs of a run; their names."""
+        if run is None:
+            return []
+        names = [job.name for job in self._api.jobs() if job.metadata.get(RUN) == run and not job.ended]
         for name in names:
             self._api.stop(name)
         return names
 
-    def _submit_or_adopt(self, step: RemoteStep, lease: str, announce: Callable[[str], None]) -> str:
-        """The name of the job, which is announced before it may be at work.
+    def checks(self) -> Iterator[Check]:
+        """That the cluster answers, takes the token, and has the same Ray."""
+        fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE  # and --address http://HEAD:8265"
+        yield Check("ray jobs", self._describe, fix)
 
-        Ray never takes a name twice, so each attempt has a number. Two launchers that try at once choose the same one:
-        the second is refused, looks again, and attaches to the job of the first.
+    def _describe(self) -> str:
+        api = JobsApi(self._address, patience=CHECK_SECONDS)
+        running = sum(not job.ended for job in api.jobs())
+        return f"{api.address}: Ray {api.ray_version}, as here, {running} running jobs"
+
+    def _submit(self, step: RemoteStep, base: str, request: str, lease: str) -> str:
+        """Start the next attempt. Ray never takes a name twice, so each attempt has a number.
+
+        Two launchers that try at once choose the same number: Ray refuses the second, which attaches.
         """
-        base, digest = job_name(step.run, step.step, step.uri), command_digest(step.command)
-        while True:
-            number, latest = self._latest(base)
-            if latest is not None and not _ended(latest):
-                return self._adopt(latest, digest, announce)
-            name = base if number == 0 else f"{base}-{number + 1}"
-            announce(name)
-            try:
-                self._api.submit(
-                    name,
-                    entrypoint=shlex.join((*step.command, "--lease", lease)),
-                    metadata={"job_name": base, RUN: step.run, STEP: step.step, REQUEST: digest}
-                    | {PYTHON: python_version(), **step.facts},
-                    env={**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
-                )
-            except Conflict:
-                continue
-            say(f"Ray job {name} submitted to {self._api.address}")
-            return name
-
-    def _adopt(self, job: JobDetails, digest: str, announce: Callable[[str], None]) -> str:
-        name = str(job.submission_id)
-        if (job.metadata or {}).get(REQUEST) != digest:
-            raise UserError(
+        number, latest = self._latest(base)
+        if latest is not None and not latest.ended:
+            raise Conflict
+        name = base if number == 0 else f"{base}-{number + 1}"
+        self._running = name  # before it may run, because this process may be killed meanwhile
+        try:
+            self._api.submit(
                 name,
-                "this Ray job runs the same step on other inputs",
-                hint=f"wait for it, or stop it: ray job stop {name} --address {self._api.address}",
+                entrypoint=shlex.join((*step.command, "--lease", lease)),
+                metadata={"job_name": base, RUN: step.run, STEP: step.step, REQUEST: request}
+                | {PYTHON: python_version(), **step.facts},
+                env={**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             )
-        announce(name)
-        say(f"attached to Ray job {name}, which is {job.status}")
+        except Conflict:
+            self._running = None
+            raise
+        say(f"Ray job {name} submitted to {self._api.address}")
         return name
 
-    def _latest(self, base: str) -> tuple[int, JobDetails | None]:
+    def _find(self, base: str) -> Found[str] | None:
+        _, job = self._latest(base)
+        if job is None:
+            return None
+        return Found(
+            kind="Ray job",
+            name=job.name,
+            state=job.status,
+            request=job.metadata.get(REQUEST, ""),
+            attachable=not job.ended,
+            running=not job.ended,
+            attach=lambda: self._attach(job.name),
+            clear=lambda: None,  # the next attempt has another name
+            how_to_end=f"ray job stop {job.name} --address {self._api.address}",
+        )
+
+    def _attach(self, name: str) -> str:
+        self._running = name
+        return name
+
+    def _latest(self, base: str) -> tuple[int, Job | None]:
         """The number of the last attempt, 0 = none, and its job."""
         attempt = re.compile(rf"{re.escape(base)}(?:-(\d+))?")
         jobs = {
-            int(match[1] or 1): job
-            for job in self._api.jobs()
-            if (match := attempt.fullmatch(str(job.submission_id))) is not None
+            int(match[1] or 1): job for job in self._api.jobs() if (match := attempt.fullmatch(job.name)) is not None
         }
         number = max(jobs, default=0)
         return number, jobs.get(number)
 
-    def _watch(self, name: str) -> JobDetails:
+    def _watch(self, name: str) -> Job:
         shown, pause = "", _POLL_SECONDS[0]
         while True:
             try:
                 job = self._api.job(name)
             except NoSuchJob:
-                raise RemoteLost(f"the cluster no longer knows Ray job {name}: its head was started anew") from None
-            if str(job.status) != shown:
-                shown = str(job.status)
+                raise RemoteLost(f"the cluster no longer knows Ray job {name}: its head was restarted") from None
+            if job.status != shown:
+                shown = job.status
                 say(f"Ray job {name}: {shown}")
-            if _ended(job):
+            if job.ended:
                 return job
             time.sleep(pause)
             pause = min(1.2 * pause, _POLL_SECONDS[1])
 
-    def _stop(self, names: list[str]) -> None:
-        for name in names[-1:]:
-            try:
-                self._impatient.stop(name)
-            except (ConnectionError, RuntimeError) as error:
-                say(f"Ray job {name} could not be stopped ({error}); its driver ends when the lease is stale")
+    def _stop_running(self) -> None:
+        if self._running is None:
+            return
+        try:
+            self._impatient.stop(self._running)
+        except (OSError, RuntimeError) as error:
+            say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when the lease is stale")
 
-    def _wait_for_end(self, names: list[str]) -> None:
+    def _wait_for_end(self) -> None:
         """So that the same command, given again at once, does not attach to a job that is ending."""
         ends = time.monotonic() + _STOP_WAIT_SECONDS
-        with suppress(ConnectionError, RuntimeError, NoSuchJob):
-            while names and time.monotonic() < ends and not _ended(self._impatient.job(names[-1])):
+        with suppress(OSError, RuntimeError, NoSuchJob):
+            while self._running and time.monotonic() < ends and not self._impatient.job(self._running).ended:
                 time.sleep(_POLL_SECONDS[0])
 
 
 class JobLog(DriverLog):
-    """A context; see `DriverLog`. After a broken connection the log comes anew, and what was shown is skipped.
-
-    Args:
-        api: The cluster, without patience.
-        name: The job.
-        uri: Where the whole log is kept in the end.
-    """
+    """The log of a job. After a broken connection it comes again from its beginning; what was shown is skipped."""
 
     def __init__(self, api: JobsApi, name: str, *, uri: str) -> None:
         super().__init__(uri)
@@ -189,20 +199,18 @@ class JobLog(DriverLog):
         self._taken, self._rest = 0, ""
 
     def follow(self) -> bool:
-        """Take what is new until the job ends or the connection breaks; see `DriverLog.follow`."""
+        """Take what is new until the job ends or the connection breaks."""
         before = self._taken
         try:
             asyncio.run(self._tail())
         except TimeoutError as error:
-            raise ConnectionError("silent for long") from error
+            raise ConnectionError(f"silent for {_SILENT_SECONDS:g} s") from error
         return self._taken != before
 
-    def finish(self) -> None:
-        """Read what is left, a last line without its end too, and publish all of it."""
-        self.stop_following()
+    def flush(self) -> None:
+        """Take a last line that has no end."""
         if self._rest:
             self.take(self._rest.encode())
-        self.publish()
 
     async def _tail(self) -> None:
         place, pieces = 0, self._api.tail(self._name)
@@ -219,22 +227,17 @@ class JobLog(DriverLog):
                 self.take(line.encode())
 
 
-def _ended(job: JobDetails) -> bool:
-    return JobStatus(job.status).is_terminal()
-
-
-def _require_success(job: JobDetails, name: str, log: JobLog) -> None:
-    """The exit code of the driver is what counts; Ray derives the job's status from it."""
-    if job.status == JobStatus.SUCCEEDED:
+def _require_success(job: Job, log: JobLog) -> None:
+    """The exit code of the driver counts; Ray derives the job's status from it."""
+    if job.status == "SUCCEEDED":
         return
-    if job.status == JobStatus.STOPPED:
-        raise RemoteFailure(f"Ray job {name} was stopped; the same command goes on; log {log.uri}")
-    code = job.driver_exit_code
-    if code == NOT_FOUND:
+    if job.status == "STOPPED":
+        raise RemoteFailure(f"Ray job {job.name} was stopped; the same command resumes; log {log.uri}")
+    if job.exit_code == NOT_FOUND:
         raise RemoteFailure(
-            f"Ray job {name} failed: the cluster has no command `ncsn`; install this package in the environment that "
-            f"`ray start` runs in, and put its bin folder on that PATH; log {log.uri}"
+            f"Ray job {job.name} failed: the cluster has no command `ncsn`; install this package in the environment "
+            f"that `ray start` runs in, and put its bin folder on that PATH; log {log.uri}"
         )
-    how = "no exit code" if code is None else f"exit code {code}"
-    cause = first_error(log.lines()) or " ".join(str(job.message).split())
-    raise RemoteFailure(f"Ray job {name} failed ({how}): {cause}; log {log.uri}")
+    how = "no exit code" if job.exit_code is None else f"exit code {job.exit_code}"
+    cause = first_error(log.lines()) or " ".join(job.message.split())
+    raise RemoteFailure(f"Ray job {job.name} failed ({how}): {cause}; log {log.uri}")

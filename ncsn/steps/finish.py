@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
 from ncsn.process import KFP_RUN_ID, KfpRun
+from ncsn.remote import open_backend
 from ncsn.report.cards import RunFacts, run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, stored_error, stored_record, write_outcome
@@ -125,7 +126,8 @@ class _Seen:
 
 def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
     from ncsn.remote.kubernetes import KubernetesApi
-    from ncsn.remote.orphans import troubles_of_run, was_stopped
+    from ncsn.remote.launcher import was_stopped
+    from ncsn.remote.orphans import troubles_of_run
 
     try:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
@@ -151,17 +153,8 @@ def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kf
 
     A RayJob that failed stays for a while, to be looked at.
     """
-    if config.compute.backend == "local":
-        return []
-    if config.compute.backend == "ray-jobs":
-        from ncsn.remote.ray_jobs import RayJobs
-
-        return RayJobs(config.compute).stop_all(run) if run else []
-    from ncsn.remote.kubernetes import KubernetesApi
-    from ncsn.remote.orphans import reap
-
-    api = KubernetesApi(config.compute.kuberay.namespace or namespace)
-    return [orphan.name for orphan in reap(api, older_than=0, run=run, kfp_run=kfp_run, at_work=True)]
+    backend = open_backend(config.compute, namespace=namespace)
+    return backend.stop(run=run, kfp_run=kfp_run) if backend else []
 
 
 def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: KfpRun | None, seen: _Seen) -> Outcome:

@@ -14,8 +14,8 @@ from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml
 from ncsn.process import KfpRun
 from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.manifest import is_ending
-from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, is_over, noted_runs, state_of_run
+from ncsn.remote.launcher import is_ending, is_over
+from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, noted_runs, state_of_run
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.compute import ComputeConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import UserError
-from ncsn.remote.backend import Backend, RemoteFailure, RemoteLost, RemoteStep
+from ncsn.remote import open_backend
+from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
 from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, stored_mistake, stored_record
 
@@ -201,19 +201,6 @@ class Step(Generic[R]):
             if mistake is None:
                 raise
             raise mistake from failure
-
-
-def open_backend(compute: ComputeConfig) -> Backend | None:
-    """The backend that `compute.backend` names; None for the local one, which is this process."""
-    if compute.backend == "local":
-        return None
-    if compute.backend == "ray-jobs":
-        from ncsn.remote.ray_jobs import RayJobs
-
-        return RayJobs(compute)
-    from ncsn.remote.kuberay import KubeRay
-
-    return KubeRay(compute)
 
 
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:

@@ -140,10 +140,10 @@ class RayNodes:
         found: list[dict[str, Any]] = self.get(f"/api/v0/{kind}?limit=10000&detail=true")["data"]["result"]["result"]
         return found
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, *, method: str = "GET") -> Any:
         """The JSON that the dashboard has at a path."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.dashboard}{path}", headers=headers)
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 

@@ -13,9 +13,7 @@ from refused import refused
 from ncsn.errors import MISSING
 from pipelines import compile as compiled
 from pipelines.connection import KfpError, connect
-from pipelines.cron import kfp_schedule
-from pipelines.package import arguments_for, package
-from pipelines.submit import Submission, schedule, submit
+from pipelines.submit import Submission, arguments_for, package, schedule, submit
 from pipelines.wait import RunFailed, wait
 
 
@@ -132,7 +130,6 @@ def test_a_schedule_starts_the_same_run_again_and_again(kfp_server: KfpServer, t
     made = schedule(connection, submission(tmp_path), every="0 3 * * 1")
     assert made.url == f"{kfp_server.url}/#/recurringrun/details/{made.id}"
     recurring = kfp_server.recurring_runs[made.id]
-    assert recurring["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * 1"}}
     assert (recurring["no_catchup"], recurring["max_concurrency"], recurring["mode"]) == (True, 1, "ENABLE")
     fired = [kfp_server.fire(made.id)["run_id"] for _ in range(2)]
     for run_id in fired:
@@ -159,7 +156,7 @@ def test_the_server_refuses_in_one_line(kfp_server: KfpServer, tmp_path: Path) -
     ],
 )
 def test_arguments_are_checked_before_anything_is_sent(given: dict[str, object], value: object) -> None:
-    with refused("--param") as caught, package("small", given):
+    with refused("--param") as caught, package(Submission("small", "mine", given, "tests")):
         pass
     assert caught.value.problems[0].value == value
 
@@ -173,7 +170,7 @@ def test_arguments_take_the_type_of_their_parameter() -> None:
 
 def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
     def cached(**options: object) -> dict[str, bool]:
-        with package("train", {"config": "{}"}, **options) as (path, _):
+        with package(Submission("train", "mine", {"config": "{}"}, "tests", **options)) as (path, _):
             spec = next(yaml.safe_load_all(path.read_text()))
         graphs = [component["dag"]["tasks"] for component in spec["components"].values() if "dag" in component]
         tasks = {name: task for graph in [spec["root"]["dag"]["tasks"], *graphs] for name, task in graph.items()}
@@ -188,36 +185,17 @@ def test_caching_reaches_the_tasks_inside_the_exit_handler() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "kfp"),
-    [
-        ("0 3 * * 1", "0 0 3 * * 1"),
-        ("30 0 3 1,15 jan-jun *", "30 0 3 1,15 jan-jun *"),
-        ("*/10 8-18/2 ? * mon-fri", "0 */10 8-18/2 ? * mon-fri"),
-        ("@daily", "@daily"),
-    ],
+    [("0 3 * * 1", "0 0 3 * * 1"), ("30 0 3 1,15 jan-jun *", "30 0 3 1,15 jan-jun *"), ("@daily", "@daily")],
 )
-def test_schedules_are_put_into_kfps_form(expression: str, kfp: str) -> None:
-    assert kfp_schedule(expression) == kfp
+def test_schedules_have_kfps_form(kfp_server: KfpServer, tmp_path: Path, expression: str, kfp: str) -> None:
+    made = schedule(connect(kfp_server.url), submission(tmp_path), every=expression)
+    assert kfp_server.recurring_runs[made.id]["trigger"] == {"cron_schedule": {"cron": kfp}}
 
 
-@pytest.mark.parametrize(
-    ("expression", "part", "name"),
-    [
-        ("every monday", "2", "fields"),
-        ("61 3 * * 1", "'61'", "minute"),
-        ("0 25 * * *", "'25'", "hour"),
-        ("0 3 0 * *", "'0'", "day of month"),
-        ("0 3 * * fry", "'fry'", "day of week"),
-        ("0 18-8 * * *", "'18-8'", "hour"),
-        ("*/0 * * * *", "'*/0'", "minute"),
-        ("*-5 * * * *", "'*-5'", "minute"),
-    ],
-)
-def test_a_schedule_that_is_none_is_refused(expression: str, part: str, name: str) -> None:
-    with refused("--every") as caught:
-        kfp_schedule(expression)
-    (problem,) = caught.value.problems
-    assert problem.value == expression
-    assert part in problem.reason and name in problem.reason
+def test_kfp_refuses_a_schedule_that_is_none(kfp_server: KfpServer, tmp_path: Path) -> None:
+    with refused(kfp_server.url, error=KfpError) as caught:
+        schedule(connect(kfp_server.url), submission(tmp_path), every="every monday")
+    assert all(fact in str(caught.value) for fact in ("every monday", "6 fields", "400"))
 
 
 def test_the_server_takes_the_committed_pipelines(kfp_server: KfpServer) -> None:

@@ -16,11 +16,12 @@ import pytest
 from cluster_state import Cluster, rules_of
 from kuberay_operator import Operator
 from kubernetes_api import ApiServer
+from ray_nodes import RayNodes
+from s3_server import S3Server
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.kuberay import KubeRay
-from ncsn.remote.kubernetes import KubernetesApi
 
 ROLE = Path(__file__).parents[2] / "infra" / "base" / "rbac" / "launcher-role.yaml"
 _LAUNCHER = """
@@ -49,9 +50,8 @@ class Emulation:
 
     def execute(self, code: str, *, patience: float = 60, **compute: Any) -> None:
         """Run the code as a RayJob, in this process."""
-        api = KubernetesApi(patience=patience)
         settings = ComputeConfig.model_validate(compute)
-        KubeRay(settings, api=api, renew_seconds=0.2).execute(self.step(code))
+        KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
 
     def launch(self, code: str) -> subprocess.Popen[str]:
         """Run the code as a RayJob, from a process of its own."""
@@ -82,6 +82,15 @@ def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emula
     operator.close()
     server.close()
     assert cluster.list("rayjobs") == [] and cluster.list("pods") == []
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """One Ray cluster with a token and a dashboard, whose processes have an S3 store and a tracking database."""
+    folder = tmp_path_factory.mktemp("head")
+    database = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    with RayNodes(folder, count=1, cpus=2, environment=s3_server.environment | database) as nodes:
+        yield nodes
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""What a job takes over from the process that starts it: image, pipeline run, addresses."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ncsn.remote.manifest import KFP_RUN_LABEL
+
+if TYPE_CHECKING:
+    from ncsn.remote.kubernetes import KubernetesApi
+
+Resource = dict[str, Any]
+
+RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
+
+_POD_VARIABLE = "KFP_POD_NAME"
+# They join the steps to an MLflow run that KFP opened. Addresses and names; a token is in the Secret of the Ray pods.
+_FORWARDED = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_TRACKING_AUTH",
+    "NCSN_KFP_RUN_ID",
+)
+_LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
+_ENDED = {"Succeeded", "Failed", "Error"}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a RayJob takes over from the pod that starts it; empty outside of KFP."""
+
+    image: str | None = None
+    workflow: str | None = None  # name of the pod's Argo Workflow
+    owner: Resource | None = None  # reference to it, which deletes the RayJob with it; not across namespaces
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def is_told_to_end(self, home: KubernetesApi) -> bool:
+        """Whether SIGTERM means the work, and not only this process.
+
+        KFP's Terminate and the eviction of a pod send the same signal. Only the Workflow tells them apart, and an
+        evicted pod is started again and attaches to the work. Without a Workflow a person stopped this process.
+        """
+        if self.workflow is None:
+            return True
+        try:
+            return is_ending(home.workflow(self.workflow))
+        except (ConnectionError, PermissionError, ValueError):
+            return False
+
+
+def find_launcher(api: KubernetesApi) -> Launcher:
+    """What is known of this pod. `api` is for the namespace of the RayJobs."""
+    name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
+    pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
+    if pod is None:
+        return Launcher()
+    owner = _owner(pod)
+    images = [container["image"] for container in pod["spec"]["containers"] if container["name"] == "main"]
+    run = pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
+    return Launcher(
+        image=images[0] if images else None,
+        workflow=owner["name"] if owner else None,
+        owner=_reference(owner) if owner and at_home else None,
+        labels={KFP_RUN_LABEL: run} if run else {},
+    )
+
+
+def workflow_of(owned: Resource) -> str | None:
+    """Name of the Argo Workflow that owns it."""
+    owner = _owner(owned)
+    return owner["name"] if owner else None
+
+
+def was_stopped(workflow: Resource | None) -> bool:
+    """Whether a person ended the Workflow, or deleted it.
+
+    KFP's Terminate sets `spec.activeDeadlineSeconds` to 0, Argo's own stop and terminate set `spec.shutdown`.
+    """
+    if workflow is None or "deletionTimestamp" in workflow["metadata"]:
+        return True
+    spec = workflow.get("spec", {})
+    return spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))
+
+
+def is_over(workflow: Resource | None) -> bool:
+    """Whether none of the Workflow's pods runs any more."""
+    return workflow is None or workflow.get("status", {}).get("phase") in _ENDED
+
+
+def is_ending(workflow: Resource | None) -> bool:
+    """Whether the Workflow has ended or is being ended; one that is gone has ended."""
+    return is_over(workflow) or was_stopped(workflow)
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Variables of this process that the job needs, without an address that contains a password."""
+    values = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
+    return {name: value for name, value in values.items() if "@" not in value}
+
+
+def environment_for_pods() -> dict[str, str]:
+    """The same without addresses of this machine: a pod cannot use a port-forward, and has a ConfigMap."""
+    return {name: value for name, value in forwarded_environment().items() if not _LOOPBACK.match(value)}
+
+
+def _owner(owned: Resource) -> Resource | None:
+    owners = owned["metadata"].get("ownerReferences", [])
+    return next((owner for owner in owners if owner["kind"] == "Workflow"), None)
+
+
+def _reference(owner: Resource) -> Resource:
+    named = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
+    # Blocking needs a right on the Workflow's finalizers that the launcher does not have.
+    return named | {"controller": False, "blockOwnerDeletion": False}

@@ -1,0 +1,175 @@
+"""Steps on a backend, as a launcher in another process sees them: a real Ray head, or an emulated KubeRay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_nodes import RayNodes
+from tcp_proxy import TcpProxy
+
+_LAUNCHER = """
+import json, sys
+from ncsn.config.compute import ComputeConfig
+from ncsn.remote import open_backend
+from ncsn.remote.backend import RemoteFailure, RemoteStep
+compute, step = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+backend = open_backend(ComputeConfig.model_validate(compute))
+backend._renew_seconds = 0.2
+try:
+    if step is None:
+        print(json.dumps(backend.stop(run=sys.argv[3], kfp_run=None)))
+    else:
+        backend.execute(RemoteStep(**step | {"command": tuple(step["command"])}))
+except (RemoteFailure, ValueError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+class Launched(subprocess.Popen[str]):
+    """A launcher, and what it said."""
+
+    def __init__(self, *arguments: str, env: dict[str, str]) -> None:
+        super().__init__(
+            [sys.executable, "-c", _LAUNCHER, *arguments],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[str] = []
+
+    def until(self, line: str) -> None:
+        """Wait until it says the line."""
+        assert self.stderr is not None
+        for each in self.stderr:
+            self.said.append(each.rstrip("\n"))
+            if self.said[-1] == line:
+                return
+        raise AssertionError(f"it ended without {line!r}: {self.said}")
+
+    def ended(self) -> int:
+        """Its exit code."""
+        _, rest = self.communicate(timeout=240)
+        self.said += rest.splitlines()
+        return self.returncode
+
+
+@dataclass
+class Place(ABC):
+    """A backend, and steps whose command is Python code."""
+
+    folder: Path
+
+    compute: dict[str, Any]
+
+    def launch(self, run: str, code: str, **changes: Any) -> Launched:
+        """A launcher of the step `train` of the run."""
+        step = {"run": run, "step": "train", "uri": str(self.step_folder(run)), "command": ("python", "-c", code)}
+        return Launched(json.dumps(self.compute), json.dumps(step | changes), env=self.environment)
+
+    def stop(self, run: str) -> list[str]:
+        """Call the backend's `stop`."""
+        stopping = Launched(json.dumps(self.compute), "null", run, env=self.environment)
+        out, err = stopping.communicate(timeout=60)
+        assert stopping.returncode == 0, err
+        names: list[str] = json.loads(out)
+        return names
+
+    def step_folder(self, run: str) -> Path:
+        return self.folder / "runs" / run / "steps" / "train"
+
+    def log(self, run: str) -> str:
+        return (self.step_folder(run) / "driver.log").read_text()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    @abstractmethod
+    def running(self, run: str) -> list[str]:
+        """Names of the jobs of the run that have not ended."""
+
+    @abstractmethod
+    def attempts(self, run: str) -> int:
+        """How many jobs the run has had."""
+
+    @abstractmethod
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """The server is unavailable."""
+
+    @abstractmethod
+    def lose(self, run: str) -> None:
+        """The server forgets the running job."""
+
+
+@dataclass
+class RayHead(Place):
+    """A job server behind a proxy that can be cut."""
+
+    nodes: RayNodes
+    proxy: TcpProxy
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As a user has it: the token, and no mode and no address."""
+        return {name: text for name, text in self.nodes.client.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+
+    def of(self, run: str) -> list[dict[str, Any]]:
+        """The jobs of a run, oldest first."""
+        mine = [job for job in self.nodes.get("/api/jobs/") if (job["metadata"] or {}).get("ncsn.run") == run]
+        return sorted(mine, key=lambda job: job["start_time"])
+
+    def running(self, run: str) -> list[str]:
+        return [job["submission_id"] for job in self.of(run) if job["status"] in ("PENDING", "RUNNING")]
+
+    def attempts(self, run: str) -> int:
+        return len(self.of(run))
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        self.proxy.cut()
+        yield
+        self.proxy.restore()
+
+    def lose(self, run: str) -> None:
+        """Ray forgets a job that has ended only, so the launcher does not see it end."""
+        (name,) = self.running(run)
+        with self.outage():
+            self.nodes.get(f"/api/jobs/{name}/stop", method="POST")
+            while self.running(run):
+                pass
+            self.nodes.get(f"/api/jobs/{name}", method="DELETE")
+
+
+@dataclass
+class KubeRayCluster(Place):
+    """See `conftest.Emulation`."""
+
+    emulation: Any
+
+    def running(self, run: str) -> list[str]:
+        mine = [job for job in self.emulation.jobs if job["metadata"]["labels"]["ncsn.dev/run"] == run]
+        return [job["metadata"]["name"] for job in mine if "deletionTimestamp" not in job["metadata"]]
+
+    def attempts(self, run: str) -> int:
+        return len(self.emulation.operator.started)
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        self.emulation.cluster.away = True
+        yield
+        self.emulation.cluster.away = False
+
+    def lose(self, run: str) -> None:
+        (name,) = self.running(run)
+        self.emulation.cluster.delete("rayjobs", name)
