@@ -26,9 +26,9 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
 
     Tasks call it before they import their step, which makes those imports faster.
     """
-    from ncsn.process import collect_seldom
+    from ncsn.process import reduce_gc
 
-    collect_seldom()
+    reduce_gc()
     from ncsn.config import from_json
     from ncsn.errors import UserError
     from ncsn.process import KFP_RUN_ID

@@ -1,4 +1,4 @@
-"""What is wrong as data: a user's mistake names what to change, why, and what to do."""
+"""A user's mistake as data: what to change, why, and how."""
 
 from __future__ import annotations
 
@@ -19,32 +19,22 @@ class _Missing(Enum):
     MISSING = "missing"
 
 
-MISSING = _Missing.MISSING
-"""The value of a problem that has none."""
+MISSING = _Missing.MISSING  # the value of a problem that has none
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        key: What to change: a dotted path of the config, an option, an environment variable, a path or a URI. Empty
-            where only a sentence is known.
-        reason: What is wrong, one clause in lower case.
-        hint: What to do, imperative.
-        value: The value at the key.
-        origin: The file that holds the key, where that is not clear.
-    """
-
-    key: str
-    reason: str
-    hint: str = ""
-    value: object = MISSING
-    origin: str = ""
+    key: str  # a dotted path of the config, an option, an environment variable, a path or a URI; may be empty
+    reason: str  # what is wrong, one clause in lower case
+    hint: str = ""  # what to do, imperative
+    value: object = MISSING  # at the key
+    origin: str = ""  # the file that holds the key, where that is not clear
 
     @property
     def statement(self) -> str:
-        """`ORIGIN: KEY = VALUE: REASON`, of an option `--key VALUE: REASON`."""
+        """`ORIGIN: KEY = VALUE: REASON`, for an option `--key VALUE: REASON`."""
         equals = " " if self.key.startswith("--") else " = "
         subject = self.key if self.value is MISSING else f"{self.key}{equals}{_shown(self.value)}"
         return _one_line(": ".join(part for part in (self.origin, subject, self.reason) if part))
@@ -53,7 +43,7 @@ class Problem:
         return f"{self.statement}; {_one_line(self.hint)}" if self.hint else self.statement
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; without value and origin where there are none."""
+        """Plain values, without a missing value or origin."""
         record: dict[str, Any] = {"key": self.key, "reason": self.reason, "hint": self.hint}
         if self.value is not MISSING:
             record["value"] = json.loads(json.dumps(self.value, default=str, skipkeys=True))
@@ -66,7 +56,7 @@ class Problem:
 
 
 class UserError(ValueError):
-    """A user's mistake, exit code 2: one problem or more. `UserError.of` takes several."""
+    """A user's mistake, exit code 2. `UserError.of` takes several problems."""
 
     problems: tuple[Problem, ...]
 
@@ -75,7 +65,7 @@ class UserError(ValueError):
 
     @classmethod
     def of(cls, problems: Iterable[Problem]) -> Self:
-        """An error of at least one problem."""
+        """An error with these problems, at least one."""
         return _restore(cls, tuple(problems), {})
 
     @property
@@ -96,11 +86,11 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A config that cannot be used; its keys are dotted paths."""
+    """A config that cannot be used. Keys are dotted paths."""
 
 
 class NotFound(UserError, FileNotFoundError):
-    """A file, folder or record that a user named is not there."""
+    """A file, folder or record that a user named does not exist."""
 
     def __new__(cls, *_arguments: object, **_settings: object) -> Self:
         """An OSError, which ValueError.__new__, the first in line, cannot make."""
@@ -108,7 +98,7 @@ class NotFound(UserError, FileNotFoundError):
 
 
 def problems_of(error: BaseException) -> tuple[Problem, ...]:
-    """The problems of a user's mistake, a sentence each where it is an error of another kind; none for a failure."""
+    """The problems of a user's mistake; none for a failure."""
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, (ValueError, FileNotFoundError)):
@@ -118,7 +108,7 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
 
 
 def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[str, Any]) -> E:
-    """An error of any subclass, whatever its constructor takes."""
+    # Without its constructor, which may take other arguments in a subclass.
     error = kind.__new__(kind)
     error._set(problems)
     error.__dict__.update(attributes)
@@ -126,7 +116,7 @@ def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[s
 
 
 def _shown(value: object) -> str:
-    """As YAML has it, but text in quotes, since it may be empty."""
+    # As in YAML, but text in quotes, since it may be empty.
     if value is None or isinstance(value, bool):
         return _WORDS[value]
     return repr(value) if isinstance(value, str) else str(value)

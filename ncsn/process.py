@@ -1,7 +1,4 @@
-"""What a process knows and decides about itself: memory, garbage, the job it belongs to.
-
-Ray hands the metadata of a submitted job to its driver in an environment variable.
-"""
+"""Settings and facts of this process: memory, garbage collection, its Ray job and its KFP run."""
 
 from __future__ import annotations
 
@@ -17,92 +14,72 @@ from dataclasses import dataclass
 
 from ncsn.errors import UserError
 
-KFP_RUN_ID = "NCSN_KFP_RUN_ID"
-"""Variable with the id of the pipeline run, in the pods of a cluster."""
-KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"
-"""Variable with the name of the Argo Workflow that executes it, in the pods of its tasks alone."""
-PYTHON = "ncsn.python"
-"""Key of the launcher's Python version in the metadata of a job."""
+KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster
+KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"  # variable with its Argo Workflow, only in the pods of its tasks
+PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job
+
+_ALLOCATIONS = 50_000  # new objects until the youngest are searched for cycles; Python's default is 700
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER = 2**31 - 1
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
 class KfpRun:
-    """One run of a pipeline on a cluster.
-
-    Attributes:
-        id: KFP's identifier.
-        workflow: The Argo Workflow that executes it.
-    """
+    """A pipeline run on a cluster: KFP's id and the Argo Workflow that executes it."""
 
     id: str
     workflow: str
 
 
 def this_kfp_run() -> KfpRun | None:
-    """The pipeline run that this process is a task of; None outside of a cluster."""
+    """The pipeline run that this process is a task of, or None outside a cluster."""
     run_id, workflow = os.environ.get(KFP_RUN_ID), os.environ.get(KFP_WORKFLOW)
     return KfpRun(run_id, workflow) if run_id and workflow else None
 
 
 def job_metadata() -> dict[str, str]:
-    """The metadata of the Ray job whose driver this process is; empty if it was not submitted by the Jobs API."""
+    """The metadata of the Ray job that this process drives; empty for other processes."""
     metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return {key: str(value) for key, value in metadata.items()}
 
 
 def python_version() -> str:
-    """The part of Python's version that must not differ between a launcher and its cluster."""
+    """Python's version as it must be the same for a launcher and its cluster."""
     return ".".join(platform.python_version_tuple()[:2])
 
 
-def require_launchers_python() -> None:
-    """Refuse to work for a launcher with another Python; Ray says nothing of it until something cannot be unpickled.
-
-    Raises:
-        UserError: naming both versions.
-    """
+def require_same_python() -> None:
+    """Raise `UserError` if the launcher of this Ray job has another Python."""
+    # Ray does not check it, and fails later where something cannot be unpickled.
     here = python_version()
     there = job_metadata().get(PYTHON, here)
     if there != here:
         raise UserError(
             "Python",
             f"the cluster has {here} and the launcher {there}",
-            hint="use one image or environment for both; `ncsn doctor` shows that of the launcher",
+            hint="use one image or environment for both; `ncsn doctor` shows the launcher's",
         )
 
 
-_ALLOCATIONS = 50_000
-"""New objects after which Python looks for cycles among the youngest; its own choice is 700."""
-
-
-def collect_seldom() -> None:
-    """Call before the heavy imports: torch and MLflow make half a million objects, and none of them is garbage.
-
-    With Python's settings it looks through them again and again while they are made, for 0.2 s, and at the end three
-    times, for a second.
-    """
+def reduce_gc() -> None:
+    """Collect garbage less often, and not at exit; for a process that is about to import torch or MLflow."""
+    # Their imports make half a million objects, none of which is garbage. With Python's defaults the collector
+    # searches them for 0.2 s during the imports and for a second at exit.
     gc.set_threshold(_ALLOCATIONS, 10, 10)
-    atexit.register(_skip_the_last_collections)
+    atexit.register(_skip_last_collections)
 
 
-def _skip_the_last_collections() -> None:
-    # Triton's bindings print every object that outlives the interpreter, hundreds of lines, so they are collected.
+def _skip_last_collections() -> None:
+    # Triton's bindings print each object that outlives the interpreter, hundreds of lines.
     if "triton" not in sys.modules:
         gc.freeze()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_NEVER = 2**31 - 1
-_GIB = 2**30
-
-
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation instead of giving it back to the system.
-
-    Training, sampling and evaluation on a CPU free and take the same feature maps again and again; each time the system
-    had to map and clear them anew, which took 7 % of the time of a training, a third of that of sampling and half of
-    that of a classifier's features. A process without glibc is left as it is.
-    """
+    """Let glibc, if it is used, keep freed memory for the next allocation."""
+    # On a CPU, training, sampling and evaluation free and allocate the same feature maps again and again. To map and
+    # clear them each time took 7 % of the time of training, a third of sampling and half of a classifier's features.
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _GIB)

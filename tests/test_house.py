@@ -54,7 +54,6 @@ STILL_LONGER = {
     "ncsn/evaluation/classifier.py",
     "ncsn/evaluation/frechet.py",
     "ncsn/model/checkpoint.py",
-    "ncsn/runs/records.py",
     "ncsn/steps/tune.py",
     "ncsn/tracking/client.py",
     "ncsn/tracking/mlflow_runs.py",

@@ -22,8 +22,8 @@ def test_garbage_is_looked_for_seldom_and_not_at_the_end() -> None:
     said = _said(
         "import atexit, gc\n"
         "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
-        "from ncsn.process import collect_seldom\n"
-        "collect_seldom()\n"
+        "from ncsn.process import reduce_gc\n"
+        "reduce_gc()\n"
         "print(gc.get_threshold()[0], gc.isenabled())"
     )
     assert said.split() == ["50000", "True", "True"]
@@ -36,9 +36,9 @@ def test_what_a_compiler_leaves_is_collected_without_a_word(loaded: str) -> None
         loaded = ""  # a build of torch without it, which has nothing to say
     said = _said(
         "import atexit, gc, sys, types\n"
-        "from ncsn.process import collect_seldom\n"
+        "from ncsn.process import reduce_gc\n"
         "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 1000))\n"
-        "collect_seldom()\n" + loaded
+        "reduce_gc()\n" + loaded
     )
     assert said.split() == ["frozen", "False" if loaded else "True"]
 

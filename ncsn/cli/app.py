@@ -32,7 +32,7 @@ from ncsn.cli.options import (
     place_overrides,
     score_option,
 )
-from ncsn.process import collect_seldom
+from ncsn.process import reduce_gc
 
 
 class _InOrder(click.Group):
@@ -60,7 +60,7 @@ def app() -> None:
 
 def main() -> None:
     """Entry point of the `ncsn` command."""
-    collect_seldom()
+    reduce_gc()
     app(prog_name="ncsn")
 
 

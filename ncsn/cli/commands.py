@@ -99,7 +99,7 @@ def export_command(
     from ncsn import storage
     from ncsn.cli.target import registry_uri, resolve
     from ncsn.runs.folder import run_folder
-    from ncsn.runs.records import read_record
+    from ncsn.runs.records import read_result
     from ncsn.tools import models
 
     if checkpoint is not None and model is not None:
@@ -111,7 +111,7 @@ def export_command(
         result = models.from_checkpoint(storage.absolute(checkpoint), out=out)
     else:
         target = resolve(config_uri, overrides=overrides, run=run_name)
-        trained = read_record(run_folder(target.config, target.run), "train")
+        trained = read_result(run_folder(target.config, target.run), "train")
         if trained is None:
             raise UserError(
                 "--checkpoint",
@@ -346,9 +346,9 @@ def plan_command(
 
     target = resolve(config_uri, overrides=overrides, run=run_name)
     if actual:
-        from ncsn.runs.costs import ledger
+        from ncsn.runs.costs import account
 
-        found = ledger(target.config, run=target.run)
+        found = account(target.config, run=target.run)
     else:
         found = _rehearsed(target, prices_uri)
     if as_json:

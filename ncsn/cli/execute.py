@@ -33,18 +33,17 @@ from ncsn.cli.target import Target, find_inputs
 from ncsn.cli.views import describe_result, print_summary
 from ncsn.config import Config, to_json
 from ncsn.errors import Problem, UserError
-from ncsn.process import require_launchers_python
+from ncsn.process import require_same_python
 from ncsn.runs.folder import STEPS, RunFolder, claim_run, run_folder
 from ncsn.runs.records import (
     StepError,
     StepRecord,
-    existing_json,
     forget_attempts,
     read_error,
     read_progress,
-    read_record,
+    read_result,
+    read_results,
     recorded,
-    stored_records,
 )
 from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
@@ -86,7 +85,7 @@ class Supervisor:
         Raises:
             StepFailed: naming the step and its reason.
         """
-        self._before = stored_records(self.folder)
+        self._before = read_results(self.folder)
         kfp_root = self.work / "kfp"
         earlier = set(kfp_root.glob("*"))
         request = {"config": config, "run": self.folder.run, "pipeline_root": str(kfp_root)}
@@ -113,7 +112,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _verdict(self, step: str) -> str:
-        record = read_record(self.folder, step)
+        record = read_result(self.folder, step)
         if record is None or record == self._before.get(step):
             return "already done"
         return f"done in {record.seconds:,.1f} s"
@@ -187,7 +186,7 @@ _COMPLETE = "complete.json"
 
 def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
     """Note that this config's whole pipeline stands in the run's folder; the records of its steps."""
-    records = stored_records(folder)
+    records = read_results(folder)
     mark = {
         "of": _circumstances(config),
         "finished_at": {step: record.finished_at for step, record in records.items()},
@@ -198,10 +197,10 @@ def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
 
 def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord] | None:
     """The records of a pipeline that ran to its end with this very config, if nothing was changed or lost since."""
-    mark = existing_json(storage.join(folder.uri, _COMPLETE))
+    mark = storage.find_json(storage.join(folder.uri, _COMPLETE))
     if mark is None or mark["of"] != _circumstances(config):
         return None
-    records = stored_records(folder)
+    records = read_results(folder)
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
         return None
     outputs = (uri for record in records.values() for uri in _uris(record.result, folder.root))
@@ -264,7 +263,7 @@ def run_step(
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
                     Lease(lease).require("nothing was begun")
-                require_launchers_python()
+                require_same_python()
                 result = module.run(target.config, run=target.run, **inputs, **leased, **(settings or {}))
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
@@ -284,7 +283,7 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
         )
     tracking_uri(config)  # raises now what the second step would find
     folder = claim_run(config, target.run)
-    before = stored_records(folder)
+    before = read_results(folder)
     records = complete_records(folder, config)
     if records is None:
         with _alone(folder, "run"):

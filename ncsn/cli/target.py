@@ -14,7 +14,7 @@ from ncsn.cli.options import BESIDE_THE_PIPELINE, CATALOGUE, OWN, Source
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import read_record
+from ncsn.runs.records import read_result
 
 _ROOT_OVERRIDE = "storage.root"
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
@@ -154,7 +154,7 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -
 
 
 def _from_run(folder: RunFolder, step: str, name: str, source: Source) -> str:
-    record = read_record(folder, source.step)
+    record = read_result(folder, source.step)
     if record is None:
         raise UserError(
             f"--{name}",

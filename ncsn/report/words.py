@@ -215,7 +215,7 @@ def duration(seconds: float) -> str:
 
 
 def cost_line(ledger: Mapping[str, Any]) -> str:
-    """The cost of the whole run, from `ncsn.runs.costs.ledger`; empty if no step has recorded its time."""
+    """The cost of the whole run, from `ncsn.runs.costs.account`; empty if no step has recorded its time."""
     actual = ledger["actual"]
     return _cost(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
 

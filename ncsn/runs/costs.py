@@ -1,4 +1,4 @@
-"""What a step costs: prices, and the plan of a run beside what it took."""
+"""Prices, the cost of a step, and the plan of a run next to its actual costs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.runs.folder import STEPS, RunFolder, run_folder
-from ncsn.runs.records import spent_seconds
+from ncsn.runs.records import read_result, spent_seconds
 
-PLAN = "plan.json"
-"""Name of the plan in the folder of its run."""
-STEPS_BY_WORKERS = ("train", "sample", "evaluate")
+PLAN = "plan.json"  # in the folder of its run
+STEPS_BY_WORKERS = ("train", "sample", "evaluate")  # they reserve all workers, other steps one
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The price table; see `prices.yaml` for the meaning of each."""
+    """The price table; `prices.yaml` explains each price."""
 
     currency: str
     cpu_core_hour: float
@@ -36,7 +35,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Cost:
-    """What some seconds on reserved cores and GPUs come to."""
+    """The cost of some seconds on reserved cores and GPUs."""
 
     seconds: float
     cpu_hours: float
@@ -46,11 +45,7 @@ class Cost:
 
 
 def load_prices(uri: str | None = None) -> Prices:
-    """The price table at `uri`, else the one that comes with the package.
-
-    Raises:
-        UserError: naming what is missing, unknown or not a number.
-    """
+    """The price table at `uri`, by default the one in the package."""
     own = resources.files("ncsn").joinpath("prices.yaml")
     text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
     try:
@@ -68,7 +63,7 @@ def load_prices(uri: str | None = None) -> Prices:
 
 
 def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
-    """What `seconds` of so many cores and GPUs come to."""
+    """The cost of `seconds` on some cores and GPUs."""
     cpu_hours, gpu_hours = cores * seconds / 3600, gpus * seconds / 3600
     watt_hours = cpu_hours * prices.watts_per_cpu_core + gpu_hours * prices.watts_per_gpu
     return Cost(
@@ -81,7 +76,7 @@ def cost(seconds: float, *, cores: int, gpus: int, prices: Prices) -> Cost:
 
 
 def cost_of(config: Config, step: str, seconds: float, prices: Prices) -> Cost:
-    """What `seconds` of a step come to: training, sampling and evaluation reserve all workers, any other step one."""
+    """The cost of `seconds` of a step, with the cores and GPUs that it reserves."""
     compute = config.compute
     workers = compute.max_workers if step in STEPS_BY_WORKERS else 1
     gpus = workers if compute.use_gpu and step in STEPS_BY_WORKERS else 0
@@ -94,35 +89,31 @@ def total(costs: Mapping[str, Cost]) -> Cost:
 
 
 def read_plan(run_uri: str) -> dict[str, Any] | None:
-    """The plan that was made for a run, as plain values; None if none was."""
-    try:
-        plan: dict[str, Any] = storage.read_json(storage.join(run_uri, PLAN))
-    except FileNotFoundError:
-        return None
+    """The plan of a run as plain values, or None if there is none."""
+    plan: dict[str, Any] | None = storage.find_json(storage.join(run_uri, PLAN))
     return plan
 
 
 def prices_of(plan: Mapping[str, Any] | None) -> Prices:
-    """The prices that a run was planned with, else those of the package."""
+    """The prices of a plan, by default those in the package."""
     return Prices(**plan["prices"]) if plan else load_prices()
 
 
 def step_costs(
     config: Config, plan: dict[str, Any] | None, *, step: str, seconds: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of the step's run, `cost/<what>`, and of the pipeline's, `cost/<step>_seconds` beside `plan/...`."""
+    """MLflow metrics of the step's run, `cost/...`, and of the pipeline's, `cost/<step>_seconds` and `plan/...`."""
     prices = prices_of(plan)
     of_step = {f"cost/{name}": value for name, value in asdict(cost_of(config, step, seconds, prices)).items()}
     planned = {f"plan/{step}_seconds": plan["steps"][step]["seconds"]} if plan and step in plan["steps"] else {}
     return of_step, planned | {f"cost/{step}_seconds": seconds}
 
 
-def ledger(config: Config, *, run: str) -> dict[str, Any]:
-    """The plan of a run beside what its steps have taken so far.
+def account(config: Config, *, run: str) -> dict[str, Any]:
+    """The plan of a run next to the actual costs of its steps so far, as plain values.
 
     Returns:
-        `plan`: as `run` gave it, or None; `actual`: `steps`, step -> `Cost` as plain values with `images_per_second`
-        where the step counts images, and `total`; `prices`: those that both were reckoned with.
+        `plan`, or None; `actual`: `steps`, with `images_per_second` where a step counts images, and `total`; `prices`.
     """
     folder = run_folder(config, run)
     plan = read_plan(folder.uri)
@@ -137,11 +128,8 @@ def ledger(config: Config, *, run: str) -> dict[str, Any]:
 
 
 def _speed(folder: RunFolder, step: str) -> dict[str, float]:
-    """Images per second of the last call, where the result says how many and how long."""
-    try:
-        result = storage.read_json(folder.step(step, "result.json"))["result"]
-    except FileNotFoundError:
-        return {}
+    record = read_result(folder, step)
+    result = record.result if record else {}
     if "images_per_second" in result:
         return {"images_per_second": result["images_per_second"]}
     if "num_images" in result and result.get("seconds"):

@@ -1,4 +1,4 @@
-"""The folder of a run: its paths, and the claim on its name."""
+"""The folder of a run: its paths, and the claim of its name."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 
 
 class ForeignRun(UserError):
-    """The name of a run belongs to another config."""
+    """The run belongs to another config."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """URIs of everything that one run keeps."""
+    """The URIs of a run's files."""
 
     root: str
     run: str
 
     @property
     def uri(self) -> str:
-        """`<root>/runs/<run>`."""
+        """The folder itself."""
         return storage.join(self.root, "runs", self.run)
 
     @property
     def config(self) -> str:
-        """The experiment that owns this run name."""
+        """The config that owns the name of the run."""
         return storage.join(self.uri, "config.yaml")
 
     @property
     def checkpoints(self) -> str:
-        """Folder of the checkpoints, managed by Ray Train."""
+        """Folder of the checkpoints."""
         return storage.join(self.uri, "checkpoints")
 
     @property
     def history(self) -> str:
-        """The curves of training."""
+        """The file of the training curves."""
         return storage.join(self.uri, "history.json")
 
     @property
@@ -55,34 +55,31 @@ class RunFolder:
 
     @property
     def report(self) -> str:
-        """Folder of the figures for people."""
+        """Folder of the report."""
         return storage.join(self.uri, "report")
 
     @property
     def evaluation(self) -> str:
-        """Folder of the evaluation figures."""
+        """Folder of the metrics."""
         return storage.join(self.uri, "evaluation")
 
     @property
     def search(self) -> str:
-        """Folder of a search and of what it found."""
+        """Folder of a search and its result."""
         return storage.join(self.uri, "search")
 
     def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
-        """Folder of the images that one sampler made from one checkpoint."""
+        """Folder of the images of one sampler and one checkpoint."""
         return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
 
     def step(self, step: str, file: str) -> str:
-        """A file that one step keeps: `result.json`, `progress.json` or `error.json`."""
+        """A file of one step: `result.json`, `error.json`, `progress.json` or `spent.json`."""
         return storage.join(self.uri, "steps", step, file)
 
 
 def run_folder(config: Config, run: str) -> RunFolder:
-    """The folder of `run` below `config.storage.root`.
-
-    Raises:
-        UserError: for a name that cannot be a folder, a Ray job and an MLflow run at once.
-    """
+    """The folder of `run` below `config.storage.root`."""
+    # One name for a folder, a Ray job and an MLflow run.
     if not RUN_PATTERN.fullmatch(run):
         raise UserError(
             "--run",
@@ -94,12 +91,7 @@ def run_folder(config: Config, run: str) -> RunFolder:
 
 
 def claim_run(config: Config, run: str) -> RunFolder:
-    """Take the run name for this experiment, or find that it is this experiment's already.
-
-    Raises:
-        ForeignRun: if another config (in what decides the weights) uses the name; the message says what differs.
-        UserError: for a name that no run can have.
-    """
+    """Claim the name of the run for this config; `ForeignRun` if it belongs to one that trains other weights."""
     folder = run_folder(config, run)
     if storage.publish_once(folder.config, to_yaml(config).encode()):
         return folder
@@ -109,11 +101,7 @@ def claim_run(config: Config, run: str) -> RunFolder:
 
 
 def require_owner(owner: Config, config: Config, run: str) -> None:
-    """Refuse a config that would decide the weights of another's run otherwise.
-
-    Raises:
-        ForeignRun: naming the first settings that differ.
-    """
+    """Raise `ForeignRun`, with the first settings that differ, if the two configs train different weights."""
     changed = changed_settings(owner, config)
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])

@@ -12,7 +12,7 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import RunFacts, run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
-from ncsn.runs.records import Outcome, stored_error, stored_record, write_outcome
+from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.outcome import TrackedRun, close_run
 
@@ -142,7 +142,7 @@ def _of_steps(troubles: Mapping[str, Trouble]) -> dict[str, Trouble]:
 
 def _folders(folder: RunFolder) -> dict[str, RunFolder]:
     """Step -> the folder of its run. What a search found is trained as a run of its own, which the search names."""
-    if stored_record(folder, SEARCH) is None and stored_error(folder, SEARCH) is None:
+    if read_result(folder, SEARCH) is None and read_error(folder, SEARCH) is None:
         return dict.fromkeys(STEPS, folder)
     found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
     return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
@@ -164,27 +164,27 @@ def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: Kf
     """
     step, error = _first_open(folders, kfp)
     told = ""
-    if error.get("type") == "SystemExit" and kfp is not None and not seen.notes and not seen.stopped:
-        error = {}  # a pod that is evicted gets SIGTERM too, and its state says more
+    if error is not None and error.kind == "SystemExit" and kfp is not None and not seen.notes and not seen.stopped:
+        error = None  # a pod that is evicted gets SIGTERM too, and its state says more
     if not error and seen.troubles:
         step, trouble = next(iter(seen.troubles.items()))
         told = str(trouble)
     terminated = seen.stopped or state.upper().startswith("CANCEL") or _DEADLINE in message
-    if terminated or error.get("type") in _STOPPED:
+    if terminated or (error is not None and error.kind in _STOPPED):
         return Outcome("KILLED", "terminated", step)
-    reason = error.get("message") or told or message or _UNKNOWN
+    reason = (error.message if error else "") or told or message or _UNKNOWN
     return Outcome("FAILED", str(reason), step)
 
 
-def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[str | None, dict[str, Any]]:
+def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[str | None, StepError | None]:
     ours = kfp.id if kfp else os.environ.get(KFP_RUN_ID, "")
     for step, folder in folders.items():
-        error = stored_error(folder, step)
-        if error is not None and error.get("kfp_run", "") == ours:
+        error = read_error(folder, step)
+        if error is not None and error.kfp_run == ours:
             return step, error
-        if stored_record(folder, step) is None:
-            return step, {}
-    return None, {}
+        if read_result(folder, step) is None:
+            return step, None
+    return None, None
 
 
 def _stopped(jobs: Sequence[str]) -> list[str]:
@@ -194,8 +194,8 @@ def _stopped(jobs: Sequence[str]) -> list[str]:
 def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     if step == failed_step:
         return "failed"
-    record = stored_record(folder, step)
-    return f"done in {record['seconds']:,.1f} s, {record['finished_at']}" if record else "not done"
+    record = read_result(folder, step)
+    return f"done in {record.seconds:,.1f} s, {record.finished_at}" if record else "not done"
 
 
 def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun]) -> dict[str, str]:
@@ -228,5 +228,5 @@ def _notes(folders: Mapping[str, RunFolder]) -> list[str]:
 
 
 def _result(folder: RunFolder, step: str) -> dict[str, Any]:
-    record = stored_record(folder, step)
-    return record["result"] if record else {}
+    record = read_result(folder, step)
+    return dict(record.result) if record else {}

@@ -11,7 +11,7 @@ from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import Outcome, clear_outcome, recorded, stored_error, stored_mistake, write_outcome
+from ncsn.runs.records import Outcome, clear_outcome, read_error, read_mistake, recorded, write_outcome
 
 if TYPE_CHECKING:
     from ncsn.remote.kubernetes import KubernetesApi
@@ -58,9 +58,9 @@ def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
     """What another try would only find again."""
     if not int(os.environ.get(_TRY) or 0):
         return None
-    error = stored_error(folder, step)
-    same_run = error is not None and error["kfp_run"] == os.environ.get(KFP_RUN_ID)
-    return stored_mistake(folder, step) if same_run else None
+    error = read_error(folder, step)
+    same_run = error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID)
+    return read_mistake(folder, step) if same_run else None
 
 
 def _note(config: Config, run: str) -> None:

@@ -19,7 +19,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.images import neighbors_png
 from ncsn.report.words import cost_line
-from ncsn.runs.costs import ledger
+from ncsn.runs.costs import account
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
@@ -139,7 +139,7 @@ def _candidate(
         images_seen=loaded.images_seen,
         num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         nfe=evaluations_per_image(loaded.config),
-        cost=cost_line(ledger(loaded.config, run=run)),
+        cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=figures)

@@ -25,7 +25,7 @@ from ncsn.report.html import look, render
 from ncsn.report.images import film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.style import to_png
-from ncsn.runs.costs import ledger, prices_of, read_plan
+from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.folder import STEPS, RunFolder
 from ncsn.runs.records import load_history
 from ncsn.steps.sample import LEVELS
@@ -130,7 +130,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
     real = words.read_figures(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
     seconds = sum(record["seconds"] for record in records.values())
-    costs = ledger(config, run=sources.folder.run)
+    costs = account(config, run=sources.folder.run)
     return Page(
         title=config.name,
         run=sources.folder.run,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
@@ -23,7 +22,7 @@ from ncsn.errors import UserError
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
-from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, stored_mistake, stored_record
+from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, read_mistake, read_result, write_result
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
@@ -99,12 +98,12 @@ class Step(Generic[R]):
             needs: URIs without which the result is of no use.
         """
         self._inputs = json.loads(json.dumps(inputs))
-        stored = stored_record(self.folder, self.name)
+        stored = read_result(self.folder, self.name)
         # A result of an older version may lack a field; then the work is done again.
         fields = {field.name for field in dataclasses.fields(self._type)}  # type: ignore[arg-type]
-        if stored is None or stored["inputs"] != self._inputs or stored["result"].keys() != fields:
+        if stored is None or stored.inputs != self._inputs or stored.result.keys() != fields:
             return None
-        result = self._type(**stored["result"])
+        result = self._type(**stored.result)
         return result if all(storage.exists(uri) for uri in needs(result)) else None
 
     def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
@@ -125,14 +124,14 @@ class Step(Generic[R]):
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         arguments += [part for text in inject for part in ("--inject", text)]
         self._execute(config, arguments, options)
-        stored = stored_record(self.folder, self.name)
-        if stored is None or stored["inputs"] != self._inputs:
+        stored = read_result(self.folder, self.name)
+        if stored is None or stored.inputs != self._inputs:
             raise RuntimeError(
                 f"step {self.name} ended on the cluster without a result for these inputs in "
                 f"{self.folder.uri}/steps/{self.name}; does the cluster (compute.kuberay.image) hold this version of "
                 "ncsn, and does it reach this store?"
             )
-        return self._type(**stored["result"])
+        return self._type(**stored.result)
 
     @contextmanager
     def timed(self) -> Iterator[ProgressFile]:
@@ -153,15 +152,9 @@ class Step(Generic[R]):
 
     def done(self, result: R) -> R:
         """Store the result, which makes the step complete."""
-        record = {
-            "step": self.name,
-            "run": self.folder.run,
-            "inputs": self._inputs,
-            "result": dataclasses.asdict(result),  # type: ignore[call-overload]
-            "seconds": round(time.time() - self._started, 3),
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        storage.write_text(self.folder.step(self.name, "result.json"), json.dumps(record, indent=1))
+        values = dataclasses.asdict(result)  # type: ignore[call-overload]
+        seconds = time.time() - self._started
+        write_result(self.folder, self.name, inputs=self._inputs, result=values, seconds=seconds)
         return result
 
     def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
@@ -189,7 +182,7 @@ class Step(Generic[R]):
                 "mlflow.experiment": config.tracking.experiment,
                 "mlflow.run_name": f"{folder.run}/{step}",
             },
-            mistaken=lambda: stored_mistake(folder, step) is not None,
+            mistaken=lambda: read_mistake(folder, step) is not None,
         )
         try:
             backend.execute(remote)
@@ -197,7 +190,7 @@ class Step(Generic[R]):
             if not storage.exists(folder.step(step, "result.json")):
                 raise
         except RemoteFailure as failure:
-            mistake = stored_mistake(folder, step)
+            mistake = read_mistake(folder, step)
             if mistake is None:
                 raise
             raise mistake from failure

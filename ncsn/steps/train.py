@@ -14,7 +14,7 @@ from ncsn.distributed.faults import rehearsal
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import stored_record
+from ncsn.runs.records import read_result
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.training.loop import TrainingJob
@@ -118,5 +118,5 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
 
 def _imported(folder: RunFolder) -> str | None:
     """The checkpoint that training starts from, where `ncsn import-checkpoint` left the last result of this step."""
-    record = stored_record(folder, "train")
-    return str(record["result"]["checkpoint"]) if record is not None and "imported" in record["inputs"] else None
+    record = read_result(folder, "train")
+    return str(record.result["checkpoint"]) if record is not None and "imported" in record.inputs else None

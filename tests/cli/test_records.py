@@ -15,7 +15,7 @@ from ncsn.cli.target import find_inputs, resolve
 from ncsn.config import Config, from_yaml
 from ncsn.errors import Problem
 from ncsn.runs.folder import STEPS, RunFolder, claim_run
-from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, stored_records
+from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, read_results
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_earlier_attempts_are_forgotten_and_results_kept(folder: RunFolder) -> N
     forget_attempts(folder)
     assert read_error(folder, "train") is None
     assert read_progress(folder, "train") is None
-    assert list(stored_records(folder)) == ["ingest"]
+    assert list(read_results(folder)) == ["ingest"]
 
 
 def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> None:

@@ -48,7 +48,7 @@ RESULTS: dict[str, dict[str, Any]] = {
 def test_summary(config_file: Path) -> None:
     target = resolve(str(config_file))
     folder = claim_run(target.config, target.run)
-    records = {step: StepRecord(step, result, 10.0, "2026-01-01") for step, result in RESULTS.items()}
+    records = {step: StepRecord({}, result, 10.0, "2026-01-01") for step, result in RESULTS.items()}
     stream = io.StringIO()
     print_summary(Console(file=stream, width=120), folder, target.config, records, earlier=["ingest"])
     rows = [line.split() for line in stream.getvalue().splitlines()]

@@ -34,7 +34,7 @@ from ncsn.errors import NotFound
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import Outcome, read_outcome, stored_error, write_outcome
+from ncsn.runs.records import Outcome, read_error, read_outcome, write_outcome
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
@@ -71,17 +71,17 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
         )
     assert not Path(model.path).exists()
     folder = run_folder(config, "mine")
-    error = stored_error(folder, "train")
-    assert error is not None and error["user"]
-    assert read_outcome(folder) == Outcome("FAILED", error["message"], "train")
+    error = read_error(folder, "train")
+    assert error is not None and error.mistake
+    assert read_outcome(folder) == Outcome("FAILED", error.message, "train")
 
 
 def test_a_task_that_fails_before_its_step_leaves_a_reason(tmp_path: Path) -> None:
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
     with pytest.raises(RuntimeError), task("sample", config=to_json(config), run="mine"):
         raise RuntimeError("no such GPU")
-    error = stored_error(run_folder(config, "mine"), "sample")
-    assert error is not None and (error["type"], error["user"]) == ("RuntimeError", False)
+    error = read_error(run_folder(config, "mine"), "sample")
+    assert error is not None and (error.kind, error.mistake) == ("RuntimeError", False)
 
 
 def test_the_outcome_is_that_of_the_last_attempt(tmp_path: Path) -> None:

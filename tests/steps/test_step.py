@@ -17,7 +17,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
-from ncsn.runs.records import ProgressFile, recorded, stored_error, stored_mistake, stored_record
+from ncsn.runs.records import ProgressFile, read_error, read_mistake, read_result, recorded
 from ncsn.steps.step import Step
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -64,8 +64,8 @@ def test_work_is_done_once_for_the_same_inputs(tmp_path: Path) -> None:
     assert make(config, "once", inputs={"a": 1}, number=1).number == 1
     assert make(config, "once", inputs={"a": 1}, number=2).number == 1
     assert make(config, "once", inputs={"a": 2}, number=3).number == 3
-    stored = stored_record(run_folder(config, "once"), "train")
-    assert stored is not None and stored["result"]["number"] == 3
+    stored = read_result(run_folder(config, "once"), "train")
+    assert stored is not None and stored.result["number"] == 3
 
 
 def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
@@ -105,18 +105,18 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     config = config_at(tmp_path)
     with pytest.raises(type(error)), recorded(config, "fails", "train") as folder:
         raise error
-    assert stored_error(folder, "train") == {
+    assert storage.read_json(folder.step("train", "error.json")) == {
         "type": type(error).__name__,
         "user": bool(problems),
         "message": str(error),
         "problems": problems,
         "kfp_run": "5f3a",
     }
-    again = stored_mistake(folder, "train")
+    again = read_mistake(folder, "train")
     assert problems_of(again) == problems_of(error) if again else not problems
-    assert stored_record(folder, "train") is None
+    assert read_result(folder, "train") is None
     with recorded(config, "fails", "train"):
-        assert stored_error(folder, "train") is None
+        assert read_error(folder, "train") is None
 
 
 def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
         raise RuntimeError("theirs")
     with pytest.raises(ForeignRun), recorded(config.model_copy(update={"seed": 9}), "theirs", "train"):
         pass
-    assert stored_error(folder, "train")["message"] == "theirs"
+    assert read_error(folder, "train").message == "theirs"
 
 
 def test_progress_is_published_and_throttled(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_counts_are_those_of_the_source(tmp_path: Path) -> None:
 def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None:
     experiment = tiny(tmp_path, "compute.num_workers=2")
     folder = run_folder(experiment, "run")
-    assert costs.ledger(experiment, run="run")["actual"]["steps"] == {}
+    assert costs.account(experiment, run="run")["actual"]["steps"] == {}
     planned = {"prices": asdict(load_prices()) | {"currency": "EUR"}, "steps": {"train": {"seconds": 5.0}}}
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "plan.json").write_text(json.dumps(planned))
@@ -223,7 +223,7 @@ def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError), Step("train", folder, TrainResult, unit="images").timed():
         raise RuntimeError("lost a worker")
-    found = costs.ledger(experiment, run="run")
+    found = costs.account(experiment, run="run")
     seconds = found["actual"]["steps"]["train"]["seconds"]
     assert 1000.0 <= seconds < 1060.0
     assert found["actual"]["steps"]["train"]["cpu_hours"] == pytest.approx(2 * seconds / 3600)
