@@ -21,6 +21,7 @@ from typing import Any
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import step_run
 from ncsn.training import loop
@@ -65,7 +66,11 @@ def measure(config: Config, root: Path) -> dict[str, float]:
     with step_run(config, run="benchmark", step="train") as tracked:
         sink = TimedMetrics(tracked.uri, tracked.run_id)
         started = time.process_time()
-        train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(root / "checkpoints"))
+        train_loop(
+            TrainingJob(config=config, dataset=dataset, sink=sink),
+            LocalContext(),
+            CheckpointStore(str(root / "checkpoints")),
+        )
         whole = time.process_time() - started
     return {"training": whole, "calls": sink.calls, "sender": sink.sender, "preview": preview}
 

@@ -42,6 +42,7 @@ from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
 from ncsn.training.context import LocalContext
@@ -116,7 +117,9 @@ class Ours:
 
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
         keep_freed_memory()
-        self.training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
+        self.training = Training(
+            TrainingJob(config=config, dataset=dataset), LocalContext(), CheckpointStore(str(folder))
+        )
         self.batch, self.folder = config.train.batch_size, folder
         self.step: Callable[[], None] = self.training.step
 

@@ -257,9 +257,9 @@ def run_step(
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
             module = importlib.import_module(f"ncsn.{_package_of(step)}.{step}")
             if settings and "inject" in settings:  # a misspelled fault must not claim the run's name
-                from ncsn.distributed.faults import rehearsal
+                from ncsn.distributed.faults import parse_faults
 
-                rehearsal(settings["inject"], step=step, run_uri=folder.uri)
+                parse_faults(settings["inject"], step=step, run_uri=folder.uri)
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # a retry by the cluster for a launcher that an earlier attempt gave up
                     Lease(lease).require("nothing was begun")

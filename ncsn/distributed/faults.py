@@ -1,4 +1,4 @@
-"""Rehearsed failures: what `--inject` asks for, and striking at the right moment, once per run.
+"""Fault injection: the failures that `--inject` asks for, each once per run.
 
 A fault is as real as one process can make it: a SIGKILL is the kernel's, the full disk is `/dev/full`, the NaN goes
 through the network. It belongs to one call of a command, never to the config: it changes no result, so it must not
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,13 +24,13 @@ from pathlib import Path
 import psutil
 import ray
 import torch
-from torch import nn
 
 from ncsn import storage
 from ncsn.data.training_images import cache_folder
 from ncsn.errors import UserError
-from ncsn.model.checkpoint_store import CHECKPOINTS, SNAPSHOT
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.storage import retry
+from ncsn.training.loop import LoopHooks, Training
 
 FORMS = {
     "kill-worker": "kill-worker@images=N",
@@ -44,46 +43,31 @@ FORMS = {
     "preempt": "preempt@images=N",
     "disk-full": "disk-full@images=N",
 }
-"""Kind of fault -> how it is written."""
-KINDS = {"train": tuple(FORMS), "sample": ("store-down", "store-errors")}
-"""Step -> the faults it can rehearse."""
-ERRORS_SECONDS = 60.0
-"""How long a store that answers some calls with errors goes on doing so."""
-NOTICE_SECONDS = 30.0
-"""From the notice that a node will be taken to its end; clouds give 30 to 120."""
-LISTED_SECONDS = 180.0
-"""How long a checkpoint that is to be cut may take to Ray Train's list: longer than an outage of the store."""
-FULL_DEVICE = Path("/dev/full")
-"""The kernel answers every write to it with ENOSPC."""
+KINDS = {"train": tuple(FORMS), "sample": ("store-down", "store-errors")}  # by step
+ERRORS_SECONDS = 60.0  # how long `store-errors` lasts
+NOTICE_SECONDS = 30.0  # from the notice of a preemption to the end of the node; clouds give 30 to 120
+FULL_DEVICE = Path("/dev/full")  # the kernel answers every write to it with ENOSPC
 
 _FAULT = re.compile(r"(?P<kind>[a-z-]+)@images=(?P<images>\d+)(:(?P<argument>.+))?")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(s|m)")
 _TIMED = ("store-down", "tracking-down")
-_BY_RANK_0 = (*_TIMED, "store-errors", "disk-full")
-"""What they take away is used by rank 0."""
+_BY_RANK_0 = (*_TIMED, "store-errors", "disk-full", "cut-checkpoint")  # only rank 0 uses what they take away
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One failure to rehearse.
+    """One failure to inject."""
 
-    Attributes:
-        kind: One of `FORMS`.
-        images: The image that it strikes at: of the training order, or of the samples.
-        seconds: How long a server is away.
-        share: Part of the calls that fail meanwhile.
-    """
-
-    kind: str
-    images: int
-    seconds: float = 0.0
-    share: float = 1.0
+    kind: str  # one of `FORMS`
+    images: int  # the image that triggers it: of the training order, or of the samples
+    seconds: float = 0.0  # how long a server is unreachable
+    share: float = 1.0  # of the calls that fail meanwhile
 
     @property
     def name(self) -> str:
-        """Under which the run remembers that it struck."""
+        """Name of the file by which the run remembers that it happened."""
         return f"{self.kind}-{self.images}"
 
 
@@ -91,7 +75,7 @@ def parse(text: str, *, step: str) -> Fault:
     """Read `KIND@images=N`, followed by `:TIME` or `:SHARE` where the kind has one.
 
     Raises:
-        UserError: for a text that is no fault of the step.
+        UserError: if the text is no fault of the step.
     """
     kinds = KINDS[step]
     found = _FAULT.fullmatch(text)
@@ -120,11 +104,11 @@ def parse(text: str, *, step: str) -> Fault:
     return Fault(kind, images)
 
 
-def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal:
-    """What `--inject` asks for.
+def parse_faults(texts: Sequence[str], *, step: str, run_uri: str) -> FaultInjector:
+    """The injector of the faults that `--inject` asks for.
 
     Raises:
-        UserError: for a text that is no fault, a fault that is given twice, or a store fault on a local folder.
+        UserError: if a text is no fault, a fault is given twice, or a store fault is for a local folder.
     """
     faults = [parse(text, step=step) for text in texts]
     for fault, text in zip(faults, texts, strict=True):
@@ -137,17 +121,14 @@ def rehearsal(texts: Sequence[str], *, step: str, run_uri: str) -> Rehearsal:
                 hint="set storage.root to s3://BUCKET/PREFIX",
                 value=text,
             )
-    return Rehearsal(tuple(faults), run_uri)
+    return FaultInjector(tuple(faults), run_uri)
 
 
 @dataclass
-class Rehearsal:
-    """The faults of one call; picklable, so that it reaches the workers.
+class FaultInjector(LoopHooks):
+    """Triggers the faults of one call; picklable, so that it reaches the workers.
 
-    Attributes:
-        faults: What is to fail.
-        run_uri: Folder of the run, which remembers below `faults/` what has struck: a retried worker, and the same
-            command again, are spared.
+    The run remembers below `faults/` what has happened: a retried worker, and the same command again, are spared.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -156,7 +137,7 @@ class Rehearsal:
 
     @contextmanager
     def outages_shared(self) -> Iterator[None]:
-        """Let this process, and what it starts meanwhile, share the outages of this node."""
+        """Context manager: this process, and what it starts meanwhile, share the outages of this node."""
         if not self.faults:
             yield
             return
@@ -167,52 +148,50 @@ class Rehearsal:
         finally:
             del os.environ[retry.OUTAGE_VARIABLE]
 
-    def strike(
-        self,
-        batch: range,
-        *,
-        share: range | None = None,
-        rank: int = 0,
-        network: nn.Module | None = None,
-        saved: str = "",
-    ) -> None:
-        """Let fail what is due before the images `batch` are drawn.
+    def before_step(self, training: Training) -> None:
+        """Trigger the faults due in this batch."""
+        context, size, seen = training.context, training.config.train.batch_size, training.state.images_seen
+        self.trigger(range(seen, seen + size), share=context.share(size), rank=context.rank, training=training)
 
-        Args:
-            batch: Places of the images of all workers.
-            share: Which of them this worker draws, all by default. The worker that dies is the one that would draw
-                the image.
-            rank: This worker's; rank 0 takes servers away.
-            network: What a NaN gets into.
-            saved: Name of the newest checkpoint, which may still be on its way to the store; empty if there is none.
-        """
-        own = batch if share is None else batch[share.start : share.stop]
-        for fault in self.faults:
-            due = rank == 0 and fault.images in batch if fault.kind in _BY_RANK_0 else fault.images in own
-            if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
-                _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
-                self._let_fail(fault, network, saved)
-
-    def fill_disk(self, folder: Path) -> None:
-        """If the disk is to be full: have the kernel refuse the checkpoint that is about to be written to `folder`."""
+    def before_save(self, folder: Path) -> None:
+        """If the disk is to be full, have the kernel refuse the checkpoint."""
         if self._disk_full:
             (folder / "state.json").symlink_to(FULL_DEVICE)
             self._disk_full = False
 
-    def _let_fail(self, fault: Fault, network: nn.Module | None, saved: str) -> None:
+    def trigger(
+        self, images: range, *, share: range | None = None, rank: int = 0, training: Training | None = None
+    ) -> None:
+        """Trigger the faults due in these images.
+
+        Args:
+            images: Places of the images of all workers.
+            share: Which of them this worker draws, all by default. The worker that would draw the image dies.
+            rank: Of this worker; rank 0 takes servers away.
+            training: What a NaN gets into, and whose checkpoint is cut.
+        """
+        own = images if share is None else images[share.start : share.stop]
+        for fault in self.faults:
+            due = rank == 0 and fault.images in images if fault.kind in _BY_RANK_0 else fault.images in own
+            if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
+                _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
+                self._trigger(fault, training)
+
+    def _trigger(self, fault: Fault, training: Training | None) -> None:
         if fault.kind == "kill-worker":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "kill-node":
             _kill_node()
         elif fault.kind == "cut-checkpoint":
-            self._cut_checkpoint(saved)
+            assert training is not None
+            _cut_newest(training.checkpoints)
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "preempt":
             _announce_preemption()
         elif fault.kind == "nan":
-            assert network is not None
+            assert training is not None
             with torch.no_grad():
-                next(network.parameters()).fill_(math.nan)
+                next(training.state.network.parameters()).fill_(math.nan)
         elif fault.kind == "disk-full":
             self._disk_full = True
         elif fault.kind == "tracking-down":
@@ -220,35 +199,32 @@ class Rehearsal:
         else:
             retry.declare("store", seconds=fault.seconds, share=fault.share)
 
-    def _cut_checkpoint(self, name: str) -> None:
-        """Leave half of the weights of a checkpoint on the store, once it is there and Ray Train has it on its list."""
-        if not name:
-            raise UserError(
-                "--inject",
-                "there is no checkpoint yet",
-                hint="use a number of images above train.checkpoint_every_images",
-                value="cut-checkpoint",
-            )
-        folder = storage.join(self.run_uri, CHECKPOINTS)
-        snapshot = storage.join(folder, SNAPSHOT)
-        give_up = time.monotonic() + LISTED_SECONDS
-        while not storage.exists(snapshot) or f'"{name}"' not in storage.read_text(snapshot):
-            assert time.monotonic() < give_up, f"Ray Train does not list {name}"
-            time.sleep(0.1)
-        weights = storage.join(folder, name, "weights.safetensors")
-        content = storage.read_bytes(weights)
-        storage.write_bytes(weights, content[: len(content) // 2])
+
+def _cut_newest(checkpoints: CheckpointStore) -> None:
+    """Leave half of the weights of the newest checkpoint."""
+    checkpoints.wait()
+    name = next(checkpoints.names(), None)
+    if name is None:
+        raise UserError(
+            "--inject",
+            "there is no checkpoint yet",
+            hint="use a number of images above train.checkpoint_every_images",
+            value="cut-checkpoint",
+        )
+    weights = storage.join(checkpoints.uri, name, "weights.safetensors")
+    content = storage.read_bytes(weights)
+    storage.write_bytes(weights, content[: len(content) // 2])
 
 
 def _kill_node() -> None:
-    """Kill the raylet that this worker belongs to, which takes the node out of the cluster, and this worker."""
+    """Kill this worker and its raylet, which takes the node out of the cluster."""
     raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
     raylet.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _announce_preemption() -> None:
-    """Tell Ray, as a cloud's agent would, that this node will be taken, and take it when the time has come."""
+    """Tell Ray, as a cloud's agent would, that this node will be preempted, and end the node in time."""
     context = ray.get_runtime_context()
     notice = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", context.gcs_address]
     notice += ["--node-id", context.get_node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]

@@ -333,5 +333,5 @@ def _train(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, stop_at=images)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)
     if job.config.compute.num_workers == 1:
-        return checkpoints, trainer.train_alone(job, checkpoints=checkpoints)
+        return checkpoints, trainer.train_single_worker(job, checkpoints=checkpoints)
     return checkpoints, trainer.train(job, run_uri=folder.uri)

@@ -1,4 +1,4 @@
-"""`Config` to the objects it names. The only place that maps names to classes."""
+"""Build the objects that a `Config` names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SAMPLERS: dict[str, type[Sampler]] = {
 
 
 def pixel_space(data: DataConfig) -> PixelSpace:
-    """The space in which these images are trained on and sampled."""
+    """The space in which the network sees the images."""
     return PixelSpace(dequantized=data.dequantize, logit=data.logit_transform)
 
 
@@ -46,7 +46,7 @@ def sigmas(config: Config) -> Tensor:
 
 
 def network(config: Config) -> nn.Module:
-    """The score network with its initial weights, a function of `config.seed` alone."""
+    """The score network with its initial weights, which `config.seed` alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if isinstance(config.network, NcsnNetworkConfig):
@@ -83,7 +83,7 @@ def sampler_section(sampler: Sampler) -> SamplerConfig:
 
 
 def loss(config: Config) -> Loss:
-    """What training minimizes."""
+    """The training loss."""
     settings = config.loss
     if isinstance(settings, DsmLossConfig):
         return DenoisingScoreMatching(anneal_power=settings.anneal_power, antithetic=settings.antithetic)
@@ -93,7 +93,7 @@ def loss(config: Config) -> Loss:
 
 
 def step_options(config: Config, *, device: str | torch.device, world_size: int) -> StepOptions:
-    """How a training step computes on `device` as one of `world_size` workers."""
+    """Options of a training step on `device`, for one of `world_size` workers."""
     return StepOptions(
         grad_clip_norm=config.optimizer.grad_clip_norm,
         autocast_dtype=autocast_dtype(config, device),
@@ -103,7 +103,7 @@ def step_options(config: Config, *, device: str | torch.device, world_size: int)
 
 
 def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
-    """Adam over all parameters of `network`, in their order of registration."""
+    """Adam over all parameters, in their order of registration."""
     settings = config.optimizer
     return torch.optim.Adam(
         network.parameters(),
@@ -116,12 +116,12 @@ def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
 
 
 def memory_format(config: Config) -> torch.memory_format:
-    """Order in which the numbers of images and convolutions lie in memory."""
+    """Memory format of images and convolutions."""
     return torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
 
 def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | None:
-    """Type in which training computes convolutions, None for that of the weights.
+    """Type of the convolutions in training, or None for that of the weights.
 
     Raises:
         UserError: if `device` cannot train in it.
@@ -138,12 +138,10 @@ def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | 
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
-    """Network, optimizer and EMA weights at the start of training.
-
-    On a CPU, which cannot train in float16, there is no scaler of the loss: an imported checkpoint has none.
-    """
+    """Network, optimizer and EMA weights at the start of training."""
     score_network = network(config).to(device)
     score_network.to(memory_format=memory_format(config))
+    # A CPU, which cannot train in float16, only imports checkpoints, which have no scaler.
     scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
     return TrainState(
         network=score_network,
@@ -154,7 +152,7 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
-    """The rate for the batch that starts at `images_seen`: linear warm-up times the chosen decay."""
+    """The rate of the batch that starts at `images_seen`: linear warmup times the chosen decay."""
     settings, batch = config.optimizer, config.train.batch_size
     done = (images_seen + batch) / max(settings.warmup_images, 1)
     warmup = min(1.0, done) if settings.warmup_images else 1.0

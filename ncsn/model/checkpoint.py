@@ -1,10 +1,10 @@
-"""A checkpoint: one folder that training resumes from and sampling needs nothing besides.
+"""A checkpoint: one folder, from which training resumes and samples are drawn.
 
     weights.safetensors    network parameters and buffers
     ema.safetensors        EMA weights
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the data set; float16's loss scale; unreported curves
+    state.json             images_seen, EMA counter, digest of the dataset; float16's loss scale; unreported curves
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from ncsn.model import build
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
 TRAINED_CONFIG = "config.json"
+FOLDER_NAME = re.compile(r"images-\d+")
 FILES = (
     "weights.safetensors",
     "ema.safetensors",
@@ -49,7 +51,7 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint of which a part is missing, cut short or altered; the one before it may be whole."""
+    """A checkpoint with a file that is missing, cut short or altered; the one before it may be whole."""
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(origin, f"is damaged: {reason}")
@@ -58,50 +60,38 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """What generating images takes.
-
-    Attributes:
-        config: The experiment that was trained.
-        network: The score network with EMA weights, in eval mode.
-        moments: Mean and covariance of the training images.
-    """
+    """The input of image generation."""
 
     config: Config
-    network: nn.Module
-    moments: DataMoments
+    network: nn.Module  # with EMA weights, in eval mode
+    moments: DataMoments  # of the training images
 
 
 @dataclass(frozen=True)
 class SamplingCheckpoint(TrainedNetwork):
-    """A trained network and where it comes from.
-
-    Attributes:
-        images_seen: Training images consumed.
-        dataset_digest: Digest of the data set that was trained on.
-        digest: First 16 hex digits of the SHA-256 of the EMA weights.
-    """
+    """A trained network and its origin."""
 
     images_seen: int
     dataset_digest: str
-    digest: str
+    digest: str  # first 16 hex digits of the SHA-256 of the EMA weights
 
 
 def folder_name(images_seen: int) -> str:
-    """Name of the checkpoint folder; sorts by progress."""
+    """Name of the checkpoint folder."""
     return f"images-{images_seen:09d}"
+
+
+def images_seen_at(name: str) -> int:
+    """Inverse of `folder_name`."""
+    return int(name.removeprefix("images-"))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint in memory, which training no longer changes.
+    """A checkpoint in memory, which training no longer changes."""
 
-    Attributes:
-        tensors: File -> its tensors, on the CPU.
-        texts: File -> its text.
-    """
-
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    texts: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, Tensor]]  # by file, on the CPU
+    texts: Mapping[str, str]  # by file
 
     def write(self, folder: Path) -> None:
         """Write the complete checkpoint into the existing, empty `folder`."""
@@ -121,10 +111,7 @@ def snapshot(
     dataset_digest: str,
     curves: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Copy what a checkpoint consists of, so that training can go on while it is written.
-
-    `curves` is what has been measured and not reported, as JSON values.
-    """
+    """Copy the state, so that training can go on while it is written. `curves` are the unreported ones."""
     facts: dict[str, Any] = {
         "images_seen": state.images_seen,
         "ema_updates": state.ema.num_updates,
@@ -149,14 +136,10 @@ def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoment
 
 
 def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
-    """Restore everything into `state`, strictly.
-
-    Returns:
-        The `curves` that were saved.
+    """Restore everything into `state`, strictly, and return the `curves` that were saved.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or the checkpoint was made by another config or from other
-            images.
+        CheckpointError: if a file is missing or damaged, or the config or the images were others.
     """
     verify(folder)
     saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
@@ -165,7 +148,7 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     if facts["dataset_digest"] != dataset_digest:
         raise CheckpointError(
             str(folder),
-            f"was trained on the data set {facts['dataset_digest']}, not {dataset_digest}: the images have "
+            f"was trained on the dataset {facts['dataset_digest']}, not {dataset_digest}: the images have "
             "changed since",
             hint="choose another --run NAME",
         )
@@ -183,7 +166,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
     """Read the EMA weights and the config of the checkpoint at `uri`.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint, or it does not fit the network of its own config.
+        CheckpointError: if there is no whole checkpoint, or it does not fit the network of its config.
     """
     try:
         with storage.local_copy(uri) as folder:
@@ -191,7 +174,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
             facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
-            moments = load_moments(folder / "moments.safetensors")
+            moments = _load_moments(folder / "moments.safetensors")
             digest = _sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError:
         raise CheckpointError(uri, "is not a checkpoint: there is no folder") from None
@@ -207,18 +190,18 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
 
 
 def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read what the registered model keeps: `config.json`, `ema.safetensors` and `moments.safetensors`.
+    """Read the files of a registered model: `config.json`, `ema.safetensors` and `moments.safetensors`.
 
     Raises:
         CheckpointError: if the weights do not fit the network of the config.
     """
     config = from_json((folder / TRAINED_CONFIG).read_text())
     network = network_from_weights(config, load_file(folder / "ema.safetensors"), origin=origin).to(device)
-    return TrainedNetwork(config=config, network=network, moments=load_moments(folder / "moments.safetensors"))
+    return TrainedNetwork(config=config, network=network, moments=_load_moments(folder / "moments.safetensors"))
 
 
 def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the checkpoint at `uri`, or what `save_trained` left there.
+    """Read the checkpoint at `uri`, or the files of `save_trained` there.
 
     Raises:
         CheckpointError: if it is neither.
@@ -233,28 +216,12 @@ def save_trained(trained: TrainedNetwork, folder: Path) -> None:
     """Inverse of `load_trained`, into an existing folder."""
     # Buffers are rebuilt from the config.
     save_file(_plain(dict(trained.network.named_parameters())), folder / "ema.safetensors")
-    save_moments(trained.moments, folder / "moments.safetensors")
+    save_file(_moment_tensors(trained.moments), folder / "moments.safetensors")
     (folder / TRAINED_CONFIG).write_text(to_json(trained.config))
 
 
-def save_moments(moments: DataMoments, path: Path) -> None:
-    """Write the moments as safetensors."""
-    save_file(_moment_tensors(moments), path)
-
-
-def load_moments(path: Path) -> DataMoments:
-    """Inverse of `save_moments`."""
-    tensors = load_file(path)
-    return DataMoments(
-        mean=tensors["mean"],
-        directions=tensors["directions"],
-        variances=tensors["variances"],
-        rest=float(tensors["rest"]),
-    )
-
-
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
-    """The network of `config` with `weights` (parameters; buffers come from the config), in eval mode.
+    """The network of `config` with these parameters, in eval mode; buffers come from the config.
 
     Raises:
         CheckpointError: naming missing, extra and misshapen tensors.
@@ -270,7 +237,7 @@ def verify(folder: Path) -> None:
     """Check that every file is there and unchanged.
 
     Raises:
-        DamagedError: naming the file that is missing, cut short or altered.
+        DamagedError: naming the file that is not.
         CheckpointError: if another version of the program wrote it.
     """
     if not (folder / INDEX).is_file():
@@ -291,10 +258,7 @@ def verify(folder: Path) -> None:
 
 
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
-    """Refuse a checkpoint of another config.
-
-    Returns:
-        `wanted`, with the checkpoint's noise levels if it leaves them to the images.
+    """`wanted`, with the checkpoint's noise levels if it leaves them to the images.
 
     Raises:
         CheckpointError: naming the first settings that differ.
@@ -343,8 +307,18 @@ def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
-    """The moment with its numbers in the parameter's order in memory: fused Adam goes through both side by side."""
+    # Fused Adam needs moments with the memory format of their parameters.
     return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
+
+
+def _load_moments(path: Path) -> DataMoments:
+    tensors = load_file(path)
+    return DataMoments(
+        mean=tensors["mean"],
+        directions=tensors["directions"],
+        variances=tensors["variances"],
+        rest=float(tensors["rest"]),
+    )
 
 
 def _moment_tensors(moments: DataMoments) -> dict[str, Tensor]:

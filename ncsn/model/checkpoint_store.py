@@ -1,7 +1,8 @@
-"""The checkpoints of a run: the newest whole one, and the best.
+"""The checkpoints of a run: the newest ones, and the best.
 
-    <run>/best/images-000000160/    a whole checkpoint
-    <run>/best/best.json            its name and its loss; readers begin here
+    <run>/checkpoints/images-000000160/    a checkpoint, complete when `checkpoint.json` is in it
+    <run>/best/images-000000160/           a copy of the best one
+    <run>/best/best.json                   its name and its loss; readers begin here
 
 Best means the least loss over the stretch of training that ends in the checkpoint, with each noise level counting
 alike. It guards against a training that goes wrong late. It does not choose the best samples: those need to be drawn
@@ -14,79 +15,124 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from ncsn import storage
 from ncsn.model import checkpoint
 
-FOLDER = "best"
-RECORD = "best.json"
-
-
-class BestCheckpoint:
-    """Keeps a copy of the best checkpoint of a run.
-
-    Args:
-        run_uri: Folder of the run.
-    """
-
-    def __init__(self, run_uri: str) -> None:
-        self.uri = storage.join(run_uri, FOLDER)
-
-    def record(self) -> dict[str, Any] | None:
-        """`checkpoint`, the name of the folder, and `loss`; None before the first."""
-        file = storage.join(self.uri, RECORD)
-        if not storage.exists(file):
-            return None
-        record: dict[str, Any] = storage.read_json(file)
-        return record
-
-    def offer(self, folder: Path, *, name: str, loss: float) -> bool:
-        """Copy the checkpoint in the local `folder` if no better one is kept.
-
-        Returns:
-            Whether it is the best now.
-        """
-        kept = self.record()
-        if loss >= (math.inf if kept is None else kept["loss"]):
-            return False
-        with storage.scratch_folder(self.uri) as copy:
-            shutil.copytree(folder, copy, dirs_exist_ok=True)
-            storage.publish_folder(copy, storage.join(self.uri, name), marker=checkpoint.INDEX, replace=True)
-        storage.write_text(storage.join(self.uri, RECORD), json.dumps({"checkpoint": name, "loss": loss}))
-        for other in storage.list_names(self.uri):
-            if other not in (name, RECORD):
-                storage.delete_folder(storage.join(self.uri, other))
-        return True
-
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+BEST_RECORD = "best.json"
 
 _logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, below the run's."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of them, beside them."""
 
+class CheckpointStore:
+    """Publishes checkpoints in a thread, and finds the newest whole one.
 
-@contextmanager
-def newest_whole(
-    names: Sequence[str], *, opened: Callable[[str], AbstractContextManager[Path]], delete: Callable[[str], None]
-) -> Iterator[Path | None]:
-    """Context manager: the last of the checkpoints `names` that is whole; None if there is none.
-
-    A damaged one is deleted, with a warning: training makes it again.
+    Args:
+        uri: Folder of the checkpoints.
+        keep: How many of the newest stay, or None for all.
+        best: Folder that keeps a copy of the one with the least loss, or None.
     """
-    for name in reversed(names):
-        with opened(name) as folder:
-            try:
-                checkpoint.verify(folder)
-            except checkpoint.DamagedError as damage:
-                _logger.warning("checkpoint %s is damaged (%s): going on from the one before", name, damage.reason)
-            else:
-                yield folder
-                return
-        delete(name)
-    yield None
+
+    def __init__(self, uri: str, *, keep: int | None = None, best: str | None = None) -> None:
+        self.uri = uri
+        self.notes: list[str] = []  # about damaged checkpoints, for people
+        self._keep, self._best = keep, best
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def names(self) -> Iterator[str]:
+        """Complete checkpoints, the newest first."""
+        for name in reversed(self._folders()):
+            if storage.exists(storage.join(self.uri, name, checkpoint.INDEX)):
+                yield name
+
+    def newest(self) -> str | None:
+        """The newest whole checkpoint. Damaged ones are deleted with a warning: training makes them again.
+
+        For one process at a time, before it publishes.
+
+        Raises:
+            CheckpointError: if another version of the program wrote it.
+        """
+        if storage.is_local(self.uri):
+            storage.remove_scratch(self.uri)
+        damaged: list[str] = []
+        for name in self.names():
+            with self.open(name) as folder:
+                try:
+                    checkpoint.verify(folder)
+                except checkpoint.DamagedError as damage:
+                    damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
+                else:
+                    self._note(damaged, resumed_from=name)
+                    return name
+            storage.delete_folder(storage.join(self.uri, name))
+        self._note(damaged, resumed_from="the start")
+        return None
+
+    def open(self, name: str) -> AbstractContextManager[Path]:
+        """Context manager: the checkpoint as a local folder."""
+        return storage.local_copy(storage.join(self.uri, name))
+
+    def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
+        """Begin to store what `write` writes into an empty local folder.
+
+        Waits for the checkpoint before, so that a slow store does not fill this machine's memory, and raises its error.
+
+        Args:
+            write: Writes a complete checkpoint; called in a thread.
+            name: Name of the checkpoint.
+            loss: Loss since the checkpoint before; None keeps this one out of the choice of the best.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._store, write, name, loss)
+
+    def wait(self) -> None:
+        """Wait until everything is stored. Raises what went wrong; the checkpoints before are still there."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _store(self, write: Callable[[Path], None], name: str, loss: float | None) -> None:
+        target = storage.join(self.uri, name)
+        with storage.scratch_folder(self.uri) as folder:
+            write(folder)
+            storage.delete_folder(target)  # the rest of an upload that was cut short
+            storage.publish_folder(folder, target, marker=checkpoint.INDEX)
+            if self._best is not None and loss is not None:
+                local = Path(target) if storage.is_local(target) else folder
+                _offer(self._best, local, name=name, loss=loss)
+        if self._keep is not None:
+            folders = self._folders()
+            # What is newer is the rest of an upload that was cut short.
+            for old in folders[: folders.index(name) + 1][: -self._keep]:
+                storage.delete_folder(storage.join(self.uri, old))
+
+    def _folders(self) -> list[str]:
+        found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]
+        return sorted(found, key=checkpoint.images_seen_at)
+
+    def _note(self, damaged: list[str], *, resumed_from: str) -> None:
+        for what in damaged:
+            self.notes.append(f"{what}: training resumed from {resumed_from}")
+            _logger.warning(self.notes[-1])
+
+
+def _offer(best: str, folder: Path, *, name: str, loss: float) -> None:
+    """Copy the checkpoint in the local `folder` to `best` if its loss is less than that of the one there."""
+    record = storage.join(best, BEST_RECORD)
+    if loss >= (storage.read_json(record)["loss"] if storage.exists(record) else math.inf):
+        return
+    with storage.scratch_folder(best) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        storage.publish_folder(copy, storage.join(best, name), marker=checkpoint.INDEX, replace=True)
+    storage.write_text(record, json.dumps({"checkpoint": name, "loss": loss}))
+    for other in storage.list_names(best):
+        if other not in (name, BEST_RECORD):
+            storage.delete_folder(storage.join(best, other))

@@ -1,4 +1,4 @@
-"""Images from a trained network: the one place where sampler settings meet a network and a seed."""
+"""Images from a trained network."""
 
 from __future__ import annotations
 
@@ -32,19 +32,12 @@ def generate(
     device: str | torch.device = "cpu",
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> NDArray[np.uint8]:
-    """Images `first .. first + count` for the seed of `sampling`; image i is the same in whatever batch it is made.
+    """Images `first .. first + count` of the seed as one batch, uint8 `[count, H, W, C]`; the same in any batch.
 
     Args:
-        trained: The experiment, its network on `device` and the moments of its images.
-        sampling: Sampler, seed and precision.
-        first: Index of the first image.
-        count: Number of images, made as one batch.
-        device: Where to compute.
+        trained: Its network is on `device`.
         on_level: Receives the number of each stage and the state as pixels around [0, 1]: 0 is the start, then one per
             visited level.
-
-    Returns:
-        `[count, H, W, C]` uint8.
 
     Raises:
         UserError: if an image is not finite, or the sampler does not fit the network or its levels.
@@ -63,24 +56,19 @@ def interpolate(
     count: int,
     device: str | torch.device = "cpu",
 ) -> NDArray[np.uint8]:
-    """Images on the way from image `first` to image `second` of a seed, by mixing their noise (NCSNv2, interpolation).
+    """Images from image `first` to image `second` of a seed, by mixing their noise (NCSNv2, interpolation).
 
-    The first is what `generate` makes of that number, and so is the last where the start is a normal draw; a chain
-    that starts from uniform pixels takes those of `first` throughout.
+    The first is that of `generate`, and so is the last if the start is a normal draw. A chain that starts from uniform
+    pixels takes those of `first` for all images.
 
     Args:
-        trained: As for `generate`.
-        sampling: As for `generate`.
-        first: Index of the image at the one end.
-        second: Index of the image at the other.
-        count: Number of images, both ends included.
-        device: Where to compute.
+        count: Number of images, both ends included; at least 2.
 
     Returns:
-        `[count, H, W, C]` uint8.
+        uint8 `[count, H, W, C]`.
 
     Raises:
-        UserError: if `count` is less than 2, or as `generate`.
+        UserError: as `generate`.
     """
     one, other = (
         KeyedNoise(sampling.seed, first=index, count=1, shape=_shape(trained.config), device=device)
@@ -102,12 +90,10 @@ def complete(
     """Fill in the unknown pixels of images (paper, Algorithm 2), as one batch.
 
     Args:
-        trained: As for `generate`.
         images: `[N, H, W, C]` uint8; their unknown pixels are not used.
-        known: `[H, W]` or `[N, H, W]`, True where a pixel is given; those come back as they were.
-        sampling: Annealed Langevin dynamics and a seed.
+        known: `[H, W]` or `[N, H, W]`, True for a known pixel, which does not change.
+        sampling: Its sampler is annealed Langevin dynamics.
         first: Index of the first image: image i draws the noise that `generate` gives image i.
-        device: Where to compute.
 
     Returns:
         `[N, H, W, C]` uint8.
@@ -120,13 +106,10 @@ def complete(
         raise UserError("sampling.sampler.kind", "inpainting needs annealed_langevin (Algorithm 2)", value=sampler.kind)
     height = width = config.data.image_size
     if images.shape[1:] != (height, width, config.data.channels) or images.dtype != np.uint8:
-        raise UserError(
-            "images",
-            f"those to complete are {list(images.shape[1:])} {images.dtype}, the model's are "
-            f"{[height, width, config.data.channels]} uint8",
-        )
+        found, needed = list(images.shape[1:]), [height, width, config.data.channels]
+        raise UserError("images", f"{found} {images.dtype}, but the model's are {needed} uint8")
     if known.shape not in ((height, width), (len(images), height, width)):
-        raise UserError("mask", f"is {list(known.shape)}, the model's images are {[height, width]}")
+        raise UserError("mask", f"{list(known.shape)}, but the model's images are {[height, width]}")
     reference = space.encode(torch.tensor(images)).to(device)
     noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
     mask = torch.from_numpy(known).to(device)
@@ -196,7 +179,7 @@ def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str)
 
 
 def level_images(x: Tensor, sampling: SamplingConfig) -> NDArray[np.uint8]:
-    """`[N, H, W, C]` uint8 of what `on_level` gets.
+    """The images of a state that `on_level` receives, uint8 `[N, H, W, C]`.
 
     Raises:
         UserError: if a pixel is not finite.

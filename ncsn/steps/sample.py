@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
-from ncsn.distributed.faults import Rehearsal, rehearsal
+from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, OnFeatures, Shard, sample_missing, shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningScore, RunningScores
@@ -77,7 +77,7 @@ def run(
         checkpoint: URI of the checkpoint to sample from.
         score: URI of a data set. The Frechet distance so far to its training images is published while images are made.
         lease: URI of the launcher's heartbeat. When it stops, sampling ends; the shards that are done stay.
-        inject: Faults to rehearse; see `ncsn.distributed.faults`.
+        inject: Faults to inject; see `ncsn.distributed.faults`.
 
     Raises:
         LeaseExpired: if the launcher is gone.
@@ -85,7 +85,7 @@ def run(
         UserError: if the run or the checkpoint belongs to another config, the checkpoint is damaged, the sampler
             diverges, or `inject` names no fault.
     """
-    faults = rehearsal(inject, step="sample", run_uri=run_folder(config, run).uri)
+    faults = parse_faults(inject, step="sample", run_uri=run_folder(config, run).uri)
     step = Step.claim("sample", config, run, SampleResult, unit="images")
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
@@ -118,7 +118,7 @@ def _sample(
     *,
     score: str | None,
     lease: str | None,
-    faults: Rehearsal,
+    faults: FaultInjector,
 ) -> SampleResult:
     started = time.perf_counter()
     scores = _Scores(config, score, work.progress) if score else None
@@ -200,14 +200,14 @@ class _Scores:
             self.progress.say(str(score))
 
 
-def _watched(progress: ProgressFile, lease: str | None, faults: Rehearsal) -> Callable[[int, int], None]:
-    """Publishes progress, ends the work if the launcher is gone, and lets fail what is to be rehearsed."""
+def _watched(progress: ProgressFile, lease: str | None, faults: FaultInjector) -> Callable[[int, int], None]:
+    """Publishes progress, ends the work if the launcher is gone, and injects faults."""
     watched = while_leased(progress, lease, kept="{done} of {total} images are sampled and stay")
     before = 0
 
     def update(done: int, total: int) -> None:
         nonlocal before
-        faults.strike(range(before, done))
+        faults.trigger(range(before, done))
         before = done
         watched(done, total)
 

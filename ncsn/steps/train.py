@@ -10,11 +10,10 @@ from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
-from ncsn.distributed.faults import rehearsal
+from ncsn.distributed.faults import parse_faults
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import read_result
+from ncsn.runs.folder import run_folder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.training.loop import TrainingJob
@@ -60,7 +59,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
-    faults = rehearsal(inject, step="train", run_uri=run_folder(config, run).uri)
+    faults = parse_faults(inject, step="train", run_uri=run_folder(config, run).uri)
     step = Step.claim("train", config, run, TrainResult, unit="images")
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)
@@ -85,9 +84,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             progress=work.progress,
             history=step.folder.history,
             preview=step.folder.preview,
-            start=_imported(step.folder),
             lease=Lease(lease) if lease else None,
-            rehearsal=faults,
+            hooks=faults,
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
         checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
@@ -114,9 +112,3 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
             value="classifier",
         )
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")
-
-
-def _imported(folder: RunFolder) -> str | None:
-    """The checkpoint that training starts from, where `ncsn import-checkpoint` left the last result of this step."""
-    record = read_result(folder, "train")
-    return str(record.result["checkpoint"]) if record is not None and "imported" in record.inputs else None

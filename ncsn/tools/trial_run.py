@@ -32,6 +32,7 @@ from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe
 from ncsn.evaluation.reference import SEED, extractor_of
 from ncsn.model import build
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
 from ncsn.runs.costs import PLAN, Prices, load_prices
 from ncsn.runs.folder import RunFolder, run_folder
@@ -318,7 +319,7 @@ def train_length(config: Config, dataset: str) -> dict[str, int]:
     steps = MOST_STEPS
     if not config.compute.use_gpu:
         with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
-            training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(Path(folder)))
+            training = Training(TrainingJob(config=config, dataset=dataset), LocalContext(), CheckpointStore(folder))
             training.step()
             started = time.perf_counter()
             training.step()

@@ -1,10 +1,8 @@
-"""What one step of training sees: images in the network's space, their levels and noise, each by its place."""
+"""Batches: images in the network's space, their levels and noise, each a function of its place."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn.config import Config
@@ -20,7 +18,7 @@ MOMENT_IMAGES = 10_000
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
     seed = config.seed
-    x = _encoded(config, split.ordered(seed, first=first, count=count), first=first)
+    x = _encoded(config, torch.from_numpy(split.ordered(seed, first=first, count=count)), first=first)
     size = x[0].numel()
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
@@ -34,15 +32,16 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
 
 
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:
-    """Mean and covariance of the training images as the network sees them, from the first `MOMENT_IMAGES` of them."""
-    return fit_moments(_encoded(config, split.head(MOMENT_IMAGES), first=0))
+    """Mean and covariance of the first `MOMENT_IMAGES` training images in the network's space."""
+    images = torch.tensor(split.head(MOMENT_IMAGES))  # a copy, because the file is mapped read-only
+    return fit_moments(_encoded(config, images, first=0))
 
 
-def _encoded(config: Config, images: NDArray[np.uint8], *, first: int) -> Tensor:
-    """Images [N, H, W, C] in the network's space, dequantised by the numbers of the places from `first`."""
+def _encoded(config: Config, images: Tensor, *, first: int) -> Tensor:
+    """Images uint8 [N, H, W, C] in the network's space, dequantized by the numbers of the places from `first`."""
     space, (count, height, width, channels) = build.pixel_space(config.data), images.shape
     if not space.dequantized:
-        return space.encode(torch.tensor(images))
+        return space.encode(images)
     size = height * width * channels
     u = keyed_uniform(config.seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size)
-    return space.encode(torch.tensor(images), u.view(count, channels, height, width))
+    return space.encode(images, u.view(count, channels, height, width))

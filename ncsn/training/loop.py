@@ -1,7 +1,7 @@
 """The training loop of one worker: score matching over the noise levels.
 
 The loop knows its worker context and nothing of Ray. Everything random is a function of (seed, place in the image
-order), so the images of a global batch, their levels and their noise do not depend on how many workers share it.
+order), so the images of a global batch, their levels and their noise do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,9 @@ from ncsn.core.images import DataMoments
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
-from ncsn.distributed.faults import Rehearsal
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
@@ -37,16 +37,11 @@ from ncsn.training.context import WorkerContext
 from ncsn.training.metrics import Curves, LiveSink, MachineUsage, preview_png
 
 
-class Cadence:
-    """Is due about every few seconds, on all workers at the same step.
+class StepTimer:
+    """Due about every `seconds`, on all workers at the same step."""
 
-    What all workers must do together cannot wait for each one's own clock, and a fixed number of steps is too often for
-    a small network and too seldom for a large one. So the workers agree, each time, on the steps to the next.
-
-    Args:
-        context: The workers.
-        seconds: Time between two times that it is due.
-    """
+    # Collective work cannot follow each worker's own clock, and a fixed number of steps is too often for a small
+    # network and too seldom for a large one. So the workers agree each time on the steps to the next.
 
     def __init__(self, context: WorkerContext, *, seconds: float) -> None:
         self._context, self._seconds = context, seconds
@@ -54,26 +49,24 @@ class Cadence:
         self._since = time.perf_counter()
 
     def due(self) -> bool:
-        """Count a step; whether it is time. A collective call when it is."""
+        """Count a step, and say whether it is time. A collective call when it is."""
         self._left -= 1
         if self._left:
             return False
         now = time.perf_counter()
         mean = torch.tensor([(now - self._since) / self._steps], device=self._context.device)
         step_seconds = float(self._context.sum_over_workers(mean)) / self._context.world_size
-        # At most twice as far as before: the first steps of a training are not like the others.
+        # At most twice as far as before, because the first steps of a training are slower.
         self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
         self._since = now
         return True
 
 
 def compile_network(network: nn.Module, context: WorkerContext) -> None:
-    """Compile the network's forward and backward pass in place; its class and the names of its tensors stay.
-
-    A collective call.
+    """Compile the network's forward and backward pass in place; the names of its tensors stay. A collective call.
 
     Raises:
-        UserError: on every worker alike, if the machine of one has no compiler.
+        UserError: on every worker, if the machine of one has no compiler.
     """
     on_cpu = context.device.type == "cpu"
     compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
@@ -92,33 +85,29 @@ class DivergedError(UserError):
     """Training diverged: a loss or a gradient is not finite."""
 
 
+class LoopHooks:
+    """Calls that the loop makes on every worker; picklable. These do nothing."""
+
+    def before_step(self, training: Training) -> None:
+        """Before the next batch is drawn."""
+
+    def before_save(self, folder: Path) -> None:
+        """Before a checkpoint is written into the empty `folder`, in a thread of rank 0."""
+
+
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything a worker needs to know; picklable.
-
-    Attributes:
-        config: The experiment.
-        dataset: URI of the ingested data set.
-        sink: Where rank 0 sends the curves, or None.
-        progress: Called on rank 0 with (images_seen, num_images), or None.
-        history: URI of the file in which rank 0 keeps the curves, or None.
-        preview: Images seen -> URI of the file in which rank 0 keeps the preview, or None.
-        start: URI of a checkpoint to start from while the run has none of its own, or None.
-        lease: Read on rank 0 at each report: training ends when its launcher is gone; or None.
-        rehearsal: Faults to let happen.
-        stop_at: End here, in images seen, though the schedules go on to `train.num_images`; None = at their end.
-    """
+    """The input of the loop; picklable."""
 
     config: Config
-    dataset: str
-    sink: LiveSink | None = None
-    progress: Callable[[int, int], None] | None = None
-    history: str | None = None
-    preview: Callable[[int], str] | None = None
-    start: str | None = None
-    lease: Lease | None = None
-    rehearsal: Rehearsal = field(default_factory=Rehearsal)
-    stop_at: int | None = None
+    dataset: str  # URI
+    sink: LiveSink | None = None  # for the curves and pictures of rank 0
+    progress: Callable[[int, int], None] | None = None  # called on rank 0 with (images_seen, last_image)
+    history: str | None = None  # URI of the file of rank 0's curves
+    preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
+    lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
+    hooks: LoopHooks = field(default_factory=LoopHooks)
+    stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
     @property
     def last_image(self) -> int:
@@ -128,71 +117,61 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What training leaves behind.
+    """The result of the loop."""
 
-    Attributes:
-        images_seen: Training images consumed by all workers.
-        loss: Mean normalised loss since the last report (a zero network reads 1); None if nothing was left to do.
-        images_per_second: Over this call, without start-up.
-        seconds: Duration of this call.
-        checkpoint: Name of the last checkpoint folder.
-        notes: What a person should know.
-        pauses: Seconds that training stood still for each checkpoint on this worker.
-    """
-
-    images_seen: int
-    loss: float | None
-    images_per_second: float
+    images_seen: int  # by all workers
+    loss: float | None  # normalized, since the last report (a zero network reads 1); None if nothing was left to do
+    images_per_second: float  # in this call, without startup
     seconds: float
-    checkpoint: str
-    notes: tuple[str, ...] = ()
-    pauses: tuple[float, ...] = ()
+    checkpoint: str  # name of the last one
+    notes: tuple[str, ...] = ()  # for people
+    pauses: tuple[float, ...] = ()  # seconds that each checkpoint stopped training on this worker
 
 
 class Training:
-    """State of one worker and the three things it does: step, report, save."""
+    """The state of one worker, which steps, reports and saves."""
 
-    def __init__(self, job: TrainingJob, context: WorkerContext) -> None:
-        self.job, self.config, self.context = job, job.config, context
+    def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
+        self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
         self.sigmas = build.sigmas(self.config).to(context.device)
         self.loss = build.loss(self.config)
         self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
         self.curves = Curves(self.config.levels.num_levels, context)
         self.saved, self.pauses = "", list[float]()
-        with context.mistakes_shared():  # a full disk, say, may stand in the way on one node alone
+        newest = self._newest_checkpoint()
+        with context.mistakes_shared():  # a disk may be full on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
             self.dataset_digest = load_manifest(job.dataset).digest
             self.state = build.train_state(self.config, device=context.device)
-            self._resume()
+            if newest is not None:
+                self._resume(newest)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
-        self.cadence, self.warned = Cadence(context, seconds=5.0), False
+        self.timer, self.warned = StepTimer(context, seconds=5.0), False
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
         self.reported = 0
 
-    def _resume(self) -> None:
-        """Go on from the latest checkpoint, if there is one."""
-        with self._latest_checkpoint() as folder:
-            if folder is None:
-                return
+    def _newest_checkpoint(self) -> str | None:
+        """Name of the checkpoint to resume from, which rank 0 finds. A collective call."""
+        context, seen = self.context, 0
+        with context.mistakes_shared():
+            if context.rank == 0:
+                newest = self.checkpoints.newest()
+                seen = -1 if newest is None else checkpoint.images_seen_at(newest)
+        shared = int(context.sum_over_workers(torch.tensor([seen], device=context.device)))
+        return None if shared < 0 else checkpoint.folder_name(shared)
+
+    def _resume(self, name: str) -> None:
+        with self.checkpoints.open(name) as folder:
             digest = self.dataset_digest
             curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
         if curves is not None:
-            self.curves.go_on_from(curves)
-        self.saved = checkpoint.folder_name(self.state.images_seen)
-
-    @contextmanager
-    def _latest_checkpoint(self) -> Iterator[Path | None]:
-        with self.context.latest_checkpoint() as folder:
-            if folder is not None or self.job.start is None:
-                yield folder
-                return
-        with storage.local_copy(self.job.start) as folder:
-            yield folder
+            self.curves.restore(curves)
+        self.saved = name
 
     @cached_property
     def moments(self) -> DataMoments:
@@ -203,9 +182,6 @@ class Training:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
-        due = range(state.images_seen, state.images_seen + config.train.batch_size)
-        rehearsal = self.job.rehearsal
-        rehearsal.strike(due, share=share, rank=context.rank, network=state.network, saved=self.saved)
         drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         for group in state.optimizer.param_groups:
@@ -215,7 +191,7 @@ class Training:
         self.curves.add(batch.level, report, images=config.train.batch_size)
 
     def report(self) -> None:
-        """Close a stretch of the curves; stop if training has diverged. A collective call."""
+        """Add a point to the curves; raise if training has diverged. A collective call."""
         point, images_seen = self.curves.take(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -235,7 +211,7 @@ class Training:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
 
     def abandoned(self) -> bool:
-        """Whether the launcher is gone, the same on every worker. A collective call."""
+        """Whether the launcher is gone. A collective call."""
         if self.job.lease is None:
             return False
         expired = self.context.rank == 0 and self.job.lease.expired()
@@ -259,27 +235,23 @@ class Training:
         sink.log_picture(png, PREVIEW, self.state.images_seen, self.reported)
 
     def save_in_time(self) -> None:
-        """Publish a checkpoint, once, if a machine is about to be taken away. A collective call.
-
-        The curves' sums are saved too, so that what is reported later does not show it. Nothing that is not finite is.
-        """
+        """Publish a checkpoint, once, if a machine is about to be preempted. A collective call."""
         if self.warned or not self.context.preempted():
             return
         self.warned = True
-        curves = self.curves.unreported()
+        curves = self.curves.unreported()  # saved too, so that later points are those of an undisturbed run
         if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
             self._publish(loss=None, curves=curves)
 
     def _publish(self, *, loss: float | None, curves: dict[str, Any] | None = None) -> None:
-        self.saved, write = checkpoint.folder_name(self.state.images_seen), None
+        self.saved = checkpoint.folder_name(self.state.images_seen)
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
-            write = self._writer(curves)
-        self.context.publish(write, name=self.saved, loss=loss)
+            self.checkpoints.publish(self._writer(curves), name=self.saved, loss=loss)
 
     def _writer(self, curves: dict[str, Any] | None) -> Callable[[Path], None]:
-        """What writes the present state into a folder, now or when training has gone on."""
+        """A function that writes the present state into a folder, also when training has gone on."""
         snapshot = checkpoint.snapshot(
             config=self.config,
             state=self.state,
@@ -289,27 +261,28 @@ class Training:
         )
 
         def write(folder: Path) -> None:
-            self.job.rehearsal.fill_disk(folder)
+            self.job.hooks.before_save(folder)
             snapshot.write(folder)
 
         return write
 
 
-def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
-    """Train from the latest checkpoint to the job's last image, rounded up to whole batches.
+def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
+    """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches.
 
     Raises:
-        DivergedError: if the loss or a gradient is not finite; on every worker alike, and nothing is saved.
+        DivergedError: if the loss or a gradient is not finite; on every worker, and nothing is saved.
         CheckpointError: if the checkpoint to resume from is damaged or of another config.
         LeaseExpired: if the launcher is gone; the state is saved.
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
     keep_freed_memory()
-    training = Training(job, context)
+    training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     try:
         while training.state.images_seen < job.last_image:
+            job.hooks.before_step(training)
             training.step()
             seen = training.state.images_seen
             save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
@@ -320,7 +293,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
                     training.save()
                 if abandoned:
                     raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {training.saved}")
-            if not save and training.cadence.due():
+            if not save and training.timer.due():
                 training.save_in_time()
             if context.rank == 0 and job.progress:
                 job.progress(seen, job.last_image)
@@ -333,6 +306,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
     finally:
         if context.rank == 0 and job.sink:
             job.sink.close()
+        checkpoints.wait()
     seconds = time.perf_counter() - started
     return TrainOutcome(
         images_seen=training.state.images_seen,
@@ -340,6 +314,7 @@ def train_loop(job: TrainingJob, context: WorkerContext) -> TrainOutcome:
         images_per_second=(training.state.images_seen - first) / max(seconds, 1e-9),
         seconds=seconds,
         checkpoint=training.saved,
+        notes=tuple(checkpoints.notes),
         pauses=tuple(training.pauses),
     )
 

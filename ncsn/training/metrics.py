@@ -1,4 +1,4 @@
-"""What training tells of itself: loss curves, machine usage, preview images."""
+"""Live metrics of training: loss curves, machine usage, preview images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ncsn.training.context import WorkerContext
 
 
 class Curves:
-    """Sums of the losses, by noise level, over all workers: between two reports, and between two checkpoints."""
+    """Sums of the losses by noise level over all workers, between two reports and between two checkpoints."""
 
     def __init__(self, num_levels: int, context: WorkerContext) -> None:
         self._context = context
@@ -38,13 +38,13 @@ class Curves:
         self._since_checkpoint = torch.zeros(2, num_levels, dtype=torch.float64)
 
     def add(self, level: Tensor, step: StepReport, *, images: int) -> None:
-        """Take one step: this worker's levels `[B]` and losses, and the size of the global batch."""
+        """Add one step: this worker's levels `[B]` and losses, and the size of the global batch."""
         self._sums += torch.stack(level_sums(step.per_image, level=level, num_levels=self._sums.shape[1]))
         self._grad_norm = torch.maximum(self._grad_norm, step.grad_norm.double())
         self._images += images
 
     def unreported(self) -> dict[str, Any]:
-        """What has been added since the last report and the last checkpoint, as JSON values. A collective call."""
+        """The sums since the last report and the last checkpoint, as JSON values. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone())
         return {
             "sums": sums.tolist(),
@@ -52,15 +52,15 @@ class Curves:
             "since_checkpoint": self._since_checkpoint.tolist(),
         }
 
-    def go_on_from(self, unreported: Mapping[str, Any]) -> None:
-        """Take up what `unreported` gave; the sums on one worker, for they are added up over all."""
+    def restore(self, unreported: Mapping[str, Any]) -> None:
+        """Add what `unreported` gave; the sums on rank 0 alone, since they are summed over all workers."""
         if self._context.rank == 0:
             self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
         self._grad_norm.fill_(unreported["grad_norm"])
         self._since_checkpoint += torch.tensor(unreported["since_checkpoint"], dtype=torch.float64)
 
     def take(self) -> dict[str, float]:
-        """The curves' next point, and start anew. A collective call."""
+        """The curves' next point; its sums start at zero again. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone()).cpu()
         self._since_checkpoint += sums
         losses, counts = sums
@@ -79,7 +79,7 @@ class Curves:
         return point
 
     def take_checkpoint_loss(self) -> float:
-        """Loss since the checkpoint before: each level counts alike, however often it was drawn."""
+        """Loss since the checkpoint before, with the same weight for each level that was drawn."""
         losses, counts = self._since_checkpoint
         drawn = counts > 0
         mean = float((losses[drawn] / counts[drawn]).mean())
@@ -88,19 +88,15 @@ class Curves:
 
 
 class MachineUsage:
-    """Reads the load since the last reading; each takes about a millisecond.
-
-    Args:
-        device: Where the worker computes.
-    """
+    """Load of the machine since the last reading. A reading takes about a millisecond."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process = psutil.Process()
-        psutil.cpu_percent()  # the next reading is since now
+        psutil.cpu_percent()  # starts the first interval
 
     def read(self) -> dict[str, float]:
-        """Name `system/<what>` -> value; of GPUs only the worker's own, where it has one."""
+        """Name `system/...` -> value; of GPUs only the worker's own."""
         memory = psutil.virtual_memory()
         usage = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
@@ -120,24 +116,21 @@ class MachineUsage:
         }
         try:
             usage[f"{gpu}_utilization_percentage"] = float(torch.cuda.utilization(self._device))
-        except Exception:  # noqa: BLE001 - NVIDIA's own library is missing, or does not tell, as of a part of a GPU
+        except Exception:  # noqa: BLE001 - NVIDIA's library is missing, or this is a part of a GPU
             return usage
         return usage
 
 
-SHARE = 0.01
-"""Largest part of the training time that previews may take."""
-EVALUATIONS_PER_STEP = 3
-"""A training step on an image costs about three network evaluations: forward, and twice that backward."""
+SHARE = 0.01  # of the training time that previews may take
+EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
 MOST_EVALUATIONS, LEAST_EVALUATIONS = 20, 5
-PIXELS = 256
-"""Wanted side of the picture; small images are enlarged by whole factors."""
+PIXELS = 256  # wanted side of the picture; small images are enlarged by whole factors
 
 _logger = logging.getLogger(__name__)
 
 
 class LiveSink(Protocol):
-    """Receives curves and pictures on rank 0 while training runs. Must neither block nor raise."""
+    """Receives the curves and pictures of rank 0. Must neither block nor raise."""
 
     def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
         """Take one point of each curve; `when` is in milliseconds since 1970."""
@@ -156,7 +149,7 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
         return None
     try:
         picture = preview(config, state, moments, evaluations=evaluations)
-    except ValueError as error:  # early weights may not make images yet; that is no fault of the training
+    except ValueError as error:  # early weights may not make finite images yet
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
         return None
     buffer = io.BytesIO()
@@ -165,13 +158,11 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
 
 
 def preview_evaluations(config: Config) -> int:
-    """NFE of a preview image, as many as fit in `SHARE` of the time between two checkpoints; 0 for no preview.
-
-    While one worker makes the preview the others wait.
-    """
+    """NFE of a preview image, as many as fit in `SHARE` of the time between two checkpoints; 0 for no preview."""
     images = config.tracking.preview_images
     if not images or config.levels.num_levels == 1:
         return 0
+    # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
@@ -179,12 +170,9 @@ def preview_evaluations(config: Config) -> int:
 
 
 def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluations: int) -> NDArray[np.uint8]:
-    """Images 0, 1, ... of the seed of `config.sampling` from the EMA weights, as one picture.
+    """Images 0, 1, ... of the seed of `config.sampling` from the EMA weights, as one picture `[H, W, C]` uint8.
 
     Draws from no generator, so that training goes on as without it.
-
-    Returns:
-        `[H, W, C]` uint8.
 
     Raises:
         UserError: if an image is not finite.

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from local_training import train_locally
 
 from ncsn.config import from_yaml
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 
 def test_training_saves_a_checkpoint_and_ends(
@@ -26,8 +26,8 @@ def test_training_saves_a_checkpoint_and_ends(
     time.sleep(0.05)
     checkpoints = tmp_path / "checkpoints"
     with pytest.raises(LeaseExpired, match=r"images_seen = 32, .*images-000000032"):
-        train_loop(TrainingJob(config=config, dataset=dataset, lease=lease), LocalContext(checkpoints))
+        train_locally(TrainingJob(config=config, dataset=dataset, lease=lease), checkpoints)
     assert [path.name for path in checkpoints.iterdir()] == ["images-000000032"]
 
-    outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(checkpoints))
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset), checkpoints)
     assert outcome.images_seen == 160, "the next attempt goes on from there"

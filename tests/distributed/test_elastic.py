@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.runs.records import TrainingHistory, load_history
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -58,7 +58,7 @@ def undisturbed(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCSN_CACHE_DIR", str(cache_dir))
         job = TrainingJob(config=from_yaml(tiny, overrides=ELASTIC), dataset=dataset, history=str(run / "history.json"))
-        train_loop(job, LocalContext(run / "checkpoints"))
+        train_locally(job, run / "checkpoints")
     return run
 
 

@@ -10,17 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from local_training import train_locally
 from refused import refused
 from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.distributed.faults import FORMS, Fault, Rehearsal, parse, rehearsal
-from ncsn.distributed.trainer import StoreContext
+from ncsn.distributed.faults import FORMS, Fault, FaultInjector, parse, parse_faults
 from ncsn.runs.records import load_history
 from ncsn.storage import retry
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome, train_loop
+from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome
 
 LAST = "images-000000160"
 
@@ -62,11 +61,11 @@ def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, form: str
 
 
 def test_a_rehearsal_that_could_not_happen_is_refused() -> None:
-    assert rehearsal([], step="train", run_uri="/run").faults == ()
+    assert parse_faults([], step="train", run_uri="/run").faults == ()
     with refused("--inject"):
-        rehearsal(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
+        parse_faults(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
     with refused("--inject") as caught:
-        rehearsal(["store-down@images=3:1s"], step="train", run_uri="/run")
+        parse_faults(["store-down@images=3:1s"], step="train", run_uri="/run")
     assert "storage.root" in caught.value.problems[0].hint
     assert all(
         parse(form.replace("N", "1").replace("TIME", "1s").replace("SHARE", "1"), step="train")
@@ -79,9 +78,9 @@ def run(folder: Path, config: Config, dataset: str, *inject: str) -> TrainOutcom
         config=config,
         dataset=dataset,
         history=str(folder / "history.json"),
-        rehearsal=rehearsal(inject, step="train", run_uri=str(folder)),
+        hooks=parse_faults(inject, step="train", run_uri=str(folder)),
     )
-    return train_loop(job, LocalContext(folder / "checkpoints"))
+    return train_locally(job, folder / "checkpoints")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -131,13 +130,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole: Path, tiny: str, datase
 def test_a_kill_is_a_kill_of_the_worker_that_would_draw_the_image(tmp_path: Path) -> None:
     code = """
 import os, sys
-from ncsn.distributed.faults import rehearsal
-faults = rehearsal(["kill-worker@images=24"], step="train", run_uri=sys.argv[1])
+from ncsn.distributed.faults import parse_faults
+faults = parse_faults(["kill-worker@images=24"], step="train", run_uri=sys.argv[1])
 for rank in (0, 1, 1):
     worker = os.fork()
     if not worker:
         for batch in (range(0, 16), range(16, 32)):
-            faults.strike(batch, share=range(8 * rank, 8 * rank + 8), rank=rank)
+            faults.trigger(batch, share=range(8 * rank, 8 * rank + 8), rank=rank)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
 """
@@ -162,10 +161,10 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
     whole: Path, tiny: str, dataset: str, s3_root: str, caplog
 ) -> None:
     job = TrainingJob(config=from_yaml(tiny), dataset=dataset)
-    train_loop(job, StoreContext(f"{s3_root}/checkpoints"))
+    train_locally(job, f"{s3_root}/checkpoints")
     for name in ("images-000000080", LAST):
         storage.write_bytes(f"{s3_root}/checkpoints/{name}/ema.safetensors", b"half")
-    train_loop(job, StoreContext(f"{s3_root}/checkpoints"))
+    train_locally(job, f"{s3_root}/checkpoints")
     assert caplog.text.count("ema.safetensors") == 2
     with storage.local_copy(f"{s3_root}/checkpoints/{LAST}") as folder:
         made = (folder / "ema.safetensors").read_bytes()
@@ -174,12 +173,12 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
 
 def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
-    faults = Rehearsal((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
+    faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
     retry.refuse("tracking")
     with faults.outages_shared():
-        faults.strike(range(8), share=range(4, 8), rank=1)
+        faults.trigger(range(8), share=range(4, 8), rank=1)
         retry.refuse("tracking")
-        faults.strike(range(8), share=range(4), rank=0)
+        faults.trigger(range(8), share=range(4), rank=0)
         retry.refuse("store")
         with pytest.raises(ConnectionRefusedError, match="60 s"):
             retry.refuse("tracking")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_training import train_locally
 from torch import Tensor, nn
 
 from ncsn.config import Config, changed_settings, from_yaml
@@ -16,8 +17,7 @@ from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import complete, generate
 from ncsn.training.batches import draw_batch, image_moments
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 LOGIT = (
     "data.logit_transform=true",
@@ -79,7 +79,7 @@ def test_an_exact_score_gives_back_the_images_of_its_law(sampler: str, tiny: str
 
 
 def trained_on_logits(config: Config, dataset: str, folder: Path) -> checkpoint.SamplingCheckpoint:
-    outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset), folder)
     return checkpoint.load_for_sampling(str(folder / outcome.checkpoint))
 
 

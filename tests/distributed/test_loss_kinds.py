@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import changed_settings, from_yaml
@@ -15,6 +16,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching
 from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext
@@ -31,7 +33,7 @@ ONE_SIGMA = (
 
 def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
     config = from_yaml(tiny, overrides=overrides)
-    return folder / train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder)).checkpoint
+    return folder / train_locally(TrainingJob(config=config, dataset=dataset), folder).checkpoint
 
 
 @pytest.mark.parametrize("overrides", [(SSM,), ("loss.antithetic=true",), ONE_SIGMA], ids=["ssm", "antithetic", "one"])
@@ -40,14 +42,18 @@ def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, 
     short = ("train.num_images=96", "optimizer.decay=constant")
     whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
 
-    class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+    class DiesAfterFirstCheckpoint(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
             super().publish(write, name=name, loss=loss)
             raise KeyboardInterrupt
 
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])
     with pytest.raises(KeyboardInterrupt):
-        train_loop(TrainingJob(config=halves, dataset=dataset), DiesAfterFirstCheckpoint(tmp_path / "halves"))
+        train_loop(
+            TrainingJob(config=halves, dataset=dataset),
+            LocalContext(),
+            DiesAfterFirstCheckpoint(str(tmp_path / "halves")),
+        )
     second = checkpoint_after(tiny, dataset, tmp_path / "halves", *overrides, *short)
     assert (tmp_path / "halves" / "images-000000048").is_dir()
     for name in ("weights", "ema", "optimizer"):

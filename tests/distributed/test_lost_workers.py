@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +28,9 @@ class _HealthCheckFailed(Exception):
 
 @pytest.fixture
 def run_uri(tmp_path: Path) -> str:
-    snapshot = tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json"
-    snapshot.parent.mkdir()
-    snapshot.write_text(json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "images-000070016"}}))
+    for name, file in (("images-000070016", "checkpoint.json"), ("images-000080000", "weights.safetensors")):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / file).touch()
     return str(tmp_path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_training import train_locally
 from ray_nodes import RayNodes
 from safetensors.torch import load_file
 
@@ -17,8 +18,7 @@ from ncsn.config import from_yaml
 from ncsn.data.shards import read_samples
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -56,7 +56,7 @@ def test_two_workers_on_two_nodes_follow_one(
 ) -> None:
     workers = [actor for actor in three_node_cluster.listed("actors") if actor["class_name"] == "RayTrainWorker"]
     assert len({worker["node_id"] for worker in workers}) == len(workers) == 2
-    train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset), LocalContext(tmp_path))
+    train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     for name in ("weights", "ema"):
         one = load_file(tmp_path / "images-000000160" / f"{name}.safetensors")
         two = load_file(Path(trained["checkpoint"]) / f"{name}.safetensors")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.training.batches import draw_batch, image_moments
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 STREAM = ["data.loader=stream", "data.window_images=64"]
 
@@ -27,7 +27,7 @@ def test_a_resumed_training_equals_one_that_was_not_interrupted(tiny: str, datas
     for name, stops in (("whole", (160,)), ("halves", (80, 160))):
         for stop in stops:
             job = TrainingJob(config=config, dataset=dataset, stop_at=stop)
-            outcome = train_loop(job, LocalContext(tmp_path / name))
+            outcome = train_locally(job, tmp_path / name)
         assert outcome.images_seen == 160
         weights.append(load_file(tmp_path / name / outcome.checkpoint / "weights.safetensors"))
     whole, halves = weights

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.multiprocessing
 from gloo_workers import work
+from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
 from ncsn.runs.records import load_history
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
         config = from_yaml(tiny, overrides=overrides)
         return TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
 
-    train_loop(job(tmp_path / "1"), LocalContext(tmp_path / "1" / "checkpoints"))
+    train_locally(job(tmp_path / "1"), tmp_path / "1" / "checkpoints")
     one = load_history(str(tmp_path / "1" / "history.json"))
     last = load_file(tmp_path / "1" / "checkpoints" / "images-000000160" / "ema.safetensors")
     for workers, overrides in ((2, ["compute.microbatch=3"]), (3, []), (4, [])):

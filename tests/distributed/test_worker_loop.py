@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_training import train_locally
 from PIL import Image
 from refused import refused
 from safetensors.torch import load_file
@@ -19,11 +20,12 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.records import TrainingHistory, load_history
 from ncsn.training import metrics as previews
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext
-from ncsn.training.loop import Cadence, DivergedError, TrainingJob, train_loop
+from ncsn.training.loop import DivergedError, StepTimer, TrainingJob, train_loop
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Recorder:
 
 def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
-    outcome = train_loop(TrainingJob(config=config, dataset=dataset, sink=sink), LocalContext(folder))
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder)
     last = folder / outcome.checkpoint
     return {
         f"{name}:{key}": tensor
@@ -65,14 +67,14 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
-    class DiesAfterFirstCheckpoint(LocalContext):
-        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+    class DiesAfterFirstCheckpoint(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
             super().publish(write, name=name, loss=loss)
             raise Killed
 
     job = TrainingJob(config=halves, dataset=dataset, sink=sink)
     with pytest.raises(Killed):
-        train_loop(job, DiesAfterFirstCheckpoint(tmp_path / "halves"))
+        train_loop(job, LocalContext(), DiesAfterFirstCheckpoint(str(tmp_path / "halves")))
     assert sink.closed
     resumed = Recorder()
     second = train(halves, dataset, tmp_path / "halves", resumed)
@@ -142,7 +144,7 @@ def test_the_same_config_gives_the_same_weights_and_another_seed_others(
 
 def test_a_complete_run_has_nothing_left_to_do(tiny: str, dataset: str, tmp_path: Path) -> None:
     train(from_yaml(tiny), dataset, tmp_path)
-    again = train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset), LocalContext(tmp_path))
+    again = train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     assert again.images_seen == 160 and again.loss is None and again.checkpoint == "images-000000160"
 
 
@@ -182,7 +184,7 @@ def test_gradients_of_parts_average_to_the_gradient_of_the_batch(
 
     class Worker(LocalContext):
         def __init__(self, rank: int) -> None:
-            super().__init__(Path())
+            super().__init__()
             self.rank, self.world_size = rank, workers
 
     shares = [Worker(rank).share(8) for rank in range(workers)]
@@ -208,7 +210,7 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
 
     def half(folder: Path, overrides: list[str], stop_at: int | None) -> dict[str, torch.Tensor]:
         job = TrainingJob(config=from_yaml(tiny, overrides=overrides), dataset=dataset, stop_at=stop_at)
-        name = train_loop(job, LocalContext(folder)).checkpoint
+        name = train_locally(job, folder).checkpoint
         return {
             f"{file}:{key}": tensor
             for file in ("weights", "ema", "optimizer")
@@ -252,23 +254,25 @@ def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, 
 
 
 def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str, tmp_path: Path) -> None:
-    def history(folder: Path, context: LocalContext) -> TrainingHistory:
+    def history(folder: Path, store: type[CheckpointStore] = CheckpointStore) -> TrainingHistory:
         uri = str(folder / "history.json")
         with suppress(KeyboardInterrupt):
-            train_loop(TrainingJob(config=from_yaml(tiny), dataset=dataset, history=uri), context)
+            train_loop(
+                TrainingJob(config=from_yaml(tiny), dataset=dataset, history=uri), LocalContext(), store(str(folder))
+            )
         return load_history(uri)
 
-    class DiesBeforeSecondCheckpoint(LocalContext):
-        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
+    class DiesBeforeSecondCheckpoint(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
             if name > "images-000000080":
                 raise KeyboardInterrupt
             super().publish(write, name=name, loss=loss)
 
-    whole = history(tmp_path / "whole", LocalContext(tmp_path / "whole"))
+    whole = history(tmp_path / "whole")
     assert whole.images_seen == [32, 64, 80, 96, 128, 160]
-    cut = history(tmp_path / "cut", DiesBeforeSecondCheckpoint(tmp_path / "cut"))
+    cut = history(tmp_path / "cut", DiesBeforeSecondCheckpoint)
     assert cut.images_seen == whole.images_seen  # published, though the checkpoint that goes with it was not
-    resumed = history(tmp_path / "cut", LocalContext(tmp_path / "cut"))
+    resumed = history(tmp_path / "cut")
     assert resumed.images_seen == whole.images_seen
     np.testing.assert_array_equal(resumed.level_losses(4), whole.level_losses(4))
     np.testing.assert_array_equal(resumed.curve("train/loss"), whole.curve("train/loss"))
@@ -278,18 +282,21 @@ def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str
 def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
     config = from_yaml(tiny, overrides=["optimizer.grad_clip_norm=null"])
 
-    class Poisoned(LocalContext):
-        def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float) -> None:
-            super().publish(write, name=name, loss=loss)
-            for parameter in self.network.parameters():
-                parameter.data.fill_(float("nan"))
+    networks: list[torch.nn.Module] = []
 
+    class Wrapped(LocalContext):
         def wrap(self, network: torch.nn.Module) -> torch.nn.Module:
-            self.network = network
+            networks.append(network)
             return network
 
+    class Poisoned(CheckpointStore):
+        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
+            super().publish(write, name=name, loss=loss)
+            for parameter in networks[0].parameters():
+                parameter.data.fill_(float("nan"))
+
     with refused("optimizer.learning_rate", error=DivergedError) as caught:
-        train_loop(TrainingJob(config=config, dataset=dataset), Poisoned(tmp_path))
+        train_loop(TrainingJob(config=config, dataset=dataset), Wrapped(), Poisoned(str(tmp_path)))
     assert all(fact in str(caught.value) for fact in ("loss nan", "images_seen = 96", "images-000000080"))
     assert [path.name for path in tmp_path.iterdir()] == ["images-000000080"]
 
@@ -303,12 +310,16 @@ def test_learning_rate_warms_up_and_falls(tiny: str, dataset: str) -> None:
 
 
 class Warned(LocalContext):
-    """A machine that is about to be taken away, and is when it has saved."""
+    """A machine that is about to be preempted."""
 
     def preempted(self) -> bool:
         return True
 
-    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
+
+class DiesAfterCheckpointInTime(CheckpointStore):
+    """The machine is preempted as soon as it has saved."""
+
+    def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
         super().publish(write, name=name, loss=loss)
         if loss is None:
             raise KeyboardInterrupt
@@ -318,20 +329,22 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
     """Saved between two reports, and the curves and weights are those of a run that was not disturbed, to the bit."""
     config = from_yaml(tiny)
 
-    def run(folder: Path, context: LocalContext) -> dict[str, torch.Tensor]:
+    def run(
+        folder: Path, context: LocalContext, store: type[CheckpointStore] = CheckpointStore
+    ) -> dict[str, torch.Tensor]:
         job = TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
-        last = folder / train_loop(job, context).checkpoint
+        last = folder / train_loop(job, context, store(str(folder))).checkpoint
         return {
             f"{name}:{key}": tensor
             for name in ("weights", "ema", "optimizer")
             for key, tensor in load_file(last / f"{name}.safetensors").items()
         }
 
-    whole = run(tmp_path / "whole", LocalContext(tmp_path / "whole"))
+    whole = run(tmp_path / "whole", LocalContext())
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", Warned(tmp_path / "cut"))
+        run(tmp_path / "cut", Warned(), DiesAfterCheckpointInTime)
     assert [path.name for path in (tmp_path / "cut").glob("images-*")] == ["images-000000016"]
-    resumed = run(tmp_path / "cut", LocalContext(tmp_path / "cut"))
+    resumed = run(tmp_path / "cut", LocalContext())
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     one, other = (load_history(str(tmp_path / name / "history.json")) for name in ("whole", "cut"))
     assert one.images_seen == other.images_seen == [32, 64, 80, 96, 128, 160]
@@ -339,7 +352,7 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
         np.testing.assert_array_equal(one.curve(name), other.curve(name))
 
 
-def test_cadence_is_the_same_on_all_workers_and_slows_down_gently() -> None:
+def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently() -> None:
     class Two(LocalContext):
         """The other worker's step takes 1 second, this one's no time."""
 
@@ -348,6 +361,6 @@ def test_cadence_is_the_same_on_all_workers_and_slows_down_gently() -> None:
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 1.0
 
-    cadence = Cadence(Two(Path()), seconds=4.0)
-    due = [step for step in range(1, 40) if cadence.due()]
+    timer = StepTimer(Two(), seconds=4.0)
+    due = [step for step in range(1, 40) if timer.due()]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"

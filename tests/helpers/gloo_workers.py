@@ -1,11 +1,11 @@
-"""Training by several processes that average over gloo as Ray's workers do, without Ray around them."""
+"""Training by several processes that average over gloo as Ray's workers do, without Ray."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,40 +14,26 @@ import torch.distributed
 
 from ncsn.distributed.trainer import RayContext
 from ncsn.model.checkpoint import DamagedError
-from ncsn.training.context import LocalContext
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.training.loop import TrainingJob, train_loop
 
 
 class GlooContext(RayContext):
-    """Ray's worker in what it computes; its checkpoints are those of a worker alone."""
+    """Ray's worker in what it computes."""
 
-    def __init__(self, rank: int, world_size: int, checkpoints: Path) -> None:
+    def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
-        self._local = LocalContext(checkpoints)
 
     def preempted(self) -> bool:
         return False
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        with self._local.latest_checkpoint() as folder:
-            yield folder
 
-    def publish(self, write: Callable[[Path], None] | None, *, name: str, loss: float | None) -> None:
-        if write is not None:
-            self._local.publish(write, name=name, loss=loss)
-
-
-class TornCopy(GlooContext):
-    """The latest checkpoint reaches the last worker without half of its weights."""
+class TornCopy(CheckpointStore):
+    """A checkpoint arrives without half of its weights."""
 
     @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        with super().latest_checkpoint() as folder, tempfile.TemporaryDirectory() as copy:
-            assert folder is not None
-            if self.rank < self.world_size - 1:
-                yield folder
-                return
+    def open(self, name: str) -> Iterator[Path]:
+        with super().open(name) as folder, tempfile.TemporaryDirectory() as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             weights = Path(copy) / "weights.safetensors"
             weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
@@ -67,13 +53,14 @@ def group(rank: int, world_size: int, folder: str) -> Iterator[None]:
 def work(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
     """One of `world_size` processes."""
     with group(rank, world_size, folder):
-        train_loop(job, GlooContext(rank, world_size, Path(folder) / "checkpoints"))
+        train_loop(job, GlooContext(rank, world_size), CheckpointStore(f"{folder}/checkpoints"))
 
 
 def resume_from_a_torn_copy(rank: int, world_size: int, job: TrainingJob, folder: str) -> None:
-    """One of `world_size` processes; writes the mistake that it ends with to `mistake-<rank>`."""
+    """One of `world_size` processes, of which the last gets a torn copy; its error goes to `mistake-<rank>`."""
+    store = TornCopy if rank == world_size - 1 else CheckpointStore
     with group(rank, world_size, folder):
         try:
-            train_loop(job, TornCopy(rank, world_size, Path(folder) / "checkpoints"))
+            train_loop(job, GlooContext(rank, world_size), store(f"{folder}/checkpoints"))
         except DamagedError as mistake:
             Path(folder, f"mistake-{rank}").write_text(mistake.reason)

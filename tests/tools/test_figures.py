@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from local_training import train_locally
 from PIL import Image
 from refused import refused
 from threadpoolctl import threadpool_limits
@@ -27,8 +28,7 @@ from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.folder import claim_run
 from ncsn.runs.records import load_history
 from ncsn.tools import figures as step
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 EXPERIMENT = """
 name: tiny
@@ -79,9 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     config = from_yaml(EXPERIMENT.format(root=root))
     folder = claim_run(config, "mine")
     dataset = write_dataset(open_source(config.data), str(root / "datasets"), name="digits", data=config.data).uri
-    outcome = train_loop(
-        TrainingJob(config=config, dataset=dataset, history=folder.history), LocalContext(Path(folder.checkpoints))
-    )
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset, history=folder.history), folder.checkpoints)
     samples = Path(folder.samples("a", "b"))
     samples.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_training import train_locally
 from refused import refused
 from safetensors.torch import load_file
 
@@ -18,10 +19,8 @@ from ncsn.data.sources import open_source
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder
-from ncsn.steps.train import _imported
 from ncsn.tools import preparation
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 NETWORKS = {"first": "{kind: ncsn, num_features: 4}", "second": "{kind: ncsnv2, num_features: 4}"}
 EXPERIMENT = """
@@ -51,7 +50,7 @@ def trained(request: pytest.FixtureRequest, dataset: str, tmp_path_factory: pyte
     """A training of 4 steps, whose state the released files contain."""
     folder = tmp_path_factory.mktemp(request.param)
     config = experiment(folder, request.param, "train.num_images=32")
-    outcome = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(folder))
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset), folder)
     return request.param, folder / outcome.checkpoint
 
 
@@ -83,14 +82,15 @@ def test_training_continues_bitwise(trained: tuple[str, Path], dataset: str, tmp
         preparation.import_checkpoint(config, run="mine", file=str(tmp_path / "checkpoint.pth"), dataset=dataset)
         == result
     )
-    start = _imported(run_folder(config, "mine"))
-    assert start == result.checkpoint
-    went_on = train_loop(TrainingJob(config=config, dataset=dataset, start=start), LocalContext(tmp_path / "on"))
-    whole = train_loop(TrainingJob(config=config, dataset=dataset), LocalContext(tmp_path / "whole"))
+    checkpoints = Path(run_folder(config, "mine").checkpoints)
+    went_on = train_locally(TrainingJob(config=config, dataset=dataset), checkpoints)
+    whole = train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
     assert went_on.checkpoint == whole.checkpoint == "images-000000064"
     # The file of NCSN has no average, so the average starts again.
     for file in ("weights", "optimizer", *(("ema",) if name == "second" else ())):
-        one, two = (load_file(tmp_path / run / whole.checkpoint / f"{file}.safetensors") for run in ("on", "whole"))
+        one, two = (
+            load_file(folder / whole.checkpoint / f"{file}.safetensors") for folder in (checkpoints, tmp_path / "whole")
+        )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), file
 

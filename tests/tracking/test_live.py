@@ -18,6 +18,7 @@ import live_worker
 import pytest
 import torch
 from live_worker import DEAD, LEVEL, LOSS, Worker, png
+from local_training import train_locally
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
@@ -33,8 +34,7 @@ from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.outcome import close_run
 from ncsn.tracking.reconcile import complete, reconcile
 from ncsn.training import metrics as previews
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import TrainingJob, train_loop
+from ncsn.training.loop import TrainingJob
 
 HELPERS = Path(live_worker.__file__).parent
 DIES = """
@@ -197,9 +197,9 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
     with outage, step_run(config, run="disturbed", step="train") as tracked:
         folder = tracked.folder
         parts = {"sink": tracked.live_metrics(), "history": folder.history, "preview": folder.preview}
-        train_loop(TrainingJob(config, dataset, progress=disturb, **parts), LocalContext(tmp_path / "disturbed"))
+        train_locally(TrainingJob(config, dataset, progress=disturb, **parts), tmp_path / "disturbed")
         starting.join()
-    train_loop(TrainingJob(config, dataset, history=str(tmp_path / "history")), LocalContext(tmp_path / "plain"))
+    train_locally(TrainingJob(config, dataset, history=str(tmp_path / "history")), tmp_path / "plain")
     plain = load_history(str(tmp_path / "history"))
     assert len(plain.images_seen) == 50
     for name in plain.points[0]:
@@ -224,7 +224,7 @@ def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
 
     job = TrainingJob(config, dataset, history=str(tmp_path / "history.json"), progress=fail)
     with pytest.raises(RuntimeError):
-        train_loop(job, LocalContext(tmp_path / "checkpoints"))
+        train_locally(job, tmp_path / "checkpoints")
     assert load_history(str(tmp_path / "history.json")).images_seen == [4]
 
 
