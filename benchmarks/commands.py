@@ -8,7 +8,8 @@ import subprocess
 
 from benchmarks.digits_run import NCSN, RUN, digits_run, seconds_of
 from benchmarks.measure import Row
-from ncsn.tracking.mlflow_runs import metric_history
+from ncsn.runs.folder import run_folder
+from ncsn.runs.records import load_history
 
 
 def rows(*, rounds: int = 3) -> list[Row]:
@@ -56,9 +57,7 @@ def _memory() -> Row:
     run = digits_run()
     plan = subprocess.run([*NCSN, "plan", *run.options, "--json"], check=True, capture_output=True, text=True)
     planned = 1000 * json.loads(plan.stdout)["memory"]["worker_gb"]
-    taken = max(
-        value for _, value in metric_history(run.config, run=RUN, step="train", name="system/worker_memory_megabytes")
-    )
+    taken = load_history(run_folder(run.config, RUN).history).curve("system/worker_memory_megabytes").max()
     return Row(
         "growth",
         "memory of a training worker on the digits over the estimate of `ncsn plan`",

@@ -53,9 +53,6 @@ STILL_LONGER = {
     "ncsn/evaluation/classifier.py",
     "ncsn/evaluation/frechet.py",
     "ncsn/steps/tune.py",
-    "ncsn/tracking/client.py",
-    "ncsn/tracking/mlflow_runs.py",
-    "ncsn/tracking/promotion.py",
 }
 """Files to shorten; none may join them, and one that is short enough leaves the list."""
 

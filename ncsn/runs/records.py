@@ -236,7 +236,8 @@ class TrainingHistory:
 
     def curve(self, name: str) -> NDArray[np.float64]:
         """Values [P] of one curve, NaN where a point lacks it."""
-        return np.array([point.get(name, np.nan) for point in self.points])
+        pairs = zip(self.points, self.system, strict=True)
+        return np.array([point.get(name, system.get(name, np.nan)) for point, system in pairs])
 
     def level_losses(self, num_levels: int) -> NDArray[np.float64]:
         """Normalized loss [P, L] of each level; NaN where no image had that level."""

@@ -1,4 +1,4 @@
-"""The end of a run, whether it succeeded, failed or was cancelled: the outcome is written where people look."""
+"""The end of a run, whether it succeeded, failed or was canceled: its outcome goes to the store, MLflow and a page."""
 
 from __future__ import annotations
 
@@ -14,39 +14,28 @@ from ncsn.report.cards import RunFacts, run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
 from ncsn.tracking.lineage import container_image, kfp_run
-from ncsn.tracking.outcome import TrackedRun, close_run
+from ncsn.tracking.recorded import RecordedRun, close_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble
 
 SEARCH = "tune"
-"""The step between the first and the second, where there is one."""
+"""The optional step between the first and the second."""
 SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
-"""What the steps together may be called: by `kfp.local`, and by KFP 2.17's backend, which takes MLMD's words."""
+"""States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's."""
 _STOPPED = ("KeyboardInterrupt", "SystemExit")
 _DEADLINE = "exceeded its deadline"
-"""What Argo says of a step that somebody terminated: that is how it ends them."""
+"""In Argo's message about a terminated step: Argo terminates a step by a zero deadline."""
 _LOOK_SECONDS = 30.0
 _UNKNOWN = "no reason is known; look at the log of the task"
 
 
 @dataclass(frozen=True)
-class FinishResult:
-    """How a run ended.
+class FinishResult(Outcome):
+    """How a run ended, and what was done about it."""
 
-    Attributes:
-        status: FINISHED, FAILED or KILLED, as MLflow calls it.
-        reason: Why, if it did not finish.
-        failed_step: The step that stopped it, if one did.
-        cancelled: RayJobs and Ray jobs that were still at work and are ended.
-        page: Markdown with where everything is.
-    """
-
-    status: str
-    reason: str
-    failed_step: str | None
-    cancelled: list[str]
-    page: str
+    cancelled: list[str] = field(default_factory=list)  # RayJobs and Ray jobs that were still running
+    page: str = ""  # Markdown with links to everything
 
 
 def run(
@@ -58,21 +47,21 @@ def run(
     kfp: KfpRun | None = None,
     namespace: str | None = None,
 ) -> FinishResult:
-    """Cancel what is at work, and write the outcome to `<root>/runs/<run>/status.json` and the run's MLflow run.
+    """Cancel what still runs, and write the outcome to the run's `status.json` and its MLflow run.
 
     Args:
         config: The experiment.
-        run: Name of the run. If it belongs to another config, the page says so, and of the rest only what this
-            pipeline run has started is touched.
-        state: What KFP says of the steps together: one of `SUCCEEDED`, FAILED or CANCELED.
-        message: What KFP says of the reason.
-        kfp: The pipeline run, whose pods tell why a step left no word. Only its jobs are canceled then: the run may
-            have been resumed by another.
+        run: Name of the run. If it belongs to another config, the page says so, and only what this pipeline run has
+            started is touched.
+        state: KFP's state of the steps together: one of `SUCCEEDED`, FAILED or CANCELED.
+        message: KFP's reason.
+        kfp: The pipeline run, whose pods tell why a step left no error. Only its jobs are canceled then, because
+            another pipeline run may have resumed the run.
         namespace: That of the pipeline run; None for this pod's, or that of the kubeconfig.
 
     Raises:
-        UserError: if MLflow could not be told.
-        PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are told nevertheless.
+        UserError: if MLflow could not be updated.
+        PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are updated nevertheless.
     """
     try:
         folders = _folders(claim_run(config, run))
@@ -102,7 +91,7 @@ def run(
 
 
 def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespace: str | None) -> FinishResult:
-    """The end of a pipeline run whose name is another's: its store and its MLflow run are not ours to change."""
+    """End a pipeline run whose run name belongs to another config: store and MLflow run stay as they are."""
     cancelled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
     places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
     facts = RunFacts(run=run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
@@ -111,17 +100,11 @@ def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespac
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the cluster says of a pipeline run.
+    """What the cluster says about a pipeline run."""
 
-    Attributes:
-        stopped: Whether somebody has ended it.
-        troubles: Step -> what became of its pod.
-        notes: Sentences for the reader.
-    """
-
-    stopped: bool = False
-    troubles: Mapping[str, Trouble] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    stopped: bool = False  # somebody has terminated it
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)  # step -> what happened to its pod
+    notes: Sequence[str] = ()  # sentences for the reader
 
 
 def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
@@ -131,17 +114,14 @@ def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
 
     try:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
-        return _Seen(was_stopped(api.workflow(kfp.workflow)), _of_steps(troubles_of_run(api, kfp.id)))
+        stopped, troubles = was_stopped(api.workflow(kfp.workflow)), troubles_of_run(api, kfp.id)
+        return _Seen(stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)})
     except (OSError, ValueError) as error:
         return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
 
 
-def _of_steps(troubles: Mapping[str, Trouble]) -> dict[str, Trouble]:
-    return {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)}
-
-
 def _folders(folder: RunFolder) -> dict[str, RunFolder]:
-    """Step -> the folder of its run. What a search found is trained as a run of its own, which the search names."""
+    """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
     if read_result(folder, SEARCH) is None and read_error(folder, SEARCH) is None:
         return dict.fromkeys(STEPS, folder)
     found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
@@ -149,30 +129,24 @@ def _folders(folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:
-    """End the jobs that are at work: of the run, or those that a pipeline run has started.
-
-    A RayJob that failed stays for a while, to be looked at.
-    """
+    """End the running jobs of a run or of a pipeline run; a RayJob that failed stays for a while, for inspection."""
     backend = open_backend(config.compute, namespace=namespace)
     return backend.stop(run=run, kfp_run=kfp_run) if backend else []
 
 
 def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: KfpRun | None, seen: _Seen) -> Outcome:
-    """What stopped the run: the first step that has recorded an error or has no result, or a pod that was lost.
-
-    An error that another pipeline run has left explains nothing of this one.
-    """
+    """What stopped the run: the first step that has an error or no result, or a pod that was lost."""
     step, error = _first_open(folders, kfp)
-    told = ""
+    lost = ""
     if error is not None and error.kind == "SystemExit" and kfp is not None and not seen.notes and not seen.stopped:
-        error = None  # a pod that is evicted gets SIGTERM too, and its state says more
+        error = None  # an evicted pod gets SIGTERM too, and its state says more
     if not error and seen.troubles:
         step, trouble = next(iter(seen.troubles.items()))
-        told = str(trouble)
+        lost = str(trouble)
     terminated = seen.stopped or state.upper().startswith("CANCEL") or _DEADLINE in message
     if terminated or (error is not None and error.kind in _STOPPED):
         return Outcome("KILLED", "terminated", step)
-    reason = (error.message if error else "") or told or message or _UNKNOWN
+    reason = (error.message if error else "") or lost or message or _UNKNOWN
     return Outcome("FAILED", str(reason), step)
 
 
@@ -198,16 +172,18 @@ def _standing(folder: RunFolder, step: str, failed_step: str | None) -> str:
     return f"done in {record.seconds:,.1f} s, {record.finished_at}" if record else "not done"
 
 
-def _places(folders: Mapping[str, RunFolder], closed: list[TrackedRun]) -> dict[str, str]:
-    """What the page links to, as far as the steps came."""
-    noted = {step: tags for tracked in closed for step, tags in tracked.tags.items()}
-    tags = {**noted.get("sample", {}), **noted.get("train", {})}
-    job = tags.get("ray.submission_id", "")  # none where a step has a cluster to itself, whose pages end with it
+def _places(
+    folders: Mapping[str, RunFolder], closed: list[tuple[RecordedRun, Mapping[str, RecordedRun]]]
+) -> dict[str, str]:
+    """Links of the page, for the steps that ran."""
+    recorded = {step: run.tags for _, steps in closed for step, run in steps.items()}
+    tags = {**recorded.get("sample", {}), **recorded.get("train", {})}
+    job = tags.get("ray.submission_id", "")  # none where a step has its own cluster, whose pages end with it
     steps = ("ingest", "train", "register", "report")
     ingested, trained, registered, reported = (_result(folders[step], step) for step in steps)
     return {
-        "MLflow run": closed[-1].place if closed else "",
-        "MLflow run id": closed[-1].run_id if closed else "",
+        "MLflow run": closed[-1][0].place if closed else "",
+        "MLflow run id": closed[-1][0].run_id if closed else "",
         "Ray job": job,
         "Ray dashboard": tags.get("ray.dashboard_url", "") if job else "",
         "dataset": ingested.get("uri", ""),

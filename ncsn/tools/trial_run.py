@@ -36,6 +36,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
 from ncsn.runs.costs import PLAN, Prices, load_prices
 from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.records import load_history
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.tools.planning import (
@@ -48,7 +49,6 @@ from ncsn.tools.planning import (
     training_seconds_per_image,
 )
 from ncsn.tracking.client import connect
-from ncsn.tracking.mlflow_runs import metric_history
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
@@ -196,7 +196,7 @@ class _TrialRun:
         fixed = {"ingest": max(self._seconds("ingest") - read, 0.0) + self.start.tracking}
         report("train")
         trained = train.run(self.config, run=RUN, dataset=data.uri)
-        points = metric_history(self.config, run=RUN, step="train", name="train/images_per_second")
+        points = self._curve("train/images_per_second")
         train_image, checkpoint, around = training_seconds(points, loop=trained.seconds, step=self._seconds("train"))
         fixed["train"] = around + self.start.tracking + self.start.joining
         report("sample")
@@ -231,8 +231,11 @@ class _TrialRun:
         )
 
     def _worker_bytes(self) -> float:
-        memory = metric_history(self.config, run=RUN, step="train", name="system/worker_memory_megabytes")
-        return 1e6 * max(value for _, value in memory)
+        return 1e6 * max(value for _, value in self._curve("system/worker_memory_megabytes"))
+
+    def _curve(self, name: str) -> list[tuple[int, float]]:
+        history = load_history(self.folder.history)
+        return list(zip(history.images_seen, history.curve(name).tolist(), strict=True))
 
     def _seconds(self, step: str) -> float:
         return float(storage.read_json(self.folder.step(step, "result.json"))["seconds"])

@@ -1,11 +1,10 @@
-"""Where runs are recorded: which tracking server, whether it answers, and MLflow's database on a local disk.
+"""The tracking server: which one, whether it answers, its pages, and MLflow's database on a local disk.
 
-Importing mlflow takes more than a second, so it is imported inside the functions that use it.
+Importing mlflow takes more than a second, so the functions that use it import it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -27,7 +26,7 @@ from ncsn.errors import UserError
 from ncsn.storage.retry import Retry
 
 if TYPE_CHECKING:
-    from mlflow.entities import Param, Run
+    from mlflow.entities import Param
     from mlflow.tracking import MlflowClient
 
 
@@ -37,7 +36,7 @@ REMOTE = ("http://", "https://")
 SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
 
 UI = "NCSN_MLFLOW_UI"
-"""Variable with the address of MLflow's pages for people, where that is not the tracking server's own."""
+"""Variable with the address of MLflow's pages, if that is not the tracking server's own."""
 
 _VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
 
@@ -55,7 +54,7 @@ class ServerAwayError(TrackingError):
 
 @dataclass(frozen=True)
 class Connection:
-    """An MLflow client that answered, and where its runs go."""
+    """A client of a server that has answered, and the experiment of the runs."""
 
     client: MlflowClient
     uri: str
@@ -63,19 +62,16 @@ class Connection:
 
 
 def tracking_uri(config: Config) -> str:
-    """Absolute URI of the tracking server or database.
-
-    `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file below a local `storage.root`.
+    """Absolute URI: `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file below a local `storage.root`.
 
     Raises:
-        TrackingError: if the store is not a local folder and nothing names a server, or for a folder of run files,
-            which MLflow does not serve any more.
+        TrackingError: if there is none, or for a folder of run files, which MLflow no longer supports.
     """
     return server_uri(config.tracking.uri, root=config.storage.root)
 
 
 def server_uri(named: str | None, *, root: str) -> str:
-    """What `tracking_uri` gives for these values of `tracking.uri` and `storage.root`."""
+    """`tracking_uri` for these values of `tracking.uri` and `storage.root`."""
     uri = named or os.environ.get("MLFLOW_TRACKING_URI")
     root = storage.absolute(root)
     if not uri and not storage.is_local(root):
@@ -106,12 +102,7 @@ def server_uri(named: str | None, *, root: str) -> str:
 
 
 def connect(config: Config, *, patience: float = 0.0) -> Connection:
-    """A client whose server has answered, with the experiment created if it is new.
-
-    Args:
-        config: The experiment.
-        patience: Seconds to wait for a server that is away. Without, it takes at most about ten to find that it does
-            not answer, where MLflow alone retries for minutes.
+    """A client of a server that has answered within `patience` seconds, and the experiment, created if it is new.
 
     Raises:
         TrackingError: if the server does not answer, refuses the credentials, or the experiment is deleted.
@@ -128,7 +119,7 @@ def connect(config: Config, *, patience: float = 0.0) -> Connection:
 
 
 def open_client(config: Config) -> tuple[MlflowClient, str]:
-    """A client and the URI that it talks to, for reading; creates no experiment.
+    """A client for reading, and its server's URI; creates no experiment.
 
     Raises:
         TrackingError: if the server does not answer.
@@ -138,11 +129,7 @@ def open_client(config: Config) -> tuple[MlflowClient, str]:
 
 
 def open_client_at(uri: str, *, experiment: str = "Default") -> MlflowClient:
-    """`open_client` for a server that is known already.
-
-    Raises:
-        TrackingError: if the server does not answer.
-    """
+    """`open_client` for a known server."""
     if uri.startswith(REMOTE):
         _probe(uri, experiment)
     return client_at(uri)
@@ -153,7 +140,7 @@ def _unavailable(error: Exception) -> str | None:
 
 
 def client_at(uri: str) -> MlflowClient:
-    """A client of exactly this server, for tracking and registry both; a new SQLite file gets its tables first."""
+    """A client of this server for both tracking and registry; a new SQLite file gets its tables first."""
     from mlflow.tracking import MlflowClient
 
     if uri.startswith(SQLITE):
@@ -162,10 +149,10 @@ def client_at(uri: str) -> MlflowClient:
 
 
 def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves MLflow's pages for a local database, to `exec`.
+    """The command that serves MLflow's pages for a local database.
 
     Raises:
-        TrackingError: if the runs are on a server already; the message has its address.
+        TrackingError: if the runs are on a server already; the hint has its address.
     """
     uri = tracking_uri(config)
     if uri.startswith((*REMOTE, "databricks")):
@@ -182,25 +169,25 @@ def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000)
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
-    """The address of a run's page; empty where the record is a database, of which nobody serves pages."""
+    """The address of a run's page; empty for a database, which has none."""
     served = os.environ.get(UI) or (shown(uri) if uri.startswith(REMOTE) else "")
     return f"{served.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{_VIEW}" if served else ""
 
 
 def runs_page(config: Config, *, served: str) -> str:
-    """The address of the experiment's runs in the pages at `served`; their start if there are none yet."""
+    """The address of the experiment's runs in the pages at `served`; the start page if there are none yet."""
     experiment = client_at(tracking_uri(config)).get_experiment_by_name(config.tracking.experiment)
     return f"{served}/#/experiments/{experiment.experiment_id}/runs{_VIEW}" if experiment else served
 
 
 def shown(uri: str) -> str:
-    """The URI without user name and password, for messages and records."""
+    """The URI without user name and password."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error, for a message; MLflow's go on with SQL and links."""
+    """The first line of an error; MLflow's continue with SQL and links."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -229,15 +216,13 @@ def _artifacts_uri(database: Path) -> str:
 
 
 def _create_database(path: Path) -> None:
-    """Publish a database with all tables at `path`, unless one is there.
-
-    MLflow creates the tables by some fifty migrations, each with its own wait for the disk, and two processes that
-    start at once break each other's. So the file is made in memory, under a lock, and appears when complete.
-    """
+    """Publish a database with all tables at `path`, unless there is one."""
     if path.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    # MLflow's fifty migrations each wait for the disk, and two processes that start at once break each other's. So the
+    # file is made in memory, under a lock, and appears when it is complete.
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
@@ -246,7 +231,7 @@ def _create_database(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="ncsn-", dir=memory) as folder:
             database = Path(folder) / "mlflow.db"
             SqlAlchemyStore(f"{SQLITE}{database}", _artifacts_uri(path)).engine.dispose()  # type: ignore[no-untyped-call]
-            # Readers and the one writer then do not wait for each other, and a commit waits for the disk only once.
+            # With it readers and the writer do not wait for each other, and a commit waits for the disk once.
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
             temporary = path.with_name(f".{path.name}.tmp")
@@ -294,57 +279,8 @@ BATCH = 100
 """Parameters, or tags, per request: MLflow's limit."""
 
 
-def find_or_create(
-    connection: Connection, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str, claims: str
-) -> Run:
-    """The run with the tags `identity`, set to running, or a new one.
-
-    MLflow has no condition on creating a run, so where two processes create one at once the store decides.
-
-    Args:
-        connection: The server and the experiment.
-        identity: Tags that name the run.
-        tags: More tags of the run.
-        name: Name of a new run.
-        claims: Folder in the store.
-    """
-    client, query = connection.client, tag_filter(identity)
-    found = _search(connection, query)
-    run = found or client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
-    first = _first_claimed(connection, query, run, claims)
-    if first is not None:
-        if found is None:
-            client.delete_run(run.info.run_id)
-        run = first
-    if first is not None or found is not None:
-        set_tags(client, run.info.run_id, {**identity, **tags})
-        client.update_run(run.info.run_id, status="RUNNING")
-    return run
-
-
-def _first_claimed(connection: Connection, query: str, run: Run, claims: str) -> Run | None:
-    """The run that another process has claimed for this query; None if it is `run`, which then is claimed.
-
-    A run that was found is claimed as well: its process may not have come to that, and would delete it if it lost.
-    """
-    run_id = run.info.run_id
-    claim = storage.join(claims, hashlib.sha256(f"{connection.uri} {query}".encode()).hexdigest()[:16])
-    if storage.publish_once(claim, run_id.encode()) or (claimed := storage.read_text(claim)) == run_id:
-        return None
-    first = _search(connection, f"{query} and attributes.run_id = '{claimed}'")
-    if first is None:
-        storage.write_text(claim, run_id)  # that one was deleted since
-    return first
-
-
-def _search(connection: Connection, query: str) -> Run | None:
-    order = ["attributes.start_time ASC"]
-    found = connection.client.search_runs([connection.experiment_id], query, max_results=1, order_by=order)
-    return found[0] if found else None
-
-
 def tag_filter(tags: Mapping[str, str]) -> str:
-    """MLflow's search expression for runs with all of these tags."""
+    """MLflow's search expression for these tags."""
     quoted = {key: f'"{value}"' if "'" in value else f"'{value}'" for key, value in tags.items()}
     return " and ".join(f"tags.`{key}` = {value}" for key, value in quoted.items())
 
@@ -370,7 +306,7 @@ def _without_known(client: MlflowClient, run_id: str, wanted: Mapping[str, Param
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags, replacing those of the same name."""
+    """Set tags."""
     from mlflow.entities import RunTag
 
     entries = [RunTag(key, str(value)) for key, value in tags.items()]
@@ -382,11 +318,9 @@ _ATTEMPTS = 3
 
 
 def insert_or_find(write: Callable[[], object]) -> None:
-    """Make a write of MLflow that leaves or replaces what is there, also while another process makes the same one.
-
-    MLflow looks first and inserts what it did not find; of two that did not find it, the database refuses the second
-    (BAD_REQUEST), which finds it when it tries again.
-    """
+    """Repeat a write that another process makes at the same time: the second insert finds the first one's row."""
+    # MLflow looks first and inserts what it did not find; of two that did not, the database refuses the second
+    # (BAD_REQUEST).
     from mlflow.exceptions import MlflowException
 
     for attempts_left in reversed(range(_ATTEMPTS)):

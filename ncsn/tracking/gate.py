@@ -1,4 +1,4 @@
-"""The gate to the alias `champion`: what it looks at, and how it decides. Pure."""
+"""The gate to the alias `champion`: the evidence about a version, and the decision. Pure; imports no mlflow."""
 
 from __future__ import annotations
 
@@ -10,53 +10,43 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ncsn.errors import UserError
-from ncsn.tracking.versions import (
-    CHAMPION,
-)
+from ncsn.tracking.versions import CHAMPION
 
 COPY_ERRORS = 3
-"""Standard errors by which the share of copies may lie above that of real images."""
+"""Standard errors by which the share of copies may exceed that of real images."""
+
+Author = Literal["gate", "hand", "alias", "rollback", ""]
 
 
 class FingerprintMismatchError(UserError):
-    """Two figures that were measured in different ways."""
+    """Two measurements cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure of merit.
+    """One metric of a set of generated images."""
 
-    Attributes:
-        name: `area/what_n<count>`, for example eval/classifier_fid_n512.
-        value: the figure.
-        uncertainty: its standard deviation over other samples of as many images.
-        num_images: generated images behind it.
-        fingerprint: hash of extractor, weights, resize, and reference split and data set.
-        lower_is_better: the direction of improvement.
-    """
-
-    name: str
+    name: str  # area/what_n<count>, for example eval/classifier_fid_n512
     value: float
-    uncertainty: float
+    uncertainty: float  # standard deviation over other samples of the same size
     num_images: int
-    fingerprint: str
+    fingerprint: str  # hash of extractor, weights, resizing, reference split and dataset
     lower_is_better: bool
 
     def __str__(self) -> str:
-        """The figure and its uncertainty."""
         return f"{self.value:.4g} \u00b1 {self.uncertainty:.2g}"
 
     @property
     def is_finite(self) -> bool:
-        """Whether both numbers are."""
+        """Whether value and uncertainty are finite."""
         return math.isfinite(self.value) and math.isfinite(self.uncertainty)
 
     def combined_uncertainty(self, other: Measurement) -> float:
-        """Standard deviation of the difference of the two: they come from samples that know nothing of each other."""
+        """Standard deviation of the difference of two independent measurements."""
         return math.hypot(self.uncertainty, other.uncertainty)
 
     def better_than(self, other: Measurement) -> bool:
-        """Whether this figure is better by more than the combined uncertainty; NaN is never better.
+        """Whether this one is better by more than the combined uncertainty; NaN is never better.
 
         Raises:
             FingerprintMismatchError: if the two were not measured in the same way.
@@ -65,14 +55,14 @@ class Measurement:
             raise FingerprintMismatchError(
                 self.name,
                 f"over {self.num_images} images cannot be compared with {other.name} over {other.num_images}",
-                hint="evaluate both with one extractor and as many images",
+                hint="evaluate both with one extractor and the same number of images",
             )
         if self.fingerprint != other.fingerprint:
             raise FingerprintMismatchError(
                 self.name,
                 f"fingerprints {self.fingerprint[:12]} and {other.fingerprint[:12]} differ (extractor, weights or "
                 "reference images)",
-                hint="evaluate both again with one extractor and data set",
+                hint="evaluate both again with one extractor and dataset",
             )
         gain = other.value - self.value if self.lower_is_better else self.value - other.value
         return gain > self.combined_uncertainty(other)
@@ -80,26 +70,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How many of the samples copy a training image, beside how many of real test images look like copies.
+    """How many samples copy a training image, compared with real test images."""
 
-    Attributes:
-        copies: samples among `num_images` that do.
-        num_images: samples that were looked at.
-        real_copies: real test images among `num_real_images` that do; those stand in the data more than once.
-        num_real_images: real test images that were looked at.
-    """
-
-    copies: int
+    copies: int  # of num_images samples
     num_images: int
-    real_copies: int
+    real_copies: int  # of num_real_images real test images: the data has some images more than once
     num_real_images: int
 
     @property
     def limit(self) -> float:
-        """Largest share of copies that chance explains: that of real images and three standard errors.
-
-        The standard error of the difference is that of two equal shares, estimated from both sets together.
-        """
+        """Largest share of copies that chance explains: that of real images plus three standard errors."""
+        # Of the difference of two equal shares, estimated from both sets together.
         pooled = (self.copies + self.real_copies) / (self.num_images + self.num_real_images)
         error = math.sqrt(pooled * (1 - pooled) * (1 / self.num_images + 1 / self.num_real_images))
         return self.real_copies / self.num_real_images + COPY_ERRORS * error
@@ -110,56 +91,45 @@ class Memorisation:
         return self.copies / self.num_images <= self.limit
 
     def __str__(self) -> str:
-        """The two counts."""
         return (
             f"{self.copies} of {self.num_images} samples copy a training image, "
             f"{self.real_copies} of {self.num_real_images} real ones do"
         )
 
 
-Author = Literal["gate", "hand", "alias", "rollback", ""]
-
-
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a version when it comes to the gate.
-
-    Attributes:
-        measurement: Its figure.
-        memorisation: Whether it copies training images.
-        not_finite: Names of figures and weights that hold NaN or infinity.
-    """
+    """What the gate knows about a version."""
 
     measurement: Measurement
     memorisation: Memorisation
-    not_finite: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Evidence:
         """Inverse of `dataclasses.asdict`."""
-        return cls(
-            Measurement(**values["measurement"]),
-            Memorisation(**values["memorisation"]),
-            tuple(values["not_finite"]),
-        )
+        measurement, memorisation = Measurement(**values["measurement"]), Memorisation(**values["memorisation"])
+        return cls(measurement, memorisation, tuple(values["not_finite"]))
+
+    def objection(self) -> str:
+        """Why the version may not be champion, whatever the present one is; empty if it may."""
+        if not self.measurement.is_finite:
+            return f"{self.measurement.name} = {self.measurement} is not a finite number"
+        if self.not_finite:
+            return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
+        if not self.memorisation.passed:
+            return f"{self.memorisation}: more than chance explains (up to {self.memorisation.limit:.1%})"
+        return ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said, and why.
-
-    Attributes:
-        promoted: Whether the version became champion.
-        reason: One sentence with the numbers.
-        evidence: Of the version; None if it was promoted by hand without any.
-        champion_version: The champion it was compared with, and which it replaced if promoted; empty if none.
-        champion_measurement: That one's figure; None if there was none.
-    """
+    """The gate's decision about a version."""
 
     promoted: bool
-    reason: str
-    evidence: Evidence | None
-    champion_version: str = ""
+    reason: str  # one sentence with the numbers
+    evidence: Evidence | None  # None if the version was promoted by hand without any
+    champion_version: str = ""  # the champion that it was compared with, and replaced if promoted
     champion_measurement: Measurement | None = None
 
     @classmethod
@@ -179,12 +149,12 @@ def not_finite(values: Mapping[str, float]) -> list[str]:
 
 
 def decide(evidence: Evidence, *, version: str, champion: tuple[str, Measurement | None] | None) -> Decision:
-    """Compare a version with the champion, given as its version and figure; None if there is none."""
+    """Compare a version with the champion, given as its version and measurement; None if there is none."""
     number, other = champion or ("", None)
     measured = evidence.measurement
     decision = Decision(False, "", evidence, number, other)
     shown = f"{measured.name} = {measured}"
-    if objection := _objection(evidence):
+    if objection := evidence.objection():
         kept = "; it stays champion until `ncsn rollback`" if number == version else ""
         return replace(decision, reason=objection + kept)
     if champion is None:
@@ -194,7 +164,7 @@ def decide(evidence: Evidence, *, version: str, champion: tuple[str, Measurement
     if other is None:
         return replace(
             decision,
-            reason=f"champion version {number} has no figure with an uncertainty to compare {shown} with; "
+            reason=f"champion version {number} has no measurement with an uncertainty to compare {shown} with; "
             "evaluate and register its run again",
         )
     try:
@@ -202,55 +172,35 @@ def decide(evidence: Evidence, *, version: str, champion: tuple[str, Measurement
     except FingerprintMismatchError as mismatch:
         return replace(decision, reason=f"not comparable with champion version {number}: {mismatch}")
     combined = f"the combined uncertainty {measured.combined_uncertainty(other):.2g}"
-    verdict = f"is better by more than {combined} than" if better else f"is not better by more than {combined} than"
+    verdict = f"is {'' if better else 'not '}better by more than {combined} than"
     return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {number}")
 
 
 def decision_record(decision: Decision, *, name: str, version: str, by: Author) -> dict[str, Any]:
-    """What the artifact `gate.json` of the run that registered a version says."""
+    """Content of the artifact `gate.json` of the run that registered a version."""
     return {"model": name, "version": version, "by": by, **asdict(decision)}
 
 
-def _objection(evidence: Evidence) -> str:
-    """Why a version may not be champion whatever the present one is; empty if it may."""
-    if not evidence.measurement.is_finite:
-        return f"{evidence.measurement.name} = {evidence.measurement} is not a finite number"
-    if evidence.not_finite:
-        return f"{', '.join(evidence.not_finite[:3])} hold NaN or infinity"
-    if not evidence.memorisation.passed:
-        return f"{evidence.memorisation}: more than chance explains (up to {evidence.memorisation.limit:.1%})"
-    return ""
-
-
 def decision_tags(decision: Decision) -> dict[str, str]:
-    """The tags of the version that a decision is about."""
+    """Tags of the version that a decision is about."""
     tags = {
         "gate.promoted": str(decision.promoted).lower(),
         "gate.reason": decision.reason,
         f"gate.{CHAMPION}_version": decision.champion_version,
-        "gate.decided_at": _now(),
+        "gate.decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if decision.evidence is not None:
-        tags |= _figure_tags(decision.evidence, decision.champion_measurement)
+        measured, champion = decision.evidence.measurement, decision.champion_measurement
+        tags |= {
+            "gate.metric": measured.name,
+            "gate.value": repr(measured.value),
+            "gate.uncertainty": repr(measured.uncertainty),
+            "gate.num_images": str(measured.num_images),
+            "gate.fingerprint": measured.fingerprint,
+            "gate.memorisation": str(decision.evidence.memorisation),
+        }
+        if champion is not None:
+            tags[f"gate.{CHAMPION}_value"] = repr(champion.value)
+            tags["gate.combined_uncertainty"] = repr(measured.combined_uncertainty(champion))
     # Last: it says that the others are complete.
     return tags | {"gate.decision": json.dumps(asdict(decision))}
-
-
-def _figure_tags(evidence: Evidence, champion: Measurement | None) -> dict[str, str]:
-    measured = evidence.measurement
-    tags = {
-        "gate.metric": measured.name,
-        "gate.value": repr(measured.value),
-        "gate.uncertainty": repr(measured.uncertainty),
-        "gate.num_images": str(measured.num_images),
-        "gate.fingerprint": measured.fingerprint,
-        "gate.memorisation": str(evidence.memorisation),
-    }
-    if champion is not None:
-        tags[f"gate.{CHAMPION}_value"] = repr(champion.value)
-        tags["gate.combined_uncertainty"] = repr(measured.combined_uncertainty(champion))
-    return tags
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

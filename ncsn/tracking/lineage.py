@@ -1,4 +1,4 @@
-"""Where something came from, and what came of it: the chain of a pipeline run as MLflow's tags tell it."""
+"""`ncsn trace`: what led to something and what it led to, read from MLflow's tags; and the tags that say so."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IDS = (
     "dataset.digest",
     "checkpoint.digest",
 )
-"""Tags whose value names a run or what it made."""
+"""Tags whose value names a run or one of its results."""
 URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
@@ -48,33 +48,22 @@ _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 
 @dataclass(frozen=True)
 class Link:
-    """One thing in the chain, and what hangs on it.
+    """One thing in the chain."""
 
-    Attributes:
-        kind: `KFP run`, `MLflow run`, `step`, `Ray job`, `config`, `dataset`, `checkpoint`, `samples`, `evaluation`,
-            `model version`, `decision` or `report`.
-        id: What names it.
-        facts: What else is known of it.
-        links: What it led to.
-        asked: Whether it is what the question named.
-    """
-
-    kind: str
+    kind: (
+        str  # KFP run, MLflow run, step, Ray job, config, dataset, checkpoint, samples, evaluation, model version, ...
+    )
     id: str
     facts: Mapping[str, str] = field(default_factory=dict)
-    links: tuple[Link, ...] = ()
-    asked: bool = False
+    links: tuple[Link, ...] = ()  # what it led to
+    asked: bool = False  # whether the question named it
 
 
 def trace(client: MlflowClient, identifier: str) -> list[Link]:
-    """The chains that something is part of, oldest first: more than one where runs share a data set or a name.
-
-    Args:
-        client: Of the tracking server.
-        identifier: See `ACCEPTED`.
+    """The chains that something is part of, oldest first: several where runs share a dataset or a name.
 
     Raises:
-        UserError: if nothing on the server has to do with it.
+        UserError: if nothing on the server has this identifier; see `ACCEPTED`.
     """
     names = {identifier}
     if is_model_address(identifier):
@@ -92,7 +81,7 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
 
 
 def _find_runs(client: MlflowClient, identifier: str) -> list[Run]:
-    """The runs that an identifier names, by the first kind of name under which there are any."""
+    """The runs that an identifier names, by the first kind of name that finds any."""
     for query in _queries(identifier):
         found = _search(client, query)
         if found:
@@ -145,7 +134,7 @@ def _chain(client: MlflowClient, top: Run) -> Link:
 
 
 def _inputs(top: Run) -> Iterator[Link]:
-    """What the whole pipeline began with."""
+    """The inputs of the whole pipeline."""
     tags, params = top.data.tags, top.data.params
     if "ncsn.root" in tags and "ncsn.run" in tags:
         uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
@@ -179,7 +168,7 @@ def _ray_job(run: Run) -> Iterator[Link]:
 
 
 def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
-    """What a step made, and from what."""
+    """The results of a step."""
     tags, metrics = run.data.tags, run.data.metrics
     origin = _known(checkpoint=tags.get("checkpoint.uri"), digest=tags.get("checkpoint.digest"))
     match tags.get("ncsn.step"):
@@ -196,7 +185,7 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow may give its entries the run of what they name
+                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow may give the ledger's entries this run
                     yield _version(client.get_model_version(version.name, version.version), tags)
 
 
@@ -237,12 +226,12 @@ def _known(**facts: str | None) -> dict[str, str]:
 
 
 def _none(value: str | None) -> str | None:
-    """A parameter that the config leaves empty."""
+    """MLflow's text for an empty parameter as None."""
     return None if value == "None" else value
 
 
 def _marked(link: Link, names: set[str]) -> Link:
-    """The same tree with `asked` on what the names name."""
+    """The same tree with `asked` set."""
     values = {link.id, *link.facts.values()}
     asked = not names.isdisjoint(values if link.kind in ("MLflow run", "step", "Ray job") else {link.id})
     return replace(link, asked=asked, links=tuple(_marked(below, names) for below in link.links))
@@ -250,7 +239,7 @@ def _marked(link: Link, names: set[str]) -> Link:
 
 VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
 UNKNOWN = "unknown"
-"""What the image says of its commit if nobody told it when it was built."""
+"""The commit of an image that was built without one."""
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -275,21 +264,16 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def container_image() -> str:
-    """The image that this process runs in; empty if it runs in none that anybody told it of.
-
-    NCSN_IMAGE alone does not say so: a task that KFP executes on this machine has it, too, and so has a shell from
-    which pipelines are submitted.
-    """
-    # /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
+    """The image that this process runs in; empty if none is known."""
+    # NCSN_IMAGE alone does not say so: a task that KFP runs on this machine has it too, and so has a shell that
+    # submits pipelines. /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
     image = os.environ.get("NCSN_CONTAINER_IMAGE", "")
     return image or (os.environ.get("NCSN_IMAGE", "") if os.environ.get("NCSN_KFP_RUN_ID") else "")
 
 
 def kfp_run() -> dict[str, str]:
-    """The tags, those of KFP's own MLflow plugin, that name the KFP run that this process is a task of; or none.
-
-    The run's id comes from the pod. The address of its page does if somebody told the namespace that of KFP's pages.
-    """
+    """Tags of the KFP run that this process is a task of, as KFP's MLflow plugin names them; empty if it is none."""
+    # The pod knows the run's id; the address of its page is known if the namespace has that of KFP's pages.
     run, pages = os.environ.get("NCSN_KFP_RUN_ID"), os.environ.get("NCSN_KFP_UI")
     if not run:
         return {}

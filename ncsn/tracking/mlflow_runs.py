@@ -1,7 +1,7 @@
 """One MLflow run per pipeline run and a child per step, found by their tags.
 
-A retried step finds the run of its first try and goes on there. Nothing here depends on MLflow's global state: every
-call names the run that it means.
+A retried step continues in the run of its first attempt. Nothing here depends on MLflow's global state: every call
+names its run.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from ncsn.tracking.client import (
     Connection,
     TrackingError,
     connect,
-    find_or_create,
     insert_or_find,
     log_params,
     one_line,
-    page,
     set_tags,
     shown,
-    tag_filter,
 )
 from ncsn.tracking.lineage import kfp_run, provenance
 from ncsn.tracking.live import Entry, LiveMetrics, log_metrics, request_limits
 from ncsn.tracking.reconcile import complete, reconcile, write_record
+from ncsn.tracking.recorded import RecordedRun, by_step, find_or_create, run_identity, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -47,24 +45,15 @@ if TYPE_CHECKING:
 
 
 PLANNED = "ncsn.planned_at"
-
-
-def log_plan(client: MlflowClient, parent: Run, plan: dict[str, Any]) -> None:
-    """Keep the plan with the run of the pipeline, once."""
-    if parent.data.tags.get(PLANNED) != plan["made_at"]:
-        client.log_text(parent.info.run_id, json.dumps(plan, indent=1), PLAN)
-        set_tags(client, parent.info.run_id, {PLANNED: plan["made_at"]})
-
-
 TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
 PLACES = ("compute", "storage", "tracking")
-"""Sections of the config that say where the work happens and do not change what comes out."""
+"""Sections of the config that do not change a result."""
 LATER = {"ingest": ("search", "sampling", "evaluation"), "tune": (), "train": ("search", "sampling", "evaluation")}
 """Sections that a step does not use."""
 OUTAGE_SECONDS = 60.0
-"""How long a later step waits for a server that the first one has reached."""
+"""How long later steps wait for a server that the first one has reached."""
 RETRIES, TIMEOUT = 2, 10
 """Retries, and seconds for each, at the end of a step, before the rest is left to the next command."""
 
@@ -83,11 +72,11 @@ class StepRun:
     folder: RunFolder
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings. One that the run has already keeps its value: MLflow's parameters do not change."""
+        """Record settings that the run does not have yet; MLflow's parameters do not change."""
         log_params(self.client, self.run_id, params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record results, `area/what` -> number, at `step` (images seen, where there is such a count)."""
+        """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
         log_metrics(self.client, self.run_id, [Entry("", step, now_ms(), values)])
 
@@ -107,7 +96,7 @@ class StepRun:
         )
 
     def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
-        """Copy one file of the store to the run's artifacts, or to those of the whole pipeline run, below `folder`."""
+        """Copy a file of the store to the run's artifacts, or to those of the parent, below `folder`."""
         run_id = self.parent_run_id if to_parent else self.run_id
         if storage.is_local(uri):
             self.client.log_artifact(run_id, uri, folder)
@@ -115,7 +104,7 @@ class StepRun:
             self._log_bytes(storage.read_bytes(uri), uri.rsplit("/", 1)[-1], run_id=run_id, folder=folder)
 
     def log_bytes(self, content: bytes, name: str) -> None:
-        """Record a file of this content as the artifact `name`."""
+        """Record the artifact `name`."""
         self._log_bytes(content, name, run_id=self.run_id, folder=None)
 
     def _log_bytes(self, content: bytes, name: str, *, run_id: str, folder: str | None) -> None:
@@ -125,30 +114,22 @@ class StepRun:
             self.client.log_artifact(run_id, str(local), folder)
 
     def log_text(self, text: str, name: str) -> None:
-        """Record a text as the artifact `name`."""
+        """Record the artifact `name`."""
         self.client.log_text(self.run_id, text, name)
 
     def log_json(self, value: Mapping[str, Any], name: str) -> None:
-        """Record plain values as the artifact `name`."""
+        """Record the artifact `name`."""
         self.log_text(json.dumps(value, indent=1), name)
 
     def log_dataset(
         self, name: str, *, digest: str, uri: str, context: str = "training", profile: Mapping[str, Any] | None = None
     ) -> None:
-        """Record which data the step read, for MLflow's "datasets used" and as the tag `dataset.digest`.
-
-        Args:
-            name: Name of the data set.
-            digest: Content digest. MLflow's own field holds its first 36 characters, the tag all of it.
-            uri: Folder in the store.
-            context: What it was read for: `training`, `evaluation`.
-            profile: Plain figures, such as counts.
-        """
+        """Record which data the step read, as MLflow's "datasets used" and as tags; `profile` has plain numbers."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
             name=name,
-            digest=digest[:DIGEST_LENGTH],
+            digest=digest[:DIGEST_LENGTH],  # the tag has all of it
             source_type="local" if storage.is_local(uri) else "s3",
             source=json.dumps({"uri": uri}),
             profile=json.dumps(profile) if profile else None,
@@ -159,11 +140,11 @@ class StepRun:
             set_tags(self.client, run_id, {"dataset.digest": digest, "dataset.uri": uri})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Attach tags, replacing those of the same name."""
+        """Set tags."""
         set_tags(self.client, self.run_id, tags)
 
     def nested(self, name: str, *, key: str) -> StepRun:
-        """A run below this one, such as that of a trial: a new one, or the one that has this `key` already."""
+        """The run below this one with this `key`, such as that of a trial; a new one if there is none."""
         connection = Connection(client=self.client, uri=self.uri, experiment_id=self.experiment_id)
         identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
         found = find_or_create(connection, identity, tags={}, name=name, claims=_claims(self.folder))
@@ -180,19 +161,14 @@ class StepRun:
 
 @contextmanager
 def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | None = None) -> Iterator[StepRun]:
-    """The MLflow run of one step of one pipeline run, ended when the block ends.
+    """The MLflow run of one step, which ends with the block.
 
-    Args:
-        config: The experiment; its flattened values become the parameters, its YAML an artifact.
-        run: Name of the pipeline run. With `storage.root` it identifies the parent run.
-        step: Name of the step.
-        tags: What else identifies the work: ids of the Ray job, of the KFP run.
-
-    If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent. What earlier steps could not send
-    while the server was away is sent first. Requests are repeated for about two minutes.
+    Its identity are `storage.root`, the name of the pipeline run, the step, and the settings that the step uses; `tags`
+    are the ids of its Ray job and KFP run. If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the
+    parent. What MLflow lacks of earlier steps is sent first.
 
     Raises:
-        TrackingError: if the tracking server cannot be used, or goes away in the middle of the block for longer.
+        TrackingError: if the tracking server cannot be used, or is unreachable for minutes during the block.
     """
     from mlflow.exceptions import MlflowException
 
@@ -202,8 +178,9 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
     parent, adopted = _parent(connection, config, folder)
     plan = read_plan(folder.uri)
-    if plan is not None:
-        log_plan(connection.client, parent, plan)
+    if plan is not None and parent.data.tags.get(PLANNED) != plan["made_at"]:
+        connection.client.log_text(parent.info.run_id, json.dumps(plan, indent=1), PLAN)
+        set_tags(connection.client, parent.info.run_id, {PLANNED: plan["made_at"]})
     child = _child(connection, parent, config, folder, step)
     set_tags(connection.client, child.info.run_id, tags or {})
     tracked = StepRun(
@@ -239,9 +216,9 @@ def _end(
     adopted: bool,
     costs: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
 ) -> None:
-    """End the step's run and, unless it is somebody else's, the parent.
+    """End the step's run and, unless somebody else opened it, the parent.
 
-    The work itself is done: what the server does not take now, the next command of the run sends.
+    The work itself is done, so what the server does not take now is left to the next command of the run.
     """
     from mlflow.exceptions import MlflowException
 
@@ -306,23 +283,14 @@ def _child(connection: Connection, parent: Run, config: Config, folder: RunFolde
     return child
 
 
-def run_identity(config: Config, run: str) -> dict[str, str]:
-    """The tags that all MLflow runs of a pipeline run share."""
-    return {"ncsn.run": run, "ncsn.root": storage.absolute(config.storage.root)}
-
-
 def _result_digest(config: Config, step: str) -> str:
-    """Digest of what can change a result: a step with other settings is another run, on another machine the same."""
+    """Digest of what can change a result: other settings are another run, another machine is not."""
     sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ("search",))})
     return storage.digest(sections, 16)
 
 
 def _describe(client: MlflowClient, run: Run, config: Config) -> None:
-    """YAML and parameters of the config, completed if an earlier try died in between.
-
-    Parameters keep their first values, so the YAML does too; what this call has otherwise (where it works, or, for the
-    run of the whole pipeline, how a later step was set) is the tag `ncsn.changed`.
-    """
+    """Record YAML and parameters of the config, unless an earlier attempt has; what differs then is a tag."""
     params = {path: str(value)[:PARAM_LENGTH] for path, value in flatten(config).items()}
     known = run.data.params
     if params.keys() - known.keys():
@@ -334,67 +302,19 @@ def _describe(client: MlflowClient, run: Run, config: Config) -> None:
         set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
 
 
-def metric_history(config: Config, *, run: str, step: str, name: str) -> list[tuple[int, float]]:
-    """The points (images seen, value) of one metric of one step, in their order; empty if there is no such run.
-
-    Raises:
-        TrackingError: if the tracking server cannot be used.
-    """
-    connection = connect(config)
-    query = tag_filter({**run_identity(config, run), "ncsn.step": step})
-    found = connection.client.search_runs([connection.experiment_id], query, max_results=1)
-    points = [
-        (metric.step, metric.value)
-        for each in found
-        for metric in connection.client.get_metric_history(each.info.run_id, name)
-    ]
-    return sorted(points)
-
-
-MOST_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """One run in MLflow.
-
-    Attributes:
-        run_id: Its id.
-        tags: Its tags.
-        page: Address of its page; empty if the runs are not on a server.
-    """
-
-    run_id: str
-    tags: Mapping[str, str]
-    page: str
-
-
 def whole_run(tracked: StepRun) -> RecordedRun:
     """The run of the whole pipeline that a step belongs to."""
-    return _recorded(tracked, tracked.client.get_run(tracked.parent_run_id))
+    return RecordedRun.of(tracked.client.get_run(tracked.parent_run_id), uri=tracked.uri)
 
 
 def step_runs(tracked: StepRun) -> dict[str, RecordedRun]:
     """Step -> its latest run, of the pipeline run that `tracked` belongs to."""
-    found = tracked.client.search_runs(
-        [tracked.experiment_id],
-        f"tags.`mlflow.parentRunId` = '{tracked.parent_run_id}'",
-        max_results=MOST_STEPS,
-        order_by=["attributes.start_time ASC"],
-    )
-    return {run.data.tags["ncsn.step"]: _recorded(tracked, run) for run in found if "ncsn.step" in run.data.tags}
+    found = search_runs(tracked.client, tracked.experiment_id, {"mlflow.parentRunId": tracked.parent_run_id})
+    return by_step(found, uri=tracked.uri)
 
 
 def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
-    """What a Ray job says of itself in Ray's own pages: which step it is, and its runs in MLflow and KFP."""
-    recorded = _recorded(tracked, tracked.client.get_run(tracked.run_id))
+    """What Ray's pages show of a Ray job: its step, and its runs in MLflow and KFP."""
+    recorded = RecordedRun.of(tracked.client.get_run(tracked.run_id), uri=tracked.uri)
     names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id}
-    return names | {"mlflow.run": recorded.page or shown(tracked.uri)} | kfp_run()
-
-
-def _recorded(tracked: StepRun, run: Run) -> RecordedRun:
-    return RecordedRun(
-        run_id=run.info.run_id,
-        tags=dict(run.data.tags),
-        page=page(tracked.uri, run.info.experiment_id, run.info.run_id),
-    )
+    return names | {"mlflow.run": recorded.place} | kfp_run()

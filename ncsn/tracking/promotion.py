@@ -1,10 +1,10 @@
-"""Who is champion: the ledger in the registry, the gate, promotion and rollback by hand.
+"""Which version is champion: the ledger in the registry, the gate, promotion and rollback by hand.
 
-MLflow has no "set this alias if it still points there". What it does atomically is to number versions: of two that are
-created at once one gets the lower number. So each promotion is a version of the companion model `<name>.promotions`,
-which names the promotion that it follows. It holds if that one is still the last; of two that follow the same, the
-later number is void, and its author looks again at who is champion. The alias is then pointed to the last promotion.
-No lock is held, so none is left behind by a process that is killed: whoever looks next finishes what it began.
+MLflow cannot set an alias only if it still points to a given version. What it does atomically is to number versions: of
+two created at once one gets the lower number. So each promotion is a version of the companion model
+`<name>.promotions` and names the promotion that it follows. It holds if that one is still the last; of two that follow
+the same one the later number is void, and its author decides again with the new champion. The alias then points to the
+last promotion. There is no lock, so a killed process leaves none behind: the next one completes what it began.
 """
 
 from __future__ import annotations
@@ -16,15 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
 from ncsn.errors import UserError
-from ncsn.tracking.gate import (
-    Author,
-    Decision,
-    Evidence,
-    Measurement,
-    decide,
-    decision_record,
-    decision_tags,
-)
+from ncsn.tracking.gate import Author, Decision, Evidence, Measurement, decide, decision_record, decision_tags
 from ncsn.tracking.versions import (
     CHALLENGER,
     CHAMPION,
@@ -51,27 +43,16 @@ _LEDGER_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Promotion:
-    """One entry of the ledger.
+    """One entry of the ledger."""
 
-    Attributes:
-        number: Its place; 0 stands for the beginning, when there is no champion.
-        version: The version that became champion; empty if there is none.
-        replaced: The champion before; empty if there was none.
-        by: `gate`, `hand` (`ncsn promote`), `alias` (found that the alias had been moved in MLflow), `rollback`.
-        reason: Why, one sentence.
-        at: When, ISO 8601.
-        decision: The gate's decision as JSON; empty if it was not asked.
-        applied: Whether the alias has pointed there.
-    """
-
-    number: int = 0
-    version: str = ""
-    replaced: str = ""
-    by: Author = ""
+    number: int = 0  # its place; 0 is the beginning, without a champion
+    version: str = ""  # the new champion; empty if there is none
+    replaced: str = ""  # the champion before
+    by: Author = ""  # "alias": found that the alias had been moved in MLflow
     reason: str = ""
-    at: str = ""
-    decision: str = ""
-    applied: bool = True
+    at: str = ""  # ISO 8601
+    decision: str = ""  # the gate's, as JSON; empty if it was not asked
+    applied: bool = True  # whether the alias has pointed there
 
 
 def history(client: MlflowClient, name: str) -> list[Promotion]:
@@ -91,10 +72,10 @@ def champion_version(client: MlflowClient, name: str) -> str:
     return "" if version is None else str(version.version)
 
 
-def settle(client: MlflowClient, name: str) -> Promotion:
-    """The last promotion, with alias and tags as it says; its `version` is empty if there is no champion.
+def apply_last(client: MlflowClient, name: str) -> Promotion:
+    """Bring alias and tags in line with the last promotion, and return it; its `version` is empty without a champion.
 
-    An alias that somebody moved in MLflow becomes a promotion of its own; one that was removed means no champion.
+    An alias that somebody moved in MLflow becomes a promotion; a removed one means that there is no champion.
     """
     moved = False
     while True:
@@ -118,29 +99,17 @@ def settle(client: MlflowClient, name: str) -> Promotion:
 def promote(
     client: MlflowClient, name: str, version: str, *, after: Promotion, by: Author, reason: str, decision: str = ""
 ) -> bool:
-    """Make a version champion in place of that of `after`; False if another promotion came between.
-
-    Args:
-        client: Of the registry.
-        name: Registered model.
-        version: The new champion.
-        after: What `settle` returned; the decision was made on it.
-        by: See `Promotion`.
-        reason: Why, one sentence.
-        decision: See `Promotion`.
-    """
+    """Make a version champion after the promotion `after`, which `apply_last` gave; False if another came between."""
     entry = replace(after, version=version, replaced=after.version, by=by, reason=reason, decision=decision)
     if not _append(client, name, entry):
         return False
-    settle(client, name)
+    apply_last(client, name)
     return True
 
 
 def previous_champion(client: MlflowClient, name: str) -> str | None:
-    """The version that a rollback returns to; None if none is on record.
-
-    The champions are a stack: a promotion lays one on top, a rollback takes away what lies above its own.
-    """
+    """The version that a rollback returns to; None if none is on record."""
+    # A promotion puts a champion on top of the stack, a rollback removes those above its own.
     stack: list[str] = []
     for entry in history(client, name):
         if entry.by == "rollback" and entry.version in stack:
@@ -176,7 +145,7 @@ def _append(client: MlflowClient, name: str, entry: Promotion) -> bool:
 
 
 def _finish(client: MlflowClient, name: str, last: Promotion) -> None:
-    """Write what else follows from a promotion, once the alias points there."""
+    """Tag the version and the entry, once the alias points there."""
     if last.applied:
         return
     tags: Mapping[str, str] = {
@@ -208,8 +177,8 @@ def _from_entry(entry: ModelVersion) -> Promotion:
 def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence) -> Decision:
     """Make the version `challenger`, and `champion` if it may replace the present one.
 
-    The decision, its numbers and who was replaced become tags of the version. Asked again with the same evidence, it
-    returns the recorded decision and changes nothing; stopped at any point and asked again, it completes what it began.
+    The decision becomes tags of the version. With the same evidence again, the recorded decision is returned and
+    nothing changes; interrupted at any point and called again, it completes what it began.
     """
     recorded = recorded_decision(client, name, version)
     if recorded is not None and recorded.evidence == evidence:
@@ -218,37 +187,34 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     begun = (made for made in _promotions_of(client, name, version) if made.evidence == evidence)
     decision = next(begun, None)
     while decision is None:
-        last = settle(client, name)
+        last = apply_last(client, name)
         made = decide(evidence, version=version, champion=known_champion(client, name, last.version))
         if made.promoted and last.version != version:
             written = json.dumps(asdict(made))
             if not promote(client, name, version, after=last, by="gate", reason=made.reason, decision=written):
-                continue  # another pipeline promoted at the same moment: compare with that one
+                continue  # another pipeline promoted at the same moment: compare with its version
         decision = made
-    settle(client, name)  # what was begun may lack its alias
+    apply_last(client, name)  # an interrupted promotion may lack its alias
     tag_version(client, name, version, decision_tags(decision))
     return decision
 
 
 def recorded_decision(client: MlflowClient, name: str, version: str) -> Decision | None:
-    """The decision that a version's tags hold; None if there is none, or one of a version 0.1.0 without uncertainty."""
+    """The decision in a version's tags; None if there is none, or one of ncsn 0.1.0, which had no uncertainty."""
     written = client.get_model_version(name, version).tags.get("gate.decision")
     values = json.loads(written) if written else {}
     return Decision.from_plain(values) if "evidence" in values else None
 
 
 def _promotions_of(client: MlflowClient, name: str, version: str) -> list[Decision]:
-    """The decisions by which the gate promoted a version, as the ledger has them, latest first.
-
-    It has them before the version's tags: its process may have been stopped in between.
-    """
+    """The gate's promotions of a version, latest first, from the ledger, which has them before the version's tags."""
     entries = reversed(history(client, name))
     written = (entry.decision for entry in entries if entry.version == version and entry.decision)
     return [Decision.from_plain(json.loads(text)) for text in written]
 
 
 def known_champion(client: MlflowClient, name: str, version: str) -> tuple[str, Measurement | None] | None:
-    """A champion and its figure, for `decide`; None for no version."""
+    """A champion and its measurement, for `decide`; None for no version."""
     if not version:
         return None
     known = recorded_decision(client, name, version) or next(iter(_promotions_of(client, name, version)), None)
@@ -257,38 +223,23 @@ def known_champion(client: MlflowClient, name: str, version: str) -> tuple[str, 
 
 @dataclass(frozen=True)
 class AliasChange:
-    """What `ncsn promote` or `ncsn rollback` did, or would do.
-
-    Attributes:
-        model: Registered model.
-        version: The champion now.
-        replaced: The champion before; empty if there was none.
-        reason: Why.
-        changed: Whether the alias moved.
-        dry_run: Whether it was only asked what would happen.
-    """
+    """What `ncsn promote` or `ncsn rollback` did, or would do."""
 
     model: str
-    version: str
-    replaced: str
+    version: str  # the champion now
+    replaced: str  # the champion before; empty if there was none
     reason: str
-    changed: bool
+    changed: bool  # whether the alias moved
     dry_run: bool
 
 
 def promote_version(
     client: MlflowClient, name: str, *, version: str | None = None, force: bool = False, dry_run: bool = False
 ) -> AliasChange:
-    """Ask the gate again about a version that is registered, and make it champion if it may.
+    """Ask the gate again about a registered version, the challenger if None, and make it champion if it may.
 
-    The decision leaves the tags and the artifact `gate.json` that one of the register step leaves.
-
-    Args:
-        client: Of the registry.
-        name: Registered model.
-        version: Which one; the challenger if None.
-        force: Make it champion whatever the gate says.
-        dry_run: Change nothing.
+    With `force` it becomes champion whatever the gate says. The decision leaves the same tags and the same artifact
+    `gate.json` as one of the register step.
 
     Raises:
         UserError: for an unknown model or version, or if the gate refuses.
@@ -296,24 +247,26 @@ def promote_version(
     require_model(client, name)
     chosen = version or _challenger(client, name)
     require_version(client, name, chosen)
-    recorded = recorded_decision(client, name, chosen)
-    evidence = None if recorded is None else recorded.evidence
     while True:
-        last = None if dry_run else settle(client, name)
+        last = None if dry_run else apply_last(client, name)
         champion = champion_version(client, name) if last is None else last.version
         if champion == chosen:
             if last is not None and last.by == "hand" and last.decision:
-                _leave(client, name, chosen, Decision.from_plain(json.loads(last.decision)))
+                _record(client, name, chosen, Decision.from_plain(json.loads(last.decision)))
             return AliasChange(name, chosen, chosen, "it is the champion already", changed=False, dry_run=dry_run)
-        decision = _asked_again(client, name, chosen, evidence, champion)
+        decision = _decide_again(client, name, chosen, champion)
         if not decision.promoted and not force:
             raise UserError(
                 f"models:/{name}/{chosen}", f"not promoted: {decision.reason}", hint="--force promotes it anyway"
             )
         if not decision.promoted:
             decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
-        if last is None or _promoted(client, name, chosen, last, decision):
-            return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
+        if last is not None:
+            written = json.dumps(asdict(decision))
+            if not promote(client, name, chosen, after=last, by="hand", reason=decision.reason, decision=written):
+                continue  # another promotion came between
+            _record(client, name, chosen, decision)
+        return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
 
 
 def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
@@ -324,7 +277,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
     """
     require_model(client, name)
     while True:
-        last = None if dry_run else settle(client, name)
+        last = None if dry_run else apply_last(client, name)
         champion = champion_version(client, name)
         previous = previous_champion(client, name)
         if not champion or previous is None:
@@ -343,25 +296,16 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         return AliasChange(name, previous, champion, reason, changed=True, dry_run=dry_run)
 
 
-def _asked_again(client: MlflowClient, name: str, version: str, evidence: Evidence | None, champion: str) -> Decision:
-    known = known_champion(client, name, champion)
-    if evidence is not None:
-        return decide(evidence, version=version, champion=known)
-    reason = "it has no figure with an uncertainty on record; evaluate and register its run again"
+def _decide_again(client: MlflowClient, name: str, version: str, champion: str) -> Decision:
+    recorded, known = recorded_decision(client, name, version), known_champion(client, name, champion)
+    if recorded is not None and recorded.evidence is not None:
+        return decide(recorded.evidence, version=version, champion=known)
+    reason = "it has no measurement with an uncertainty on record; evaluate and register its run again"
     return Decision(False, reason, None, *(known or ()))
 
 
-def _promoted(client: MlflowClient, name: str, version: str, last: Promotion, decision: Decision) -> bool:
-    """Promote after `last` and leave what the gate leaves; False if another promotion came between."""
-    written = json.dumps(asdict(decision))
-    if not promote(client, name, version, after=last, by="hand", reason=decision.reason, decision=written):
-        return False
-    _leave(client, name, version, decision)
-    return True
-
-
-def _leave(client: MlflowClient, name: str, version: str, decision: Decision) -> None:
-    """Write artifact and tags, unless they are there: a process that was stopped may have left some."""
+def _record(client: MlflowClient, name: str, version: str, decision: Decision) -> None:
+    """Write artifact and tags, unless an interrupted process has written them."""
     if recorded_decision(client, name, version) == decision:
         return
     if run_id := client.get_model_version(name, version).run_id:

@@ -39,7 +39,7 @@ def reconcile(client: MlflowClient, folder: RunFolder) -> str:
 
     try:
         for step in storage.list_names(storage.join(folder.uri, "steps")):
-            record = _read_record(folder, step)
+            record = storage.find_json(folder.step(step, RECORD))
             # A run that has ended lacks nothing, because its end is sent last.
             if record is not None and _is_open(client, record["run_id"]):
                 complete(client, folder, step, record)
@@ -93,14 +93,6 @@ def complete(
 def write_record(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
     """Keep which MLflow run the step has, and, when it has ended, how and at what cost."""
     storage.write_text(folder.step(step, RECORD), json.dumps(record))
-
-
-def _read_record(folder: RunFolder, step: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = storage.read_json(folder.step(step, RECORD))
-    except FileNotFoundError:
-        return None
-    return record
 
 
 def _send_curves(client: MlflowClient, run_id: str, folder: RunFolder) -> None:

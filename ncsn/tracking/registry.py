@@ -1,4 +1,4 @@
-"""A checkpoint in MLflow's registry: its folder, one version per weights and sampler, fetched again."""
+"""A checkpoint in MLflow's registry: packaged, registered once per weights and sampler, fetched again."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 NEEDED = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
-"""What generating images needs of this project's own requirements: no Ray, no KFP."""
+"""The requirements of this project that generating images needs: no Ray, no KFP."""
 EXAMPLE_IMAGES = 2
 
 
 def requirements() -> list[str]:
-    """The ranges of `NEEDED` that this project itself is installed with."""
+    """`NEEDED` with the version ranges of this project."""
     own = importlib.metadata.requires("ncsn") or []
     by_name = {
         re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own if "extra ==" not in line
@@ -50,14 +50,10 @@ def write_model(
     files: Mapping[str, bytes],
     origin: Any = None,
 ) -> None:
-    """Write a complete MLflow model.
+    """Write a complete MLflow model to `folder`, which does not exist yet.
 
-    Args:
-        folder: Does not exist yet.
-        checkpoint: The network with EMA weights, and its config.
-        metadata: Plain values for the `MLmodel` file.
-        files: Name -> content of what else lies in the folder: the card, the grid.
-        origin: MLflow's `Model` that names the run and the logged model.
+    `metadata` goes to the `MLmodel` file; `files` (name -> content) lie beside it; `origin` is MLflow's `Model` with
+    the ids of the run and the logged model.
     """
     import mlflow.pyfunc
 
@@ -83,14 +79,14 @@ def write_model(
 
 
 def _signature(config: Config) -> tuple[Any, Any]:
-    """No input column: what to generate is in the params. The output is uint8 [N, H, W, C]."""
+    """Input by params alone; output uint8 [N, H, W, C]."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     data = config.data
     images = TensorSpec(np.dtype(np.uint8), (-1, data.image_size, data.image_size, data.channels), "images")
-    # Empty means as in the experiment; its length of the chain would not fit another sampler.
+    # Empty means as in the experiment, whose NFE would not fit another sampler.
     params = ParamSchema(
         [
             ParamSpec("n_images", "long", 16),
@@ -106,49 +102,36 @@ def _signature(config: Config) -> tuple[Any, Any]:
 
 
 DESCRIPTION_LENGTH = 5000
-"""What MLflow's database keeps of a description."""
+"""Longest description that MLflow's database keeps."""
 DOWNLOAD_RETRIES, DOWNLOAD_SECONDS = 3, 30
-"""Repeats of a request that fails, with pauses of 2, 4 and 8 seconds, and how long an answer may take."""
+"""Retries of a failed request, with pauses of 2, 4 and 8 seconds, and how long an answer may take."""
 
 _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
-"""Relative, so that it holds under whatever address the page is opened."""
+"""Relative, so that it works at any address of the page."""
 _HEADINGS = ("The following failures occurred", "#####")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint on its way into the registry.
+    """A checkpoint to register."""
 
-    Attributes:
-        name: Name of the registered model.
-        checkpoint: Network with EMA weights, and the config whose sampling section the model generates with.
-        card: Model card, Markdown; becomes the version's description.
-        files: Name -> content of what else lies beside the weights, such as the grid.
-        metrics: Figures to show with the model.
-        tags: Where it comes from.
-    """
-
-    name: str
-    checkpoint: SamplingCheckpoint
-    card: str
-    files: Mapping[str, bytes]
+    name: str  # of the registered model
+    checkpoint: SamplingCheckpoint  # its config has the sampler that becomes the default
+    card: str  # Markdown, which becomes the version's description
+    files: Mapping[str, bytes]  # name -> content of files beside the weights, such as the grid
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
 
     @property
     def digest(self) -> str:
-        """Equal for equal weights with equal sampler settings: then it is one version."""
+        """Identity of weights and sampler: equal digests are one version."""
         config = self.checkpoint.config
         recipe = {"weights": self.checkpoint.digest, "sampler": config.sampling.sampler.model_dump(mode="json")}
         return storage.digest(recipe, 16)
 
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
-    """The version of this candidate: a new one, or the one that it has already.
-
-    Raises:
-        UserError: for a name that the registry does not take.
-    """
+    """The version of this candidate; a new one if there is none."""
     require_model_name(candidate.name)
     client = tracked.client
     ensure_model(client, candidate.name, description="Images from a noise conditional score network.")
@@ -175,7 +158,7 @@ def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
 
 
 def _description(candidate: Candidate, model_id: str) -> str:
-    """The card, whose pictures MLflow's page finds only by the address of the logged model's files."""
+    """The card, with pictures by the address of the logged model's files, which MLflow's page needs."""
     text = candidate.card
     for name in candidate.files:
         text = text.replace(f"]({name})", f"]({_FILES.format(model_id=model_id)}{name})")
@@ -221,15 +204,10 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download what a version generates images with, laid out as `ncsn.model.checkpoint.save_trained` does.
-
-    Args:
-        uri: Of the registry.
-        version: From that registry.
-        into: An existing folder.
+    """Download the weights and config of a version into an existing folder; see `ncsn.model.checkpoint.save_trained`.
 
     Raises:
-        TrackingError: if they cannot be had, with the reason.
+        TrackingError: if they cannot be downloaded, with the reason.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException

@@ -1,4 +1,4 @@
-"""Registered models, their versions and aliases: names that addresses can hold, and errors that say what there is."""
+"""Registered models, their versions and aliases, as `models:/` addresses name them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 LEDGER_SUFFIX = ".promotions"
-"""Ends the name of the companion model that `ncsn.tracking.promotion` keeps."""
+"""Of the name of the companion model that `ncsn.tracking.promotion` keeps."""
 _SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5
@@ -27,11 +27,7 @@ _NAMES_SHOWN = 5
 
 @contextmanager
 def registry_errors(uri: str) -> Iterator[None]:
-    """Turn what the registry refuses into one line that names it.
-
-    Raises:
-        TrackingError: for any error of MLflow in the block.
-    """
+    """Turn an error of MLflow in the block into a `TrackingError` that names the registry."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -41,11 +37,7 @@ def registry_errors(uri: str) -> Iterator[None]:
 
 
 def require_model_name(name: str) -> None:
-    """Refuse a name that cannot be part of a `models:/name@alias` address.
-
-    Raises:
-        UserError: with what is allowed.
-    """
+    """Refuse a name that cannot be part of a `models:/name@alias` address."""
     if not re.fullmatch(MODEL_NAME_PATTERN, name):
         raise UserError(
             f"{_SCHEME}{name}",
@@ -60,14 +52,10 @@ def is_model_address(text: str) -> bool:
 
 
 def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
-    """The version that an address names.
-
-    Args:
-        client: Of the registry.
-        address: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or one of these without `models:/`.
+    """The version that an address names: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or without the scheme.
 
     Raises:
-        UserError: for an address that is none, a reserved alias, or an unknown model, version or alias.
+        UserError: for a malformed address, a reserved alias, or an unknown model, version or alias.
     """
     match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(_SCHEME))
     if match is None:
@@ -84,11 +72,7 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
 
 
 def require_model(client: MlflowClient, name: str) -> None:
-    """Refuse a model that is not in the registry.
-
-    Raises:
-        UserError: with the names that are.
-    """
+    """Refuse a model that is not in the registry, and list those that are."""
     require_model_name(name)
     if not client.search_registered_models(f"name = '{name}'"):
         models = [model.name for model in client.search_registered_models()]
@@ -98,11 +82,7 @@ def require_model(client: MlflowClient, name: str) -> None:
 
 
 def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
-    """A version of a model that there is.
-
-    Raises:
-        UserError: with the versions that there are.
-    """
+    """A version of a model; an unknown one is refused with the latest there are."""
     versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     if version not in versions:
         listed = ", ".join(sorted(versions, key=int)[-_NAMES_SHOWN:]) or "none"
@@ -111,7 +91,7 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
 
 
 def has_version(client: MlflowClient, name: str, version: str) -> bool:
-    """Whether the registry still has this version."""
+    """Whether the registry has this version."""
     return bool(client.search_model_versions(f"name = '{name}' and version_number = {int(version)}"))
 
 
@@ -133,17 +113,13 @@ def aliases_of(client: MlflowClient, name: str, version: str) -> list[str]:
 
 
 def set_alias(client: MlflowClient, *, name: str, alias: str, version: str) -> None:
-    """Point an alias at a version.
-
-    Raises:
-        UserError: for an alias that MLflow reserves or does not take.
-    """
+    """Point an alias at a version."""
     _require_alias(name, alias)
     insert_or_find(lambda: client.set_registered_model_alias(name, alias, version))
 
 
 def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Attach tags in order, replacing those of the same name."""
+    """Set tags in order."""
     for key, value in tags.items():
         insert_or_find(partial(client.set_model_version_tag, name, version, key, value))
 

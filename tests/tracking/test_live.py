@@ -31,8 +31,8 @@ from ncsn.runs.records import PREVIEW, TrainingHistory, load_history
 from ncsn.tracking import live
 from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run
-from ncsn.tracking.outcome import close_run
 from ncsn.tracking.reconcile import complete, reconcile
+from ncsn.tracking.recorded import close_run
 from ncsn.training import metrics as previews
 from ncsn.training.loop import TrainingJob
 
@@ -164,7 +164,7 @@ def test_a_killed_driver_loses_nothing(config, tmp_path):
     closed = close_run(config, run="driver", status="FAILED", tags={})
     assert closed is not None
     with step_run(config, run="driver", step="train") as tracked:
-        assert tracked.parent_run_id == closed.run_id
+        assert tracked.parent_run_id == closed[0].run_id
         assert_once(tracked, 3, previews={2})
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ncsn.tracking.client import Connection, connect, find_or_create
+from ncsn.tracking.client import Connection, connect
+from ncsn.tracking.recorded import find_or_create
 
 
 class Interrupted(MlflowClient):

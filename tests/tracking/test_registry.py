@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
+from gated import DiesAt, Killed
 from refused import refused
 
 from ncsn.errors import ConfigError
@@ -47,29 +47,6 @@ def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_confi
     assert logged.status == "READY"
 
 
-class Killed(BaseException):
-    """Nothing after it happens."""
-
-
-class DiesAt(MlflowClient):
-    """Its process is killed at the n-th request that writes."""
-
-    def __init__(self, uri: str, *, at: int) -> None:
-        super().__init__(uri, uri)
-        for name in REQUESTS:
-            setattr(self, name, self._counted(getattr(self, name)))
-        self.left = at
-
-    def _counted(self, request):
-        def counted(*args, **kwargs):
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
-            return request(*args, **kwargs)
-
-        return counted
-
-
 REQUESTS = (
     "create_registered_model",
     "create_logged_model",
@@ -89,7 +66,7 @@ def test_killed_at_any_request_and_repeated_it_is_one_version(config, checkpoint
     monkeypatch.setattr(registry, "write_model", write_small)
     with step_run(config, run="killed", step="register") as tracked:
         for at in range(len(REQUESTS)):
-            dying = replace(tracked, client=DiesAt(tracked.uri, at=at))
+            dying = replace(tracked, client=DiesAt(tracked.uri, REQUESTS, at=at))
             with pytest.raises(Killed):
                 registry.register(dying, candidate(checkpoint, f"killed-register-{at}"))
             made = registry.register(tracked, candidate(checkpoint, f"killed-register-{at}"))

@@ -1,0 +1,57 @@
+"""What tests of the gate share: evidence, versions without a model, and a client that is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mlflow.tracking import MlflowClient
+
+from ncsn.tracking.gate import Evidence, Measurement, Memorisation
+
+CLEAN = Memorisation(copies=1, num_images=256, real_copies=0, num_real_images=256)
+COPIES = Memorisation(copies=60, num_images=256, real_copies=3, num_real_images=256)
+
+
+def figure(
+    value: float, *, uncertainty: float = 0.3, num_images: int = 512, fingerprint: str = "f" * 64
+) -> Measurement:
+    name = f"eval/classifier_fid_n{num_images}"
+    return Measurement(name, value, uncertainty, num_images, fingerprint, lower_is_better=True)
+
+
+def evidence(
+    value: float, memorisation: Memorisation = CLEAN, broken: tuple[str, ...] = (), **changes: Any
+) -> Evidence:
+    return Evidence(figure(value, **changes), memorisation, broken)
+
+
+def empty_versions(client: MlflowClient, name: str, count: int, run_id: str | None = None) -> list[str]:
+    """Versions without a model behind them: the gate looks at their tags only."""
+    client.create_registered_model(name)
+    return [str(client.create_model_version(name, "file:///nowhere", run_id).version) for _ in range(count)]
+
+
+class Killed(BaseException):
+    """Nothing after it happens."""
+
+
+class DiesAt(MlflowClient):
+    """Its process is killed at the n-th of these requests; `counts` says of the arguments of one whether it counts."""
+
+    def __init__(
+        self, uri: str, requests: tuple[str, ...], *, at: int, counts: Callable[..., bool] = lambda *_: True
+    ) -> None:
+        super().__init__(uri, uri)
+        self._left, self._counts = at, counts
+        for name in requests:
+            setattr(self, name, self._counted(getattr(self, name)))
+
+    def _counted(self, request: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._left -= self._counts(*args)
+            if self._left < 0:
+                raise Killed
+            return request(*args, **kwargs)
+
+        return counted
