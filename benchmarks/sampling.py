@@ -11,12 +11,12 @@ from benchmarks.samplers import make_images, measured, settings_of
 from ncsn.model.checkpoint import load_for_sampling
 
 IMAGES, BATCH = 256, 64
+# 1,001 evaluations at the 20 levels of the digits; the last one removes the noise.
 LANGEVIN = {
     "name": "annealed Langevin dynamics",
     "precision": "float32",
     "sampler": {"kind": "annealed_langevin", "steps_per_level": 50, "epsilon": 9.0e-5},
 }
-"""At the digits' 20 levels: 1,001 evaluations with the last one that removes noise."""
 QUICKER = [
     {
         "name": f"EDM grid of {steps} steps, churn {churn}",
@@ -28,7 +28,7 @@ QUICKER = [
 
 
 def rows() -> list[Row]:
-    """On the digits, in CPU seconds of one core, which other load on the machine changes little."""
+    """Time to quality on the digits, in CPU seconds of one core, which other load on the machine changes little."""
     run = digits_run()
     trained = run.step("train")["result"]
     checkpoint = load_for_sampling(trained["checkpoint"])

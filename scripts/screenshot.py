@@ -1,4 +1,4 @@
-"""A picture of a report for the documentation: `python scripts/screenshot.py REPORT.html PICTURE.png`."""
+"""A screenshot of a report for the documentation: `python scripts/screenshot.py REPORT.html PICTURE.png`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from playwright.sync_api import sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1100, 1500
-COLOURS = 128
-"""Enough for a page of greys and plots, in a third of the bytes."""
+COLORS = 128  # enough for a page of grays and plots, in a third of the bytes
 
 
 def main(report: str, picture: str) -> None:
-    """Show the top of the report in headless Chromium, with the film at its end, and save what is seen."""
+    """Save a screenshot of the top of the report in headless Chromium, with the film at its end."""
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
         sys.exit(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
@@ -28,9 +27,9 @@ def main(report: str, picture: str) -> None:
         browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
         page.goto(Path(report).resolve().as_uri())
-        seen = page.screenshot()
+        screenshot = page.screenshot()
         browser.close()
-    Image.open(io.BytesIO(seen)).convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+    Image.open(io.BytesIO(screenshot)).convert("RGB").quantize(COLORS).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

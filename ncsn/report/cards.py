@@ -144,9 +144,19 @@ def run_page(facts: RunFacts) -> str:
     lines = [f"# {facts.run}: {facts.status}", ""]
     if facts.reason:
         lines += [*(f"> {_plain(line)}" for line in facts.reason.splitlines() if line.strip()), ""]
-    lines += ["| step | |", "|---|---|", *(f"| {step} | {_plain(state)} |" for step, state in facts.steps.items()), ""]
+    lines += [
+        "| step | state |",
+        "|---|---|",
+        *(f"| {step} | {_plain(state)} |" for step, state in facts.steps.items()),
+        "",
+    ]
     shown = {name: place for name, place in facts.places.items() if place}
-    lines += ["| what | where |", "|---|---|", *(f"| {name} | {_place(place)} |" for name, place in shown.items()), ""]
+    lines += [
+        "| name | location |",
+        "|---|---|",
+        *(f"| {name} | {_place(place)} |" for name, place in shown.items()),
+        "",
+    ]
     lines += [f"- {_plain(note)}" for note in facts.notes]
     return "\n".join(lines).rstrip() + "\n"
 

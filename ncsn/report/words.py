@@ -26,8 +26,8 @@ class Meaning(NamedTuple):
 MEANINGS: Mapping[str, Meaning] = {
     "score": Meaning(
         "Score",
-        "The Inception Score's formula. It is high when each image clearly shows one class and all classes occur: from "
-        "1 to the number of classes.",
+        "Formula of the Inception Score: high when each image clearly shows one class and all classes occur. From 1 to "
+        "the number of classes.",
         "higher",
     ),
     "fid": Meaning(
@@ -42,11 +42,9 @@ MEANINGS: Mapping[str, Meaning] = {
         "lower",
     ),
     "precision": Meaning(
-        "Precision", "Share of these images that are in the region of the real ones, by features.", "higher"
+        "Precision", "Share of these images whose features lie among those of the real images.", "higher"
     ),
-    "recall": Meaning(
-        "Recall", "Share of the real images that are in the region of these ones, by features.", "higher"
-    ),
+    "recall": Meaning("Recall", "Share of the real images whose features lie among those of these images.", "higher"),
     "density": Meaning(
         "Density",
         "How densely real images surround these in feature space; about 1 for real images. Outliers count little.",
@@ -163,10 +161,9 @@ def lead(
         )
         paragraphs.append(f"{text} {_copies(generated['memorised'])}" if "memorised" in generated else text)
     if decision is not None:
+        version = f"version {decision['version']} of {decision['model']}"
         verb = "is the new champion" if decision["promoted"] else "is not the new champion"
-        paragraphs.append(
-            f"It is version {decision['version']} of {decision['model']} and {verb}. Reason: {decision['reason']}."
-        )
+        paragraphs.append(f"The model is {version} and {verb}. Reason: {decision['reason']}.")
     return paragraphs
 
 

@@ -164,7 +164,7 @@ def _grid(sources: Sources) -> Picture | None:
     uri = storage.join(sources.evaluation["samples"], "grid.png")
     if not storage.exists(uri):
         return None
-    caption = f"The first images that the model generated with seed {sources.samples['seed']}, not selected."
+    caption = f"The first images that the model generated with seed {sources.samples['seed']}, without selection."
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
