@@ -18,11 +18,7 @@ def to_unit(images_u8: Tensor) -> Tensor:
 
 
 def dequantize(images_u8: Tensor, u: Tensor) -> Tensor:
-    """Stored images with each gray step spread evenly: (gray + u) / 256.
-
-    Args:
-        images_u8: uint8 [B, H, W, C].
-        u: Uniform (0, 1) numbers [B, C, H, W], fresh at each use.
+    """Stored images uint8 [B, H, W, C] with each gray step spread evenly: (gray + u) / 256, u uniform in (0, 1).
 
     Returns:
         float32 [B, C, H, W] in [0, 1); floor(256 result) is the gray value for every input.
@@ -38,13 +34,7 @@ def _grays(images_u8: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Bring samples back to stored images: clamp to [0, 1], then round half up.
-
-    Args:
-        x: Float [B, C, H, W].
-
-    Returns:
-        uint8 [B, H, W, C] on the same device.
+    """Samples [B, C, H, W] as stored images uint8 [B, H, W, C]: clamped to [0, 1], then rounded half up.
 
     Raises:
         ValueError: A value is NaN or infinite, which would otherwise become a plausible gray.
@@ -77,25 +67,15 @@ def unlogit(y: Tensor) -> Tensor:
 # The only place that knows pixels or logits, so no sampler transforms twice.
 @dataclass(frozen=True)
 class PixelSpace:
-    """The space in which a network is trained and a sampler moves.
+    """The space in which a network is trained and a sampler moves."""
 
-    Attributes:
-        dequantized: Whether gray steps are spread evenly, see `dequantize`.
-        logit: Whether it is the real line, see `logit`; else [0, 1].
-    """
-
-    dequantized: bool = False
-    logit: bool = False
+    dequantized: bool = False  # whether gray steps are spread evenly, see `dequantize`
+    logit: bool = False  # whether it is the real line, see `logit`; else [0, 1]
 
     def encode(self, images_u8: Tensor, u: Tensor | None = None) -> Tensor:
-        """Bring stored images to the space.
+        """Stored images uint8 [B, H, W, C] in the space, float32 [B, C, H, W].
 
-        Args:
-            images_u8: uint8 [B, H, W, C].
-            u: Uniform (0, 1) numbers [B, C, H, W] for the dequantisation; None takes the middle of each gray step.
-
-        Returns:
-            float32 [B, C, H, W].
+        Dequantization takes uniform (0, 1) numbers u [B, C, H, W], or the middle of each gray step.
         """
         if not self.dequantized:
             return self.transform(to_unit(images_u8))
@@ -113,19 +93,12 @@ class PixelSpace:
 # Part of every checkpoint, so that samplers that remember their start need no dataset.
 @dataclass(frozen=True)
 class DataMoments:
-    """Mean and covariance of the pixels of a data set, the covariance as V diag(variances - rest) V^T + rest I.
+    """Mean and covariance of the pixels of a dataset, the covariance as V diag(variances - rest) V^T + rest I."""
 
-    Attributes:
-        mean: float32 [C, H, W].
-        directions: V^T, orthonormal rows of the leading principal components, float32 [K, D], D = C H W.
-        variances: Variance along each, descending, float32 [K].
-        rest: Mean variance of the D - K other directions.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    variances: Tensor
-    rest: float
+    mean: Tensor  # float32 [C, H, W]
+    directions: Tensor  # V^T, orthonormal rows of the leading principal components, float32 [K, D], D = C H W
+    variances: Tensor  # along each, descending, float32 [K]
+    rest: float  # mean variance of the D - K other directions
 
 
 def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:

@@ -24,7 +24,7 @@ _LOW_32 = 0xFFFFFFFF
 class Stream(IntEnum):
     """Numbers of the streams in use, so that no two purposes share random numbers.
 
-    Sampling draw number `step` uses stream `SAMPLING + step`; every other purpose has one stream below it.
+    Draw number `step` of a sampler uses stream `SAMPLING + step`.
     """
 
     LEVEL = 1
@@ -42,18 +42,15 @@ class Stream(IntEnum):
 def keyed_uniform(
     seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uniform numbers of rows `first`, ..., `first + count - 1`.
+    """Uniform numbers of rows `first .. first + count`.
 
     Args:
-        seed: Seed of the experiment, 0 <= seed < 2^64.
-        stream: What the numbers are for, see `Stream`.
-        first: Index of the first row.
-        count: Number of rows.
+        seed: In [0, 2^64).
+        stream: Purpose of the numbers, see `Stream`.
         size: Numbers per row. Another size gives other numbers.
-        device: Device of the result.
 
     Returns:
-        float32 of shape [count, size], each strictly between 0 and 1 (an odd multiple of 2^-24).
+        float32 [count, size], each strictly between 0 and 1 (an odd multiple of 2^-24).
     """
     words = _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
     # 23 bits and a half: the largest count whose midpoints are exact in float32, so neither 0 nor 1 can be rounded to.
@@ -64,18 +61,10 @@ def keyed_uniform(
 def keyed_normal(
     seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal numbers of rows `first`, ..., `first + count - 1`, by the Box-Muller transform.
-
-    Args:
-        seed: Seed of the experiment, 0 <= seed < 2^64.
-        stream: What the numbers are for, see `Stream`.
-        first: Index of the first row.
-        count: Number of rows.
-        size: Numbers per row. Another size gives other numbers.
-        device: Device on which the transform runs and the result lies.
+    """Standard normal numbers of rows `first .. first + count`, by the Box-Muller transform on `device`.
 
     Returns:
-        float32 of shape [count, size]; no value exceeds 6.77 in magnitude.
+        float32 [count, size]; no value exceeds 6.77 in magnitude. The arguments are those of `keyed_uniform`.
     """
     words = _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
     uniform = ((words >> 32) & _LOW_32).to(torch.float64).add_(0.5).mul_(2.0**-32)
@@ -88,11 +77,7 @@ def keyed_normal(
 
 
 def keyed_permutation(seed: int, *, epoch: int, size: int) -> np.ndarray:
-    """A random order of 0, ..., size - 1 that depends on (seed, epoch, size) only.
-
-    Returns:
-        int64 array of shape [size].
-    """
+    """A random order of 0, ..., size - 1, int64 [size], that depends on (seed, epoch, size) only."""
     words = _words(seed, kind=_PERMUTATION, stream=epoch, first=0, count=1, words=size).numpy()[0]
     return np.argsort(words, kind="stable")
 
@@ -104,15 +89,7 @@ class _Draw(Protocol):
 
 
 class KeyedNoise:
-    """The random draws of a range of generated images; image `first + k` gets the same in whatever batch it is.
-
-    Args:
-        seed: Seed of the sampling run.
-        first: Index of the first image.
-        count: Number of images.
-        shape: Shape (channels, height, width) of an image.
-        device: Device of the draws.
-    """
+    """The random draws of images `first .. first + count` of shape (channels, height, width), the same in any batch."""
 
     def __init__(
         self, seed: int, *, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
@@ -146,16 +123,11 @@ class KeyedNoise:
 
 
 class InterpolatedNoise:
-    """Noise of a batch of images on the way from one to another: cos(phi) z_p + sin(phi) z_q, phi in [0, pi / 2].
+    """Noise that turns the image of `first` into that of `second`: cos(phi) z_p + sin(phi) z_q, phi in [0, pi / 2].
 
-    Every mixture is standard normal, so a sampler runs with it as with any noise, and its batch begins with the image
-    of the first source and ends with that of the second. Chains with noise in every step share one start, as in the
-    paper; a start that is a normal draw itself is mixed like the others.
-
-    Args:
-        first: Noise z_p of one image.
-        second: Noise z_q of the other.
-        count: Number of images, both ends included, at least 2.
+    Every mixture is standard normal, so a sampler runs with it as with any noise. Its batch begins with the image of
+    the first source and ends with that of the second. Chains with noise in every step share one start, as in the
+    paper; a start that is a normal draw is mixed like the others. `count` includes both ends.
     """
 
     def __init__(self, first: KeyedNoise, second: KeyedNoise, *, count: int) -> None:
@@ -184,7 +156,7 @@ class InterpolatedNoise:
 
 
 def _words(seed: int, *, kind: int, stream: int, first: int, count: int, words: int) -> Tensor:
-    """Random 64-bit words as int64 [count, words]. A row starts at a counter of its own, a whole number of blocks."""
+    """Random 64-bit words as int64 [count, words]. A row takes a whole number of blocks."""
     for name, value in (("seed", seed), ("stream", stream), ("first", first)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} must be in [0, 2^64), got {value}")

@@ -16,11 +16,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ncsn.core.losses import ScoreFunction
 
+# Number of a draw (0, 1, ...) -> standard normal tensor of the state's shape.
 NoiseSource = Callable[[int], Tensor]
-"""Number of a draw (0, 1, ...) -> standard normal tensor of the state's shape."""
-
+# Called with the level just finished and the state, which must not be changed or kept without a copy.
 OnLevel = Callable[[int, Tensor], None]
-"""Called with the level just finished and the state; the state must not be changed or kept without a copy."""
 
 
 def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tuple[float, float]]:
@@ -46,17 +45,11 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
 
 
 def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor, noise_std: float | None = None) -> Tensor:
-    """One update x + a s + sqrt(2 a) z (equation 4 in the form of the released code).
+    """One update x + a s + sqrt(2 a) z (equation 4 in the form of the released code), a new tensor.
 
     Args:
-        x: State.
-        score: Score at x.
         step_size: a.
-        z: Standard normal numbers of x's shape.
-        noise_std: What stands for sqrt(2 a), see `level_steps`.
-
-    Returns:
-        The new state, a new tensor.
+        noise_std: Takes the place of sqrt(2 a), see `level_steps`.
     """
     return torch.add(x, score, alpha=step_size).add_(z, alpha=noise_std or math.sqrt(2 * step_size))
 
@@ -91,16 +84,16 @@ def annealed_langevin(
     batch. NFE is L * steps_per_level, and one more with `denoise`.
 
     Args:
-        network: The score network, in eval mode.
-        x: Initial state [B, C, H, W]; the paper draws it uniformly from [0, 1). It is not changed.
+        network: In eval mode.
+        x: Initial state [B, C, H, W]; the paper draws it uniformly from [0, 1).
         sigmas: Noise levels [L], descending.
         epsilon: Step size at the last level.
         steps_per_level: T.
-        noise: Source of the normal draws; draw number level * T + t is used at step t of a level.
+        noise: Draw number level * T + t is used at step t of a level.
         denoise: End with x + sigma_L^2 s(x, L), which removes the noise of the last level.
-        consistent: Scale the noise of the steps so that a level's sigma stays what it is, see `level_steps`.
-        on_level: Receives each level and the state after its last step, before the denoising.
-        hold: Level -> what is applied to the state after each of its steps.
+        consistent: Scale the noise so that the steps keep a level's sigma, see `level_steps`.
+        on_level: Receives the state after the last step of a level, before the denoising.
+        hold: Level -> function that is applied to the state after each of its steps.
 
     Returns:
         The final state, not clamped to [0, 1].
@@ -141,11 +134,11 @@ def inpaint(
     (`reference.repeat_interleave(k, dim=0)`) and give each repetition its own start and noise.
 
     Args:
-        reference: Images with the known pixels [B, C, H, W]; other pixels of it are not used.
+        reference: Images with the known pixels [B, C, H, W]; other pixels are not used.
         mask: True where a pixel is known, bool of shape [H, W], [1 or C, H, W] or [B, 1 or C, H, W].
         noise: Numbers 0 to L T - 1 for the steps, then L T + i for the known pixels of level i.
-        restore: Give the known pixels back exactly at the end. The paper leaves them with noise of sigma_L.
-        consistent: Without it what is made carries more noise than what is known.
+        restore: Restore the known pixels exactly at the end. The paper leaves them with noise of sigma_L.
+        consistent: Without it unknown pixels carry more noise than known ones.
 
     Raises:
         ValueError: The mask's shape or type does not fit, or the reference's shape is not x's.

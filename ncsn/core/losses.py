@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# A score network: (x [B, C, H, W], level int64 [B]) -> score of x's shape.
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
-"""A score network: (x [B, C, H, W], level int64 [B]) -> score of x's shape."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossValue:
-    """The loss of a batch, in float32 whatever the network computes in (float64 if x is)."""
+    """The loss of a batch, in float32 for any precision of the network (float64 if x is)."""
 
     loss: Tensor  # scalar with gradient: mean over the batch of the weighted loss summed over pixels
     per_image: Tensor  # [B] without gradient, normalized so that a zero network reads 1.0 in expectation
 
 
 class Loss(Protocol):
-    """A loss that training minimizes."""
+    """A training loss."""
 
     @property
     def num_projections(self) -> int:
-        """Random directions per image that it takes, `Batch.v`."""
+        """Random directions per image that it needs, `Batch.v`."""
 
     def __call__(self, network: ScoreFunction, batch: Batch, sigmas: Tensor) -> LossValue:
         """Loss of a batch at the noise levels `sigmas` [L], descending."""
@@ -151,16 +151,7 @@ class SlicedScoreMatching:
 
 
 def level_sums(per_image: Tensor, *, level: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-    """Sums and counts of a per-image value at each level, for adding up over batches and workers.
-
-    Args:
-        per_image: Values [B].
-        level: Level of each, int64 [B].
-        num_levels: Number of levels L.
-
-    Returns:
-        float64 [L] sums and float64 [L] counts.
-    """
+    """Sums and counts, each float64 [L], of values [B] at each level; add them up over batches and workers."""
     member = level[:, None] == torch.arange(num_levels, device=level.device)
     values = torch.where(member, per_image.detach().to(torch.float64)[:, None], 0.0)
     return values.sum(dim=0), member.to(torch.float64).sum(dim=0)

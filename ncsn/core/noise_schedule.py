@@ -1,4 +1,4 @@
-"""The noise levels sigma_1 > ... > sigma_L, given or chosen from a data set.
+"""The noise levels sigma_1 > ... > sigma_L, given or chosen from a dataset.
 
 Song & Ermon 2019, section 3.2; Song & Ermon 2020, techniques 1, 2 and 4.
 """
@@ -16,22 +16,17 @@ from torch import Tensor
 from ncsn.core.keyed_random import keyed_permutation
 
 _BLOCK = 2048
-_BLOCK_VALUES = 2**24
-"""Fewer images a block where they are large."""
-_SMALL_BLOCK = 512
-"""Where much is left out: the smaller, the less is compared in vain."""
+_BLOCK_VALUES = 2**24  # of a block, which has fewer images if they are large
+_SMALL_BLOCK = 512  # smaller blocks skip more pairs
 _ROUNDING = 1e-5
 _DISTANCE_BINS = 65536
 _EPSILON_CANDIDATES = 200_000
 
 
 def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
-    """The geometric sequence from `sigma_1` down to `sigma_L`.
+    """The geometric sequence from `sigma_1` down to `sigma_L`, in pixel units of [0, 1].
 
-    Args:
-        sigma_1: Largest noise standard deviation, in pixel units of [0, 1].
-        sigma_L: Smallest one, 0 < sigma_L < sigma_1.
-        num_levels: Number of levels L; a single one needs sigma_1 = sigma_L.
+    A single level needs sigma_1 = sigma_L.
 
     Returns:
         float32 [L], descending, computed in float64; both ends are exact.
@@ -47,20 +42,13 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PairDistances:
-    """Euclidean distances between the images of a data set.
-
-    Attributes:
-        maximum: Largest distance, in pixel units of [0, 1].
-        quantile_999: 99.9th percentile, to 2^-15 of the largest norm; it shows whether outliers make the
-            maximum. It may rest on a sample of the images.
-        num_images: Images compared for the maximum.
-        exact: Whether these were all images and not a sample.
-    """
+    """Euclidean distances between the images of a dataset, in pixel units of [0, 1]."""
 
     maximum: float
+    # 99.9th percentile, to 2^-15 of the largest norm, perhaps of a sample. It shows whether outliers make the maximum.
     quantile_999: float
-    num_images: int
-    exact: bool
+    num_images: int  # compared for the maximum
+    exact: bool  # whether these were all images and not a sample
 
 
 def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) -> PairDistances:
@@ -68,8 +56,8 @@ def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) 
 
     Args:
         x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
-        flips: Whether training mirrors images, so that mirrored ones count as images too.
-        max_images: Up to so many images all pairs are compared, above it those of a random sample of 10,000.
+        flips: Whether training mirrors images, so that mirrored ones count too.
+        max_images: With more images, a random sample of 10,000 is compared.
     """
     if len(x) < 2:
         raise ValueError(f"distances need at least 2 images, got {len(x)}")
@@ -86,9 +74,9 @@ def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) 
 def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float]:
     """Histogram of the distances over [0, limit], the maximum, and the limit.
 
-    Two mirror images are as far apart as the originals, so besides originals with each other only originals with
-    mirror images are compared. Images become float block by block: as uint8 they take a quarter of the memory.
+    Images become float block by block: as uint8 they take a quarter of the memory.
     """
+    # Two mirror images are as far apart as their originals, so they are not compared with each other.
     size = _block_size(x)
     starts = range(0, len(x), size)
     norms = torch.cat([_rows(x[start : start + size]).square().sum(dim=1) for start in starts])
@@ -112,13 +100,13 @@ def _distance_histogram(x: Tensor, *, flips: bool) -> tuple[Tensor, float, float
 def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.inf) -> tuple[float, bool]:
     """Largest distance between two images, without comparing all of them.
 
-    Two images are at most as far apart as their distances from the mean image are together. So images are taken in the
-    order of these, farthest first, and no two are compared that cannot be farther apart than those found already.
+    The distance of two images is at most the sum of their distances from the mean image. So images are taken in the
+    order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped.
 
     Args:
         x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
-        flips: Whether training mirrors images, so that mirrored ones count as images too.
-        most_work: Multiplications, about, after which to be content with the largest distance so far.
+        flips: Whether training mirrors images, so that mirrored ones count too.
+        most_work: Multiplications, about, after which the search ends with the largest distance so far.
 
     Returns:
         The distance in pixel units of [0, 1], and whether there is no larger one.
@@ -127,8 +115,8 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
     variants = (False, True)[: 1 + flips]
     # With the mirror images in the mean, each of them is as far from it as the original.
     sums = [_rows(block, mirrored=mirrored).double().sum(dim=0) for block in blocks for mirrored in variants]
-    centre = (torch.stack(sums).sum(dim=0) / (len(x) * len(variants))).float()
-    radii = torch.cat([torch.linalg.vector_norm(_rows(block) - centre, dim=1) for block in blocks])
+    center = (torch.stack(sums).sum(dim=0) / (len(x) * len(variants))).float()
+    radii = torch.cat([torch.linalg.vector_norm(_rows(block) - center, dim=1) for block in blocks])
     order = radii.argsort(descending=True)
     starts = torch.split(order, min(_SMALL_BLOCK, _block_size(x)))
     reach = [float(radii[indices[0]]) for indices in starts]
@@ -138,9 +126,9 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
             continue
         if work > most_work:
             return best, False
-        images = _rows(x[starts[row]]) - centre
+        images = _rows(x[starts[row]]) - center
         for mirrored in variants:
-            distances = torch.cdist(images, _rows(x[starts[column]], mirrored=mirrored) - centre)
+            distances = torch.cdist(images, _rows(x[starts[column]], mirrored=mirrored) - center)
             best, work = max(best, float(distances.max())), work + distances.numel() * images.shape[1]
     return best, True
 
@@ -171,7 +159,7 @@ def level_overlap(ratio: float, *, dimension: int) -> float:
 
 
 def ratio_for_overlap(dimension: int, *, overlap: float = 0.5) -> float:
-    """The ratio gamma in (1, 3) of neighbouring levels at which `level_overlap` is `overlap` (technique 2)."""
+    """The ratio gamma in (1, 3) of neighboring levels at which `level_overlap` is `overlap` (technique 2)."""
     if dimension < 1 or not 0 < overlap < 0.99:
         raise ValueError(f"need dimension >= 1 and 0 < overlap < 0.99, got {dimension} and {overlap}")
     low, high = 1.0, 3.0
@@ -184,7 +172,7 @@ def ratio_for_overlap(dimension: int, *, overlap: float = 0.5) -> float:
 
 
 def num_levels_for(sigma_1: float, sigma_L: float, *, ratio: float) -> int:
-    """Number of levels L so that neighbours are at most `ratio` apart (technique 2)."""
+    """Number of levels L so that neighbors are at most `ratio` apart (technique 2)."""
     return 1 + math.ceil(math.log(sigma_1 / sigma_L) / math.log(ratio))
 
 
@@ -210,7 +198,7 @@ def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_le
 def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float:
     """Technique 4: the epsilon in (0, sigma_L^2) whose `variance_ratio` is closest to 1, by grid search.
 
-    The ratio need not have a single minimum; the grid's neighbours are 0.007 % apart.
+    The ratio need not have a single minimum; the grid's neighbors are 0.007 % apart.
     """
     r = np.geomspace(1e-6, 1, _EPSILON_CANDIDATES, endpoint=False)
     stationary = 2 / (2 - r)
@@ -221,8 +209,8 @@ def best_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int) -> float
 def consistent_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int, excess: float = 1e-3) -> float:
     """Epsilon after whose consistent steps a level has the variance 1 + `excess` of its sigma^2, for a point mass.
 
-    It begins with ratio^2, and each step multiplies what is above 1 by (1 - r)^2, r = epsilon / sigma_L^2. A larger
-    epsilon would leave less, and take spread from directions in which the data has much of it.
+    The variance starts at ratio^2, and each step multiplies its excess over 1 by (1 - r)^2, r = epsilon / sigma_L^2. A
+    larger epsilon leaves less excess, and takes spread from directions in which the data has much.
     """
     share = min(1.0, excess / (ratio**2 - 1))
     return sigma_L**2 * (1 - math.pow(share, 0.5 / steps_per_level))
@@ -230,30 +218,17 @@ def consistent_epsilon(*, sigma_L: float, ratio: float, steps_per_level: int, ex
 
 @dataclass(frozen=True)
 class NoiseSuggestion:
-    """Noise levels and Langevin step for a data set.
+    """Noise levels and Langevin step for a dataset."""
 
-    Attributes:
-        sigma_1: Largest sigma: the largest distance between two images (technique 1), to four digits, because the
-            others differ between machines.
-        sigma_L: Smallest sigma, as given.
-        num_levels: L (technique 2).
-        ratio: Ratio of neighbouring levels of that schedule.
-        overlap: C of technique 2 at that ratio.
-        steps_per_level: T, as given.
-        epsilon: Step size at the last level (technique 4).
-        variance_ratio: What technique 4 predicts for it; 1 is ideal.
-        distances: What sigma_1 rests on.
-    """
-
-    sigma_1: float
+    sigma_1: float  # the largest distance between two images (technique 1), to the four digits that all machines share
     sigma_L: float
-    num_levels: int
-    ratio: float
-    overlap: float
+    num_levels: int  # L (technique 2)
+    ratio: float  # of neighboring levels
+    overlap: float  # C of technique 2 at that ratio
     steps_per_level: int
-    epsilon: float
-    variance_ratio: float
-    distances: PairDistances
+    epsilon: float  # step size at the last level (technique 4)
+    variance_ratio: float  # predicted by technique 4; 1 is ideal
+    distances: PairDistances  # of which sigma_1 is the largest
 
 
 def suggest_noise(
@@ -262,10 +237,8 @@ def suggest_noise(
     """Techniques 1, 2 and 4 of NCSNv2 in turn.
 
     Args:
-        distances: Of the training images.
         dimension: D, number of pixels times channels.
-        sigma_L: Smallest sigma.
-        overlap: C that neighbouring levels should have; the published settings have 0.567.
+        overlap: C of neighboring levels; the published settings have 0.567.
         steps_per_level: Langevin steps per level T that the sampler can afford.
     """
     sigma_1 = float(f"{distances.maximum:.4g}")

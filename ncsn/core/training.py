@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 
 class Ema:
-    """Running average w <- decay w + (1 - decay) parameter of the weights (Song & Ermon 2020, technique 5).
+    """Running average w <- m w + (1 - m) parameter of a network's weights (Song & Ermon 2020, technique 5).
 
-    It starts from a copy of the parameters.
-
-    Args:
-        module: The network whose parameters are averaged; pass the network itself, not a DDP wrapper.
-        decay: m in [0, 1); 0 keeps a copy of the latest parameters.
+    It starts from a copy of the parameters of the network, which is no DDP wrapper; m is `decay`, in [0, 1).
     """
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:
@@ -37,7 +33,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average towards the module's present parameters; call once after each optimizer step."""
+        """Move the average toward the parameters; call it once after each optimizer step."""
         parameters: list[Tensor] = [parameter for _, parameter in self._matched(module)]
         torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - self.decay)
         self.num_updates += 1
@@ -53,7 +49,7 @@ class Ema:
         return {"weights": dict(self.weights), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, keeping this object's devices and types.
+        """Restore a `state_dict`, on this object's devices and in its types.
 
         Raises:
             ValueError: A name is missing or unknown, or a shape differs.
@@ -81,7 +77,7 @@ class Ema:
 
 @dataclass
 class TrainState:
-    """All that a resumed run needs beside its config."""
+    """The state of training, which a checkpoint restores."""
 
     network: nn.Module  # without a DDP wrapper
     optimizer: torch.optim.Optimizer
@@ -102,7 +98,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Figures of one optimizer step on this worker, left on their device."""
+    """Measurements of one optimizer step on this worker, on their device."""
 
     per_image: Tensor  # float32 [B], normalized so that a zero network reads 1.0
     # Scalar, before clipping; after DDP's averaging if the network is wrapped; 0 where the scaler skipped the step
@@ -115,15 +111,13 @@ def train_step(
 ) -> StepReport:
     """One optimizer step, and the update of the running average.
 
-    The gradient is that of the mean over the images of all workers, whatever their shares.
+    The gradient is that of the mean over the images of all workers, also if their shares differ.
 
     Args:
         network: `state.network` in train mode, wrapped in DistributedDataParallel or not.
         batch: This worker's share of the global batch.
-        state: Its weights, optimizer and average are updated; `images_seen` is the caller's.
-        loss: What is minimized.
+        state: Its weights, optimizer and average are updated; the caller counts `images_seen`.
         sigmas: Noise levels [L], descending.
-        options: How.
     """
     dtype, scaler, optimizer = options.autocast_dtype, state.scaler, state.optimizer
 
@@ -154,21 +148,21 @@ def train_step(
 
 
 def _parts(count: int, size: int | None) -> Iterator[slice]:
-    """The fewest parts of at most `size` out of `count`, alike but for one image."""
+    """The fewest parts of at most `size` images, whose sizes differ by at most one."""
     number = 1 if size is None else math.ceil(count / size)
     for index in range(number):
         yield slice(count * index // number, count * (index + 1) // number)
 
 
 def _exchange(network: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """Let the workers average their gradients in this backward pass, or only add up their own."""
+    """Context in which workers average their gradients in the backward pass, or only add up their own."""
     if now or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()
 
 
 def clip_gradient(network: nn.Module, *, max_norm: float) -> Tensor:
-    """Scale the gradient down to `max_norm` if it is longer, and give its norm from before."""
+    """Scale the gradient down to `max_norm` if it is longer, and return its norm before."""
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if max_norm < math.inf:

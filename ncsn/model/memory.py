@@ -1,4 +1,4 @@
-"""Memory that a worker pod needs for each worker, estimated from the config alone: nothing is computed."""
+"""Memory that a worker pod needs for each worker, estimated from the config."""
 
 from __future__ import annotations
 
@@ -12,33 +12,22 @@ from ncsn.config.choices import AutoNoiseConfig, NoiseConfig
 from ncsn.config.compute import LEAST_MEMORY, bytes_of
 from ncsn.model import build
 
-_UNIT = 2**29
-"""Estimates are rounded up to 0.5 GiB."""
+_UNIT = 2**29  # estimates are rounded up to 0.5 GiB
 _MARGIN = 1.25
-_PROCESS = 0.7e9
-"""A process with Python, torch and Ray (measured: 670 MiB)."""
-_NODE = 0.5e9
-"""What Ray runs on each node besides."""
-_CUDA = 3e9
-"""What CUDA's libraries and context take of the host's memory."""
-_STATE, _SNAPSHOT = 5, 6
-"""Copies of the weights: with gradients, moments and running average; on their way into a checkpoint."""
-_SAMPLING_SHARE = 1 / 6
-"""Of the feature maps that training keeps, at most alive at once while images are made (measured: 8 to 11 %)."""
+_PROCESS = 0.7e9  # with Python, torch and Ray (measured: 670 MiB)
+_NODE = 0.5e9  # Ray's other processes on a node
+_CUDA = 3e9  # CUDA's libraries and context in the host's memory
+_STATE, _SNAPSHOT = 5, 6  # copies of the weights: gradients, moments and average included; for a checkpoint
+_SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampling (measured: 8 to 11 %)
 _FLOAT, _DOUBLE = 4, 8
-_GRAPH_IMAGE = 20e6
-"""Bytes of an image of 299 pixels in the Inception graph."""
-_GROUPS = 20 + 10
-"""[D, D] matrices of the Frechet distance's jackknife."""
+_GRAPH_IMAGE = 20e6  # bytes of an image of 299 pixels in the Inception graph
+_GROUPS = 20 + 10  # [D, D] matrices of the Fréchet distance's jackknife
 
 
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
-    """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than is known of.
+    """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
 
-    Args:
-        config: The experiment.
-        step: Name of the step.
-        reference_images: Training images, for evaluate and tune.
+    Evaluate and tune need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
@@ -50,12 +39,7 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
 
 
 def kept_bytes(network: nn.Module, config: Config) -> int:
-    """Bytes of the feature maps that autograd keeps of one image.
-
-    Args:
-        network: On the device `meta`, where nothing is computed.
-        config: The experiment.
-    """
+    """Bytes of the feature maps that autograd keeps of one image. The network is on the device `meta`."""
     kept = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -85,11 +69,11 @@ def _network(config: Config, step: str) -> float:
 
 
 def _evaluation(config: Config, reference_images: int) -> float:
-    """The extractor on a batch, or afterwards the figures; the samples' features are on disk."""
+    # The extractor on a batch, or afterwards the metrics; the samples' features are on disk.
     if config.evaluation.extractor != "inception":
         return 1e9
     features = 2048
-    looking = 0.0 if config.compute.use_gpu else _GRAPH_IMAGE * config.evaluation.batch_size
-    figures = 2 * _FLOAT * features * reference_images + _DOUBLE * features**2 * _GROUPS
+    extracting = 0.0 if config.compute.use_gpu else _GRAPH_IMAGE * config.evaluation.batch_size
+    metrics = 2 * _FLOAT * features * reference_images + _DOUBLE * features**2 * _GROUPS
     balls = 2 * _DOUBLE * 10_000 * (features + 2 * 1024)
-    return max(looking, figures + balls)
+    return max(extracting, metrics + balls)

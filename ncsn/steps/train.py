@@ -21,41 +21,24 @@ from ncsn.training.loop import TrainingJob
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves behind.
+    """The result of training."""
 
-    Attributes:
-        checkpoint: URI of the last checkpoint.
-        images_seen: Training images consumed by all workers.
-        loss: Mean normalised loss at the end (a zero network reads 1); None if there was nothing left to train.
-        images_per_second: Over this call's training, without start-up.
-        seconds: Duration of this call's training.
-        dataset: URI of the data set.
-        notes: What a person should know.
-    """
-
-    checkpoint: str
-    images_seen: int
-    loss: float | None
-    images_per_second: float
-    seconds: float
-    dataset: str
-    notes: list[str] = field(default_factory=list)
+    checkpoint: str  # URI of the last one
+    images_seen: int  # by all workers
+    loss: float | None  # normalized, at the end (a zero network reads 1); None if there was nothing left to train
+    images_per_second: float  # in this call, without startup
+    seconds: float  # of this call
+    dataset: str  # URI
+    notes: list[str] = field(default_factory=list)  # for people
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inject: Sequence[str] = ()) -> TrainResult:
-    """Train, or resume the run from its latest checkpoint, or return the result if it is complete.
+    """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
-    Args:
-        config: The experiment.
-        run: Name of the run.
-        dataset: URI of the ingested data set.
-        lease: URI of the launcher's heartbeat. When it stops, training saves a checkpoint and ends.
-        inject: Faults to rehearse; see `ncsn.distributed.faults`.
+    `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends.
 
     Raises:
-        NotFound: if there is no data set at `dataset`.
-        UserError: if the run belongs to another config, training diverges, the cluster is too small, CPUs are to train
-            in float16, or `inject` names no fault.
+        UserError: if the run belongs to another config, training diverges, or the config cannot be trained here.
         LeaseExpired: if the launcher is gone.
         RemoteFailure: if it failed on the cluster of `compute.backend`.
     """
@@ -103,7 +86,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
 
 
 def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None:
-    """Raise now what each worker, or the evaluation after hours of training, would find."""
+    """Raise early what each worker, or the evaluation after hours of training, would raise."""
     if config.evaluation.extractor == "classifier" and not manifest.class_names:
         raise UserError(
             "evaluation.extractor",

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 
 def elu(x: Tensor) -> Tensor:
-    """Compute x where x is positive, else exp(x) - 1.
-
-    In training it keeps its result, which the next layer keeps too, where PyTorch's keeps its argument, and has no
-    exponential on the way back. In bfloat16 a derivative far below 1 is then known to a percent.
-    """
+    """Compute x where x is positive, else exp(x) - 1."""
+    # PyTorch's elu saves its argument. This one saves its result, which the next layer saves too, and its backward pass
+    # has no exponential. In bfloat16 a derivative far below 1 is then accurate to a percent.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return functional.elu(x)
     y: Tensor = _Elu.apply(x)
@@ -49,7 +47,7 @@ def average_pool(x: Tensor) -> Tensor:
     """5x5 mean with stride 1, over zeros outside the map too; NCSN's chained pooling."""
     if x.device.type != "cpu":
         return functional.avg_pool2d(x, kernel_size=5, stride=1, padding=2, count_include_pad=True)
-    # On a CPU PyTorch's pooling takes 10 times as long, and the way back 20 times, as a convolution with ones.
+    # On a CPU PyTorch's pooling takes 10 times as long as a convolution with ones, and its backward pass 20 times.
     channels = x.shape[1]
     return functional.conv2d(x, x.new_ones(1, 1, 5, 5).expand(channels, 1, 5, 5), padding=2, groups=channels) / 25
 
@@ -67,13 +65,10 @@ def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: boo
 
 
 def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
-    """Raise ValueError unless `level` is int64 [batch] within 0, ..., num_levels - 1.
-
-    The range is looked at on the CPU only, where this costs nothing; a GPU would have to be waited for, and a compiled
-    network would be cut in two.
-    """
+    """Raise ValueError unless `level` is int64 [batch] within 0, ..., num_levels - 1."""
     if level.shape != (batch,) or level.dtype != torch.int64:
         raise ValueError(f"level must be int64 of shape [{batch}], got {level.dtype} of shape {list(level.shape)}")
+    # Reading the range would wait for a GPU, and would split a compiled network in two.
     if level.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if batch and not 0 <= int(level.min()) <= int(level.max()) < num_levels:
@@ -83,7 +78,7 @@ def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
 
 
 def check_size(x: Tensor, *, halvings: int) -> None:
-    """Raise ValueError unless height and width can be halved so many times."""
+    """Raise ValueError unless height and width can be halved `halvings` times."""
     step = 2**halvings
     if x.shape[2] % step or x.shape[3] % step:
         raise ValueError(
@@ -101,7 +96,7 @@ class _PooledConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return functional.avg_pool2d(self.conv(x), kernel_size=2)
-        # Each pooled pixel is a convolution with the mean of the kernel's four places, at every second pixel. On a CPU
+        # Each pooled pixel is a convolution with the mean of the kernel at four places, at every second pixel. On a CPU
         # the pooling took longer than the convolution.
         wide = functional.pad(self.conv.weight, (1, 1, 1, 1))
         weight = (wide[..., 1:, :] + wide[..., :-1, :]) / 4
@@ -113,11 +108,8 @@ class ResidualBlock(nn.Module):
     """Pre-activation residual block: shortcut(x) + conv2(ELU(norm2(conv1(ELU(norm1(x)))))).
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output; equal to in_channels unless `down`.
-        norm: Makes the normalisations.
         down: Change the channels, and halve height and width unless dilated: with dilation the size stays.
-        dilation: Dilation of all 3x3 convolutions, None for undilated.
+        dilation: Of all 3x3 convolutions.
     """
 
     def __init__(
@@ -148,15 +140,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualStage(nn.ModuleList):
-    """Two residual blocks, of which the first may change channels and size.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        norm: Makes the normalisations.
-        down: Whether the first block changes channels, and halves the size unless dilated.
-        dilation: Dilation of both blocks.
-    """
+    """Two residual blocks, of which the first may change channels and size."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
@@ -179,13 +163,7 @@ def _normalized(norm: nn.Module | None, x: Tensor, level: Tensor) -> Tensor:
 
 
 class ResidualConvUnit(nn.Module):
-    """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases.
-
-    Args:
-        channels: Channels of input and output.
-        num_blocks: Number of blocks.
-        norm: Makes the normalisations; None for none.
-    """
+    """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases."""
 
     def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory | None) -> None:
         super().__init__()
@@ -219,13 +197,7 @@ class _ConvsThenNorms(nn.Module):
 
 
 class MultiScaleFusion(_ConvsThenNorms):
-    """MSF: the sum of conv(norm(x_k)), each brought to one size by bilinear interpolation with aligned corners.
-
-    Args:
-        in_channels: Channels of each input.
-        out_channels: Channels of the output.
-        norm: Makes the normalisations; None for none.
-    """
+    """MSF: the sum of conv(norm(x_k)), each resized to one size by bilinear interpolation with aligned corners."""
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory | None) -> None:
         super().__init__([conv3x3(channels, out_channels) for channels in in_channels], norm=norm)
@@ -236,20 +208,14 @@ class MultiScaleFusion(_ConvsThenNorms):
         for index, x in enumerate(xs):
             h = self.convs[index](self._normalized(index, x, level))
             if h.shape[2:] != size:
-                # In the maps' type, where autocast on a GPU has the enlargement itself in float32.
+                # Back in the maps' type, since autocast on a GPU interpolates in float32.
                 h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True).to(h.dtype)
             terms.append(h)
         return torch.stack(terms).sum(dim=0) if len(terms) > 2 else terms[0] + terms[1]
 
 
 class ChainedResidualPooling(_ConvsThenNorms):
-    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x.
-
-    Args:
-        channels: Channels of input and output.
-        norm: Makes the normalisations; None for none.
-        pool: A pooling that keeps the size.
-    """
+    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x. The pool keeps the size."""
 
     def __init__(self, channels: int, *, norm: NormFactory | None, pool: Pool) -> None:
         super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], norm=norm)
@@ -268,10 +234,7 @@ class RefineBlock(nn.Module):
     """RefineNet block: an RCU per input, their fusion, chained pooling, and an output RCU.
 
     Args:
-        in_channels: Channels of each input: [encoder, previous refine block], or the encoder alone.
-        out_channels: Channels of the output.
-        norm: Makes the normalisations; None for none.
-        pool: Pooling of the chained pooling.
+        in_channels: Of each input: [encoder, previous refine block], or the encoder alone.
         end: Whether this is the last block, which has three output blocks instead of one.
     """
 

@@ -2,7 +2,7 @@
 
 PyTorch's dropout draws from a generator in the order of the batch, so its masks change with the number of workers that
 share a batch. Here a mask is a function of the image's noisy pixels, which no two images of a training share, and of
-the layer: the same in whatever batch, on whatever worker, and when a step is repeated.
+the layer: the same in any batch, on any worker, and when a step is repeated.
 """
 
 from __future__ import annotations
@@ -14,54 +14,41 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _EPS = 1e-5
+# Of one call of group norm with a backward pass, for which CUDA starts a block each: the limit of a grid dimension.
 _MOST_GROUPS = 65_535
-"""Of one call of group norm with a way back: CUDA starts a block for each, in a dimension that has no more."""
 
+# Number of channels -> a normalization module whose forward takes (x, level).
 NormFactory = Callable[[int], nn.Module]
-"""Number of channels -> a normalisation module whose forward takes (x, level)."""
 
 
 def instance_norm_plus(x: Tensor, *, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Compute gamma (IN(x) + alpha m) + beta, the form of the released weights.
 
-    IN normalises each channel of each image over its pixels. m is the channel's mean, standardised over the image's
-    channels (with divisor C - 1), which returns what IN takes away: how bright the channels are beside each other.
-    The paper prints gamma IN + beta + alpha m.
+    IN normalizes each channel of each image over its pixels. m is the channel's mean, standardized over the image's
+    channels (with divisor C - 1): it restores the relative brightness of the channels, which IN removes. The paper
+    prints gamma IN + beta + alpha m.
 
     Args:
         x: Feature maps [B, C, H, W] of any floating type.
-        gamma: Scale, [B, C] or [C].
-        alpha: Scale of the standardised means, same shape.
-        beta: Shift, same shape.
+        gamma: [B, C] or [C], like alpha and beta.
 
     Returns:
-        [B, C, H, W] in the type of x; all is computed in float32, or wider if x is.
+        [B, C, H, W] in the type of x, computed in float32, or wider if x is.
     """
     channels, height, width = x.shape[1:]
-    # A sum over a number, since the way back through a mean divides maps instead of numbers.
+    # A sum over a number, since the backward pass of a mean divides maps instead of numbers.
     mean = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (height * width)
     channel_variance, channel_mean = torch.var_mean(mean, dim=1, keepdim=True)
-    standardised = (mean - channel_mean) * torch.rsqrt(channel_variance + _EPS)
+    standardized = (mean - channel_mean) * torch.rsqrt(channel_variance + _EPS)
     scale = gamma.to(mean.dtype).expand_as(mean)
-    shift = scale * alpha * standardised + beta
+    shift = scale * alpha * standardized + beta
     return group_norm_by_image(x, groups=channels, scale=scale, shift=shift.to(mean.dtype))
 
 
 def group_norm_by_image(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Group norm with a scale and shift of each image's own.
-
-    The images' channels laid end to end are one image of B * C channels, so that one fused call replaces five passes
-    over the feature maps: a third of the time, in training a fifth.
-
-    Args:
-        x: Feature maps [B, C, H, W].
-        groups: Groups of channels in an image.
-        scale: [B, C].
-        shift: [B, C].
-
-    Returns:
-        [B, C, H, W] in the type of x; autocast has the call itself in float32.
-    """
+    """Group norm of feature maps [B, C, H, W] with a scale and a shift [B, C] per image, in the type of x."""
+    # The images' channels, joined to one image of B * C channels, need one fused call instead of five passes over the
+    # feature maps: a third of the time, in training a fifth.
     images = max(1, _MOST_GROUPS // groups)
     if len(x) > images and torch.is_grad_enabled():
         parts = zip(*(torch.split(each, images) for each in (x, scale, shift)), strict=True)
@@ -75,12 +62,7 @@ def group_norm_by_image(x: Tensor, *, groups: int, scale: Tensor, shift: Tensor)
 
 
 class ConditionalInstanceNormPlus(nn.Module):
-    """Instance normalisation++ whose parameters depend on the noise level.
-
-    Args:
-        num_features: Channels C.
-        num_levels: Noise levels L; the table `embed` has one row [gamma | alpha | beta] for each.
-    """
+    """Instance normalization++ with parameters per noise level: a row [gamma | alpha | beta] of `embed` for each."""
 
     def __init__(self, num_features: int, *, num_levels: int) -> None:
         super().__init__()
@@ -90,17 +72,13 @@ class ConditionalInstanceNormPlus(nn.Module):
             self.embed.weight[:, 2 * num_features :].zero_()
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Normalise x [B, C, H, W] at level int64 [B]."""
+        """Normalize x [B, C, H, W] at level int64 [B]."""
         gamma, alpha, beta = self.embed(level).chunk(3, dim=1)
         return instance_norm_plus(x, gamma=gamma, alpha=alpha, beta=beta)
 
 
 class InstanceNormPlus(nn.Module):
-    """Instance normalisation++ with one set of parameters for all noise levels (NCSNv2).
-
-    Args:
-        num_features: Channels C.
-    """
+    """Instance normalization++ with one set of parameters for all noise levels (NCSNv2)."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -109,7 +87,7 @@ class InstanceNormPlus(nn.Module):
         self.beta = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor, _level: Tensor) -> Tensor:
-        """Normalise x [B, C, H, W] alike at every level."""
+        """Normalize x [B, C, H, W], the same at every level."""
         return instance_norm_plus(x, gamma=self.gamma, alpha=self.alpha, beta=self.beta)
 
 
@@ -118,28 +96,22 @@ _GOLDEN, _FIRST, _SECOND = (number - 2**32 for number in (0x9E3779B1, 0x85EBCA6B
 
 
 def image_keys(x: Tensor) -> Tensor:
-    """One number per image of `x` [B, ...], int32 [B]; another if a single bit of a pixel is another."""
+    """One number per image of `x` [B, ...], int32 [B]; it changes with any bit of a pixel."""
     bits = x.detach().float().flatten(1).view(torch.int32)
     # A sum of integers is the same in any order, so on any device.
     return _mix(_mix(bits + _places(bits.shape[1], x.device)).sum(dim=1, dtype=torch.int32))
 
 
 class KeyedDropout(nn.Module):
-    """Zeroes activations with probability `p`, to 1/65536, and scales the others by 1 / (1 - p).
-
-    Args:
-        p: The probability, in [0, 1).
-
-    Attributes:
-        layer: Number of the layer, for its network to set; another layer draws other masks.
-    """
+    """Zeroes activations with probability `p` in [0, 1), to 1/65536, and scales the others by 1 / (1 - p)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p, self.layer = p, 0
+        self.p = p
+        self.layer = 0  # set by the network: each layer draws other masks
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """Activations [B, C, H, W] to the same shape; unchanged without the keys [B] of their images."""
+        """Drop activations [B, C, H, W] by the keys [B] of their images; without keys, none."""
         if keys is None:
             return x
         count = x[0].numel()
@@ -156,7 +128,7 @@ def _places(count: int, device: torch.device) -> Tensor:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """Scatter int32 numbers, given up to this function: the finaliser of MurmurHash3, whose shifts fill with zeros."""
+    """Scatter int32 numbers in place, by the finalizer of MurmurHash3, whose shifts fill with zeros."""
     h = h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
     h = h.bitwise_xor_((h >> 13).bitwise_and_(0x7FFFF)).mul_(_SECOND)
     return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))

@@ -25,16 +25,10 @@ if TYPE_CHECKING:
 
 
 class NcsnNetwork(nn.Module):
-    """Score network s(x, level) with instance normalisation++ conditioned on the level.
+    """Score network s(x, level) with instance normalization++ conditioned on the level.
 
     Parameters and their names are those of the released weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657
-    for 28x28x1 (num_features 64), with 10 levels.
-
-    Args:
-        num_features: Channels of the first stage, twice that in the later ones.
-        channels: Channels of the images.
-        num_levels: Number of noise levels L.
-        rescale: Feed 2x - 1 to the first layer, for images in [0, 1]; off for logit-transformed ones.
+    for 28x28x1 (num_features 64), with 10 levels. `rescale` feeds 2x - 1 to the first layer, for images in [0, 1].
     """
 
     def __init__(self, num_features: int, *, channels: int, num_levels: int, rescale: bool = True) -> None:
@@ -125,17 +119,12 @@ class NcsnV2Network(nn.Module):
     """Score network s(x, level) = f(x) / sigma_level with an unconditional f (technique 3).
 
     Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
-    depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256).
-
-    Args:
-        num_features: Channels of the first stage.
-        channels: Channels of the images.
-        sigmas: Noise levels [L], descending; kept as a buffer.
-        depth: Number of stages: 4, 5 or 6, which halve the image 1, 2 or 3 times.
-        rescale: Feed 2x - 1 to the first layer, for images in [0, 1]; off for logit-transformed ones.
+    depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256). These have 4,
+    5 and 6 stages, which halve the image 1, 2 and 3 times. `rescale` feeds 2x - 1 to the first layer, for images in
+    [0, 1].
     """
 
-    sigmas: Tensor
+    sigmas: Tensor  # [L], descending
 
     def __init__(
         self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard", rescale: bool = True
@@ -164,7 +153,7 @@ class NcsnV2Network(nn.Module):
         """Score of noisy images at levels of the schedule.
 
         Args:
-            x: [B, C, H, W] around [0, 1]; H and W divisible by 2, 4 or 8 with the depth.
+            x: [B, C, H, W] around [0, 1]; H and W divisible by 2, 4 or 8 according to the depth.
             level: int64 [B], 0 = most noise.
 
         Returns:
@@ -179,7 +168,7 @@ class NcsnV2Network(nn.Module):
 
     def _unscaled(self, x: Tensor) -> Tensor:
         check_size(x, halvings=self._halvings)
-        # The blocks hand a level to their norms; these norms are the same at every level.
+        # The blocks pass a level to their norms, which do not use it here.
         level = torch.empty(0)
         h: Tensor = self.begin_conv(2 * x - 1 if self.rescale else x)
         features = []

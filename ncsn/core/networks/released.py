@@ -19,19 +19,12 @@ _PREFIX = "module."
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """What a released `checkpoint.pth` holds.
+    """The content of a released `checkpoint.pth`."""
 
-    Attributes:
-        weights: State dict of the network, names without the `module.` prefix.
-        optimizer: State dict of Adam, its states numbered by parameter.
-        num_steps: Optimizer steps taken, read from Adam's own count (NCSN's file does not say it otherwise).
-        ema: Averaged parameters by name, or None if the file has none, as NCSN's.
-    """
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    num_steps: int
-    ema: dict[str, Tensor] | None
+    weights: dict[str, Tensor]  # by name, without the `module.` prefix
+    optimizer: dict[str, Any]  # state dict of Adam, its states numbered by parameter
+    num_steps: int  # from Adam's count; NCSN's file has no other
+    ema: dict[str, Tensor] | None  # averaged parameters by name; NCSN's file has none
 
 
 def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
@@ -68,9 +61,9 @@ def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
 def load_released_checkpoint(
     released: ReleasedCheckpoint, *, network: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema
 ) -> None:
-    """Continue from a released checkpoint: set the weights, Adam's moments and the running average.
+    """Set the weights, Adam's moments and the running average to those of a released checkpoint.
 
-    Without an average in the file, the running average starts as a copy of the weights. The optimizer keeps its own
+    Without an average in the file, the running average starts as a copy of the weights. The optimizer keeps its
     learning rate and other settings. Everything is checked before anything is changed.
 
     Raises:

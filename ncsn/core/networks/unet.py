@@ -1,8 +1,8 @@
 """A compact U-Net with the preconditioning of Karras et al. 2022 (section 5).
 
 It can be trained at any noise level, from far below to far above the spread of the data, and evaluated between levels.
-The layout is for speed on a CPU as well as on a GPU: feature maps are NCHW because PyTorch's group norm is several
-times faster there than with channels last, and FiLM is the affine part of a group norm instead of passes of its own.
+The layout is fast on a CPU and on a GPU: feature maps are NCHW because PyTorch's group norm is several times faster
+then than with channels last, and FiLM is the affine part of a group norm instead of extra passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ncsn.core.networks.blocks import check_levels
 from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image, image_keys
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
-# says large from small, the highest tells levels that differ by a few percent.
+# separates large from small, the highest separates levels that differ by a few percent.
 LOWEST_FREQUENCY = 0.5
 HIGHEST_FREQUENCY = 50.0
 
@@ -51,7 +51,7 @@ class NoiseEmbedding(nn.Module):
         self.linear2 = nn.Linear(features, features)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """[B] to [B, features], after the activation that every user of it would apply."""
+        """[B] to [B, features], after the activation that every reader would apply."""
         angles = c_noise[:, None] * self.frequencies
         h = torch.cat([angles.cos(), angles.sin()], dim=1)
         return functional.silu(self.linear2(functional.silu(self.linear1(h))))
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         normed = self.norm(x).to(x.dtype)
         heads = self.query_key_value(normed).reshape(batch, 3, self.num_heads, -1, height * columns)
         heads = heads.transpose(3, 4)
-        # A GPU's fused kernels take nothing else; on a CPU theirs is slower on small maps.
+        # A GPU's fused kernels need contiguous heads; a CPU's kernel is slower with them on small maps.
         query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
         mixed = functional.scaled_dot_product_attention(query, key, value)
         y: Tensor = x + self.output(mixed.transpose(2, 3).reshape(batch, width, height, columns))
@@ -143,7 +143,7 @@ class ResidualStage(nn.Module):
 
 
 class Upsample(nn.Module):
-    """1x1 convolution to the next width, then nearest-neighbour enlargement."""
+    """1x1 convolution to the next width, then nearest-neighbor enlargement."""
 
     def __init__(self, in_width: int, *, out_width: int) -> None:
         super().__init__()
@@ -164,14 +164,12 @@ class UnetNetwork(nn.Module):
     deviation `sigma_data` per pixel.
 
     Args:
-        channels: Channels of the images.
-        image_size: Height and width in pixels. Says where attention goes; other sizes are accepted too.
-        sigmas: [L] noise standard deviation of each level in units of pixels in [0, 1], descending.
-        widths: Channels at each resolution, from the image's own; each next one has half the size, rounded up.
-        blocks_per_resolution: Residual blocks at each resolution on the way down, and as many on the way up.
-        embedding_features: Width of the embedding of sigma.
-        attention_sizes: Feature map sizes in pixels that get self-attention after each residual block.
-        dropout: Dropout probability inside the residual blocks in training, in [0, 1).
+        image_size: Height and width in pixels. Decides where attention goes; other sizes are accepted too.
+        sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
+        widths: Channels at each resolution, from that of the image; each next one has half the size, rounded up.
+        blocks_per_resolution: Residual blocks at each resolution on the way down, and on the way up.
+        attention_sizes: Feature map sizes in pixels with self-attention after each residual block.
+        dropout: Probability inside the residual blocks in training, in [0, 1).
         sigma_data: Standard deviation of the pixels in [0, 1].
 
     Raises:
@@ -219,7 +217,7 @@ class UnetNetwork(nn.Module):
                 attention=size in attention_sizes,
             )
             self.down.append(stage(width))
-            # All but the lowest resolution join the enlarged map with what the way down had at this size.
+            # All but the lowest resolution join the enlarged map with that of the way down at this size.
             self.up.append(stage(width if lowest else 2 * width))
             if not lowest:
                 self.downsample.append(nn.Conv2d(width, widths[depth + 1], 3, stride=2, padding=1))
@@ -265,10 +263,8 @@ class UnetNetwork(nn.Module):
         return 2 * (gain * raw - x2x / variance)
 
     def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The network F before preconditioning.
-
-        On a GPU autocast has norms and enlargements in float32; what they give goes back to the maps' type.
-        """
+        """The network F before preconditioning."""
+        # On a GPU autocast computes norms and interpolations in float32; their results return to the maps' type.
         embedding = self.embedding(c_noise)
         h = self.input(x)
         skips: list[Tensor] = []
