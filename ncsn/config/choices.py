@@ -1,4 +1,4 @@
-"""What `kind` can choose: noise, network, loss and sampler, each with its own settings."""
+"""The sections with a `kind`: noise, network, loss, sampler, and the domains of a search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncsn.errors import UserError
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
+    """A frozen group of settings without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -19,13 +19,13 @@ class Section(BaseModel):
 class NoiseConfig(Section):
     """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
 
-    kind: Literal["geometric"] = Field("geometric", description="Levels as given here.")
+    kind: Literal["geometric"] = Field("geometric", description="The levels are given here.")
     sigma_1: float = Field(
         1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
     )
     sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
     num_levels: int = Field(
-        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, is no annealing."
+        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
     )
 
     @model_validator(mode="after")
@@ -37,21 +37,21 @@ class NoiseConfig(Section):
         if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
             raise UserError(
                 "sigma_1",
-                f"must be larger than sigma_L = {self.sigma_L}: the levels run from most to least noise",
+                f"must be larger than sigma_L = {self.sigma_L}, since the levels go from most to least noise",
                 value=self.sigma_1,
             )
         return self
 
 
 class AutoNoiseConfig(Section):
-    """Levels chosen from the ingested images when training starts (NCSNv2, techniques 1 and 2); `noise: auto`."""
+    """Levels chosen from the training images when training starts (NCSNv2, techniques 1 and 2); `noise: auto`."""
 
-    kind: Literal["auto"] = Field(description="The largest distance between two images becomes sigma_1.")
+    kind: Literal["auto"] = Field(description="sigma_1 is the largest distance between two images.")
     sigma_L: float = Field(
         0.01, gt=0, le=1e3, description="Smallest noise standard deviation, in units of pixels in [0, 1]."
     )
     overlap: float = Field(
-        0.5, gt=0, lt=0.99, description="Overlap C of neighbouring levels; NCSNv2's published settings have 0.567."
+        0.5, gt=0, lt=0.99, description="Overlap C of adjacent levels; the published settings of NCSNv2 have 0.567."
     )
 
 
@@ -59,9 +59,9 @@ NoiseChoice = Annotated[NoiseConfig | AutoNoiseConfig, Field(discriminator="kind
 
 
 class NcsnNetworkConfig(Section):
-    """The RefineNet of the 2019 paper (appendix A), conditioned by instance normalisation++."""
+    """The RefineNet of the 2019 paper (appendix A), conditioned by instance normalization++."""
 
-    kind: Literal["ncsn"] = Field(description="The paper's network.")
+    kind: Literal["ncsn"] = Field(description="The network of the 2019 paper.")
     num_features: int = Field(
         128, ge=4, le=1024, description="Channels of the first stage: 128 for CIFAR-10, 64 for MNIST."
     )
@@ -73,7 +73,7 @@ class NcsnV2NetworkConfig(Section):
     kind: Literal["ncsnv2"] = Field(description="The network of the 2020 paper.")
     num_features: int = Field(128, ge=4, le=1024, description="Channels of the first stage; the paper uses 128.")
     depth: Literal["standard", "deeper", "deepest"] = Field(
-        "standard", description="For images up to 64, 128 and 256 pixels."
+        "standard", description="standard, deeper and deepest are for images up to 64, 128 and 256 pixels."
     )
 
 
@@ -85,14 +85,14 @@ class UnetNetworkConfig(Section):
         (32, 64, 64),
         min_length=1,
         max_length=6,
-        description="Channels at each resolution; each next one has half the size.",
+        description="Channels at each resolution; each next resolution has half the size.",
     )
     blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
     embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
-    attention_sizes: tuple[int, ...] = Field((), description="Feature map sizes in pixels that get self-attention.")
+    attention_sizes: tuple[int, ...] = Field((), description="Sizes in pixels of the feature maps with self-attention.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability inside the blocks.")
     sigma_data: float = Field(
-        0.25, gt=0, le=10, description="Standard deviation of the pixels in [0, 1], for preconditioning."
+        0.25, gt=0, le=10, description="Standard deviation of the images' pixels in [0, 1], for the preconditioning."
     )
 
 
@@ -105,27 +105,27 @@ _ANNEAL_POWER = Field(2.0, ge=0, le=4, description="Weight of level i is sigma_i
 class DsmLossConfig(Section):
     """Denoising score matching (paper eq. 5 and 6)."""
 
-    kind: Literal["dsm"] = Field("dsm", description="The paper's loss.")
+    kind: Literal["dsm"] = Field("dsm", description="The loss of the 2019 paper.")
     anneal_power: float = _ANNEAL_POWER
     antithetic: bool = Field(
         False,
-        description="Average each image's loss over the noise z and -z, at twice the cost: less variance at low noise.",
+        description="Average each image's loss over the noise z and -z: less variance at low noise, twice the cost.",
     )
 
 
 class SsmLossConfig(Section):
     """Sliced score matching with variance reduction (paper eq. 3), on images with noise of each level."""
 
-    kind: Literal["ssm"] = Field(description="Needs no noise to be known; two to four times the cost of dsm.")
+    kind: Literal["ssm"] = Field(description="Does not need to know the noise; costs two to four times as much as dsm.")
     anneal_power: float = _ANNEAL_POWER
-    num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image, whose mean is taken.")
+    num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image; the loss is their mean.")
 
 
 class SingleSigmaLossConfig(Section):
     """The paper's negative control: denoising score matching at one sigma, unweighted (eq. 2)."""
 
     kind: Literal["single_sigma"] = Field(
-        description="Needs noise.num_levels = 1, with noise.sigma_1 = noise.sigma_L (the paper: 0.01)."
+        description="Needs noise.num_levels = 1 and noise.sigma_1 = noise.sigma_L (0.01 in the paper)."
     )
 
 
@@ -135,7 +135,7 @@ LossConfig = Annotated[DsmLossConfig | SsmLossConfig | SingleSigmaLossConfig, Fi
 class AnnealedLangevinConfig(Section):
     """Annealed Langevin dynamics (paper, Algorithm 1)."""
 
-    kind: Literal["annealed_langevin"] = Field(description="The paper's sampler.")
+    kind: Literal["annealed_langevin"] = Field(description="The sampler of the 2019 paper.")
     steps_per_level: int = Field(
         100, ge=1, le=100000, description="Langevin steps T at each level; NFE = T * num_levels."
     )
@@ -144,24 +144,24 @@ class AnnealedLangevinConfig(Section):
         gt=0,
         le=1,
         description="Step size at the last level: a_i = epsilon * sigma_i^2 / sigma_L^2, x += a_i s + sqrt(2 a_i) z. "
-        "The paper's printed Algorithm 1 with its epsilon is this one with epsilon / 2.",
+        "Algorithm 1 as printed, with the paper's epsilon, is the same with epsilon / 2.",
     )
-    denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE (Tweedie's formula).")
+    denoise: bool = Field(True, description="End with x + sigma_L^2 s(x) (Tweedie's formula), one more NFE.")
     consistent: bool = Field(
         False,
-        description="Add sqrt(2 a_i - (a_i / sigma_i)^2) z instead, so that each level keeps exactly its noise; "
-        "epsilon is at most sigma_L^2 then.",
+        description="Add sqrt(2 a_i - (a_i / sigma_i)^2) z instead, which keeps exactly the noise of each level; "
+        "epsilon must then be at most sigma_L^2.",
     )
 
 
 class LangevinConfig(Section):
     """Langevin dynamics at one noise level (paper, equation 4)."""
 
-    kind: Literal["langevin"] = Field(description="Langevin dynamics at a single level, without annealing.")
+    kind: Literal["langevin"] = Field(description="Langevin dynamics at one level, without annealing.")
     level: int = Field(
-        -1, ge=-10000, lt=10000, description="The level, 0 = most noise; negative ones count from the last."
+        -1, ge=-10000, lt=10000, description="The level; 0 = most noise, -1 = the last level, -2 = the one before it."
     )
-    num_steps: int = Field(200, ge=1, le=1_000_000, description="Number of steps, the NFE.")
+    num_steps: int = Field(200, ge=1, le=1_000_000, description="Number of steps; one NFE each.")
     step_size: float = Field(5e-5, gt=0, le=1, description="a in x += a s + sqrt(2 a) z.")
     denoise: bool = Field(True, description="End with x + sigma^2 s(x), one more NFE.")
 
@@ -169,11 +169,20 @@ class LangevinConfig(Section):
 class ConsistentAnnealedConfig(Section):
     """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020)."""
 
-    kind: Literal["consistent_annealed"] = Field(description="One step per level that leaves exactly the next sigma.")
-    epsilon: float = Field(
-        gt=0, le=1, description="Step size at the last level; within (1 +- q) sigma_L^2 for the ratio q of the levels."
+    kind: Literal["consistent_annealed"] = Field(
+        description="One step per level, after which exactly the next sigma is left."
     )
-    refine: int = Field(1, ge=1, le=1000, description="Make the grid so many times finer; needs a continuous network.")
+    epsilon: float = Field(
+        gt=0,
+        le=1,
+        description="Step size at the last level, within (1 +- q) sigma_L^2, where q is the ratio of adjacent levels.",
+    )
+    refine: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="How many times finer than the levels; more than 1 needs a network for any sigma, not ncsn.",
+    )
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE.")
 
 
@@ -181,36 +190,38 @@ class PredictorCorrectorConfig(Section):
     """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021)."""
 
     kind: Literal["predictor_corrector"] = Field(
-        description="A step of the reverse SDE, then Langevin steps, per level."
+        description="At each level a step of the reverse SDE, then Langevin steps."
     )
-    predictor: Literal["reverse_diffusion", "ancestral"] = Field("reverse_diffusion", description="The SDE's step.")
+    predictor: Literal["reverse_diffusion", "ancestral"] = Field(
+        "reverse_diffusion", description="Kind of the reverse SDE's step."
+    )
     corrector_steps: int = Field(1, ge=0, le=1000, description="Langevin steps per level.")
-    snr: float = Field(0.16, gt=0, le=1, description="Signal-to-noise ratio r of the corrector's steps.")
-    num_levels: int | None = Field(None, ge=2, description="Visit so many of the network's levels; null = all.")
-    denoise: bool = Field(True, description="End with the predictor's step to sigma = 0, one more NFE.")
+    snr: float = Field(0.16, gt=0, le=1, description="Signal-to-noise ratio r of the Langevin steps.")
+    num_levels: int | None = Field(None, ge=2, description="How many of the network's levels to visit; null = all.")
+    denoise: bool = Field(True, description="End with a predictor step to sigma = 0, one more NFE.")
 
 
 class ProbabilityFlowConfig(Section):
-    """The probability-flow ODE on the network's own levels (Song et al. 2021)."""
+    """The probability-flow ODE at the network's levels (Song et al. 2021)."""
 
-    kind: Literal["probability_flow"] = Field(description="Deterministic: Euler (1 NFE per level) or Heun (2).")
-    method: Literal["euler", "heun"] = Field("heun", description="First or second order.")
-    num_levels: int | None = Field(None, ge=2, description="Visit so many of the network's levels; null = all.")
-    spacing: Literal["geometric", "karras"] = Field("geometric", description="How the visited levels spread.")
-    denoise: bool = Field(True, description="End with the step to sigma = 0, one more NFE.")
+    kind: Literal["probability_flow"] = Field(description="Deterministic; Euler (1 NFE per level) or Heun (2).")
+    method: Literal["euler", "heun"] = Field("heun", description="euler = first order, heun = second order.")
+    num_levels: int | None = Field(None, ge=2, description="How many of the network's levels to visit; null = all.")
+    spacing: Literal["geometric", "karras"] = Field("geometric", description="Spacing of the visited levels.")
+    denoise: bool = Field(True, description="End with a step to sigma = 0, one more NFE.")
 
 
 class KarrasHeunConfig(Section):
-    """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2); needs a continuous network."""
+    """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2); needs a network for any sigma, not ncsn."""
 
-    kind: Literal["karras_heun"] = Field(description="Heun on the grid of Karras et al., with churn.")
+    kind: Literal["karras_heun"] = Field(description="Heun's method on the grid of Karras et al., with churn.")
     num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")
     rho: float = Field(7.0, gt=0, le=100, description="Exponent of the grid.")
-    churn: float = Field(0.0, ge=0, le=1000, description="Total noise added again on the way; 0 = deterministic.")
+    churn: float = Field(0.0, ge=0, le=1000, description="How much noise is added during sampling; 0 = deterministic.")
     churn_min: float = Field(0.0, ge=0, le=1e4, description="Lowest sigma with churn.")
     churn_max: float = Field(1e4, gt=0, le=1e4, description="Highest sigma with churn.")
-    churn_noise: float = Field(1.0, gt=0, le=2, description="Standard deviation of what churn adds; 1 keeps sigma.")
-    denoise: bool = Field(True, description="End with the step to sigma = 0.")
+    churn_noise: float = Field(1.0, gt=0, le=2, description="Standard deviation of the added noise; 1 keeps sigma.")
+    denoise: bool = Field(True, description="End with a step to sigma = 0.")
 
     @model_validator(mode="after")
     def _churns_somewhere(self) -> KarrasHeunConfig:
@@ -232,12 +243,12 @@ _SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)
 
 
 def parse_sampler(values: Mapping[str, Any]) -> SamplerConfig:
-    """The section of a sampler from its plain values."""
+    """The section of a sampler from plain values."""
     return _SECTION.validate_python(values)
 
 
 class _RangeDomain(Section):
-    low: float = Field(description="Least value.")
+    low: float = Field(description="Smallest value.")
     high: float = Field(description="Largest value.")
 
     @model_validator(mode="after")
@@ -248,20 +259,20 @@ class _RangeDomain(Section):
 
 
 class UniformDomain(_RangeDomain):
-    """Any value of a range, all equally likely; whole numbers where the setting is one."""
+    """Values of a range, all equally likely; whole numbers if the setting is one."""
 
     kind: Literal["uniform"] = Field(description="A range.")
 
 
 class LogDomain(_RangeDomain):
-    """Any value of a range, all orders of magnitude equally likely."""
+    """Values of a range, all orders of magnitude equally likely."""
 
-    kind: Literal["log"] = Field(description="A range of positive numbers, by their logarithm.")
+    kind: Literal["log"] = Field(description="A range of positive numbers, on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _positive(self) -> LogDomain:
         if self.low <= 0:
-            raise UserError("low", "must be more than 0 for kind: log", hint="use kind: uniform", value=self.low)
+            raise UserError("low", "must be positive for kind: log", hint="use kind: uniform", value=self.low)
         return self
 
 

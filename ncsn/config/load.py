@@ -1,4 +1,4 @@
-"""Text to `Config` and back. Errors name the dotted path, the value, and the valid keys or range."""
+"""Text to `Config` and back, and the settings that differ between two configs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,13 @@ from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
 from ncsn.errors import ConfigError
 
-_DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}
-"""Kinds of sections that may leave theirs out."""
+_DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 
 
 def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
-    """Parse one complete experiment.
+    """The config in a YAML or JSON text, after `overrides` like `a.b=value`, whose values are YAML.
 
-    Args:
-        text: YAML (or JSON, a subset of it).
-        overrides: `a.b=value` strings applied in order; the value is read as YAML.
-        origin: where the text came from, for error messages.
-
-    Raises:
-        ConfigError: naming each wrong key or value.
+    `ConfigError` with each wrong key or value; `origin` says there where the text comes from.
     """
     try:
         tree = yaml.safe_load(text)
@@ -53,14 +46,9 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
 
 
 def with_sampler(config: Config, sampler: str) -> Config:
-    """The experiment with another sampler.
+    """The config with another sampler: a kind, for its default settings, or `{kind: ..., ...}`.
 
-    Args:
-        config: The experiment.
-        sampler: A kind, for its default settings or, if it is the experiment's kind, its own; or `{kind: ..., ...}`.
-
-    Raises:
-        ConfigError: for an unknown kind or setting, or one that does not fit the network and its levels.
+    The kind that the config has already leaves the settings as they are.
     """
     if sampler == config.sampling.sampler.kind:
         return config
@@ -69,17 +57,17 @@ def with_sampler(config: Config, sampler: str) -> Config:
 
 
 def from_json(text: str) -> Config:
-    """Parse the canonical string that travels between processes."""
+    """The config in the text of `to_json`."""
     return from_yaml(text, origin="config (JSON)")
 
 
 def to_json(config: Config) -> str:
-    """Canonical form: sorted keys, no spaces. Equal configs give equal strings."""
+    """Canonical text with sorted keys and no spaces: the same for equal configs."""
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
 
 def to_yaml(config: Config) -> str:
-    """Readable form in schema order."""
+    """Readable text in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -100,7 +88,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (no dot) as text; a person means the number."""
+    # YAML 1.1 reads 1e-3, without a dot, as text.
     if isinstance(value, str):
         try:
             return float(value)
@@ -122,15 +110,13 @@ _NOT_DECIDING = (
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> plain value; sequences stay lists."""
+    """Dotted path -> plain value; lists stay lists."""
     return dict(_walk(config.model_dump(mode="json"), ""))
 
 
 def training_settings(config: Config) -> dict[str, Any]:
-    """What decides the weights, as dotted path -> value. A run name belongs to one choice of these.
-
-    Where the images and the work are, and how often something is kept or reported, is not among them.
-    """
+    """The settings that decide the weights, dotted path -> value. A run belongs to one choice of these."""
+    # Not where data and work are, nor how often something is kept or reported.
     return {
         path: value
         for path, value in flatten(config).items()
@@ -139,10 +125,8 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Those of `training_settings` that differ -> (value in one, value in other).
-
-    Noise levels that one of the two leaves to the images are not compared: the images decide, not the config.
-    """
+    """The `training_settings` that differ: dotted path -> (value in one, value in other)."""
+    # Noise levels are not compared if one config leaves their choice to the images.
     left, right = training_settings(one), training_settings(other)
     chosen_later = one.noise.kind != other.noise.kind
     return {

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a config, by dotted path."""
+"""Pydantic's errors as problems with dotted paths."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ncsn.errors import Problem, problems_of
 
 
 def problems(error: ValidationError, tree: dict[str, Any], *, model: type[BaseModel]) -> list[Problem]:
-    """What keeps a tree from being a `model`. The keys of a validator's `UserError` are relative to its section."""
+    """The problems of a tree that is not a valid `model`."""
     return [problem for detail in error.errors() for problem in _explain(detail, tree, model)]
 
 
 def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    """The section classes that a field may hold, by itself or in a mapping: each arm of a union; none for a value."""
+    """The section classes that a field may hold, alone or in a mapping; none for a value."""
     return list(_sections_in(model.model_fields[field].annotation))
 
 
@@ -45,7 +45,7 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
         return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree, model))}")]
     if kind == "union_tag_invalid":
         return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
-    if kind == "value_error":
+    if kind == "value_error":  # the keys of a validator's UserError are relative to its section
         return [
             replace(problem, key=".".join(filter(None, (path, problem.key))))
             for problem in problems_of(detail["ctx"]["error"])
@@ -54,7 +54,7 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
 
 
 def _valid_keys(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
-    """Keys that may stand beside the last of `parts`, for the kind that the tree chose there."""
+    """Keys of the section of the last of `parts`, for the kind that the tree has there."""
     return sorted({key for model in _models(parts, tree, root) for key in model.model_fields})
 
 
@@ -74,7 +74,7 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -
         node = node.get(part) if isinstance(node, dict) else None
         kind = node.get("kind") if isinstance(node, dict) else None
         named = [model for model in models if part in model.model_fields]
-        # A part that is no field is a key of a mapping of sections.
+        # A part that is not a field is a key of a mapping of sections.
         arms = [arm for model in named for arm in section_models(model, part)] if named else models
         models = [
             arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
@@ -83,7 +83,7 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -
 
 
 def _path_parts(location: Sequence[int | str], tree: Any) -> list[str]:
-    """Pydantic's location without the tags that it adds for discriminated unions."""
+    # Pydantic adds the tags of discriminated unions to the location.
     parts: list[str] = []
     node = tree
     for part in location:

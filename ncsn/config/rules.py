@@ -1,4 +1,4 @@
-"""Settings that are each valid but do not go together, found before hours of work end in them."""
+"""Rules across sections: settings that are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 
 
 def checked(tree: dict[str, Any]) -> Config:
-    """The experiment of a tree of plain values, whose settings are valid and go together."""
+    """A validated `Config` from plain values, as of a YAML file; `ConfigError` with all problems."""
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError.of(problems(error, tree, model=Config)) from None
-    if found := misfits(config):
+    if found := check(config):
         raise ConfigError.of(found)
     return config
 
 
-def misfits(config: Config) -> list[Problem]:
-    """A problem for each pair of settings that do not fit, whose key is the one to change."""
+def check(config: Config) -> list[Problem]:
+    """A problem for each broken rule, with the key to change."""
     checks = (_batch, _compiled_loss, _logits, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
     return [problem for check in checks for problem in check(config)]
 
@@ -50,8 +50,8 @@ def _batch(config: Config) -> Iterator[Problem]:
     if batch < workers:
         yield Problem(
             "train.batch_size",
-            f"leaves some of compute.num_workers = {workers} without an image",
-            "raise the one or lower the other",
+            f"less than one image for each of compute.num_workers = {workers}",
+            "raise it, or lower compute.num_workers",
             batch,
         )
 
@@ -60,7 +60,7 @@ def _compiled_loss(config: Config) -> Iterator[Problem]:
     if config.compute.compile and isinstance(config.loss, SsmLossConfig):
         yield Problem(
             "compute.compile",
-            "cannot train with loss.kind = ssm, which differentiates the network twice",
+            "not possible with loss.kind = ssm, which differentiates the network twice",
             "use compute.compile = false",
             value=True,
         )
@@ -75,16 +75,16 @@ def _network_size(config: Config) -> Iterator[Problem]:
         if sizes[:-1].count(1):
             yield Problem(
                 "network.widths",
-                f"data.image_size = {size} can be halved only {sizes.index(1)} times",
+                f"too many: data.image_size = {size} can be halved only {sizes.index(1)} times",
                 f"use at most {sizes.index(1) + 1} widths",
                 list(network.widths),
             )
         elif missing := sorted(set(network.attention_sizes) - set(sizes)):
             yield Problem(
                 "network.attention_sizes",
-                f"{missing} do not occur: feature maps of data.image_size = {size} with {len(sizes)} network.widths "
+                f"no feature map has size {missing}; with data.image_size = {size} and {len(sizes)} widths they "
                 f"have sizes {sizes}",
-                "choose among these",
+                "use some of these",
             )
         return
     step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
@@ -101,7 +101,7 @@ def _logits(config: Config) -> Iterator[Problem]:
     if config.data.logit_transform and config.noise.kind == "auto":
         yield Problem(
             "noise",
-            "is measured on pixels, but data.logit_transform = true trains on their logits",
+            "measured on pixels, but data.logit_transform = true trains on their logits",
             "use the section noise that `ncsn suggest-noise --config` prints",
             "auto",
         )
@@ -119,14 +119,13 @@ def _one_level(config: Config) -> Iterator[Problem]:
     if num_levels == 1 and not isinstance(sampler, LangevinConfig):
         yield Problem(
             "sampling.sampler.kind",
-            "goes through several noise levels, but noise.num_levels = 1",
+            "uses several noise levels, but noise.num_levels = 1",
             "use sampling.sampler.kind = langevin",
             sampler.kind,
         )
 
 
 def _sampler_network(config: Config) -> Iterator[Problem]:
-    """Samplers that go between the network's levels."""
     sampler = config.sampling.sampler
     if not isinstance(config.network, NcsnNetworkConfig):
         return
@@ -139,7 +138,7 @@ def _sampler_network(config: Config) -> Iterator[Problem]:
         return
     yield Problem(
         f"sampling.sampler.{setting}",
-        "needs a network that takes any sigma, and network.kind = ncsn knows its own noise levels only",
+        "needs a network for any sigma, and network.kind = ncsn is only for its own noise levels",
         f"use {instead}, or network.kind = ncsnv2 or unet",
         getattr(sampler, setting),
     )
@@ -152,14 +151,14 @@ def _sampler_levels(config: Config) -> Iterator[Problem]:
     if isinstance(sampler, LangevinConfig) and not -noise.num_levels <= sampler.level < noise.num_levels:
         yield Problem(
             "sampling.sampler.level",
-            f"not among noise.num_levels = {noise.num_levels}",
+            f"not one of noise.num_levels = {noise.num_levels} levels",
             f"use 0 to {noise.num_levels - 1}, or -1 for the last",
             sampler.level,
         )
     if isinstance(sampler, AnnealedLangevinConfig) and sampler.consistent and sampler.epsilon > noise.sigma_L**2:
         yield Problem(
             "sampling.sampler.epsilon",
-            f"more than noise.sigma_L^2 = {noise.sigma_L**2:g}, the largest with sampling.sampler.consistent = true",
+            f"more than noise.sigma_L^2 = {noise.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true",
             "lower it",
             sampler.epsilon,
         )
@@ -180,7 +179,7 @@ def _sampler_levels(config: Config) -> Iterator[Problem]:
         if not low <= sampler.epsilon <= high:
             yield Problem(
                 "sampling.sampler.epsilon",
-                "outside what consistent annealed sampling needs for these noise.sigma_1, noise.sigma_L and "
+                "out of range for consistent annealed sampling with these noise.sigma_1, noise.sigma_L and "
                 "noise.num_levels",
                 f"use {low:.4g} to {high:.4g}",
                 sampler.epsilon,
@@ -191,7 +190,7 @@ def _splits(config: Config) -> Iterator[Problem]:
     if config.evaluation.num_splits > config.sampling.num_images:
         yield Problem(
             "sampling.num_images",
-            f"does not fill evaluation.num_splits = {config.evaluation.num_splits}",
-            "generate more images or lower evaluation.num_splits",
+            f"less than one for each of evaluation.num_splits = {config.evaluation.num_splits}",
+            "raise it, or lower evaluation.num_splits",
             config.sampling.num_images,
         )

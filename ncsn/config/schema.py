@@ -1,9 +1,9 @@
 """Every setting of an experiment, with its meaning, unit and range.
 
-One frozen object describes a complete experiment: there is no inheritance and no hidden default elsewhere. What
-changes a result is here; addresses and secrets are in the environment. Sizes of progress are counted in training
-images (`*_images`), not in steps or epochs, so that batch size and worker count can change without changing what a
-schedule means. The sections `compute`, `storage` and `tracking` say where the work happens and do not change results.
+One frozen object is a complete experiment: there is no inheritance and no default elsewhere. All that changes a result
+is here; addresses and secrets are in the environment. Progress is counted in training images (`*_images`), not in steps
+or epochs, so that a schedule does not depend on batch size and number of workers. The sections `compute`, `storage` and
+`tracking` do not change results.
 """
 
 from __future__ import annotations
@@ -31,87 +31,100 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 
 class DataConfig(Section):
-    """Which images, and how they are brought to one shape."""
+    """Which images, and in what shape."""
 
     source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
-        description="Where the images come from. All but sklearn_digits read files below data.root."
+        description="Source of the images. All but sklearn_digits read files in data.root."
     )
     root: str | None = Field(
         None,
-        description="Local folder (or CelebA's zip, CIFAR-10's archive) that holds the source; for image_folder also "
-        "s3://bucket/prefix, and a .tar or .zip in place of a folder.",
+        description="Local folder with the files of the source, or the zip of CelebA or the archive of CIFAR-10; for "
+        "image_folder also s3://bucket/prefix, and a .tar or .zip instead of a folder.",
     )
     download: bool = Field(
-        False, description="Let torchvision download fashion_mnist, mnist or cifar10 into data.root."
+        False, description="Download fashion_mnist, mnist or cifar10 into data.root with torchvision."
     )
-    image_size: int = Field(ge=8, le=1024, description="Height and width in pixels after centre crop and resize.")
+    image_size: int = Field(ge=8, le=1024, description="Height and width in pixels, after center crop and resize.")
     channels: Literal[1, 3] = Field(
-        description="1 = gray, 3 = RGB. A source of the other kind is refused unless converted."
+        description="1 = gray, 3 = RGB. Other images are refused unless convert_channels is true."
     )
-    convert_channels: bool = Field(False, description="Convert gray to RGB or RGB to gray instead of refusing.")
+    convert_channels: bool = Field(
+        False, description="Convert gray to RGB, or RGB to gray, instead of refusing the images."
+    )
     test_fraction: float = Field(
         0.1,
         gt=0,
         lt=1,
-        description="Share of the images held out as test split, where the source has no split of its own.",
+        description="Share of the images in the test split, for sources without a test split.",
     )
     max_images: int | None = Field(
         None, ge=2, description="Keep only the first N images of each split; null keeps all."
     )
     on_bad_image: Literal["fail", "skip"] = Field(
-        "fail", description="What to do with an image that does not decode: stop and name it, or skip and count it."
+        "fail",
+        description="For an image that cannot be decoded: fail = stop and name it, skip = leave it out and count it.",
     )
-    rows_per_part: int = Field(16384, ge=1, description="Rows per Parquet part file.")
+    rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
     loader: Literal["cache", "stream"] = Field(
         "cache",
-        description="How training reads the images: from a copy of all on each node's disk, or from windows that come "
-        "and go, for what does not fit there, with a weaker shuffle.",
+        description="How training reads the images: cache = from a copy of all images on each node's disk; stream = "
+        "from windows of images, for datasets that do not fit on the disk, with a weaker shuffle.",
     )
     window_images: int = Field(
-        65536, ge=16, description="Images of a window of loader: stream; a node's disk holds two or three."
+        65536,
+        ge=16,
+        description="Images in a window of loader: stream; two or three windows must fit on a node's disk.",
     )
-    dequantize: bool = Field(True, description="Add uniform noise below one gray step, fresh at each use (spec 1.7).")
+    dequantize: bool = Field(True, description="Add uniform noise below one gray level, new at each use.")
     logit_transform: bool = Field(
         False,
-        description="Train on the logits of the pixels, from -13.8 to 13.8, which are then the unit of each sigma, of "
+        description="Train on the logits of the pixels, from -13.8 to 13.8. They are then the unit of every sigma, of "
         "step sizes and of network.sigma_data.",
     )
-    horizontal_flip: bool = Field(False, description="Mirror each training image with probability one half.")
+    horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
 
 
 class OptimizerConfig(Section):
     """Adam and its learning-rate schedule."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
-    beta_1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the first moment.")
-    beta_2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the second moment.")
-    eps: float = Field(1e-8, gt=0, le=1e-2, description="Adam's denominator offset.")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
+    beta_2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
+    eps: float = Field(1e-8, gt=0, le=1e-2, description="Term that is added to Adam's denominator.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
-    grad_clip_norm: float | None = Field(None, gt=0, description="Clip the global gradient norm to this; null = off.")
-    warmup_images: int = Field(0, ge=0, description="Images over which the rate rises linearly from zero.")
+    grad_clip_norm: float | None = Field(
+        None, gt=0, description="Clip the global norm of the gradient to this value; null = off."
+    )
+    warmup_images: int = Field(
+        0, ge=0, description="Training images over which the learning rate rises linearly from zero."
+    )
     decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Fall of the rate to zero at train.num_images."
+        "constant", description="How the learning rate falls to zero at train.num_images; constant = it does not."
     )
 
 
 class TrainConfig(Section):
-    """Length of training and what is kept of it."""
+    """The length of training and its checkpoints."""
 
-    batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step over all workers together.")
-    num_images: int = Field(ge=1, description="Training images to consume in all (images, not epochs).")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay per step of the running average of the weights.")
+    batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
+    num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="Decay per step of the exponential moving average of the weights."
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Arithmetic of the network's convolutions; norms, loss and optimizer stay in float32. float16, "
-        "with its scaled loss, is for GPUs without bfloat16, and refused on CPUs.",
+        description="Precision of the network's convolutions; norms, loss and optimizer use float32. float16 scales "
+        "the loss; it is for GPUs without bfloat16 and is refused on CPUs.",
     )
-    checkpoint_every_images: int = Field(ge=1, description="A checkpoint every so many images, and one at the end.")
-    report_every_images: int = Field(ge=1, description="Images between two entries of the loss curves.")
-    keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
+    checkpoint_every_images: int = Field(
+        ge=1, description="Training images between two checkpoints; the last one is at the end."
+    )
+    report_every_images: int = Field(ge=1, description="Training images between two points of the loss curves.")
+    keep_checkpoints: int = Field(3, ge=1, description="Number of latest checkpoints to keep.")
     keep_best: bool = Field(
         True,
-        description="Keep a copy of the checkpoint of the least loss too, in the run's folder best/. The loss does not "
-        "tell which checkpoint draws the best images.",
+        description="Also keep a copy of the checkpoint with the lowest loss, in the run's folder best/. It does not "
+        "always generate the best images.",
     )
 
     @model_validator(mode="after")
@@ -127,131 +140,133 @@ class TrainConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How images are generated from the EMA weights."""
+    """How images are generated with the EMA weights."""
 
-    num_images: int = Field(512, ge=1, description="Images to generate.")
+    num_images: int = Field(512, ge=1, description="Number of images to generate.")
     batch_size: int = Field(
-        64, ge=1, le=65536, description="Images per network evaluation. Does not change the images."
+        64, ge=1, le=65536, description="Images per network evaluation; does not change the images."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends on (seed, i) only.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends only on (seed, i).")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Arithmetic of the network's convolutions; the state of the chain stays in float32."
+        "float32", description="Precision of the network's convolutions; the images themselves use float32."
     )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
 
 
 class EvaluationConfig(Section):
-    """What the samples are measured with."""
+    """How the samples are evaluated."""
 
     extractor: Literal["classifier", "inception"] = Field(
         "classifier",
-        description="Feature extractor: a small classifier of the ingested images, or the 2015 Inception graph.",
+        description="Feature extractor: a small classifier trained on the dataset, or the 2015 Inception graph.",
     )
     weights: str | None = Field(
         None,
-        description="Weights of the inception extractor: local path, http(s) URL (kept in the cache) or s3 URI.",
+        description="Weights of the inception extractor: local path, http(s) URL (cached) or S3 URI.",
     )
     weights_sha256: str = Field(
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; with "
-        "any other file the figures are not named Inception figures.",
+        description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; "
+        "metrics with other weights get other names.",
     )
-    classifier_epochs: int = Field(10, ge=1, le=1000, description="Passes over the training split for the classifier.")
+    classifier_epochs: int = Field(10, ge=1, le=1000, description="Epochs for which the classifier is trained.")
     num_splits: int = Field(
-        10, ge=1, le=100, description="Contiguous splits of the samples for the score's mean and deviation."
+        10,
+        ge=1,
+        le=100,
+        description="Consecutive splits of the samples, for the mean and standard deviation of the Inception score.",
     )
-    batch_size: int = Field(256, ge=1, le=65536, description="Images per extractor evaluation.")
+    batch_size: int = Field(256, ge=1, le=65536, description="Images per evaluation of the extractor.")
 
     @model_validator(mode="after")
     def _weights_named(self) -> EvaluationConfig:
         if self.extractor == "inception" and self.weights is None:
             raise UserError(
                 "weights",
-                "missing, and extractor: inception needs them: nothing is fetched that the config does not name",
-                hint="give the path, URL or s3 URI of weights-inception-2015-12-05-6726825d.pth",
+                "missing, and extractor: inception needs them; there is no default download",
+                hint="set it to the path, URL or S3 URI of weights-inception-2015-12-05-6726825d.pth",
             )
         if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
             raise UserError(
                 "weights_sha256",
                 "not a SHA-256",
-                hint="give 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
+                hint="use 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
                 value=self.weights_sha256,
             )
         return self
 
 
 class SearchConfig(Section):
-    """A search for better settings; absent = none. DSM losses of other noise levels do not compare, samples do."""
+    """A search for better settings, judged by samples; DSM losses at different noise levels are not comparable."""
 
     space: dict[str, Domain] | None = Field(
         None,
         description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
-        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L from a third to three times their values, with "
-        "noise: auto those that the images suggest.",
+        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L, from a third to three times their values, or "
+        "with noise: auto the values that the images suggest.",
     )
     epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
         None,
         min_length=1,
-        description="Step sizes that every checkpoint is sampled with, as epsilon / sigma_L ** 2: they cost no "
-        "training. null = half, one and two times that of the config. For samplers that have an epsilon.",
+        description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; they need no training. "
+        "null = half, one and two times that of the config. For samplers with an epsilon.",
     )
-    num_trials: int = Field(16, ge=1, le=10000, description="Choices of settings to train.")
+    num_trials: int = Field(16, ge=1, le=10000, description="Number of trials.")
     algorithm: Literal["optuna", "random"] = Field(
-        "optuna", description="Who chooses: Optuna's tree-structured Parzen estimator, or chance."
+        "optuna", description="How settings are chosen: by Optuna's tree-structured Parzen estimator, or at random."
     )
     seed: int = Field(
         1,
         ge=0,
         lt=2**32,
-        description="Seed of the choices and of the samples that judge them. Keep it apart from sampling.seed, so that "
-        "the final figures are of samples that decided nothing.",
+        description="Seed of the trials and of their samples. Use another seed than sampling.seed, so that the final "
+        "metrics are of samples that the search did not use.",
     )
     first_rung_images: int | None = Field(
         None,
         ge=1,
-        description="Training images after which a trial is judged first. The next rungs are reduction_factor times "
-        "further each, the last is train.num_images. null = train.num_images / reduction_factor ** 2; train.num_images "
-        "= no early stopping.",
+        description="Training images until the first rung, where a trial is judged. Each next rung is reduction_factor "
+        "times further; the last is train.num_images. null = train.num_images / reduction_factor ** 2; "
+        "train.num_images = no early stopping.",
     )
     reduction_factor: int = Field(
-        4, ge=2, le=100, description="Of so many trials at a rung about one goes on (asynchronous successive halving)."
+        4,
+        ge=2,
+        le=100,
+        description="About one of this many trials continues after a rung (asynchronous successive halving).",
     )
-    num_samples: int = Field(
-        512, ge=2, le=1_000_000, description="Images that judge a trial at each rung, for each epsilon."
-    )
+    num_samples: int = Field(512, ge=2, le=1_000_000, description="Images to generate at each rung for each epsilon.")
     nfe: int | None = Field(
-        None, ge=1, description="Network evaluations per image, equal for all trials; null = those of the config."
+        None, ge=1, description="Network evaluations per image, the same for all trials; null = as in the config."
     )
-    baseline: bool = Field(
-        True, description="Train the config as it stands to the end, as the first trial, to compare with."
-    )
+    baseline: bool = Field(True, description="Train the config itself to the end, as the first trial, for comparison.")
     max_concurrent: int | None = Field(
-        None, ge=1, description="Trials at a time; null = as many as the cluster holds, and never more than that."
+        None, ge=1, description="Trials at a time, at most as many as the cluster has room for; null = that many."
     )
 
 
 class StorageConfig(Section):
-    """Where bytes live."""
+    """Where datasets and runs are stored."""
 
-    root: str = Field(".ncsn", min_length=1, description="Folder or s3://bucket/prefix of datasets and runs.")
+    root: str = Field(".ncsn", min_length=1, description="Local folder or s3://bucket/prefix.")
 
 
 class TrackingConfig(Section):
-    """MLflow's experiment and registry."""
+    """MLflow's experiment and model registry."""
 
     uri: str | None = Field(
-        None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file below a local storage.root."
+        None, description="Tracking server; null = MLFLOW_TRACKING_URI, else a SQLite file in a local storage.root."
     )
-    experiment: str = Field("ncsn", min_length=1, description="MLflow experiment.")
+    experiment: str = Field("ncsn", min_length=1, description="Name of the MLflow experiment.")
     preview_images: int = Field(
         16,
         ge=0,
         le=256,
-        description="Images drawn at each checkpoint, to be watched in MLflow; 0 = none. They take at most 1 % of the "
-        "time, and are left out where that is too little.",
+        description="Images to generate at each checkpoint for MLflow; 0 = none. They take at most 1 % of the time and "
+        "are left out where they would take more.",
     )
     registered_model: str | None = Field(
-        None, description="Name in the registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
+        None, description="Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
     )
 
     @field_validator("registered_model")
@@ -260,7 +275,7 @@ class TrackingConfig(Section):
         if name is not None and not re.fullmatch(MODEL_NAME_PATTERN, name):
             raise UserError(
                 "",
-                "not a name that addresses such as models:/NAME@champion can hold",
+                "not valid in an address such as models:/NAME@champion",
                 hint="use letters, digits, '.', '-' and '_'",
                 value=name,
             )
@@ -271,7 +286,9 @@ class Config(Section):
     """One complete experiment."""
 
     name: str = Field(description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, image order, noise and levels.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the weights, the order of images, the noise and the levels."
+    )
     data: DataConfig
     noise: NoiseChoice = NoiseConfig()
     network: NetworkConfig
@@ -280,7 +297,7 @@ class Config(Section):
     train: TrainConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    search: SearchConfig | None = None
+    search: SearchConfig | None = Field(None, description="A search for better settings; null = none.")
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -299,14 +316,10 @@ class Config(Section):
 
     @property
     def levels(self) -> NoiseConfig:
-        """The noise levels.
-
-        Raises:
-            UserError: if they are still to be chosen from the images.
-        """
+        """The noise levels; `UserError` before training has chosen them."""
         if self.noise.kind == "auto":
             raise UserError(
-                "noise", "has no levels before training has chosen them", hint="run `ncsn train` first", value="auto"
+                "noise", "has no levels until training has chosen them", hint="run `ncsn train` first", value="auto"
             )
         return self.noise
 

@@ -1,4 +1,4 @@
-"""A search over settings: which, in which range, and how each choice is judged."""
+"""The settings, rungs and variants of a search, and what is wrong with its space."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ncsn.errors import ConfigError, Problem
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
 _AND = ("data.dequantize", "data.horizontal_flip")
+# Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
 _BUT = (
     "train.num_images",
     "train.checkpoint_every_images",
@@ -26,15 +27,13 @@ _BUT = (
     "sampling.sampler.num_steps",
     "sampling.sampler.num_levels",
 )
-"""Where things are kept, and what sets the length of training and of sampling, which are equal for all trials."""
-_SPREAD = 3.0
-"""A setting that the space does not name is searched from a third to three times its value."""
+_SPREAD = 3.0  # the default space is from a third to three times a value
 _EPSILON_FACTORS = (0.5, 1.0, 2.0)
 _MOST_CORNERS = 128
 
 
 def searched_space(config: Config) -> dict[str, Domain]:
-    """Path -> range of the config's search, with the default where the config names none."""
+    """Dotted path -> domain of the search, by default that of the noise levels."""
     assert config.search is not None
     if config.search.space is not None:
         return config.search.space
@@ -46,7 +45,7 @@ def searched_space(config: Config) -> dict[str, Domain]:
 
 
 def rungs(config: Config) -> list[int]:
-    """Training images at which a trial is judged, ascending; the last is `train.num_images`."""
+    """Training images at which trials are judged, ascending; the last is `train.num_images`."""
     search, last = config.search, config.train.num_images
     assert search is not None
     rung = search.first_rung_images or max(1, last // search.reduction_factor**2)
@@ -58,16 +57,12 @@ def rungs(config: Config) -> list[int]:
 
 
 def untrained_share(config: Config) -> float:
-    """Share in [0, 1] of the untrained weights that the running average still holds at the first rung."""
+    """Share in [0, 1] of the initial weights in their moving average at the first rung."""
     return float(config.train.ema_decay ** (rungs(config)[0] // config.train.batch_size))
 
 
 def setting(config: Config, path: str) -> Any:
-    """The value at a dotted path of the config.
-
-    Raises:
-        KeyError: if there is none.
-    """
+    """The value at a dotted path; KeyError if there is none."""
     node: Any = config.model_dump(mode="json")
     for key in path.split("."):
         node = node[key]
@@ -75,12 +70,9 @@ def setting(config: Config, path: str) -> Any:
 
 
 def variant(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values at some dotted paths, and without its search.
+    """The config without its search and with other values at some dotted paths; `ConfigError` if it is not valid.
 
     A sampler's epsilon keeps its ratio to sigma_L ** 2, its natural unit.
-
-    Raises:
-        ConfigError: if the values do not make a config.
     """
     tree = config.model_dump(mode="json")
     tree["search"] = None
@@ -98,13 +90,7 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
-    """The variant with each epsilon of the sweep, ascending.
-
-    Args:
-        config: The experiment that is searched.
-        variant_: One choice of its settings.
-        with_own: Let the variant's own epsilon be among them.
-    """
+    """A variant of the config with each epsilon of the search, ascending; `with_own` adds the variant's epsilon."""
     search, own = config.search, getattr(variant_.sampling.sampler, "epsilon", None)
     assert search is not None
     if own is None:
@@ -118,14 +104,14 @@ def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
 
 
 def significant(value: float) -> float:
-    """Rounded to six digits, for people who read the config."""
+    """The value rounded to six digits, to be readable in a config."""
     return float(f"{value:.6g}")
 
 
 def space_problems(config: Config) -> list[Problem]:
-    """What is wrong with the config's search space: paths, values, and combinations of them.
+    """What is wrong with the search space: paths, values, and combinations of values.
 
-    A config whose noise levels are still to be chosen from the images is looked at once they are.
+    With `noise: auto` the space is checked only when training has chosen the levels.
     """
     search = config.search
     if search is None or config.noise.kind == "auto":
@@ -143,7 +129,7 @@ def space_problems(config: Config) -> list[Problem]:
         except ConfigError as error:
             shown = ", ".join(f"{path} = {value}" for path, value in values.items())
             why = "; ".join(map(str, error.problems))
-            return [Problem("search.space", f"it holds {shown}, which is not a valid experiment: {why}")]
+            return [Problem("search.space", f"contains {shown}, which is not a valid config: {why}")]
     return []
 
 
@@ -154,11 +140,11 @@ def _path_problems(config: Config, path: str) -> Iterator[Problem]:
     except (KeyError, TypeError):
         close = difflib.get_close_matches(path, _searchable(config), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        yield Problem(key, "there is no such setting", f"{hint}{choices}")
+        yield Problem(key, "no such setting", f"{hint}{choices}")
         return
     if path == EPSILON:
         yield Problem(
-            key, "costs no training, so each checkpoint tries several of them", "name them in search.epsilons"
+            key, "needs no training, so each checkpoint is sampled with several values", "use search.epsilons instead"
         )
     elif path not in _searchable(config) or isinstance(value, dict):
         yield Problem(key, "cannot be searched", choices)
@@ -181,7 +167,7 @@ def _searchable(config: Config) -> list[str]:
 
 
 def _corners(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
-    """The ends of every range and all choices, alone and (the first of them) in combination."""
+    # The ends of every range and all choices: in combination, and if there are too many of these, alone first.
     ends = {path: _ends(domain) for path, domain in space.items()}
     if math.prod(map(len, ends.values())) > _MOST_CORNERS:
         yield from ({path: value} for path, values in ends.items() for value in values)

@@ -33,13 +33,13 @@ def test_every_value_has_a_comment(config_file: Path) -> None:
     text = documented_yaml(config)
     assert yaml.safe_load(text).keys() == Config.model_fields.keys()
     for path in flatten(config):
-        assert comment_above(text, f"{path.split('.')[-1]}:")
+        assert comment_above(text, f"{path.split('.')[-1]}:").partition(" ")[0] not in ("", "None")
 
 
 def test_meaning_range_and_default(config_file: Path) -> None:
     text = documented_yaml(from_yaml(config_file.read_text()))
     comment = comment_above(text, "ema_decay:")
-    assert "running average of the weights" in comment
+    assert "average of the weights" in comment
     assert comment.endswith("[>= 0; < 1; default 0.999]")
     assert comment_above(text, "decay:").endswith("[one of constant, linear, cosine; default constant]")
     assert comment_above(text, "channels:").endswith("[one of 1, 3]")
