@@ -18,7 +18,7 @@ COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print(*p['dependencies'], *p['optional-dependencies']['server'], 'torch-fidelity', sep='\n')" > /requirements.txt
 
-# A stage of its own, so that no index address ends up in the history of the image.
+# A separate stage, so that the history of the image has no index address.
 FROM ${BASE_IMAGE} AS dependencies
 ARG PIP_INDEX_URL
 ARG TORCH_INDEX_URL

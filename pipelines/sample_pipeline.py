@@ -29,7 +29,7 @@ def sample_pipeline(
         root: Store for the images: `<root>/generated/<name>/<version>/<settings>`.
         registry: Tracking server; empty = that of the cluster's environment.
         overrides: `a.b=value` for the config that is registered with the model, such as `sampling.num_images=1000`.
-        evaluated: Measure the images too, for which the model's data set is ingested if the store does not have it.
+        evaluated: Measure the images too, for which the model's dataset is ingested if the store does not have it.
     """
     # Not cached: who is champion changes without any argument.
     sampled = configure_task(

@@ -29,7 +29,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         config: The whole experiment as canonical JSON (`ncsn show-config --json`) or YAML.
         run: Name of the run. The same name resumes; a name belongs to one experiment. Empty = the config's name and
             the id of this pipeline run.
-        content: Fingerprint of the source's files, if known: KFP then takes the data set from its cache.
+        content: Fingerprint of the source's files, if known: KFP then takes the dataset from its cache.
     """
     finished = configure_task(finish(config=config, run=run), title="Finish", cached=False)
     with dsl.ExitHandler(finished, name="steps"):

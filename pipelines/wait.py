@@ -1,4 +1,4 @@
-"""Waits for a run: tells how its tasks stand by their titles, why a pod does not start, and why the run failed."""
+"""Waits for a run: reports the states of its tasks, why a pod does not start, and why the run failed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
+from ncsn.remote.checks import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.orphans import has_workflow, troubles_of_run
 from ncsn.storage.retry import Retry
@@ -20,16 +21,13 @@ from pipelines.connection import Connection, KfpError, reason_of
 SUCCEEDED = ("SUCCEEDED", "SKIPPED")
 ENDED = (*SUCCEEDED, "FAILED", "CANCELED")
 POLL_SECONDS = 5.0
-PATIENCE_SECONDS = 300
-"""How long the server may be away while somebody waits for a run."""
-STANDALONE = "kubeflow"
-"""Namespace of the runs where Kubeflow Pipelines serves one user."""
-LOOK_SECONDS = 15.0
+PATIENCE_SECONDS = 300  # for a server that is unavailable
+LOOK_SECONDS = 15.0  # between two looks at the pods
 _ARGO_SUFFIX = re.compile(r"\(\d+\)$")
 
 
 class RunFailed(Exception):
-    """A run ended in another state than success."""
+    """A run did not succeed."""
 
 
 def wait(
@@ -42,19 +40,18 @@ def wait(
 ) -> None:
     """Return when the run has succeeded.
 
-    KFP's own wait does not know that a cancelled run has ended, and KFP itself not that a pod cannot start.
+    KFP's own wait does not notice that a canceled run has ended, and KFP does not notice that a pod cannot start.
 
     Args:
         connection: The server.
-        run_id: KFP's identifier of the run.
-        say: Told each new state of the run and of its tasks, and what keeps a pod from starting.
-        why: Asked for the reason of a failure, which KFP does not know.
-        poll_seconds: Time between two questions.
+        run_id: KFP's.
+        say: Gets each new state of the run and of its tasks, and what keeps a pod from starting.
+        why: Gives the reason of a failure, which KFP does not know.
+        poll_seconds: Time between two requests.
 
     Raises:
-        RunFailed: if it ended otherwise, naming the tasks and the reason, if its Workflow was deleted, or if a pod will
-            never start. Then the run, which would wait for ever, is terminated.
-        KfpError: if the server has been away for too long, or does not know the run.
+        RunFailed: It failed, its Workflow was deleted, or a pod will never start. Then the run is terminated.
+        KfpError: The server did not answer in time, or does not know the run.
     """
     pods = _Pods(connection, run_id, say)
     retry = Retry("Kubeflow Pipelines", PATIENCE_SECONDS, _unavailable, pauses=(poll_seconds, poll_seconds), say=say)
@@ -85,7 +82,7 @@ def wait(
 
 
 class _Pods:
-    """The pods of a run, as far as the cluster can be asked from here."""
+    """The pods of a run, if the cluster can be reached from here."""
 
     def __init__(self, connection: Connection, run_id: str, say: Callable[[str], None]) -> None:
         self._run_id, self._say = run_id, say
@@ -99,7 +96,7 @@ class _Pods:
             self._give_up(error)
 
     def look(self, titles: Mapping[str, str]) -> str:
-        """Tell what keeps pods from starting; what of it will never get better, seen twice in a row, or nothing."""
+        """Report what keeps pods from starting; returns a reason that is final, seen twice in a row, or nothing."""
         if self._api is None or time.monotonic() < self._next:
             return ""
         self._next = time.monotonic() + LOOK_SECONDS
@@ -121,7 +118,7 @@ class _Pods:
 
     @property
     def deleted(self) -> bool:
-        """Whether the run's Workflow was there and is gone, in two looks. KFP never learns of it."""
+        """Whether the run's Workflow was there and is gone, in two looks. KFP does not notice it."""
         return (self._absent or 0) >= 2
 
     def _look_for_workflow(self) -> None:
@@ -155,7 +152,7 @@ def _unavailable(error: Exception) -> str | None:
 
 
 def _titles(run: Any) -> dict[str, str]:
-    """Task of the pipeline -> its title. Groups of tasks, such as an exit handler, are none."""
+    """Task of the pipeline -> its title, without groups of tasks such as an exit handler."""
     document = run.pipeline_spec or {}
     spec = document.get("pipeline_spec", document)
     graphs = [each["dag"]["tasks"] for each in (spec["root"], *spec["components"].values()) if "dag" in each]
@@ -168,7 +165,7 @@ def _titles(run: Any) -> dict[str, str]:
 
 
 def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
-    """Task -> state. KFP tells of Argo's nodes: each task once as itself and once for each try, as `train(0)`."""
+    """Task -> state. KFP lists Argo's nodes: each task once as itself and once for each try, as `train(0)`."""
     details = (run.run_details.task_details if run.run_details else None) or []
     named = [(_ARGO_SUFFIX.sub("", task.display_name or ""), task.state) for task in details]
     order = {"FAILED": 2, "RUNNING": 1}

@@ -178,8 +178,8 @@ def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
         return Retry(server, seconds, _reason, say=say)(call)
     except Unavailable as error:
         raise ConnectionError(
-            f"{server} has not answered for {seconds:g} s ({error}); what runs there goes on for a while, and the same "
-            "command attaches to it again"
+            f"{server} has not answered for {seconds:g} s ({error}); what runs there continues for a while, and the "
+            "same command attaches to it again"
         ) from None
 
 

@@ -85,7 +85,7 @@ class KubeRay:
             UserError: The cluster has no KubeRay, refuses the manifest, or other work has the name.
         """
         lease = storage.join(step.uri, "lease.json")
-        # Clients of their own, made now: the signal handler must not wait for a lock of the client that it interrupts.
+        # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
         self._heart = KubernetesApi(self._api.namespace, patience=0)
         self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
         self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
@@ -233,7 +233,7 @@ class KubeRay:
         if not self._ours:
             return
         if not self._launcher.is_told_to_end(self._home):
-            say(f"RayJob {name} goes on; the next attempt attaches to it, else it ends when the lease is stale")
+            say(f"RayJob {name} continues; the next attempt attaches to it, else it ends when the lease is stale")
             return
         self._delete(name, self._impatient)
 
@@ -242,7 +242,7 @@ class KubeRay:
         """Delete the RayJob when a failure or Ctrl-C leaves the block."""
         try:
             yield
-        # On SIGTERM the handler has decided, and while the API server is unreachable the work goes on.
+        # On SIGTERM the handler has decided, and while the API server is unavailable the work continues.
         except (SystemExit, ConnectionError, RemoteLost):
             raise
         except BaseException:

@@ -1,4 +1,4 @@
-"""Work that nobody waits for: RayJobs without a launcher, and pipeline runs that ended without closing their run.
+"""Abandoned work: RayJobs without a launcher, and pipeline runs that ended without closing their run.
 
 A task notes its run in a ConfigMap. Neither Argo's Workflow, which may be deleted at any time, nor a RayJob, which not
 every run has, tells the janitor later which run of which store to close.
@@ -40,7 +40,7 @@ class Orphan:
     finished: bool
 
     def describe(self) -> str:
-        """One line: what it is, and why nobody waits for it."""
+        """One line: what it is, and why it is abandoned."""
         minutes = round(self.silent_seconds / 60)
         silence = (
             f"{self.silent_seconds:.0f} s" if self.silent_seconds < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +148,8 @@ class RayHead(Place):
         with self.outage():
             self.nodes.get(f"/api/jobs/{name}/stop", method="POST")
             while self.running(run):
-                pass
+                time.sleep(0.2)
+            time.sleep(3)  # Ray's monitor of the job must have ended, else it writes a status once more
             self.nodes.get(f"/api/jobs/{name}", method="DELETE")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from cluster_state import Cluster, rules_of
 from kuberay_operator import Operator
 from kubernetes_api import ApiServer
 from ray_nodes import RayNodes
+from remote_places import Launched
 from s3_server import S3Server
 
 from ncsn.config.compute import ComputeConfig
@@ -24,14 +23,6 @@ from ncsn.remote.backend import RemoteStep
 from ncsn.remote.kuberay import KubeRay
 
 ROLE = Path(__file__).parents[2] / "infra" / "base" / "rbac" / "launcher-role.yaml"
-_LAUNCHER = """
-import json, sys
-from ncsn.remote.backend import RemoteStep
-from ncsn.remote.kuberay import KubeRay
-from ncsn.config.compute import ComputeConfig
-step = json.loads(sys.argv[1])
-KubeRay(ComputeConfig(), renew_seconds=0.2).execute(RemoteStep(**step | {"command": tuple(step["command"])}))
-"""
 
 
 @dataclass
@@ -53,10 +44,10 @@ class Emulation:
         settings = ComputeConfig.model_validate(compute)
         KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
 
-    def launch(self, code: str) -> subprocess.Popen[str]:
-        """Run the code as a RayJob, from a process of its own."""
+    def launch(self, code: str) -> Launched:
+        """Run the code as a RayJob, from another process."""
         step = json.dumps({key: value for key, value in vars(self.step(code)).items() if key != "mistaken"})
-        return subprocess.Popen([sys.executable, "-c", _LAUNCHER, step], stderr=subprocess.PIPE, text=True)
+        return Launched('{"backend": "kuberay"}', step, env=dict(os.environ))
 
     @property
     def jobs(self) -> list[dict[str, Any]]:

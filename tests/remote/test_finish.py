@@ -1,4 +1,4 @@
-"""The exit handler on a cluster: what is at work goes, what failed stays to be looked at."""
+"""The exit handler on a cluster: running jobs are stopped, what failed stays for inspection."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
 
 
 def begin(config: Config, monkeypatch: pytest.MonkeyPatch, *, step: str = "ingest") -> None:
-    """The first task of a pipeline run, which notes it, and leaves an MLflow run at work as a killed process does."""
+    """The first task of a pipeline run, which notes it, and leaves an MLflow run open as a killed process does."""
     with monkeypatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "5f3a")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)

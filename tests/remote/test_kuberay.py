@@ -25,14 +25,14 @@ from ncsn.remote.manifest import load_template
 from ncsn.remote.orphans import NotedRun, find_orphans, forget_run, note_run, troubles_of_run
 
 HELLO = "print('first'); print('second'); print('third')"
-SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
+SLEEP = "import time; print('running', flush=True); time.sleep(60)"
 BOOM = "import sys; print('starting'); raise ValueError('no such data')"
 
 
 def wait_for_file(path: Path) -> str:
     """Code that says it works, waits until the file is there, and counts to nine."""
     return (
-        "import pathlib, time\nprint('at work', flush=True)\n"
+        "import pathlib, time\nprint('running', flush=True)\n"
         f"while not pathlib.Path({str(path)!r}).exists(): time.sleep(0.02)\n"
         "for n in range(10): print('line', n, flush=True)"
     )
@@ -75,7 +75,7 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
     """The driver dies without a word; KubeRay starts the entrypoint again on another cluster, where it resumes."""
     saved = tmp_path / "checkpoint"
     code = (
-        "import pathlib, time\nprint('at work', flush=True)\n"
+        "import pathlib, time\nprint('running', flush=True)\n"
         f"saved = pathlib.Path({str(saved)!r})\n"
         "if saved.exists(): print('resumed')\n"
         "else: saved.touch(); time.sleep(60)"
@@ -83,7 +83,7 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
 
     def lose() -> None:
         eventually(saved.exists, "there is something to resume from")
-        eventually(lambda: "at work" in capsys.readouterr().err, "the launcher has shown what a lost head takes along")
+        eventually(lambda: "running" in capsys.readouterr().err, "the launcher has shown what a lost head takes along")
         (process,) = emulation.operator.processes.values()
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -92,7 +92,7 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
     emulation.execute(code)
     thread.join()
     assert len(emulation.operator.started) == 2 and len(set(emulation.operator.started)) == 1
-    assert emulation.log.splitlines() == ["at work", "at work", "resumed"]
+    assert emulation.log.splitlines() == ["running", "running", "resumed"]
 
 
 def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
@@ -147,10 +147,10 @@ def test_a_cut_log_is_shown_once_and_whole(emulation, tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     emulation.execute(wait_for_file(tmp_path / "go") + "\ntime.sleep(4)")
     assert emulation.cluster.cut_logs == 0
-    assert emulation.log.splitlines() == ["at work", *(f"line {n}" for n in range(10))]
+    assert emulation.log.splitlines() == ["running", *(f"line {n}" for n in range(10))]
 
 
-def test_versions_that_are_gone_are_read_anew(emulation) -> None:
+def test_versions_that_are_gone_are_read_again(emulation) -> None:
     emulation.cluster.forget_versions = True
     emulation.execute("import time; time.sleep(1.5); print('done')")
     assert emulation.log == "done\n"

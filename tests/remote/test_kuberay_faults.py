@@ -20,7 +20,7 @@ from ncsn.remote.manifest import TASK_CONFIG
 from ncsn.remote.pods import PodLog
 
 HELLO = "print('done')"
-SLEEP = "import time; print('at work', flush=True); time.sleep(60)"
+SLEEP = "import time; print('running', flush=True); time.sleep(60)"
 WORKFLOW: dict[str, Any] = {
     "apiVersion": "argoproj.io/v1alpha1",
     "kind": "Workflow",

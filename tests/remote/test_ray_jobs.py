@@ -70,7 +70,7 @@ def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest
     return file
 
 
-def test_training_runs_as_a_job_and_what_is_rehearsed_happens_there(jobs: Jobs, config: Path) -> None:
+def test_training_runs_as_a_job_and_a_fault_is_injected_there(jobs: Jobs, config: Path) -> None:
     settings = from_yaml(config.read_text())
     ingest.run(settings, run="mine")
     arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.dashboard, "--json")

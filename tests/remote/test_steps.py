@@ -77,7 +77,7 @@ def test_a_pod_that_cannot_reach_the_store_is_a_failure(emulation, on_s3: Config
 
 
 def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -> None:
-    """Here somebody deletes the data set before the pod has started."""
+    """Here the dataset is deleted before the pod starts."""
     dataset = ingest.run(on_s3, run="mine").uri
     start = emulation.cluster.on_create
 
