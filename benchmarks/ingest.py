@@ -1,36 +1,57 @@
-"""Ingestion of 28x28 images to Parquet: rows a second from IDX files, and peak memory at 60,000 and 600,000 rows."""
+"""Ingestion of 28x28 images to Parquet: rows a second, and peak memory at 60,000 and 600,000 rows."""
 
 from __future__ import annotations
 
 import re
-import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from benchmarks.measure import Row, own_process
 from ncsn.config.schema import DataConfig
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.source import Example, Source
 
-FEW, MANY, TEST = 60_000, 600_000, 1_000
+FEW, MANY, TEST, BLOCK = 60_000, 600_000, 1_000, 10_000
 SIZE = 28
 
 
+@dataclass(frozen=True)
+class Noise:
+    """A split of one block of images, again and again: half of the pixels black, the others noise."""
+
+    count: int
+    in_tasks: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def section(self, first: int, last: int) -> Noise:
+        """Images `first .. last`."""
+        return Noise(min(last, self.count) - first)
+
+    def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
+        """Each image; noise compresses worse than any photograph."""
+        draw = np.random.default_rng(0)
+        shape = (BLOCK, SIZE, SIZE, 1)
+        images = draw.integers(0, 256, shape, np.uint8) * draw.integers(0, 2, shape, np.uint8)
+        labels = draw.integers(0, 10, BLOCK).tolist()
+        for first in range(0, self.count, BLOCK):
+            yield from map(Example, images[: self.count - first], labels)
+
+
 def ingestion(folder: str, rows: int, found: str) -> None:
-    """Write and ingest this many images, and write seconds, CPU seconds and peak MiB to the file `found`."""
-    draw = np.random.default_rng(0)
-    root = Path(folder) / f"idx-{rows}"
-    root.mkdir()
-    for prefix, count in (("train", rows), ("t10k", TEST)):
-        _write_idx(root / f"{prefix}-images-idx3-ubyte", (count, SIZE, SIZE), draw)
-        _write_idx(root / f"{prefix}-labels-idx1-ubyte", (count,), draw)
-    data = DataConfig(source="mnist", root=str(root), image_size=SIZE, channels=1)
+    """Ingest this many images, and leave seconds, CPU seconds and peak MiB in the file `found`."""
+    source = Source("noise", "none", tuple("0123456789"), {"train": Noise(rows), "test": Noise(TEST)})
+    data = DataConfig(source="mnist", image_size=SIZE, channels=1)
     before = peak_mebibytes()
     began, worked = time.perf_counter(), time.process_time()
-    write_dataset(open_source(data), f"{folder}/store-{rows}", name="mnist", data=data)
+    write_dataset(source, f"{folder}/store-{rows}", name="noise", data=data)
     seconds = (time.perf_counter() - began, time.process_time() - worked)
     Path(found).write_text(f"{seconds[0]} {seconds[1]} {peak_mebibytes()} {before}")
 
@@ -39,17 +60,6 @@ def peak_mebibytes() -> float:
     """Peak memory of this process. A process inherits the number of `getrusage` from its parent, so it is not used."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
-
-
-def _write_idx(path: Path, shape: tuple[int, ...], draw: np.random.Generator) -> None:
-    """Half of the pixels are black and half are noise, which compresses worse than photographs; labels 0 to 9."""
-    with path.open("wb") as file:
-        file.write(struct.pack(f">{1 + len(shape)}I", 0x0800 + len(shape), *shape))
-        for first in range(0, shape[0], 10_000):
-            block = (min(10_000, shape[0] - first), *shape[1:])
-            labels = len(shape) == 1
-            values = draw.integers(0, 10 if labels else 256, block, np.uint8)
-            file.write((values if labels else values * draw.integers(0, 2, block, np.uint8)).tobytes())
 
 
 def rows() -> list[Row]:
@@ -65,7 +75,7 @@ def rows() -> list[Row]:
     return [
         Row(
             "ingest",
-            f"rows of {SIZE}x{SIZE} images from IDX files to Parquet",
+            f"rows of {SIZE}x{SIZE} images to Parquet",
             (MANY - FEW) / (many - few),
             unit="rows/s",
             target=100_000,

@@ -209,7 +209,7 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
 
 def _circumstances(config: Config) -> dict[str, str]:
     """Inputs of a run's results other than the results of earlier steps."""
-    from ncsn.data.listing import source_fingerprint
+    from ncsn.data.source import source_fingerprint
     from ncsn.tracking.client import shown, tracking_uri
 
     return {

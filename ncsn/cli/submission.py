@@ -11,7 +11,7 @@ from ncsn import storage
 from ncsn.cli.target import Target, override_value, resolve
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
-from ncsn.data.listing import source_fingerprint
+from ncsn.data.source import source_fingerprint
 from ncsn.errors import UserError
 from ncsn.runs.folder import require_owner, run_folder
 from ncsn.runs.records import read_outcome

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from ncsn import storage
-from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.errors import NotFound, UserError
 
 IMAGE = "image"
@@ -23,34 +22,40 @@ NO_LABEL = -1
 DIGEST_VERSION = 1
 DIGEST_LENGTH = 16
 
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Images:
-    """Images and their labels, row by row.
+    """Rows of a dataset."""
 
-    Attributes:
-        images: uint8 [N, H, W, C], 0..255.
-        labels: int64 [N], index into the class names, or -1 for none.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 [N, H, W, C], 0..255
+    labels: np.ndarray  # int64 [N], index into the class names, or -1 for none
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def schema(height: int, width: int, channels: int) -> pa.Schema:
-    """Columns `image`: fixed-shape tensor of uint8 [height, width, channels], and `label`: int64."""
+    """The Parquet columns of images of this size."""
     tensor = pa.fixed_shape_tensor(pa.uint8(), (height, width, channels))
     return pa.schema([pa.field(IMAGE, tensor, nullable=False), pa.field(LABEL, pa.int64(), nullable=False)])
+
+
+def schema_words(height: int, width: int, channels: int) -> dict[str, str]:
+    """The columns and their types in words, for readers of the manifest."""
+    return {
+        IMAGE: f"fixed_shape_tensor<uint8>[{height}, {width}, {channels}]",
+        LABEL: "int64, index into class_names, -1 for none",
+    }
 
 
 def to_table(rows: Images) -> pa.Table:
     """Rows as an Arrow table with the dataset's schema."""
     columns = schema(*rows.images.shape[1:])
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(rows.images.reshape(-1)), int(np.prod(rows.images.shape[1:])))
-    tensors = pa.ExtensionArray.from_storage(columns.field(IMAGE).type, storage)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(rows.images.reshape(-1)), int(np.prod(rows.images.shape[1:])))
+    tensors = pa.ExtensionArray.from_storage(columns.field(IMAGE).type, values)
     return pa.Table.from_arrays([tensors, pa.array(rows.labels)], schema=columns)
 
 
@@ -64,7 +69,7 @@ def from_table(table: pa.Table) -> Images:
 
 @dataclass
 class SplitDigest:
-    """Running SHA-256 of a split's content in its order; how the rows are cut into blocks does not matter."""
+    """Running SHA-256 of a split's rows in their order, independent of how they are cut into blocks."""
 
     count: int = 0
     _images: Any = field(default_factory=hashlib.sha256, repr=False)
@@ -82,16 +87,7 @@ class SplitDigest:
 
 
 def dataset_digest(*, shape: Sequence[int], class_names: Sequence[str], splits: Mapping[str, str]) -> str:
-    """Digest of a whole dataset: what its rows are and mean, not how they are stored.
-
-    Args:
-        shape: [H, W, C] of an image.
-        class_names: Names of the labels 0, 1, ...
-        splits: Split -> `SplitDigest.hexdigest()`.
-
-    Returns:
-        The first 16 hex digits of a SHA-256.
-    """
+    """Digest of a dataset's content, given the `SplitDigest.hexdigest()` of each split."""
     content = {
         "version": DIGEST_VERSION,
         "shape": list(shape),
@@ -101,18 +97,9 @@ def dataset_digest(*, shape: Sequence[int], class_names: Sequence[str], splits: 
     return storage.digest(content, DIGEST_LENGTH)
 
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-
-
 @dataclass(frozen=True)
 class Part:
-    """One Parquet file.
-
-    Attributes:
-        path: Relative to the dataset's folder.
-        rows: Images in it.
-    """
+    """One Parquet file, by its path below the dataset's folder."""
 
     path: str
     rows: int
@@ -120,12 +107,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image of the source that was left out.
-
-    Attributes:
-        name: Its path, or its archive and path.
-        reason: Why it did not decode.
-    """
+    """An image of the source that does not decode."""
 
     name: str
     reason: str
@@ -133,50 +115,29 @@ class SkippedImage:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset.
-
-    Attributes:
-        name: Name of the dataset.
-        digest: Digest of the content, whatever the rows per part.
-        image_size: Height and width in pixels.
-        channels: 1 = gray, 3 = RGB.
-        counts: Images of each split.
-        class_names: Name of label 0, 1, ...; empty if there are no labels.
-        class_counts: Images of each class, split by split.
-        mean: Mean of each channel over the train split, of pixels scaled to [0, 1].
-        std: Standard deviation likewise.
-        minimum: Smallest pixel value of the train split, 0..255.
-        maximum: Largest pixel value of the train split, 0..255.
-        skipped: Images that did not decode and were left out.
-        parts: Parquet files of each split.
-        content: Digest of each split's rows.
-        schema: Parquet columns and their types.
-        source: What the images are, in words.
-        license: What is known of the terms of use.
-        settings: The data settings that shaped the content.
-        suggested_noise: Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`), from a
-            sample of large data sets; empty if all images are alike, None in data sets of earlier versions.
-    """
+    """A dataset, as `manifest.json` describes it."""
 
     name: str
-    digest: str
-    image_size: int
-    channels: int
-    counts: Mapping[str, int]
-    class_names: Sequence[str]
-    class_counts: Mapping[str, Sequence[int]]
-    mean: Sequence[float]
-    std: Sequence[float]
-    minimum: int
+    digest: str  # of the content, independent of the rows per part
+    image_size: int  # height and width in pixels
+    channels: int  # 1 = gray, 3 = RGB
+    counts: Mapping[str, int]  # images of each split
+    class_names: Sequence[str]  # of label 0, 1, ...; empty if there are no labels
+    class_counts: Mapping[str, Sequence[int]]  # images of each class in each split
+    mean: Sequence[float]  # of each channel over the train split, of pixels scaled to [0, 1]
+    std: Sequence[float]  # likewise
+    minimum: int  # pixel value of the train split, 0..255
     maximum: int
     skipped: Sequence[SkippedImage]
     parts: Mapping[str, Sequence[Part]]
-    content: Mapping[str, str]
+    content: Mapping[str, str]  # digest of each split's rows
     schema: Mapping[str, str]
-    source: str
+    source: str  # what the images are, in words
     license: str
-    settings: Mapping[str, Any]
-    suggested_noise: Mapping[str, NoiseSuggestion] | None = None
+    settings: Mapping[str, Any]  # the data settings that decide the content
+    # A `NoiseSuggestion` as plain values, so that reading a manifest does not load torch: for the images as they are
+    # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike, None before it was kept.
+    suggested_noise: Mapping[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -188,11 +149,7 @@ class Manifest:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     def count(self, split: str) -> int:
-        """Images of a split.
-
-        Raises:
-            ValueError: for a split that there is not.
-        """
+        """Images of a split, which must exist."""
         if split not in self.counts:
             raise ValueError(f"dataset {self.name} has no split {split!r}; it has {', '.join(self.counts)}")
         return self.counts[split]
@@ -216,19 +173,4 @@ def load_manifest(uri: str) -> Manifest:
         )
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}
-    suggested = fields.get("suggested_noise")
-    if suggested is not None:
-        fields["suggested_noise"] = {name: _suggestion(values) for name, values in suggested.items()}
     return Manifest(**fields)
-
-
-def _suggestion(values: dict[str, Any]) -> NoiseSuggestion:
-    return NoiseSuggestion(**{**values, "distances": PairDistances(**values["distances"])})
-
-
-def schema_words(height: int, width: int, channels: int) -> dict[str, str]:
-    """Column -> type, for a person who reads the manifest."""
-    return {
-        IMAGE: f"fixed_shape_tensor<uint8>[{height}, {width}, {channels}]",
-        LABEL: "int64, index into class_names, -1 for none",
-    }

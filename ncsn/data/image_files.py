@@ -1,7 +1,7 @@
 """Encoded images in folders, buckets and archives: found, read and decoded in order.
 
-Nothing is unpacked. An archive may lie on a disk or in a bucket: its list of members is read once, and each image is
-one read of its own bytes, in any order and by any process.
+Nothing is unpacked. The members of an archive, local or in a bucket, are listed once; each image is then one read of
+its bytes, in any order and by any process.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import numpy as np
 
 from ncsn import storage
+from ncsn.data.format import SkippedImage
 from ncsn.data.pixels import BadImageError, Fit, decode
-from ncsn.data.source import BadImages, Example, safe_member
+from ncsn.data.source import Example, safe_member
 from ncsn.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -41,50 +42,35 @@ _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
 _ENCRYPTED = 0x1
 
+_LARGEST_POOL = 16
+_WAITING_PER_THREAD = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Zipped:
-    """How a zip archive keeps a member.
-
-    Attributes:
-        method: Its compression, stored or deflated.
-        flags: The flags of the zip format.
-        packed: Bytes that it takes.
-        size: Bytes that it unpacks to.
-        crc: Their CRC-32.
-    """
+    """How a zip archive stores a member."""
 
     method: int
     flags: int
-    packed: int
-    size: int
-    crc: int
+    packed: int  # bytes
+    size: int  # bytes once unpacked
+    crc: int  # CRC-32 of these
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One image of an archive.
-
-    Attributes:
-        path: Its path in the archive.
-        offset: First byte, in a zip archive of its header there.
-        span: Bytes from there on that hold it.
-        zipped: How it is compressed; None in a tar archive.
-        word: The label beside it, from `x.cls` or `x.json`; None if there is none.
-    """
+    """One file of an archive."""
 
     path: str
-    offset: int
-    span: int
-    zipped: Zipped | None = None
-    word: str | None = None
+    offset: int  # of its first byte, in a zip archive of its header
+    span: int  # bytes from there on that hold it
+    zipped: Zipped | None = None  # None in a tar archive
 
 
-def index_archive(uri: str) -> list[Member]:
-    """The images of an archive in its order; hidden files do not count.
+def index_archive(uri: str) -> list[tuple[Member, str | None]]:
+    """The images of a `.tar` or `.zip` in its order, and their labels from `x.cls` or `x.json` of the same archive.
 
-    Args:
-        uri: A `.tar` or `.zip` file, local or in S3.
+    Hidden files do not count.
 
     Raises:
         UserError: if the archive is damaged, compressed as a whole, or has a member that points outside of it.
@@ -103,20 +89,14 @@ def index_archive(uri: str) -> list[Member]:
                 images.append(member)
             elif suffix in _LABEL_SUFFIXES:
                 words[_key(member.path)] = _word(member, stream, uri)
-    if not words:
-        return images
-    return [Member(m.path, m.offset, m.span, m.zipped, words.get(_key(m.path))) for m in images]
+    return [(member, words.get(_key(member.path))) for member in images]
 
 
 def read_member(stream: Any, member: Member) -> bytes:
-    """The bytes of an image.
-
-    Args:
-        stream: The archive as a pyarrow file.
-        member: The image.
+    """The bytes of a member.
 
     Raises:
-        BadImageError: if the archive is cut or damaged there, or has packed the image in a way that is not read.
+        BadImageError: if the archive is cut or damaged there, or packs the member in a way that is not supported.
     """
     if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.size > _LARGEST_IMAGE):
         raise BadImageError(f"takes more than {_LARGEST_IMAGE >> 20} MiB")
@@ -127,14 +107,14 @@ def read_member(stream: Any, member: Member) -> bytes:
 
 
 def _key(path: str) -> str:
-    """What an image and its label have in common: the path up to the first dot of the file's name."""
+    """What the names of an image and of its label share: the path up to the first dot of the file's name."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + name.partition(".")[0]
 
 
 def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
     try:
-        # Headers lie between the images: buffered, a header and the small images after it are one read of a bucket.
+        # Headers are between the images: buffered, a header and the small images after it are one read of a bucket.
         buffered = io.BufferedReader(stream, _INDEX_BUFFER)
         with tarfile.open(fileobj=cast("BinaryIO", buffered), mode="r:") as tar:
             for info in tar:
@@ -178,7 +158,7 @@ def _unzip(data: bytes, zipped: Zipped) -> bytes:
         except zlib.error as error:
             raise BadImageError(str(error)) from error
     else:
-        raise BadImageError(f"is packed by method {zipped.method}, which is neither stored nor deflated")
+        raise BadImageError(f"is packed by method {zipped.method}, neither stored nor deflated")
     if len(content) != zipped.size or zlib.crc32(content) != zipped.crc:
         raise BadImageError("Bad CRC-32: the archive is damaged")
     return content
@@ -188,7 +168,7 @@ def _word(member: Member, stream: Any, uri: str) -> str:
     """The label in a `.cls` file, or under `cls` or `label` in a `.json` file; empty for JSON that has neither."""
     name = f"{uri}:{member.path}"
     if member.span > _LONGEST_LABEL:
-        raise UserError(name, f"is {member.span} bytes long, which is no label")
+        raise UserError(name, f"is {member.span} bytes long, too long for a label")
     try:
         text = read_member(stream, member).decode()
         if member.path.endswith(".cls"):
@@ -200,75 +180,54 @@ def _word(member: Member, stream: Any, uri: str) -> str:
     return str(values[0]) if values else ""
 
 
-_LARGEST_POOL = 16
-_WAITING_PER_THREAD = 4
-
-
 class ImageFile(NamedTuple):
-    """One image: a file, or a member of an archive.
+    """One image: a file, or a member of an archive."""
 
-    Attributes:
-        file: Path of the file or archive below the root; empty for the root itself.
-        label: Its label, -1 for none.
-        member: Where it lies in the archive; None for a file.
-    """
-
-    file: str
-    label: int
+    file: str  # path of the file or archive below the root; empty for the root itself
     member: Member | None = None
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images in their order; picklable, so that any process can read a section of them.
+    """A split of encoded images below a folder, bucket or archive."""
 
-    Attributes:
-        root: URI of the folder, bucket or archive.
-        images: The images.
-        fit: How they are brought to one shape.
-    """
-
-    root: str
+    root: str  # URI
     images: Sequence[ImageFile]
+    labels: Sequence[int]
     fit: Fit
+    in_tasks: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.images)
 
     def section(self, first: int, last: int) -> EncodedImages:
-        """The images `first .. last`."""
-        return replace(self, images=self.images[first:last])
+        """Images `first .. last`."""
+        return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
-    def stream(self, bad: BadImages, *, cores: int | None = None) -> Iterator[Example]:
-        """Read and decode them on a pool of threads (Pillow releases the interpreter lock while it decodes).
-
-        Args:
-            bad: What to do with images that do not decode.
-            cores: Cores to use; None = all. A bucket is asked for 16 images at a time on any number of them.
-
-        Raises:
-            UserError: naming the image, for one that does not decode (unless bad images are skipped) or does not fit.
-        """
+    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
+        """Each image, decoded on a pool of threads (Pillow releases the interpreter lock); see `Split`."""
+        # A bucket is asked for several images at a time on any number of cores.
         threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1) if storage.is_local(self.root) else _LARGEST_POOL
         with _Reader(self.root) as reader:
 
             def work(image: ImageFile) -> np.ndarray:
                 return self.fit.image(decode(reader.read(image)), name=self._name(image))
 
-            for image, future in _in_order(self.images, work, threads=threads):
+            decoded = _in_order(self.images, work, threads=threads)
+            for (image, future), label in zip(decoded, self.labels, strict=True):
                 try:
-                    yield Example(future.result(), image.label)
+                    row: Example | SkippedImage = Example(future.result(), label)
                 except BadImageError as error:
-                    bad.handle(self._name(image), str(error))
+                    row = SkippedImage(self._name(image), str(error))
+                yield row
 
     def _name(self, image: ImageFile) -> str:
-        """For a person."""
         file = storage.join(self.root, image.file) if image.file else self.root
         return file if image.member is None else f"{file}:{image.member.path}"
 
 
 class _Reader:
-    """Reads images for several threads; each local archive is opened once."""
+    """Reads images for several threads and opens each local archive once."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -288,7 +247,7 @@ class _Reader:
             return storage.read_bytes(uri)
         if storage.is_local(uri):
             return read_member(self._archive(uri), image.member)
-        # A file of the patient S3 has one position: threads cannot share it.
+        # An open S3 file has one position, so threads cannot share it.
         filesystem, path = storage.filesystem(uri)
         with filesystem.open_input_file(path) as stream:
             return read_member(stream, image.member)

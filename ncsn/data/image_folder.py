@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,64 +19,56 @@ from ncsn.data.image_files import (
     ImageFile,
     index_archive,
 )
-from ncsn.data.listing import list_files
-from ncsn.data.source import BadImages, Source, Split, fit_of, held_out, name_hash, required_root, root_of
+from ncsn.data.pixels import Fit
+from ncsn.data.source import Source, hold_out, list_files, name_hash, required_root, root_of
 from ncsn.errors import NotFound, UserError
 
 _INDEX_THREADS = 16
 
+_CELEBA = "img_align_celeba.zip"
+_PARTITION = "list_eval_partition.txt"
+_PARTITION_NUMBERS = {"train": 0, "test": 2}
+_CROP = 140  # pixels, as in the paper
+
 
 class _Found(NamedTuple):
-    """An image, before its label is known.
+    """An image before its label is known."""
 
-    Attributes:
-        path: Where it would lie if every archive were unpacked beside itself; it decides split, class and order.
-        image: The image.
-        word: The label that lies beside it in its archive; None if there is none.
-    """
-
-    path: str
+    path: str  # where it would be with every archive unpacked in its folder; decides split, class and order
     image: ImageFile
-    word: str | None
+    word: str | None  # its label in words, where a file next to it holds one
 
 
 def open_image_folder(data: DataConfig) -> Source:
     """The images below data.root: a folder or `s3://bucket/prefix` of images or archives, or one archive.
 
     Folders `train` and `test`, if there are just these two, are the splits. Otherwise data.test_fraction of each class
-    is held out. Within a split the images are in a fixed shuffled order, so that its first N are a fair sample. How the
-    images are packed changes nothing of that: a folder, its zip and its tar give the same rows.
+    is held out. Within a split the order is shuffled but fixed, so that its first N images are a fair sample. A folder,
+    its zip and its tar give the same rows.
     """
     root = storage.absolute(required_root(data))
-    found = _find(root)
-    own_splits = {one.path.split("/")[0] for one in found if "/" in one.path} == set(SPLITS) and all(
+    found = sorted(_find(root), key=lambda one: name_hash(one.path))
+    own_splits = {one.path.partition("/")[0] for one in found if "/" in one.path} == set(SPLITS) and all(
         "/" in one.path for one in found
     )
-    class_names, found = _label(root, found, depth=1 if own_splits else 0)
+    class_names, labels = _label(root, found, depth=1 if own_splits else 0)
     if own_splits:
-        chosen = {split: [one for one in found if one.path.startswith(f"{split}/")] for split in SPLITS}
+        chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:
-        test = held_out([one.path for one in found], [one.image.label for one in found], data.test_fraction)
-        chosen = {
-            "train": [one for one, held in zip(found, test, strict=True) if not held],
-            "test": [one for one, held in zip(found, test, strict=True) if held],
-        }
-    bad = BadImages(skip=data.on_bad_image == "skip")
-    splits = {}
-    for split, members in chosen.items():
-        images = EncodedImages(root, [one.image for one in members], fit_of(data))
-        splits[split] = Split(len(images), partial(images.stream, bad), images)
+        chosen = hold_out([one.path for one in found], labels, data.test_fraction)
     return Source(
         description=f"A folder of images, resized to {data.image_size}x{data.image_size}",
         license="as the owner of the images says",
         class_names=class_names,
-        splits=splits,
-        skipped=bad.skipped,
+        splits={
+            split: EncodedImages(root, [found[n].image for n in rows], [labels[n] for n in rows], Fit.of(data))
+            for split, rows in chosen.items()
+        },
     )
 
 
-def _find(root: str) -> list[_Found]:
-    """The images, sorted by path. Archives count only where no image lies outside of them."""
+def _find(root: str) -> Sequence[_Found]:
+    """All images. Archives count only where no image is outside of them."""
     files = [listed.path for listed in list_files(root)]
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
@@ -88,9 +79,9 @@ def _find(root: str) -> list[_Found]:
             "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
         )
     if images:
-        return [_Found(path, ImageFile(path, NO_LABEL), None) for path in images]
+        return [_Found(path, ImageFile(path), None) for path in images]
     if archives:
-        return sorted(_in_archives(root, [""] if alone else archives), key=lambda one: one.path)
+        return list(_in_archives(root, [""] if alone else archives))
     compressed = next((path for path in files if path.lower().endswith(COMPRESSED_SUFFIXES)), None)
     if compressed:
         raise UserError(
@@ -109,7 +100,7 @@ def _is_file(root: str) -> bool:
 
 
 def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:
-    """The images of all archives, which lie at `root` or are it."""
+    """The images of archives below `root`; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
@@ -117,31 +108,27 @@ def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:
         raise UserError(
             uris[0], f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
         )
-    repeated = {path for path, times in Counter(m.path for index in indices for m in index).items() if times > 1}
-    for archive, members in zip(archives, indices, strict=True):
+    times = Counter(member.path for index in indices for member, _ in index)
+    for archive, index in zip(archives, indices, strict=True):
         folder = archive.rpartition("/")[0]
-        for member in members:
-            # Shards that number their images anew hold different images under one name.
-            inside = f"{member.path}@{archive}" if member.path in repeated else member.path
-            path = f"{folder}/{inside}" if folder else inside
-            yield _Found(path, ImageFile(archive, NO_LABEL, member), member.word)
+        for member, word in index:
+            # Shards that all number their images from 0 hold different images under one name.
+            inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
+            yield _Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word)
 
 
-def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str, ...], list[_Found]]:
-    """Class names, and the images in their shuffled order with their labels.
-
-    The class is the label beside the image, else the folder at `depth` below the root.
-    """
-    beside = any(one.word for one in found)
-    words = [one.word or None if beside else _folder(one.path, depth) for one in found]
+def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str, ...], list[int]]:
+    """Class names and each image's label: that of the file next to it, else the folder at `depth` below the root."""
+    from_files = any(one.word for one in found)
+    words = [one.word or None if from_files else _folder(one.path, depth) for one in found]
     known = {word for word in words if word is not None}
     if known and None in words:
-        stray = found[words.index(None)].path
+        stray = min(one.path for one, word in zip(found, words, strict=True) if word is None)
         example = min(known)
-        if beside:
+        if from_files:
             raise UserError(
                 root,
-                f"has labels (as {example!r}) beside some images but none beside others (as {stray!r})",
+                f"has labels (as {example!r}) for some images but none for others (as {stray!r})",
                 hint="give every image a .cls file or a field cls in its .json, or none",
             )
         raise UserError(
@@ -149,13 +136,9 @@ def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str
             f"mixes class folders (such as {example!r}) with images that are in none (such as {stray!r})",
             hint="move every image into a class folder, or none",
         )
-    names = _class_names(known, numbers=beside)
+    names = _class_names(known, numbers=from_files)
     places = {name: place for place, name in enumerate(names)}
-    labelled = [
-        one._replace(image=one.image._replace(label=NO_LABEL if word is None else places[word]))
-        for one, word in zip(found, words, strict=True)
-    ]
-    return names, sorted(labelled, key=lambda one: name_hash(one.path))
+    return names, [NO_LABEL if word is None else places[word] for word in words]
 
 
 def _folder(path: str, depth: int) -> str | None:
@@ -164,79 +147,65 @@ def _folder(path: str, depth: int) -> str | None:
 
 
 def _class_names(words: set[str], *, numbers: bool) -> tuple[str, ...]:
-    """Sorted; labels that are numbers stay what they are, so that 0 .. the largest are the classes."""
+    """Sorted. Labels that are numbers stay what they are, so that the classes are 0 .. the largest."""
     if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
         largest = max(map(int, words), default=-1)
         if largest >= 10 * len(words) + 1000:
             raise UserError(
                 "data.root",
-                f"the labels beside the images go up to {largest} with {len(words)} classes",
+                f"the labels of the images go up to {largest} with {len(words)} classes",
                 hint="number them from 0",
             )
         return tuple(map(str, range(largest + 1)))
     return tuple(sorted(words))
 
 
-ARCHIVE = "img_align_celeba.zip"
-PARTITION = "list_eval_partition.txt"
-CROP = 140
-"""Side of the centre crop in pixels, as in the paper."""
-
-_SPLIT_NUMBERS = {"train": 0, "test": 2}
-
-
 def open_celeba(data: DataConfig) -> Source:
     """CelebA from data.root, the zip or its folder.
 
-    If `list_eval_partition.txt` lies beside the zip, its train and test images are taken and its validation images are
+    With `list_eval_partition.txt` next to the zip, its train and test images are taken and its validation images are
     left out; without it data.test_fraction of all images are held out.
     """
     root = root_of(data)
-    archive = root / ARCHIVE if root.is_dir() else root
+    archive = root / _CELEBA if root.is_dir() else root
     if not archive.is_file():
         raise NotFound(
-            "data.root", f"has no {ARCHIVE}", hint="put it there (CelebA is not downloaded)", value=data.root
+            "data.root", f"has no {_CELEBA}", hint="put it there (CelebA is not downloaded)", value=data.root
         )
-    members = {member.path: member for member in index_archive(str(archive))}
+    members = {member.path: member for member, _ in index_archive(str(archive))}
     if not members:
-        raise UserError(str(archive), f"holds no .jpg or .png images; it is not {ARCHIVE}")
-    fit, bad = fit_of(data, crop=CROP), BadImages(skip=data.on_bad_image == "skip")
-    splits = {}
-    for split, names in _choose(archive, sorted(members), data.test_fraction).items():
-        images = EncodedImages(str(archive), [ImageFile("", NO_LABEL, members[name]) for name in names], fit)
-        splits[split] = Split(len(images), partial(images.stream, bad), images)
+        raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
+    names, partition = sorted(members), archive.with_name(_PARTITION)
+    if partition.is_file():
+        chosen = _official_splits(names, partition)
+    else:
+        rows = hold_out(names, [NO_LABEL] * len(names), data.test_fraction)
+        chosen = {split: [names[row] for row in rows[split]] for split in SPLITS}
+    fit = Fit.of(data, crop=_CROP)
     return Source(
         description="CelebA aligned and cropped faces, Z. Liu, P. Luo, X. Wang and X. Tang 2015, RGB",
         license="non-commercial research only (CelebA agreement)",
         class_names=(),
-        splits=splits,
-        skipped=bad.skipped,
+        splits={
+            split: EncodedImages(
+                str(archive), [ImageFile("", members[name]) for name in taken], [NO_LABEL] * len(taken), fit
+            )
+            for split, taken in chosen.items()
+        },
     )
 
 
-def _choose(archive: Path, members: Sequence[str], test_fraction: float) -> Mapping[str, list[str]]:
-    partition = archive.with_name(PARTITION)
-    if partition.is_file():
-        numbers = _read_partition(partition)
-        missing = next((name for name in members if Path(name).name not in numbers), None)
-        if missing:
-            raise UserError(str(partition), f"does not list {Path(missing).name}; it belongs to another archive")
-        return {
-            split: [name for name in members if numbers[Path(name).name] == number]
-            for split, number in _SPLIT_NUMBERS.items()
-        }
-    test = held_out(members, [NO_LABEL] * len(members), test_fraction)
-    return {
-        "train": [name for name, held in zip(members, test, strict=True) if not held],
-        "test": [name for name, held in zip(members, test, strict=True) if held],
-    }
-
-
-def _read_partition(path: Path) -> dict[str, int]:
+def _official_splits(names: Sequence[str], partition: Path) -> Mapping[str, list[str]]:
     numbers = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(partition.read_text().splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise UserError(f"{path}:{number}", "expected a file name and 0, 1 or 2", value=line)
+            raise UserError(f"{partition}:{number}", "expected a file name and 0, 1 or 2", value=line)
         numbers[words[0]] = int(words[1])
-    return numbers
+    missing = next((name for name in names if Path(name).name not in numbers), None)
+    if missing:
+        raise UserError(str(partition), f"does not list {Path(missing).name}; it belongs to another archive")
+    return {
+        split: [name for name in names if numbers[Path(name).name] == number]
+        for split, number in _PARTITION_NUMBERS.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +18,8 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data import format
 from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, load_manifest
-from ncsn.data.source import Example, Source
-from ncsn.data.statistics import Dataset, SplitSummary, publish_dataset
+from ncsn.data.source import BadImages, Example, Source, Split, image_shape
+from ncsn.data.statistics import Dataset, Progress, publish_dataset, summarize
 from ncsn.errors import UserError
 
 _BLOCK_BYTES = 2 << 20
@@ -40,12 +40,7 @@ def part_name(split: str, number: int) -> str:
 
 
 class PartWriter:
-    """Writes blocks of rows to a local Parquet file, each while the caller makes the next. A context manager.
-
-    Args:
-        path: The file.
-        shape: (H, W, C) of an image.
-    """
+    """Writes blocks of rows to a local Parquet file, each while the caller makes the next. A context manager."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.rows = 0
@@ -72,7 +67,7 @@ class PartWriter:
         self.rows += len(rows)
 
     def note_skipped(self, skipped: Sequence[SkippedImage]) -> None:
-        """Leave in the file which images of its range of the source are not in it."""
+        """Record in the file which images of its range of the source it does not hold."""
         if skipped:
             self._settle()
             self._writer.add_key_value_metadata({_SKIPPED: json.dumps([asdict(image) for image in skipped])})
@@ -99,11 +94,7 @@ def take(examples: Iterator[Example], count: int) -> Images | None:
 
 
 def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Images]:
-    """The rows of a part of the dataset at `uri`, or a range of them, block by block.
-
-    Raises:
-        UserError: if it does not hold what the manifest says.
-    """
+    """The rows of a part of the dataset at `uri`, or a range of them, row group by row group."""
     part_uri = storage.join(uri, part.path)
     with _open(part_uri) as file:
         if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(format.schema(*shape)):
@@ -124,11 +115,7 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
 
 
 def inspect_part(part_uri: str) -> tuple[int, list[SkippedImage]]:
-    """Rows of a part, and the images that were left out of it.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Rows of a part, and the images that were left out of it."""
     with _open(part_uri) as file:
         skipped = (file.metadata.metadata or {}).get(_SKIPPED, b"[]")
         return file.metadata.num_rows, [SkippedImage(**image) for image in json.loads(skipped)]
@@ -139,7 +126,38 @@ def _open(part_uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
-Progress = Callable[[int, int], None]
+def read_blocks(
+    uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None
+) -> Iterator[Images]:
+    """The rows of a split in their order, or a range of them, a few megabytes at a time.
+
+    Raises:
+        NotFound: if there is no complete dataset at `uri`.
+        UserError: if a part does not hold what the manifest says.
+        ValueError: if there is no such split.
+    """
+    manifest = manifest or load_manifest(uri)
+    wanted = range(manifest.count(split)) if rows is None else rows
+    place = 0
+    for part in manifest.parts[split]:
+        low, high = max(wanted.start - place, 0), min(wanted.stop - place, part.rows)
+        if low < high:
+            yield from read_part(uri, part, shape=manifest.shape, rows=range(low, high))
+        place += part.rows
+
+
+def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Images:
+    """The rows of a split, or a range of them, as arrays; raises like `read_blocks`."""
+    manifest = manifest or load_manifest(uri)
+    every = range(manifest.count(split))
+    count = len(every if rows is None else every[rows.start : rows.stop])
+    images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
+    first = 0
+    for block in read_blocks(uri, split, rows=rows, manifest=manifest):
+        last = first + len(block)
+        images[first:last], labels[first:last] = block.images, block.labels
+        first = last
+    return Images(images, labels)
 
 
 def write_dataset(
@@ -158,128 +176,35 @@ def write_dataset(
         on_progress: Called with (images read, images offered).
 
     Raises:
-        UserError: if the source turns out to be damaged, or gives a split fewer than 2 images.
+        UserError: if an image does not decode or fit, or a split has fewer than 2 images.
         OSError: if the disk is full.
     """
+    bad = BadImages(skip=data.on_bad_image == "skip")
     with storage.scratch_folder(folder) as scratch:
-        splits = _write_splits(source, scratch, data=data, on_progress=on_progress)
+
+        def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+            return _write_parts(bad.filter(images.stream()), scratch, split, parts, data=data)
 
         def publish(manifest: Manifest, uri: str) -> bool:
             (scratch / MANIFEST).write_text(manifest.to_json())
             return storage.publish_folder(scratch, uri, marker=MANIFEST)
 
-        return publish_dataset(source, splits, folder, name=name, data=data, publish=publish)
-
-
-def read_split(uri: str, split: str, *, limit: int | None = None) -> Images:
-    """All rows of a split, or the first `limit`.
-
-    Raises:
-        NotFound: if there is no complete dataset at `uri`.
-        UserError: if the dataset is damaged, or has no such split.
-    """
-    manifest = load_manifest(uri)
-    count = manifest.count(split) if limit is None else min(limit, manifest.count(split))
-    images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
-    first = 0
-    for block in read_blocks(uri, split, manifest=manifest):
-        taken = min(len(block), count - first)
-        images[first : first + taken], labels[first : first + taken] = block.images[:taken], block.labels[:taken]
-        first += taken
-        if first == count:
-            break
-    return Images(images, labels)
-
-
-def read_blocks(uri: str, split: str, *, manifest: Manifest | None = None) -> Iterator[Images]:
-    """The rows of a split in their order, a few megabytes at a time.
-
-    Raises:
-        NotFound: if there is no complete dataset at `uri`.
-        UserError: if a part does not hold what the manifest says, or there is no such split.
-    """
-    manifest = manifest or load_manifest(uri)
-    manifest.count(split)
-    for part in manifest.parts[split]:
-        yield from read_part(uri, part, shape=manifest.shape)
-
-
-def read_rows(uri: str, split: str, *, first: int, count: int, manifest: Manifest) -> Images:
-    """Rows `first .. first + count` of a split, reading only the row groups that hold them.
-
-    Raises:
-        UserError: if a part does not hold what the manifest says.
-    """
-    images, labels = np.empty((count, *manifest.shape), np.uint8), np.empty(count, np.int64)
-    place = 0
-    for part in manifest.parts[split]:
-        low, high = max(first - place, 0), min(first + count - place, part.rows)
-        if low < high:
-            start = place + low - first
-            for block in read_part(uri, part, shape=manifest.shape, rows=range(low, high)):
-                stop = start + len(block)
-                images[start:stop], labels[start:stop] = block.images, block.labels
-                start = stop
-        place += part.rows
-    return Images(images, labels)
-
-
-class Counter:
-    """Counts the images of all splits towards what they offer.
-
-    Args:
-        source: What offers them.
-        on_progress: Called with (images read, images offered).
-    """
-
-    def __init__(self, source: Source, on_progress: Progress | None) -> None:
-        self.done, self.total = 0, sum(split.count for split in source.splits.values())
-        self._on_progress = on_progress
-        self.add(0)
-
-    def add(self, count: int) -> None:
-        """So many more were read."""
-        self.done += count
-        if self._on_progress is not None:
-            self._on_progress(min(self.done, self.total), self.total)
-
-    def finish(self) -> None:
-        """All were read; some of them may not have decoded."""
-        self.add(self.total - self.done)
-
-
-def _write_splits(
-    source: Source, scratch: Path, *, data: DataConfig, on_progress: Progress | None
-) -> dict[str, SplitSummary]:
-    counter = Counter(source, on_progress)
-    splits = {}
-    for name, split in source.splits.items():
-        summary = SplitSummary.of(source, data)
-        _write_parts(split.stream(), scratch, name, summary=summary, data=data, report=counter.add)
-        summary.require_enough(name, source, data)
-        splits[name] = summary
-    counter.finish()
-    return splits
+        splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
+        return publish_dataset(source, splits, folder, name=name, data=data, skipped=bad.skipped, publish=publish)
 
 
 def _write_parts(
-    examples: Iterator[Example],
-    scratch: Path,
-    split: str,
-    *,
-    summary: SplitSummary,
-    data: DataConfig,
-    report: Callable[[int], None],
-) -> None:
-    shape = (data.image_size, data.image_size, data.channels)
-    most = block_rows(shape)
+    examples: Iterator[Example], scratch: Path, split: str, parts: list[Part], *, data: DataConfig
+) -> Iterator[Images]:
+    """Write the parts of a split and add them to `parts`; each block, while it is being written."""
+    shape = image_shape(data)
+    most = min(block_rows(shape), data.rows_per_part)
     (scratch / split).mkdir()
-    while block := take(examples, min(most, data.rows_per_part)):
-        path = part_name(split, len(summary.parts))
+    while block := take(examples, most):
+        path = part_name(split, len(parts))
         with PartWriter(scratch / path, shape) as writer:
             while block is not None:
                 writer.write(block)
-                summary.update(block)
-                report(len(block))
+                yield block
                 block = take(examples, min(most, data.rows_per_part - writer.rows))
-        summary.parts.append(Part(path, writer.rows))
+        parts.append(Part(path, writer.rows))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from ncsn.config.schema import DataConfig
 from ncsn.errors import UserError
 
-FILTER = Image.Resampling.BILINEAR
-"""Pillow widens its filters when it shrinks, so this is an antialiased resize. The paper's code used the same one."""
+# Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
+_FILTER = Image.Resampling.BILINEAR
 
 _MODES = {1: "L", 3: "RGB"}
 _WORDS = {1: "gray", 3: "RGB"}
@@ -26,50 +27,38 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """Brings an image to [image_size, image_size, channels].
-
-    A centre crop to a square comes first, then an antialiased resize. An image that has the size already keeps its
-    pixels as they are.
-
-    Attributes:
-        image_size: Height and width of the result in pixels.
-        channels: 1 = gray, 3 = RGB.
-        convert: Turn gray into RGB or RGB into gray (ITU-R 601 luma) instead of refusing.
-        crop: Side of the centre crop in pixels; None = the shorter side.
-    """
+    """Brings an image to [image_size, image_size, channels]: a center crop to a square, then an antialiased resize."""
 
     image_size: int
-    channels: int
-    convert: bool = False
-    crop: int | None = None
+    channels: int  # 1 = gray, 3 = RGB
+    convert: bool = False  # gray to RGB, or RGB to gray by ITU-R 601 luma, instead of refusing
+    crop: int | None = None  # side of the center crop in pixels; None = the shorter side
+
+    @classmethod
+    def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
+        """The conversion that the config asks for."""
+        return cls(data.image_size, data.channels, convert=data.convert_channels, crop=crop)
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether arrays [H, W, C] of this shape stay as they are."""
         return shape == (self.image_size, self.image_size, self.channels) and self.crop is None
 
     def array(self, image: np.ndarray, *, name: str) -> np.ndarray:
-        """Fit a uint8 array [H, W, C] with C = 1 or 3.
-
-        Raises:
-            UserError: for the wrong channel count, naming the image.
-        """
+        """Fit a uint8 array [H, W, C] with C = 1 or 3."""
         if self.keeps(image.shape):
             return image
         return self.image(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), name=name)
 
     def image(self, image: Image.Image, *, name: str) -> np.ndarray:
-        """Fit a decoded image.
-
-        Returns:
-            uint8 [image_size, image_size, channels].
+        """Fit a decoded image; the result is uint8 [image_size, image_size, channels].
 
         Raises:
-            UserError: for a kind of pixel that is not accepted or the wrong channel count, naming the image.
+            UserError: naming the image, for pixels of a kind or channel count that is not accepted.
         """
         image = self._to_channels(_plain(image, name=name), name=name)
-        square = self._centre(image, name=name)
+        square = self._center(image, name=name)
         if square.size != (self.image_size, self.image_size):
-            square = square.resize((self.image_size, self.image_size), FILTER)
+            square = square.resize((self.image_size, self.image_size), _FILTER)
         return np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
 
     def _to_channels(self, image: Image.Image, *, name: str) -> Image.Image:
@@ -85,7 +74,7 @@ class Fit:
             )
         return image.convert(_MODES[self.channels])
 
-    def _centre(self, image: Image.Image, *, name: str) -> Image.Image:
+    def _center(self, image: Image.Image, *, name: str) -> Image.Image:
         width, height = image.size
         side = self.crop or min(width, height)
         if side > min(width, height):
@@ -97,11 +86,7 @@ class Fit:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode a PNG or JPEG completely and turn it upright by its EXIF orientation.
-
-    Raises:
-        BadImageError: if the bytes are not a whole PNG or JPEG image.
-    """
+    """Decode a whole PNG or JPEG and turn it upright by its EXIF orientation."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         image.load()

@@ -1,4 +1,4 @@
-"""The small data sets: scikit-learn's digits, MNIST and Fashion-MNIST."""
+"""Small datasets that are read whole: scikit-learn's digits, MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -6,280 +6,197 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from io import BufferedReader
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.source import Example, Source, Split, fit_of, held_out, root_of
+from ncsn.data.pixels import Fit
+from ncsn.data.source import Example, Source, hold_out, root_of
 from ncsn.errors import NotFound, UserError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UINT8 = 0x08
-_CHUNK_BYTES = 4 << 20
-_LARGEST_SIDE = 4096
-_PREFIXES = {"train": "train", "test": "t10k"}
+_IDX_PREFIXES = {"train": "train", "test": "t10k"}
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class IdxFile:
-    """An IDX file of uint8 whose header was read.
+class Arrays:
+    """A split that is in memory."""
 
-    Attributes:
-        path: The file.
-        shape: Its dimensions; the first counts the rows.
-    """
+    images: np.ndarray  # uint8 [N, H, W, C], of any size
+    labels: np.ndarray  # [N]
+    fit: Fit
+    name: str  # for messages
+    in_tasks: ClassVar[bool] = False
 
-    path: Path
-    shape: tuple[int, ...]
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """The rows in their order, uint8 [k, *shape[1:]], a few megabytes at a time.
+    def section(self, first: int, last: int) -> Arrays:
+        """Images `first .. last`."""
+        return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
-        Raises:
-            UserError: if the file is shorter or longer than its header says, or its compression is damaged.
-        """
-        row_bytes = math.prod(self.shape[1:])
-        rows = max(1, _CHUNK_BYTES // row_bytes)
-        with _open(self.path) as stream:
-            _read(stream, _header_bytes(len(self.shape)), self.path)
-            for first in range(0, self.shape[0], rows):
-                count = min(rows, self.shape[0] - first)
-                data = _read(stream, count * row_bytes, self.path)
-                if len(data) < count * row_bytes:
-                    raise self._wrong_length(first * row_bytes + len(data), "is truncated")
-                yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
-            if _read(stream, 1, self.path):
-                raise UserError(str(self.path), "holds more bytes than its header says", hint="fetch it again")
-
-    def check_length(self) -> None:
-        """Compare an uncompressed file's size with its header.
-
-        Raises:
-            UserError: if they disagree.
-        """
-        with self.path.open("rb") as stream:
-            if stream.read(2) == _GZIP_MAGIC:
-                return
-        found = self.path.stat().st_size - _header_bytes(len(self.shape))
-        if found != math.prod(self.shape):
-            raise self._wrong_length(found, "is truncated" if found < math.prod(self.shape) else "is too long")
-
-    def _wrong_length(self, found: int, what: str) -> UserError:
-        sizes = " x ".join(str(size) for size in self.shape)
-        return UserError(
-            str(self.path),
-            f"{what}: expected {sizes} = {math.prod(self.shape)} bytes after the header, found {found}",
-            hint="fetch it again",
+    def stream(self, *, cores: int | None = None) -> Iterator[Example]:  # noqa: ARG002
+        """Each image; see `Split`."""
+        labels = self.labels.tolist()
+        if self.fit.keeps(self.images.shape[1:]):
+            return map(Example, self.images, labels)
+        return (
+            Example(self.fit.array(image, name=f"image {number} of {self.name}"), label)
+            for number, (image, label) in enumerate(zip(self.images, labels, strict=True))
         )
 
 
-def read_header(path: Path, *, dimensions: int) -> IdxFile:
-    """Read and check the header of an IDX file.
+def open_digits(data: DataConfig) -> Source:
+    """The digits of scikit-learn, their ink 0..16 spread over 0..255, with a share held out for testing."""
+    from sklearn.datasets import load_digits
 
-    Args:
-        path: The file, plain or gzipped.
-        dimensions: 3 for images, 1 for labels.
-
-    Raises:
-        UserError: if it is not an IDX file of uint8 with that many dimensions.
-    """
-    size = _header_bytes(dimensions)
-    with _open(path) as stream:
-        data = _read(stream, size, path)
-    if len(data) < size:
-        raise UserError(
-            str(path), f"is truncated: expected a header of {size} bytes, found {len(data)}", hint="fetch it again"
-        )
-    expected = (_UINT8 << 8) + dimensions
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", data)
-    if magic != expected:
-        raise UserError(
-            str(path),
-            f"another kind of file: starts with magic number 0x{magic:08x}, but IDX "
-            f"{'images' if dimensions == 3 else 'labels'} start with 0x{expected:08x}",
-        )
-    if not all(1 <= side <= _LARGEST_SIDE for side in shape[1:]):
-        raise UserError(
-            str(path), f"says that its images have {shape[1]}x{shape[2]} pixels", hint="fetch it again, it is damaged"
-        )
-    return IdxFile(path, tuple(shape))
+    digits = load_digits()
+    images = np.floor(digits.images * (255 / 16) + 0.5).astype(np.uint8)[..., None]
+    labels = digits.target.astype(int)
+    chosen = hold_out([f"digit {index}" for index in range(len(labels))], labels.tolist(), data.test_fraction)
+    return Source(
+        description="Optical Recognition of Handwritten Digits (test part), E. Alpaydin and C. Kaynak 1998, 8x8 gray",
+        license="CC BY 4.0 (UCI Machine Learning Repository); shipped with scikit-learn",
+        class_names=tuple(str(name) for name in digits.target_names),
+        splits={split: Arrays(images[rows], labels[rows], Fit.of(data), "digits") for split, rows in chosen.items()},
+    )
 
 
 def open_mnist(data: DataConfig) -> Source:
     """MNIST from the folder data.root."""
-    return _open_splits(
-        data,
-        torchvision_class="MNIST",
+    return Source(
         description="MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray",
-        license_="CC BY-SA 3.0",
+        license="CC BY-SA 3.0",
         class_names=tuple("0123456789"),
+        splits=_idx_splits(data, torchvision_class="MNIST"),
     )
 
 
 def open_fashion_mnist(data: DataConfig) -> Source:
     """Fashion-MNIST from the folder data.root."""
-    return _open_splits(
-        data,
-        torchvision_class="FashionMNIST",
+    return Source(
         description="Fashion-MNIST articles of clothing, H. Xiao, K. Rasul and R. Vollgraf 2017, 28x28 gray",
-        license_="MIT",
+        license="MIT",
         class_names=_FASHION,
+        splits=_idx_splits(data, torchvision_class="FashionMNIST"),
     )
 
 
-def _open_splits(
-    data: DataConfig, *, torchvision_class: str, description: str, license_: str, class_names: tuple[str, ...]
-) -> Source:
-    paths = _locate(data, torchvision_class)
-    splits = {
-        split: _open_split(data, images=paths[split, "images"], labels=paths[split, "labels"], classes=len(class_names))
-        for split in _PREFIXES
-    }
-    return Source(description=description, license=license_, class_names=class_names, splits=splits)
+def require_labels(labels: np.ndarray, *, num_classes: int, name: str) -> None:
+    """Refuse labels outside `0 .. num_classes`, naming their file."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise UserError(name, f"gives image {wrong[0]} label {labels[wrong[0]]}; labels are 0 to {num_classes - 1}")
 
 
-def _open_split(data: DataConfig, *, images: Path, labels: Path, classes: int) -> Split:
-    image_file, label_file = read_header(images, dimensions=3), read_header(labels, dimensions=1)
-    image_file.check_length()
-    label_file.check_length()
-    count = image_file.shape[0]
-    if label_file.shape[0] != count:
-        raise UserError(
-            str(labels),
-            f"holds {label_file.shape[0]} labels, but {images} holds {count} images",
-            hint="fetch both again, they do not belong together",
-        )
-    fit = fit_of(data)
+@contextmanager
+def downloading(what: str, files: str, root: Path) -> Iterator[None]:
+    """Turn what torchvision raises into one line that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"torchvision could not download {what} into {root}: {reason}; put {files} there by hand"
+        ) from error
 
-    def stream() -> Iterator[Example]:
-        values = np.concatenate([np.empty(0, np.uint8), *label_file.chunks()])
-        wrong = np.flatnonzero(values >= classes)
-        if wrong.size:
+
+def _idx_splits(data: DataConfig, *, torchvision_class: str) -> dict[str, Arrays]:
+    paths = _idx_files(data, torchvision_class)
+    splits = {}
+    for split in _IDX_PREFIXES:
+        image_file, label_file = paths[split, "images"], paths[split, "labels"]
+        images, labels = _read_idx(image_file, dimensions=3), _read_idx(label_file, dimensions=1)
+        if len(labels) != len(images):
             raise UserError(
-                str(labels), f"gives image {wrong[0]} label {values[wrong[0]]}; labels are 0 to {classes - 1}"
+                str(label_file),
+                f"holds {len(labels)} labels, but {image_file} holds {len(images)} images",
+                hint="fetch both again, they do not belong together",
             )
-        first = 0
-        for chunk in image_file.chunks():
-            labels_of_chunk = values[first : first + len(chunk)].tolist()
-            rows: Iterable[np.ndarray] = chunk[..., None]
-            if not fit.keeps((*chunk.shape[1:], 1)):
-                rows = (fit.array(row, name=f"image {first + k} of {images}") for k, row in enumerate(chunk[..., None]))
-            yield from map(Example, rows, labels_of_chunk)
-            first += len(chunk)
-
-    return Split(count, stream)
+        require_labels(labels, num_classes=10, name=str(label_file))
+        splits[split] = Arrays(images[..., None], labels, Fit.of(data), str(image_file))
+    return splits
 
 
-def _locate(data: DataConfig, torchvision_class: str) -> dict[tuple[str, str], Path]:
-    """The four files below data.root: in it, in its `raw`, or where torchvision puts them."""
+def _idx_files(data: DataConfig, torchvision_class: str) -> dict[tuple[str, str], Path]:
+    """(split, kind) -> file below data.root: in it, in its `raw`, or where torchvision puts them."""
     if data.download and data.root is not None:
         root = Path(data.root).expanduser()
-        if _missing(_found(root, torchvision_class)):
-            _download(root, torchvision_class)
-    root = root_of(data)
-    found = _found(root, torchvision_class)
-    missing = _missing(found)
-    if missing:
-        split, kind = missing[0]
-        raise NotFound(
-            "data.root",
-            f"has no {_file_names(split, kind)[0]} (or .gz), nor has its folder raw or {torchvision_class}/raw",
-            hint=f"put the four IDX files of {data.source} there, or set data.download to true",
-            value=data.root,
-        )
-    return {key: path for key, path in found.items() if path is not None}
+        if None in _find_idx(root, torchvision_class).values():
+            from torchvision import datasets
+
+            with downloading(torchvision_class, "its four IDX files", root):
+                getattr(datasets, torchvision_class)(root=str(root), train=True, download=True)
+    found = {}
+    for (split, kind), path in _find_idx(root_of(data), torchvision_class).items():
+        if path is None:
+            raise NotFound(
+                "data.root",
+                f"has no {_idx_names(split, kind)[0]} (or .gz), nor has its folder raw or {torchvision_class}/raw",
+                hint=f"put the four IDX files of {data.source} there, or set data.download to true",
+                value=data.root,
+            )
+        found[split, kind] = path
+    return found
 
 
-def _found(root: Path, torchvision_class: str) -> dict[tuple[str, str], Path | None]:
+def _find_idx(root: Path, torchvision_class: str) -> dict[tuple[str, str], Path | None]:
     folders = (root, root / "raw", root / torchvision_class / "raw")
     found = {}
-    for split in _PREFIXES:
+    for split in _IDX_PREFIXES:
         for kind in ("images", "labels"):
-            candidates = (folder / name for folder in folders for name in _file_names(split, kind))
+            candidates = (folder / name for folder in folders for name in _idx_names(split, kind))
             found[split, kind] = next((path for path in candidates if path.is_file()), None)
     return found
 
 
-def _missing(found: dict[tuple[str, str], Path | None]) -> list[tuple[str, str]]:
-    return [key for key, path in found.items() if path is None]
-
-
-def _file_names(split: str, kind: str) -> Sequence[str]:
+def _idx_names(split: str, kind: str) -> list[str]:
     suffix = "idx3-ubyte" if kind == "images" else "idx1-ubyte"
-    stem = f"{_PREFIXES[split]}-{kind}"
-    return [f"{stem}{dot}{suffix}{gz}" for dot in ("-", ".") for gz in ("", ".gz")]
+    return [f"{_IDX_PREFIXES[split]}-{kind}{dot}{suffix}{gz}" for dot in ("-", ".") for gz in ("", ".gz")]
 
 
-def _download(root: Path, torchvision_class: str) -> None:
-    from torchvision import datasets
+def _read_idx(path: Path, *, dimensions: int) -> np.ndarray:
+    """The uint8 array of an IDX file, plain or gzipped: 3 dimensions for images, 1 for labels."""
+    content, start = _unzipped(path), 4 + 4 * dimensions
+    if len(content) < start:
+        raise UserError(
+            str(path), f"is truncated: expected a header of {start} bytes, found {len(content)}", hint="fetch it again"
+        )
+    magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
+    expected_magic = (_UINT8 << 8) + dimensions
+    if magic != expected_magic:
+        raise UserError(
+            str(path),
+            f"another kind of file: starts with magic number 0x{magic:08x}, but IDX "
+            f"{'images' if dimensions == 3 else 'labels'} start with 0x{expected_magic:08x}",
+        )
+    expected, found = math.prod(shape), len(content) - start
+    if expected != found or 0 in shape[1:]:
+        raise UserError(
+            str(path),
+            f"{'is truncated' if found < expected else 'is too long'}: expected {' x '.join(map(str, shape))} = "
+            f"{expected} bytes after the header, found {found}",
+            hint="fetch it again",
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
+
+def _unzipped(path: Path) -> bytes:
+    content = path.read_bytes()
+    if not content.startswith(_GZIP_MAGIC):
+        return content
     try:
-        getattr(datasets, torchvision_class)(root=str(root), train=True, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConnectionError(
-            f"torchvision could not download {torchvision_class} into {root}: {reason}; "
-            "put its four IDX files into data.root by hand"
-        ) from error
-
-
-def _open(path: Path) -> gzip.GzipFile | BufferedReader:
-    with path.open("rb") as stream:
-        compressed = stream.read(2) == _GZIP_MAGIC
-    return gzip.open(path, "rb") if compressed else path.open("rb")
-
-
-def _read(stream: gzip.GzipFile | BufferedReader, size: int, path: Path) -> bytes:
-    """Up to `size` bytes; fewer only at the end. What a cut gzip file still gives counts."""
-    data = bytearray()
-    try:
-        while len(data) < size:
-            # read1 hands over what a cut gzip file gives before its error; read would lose it.
-            piece = stream.read1(size - len(data))
-            if not piece:
-                break
-            data += piece
+        return gzip.decompress(content)
     except EOFError:
-        pass
+        return zlib.decompressobj(wbits=31).decompress(content)  # as far as it goes; the caller misses the rest
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(str(path), f"is a damaged gzip file ({error})", hint="fetch it again") from error
-    return bytes(data)
-
-
-def _header_bytes(dimensions: int) -> int:
-    return 4 + 4 * dimensions
-
-
-_LARGEST_INK = 16
-
-
-def open_digits(data: DataConfig) -> Source:
-    """The digits, their ink 0..16 spread over 0..255, with a share held out for testing."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.floor(digits.images * (255 / _LARGEST_INK) + 0.5).astype(np.uint8)[..., None]
-    labels = digits.target.astype(int).tolist()
-    test = held_out([f"digit {index}" for index in range(len(labels))], labels, data.test_fraction)
-    fit = fit_of(data)
-
-    def split(indices: np.ndarray) -> Split:
-        def stream() -> Iterator[Example]:
-            for index in indices:
-                yield Example(fit.array(images[index], name=f"digit {index}"), labels[index])
-
-        return Split(len(indices), stream)
-
-    return Source(
-        description="Optical Recognition of Handwritten Digits (test part), E. Alpaydin and C. Kaynak 1998, 8x8 gray",
-        license="CC BY 4.0 (UCI Machine Learning Repository); shipped with scikit-learn",
-        class_names=tuple(str(name) for name in digits.target_names),
-        splits={"train": split(np.flatnonzero(~test)), "test": split(np.flatnonzero(test))},
-    )

@@ -1,20 +1,24 @@
-"""What every source of images has in common: splits that stream, bad images, and a fixed choice of test images."""
+"""What a source of images is, the files that it reads, and the choice of test images. Loads no torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from pyarrow import fs
 
+from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import SkippedImage
-from ncsn.data.pixels import Fit
 from ncsn.errors import NotFound, UserError
+
+_REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "CREDENTIALS", "FORBIDDEN")
 
 
 class Example(NamedTuple):
@@ -24,83 +28,65 @@ class Example(NamedTuple):
     label: int
 
 
-@dataclass
-class BadImages:
-    """What to do with images that do not decode: stop at the first, or note them and go on."""
+class Split(Protocol):
+    """The images of a split in their order. Picklable, so that any process can read a section of them."""
 
-    skip: bool
-    skipped: list[SkippedImage] = field(default_factory=list)
+    in_tasks: ClassVar[bool]
+    """Whether reading them takes long enough to share the work between processes."""
 
-    def handle(self, name: str, reason: str) -> None:
-        """Note the image, or stop.
+    def __len__(self) -> int:
+        """Images that it offers; some of them may not decode."""
 
-        Raises:
-            UserError: naming the image, unless bad images are skipped.
-        """
-        if not self.skip:
-            raise UserError(
-                name, f"does not decode: {reason}", hint="repair or remove it, or set data.on_bad_image to skip"
-            )
-        self.skipped.append(SkippedImage(name, reason))
+    def section(self, first: int, last: int) -> Split:
+        """Images `first .. last`."""
 
-
-class DivisibleImages(Protocol):
-    """Images of which any process can read a section. Picklable."""
-
-    def __len__(self) -> int: ...
-
-    def section(self, first: int, last: int) -> DivisibleImages:
-        """The images `first .. last`."""
-
-    def stream(self, bad: BadImages, *, cores: int | None = None) -> Iterator[Example]:
-        """Read them on so many cores; None = all of this machine."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """A part of a source.
-
-    Attributes:
-        count: Images that it offers; some of them may turn out not to decode.
-        stream: Starts reading them from the first.
-        images: The same images for readers of sections; None where they come in one stream only.
-    """
-
-    count: int
-    stream: Callable[[], Iterator[Example]]
-    images: DivisibleImages | None = None
+    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
+        """Each image, or why it does not decode; read on `cores` cores, None = all of this machine."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source.
-
-    Attributes:
-        description: What the images are.
-        license: What is known of the terms of use.
-        class_names: Name of label 0, 1, ...; empty if there are no labels.
-        splits: `train` and `test`.
-        skipped: Images left out; complete once both splits were read.
-    """
+    """An opened source."""
 
     description: str
     license: str
-    class_names: tuple[str, ...]
-    splits: Mapping[str, Split]
+    class_names: tuple[str, ...]  # of label 0, 1, ...; empty if there are no labels
+    splits: Mapping[str, Split]  # `train` and `test`
+
+
+@dataclass
+class BadImages:
+    """What to do with images that do not decode: stop at the first, or leave them out and remember them."""
+
+    skip: bool
     skipped: list[SkippedImage] = field(default_factory=list)
 
+    def filter(self, rows: Iterable[Example | SkippedImage]) -> Iterator[Example]:
+        """The images that decode.
 
-def fit_of(data: DataConfig, *, crop: int | None = None) -> Fit:
-    """The conversion that the config asks for."""
-    return Fit(image_size=data.image_size, channels=data.channels, convert=data.convert_channels, crop=crop)
+        Raises:
+            UserError: naming the first that does not, unless bad images are skipped.
+        """
+        for row in rows:
+            if isinstance(row, Example):
+                yield row
+            elif self.skip:
+                self.skipped.append(row)
+            else:
+                raise UserError(
+                    row.name,
+                    f"does not decode: {row.reason}",
+                    hint="repair or remove it, or set data.on_bad_image to skip",
+                )
+
+
+def image_shape(data: DataConfig) -> tuple[int, int, int]:
+    """(H, W, C) of every image of the dataset."""
+    return data.image_size, data.image_size, data.channels
 
 
 def required_root(data: DataConfig) -> str:
-    """data.root of a source that reads files.
-
-    Raises:
-        UserError: if it is not set.
-    """
+    """data.root of a source that reads files."""
     if data.root is None:
         raise UserError(
             "data.root", f"is not set, and data.source {data.source} reads files", hint="set it to where they are"
@@ -109,12 +95,7 @@ def required_root(data: DataConfig) -> str:
 
 
 def root_of(data: DataConfig) -> Path:
-    """The local file or folder that holds the source.
-
-    Raises:
-        UserError: if data.root is not set.
-        NotFound: if it does not exist.
-    """
+    """The existing local file or folder that holds the source."""
     root = Path(required_root(data)).expanduser()
     if not root.exists():
         raise NotFound(
@@ -123,29 +104,23 @@ def root_of(data: DataConfig) -> Path:
     return root
 
 
-def held_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> np.ndarray:
-    """Which images are held out for the test split.
+def hold_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> dict[str, list[int]]:
+    """Indices of the images of the train and the test split, ascending.
 
-    The choice depends on the names and labels only, never on a seed, so every experiment on the same images tests on
-    the same ones. Each class gives its share: the images are put in order of (label, hash of the name), and every
-    1/fraction-th of that order is taken.
+    The choice depends on names and labels only, never on a seed or the order, so every experiment on the same images
+    tests on the same ones. Each class gives its share.
 
     Args:
         keys: A name of each image, all different.
         labels: Label of each image, -1 for none.
-        fraction: Share to hold out, in (0, 1).
-
-    Returns:
-        bool [N], true for test; floor(N * fraction) of them, but at least 1 if there are 2 images or more.
+        fraction: Share to hold out, in (0, 1): floor(N * fraction) images, but at least 1 of 2 or more.
     """
     share = Fraction(str(fraction))
     order = sorted(range(len(keys)), key=lambda index: (labels[index], name_hash(keys[index])))
-    chosen = np.zeros(len(keys), bool)
-    for place, index in enumerate(order):
-        chosen[index] = int((place + 1) * share) > int(place * share)
-    if len(keys) >= 2 and not chosen.any():
-        chosen[order[-1]] = True
-    return chosen
+    test = {index for place, index in enumerate(order) if int((place + 1) * share) > int(place * share)}
+    if len(keys) >= 2 and not test:
+        test = {order[-1]}
+    return {"train": [index for index in range(len(keys)) if index not in test], "test": sorted(test)}
 
 
 def name_hash(key: str) -> bytes:
@@ -154,14 +129,93 @@ def name_hash(key: str) -> bytes:
 
 
 def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:
-    """The path of an archive's member, which must stay inside the folder that it is unpacked to.
+    """The path of an archive's member, which must not be absolute or hold `..`.
 
-    Nothing is unpacked here; an archive with such a name was made to do harm, so none of it is trusted.
-
-    Raises:
-        UserError: for an absolute name or one with `..`.
+    Nothing is unpacked here, but an archive with such a name was made to do harm, so none of it is trusted.
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
         raise UserError(str(archive), f"is refused: its member {name!r} points outside of it")
     return path
+
+
+class Listed(NamedTuple):
+    """A file: its path below the root, its bytes, and when it changed in nanoseconds."""
+
+    path: str
+    size: int
+    changed: int
+
+
+def list_files(root: str) -> list[Listed]:
+    """All files below `root` but hidden ones, sorted by path; `root` itself, by its name, if it is a file.
+
+    Raises:
+        NotFound: if there is nothing at `root`.
+        UserError: if the bucket refuses the keys of the environment.
+        OSError: if the bucket cannot be reached.
+    """
+    return sorted(_local_files(Path(root)) if storage.is_local(root) else _objects(root))
+
+
+def source_fingerprint(data: DataConfig) -> str:
+    """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
+    try:
+        files = [] if data.root is None else list_files(storage.absolute(data.root))
+    except FileNotFoundError:
+        files = []  # opening the source says so
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.changed}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _local_files(root: Path) -> Iterator[Listed]:
+    if not root.exists():
+        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=str(root))
+    if root.is_file():
+        yield _listed(root, root.name)
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder) / name
+            if not name.startswith(".") and path.is_file():
+                yield _listed(path, path.relative_to(root).as_posix())
+
+
+def _listed(path: Path, name: str) -> Listed:
+    status = path.stat()
+    return Listed(name, status.st_size, status.st_mtime_ns)
+
+
+def _objects(root: str) -> Iterator[Listed]:
+    try:
+        filesystem, path = storage.filesystem(root)
+        (info,) = filesystem.get_file_info([path])
+        if info.type == fs.FileType.File:
+            yield Listed(info.base_name, info.size, info.mtime_ns or 0)
+            return
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    except FileNotFoundError:
+        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=root) from None
+    except OSError as error:
+        raise _unreadable(root, error) from error
+    for info in infos:
+        name = info.path.removeprefix(f"{path}/")
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
+            yield Listed(name, info.size, info.mtime_ns or 0)
+
+
+def _unreadable(root: str, error: OSError) -> Exception:
+    reason = " ".join(str(error).split())
+    if "NO_SUCH_BUCKET" in reason:
+        return NotFound("data.root", "names a bucket that does not exist", value=root)
+    if any(word in reason.upper() for word in _REFUSED):
+        return UserError(
+            "data.root",
+            f"is refused by its server ({reason[:200]})",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to keys that may read it, and "
+            "AWS_ENDPOINT_URL to the server if it is not Amazon's",
+            value=root,
+        )
+    return OSError(f"data.root {root!r} cannot be read: {reason[:300]}")

@@ -1,21 +1,15 @@
-"""Where images come from: one interface over every source, with a train and a test split that stream.
-
-A source is opened (its files found and their headers checked) before anything is written, and gives its images one by
-one, so that memory does not grow with the dataset.
-"""
+"""The table of sources. A new source is a function that returns a `Source`, and a line here and in `DataConfig`."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.cifar10 import open_cifar10
 from ncsn.data.image_folder import open_celeba, open_image_folder
 from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist
-from ncsn.data.source import BadImages, Source, Split
+from ncsn.data.source import Source
 
 _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
     "sklearn_digits": open_digits,
@@ -37,22 +31,10 @@ def open_source(data: DataConfig) -> Source:
     source = _OPENERS[data.source](data)
     if data.max_images is None:
         return source
-    bad = BadImages(skip=data.on_bad_image == "skip", skipped=source.skipped)
-    limited = {name: _first(split, data.max_images, bad) for name, split in source.splits.items()}
-    return replace(source, splits=limited)
+    return replace(source, splits={name: split.section(0, data.max_images) for name, split in source.splits.items()})
 
 
 def fills_several_parts(source: Source, data: DataConfig) -> bool:
-    """Whether the source can be read in sections, and one of its splits fills more than one part file."""
+    """Whether it is worth writing the parts of the dataset in several processes."""
     splits = source.splits.values()
-    return all(split.images is not None for split in splits) and any(
-        split.count > data.rows_per_part for split in splits
-    )
-
-
-def _first(split: Split, count: int, bad: BadImages) -> Split:
-    count = min(split.count, count)
-    if split.images is None:
-        return Split(count, lambda: itertools.islice(split.stream(), count))
-    images = split.images.section(0, count)
-    return Split(count, partial(images.stream, bad), images)
+    return all(split.in_tasks for split in splits) and any(len(split) > data.rows_per_part for split in splits)

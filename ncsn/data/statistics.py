@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,38 @@ from ncsn.config.choices import AutoNoiseConfig
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
-from ncsn.data import format
-from ncsn.data.format import MANIFEST, Images, Manifest, Part, SplitDigest, load_manifest, schema_words
-from ncsn.data.source import Source
+from ncsn.data.format import (
+    MANIFEST,
+    Images,
+    Manifest,
+    Part,
+    SkippedImage,
+    SplitDigest,
+    dataset_digest,
+    load_manifest,
+    schema_words,
+)
+from ncsn.data.source import Source, Split, image_shape
 from ncsn.errors import UserError
 
-GRAY_STEPS = 256
+Progress = Callable[[int, int], None]
+
+# The data settings that decide the content of a dataset.
+SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
+LEAST_IMAGES = 2
+
+MOST_IMAGES = 60_000
+_MOST_VALUES = 2**28  # bytes of the images that are kept for the largest distance
+_MOST_WORK = 2e11  # multiplications for it: some seconds on two CPU cores; real images need a tenth of it
+_FEW, _FEW_WORK = 2_000, 2.5e10  # images compared in pairs for the percentile, and multiplications that this may take
+_GRAY_STEPS = 256
 
 
 class PixelStatistics:
-    """Counts of each of the 256 pixel values, channel by channel.
-
-    Args:
-        channels: Number of channels.
-    """
+    """Counts of each of the 256 pixel values, channel by channel."""
 
     def __init__(self, channels: int) -> None:
-        self.counts = np.zeros((channels, GRAY_STEPS), np.int64)
+        self.counts = np.zeros((channels, _GRAY_STEPS), np.int64)
 
     def update(self, images: np.ndarray) -> None:
         """Count the pixels of uint8 images [N, H, W, C]."""
@@ -67,19 +82,13 @@ class PixelStatistics:
         return int(np.flatnonzero(self.counts.sum(axis=0))[-1])
 
     def _moment(self, power: int) -> np.ndarray:
-        values = (np.arange(GRAY_STEPS, dtype=np.float64) / (GRAY_STEPS - 1)) ** power
+        values = (np.arange(_GRAY_STEPS, dtype=np.float64) / (_GRAY_STEPS - 1)) ** power
         moments: np.ndarray = self.counts @ values / self.counts.sum(axis=1)
         return moments
 
 
 class ImageSample:
-    """A random sample of a stream of images, a function of their order alone.
-
-    Each image has a random number; those with the smallest stay.
-
-    Args:
-        size: Images to keep at most.
-    """
+    """A random sample of at most `size` images of a stream, a function of their order alone."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -88,9 +97,10 @@ class ImageSample:
 
     def update(self, images: np.ndarray) -> None:
         """Offer uint8 images [N, H, W, C]."""
+        # Each image has a random number; those with the smallest stay.
         keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
         full = len(self._kept) == self.size
-        # Once the sample is full, few of those that come still have a chance.
+        # Once the sample is full, few images still have a chance.
         for index in np.flatnonzero(keys < -self._kept[0][0]) if full else range(len(keys)):
             kept = (-float(keys[index]), self.count + int(index), images[index].copy())
             if len(self._kept) < self.size:
@@ -110,26 +120,13 @@ class ImageSample:
         return np.stack([image for _, _, image in sorted(self._kept, key=lambda kept: kept[1])])
 
 
-MOST_IMAGES = 60_000
-_MOST_VALUES = 2**28
-"""Bytes of the images that are kept for the largest distance."""
-_MOST_WORK = 2e11
-"""Multiplications for it: some seconds on two CPU cores. Real images take a tenth, pure noise would take all."""
-_FEW, _FEW_WORK = 2_000, 2.5e10
-"""Images all pairs of which are compared for the percentile, and multiplications that this may take."""
-
-
 def sample_size(values_per_image: int) -> int:
     """How many images ingest keeps to compare them: 60,000, fewer where they are large."""
     return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
 
 
 def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
-    """What ingest writes into the manifest: a suggestion for the images as they are, and one for mirrored ones too.
-
-    Returns:
-        Nothing if the images are all alike.
-    """
+    """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike."""
     images = torch.from_numpy(sample.images)
     few = images[torch.from_numpy(_some(len(images), values_per_image=images[0].numel()))]
     found = {}
@@ -145,7 +142,7 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
 
 
 def _some(count: int, *, values_per_image: int) -> NDArray[np.int64]:
-    """Which images the percentile rests on."""
+    """Rows of the images that the percentile is taken of."""
     most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / values_per_image))))
     chosen: NDArray[np.int64] = np.sort(keyed_permutation(0, epoch=0, size=count)[:most])
     return chosen
@@ -180,7 +177,7 @@ def _distances(config: Config, manifest: Manifest) -> PairDistances:
     if found is None:
         raise UserError(
             "noise",
-            f"needs the distances between the images, and the data set {manifest.name}/{manifest.digest} was "
+            f"needs the distances between the images, and the dataset {manifest.name}/{manifest.digest} was "
             "ingested before they were kept",
             hint="`ncsn ingest` under another --run NAME adds them",
             value="auto",
@@ -192,44 +189,27 @@ def _distances(config: Config, manifest: Manifest) -> PairDistances:
             hint="give noise.sigma_1, noise.sigma_L and noise.num_levels",
             value="auto",
         )
-    return found["mirrored" if config.data.horizontal_flip else "plain"].distances
-
-
-LEAST_IMAGES = 2
-SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
-"""The data settings that decide the content of a dataset."""
+    return PairDistances(**found["mirrored" if config.data.horizontal_flip else "plain"]["distances"])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in the store.
+    """A dataset in the store."""
 
-    Attributes:
-        uri: Its folder, `<folder>/<digest>`.
-        manifest: What it holds.
-        created: False if it was there already and nothing was written.
-    """
-
-    uri: str
+    uri: str  # its folder, `<folder>/<digest>`
     manifest: Manifest
-    created: bool
+    created: bool  # False if it was there already and nothing was written
 
 
 @dataclass
 class SplitSummary:
-    """What is learnt of a split, row by row in its order."""
+    """What is learned of a split, row by row in its order."""
 
     statistics: PixelStatistics
     class_counts: np.ndarray
     sample: ImageSample
     digest: SplitDigest = field(default_factory=SplitDigest)
     parts: list[Part] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, source: Source, data: DataConfig) -> SplitSummary:
-        """Of no rows yet."""
-        sample = ImageSample(sample_size(data.image_size**2 * data.channels))
-        return cls(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
 
     def update(self, rows: Images) -> None:
         """Append rows."""
@@ -238,21 +218,50 @@ class SplitSummary:
         self.sample.update(rows.images)
         self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
 
-    def require_enough(self, split: str, source: Source, data: DataConfig) -> None:
-        """Refuse a split that nothing can be learnt from.
 
-        Raises:
-            UserError: if it has fewer than 2 images.
-        """
-        if self.digest.count < LEAST_IMAGES:
-            skipped = f" ({len(source.skipped)} did not decode)" if source.skipped else ""
-            raise UserError(
-                "data.source",
-                f"gives {self.digest.count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are "
-                "needed",
-                hint="add images, or change data.test_fraction",
-                value=data.source,
-            )
+def summarize(
+    source: Source,
+    data: DataConfig,
+    written: Callable[[str, Split, list[Part]], Iterator[Images]],
+    *,
+    skipped: Sequence[SkippedImage],
+    on_progress: Progress | None,
+) -> dict[str, SplitSummary]:
+    """Take every split's rows block by block from `written`, which writes them and adds its parts to the list.
+
+    Args:
+        source: The images.
+        data: The settings that the source was opened with.
+        written: Called with a split's name, the split and the list of its parts.
+        skipped: The images that were left out so far.
+        on_progress: Called with (images read, images offered).
+    """
+    done, total = 0, sum(map(len, source.splits.values()))
+    report: Progress = on_progress or (lambda _done, _total: None)
+    report(0, total)
+    summaries = {}
+    for name, split in source.splits.items():
+        sample = ImageSample(sample_size(math.prod(image_shape(data))))
+        summary = SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
+        for block in written(name, split, summary.parts):
+            summary.update(block)
+            done += len(block)
+            report(done, total)
+        _require_images(summary.digest.count, name, data, num_skipped=len(skipped))
+        summaries[name] = summary
+    report(total, total)
+    return summaries
+
+
+def _require_images(count: int, split: str, data: DataConfig, *, num_skipped: int) -> None:
+    if count < LEAST_IMAGES:
+        skipped = f" ({num_skipped} did not decode)" if num_skipped else ""
+        raise UserError(
+            "data.source",
+            f"gives {count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are needed",
+            hint="add images, or change data.test_fraction",
+            value=data.source,
+        )
 
 
 def publish_dataset(
@@ -262,24 +271,26 @@ def publish_dataset(
     *,
     name: str,
     data: DataConfig,
+    skipped: Sequence[SkippedImage],
     publish: Callable[[Manifest, str], bool],
 ) -> Dataset:
-    """Give the written rows their place, unless the store holds them already.
+    """Publish the written rows at `<folder>/<digest>`, unless the store holds them already.
 
     Args:
         source: Where they come from.
-        splits: What was learnt of them.
+        splits: What was learned of them.
         folder: URI of the folder that holds all versions of this dataset.
         name: Name of the dataset.
         data: The settings that the source was opened with.
-        publish: Publishes parts and manifest at a URI; False if a complete dataset was there before it.
+        skipped: The images that were left out.
+        publish: Publishes parts and manifest at a URI; False if a complete dataset was there first.
     """
-    manifest = _describe(source, splits, name=name, data=data)
+    manifest = _describe(source, splits, name=name, data=data, skipped=skipped)
     uri = storage.join(folder, manifest.digest)
     there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
     if there is not None and there.suggested_noise is not None:
         return Dataset(uri, there, created=False)
-    suggested = suggestions(splits["train"].sample)
+    suggested = {kind: asdict(suggestion) for kind, suggestion in suggestions(splits["train"].sample).items()}
     if there is not None:
         there = replace(there, suggested_noise=suggested)
         storage.write_text(storage.join(uri, MANIFEST), there.to_json())
@@ -289,14 +300,21 @@ def publish_dataset(
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 
 
-def _describe(source: Source, splits: Mapping[str, SplitSummary], *, name: str, data: DataConfig) -> Manifest:
-    shape = (data.image_size, data.image_size, data.channels)
+def _describe(
+    source: Source,
+    splits: Mapping[str, SplitSummary],
+    *,
+    name: str,
+    data: DataConfig,
+    skipped: Sequence[SkippedImage],
+) -> Manifest:
+    shape = image_shape(data)
     content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
     train = splits["train"].statistics
     settings = data.model_dump(mode="json")
     return Manifest(
         name=name,
-        digest=format.dataset_digest(shape=shape, class_names=source.class_names, splits=content),
+        digest=dataset_digest(shape=shape, class_names=source.class_names, splits=content),
         image_size=data.image_size,
         channels=data.channels,
         counts={split: summary.digest.count for split, summary in splits.items()},
@@ -306,7 +324,7 @@ def _describe(source: Source, splits: Mapping[str, SplitSummary], *, name: str, 
         std=train.std,
         minimum=train.minimum,
         maximum=train.maximum,
-        skipped=list(source.skipped),
+        skipped=list(skipped),
         parts={split: summary.parts for split, summary in splits.items()},
         content=content,
         schema=schema_words(*shape),

@@ -1,16 +1,15 @@
 """Ingestion as Ray tasks, one per part file.
 
-Which images a part holds is decided before any of them is read, so any task can write it, again if it must. Finished
-parts wait in the store, where an ingestion that is started again finds them. The process that asks reads the parts in
-their order, behind the tasks that write them: the digest, the statistics and the sample are those of one pass over all
-rows, however many tasks there were.
+Which images a part holds is decided before any of them is read, so any task can write it, and write it again. Finished
+parts stay in the store for an ingestion that is started again. The driver reads the parts in their order while the
+tasks write later ones: digest, statistics and sample are those of one pass over all rows.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +17,22 @@ import ray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import MANIFEST, Manifest, Part, load_manifest
-from ncsn.data.parquet import Counter, PartWriter, block_rows, inspect_part, part_name, read_part, take
-from ncsn.data.source import BadImages, DivisibleImages, Source
-from ncsn.data.statistics import SHAPING, Dataset, SplitSummary, publish_dataset
+from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, load_manifest
+from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
+from ncsn.data.source import BadImages, Source, Split, image_shape
+from ncsn.data.statistics import SHAPING, Dataset, Progress, publish_dataset, summarize
 
+# One running and one waiting per core, so that the queue of a million images stays small.
 TASKS_PER_CPU = 2
-"""Tasks at a time: one at work and one waiting per core, so that the queue of a million images stays small."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One part to write: its images, its URI, and the folder beside which it is made."""
+    """One part to write."""
 
-    images: DivisibleImages
+    images: Split
     uri: str
-    near: str
+    near: str  # folder on the same disk for scratch files
     data: DataConfig
 
 
@@ -44,16 +43,16 @@ def write_dataset_in_tasks(
     name: str,
     data: DataConfig,
     fingerprint: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Dataset:
     """What `ncsn.data.parquet.write_dataset` does, on the connected Ray cluster.
 
     Args:
-        source: The images, all splits of which can be read in sections.
+        source: The images.
         folder: URI of the folder that holds all versions of this dataset; every node reaches it.
         name: Name of the dataset.
         data: The settings that the source was opened with.
-        fingerprint: Digest of the source's files. Parts that an earlier attempt left are used if it was the same.
+        fingerprint: Digest of the source's files. Parts of an earlier attempt are used if it was the same.
         on_progress: Called with (images written and read back, images offered).
 
     Raises:
@@ -66,16 +65,21 @@ def write_dataset_in_tasks(
     if known is not None:
         return known
     staging = storage.join(folder, f".parts-{key}")
+    skipped: list[SkippedImage] = []
+
+    def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+        return _written_blocks(images, staging, split, parts, skipped, data=data)
+
     try:
-        splits = _write_splits(source, staging, data=data, on_progress=on_progress)
+        splits = summarize(source, data, written, skipped=skipped, on_progress=on_progress)
 
         def publish(manifest: Manifest, uri: str) -> bool:
             storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
             return storage.publish_staged(staging, uri, marker=MANIFEST)
 
-        dataset = publish_dataset(source, splits, folder, name=name, data=data, publish=publish)
+        dataset = publish_dataset(source, splits, folder, name=name, data=data, skipped=skipped, publish=publish)
     except FileNotFoundError:
-        # Another process that ingests the same images was quicker, and took the parts to their place.
+        # Another process that ingests the same images was faster and moved the parts to their place.
         known = _known(folder, receipt)
         if known is None:
             raise
@@ -100,34 +104,23 @@ def _known(folder: str, receipt: str) -> Dataset | None:
         return None
 
 
-def _write_splits(
-    source: Source, staging: str, *, data: DataConfig, on_progress: Callable[[int, int], None] | None
-) -> dict[str, SplitSummary]:
-    counter = Counter(source, on_progress)
-    shape = (data.image_size, data.image_size, data.channels)
-    splits = {}
-    for name, split in source.splits.items():
-        assert split.images is not None, "only sources of sections come here"
-        summary = SplitSummary.of(source, data)
-        for path in _written_parts(split.images, staging, name, data=data):
-            rows, skipped = inspect_part(storage.join(staging, path))
-            source.skipped.extend(skipped)
-            part = Part(path, rows)
-            for block in read_part(staging, part, shape=shape):
-                summary.update(block)
-                counter.add(len(block))
-            if rows:
-                summary.parts.append(part)
-            else:
-                storage.delete_file(storage.join(staging, path))
-        summary.require_enough(name, source, data)
-        splits[name] = summary
-    counter.finish()
-    return splits
+def _written_blocks(
+    images: Split, staging: str, split: str, parts: list[Part], skipped: list[SkippedImage], *, data: DataConfig
+) -> Iterator[Images]:
+    """The rows of a split, read back from its parts while tasks write later ones."""
+    for path in _written_parts(images, staging, split, data=data):
+        rows, left_out = inspect_part(storage.join(staging, path))
+        skipped.extend(left_out)
+        part = Part(path, rows)
+        yield from read_part(staging, part, shape=image_shape(data))
+        if rows:
+            parts.append(part)
+        else:
+            storage.delete_file(storage.join(staging, path))
 
 
-def _written_parts(images: DivisibleImages, staging: str, split: str, *, data: DataConfig) -> Iterator[str]:
-    """Paths of the parts in their order, each as soon as it is there; those that are missing are made meanwhile."""
+def _written_parts(images: Split, staging: str, split: str, *, data: DataConfig) -> Iterator[str]:
+    """Paths of the parts in their order, each as soon as it is in the store."""
     folder = staging.rpartition("/")[0]
     present = set(storage.list_names(storage.join(staging, split)))
     most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -161,11 +154,10 @@ def _settled(path: str, task: Any) -> str:
 
 @ray.remote(num_cpus=1, max_retries=3)
 def _write_part(task: _Task) -> None:
-    """Write a part beside its place, then move it there whole."""
     data = task.data
-    shape = (data.image_size, data.image_size, data.channels)
+    shape = image_shape(data)
     bad = BadImages(skip=data.on_bad_image == "skip")
-    examples = task.images.stream(bad, cores=1)
+    examples = bad.filter(task.images.stream(cores=1))
     with storage.scratch_folder(task.near) as scratch:
         file = scratch / "part.parquet"
         with PartWriter(file, shape) as writer:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST
-from ncsn.data.listing import source_fingerprint
 from ncsn.data.parquet import write_dataset
+from ncsn.data.source import source_fingerprint
 from ncsn.data.sources import fills_several_parts, open_source
 from ncsn.data.statistics import Dataset
 from ncsn.runs.records import ProgressFile

@@ -22,6 +22,7 @@ from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkp
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_blocks
+from ncsn.data.source import BadImages
 from ncsn.data.sources import open_source
 from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
@@ -49,7 +50,7 @@ def images_of_dataset(uri: str) -> ImageSample:
 def images_of_source(data: DataConfig) -> ImageSample:
     """The same of a source that is not ingested."""
     sample = _empty_sample(data.image_size**2 * data.channels)
-    examples = open_source(data).splits["train"].stream()
+    examples = BadImages(skip=data.on_bad_image == "skip").filter(open_source(data).splits["train"].stream())
     while block := list(itertools.islice(examples, _BLOCK)):
         sample.update(np.stack([example.image for example in block]))
     return sample

@@ -120,8 +120,8 @@ def count(config: Config) -> Counts:
     splits = open_source(config.data).splits
     sampling = config.sampling
     return Counts(
-        train_images=splits["train"].count,
-        test_images=splits["test"].count,
+        train_images=len(splits["train"]),
+        test_images=len(splits["test"]),
         shards=math.ceil(sampling.num_images / sampling.batch_size),
         nfe=evaluations_per_image(config),
     )

@@ -1,165 +1,372 @@
-"""Folders of PNG and JPEG images."""
+"""Images in folders, archives and buckets: the same rows however they are packed, and mistakes by name. CelebA."""
 
 from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from refused import refused
 
+from ncsn.data.format import SkippedImage
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.source import list_files, source_fingerprint
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound, UserError
+from ncsn.storage import write_bytes
+from ncsn.storage.files import _s3_filesystem
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def put(root: Path | str, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        write_bytes(f"{root}/{name}", content)
+    return str(root)
+
+
+def halves(members: dict[str, bytes]) -> list[dict[str, bytes]]:
+    names = list(members)
+    return [{name: members[name] for name in names[start::2]} for start in (0, 1)]
+
+
+def rows_of(source) -> dict[str, list[tuple[int, int]]]:
+    """Split -> (first pixel, label) of each image that decodes."""
+    return {
+        split: [(int(row.image[0, 0, 0]), row.label) for row in part.stream() if not isinstance(row, SkippedImage)]
+        for split, part in source.splits.items()
+    }
+
+
+def skipped_of(source) -> list[str]:
+    return [row.name for part in source.splits.values() for row in part.stream() if isinstance(row, SkippedImage)]
+
+
+@pytest.fixture
+def members(formats) -> dict[str, bytes]:
+    """Path -> PNG of one gray value, in two class folders."""
+    return {
+        f"{name}/{number:02d}.png": formats.image(np.full((8, 8), 10 * number + place, np.uint8))
+        for place, name in enumerate(("cat", "dog"))
+        for number in range(20)
+    }
 
 
 @pytest.fixture
 def folder(tmp_path, formats):
-    """Writes constant images of different sizes, path -> gray value."""
+    """Writes images of one value and different sizes, path -> value."""
 
-    def make(values: dict[str, int], *, rgb: bool = False):
+    def make(values: dict[str, int], *, rgb: bool = False) -> Path:
         for number, (path, value) in enumerate(values.items()):
-            target = tmp_path / "images" / path
-            target.parent.mkdir(parents=True, exist_ok=True)
             image = np.full((9 + number, 12, 3) if rgb else (9 + number, 12), value, np.uint8)
-            target.write_bytes(formats.image(image, "PNG" if path.lower().endswith("png") else "JPEG"))
+            kind = "PNG" if path.lower().endswith("png") else "JPEG"
+            put(tmp_path / "images", {path: formats.image(image, kind)})
         return tmp_path / "images"
 
     return make
 
 
-def read_all(source):
-    return {
-        split: {(int(image.mean().round()), label) for image, label in part.stream()}
-        for split, part in source.splits.items()
-    }
+@pytest.fixture
+def digest_of(tmp_path, data_config):
+    def digest(root: str, **settings) -> str:
+        data = data_config("image_folder", root, **settings)
+        return write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest.digest
+
+    return digest
 
 
 def test_a_flat_folder_has_no_labels(folder, data_config):
-    root = folder({f"{number}.png": 10 * number for number in range(8)})
-    source = open_source(data_config("image_folder", root))
-    read = read_all(source)
-    assert read["train"] | read["test"] == {(10 * number, -1) for number in range(8)}
-    assert (len(read["train"]), len(read["test"])) == (6, 2)
+    source = open_source(data_config("image_folder", folder({f"{number}.png": 10 * number for number in range(8)})))
+    rows = rows_of(source)
+    assert sorted(rows["train"] + rows["test"]) == [(10 * number, -1) for number in range(8)]
+    assert (len(rows["train"]), len(rows["test"])) == (6, 2)
     assert source.class_names == ()
 
 
-def test_sub_folders_are_classes_held_out_class_by_class(folder, data_config):
+def test_folders_are_classes_held_out_class_by_class(folder, data_config):
     root = folder(
         {f"{name}/deep/{number}.png": value + number for name, value in (("b", 100), ("a", 0)) for number in range(8)}
     )
     source = open_source(data_config("image_folder", root))
     assert source.class_names == ("a", "b")
-    read = read_all(source)
-    assert read["train"] | read["test"] == {(100 * label + number, label) for label in (0, 1) for number in range(8)}
-    assert sorted(label for _, label in read["test"]) == [0, 0, 1, 1]
+    rows = rows_of(source)
+    assert sorted(rows["train"] + rows["test"]) == [(100 * label + k, label) for label in (0, 1) for k in range(8)]
+    assert sorted(label for _, label in rows["test"]) == [0, 0, 1, 1]
 
 
-def test_folders_train_and_test_are_the_splits(folder, data_config):
+def test_folders_train_and_test_are_the_splits(folder, members, tmp_path, data_config):
     paths = {"train/cat/1.png": 10, "train/dog/2.png": 20, "train/dog/3.png": 30, "test/dog/4.png": 40}
     source = open_source(data_config("image_folder", folder(paths)))
     assert source.class_names == ("cat", "dog")
-    assert read_all(source) == {"train": {(10, 0), (20, 1), (30, 1)}, "test": {(40, 1)}}
+    rows = rows_of(source)
+    assert (sorted(rows["train"]), rows["test"]) == ([(10, 0), (20, 1), (30, 1)], [(40, 1)])
+    one, other = halves(members)
+    root = put(tmp_path / "shards", {"train/0.tar": tar_of(one), "test/0.tar": tar_of(other)})
+    source = open_source(data_config("image_folder", root))
+    assert source.class_names == ("cat", "dog")
+    assert sorted(rows_of(source)["train"]) == sorted((20 * n + c, c) for n in range(10) for c in (0, 1))
+    assert len(rows_of(source)["test"]) == 20
 
 
 def test_every_suffix_counts_and_other_files_do_not(folder, data_config):
     root = folder({"a.PNG": 1, "b.jpg": 2, "c.JPEG": 3, "d.png": 4})
-    (root / "notes.txt").write_text("not an image")
-    (root / ".hidden.png").write_bytes(b"not an image")
-    (root / ".cache").mkdir()
-    (root / ".cache" / "x.png").write_bytes(b"not an image")
-    source = open_source(data_config("image_folder", root))
-    assert sum(split.count for split in source.splits.values()) == 4
-    read_all(source)
+    put(root, dict.fromkeys(("notes.txt", ".hidden.png", ".cache/x.png"), b"not an image"))
+    assert sum(map(len, rows_of(open_source(data_config("image_folder", root))).values())) == 4
 
 
-def test_the_order_is_fixed_shuffled_and_independent_of_where_the_folder_is(folder, data_config, tmp_path):
+def test_the_order_is_fixed_and_shuffled(folder, data_config, tmp_path):
     root = folder({f"{name}/{number}.png": number for name in "ab" for number in range(20)})
-    first = [
-        int(image[0, 0, 0]) for image, _ in open_source(data_config("image_folder", root)).splits["train"].stream()
-    ]
-    moved = root.rename(tmp_path / "moved")
-    source = open_source(data_config("image_folder", moved))
-    assert [int(image[0, 0, 0]) for image, _ in source.splits["train"].stream()] == first
-    labels = [label for _, label in source.splits["train"].stream()]
+    rows = rows_of(open_source(data_config("image_folder", root)))["train"]
+    moved = open_source(data_config("image_folder", root.rename(tmp_path / "moved")))
+    assert rows_of(moved)["train"] == rows
+    labels = [label for _, label in rows]
     assert labels != sorted(labels)
 
 
-def test_images_are_cut_square_and_resized(folder, formats, data_config):
-    root = folder({"0.png": 0, "1.png": 0})
+def test_images_decode_in_order_on_any_number_of_cores(folder, data_config, tmp_path):
+    split = open_source(data_config("image_folder", folder({f"{n}.png": n for n in range(100)}))).splits["train"]
+    alone, pool = ([int(row.image[0, 0, 0]) for row in split.stream(cores=cores)] for cores in (1, 8))
+    assert alone == pool
+    section = split.section(10, 20)
+    assert [int(row.image[0, 0, 0]) for row in section.stream()] == alone[10:20] and len(section) == 10
+
+
+def test_images_are_cut_square_and_resized(tmp_path, formats, data_config):
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 200
-    for path in root.iterdir():
-        path.write_bytes(formats.image(wide))
+    root = put(tmp_path, {f"{number}.png": formats.image(wide) for number in range(2)})
     source = open_source(data_config("image_folder", root, channels=3, image_size=16))
-    assert all((image == 200).all() and image.shape == (16, 16, 3) for image, _ in source.splits["train"].stream())
+    assert all((row.image == 200).all() and row.image.shape == (16, 16, 3) for row in source.splits["train"].stream())
 
 
-def test_rgb_is_refused_as_gray_by_name_or_converted(folder, data_config):
-    root = folder({f"{number}.png": 50 for number in range(4)}, rgb=True)
-    with refused("data.channels") as caught:
-        read_all(open_source(data_config("image_folder", root)))
-    assert f"{root}/" in caught.value.problems[0].reason
-    assert read_all(open_source(data_config("image_folder", root, convert_channels=True)))["train"] == {(50, -1)}
-
-
-def test_a_wrong_channel_count_is_not_skipped(folder, formats, data_config):
+def test_a_wrong_channel_count_is_refused_by_name_and_never_skipped(folder, formats, data_config):
     root = folder({f"{number}.png": 50 for number in range(4)})
-    (root / "2.png").write_bytes(formats.image(np.zeros((9, 9, 3), np.uint8)))
-    with refused("data.channels") as caught:
-        read_all(open_source(data_config("image_folder", root, on_bad_image="skip")))
-    assert "2.png" in caught.value.problems[0].reason
+    put(root, {"2.png": formats.image(np.zeros((9, 9, 3), np.uint8))})
+    for settings in ({}, {"on_bad_image": "skip"}):
+        with refused("data.channels") as caught:
+            rows_of(open_source(data_config("image_folder", root, **settings)))
+        assert f"{root}/2.png" in caught.value.problems[0].reason
+    assert rows_of(open_source(data_config("image_folder", root, convert_channels=True)))["train"]
 
 
-def test_a_bad_image_is_named_or_skipped(folder, data_config):
-    root = folder({f"{number}.png": number for number in range(12)})
-    (root / "7.png").write_bytes((root / "7.png").read_bytes()[:40])
-    (root / "9.png").write_bytes(b"")
-    with pytest.raises(UserError) as caught:
-        read_all(open_source(data_config("image_folder", root)))
-    assert caught.value.problems[0].key in (f"{root}/7.png", f"{root}/9.png")
-    source = open_source(data_config("image_folder", root, on_bad_image="skip"))
-    read = read_all(source)
-    assert {value for value, _ in read["train"] | read["test"]} == set(range(12)) - {7, 9}
-    assert sorted(image.name for image in source.skipped) == [str(root / "7.png"), str(root / "9.png")]
-
-
-def test_many_images_decode_in_order_on_several_threads(folder, data_config, monkeypatch):
-    root = folder({f"{number}.png": number for number in range(100)})
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    alone = [
-        int(image[0, 0, 0]) for image, _ in open_source(data_config("image_folder", root)).splits["train"].stream()
+def test_however_images_are_packed_they_are_the_same_dataset(tmp_path, s3_root, members, digest_of):
+    one, other = halves(members)
+    roots = [
+        put(tmp_path / "folder", members),
+        put(tmp_path / "tar", {"images.tar": tar_of(members)}),
+        put(tmp_path / "zip", {"images.zip": zip_of(members)}),
+        put(tmp_path / "stored", {"images.ZIP": zip_of(members, zipfile.ZIP_STORED)}),
+        put(tmp_path / "shards", {"0.tar": tar_of(one), "1.tar": tar_of(other)}),
+        put(tmp_path / "both", {"a.tar": tar_of(other), "b.zip": zip_of(one)}),
+        str(tmp_path / "tar" / "images.tar"),
+        put(f"{s3_root}/folder", members),
+        put(f"{s3_root}/shards", {"0.tar": tar_of(one), "1.zip": zip_of(other)}),
     ]
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    together = [int(i[0, 0, 0]) for i, _ in open_source(data_config("image_folder", root)).splits["train"].stream()]
-    assert together == alone
-    assert len(set(alone)) == 75
+    assert len({digest_of(root) for root in roots}) == 1
+    assert digest_of(roots[0]) != digest_of(put(tmp_path / "fewer", one))
+    assert len({digest_of(root, max_images=7) for root in (roots[0], roots[1], roots[-1])}) == 1
 
 
-def test_images_beside_class_folders_are_refused(folder, data_config):
-    root = folder({"cat/1.png": 1, "cat/2.png": 2, "3.png": 3})
-    with refused(str(root)) as caught:
-        open_source(data_config("image_folder", root))
-    assert "'cat'" in caught.value.problems[0].reason and "'3.png'" in caught.value.problems[0].reason
+def test_the_first_images_are_a_fair_sample(tmp_path, members, data_config):
+    data = data_config("image_folder", put(tmp_path / "images", members), max_images=7)
+    read = read_split(write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).uri, "train")
+    assert len(read) == 7
+    assert set(read.labels) == {0, 1}
 
 
-def test_a_folder_without_images_is_refused(tmp_path, data_config):
-    with refused("data.root"):
-        open_source(data_config("image_folder", tmp_path))
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "movie.mp4").write_text("x")
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_labels_next_to_the_images_are_the_classes(tmp_path, formats, data_config, kind):
+    members = {}
+    for number in range(30):
+        label = str(number % 3) if kind == "cls" else json.dumps({"label": number % 3})
+        members[f"{number:04d}.png"] = formats.image(np.full((8, 8), number, np.uint8))
+        members[f"{number:04d}.{kind}"] = label.encode()
+    source = open_source(data_config("image_folder", put(tmp_path, {"shard.tar": tar_of(members)})))
+    rows = rows_of(source)
+    assert sorted(rows["train"] + rows["test"]) == [(number, number % 3) for number in range(30)]
+    assert source.class_names == ("0", "1", "2")
+
+
+def test_labels_in_words_are_sorted_and_a_missing_one_is_named(tmp_path, formats, data_config):
+    image = formats.image(np.zeros((8, 8), np.uint8))
+    members = {"a.png": image, "a.cls": b"wolf\n", "b.png": image, "b.cls": b"bear"}
+    root = put(tmp_path / "labels", {"x.tar": tar_of(members)})
+    assert open_source(data_config("image_folder", root)).class_names == ("bear", "wolf")
+    put(root, {"x.tar": tar_of({**members, "c.png": image})})
+    mixed = put(tmp_path / "folders", {"cat/1.png": image, "c.png": image})
+    for stray in (root, mixed):
+        with refused(stray) as caught:
+            open_source(data_config("image_folder", stray))
+        assert "'c.png'" in caught.value.problems[0].reason
+
+
+def test_shards_that_repeat_names_hold_different_images(tmp_path, formats, data_config):
+    shards = {
+        f"{shard}.tar": tar_of(
+            {f"{n}.png": formats.image(np.full((8, 8), 10 * shard + n, np.uint8)) for n in range(10)}
+        )
+        for shard in range(3)
+    }
+    rows = rows_of(open_source(data_config("image_folder", put(tmp_path, shards))))
+    assert sorted(value for value, _ in rows["train"] + rows["test"]) == list(range(30))
+
+
+@pytest.mark.parametrize("pack", [None, tar_of, zip_of])
+def test_bad_images_are_named_and_the_others_stay(tmp_path, members, data_config, pack):
+    files = {**members, "cat/03.png": members["cat/03.png"][:30], "dog/07.png": b""}
+    root = put(tmp_path, files if pack is None else {"x.tar" if pack is tar_of else "x.zip": pack(files)})
+    source = open_source(data_config("image_folder", root))
+    inside = {None: "/", tar_of: "/x.tar:", zip_of: "/x.zip:"}[pack]
+    assert sorted(skipped_of(source)) == [f"{root}{inside}{name}" for name in ("cat/03.png", "dog/07.png")]
+    assert sum(map(len, rows_of(source).values())) == 38
+
+
+def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_config):
+    content = bytearray(zip_of(members, zipfile.ZIP_STORED))
+    content[content.index(b"IDAT") + 5] ^= 1
+    source = open_source(data_config("image_folder", put(tmp_path, {"x.zip": bytes(content)})))
+    assert skipped_of(source) == [f"{tmp_path}/x.zip:cat/00.png"]
+
+
+def test_roots_that_cannot_be_used_are_named(tmp_path, members, data_config, formats):
+    def refuse(files: dict[str, bytes], key: str, *, error: type[UserError] = UserError, below: str = "") -> None:
+        root = put(tmp_path / str(len(list(tmp_path.iterdir()))), files)
+        with refused(key.format(root=root), error=error):
+            open_source(data_config("image_folder", f"{root}{below}"))
+
+    refuse({"a.tar": tar_of({"notes.txt": b"x"})}, "{root}/a.tar")
+    refuse({"a.tar": tar_of(members)[:1000]}, "{root}/a.tar")
+    refuse({"a.zip": zip_of(members)[:-30]}, "{root}/a.zip")
+    refuse({"a.tar": formats.tar(members)}, "{root}/a.tar")
+    refuse({"a.tar.gz": formats.tar(members)}, "data.root")
+    refuse({"a.tar": tar_of({"../x.png": b""})}, "{root}/a.tar")
+    refuse({"a.zip": zip_of({"/x.png": b""})}, "{root}/a.zip")
+    refuse({"a.tar": tar_of({"x.png": b"", "x.json": b"{"})}, "{root}/a.tar:x.json")
+    refuse({"notes.txt": b"x"}, "data.root")
+    refuse({"a.png": b""}, "data.root", below="/a.png")
+    refuse({}, "data.root", error=NotFound, below="/nowhere")
+
+
+def test_a_bucket_without_images_or_keys_is_one_line(s3_root, data_config, monkeypatch):
     with refused("data.root") as caught:
-        open_source(data_config("image_folder", tmp_path))
-    assert "movie.mp4" in caught.value.problems[0].reason
-
-
-@pytest.mark.parametrize("source", ["image_folder", "cifar10", "celeba", "mnist", "fashion_mnist"])
-def test_no_root_and_a_missing_root_are_refused(tmp_path, data_config, source):
+        open_source(data_config("image_folder", s3_root))
+    assert caught.value.problems[0].value == s3_root
+    with refused("data.root", error=NotFound):
+        open_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
+    put(s3_root, {"notes.txt": b"x"})
+    with refused("data.root") as caught:
+        open_source(data_config("image_folder", s3_root))
+    assert "notes.txt" in caught.value.problems[0].reason
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    _s3_filesystem.cache_clear()
     with refused("data.root"):
-        open_source(data_config(source))
-    with refused("data.root", error=NotFound) as caught:
-        open_source(data_config(source, tmp_path / "nowhere"))
-    assert caught.value.problems[0].value == str(tmp_path / "nowhere")
+        open_source(data_config("image_folder", s3_root))
 
 
-def test_a_file_is_not_a_folder(tmp_path, data_config):
-    (tmp_path / "a.png").write_bytes(b"")
-    with refused("data.root"):
-        open_source(data_config("image_folder", tmp_path / "a.png"))
+def test_a_changed_object_changes_the_fingerprint(s3_root, members, data_config):
+    data = data_config("image_folder", put(s3_root, members))
+    first = source_fingerprint(data)
+    assert source_fingerprint(data) == first
+    put(s3_root, {"cat/new.png": b"x"})
+    assert source_fingerprint(data) != first
+    assert [file.path for file in list_files(s3_root)][20] == "cat/new.png"
+
+
+FACES = [f"img_align_celeba/{number:06d}.jpg" for number in range(1, 9)]
+
+
+@pytest.fixture
+def celeba(tmp_path, formats, data_config):
+    """Writes the archive, image i of which is 20 i in its center and white around it; gives its path and a config."""
+
+    def make(**replaced: bytes):
+        members = {"img_align_celeba/": b""}
+        for number, name in enumerate(FACES, start=1):
+            image = np.full((218, 178, 3), 255, np.uint8)
+            image[39:179, 19:159] = 20 * number
+            members[name] = formats.image(image)  # pixels exact; the decoder looks at the content
+        members |= {FACES[int(key.removeprefix("image_")) - 1]: value for key, value in replaced.items()}
+        members["__MACOSX/img_align_celeba/._000001.jpg"] = b"not an image"
+        path = tmp_path / "img_align_celeba.zip"
+        path.write_bytes(formats.zip(members))
+        return path, data_config("celeba", path, image_size=16, channels=3)
+
+    return make
+
+
+def faces(source) -> dict[str, list[int]]:
+    """Split -> the numbers of its images."""
+    found = {}
+    for split, part in source.splits.items():
+        images = [row.image for row in part.stream() if not isinstance(row, SkippedImage)]
+        assert all(image.shape == (16, 16, 3) and np.ptp(image) == 0 for image in images)
+        found[split] = [int(image[0, 0, 0]) // 20 for image in images]
+    return found
+
+
+def test_the_paper_crop_is_cut_and_a_share_held_out(celeba, data_config):
+    path, config = celeba()
+    for data in (config, data_config("celeba", path.parent, image_size=16, channels=3)):
+        source = open_source(data)
+        found = faces(source)
+        assert len(found["test"]) == 2
+        assert sorted(found["train"] + found["test"]) == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert source.class_names == ()
+
+
+def test_the_official_partition_is_used_when_it_is_there(celeba):
+    path, config = celeba()
+    partition = path.with_name("list_eval_partition.txt")
+    split_of = {1: 0, 2: 2, 3: 1, 4: 0, 5: 0, 6: 2, 7: 1, 8: 0}
+    partition.write_text("".join(f"{number:06d}.jpg {split}\n" for number, split in split_of.items()))
+    assert faces(open_source(config)) == {"train": [1, 4, 5, 8], "test": [2, 6]}
+    partition.write_text("000001.jpg 0\n")
+    with refused(str(partition)) as caught:
+        open_source(config)
+    assert "000002.jpg" in caught.value.problems[0].reason
+    partition.write_text("000001.jpg train\n")
+    with refused(f"{partition}:1") as caught:
+        open_source(config)
+    assert caught.value.problems[0].value == "000001.jpg train"
+
+
+def test_bad_and_gray_faces_are_named(celeba, formats):
+    path, config = celeba(image_3=b"\xff\xd8\xff cut")
+    source = open_source(config)
+    assert skipped_of(source) == [f"{path}:{FACES[2]}"]
+    found = faces(source)
+    assert sorted(found["train"] + found["test"]) == [1, 2, 4, 5, 6, 7, 8]
+    _, config = celeba(image_2=formats.image(np.zeros((218, 178), np.uint8)))
+    with refused("data.channels") as caught:
+        faces(open_source(config))
+    assert "000002.jpg" in caught.value.problems[0].reason
+
+
+def test_broken_and_foreign_archives_are_refused(tmp_path, formats, data_config, celeba):
+    with refused("data.root", error=NotFound):
+        open_source(data_config("celeba", tmp_path, image_size=16, channels=3))
+    path, config = celeba()
+    for content in (path.read_bytes()[:-100], formats.zip({"readme.txt": b""}), formats.zip({"../000001.jpg": b""})):
+        path.write_bytes(content)
+        with refused(str(path)):
+            open_source(config)

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
 from ncsn.data import format
 from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, to_table
 from ncsn.data.parquet import read_blocks, read_split, write_dataset
-from ncsn.data.source import Example, Source, Split
+from ncsn.data.source import Example, Source
 from ncsn.errors import NotFound
 
 
@@ -39,8 +40,8 @@ def config(data_config):
 
 
 def source_of(images, **fields) -> Source:
-    def split(rows: Images) -> Split:
-        return Split(len(rows), lambda: (Example(i, int(n)) for i, n in zip(rows.images, rows.labels, strict=True)))
+    def split(rows: Images) -> GeneratedSplit:
+        return GeneratedSplit(len(rows), lambda: map(Example, rows.images, rows.labels.tolist()))
 
     splits = {name: split(rows) for name, rows in images.items()}
     return Source(
@@ -67,7 +68,7 @@ def test_what_is_written_reads_back(request, tmp_path, images, config, place):
         read = read_split(dataset.uri, split)
         assert np.array_equal(read.images, rows.images)
         assert np.array_equal(read.labels, rows.labels)
-        few = read_split(dataset.uri, split, limit=17)
+        few = read_split(dataset.uri, split, rows=range(17))
         assert np.array_equal(few.images, rows.images[:17])
     assert storage.list_names(f"{dataset.uri}/train") == [f"part-0000{part}.parquet" for part in range(4)]
     assert not write(images, folder, config).created
@@ -159,7 +160,8 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
 
     def peak(count: int) -> int:
         splits = {
-            name: Split(count, lambda: itertools.repeat(Example(image.copy(), 0), count)) for name in ("train", "test")
+            name: GeneratedSplit(count, lambda: itertools.repeat(Example(image.copy(), 0), count))
+            for name in ("train", "test")
         }
         tracemalloc.start()
         pa.default_memory_pool().release_unused()
@@ -194,9 +196,18 @@ def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config
     assert len(seen) > 4
 
 
-def test_skipped_images_are_named_in_the_manifest(tmp_path, images, config):
-    skipped = [SkippedImage("a/b.png", "cut short")]
-    assert load_manifest(write(images, tmp_path, config, skipped=skipped).uri).skipped == skipped
+def test_images_that_do_not_decode_are_named_or_stop_it(tmp_path, images, config):
+    bad = SkippedImage("a/b.png", "cut short")
+    source = source_of(images)
+    test = source.splits["test"]
+    splits = {**source.splits, "test": GeneratedSplit(len(test) + 1, lambda: [bad, *test.stream()])}
+    source = dataclasses.replace(source, splits=splits)
+    with refused("a/b.png"):
+        write_dataset(source, str(tmp_path), name="noise", data=config)
+    assert files_below(tmp_path) == []
+    skipping = config.model_copy(update={"on_bad_image": "skip"})
+    manifest = load_manifest(write_dataset(source, str(tmp_path), name="noise", data=skipping).uri)
+    assert (manifest.skipped, manifest.counts) == ([bad], {"train": 50, "test": 20})
 
 
 def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
@@ -205,7 +216,7 @@ def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
         raise ValueError("image 1 is damaged")
 
     source = source_of(images)
-    source = dataclasses.replace(source, splits={**source.splits, "test": Split(20, broken)})
+    source = dataclasses.replace(source, splits={**source.splits, "test": GeneratedSplit(20, broken)})
     with pytest.raises(ValueError, match="image 1 is damaged"):
         write_dataset(source, str(tmp_path), name="noise", data=config)
     assert files_below(tmp_path) == []

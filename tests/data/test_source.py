@@ -1,50 +1,54 @@
-"""The fixed choice of test images, and names inside archives."""
+"""The fixed choice of test images, bad images, names inside archives, and what stays light."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from refused import refused
 
-from ncsn.data.source import BadImages, held_out, safe_member
+from ncsn.config.schema import DataConfig
+from ncsn.data import sources
+from ncsn.data.format import SkippedImage
+from ncsn.data.source import BadImages, Example, hold_out, safe_member
+from ncsn.errors import NotFound
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "expected"), [(1797, 0.3, 539), (10, 0.1, 1), (100, 0.07, 7), (3, 0.5, 1)]
+    ("count", "fraction", "expected"),
+    [(1797, 0.3, 539), (10, 0.1, 1), (100, 0.07, 7), (3, 0.5, 1), (2, 0.1, 1), (1, 0.1, 0)],
 )
 def test_the_share_is_exact(count, fraction, expected):
-    assert held_out([str(index) for index in range(count)], [0] * count, fraction).sum() == expected
+    chosen = hold_out([str(index) for index in range(count)], [0] * count, fraction)
+    assert len(chosen["test"]) == expected
+    assert sorted(chosen["train"] + chosen["test"]) == list(range(count))
 
 
 def test_each_class_gives_its_share(rng):
-    labels = rng.permutation(np.repeat(np.arange(10), 40)).tolist()
-    chosen = held_out([str(index) for index in range(400)], labels, 0.25)
-    shares = np.bincount(np.array(labels)[chosen], minlength=10)
-    assert shares.tolist() == [10] * 10
+    labels = rng.permutation(np.repeat(np.arange(10), 40))
+    chosen = hold_out([str(index) for index in range(400)], labels.tolist(), 0.25)
+    assert np.bincount(labels[chosen["test"]], minlength=10).tolist() == [10] * 10
 
 
 def test_the_choice_goes_with_the_name_and_not_with_the_place():
     names = [f"image {index}" for index in range(50)]
-    chosen = {name for name, held in zip(names, held_out(names, [0] * 50, 0.2), strict=True) if held}
     backwards = names[::-1]
-    assert {name for name, held in zip(backwards, held_out(backwards, [0] * 50, 0.2), strict=True) if held} == chosen
+    chosen = {names[index] for index in hold_out(names, [0] * 50, 0.2)["test"]}
+    assert {backwards[index] for index in hold_out(backwards, [0] * 50, 0.2)["test"]} == chosen
     assert chosen != set(names[:10])
 
 
-def test_two_images_are_enough_to_hold_one_out():
-    assert held_out(["a", "b"], [0, 0], 0.1).sum() == 1
-    assert held_out(["a"], [0], 0.1).sum() == 0
-
-
-def test_bad_images_stop_or_are_noted():
+def test_bad_images_stop_or_are_left_out():
+    rows = [Example(np.zeros((1, 1, 1), np.uint8), 0), SkippedImage("a.png", "cut")]
     with refused("a.png"):
-        BadImages(skip=False).handle("a.png", "cut")
+        list(BadImages(skip=False).filter(rows))
     bad = BadImages(skip=True)
-    bad.handle("a.png", "cut")
-    assert bad.skipped[0].name == "a.png"
-    assert bad.skipped[0].reason == "cut"
+    assert list(bad.filter(rows)) == rows[:1]
+    assert bad.skipped == rows[1:]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x", "C:\\x.png", "..\\x.png", "\\x"])
@@ -56,3 +60,26 @@ def test_names_that_leave_the_archive_are_refused(name):
 def test_ordinary_names_pass():
     assert safe_member("img_align_celeba/000001.jpg", archive=Path("a.zip")).name == "000001.jpg"
     assert safe_member("a..b/c...jpg", archive=Path("a.zip")).name == "c...jpg"
+
+
+@pytest.mark.parametrize("source", ["image_folder", "cifar10", "celeba", "mnist", "fashion_mnist"])
+def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
+    with refused("data.root"):
+        sources.open_source(data_config(source))
+    with refused("data.root", error=NotFound) as caught:
+        sources.open_source(data_config(source, tmp_path / "nowhere"))
+    assert caught.value.problems[0].value == str(tmp_path / "nowhere")
+    with refused("data.root"):
+        sources.open_source(data_config(source, tmp_path))
+
+
+def test_every_source_of_the_config_can_be_opened():
+    assert set(sources._OPENERS) == set(get_args(DataConfig.model_fields["source"].annotation))
+
+
+def test_manifests_and_files_are_read_without_torch():
+    code = (
+        "import sys, ncsn.data.format, ncsn.data.source\n"
+        "print({'torch', 'scipy', 'sklearn', 'PIL', 'ray', 'mlflow'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,285 @@
+"""The endless order of training images: from a copy of all on the node, and from windows of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from generated_split import GeneratedSplit
+from hypothesis import given
+from hypothesis import strategies as st
+from refused import refused
+
+from ncsn import storage
+from ncsn.data import training_images
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.source import Example, Source
+from ncsn.data.sources import open_source
+from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, window_at
+
+
+@pytest.fixture
+def dataset(tmp_path, data_config) -> str:
+    config = data_config("sklearn_digits", rows_per_part=500)
+    return write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_copy_equals_the_dataset(dataset, tmp_path):
+    for split in ("train", "test"):
+        copy, rows = open_cache(dataset, split, cache_dir=tmp_path / "cache"), read_split(dataset, split)
+        assert type(copy.images) is np.ndarray and isinstance(copy.images.base, np.memmap)
+        assert (copy.images.dtype, copy.labels.dtype) == (np.uint8, np.int64)
+        assert np.array_equal(copy.images, rows.images)
+        assert np.array_equal(copy.labels, rows.labels)
+        assert len(copy) == len(rows)
+
+
+def test_the_copy_cannot_be_written(dataset, tmp_path):
+    copy = open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="read-only"):
+        copy.images[0] = 0
+
+
+def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, monkeypatch):
+    config = data_config("sklearn_digits", max_images=50)
+    uri = write_dataset(open_source(config), f"{s3_root}/digits", name="digits", data=config).uri
+    first = open_cache(uri, "train", cache_dir=tmp_path)
+    for name in ("train", "test"):
+        storage.delete_file(f"{uri}/{name}/part-00000.parquet")
+    assert np.array_equal(open_cache(uri, "train", cache_dir=tmp_path).images, first.images)
+
+
+def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monkeypatch):
+    made = []
+    fill = training_images._fill
+    monkeypatch.setattr(
+        training_images, "_fill", lambda *arguments: (made.append(threading.get_ident()), fill(*arguments))
+    )
+    barrier = threading.Barrier(6)
+
+    def ask(_: int) -> int:
+        barrier.wait()
+        return int(open_cache(dataset, "train", cache_dir=tmp_path / "cache").images.sum())
+
+    with ThreadPoolExecutor(6) as pool:
+        sums = set(pool.map(ask, range(6)))
+    assert len(made) == 1
+    assert sums == {int(read_split(dataset, "train").images.sum())}
+
+
+def test_the_environment_names_the_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "from-environment"))
+    open_cache(dataset, "test")
+    assert [name for name in files_below(tmp_path / "from-environment") if name.endswith(".npy")] == [
+        f"{Path(dataset).name}/test/images.npy",
+        f"{Path(dataset).name}/test/labels.npy",
+    ]
+
+
+def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
+    part = Path(dataset) / "train" / "part-00001.parquet"
+    part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
+    with refused(dataset):
+        open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+    assert [name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")] == []
+
+
+def test_a_damaged_copy_is_named(dataset, tmp_path):
+    open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+    path = next((tmp_path / "cache").rglob("images.npy"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with refused(str(path.parent)):
+        open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_config):
+    config = data_config("sklearn_digits", image_size=64, rows_per_part=100)
+    uri = write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
+    with pytest.raises(OSError, match=r"No space left|File too large") as failure:
+        open_cache(uri, "train", cache_dir=small_disk.folder)
+    assert failure.value.errno == small_disk.full
+    assert [name for name in files_below(small_disk.folder) if not name.endswith(".lock")] == []
+
+
+def test_each_epoch_visits_every_image_once_in_an_order_of_its_own():
+    epochs = image_indices(7, first=0, count=300, size=100).reshape(3, 100)
+    assert all(np.array_equal(np.sort(epoch), np.arange(100)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert not np.array_equal(epochs[0], np.arange(100))
+
+
+def test_the_seed_decides_the_order():
+    assert np.array_equal(image_indices(1, first=0, count=50, size=50), image_indices(1, first=0, count=50, size=50))
+    assert not np.array_equal(
+        image_indices(1, first=0, count=50, size=50), image_indices(2, first=0, count=50, size=50)
+    )
+
+
+@given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), min_size=1, max_size=8), start=st.integers(0, 1000))
+def test_the_order_does_not_depend_on_the_batches(size, cuts, start):
+    whole = image_indices(3, first=start, count=sum(cuts), size=size)
+    firsts = start + np.cumsum([0, *cuts[:-1]])
+    pieces = [
+        image_indices(3, first=int(first), count=count, size=size) for first, count in zip(firsts, cuts, strict=True)
+    ]
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert whole.dtype == np.int64
+
+
+def test_a_batch_larger_than_the_dataset_wraps_around():
+    assert np.bincount(image_indices(0, first=0, count=25, size=10), minlength=10).min() >= 2
+
+
+@pytest.mark.parametrize("arguments", [{"first": -1}, {"count": -1}, {"size": 0}])
+def test_impossible_positions_are_refused(arguments):
+    with pytest.raises(ValueError, match="first"):
+        image_indices(0, **{"first": 0, "count": 1, "size": 1, **arguments})
+
+
+@pytest.mark.parametrize(("size", "window"), [(1000, 160), (1007, 160), (100, 160), (33, 16), (7, 64)])
+def test_each_epoch_of_windows_has_every_image_once(size, window):
+    orders = []
+    for epoch in range(3):
+        rows, place = [], epoch * size
+        while place < (epoch + 1) * size:
+            found = window_at(5, place, size=size, window_images=window)
+            assert found.first == place
+            assert len(found.rows) <= max(window, 16)
+            rows += found.rows.tolist()
+            place = found.last
+        assert place == (epoch + 1) * size
+        assert sorted(rows) == list(range(size))
+        orders.append(rows)
+    assert len({tuple(order) for order in orders}) == 3
+    assert window_at(6, 0, size=size, window_images=window).rows.tolist() != orders[0][: min(size, window)]
+
+
+def test_any_place_of_a_window_finds_it():
+    for place in (0, 159, 160, 999, 1006, 1007, 1500):
+        found = window_at(1, place, size=1007, window_images=160)
+        assert found.first <= place < found.last
+        again = window_at(1, found.first, size=1007, window_images=160)
+        assert (again.first, again.rows.tolist()) == (found.first, found.rows.tolist())
+
+
+def test_a_window_mixes_places_of_the_whole_split():
+    rows = window_at(0, 0, size=100_000, window_images=1600).rows
+    assert np.unique(rows // 100).size == 16
+    assert np.ptp(rows) > 50_000
+
+
+@pytest.fixture
+def numbered(tmp_path, data_config):
+    """Writes 500 and 20 images whose first two pixels are their number."""
+
+    def make(rows_per_part: int) -> str:
+        def row(number: int) -> Example:
+            image = np.zeros((8, 8, 1), np.uint8)
+            image[0, :2, 0] = divmod(number, 256)
+            return Example(image, number % 10)
+
+        splits = {
+            split: GeneratedSplit(count, lambda count=count: map(row, range(count)))
+            for split, count in (("train", 500), ("test", 20))
+        }
+        source = Source("numbers", "none", tuple("0123456789"), splits)
+        data = data_config("image_folder", rows_per_part=rows_per_part)
+        return write_dataset(source, str(tmp_path / f"store-{rows_per_part}"), name="numbers", data=data).uri
+
+    return make
+
+
+def numbers(images: np.ndarray) -> list[int]:
+    return (images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).tolist()
+
+
+def test_a_range_of_rows_is_read_over_parts_and_row_groups(numbered, monkeypatch):
+    monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 7 * 64)
+    uri = numbered(30)
+    for first, count in ((0, 500), (0, 1), (29, 2), (13, 100), (499, 1)):
+        rows = read_split(uri, "train", rows=range(first, first + count))
+        assert numbers(rows.images) == list(range(first, first + count))
+        assert rows.labels.tolist() == [number % 10 for number in range(first, first + count)]
+
+
+def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path):
+    uri = numbered(30)
+
+    def open_stream(name: str, uri: str = uri) -> StreamedSplit:
+        return StreamedSplit(uri, "train", window_images=64, cache_dir=tmp_path / name)
+
+    places = [window_at(3, place, size=500, window_images=64) for place in range(1200)]
+    expected = [int(window.rows[place - window.first]) for place, window in enumerate(places)]
+    alone = open_stream("a")
+    assert (
+        numbers(np.concatenate([alone.ordered(3, first=first, count=40) for first in range(0, 1200, 40)])) == expected
+    )
+    pair = [open_stream("shared"), open_stream("shared")]  # two workers of one node, half a batch each
+    shared = [
+        worker.ordered(3, first=first + 20 * rank, count=20)
+        for first in range(0, 1200, 40)
+        for rank, worker in enumerate(pair)
+    ]
+    assert numbers(np.concatenate(shared)) == expected
+    assert numbers(open_stream("resumed").ordered(3, first=777, count=100)) == expected[777:877]
+    assert numbers(open_stream("other", numbered(16384)).ordered(3, first=0, count=1200)) == expected
+    assert np.array_equal(alone.head(7), read_split(uri, "train").images[:7])
+    assert len(alone) == 500
+
+
+def test_only_windows_are_on_the_disk(numbered, tmp_path):
+    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    most = 0
+    for first in range(0, 1000, 10):
+        stream.ordered(0, first=first, count=10)
+        most = max(most, sum(1 for _ in (tmp_path / "cache").rglob("*.npy")))
+    assert 16 < most <= 3 * 16  # of 125 chunks
+
+
+def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
+    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    whole = numbers(stream.ordered(0, first=0, count=200))
+    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    read = numbers(stream.ordered(0, first=0, count=32))
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        file.unlink()
+    assert read + numbers(stream.ordered(0, first=32, count=168)) == whole
+
+
+def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, rng):
+    noise = rng.integers(0, 256, (400, 64, 64, 3), np.uint8)  # a chunk of 3 MB
+    splits = {name: GeneratedSplit(400, lambda: (Example(image, 0) for image in noise)) for name in ("train", "test")}
+    data = data_config("image_folder", image_size=64, channels=3)
+    uri = write_dataset(Source("noise", "none", ("a",), splits), str(tmp_path), name="noise", data=data).uri
+    stream = StreamedSplit(uri, "train", window_images=4096, cache_dir=small_disk.folder)
+    with pytest.raises(OSError, match=r"No space left|File too large|requested and .* written"):
+        stream.ordered(0, first=0, count=1)
+    assert not list(small_disk.folder.rglob("*.tmp-*"))
+
+
+READER = """
+import sys
+import numpy as np
+from ncsn.data.training_images import StreamedSplit
+
+stream = StreamedSplit(sys.argv[1], "train", window_images=64, cache_dir=sys.argv[2])
+images = np.concatenate([stream.ordered(3, first=first, count=50) for first in range(0, 1000, 50)])
+print((images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).sum(), len(set(images[:500, 0, 1, 0].tolist())))
+"""
+
+
+def test_processes_of_a_node_share_the_chunks(numbered, tmp_path):
+    command = [sys.executable, "-c", READER, numbered(30), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert outputs == [[str(2 * sum(range(500))), "256"]] * 2
+    assert not list(Path(tmp_path / "cache").rglob("*.tmp-*"))
