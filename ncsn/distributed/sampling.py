@@ -25,7 +25,6 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.shards import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import call, calls, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
-from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import checkpoint
 from ncsn.model.generate import generate, level_images
@@ -280,7 +279,7 @@ def score_samples(samples: SamplesToScore, samplings: Sequence[SamplingConfig]) 
     As many tasks run at a time as training has workers, so that no more than its resources are taken.
     """
     compute, size = samples.config.compute, samples.config.sampling.batch_size
-    reference = open_evaluator(samples.config, samples.dataset, runner=runner_of(compute)).reference.statistics
+    evaluator = open_evaluator(samples.config, samples.dataset, runner=runner_of(compute))
     queue = deque(
         _Part(samples, index, sampling, first, min(size, samples.num_images - first))
         for index, sampling in enumerate(samplings)
@@ -298,8 +297,7 @@ def score_samples(samples: SamplesToScore, samplings: Sequence[SamplingConfig]) 
             for other in [other for other in queue if other.index == part.index]:
                 queue.remove(other)
     return [
-        None if index in broken else frechet_distance(FrechetStatistics.of(_in_order(features)), reference)
-        for index, features in enumerate(found)
+        None if index in broken else evaluator.distance(_in_order(features)) for index, features in enumerate(found)
     ]
 
 

@@ -1,18 +1,19 @@
 """The domain classifier: a small convolutional network trained on the ingested images themselves.
 
 Its softmax gives the classifier score and its last hidden layer the features of the classifier's Frechet distance.
-Neither compares with figures from the 2015 Inception graph.
+Neither compares with values from the 2015 Inception graph.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ncsn import storage
+from ncsn.data.format import Images as Rows
+from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import (
     Extracted,
@@ -34,6 +37,10 @@ from ncsn.evaluation.extractors import (
 )
 
 Labels = npt.NDArray[np.int64]
+LabelledImages = CachedSplit | Rows
+
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "classifier.json"
 
 RECIPE_VERSION = 1
 NUM_FEATURES = 128
@@ -46,21 +53,13 @@ DROPOUT = 0.25
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """What decides the classifier, given its training images.
+    """What decides the classifier, given its training images."""
 
-    Attributes:
-        image_size: height and width of the images in pixels, at least 4.
-        channels: 1 or 3.
-        num_classes: at least 2; labels are 0..num_classes-1.
-        epochs: passes over the training images.
-        seed: of weights, order and dropout.
-    """
-
-    image_size: int
-    channels: int
-    num_classes: int
+    image_size: int  # pixels, at least 4
+    channels: int  # 1 or 3
+    num_classes: int  # at least 2
     epochs: int
-    seed: int
+    seed: int  # of weights, order and dropout
 
     @property
     def key(self) -> str:
@@ -69,10 +68,9 @@ class ClassifierRecipe:
 
 
 class ClassifierNetwork(nn.Module):
-    """conv32 - conv64 - maxpool - fc128 - fc K on pixels normalised by the training images' mean and deviation.
+    """conv32 - conv64 - maxpool - fc128 - fc K on pixels normalized by the training images' mean and deviation.
 
-    Images larger than 32 pixels are first averaged down by a whole factor; from 16 pixels on the first convolution has
-    stride 2, which makes the network four times cheaper.
+    Images larger than 32 pixels are first averaged down by a whole factor.
     """
 
     pixel_mean: Tensor
@@ -83,7 +81,7 @@ class ClassifierNetwork(nn.Module):
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.reduction = _reduction(image_size)
         side = image_size // self.reduction
-        kernel, stride = (5, 2) if side >= 16 else (3, 1)
+        kernel, stride = (5, 2) if side >= 16 else (3, 1)  # stride 2 makes the network four times cheaper
         pooled = ((side - 1) // stride + 1) // 2
         self.register_buffer("pixel_mean", torch.zeros(channels))
         self.register_buffer("pixel_std", torch.ones(channels))
@@ -114,7 +112,7 @@ class ClassifierNetwork(nn.Module):
 
 
 def identity(weights_sha256: str, *, image_size: int) -> Identity:
-    """The extractor that a classifier of images of this size in pixels makes."""
+    """The extractor of a classifier with these weights."""
     return Identity(
         name="classifier",
         fingerprint=fingerprint_of(
@@ -160,13 +158,11 @@ def train_classifier(
         labels: [N] class of each image; images of label -1 (no label) are left out.
         device: torch device to train on.
         on_progress: called with (images done, images in all).
-
-    Raises:
-        ValueError: if no image has a label, a label is out of range, or images have another shape than the recipe's.
     """
     require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
-    labelled = labelled_indices(labels, num_classes=recipe.num_classes)
-    batch_size = _batch_size(len(labelled))
+    labelled = _labelled(labels, num_classes=recipe.num_classes)
+    # Small sets need small batches to take enough steps in a few passes.
+    batch_size = 32 if len(labelled) < SMALL_SET else 128
     steps = recipe.epochs * -(-len(labelled) // batch_size)
     with _seeded(recipe.seed, device), _threads(small=len(labelled) < SMALL_SET):
         network = ClassifierNetwork(
@@ -175,7 +171,7 @@ def train_classifier(
         _set_pixel_statistics(network, images)
         network.to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        # Of exactly 5, a fifth would be a rise of one step, by whose length less one torch divides.
+        # Of exactly 5, a fifth would be a rise of one step, and torch divides by its length less one.
         rise = 0.2 if steps != 4 else 0.3
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=rise)
         for epoch in range(recipe.epochs):
@@ -206,22 +202,18 @@ def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batc
     return right / total if total else float("nan")
 
 
-def labelled_indices(labels: Labels, *, num_classes: int) -> Labels:
-    """Indices of the images that have a label.
-
-    Raises:
-        ValueError: if there are none, or a label is not below `num_classes`, saying what to do.
-    """
+def _labelled(labels: Labels, *, num_classes: int) -> Labels:
+    """Indices of the images that have a label."""
     indices = np.flatnonzero(np.asarray(labels) >= 0)
     if len(indices) == 0:
         raise UserError(
             "data.source",
-            "the data set has no labels (all are -1), so no classifier can be trained on it",
+            "the dataset has no labels (all are -1), so no classifier can be trained on it",
             hint="use a source with classes, for example one subfolder per class",
         )
     if num_classes < 2:
         raise UserError(
-            "data.source", f"a classifier needs images of at least 2 classes, the data set has {num_classes}"
+            "data.source", f"a classifier needs images of at least 2 classes, the dataset has {num_classes}"
         )
     largest = int(labels[indices].max())
     if largest >= num_classes:
@@ -232,11 +224,6 @@ def labelled_indices(labels: Labels, *, num_classes: int) -> Labels:
 def _reduction(image_size: int) -> int:
     """Pixels of a side that are averaged into one."""
     return -(-image_size // LARGEST_SIDE)
-
-
-def _batch_size(count: int) -> int:
-    """Small sets need small batches to take enough steps in a few passes."""
-    return 32 if count < SMALL_SET else 128
 
 
 def _to_network(images: Images, device: torch.device | str) -> Tensor:
@@ -257,7 +244,7 @@ def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
 
 @contextmanager
 def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Seed the global generators, which dropout and initialisation use, and give them back as they were."""
+    """Seed the global generators, which dropout and initialization use, and restore them."""
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -266,7 +253,7 @@ def _seeded(seed: int, device: str) -> Iterator[None]:
 
 @contextmanager
 def _threads(*, small: bool) -> Iterator[None]:
-    """One thread where the work is too small to share: faster on a busy machine, and equal on any number of cores."""
+    """One thread for work too small to share: faster on a busy machine, and equal on any number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)
     try:
@@ -275,68 +262,32 @@ def _threads(*, small: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-WEIGHTS = "weights.safetensors"
-DESCRIPTION = "classifier.json"
-
-
-class LabelledImages(Protocol):
-    """One split of a data set."""
-
-    @property
-    def images(self) -> Images:
-        """[N, H, W, C] uint8; a memory map is fine."""
-
-    @property
-    def labels(self) -> Labels:
-        """[N] class of each image, -1 for none."""
-
-
 @dataclass(frozen=True)
 class StoredClassifier:
-    """A classifier in the store.
-
-    Attributes:
-        uri: its folder.
-        extractor: ready to use.
-        test_accuracy: share of the test split's labelled images that it gets right, in [0, 1].
-    """
-
-    uri: str
-    extractor: ClassifierExtractor
-    test_accuracy: float
-
-
-@dataclass(frozen=True)
-class DescribedClassifier:
-    """What is known of a stored classifier without its weights.
-
-    Attributes:
-        identity: which extractor it is.
-        test_accuracy: as in `StoredClassifier`; None if no test image is labelled.
-    """
+    """A classifier in the store, without its weights."""
 
     identity: Identity
-    test_accuracy: float | None
+    test_accuracy: float | None  # share of the labelled test images, in [0, 1]; None if no test image is labelled
 
 
 def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
-    """Folder of the classifier of a recipe for a data set."""
+    """Folder of the classifier of a recipe for a dataset."""
     return storage.join(dataset_uri, "classifier", recipe.key)
 
 
-def describe_classifier(uri: str) -> DescribedClassifier | None:
-    """What is known of the classifier in the folder `uri`; None if there is none."""
+def describe_classifier(uri: str) -> StoredClassifier | None:
+    """The classifier in the folder `uri`; None if there is none."""
     try:
-        description = json.loads(storage.read_text(storage.join(uri, DESCRIPTION)))
+        description = storage.read_json(storage.join(uri, DESCRIPTION))
     except FileNotFoundError:
         return None
-    return DescribedClassifier(
+    return StoredClassifier(
         identity=identity(description["weights_sha256"], image_size=description["recipe"]["image_size"]),
         test_accuracy=description["test_accuracy"],
     )
 
 
-def obtain_classifier(
+def ensure_classifier(
     dataset_uri: str,
     recipe: ClassifierRecipe,
     *,
@@ -344,12 +295,8 @@ def obtain_classifier(
     test: LabelledImages,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
-) -> StoredClassifier:
-    """The classifier of `recipe` for a data set: the stored one, or one trained now and stored.
-
-    Raises:
-        UserError: if the data set has no labels, or what is stored is damaged.
-    """
+) -> str:
+    """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
     uri = classifier_uri(dataset_uri, recipe)
     if not storage.exists(storage.join(uri, DESCRIPTION)):
         started = time.monotonic()
@@ -358,12 +305,11 @@ def obtain_classifier(
         )
         test_accuracy = accuracy(network, images=test.images, labels=test.labels)
         _publish(uri, network, recipe, test_accuracy=test_accuracy, seconds=time.monotonic() - started)
-    # Of two writers the first one's stays, so that both must read back what stands.
-    return load_classifier(uri, device=device)
+    return uri
 
 
-def load_classifier(uri: str, *, device: str = "cpu") -> StoredClassifier:
-    """Read a stored classifier.
+def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
+    """The extractor of a stored classifier.
 
     Raises:
         NotFound: if there is none at `uri`.
@@ -381,11 +327,7 @@ def load_classifier(uri: str, *, device: str = "cpu") -> StoredClassifier:
     recipe = ClassifierRecipe(**description["recipe"])
     network = ClassifierNetwork(image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes)
     network.load_state_dict(load(weights))
-    extractor = ClassifierExtractor(network.to(device), weights_sha256=digest)
-    test_accuracy = description["test_accuracy"]
-    return StoredClassifier(
-        uri=uri, extractor=extractor, test_accuracy=float("nan") if test_accuracy is None else test_accuracy
-    )
+    return ClassifierExtractor(network.to(device), weights_sha256=digest)
 
 
 def _publish(
@@ -395,9 +337,10 @@ def _publish(
     description = {
         "recipe": asdict(recipe),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "test_accuracy": None if test_accuracy != test_accuracy else test_accuracy,
+        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
         "training_seconds": round(seconds, 2),
     }
+    # Of two writers the first one's stays.
     with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
         (folder / WEIGHTS).write_bytes(weights)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -1,9 +1,8 @@
-"""What turns images into features and class probabilities, with a fingerprint of how."""
+"""Extractors turn images into features and class probabilities; Inception and its weights."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import shutil
 import urllib.error
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ncsn import storage
-from ncsn.data.training_images import CACHE_DIR_VARIABLE, DEFAULT_CACHE_DIR
+from ncsn.data.training_images import cache_folder
 from ncsn.errors import NotFound, UserError
 
 Images = npt.NDArray[np.uint8]
@@ -29,7 +28,7 @@ Images = npt.NDArray[np.uint8]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep a GPU's convolutions from TF32, so that a fingerprint stands for the same features there as on a CPU."""
+    """Keep a GPU's convolutions from TF32, so that equal fingerprints mean equal features there and on a CPU."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -40,20 +39,15 @@ def full_float32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extractor sees in N images.
+    """Features and class probabilities of N images."""
 
-    Attributes:
-        features: [N, D] float32, for distances between sets of images.
-        log_probabilities: [N, K] float64 log p(class | image), for the score.
-    """
-
-    features: npt.NDArray[np.float32]
-    log_probabilities: npt.NDArray[np.float64]
+    features: npt.NDArray[np.float32]  # [N, D]
+    log_probabilities: npt.NDArray[np.float64]  # [N, K], log p(class | image)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which extractor it is, for whoever does not compute with it; see `Extractor`."""
+    """Which extractor it is, without its weights; see `Extractor`."""
 
     name: str
     fingerprint: str
@@ -76,26 +70,13 @@ class Extractor(Protocol):
         """D."""
 
     def extract(self, images: Images) -> Extracted:
-        """Features and log probabilities of [N, H, W, C] uint8 images.
-
-        Raises:
-            ValueError: for images of another type or shape than the extractor takes.
-        """
+        """Features and log probabilities of [N, H, W, C] uint8 images."""
 
 
 def extract_all(
     extractor: Extractor, stream: Iterable[Images], *, on_images: Callable[[int], None] | None = None
 ) -> Extracted:
-    """Everything that an extractor sees in a stream of image batches.
-
-    Args:
-        extractor: what looks at the images.
-        stream: [n, H, W, C] uint8 batches.
-        on_images: called with n after each batch.
-
-    Raises:
-        ValueError: if the stream is empty, or images do not fit the extractor.
-    """
+    """Features and probabilities of a stream of [n, H, W, C] uint8 batches; `on_images(n)` follows each batch."""
     features: list[npt.NDArray[np.float32]] = []
     log_probabilities: list[npt.NDArray[np.float64]] = []
     for batch in stream:
@@ -121,13 +102,9 @@ def batches(images: Images, *, batch_size: int) -> Iterator[Images]:
 
 
 def require_images(images: Images, *, height: int | None, width: int | None, channels: int) -> None:
-    """Check that `images` are uint8 [N, H, W, C] of the expected size (None = any).
-
-    Raises:
-        ValueError: saying what was expected and what came.
-    """
+    """Refuse images that are not uint8 [N, H, W, C] of the expected size (None = any)."""
     if images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 in 0..255, got {images.dtype}; quantise them with core.images.to_uint8")
+        raise ValueError(f"images must be uint8 in 0..255, got {images.dtype}; quantize them with core.images.to_uint8")
     expected = [height or "H", width or "W", channels]
     fits = images.ndim == 4 and all(
         want in (None, got) for want, got in zip((height, width, channels), images.shape[1:], strict=True)
@@ -140,11 +117,7 @@ TIMEOUT_SECONDS = 60
 
 
 def obtain_weights(source: str, *, sha256: str) -> Path:
-    """A local file with the weights. Nothing is fetched but from the source that the user named.
-
-    Args:
-        source: local path, http(s) URL or s3 URI.
-        sha256: the file's SHA-256, 64 lower-case hex digits.
+    """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI.
 
     Raises:
         NotFound: if there is no file at `source`.
@@ -158,7 +131,7 @@ def obtain_weights(source: str, *, sha256: str) -> Path:
             raise NotFound("evaluation.weights", "no file here", value=str(path))
         _check(path, source, sha256)
         return path
-    cached = Path(os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser() / "weights" / sha256
+    cached = cache_folder() / "weights" / sha256
     if not cached.is_file():
         _fetch(source, cached, sha256)
     return cached
@@ -199,8 +172,8 @@ def _check(path: Path, source: str, sha256: str) -> None:
         )
 
 
+# Of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use.
 OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use."""
 
 NUM_FEATURES = 2048
 FEATURES = str(NUM_FEATURES)
@@ -208,7 +181,7 @@ LOGITS = "logits_unbiased"
 
 
 def identity(sha256: str) -> Identity:
-    """The extractor that weights with this SHA-256 make. With other than the official ones its name changes."""
+    """The Inception extractor with weights of this SHA-256; with other than the official ones its name changes."""
     return Identity(
         name="inception" if sha256 == OFFICIAL_SHA256 else "custom_graph",
         fingerprint=fingerprint_of(
@@ -219,26 +192,14 @@ def identity(sha256: str) -> Identity:
 
 
 class InceptionExtractor:
-    """Pool features [N, 2048] and class probabilities [N, 1008] without the last bias; an `Extractor`, see there.
+    """The 2015 Inception graph as an `Extractor`: pool features, and class probabilities without the last bias.
 
     Images are resized to 299 pixels as TensorFlow 1 did (bilinear, no half-pixel offset), gray ones repeated to RGB.
-    With other weights than the official ones the figures are not called Inception figures: the name changes.
     """
 
     num_features = NUM_FEATURES
 
     def __init__(self, weights: str, *, sha256: str = OFFICIAL_SHA256, device: str = "cpu") -> None:
-        """Load the graph.
-
-        Args:
-            weights: local path, URL or s3 URI of the weights file.
-            sha256: its SHA-256.
-            device: torch device to compute on.
-
-        Raises:
-            NotFound: if there is no such file.
-            UserError: if the file is another one or not such weights, or torch-fidelity is not installed.
-        """
         known = identity(sha256)
         self.name, self.fingerprint = known.name, known.fingerprint
         self._device = device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,11 @@ from ncsn.evaluation.frechet import (
     FrechetStatistics,
     RunningDistance,
     RunningScore,
-    Spool,
     frechet_distance,
     frechet_jackknife,
     merged,
-    score_marks,
 )
-from ncsn.evaluation.pieces import FeaturePiece, Runner, SampleSet, SplitSet, feature_pieces, look, missing_pieces
+from ncsn.evaluation.pieces import FeaturePiece, ImageSet, Runner, extract_piece, feature_pieces, missing_pieces
 from ncsn.evaluation.reference import (
     REFERENCE_SPLIT,
     SEED,
@@ -33,22 +32,19 @@ from ncsn.evaluation.reference import (
     class_histogram,
     extractor_of,
     load_reference,
-    look_at,
+    store_piece,
 )
 from ncsn.evaluation.scores import Neighbours, inception_score, kernel_distance, nearest_neighbours, precision_recall
 
-BALL_IMAGES = 10_000
-"""Images for precision, recall, density and coverage, whose cost grows with their square."""
-NEIGHBOUR_IMAGES = 256
-"""Images whose nearest training images are sought."""
-SHOWN_NEIGHBOURS = 16
-"""Images whose nearest training images are listed."""
-FEWEST_BALLS = 6
+# Images for precision, recall, density and coverage, whose cost grows with their square.
+FEWEST_BALLS, BALL_IMAGES = 6, 10_000
+NEIGHBOUR_IMAGES = 256  # whose nearest training images are sought
+SHOWN_NEIGHBOURS = 16  # whose nearest training images are listed
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and the images behind it."""
+    """A value and the number of images that it is of."""
 
     value: float
     num_images: int
@@ -56,32 +52,62 @@ class Metric:
 
 @dataclass(frozen=True)
 class Measured:
-    """One set of images, measured.
+    """One set of images, measured."""
 
-    Attributes:
-        metrics: short name -> metric.
-        nearest: nearest training images of the first 16 images, as `neighbour_table` lists them.
-        running: the Frechet distance of the first images, for more and more of them.
-    """
-
-    metrics: dict[str, Metric]
-    nearest: list[dict[str, Any]]
+    metrics: dict[str, Metric]  # by short name
+    nearest: list[dict[str, Any]]  # training images of the first 16 images, as `_neighbour_table` lists them
     running: list[RunningScore]
 
     def value(self, metric: str) -> float:
-        """The metric of that short name."""
+        """The value of the metric of that short name."""
         return self.metrics[metric].value
 
     def named(self, extractor: str, *, real: bool = False) -> dict[str, float]:
-        """Metric name -> value."""
+        """Full metric name -> value."""
         return {
             metric_name(name, extractor=extractor, num_images=metric.num_images, real=real): metric.value
             for name, metric in self.metrics.items()
         }
 
 
+def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = False) -> str:
+    """`eval/classifier_fid_n512`, or `eval/real_classifier_fid_n512` for real test images."""
+    return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
+
+
+class Spool:
+    """Features and probabilities of up to `count` images in memory-mapped files below `folder`."""
+
+    def __init__(self, folder: Path, *, count: int) -> None:
+        self.done = 0
+        self._folder, self._count = folder, count
+        self._files: dict[str, np.memmap] = {}
+
+    def add(self, extracted: Extracted) -> None:
+        """Append the next images."""
+        last = self.done + len(extracted.features)
+        for name in ("features", "log_probabilities"):
+            values = getattr(extracted, name)
+            if name not in self._files:
+                self._files[name] = np.lib.format.open_memmap(
+                    self._folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=(self._count, values.shape[1])
+                )
+            self._files[name][self.done : last] = values
+        self.done = last
+
+    @property
+    def extracted(self) -> Extracted:
+        """All that was appended; at least one image."""
+        if not self.done:
+            raise ValueError("there are no images to evaluate")
+        return Extracted(
+            features=self._files["features"][: self.done],
+            log_probabilities=self._files["log_probabilities"][: self.done],
+        )
+
+
 def measure(
-    seen: Iterable[Extracted],
+    extracted: Iterable[Extracted],
     *,
     count: int,
     first_images: Images,
@@ -91,40 +117,36 @@ def measure(
     seed: int,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All metrics of some images.
-
-    What the extractor sees in them goes to files on the node's disk, so that memory does not grow with their number.
+    """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
 
     Args:
-        seen: what it sees, in order, in pieces of any size.
-        count: how many images there are.
+        extracted: features and probabilities of the images, in order, in pieces of any size.
+        count: number of images.
         first_images: the first 256 of them, or all if there are fewer, [n, H, W, C] uint8.
         reference: the training images through the same extractor.
         training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
         num_splits: of the score.
         seed: of the subsets that are drawn.
-        on_score: called with the Frechet distance so far whenever the number of images has doubled.
-
-    Raises:
-        ValueError: for fewer images than splits, or features that are not finite.
+        on_score: called with each running score.
     """
-    marks = score_marks(count, num_features=len(reference.statistics.mean))
-    running, scores = RunningDistance(reference.statistics), []
+    running, scores = RunningDistance(reference.statistics, count=count), []
     with storage.scratch_folder(str(cache_folder())) as folder:
         spool = Spool(folder, count=count)
-        for piece in seen:
+        for piece in extracted:
             spool.add(piece)
-            while marks and spool.done >= marks[0]:
-                running.add(spool.extracted.features[running.count : marks.pop(0)])
-                scores.append(running.score())
-                if on_score is not None:
-                    on_score(scores[-1])
-        extracted = spool.extracted
-        metrics = metrics_of(extracted, reference, groups=running.groups, num_splits=num_splits, seed=seed)
-        features = nearest_neighbours(extracted.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
+            # From mark to mark, so that the last bits do not depend on the pieces.
+            while running.count < running.next_mark <= spool.done:
+                block = spool.extracted.features[running.count : running.next_mark]
+                for score in running.add(running.count, block):
+                    scores.append(score)
+                    if on_score is not None:
+                        on_score(score)
+        whole = spool.extracted
+        metrics = metrics_of(whole, reference, groups=running.groups, num_splits=num_splits, seed=seed)
+        features = nearest_neighbours(whole.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
     pixels = pixel_neighbours(first_images, training_images)
-    nearest = neighbour_table(pixels=pixels, features=features)
-    return Measured(metrics=metrics | neighbour_metrics(pixels), nearest=nearest, running=scores)
+    nearest = _neighbour_table(pixels=pixels, features=features)
+    return Measured(metrics=metrics | _neighbour_metrics(pixels), nearest=nearest, running=scores)
 
 
 def metrics_of(
@@ -135,24 +157,15 @@ def metrics_of(
     num_splits: int,
     seed: int,
 ) -> dict[str, Metric]:
-    """Figures by short name.
+    """Metrics of features and probabilities by short name.
 
     - `score`, `score_std`: the Inception-score formula over contiguous splits.
-    - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife.
+    - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife over `groups`,
+      the moments of the features in disjoint groups.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
     - `confidence`: mean largest class probability.
-
-    Args:
-        extracted: the images through the extractor.
-        reference: the reference images through the same one.
-        groups: moments of the features in disjoint groups, for the jackknife.
-        num_splits: of the score.
-        seed: of the subsets that are drawn.
-
-    Raises:
-        ValueError: for fewer images than splits, or features that are not finite.
     """
     count = len(extracted.features)
     score = inception_score(extracted.log_probabilities, num_splits=num_splits)
@@ -177,11 +190,11 @@ def pixel_neighbours(images: Images, training_images: Images) -> Neighbours:
     return nearest_neighbours(images[:NEIGHBOUR_IMAGES], training_images, k=2)
 
 
-def neighbour_metrics(neighbours: Neighbours) -> dict[str, Metric]:
-    """`memorised`, the share in [0, 1] of images that copy a training image, and `nn_distance`.
+def _neighbour_metrics(neighbours: Neighbours) -> dict[str, Metric]:
+    """`memorised`, the share of images that copy a training image, and `nn_distance`.
 
-    `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. Well below that of
-    real test images it says that the model repeats its training images.
+    `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. A value well below that
+    of real test images means that the model repeats its training images.
     """
     count = len(neighbours.distances)
     return {
@@ -190,7 +203,7 @@ def neighbour_metrics(neighbours: Neighbours) -> dict[str, Metric]:
     }
 
 
-def neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[str, Any]]:
+def _neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[str, Any]]:
     """Of the first 16 images: the nearest rows of the train split by pixels and by features, nearest first."""
     spaces = {"pixels": pixels, "features": features}
     return [
@@ -202,11 +215,6 @@ def neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[st
         }
         for row in range(min(SHOWN_NEIGHBOURS, len(features.indices)))
     ]
-
-
-def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = False) -> str:
-    """`eval/classifier_fid_n512`, or `eval/real_classifier_fid_n512` for real test images."""
-    return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
 
 
 def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str, Metric]:
@@ -225,18 +233,18 @@ def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str
 
 @dataclass(frozen=True)
 class _Work:
-    """One set to measure: its place among the sets, its pieces in order, and the fingerprint of the reference."""
+    """One set to measure. Picklable."""
 
     number: int
     pieces: list[FeaturePiece]
-    fingerprint: str
+    fingerprint: str  # of the reference
 
 
 def measure_sets(
     config: Config,
     dataset: str,
     evaluator: Evaluator,
-    sets: Sequence[SampleSet | SplitSet],
+    sets: Sequence[ImageSet],
     *,
     near: str,
     runner: Runner,
@@ -245,27 +253,23 @@ def measure_sets(
 ) -> list[Measured]:
     """All metrics of each set.
 
-    The features are kept below `near` until all sets are measured, so that a second call goes on where the first was
-    cut off.
+    The features stay below `near` until all sets are measured, so that a second call continues an interrupted one.
 
     Args:
         config: The experiment.
-        dataset: URI of the ingested data set.
+        dataset: URI of the ingested dataset.
         evaluator: Its extractor and reference.
         sets: What to measure.
         near: URI of the folder for the pieces.
         runner: Computes, the features on GPUs if the config uses them.
-        on_images: Called with n whenever n more images were looked at.
-        on_score: Called with the Frechet distances of the first set so far: at once where this process computes, else
-            with all of them at the end.
-
-    Raises:
-        ValueError: for images that do not fit the extractor, fewer images than splits, or features that are not finite.
+        on_images: Called with n after n more images.
+        on_score: Called with the running scores of the first set: at once where this process computes, else at the end.
     """
+    fingerprint = evaluator.extractor.fingerprint
     works = [
         _Work(
             number,
-            feature_pieces(config, dataset, images, near=near, fingerprint=evaluator.extractor.fingerprint),
+            feature_pieces(config, dataset, images, near=near, fingerprint=fingerprint),
             evaluator.reference.fingerprint,
         )
         for number, images in enumerate(sets)
@@ -274,7 +278,7 @@ def measure_sets(
         pieces = [piece for work in works for piece in work.pieces]
         missing = [piece for work in works for piece in missing_pieces(work.pieces)]
         on_images(sum(map(len, pieces)) - sum(map(len, missing)))
-        for piece, _ in runner.each(look_at, missing, gpu=True):
+        for piece, _ in runner.each(store_piece, missing, gpu=True):
             on_images(len(piece))
         found = {work.number: measured for work, measured in runner.each(_measure, works, gpu=False)}
         if on_score is not None:
@@ -301,7 +305,7 @@ def _measure(
     reference = load_reference(dataset, work.fingerprint)
     assert reference is not None, "the evaluator has it"
     return measure(
-        (look(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
+        (extract_piece(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
         count=images.count,
         first_images=images.head(NEIGHBOUR_IMAGES),
         reference=reference,

@@ -1,7 +1,7 @@
-"""What a config measures images with: its extractor, and the reference images through it.
+"""The evaluator of a config: its extractor, and the reference images through it, both in the store.
 
-Whoever asks need not compute: the classifier's training, the features and the reference's moments are left to a
-`Runner`, and what they give is in the store.
+The process that asks need not compute: training the classifier, the features and the reference's moments are left to a
+`Runner`.
 """
 
 from __future__ import annotations
@@ -26,32 +26,30 @@ from ncsn.errors import UserError
 from ncsn.evaluation import classifier, extractors
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.extractors import Extracted, Extractor, Identity, fingerprint_of
-from ncsn.evaluation.frechet import FrechetStatistics
-from ncsn.evaluation.pieces import FeaturePiece, Here, Runner, SplitSet, feature_pieces, look, missing_pieces
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+from ncsn.evaluation.pieces import FeaturePiece, Here, Runner, SplitSet, extract_piece, feature_pieces, missing_pieces
 from ncsn.process import keep_freed_memory
 
-FOLDER = "reference"
-"""Below that of the data set."""
+FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
 DESCRIPTION = "reference.json"
+REFERENCE_SPLIT = "train"
+SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
+
+Progress = Callable[[int, int], None]
+
+_HERE = Here()
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference images through an extractor.
-
-    Attributes:
-        uri: Folder of the reference.
-        statistics: moments of all N feature vectors.
-        class_histogram: [K] shares of the images by most probable class.
-        fingerprint: hash of the extractor, the data set and the split: what a figure against it depends on.
-    """
+    """The reference images through an extractor."""
 
     uri: str
-    statistics: FrechetStatistics
-    class_histogram: npt.NDArray[np.float64]
-    fingerprint: str
+    statistics: FrechetStatistics  # of all N feature vectors
+    class_histogram: npt.NDArray[np.float64]  # [K], shares of the images by most probable class
+    fingerprint: str  # of the extractor, the dataset and the split: what a metric against it depends on
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
@@ -65,7 +63,7 @@ class Reference:
 
 def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
     """The stored reference with this fingerprint, or None if there is none."""
-    uri = _uri(dataset_uri, fingerprint)
+    uri = _reference_uri(dataset_uri, fingerprint)
     try:
         description = json.loads(storage.read_text(storage.join(uri, DESCRIPTION)))
     except FileNotFoundError:
@@ -82,7 +80,7 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
 def publish_reference(
     dataset_uri: str,
     fingerprint: str,
-    seen: Iterable[Extracted],
+    extracted: Iterable[Extracted],
     *,
     shape: tuple[int, int],
     batch_size: int,
@@ -91,18 +89,15 @@ def publish_reference(
     """Store a reference, complete or not at all.
 
     Args:
-        dataset_uri: folder of the data set; the reference lies below it.
+        dataset_uri: folder of the dataset, which holds the reference.
         fingerprint: hash of what it depends on.
-        seen: what the extractor sees in the images of the split in stored order, in pieces of whole batches.
+        extracted: features of the images of the split in stored order, in pieces of whole batches.
         shape: (N, D).
         batch_size: images whose moments are taken at once.
-        origin: what the extractor and the images are, for the description.
-
-    Raises:
-        ValueError: if there are no images, or features are not finite.
+        origin: the extractor and the images, for the description.
     """
-    with storage.staged_folder(_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
-        _write(folder, seen, shape=shape, batch_size=batch_size)
+    with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
+        _write(folder, extracted, shape=shape, batch_size=batch_size)
         description = {"fingerprint": fingerprint, **origin, "images": shape[0]}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
@@ -113,16 +108,16 @@ def class_histogram(log_probabilities: npt.NDArray[np.float64]) -> npt.NDArray[n
     return counts / len(log_probabilities)
 
 
-def _uri(dataset_uri: str, fingerprint: str) -> str:
+def _reference_uri(dataset_uri: str, fingerprint: str) -> str:
     return storage.join(dataset_uri, FOLDER, fingerprint[:16])
 
 
-def _write(folder: Path, seen: Iterable[Extracted], *, shape: tuple[int, int], batch_size: int) -> None:
+def _write(folder: Path, extracted: Iterable[Extracted], *, shape: tuple[int, int], batch_size: int) -> None:
     features = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=np.float32, shape=shape)
     histogram: npt.NDArray[np.float64] | float = 0.0
     statistics: FrechetStatistics | None = None
     done = 0
-    for piece in seen:
+    for piece in extracted:
         for first in range(0, len(piece.features), batch_size):
             batch = piece.features[first : first + batch_size]
             features[done : done + len(batch)] = batch
@@ -137,67 +132,58 @@ def _write(folder: Path, seen: Iterable[Extracted], *, shape: tuple[int, int], b
     save_file(tensors, folder / STATISTICS)
 
 
-REFERENCE_SPLIT = "train"
-SEED = 0
-"""Of the classifier and of what is drawn: the same for all experiments on a data set, so that they compare."""
-
-_HERE = Here()
-
-
 @dataclass(frozen=True)
 class Evaluator:
-    """The extractor of an experiment and the training images through it, both in the store.
-
-    Attributes:
-        extractor: Which extractor it is.
-        reference: What it sees in the training images.
-        facts: What is known of the extractor's quality, as metrics.
-    """
+    """The extractor of an experiment, and the training images through it."""
 
     extractor: Identity
     reference: Reference
-    facts: dict[str, float]
+    facts: dict[str, float]  # the quality of the extractor, as metrics
+
+    def distance(self, features: npt.NDArray[np.floating]) -> float:
+        """Frechet distance of features [N, D] to the reference."""
+        return frechet_distance(FrechetStatistics.of(features), self.reference.statistics)
 
 
 def open_evaluator(
-    config: Config,
-    dataset: str,
-    *,
-    runner: Runner = _HERE,
-    on_training: Callable[[int, int], None] | None = None,
-    on_reference: Callable[[int, int], None] | None = None,
+    config: Config, dataset: str, *, runner: Runner = _HERE, on_progress: Progress | None = None
 ) -> Evaluator:
-    """Find the extractor and the reference in the store, or have them made now.
+    """The evaluator of `config.evaluation` for an ingested dataset; `runner` makes what the store lacks.
 
     Args:
-        config: The experiment; its evaluation section decides.
-        dataset: URI of the ingested data set.
+        config: The experiment.
+        dataset: URI of the dataset.
         runner: Makes what is missing.
-        on_training: Called with (images done, images in all) while a classifier is trained; pickled for the runner.
-        on_reference: The same while the training images are looked at; called here.
+        on_progress: Called with (images done, `images_to_prepare`); pickled for the runner.
 
     Raises:
-        UserError: if the data set has too few test images or no labels, or weights are not those that were asked for.
+        UserError: if the dataset has too few test images or no labels, or weights are not those that were asked for.
     """
     manifest = load_manifest(dataset)
     _require_test_images(config, manifest)
+    report: Progress = on_progress or _silent
     found = _identify(config, dataset, manifest)
     if found is None:
-        runner.one(_train_classifier, config, dataset, on_training, gpu=True)
+        runner.one(_train_classifier, config, dataset, report, gpu=True)
         found = _identify(config, dataset, manifest)
         assert found is not None, "its description is in the store"
     identity, facts = found
     fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=REFERENCE_SPLIT)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
-        _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=on_reference)
+        _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=report)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
     return Evaluator(extractor=identity, reference=reference, facts=facts)
 
 
+def images_to_prepare(config: Config, manifest: Manifest) -> int:
+    """Images that are processed to train the classifier, if the extractor is one, and to make the reference."""
+    return _images_of_training(config, manifest) + manifest.count(REFERENCE_SPLIT)
+
+
 def extractor_of(config: Config, dataset: str) -> Extractor:
-    """The configured extractor, ready to compute in this process, which keeps it for the next call.
+    """The configured extractor, loaded in this process and kept for the next call.
 
     Raises:
         NotFound: if it is a classifier that is not trained yet.
@@ -206,28 +192,13 @@ def extractor_of(config: Config, dataset: str) -> Extractor:
     return _extractor(to_json(config), dataset)
 
 
-def look_at(piece: FeaturePiece) -> None:
-    """Put what is seen in a piece into the store."""
-    look(piece, partial(extractor_of, piece.config, piece.dataset))
-
-
-@lru_cache(maxsize=1)
-def _extractor(config_json: str, dataset: str) -> Extractor:
-    keep_freed_memory()
-    config = from_json(config_json)
-    settings, device = config.evaluation, _device(config)
-    if settings.extractor == "inception":
-        assert settings.weights is not None, "the schema asks for weights"
-        return extractors.InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device)
-    uri = classifier.classifier_uri(dataset, _recipe(config, load_manifest(dataset)))
-    return classifier.load_classifier(uri, device=device).extractor
-
-
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """`cuda` if the config uses GPUs and this process has one, else `cpu`."""
     return "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
 
 
-def _recipe(config: Config, manifest: Manifest) -> ClassifierRecipe:
+def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
+    """The classifier of the config for a dataset."""
     return ClassifierRecipe(
         image_size=manifest.image_size,
         channels=manifest.channels,
@@ -235,6 +206,32 @@ def _recipe(config: Config, manifest: Manifest) -> ClassifierRecipe:
         epochs=config.evaluation.classifier_epochs,
         seed=SEED,
     )
+
+
+def store_piece(piece: FeaturePiece) -> None:
+    """Put the features of a piece into the store."""
+    extract_piece(piece, partial(extractor_of, piece.config, piece.dataset))
+
+
+@lru_cache(maxsize=1)
+def _extractor(config_json: str, dataset: str) -> Extractor:
+    keep_freed_memory()
+    config = from_json(config_json)
+    settings = config.evaluation
+    if settings.extractor == "inception":
+        assert settings.weights is not None, "the schema asks for weights"
+        return extractors.InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device_of(config))
+    uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
+    return classifier.load_classifier(uri, device=device_of(config))
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
+def _images_of_training(config: Config, manifest: Manifest) -> int:
+    settings = config.evaluation
+    return settings.classifier_epochs * manifest.count("train") if settings.extractor == "classifier" else 0
 
 
 def _require_test_images(config: Config, manifest: Manifest) -> None:
@@ -249,26 +246,27 @@ def _require_test_images(config: Config, manifest: Manifest) -> None:
 
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, dict[str, float]] | None:
-    """Which extractor it is and what is known of its quality, as metrics; None for a classifier to be trained."""
+    """Which extractor it is, and its quality as metrics; None for a classifier that is not trained yet."""
     if config.evaluation.extractor == "inception":
         return extractors.identity(config.evaluation.weights_sha256), {}
-    recipe = _recipe(config, manifest)
-    described = classifier.describe_classifier(classifier.classifier_uri(dataset, recipe))
-    if described is None:
+    stored = classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
+    if stored is None:
         return None
-    accuracy = described.test_accuracy
-    return described.identity, {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
+    accuracy = stored.test_accuracy
+    return stored.identity, {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
 
 
-def _train_classifier(config: Config, dataset: str, on_progress: Callable[[int, int], None] | None) -> None:
+def _train_classifier(config: Config, dataset: str, on_progress: Progress) -> None:
     keep_freed_memory()
-    classifier.obtain_classifier(
+    manifest = load_manifest(dataset)
+    share, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
+    classifier.ensure_classifier(
         dataset,
-        _recipe(config, load_manifest(dataset)),
+        recipe_of(config, manifest),
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
-        device=_device(config),
-        on_progress=on_progress,
+        device=device_of(config),
+        on_progress=lambda done, total: on_progress(share * done // total, whole),
     )
 
 
@@ -279,18 +277,19 @@ def _make_reference(
     fingerprint: str,
     *,
     runner: Runner,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Progress,
 ) -> None:
-    images = SplitSet(dataset, REFERENCE_SPLIT, load_manifest(dataset).count(REFERENCE_SPLIT))
+    manifest = load_manifest(dataset)
+    before, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
+    images = SplitSet(dataset, REFERENCE_SPLIT, manifest.count(REFERENCE_SPLIT))
     near = storage.join(dataset, FOLDER)
     pieces = feature_pieces(config, dataset, images, near=near, fingerprint=extractor.fingerprint)
     missing = missing_pieces(pieces)
     done = images.count - sum(map(len, missing))
-    for piece, _ in runner.each(look_at, missing, gpu=True):
+    for piece, _ in runner.each(store_piece, missing, gpu=True):
         done += len(piece)
-        if on_progress is not None:
-            on_progress(done, images.count)
-    if load_reference(dataset, fingerprint) is None:  # else another run on this data set was faster
+        on_progress(before + done, whole)
+    if load_reference(dataset, fingerprint) is None:  # else another run on this dataset was faster
         runner.one(_merge, pieces, extractor, fingerprint, gpu=False)
     storage.delete_folder(pieces[0].folder)
 
@@ -301,7 +300,7 @@ def _merge(pieces: list[FeaturePiece], extractor: Identity, fingerprint: str) ->
     publish_reference(
         first.dataset,
         fingerprint,
-        (look(piece, partial(extractor_of, piece.config, piece.dataset)) for piece in pieces),
+        (extract_piece(piece, partial(extractor_of, piece.config, piece.dataset)) for piece in pieces),
         shape=(first.images.count, extractor.num_features),
         batch_size=first.config.evaluation.batch_size,
         origin={"extractor": extractor.name, "dataset": manifest.digest, "split": REFERENCE_SPLIT},

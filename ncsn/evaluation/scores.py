@@ -1,7 +1,4 @@
-"""Inception score, kernel distance, precision and recall, nearest neighbors.
-
-Precision and recall after Kynkaanniemi et al. 2019, density and coverage after Naeem et al. 2020.
-"""
+"""Nearest neighbors, Inception score, kernel distance, precision and recall."""
 
 from __future__ import annotations
 
@@ -17,28 +14,21 @@ Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
 
 BLOCK_VALUES = 1 << 23
+# A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023).
 MEMORISED_RATIO = 1 / 3
-"""A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023)."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The k nearest reference vectors of each of Q queries, nearest first.
+    """The k nearest reference vectors of each of Q queries, nearest first."""
 
-    Attributes:
-        indices: [Q, k] int64 rows of the reference.
-        distances: [Q, k] float64 Euclidean distances.
-    """
-
-    indices: npt.NDArray[np.int64]
-    distances: Array
+    indices: npt.NDArray[np.int64]  # [Q, k], rows of the reference
+    distances: Array  # [Q, k], Euclidean
 
     @property
     def memorised(self) -> npt.NDArray[np.bool_]:
-        """[Q] whether a query is a copy: under a third as far from its nearest neighbour as from its second.
-
-        A training image that stands in the data set twice is not recognised: then both distances are small.
-        """
+        """[Q] whether a query is a copy: under a third as far from its nearest neighbor as from its second."""
+        # A training image that is in the dataset twice is not recognized: both distances are small.
         flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORISED_RATIO * self.distances[:, 1]
         return flags
 
@@ -46,21 +36,18 @@ class Neighbours:
 def nearest_neighbours(
     queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None
 ) -> Neighbours:
-    """Exact k nearest neighbours by Euclidean distance, in one pass over the reference.
+    """Exact k nearest neighbors by Euclidean distance, in one pass over the reference.
 
     Args:
-        queries: [Q, ...] vectors or images; images count as the vectors of their values.
+        queries: [Q, ...] vectors, or images as the vectors of their values.
         reference: [N, ...] with N >= k; a memory map is read one block at a time.
-        k: neighbours per query, at least 2 for the memorisation flag.
+        k: neighbors per query, at least 2.
         block_size: reference vectors in memory at a time; None = about 64 MB of them.
-
-    Raises:
-        ValueError: for different shapes, or fewer reference vectors than k.
     """
     if queries.shape[1:] != reference.shape[1:]:
         raise ValueError(f"queries of shape {list(queries.shape[1:])} have no distance to {list(reference.shape[1:])}")
     if not 2 <= k <= len(reference):
-        raise ValueError(f"k = {k} neighbours among {len(reference)}; use 2 to {len(reference)}")
+        raise ValueError(f"k = {k} neighbors among {len(reference)}; use 2 to {len(reference)}")
     flat = _rows(queries)
     block_size = block_size or max(BLOCK_VALUES // flat.shape[1], 1)
     distances, indices = np.full((len(flat), k), np.inf), np.zeros((len(flat), k), np.int64)
@@ -78,7 +65,7 @@ def nearest_neighbours(
 
 
 def nearest_distances(vectors: Vectors, *, k: int, block_size: int = 1024) -> Array:
-    """[N, k] ascending distances of each of N > k vectors to its nearest others, itself left out."""
+    """[N, k] ascending distances of each of N > k vectors to its nearest others."""
     nearest = np.empty((len(vectors), k))
     for rows, distances in distance_blocks(vectors, vectors, block_size=block_size):
         distances[np.arange(len(rows)), rows] = np.inf
@@ -122,9 +109,6 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     Args:
         log_probabilities: [N, K] log p(y|x), each row summing to 1 after exp; -inf for a probability of 0 is fine.
         num_splits: contiguous splits of the N rows, equal to within one row; order matters.
-
-    Raises:
-        ValueError: for a wrong shape, NaN, rows that are not distributions, or fewer rows than splits.
     """
     log_p = np.asarray(log_probabilities, dtype=np.float64)
     _check(log_p, num_splits)
@@ -179,7 +163,7 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> KernelDistance:
-    """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3.
+    """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
     Args:
         a: [N, D] features.
@@ -187,9 +171,6 @@ def kernel_distance(
         num_subsets: pairs of subsets, each drawn without replacement.
         subset_size: feature vectors per subset; fewer if N or M is smaller.
         seed: of the subsets.
-
-    Raises:
-        ValueError: for different dimensions, fewer than two feature vectors, or values that are not finite.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
@@ -233,44 +214,34 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Shares of images that lie in the other set's support.
+    """Shares of images in the other set's support (Kynkaanniemi et al. 2019, Naeem et al. 2020)."""
 
-    Attributes:
-        precision: of the generated images, inside some real image's ball (k = 3), in [0, 1].
-        recall: of the real images, inside some generated image's ball (k = 3), in [0, 1].
-        density: real balls (k = 5) that a generated image lies in, on average, over k; above 1 where real is dense.
-        coverage: of the real images, with a generated image inside their ball (k = 5), in [0, 1].
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: float  # of the generated images, inside some real image's ball (k = 3)
+    recall: float  # of the real images, inside some generated image's ball (k = 3)
+    density: float  # real balls (k = 5) around a generated image, on average, over k; above 1 where real is dense
+    coverage: float  # of the real images, with a generated image inside their ball (k = 5)
 
 
 def precision_recall(
     generated: Features,
     real: Features,
     *,
-    neighbourhood: int = 3,
-    density_neighbourhood: int = 5,
+    neighborhood: int = 3,
+    density_neighborhood: int = 5,
     block_size: int = 1024,
 ) -> PrecisionRecall:
-    """Compare two sets of features; a ball reaches to its centre's k-th nearest neighbour in its own set.
+    """Compare two sets of features; a ball reaches to its center's k-th nearest neighbor in the same set.
 
-    All four depend on the number of images: compare only figures of equal counts, and give both sets as many.
+    All four depend on the number of images: compare only values of equal counts, and give both sets as many.
 
     Args:
         generated: [N, D].
         real: [M, D].
-        neighbourhood: k of precision and recall.
-        density_neighbourhood: k of density and coverage.
+        neighborhood: k of precision and recall.
+        density_neighborhood: k of density and coverage.
         block_size: rows of the distance matrix in memory at a time.
-
-    Raises:
-        ValueError: for different dimensions, or not more images than neighbours.
     """
-    largest = max(neighbourhood, density_neighbourhood)
+    largest = max(neighborhood, density_neighborhood)
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {list(generated.shape)} and {list(real.shape)}")
     if min(len(generated), len(real)) <= largest:
@@ -281,8 +252,8 @@ def precision_recall(
             value=min(len(generated), len(real)),
         )
     real_radii = nearest_distances(real, k=largest, block_size=block_size)
-    generated_radii = nearest_distances(generated, k=neighbourhood, block_size=block_size)[:, neighbourhood - 1]
-    small, large = real_radii[:, neighbourhood - 1], real_radii[:, density_neighbourhood - 1]
+    generated_radii = nearest_distances(generated, k=neighborhood, block_size=block_size)[:, neighborhood - 1]
+    small, large = real_radii[:, neighborhood - 1], real_radii[:, density_neighborhood - 1]
     inside, hits = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     for rows, distances in distance_blocks(generated, real, block_size=block_size):
@@ -293,6 +264,6 @@ def precision_recall(
     return PrecisionRecall(
         precision=inside / len(generated),
         recall=float(recalled.mean()),
-        density=hits / (density_neighbourhood * len(generated)),
+        density=hits / (density_neighborhood * len(generated)),
         coverage=float(covered.mean()),
     )

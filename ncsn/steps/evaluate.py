@@ -1,4 +1,4 @@
-"""Step 4: the samples measured against the training images, beside the same figures for real test images."""
+"""Step 4: metrics of the samples against the training images, next to those of real test images."""
 
 from __future__ import annotations
 
@@ -19,97 +19,52 @@ from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, open_evaluator
+from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, images_to_prepare, open_evaluator
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorisation
 from ncsn.tracking.mlflow_runs import StepRun
 
-FIGURES_VERSION = 2
-"""Raised when a figure is added or its meaning changes: samples that were measured before are measured again."""
+# Raised when a metric is added or its meaning changes: samples that were measured before are measured again.
+METRICS_VERSION = 2
 
-PUBLISHED_IMAGES = 50_000
-"""Samples behind a published Inception score or Frechet distance."""
+PUBLISHED_IMAGES = 50_000  # samples of a published Inception score or Frechet distance
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Figures of one set of samples.
+    """Metrics of one set of samples."""
 
-    Attributes:
-        uri: JSON file with everything below.
-        metrics: `eval/<figure>_n<num_images>` of the samples.
-        real_metrics: `eval/real_<figure>_n<num_real_images>` of real test images: what a perfect model would reach.
-        fingerprint: hash of extractor, weights and reference images; figures of different ones do not compare.
-        num_images: generated images measured.
-        num_real_images: real test images measured.
-        gate: the `Measurement` that decides about promotion, as plain values.
-        memorisation: the `Memorisation` that can forbid it, as plain values.
-        running: the Frechet distance of the first samples with its 95 % interval, for more and more of them up to all:
-            `RunningScore`s as plain values.
-        notes: what a reader of the figures should know.
-    """
-
-    uri: str
-    metrics: dict[str, float]
-    real_metrics: dict[str, float]
-    fingerprint: str
+    uri: str  # JSON file with everything below
+    metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
+    real_metrics: dict[str, float]  # `eval/real_<metric>_n<num_real_images>`: what a perfect model would reach
+    fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
     num_images: int
     num_real_images: int
-    gate: dict[str, Any]
-    memorisation: dict[str, Any]
-    running: list[dict[str, Any]]
+    gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
+    memorisation: dict[str, Any]  # the `Memorisation` that can forbid it, as plain values
+    running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
-
-
-@dataclass
-class _Meter:
-    """Images processed over the parts of the step, towards one total."""
-
-    publish: Callable[[int, int], None]
-    total: int
-    done: int = 0
-
-    def add(self, count: int) -> None:
-        """Count images of the part at hand."""
-        self.done += count
-        self.publish(self.done, self.total)
-
-    def part(self, size: int, *, after: int = 0) -> Callable[[int, int], None]:
-        """A `(done, total)` callback for a part of the step that weighs `size` images, behind `after` others."""
-        start = after
-
-        def callback(done: int, total: int) -> None:
-            self.done = start + size * done // total
-            self.publish(self.done, self.total)
-
-        return callback
 
 
 def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
     """Measure the first `config.sampling.num_images` images of a samples folder.
 
-    The features are made in pieces that stay in the store until the figures are there, so the same call again goes on
-    where an earlier one was cut off.
+    The features are made in pieces that stay in the store until the metrics are there, so a second call continues an
+    interrupted one.
 
     Args:
         config: The experiment; its evaluation section decides how.
-        run: Name of the run that keeps the figures.
+        run: Name of the run that keeps the metrics.
         samples: URI of the samples folder.
-        dataset: URI of the ingested data set.
+        dataset: URI of the ingested dataset.
         lease: URI of the launcher's heartbeat. When it stops, evaluation ends; the features that are done stay.
-
-    Raises:
-        NotFound: if there is no samples folder.
-        LeaseExpired: if the launcher is gone.
-        RemoteFailure: if it failed on the cluster of `compute.backend`.
-        UserError: for missing or wrongly shaped samples, fewer samples than splits, or a data set without labels.
     """
     step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
     _check_inputs(samples, dataset)
     inputs = {
-        "figures": FIGURES_VERSION,
+        "figures": METRICS_VERSION,
         "samples": samples,
         "dataset": dataset,
         "num_images": config.sampling.num_images,
@@ -165,26 +120,27 @@ def evaluate(
     progress: Callable[[int, int], None],
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> EvaluateResult:
-    """Compute the figures and write them below `folder`; what `run` does without its bookkeeping."""
-    settings, count = config.evaluation, config.sampling.num_images
+    """Compute the metrics and write them below `folder`; `run` without its bookkeeping."""
+    count = config.sampling.num_images
     manifest = load_manifest(dataset)
     _check_shape(samples_shape(samples, num_images=count), manifest, samples)
-    num_train, num_real = manifest.count("train"), min(count, manifest.count("test"))
-    training = settings.classifier_epochs * num_train if settings.extractor == "classifier" else 0
-    meter = _Meter(progress, training + num_train + count + num_real)
+    num_real = min(count, manifest.count("test"))
+    done = images_to_prepare(config, manifest)
+    total = done + count + num_real
     runner = runner_of(config.compute)
     evaluator = open_evaluator(
-        config,
-        dataset,
-        runner=runner,
-        on_training=meter.part(training),
-        on_reference=meter.part(num_train, after=training),
+        config, dataset, runner=runner, on_progress=lambda prepared, _: progress(prepared, total)
     )
-    meter.done = training + num_train
+
+    def on_images(number: int) -> None:
+        nonlocal done
+        done += number
+        progress(done, total)
+
     name, fingerprint = evaluator.extractor.name, evaluator.reference.fingerprint
     sets = (SampleSet(samples, count), SplitSet(dataset, "test", num_real, drawn=SEED))
     measured = measure_sets(
-        config, dataset, evaluator, sets, near=folder, runner=runner, on_images=meter.add, on_score=on_score
+        config, dataset, evaluator, sets, near=folder, runner=runner, on_images=on_images, on_score=on_score
     )
     generated, real = measured
     generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
@@ -215,7 +171,7 @@ def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[
 
 
 def _tasks(config: Config, dataset: str) -> int:
-    """How many there are to share, if there are workers to share them."""
+    """Number of pieces, if there are workers to share them."""
     images = max(load_manifest(dataset).count("train"), config.sampling.num_images)
     return 1 if config.compute.max_workers == 1 else math.ceil(images / PIECE_IMAGES)
 
@@ -265,7 +221,7 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
     notes = []
     if num_real != num_images:
         notes.append(
-            f"the test split has only {num_real} images, so the real figures are over {num_real} and the samples' over "
+            f"the test split has only {num_real} images, so the real metrics are over {num_real} and the samples' over "
             f"{num_images}: the smaller set has the larger Frechet distance and the smaller score by its size alone"
         )
     if extractor == "inception" and num_images != PUBLISHED_IMAGES:

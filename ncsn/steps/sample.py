@@ -17,7 +17,7 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, OnFeatures, Shard, sample_missing, shards, watch_levels
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.frechet import RunningScore, RunningScores
+from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
@@ -180,7 +180,7 @@ class _Scores:
     def __post_init__(self) -> None:
         reference = open_evaluator(self.config, self.dataset, runner=runner_of(self.config.compute)).reference
         self._fingerprint = reference.fingerprint
-        self._running = RunningScores(reference.statistics, count=self.config.sampling.num_images)
+        self._running = RunningDistance(reference.statistics, count=self.config.sampling.num_images)
 
     @property
     def on_features(self) -> OnFeatures:

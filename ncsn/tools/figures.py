@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.shards import read_samples
 from ncsn.errors import UserError
+from ncsn.evaluation.reference import device_of
 from ncsn.evaluation.scores import nearest_neighbours
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
@@ -74,7 +74,7 @@ def run(
     """
     step = Step.claim("figures", config, run, FiguresResult, unit="images")
     _check(nfe, num_images)
-    device = "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
+    device = device_of(config)
     trained = checkpoints.load_for_sampling(checkpoint, device=device)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     out = storage.absolute(out) if out else step.folder.report

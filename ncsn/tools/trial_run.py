@@ -29,8 +29,8 @@ from ncsn.data.sources import open_source
 from ncsn.data.statistics import resolve_noise
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
-from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe
-from ncsn.evaluation.reference import SEED, extractor_of
+from ncsn.evaluation.classifier import SMALL_SET
+from ncsn.evaluation.reference import extractor_of, recipe_of
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
@@ -289,13 +289,7 @@ class _TrialRun:
         as_large = (self.counts.train_images < SMALL_SET) == (len(split) < SMALL_SET)
         if not as_large:
             manifest = load_manifest(dataset)
-            recipe = ClassifierRecipe(
-                image_size=manifest.image_size,
-                channels=manifest.channels,
-                num_classes=len(manifest.class_names),
-                epochs=self.config.evaluation.classifier_epochs,
-                seed=SEED,
-            )
+            recipe = recipe_of(self.config, manifest)
             own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
         return own, extract_image, neighbour_image, fixed
 

@@ -1,6 +1,5 @@
-"""The domain classifier learns real images, is deterministic for a seed, and is kept beside its data set."""
+"""The domain classifier learns real images, is deterministic for a seed, and is stored with its dataset."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from ncsn.evaluation.classifier import (
     ClassifierNetwork,
     ClassifierRecipe,
     accuracy,
+    describe_classifier,
+    ensure_classifier,
     load_classifier,
-    obtain_classifier,
     train_classifier,
 )
 
@@ -29,31 +29,27 @@ QUICK = replace(RECIPE, epochs=1)
 Splits = tuple[Images, Images]
 
 
-def test_reads_real_digits_and_is_stored_with_its_accuracy(digits: Splits, tmp_path: Path) -> None:
+def test_reads_real_digits_and_is_stored_once_with_its_accuracy(digits: Splits, tmp_path: Path) -> None:
     train, test = digits
     calls: list[tuple[int, int]] = []
-    stored = obtain_classifier(
-        str(tmp_path), RECIPE, train=train, test=test, on_progress=lambda done, total: calls.append((done, total))
-    )
-    assert stored.test_accuracy >= 0.97
+
+    def ensure(recipe: ClassifierRecipe) -> str:
+        return ensure_classifier(
+            str(tmp_path), recipe, train=train, test=test, on_progress=lambda done, total: calls.append((done, total))
+        )
+
+    uri = ensure(RECIPE)
+    assert uri == str(tmp_path / "classifier" / RECIPE.key)
     assert calls[-1] == (12570, 12570)
-    assert stored.uri == str(tmp_path / "classifier" / RECIPE.key)
-    assert json.loads((Path(stored.uri) / DESCRIPTION).read_text())["test_accuracy"] == stored.test_accuracy
-    assert accuracy(stored.extractor.network, images=test.images, labels=test.labels) == stored.test_accuracy
-
-
-def test_a_stored_classifier_is_reused(digits: Splits, tmp_path: Path) -> None:
-    train, test = digits
-    first = obtain_classifier(str(tmp_path), QUICK, train=train, test=test)
-    calls: list[int] = []
-    again = obtain_classifier(
-        str(tmp_path), QUICK, train=train, test=test, on_progress=lambda done, total: calls.append(done)
-    )
-    assert calls == []
-    assert again.extractor.fingerprint == first.extractor.fingerprint
-    other = obtain_classifier(str(tmp_path), replace(QUICK, seed=1), train=train, test=test)
-    assert other.uri != first.uri
-    assert other.extractor.fingerprint != first.extractor.fingerprint
+    stored, extractor = describe_classifier(uri), load_classifier(uri)
+    assert stored is not None and stored.test_accuracy is not None and stored.test_accuracy >= 0.97
+    assert stored.identity.fingerprint == extractor.fingerprint
+    assert accuracy(extractor.network, images=test.images, labels=test.labels) == stored.test_accuracy
+    number = len(calls)
+    assert ensure(RECIPE) == uri and len(calls) == number
+    other = ensure(replace(QUICK, seed=1))
+    assert other != uri and load_classifier(other).fingerprint != extractor.fingerprint
+    assert describe_classifier(str(tmp_path / "nowhere")) is None
 
 
 def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alone(digits: Splits) -> None:
@@ -136,7 +132,7 @@ def test_unlabelled_images_are_left_out(digits: Splits) -> None:
 @pytest.mark.parametrize(
     ("labels", "classes"), [(np.full(6, -1), 0), (np.zeros(6, np.int64), 1)], ids=["no-labels", "one-class"]
 )
-def test_labels_that_cannot_be_learnt_are_refused(labels: np.ndarray, classes: int) -> None:
+def test_labels_that_teach_nothing_are_refused(labels: np.ndarray, classes: int) -> None:
     recipe = replace(QUICK, num_classes=classes)
     with refused("data.source"):
         train_classifier(recipe, images=np.zeros((6, 8, 8, 1), np.uint8), labels=labels)
@@ -157,10 +153,10 @@ def test_images_of_another_shape_or_type_are_refused() -> None:
 
 def test_damaged_weights_and_a_missing_classifier_are_refused(digits: Splits, tmp_path: Path) -> None:
     train, test = digits
-    stored = obtain_classifier(str(tmp_path), QUICK, train=train, test=test)
-    weights = Path(stored.uri) / WEIGHTS
+    uri = ensure_classifier(str(tmp_path), QUICK, train=train, test=test)
+    weights = Path(uri) / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with refused(str(weights)):
-        load_classifier(stored.uri)
+        load_classifier(uri)
     with refused(str(tmp_path / "nowhere" / DESCRIPTION), error=NotFound):
         load_classifier(str(tmp_path / "nowhere"))

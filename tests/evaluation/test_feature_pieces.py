@@ -16,7 +16,7 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import pieces as module
 from ncsn.evaluation.extractors import Extracted
-from ncsn.evaluation.pieces import FeaturePiece, SampleSet, SplitSet, feature_pieces, look, missing_pieces
+from ncsn.evaluation.pieces import FeaturePiece, SampleSet, SplitSet, extract_piece, feature_pieces, missing_pieces
 
 CONFIG = """
 name: pieces
@@ -97,14 +97,14 @@ def test_drawn_images_are_the_same_from_any_piece(config: Config, dataset: str, 
     np.testing.assert_array_equal(drawn.head(5), whole[:5])
 
 
-def test_only_what_is_missing_is_looked_at(config: Config, dataset: str, tmp_path: Path, monkeypatch) -> None:
+def test_only_missing_pieces_are_extracted(config: Config, dataset: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "PIECE_IMAGES", 16)
     train = SplitSet(dataset, "train", 40)
     pieces, extractor, told = pieces_of(config, dataset, train, tmp_path), Batches(), list[int]()
     assert missing_pieces(pieces) == pieces
-    second = look(pieces[1], lambda: extractor, on_images=told.append)
+    second = extract_piece(pieces[1], lambda: extractor, on_images=told.append)
     assert missing_pieces(pieces) == [pieces[0], pieces[2]]
-    again = look(pieces[1], lambda: extractor, on_images=told.append)
+    again = extract_piece(pieces[1], lambda: extractor, on_images=told.append)
     np.testing.assert_array_equal(again.features, second.features)
     np.testing.assert_array_equal(again.log_probabilities, second.log_probabilities)
     assert (extractor.sizes, told) == ([8, 8], [8, 8, 16])

@@ -1,12 +1,15 @@
-"""The reference is kept once per extractor and data set, and is the same whatever pieces it was made of."""
+"""The reference is stored once per extractor and dataset and does not depend on its pieces; the spool."""
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ncsn.evaluation.extractors import Extracted, extract_all, fingerprint_of
+from ncsn.evaluation.frechet import FrechetStatistics, RunningDistance
+from ncsn.evaluation.measure import Spool
 from ncsn.evaluation.reference import Reference, load_reference, publish_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
@@ -80,3 +83,28 @@ def test_fingerprints_depend_on_every_part_but_not_on_their_order() -> None:
     assert fingerprint_of(kind="a", version=1) == fingerprint_of(version=1, kind="a")
     assert fingerprint_of(kind="a", version=1) != fingerprint_of(kind="a", version=2)
     assert len(fingerprint_of(kind="a")) == 64
+
+
+def test_a_spool_keeps_features_out_of_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    reference, seen = FrechetStatistics.of(rng.standard_normal((5000, 4))), rng.standard_normal((500, 4)).astype("f4")
+    log_p = np.log(np.full((500, 3), 1 / 3))
+
+    def peak(batches: int) -> int:
+        (tmp_path / str(batches)).mkdir()
+        tracemalloc.start()
+        count = 500 * batches
+        spool, running = Spool(tmp_path / str(batches), count=count), RunningDistance(reference, count=count)
+        for _ in range(batches):
+            spool.add(Extracted(seen, log_p))
+            running.add(running.count, spool.extracted.features[running.count :])
+        assert np.array_equal(spool.extracted.features, np.tile(seen, (batches, 1)))
+        assert spool.extracted.log_probabilities.shape == (500 * batches, 3)
+        assert running.count == 500 * batches
+        used = tracemalloc.get_traced_memory()[1] - 500 * batches * 4 * 5  # np.tile and the comparison
+        tracemalloc.stop()
+        return used
+
+    assert peak(200) < 2 * peak(5) + 100_000
+    with pytest.raises(ValueError, match="no images"):
+        _ = Spool(tmp_path, count=5).extracted

@@ -7,14 +7,14 @@ import numpy as np
 from ncsn.config import Config
 from ncsn.distributed.sampling import OnFeatures, Shard, sample_missing
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.frechet import RunningScore, RunningScores
+from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 
 
 def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     count = config.sampling.num_images
-    running = RunningScores(
+    running = RunningDistance(
         open_evaluator(config, dataset, runner=runner_of(config.compute)).reference.statistics, count=count
     )
     scores: list[RunningScore] = []

@@ -1,4 +1,8 @@
-"""Known values of the Frechet distance (spec, oracle 19) and agreement with scipy's matrix square root."""
+"""Known values of the Frechet distance (spec, oracle 19), agreement with scipy, uncertainty, and running scores."""
+
+from __future__ import annotations
+
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -6,12 +10,33 @@ import scipy.linalg
 from refused import refused
 
 from ncsn.evaluation.frechet import (
+    JACKKNIFE_GROUPS,
+    NORMAL_95,
     FrechetStatistics,
+    RunningDistance,
+    RunningScore,
     factor,
     frechet_distance,
     frechet_distance_of_gaussians,
-    frechet_uncertainty,
+    frechet_jackknife,
+    merged,
+    score_marks,
 )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def reference(rng: np.random.Generator) -> FrechetStatistics:
+    return FrechetStatistics.of(rng.standard_normal((5000, 4)))
+
+
+def frechet_uncertainty(features: np.ndarray, reference: FrechetStatistics) -> float:
+    groups = min(JACKKNIFE_GROUPS, len(features))
+    return frechet_jackknife([FrechetStatistics.of(features[first::groups]) for first in range(groups)], reference)
 
 
 def random_covariance(rng: np.random.Generator, size: int, *, rank: int) -> np.ndarray:
@@ -106,7 +131,7 @@ def test_a_part_taken_away_leaves_the_rest() -> None:
 
 def test_merged_statistics_are_those_of_the_union() -> None:
     features = np.random.default_rng(2).standard_normal((101, 8)) * 3 + 1e3
-    merged = FrechetStatistics.of_batches([features[:1], features[1:40], features[40:]])
+    merged = reduce(FrechetStatistics.merge, map(FrechetStatistics.of, (features[:1], features[1:40], features[40:])))
     assert merged.count == 101
     np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
@@ -122,16 +147,9 @@ def test_finite_sample_bias_falls_as_one_over_n() -> None:
         assert distance == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("features", "message"),
-    [
-        (np.array([[0.0, np.nan], [1.0, 2.0]]), "1 of 2"),
-        (np.zeros(4), r"\[4\]"),
-        (np.zeros((0, 4)), r"\[0, 4\]"),
-    ],
-)
-def test_bad_features_are_refused(features: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("features", [np.array([[0.0, np.nan], [1.0, 2.0]]), np.zeros(4), np.zeros((0, 4))])
+def test_bad_features_are_refused(features: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="feature"):
         FrechetStatistics.of(features)
 
 
@@ -143,5 +161,53 @@ def test_what_cannot_be_compared_is_refused() -> None:
         one.merge(two)
     with refused("images"):
         frechet_distance(FrechetStatistics.of(np.zeros((1, 4))), one)
-    with pytest.raises(ValueError, match="empty"):
-        FrechetStatistics.of_batches([])
+
+
+def test_blocks_in_any_order_give_the_score_of_all(rng, reference) -> None:
+    features = rng.standard_normal((1003, 4)) + 0.3
+    running, scores = RunningDistance(reference, count=1003), []
+    for first, last in ((700, 1003), (0, 1), (8, 500), (1, 8), (500, 700)):
+        scores += running.add(first, features[first:last])
+    score = scores[-1]
+    assert score.num_images == 1003
+    assert score.fid == pytest.approx(frechet_distance(FrechetStatistics.of(features), reference), rel=1e-10)
+    margin = NORMAL_95 * frechet_uncertainty(features, reference)
+    assert (score.fid - score.low, score.high - score.fid) == pytest.approx((margin, margin), rel=1e-8)
+    assert merged(running.groups).count == running.count == 1003
+
+
+def test_a_score_is_due_when_its_images_are_there_and_is_of_these_alone(rng, reference) -> None:
+    features = rng.standard_normal((43, 4)) + 0.3
+    running, due = RunningDistance(reference, count=43), []
+    for first, last in ((30, 43), (3, 9), (0, 3), (9, 10), (12, 30), (10, 12)):
+        due.append(running.add(first, features[first:last]))
+    assert [[score.num_images for score in found] for found in due] == [[], [], [8], [], [], [16, 32, 43]]
+    for score in (score for found in due for score in found):
+        first_images = features[: score.num_images]
+        fid = frechet_distance(FrechetStatistics.of(first_images), reference)
+        margin = NORMAL_95 * frechet_uncertainty(first_images, reference)
+        assert (score.fid, score.high) == pytest.approx((fid, fid + margin), rel=1e-9)
+
+
+def score_of(features: np.ndarray, reference: FrechetStatistics) -> RunningScore:
+    return RunningDistance(reference, count=len(features)).add(0, features)[-1]
+
+
+def test_the_interval_holds_the_expected_distance_of_as_many_images(rng, reference) -> None:
+    scores = [score_of(rng.standard_normal((400, 4)) + 0.5, reference) for _ in range(100)]
+    expected = np.mean([score.fid for score in scores])
+    assert 88 <= sum(score.low <= expected <= score.high for score in scores) <= 100
+
+
+def test_a_distance_near_zero_has_no_interval_below_it(rng) -> None:
+    features = rng.standard_normal((400, 4))
+    score = score_of(features, FrechetStatistics.of(features))
+    assert score.low == 0
+    assert score.fid == pytest.approx(0, abs=1e-9)
+
+
+def test_scores_are_due_at_twice_the_features_and_doubled() -> None:
+    assert score_marks(50_000, num_features=2048) == [4096, 8192, 16384, 32768, 50_000]
+    assert score_marks(256, num_features=128) == [256]
+    assert score_marks(10, num_features=128) == [10]
+    assert str(RunningScore(12_800, 35.123, 33.0, 37.2)) == "FID 35.12 \u00b1 2.1 (95 %) of 12,800"

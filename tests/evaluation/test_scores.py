@@ -1,0 +1,214 @@
+"""Scores against known values (spec, oracles 18 and 20), values by hand and the full distance matrix."""
+
+import math
+
+import numpy as np
+import pytest
+from refused import refused
+
+from ncsn.data.format import Images
+from ncsn.evaluation.scores import (
+    inception_score,
+    kernel_distance,
+    nearest_distances,
+    nearest_neighbours,
+    precision_recall,
+    squared_mmd,
+)
+
+
+def log_one_hot(classes: np.ndarray, num_classes: int = 10) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(np.eye(num_classes)[classes])
+
+
+@pytest.mark.oracle(18)
+def test_uniform_predictions_score_one() -> None:
+    score = inception_score(np.full((100, 10), -math.log(10)), num_splits=10)
+    assert score.mean == pytest.approx(1, abs=1e-12)
+    assert score.std == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.oracle(18)
+def test_balanced_one_hot_scores_the_number_of_classes() -> None:
+    assert inception_score(log_one_hot(np.arange(1000) % 10), num_splits=10).mean == pytest.approx(10, abs=1e-12)
+
+
+@pytest.mark.oracle(18)
+def test_one_class_scores_one() -> None:
+    assert inception_score(log_one_hot(np.full(50, 3)), num_splits=5).mean == 1
+
+
+@pytest.mark.oracle(18)
+def test_confidence_of_nine_tenths_balanced() -> None:
+    p = np.full((10, 10), 0.1 / 9)
+    np.fill_diagonal(p, 0.9)
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1 / 9))
+    assert inception_score(np.log(np.tile(p, (100, 1)))).mean == pytest.approx(math.exp(math.log(10) - entropy))
+    assert inception_score(np.log(p), num_splits=1).mean == pytest.approx(5.799546, abs=1e-6)
+
+
+@pytest.mark.oracle(18)
+def test_random_one_hot_has_the_finite_sample_bias() -> None:
+    classes = np.random.default_rng(0).integers(0, 10, 5000)
+    assert inception_score(log_one_hot(classes)).mean == pytest.approx(9.906, abs=0.05)
+
+
+def test_splits_are_contiguous_and_std_is_the_population_one() -> None:
+    rows = log_one_hot(np.array([0, 0, 0, 0, 1, 2, 1, 2]), num_classes=4)
+    score = inception_score(rows, num_splits=2)
+    assert (score.mean, score.std) == (pytest.approx(1.5), pytest.approx(0.5))
+    assert inception_score(rows[[0, 4, 1, 5, 2, 6, 3, 7]], num_splits=2).mean > 1.5
+
+
+def test_every_row_counts_when_splits_do_not_divide() -> None:
+    rows = log_one_hot(np.array([0, 0, 1, 2, 2]))
+    # Splits [0, 0] and [1, 2, 2]: 1 and exp(H(1/3, 2/3)).
+    second = math.exp(-(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3))
+    assert inception_score(rows, num_splits=2).mean == pytest.approx((1 + second) / 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "splits"),
+    [
+        (np.full((9, 10), -math.log(10)), 10),
+        (np.full((20, 10), np.nan), 10),
+        (np.zeros((20, 10)), 10),
+        (np.zeros(20), 10),
+        (np.full((20, 10), -math.log(10)), 0),
+    ],
+    ids=["fewer than splits", "NaN", "no distribution", "no classes", "no splits"],
+)
+def test_bad_probabilities_are_refused(rows: np.ndarray, splits: int) -> None:
+    with pytest.raises(ValueError, match=r"probabilities|splits"):
+        inception_score(rows, num_splits=splits)
+
+
+@pytest.mark.oracle(20)
+def test_equal_laws_have_mean_zero() -> None:
+    rng = np.random.default_rng(0)
+    estimates = [squared_mmd(rng.standard_normal((500, 64)), rng.standard_normal((500, 64))) for _ in range(50)]
+    error = np.std(estimates, ddof=1) / np.sqrt(50)
+    assert error == pytest.approx(0.0003, abs=0.0002)
+    assert abs(np.mean(estimates)) < 4 * error
+    assert min(estimates) < 0
+
+
+def test_two_points_each_by_hand() -> None:
+    # D = 1, k = (xy + 1)^3: within x k(0,1) = 1, within y k(1,2) = 27, across the mean of 1, 1, 8, 27.
+    x, y = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
+    assert squared_mmd(x, y) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4, abs=1e-12)
+    assert kernel_distance(x, y).mean == pytest.approx(squared_mmd(x, y), abs=1e-12)
+
+
+def test_shifted_gaussians_have_the_analytic_distance() -> None:
+    """D = 1: E k(x, x') over independent draws of N(m, 1) and N(n, 1) is a polynomial in their moments."""
+
+    def expected_kernel(m: float, n: float) -> float:
+        def moments(mean: float) -> tuple[float, float, float]:
+            return mean, mean**2 + 1, mean**3 + 3 * mean
+
+        first, second, third = (one * other for one, other in zip(moments(m), moments(n), strict=True))
+        return third + 3 * second + 3 * first + 1
+
+    expected = expected_kernel(0, 0) + expected_kernel(1, 1) - 2 * expected_kernel(0, 1)
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((20_000, 1)), 1 + rng.standard_normal((20_000, 1))
+    measured = kernel_distance(a, b, num_subsets=20)
+    assert measured.mean == pytest.approx(expected, rel=0.05)
+
+
+def test_subsets_are_a_function_of_the_seed_and_no_larger_than_the_sets() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((300, 4)), rng.standard_normal((500, 4)) + 1
+    assert kernel_distance(a, b, subset_size=100) == kernel_distance(a, b, subset_size=100)
+    assert kernel_distance(a, b, subset_size=100, seed=1) != kernel_distance(a, b, subset_size=100)
+    assert kernel_distance(a, b, subset_size=1000) == kernel_distance(a, b, subset_size=300)
+    assert kernel_distance(a, b, subset_size=100).std > 0
+
+
+def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
+    rng = np.random.default_rng(0)
+    queries, reference = rng.standard_normal((9, 6)), rng.standard_normal((100, 6))
+    full = np.linalg.norm(queries[:, None] - reference, axis=2)
+    for block_size in (1, 7, 1000):
+        found = nearest_neighbours(queries, reference, k=4, block_size=block_size)
+        np.testing.assert_array_equal(found.indices, np.argsort(full, axis=1)[:, :4])
+        np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :4], atol=1e-12)
+
+
+def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: tuple[Images, Images]) -> None:
+    train, test = digits
+    nudged = train.images[7].copy()
+    nudged[0, 0, 0] += 1
+    queries = np.concatenate([train.images[[3]], nudged[None], test.images[:30]])
+    found = nearest_neighbours(queries, train.images, k=2, block_size=500)
+    assert found.indices[:2, 0].tolist() == [3, 7]
+    assert found.distances[:2, 0].tolist() == [0, 1]
+    assert found.memorised[:2].all()
+    assert found.memorised[2:].mean() < 0.1
+
+
+def test_equal_distances_come_in_order_of_index() -> None:
+    found = nearest_neighbours(np.zeros((1, 1)), np.array([[1.0], [-1.0], [0.5], [1.0]]), k=4)
+    assert found.indices.tolist() == [[2, 0, 1, 3]]
+
+
+def test_distances_within_a_set_leave_each_vector_itself_out() -> None:
+    points = np.array([[0.0], [1.0], [3.0], [3.0]])
+    assert nearest_distances(points, k=2, block_size=3).tolist() == [[1, 3], [1, 2], [0, 2], [0, 2]]
+
+
+def test_a_set_against_itself_is_perfect() -> None:
+    points = np.random.default_rng(0).standard_normal((200, 5))
+    result = precision_recall(points, points, block_size=64)
+    assert (result.precision, result.recall, result.coverage) == (1, 1, 1)
+    # Each real ball of radius d_5 holds its center and the 4 nearer neighbors strictly inside.
+    assert result.density == pytest.approx(1)
+
+
+def test_sets_far_apart_share_nothing() -> None:
+    rng = np.random.default_rng(1)
+    result = precision_recall(rng.standard_normal((50, 3)) + 100, rng.standard_normal((50, 3)))
+    assert (result.precision, result.recall, result.density, result.coverage) == (0, 0, 0, 0)
+
+
+def test_one_mode_of_two_keeps_precision_and_halves_recall() -> None:
+    rng = np.random.default_rng(2)
+    left, right = rng.standard_normal((200, 2)), rng.standard_normal((200, 2)) + 50
+    result = precision_recall(rng.standard_normal((400, 2)), np.concatenate([left, right]))
+    assert result.precision > 0.9
+    assert 0.4 < result.recall <= 0.5
+    assert 0.4 < result.coverage <= 0.5
+
+
+def test_points_on_a_line_by_hand() -> None:
+    real = np.arange(4.0)[:, None]  # radii to the first neighbor: all 1
+    generated = np.array([[0.5], [1.0], [10.0], [10.5]])  # radii .5, .5, .5, .5
+    result = precision_recall(generated, real, neighborhood=1, density_neighborhood=1)
+    assert result.precision == 2 / 4  # 0.5 and 1.0
+    assert result.recall == 2 / 4  # 0 and 1 (at 0.5 from 0.5), not 2 and 3
+    assert result.density == (2 + 1) / 4  # 0.5 lies strictly inside two balls, 1.0 in its own
+    assert result.coverage == 2 / 4
+
+
+def test_blocks_do_not_matter() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((101, 4)), rng.standard_normal((90, 4)) + 0.5
+    assert precision_recall(a, b, block_size=7) == precision_recall(a, b, block_size=1000)
+
+
+def test_bad_features_are_refused() -> None:
+    zeros = np.zeros((5, 4))
+    for scores in (kernel_distance, precision_recall, nearest_neighbours):
+        with pytest.raises(ValueError, match=r"features|shape"):
+            scores(zeros, np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="subset"):
+        kernel_distance(zeros, zeros[:1])
+    with pytest.raises(ValueError, match="NaN"):
+        kernel_distance(zeros, np.full((5, 4), np.nan))
+    with pytest.raises(ValueError, match="k = 6"):
+        nearest_neighbours(zeros, zeros, k=6)
+    with refused("images") as caught:
+        precision_recall(zeros, np.zeros((9, 4)))
+    assert caught.value.problems[0].value == 5
