@@ -25,6 +25,8 @@ LIGHT = (
     "ncsn.process",
     "ncsn.config",
     "ncsn.storage",
+    "ncsn.data.format",
+    "ncsn.data.source",
     "ncsn.runs.costs",
     "ncsn.runs.folder",
     "ncsn.runs.records",

@@ -1,9 +1,7 @@
-"""The fixed choice of test images, bad images, names inside archives, and what stays light."""
+"""The fixed choice of test images, bad images, and names inside archives."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -75,11 +73,3 @@ def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, s
 
 def test_every_source_of_the_config_can_be_opened():
     assert set(sources._OPENERS) == set(get_args(DataConfig.model_fields["source"].annotation))
-
-
-def test_manifests_and_files_are_read_without_torch():
-    code = (
-        "import sys, ncsn.data.format, ncsn.data.source\n"
-        "print({'torch', 'scipy', 'sklearn', 'PIL', 'ray', 'mlflow'} & sys.modules.keys())"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
