@@ -28,7 +28,7 @@ import yaml
 
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
@@ -153,7 +153,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
         figures = measure(
             map(extractor.extract, images),
             count=sum(map(len, images)),
-            first_images=np.concatenate(images)[:NEIGHBOUR_IMAGES],
+            first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=train.images,
             num_splits=10,

@@ -39,7 +39,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.evaluation.extractors import batches
-from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, measure
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -175,7 +175,7 @@ class Scorer:
         measured = measure(
             map(extractor.extract, batches(images, batch_size=SAMPLE_BATCH)),
             count=len(images),
-            first_images=images[:NEIGHBOUR_IMAGES],
+            first_images=images[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=open_cache(self.dataset, "train").images,
             num_splits=2,

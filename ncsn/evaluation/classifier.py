@@ -190,7 +190,7 @@ def train_classifier(
 
 
 def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batch_size: int = 500) -> float:
-    """Share of the labelled images whose most probable class is their label, in [0, 1]; NaN if none has a label."""
+    """Share of the labelled images that get their label, in [0, 1]; NaN if none has a label."""
     right = total = 0
     network.eval()
     with torch.inference_mode():

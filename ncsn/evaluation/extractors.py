@@ -154,7 +154,7 @@ def _open(source: str) -> BinaryIO:
         except pa.ArrowException as error:
             raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
     try:
-        # Scheme and source come from the config of the user whose machine this is.
+        # Scheme and source come from the config, which the user of this machine wrote.
         return cast("BinaryIO", urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS))  # noqa: S310
     except urllib.error.URLError as error:
         raise OSError(f"evaluation.weights: cannot fetch {source}: {error.reason}") from None

@@ -34,12 +34,12 @@ from ncsn.evaluation.reference import (
     load_reference,
     store_piece,
 )
-from ncsn.evaluation.scores import Neighbours, inception_score, kernel_distance, nearest_neighbours, precision_recall
+from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
 
-# Images for precision, recall, density and coverage, whose cost grows with their square.
+# Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
-NEIGHBOUR_IMAGES = 256  # whose nearest training images are sought
-SHOWN_NEIGHBOURS = 16  # whose nearest training images are listed
+NEIGHBOR_IMAGES = 256  # nearest training images are sought of these
+SHOWN_NEIGHBORS = 16  # nearest training images are listed of these
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Measured:
     """One set of images, measured."""
 
     metrics: dict[str, Metric]  # by short name
-    nearest: list[dict[str, Any]]  # training images of the first 16 images, as `_neighbour_table` lists them
+    nearest: list[dict[str, Any]]  # training images of the first 16 images, as `_neighbor_table` lists them
     running: list[RunningScore]
 
     def value(self, metric: str) -> float:
@@ -143,10 +143,10 @@ def measure(
                         on_score(score)
         whole = spool.extracted
         metrics = metrics_of(whole, reference, groups=running.groups, num_splits=num_splits, seed=seed)
-        features = nearest_neighbours(whole.features[:SHOWN_NEIGHBOURS], reference.features, k=2)
-    pixels = pixel_neighbours(first_images, training_images)
-    nearest = _neighbour_table(pixels=pixels, features=features)
-    return Measured(metrics=metrics | _neighbour_metrics(pixels), nearest=nearest, running=scores)
+        features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
+    pixels = pixel_neighbors(first_images, training_images)
+    nearest = _neighbor_table(pixels=pixels, features=features)
+    return Measured(metrics=metrics | _neighbor_metrics(pixels), nearest=nearest, running=scores)
 
 
 def metrics_of(
@@ -185,25 +185,25 @@ def metrics_of(
     return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
 
 
-def pixel_neighbours(images: Images, training_images: Images) -> Neighbours:
+def pixel_neighbors(images: Images, training_images: Images) -> Neighbors:
     """The two nearest training images, by Euclidean distance of pixels in 0..255, of at most 256 images."""
-    return nearest_neighbours(images[:NEIGHBOUR_IMAGES], training_images, k=2)
+    return nearest_neighbors(images[:NEIGHBOR_IMAGES], training_images, k=2)
 
 
-def _neighbour_metrics(neighbours: Neighbours) -> dict[str, Metric]:
+def _neighbor_metrics(neighbors: Neighbors) -> dict[str, Metric]:
     """`memorised`, the share of images that copy a training image, and `nn_distance`.
 
     `nn_distance` is the median distance to the nearest training image in pixel units of 0..255. A value well below that
     of real test images means that the model repeats its training images.
     """
-    count = len(neighbours.distances)
+    count = len(neighbors.distances)
     return {
-        "memorised": Metric(float(neighbours.memorised.mean()), count),
-        "nn_distance": Metric(float(np.median(neighbours.distances[:, 0])), count),
+        "memorised": Metric(float(neighbors.memorised.mean()), count),
+        "nn_distance": Metric(float(np.median(neighbors.distances[:, 0])), count),
     }
 
 
-def _neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[str, Any]]:
+def _neighbor_table(*, pixels: Neighbors, features: Neighbors) -> list[dict[str, Any]]:
     """Of the first 16 images: the nearest rows of the train split by pixels and by features, nearest first."""
     spaces = {"pixels": pixels, "features": features}
     return [
@@ -213,7 +213,7 @@ def _neighbour_table(*, pixels: Neighbours, features: Neighbours) -> list[dict[s
             **{f"{name}_rows": found.indices[row].tolist() for name, found in spaces.items()},
             **{f"{name}_distances": found.distances[row].round(3).tolist() for name, found in spaces.items()},
         }
-        for row in range(min(SHOWN_NEIGHBOURS, len(features.indices)))
+        for row in range(min(SHOWN_NEIGHBORS, len(features.indices)))
     ]
 
 
@@ -307,7 +307,7 @@ def _measure(
     return measure(
         (extract_piece(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
         count=images.count,
-        first_images=images.head(NEIGHBOUR_IMAGES),
+        first_images=images.head(NEIGHBOR_IMAGES),
         reference=reference,
         training_images=open_cache(dataset, REFERENCE_SPLIT).images,
         num_splits=config.evaluation.num_splits,

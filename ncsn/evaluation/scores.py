@@ -19,7 +19,7 @@ MEMORISED_RATIO = 1 / 3
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """The k nearest reference vectors of each of Q queries, nearest first."""
 
     indices: npt.NDArray[np.int64]  # [Q, k], rows of the reference
@@ -33,9 +33,7 @@ class Neighbours:
         return flags
 
 
-def nearest_neighbours(
-    queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None
-) -> Neighbours:
+def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int = 2, block_size: int | None = None) -> Neighbors:
     """Exact k nearest neighbors by Euclidean distance, in one pass over the reference.
 
     Args:
@@ -59,7 +57,7 @@ def nearest_neighbours(
         indices = np.take_along_axis(np.concatenate([indices, numbers], axis=1), keep, axis=1)
         distances = np.take_along_axis(candidates, keep, axis=1)
     order = np.lexsort((indices, distances), axis=1)
-    return Neighbours(
+    return Neighbors(
         indices=np.take_along_axis(indices, order, axis=1), distances=np.take_along_axis(distances, order, axis=1)
     )
 

@@ -17,33 +17,16 @@ from ncsn.steps.step import Step
 
 @dataclass(frozen=True)
 class IngestResult:
-    """The dataset.
+    """The dataset."""
 
-    Attributes:
-        uri: Its folder in the store.
-        digest: Digest of its content.
-        counts: Images of each split.
-        created: False if the store held this content already, so nothing was written.
-    """
-
-    uri: str
-    digest: str
-    counts: dict[str, int]
-    created: bool
+    uri: str  # its folder in the store
+    digest: str  # of its content
+    counts: dict[str, int]  # images of each split
+    created: bool  # False if the store held this content already, so nothing was written
 
 
 def run(config: Config, *, run: str) -> IngestResult:
-    """Bring the source's images to one shape and publish them under the digest of their content.
-
-    Args:
-        config: The experiment.
-        run: Name of the run.
-
-    Raises:
-        NotFound: if the source's files are missing.
-        UserError: if they are damaged, do not fit the config, or the run name belongs to another config.
-        OSError: if the disk is full. Nothing is left half-written.
-    """
+    """Bring the source's images to one shape and publish them under the digest of their content."""
     step = Step.claim("ingest", config, run, IngestResult, unit="images")
     fingerprint = source_fingerprint(config.data)
     inputs = {"data": config.data.model_dump(mode="json"), "files": fingerprint}
@@ -60,12 +43,11 @@ def run(config: Config, *, run: str) -> IngestResult:
 
 
 def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressFile) -> Dataset:
-    """Here and in one pass, or as Ray tasks where there is work for several."""
     data = config.data
     source = open_source(data)
     if not fills_several_parts(source, data):
         return write_dataset(source, folder, name=data.source, data=data, on_progress=progress)
-    # Imported here and not above: ray takes a second, which a small source need not wait for.
+    # Imported here: ray takes a second, which a small source need not wait for.
     from ncsn.distributed.cluster import ray_cluster
     from ncsn.distributed.ingest import write_dataset_in_tasks
 

@@ -16,7 +16,7 @@ from ncsn.config import Config
 from ncsn.data.shards import read_samples
 from ncsn.errors import UserError
 from ncsn.evaluation.reference import device_of
-from ncsn.evaluation.scores import nearest_neighbours
+from ncsn.evaluation.scores import nearest_neighbors
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import generate, interpolate, level_images
@@ -187,10 +187,10 @@ def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
     """The training images nearest to the run's first samples, in pixels or in the features of the extractor."""
     samples = np.concatenate(list(read_samples(run.samples, num_images=ROWS, batch_size=ROWS)))
     if space == "pixels":
-        found, unit = nearest_neighbours(samples, run.train.images, k=NEIGHBORS), "grey levels, 0 to 255"
+        found, unit = nearest_neighbors(samples, run.train.images, k=NEIGHBORS), "grey levels, 0 to 255"
     else:
         features = run.extractor.extract(samples).features
-        found, unit = nearest_neighbours(features, run.reference.features, k=NEIGHBORS), "features"
+        found, unit = nearest_neighbors(features, run.reference.features, k=NEIGHBORS), "features"
     rows = [
         {
             "image": image,

@@ -18,7 +18,7 @@ from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
-from ncsn.evaluation.measure import NEIGHBOUR_IMAGES, pixel_neighbours
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
@@ -162,10 +162,10 @@ def seconds_per_image(extractor: Extractor, images: Images, *, batch_size: int) 
 
 def search_seconds_per_image(images: Images) -> float:
     """Seconds of one training image in a search for nearest neighbors, by the second search."""
-    queries = np.array(images[:NEIGHBOUR_IMAGES])
-    pixel_neighbours(queries, images)
+    queries = np.array(images[:NEIGHBOR_IMAGES])
+    pixel_neighbors(queries, images)
     started = time.perf_counter()
-    pixel_neighbours(queries, images)
+    pixel_neighbors(queries, images)
     return (time.perf_counter() - started) / len(images)
 
 

@@ -15,31 +15,25 @@ def test_an_image_of_the_right_size_keeps_its_pixels(rng):
     assert np.array_equal(Fit(8, 3).array(image, name="x"), image)
 
 
-def test_the_centre_of_a_wide_and_of_a_tall_image_is_kept():
+def test_the_center_of_a_wide_and_of_a_tall_image_is_kept():
     wide = np.zeros((8, 14, 1), np.uint8)
     wide[:, 3:11] = 200
     for image in (wide, wide.transpose(1, 0, 2)):
         assert (Fit(8, 1).array(image, name="x") == 200).all()
 
 
-def test_shrinking_is_antialiased():
+def test_resizing_is_antialiased_and_keeps_a_constant():
     stripes = np.zeros((64, 64, 1), np.uint8)
     stripes[:, ::2] = 255
     fitted = Fit(8, 1).array(stripes, name="x")
     assert np.abs(fitted.astype(int) - 127).max() <= 16  # picking pixels would give 0 or 255
-
-
-def test_growing_keeps_a_constant():
     assert (Fit(28, 1).array(np.full((8, 8, 1), 77, np.uint8), name="x") == 77).all()
 
 
-def test_a_fixed_crop_is_centred_like_the_papers():
+def test_a_fixed_crop_is_centered_like_the_papers():
     image = np.zeros((218, 178, 3), np.uint8)
     image[39:179, 19:159] = 90
     assert (Fit(64, 3, crop=140).array(image, name="x") == 90).all()
-
-
-def test_an_image_smaller_than_the_crop_is_refused():
     with refused("face.jpg"):
         Fit(64, 3, crop=140).array(np.zeros((218, 100, 3), np.uint8), name="face.jpg")
 
@@ -72,17 +66,17 @@ def test_opaque_alpha_is_dropped_and_transparency_refused(formats):
         Fit(8, 3).image(decode(formats.image(with_alpha(254))), name="x")
 
 
-def test_palettes_are_looked_up(formats):
-    fitted = Fit(8, 3).image(decode(formats.image(Image.new("RGB", (8, 8), (10, 20, 30)).quantize(4))), name="x")
-    assert (fitted == [10, 20, 30]).all()
-
-
-def test_one_bit_images_are_gray(formats):
-    assert (Fit(8, 1).image(decode(formats.image(Image.new("1", (8, 8), 1))), name="x") == 255).all()
-
-
-def test_gray_with_alpha_is_gray(formats):
-    assert (Fit(8, 1).image(decode(formats.image(Image.new("LA", (8, 8), (9, 255)))), name="x") == 9).all()
+@pytest.mark.parametrize(
+    ("image", "channels", "pixel"),
+    [
+        (Image.new("RGB", (8, 8), (10, 20, 30)).quantize(4), 3, [10, 20, 30]),
+        (Image.new("1", (8, 8), 1), 1, [255]),
+        (Image.new("LA", (8, 8), (9, 255)), 1, [9]),
+    ],
+    ids=["palette", "one bit", "gray with alpha"],
+)
+def test_other_modes_are_converted(formats, image, channels, pixel):
+    assert (Fit(8, channels).image(decode(formats.image(image)), name="x") == pixel).all()
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("CMYK", "JPEG")])
@@ -116,14 +110,10 @@ def test_a_truncated_image_is_bad(formats, rng, kind):
             decode(whole[:length])
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
-def test_other_formats_are_bad_whatever_they_are_called(formats, kind):
-    with pytest.raises(BadImageError):
-        decode(formats.image(np.zeros((8, 8, 3), np.uint8), kind))
-
-
-def test_a_damaged_png_is_bad(formats, rng):
-    content = bytearray(formats.image(rng.integers(0, 256, (32, 32), np.uint8)))
-    content[60] ^= 0xFF
-    with pytest.raises(BadImageError):
-        decode(bytes(content))
+def test_other_formats_and_damage_are_bad(formats, rng):
+    damaged = bytearray(formats.image(rng.integers(0, 256, (32, 32), np.uint8)))
+    damaged[60] ^= 0xFF
+    others = [formats.image(np.zeros((8, 8, 3), np.uint8), kind) for kind in ("GIF", "BMP", "TIFF")]
+    for content in (bytes(damaged), *others):
+        with pytest.raises(BadImageError):
+            decode(content)

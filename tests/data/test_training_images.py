@@ -41,12 +41,8 @@ def test_the_copy_equals_the_dataset(dataset, tmp_path):
         assert np.array_equal(copy.images, rows.images)
         assert np.array_equal(copy.labels, rows.labels)
         assert len(copy) == len(rows)
-
-
-def test_the_copy_cannot_be_written(dataset, tmp_path):
-    copy = open_cache(dataset, "train", cache_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match="read-only"):
-        copy.images[0] = 0
+        with pytest.raises(ValueError, match="read-only"):
+            copy.images[0] = 0
 
 
 def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, monkeypatch):
@@ -115,13 +111,7 @@ def test_each_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert all(np.array_equal(np.sort(epoch), np.arange(100)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert not np.array_equal(epochs[0], np.arange(100))
-
-
-def test_the_seed_decides_the_order():
-    assert np.array_equal(image_indices(1, first=0, count=50, size=50), image_indices(1, first=0, count=50, size=50))
-    assert not np.array_equal(
-        image_indices(1, first=0, count=50, size=50), image_indices(2, first=0, count=50, size=50)
-    )
+    assert not np.array_equal(image_indices(8, first=0, count=100, size=100), epochs[0])
 
 
 @given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), min_size=1, max_size=8), start=st.integers(0, 1000))

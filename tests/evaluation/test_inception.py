@@ -1,4 +1,4 @@
-"""The Inception extractor: its plumbing with random weights, and the same figures as torch-fidelity's.
+"""The Inception extractor: its plumbing with random weights, and the same metrics as torch-fidelity's.
 
 The official weights are not at hand where the tests run, so that their values are not tested.
 """
@@ -96,7 +96,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 class Prepared(NamedTuple):
-    """An experiment, its six test images as samples, and its data set."""
+    """An experiment, its six test images as samples, and its dataset."""
 
     config: Config
     samples: str
@@ -135,7 +135,7 @@ def test_the_evaluate_step_refuses_other_weights(weights: tuple[str, str], tmp_p
 
 @pytest.mark.slow
 def test_the_evaluate_step_measures_with_the_graph(weights: tuple[str, str], tmp_path: Path) -> None:
-    """From the file to the figures; the random weights stand in for the official ones, so the name is another."""
+    """From the file to the metrics; the random weights stand in for the official ones, so the name is another."""
     path, sha256 = weights
     prepared = prepare(tmp_path, weights=path, weights_sha256=sha256)
     result = prepared.evaluate(tmp_path / "evaluation")
@@ -148,7 +148,7 @@ def test_the_evaluate_step_measures_with_the_graph(weights: tuple[str, str], tmp
     assert result.metrics["eval/custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
     expected_score = inception_score(test.log_probabilities, num_splits=1).mean
     assert result.metrics["eval/custom_graph_score_n6"] == pytest.approx(expected_score, rel=1e-6)
-    # The samples are the test images, so a perfect model's figures are the samples' own.
+    # The samples are the test images, so a perfect model has the same metrics.
     assert fid > 0 and result.real_metrics["eval/real_custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
 
 

@@ -11,7 +11,7 @@ from ncsn.evaluation.scores import (
     inception_score,
     kernel_distance,
     nearest_distances,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
     squared_mmd,
 )
@@ -132,7 +132,7 @@ def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
     queries, reference = rng.standard_normal((9, 6)), rng.standard_normal((100, 6))
     full = np.linalg.norm(queries[:, None] - reference, axis=2)
     for block_size in (1, 7, 1000):
-        found = nearest_neighbours(queries, reference, k=4, block_size=block_size)
+        found = nearest_neighbors(queries, reference, k=4, block_size=block_size)
         np.testing.assert_array_equal(found.indices, np.argsort(full, axis=1)[:, :4])
         np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :4], atol=1e-12)
 
@@ -142,7 +142,7 @@ def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: t
     nudged = train.images[7].copy()
     nudged[0, 0, 0] += 1
     queries = np.concatenate([train.images[[3]], nudged[None], test.images[:30]])
-    found = nearest_neighbours(queries, train.images, k=2, block_size=500)
+    found = nearest_neighbors(queries, train.images, k=2, block_size=500)
     assert found.indices[:2, 0].tolist() == [3, 7]
     assert found.distances[:2, 0].tolist() == [0, 1]
     assert found.memorised[:2].all()
@@ -150,7 +150,7 @@ def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: t
 
 
 def test_equal_distances_come_in_order_of_index() -> None:
-    found = nearest_neighbours(np.zeros((1, 1)), np.array([[1.0], [-1.0], [0.5], [1.0]]), k=4)
+    found = nearest_neighbors(np.zeros((1, 1)), np.array([[1.0], [-1.0], [0.5], [1.0]]), k=4)
     assert found.indices.tolist() == [[2, 0, 1, 3]]
 
 
@@ -200,7 +200,7 @@ def test_blocks_do_not_matter() -> None:
 
 def test_bad_features_are_refused() -> None:
     zeros = np.zeros((5, 4))
-    for scores in (kernel_distance, precision_recall, nearest_neighbours):
+    for scores in (kernel_distance, precision_recall, nearest_neighbors):
         with pytest.raises(ValueError, match=r"features|shape"):
             scores(zeros, np.zeros((5, 3)))
     with pytest.raises(ValueError, match="subset"):
@@ -208,7 +208,7 @@ def test_bad_features_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         kernel_distance(zeros, np.full((5, 4), np.nan))
     with pytest.raises(ValueError, match="k = 6"):
-        nearest_neighbours(zeros, zeros, k=6)
+        nearest_neighbors(zeros, zeros, k=6)
     with refused("images") as caught:
         precision_recall(zeros, np.zeros((9, 4)))
     assert caught.value.problems[0].value == 5

@@ -40,7 +40,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_local_file_is_used_where_it_lies(tmp_path: Path, cache: Path) -> None:
+def test_a_local_file_is_used_in_place(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(CONTENT)
     assert obtain_weights(str(path), sha256=SHA256) == path
