@@ -102,7 +102,7 @@ def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespac
 class _Seen:
     """What the cluster says about a pipeline run."""
 
-    stopped: bool = False  # somebody has terminated it
+    stopped: bool = False  # by a user
     troubles: Mapping[str, Trouble] = field(default_factory=dict)  # step -> what happened to its pod
     notes: Sequence[str] = ()  # sentences for the reader
 
@@ -178,7 +178,7 @@ def _places(
     """Links of the page, for the steps that ran."""
     recorded = {step: run.tags for _, steps in closed for step, run in steps.items()}
     tags = {**recorded.get("sample", {}), **recorded.get("train", {})}
-    job = tags.get("ray.submission_id", "")  # none where a step has its own cluster, whose pages end with it
+    job = tags.get("ray.submission_id", "")  # none for a step with its own cluster: its pages end with it
     steps = ("ingest", "train", "register", "report")
     ingested, trained, registered, reported = (_result(folders[step], step) for step in steps)
     return {

@@ -1,7 +1,7 @@
-"""Ends what nobody waits for any more, and tells store and MLflow how it ended.
+"""Delete RayJobs without a launcher, and close the runs of pipelines that ended without closing them.
 
-A pipeline run that is terminated or deleted may leave a RayJob at work and an MLflow run open: its tasks have less than
-a second, and its exit handler may never start. So somebody looks from outside, again and again.
+The tasks of a terminated or deleted pipeline run have less than a second to stop, and its exit handler may never start.
+So a RayJob may still run and an MLflow run be open, and the janitor looks for both at intervals.
 """
 
 from __future__ import annotations
@@ -24,43 +24,37 @@ _STORE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Deed:
-    """Something that was done, or would be.
+class Action:
+    """Something that was done, or would be."""
 
-    Attributes:
-        verb: delete, close or ignore.
-        what: The rest of the sentence.
-        error: Why it could not be done.
-    """
-
-    verb: str
-    what: str
-    error: Exception | None = None
+    verb: str  # delete, close or ignore
+    what: str  # the rest of the sentence
+    error: Exception | None = None  # why it could not be done
 
 
 def clean_up(
     api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False, dry_run: bool = False
-) -> Iterator[Deed]:
-    """Delete RayJobs that nobody waits for, and close runs whose pipeline has ended without doing so.
+) -> Iterator[Action]:
+    """Delete RayJobs without a launcher, and close runs whose pipeline ended without closing them.
 
     Args:
-        api: The cluster, and the namespace to look in.
+        api: The cluster and the namespace.
         older_than: Seconds of a launcher's silence after which its RayJob is deleted.
         run: Only what belongs to this run.
         at_work: Leave RayJobs that have ended.
-        dry_run: Do nothing.
+        dry_run: Change nothing.
 
     Yields:
-        One deed after the other. One that fails does not keep the others from being done.
+        The actions; one that fails does not stop the others.
     """
 
-    def do(verb: str, what: str, action: Callable[[], None]) -> Deed:
+    def do(verb: str, what: str, action: Callable[[], None]) -> Action:
         try:
             if not dry_run:
                 action()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others are not to suffer
-            return Deed(verb, what, error)
-        return Deed(verb, what)
+        except Exception as error:  # noqa: BLE001 - the others go on
+            return Action(verb, what, error)
+        return Action(verb, what)
 
     notes = noted_runs(api)
     workflows = {each.id: api.workflow(each.workflow) for each in notes}
@@ -74,7 +68,7 @@ def clean_up(
         workflow = workflows[each.id]
         if not is_ending(workflow):
             continue
-        if _place(each) in resumed:  # its records are those of the pipeline run that goes on
+        if _place(each) in resumed:  # the records belong to the pipeline run that continues it
             what = f"run {each.run} of {each.id}: another pipeline run continues it"
             yield do("ignore", what, lambda each=each: forget_run(api, each))  # type: ignore[misc]
         else:
@@ -83,19 +77,19 @@ def clean_up(
 
 
 def _place(noted: NotedRun) -> tuple[str, str]:
-    """What two pipeline runs share that work on one run: its name and its store."""
+    """Name and store of the run: equal for pipeline runs that work on the same one."""
     return noted.run, json.loads(noted.config).get("storage", {}).get("root", "")
 
 
 def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> None:
-    """Close the run, and forget it unless something may still be running: that could have the last word in MLflow."""
+    """Close the run, and forget it unless something may still run and change its MLflow run later."""
     config, state = from_json(noted.config), state_of_run(workflow)
     if workflow is None:  # deleted, perhaps long after its end
         with limited(_STORE_SECONDS):
-            told = read_outcome(run_folder(config, noted.run))
-        if told is not None and told.status == "FINISHED":
+            outcome = read_outcome(run_folder(config, noted.run))
+        if outcome is not None and outcome.status == "FINISHED":
             state = "SUCCEEDED"
-        elif told is not None and told.status == "FAILED":
+        elif outcome is not None and outcome.status == "FAILED":
             forget_run(api, noted)
             return
     try:
@@ -103,7 +97,7 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
     except PermissionError:
         if config.compute.kuberay.namespace in (None, api.namespace):
             raise
-        cancelled = []  # store and MLflow are told; RayJobs of another namespace end there, by its janitor or the lease
+        cancelled = []  # RayJobs of another namespace end by that one's janitor or by their lease
     if is_over(workflow) and not cancelled:
         forget_run(api, noted)
 
@@ -117,7 +111,7 @@ def _close_orphan(orphan: Orphan) -> None:
 def _finish(
     config: Config, run: str, state: str, *, kfp: KfpRun | None = None, namespace: str | None = None
 ) -> list[str]:
-    # Imported here and not above: MLflow takes seconds, and most of the time there is nothing to close.
+    # MLflow takes seconds to import, and usually there is nothing to close.
     from ncsn.steps import finish
 
     with limited(_STORE_SECONDS):

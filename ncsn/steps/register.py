@@ -30,39 +30,24 @@ from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
-"""Name -> what it shows, of the pictures beside the card."""
+"""Name -> what it shows, of the pictures of the card."""
 CARD_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
 class RegisterResult:
-    """A version in the registry.
-
-    Attributes:
-        model: Name of the registered model.
-        version: Its version.
-        aliases: Aliases of the version when the step ended.
-        promoted: Whether the gate made it champion.
-        reason: Why, or why not, with the numbers.
-        uri: `models:/<model>/<version>`.
-    """
+    """A version in the registry."""
 
     model: str
     version: str
-    aliases: list[str]
-    promoted: bool
+    aliases: list[str]  # when the step ended
+    promoted: bool  # whether the gate made it champion
     reason: str
-    uri: str
+    uri: str  # models:/<model>/<version>
 
 
 def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
-    """Register a checkpoint once, however often it is asked.
-
-    Args:
-        config: The experiment; its sampling section becomes the model's default.
-        run: Name of the run.
-        checkpoint: URI of the checkpoint.
-        evaluation: URI of the evaluation of its samples, as the evaluate step leaves it.
+    """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples.
 
     Raises:
         NotFound: if there is no evaluation.
@@ -72,9 +57,9 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)
-    figures = storage.read_json(evaluation)
-    _require_own_samples(figures, loaded)
-    evidence = _evidence(figures, loaded)
+    measured = storage.read_json(evaluation)
+    _require_own_samples(measured, loaded)
+    evidence = _evidence(measured, loaded)
     inputs = {
         "checkpoint": loaded.digest,
         "sampler": config.sampling.sampler.model_dump(mode="json"),
@@ -86,7 +71,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     if (result := step.found(inputs, needs=lambda _: [])) and _is_registered(config, result):
         return result
     with step.work(config) as work, registry_errors(work.tracked.uri):
-        candidate = _candidate(work.tracked, loaded, figures, run=run, checkpoint=checkpoint)
+        candidate = _candidate(work.tracked, loaded, measured, run=run, checkpoint=checkpoint)
         work.progress(1, STAGES)
         version = registry.register(work.tracked, candidate)
         work.progress(2, STAGES)
@@ -101,9 +86,9 @@ def _is_registered(config: Config, result: RegisterResult) -> bool:
         return has_version(client, result.model, result.version)
 
 
-def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) -> None:
-    """Refuse figures of other weights or of another sampler than those to be registered."""
-    manifest = storage.read_json(storage.join(figures["samples"], "manifest.json"))
+def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -> None:
+    """Refuse an evaluation of other weights or of another sampler than those to be registered."""
+    manifest = storage.read_json(storage.join(measured["samples"], "manifest.json"))
     wanted = {
         "checkpoint_digest": loaded.digest,
         "sampler": loaded.config.sampling.sampler.model_dump(mode="json"),
@@ -111,27 +96,27 @@ def _require_own_samples(figures: dict[str, Any], loaded: SamplingCheckpoint) ->
     for key, value in wanted.items():
         if manifest[key] != value:
             raise UserError(
-                figures["uri"],
+                measured["uri"],
                 f"measures samples of {key} {manifest[key]}, not of {value}",
                 hint="sample and evaluate with the checkpoint and the sampler that are to be registered",
             )
 
 
 def _candidate(
-    tracked: StepRun, loaded: SamplingCheckpoint, figures: dict[str, Any], *, run: str, checkpoint: str
+    tracked: StepRun, loaded: SamplingCheckpoint, measured: dict[str, Any], *, run: str, checkpoint: str
 ) -> registry.Candidate:
     name = loaded.config.registered_model
-    manifest = load_manifest(figures["dataset"])
+    manifest = load_manifest(measured["dataset"])
     if manifest.digest != loaded.dataset_digest:
         raise UserError(
-            figures["uri"],
+            measured["uri"],
             f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}",
             hint="evaluate with the dataset of the training",
         )
-    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=figures["dataset"], profile=dict(manifest.counts))
+    tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"], profile=dict(manifest.counts))
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}
-    tracked.set_tags({**origin, "samples.uri": figures["samples"], "evaluation.uri": figures["uri"]})
-    files = _pictures(figures)
+    tracked.set_tags({**origin, "samples.uri": measured["samples"], "evaluation.uri": measured["uri"]})
+    files = _pictures(measured)
     facts = ModelFacts(
         name=name,
         run=run,
@@ -142,7 +127,7 @@ def _candidate(
         cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
     )
-    card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=figures)
+    card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
     tracked.log_text(card, "model_card.md")
     for file, content in files.items():
         tracked.log_bytes(content, file)
@@ -151,43 +136,39 @@ def _candidate(
         checkpoint=loaded,
         card=card,
         files=files,
-        metrics={**figures["metrics"], **figures["real_metrics"]},
+        metrics={**measured["metrics"], **measured["real_metrics"]},
         tags={
             "ncsn.run": run,
             "ncsn.root": storage.absolute(loaded.config.storage.root),
             "ncsn.checkpoint_uri": checkpoint,
             "dataset.digest": manifest.digest,
-            "eval.fingerprint": figures["fingerprint"],
+            "eval.fingerprint": measured["fingerprint"],
         },
     )
 
 
-def _pictures(figures: dict[str, Any]) -> dict[str, bytes]:
-    """The pictures beside the card, of what the evaluation lists."""
+def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
+    """File name -> content of the card's pictures, as far as the evaluation has them."""
     files = {}
-    grid = storage.join(figures["samples"], "grid.png")
+    grid = storage.join(measured["samples"], "grid.png")
     if storage.exists(grid):
         files["grid.png"] = storage.read_bytes(grid)
-    table = figures.get("nearest_training_images", [])[:CARD_NEIGHBOURS]
+    table = measured.get("nearest_training_images", [])[:CARD_NEIGHBOURS]
     if table:
         count = 1 + max(line["image"] for line in table)
-        samples = np.concatenate(list(read_samples(figures["samples"], num_images=count, batch_size=count)))
-        training = open_cache(figures["dataset"], figures["reference_split"]).images
+        samples = np.concatenate(list(read_samples(measured["samples"], num_images=count, batch_size=count)))
+        training = open_cache(measured["dataset"], measured["reference_split"]).images
         files["neighbours.png"] = neighbors_png(table, samples=samples, training_images=training)
     return files
 
 
-def _evidence(figures: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
-    """What the gate looks at.
-
-    Raises:
-        UserError: for an evaluation that was written before figures had an uncertainty.
-    """
-    if "memorisation" not in figures:
-        raise UserError(figures["uri"], "written by an earlier version of ncsn", hint="run `ncsn evaluate` again")
+def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
+    """What the gate needs; refuses an evaluation of a version without uncertainties."""
+    if "memorisation" not in measured:
+        raise UserError(measured["uri"], "written by an earlier version of ncsn", hint="run `ncsn evaluate` again")
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
-    broken = not_finite({**figures["metrics"], **figures["real_metrics"], **weights})
-    return Evidence(Measurement(**figures["gate"]), Memorisation(**figures["memorisation"]), tuple(broken))
+    broken = not_finite({**measured["metrics"], **measured["real_metrics"], **weights})
+    return Evidence(Measurement(**measured["gate"]), Memorisation(**measured["memorisation"]), tuple(broken))
 
 
 def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> RegisterResult:

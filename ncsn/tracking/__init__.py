@@ -1,10 +1,9 @@
-"""MLflow: the record of every run and the registry. The only package that imports mlflow.
+"""MLflow: the record of every run, and the registry. The only package that imports mlflow.
 
-MLflow reads these settings when it is imported: no report to its makers' servers (a run needs no network), no links
-and progress lines printed between our own, beside a server of ours no eight processes for jobs of language models,
-a server that is away is tried again for two minutes instead of sixteen, and files go through the server: the presigned
-URLs that it would hand out name its S3 store as it knows it, which only its own network resolves.
-A value that is already in the environment wins.
+MLflow reads these settings when it is imported; a value that is in the environment wins. No telemetry, because a run
+needs no network. No links and progress lines between our own. No eight processes for jobs of language models next to
+our server. Two minutes instead of sixteen for an unreachable server. Files go through the server, because its presigned
+URLs have the address of S3 in the server's network.
 """
 
 import os

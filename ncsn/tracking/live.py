@@ -47,8 +47,8 @@ THUMBNAIL = 256
 """Side in pixels of the small copy of a picture that MLflow shows in a series."""
 NAME = re.compile(r"[/\w.\- :]{1,250}")
 """Names that MLflow accepts: one bad name would cost the whole batch."""
-HOPELESS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
-"""Answers that waiting does not change, such as that of a deleted run."""
+PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
+"""Error codes that waiting does not change, such as that of a deleted run."""
 
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _environment = threading.Lock()
@@ -190,7 +190,7 @@ class LiveMetrics:
             try:
                 sent = sender.send(batch)
             except MlflowException as error:
-                if error.error_code not in HOPELESS:
+                if error.error_code not in PERMANENT:
                     raise
                 refused, self._reason = sum(entry.count for entry in batch), one_line(error)
             done = set(map(id, batch))

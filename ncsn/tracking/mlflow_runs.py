@@ -216,7 +216,7 @@ def _end(
     adopted: bool,
     costs: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
 ) -> None:
-    """End the step's run and, unless somebody else opened it, the parent.
+    """End the step's run and, unless it was adopted, the parent.
 
     The work itself is done, so what the server does not take now is left to the next command of the run.
     """
@@ -245,7 +245,7 @@ def _claims(folder: RunFolder) -> str:
 
 
 def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[Run, bool]:
-    """The run of the whole pipeline, and whether somebody else opened it."""
+    """The run of the whole pipeline, and whether it was opened by others and adopted."""
     from mlflow.exceptions import MlflowException
 
     client = connection.client

@@ -75,7 +75,7 @@ def champion_version(client: MlflowClient, name: str) -> str:
 def apply_last(client: MlflowClient, name: str) -> Promotion:
     """Bring alias and tags in line with the last promotion, and return it; its `version` is empty without a champion.
 
-    An alias that somebody moved in MLflow becomes a promotion; a removed one means that there is no champion.
+    An alias that was moved in MLflow becomes a promotion; a removed one means that there is no champion.
     """
     moved = False
     while True:

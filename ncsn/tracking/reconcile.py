@@ -16,7 +16,7 @@ from ncsn import storage
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import PREVIEW, load_history
 from ncsn.tracking.client import one_line
-from ncsn.tracking.live import HOPELESS, Entry, Sender, log_metrics
+from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -54,7 +54,7 @@ def _is_open(client: MlflowClient, run_id: str) -> bool:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code not in HOPELESS:
+        if error.error_code not in PERMANENT:
             raise
         return False  # the step was recorded on another server
     return bool(run.info.status == "RUNNING" and run.info.lifecycle_stage == "active")
@@ -72,7 +72,7 @@ def complete(
     run_id, status = record["run_id"], record.get("status", "")
     if step == CURVES:
         try:
-            with _unless_hopeless(run_id):
+            with _ignoring_permanent(run_id):
                 _send_curves(client, run_id, folder)
         except OSError as error:
             if status not in ("FAILED", "KILLED"):  # such a step may have ended because of the store
@@ -82,11 +82,11 @@ def complete(
         return
     ended = record["ended"]
     for each, costs in ((record["parent_run_id"], record["run_cost"]), (run_id, record["cost"])):
-        with _unless_hopeless(each):
-            # A series with a point per call of the step, whose place is its end in seconds since 1970.
+        with _ignoring_permanent(each):
+            # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
             log_metrics(client, each, [Entry("cost", ended // 1000, ended, costs)])
     for each in [record["parent_run_id"]] * parent + [run_id]:
-        with _unless_hopeless(each):
+        with _ignoring_permanent(each):
             client.set_terminated(each, status, end_time=ended)
 
 
@@ -107,13 +107,13 @@ def _send_curves(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
 
 
 @contextmanager
-def _unless_hopeless(run_id: str) -> Iterator[None]:
+def _ignoring_permanent(run_id: str) -> Iterator[None]:
     """Let a run that is gone not keep the others from being completed."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        if error.error_code not in HOPELESS:
+        if error.error_code not in PERMANENT:
             raise
         _logger.warning("the MLflow run %s is not complete: %s", run_id, one_line(error))

@@ -88,7 +88,7 @@ def close_run(
 ) -> tuple[RecordedRun, dict[str, RecordedRun]] | None:
     """Give the run, and steps that ended without reporting, a status of MLflow; the run and its steps.
 
-    None if MLflow has no such run. A run that somebody else opened, as KFP's MLflow plugin does, stays open.
+    None if MLflow has no such run. An adopted run, such as that of KFP's MLflow plugin, stays open.
 
     Raises:
         TrackingError: if the tracking server cannot be used.

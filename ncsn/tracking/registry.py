@@ -52,7 +52,7 @@ def write_model(
 ) -> None:
     """Write a complete MLflow model to `folder`, which does not exist yet.
 
-    `metadata` goes to the `MLmodel` file; `files` (name -> content) lie beside it; `origin` is MLflow's `Model` with
+    `metadata` goes to the `MLmodel` file; `files` (name -> content) are next to it; `origin` is MLflow's `Model` with
     the ids of the run and the logged model.
     """
     import mlflow.pyfunc
@@ -86,7 +86,7 @@ def _signature(config: Config) -> tuple[Any, Any]:
 
     data = config.data
     images = TensorSpec(np.dtype(np.uint8), (-1, data.image_size, data.image_size, data.channels), "images")
-    # Empty means as in the experiment, whose NFE would not fit another sampler.
+    # Empty means as in the experiment, because its NFE would not fit another sampler.
     params = ParamSchema(
         [
             ParamSpec("n_images", "long", 16),
@@ -118,7 +118,7 @@ class Candidate:
     name: str  # of the registered model
     checkpoint: SamplingCheckpoint  # its config has the sampler that becomes the default
     card: str  # Markdown, which becomes the version's description
-    files: Mapping[str, bytes]  # name -> content of files beside the weights, such as the grid
+    files: Mapping[str, bytes]  # name -> content of files next to the weights, such as the grid
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
 
@@ -195,11 +195,11 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(tracked.run_id, [LoggedModelOutput(logged.model_id, step=checkpoint.images_seen)])
     now = int(time.time() * 1000)
-    figures = [
+    metrics = [
         Metric(name, value, now, checkpoint.images_seen, model_id=logged.model_id)
         for name, value in candidate.metrics.items()
     ]
-    client.log_batch(tracked.run_id, metrics=figures, synchronous=True)
+    client.log_batch(tracked.run_id, metrics=metrics, synchronous=True)
     return logged
 
 
