@@ -1,4 +1,4 @@
-"""The 2019 network: spec oracle 15, sections 1.4 to 1.6."""
+"""The networks of 2019 and 2020: spec oracle 15, sections 1.4 to 1.6 and 3.2, and a plain implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncsn.core.networks.refinenet import NcsnNetwork
+from benchmarks.plain_ncsn import PlainNcsn
+from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 
 
 def emb(name, width):
@@ -76,7 +77,7 @@ def released_state_dict(n, c):
         (64, 1, 28, 7_638_657, 216_960, 3_786_280_960, 11_357_939_712),
     ],
 )
-def test_size_names_order_and_cost_of_the_released_network(n, channels, size, parameters, tables, forward, both):
+def test_size_names_order_and_cost_of_the_network_of_2019(n, channels, size, parameters, tables, forward, both):
     with torch.device("meta"):
         network = NcsnNetwork(n, channels=channels, num_levels=10)
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -98,6 +99,12 @@ def test_size_names_order_and_cost_of_the_released_network(n, channels, size, pa
 def network():
     torch.manual_seed(0)
     return NcsnNetwork(8, channels=2, num_levels=5).eval()
+
+
+@pytest.fixture(scope="module")
+def unconditional():
+    torch.manual_seed(0)
+    return NcsnV2Network(8, channels=2, sigmas=torch.tensor([10.0, 1.0, 0.1, 0.01])).eval()
 
 
 @pytest.fixture
@@ -123,15 +130,15 @@ def test_stage_sizes(network, x):
 
 
 @pytest.mark.oracle(15)
-def test_output_depends_on_the_level_and_not_on_the_batch_or_mode(network, x):
-    level = torch.tensor([0, 3, 3])
+@pytest.mark.parametrize("name", ["network", "unconditional"])
+def test_output_depends_on_the_level_and_not_on_the_batch_or_mode(name, x, request):
+    network, level = request.getfixturevalue(name), torch.tensor([0, 3, 3])
     out = network(x, level)
     assert not torch.allclose(network(x, torch.tensor([1, 3, 3]))[0], out[0], atol=1e-4)
     alone = torch.cat([network(x[i : i + 1], level[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(alone, out, rtol=1e-5, atol=1e-5)
-    network.train()
-    assert torch.equal(network(x, level), out)
-    network.eval()
+    sigma = network.sigmas[level].view(3, 1, 1, 1) if name == "unconditional" else 1.0
+    torch.testing.assert_close(sigma * alone, sigma * out, rtol=1e-5, atol=1e-5)
+    assert torch.equal(network.train()(x, level), network.eval()(x, level))
 
 
 def test_double_precision_agrees(network, x):
@@ -143,9 +150,12 @@ def test_double_precision_agrees(network, x):
 
 
 @pytest.mark.oracle(15)
-def test_gradients_reach_every_parameter_and_only_the_used_levels(x):
+@pytest.mark.parametrize(
+    ("kind", "levels"), [(NcsnNetwork, {"num_levels": 5}), (NcsnV2Network, {"sigmas": torch.ones(5)})]
+)
+def test_gradients_reach_every_parameter_and_only_the_used_levels(x, kind, levels):
     torch.manual_seed(1)
-    network = NcsnNetwork(8, channels=2, num_levels=5)
+    network = kind(8, channels=2, **levels)
     network(x, torch.tensor([0, 3, 3])).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -167,13 +177,103 @@ def test_autocast_keeps_feature_maps_in_bfloat16_and_norm_tables_in_float32(netw
     assert (low.float() - full).norm() < 0.05 * full.norm()
 
 
-def test_odd_sizes_are_refused(network):
-    with pytest.raises(ValueError, match="divisible by 2, got 7 x 8"):
-        network(torch.zeros(1, 2, 7, 8), torch.zeros(1, dtype=torch.int64))
+@pytest.mark.parametrize(("depth", "size"), [(None, (7, 8)), ("deepest", (12, 16))])
+def test_sizes_that_do_not_halve_are_refused(network, depth, size):
+    if depth is not None:
+        network = NcsnV2Network(4, channels=2, sigmas=torch.ones(2), depth=depth)
+    with pytest.raises(ValueError, match=f"got {size[0]} x {size[1]}"):
+        network(torch.zeros(1, 2, *size), torch.zeros(1, dtype=torch.int64))
 
 
-def test_images_in_unit_range_are_centred_and_logits_are_not(network, x):
+def test_images_in_unit_range_are_centered_and_logits_are_not(network, x):
     level = torch.tensor([0, 2, 4])
     logits = NcsnNetwork(8, channels=2, num_levels=5, rescale=False)
     logits.load_state_dict(network.state_dict())
     assert torch.equal(network(x, level), logits(2 * x - 1, level))
+
+
+@pytest.mark.oracle(15)
+@pytest.mark.parametrize(
+    ("n", "channels", "size", "depth", "parameters", "entries", "flops"),
+    [
+        (128, 3, 32, "standard", 29_694_083, 154, 19_786_104_832),
+        (64, 1, 28, "standard", 7_426_881, 154, 3_786_280_960),
+        (128, 3, 64, "standard", 29_694_083, 154, 79_144_419_328),
+        (128, 3, 128, "deeper", 83_445_379, 192, 302_015_053_824),
+        (128, 3, 256, "deepest", 94_132_611, 230, None),
+    ],
+)
+def test_size_and_cost_of_the_networks_of_2020(n, channels, size, depth, parameters, entries, flops):
+    with torch.device("meta"):
+        network = NcsnV2Network(n, channels=channels, sigmas=torch.ones(10), depth=depth)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert len(network.state_dict()) == entries
+    with FlopCounterMode(display=False) as counter:
+        x = torch.empty(1, channels, size, size, device="meta")
+        assert network(x, torch.zeros(1, dtype=torch.int64, device="meta")).shape == x.shape
+    assert flops is None or counter.get_total_flops() == flops
+
+
+def test_names_are_those_of_the_2019_network_without_the_refine_norms():
+    with torch.device("meta"):
+        first = NcsnNetwork(16, channels=3, num_levels=10).state_dict()
+        second = NcsnV2Network(16, channels=3, sigmas=torch.ones(10)).state_dict()
+    expected = {"sigmas": (10,)}
+    for name, tensor in first.items():
+        if not name.endswith("embed.weight"):
+            expected[name] = tuple(tensor.shape)
+        elif not name.startswith("refine"):
+            for part in ("alpha", "gamma", "beta"):
+                expected[name.replace("embed.weight", part)] = (tensor.shape[1] // 3,)
+    assert list(expected.items()) == [(name, tuple(tensor.shape)) for name, tensor in second.items()]
+
+
+@pytest.mark.parametrize(("depth", "extra"), [("deeper", []), ("deepest", ["31"])])
+def test_registration_order_of_the_deeper_networks(depth, extra):
+    network = NcsnV2Network(4, channels=1, sigmas=torch.ones(2), depth=depth)
+    stages = ["1", "2", "3", *extra, "4", "5"]
+    expected = ["begin_conv", "normalizer", "end_conv", *(f"res{s}" for s in stages), *(f"refine{s}" for s in stages)]
+    assert [name for name, _ in network.named_children()] == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "sizes"),
+    [
+        ("standard", {"1": 16, "2": 8, "3": 8, "4": 8}),
+        ("deeper", {"1": 16, "2": 8, "3": 4, "4": 4, "5": 4}),
+        ("deepest", {"1": 16, "2": 8, "3": 4, "31": 2, "4": 2, "5": 2}),
+    ],
+)
+def test_only_undilated_stages_halve_the_image(depth, sizes):
+    network = NcsnV2Network(4, channels=1, sigmas=torch.ones(2), depth=depth)
+    seen = {}
+    for name, module in network.named_children():
+        module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape[-1]}))
+    network(torch.rand(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64))
+    assert {name[3:]: size for name, size in seen.items() if name.startswith("res")} == sizes
+    assert [seen[name] for name in seen if name.startswith("refine")] == [*list(sizes.values())[::-1]]
+
+
+@pytest.mark.oracle(15)
+def test_score_times_sigma_does_not_depend_on_the_level(unconditional, x):
+    network = unconditional
+    scaled = [network(x, torch.full((3,), i)) * network.sigmas[i] for i in range(4)]
+    for other in scaled[1:]:
+        torch.testing.assert_close(other, scaled[0], rtol=1e-6, atol=1e-6)
+    between = network.score_at(x, torch.tensor([5.0, 0.5, 0.02])) * torch.tensor([5.0, 0.5, 0.02]).view(3, 1, 1, 1)
+    torch.testing.assert_close(between, scaled[0], rtol=1e-6, atol=1e-6)
+
+
+def test_scores_and_gradients_are_those_of_the_plain_network():
+    torch.manual_seed(0)
+    plain, ours = PlainNcsn(8, channels=3, num_levels=10), NcsnNetwork(8, channels=3, num_levels=10)
+    ours.load_state_dict(plain.state_dict())
+    assert list(plain.state_dict()) == list(ours.state_dict())
+    x, level = torch.rand(4, 3, 16, 16), torch.tensor([0, 3, 7, 9])
+    scores = plain(x, level), ours(x, level)
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+    gradients = (
+        torch.autograd.grad(s.square().mean(), n.parameters()) for s, n in zip(scores, (plain, ours), strict=True)
+    )
+    for theirs, own in zip(*gradients, strict=True):
+        assert (theirs - own).norm() <= 1e-4 * theirs.norm() + 1e-7
