@@ -1,4 +1,4 @@
-# Every target works in a fresh clone: .venv is made when needed, kept while it is current, and made anew if it is broken.
+# Every target works in a fresh clone: .venv is made when needed, kept while it is current, and made again if it is broken.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

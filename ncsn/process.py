@@ -11,6 +11,7 @@ import platform
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from ncsn.errors import UserError
 
@@ -60,6 +61,11 @@ def require_same_python() -> None:
             f"the cluster has {here} and the launcher {there}",
             hint="use one image or environment for both; `ncsn doctor` shows the launcher's",
         )
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def reduce_gc() -> None:

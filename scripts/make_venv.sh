@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Bring .venv up to date: make_venv.sh PYTHON STAMP. The Makefile calls it when the file STAMP does not exist.
 #
-# An environment that another interpreter or folder made, or whose installation was cut short, is made anew: pip takes
-# a half-copied package for an installed one. Only what this script made is ever removed; another environment that
-# stands at .venv is completed if it has pip.
+# An environment of another interpreter or folder, or with an interrupted installation, is made again: pip takes a
+# half-copied package for an installed one. Only environments that this script made are removed; another one at .venv
+# is completed if it has pip.
 set -euo pipefail
 
 python=$1
@@ -26,7 +26,7 @@ make_environment() {
     mkdir $venv
     echo "$identity" >$mark
     touch $unfinished
-    # Debian and Ubuntu ship venv without ensurepip unless python3-venv is installed; pip may be there all the same.
+    # Debian and Ubuntu ship venv without ensurepip unless python3-venv is installed; pip may still be there.
     if "$python" -c 'import ensurepip' 2>/dev/null; then
         "$python" -m venv $venv
     elif "$python" -m pip --version >/dev/null 2>&1 && "$python" -m venv --without-pip $venv; then
@@ -37,7 +37,7 @@ make_environment() {
     fi
 }
 
-# pip's own output is hundreds of lines, and --quiet is silent for minutes: show how far it is.
+# pip prints hundreds of lines, and with --quiet nothing for minutes: show the progress in a few lines.
 show_progress() {
     local line packages=0
     while IFS= read -r line; do
@@ -54,7 +54,7 @@ recent "$python" || fail "$python is not Python 3.11 or newer; name one: make PY
 identity="$("$python" -V) $python in $PWD"
 
 if [ -e $mark ] && { [ -e $unfinished ] || [ "$(cat $mark)" != "$identity" ]; }; then
-    echo "making $venv anew: its installation was cut short, or another Python or folder made it"
+    echo "making $venv again: its installation was interrupted, or it is of another Python or folder"
     rm -rf $venv
 fi
 if [ ! -e $venv ]; then
@@ -64,12 +64,12 @@ fi
 recent $venv/bin/python && $venv/bin/python -m pip --version >/dev/null 2>&1 ||
     fail "$venv has no pip or no Python 3.11 or newer; remove it (rm -r $venv) and run make again"
 
-echo "installing ncsn and what it needs (details: $log)"
+echo "installing ncsn and its dependencies (details: $log)"
 touch $unfinished
 PYTHONUNBUFFERED=1 $venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
     --constraint constraints.txt --editable '.[dev]' 2>&1 | tee $log | show_progress || {
     tail -n 15 $log >&2
-    fail "the installation failed; what it needs may be in the lines above, all of it is in $log"
+    fail "the installation failed; see the lines above, or all of them in $log"
 }
 rm -f $unfinished $venv/current-*
 touch "$stamp"

@@ -1,9 +1,9 @@
-"""Check that a refactoring changes no weight, image, figure, config, pipeline, manifest or name in MLflow.
+"""Check that a refactoring changes no weight, image, metric, config, pipeline, manifest or name in MLflow.
 
-`python scripts/same_as_before.py` runs a short training run, a short search and the toy example into an empty store,
-and compares what they leave with `same_as_before.json`. It takes two to four minutes on two idle cores. The last
-bits depend on the machine: record them there first, with `--record` on a commit that is known to be good. This script
-and its record are deleted when the redesign is done.
+`python scripts/same_as_before.py` runs a short training run, a short search and the toy example in an empty store, and
+compares the results with `same_as_before.json`. It takes two to four minutes on two idle cores. The last bits depend on
+the machine: record them there first, with `--record` on a commit that is known to be good. This script and its record
+are deleted when the redesign is done.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A screenshot of a report for the documentation: `python scripts/screenshot.py REPORT.html PICTURE.png`."""
+"""Make a screenshot of a report for the docs: `python scripts/screenshot.py REPORT.html PICTURE.png`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from playwright.sync_api import sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1100, 1500
-COLORS = 128  # enough for a page of grays and plots, in a third of the bytes
+COLORS = 128  # enough for grays and plots, and a third of the bytes
 
 
 def main(report: str, picture: str) -> None:
-    """Save a screenshot of the top of the report in headless Chromium, with the film at its end."""
+    """Save a screenshot of the top of the report in headless Chromium, with the animation at its end."""
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
         sys.exit(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")

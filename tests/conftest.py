@@ -1,4 +1,4 @@
-"""What every test shares: nothing listens beyond loopback, nothing reports home, and caches are the session's own."""
+"""Shared by all tests: servers listen on loopback only, no telemetry, and a cache for the session."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# Set before anything imports ray or mlflow, and inherited by the processes that tests start.
+# Set before ray or mlflow is imported, and inherited by the processes that tests start.
 os.environ.update(
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # the one way to keep all of Ray's listeners on 127.0.0.1
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # keeps all of Ray's listeners on 127.0.0.1
     RAY_USAGE_STATS_ENABLED="0",
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="1",
@@ -37,14 +37,14 @@ for _inherited in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "NCSN_
     os.environ.pop(_inherited, None)
 
 
-# A job in the background of a shell inherits an ignored SIGINT, and so would every command that a test interrupts.
+# A background job of a shell ignores SIGINT, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_dir() -> Iterator[None]:
-    """The session's own dataset cache, in place of the user's."""
+    """A cache for the session, instead of the user's."""
     with tempfile.TemporaryDirectory(prefix="ncsn-cache-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCSN_CACHE_DIR", folder)
         yield
@@ -61,7 +61,7 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket of the session's S3 server, which the environment points to."""
+    """URI of an empty bucket on the session's S3 server, whose address is in the environment."""
     import boto3
 
     for name, value in s3_server.environment.items():
@@ -75,7 +75,7 @@ def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
 
 @pytest.fixture
 def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
-    """A Kubeflow Pipelines API without users, which the environment does not name."""
+    """A Kubeflow Pipelines API without users, whose address is not in the environment."""
     for name in ("KF_PIPELINES_ENDPOINT", "NCSN_KFP_TOKEN", "NCSN_KFP_COOKIE", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     from kfp_api import KfpServer
@@ -86,7 +86,7 @@ def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpS
 
 @pytest.fixture(scope="module")
 def two_node_cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """A real Ray cluster of two nodes with two CPUs each, which reaches the session's S3 server."""
+    """A Ray cluster of two nodes with two CPUs each, for the session's S3 server."""
     from ray_nodes import RayNodes
 
     with RayNodes(tmp_path_factory.mktemp("nodes"), count=2, cpus=2, environment=s3_server.environment) as cluster:
@@ -95,7 +95,7 @@ def two_node_cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def three_node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """A real Ray cluster of three nodes with one CPU each, so that a second worker needs a second node."""
+    """A Ray cluster of three nodes with one CPU each, so that a second worker needs a second node."""
     from ray_nodes import RayNodes
 
     with RayNodes(tmp_path_factory.mktemp("nodes"), count=3, cpus=1) as cluster:
@@ -120,7 +120,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A folder that takes 2 MiB and the error number of the write that is too much."""
+    """A folder with room for 2 MiB, and the error number of a write that exceeds it."""
 
     folder: Path
     full: int
@@ -128,7 +128,7 @@ class SmallDisk:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A disk of 2 MiB where the user may mount one, else a limit of 2 MiB on every file that is written."""
+    """A disk of 2 MiB if the user may mount one, else a limit of 2 MiB for each written file."""
     folder = tmp_path / "small-disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]

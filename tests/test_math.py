@@ -1,4 +1,4 @@
-"""docs/math.md maps the papers to this code: what it names is there, and each of the 23 oracles is a test."""
+"""docs/math.md maps the papers to this code: its names exist, and each of the 23 oracles is a test."""
 
 from __future__ import annotations
 

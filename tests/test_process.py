@@ -1,4 +1,4 @@
-"""What is set for a process before its heavy imports, seen from inside such a process."""
+"""Settings of a process before its heavy imports, seen from inside such a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _said(code: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_garbage_is_looked_for_seldom_and_not_at_the_end() -> None:
+def test_garbage_is_collected_less_often_and_not_at_exit() -> None:
     said = _said(
         "import atexit, gc\n"
         "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
@@ -30,8 +30,8 @@ def test_garbage_is_looked_for_seldom_and_not_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("loaded", ["import triton._C.libtriton", "sys.modules['triton'] = types.ModuleType('triton')"])
-def test_what_a_compiler_leaves_is_collected_without_a_word(loaded: str) -> None:
-    """Frozen at the end, triton's objects outlive the interpreter, and nanobind prints each of them."""
+def test_objects_of_triton_are_collected_at_exit(loaded: str) -> None:
+    """Otherwise they outlive the interpreter, and nanobind prints each of them."""
     if loaded.startswith("import") and find_spec("triton") is None:
         loaded = ""  # a build of torch without it, which has nothing to say
     said = _said(

@@ -114,7 +114,7 @@ def on_this_machine() -> bool:
 
 def _environment() -> dict[str, dict[str, str]] | None:
     """What the processes of a joined cluster are to share with this one."""
-    inherited = retry.inherited()
+    inherited = retry.outage_environment()
     return {"env_vars": inherited} if inherited else None
 
 

@@ -195,9 +195,9 @@ class FaultInjector(LoopHooks):
         elif fault.kind == "disk-full":
             self._disk_full = True
         elif fault.kind == "tracking-down":
-            retry.declare("tracking", seconds=fault.seconds)
+            retry.start_outage("tracking", seconds=fault.seconds)
         else:
-            retry.declare("store", seconds=fault.seconds, share=fault.share)
+            retry.start_outage("store", seconds=fault.seconds, share=fault.share)
 
 
 def _cut_newest(checkpoints: CheckpointStore) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import Problem, UserError, problems_of
-from ncsn.process import KFP_RUN_ID
+from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.folder import STEPS, RunFolder, claim_run
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
@@ -31,11 +30,6 @@ LEVEL_LOSS = "train/loss_level_"  # before the level's number in a curve's name
 PREVIEW = "train/preview"  # name of the series of previews
 STATUS_FILE = "status.json"
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def now_ms() -> int:
@@ -92,7 +86,7 @@ def write_result(
         "inputs": inputs,
         "result": result,
         "seconds": round(seconds, 3),
-        "finished_at": now(),
+        "finished_at": utc_now(),
     }
     storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
 
@@ -193,7 +187,7 @@ class Outcome:
 
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
     """Publish how the run ended."""
-    record = asdict(outcome) | {"finished_at": now()}
+    record = asdict(outcome) | {"finished_at": utc_now()}
     storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
 
 

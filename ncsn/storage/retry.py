@@ -71,7 +71,7 @@ def call_store(call: Callable[[], T]) -> T:
     """The result of a call to the store in S3, repeated while it is unavailable."""
 
     def attempt() -> T:
-        refuse("store")
+        simulate_outage("store")
         return call()
 
     return Retry("the store", min(_store_seconds(), _limit.get()), _reason, pauses=(0.2, 5.0))(attempt)
@@ -87,7 +87,7 @@ def limited(seconds: float) -> Iterator[None]:
         _limit.reset(token)
 
 
-def declare(server: Server, *, seconds: float, share: float = 1.0) -> None:
+def start_outage(server: Server, *, seconds: float, share: float = 1.0) -> None:
     """Let a `share` of the calls to `server` fail for `seconds` from now on."""
     path = Path(os.environ[OUTAGE_VARIABLE]) / server
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +96,12 @@ def declare(server: Server, *, seconds: float, share: float = 1.0) -> None:
     temporary.replace(path)
 
 
-def inherited() -> dict[str, str]:
+def outage_environment() -> dict[str, str]:
     """The variable of the outages, for processes that do not inherit this process's environment."""
     return {OUTAGE_VARIABLE: os.environ[OUTAGE_VARIABLE]} if OUTAGE_VARIABLE in os.environ else {}
 
 
-def refuse(server: Server) -> None:
+def simulate_outage(server: Server) -> None:
     """Raise ConnectionRefusedError during a declared outage of `server`."""
     folder = os.environ.get(OUTAGE_VARIABLE)
     if folder is None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from ncsn.evaluation.reference import extractor_of, recipe_of
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
+from ncsn.process import utc_now
 from ncsn.runs.costs import PLAN, Prices, load_prices
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import load_history
@@ -99,7 +99,7 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
             rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
     plan = {
         "run": run,
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "made_at": utc_now(),
         **estimate(config, counts, rates, prices or load_prices()),
     }
     storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ncsn.errors import UserError
+from ncsn.process import utc_now
 from ncsn.tracking.versions import CHAMPION
 
 COPY_ERRORS = 3
@@ -187,7 +187,7 @@ def decision_tags(decision: Decision) -> dict[str, str]:
         "gate.promoted": str(decision.promoted).lower(),
         "gate.reason": decision.reason,
         f"gate.{CHAMPION}_version": decision.champion_version,
-        "gate.decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gate.decided_at": utc_now(),
     }
     if decision.evidence is not None:
         measured, champion = decision.evidence.measurement, decision.champion_measurement

@@ -161,7 +161,7 @@ class LiveMetrics:
         with request_limits(retries=0, seconds=REQUEST_SECONDS):
             while self._wait():
                 try:
-                    retry.refuse("tracking")
+                    retry.simulate_outage("tracking")
                     sender = sender or Sender(client_at(self.uri), self.run_id)
                     self._send(sender)
                     self._failures = 0
@@ -185,7 +185,7 @@ class LiveMetrics:
         from mlflow.exceptions import MlflowException
 
         while (batch := self._oldest()) and (self._deadline is None or time.monotonic() < self._deadline):
-            retry.refuse("tracking")
+            retry.simulate_outage("tracking")
             sent = refused = 0
             try:
                 sent = sender.send(batch)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
 from ncsn.errors import UserError
+from ncsn.process import utc_now
 from ncsn.tracking.gate import Author, Decision, Evidence, Measurement, decide, decision_record, decision_tags
 from ncsn.tracking.versions import (
     CHALLENGER,
@@ -133,7 +133,7 @@ def _append(client: MlflowClient, name: str, entry: Promotion) -> bool:
             "promotion.replaced": entry.replaced,
             "promotion.by": entry.by,
             "promotion.reason": entry.reason,
-            "promotion.at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "promotion.at": utc_now(),
             "promotion.decision": entry.decision,
         },
         description=f"Version {entry.version} of {name}: {entry.reason}",
@@ -291,7 +291,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
         if last is not None:
             if not promote(client, name, previous, after=last, by="rollback", reason=reason):
                 continue
-            now = datetime.now(UTC).isoformat(timespec="seconds")
+            now = utc_now()
             tag_version(client, name, champion, {"rolled_back_at": now, "rolled_back_to": previous})
         return AliasChange(name, previous, champion, reason, changed=True, dry_run=dry_run)
 

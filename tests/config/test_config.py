@@ -1,4 +1,4 @@
-"""The config refuses what is wrong, says where, and survives its journeys unchanged."""
+"""Mistakes in a config are refused by their keys, and a config survives its text."""
 
 from __future__ import annotations
 

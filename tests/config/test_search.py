@@ -1,4 +1,4 @@
-"""The search section: what can be searched, what is refused, and what a choice of values makes of the config."""
+"""The search section: spaces, rungs, variants and refusals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_space_that_cannot_be_searched_is_refused(text: str, key: str, token: 
 
 
 def test_ranges_that_overlap_are_refused_as_a_pair() -> None:
-    """Each is fine beside the config's own value of the other."""
+    """Each is fine with the config's value of the other."""
     with refused("search.space", error=ConfigError) as caught:
         digits(
             space("noise.sigma_1: {kind: log, low: 0.05, high: 2}, noise.sigma_L: {kind: log, low: 0.01, high: 0.1}")

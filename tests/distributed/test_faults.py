@@ -174,12 +174,12 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
 def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
     faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
-    retry.refuse("tracking")
+    retry.simulate_outage("tracking")
     with faults.outages_shared():
         faults.trigger(range(8), share=range(4, 8), rank=1)
-        retry.refuse("tracking")
+        retry.simulate_outage("tracking")
         faults.trigger(range(8), share=range(4), rank=0)
-        retry.refuse("store")
+        retry.simulate_outage("store")
         with pytest.raises(ConnectionRefusedError, match="60 s"):
-            retry.refuse("tracking")
-    retry.refuse("tracking")
+            retry.simulate_outage("tracking")
+    retry.simulate_outage("tracking")

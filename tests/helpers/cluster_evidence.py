@@ -1,4 +1,4 @@
-"""What a cluster says of a namespace, kept in a folder for somebody who looks for the cause of a failure."""
+"""Saves the state of a namespace in a folder, to find the cause of a failure."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ _OBJECTS = {
 
 
 def save_evidence(folder: Path, namespace: str, *, since: str = "") -> None:
-    """Write events, objects as YAML, and the log of every container (an earlier one's too) to `folder/NAMESPACE`.
+    """Write events, objects as YAML and the logs of all containers, previous ones too, to `folder/NAMESPACE`.
 
-    Args:
-        folder: Where to.
-        namespace: Of what.
-        since: Time, as Kubernetes writes it; the logs of pods that ended and are older are left out.
+    Pods that ended are left out if they are older than `since`, a time as Kubernetes writes it.
     """
     folder = folder / namespace
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +46,6 @@ def _save_logs(folder: Path, namespace: str, pod: Resource) -> None:
 
 
 def _keep(file: Path, *arguments: str) -> None:
-    """A failure to look is evidence too."""
     try:
         file.write_text(kubectl(*arguments))
     except KubectlFailed as error:

@@ -1,4 +1,4 @@
-"""Which servers a cluster has, for the head of a test report."""
+"""The servers of a cluster, for the header of a test report."""
 
 from __future__ import annotations
 

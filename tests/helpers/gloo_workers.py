@@ -1,4 +1,4 @@
-"""Training by several processes that average over gloo as Ray's workers do, without Ray."""
+"""Training by several processes that average with gloo, like Ray's workers, without Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ncsn.training.loop import TrainingJob, train_loop
 
 
 class GlooContext(RayContext):
-    """Ray's worker in what it computes."""
+    """A worker like Ray's."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")

@@ -1,6 +1,6 @@
-"""What calls on a Ray cluster with GPUs say of their process and card, in a module that the workers can import.
+"""Calls on a Ray cluster with GPUs that return their process and GPUs, in a module that the workers can import.
 
-Ray hands out GPUs by number; that there are none in this machine does not matter to it.
+Ray assigns GPUs by number, also on a machine without any.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Place = tuple[int, tuple[int, ...]]
 
 
 def start(gpus: int) -> None:
-    """A cluster for this process that says it has so many GPUs."""
+    """Start a cluster for this process that claims to have GPUs."""
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(address="local", num_cpus=4, num_gpus=gpus, include_dashboard=False, logging_level="WARNING")
 
 
 def place(seconds: float) -> Place:
-    """Where this call is made, after a while."""
+    """The place of this call, after a while."""
     time.sleep(seconds)
     return os.getpid(), tuple(ray.get_gpu_ids())
 
 
 def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None) -> list[Place]:
-    """Where a call for each duration is made."""
+    """The place of a call for each duration."""
     return [found for _, found in calls(place, deque(durations), cpus=1, use_gpu=use_gpu, at_once=at_once)]
 
 
 def meet(folder: Path) -> Place:
-    """Where this call is made, once two processes have made calls: the first one waits for the second to start."""
+    """The place of this call, which waits until two processes have made calls."""
     (folder / str(os.getpid())).touch()
     deadline = time.monotonic() + 120
     while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
@@ -46,12 +46,12 @@ def meet(folder: Path) -> Place:
 
 
 def meetings(folder: Path, count: int) -> list[Place]:
-    """Where so many calls are made by two processes."""
+    """The places of `count` calls by two processes."""
     return [found for _, found in calls(meet, deque([folder] * count), cpus=1, use_gpu=True)]
 
 
 def places_one_by_one(count: int) -> list[Place]:
-    """Where so many single calls are made."""
+    """The places of `count` single calls."""
     return [call(place, 0.0, cpus=1, use_gpu=True) for _ in range(count)]
 
 
@@ -64,7 +64,7 @@ def die_once(file: Path) -> int:
 
 
 def survivors(files: list[Path]) -> list[tuple[str, int]]:
-    """Name of each file and the process that had it in the end."""
+    """Name of each file and the process of its last call."""
     return [(file.name, pid) for file, pid in calls(die_once, deque(files), cpus=1, use_gpu=True)]
 
 
@@ -76,12 +76,12 @@ def refuse(number: int) -> int:
 
 
 def refused(numbers: list[int]) -> list[int]:
-    """What comes of the numbers, which one of them ends."""
+    """The results of numbers, one of which raises."""
     return [result for _, result in calls(refuse, deque(numbers), cpus=1, use_gpu=True)]
 
 
 def gpus_left(seconds: float) -> float:
-    """GPUs that are free again within so many seconds."""
+    """GPUs that are free again within `seconds`."""
     deadline = time.monotonic() + seconds
     while (free := ray.available_resources().get("GPU", 0.0)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -136,7 +136,7 @@ def image_under_test() -> str:
     if ":" not in image.rpartition("/")[2]:
         raise ValueError(
             f"NCSN_IMAGE is {image!r}; set it to name and tag of an image that the cluster's nodes have or can pull, "
-            "such as that of `make image`"
+            "for example the image of `make image`"
         )
     return image
 

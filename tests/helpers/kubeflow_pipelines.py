@@ -37,7 +37,7 @@ class Kubeflow:
         self._ask("POST", f"runs/{run_id}:terminate")
 
     def terminate_all(self, name: str) -> list[str]:
-        """Terminate the runs of this name that are at work, among the latest fifty; their identifiers."""
+        """Terminate the unfinished runs of this name among the latest fifty; their identifiers."""
         runs = self._ask("GET", "runs?page_size=50&sort_by=created_at%20desc").get("runs", [])
         at_work = [run["run_id"] for run in runs if run["display_name"] == name and run["state"] not in ENDED]
         for run_id in at_work:

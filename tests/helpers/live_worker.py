@@ -1,4 +1,4 @@
-"""What a training worker tells of its curves, without a training."""
+"""A training worker that sends curves, without training."""
 
 from __future__ import annotations
 

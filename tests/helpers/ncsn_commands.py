@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Command:
-    """A command at work.
+    """A running command.
 
     Attributes:
         process: It.
@@ -44,7 +44,7 @@ class Command:
             return self.process.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(
-                f"still at work after {seconds * PATIENCE:g} s; it said last: {self.said[-2000:]}"
+                f"still running after {seconds * PATIENCE:g} s; it said last: {self.said[-2000:]}"
             ) from None
 
     def signal(self, number: signal.Signals) -> None:
@@ -72,7 +72,7 @@ class Commands:
 
     Attributes:
         folder: Where their output is kept.
-        environment: Variables beside those of this process.
+        environment: Variables, in addition to those of this process.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class Commands:
 
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[Command]:
-        """A command at work; killed if it is when the block ends."""
+        """A running command, killed if it still runs when the block ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stem = f"{len(list(self.folder.glob('*.out'))):02}-{arguments[0]}"
         out, err = self.folder / f"{stem}.out", self.folder / f"{stem}.err"

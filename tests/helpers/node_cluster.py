@@ -48,7 +48,7 @@ class Slowly:
 
 
 def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
-    """Train, and take the second node away when so many images have been seen; `replace` adds one when one trains."""
+    """Train, and stop the second node after some images; with `replace`, add a node when one worker trains."""
     folder = Path(run)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

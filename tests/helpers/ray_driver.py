@@ -1,4 +1,4 @@
-"""A Ray driver in a process of its own: Ray may end its driver's process (`_exit`), and pytest must outlive that."""
+"""A Ray driver in another process: Ray may end the process of its driver (`_exit`), and pytest must survive that."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _join(config: Config) -> dict[str, str]:
 
 
 def with_progress(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, list[tuple[int, int]]]:
-    """What a function returns and what it told its `progress` meanwhile."""
+    """The result of a function and its calls of `progress`."""
     told: list[tuple[int, int]] = []
     return function(*args, progress=lambda done, total: told.append((done, total)), **kwargs), told
 

@@ -46,7 +46,7 @@ class RayNodes:
         folder: Where the nodes' caches are.
         count: Number of nodes.
         cpus: CPUs that each node says it has.
-        environment: For every process of the cluster, besides this process's.
+        environment: For all processes of the cluster, in addition to this process's.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class RayNodes:
 
     def __enter__(self) -> RayNodes:
         self._temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-        beside_python = str(Path(sys.executable).parent)
+        bin_folder = str(Path(sys.executable).parent)
         environment = (
             self.client
             | HEALTH_CHECK
@@ -75,7 +75,7 @@ class RayNodes:
                 # Ray's job supervisor joins the newest cluster that it finds below this folder.
                 "RAY_TMPDIR": self._temporary.name,
                 # Where the entrypoint of a job is looked up.
-                "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
+                "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
                 "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
                 "RAY_worker_niceness": "0",
             }

@@ -24,7 +24,7 @@ WORKERS, HEADS = "ray.io/node-type=worker", "ray.io/node-type=head"
 
 
 class KubectlFailed(AssertionError):
-    """The command and what it says."""
+    """A command and its output."""
 
 
 def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> str:
@@ -93,18 +93,13 @@ def eventually(condition: Callable[[], object], what: str, *, seconds: float) ->
                 return time.monotonic() - started
         except KubectlFailed as error:  # a busy API server answers the next time
             failure = f"; {error}"
-        assert time.monotonic() - started < limit, f"waited {limit:g} s in vain until {what}{failure}"
+        assert time.monotonic() - started < limit, f"waited {limit:g} s, not true: {what}{failure}"
         time.sleep(1)
 
 
 @contextlib.contextmanager
 def new_namespace(name: str, *, labels: Mapping[str, str] = READY) -> Iterator[str]:
-    """A namespace that is deleted in the end with all that is in it.
-
-    Args:
-        name: Its name.
-        labels: Its labels beside `PURPOSE`; by default those of one for pipelines, under the strictest pod security.
-    """
+    """A namespace that is deleted at the end; by default one for pipelines with the strictest pod security."""
     apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {**PURPOSE, **labels}}})
     try:
         yield name
@@ -124,7 +119,7 @@ class Namespace:
         return get(*arguments, "--namespace", self.name)
 
     def pods(self, selector: str) -> list[Resource]:
-        """The pods with these labels that nobody deletes."""
+        """The pods with these labels that are not being deleted."""
         items = self.get("pods", "--selector", selector)["items"]
         return [pod for pod in items if "deletionTimestamp" not in pod["metadata"]]
 
@@ -139,7 +134,7 @@ class Namespace:
         return found
 
     def is_empty(self) -> bool:
-        """Whether neither a RayJob is left nor a pod of one at work."""
+        """Whether no RayJob and no running pod of one is left."""
         return not self.rayjobs() and not self.pods_at_work(
             "app.kubernetes.io/part-of=ncsn,app.kubernetes.io/name!=ncsn-janitor"
         )
@@ -162,7 +157,7 @@ def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
 
     def keep() -> None:
         while not ended.is_set():
-            # A session of its own: Ctrl-C must not cut the launchers under test off from their store.
+            # In a new session, so that Ctrl-C does not cut the launchers under test off from their store.
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
             )

@@ -1,4 +1,4 @@
-"""What every test of a user's mistake asserts: the class of the error and its keys, not its words."""
+"""The assertion of every test of a user's mistake: the class of the error and its keys, not its words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ncsn.errors import UserError
 
 @contextmanager
 def refused(*keys: str, error: type[UserError] = UserError) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """The block raises `error`, whose problems have these keys in this order, each told in one line."""
+    """The block raises `error` with problems of these keys in this order, one line each."""
     with pytest.raises(error) as caught:
         yield caught
     problems = caught.value.problems

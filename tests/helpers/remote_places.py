@@ -36,7 +36,7 @@ except (RemoteFailure, ValueError) as error:
 
 
 class Launched(subprocess.Popen[str]):
-    """A launcher, and what it said."""
+    """A launcher and its output."""
 
     def __init__(self, *arguments: str, env: dict[str, str]) -> None:
         super().__init__(

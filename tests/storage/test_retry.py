@@ -35,7 +35,7 @@ def of_connection(error: Exception) -> str | None:
 def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Takes the store away from this process."""
     monkeypatch.setenv(retry.OUTAGE_VARIABLE, str(tmp_path / "outages"))
-    return lambda **arguments: retry.declare("store", **arguments)
+    return lambda **arguments: retry.start_outage("store", **arguments)
 
 
 def test_a_retry_says_once_that_it_waits_and_once_that_it_is_over() -> None:
