@@ -25,22 +25,30 @@ LIGHT = (
     "ncsn.process",
     "ncsn.config",
     "ncsn.storage",
-    "ncsn.data.format",
-    "ncsn.data.source",
     "ncsn.runs.costs",
     "ncsn.runs.folder",
     "ncsn.runs.records",
+    "ncsn.data.format",
+    "ncsn.data.source",
     "ncsn.remote.backend",
+    "ncsn.remote.manifest",
     "ncsn.report.cards",
     "ncsn.report.words",
     "ncsn.tracking.client",
     "ncsn.tracking.gate",
     "ncsn.tracking.lineage",
+    "ncsn.tracking.live",
+    "ncsn.tracking.mlflow_runs",
     "ncsn.tracking.promotion",
+    "ncsn.steps.finish",
+    "ncsn.steps.kfp_task",
     "ncsn.cli.app",
     "ncsn.cli.commands",
     "ncsn.cli.console",
     "ncsn.cli.doctor",
+    "ncsn.cli.execute",
+    "ncsn.cli.kubeflow",
+    "ncsn.cli.options",
     "ncsn.cli.target",
     "ncsn.cli.views",
 )
@@ -184,7 +192,7 @@ def test_a_component_is_one_short_function(name: str) -> None:
 
 def test_files_and_functions_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in SOURCES.values()}
-    assert {path for path, count in lines.items() if count > MOST_LINES} == STILL_LONGER
+    assert {path for path, count in lines.items() if count > MOST_LINES} == set(STILL_LONGER)
     functions = {
         f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
         for name, tree in TREES.items()
