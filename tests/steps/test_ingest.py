@@ -13,6 +13,7 @@ from refused import refused
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
+from ncsn.errors import NotFound, UserError
 from ncsn.steps import ingest
 
 
@@ -57,25 +58,18 @@ def test_digits_become_a_dataset(config, tmp_path):
     assert result.uri == f"{tmp_path}/store/datasets/sklearn_digits/{result.digest}"
     assert load_manifest(result.uri).digest == result.digest
     assert read_split(result.uri, "train").images.shape == (1258, 8, 8, 1)
+    progress = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "progress.json").read_text())
+    assert progress == {"done": 1797, "total": 1797, "unit": "images"}
+    assert ingest.run(config(test_fraction=0.2), run="other").digest != result.digest
 
 
-def test_another_run_finds_the_same_dataset(config, tmp_path):
+def test_nothing_is_written_twice(config, monkeypatch):
     first = ingest.run(config(), run="one")
     before = {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")}
     second = ingest.run(config(), run="two")
     assert second == ingest.IngestResult(first.uri, first.digest, first.counts, created=False)
     assert {path: path.stat().st_mtime_ns for path in Path(first.uri).rglob("*")} == before
-
-
-def test_another_share_of_test_images_is_another_dataset(config):
-    assert (
-        ingest.run(config(test_fraction=0.2), run="a").digest != ingest.run(config(test_fraction=0.3), run="b").digest
-    )
-
-
-def test_the_same_run_returns_its_stored_result(config, monkeypatch):
-    first = ingest.run(config(), run="one")
-    monkeypatch.setattr(ingest, "open_source", None)  # the source is not even looked at
+    monkeypatch.setattr(ingest, "open_source", None)  # the source is not even opened
     assert ingest.run(config(), run="one") == first
 
 
@@ -87,12 +81,6 @@ def test_a_dataset_that_is_gone_is_made_again(config):
     Path(first.uri).rmdir()
     assert ingest.run(config(), run="one") == first
     assert load_manifest(first.uri).digest == first.digest
-
-
-def test_progress_is_told(config, tmp_path):
-    ingest.run(config(), run="one")
-    progress = json.loads((tmp_path / "store" / "runs" / "one" / "steps" / "ingest" / "progress.json").read_text())
-    assert progress == {"done": 1797, "total": 1797, "unit": "images"}
 
 
 def test_new_files_in_the_folder_are_noticed(config, tmp_path):
@@ -110,24 +98,16 @@ def test_new_files_in_the_folder_are_noticed(config, tmp_path):
     assert second.digest != first.digest
 
 
-def test_the_right_folder_may_follow_the_wrong_one(config, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        ingest.run(config(source="image_folder", root=str(tmp_path / "nowhere")), run="one")
-    with refused("data.root"):
-        ingest.run(config(source="image_folder", root=str(tmp_path)), run="one")
-
-
-def test_a_failure_leaves_no_dataset(config, tmp_path):
+def test_a_failure_leaves_no_dataset_and_the_run_to_another_folder(config, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("x")
-    with refused("data.root"):
-        ingest.run(config(source="image_folder", root=str(tmp_path / "images")), run="one")
+    for root, error in (("nowhere", NotFound), ("images", UserError)):
+        with refused("data.root", error=error):
+            ingest.run(config(source="image_folder", root=str(tmp_path / root)), run="one")
     assert datasets(tmp_path) == []
 
 
 def test_bad_images_are_skipped_and_named_in_the_manifest(config, tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(20):

@@ -1,10 +1,13 @@
-"""The Inception extractor: its plumbing with random weights, and the same metrics as torch-fidelity's.
+"""The Inception extractor: its weights, its plumbing with random ones, and the same metrics as torch-fidelity's.
 
 The official weights are not at hand where the tests run, so that their values are not tested.
 """
 
+import functools
 import hashlib
-from collections.abc import Mapping
+import http.server
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +23,14 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
-from ncsn.evaluation.extractors import InceptionExtractor
+from ncsn.errors import NotFound
+from ncsn.evaluation.extractors import InceptionExtractor, obtain_weights
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.scores import inception_score, kernel_distance, precision_recall
 from ncsn.steps import evaluate
@@ -204,3 +209,64 @@ def test_precision_and_recall_agree_with_torch_fidelity(features: tuple[torch.Te
     assert measured.precision == pytest.approx(expected["precision"], abs=1e-6)
     assert measured.recall == pytest.approx(expected["recall"], abs=1e-6)
     assert 0.05 < measured.precision < 0.95
+
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """A loopback web server with one file; the file's URL."""
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "weights.pth").write_bytes(CONTENT)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/weights.pth"
+        server.shutdown()
+
+
+def test_a_local_file_is_used_in_place(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(CONTENT)
+    assert obtain_weights(str(path), sha256=SHA256) == path
+    assert not cache.exists()
+
+
+def test_a_url_is_fetched_once(url: str, tmp_path: Path, cache: Path) -> None:
+    assert obtain_weights(url, sha256=SHA256).read_bytes() == CONTENT
+    (tmp_path / "www" / "weights.pth").unlink()
+    assert obtain_weights(url, sha256=SHA256) == cache / SHA256
+
+
+def test_an_s3_uri_is_fetched_once(s3_root: str, cache: Path) -> None:
+    uri = storage.join(s3_root, "weights.pth")
+    storage.write_bytes(uri, CONTENT)
+    assert obtain_weights(uri, sha256=SHA256) == cache / SHA256
+    with refused("evaluation.weights", error=NotFound):
+        obtain_weights(storage.join(s3_root, "nothing.pth"), sha256="0" * 64)
+
+
+def test_another_file_is_refused_and_not_kept(url: str, cache: Path) -> None:
+    with refused("evaluation.weights") as caught:
+        obtain_weights(url, sha256="0" * 64)
+    assert caught.value.problems[0].value == url and SHA256 in caught.value.problems[0].reason
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
+    with refused("evaluation.weights", error=NotFound):
+        obtain_weights(str(tmp_path / "nothing.pth"), sha256=SHA256)
+    with pytest.raises(OSError, match=r"http://.*missing"):
+        obtain_weights(url.replace("weights.pth", "missing"), sha256=SHA256)
