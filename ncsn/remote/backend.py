@@ -69,7 +69,10 @@ class Check:
 
 
 class Backend(Protocol):
-    """Runs steps elsewhere."""
+    """Runs steps elsewhere. It connects when it is used first."""
+
+    def connect(self) -> None:
+        """Connect now, or raise as `execute` does."""
 
     def execute(self, step: RemoteStep) -> None:
         """Run the step to its end, or attach to it if it is running.

@@ -72,6 +72,10 @@ class KubeRay:
     def _api(self) -> KubernetesApi:
         return KubernetesApi(self._namespace, patience=self._patience)
 
+    def connect(self) -> None:
+        """Find the cluster in the environment."""
+        _ = self._api
+
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a RayJob, or attach to the one that an earlier attempt left; return when it has ended.
 

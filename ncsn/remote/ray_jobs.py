@@ -58,6 +58,10 @@ class RayJobs:
         """For the log, and for a process that is being killed: neither waits for a head node that is unreachable."""
         return self._api.impatient()
 
+    def connect(self) -> None:
+        """Ask the cluster for its version."""
+        _ = self._api
+
     def execute(self, step: RemoteStep) -> None:
         """Run the step as a job, or attach to the one that an earlier attempt left; return when it has ended.
 

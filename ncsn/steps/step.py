@@ -169,6 +169,7 @@ class Step(Generic[R]):
             )
         backend = open_backend(_sized(config, step, inputs).compute)
         assert backend is not None
+        backend.connect()  # before the store is changed
         uri, digest = _publish_config(config, folder, step)
         storage.delete_file(folder.step(step, "error.json"))
         clear_outcome(folder)

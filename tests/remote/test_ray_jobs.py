@@ -99,11 +99,10 @@ def test_training_runs_as_a_job_and_a_fault_is_injected_there(jobs: Jobs, config
 
 
 @slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_the_job(jobs: Jobs, config: Path, number: signal.Signals, code: int) -> None:
-    """The driver has time to say so, and the same command goes on where it was."""
+def test_a_signal_stops_a_training(jobs: Jobs, config: Path) -> None:
+    """The driver has time to record that."""
     settings = from_yaml(config.read_text(), overrides=["train.num_images=100000000"])
-    run = f"stopped-{code}"
+    run = "stopped"
     dataset = ingest.run(settings, run=run).uri
     arguments = ["train", "--config", str(config), "--set", "train.num_images=100000000", "--run", run]
     launcher = subprocess.Popen(
@@ -117,9 +116,9 @@ def test_a_signal_stops_the_job(jobs: Jobs, config: Path, number: signal.Signals
     for line in launcher.stderr:
         if "images" in line and any(name.startswith("images-") for name in storage.list_names(checkpoints)):
             break
-    launcher.send_signal(number)
+    launcher.send_signal(signal.SIGTERM)
     _, said = launcher.communicate(timeout=600)
-    assert launcher.returncode == code, said
+    assert launcher.returncode == 143, said
     deadline = time.monotonic() + 60
     while jobs.head.of(run)[0]["status"] == "RUNNING" and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -93,6 +93,17 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, on_s3: Config) -
     assert len(emulation.operator.started) == 1, "it would only be found again"
 
 
+def test_without_a_cluster_the_store_is_left_alone(
+    emulation, on_s3: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ingest.run(on_s3, run="mine").uri
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with refused("KUBECONFIG"):
+        train.run(on_s3, run="mine", dataset=dataset)
+    names = storage.list_names(f"{on_s3.storage.root}/runs/mine/steps/train")
+    assert not any(name.startswith("config-") for name in names)
+
+
 def test_a_store_that_pods_cannot_reach_is_refused(emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = from_yaml(TINY.format(root=tmp_path / "store"))
     dataset = ingest.run(config, run="mine").uri
