@@ -1,6 +1,6 @@
 """The registered model: MLflow runs a copy of this file to load it, so nothing is unpickled.
 
-It needs from this package what rebuilds the network and samples from it; a copy of the package travels with the model.
+Rebuilding the network and sampling need this package, so the model has a copy of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ncsn.model.generate import complete, generate, with_evaluations
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
 _KNOWN = 128
-"""Gray value of the mask from which a pixel counts as known."""
+"""Lowest gray value of the mask that marks a pixel as known."""
 
 
 class ScoreModel(PythonModel):
@@ -48,21 +48,21 @@ class ScoreModel(PythonModel):
         model_input: np.ndarray,  # noqa: ARG002  (MLflow warns of any other type, though it may be None)
         params: dict[str, Any] | None = None,
     ) -> NDArray[np.uint8]:
-        """Generate images, or complete those that are given.
+        """Generate images, or complete given ones.
 
         Args:
             context: Not used.
-            model_input: Not used; MLflow wants one, `None` or an empty list will do.
-            params: What is absent or empty is as in the experiment.
+            model_input: Not used; `None` or an empty list.
+            params: Missing or empty ones are those of the experiment.
 
-                - `n_images`: how many; of each given image, how many completions.
+                - `n_images`: how many images, or completions of each given image.
                 - `seed`: image i is a function of (seed, i) and the same as the sample step's.
                 - `sampler`: a kind such as `probability_flow`, or `{kind: ..., ...}` with its settings.
                 - `nfe`: score-network evaluations per image.
-                - `images`, `mask`: base64 PNGs to complete by inpainting, and what of them is known: white in the mask.
+                - `images`, `mask`: base64 PNGs to complete by inpainting; known pixels are white in the mask.
 
         Returns:
-            uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], those of one together.
+            uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], grouped by image.
 
         Raises:
             MlflowException: for a param out of range.
@@ -106,7 +106,7 @@ class ScoreModel(PythonModel):
 
 
 def _chosen(config: Config, params: dict[str, Any]) -> Config:
-    """The experiment with another seed, sampler, or length of the chain."""
+    """The experiment with the seed, sampler and NFE of the params."""
     if sampler := params.get("sampler"):
         config = with_sampler(config, str(sampler))
     changes: dict[str, Any] = {}

@@ -47,8 +47,10 @@ def hidden_store(s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_go_up_and_down_through_the_server(url, make_config, checkpoint, hidden_store, tmp_path):
     candidate = Candidate(name="s3", checkpoint=checkpoint, card="# s3\n", files={}, metrics={}, tags={})
     with step_run(make_config(f"tracking.uri={url}"), run="s3", step="register") as tracked:
-        version = registry.register(tracked, candidate)
-    fetched = load_trained(fetch_weights(url, version, tmp_path), origin="the registry")
+        versions = [registry.register(tracked, candidate) for _ in range(2)]
+    assert [str(version.version) for version in versions] == ["1", "1"]
+    fetched = load_trained(fetch_weights(url, versions[0], tmp_path), origin="the registry")
+    assert fetched.config == checkpoint.config
     for name, tensor in checkpoint.network.named_parameters():
         assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
 

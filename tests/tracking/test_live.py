@@ -27,7 +27,7 @@ from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import PREVIEW, TrainingHistory, load_history
+from ncsn.runs.records import PREVIEW, load_history
 from ncsn.tracking import live
 from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run
@@ -265,7 +265,6 @@ def test_a_run_of_an_earlier_version_ends_well(config, root):
     with step_run(config, run="old", step="train") as again:
         assert again.run_id == tracked.run_id
     assert history(tracked) == [(step, float(step)) for step in range(4)]
-    assert TrainingHistory("none", [0], [{}]).times == []
 
 
 def test_pictures_are_a_series_that_the_page_shows(config):

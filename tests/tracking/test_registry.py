@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from gated import DiesAt, Killed
 from refused import refused
 
 from ncsn.errors import ConfigError
-from ncsn.model.checkpoint import SamplingCheckpoint, load_trained
+from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.tracking import registry
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.registry import Candidate, fetch_weights
+from ncsn.tracking.registry import Candidate
 from ncsn.tracking.versions import has_version, require_model_name
 
 
@@ -72,16 +71,6 @@ def test_killed_at_any_request_and_repeated_it_is_one_version(config, checkpoint
             made = registry.register(tracked, candidate(checkpoint, f"killed-register-{at}"))
             (only,) = tracked.client.search_model_versions(f"name = 'killed-register-{at}'")
             assert str(only.version) == str(made.version) == "1"
-
-
-def test_registers_over_a_server_and_gives_the_weights_back(make_config, server, checkpoint, tmp_path):
-    with step_run(make_config(f"tracking.uri={server.url}"), run="remote", step="register") as tracked:
-        versions = [registry.register(tracked, candidate(checkpoint, "remote")) for _ in range(2)]
-    assert [str(version.version) for version in versions] == ["1", "1"]
-    fetched = load_trained(fetch_weights(server.url, versions[0], tmp_path), origin="the registry")
-    for name, tensor in checkpoint.network.named_parameters():
-        assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
-    assert fetched.config == checkpoint.config
 
 
 @pytest.mark.parametrize("name", ["my model", "team/model", "a:b", "", "-a"])
