@@ -1,4 +1,4 @@
-"""The console of a command, and how far the steps are."""
+"""The console of a command, and the progress of its steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LINE_EVERY_SHARE = 0.25
 
 
 class ProgressView:
-    """Context manager that draws on `console` while it is open."""
+    """Context manager that shows progress: bars on a terminal, a few lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -37,7 +37,7 @@ class ProgressView:
             console=console,
             transient=True,
             disable=not console.is_terminal,
-            # Ray keeps whatever stands in sys.stdout until the interpreter ends, so that must not be this object's.
+            # Ray keeps the sys.stdout that it finds until the interpreter ends, so do not replace it.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -52,7 +52,7 @@ class ProgressView:
         self._bars.stop()
 
     def start(self, step: str) -> None:
-        """A step begins; nothing is known of its length yet."""
+        """A step starts; its length is not known yet."""
         if self._console.is_terminal:
             self._tasks[step] = self._bars.add_task(step, total=None, text="starting")
         else:
@@ -60,7 +60,7 @@ class ProgressView:
         self._lines = _LineThrottle()
 
     def update(self, step: str, progress: StepProgress) -> None:
-        """Show the published progress of a step; work repeated after a failure is not shown again."""
+        """Show the progress that a step published."""
         text = f"{progress.done:,} / {progress.total:,} {progress.unit}"
         if progress.note:
             text += f"   {progress.note}"
@@ -72,7 +72,7 @@ class ProgressView:
             self._console.print(f"{step:<9} {text}", highlight=False)
 
     def finish(self, step: str, text: str) -> None:
-        """A step ended; `text` says with what."""
+        """A step ended with `text`."""
         if self._console.is_terminal:
             self._bars.remove_task(self._tasks.pop(step))
             self._bars.refresh()
@@ -81,7 +81,7 @@ class ProgressView:
 
 
 class _LineThrottle:
-    """Lets a line pass at every quarter of a step and every half minute, so that a log stays short, and never back."""
+    """Passes a line at every quarter of a step and every half minute; never one for work repeated after a failure."""
 
     def __init__(self) -> None:
         self._done = -1
@@ -105,23 +105,18 @@ _PLAIN_WIDTH = 120
 
 
 def console_on(stream: TextIO) -> Console:
-    """A console on `stream`; wide enough for a path where there is no terminal to measure."""
+    """A console on `stream`, with a fixed width unless it is a terminal."""
     terminal = stream.isatty()
     return Console(file=stream, width=None if terminal else _PLAIN_WIDTH, highlight=False)
 
 
 @contextmanager
 def quiet_libraries(log: Path | None) -> Iterator[Console]:
-    """Send everything that is printed in the block to `log`, or to stderr without one, at descriptor level.
-
-    Ray's and Arrow's threads write to the descriptors and not through `sys.stdout`, so those are moved too.
-
-    Yields:
-        The console for the command's own words about progress, on the stderr from before.
-    """
+    """Send all output of the block to `log`, or to stderr without one; yields a console on the stderr from before."""
     with ExitStack() as stack:
         own = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1)) if _is_process_stderr() else sys.stderr
         target = stack.enter_context(_open_log(log)) if log is not None else own
+        # Threads of Ray and Arrow write to the descriptors, not through sys.stdout.
         stack.enter_context(_moved(1, target))
         stack.enter_context(_moved(2, target))
         stack.enter_context(redirect_stdout(target))

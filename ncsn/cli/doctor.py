@@ -1,4 +1,4 @@
-"""`ncsn doctor`: looks at everything that a run will need, and says how to mend what is not well."""
+"""`ncsn doctor`: checks what a run needs and prints a fix for each failure."""
 
 from __future__ import annotations
 
@@ -35,19 +35,12 @@ BACKEND_CHECKS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        check: What was looked at.
-        state: "ok", "failed" or "not configured".
-        detail: What was found.
-        fix: A command that mends it; empty unless it failed.
-    """
+    """The result of one check."""
 
     check: str
-    state: str
+    state: str  # "ok", "failed" or "not configured"
     detail: str
-    fix: str = ""
+    fix: str = ""  # empty unless it failed
 
 
 def look(check: Check) -> Finding:
@@ -56,13 +49,13 @@ def look(check: Check) -> Finding:
         return Finding(check.name, WELL, check.probe())
     except NotConfigured as reason:
         return Finding(check.name, SKIPPED, str(reason))
-    except Exception as error:  # noqa: BLE001 - the other checks go on
+    except Exception as error:  # noqa: BLE001 - the other checks must run
         fix = next((fix for kind, fix in check.fixes.items() if isinstance(error, kind)), check.fix)
         return Finding(check.name, ILL, "; ".join(describe(error).lines), fix)
 
 
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
-    """All findings, in the order in which a run would meet what is wrong."""
+    """All findings, in the order in which a run would fail."""
     findings = [look(check) for check in _base_checks(config, host, namespace)]
     for name, checks in BACKEND_CHECKS.items():
         backend = open_backend(config.compute) if config.compute.backend == name else None
@@ -74,7 +67,7 @@ def examine(config: Config, *, host: str | None, namespace: str | None) -> list[
 
 
 def report(findings: list[Finding], *, as_json: bool) -> bool:
-    """Print the findings; whether nothing failed."""
+    """Print the findings; False if one failed."""
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     for finding in [] if as_json else findings:
@@ -99,7 +92,7 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
 
 
 def _check_store(root: str) -> str:
-    """Read, write, and the conditional write that a run's name and checkpoints rest on."""
+    """Read, write, and the conditional write that run names and checkpoints rely on."""
     probe = storage.join(root, f".doctor-{uuid.uuid4().hex}")
     with limited(CHECK_SECONDS):
         return _probe_store(root, probe)
@@ -114,8 +107,8 @@ def _probe_store(root: str, probe: str) -> str:
     if not first or second or content != b"first":
         raise UserError(
             "storage.root",
-            "lets a second writer replace what the first has published",
-            hint="use a store that knows If-None-Match",
+            "lets a second writer replace what the first one published",
+            hint="use a store that supports If-None-Match",
             value=root,
         )
     return f"{root}: read, written and deleted"
@@ -144,7 +137,7 @@ def _check_ray() -> str:
 
 
 def _check_image() -> str:
-    """That Ray and Python here are those that `make image` puts into the image: Ray refuses to mix them."""
+    """Ray and Python here are those of the image that `make image` builds: Ray refuses to mix versions."""
     dockerfile, constraints = SOURCE_TREE / "Dockerfile", SOURCE_TREE / "constraints.txt"
     if not dockerfile.is_file() or not constraints.is_file():
         raise NotConfigured("this is the image, or an installed package without the source tree")
@@ -157,7 +150,7 @@ def _check_image() -> str:
     if inside != here:
         raise UserError(IMAGE_VARIABLE, f"the image has {inside}, this environment has {here}; Ray refuses to mix them")
     image = os.environ.get(IMAGE_VARIABLE)
-    named = f"{image} itself was not looked for" if image else f"{IMAGE_VARIABLE} names no image"
+    named = f"{image} itself was not checked" if image else f"{IMAGE_VARIABLE} names no image"
     return f"the Dockerfile has {inside}, as here; {named}"
 
 

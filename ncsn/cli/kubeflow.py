@@ -1,24 +1,24 @@
-"""The commands that deal with a Kubeflow cluster. Their imports are inside, as in `ncsn.cli.app`."""
+"""The commands for a Kubeflow cluster. Imports are inside, as in `app`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import (
-    FAILURE,
-    ReportingCommand,
-    backend_options,
-    describe,
-    experiment_options,
-    json_option,
-    place_overrides,
-)
+from ncsn.cli.options import FAILURE, ReportingCommand, backend_options, describe, experiment_options, json_option
 from ncsn.errors import UserError
+
+if TYPE_CHECKING:
+    from ncsn.cli.target import Experiment
+
+_PATIENCE_SECONDS = 30.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 
 @click.command("compile", cls=ReportingCommand, short_help="Write the pipelines as the YAML that KFP runs.")
@@ -34,13 +34,13 @@ from ncsn.errors import UserError
 def compile_command(*, folder: Path | None, config_uri: str | None, overrides: tuple[str, ...]) -> None:
     """Write the pipelines as the YAML that KFP runs, and print the paths.
 
-    NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; the files are to upload by hand.
+    NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; these files are for uploading by hand.
     """
-    from ncsn.cli.target import resolve
+    from ncsn.cli.target import Experiment
     from pipelines.compile import COMPILED, compile_all
 
-    known = config_uri is not None or overrides
-    config = resolve(config_uri, overrides=overrides).config if known else None
+    sized = config_uri is not None or overrides
+    config = Experiment(config_uri, overrides).resolve().config if sized else None
     for path in compile_all(folder or COMPILED, config):
         click.echo(path)
 
@@ -49,29 +49,32 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
 @experiment_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
-@click.option("--pipeline", default="train", show_default=True, help="Which pipeline.")
-@click.option("--experiment", metavar="NAME", help="KFP's experiment; default: tracking.experiment of the config.")
-@click.option("--namespace", metavar="PROFILE", help="Yours, where Kubeflow serves several users.")
+@click.option("--pipeline", default="train", show_default=True, help="Which pipeline: train, search or sample.")
+@click.option(
+    "--experiment",
+    "kfp_experiment",
+    metavar="NAME",
+    help="KFP's experiment; default: tracking.experiment of the config.",
+)
+@click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.option("--service-account", metavar="NAME", help="Of the pods; default: the cluster's.")
 @click.option("--param", "params", metavar="K=V", multiple=True, help="Another parameter of the pipeline; repeatable.")
 @click.option("--every", metavar="CRON", help="Run on this schedule, 'minute hour day month weekday' in UTC.")
-@click.option("--wait", "waits", is_flag=True, help="Wait for the end; exit with 1 if it is no success.")
-@click.option("--no-cache", "anew", is_flag=True, help="Take nothing from KFP's cache.")
+@click.option("--wait", "waits", is_flag=True, help="Wait for the end; exit with 1 unless the run succeeds.")
+@click.option("--no-cache", is_flag=True, help="Do not use KFP's cache.")
 def submit_command(
     *,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    run_name: str | None,
+    experiment: Experiment,
     as_json: bool,
     host: str | None,
     pipeline: str,
-    experiment: str | None,
+    kfp_experiment: str | None,
     namespace: str | None,
     service_account: str | None,
     params: tuple[str, ...],
     every: str | None,
     waits: bool,
-    anew: bool,
+    no_cache: bool,
 ) -> None:
     """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
 
@@ -79,9 +82,9 @@ def submit_command(
     browser), or inside the cluster the token at KF_PIPELINES_SA_TOKEN_PATH.
 
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
-    says where they go, and other --set change the model's config. `--param evaluated=true` measures them too.
+    names their store, and any other --set changes the model's config. `--param evaluated=true` measures them too.
     """
-    from ncsn.cli.submission import caching_in_words, prepare, why_it_failed
+    from ncsn.cli.submission import explain_cache, prepare, why_it_failed
     from pipelines.connection import connect
     from pipelines.submit import schedule, submit
 
@@ -89,19 +92,17 @@ def submit_command(
         raise UserError("--wait", "waits for one run, and --every starts many", hint="leave out one of them")
     submission = prepare(
         pipeline,
-        config_uri=config_uri,
-        overrides=overrides,
-        run=run_name,
+        experiment,
         params=params,
         scheduled=every is not None,
-        experiment=experiment,
+        kfp_experiment=kfp_experiment,
         service_account=service_account,
-        cache=not anew,
+        cache=not no_cache,
     )
-    click.echo(f"cache: {caching_in_words(submission)}", err=True)
+    click.echo(f"cache: {explain_cache(submission)}", err=True)
     connection = connect(host, namespace=namespace)
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)
-    click.echo(json.dumps(dataclasses.asdict(started)) if as_json else started.url)
+    click.echo(json.dumps(asdict(started)) if as_json else started.url)
     if waits:
         from pipelines.wait import wait
 
@@ -116,37 +117,45 @@ def submit_command(
 @backend_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
-@click.option("--namespace", metavar="PROFILE", help="Yours, where Kubeflow serves several users.")
+@click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.pass_context
 def doctor_command(
-    ctx: click.Context,
-    *,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    run_name: str | None,
-    as_json: bool,
-    backend: str | None,
-    address: str | None,
-    host: str | None,
-    namespace: str | None,
+    ctx: click.Context, *, experiment: Experiment, as_json: bool, host: str | None, namespace: str | None
 ) -> None:
-    """Check all that the experiment will need, each with the command that mends it; exit with 1 if anything fails."""
+    """Check what the experiment needs, and print a fix for each failure; exit with 1 if a check fails."""
     from ncsn.cli.doctor import examine, report
-    from ncsn.cli.target import resolve
 
-    place = place_overrides(backend, address)
-    config = resolve(config_uri, overrides=(*overrides, *place), run=run_name).config
-    if not report(examine(config, host=host, namespace=namespace), as_json=as_json):
+    if not report(examine(experiment.resolve().config, host=host, namespace=namespace), as_json=as_json):
         ctx.exit(FAILURE)
 
 
-_PATIENCE_SECONDS = 30.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
+@click.command("cleanup", cls=ReportingCommand, short_help="Delete abandoned RayJobs and close their runs.")
+@click.option("--namespace", metavar="NAME", help="Default: that of this pod, or of the current kubeconfig context.")
+@click.option("--run", "run_name", metavar="NAME", help="Only what belongs to this run.")
+@click.option(
+    "--older-than",
+    default="2h",
+    show_default=True,
+    metavar="TIME",
+    help="How long the launcher has been silent, such as 30m or 2h; 0 includes RayJobs with a live launcher.",
+)
+@click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be done.")
+@click.pass_context
+def cleanup_command(
+    ctx: click.Context, *, namespace: str | None, run_name: str | None, older_than: str, at_work: bool, dry_run: bool
+) -> None:
+    """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
+
+    The store and MLflow then have the end of the pipeline run, or KILLED. The CronJob ncsn-janitor of
+    infra/base/janitor does this every minute.
+    """
+    if not reap_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
+        ctx.exit(FAILURE)
 
 
 def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
-    """Do what is left to do, or list it, one line each; whether all of it could be done."""
+    """Do or list what is left to do, one line each; False if any of it failed."""
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 

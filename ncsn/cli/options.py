@@ -1,7 +1,4 @@
-"""What every command shares: options, errors and exit codes, the table of steps. Imports click only.
-
-0 is success, 2 a user's mistake, 1 any other failure, 130 Ctrl-C and 143 SIGTERM.
-"""
+"""What every command shares: options, errors and exit codes. Imports no package but click."""
 
 from __future__ import annotations
 
@@ -10,20 +7,22 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
+from ncsn.cli.catalogue import OWN, STEP_INFO
 from ncsn.errors import Problem, UserError, problems_of
 
 FAILURE = 1
-MISTAKE = 2
-INTERRUPTED = 130
-TERMINATED = 143
+MISTAKE = 2  # the user's
+INTERRUPTED = 130  # Ctrl-C
+TERMINATED = 143  # SIGTERM
 
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
 _TRACEBACK_KEY = "ncsn.traceback"
@@ -31,15 +30,7 @@ _DISK_FULL = f"[Errno {errno.ENOSPC}]"
 
 
 class StepFailed(Exception):
-    """A step failed in another process.
-
-    Attributes:
-        step: Its name.
-        kind: Name of the error's class.
-        problems: What it said.
-        mistake: Whether it was a user's mistake.
-        log: The file with its traceback.
-    """
+    """A step failed in another process; `kind` is the class of its error, and `log` has the traceback."""
 
     def __init__(self, step: str, problems: Sequence[Problem], *, kind: str, mistake: bool, log: Path) -> None:
         super().__init__(f"step {step}: " + "\n".join(map(str, problems)))
@@ -48,48 +39,36 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """What to print, and the exit code."""
+    """The problems to print, and the exit code."""
 
     problems: tuple[Problem, ...]
     code: int
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One for each problem."""
+        """One line per problem."""
         return tuple(map(str, self.problems))
 
 
 def describe(error: BaseException) -> Failure:
-    """The problems and the exit code of an error.
-
-    A `UserError`, or any other `ValueError` or `FileNotFoundError`, is a user's mistake; each line of its message is a
-    problem. Of any other error the type is shown, and the first line only.
-    """
+    """The problems and the exit code of an error: any `ValueError` and `FileNotFoundError` is a mistake of the user."""
     message = str(error).strip()
+    first_line = next((line.rstrip() for line in message.splitlines() if line.strip()), "")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _DISK_FULL in message:
-        return Failure((Problem("", f"disk full: {_disk_full_place(error)}"),), FAILURE)
+        file = getattr(error, "filename", None)
+        place = first_line or "no space left" if file is None else f"no space left to write {file}"
+        return Failure((Problem("", f"disk full: {place}"),), FAILURE)
     if isinstance(error, StepFailed):
         first, *others = error.problems
         first = replace(first, origin=": ".join(filter(None, (f"step {error.step}", first.origin))))
         return Failure((first, *others), MISTAKE if error.mistake else FAILURE)
     if problems := problems_of(error):
         return Failure(problems, MISTAKE)
-    first_line = next(iter(_lines(message)), "")
     return Failure((Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE)
 
 
-def _lines(message: str) -> tuple[str, ...]:
-    return tuple(line.rstrip() for line in message.splitlines() if line.strip())
-
-
-def _disk_full_place(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"no space left to write {error.filename}"
-    return _lines(str(error))[0] if str(error).strip() else "no space left"
-
-
 class ReportingCommand(click.Command):
-    """A command whose errors are one line on stderr, unless the traceback was asked for."""
+    """A command that prints an error in one line on stderr, and its traceback on request."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -120,7 +99,7 @@ class ReportingCommand(click.Command):
 
 
 def stop_cleanly_on_sigterm() -> None:
-    """Make SIGTERM an exception, so that `finally` blocks stop what this process started."""
+    """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started."""
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
 
 
@@ -156,127 +135,49 @@ def _exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
     sys.exit(TERMINATED)
 
 
-OWN = "own"
-"""Instead of a URI: that of the run."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an input comes from if no option names it: a field of the result of an earlier step of the same run."""
-
-    step: str
-    field: str
-    what: str
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """One step.
-
-    Attributes:
-        summary: What it does, one line.
-        inputs: Argument of the step -> where its URI comes from.
-        on_demand: The same for what is used only if an option of that name is given, with a URI or without.
-        leased: Whether it may run on another machine and then watches its launcher's lease.
-        rehearsed: Whether failures can be injected.
-    """
-
-    summary: str
-    inputs: Mapping[str, Source] = field(default_factory=dict)
-    on_demand: Mapping[str, Source] = field(default_factory=dict)
-    leased: bool = False
-    rehearsed: bool = False
-
-
-CATALOGUE: Mapping[str, StepInfo] = {
-    "ingest": StepInfo("Read the images into the store, once."),
-    "tune": StepInfo(
-        "Search for better settings, if the config has a search.",
-        {"dataset": Source("ingest", "uri", "ingested data set")},
-        leased=True,
-    ),
-    "train": StepInfo(
-        "Train the score network, or resume it.",
-        {"dataset": Source("ingest", "uri", "ingested data set")},
-        leased=True,
-        rehearsed=True,
-    ),
-    "sample": StepInfo(
-        "Generate images by annealed Langevin dynamics.",
-        {"checkpoint": Source("train", "checkpoint", "checkpoint")},
-        on_demand={"score": Source("ingest", "uri", "ingested data set")},
-        leased=True,
-        rehearsed=True,
-    ),
-    "evaluate": StepInfo(
-        "Measure the samples, next to real images.",
-        {
-            "samples": Source("sample", "uri", "folder of samples"),
-            "dataset": Source("ingest", "uri", "ingested data set"),
-        },
-        leased=True,
-    ),
-    "register": StepInfo(
-        "Put the model into MLflow's registry.",
-        {
-            "checkpoint": Source("train", "checkpoint", "checkpoint"),
-            "evaluation": Source("evaluate", "uri", "evaluation that decides about the alias champion"),
-        },
-    ),
-    "report": StepInfo(
-        "Write one HTML page about the run.", {"evaluation": Source("evaluate", "uri", "evaluation to report on")}
-    ),
-}
-
-BESIDE_THE_PIPELINE: Mapping[str, StepInfo] = {
-    "figures": StepInfo(
-        "Draw a finished run: losses, levels, inpainting, interpolation, neighbours, quality over NFE.",
-        {
-            "checkpoint": Source("train", "checkpoint", "checkpoint"),
-            "samples": Source("sample", "uri", "folder of samples"),
-            "dataset": Source("ingest", "uri", "ingested data set"),
-        },
-    ),
-}
-"""Commands that work like steps on what the pipeline left."""
-
-
 Decorated = Callable[..., Any]
 
 
 def experiment_options(command: Decorated) -> Decorated:
-    """`--config`, `--set` and `--run`: which experiment."""
-    for option in (
-        click.option("--run", "run_name", metavar="NAME", help="Name of the run; default: made from the config."),
-        click.option(
-            "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
-        ),
-        click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file."),
-    ):
-        command = option(command)
-    return command
+    """`--config`, `--set` and `--run`, and where the command has them `--backend` and `--address`: an `experiment`."""
+
+    @wraps(command)
+    def with_experiment(
+        *,
+        config_uri: str | None,
+        overrides: tuple[str, ...],
+        run_name: str | None,
+        backend: str | None = None,
+        address: str | None = None,
+        **others: Any,
+    ) -> Any:
+        from ncsn.cli.target import Experiment
+
+        place = _place_overrides(backend, address)
+        return command(experiment=Experiment(config_uri, overrides, run_name, place), **others)
+
+    decorated = click.option(
+        "--run", "run_name", metavar="NAME", help="Name of the run; default: made from the config."
+    )(with_experiment)
+    decorated = click.option(
+        "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
+    )(decorated)
+    return click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file.")(decorated)
 
 
 def backend_options(command: Decorated) -> Decorated:
-    """`--backend` and `--address`: where the step runs."""
-    for option in (
-        click.option("--address", metavar="URL", help="Dashboard of the Ray cluster to submit to: http://HEAD:8265."),
-        click.option(
-            "--backend",
-            type=click.Choice(["local", "ray-jobs", "kuberay"]),
-            help="Where the work is done; short for --set compute.backend=...",
-        ),
-    ):
-        command = option(command)
-    return command
+    """`--backend` and `--address`, which `experiment_options` above this takes."""
+    decorated = click.option(
+        "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to: http://HEAD:8265."
+    )(command)
+    return click.option(
+        "--backend",
+        type=click.Choice(["local", "ray-jobs", "kuberay"]),
+        help="Where the work is done; short for --set compute.backend=...",
+    )(decorated)
 
 
-def place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:
-    """The overrides that `--backend` and `--address` stand for.
-
-    Raises:
-        UserError: if the backend has no use for an address.
-    """
+def _place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:
     if address is not None and backend not in (None, "ray-jobs"):
         raise UserError(
             "--address", f"is for --backend ray-jobs, and --backend is {backend}", hint="leave one out", value=address
@@ -286,30 +187,36 @@ def place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]
     return () if backend is None else (f"compute.backend={backend}",)
 
 
-def json_option(command: Decorated) -> Decorated:
-    """`--json`."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
-    )(command)
+def input_options(step: str) -> Callable[[Decorated], Decorated]:
+    """An option for the URI of each input of a step."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for name, source in reversed([*STEP_INFO[step].inputs.items()]):
+            command = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
+                command
+            )
+        return command
+
+    return decorate
 
 
-def inject_option(command: Decorated) -> Decorated:
-    """`--inject`."""
-    return click.option(
-        "--inject",
-        multiple=True,
-        metavar="FAULT@images=N",
-        help="Rehearse a failure, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
-    )(command)
-
-
-def score_option(command: Decorated) -> Decorated:
-    """`--score`, with the URI of a data set or without."""
-    return click.option(
-        "--score",
-        is_flag=False,
-        flag_value=OWN,
-        metavar="[URI]",
-        help="Show the Frechet distance so far, with its interval, while images are made; against the run's own data "
-        "set, or this.",
-    )(command)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
+)
+inject_option = click.option(
+    "--inject",
+    multiple=True,
+    metavar="FAULT@images=N",
+    help="Make a failure happen, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
+)
+score_option = click.option(
+    "--score",
+    is_flag=False,
+    flag_value=OWN,
+    metavar="[URI]",
+    help="Show the Frechet distance so far, with its interval, while images are made; against the run's own dataset, "
+    "or this one.",
+)
+lease_option = click.option(
+    "--lease", metavar="URI", help="Heartbeat of a launcher elsewhere: when it stops, save and end."
+)

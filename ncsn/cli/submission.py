@@ -1,4 +1,4 @@
-"""From the options of `ncsn submit` to what is sent."""
+"""From the options of `ncsn submit` to a `Submission`. Apart from `kubeflow`, because it imports kfp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ncsn import storage
-from ncsn.cli.target import Target, override_value, resolve
+from ncsn.cli.target import Experiment, Target
 from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.source import source_fingerprint
@@ -19,28 +19,21 @@ from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 
 IMAGE = "NCSN_IMAGE"
-_LOOK_SECONDS = 5.0
 DEFAULT_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
+_LOOK_SECONDS = 5.0
 
 
 def prepare(
     pipeline: str,
+    experiment: Experiment,
     *,
-    config_uri: str | None,
-    overrides: Sequence[str],
-    run: str | None,
     params: Sequence[str],
     scheduled: bool,
-    experiment: str | None,
+    kfp_experiment: str | None,
     service_account: str | None,
     cache: bool,
 ) -> Submission:
-    """What `ncsn submit` starts.
-
-    Raises:
-        UserError: for a config that no other machine could work with, a run name that another config has, a
-            parameter that is not K=V, or if no image is set.
-    """
+    """What to submit; refuses now what a task would refuse later."""
     if not os.environ.get(IMAGE):
         raise UserError(
             IMAGE,
@@ -48,65 +41,55 @@ def prepare(
             hint=f"export {IMAGE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed to that registry",
         )
     given = _given(params)
+    config = None
     if pipeline == "sample":
-        if config_uri is not None:
-            raise UserError(
-                "--config",
-                "a registered model brings its own config",
-                hint="leave it out, and change values with --set",
-            )
-        arguments: dict[str, Any] = _sample_arguments(overrides)
-        name = run or given.get("model", "").removeprefix("models:/") or pipeline
-        default_experiment = TrackingConfig.model_fields["experiment"].default
-        known: tuple[str, ...] = ()
-        config = None
+        arguments = _sample_arguments(experiment)
+        name = experiment.run or given.get("model", "").removeprefix("models:/") or pipeline
+        tracked_as = TrackingConfig.model_fields["experiment"].default
     else:
-        target = resolve(config_uri, overrides=overrides, run=run)
-        arguments = _experiment_arguments(target, given_run=run, scheduled=scheduled)
-        name = target.config.name if scheduled else target.run
-        default_experiment = target.config.tracking.experiment
-        known = ("ingest",) if "content" in arguments else ()
-        config = target.config
+        target = experiment.resolve()
+        config, tracked_as = target.config, target.config.tracking.experiment
+        arguments = _experiment_arguments(target, given_run=experiment.run, scheduled=scheduled)
+        name = config.name if scheduled else target.run
     if taken := arguments.keys() & given.keys():
         raise UserError("--param", "comes from --config, --set and --run", hint="leave it out", value=min(taken))
     return Submission(
         pipeline=pipeline,
         name=name,
         arguments={**arguments, **given},
-        experiment=experiment or os.environ.get(DEFAULT_EXPERIMENT) or default_experiment,
+        experiment=kfp_experiment or os.environ.get(DEFAULT_EXPERIMENT) or tracked_as,
         service_account=service_account,
         cache=cache and not scheduled,
-        known=known,
+        known=("ingest",) if "content" in arguments else (),
         config=config,
     )
 
 
 def why_it_failed(submission: Submission) -> str:
-    """What the run has left as the reason in the store, if that can be read from here."""
+    """The reason that the run left in the store, if the store can be read from here."""
     config, run = submission.arguments.get("config"), submission.arguments.get("run")
     if not config or not run:
         return ""
     try:
         with limited(_LOOK_SECONDS):
             outcome = read_outcome(run_folder(from_json(config), run))
-    except Exception:  # noqa: BLE001 - a store that is out of reach has many words for it, and the run's page has it too
+    except Exception:  # noqa: BLE001 - a store fails in many ways, and the run's page has the reason too
         return ""
     return str(outcome or "")
 
 
-def caching_in_words(submission: Submission) -> str:
+def explain_cache(submission: Submission) -> str:
     """What KFP may take from its cache, and why not more."""
     if not submission.cache:
-        return "every task works anew"
+        return "not used; every task runs"
     if submission.known:
-        return "what an earlier run made with the same config, run name, images and container image is taken from it"
+        return "used for tasks of an earlier run with the same config, run name, images and container image"
     if "model" in submission.arguments:
-        return "sampling works anew, since the model of an alias may be another by now"
-    return "ingest and what follows work anew, since data.root cannot be seen from here"
+        return "not used, because the model of an alias may have changed"
+    return "not used for ingest and the tasks that depend on it, because data.root cannot be read from here"
 
 
 def _given(params: Sequence[str]) -> dict[str, str]:
-    """The options `--param K=V`."""
     given = {}
     for param in params:
         name, equals, value = param.partition("=")
@@ -116,27 +99,34 @@ def _given(params: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _require_own_run(target: Target) -> None:
-    """Refuse what the first task would refuse, as far as the store can be read from here."""
-    folder = run_folder(target.config, target.run)
-    try:
-        with limited(_LOOK_SECONDS):
-            owner = storage.read_text(folder.config)
-    except Exception:  # noqa: BLE001 - see above; a name that nobody has is no error either
-        return
-    require_owner(from_yaml(owner, origin=folder.config), target.config, target.run)
-
-
-def _require_weights_there(config: Config) -> None:
-    """Else the pipeline would find out at its fifth task, after all of training."""
-    weights = config.evaluation.weights
-    if weights is not None and "://" not in weights and not Path(weights).is_absolute():
+def _sample_arguments(experiment: Experiment) -> dict[str, Any]:
+    """Parameters of the sample pipeline, whose config is the registered one with the overrides."""
+    if experiment.config_uri is not None:
         raise UserError(
-            "evaluation.weights",
-            "a file of this machine, which the tasks of a cluster cannot read",
-            hint="use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts",
-            value=weights,
+            "--config", "a registered model brings its own config", hint="leave it out, and change values with --set"
         )
+    root = experiment.override("storage.root")
+    if root is None:
+        raise UserError(
+            "storage.root",
+            "not set, and a registered model has no place for images",
+            hint="pass --set storage.root=s3://BUCKET/PREFIX",
+        )
+    _require_shared_store(root)
+    return {"root": root, "overrides": list(experiment.overrides)}
+
+
+def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:
+    """Parameters of the pipelines that train."""
+    config = target.config
+    _require_shared_store(config.storage.root)
+    _require_readable_weights(config)
+    if given_run or not scheduled:
+        _require_own_run(target)
+    # Without a given name, a schedule names each run after KFP's: under one name the second would find all done.
+    arguments = {"config": to_json(config), "run": (given_run or "") if scheduled else target.run}
+    source_is_here = config.data.root is None or Path(config.data.root).expanduser().exists()
+    return arguments | ({"content": source_fingerprint(config.data)} if source_is_here else {})
 
 
 def _require_shared_store(root: str) -> None:
@@ -149,36 +139,23 @@ def _require_shared_store(root: str) -> None:
         )
 
 
-def _experiment_arguments(target: Target, *, given_run: str | None, scheduled: bool) -> dict[str, Any]:
-    """The parameters that the options decide.
-
-    A schedule names its runs after KFP's, unless told otherwise: under one name, the second would find all done.
-    """
-    _require_shared_store(target.config.storage.root)
-    _require_weights_there(target.config)
-    if given_run or not scheduled:
-        _require_own_run(target)
-    arguments = {"config": to_json(target.config), "run": (given_run or "") if scheduled else target.run}
-    content = _content_seen_here(target.config)
-    return arguments | ({"content": content} if content else {})
-
-
-def _sample_arguments(overrides: Sequence[str]) -> dict[str, Any]:
-    """The parameters of the sample pipeline, whose config is the registered one with `overrides`."""
-    root = override_value(overrides, "storage.root")
-    if root is None:
+def _require_readable_weights(config: Config) -> None:
+    """Otherwise the evaluation fails, after all of training."""
+    weights = config.evaluation.weights
+    if weights is not None and "://" not in weights and not Path(weights).is_absolute():
         raise UserError(
-            "storage.root",
-            "not set, and a registered model has no place for images",
-            hint="pass --set storage.root=s3://BUCKET/PREFIX",
+            "evaluation.weights",
+            "a file of this machine, which the tasks of a cluster cannot read",
+            hint="use https://..., s3://BUCKET/..., or the absolute path of a volume that every pod mounts",
+            value=weights,
         )
-    _require_shared_store(root)
-    return {"root": root, "overrides": list(overrides)}
 
 
-def _content_seen_here(config: Config) -> str | None:
-    """Fingerprint of the source's files as they are here, or None if they cannot be seen from here."""
-    root = config.data.root
-    if root is not None and not Path(root).expanduser().exists():
-        return None
-    return source_fingerprint(config.data)
+def _require_own_run(target: Target) -> None:
+    folder = run_folder(target.config, target.run)
+    try:
+        with limited(_LOOK_SECONDS):
+            owner = storage.read_text(folder.config)
+    except Exception:  # noqa: BLE001 - the store is out of reach, or the name is free; the first task checks again
+        return
+    require_owner(from_yaml(owner, origin=folder.config), target.config, target.run)

@@ -32,7 +32,7 @@ _STD = "_std"
 
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
-    """One or a few lines for the result of a single step."""
+    """The result of one step in a few lines."""
     lines = [f"{step}: {result_line(step, result)}", *(f"{key}: {value}" for key, value in _places(result))]
     if step == "tune":
         lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
@@ -40,7 +40,7 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
 
 
 def describe_suggestion(suggestion: NoiseSuggestion) -> str:
-    """YAML for a config, under comments that say what it rests on."""
+    """YAML for a config, under comments with the numbers that it comes from."""
     from ncsn.data.statistics import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
@@ -65,21 +65,21 @@ def describe_suggestion(suggestion: NoiseSuggestion) -> str:
 
 
 def describe_import(run: str, checkpoint: str, images_seen: int, num_images: int) -> str:
-    """Where the imported checkpoint lies and what can be done with it."""
-    going_on = f"ncsn train --run {run}, to train.num_images = {num_images:,}"
+    """The imported checkpoint, and the commands that use it."""
+    training = f"ncsn train --run {run}, to train.num_images = {num_images:,}"
     if num_images <= images_seen:
-        going_on = f"(nothing: train.num_images = {num_images:,} is reached; import with a larger one to go on)"
+        training = f"(done: train.num_images = {num_images:,} is reached; import with a larger one to continue)"
     lines = (
         f"checkpoint: {checkpoint}",
         f"seen:       {images_seen:,} images",
-        f"train:      {going_on}",
+        f"train:      {training}",
         f"sample:     ncsn sample --run {run}",
     )
     return "\n".join(lines)
 
 
 def describe_toy(result: Mapping[str, Any]) -> str:
-    """The two-dimensional experiments: where the samplers' points are, and where the learned score is right."""
+    """The two-dimensional experiments: the mode weights of each sampler, and the error of the learned score."""
     width = max(map(len, result["weights"]))
     return "\n".join(
         [
@@ -95,21 +95,13 @@ def describe_toy(result: Mapping[str, Any]) -> str:
 def print_summary(
     console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
 ) -> None:
-    """The whole run: its steps, its scores beside those of real images, where things are, what to do next.
-
-    Args:
-        console: Where to print.
-        folder: The run.
-        config: The experiment.
-        records: Step -> its stored result.
-        earlier: Steps whose work an earlier call did.
-    """
+    """Steps (an earlier call did those in `earlier`), scores next to real images, outputs, and the next commands."""
     console.print(_steps_table(records, earlier))
     console.print(_scores_table(records["evaluate"].result))
     for note in (note for record in records.values() for note in record.result.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
-    for name, value in _whereabouts(folder, config, records):
+    for name, value in _outputs(folder, config, records):
         console.print(f"[bold]{name:<8}[/] {value}", soft_wrap=True)
 
 
@@ -136,7 +128,7 @@ def _trials_table(result: Mapping[str, Any]) -> str:
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[bool, int, float]:
-    """Sound trials first, of these the furthest, of these the best."""
+    """Successful trials first, then the furthest, then the best."""
     return row["status"] == "failed", -row["images_seen"], row["objective"] if row["images_seen"] else row["trial"]
 
 
@@ -159,27 +151,27 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
     table = Table("score", box=SIMPLE_HEAD)
     for column in ("samples", "real images", "samples / real"):
         table.add_column(column, justify="right")
-    metrics = {_figure(name): value for name, value in evaluated["metrics"].items()}
-    real = {_figure(name): value for name, value in evaluated["real_metrics"].items()}
+    metrics = {_metric(name): value for name, value in evaluated["metrics"].items()}
+    real = {_metric(name): value for name, value in evaluated["real_metrics"].items()}
     for name, value in evaluated["metrics"].items():
-        figure = _figure(name)
-        beside = real.get(figure)
-        if beside is None or figure.endswith(_STD):
+        metric = _metric(name)
+        of_real = real.get(metric)
+        if of_real is None or metric.endswith(_STD):
             continue
-        ratio = f"{value / beside:.3g}" if value > 0 and beside > 0 else ""
-        table.add_row(name, _with_std(metrics, figure), _with_std(real, figure), ratio)
+        ratio = f"{value / of_real:.3g}" if value > 0 and of_real > 0 else ""
+        table.add_row(name, _with_std(metrics, metric), _with_std(real, metric), ratio)
     return table
 
 
-def _with_std(values: Mapping[str, float], figure: str) -> str:
-    std = values.get(figure + _STD)
-    return f"{values[figure]:.4g}" + ("" if std is None else f" ± {std:.2g}")
+def _with_std(values: Mapping[str, float], metric: str) -> str:
+    std = values.get(metric + _STD)
+    return f"{values[metric]:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
 
-def _figure(name: str) -> str:
+def _metric(name: str) -> str:
     """`eval/real_classifier_fid_n540` and `eval/classifier_fid_n512` -> `classifier_fid`."""
-    figure = name.removeprefix(_REAL) if name.startswith(_REAL) else name.removeprefix("eval/")
-    return figure.rpartition("_n")[0] or figure
+    metric = name.removeprefix(_REAL) if name.startswith(_REAL) else name.removeprefix("eval/")
+    return metric.rpartition("_n")[0] or metric
 
 
 def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -188,7 +180,7 @@ def _places(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, result[key]
 
 
-def _whereabouts(folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> Iterator[tuple[str, str]]:
+def _outputs(folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> Iterator[tuple[str, str]]:
     from ncsn.tracking.client import shown, tracking_uri
 
     yield "grid", records["sample"].result["grid"]
@@ -230,13 +222,10 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
-    kinds = [kind for model in section_models(section, name) if "kind" in model.model_fields for kind in _kinds(model)]
+    fields = [model.model_fields.get("kind") for model in section_models(section, name)]
+    kinds = [kind for field in fields if field is not None for kind in get_args(field.annotation)]
     others = [kind for kind in kinds if kind != getattr(value, "kind", None)]
-    return f" Other kinds, with settings of their own: {', '.join(others)}." if others else ""
-
-
-def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(model.model_fields["kind"].annotation)
+    return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -290,7 +279,7 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    """Each step's time and cost, then memory and storage."""
+    """Time and cost of each step, memory, storage and rates."""
     currency = plan["prices"]["currency"]
     table = _table(currency)
     for step, cost in plan["steps"].items():
@@ -327,18 +316,18 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
 
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
-    """What each step took, beside its plan."""
+    """Time and cost that each step took, next to its plan."""
     plan, actual = ledger["plan"], ledger["actual"]
     table = _table(ledger["prices"]["currency"])
     table.add_column("planned", justify="right")
     table.add_column("actual / planned", justify="right")
     for step, cost in actual["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *_costs(cost), *_beside(plan, step, cost["seconds"]))
+        table.add_row(step, duration(cost["seconds"]), *_costs(cost), *_planned(plan, step, cost["seconds"]))
     if actual["steps"]:
         table.add_row("[bold]all", f"[bold]{duration(actual['total']['seconds'])}", *_costs(actual["total"]), "", "")
         console.print(table)
     else:
-        console.print("no step of this run has been at work yet")
+        console.print("no step of this run has started yet")
 
 
 def _table(currency: str) -> Table:
@@ -352,7 +341,7 @@ def _costs(cost: Mapping[str, float]) -> list[str]:
     return [f"{cost[name]:,.3g}" for name in ("cpu_hours", "gpu_hours", "money", "kwh")]
 
 
-def _beside(plan: Mapping[str, Any] | None, step: str, seconds: float) -> list[str]:
+def _planned(plan: Mapping[str, Any] | None, step: str, seconds: float) -> list[str]:
     if plan is None or step not in plan["steps"]:
         return ["", ""]
     planned = plan["steps"][step]["seconds"]

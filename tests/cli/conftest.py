@@ -1,10 +1,17 @@
-"""A small experiment for the command line's tests."""
+"""A small experiment, the command in this process and in one of its own, and snapshots of what it prints."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from ncsn.cli import app
 
 TINY = """
 name: tiny
@@ -16,6 +23,7 @@ sampling: {{num_images: 8, sampler: {{kind: annealed_langevin, steps_per_level: 
 evaluation: {{num_splits: 2}}
 storage: {{root: {root}}}
 """
+SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
 @pytest.fixture
@@ -28,3 +36,49 @@ def config_file(tmp_path: Path, store: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(root=store))
     return path
+
+
+@pytest.fixture
+def run_in_process() -> Callable[..., Result]:
+    """`ncsn ARGUMENTS` in this process."""
+    return lambda *arguments, **variables: CliRunner(env=variables).invoke(app, [*arguments])
+
+
+@pytest.fixture
+def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ncsn ARGUMENTS` in another process."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ncsn", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
+
+    return run
+
+
+@pytest.fixture
+def require_mistake() -> Callable[..., None]:
+    """Exit code 2, nothing on stdout and one line `error: SUBJECT: ...`."""
+
+    def require(done: Result | subprocess.CompletedProcess[str], subject: str) -> None:
+        code = done.exit_code if isinstance(done, Result) else done.returncode
+        assert code == 2, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {subject}: ")
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+
+    return require
+
+
+@pytest.fixture
+def snapshot() -> Callable[[str, str], None]:
+    """Compares a text with a stored one; RENEW_SNAPSHOTS=1 stores it instead."""
+
+    def compare(name: str, text: str) -> None:
+        path = SNAPSHOTS / f"{name}.txt"
+        lines = "".join(f"{line.rstrip()}\n" for line in text.strip("\n").splitlines())
+        if os.environ.get("RENEW_SNAPSHOTS"):
+            path.write_text(lines)
+        assert lines == path.read_text(), f"{path.name}: RENEW_SNAPSHOTS=1 stores the new text"
+
+    return compare

@@ -1,101 +1,138 @@
-"""The real command in a real process."""
+"""The real command: what it prints, refuses and leaves behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock
 
-from ncsn.cli.target import resolve
-from ncsn.config import from_json
+from ncsn.cli.target import Experiment
+from ncsn.config import from_json, from_yaml
+from ncsn.core.noise_schedule import variance_ratio
+from ncsn.runs.folder import claim_run
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
 
-def ncsn(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ncsn", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | (env or {}),
-    )
-
-
-def test_a_step_prints_its_result_and_the_second_call_finds_it(config_file: Path, store: Path) -> None:
-    first = ncsn("ingest", "--config", str(config_file), "--json")
+def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
+    first = run_command("ingest", "--config", str(config_file), "--json")
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
     assert result["counts"] == {"train": 64, "test": 64}
     assert Path(result["uri"], "manifest.json").is_file()
-    run = resolve(str(config_file)).run
-    record = store / "runs" / run / "steps" / "ingest" / "result.json"
-    written = record.stat().st_mtime_ns
+    run = Experiment(str(config_file)).resolve().run
+    folder = store / "runs" / run / "steps" / "ingest"
+    written = (folder / "result.json").stat().st_mtime_ns
 
-    second = ncsn("ingest", "--run", run, "--set", f"storage.root={store}")
+    second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
     assert second.stdout == f"ingest: 64 train + 64 test images, digest {result['digest'][:12]}\nuri: {result['uri']}\n"
-    assert record.stat().st_mtime_ns == written
+    assert (folder / "result.json").stat().st_mtime_ns == written
+
+    account = json.loads(run_command("plan", "--config", str(config_file), "--actual", "--json").stdout)
+    spent = json.loads((folder / "spent.json").read_text())["seconds"]
+    assert account["actual"]["steps"]["ingest"]["seconds"] == spent > 0
+    assert account["plan"] is None
 
 
-def test_show_config_as_json_is_the_canonical_form(config_file: Path) -> None:
-    shown = ncsn("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
-    assert from_json(shown.stdout) == resolve(str(config_file), overrides=["noise.num_levels=7"]).config
+def test_show_config_as_json_is_the_canonical_form(run_command, config_file: Path) -> None:
+    shown = run_command("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
+    assert from_json(shown.stdout) == Experiment(str(config_file), ("noise.num_levels=7",)).resolve().config
 
 
 @pytest.mark.parametrize(
     ("args", "subject"),
     [
-        (["--set", "noise.num_level=5"], "noise.num_level: "),
-        (["--set", "noise.sigma_1=0.001"], "noise.sigma_1 = 0.001: "),
-        (["--set", "compute.num_workers=17"], "train.batch_size = 16: "),
-        (["--set", "nonsense"], "--set 'nonsense': "),
-        (["--run", "Not Valid"], "--run 'Not Valid': "),
-        (["--set", "data.source=fashion_mnist", "--set", "data.root=/no/such/folder"], "/no/such/folder"),
+        (["ingest", "--set", "noise.num_level=5"], "CONFIG: noise.num_level"),
+        (["ingest", "--set", "noise.sigma_1=0.001"], "CONFIG: noise.sigma_1 = 0.001"),
+        (["ingest", "--set", "compute.num_workers=17"], "CONFIG: train.batch_size = 16"),
+        (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
+        (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
+        (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
+        (["figures", "--run", "mine", "--nfe", "10,few"], "--nfe '10,few'"),
+        (["figures", "--run", "mine"], "--checkpoint"),
+        (["import-checkpoint", "CONFIG"], "--dataset"),
+        (["suggest-noise", "--data", "/d"], "--config"),
+        (["plan", "--prices", "CONFIG"], "CONFIG"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(config_file: Path, store: Path, args: list[str], subject: str) -> None:
-    done = ncsn("ingest", "--config", str(config_file), *args)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2
-    assert len(errors) == 1
-    assert subject in errors[0]
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run_in_process, require_mistake, config_file: Path, store: Path, args: list[str], subject: str
+) -> None:
+    name, *options = (arg.replace("CONFIG", str(config_file)) for arg in args)
+    done = run_in_process(name, "--config", str(config_file), *options)
+    require_mistake(done, subject.replace("CONFIG", str(config_file)))
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "subject"),
+    [
+        (["ingest", "--set", "data.source=fashion_mnist", "--set", "data.root=/no/folder"], "data.root = '/no/folder'"),
+        (["train", "--dataset", "x", "--inject", "kill@images=3"], "--inject 'kill@images=3'"),
+    ],
+)
+def test_a_mistake_that_the_step_finds(
+    run_command, require_mistake, config_file: Path, store: Path, args: list[str], subject: str
+) -> None:
+    require_mistake(run_command(*args, "--config", str(config_file), "--run", "mine"), subject)
     assert not (store / "datasets").exists()
+    assert args[0] == "ingest" or not (store / "runs" / "mine" / "config.yaml").exists()
 
 
-def test_a_run_name_belongs_to_one_experiment(config_file: Path) -> None:
-    assert ncsn("ingest", "--config", str(config_file), "--run", "mine").returncode == 0
-    other = ncsn("run", "--config", str(config_file), "--run", "mine", "--set", "seed=5")
-    assert other.returncode == 2
-    assert "error: --run 'mine': " in other.stderr
-    assert "seed" in other.stderr
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["toy", "--seed", "-1"],
+        ["sample", "--out", "folder"],
+        ["sample", "--model", "digits/1", "--checkpoint", "folder"],
+        ["sample", "--model", "digits/1", "--inject", "store-down@images=3:1s"],
+        ["sample", "--model", "digits/1", "--score"],
+        ["sample", "--model", "digits/1", "--backend", "local"],
+        ["export", "--model", "digits/1", "--checkpoint", "folder", "--out", "file"],
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[str]) -> None:
+    done = run_in_process(*args)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ")
 
 
-def test_one_run_is_not_trained_twice_at_once(config_file: Path, store: Path) -> None:
+def test_a_run_name_belongs_to_one_experiment(run_in_process, require_mistake, config_file: Path) -> None:
+    mine = Experiment(str(config_file), (), "mine").resolve()
+    claim_run(mine.config, mine.run)
+    done = run_in_process("run", "--config", str(config_file), "--run", "mine", "--set", "seed=5")
+    require_mistake(done, "--run 'mine'")
+    assert "seed" in done.stderr
+
+
+def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, config_file: Path, store: Path) -> None:
     folder = store / "runs" / "mine"
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
-        done = ncsn("run", "--config", str(config_file), "--run", "mine")
-    assert done.returncode == 2
-    assert "error: --run 'mine': " in done.stderr
+        require_mistake(run_command("run", "--config", str(config_file), "--run", "mine"), "--run 'mine'")
 
 
-def test_a_remote_store_without_a_tracking_server_is_refused_at_once(config_file: Path) -> None:
-    done = ncsn("run", "--config", str(config_file), "--set", "storage.root=s3://bucket/prefix")
-    assert done.returncode == 2
-    assert "error: tracking.uri: " in done.stderr
+def test_a_suggestion_is_yaml_that_a_config_takes(run_in_process) -> None:
+    done = run_in_process("suggest-noise", "--config", str(DIGITS), "--sigma-L", "0.03")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^# images +1,258, all$", done.output, flags=re.MULTILINE)
+    sections = yaml.safe_load(done.output)
+    config = from_yaml(yaml.safe_dump(yaml.safe_load(DIGITS.read_text()) | {"noise": sections["noise"]}))
+    assert config.levels.sigma_1 == pytest.approx(4.8, abs=0.2) and config.levels.sigma_L == 0.03
+    ratio = (config.levels.sigma_1 / 0.03) ** (1 / (config.levels.num_levels - 1))
+    epsilon = sections["sampling"]["sampler"]["epsilon"]
+    assert variance_ratio(epsilon, sigma_L=0.03, ratio=ratio, steps_per_level=5) < 1.25
 
 
-def test_a_fault_that_there_is_not_is_one_line_and_claims_no_run(config_file: Path, store: Path) -> None:
-    done = ncsn("train", "--config", str(config_file), "--run", "mine", "--dataset", "x", "--inject", "kill@images=3")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: --inject 'kill@images=3': ")
-    assert not (store / "runs" / "mine" / "config.yaml").exists()
-    done = ncsn("sample", "--model", "models:/m/1", "--inject", "store-down@images=3:1s")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--inject" in done.stderr
+def test_mirrored_images_are_as_far_apart_or_farther(run_in_process) -> None:
+    def suggest(*options: str) -> dict[str, float]:
+        return json.loads(run_in_process("suggest-noise", "--config", str(DIGITS), "--json", *options).output)
+
+    plain, mirrored = suggest(), suggest("--mirrored")
+    assert mirrored["sigma_1"] > plain["sigma_1"]
+    assert mirrored == suggest("--set", "data.horizontal_flip=true")

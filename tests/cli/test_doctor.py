@@ -83,12 +83,3 @@ def test_another_python_than_the_image(config_file: Path, tmp_path: Path, monkey
     assert done.exit_code == 1
     assert findings["image"]["detail"].startswith("NCSN_IMAGE: ")
     assert "Ray 1.0.0 on Python 3.8" in findings["image"]["detail"]
-
-
-def test_for_people_it_is_a_table(config_file: Path) -> None:
-    done = CliRunner().invoke(app, ["doctor", "--config", str(config_file), "--set", "tracking.uri=nonsense"])
-    assert done.exit_code == 1
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("store         ok              ")
-    assert lines[1].startswith("mlflow        failed          tracking.uri = 'nonsense': ")
-    assert lines[2].split() == ["fix:", "export", "MLFLOW_TRACKING_URI=http://HOST:PORT"]

@@ -1,4 +1,4 @@
-"""Every error is one line and a code."""
+"""Every error is one line and an exit code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import Problem
 
+SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)\n"
+
 
 def disk_full() -> OSError:
     with pytest.raises(OSError, match="No space left") as caught:
@@ -20,6 +22,9 @@ def disk_full() -> OSError:
 
 def step_failed(reason: str, *, mistake: bool = False) -> StepFailed:
     return StepFailed("train", [Problem("", reason)], kind="", mistake=mistake, log=Path("/p.log"))
+
+
+NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
 
 
 @pytest.mark.parametrize(
@@ -33,11 +38,7 @@ def step_failed(reason: str, *, mistake: bool = False) -> StepFailed:
         (TimeoutError(), 1, ("TimeoutError",)),
         (step_failed("lost"), 1, ("step train: lost",)),
         (step_failed("no folder", mistake=True), 2, ("step train: no folder",)),
-        (
-            step_failed("OSError: [Errno 28] No space left on device: '/x'"),
-            1,
-            ("disk full: step train: OSError: [Errno 28] No space left on device: '/x'",),
-        ),
+        (step_failed(NO_SPACE), 1, (f"disk full: step train: {NO_SPACE}",)),
     ],
 )
 def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
@@ -45,7 +46,7 @@ def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> 
     assert (failure.code, failure.lines) == (code, lines)
 
 
-def test_a_full_disk_is_called_so() -> None:
+def test_a_full_disk_is_named() -> None:
     failure = describe(disk_full())
     assert failure.code == 1
     assert failure.lines[0].startswith("disk full: ")
@@ -62,12 +63,8 @@ def command_that_raises(error: BaseException) -> click.Command:
     ("error", "code", "text"),
     [
         (ValueError("bad value"), 2, "error: bad value\n"),
-        (RuntimeError("broke"), 1, "error: RuntimeError: broke\n(--traceback or NCSN_TRACEBACK=1 shows where)\n"),
-        (
-            step_failed("x"),
-            1,
-            "error: step train: x\n(/p.log says more)\n",
-        ),
+        (RuntimeError("broke"), 1, f"error: RuntimeError: broke\n{SHOWS_WHERE}"),
+        (step_failed("x"), 1, "error: step train: x\n(/p.log says more)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -77,7 +74,7 @@ def test_a_command_prints_no_traceback(error: BaseException, code: int, text: st
 
 
 @pytest.mark.parametrize(("args", "env"), [(["--traceback"], {}), ([], {"NCSN_TRACEBACK": "1"})])
-def test_the_traceback_can_be_had(args: list[str], env: dict[str, str]) -> None:
+def test_the_traceback_on_request(args: list[str], env: dict[str, str]) -> None:
     result = CliRunner().invoke(command_that_raises(ValueError("bad value")), args, env=env)
     assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.stderr

@@ -1,0 +1,73 @@
+"""The command line of each step: its summary, and where its inputs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OWN = "own"
+"""Instead of a URI: the run's own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The field of an earlier step's result that an input comes from if no option names it."""
+
+    step: str
+    field: str
+    what: str
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The command line of one step."""
+
+    summary: str
+    inputs: Mapping[str, Source] = field(default_factory=dict)
+    on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if an option of that name is given
+    leased: bool = False  # may run on another machine, under its launcher's lease
+    faults: bool = False  # takes --inject
+
+
+_DATASET = Source("ingest", "uri", "ingested dataset")
+_CHECKPOINT = Source("train", "checkpoint", "checkpoint")
+_SAMPLES = Source("sample", "uri", "folder of samples")
+
+CATALOGUE: Mapping[str, StepInfo] = {
+    "ingest": StepInfo("Read the images into the store, once."),
+    "tune": StepInfo(
+        "Search for better settings, if the config has a search.", inputs={"dataset": _DATASET}, leased=True
+    ),
+    "train": StepInfo("Train the score network, or resume it.", inputs={"dataset": _DATASET}, leased=True, faults=True),
+    "sample": StepInfo(
+        "Generate images with the configured sampler.",
+        inputs={"checkpoint": _CHECKPOINT},
+        on_demand={"score": _DATASET},
+        leased=True,
+        faults=True,
+    ),
+    "evaluate": StepInfo(
+        "Measure the samples, next to real images.", inputs={"samples": _SAMPLES, "dataset": _DATASET}, leased=True
+    ),
+    "register": StepInfo(
+        "Put the model into MLflow's registry.",
+        inputs={
+            "checkpoint": _CHECKPOINT,
+            "evaluation": Source("evaluate", "uri", "evaluation that decides about the alias champion"),
+        },
+    ),
+    "report": StepInfo(
+        "Write one HTML page about the run.",
+        inputs={"evaluation": Source("evaluate", "uri", "evaluation to report on")},
+    ),
+}
+"""The steps of the pipeline, in its order."""
+
+STEP_INFO: Mapping[str, StepInfo] = {
+    **CATALOGUE,
+    "figures": StepInfo(
+        "Draw a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
+        inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
+    ),
+}
+"""The same with what works like a step on a finished run."""

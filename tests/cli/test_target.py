@@ -1,0 +1,152 @@
+"""Which config, run and inputs the options name, and when a run counts as done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from refused import refused
+
+from ncsn import storage
+from ncsn.cli.catalogue import CATALOGUE
+from ncsn.cli.execute import complete_records, mark_complete
+from ncsn.cli.target import Experiment, default_run, find_inputs
+from ncsn.config import Config, from_yaml
+from ncsn.errors import ConfigError, NotFound, Problem
+from ncsn.runs.folder import RUN_PATTERN, STEPS, RunFolder, claim_run
+from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, read_results
+
+
+@pytest.fixture
+def config(config_file: Path) -> Config:
+    return Experiment(str(config_file)).resolve().config
+
+
+@pytest.fixture
+def folder(config: Config) -> RunFolder:
+    return claim_run(config, "mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("seed=0", True),
+        ("train.num_images=320", False),
+        ("seed=1", False),
+        ("data.max_images=32", False),
+        ("sampling.num_images=9", True),
+        ("evaluation.num_splits=2", True),
+        ("compute.num_workers=2", True),
+        ("storage.root=/elsewhere", True),
+    ],
+)
+def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path, override: str, same: bool) -> None:
+    run = Experiment(str(config_file)).resolve().run
+    assert run.startswith("tiny-")
+    assert (Experiment(str(config_file), (override,)).resolve().run == run) is same
+
+
+def test_the_longest_experiment_name_makes_a_valid_run_name(config_file: Path) -> None:
+    config = from_yaml(config_file.read_text(), overrides=[f"name={'n' * 40}"])
+    assert RUN_PATTERN.fullmatch(default_run(config))
+
+
+def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
+    claimed = Experiment(str(config_file), ("seed=7",), "mine").resolve()
+    claim_run(claimed.config, claimed.run)
+    found = Experiment(None, (f"storage.root={store}", "sampling.num_images=9"), "mine").resolve()
+    assert (found.run, found.config.seed, found.config.sampling.num_images) == ("mine", 7, 9)
+
+
+def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
+    own = Experiment(str(config_file)).resolve().run
+    for folder, run in ((store / "runs" / "mine" / "checkpoints", "mine"), (tmp_path / "a" / "checkpoints", own)):
+        checkpoint = folder / "images-000000160"
+        storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
+        found = Experiment().resolve(checkpoint=str(checkpoint))
+        assert (found.run, found.config.name) == (run, "tiny")
+
+
+def test_a_config_that_is_not_there(config_file: Path, store: Path, tmp_path: Path) -> None:
+    with refused("--config"):
+        Experiment().resolve()
+    with refused("--run", error=NotFound) as caught:
+        Experiment(None, (f"storage.root={store}",), "gone").resolve()
+    assert f"{store}/runs/gone/config.yaml" in str(caught.value)
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
+    for path, error in (
+        (tmp_path / "absent.yaml", NotFound),
+        (tmp_path, ConfigError),
+        (tmp_path / "image.yaml", ConfigError),
+    ):
+        with refused(str(path), error=error):
+            Experiment(str(path)).resolve()
+
+
+def test_any_run_of_a_store(config: Config, store: Path) -> None:
+    anything = Experiment(None, (f"storage.root={store}",))
+    with refused("storage.root", error=NotFound):
+        anything.resolve_any()
+    claim_run(config, "mine")
+    assert anything.resolve_any().run == "mine"
+
+
+def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
+    record = {"step": step, "inputs": {}, "result": result, "seconds": 1.5, "finished_at": at}
+    storage.write_text(folder.step(step, "result.json"), json.dumps(record))
+
+
+def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> None:
+    store_result(folder, "ingest", {"uri": "/data/set"})
+    store_result(folder, "sample", {"uri": "/samples"})
+    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None})
+    assert found == {"samples": "/other", "dataset": "/data/set"}
+    with refused("--checkpoint") as caught:
+        find_inputs(folder, "sample", {"checkpoint": None})
+    assert "`ncsn train`" in caught.value.problems[0].hint
+
+
+def test_the_catalogue_follows_the_pipeline() -> None:
+    assert tuple(step for step in CATALOGUE if step != "tune") == STEPS
+
+
+def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:
+    output = storage.join(folder.uri, "data")
+    storage.write_text(output, "x")
+    for step in STEPS:
+        store_result(folder, step, {"uri": output if step == "ingest" else "models:/m/1"})
+    assert complete_records(folder, config) is None
+    marked = mark_complete(folder, config)
+    assert complete_records(folder, config) == marked
+    assert list(marked) == list(STEPS)
+
+    other = from_yaml(storage.read_text(folder.config), overrides=["sampling.num_images=9"])
+    assert complete_records(folder, other) is None
+
+    store_result(folder, "sample", {"uri": "elsewhere"}, at="2026-01-02")
+    assert complete_records(folder, config) is None
+
+    mark_complete(folder, config)
+    assert complete_records(folder, config) is not None
+    Path(output).unlink()
+    assert complete_records(folder, config) is None
+
+
+def test_earlier_attempts_are_forgotten_and_results_kept(folder: RunFolder) -> None:
+    store_result(folder, "ingest", {"uri": "x"})
+    problem = Problem("data.root", "no folder", value="/x")
+    error = {"type": "NotFound", "user": True, "message": str(problem), "problems": [problem.to_json()]}
+    storage.write_text(folder.step("train", "error.json"), json.dumps(error))
+    storage.write_text(folder.step("train", "progress.json"), json.dumps({"done": 1, "total": 2, "unit": "images"}))
+    assert read_error(folder, "train") == StepError("NotFound", str(problem), mistake=True, problems=(problem,))
+    forget_attempts(folder)
+    assert read_error(folder, "train") is None
+    assert read_progress(folder, "train") is None
+    assert list(read_results(folder)) == ["ingest"]
+
+
+@pytest.mark.parametrize("damaged", ["", '{"done": 1, "to'])
+def test_progress_that_does_not_parse_is_skipped(folder: RunFolder, damaged: str) -> None:
+    storage.write_text(folder.step("train", "progress.json"), damaged)
+    assert read_progress(folder, "train") is None
