@@ -1,4 +1,4 @@
-"""Rehearsed failures without Ray: how they are written, that they are real, strike once, and change no result."""
+"""Fault injection without Ray: how faults are written, that they are real, happen once, and change no result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from local_training import train_locally
+from local_training import assert_same_tensors, train_locally
 from refused import refused
-from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
@@ -60,7 +59,7 @@ def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, form: str
     assert form in str(problem)
 
 
-def test_a_rehearsal_that_could_not_happen_is_refused() -> None:
+def test_faults_that_cannot_happen_are_refused() -> None:
     assert parse_faults([], step="train", run_uri="/run").faults == ()
     with refused("--inject"):
         parse_faults(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
@@ -85,10 +84,7 @@ def run(folder: Path, config: Config, dataset: str, *inject: str) -> TrainOutcom
 
 def assert_same(one: Path, other: Path) -> None:
     """Weights, EMA, optimizer and curves are equal to the last bit."""
-    for name in ("weights", "ema", "optimizer"):
-        left, right = (load_file(folder / "checkpoints" / LAST / f"{name}.safetensors") for folder in (one, other))
-        assert left.keys() == right.keys()
-        assert all(left[key].equal(right[key]) for key in left)
+    assert_same_tensors(one / "checkpoints" / LAST, other / "checkpoints" / LAST)
     assert curves(one) == curves(other)
 
 
@@ -171,7 +167,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
     assert made == (whole / "checkpoints" / LAST / "ema.safetensors").read_bytes()
 
 
-def test_servers_are_away_for_whom_the_rehearsal_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outages_are_shared_by_the_processes_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
     faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
     retry.simulate_outage("tracking")

@@ -1,4 +1,4 @@
-"""However many workers share a batch, evenly or not, training takes the same course."""
+"""Several workers average over gloo: the course of training does not depend on their number."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from gloo_workers import work
+from gloo_workers import resume_from_a_torn_copy, work
 from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
+from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.records import load_history
 from ncsn.training.loop import TrainingJob
 
@@ -37,3 +38,14 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
         np.testing.assert_allclose(many.level_losses(4), one.level_losses(4), rtol=1e-4)
         ema = load_file(folder / "checkpoints" / "images-000000160" / "ema.safetensors")
         assert all(torch.allclose(ema[key], last[key], rtol=1e-4, atol=1e-5) for key in last), workers
+
+
+@pytest.mark.slow
+def test_a_copy_that_is_torn_on_one_worker_ends_all(tiny: str, dataset: str, tmp_path: Path) -> None:
+    """None waits for a worker that has ended, and what is whole in the store stays there."""
+    job = TrainingJob(config=from_yaml(tiny), dataset=dataset)
+    train_locally(TrainingJob(config=job.config, dataset=dataset, stop_at=80), tmp_path / "checkpoints")
+    torch.multiprocessing.spawn(resume_from_a_torn_copy, (2, job, str(tmp_path)), nprocs=2)
+    found = {file.name: file.read_text() for file in tmp_path.glob("mistake-*")}
+    assert found == dict.fromkeys(("mistake-0", "mistake-1"), "weights.safetensors differs from its checksum")
+    assert CheckpointStore(str(tmp_path / "checkpoints")).newest() == "images-000000080"

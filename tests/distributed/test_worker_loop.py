@@ -1,8 +1,9 @@
-"""The training loop without Ray: determinism, resume, divergence, and what it reports."""
+"""The training loop without Ray: determinism, resume, divergence, and its reports."""
 
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from local_training import train_locally
+from local_training import assert_same_tensors, tensors, train_locally
 from PIL import Image
 from refused import refused
-from safetensors.torch import load_file
 
+from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.storage import heartbeat
+from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training import metrics as previews
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext
@@ -49,12 +52,7 @@ class Recorder:
 def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
     outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder)
-    last = folder / outcome.checkpoint
-    return {
-        f"{name}:{key}": tensor
-        for name in ("weights", "ema", "optimizer")
-        for key, tensor in load_file(last / f"{name}.safetensors").items()
-    }
+    return tensors(folder / outcome.checkpoint)
 
 
 @pytest.mark.oracle(22)
@@ -211,11 +209,7 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
     def half(folder: Path, overrides: list[str], stop_at: int | None) -> dict[str, torch.Tensor]:
         job = TrainingJob(config=from_yaml(tiny, overrides=overrides), dataset=dataset, stop_at=stop_at)
         name = train_locally(job, folder).checkpoint
-        return {
-            f"{file}:{key}": tensor
-            for file in ("weights", "ema", "optimizer")
-            for key, tensor in load_file(folder / name / f"{file}.safetensors").items()
-        }
+        return tensors(folder / name)
 
     plain = [override for override in switches if not override.startswith("compute")]
     whole = half(tmp_path / "plain", plain, None)
@@ -334,11 +328,7 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
     ) -> dict[str, torch.Tensor]:
         job = TrainingJob(config=config, dataset=dataset, history=str(folder / "history.json"))
         last = folder / train_loop(job, context, store(str(folder))).checkpoint
-        return {
-            f"{name}:{key}": tensor
-            for name in ("weights", "ema", "optimizer")
-            for key, tensor in load_file(last / f"{name}.safetensors").items()
-        }
+        return tensors(last)
 
     whole = run(tmp_path / "whole", LocalContext())
     with pytest.raises(KeyboardInterrupt):
@@ -364,3 +354,37 @@ def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently() -> None
     timer = StepTimer(Two(), seconds=4.0)
     due = [step for step in range(1, 40) if timer.due()]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
+
+
+def test_rung_by_rung_is_the_same_as_in_one_go(tiny: str, dataset: str, tmp_path: Path, s3_root: str) -> None:
+    """Also where the learning rate falls toward the end: a rung does not shorten its schedule."""
+    config = from_yaml(tiny, overrides=["train.checkpoint_every_images=1000"])
+    train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "whole")
+    for root in (str(tmp_path / "rungs"), s3_root):
+        names = []
+        for stop_at in (40, 80, None):
+            job = TrainingJob(config=config, dataset=dataset, stop_at=stop_at)
+            names.append(train_locally(job, storage.join(root, "trial")).checkpoint)
+        # 40 is no multiple of the batch size of 16.
+        assert names == ["images-000000048", "images-000000080", "images-000000160"]
+        assert storage.list_names(storage.join(root, "trial")) == names
+        assert_same_tensors(tmp_path / "whole" / names[-1], storage.join(root, "trial", names[-1]))
+
+
+def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.01)
+    config = from_yaml(tiny)
+    beat = tmp_path / "lease.json"
+    beat.write_text("the last beat")
+    lease = Lease(str(beat), check_seconds=0)
+    assert not lease.expired()
+    time.sleep(0.05)
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(LeaseExpired):
+        train_locally(TrainingJob(config=config, dataset=dataset, lease=lease), checkpoints)
+    assert [path.name for path in checkpoints.iterdir()] == ["images-000000032"]
+
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset), checkpoints)
+    assert outcome.images_seen == 160, "the next attempt goes on from there"
