@@ -1,4 +1,4 @@
-"""Everything that runs on Ray. The only package that imports it."""
+"""Work on Ray: clusters, tasks, training, searches."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 
 def _prepare_environment() -> None:
-    """Settings that Ray reads when it is imported, for a cluster that this process may start.
-
-    Listening on loopback only has no other switch, and that clients show a token is decided then too. Variables that
-    stand already are the user's and stay.
-    """
+    """Settings that Ray reads when it is imported, for a cluster that this process may start; the user's come first."""
+    # There is no other switch for loopback only and for clients that show a token.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+
+# Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 if "ray" not in sys.modules:
     if "RAY_ADDRESS" not in os.environ:

@@ -1,4 +1,4 @@
-"""A Ray cluster for this process and its children: one that is there already, or one of its own."""
+"""A Ray cluster for this process and its children: join one, or start one on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
-import torch
 from ray.job_config import JobConfig
 
 from ncsn.config import Config
@@ -22,7 +21,7 @@ from ncsn.storage import retry
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0
-"""For so long nodes of a cluster that somebody else started may still join it."""
+"""How long nodes may still join a cluster that another process started."""
 
 _OWN = "NCSN_OWN_RAY"
 _POLL_SECONDS = 1.0
@@ -31,37 +30,38 @@ _logger = logging.getLogger(__name__)
 
 
 class TooFewResources(RuntimeError):
-    """A cluster that somebody else started lacks what the config asks for. Another attempt may find more."""
+    """A cluster that another process started lacks what the config asks for. Another attempt may find more."""
 
 
 @contextmanager
 def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
-    An own cluster listens on loopback only, has the dashboard on and asks for a token. Its address stands in the
+    A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
     Args:
-        config: The experiment; an own cluster is as large as it asks for.
+        config: The experiment; it decides the size of a cluster that is started.
         metadata: What Ray's pages show of this process's job.
 
     Yields:
         The address of the cluster.
 
     Raises:
-        ConnectionError: if RAY_ADDRESS is set and no cluster answers there.
-        RuntimeError: if an own cluster would listen beyond loopback.
+        ConnectionError: RAY_ADDRESS is set and no cluster answers there.
+        RuntimeError: A started cluster would listen beyond loopback.
     """
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
+        inherited = retry.outage_environment()
         with _own_sigterm():
             ray.init(
                 address=address,
-                job_config=_job(metadata),
+                job_config=JobConfig(metadata=dict(metadata or {})),
                 logging_level=logging.WARNING,
-                runtime_env=_environment(),
+                runtime_env={"env_vars": inherited} if inherited else None,
             )
         try:
             yield address
@@ -82,7 +82,7 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
 def cluster_for(
     config: Config, *, tasks: int, join: bool = True, metadata: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """A cluster for so many tasks, or none for a single one where none is at hand: it would take longer to start.
+    """A cluster for this many tasks, or none for a single one: starting Ray takes longer than a small task.
 
     Args:
         config: As for `ray_cluster`.
@@ -91,15 +91,16 @@ def cluster_for(
         metadata: As for `ray_cluster`.
 
     Raises:
-        ConnectionError: as `ray_cluster`.
-        RuntimeError: as `ray_cluster`, and as `require_resources`.
-        UserError: if this machine has not what the config asks for.
+        ConnectionError, RuntimeError, UserError: As `ray_cluster` and `require_resources`.
     """
     if tasks <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
-        if config.compute.use_gpu and not torch.cuda.is_available():
-            raise UserError(
-                "compute.use_gpu", "this machine has no GPU that torch can use", hint="set it to false", value=True
-            )
+        if config.compute.use_gpu:
+            import torch  # takes seconds, which `ncsn run` need not wait for
+
+            if not torch.cuda.is_available():
+                raise UserError(
+                    "compute.use_gpu", "this machine has no GPU that torch can use", hint="set it to false", value=True
+                )
         yield
         return
     with ray_cluster(config, metadata=metadata):
@@ -108,14 +109,8 @@ def cluster_for(
 
 
 def on_this_machine() -> bool:
-    """Whether a cluster that would be joined, or started, is one of this machine alone."""
+    """Whether the cluster that would be joined or started is this machine alone."""
     return (os.environ.get("RAY_ADDRESS") or LOOPBACK).startswith(LOOPBACK)
-
-
-def _environment() -> dict[str, dict[str, str]] | None:
-    """What the processes of a joined cluster are to share with this one."""
-    inherited = retry.outage_environment()
-    return {"env_vars": inherited} if inherited else None
 
 
 @contextmanager
@@ -127,17 +122,13 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _job(metadata: Mapping[str, str] | None) -> JobConfig:
-    return JobConfig(metadata=dict(metadata or {}))
-
-
 def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        # A token made for this process spares a file in the home folder. A cluster that is elsewhere has its own.
+        # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(
-        address="local",  # without, Ray would join a cluster that somebody else started on this machine
-        job_config=_job(metadata),
+        address="local",  # without, Ray would join a cluster that another process started on this machine
+        job_config=JobConfig(metadata=dict(metadata or {})),
         num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
         include_dashboard=True,
         dashboard_host=LOOPBACK,
@@ -154,44 +145,37 @@ def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
 
 
 def ray_tags() -> dict[str, str]:
-    """What names the work in Ray's dashboard and logs; nothing where it has no cluster."""
+    """Names of this work in Ray's dashboard and logs; empty without a cluster."""
     if not ray.is_initialized():
         return {}
     context = ray.get_runtime_context()
     tags = {"ray.job_id": context.get_job_id(), "ray.session": context.get_session_name()}
-    # Asked again, `init` only says what this process is connected to.
+    # A second `init` only returns what this process is connected to.
     if dashboard := ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url:
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
-    return tags | _submitted_job()
-
-
-def _submitted_job() -> dict[str, str]:
-    """How the Jobs API knows this process; empty if it was not submitted there."""
-    metadata = job_metadata()
+    metadata = job_metadata()  # of the Jobs API; empty if the process was not submitted there
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}
-    return {tag: metadata[name] for tag, name in names.items() if name in metadata}
+    return tags | {tag: metadata[name] for tag, name in names.items() if name in metadata}
 
 
 def cluster_memory() -> float:
-    """Bytes of memory that the connected cluster's machines offer to Ray's processes and its object store."""
+    """Bytes that the connected cluster has for Ray's processes and its object store."""
     have = ray.cluster_resources()
     return float(have.get("memory", 0.0)) + float(have.get("object_store_memory", 0.0))
 
 
 def require_resources(config: Config) -> None:
-    """Refuse work that the cluster can never start, instead of waiting for ever.
-
-    In a cluster that somebody else started, nodes may be about to join: on Kubernetes the driver is started again as
-    soon as a lost head is replaced, half a minute before the workers are back.
+    """Refuse work that the cluster can never start, instead of waiting forever.
 
     Raises:
-        UserError: if this machine is too small.
-        TooFewResources: if another cluster stays too small for `JOIN_SECONDS`.
+        UserError: This machine is too small.
+        TooFewResources: Another cluster stays too small for `JOIN_SECONDS`.
     """
     if autoscales() or (lack := _lack(config)) is None:
         return
     if os.environ.get(_OWN) == ray.get_runtime_context().gcs_address:
         raise lack
+    # On Kubernetes the driver restarts as soon as a lost head is replaced, half a minute before the workers are back.
     _logger.warning("%s; waiting %d s for more nodes", lack, JOIN_SECONDS)
     ends = time.monotonic() + JOIN_SECONDS
     while lack := _lack(config):
@@ -220,5 +204,5 @@ def _cpus_needed(config: Config) -> int:
 
 
 def autoscales() -> bool:
-    """KubeRay's autoscaler announces itself to the head and its workers by this variable."""
+    """Whether KubeRay's autoscaler adds nodes; it sets this variable on the head and its workers."""
     return os.environ.get("RAY_ENABLE_AUTOSCALER_V2") is not None
