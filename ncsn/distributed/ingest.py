@@ -8,10 +8,8 @@ tasks write later ones: digest, statistics and sample are those of one pass over
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
@@ -21,6 +19,7 @@ from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, loa
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.source import BadImages, Source, Split, image_shape
 from ncsn.data.statistics import SHAPING, Dataset, Progress, publish_dataset, summarize
+from ncsn.distributed.tasks import run_tasks
 
 # One running and one waiting per core, so that the queue of a million images stays small.
 TASKS_PER_CPU = 2
@@ -122,37 +121,21 @@ def _written_blocks(
 def _written_parts(images: Split, staging: str, split: str, *, data: DataConfig) -> Iterator[str]:
     """Paths of the parts in their order, each as soon as it is in the store."""
     folder = staging.rpartition("/")[0]
-    present = set(storage.list_names(storage.join(staging, split)))
+    starts = {part_name(split, number): first for number, first in enumerate(range(0, len(images), data.rows_per_part))}
+    there = set(storage.list_names(storage.join(staging, split)))
+    missing = {path: first for path, first in starts.items() if path.rpartition("/")[2] not in there}
+    tasks = (
+        _Task(images.section(first, first + data.rows_per_part), storage.join(staging, path), folder, data)
+        for path, first in missing.items()
+    )
     most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting: deque[tuple[str, Any]] = deque()
-    try:
-        for number, first in enumerate(range(0, len(images), data.rows_per_part)):
-            path = part_name(split, number)
-            task = None
-            if path.rpartition("/")[2] not in present:
-                section = images.section(first, first + data.rows_per_part)
-                task = _write_part.remote(_Task(section, storage.join(staging, path), folder, data))
-            waiting.append((path, task))
-            if len(waiting) >= most:
-                yield _settled(*waiting.popleft())
-        while waiting:
-            yield _settled(*waiting.popleft())
-    finally:
-        for _, task in waiting:
-            if task is not None:
-                ray.cancel(task)
+    made = run_tasks(_write_part, tasks, cpus=1, in_flight=most, ordered=True)
+    for path in starts:
+        if path in missing:
+            next(made)
+        yield path
 
 
-def _settled(path: str, task: Any) -> str:
-    if task is not None:
-        try:
-            ray.get(task)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
-    return path
-
-
-@ray.remote(num_cpus=1, max_retries=3)
 def _write_part(task: _Task) -> None:
     data = task.data
     shape = image_shape(data)

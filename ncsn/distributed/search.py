@@ -14,12 +14,8 @@ import ray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
-from ncsn.distributed.trials import trial_key
-
-# Read when Tune starts: no files of its loggers beside ours, and Ctrl-C is for the command to answer.
+# Read when Tune starts: no files of its loggers next to ours, and Ctrl-C is for the command to answer.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 from ray import tune
@@ -28,26 +24,138 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from ncsn import storage
+from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.search import searched_space, setting, significant
 from ncsn.distributed.cluster import autoscales
-from ncsn.distributed.trials import FAILED, SearchPlan, TrialFolder, TrialRecord, read_trials, run_trial
+from ncsn.distributed.trials import FAILED, SearchPlan, TrialFolder, TrialRecord, read_trials, run_trial, trial_key
 from ncsn.errors import UserError
 
+# It misses the files of those loggers.
+logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+DRIVER_MEMORY = 400 * 2**20
+"""Bytes that Ray reserves for the driver of a trial. It takes no CPU: one would not be left for a worker."""
+
 _TRIES = 1000
-"""Draws without anything new after which the space counts as used up, besides those for the trials there are."""
+"""Draws without anything new after which the space counts as used up, on top of those for the known trials."""
 
 
-class Suggestions:
-    """Draws points of a search space; each is given once.
+class Observer(Protocol):
+    """Follows a search from the process that leads it."""
+
+    def updated(self, trial: TrialRecord) -> None:
+        """A trial has started, resumed or reached a rung."""
+
+    def ended(self, trial: TrialRecord, error: str | None) -> None:
+        """A trial is over; `error` says what ended it from outside, if something did."""
+
+
+def search(plan: SearchPlan, observer: Observer) -> None:
+    """Run what is left of a search on the connected cluster; the trials' folders hold what it found.
+
+    Raises:
+        UserError: The cluster is too small for one trial.
+    """
+    settings, compute = plan.config.search, plan.config.compute
+    assert settings is not None
+    before = read_trials(plan.trials, last_rung=plan.rungs[-1])
+    done = [trial for trial in before if trial.status != "unfinished"]
+    left = settings.num_trials - len(done)
+    if left <= 0:
+        return
+    if autoscales() and settings.max_concurrent:
+        at_once = settings.max_concurrent
+    else:
+        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=settings.max_concurrent)
+    filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
+    tuner = tune.Tuner(
+        # A driver that holds a CPU can deadlock with the workers it waits for.
+        tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
+        tune_config=tune.TuneConfig(
+            num_samples=left,
+            max_concurrent_trials=at_once,
+            search_alg=_suggestions(plan, before),
+            scheduler=Halving(plan, earlier=done),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="attempt",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=compute.max_failures),
+            callbacks=[_Follow(plan, observer, numbers={trial_key(trial.values): trial.number for trial in before})],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _trainable(point: dict[str, Any], *, plan: SearchPlan) -> None:
+    run_trial(plan, point["values"], report=tune.report)
+
+
+def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wanted: int | None) -> int:
+    """How many trials the cluster can hold without any waiting for what another holds.
+
+    Args:
+        resources: Of the cluster, as Ray names them: CPU, GPU, memory in bytes.
+        compute: What the workers of one trial take.
+        wanted: An upper limit, or None.
+
+    Raises:
+        UserError: It cannot hold one.
+    """
+    each = {
+        "CPU": float(compute.min_workers * compute.cpus_per_worker),
+        "GPU": float(compute.min_workers if compute.use_gpu else 0),
+        "memory": float(DRIVER_MEMORY),
+    }
+    room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}
+    scarce = min(room, key=lambda kind: room[kind])
+    if room[scarce] < 1:
+        raise UserError(
+            "compute.num_workers",
+            f"a trial takes {each[scarce]:g} {scarce} and the cluster has {resources.get(scarce, 0):g}",
+            hint="lower it or compute.cpus_per_worker",
+            value=compute.num_workers,
+        )
+    return min(room[scarce], wanted or room[scarce])
+
+
+def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions:
+    """The points of a search: first those that were interrupted and the config's own, then new ones."""
+    settings = plan.config.search
+    assert settings is not None
+    space = searched_space(plan.config)
+    unfinished = [trial.values for trial in before if trial.status == "unfinished"]
+    found = Suggestions(
+        space,
+        whole=[path for path in space if type(setting(plan.config, path)) is int],
+        algorithm=settings.algorithm,
+        seed=settings.seed,
+        first=[*unfinished, *([plan.baseline] if settings.baseline else [])],
+    )
+    for trial in before:
+        if trial.status != "unfinished":
+            found.learn(trial.values, FAILED if trial.failure is not None else trial.rungs[-1].objective)
+    return found
+
+
+class Suggestions(Searcher):
+    """Points of a search space by an Optuna sampler, as Ray Tune asks for them; each is suggested once.
 
     Args:
         space: Dotted path -> range.
         whole: The paths whose settings are whole numbers.
         algorithm: `optuna` or `random`.
         seed: Of the draws. The same seed and the same results give the same draws.
-        first: Points to give before any draw.
+        first: Points to suggest before any draw.
     """
+
+    # Not OptunaSearch of Ray: given the earlier trials, it draws the seed's first points again, so a resumed search
+    # would try fewer points than one that was not interrupted; and it refuses a config whose own value is none of a
+    # choice's.
 
     def __init__(
         self,
@@ -58,6 +166,7 @@ class Suggestions:
         seed: int,
         first: Iterable[Mapping[str, Any]] = (),
     ) -> None:
+        super().__init__(metric="objective", mode="min")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         kinds = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         self._study = optuna.create_study(sampler=kinds[algorithm](seed=seed))
@@ -65,9 +174,31 @@ class Suggestions:
         self._distributions = {path: _distribution(domain, path in set(whole)) for path, domain in space.items()}
         self._first = [dict(values) for values in first]
         self._given: set[str] = set()
+        self._open: dict[str, dict[str, Any]] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next point, or that there are no more."""
+        values = self.next()
+        if values is None:
+            return Searcher.FINISHED
+        self._open[trial_id] = values
+        # One entry, because Tune takes a dot or a list in a value's name for structure.
+        return {"values": values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Learn from the last rung, unless the trial was ended from outside."""
+        values = self._open.pop(trial_id)
+        if result and not error:
+            self.learn(values, result["objective"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the state is in the trials' folders."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called."""
 
     def next(self) -> dict[str, Any] | None:
-        """Values that were not given or learned before; None if there seem to be no more."""
+        """A point that was neither given nor learned before; None if there seem to be no more."""
         while self._first:
             values = self._first.pop(0)
             if self._is_new(values):
@@ -75,18 +206,18 @@ class Suggestions:
         for _ in range(_TRIES + len(self._given)):
             drawn = self._study.ask(self._distributions)
             values = {path: self._decode(path, value) for path, value in drawn.params.items()}
-            # What becomes of the point is told as a trial of its own, whoever drew it.
+            # The result comes back by `learn` as a trial of its own, also for points that were not drawn here.
             self._study.tell(drawn, state=TrialState.FAIL)
             if self._is_new(values):
                 return values
         return None
 
     def learn(self, values: Mapping[str, Any], objective: float) -> None:
-        """Take in what a trial reached, less is better; it is not given again."""
+        """Take in what a point reached, less is better."""
         self._given.add(trial_key(values))
         params = {path: self._encode(path, value) for path, value in values.items()}
         if any(value is None for value in params.values()):
-            return  # the config's own values may lie outside the space
+            return  # the config's own values may be outside the space
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = create_trial(params=params, distributions=self._distributions, value=objective)
@@ -106,7 +237,7 @@ class Suggestions:
         return significant(value) if isinstance(value, float) else value
 
     def _encode(self, path: str, value: Any) -> Any:
-        """The number that Optuna has for it, or None if it has none."""
+        """Optuna's number for the value, or None if the value is outside the space."""
         domain = self._space[path]
         if isinstance(domain, ChoiceDomain):
             values = [_plain(each) for each in domain.values]
@@ -129,148 +260,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-# It misses the files of those loggers.
-logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-
-DRIVER_MEMORY = 400 * 2**20
-"""Bytes that Ray sets aside for the driver of a trial. It takes no CPU: one would not be left for a worker."""
-
-
-class Observer(Protocol):
-    """Follows a search from the process that leads it."""
-
-    def started(self, folder: TrialFolder, number: int, values: Mapping[str, Any]) -> None:
-        """A trial begins, or goes on."""
-
-    def reached(self, folder: TrialFolder, images_seen: int) -> None:
-        """A trial has reported a rung, or that it failed there."""
-
-    def ended(self, folder: TrialFolder, error: str | None) -> None:
-        """A trial is over; `error` says which accident ended it, if one did."""
-
-
-def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wanted: int | None) -> int:
-    """How many trials the cluster can hold without any waiting for what another holds.
-
-    Args:
-        resources: What Ray says that the cluster has: CPU, GPU, memory in bytes.
-        compute: What the workers of one trial take.
-        wanted: An upper limit, or None.
-
-    Raises:
-        UserError: if it cannot hold one.
-    """
-    each = {
-        "CPU": float(compute.min_workers * compute.cpus_per_worker),
-        "GPU": float(compute.min_workers if compute.use_gpu else 0),
-        "memory": float(DRIVER_MEMORY),
-    }
-    room = {kind: int(resources.get(kind, 0) // need) for kind, need in each.items() if need}
-    scarce = min(room, key=lambda kind: room[kind])
-    if room[scarce] < 1:
-        raise UserError(
-            "compute.num_workers",
-            f"a trial takes {each[scarce]:g} {scarce} and the cluster has {resources.get(scarce, 0):g}",
-            hint="lower it or compute.cpus_per_worker",
-            value=compute.num_workers,
-        )
-    return min(room[scarce], wanted or room[scarce])
-
-
-def search(plan: SearchPlan, observer: Observer) -> None:
-    """Run what is left of a search on the connected cluster; the trials' folders hold what it found.
-
-    Raises:
-        UserError: if the cluster is too small for one trial.
-    """
-    settings, compute = plan.config.search, plan.config.compute
-    assert settings is not None
-    before = read_trials(plan.trials, last_rung=plan.rungs[-1])
-    done = [trial for trial in before if trial.status != "unfinished"]
-    left = settings.num_trials - len(done)
-    if left <= 0:
-        return
-    if autoscales() and settings.max_concurrent:
-        at_once = settings.max_concurrent
-    else:
-        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=settings.max_concurrent)
-    filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
-    tuner = tune.Tuner(
-        # A driver that holds a CPU can deadlock with the workers it waits for.
-        tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": DRIVER_MEMORY}),
-        tune_config=tune.TuneConfig(
-            num_samples=left,
-            max_concurrent_trials=at_once,
-            search_alg=_Search(plan, before),
-            scheduler=Halving(plan, earlier=done),
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="attempt",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=compute.max_failures),
-            callbacks=[_Follow(plan, observer, numbers={trial_key(trial.values): trial.number for trial in before})],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-
-
-def _trainable(values: dict[str, Any], *, plan: SearchPlan) -> None:
-    run_trial(plan, values["values"], report=tune.report)
-
-
-class _Search(Searcher):
-    """`Suggestions` as Tune asks for them."""
-
-    def __init__(self, plan: SearchPlan, before: list[TrialRecord]) -> None:
-        super().__init__(metric="objective", mode="min")
-        settings = plan.config.search
-        assert settings is not None
-        space = searched_space(plan.config)
-        whole = [path for path in space if type(setting(plan.config, path)) is int]
-        unfinished = [trial.values for trial in before if trial.status == "unfinished"]
-        self._suggestions = Suggestions(
-            space,
-            whole=whole,
-            algorithm=settings.algorithm,
-            seed=settings.seed,
-            first=[*unfinished, *([plan.baseline] if settings.baseline else [])],
-        )
-        for trial in before:
-            if trial.status != "unfinished":
-                self._suggestions.learn(trial.values, _last_objective(trial))
-        self._open: dict[str, dict[str, Any]] = {}
-
-    def suggest(self, trial_id: str) -> Any:
-        """The next values, or that there are no more."""
-        values = self._suggestions.next()
-        if values is None:
-            return Searcher.FINISHED
-        self._open[trial_id] = values
-        # One entry, because Tune takes a dot or a list in a value's name for structure.
-        return {"values": values}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Learn from the last rung; an accident teaches nothing."""
-        values = self._open.pop(trial_id)
-        if result and not error:
-            self._suggestions.learn(values, result["objective"])
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials' folders say it all."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: never asked for."""
-
-
 class Halving(ASHAScheduler):
-    """Asynchronous successive halving that lets the config's own values go to the end, to compare with.
+    """Asynchronous successive halving that trains the config's own values to the end, to compare with.
 
     Args:
         plan: The search.
-        earlier: Trials of earlier attempts, which stay on its record without being run again.
+        earlier: Trials of earlier attempts, which count without being run again.
     """
 
     def __init__(self, plan: SearchPlan, *, earlier: Sequence[TrialRecord]) -> None:
@@ -286,7 +281,7 @@ class Halving(ASHAScheduler):
         )
         self._spared = trial_key(plan.baseline) if settings.baseline else None
         for record in earlier:
-            # A trial is known here by these two, and nothing else of it is kept.
+            # All that the scheduler reads of a trial.
             trial: Any = SimpleNamespace(trial_id=trial_key(record.values), config={"values": record.values})
             self.on_trial_add(None, trial)  # type: ignore[arg-type]
             for rung in record.rungs:
@@ -299,48 +294,45 @@ class Halving(ASHAScheduler):
         return str(self.CONTINUE) if spared else decision
 
 
-def _last_objective(trial: TrialRecord) -> float:
-    return FAILED if trial.failure is not None else trial.rungs[-1].objective
-
-
 class _Follow(tune.Callback):
-    """Numbers the trials, notes which were stopped, and tells the observer."""
+    """Numbers the trials, records which were stopped, and informs the observer."""
 
     def __init__(self, plan: SearchPlan, observer: Observer, *, numbers: dict[str, int]) -> None:
         self._plan, self._observer, self._numbers = plan, observer, numbers
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-        """Tune pickles its callbacks with an experiment, which nobody reads: the observer stays here."""
+        # Tune pickles its callbacks with an experiment that is never restored: the observer stays here.
         return tune.Callback, ()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
-        """A trial begins, goes on, or is tried again."""
         folder, values = self._folder(trial), trial.config["values"]
-        number = self._numbers.setdefault(trial_key(values), len(self._numbers))
-        folder.start(number, values)
-        self._observer.started(folder, number, values)
+        folder.start(self._numbers.setdefault(trial_key(values), len(self._numbers)), values)
+        self._observer.updated(self._record(folder))
 
     def on_trial_result(
         self,
         iteration: int,  # noqa: ARG002
         trials: list[Trial],  # noqa: ARG002
         trial: Trial,
-        result: dict[str, Any],
+        result: dict[str, Any],  # noqa: ARG002
         **info: Any,  # noqa: ARG002
     ) -> None:
-        self._observer.reached(self._folder(trial), result["images_seen"])
+        self._observer.updated(self._record(self._folder(trial)))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
-        """A trial has gone to the end, or not further."""
         folder, last = self._folder(trial), trial.last_result["images_seen"]
         if last < self._plan.rungs[-1] and folder.failure is None:
             folder.stop()
-        self._observer.ended(folder, None)
+        self._observer.ended(self._record(folder), None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:  # noqa: ARG002
-        """A trial was lost too often."""
         error = trial.get_error()
-        self._observer.ended(self._folder(trial), str(error) if error else "lost")
+        self._observer.ended(self._record(self._folder(trial)), str(error) if error else "lost")
 
     def _folder(self, trial: Trial) -> TrialFolder:
         return TrialFolder.of(self._plan.trials, trial.config["values"])
+
+    def _record(self, folder: TrialFolder) -> TrialRecord:
+        record = folder.record(last_rung=self._plan.rungs[-1])
+        assert record is not None, "this process has started it"
+        return record

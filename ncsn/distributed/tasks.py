@@ -1,15 +1,17 @@
 """Function calls on the connected Ray cluster: as tasks on CPUs, and in one process per GPU.
 
-Ray lends a GPU to a call, and the process of a call may serve another one next, on another GPU. But a process that has
-computed on a GPU keeps its CUDA context there, some hundred megabytes, as long as it lives. So a process here has one
-GPU for its whole life: it makes call after call, with its network loaded once, or ends after a single one.
+A process that has computed on a GPU keeps its CUDA context there, some hundred megabytes, as long as it lives, and Ray
+may lend the process another GPU for its next task. So a process here has one GPU for its whole life: it makes call
+after call, with its network loaded once, or ends after a single one.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, Literal, TypeVar
 
 import ray
 import torch
@@ -24,8 +26,9 @@ R = TypeVar("R")
 RETRIES = 3
 """Times that a call is made again after its process or node was lost."""
 
+# Wherever there is room, and not in the placement group of a trial's driver, which has no CPU.
 _DEFAULT: Literal["DEFAULT"] = "DEFAULT"
-"""Where there is room, and not in the placement group of a trial's driver, which has no CPU."""
+_LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 
 
 def runner_of(compute: ComputeConfig) -> Runner:
@@ -34,140 +37,184 @@ def runner_of(compute: ComputeConfig) -> Runner:
 
 
 class OnCluster(Runner):
-    """The connected cluster, `cpus_per_worker` CPUs and torch threads for each call; see `Runner`."""
+    """The connected cluster, with `cpus_per_worker` CPUs and torch threads for each call."""
 
     apart = True
 
     def __init__(self, compute: ComputeConfig) -> None:
-        self._cpus, self._use_gpu = compute.cpus_per_worker, compute.use_gpu
-        self._at_once = compute.max_workers  # more would need more memory than is planned for
+        self._compute = compute
 
     def each(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
-        """Each item with `function` of it, as they are done."""
-        gpu = gpu and self._use_gpu
-        return calls(function, deque(items), cpus=self._cpus, use_gpu=gpu, at_once=self._at_once)
+        """Each item with its result, as they finish."""
+        compute = self._compute
+        return run_tasks(
+            function,
+            items,
+            cpus=compute.cpus_per_worker,
+            gpu=gpu and compute.use_gpu,
+            in_flight=compute.max_workers,  # more would need more memory than is planned for
+        )
 
     def one(self, function: Callable[..., R], *arguments: Any, gpu: bool) -> R:
-        """`function` of the arguments."""
-        return call(function, *arguments, cpus=self._cpus, use_gpu=gpu and self._use_gpu)
+        """`function(*arguments)`."""
+        return run_task(function, *arguments, cpus=self._compute.cpus_per_worker, gpu=gpu and self._compute.use_gpu)
 
 
-def call(function: Callable[..., R], *arguments: Any, cpus: int, use_gpu: bool, retries: int = RETRIES) -> R:
-    """What one call of a function returns.
+def run_task(function: Callable[..., R], *arguments: Any, cpus: int, gpu: bool, retries: int = RETRIES) -> R:
+    """`function(*arguments)`, in a process that ends with the call if it has a GPU; without a cluster here.
 
     Args:
-        function: Found by its name on every node.
+        function: Importable on every node.
         arguments: Pickled.
         cpus: CPUs and torch threads.
-        use_gpu: Whether it has a GPU too. Its process ends with it then.
+        gpu: Whether it has a GPU.
         retries: Times that the call is made again after its process or node was lost.
 
     Raises:
-        ValueError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
+        ValueError, OSError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
     """
-    task = _task(function, cpus=cpus, use_gpu=use_gpu, retries=retries)
-    result: R = _result(task.remote(arguments))
+    if not ray.is_initialized():
+        ((_, here),) = _here(lambda given: function(*given), [arguments], cpus=cpus)
+        return here
+    result: R = _result(_task(function, cpus=cpus, gpu=gpu, retries=retries).remote(arguments))
     return result
 
 
-def calls(
-    function: Callable[[T], R], queue: deque[T], *, cpus: int, use_gpu: bool, at_once: int | None = None
+def run_tasks(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    cpus: int,
+    gpu: bool = False,
+    in_flight: int | None = None,
+    ordered: bool = False,
 ) -> Iterator[tuple[T, R]]:
-    """Each item of a queue with `function` of it, as they are done; what nobody waits for any more is given up.
+    """Each item with its result, as they finish; what still runs when the caller stops is cancelled.
+
+    Without a cluster the calls are made here, one after the other.
 
     Args:
-        function: Found by its name on every node.
-        queue: Taken from the left as calls begin; the caller may take others out meanwhile.
+        function: Importable on every node.
+        items: Taken one by one as calls begin.
         cpus: CPUs and torch threads of each call.
-        use_gpu: Whether each has a GPU too.
-        at_once: Calls at a time at most; None = as many as the cluster has room for.
+        gpu: Whether each has a GPU.
+        in_flight: Calls at a time at most; None = as many as the cluster has room for.
+        ordered: Give the results in the order of the items; on CPUs only.
 
     Raises:
-        ValueError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
+        ValueError, OSError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
         ray.exceptions.RayError: if processes are lost again and again.
     """
-    return (_by_processes if use_gpu else _by_tasks)(function, queue, cpus=cpus, at_once=at_once)
+    if not ray.is_initialized():
+        return _here(function, items, cpus=cpus)
+    if gpu:
+        assert not ordered, "GPU processes give results as they finish"
+        return _on_gpus(function, iter(items), cpus=cpus, in_flight=in_flight)
+    return _on_cpus(function, iter(items), cpus=cpus, in_flight=in_flight, ordered=ordered)
 
 
-def _by_tasks(function: Callable[[T], R], queue: deque[T], *, cpus: int, at_once: int | None) -> Iterator[tuple[T, R]]:
-    task = _task(function, cpus=cpus, use_gpu=False, retries=RETRIES)
+def _here(function: Callable[[T], R], items: Iterable[T], *, cpus: int) -> Iterator[tuple[T, R]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpus)
+    try:
+        for item in items:
+            yield item, function(item)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _on_cpus(
+    function: Callable[[T], R], items: Iterator[T], *, cpus: int, in_flight: int | None, ordered: bool
+) -> Iterator[tuple[T, R]]:
+    task = _task(function, cpus=cpus, gpu=False, retries=RETRIES)
     running: dict[Any, T] = {}
     try:
-        while queue or running:
-            while queue and (at_once is None or len(running) < at_once):
-                item = queue.popleft()
+        while True:
+            for item in islice(items, None if in_flight is None else in_flight - len(running)):
                 running[task.remote((item,))] = item
-            (reference,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(reference), _result(reference)
+            if not running:
+                return
+            first = next(iter(running)) if ordered else ray.wait(list(running), num_returns=1)[0][0]
+            yield running.pop(first), _result(first)
     finally:
         for reference in running:
             ray.cancel(reference)
 
 
-def _by_processes(
-    function: Callable[[T], R], queue: deque[T], *, cpus: int, at_once: int | None
+@dataclass
+class _Call(Generic[T]):
+    item: T
+    lost: int = 0  # times that its process was lost
+
+
+def _on_gpus(
+    function: Callable[[T], R], items: Iterator[T], *, cpus: int, in_flight: int | None
 ) -> Iterator[tuple[T, R]]:
-    """As tasks would be, but each GPU's calls in one process. Only a process that is there is given an item."""
     kind: Any = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy=_DEFAULT)(_GpuProcess)
-    waiting: dict[Any, tuple[Any, list[T]]] = {}
-    lost: Counter[int] = Counter()  # times that an item's process was lost, by the item's id
-    given: list[T] = []  # keeps the ids unique
-    failed_starts = 0
+    queue: deque[_Call[T]] = deque()
+    waiting: dict[Any, tuple[Any, _Call[T] | None]] = {}  # reference -> process and its call, None while it starts
+    busy = failed_starts = 0
     try:
-        while queue or any(items for _, items in waiting.values()):
-            busy = sum(len(items) for _, items in waiting.values())
-            for _ in range(min(_gpus(at_once), len(queue) + busy) - len(waiting)):
+        while True:
+            most = _gpus(in_flight)
+            queue.extend(map(_Call, islice(items, max(0, most - len(queue)))))
+            if not queue and not busy:
+                return
+            for _ in range(min(most, len(queue) + busy) - len(waiting)):
                 process = kind.remote()
-                waiting[process.ready.remote()] = (process, [])
+                waiting[process.ready.remote()] = (process, None)
             (reference,), _ = ray.wait(list(waiting), num_returns=1)
-            process, items = waiting.pop(reference)
+            process, call = waiting.pop(reference)
+            busy -= call is not None
             try:
-                result = _result(reference)
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError):
-                ray.kill(process)
-                queue.extendleft(items)
-                # A lost node takes several processes at once, each with an item of its own.
-                lost.update(id(item) for item in items)
-                failed_starts += not items
-                if failed_starts > max(RETRIES, 2 * _gpus(at_once)) or any(lost[id(item)] > RETRIES for item in items):
+                result = _answer(process, reference)
+            except _LOST:
+                failed_starts += call is None
+                if call is not None:
+                    # Counted by call: a lost node takes several processes at once, each with another call.
+                    call.lost += 1
+                    queue.appendleft(call)
+                if failed_starts > max(RETRIES, 2 * most) or (call is not None and call.lost > RETRIES):
                     raise
                 continue
-            except BaseException:
-                ray.kill(process)
-                raise
-            if not items:
-                failed_starts = 0
-            if queue:
-                item = queue.popleft()
-                given.append(item)
-                waiting[process.call.remote(function, item, cpus)] = (process, [item])
+            failed_starts = 0
+            if queue:  # only a process that has started is given a call
+                following = queue.popleft()
+                waiting[process.call.remote(function, following.item, cpus)] = (process, following)
+                busy += 1
             else:
                 ray.kill(process)
-            for item in items:
-                yield item, result
+            if call is not None:
+                yield call.item, result
     finally:
         for process, _ in waiting.values():
             ray.kill(process)
 
 
-class _GpuProcess:
-    """Has one GPU for its life."""
+def _answer(process: Any, reference: Any) -> Any:
+    try:
+        return _result(reference)
+    except BaseException:
+        ray.kill(process)
+        raise
 
+
+class _GpuProcess:
     def ready(self) -> None:
-        """Nothing: it is there."""
+        """Return once the process has its GPU."""
 
     def call(self, function: Callable[[T], R], item: T, threads: int) -> R:
         torch.set_num_threads(threads)
         return function(item)
 
 
-def _gpus(at_once: int | None) -> int:
-    """Processes that the cluster as it is now has a GPU for, at least one, and at most so many."""
+def _gpus(in_flight: int | None) -> int:
+    """GPUs that the cluster has now, at least one, and at most `in_flight`."""
     have = max(1, int(ray.cluster_resources().get("GPU", 0)))
-    return have if at_once is None else min(have, at_once)
+    return have if in_flight is None else min(have, in_flight)
 
 
-def _task(function: Callable[..., Any], *, cpus: int, use_gpu: bool, retries: int) -> Any:
+def _task(function: Callable[..., Any], *, cpus: int, gpu: bool, retries: int) -> Any:
     def body(arguments: tuple[Any, ...]) -> Any:
         torch.set_num_threads(cpus)
         return function(*arguments)
@@ -175,8 +222,8 @@ def _task(function: Callable[..., Any], *, cpus: int, use_gpu: bool, retries: in
     # Not by `.options`, which cannot set max_calls and leaves a process with a CUDA context to the next call.
     task: Any = ray.remote(
         num_cpus=cpus,
-        num_gpus=1 if use_gpu else 0,
-        max_calls=1 if use_gpu else 0,
+        num_gpus=int(gpu),
+        max_calls=int(gpu),
         max_retries=retries,
         scheduling_strategy=_DEFAULT,
     )(body)
@@ -187,4 +234,4 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (ValueError, LeaseExpired)) else error from None
+        raise error.cause if isinstance(error.cause, (ValueError, OSError, LeaseExpired)) else error from None

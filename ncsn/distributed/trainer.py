@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ncsn import storage
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import require_resources
-from ncsn.distributed.tasks import call
+from ncsn.distributed.tasks import run_task
 from ncsn.errors import NotFound
 from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import BEST, CHECKPOINTS, CheckpointStore
@@ -108,12 +108,12 @@ def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
     """
     compute = job.config.compute
     assert compute.num_workers == 1, "several workers are Ray Train's"
-    return call(
+    return run_task(
         _train,
         job,
         checkpoints,
         cpus=compute.cpus_per_worker,
-        use_gpu=compute.use_gpu,
+        gpu=compute.use_gpu,
         retries=compute.max_failures,
     )
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ncsn import storage
@@ -16,145 +16,39 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.search import search
 from ncsn.distributed.tasks import runner_of
-from ncsn.distributed.trials import Rung, SearchPlan, TrialFolder, TrialRecord, read_trial, read_trials
+from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import ProgressFile
-from ncsn.steps.step import Step
+from ncsn.steps.step import Step, Work
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
 
-
-def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:
-    """Of the trials that got furthest the one with the least objective, the earlier one of equals.
-
-    Args:
-        trials: All of a search.
-        accidents: URI of a trial's folder -> what ended it from outside.
-
-    Raises:
-        UserError: if none reached a rung.
-    """
-    sound = [trial for trial in trials if trial.failure is None and trial.rungs]
-    if not sound:
-        reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]
-        raise UserError(
-            "search.space",
-            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
-            hint="narrow it to settings that train",
-        )
-    furthest = max(trial.rungs[-1].images_seen for trial in sound)
-    level = [trial for trial in sound if trial.rungs[-1].images_seen == furthest]
-    return min(level, key=lambda trial: (trial.rungs[-1].objective, trial.number))
-
-
-def best_config(config: Config, best: TrialRecord) -> Config:
-    """The experiment with the best trial's settings and sampler, ready to train, without a search."""
-    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
-
-
-def baseline_rung(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
-    """What the config as it stands, with its own sampler, reached at that many images; None if it was not tried."""
-    sampler = plan.own_sampler().model_dump(mode="json")
-    for trial in trials:
-        if trial.values == plan.baseline:
-            for rung in trial.rungs:
-                if rung.images_seen == images_seen:
-                    return next((scored.objective for scored in rung.sweep if scored.sampler == sampler), None)
-    return None
-
-
-def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One row of plain values per trial, in the order in which they were started."""
-    return [_row(trial, accidents) for trial in trials]
-
-
-def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
-    """Every trial's settings, how far it got and what it reached there, as parallel coordinates."""
-    settings = {path: [trial.values[path] for trial in trials] for path in trials[0].values}
-    last = [_last(trial) for trial in trials]
-    if any(rung and "epsilon" in rung.sampler for rung in last):
-        settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
-    settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
-    quality = [
-        rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
-    ]
-    return to_png(search_coordinates(settings, quality, quality_label=objective))
-
-
-def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
-    """What each epsilon reached on the best trial's last checkpoint; None for a sampler without one."""
-    rung = best.rungs[-1]
-    if "epsilon" not in rung.sampler:
-        return None
-    figure = epsilon_versus_quality(
-        [scored.sampler["epsilon"] for scored in rung.sweep],
-        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
-        quality_label=objective,
-        chosen=rung.sampler["epsilon"],
-    )
-    return to_png(figure)
-
-
-def _row(trial: TrialRecord, accidents: Mapping[str, str]) -> dict[str, Any]:
-    rung = _last(trial)
-    return {
-        "trial": trial.number,
-        "values": trial.values,
-        "status": trial.status,
-        "images_seen": rung.images_seen if rung else 0,
-        "objective": rung.objective if rung else None,
-        "sampler": rung.sampler if rung else None,
-        "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
-        "reason": trial.failure or accidents.get(trial.uri, ""),
-    }
-
-
-def _last(trial: TrialRecord) -> Rung | None:
-    return trial.rungs[-1] if trial.rungs else None
-
-
+# Share of untrained weights in the running average from which on a rung says little about the trial.
 _MUCH = 0.1
-"""Share of untrained weights in the running average from which on a rung says little about the trial."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        uri: Folder of the search.
-        config: URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`.
-        run: Name for the run that trains it.
-        table: URI of the JSON with all trials and everything that was measured.
-        plots: URIs of PNG files.
-        objective_name: Metric that was minimised, with extractor and sample count.
-        objective: What the best trial reached.
-        baseline: What the config as it stood reached with as much training; None if it was not tried.
-        values: Dotted path -> the best trial's value.
-        sampler: The sampler that reached it.
-        images_seen: Training images of the best trial.
-        trials: One row per trial: number, values, status, images_seen, objective, sampler, seconds, reason.
-    """
-
-    uri: str
-    config: str
-    run: str
-    table: str
-    plots: list[str]
-    objective_name: str
-    objective: float
-    baseline: float | None
-    values: dict[str, Any]
-    sampler: dict[str, Any]
-    images_seen: int
-    trials: list[dict[str, Any]]
+    uri: str  # folder of the search
+    config: str  # URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`
+    run: str  # name for the run that trains it
+    table: str  # URI of the JSON with all trials and everything that was measured
+    plots: list[str]  # URIs of PNG files
+    objective_name: str  # the metric that was minimized, with extractor and sample count
+    objective: float  # of the best trial
+    baseline: float | None  # of the config as it stands, after as much training; None if it was not tried
+    values: dict[str, Any]  # of the best trial, by dotted path
+    sampler: dict[str, Any]  # reached the objective
+    images_seen: int  # training images of the best trial
+    trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
@@ -163,22 +57,19 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     Args:
         config: The experiment, with a section `search`.
         run: Name of the run that keeps the search. What it finds is trained under another.
-        dataset: URI of the ingested data set.
+        dataset: URI of the ingested dataset.
         lease: URI of the launcher's heartbeat. When it has stopped by a rung, the search ends and keeps what it has.
 
     Raises:
-        NotFound: if there is no data set at `dataset`.
-        LeaseExpired: if the launcher is gone.
-        RemoteFailure: if it failed on the cluster of `compute.backend`.
-        UserError: if the config has no search, the run belongs to another config, the cluster is too small for a
-            trial, or no trial reached its first rung.
+        NotFound: There is no dataset at `dataset`.
+        LeaseExpired: The launcher is gone.
+        RemoteFailure: The step failed on the cluster of `compute.backend`.
+        UserError: The config has no search, the run belongs to another config, the cluster is too small for a trial,
+            or no trial reached its first rung.
     """
     if config.search is None:
-        raise UserError(
-            "search",
-            "missing",
-            hint="add this section, or pass --set search.num_trials=16 for a search with defaults",
-        )
+        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
+        raise UserError("search", "missing", hint=hint)
     step = Step.claim("tune", config, run, TuneResult, unit="trials")
     # A run name belongs to one config, and the best config is another one.
     trained_as = run_folder(config, f"{run}-best").run
@@ -199,9 +90,12 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.extractor.name, num_images=settings.num_samples)
-        follower = _Follower(work.tracked, work.progress, plan, objective, Lease(lease) if lease else None)
+        follower = _Follower(work, plan, objective, Lease(lease) if lease else None)
         search(plan, follower)
-        result = _conclude(plan, step.folder, follower, run=trained_as)
+        trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
+        for trial in trials:
+            follower.close(trial)  # also those of earlier attempts, which may have been killed in between
+        result = _conclude(plan, trials, step.folder, accidents=follower.accidents, objective=objective, run=trained_as)
         work.tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
             work.tracked.log_file(uri)
@@ -212,18 +106,6 @@ def trainable(result: TuneResult, config: Config) -> Config:
     """The best config, to be trained where `config` computes: the search may have run on another machine."""
     best = from_yaml(storage.read_text(result.config), origin=result.config)
     return best.model_copy(update={"compute": config.compute})
-
-
-def _warn_of_untrained_weights(config: Config) -> None:
-    share = untrained_share(config)
-    if share > _MUCH:
-        _logger.warning(
-            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
-            "lower train.ema_decay = %g, or raise search.first_rung_images",
-            rungs(config)[0],
-            100 * share,
-            config.train.ema_decay,
-        )
 
 
 def _of_fixed_size(config: Config) -> Config:
@@ -246,130 +128,192 @@ def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:
     return storage.join(folder.search, "trials", digest)
 
 
-@dataclass
-class _TrialRun:
-    """A trial's MLflow run and what it has.
-
-    Attributes:
-        nested: The run.
-        known: Rungs that are logged.
-        over: Whether it is closed.
-    """
-
-    nested: StepRun
-    known: set[int]
-    over: bool = False
+def _warn_of_untrained_weights(config: Config) -> None:
+    share = untrained_share(config)
+    if share > _MUCH:
+        _logger.warning(
+            "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
+            "lower train.ema_decay = %g, or raise search.first_rung_images",
+            rungs(config)[0],
+            100 * share,
+            config.train.ema_decay,
+        )
 
 
-@dataclass
 class _Follower:
-    """Takes what happens in a search to MLflow and to the progress file.
+    """Brings what happens in a search to MLflow, each trial as a run below the step's, and to the progress file."""
 
-    Attributes:
-        tracked: The step's run; each trial is a run below it.
-        progress: Counts trials that are over.
-        plan: The search.
-        objective: Name of the metric.
-        lease: That of a launcher elsewhere, if there is one.
-        accidents: URI of a trial's folder -> what ended it from outside.
-    """
+    def __init__(self, work: Work, plan: SearchPlan, objective: str, lease: Lease | None) -> None:
+        self._work, self._plan, self._objective, self._lease = work, plan, objective, lease
+        self._runs: dict[str, StepRun] = {}
+        self._logged: dict[str, set[int]] = {}  # rungs, by the trial's URI
+        self._closed: set[str] = set()
+        self.accidents: dict[str, str] = {}  # what ended a trial from outside, by its URI
 
-    tracked: StepRun
-    progress: ProgressFile
-    plan: SearchPlan
-    objective: str
-    lease: Lease | None = None
-    accidents: dict[str, str] = field(default_factory=dict)
-    _runs: dict[str, _TrialRun] = field(default_factory=dict, init=False)
+    def updated(self, trial: TrialRecord) -> None:
+        """Log new rungs."""
+        self._log(trial)
+        if self._lease is not None:
+            self._lease.require("the trials keep what they have reached")
 
-    def started(self, folder: TrialFolder, number: int, values: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """Open the trial's run."""
-        self.record(self._read(folder), over=False)
-
-    def reached(self, folder: TrialFolder, images_seen: int) -> None:  # noqa: ARG002
-        """Log the rung."""
-        self.record(self._read(folder), over=False)
-        if self.lease is not None:
-            self.lease.require("the trials keep what they have reached")
-
-    def ended(self, folder: TrialFolder, error: str | None) -> None:
+    def ended(self, trial: TrialRecord, error: str | None) -> None:
         """Close the trial's run."""
         if error is not None:
-            self.accidents[folder.uri] = error
-        self.record(self._read(folder), over=True)
-        trials = read_trials(self.plan.trials, last_rung=self.plan.rungs[-1])
-        assert self.plan.config.search is not None
+            self.accidents[trial.uri] = error
+        self.close(trial)
+        trials = read_trials(self._plan.trials, last_rung=self._plan.rungs[-1])
+        assert self._plan.config.search is not None
         over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
-        self.progress(over, self.plan.config.search.num_trials)
+        self._work.progress(over, self._plan.config.search.num_trials)
 
-    def record(self, trial: TrialRecord, *, over: bool) -> None:
-        """Bring the trial's MLflow run up to what is in the store; what it has already is not logged again."""
-        if trial.uri not in self._runs:
-            nested = self.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri)
-            nested.log_params(trial.values)
-            self._runs[trial.uri] = _TrialRun(nested, known=nested.steps_of(self.objective))
-        run = self._runs[trial.uri]
-        for rung in trial.rungs:
-            if rung.images_seen not in run.known:
-                metrics = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
-                logged = {name: value for name, value in metrics.items() if value is not None}
-                run.nested.log_metrics({**logged, self.objective: rung.objective}, rung.images_seen)
-                run.known.add(rung.images_seen)
-        if over and not run.over:
+    def close(self, trial: TrialRecord) -> None:
+        """Log what is missing and close the trial's run, unless it is closed."""
+        run = self._log(trial)
+        if trial.uri not in self._closed:
             reason = trial.failure or self.accidents.get(trial.uri)
-            run.nested.set_tags({"tune.status": trial.status} | ({"tune.reason": reason} if reason else {}))
-            run.nested.end("FAILED" if reason else "FINISHED")
-            run.over = True
+            run.set_tags({"tune.status": trial.status} | ({"tune.reason": reason} if reason else {}))
+            run.end("FAILED" if reason else "FINISHED")
+            self._closed.add(trial.uri)
 
-    def _read(self, folder: TrialFolder) -> TrialRecord:
-        trial = read_trial(folder, last_rung=self.plan.rungs[-1])
-        assert trial is not None, "it was started by this process"
-        return trial
+    def _log(self, trial: TrialRecord) -> StepRun:
+        if trial.uri not in self._runs:
+            run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri)
+            run.log_params(trial.values)
+            self._runs[trial.uri], self._logged[trial.uri] = run, run.steps_of(self._objective)
+        run, logged = self._runs[trial.uri], self._logged[trial.uri]
+        for rung in trial.rungs:
+            if rung.images_seen not in logged:
+                known = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
+                metrics = {name: value for name, value in known.items() if value is not None}
+                run.log_metrics({**metrics, self._objective: rung.objective}, rung.images_seen)
+                logged.add(rung.images_seen)
+        return run
 
 
-def _conclude(plan: SearchPlan, folder: RunFolder, follower: _Follower, *, run: str) -> TuneResult:
-    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
-    for trial in trials:
-        follower.record(trial, over=True)  # also of earlier attempts, which may have been cut off in between
-    best = best_trial(trials, accidents=follower.accidents)
+def _conclude(
+    plan: SearchPlan,
+    trials: Sequence[TrialRecord],
+    folder: RunFolder,
+    *,
+    accidents: Mapping[str, str],
+    objective: str,
+    run: str,
+) -> TuneResult:
+    best = best_trial(trials, accidents=accidents)
     rung = best.rungs[-1]
+    pictures = {
+        "coordinates.png": coordinates_png(trials, objective=objective),
+        "epsilon.png": epsilon_png(best, objective=objective),
+    }
+    plots = {storage.join(folder.search, name): picture for name, picture in pictures.items() if picture is not None}
+    for uri, picture in plots.items():
+        storage.write_bytes(uri, picture)
     result = TuneResult(
         uri=folder.search,
         config=storage.join(folder.search, "best.yaml"),
         run=run,
         table=storage.join(folder.search, "trials.json"),
-        plots=_publish_plots(folder, trials, best, objective=follower.objective),
-        objective_name=follower.objective,
+        plots=list(plots),
+        objective_name=objective,
         objective=rung.objective,
-        baseline=baseline_rung(plan, trials, images_seen=rung.images_seen),
+        baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
         values=best.values,
         sampler=rung.sampler,
         images_seen=rung.images_seen,
-        trials=table(trials, accidents=follower.accidents),
+        trials=table(trials, accidents=accidents),
     )
-    everything = {"objective": follower.objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
+    everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
     storage.write_text(result.table, json.dumps(everything, indent=1))
-    storage.write_text(result.config, _best_yaml(plan.config, best, result))
+    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
+    header = (
+        f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "
+        f"{result.objective:.4g} at {result.images_seen:,} training images{before}\n"
+    )
+    storage.write_text(result.config, header + to_yaml(best_config(plan.config, best)))
     return result
 
 
-def _publish_plots(folder: RunFolder, trials: Sequence[TrialRecord], best: TrialRecord, *, objective: str) -> list[str]:
-    pictures = {
-        "coordinates.png": coordinates_png(trials, objective=objective),
-        "epsilon.png": epsilon_png(best, objective=objective),
-    }
-    uris = []
-    for name, picture in pictures.items():
-        if picture is not None:
-            uris.append(storage.join(folder.search, name))
-            storage.write_bytes(uris[-1], picture)
-    return uris
+def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:
+    """Of the trials that got furthest the one with the least objective, the earlier one of equals.
+
+    Args:
+        trials: All of a search.
+        accidents: URI of a trial's folder -> what ended it from outside.
+
+    Raises:
+        UserError: None reached a rung.
+    """
+    sound = [trial for trial in trials if trial.failure is None and trial.rungs]
+    if not sound:
+        reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]
+        raise UserError(
+            "search.space",
+            f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
+            hint="narrow it to settings that train",
+        )
+    furthest = max(trial.rungs[-1].images_seen for trial in sound)
+    level = [trial for trial in sound if trial.rungs[-1].images_seen == furthest]
+    return min(level, key=lambda trial: (trial.rungs[-1].objective, trial.number))
 
 
-def _best_yaml(config: Config, best: TrialRecord, result: TuneResult) -> str:
-    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
-    return (
-        f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "
-        f"{result.objective:.4g} at {result.images_seen:,} training images{before}\n"
-        + to_yaml(best_config(config, best))
+def best_config(config: Config, best: TrialRecord) -> Config:
+    """The experiment with the best trial's settings and sampler, ready to train, without a search."""
+    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
+
+
+def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
+    """What the config as it stands, with its own sampler, reached at that many images; None if it was not tried."""
+    sampler = plan.own_sampler().model_dump(mode="json")
+    for trial in trials:
+        if trial.values == plan.baseline:
+            for rung in trial.rungs:
+                if rung.images_seen == images_seen:
+                    return next((scored.objective for scored in rung.sweep if scored.sampler == sampler), None)
+    return None
+
+
+def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row of plain values per trial, in the order in which they were started."""
+    rows = []
+    for trial in trials:
+        rung = trial.rungs[-1] if trial.rungs else None
+        rows.append(
+            {
+                "trial": trial.number,
+                "values": trial.values,
+                "status": trial.status,
+                "images_seen": rung.images_seen if rung else 0,
+                "objective": rung.objective if rung else None,
+                "sampler": rung.sampler if rung else None,
+                "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
+                "reason": trial.failure or accidents.get(trial.uri, ""),
+            }
+        )
+    return rows
+
+
+def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
+    """Every trial's settings, how far it got and what it reached there, as parallel coordinates."""
+    settings = {path: [trial.values[path] for trial in trials] for path in trials[0].values}
+    last = [trial.rungs[-1] if trial.rungs else None for trial in trials]
+    if any(rung and "epsilon" in rung.sampler for rung in last):
+        settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
+    settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
+    quality = [
+        rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
+    ]
+    return to_png(search_coordinates(settings, quality, quality_label=objective))
+
+
+def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
+    """What each epsilon reached on the best trial's last checkpoint; None for a sampler without one."""
+    rung = best.rungs[-1]
+    if "epsilon" not in rung.sampler:
+        return None
+    figure = epsilon_versus_quality(
+        [scored.sampler["epsilon"] for scored in rung.sweep],
+        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
+        quality_label=objective,
+        chosen=rung.sampler["epsilon"],
     )
+    return to_png(figure)

@@ -18,7 +18,7 @@ from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_json, to_yaml
 from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for
-from ncsn.distributed.sampling import Shard, sample_missing, shards
+from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TRAINED_CONFIG, TrainedNetwork
@@ -116,18 +116,10 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
 
 def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int, int], None]) -> ModelSamples:
     sampling = config.sampling
-    shard = Shard(
-        checkpoint=storage.join(folder, MODEL_FOLDER),
-        sampling=sampling,
-        folder=folder,
-        first=0,
-        count=sampling.batch_size,
-        threads=config.compute.cpus_per_worker,
-        use_gpu=config.compute.use_gpu,
-    )
+    shards = plan_shards(config, checkpoint=storage.join(folder, MODEL_FOLDER), folder=folder)
     started = time.perf_counter()
-    with cluster_for(config, tasks=len(shards(shard, num_images=sampling.num_images, missing=True))):
-        sample_missing(shard, num_images=sampling.num_images, progress=progress)
+    with cluster_for(config, tasks=len(shards)):
+        make_shards(config, shards, progress=progress)
     count = min(GRID_IMAGES, sampling.num_images)
     grid = storage.join(folder, "grid.png")
     first_images = np.concatenate(list(read_samples(folder, num_images=count, batch_size=count)))

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ncsn.data.format import Images, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import parse_faults
-from ncsn.distributed.sampling import Shard, sample_missing, shards, watch_levels
+from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
 from ncsn.model.checkpoint import CheckpointError
 from ncsn.report.images import Stages
 from ncsn.steps.evaluate import evaluate
@@ -174,19 +174,17 @@ def sample(cluster: Cluster, trained: Path) -> Sample:
 
 
 def sample_ten(cluster: Cluster, trained: Path, folder: Path, config: Config, *, batch: int) -> Sampled:
-    shard = Shard(
-        checkpoint=str(trained / "checkpoints" / "images-000000160"),
-        sampling=config.sampling,
-        folder=str(folder),
-        first=0,
-        count=batch,
-        threads=1,
-        use_gpu=False,
-    )
-    made, told = cluster.driver(with_progress, sample_missing, shard, num_images=10)
+    ten = config.sampling.model_copy(update={"batch_size": batch, "num_images": 10})
+    config = config.model_copy(update={"sampling": ten})
+    planned = plan_shards(config, checkpoint=checkpoint_of(trained), folder=str(folder))
+    made, told = cluster.driver(with_progress, make_shards, config, planned)
     assert not told or told[-1] == (10, 10)
     tables = [pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))]
     return Sampled(made, np.concatenate([from_table(table).images for table in tables]))
+
+
+def checkpoint_of(trained: Path) -> str:
+    return str(trained / "checkpoints" / "images-000000160")
 
 
 @pytest.mark.oracle(22)
@@ -217,10 +215,9 @@ def test_the_score_is_known_while_images_are_made(
     overrides = ["evaluation.classifier_epochs=1", "sampling.num_images=300", "sampling.batch_size=20"]
     config = from_yaml(tiny, overrides=overrides)
     sample(tmp_path, config, batch=4)  # ten images
-    shard = Shard(
-        str(trained / "checkpoints/images-000000160"), config.sampling, str(tmp_path), 0, 20, 1, use_gpu=False
+    scores, there = cluster.driver(
+        live_scores, config, dataset, checkpoint=checkpoint_of(trained), folder=str(tmp_path)
     )
-    scores, there = cluster.driver(live_scores, config, dataset, shard)
     assert [score.num_images for score in scores] == [256, 300]
     assert there[0] < 300
     folder = tmp_path / "evaluation"
@@ -272,7 +269,7 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
 def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: Path, tiny: str, tmp_path: Path) -> None:
     config = from_yaml(tiny)
     _, images = sample(tmp_path, config, batch=4)
-    shard = Shard(str(trained / "checkpoints" / "images-000000160"), config.sampling, "", 0, 4, 1, use_gpu=False)
+    shard = Shard(config, config.sampling, checkpoint_of(trained), "", 0, 4)
     stages = cluster.driver(watch_levels, shard, Stages(40))
     assert stages.numbers == [0, 1, 2, 3, 4] and stages.frames.shape == (5, 4, 8, 8, 1)
     assert np.array_equal(stages.frames[-1], images[:4])
@@ -283,29 +280,23 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     sample: Sample, trained: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = from_yaml(tiny)
+    config = from_yaml(tiny, overrides=["sampling.batch_size=10"])
     _, images = sample(tmp_path / "cluster", config, batch=10)
-    shard = Shard(
-        str(trained / "checkpoints" / "images-000000160"),
-        config.sampling,
-        str(tmp_path / "here"),
-        0,
-        10,
-        1,
-        use_gpu=False,
-    )
-    assert shards(shard, num_images=10, missing=True) == [shard]
+    plan = partial(plan_shards, checkpoint=checkpoint_of(trained), folder=str(tmp_path / "here"))
+    (shard,) = plan(config)
+    assert (shard.first, shard.count) == (0, 10)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     with cluster_for(config, tasks=1):
         assert ray_tags() == {}  # of no cluster
-        assert sample_missing(shard, num_images=10, progress=lambda done, total: None) == 10
+        assert make_shards(config, [shard], progress=lambda done, total: None) == 10
         stages = watch_levels(shard, Stages(40))
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before + 1
-    assert shards(shard, num_images=10, missing=True) == []
-    assert len(shards(replace(shard, count=4), num_images=10, missing=False)) == 3
+    assert plan(config) == []
+    scored = plan(from_yaml(tiny, overrides=["sampling.batch_size=4"]), dataset="anywhere")
+    assert [(shard.first, shard.count, shard.exists) for shard in scored] == [(0, 4, True), (4, 4, True), (8, 2, True)]
     assert np.array_equal(from_table(pq.read_table(shard.uri)).images, images)
     assert np.array_equal(stages.frames[-1], images)
 

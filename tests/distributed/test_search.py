@@ -1,18 +1,21 @@
-"""The parts of a search that need no cluster: room for trials, rungs, records, and going on after an interruption."""
+"""The parts of a search that need no cluster: points, room for trials, rungs, records, resuming."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from refused import refused
 
 from ncsn.config import Config, from_yaml
+from ncsn.config.choices import ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import trials
-from ncsn.distributed.search import DRIVER_MEMORY, Halving, trials_at_once
+from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound
 
@@ -133,7 +136,7 @@ def test_what_does_not_go_together_fails_its_trial_alone(tiny: str, tmp_path: Pa
     assert [sampling.sampler.steps_per_level for sampling in plan.samplings({"noise.num_levels": 2})] == [4] * 3  # type: ignore[union-attr]
     assert reported(plan, {"noise.num_levels": 3}) == [(40, FAILED)]
     reason = TrialFolder.of(plan.trials, {"noise.num_levels": 3}).failure
-    assert reason is not None and reason.startswith("nfe = 9: ") and "use 7 or 10" in reason
+    assert reason is not None and reason.startswith("search.nfe = 9: ") and "use 7 or 10" in reason
 
 
 def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:
@@ -155,3 +158,72 @@ def test_records_keep_their_first_content(plan: SearchPlan) -> None:
     assert (record.number, record.values, record.status) == (3, values, "unfinished")
     assert record.rungs == (rung(40, 7.0),)
     assert TrialFolder.of(plan.trials, dict(reversed(values.items()))) == folder
+
+
+SPACE: dict[str, Domain] = {
+    "noise.sigma_1": LogDomain(kind="log", low=0.1, high=10),
+    "noise.num_levels": UniformDomain(kind="uniform", low=4, high=40),
+    "network.widths": ChoiceDomain(kind="choice", values=([8], [8, 16])),
+}
+
+
+def suggestions(space: dict[str, Domain] = SPACE, **settings: Any) -> Suggestions:
+    return Suggestions(space, **{"whole": ["noise.num_levels"], "algorithm": "random", "seed": 1, **settings})
+
+
+def draw(source: Suggestions, count: int) -> list[dict[str, Any]]:
+    return [values for _ in range(count) if (values := source.next()) is not None]
+
+
+def test_values_are_those_that_a_config_takes() -> None:
+    drawn = draw(suggestions(), 200)
+    assert all(0.1 <= values["noise.sigma_1"] <= 10 for values in drawn)
+    assert all(type(values["noise.num_levels"]) is int and 4 <= values["noise.num_levels"] <= 40 for values in drawn)
+    assert all(values["network.widths"] in ([8], [8, 16]) for values in drawn)
+    # By their logarithm, half of the values lie below the geometric middle.
+    assert np.mean([values["noise.sigma_1"] < 1 for values in drawn]) == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_the_seed_decides(algorithm: str) -> None:
+    one, same, other = (draw(suggestions(algorithm=algorithm, seed=seed), 5) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_search_that_goes_on_draws_what_it_would_have_drawn() -> None:
+    whole = draw(suggestions(), 8)
+    rest = suggestions()
+    for values in whole[:5]:
+        rest.learn(values, 1.0)
+    assert draw(rest, 3) == whole[5:]
+
+
+def test_nothing_is_given_twice_and_the_end_is_said() -> None:
+    few: dict[str, Domain] = {"loss.anneal_power": ChoiceDomain(kind="choice", values=(1.0, 2.0, 3.0))}
+    source = suggestions(few, first=[{"loss.anneal_power": 2.0}, {"loss.anneal_power": 2.0}])
+    assert sorted(values["loss.anneal_power"] for values in draw(source, 10)) == [1.0, 2.0, 3.0]
+    assert source.next() is None
+
+
+def test_what_lies_outside_the_space_is_given_first_and_teaches_nothing() -> None:
+    own = {"noise.sigma_1": 50.0, "noise.num_levels": 10, "network.widths": [64]}
+    source = suggestions(first=[own])
+    assert source.next() == own
+    source.learn(own, 1.0)
+    assert source.next() != own
+
+
+def test_optuna_learns_where_it_is_good() -> None:
+    """The distance to sigma = 3 on the logarithm: later draws lie nearer than chance."""
+
+    def mean_distance(algorithm: str) -> float:
+        source = suggestions({"noise.sigma_1": SPACE["noise.sigma_1"]}, whole=[], algorithm=algorithm)
+        distances = []
+        for _ in range(60):
+            values = source.next()
+            assert values is not None
+            distances.append(abs(math.log(values["noise.sigma_1"] / 3)))
+            source.learn(values, distances[-1])
+        return float(np.mean(distances[30:]))
+
+    assert mean_distance("optuna") < 0.6 * mean_distance("random")

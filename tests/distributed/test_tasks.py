@@ -44,13 +44,8 @@ def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver, tmp_
     assert sorted(cards.values(), key=sorted) == [{(0,)}, {(1,)}]  # sets alone have no total order
     assert os.getpid() not in cards
     assert driver(gpu_calls.gpus_left, 30.0) == 2
-
-
-def test_another_round_has_other_processes(driver: RayDriver) -> None:
-    """So that no context stays on a card that is lent to somebody else by then."""
-    first = cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True))
-    second = cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True))
-    assert not first.keys() & second.keys()
+    # Another round has other processes, so that no context stays on a card that is lent to another job by then.
+    assert not cards.keys() & cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True)).keys()
 
 
 def test_a_limit_holds(driver: RayDriver) -> None:
@@ -58,8 +53,8 @@ def test_a_limit_holds(driver: RayDriver) -> None:
 
 
 def test_a_single_call_on_a_gpu_ends_its_process(driver: RayDriver) -> None:
-    places = driver(gpu_calls.places_one_by_one, 4)
-    assert len({process for process, _ in places}) == 4
+    places = driver(gpu_calls.places_one_by_one, 2)
+    assert len({process for process, _ in places}) == 2
     assert all(len(cards) == 1 for _, cards in places)
 
 
@@ -72,14 +67,15 @@ def test_calls_on_cpus_share_processes_and_have_no_gpu(driver: RayDriver) -> Non
 
 def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path: Path) -> None:
     files = [tmp_path / str(number) for number in range(3)]
-    done = driver(gpu_calls.survivors, files)
+    files[2].touch()  # is not lost
+    done = driver(gpu_calls.survivors, files, retries=1)
     assert sorted(name for name, _ in done) == ["0", "1", "2"]
     assert driver(gpu_calls.gpus_left, 30.0) == 2
 
 
 def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="actor") as caught:
-        driver(gpu_calls.survivors, [tmp_path / "fatal"])
+        driver(gpu_calls.survivors, [tmp_path / "fatal"], retries=1)
     assert not isinstance(caught.value, ValueError)
 
 

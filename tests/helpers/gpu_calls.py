@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections import deque
 from pathlib import Path
 
-from ncsn.distributed.tasks import call, calls
+from ncsn.distributed import tasks
+from ncsn.distributed.tasks import run_task, run_tasks
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
@@ -22,7 +22,7 @@ Place = tuple[int, tuple[int, ...]]
 def start(gpus: int) -> None:
     """Start a cluster for this process that claims to have GPUs."""
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(address="local", num_cpus=4, num_gpus=gpus, include_dashboard=False, logging_level="WARNING")
+    ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, logging_level="WARNING")
 
 
 def place(seconds: float) -> Place:
@@ -33,7 +33,7 @@ def place(seconds: float) -> Place:
 
 def places(durations: list[float], *, use_gpu: bool, at_once: int | None = None) -> list[Place]:
     """The place of a call for each duration."""
-    return [found for _, found in calls(place, deque(durations), cpus=1, use_gpu=use_gpu, at_once=at_once)]
+    return [found for _, found in run_tasks(place, durations, cpus=1, gpu=use_gpu, in_flight=at_once)]
 
 
 def meet(folder: Path) -> Place:
@@ -47,12 +47,12 @@ def meet(folder: Path) -> Place:
 
 def meetings(folder: Path, count: int) -> list[Place]:
     """The places of `count` calls by two processes."""
-    return [found for _, found in calls(meet, deque([folder] * count), cpus=1, use_gpu=True)]
+    return [found for _, found in run_tasks(meet, [folder] * count, cpus=1, gpu=True)]
 
 
 def places_one_by_one(count: int) -> list[Place]:
     """The places of `count` single calls."""
-    return [call(place, 0.0, cpus=1, use_gpu=True) for _ in range(count)]
+    return [run_task(place, 0.0, cpus=1, gpu=True) for _ in range(count)]
 
 
 def die_once(file: Path) -> int:
@@ -63,9 +63,10 @@ def die_once(file: Path) -> int:
     return os.getpid()
 
 
-def survivors(files: list[Path]) -> list[tuple[str, int]]:
+def survivors(files: list[Path], *, retries: int) -> list[tuple[str, int]]:
     """Name of each file and the process of its last call."""
-    return [(file.name, pid) for file, pid in calls(die_once, deque(files), cpus=1, use_gpu=True)]
+    tasks.RETRIES = retries
+    return [(file.name, pid) for file, pid in run_tasks(die_once, files, cpus=1, gpu=True)]
 
 
 def refuse(number: int) -> int:
@@ -77,7 +78,7 @@ def refuse(number: int) -> int:
 
 def refused(numbers: list[int]) -> list[int]:
     """The results of numbers, one of which raises."""
-    return [result for _, result in calls(refuse, deque(numbers), cpus=1, use_gpu=True)]
+    return [result for _, result in run_tasks(refuse, numbers, cpus=1, gpu=True)]
 
 
 def gpus_left(seconds: float) -> float:

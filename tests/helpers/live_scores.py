@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ncsn.config import Config
-from ncsn.distributed.sampling import OnFeatures, Shard, sample_missing
+from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 
 
-def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[RunningScore], list[int]]:
+def live_scores(config: Config, dataset: str, *, checkpoint: str, folder: str) -> tuple[list[RunningScore], list[int]]:
     """The running scores of the images of a config, and how many images were there when each was due."""
     count = config.sampling.num_images
     running = RunningDistance(
@@ -30,5 +30,6 @@ def live_scores(config: Config, dataset: str, shard: Shard) -> tuple[list[Runnin
         nonlocal latest
         latest = done
 
-    sample_missing(shard, num_images=count, progress=progress, on_features=OnFeatures(config, dataset, take))
+    shards = plan_shards(config, checkpoint=checkpoint, folder=folder, dataset=dataset)
+    make_shards(config, shards, progress=progress, on_features=take)
     return scores, there

@@ -13,7 +13,7 @@ from refused import refused
 
 from ncsn.config import Config, changed_settings, from_yaml
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
-from ncsn.steps.tune import baseline_rung, best_config, best_trial, coordinates_png, epsilon_png, table
+from ncsn.steps.tune import baseline_objective, best_config, best_trial, coordinates_png, epsilon_png, table
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 OBJECTIVE = "eval/classifier_fid_n256"
@@ -88,9 +88,9 @@ def test_the_best_config_is_complete_and_searches_no_more(config: Config) -> Non
 def test_the_baseline_is_judged_by_its_own_sampler(config: Config) -> None:
     plan = SearchPlan(config=config, dataset="", trials="")
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
-    assert baseline_rung(plan, trials, images_seen=40) == 4.0
-    assert baseline_rung(plan, trials, images_seen=160) is None
-    assert baseline_rung(plan, trials[1:], images_seen=40) is None
+    assert baseline_objective(plan, trials, images_seen=40) == 4.0
+    assert baseline_objective(plan, trials, images_seen=160) is None
+    assert baseline_objective(plan, trials[1:], images_seen=40) is None
 
 
 def test_the_table_has_a_row_per_trial() -> None:
