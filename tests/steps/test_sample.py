@@ -1,0 +1,82 @@
+"""The sample step without a cluster: a single shard is made in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.shards import read_samples
+from ncsn.data.sources import open_source
+from ncsn.steps import sample
+from ncsn.tracking.client import connect
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
+sampling: {{num_images: 10, batch_size: 10, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+storage: {{root: {root}}}
+"""
+SaveUntrained = Callable[[Config, str, Path], None]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return from_yaml(TINY.format(root=tmp_path / "store"))
+
+
+@pytest.fixture
+def dataset(config: Config, tmp_path: Path) -> str:
+    return write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
+
+
+@pytest.fixture
+def checkpoint(config: Config, dataset: str, save_untrained: SaveUntrained, tmp_path: Path) -> str:
+    save_untrained(config, dataset, tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_images_pictures_and_their_score_are_stored_and_found_again(
+    config: Config, dataset: str, checkpoint: str
+) -> None:
+    result = sample.run(config, run="mine", checkpoint=checkpoint, score=dataset)
+    assert (result.num_images, result.nfe, result.checkpoint) == (10, 4 + 1, checkpoint)
+    (images,) = read_samples(result.uri, num_images=10, batch_size=10)
+    assert images.shape == (10, 8, 8, 1)
+    levels = np.load(Path(result.uri) / sample.LEVELS)
+    assert levels.shape == (5, 8, 8, 8, 1)
+    assert np.array_equal(levels[-1], images[:8])
+    assert json.loads((Path(result.uri) / "manifest.json").read_text())["nfe"] == 5
+    connection = connect(config)
+    runs = connection.client.search_runs([connection.experiment_id])
+    (run,) = [run for run in runs if run.data.tags.get("ncsn.step") == "sample"]
+    assert run.data.metrics["sample/nfe"] == 5
+    assert run.data.metrics["sample/running_classifier_fid"] > 0
+    assert {"samples.uri": result.uri, "checkpoint.uri": checkpoint}.items() <= run.data.tags.items()
+    assert sample.run(config, run="mine", checkpoint=checkpoint) == result, "its seconds too"
+
+
+def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:
+    result = sample.run(config, run="mine", checkpoint=checkpoint)
+    (shard,) = Path(result.uri).glob("shard-*.parquet")
+    (before,) = read_samples(result.uri, num_images=10, batch_size=10)
+    Path(result.grid).unlink()
+    written = shard.stat().st_mtime_ns
+    sample.run(config, run="mine", checkpoint=checkpoint)
+    assert Path(result.grid).exists()
+    assert shard.stat().st_mtime_ns == written
+    Path(result.grid).unlink()
+    shard.unlink()
+    sample.run(config, run="mine", checkpoint=checkpoint)
+    (after,) = read_samples(result.uri, num_images=10, batch_size=10)
+    assert np.array_equal(before, after)
