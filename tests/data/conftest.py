@@ -40,10 +40,10 @@ class Formats:
         return np.concatenate([labels.astype(np.uint8)[:, None], images], axis=1).tobytes()
 
     @staticmethod
-    def tar(members: Mapping[str, bytes]) -> bytes:
-        """A .tar.gz."""
+    def tar(members: Mapping[str, bytes], mode: str = "w:") -> bytes:
+        """A .tar, or with mode "w:gz" a .tar.gz."""
         buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        with tarfile.open(fileobj=buffer, mode=mode) as tar:
             for name, content in members.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
@@ -51,10 +51,10 @@ class Formats:
         return buffer.getvalue()
 
     @staticmethod
-    def zip(members: Mapping[str, bytes]) -> bytes:
-        """A zip archive of stored members."""
+    def zip(members: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+        """A zip archive."""
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
+        with zipfile.ZipFile(buffer, "w", compression) as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
         return buffer.getvalue()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,24 +17,6 @@ from ncsn.data.sources import open_source
 from ncsn.errors import NotFound, UserError
 from ncsn.storage import write_bytes
 from ncsn.storage.files import _s3_filesystem
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def put(root: Path | str, files: dict[str, bytes]) -> str:
@@ -114,14 +94,14 @@ def test_folders_are_classes_held_out_class_by_class(folder, data_config):
     assert sorted(label for _, label in rows["test"]) == [0, 0, 1, 1]
 
 
-def test_folders_train_and_test_are_the_splits(folder, members, tmp_path, data_config):
+def test_folders_train_and_test_are_the_splits(folder, members, tmp_path, data_config, formats):
     paths = {"train/cat/1.png": 10, "train/dog/2.png": 20, "train/dog/3.png": 30, "test/dog/4.png": 40}
     source = open_source(data_config("image_folder", folder(paths)))
     assert source.class_names == ("cat", "dog")
     rows = rows_of(source)
     assert (sorted(rows["train"]), rows["test"]) == ([(10, 0), (20, 1), (30, 1)], [(40, 1)])
     one, other = halves(members)
-    root = put(tmp_path / "shards", {"train/0.tar": tar_of(one), "test/0.tar": tar_of(other)})
+    root = put(tmp_path / "shards", {"train/0.tar": formats.tar(one), "test/0.tar": formats.tar(other)})
     source = open_source(data_config("image_folder", root))
     assert source.class_names == ("cat", "dog")
     assert sorted(rows_of(source)["train"]) == sorted((20 * n + c, c) for n in range(10) for c in (0, 1))
@@ -169,18 +149,18 @@ def test_a_wrong_channel_count_is_refused_by_name_and_never_skipped(folder, form
     assert rows_of(open_source(data_config("image_folder", root, convert_channels=True)))["train"]
 
 
-def test_however_images_are_packed_they_are_the_same_dataset(tmp_path, s3_root, members, digest_of):
+def test_however_images_are_packed_they_are_the_same_dataset(tmp_path, s3_root, members, digest_of, formats):
     one, other = halves(members)
     roots = [
         put(tmp_path / "folder", members),
-        put(tmp_path / "tar", {"images.tar": tar_of(members)}),
-        put(tmp_path / "zip", {"images.zip": zip_of(members)}),
-        put(tmp_path / "stored", {"images.ZIP": zip_of(members, zipfile.ZIP_STORED)}),
-        put(tmp_path / "shards", {"0.tar": tar_of(one), "1.tar": tar_of(other)}),
-        put(tmp_path / "both", {"a.tar": tar_of(other), "b.zip": zip_of(one)}),
+        put(tmp_path / "tar", {"images.tar": formats.tar(members)}),
+        put(tmp_path / "zip", {"images.zip": formats.zip(members)}),
+        put(tmp_path / "stored", {"images.ZIP": formats.zip(members, zipfile.ZIP_STORED)}),
+        put(tmp_path / "shards", {"0.tar": formats.tar(one), "1.tar": formats.tar(other)}),
+        put(tmp_path / "both", {"a.tar": formats.tar(other), "b.zip": formats.zip(one)}),
         str(tmp_path / "tar" / "images.tar"),
         put(f"{s3_root}/folder", members),
-        put(f"{s3_root}/shards", {"0.tar": tar_of(one), "1.zip": zip_of(other)}),
+        put(f"{s3_root}/shards", {"0.tar": formats.tar(one), "1.zip": formats.zip(other)}),
     ]
     assert len({digest_of(root) for root in roots}) == 1
     assert digest_of(roots[0]) != digest_of(put(tmp_path / "fewer", one))
@@ -201,7 +181,7 @@ def test_labels_next_to_the_images_are_the_classes(tmp_path, formats, data_confi
         label = str(number % 3) if kind == "cls" else json.dumps({"label": number % 3})
         members[f"{number:04d}.png"] = formats.image(np.full((8, 8), number, np.uint8))
         members[f"{number:04d}.{kind}"] = label.encode()
-    source = open_source(data_config("image_folder", put(tmp_path, {"shard.tar": tar_of(members)})))
+    source = open_source(data_config("image_folder", put(tmp_path, {"shard.tar": formats.tar(members)})))
     rows = rows_of(source)
     assert sorted(rows["train"] + rows["test"]) == [(number, number % 3) for number in range(30)]
     assert source.class_names == ("0", "1", "2")
@@ -210,9 +190,9 @@ def test_labels_next_to_the_images_are_the_classes(tmp_path, formats, data_confi
 def test_labels_in_words_are_sorted_and_a_missing_one_is_named(tmp_path, formats, data_config):
     image = formats.image(np.zeros((8, 8), np.uint8))
     members = {"a.png": image, "a.cls": b"wolf\n", "b.png": image, "b.cls": b"bear"}
-    root = put(tmp_path / "labels", {"x.tar": tar_of(members)})
+    root = put(tmp_path / "labels", {"x.tar": formats.tar(members)})
     assert open_source(data_config("image_folder", root)).class_names == ("bear", "wolf")
-    put(root, {"x.tar": tar_of({**members, "c.png": image})})
+    put(root, {"x.tar": formats.tar({**members, "c.png": image})})
     mixed = put(tmp_path / "folders", {"cat/1.png": image, "c.png": image})
     for stray in (root, mixed):
         with refused(stray) as caught:
@@ -222,7 +202,7 @@ def test_labels_in_words_are_sorted_and_a_missing_one_is_named(tmp_path, formats
 
 def test_shards_that_repeat_names_hold_different_images(tmp_path, formats, data_config):
     shards = {
-        f"{shard}.tar": tar_of(
+        f"{shard}.tar": formats.tar(
             {f"{n}.png": formats.image(np.full((8, 8), 10 * shard + n, np.uint8)) for n in range(10)}
         )
         for shard in range(3)
@@ -231,18 +211,18 @@ def test_shards_that_repeat_names_hold_different_images(tmp_path, formats, data_
     assert sorted(value for value, _ in rows["train"] + rows["test"]) == list(range(30))
 
 
-@pytest.mark.parametrize("pack", [None, tar_of, zip_of])
-def test_bad_images_are_named_and_the_others_stay(tmp_path, members, data_config, pack):
+@pytest.mark.parametrize("pack", [None, "tar", "zip"])
+def test_bad_images_are_named_and_the_others_stay(tmp_path, members, data_config, formats, pack):
     files = {**members, "cat/03.png": members["cat/03.png"][:30], "dog/07.png": b""}
-    root = put(tmp_path, files if pack is None else {"x.tar" if pack is tar_of else "x.zip": pack(files)})
+    root = put(tmp_path, files if pack is None else {f"x.{pack}": getattr(formats, pack)(files)})
     source = open_source(data_config("image_folder", root))
-    inside = {None: "/", tar_of: "/x.tar:", zip_of: "/x.zip:"}[pack]
+    inside = "/" if pack is None else f"/x.{pack}:"
     assert sorted(skipped_of(source)) == [f"{root}{inside}{name}" for name in ("cat/03.png", "dog/07.png")]
     assert sum(map(len, rows_of(source).values())) == 38
 
 
-def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_config):
-    content = bytearray(zip_of(members, zipfile.ZIP_STORED))
+def test_damage_to_a_zip_is_noticed_by_its_checksum(tmp_path, members, data_config, formats):
+    content = bytearray(formats.zip(members, zipfile.ZIP_STORED))
     content[content.index(b"IDAT") + 5] ^= 1
     source = open_source(data_config("image_folder", put(tmp_path, {"x.zip": bytes(content)})))
     assert skipped_of(source) == [f"{tmp_path}/x.zip:cat/00.png"]
@@ -254,14 +234,14 @@ def test_roots_that_cannot_be_used_are_named(tmp_path, members, data_config, for
         with refused(key.format(root=root), error=error):
             open_source(data_config("image_folder", f"{root}{below}"))
 
-    refuse({"a.tar": tar_of({"notes.txt": b"x"})}, "{root}/a.tar")
-    refuse({"a.tar": tar_of(members)[:1000]}, "{root}/a.tar")
-    refuse({"a.zip": zip_of(members)[:-30]}, "{root}/a.zip")
-    refuse({"a.tar": formats.tar(members)}, "{root}/a.tar")
-    refuse({"a.tar.gz": formats.tar(members)}, "data.root")
-    refuse({"a.tar": tar_of({"../x.png": b""})}, "{root}/a.tar")
-    refuse({"a.zip": zip_of({"/x.png": b""})}, "{root}/a.zip")
-    refuse({"a.tar": tar_of({"x.png": b"", "x.json": b"{"})}, "{root}/a.tar:x.json")
+    refuse({"a.tar": formats.tar({"notes.txt": b"x"})}, "{root}/a.tar")
+    refuse({"a.tar": formats.tar(members)[:1000]}, "{root}/a.tar")
+    refuse({"a.zip": formats.zip(members)[:-30]}, "{root}/a.zip")
+    refuse({"a.tar": formats.tar(members, "w:gz")}, "{root}/a.tar")
+    refuse({"a.tar.gz": formats.tar(members, "w:gz")}, "data.root")
+    refuse({"a.tar": formats.tar({"../x.png": b""})}, "{root}/a.tar")
+    refuse({"a.zip": formats.zip({"/x.png": b""})}, "{root}/a.zip")
+    refuse({"a.tar": formats.tar({"x.png": b"", "x.json": b"{"})}, "{root}/a.tar:x.json")
     refuse({"notes.txt": b"x"}, "data.root")
     refuse({"a.png": b""}, "data.root", below="/a.png")
     refuse({}, "data.root", error=NotFound, below="/nowhere")
@@ -308,7 +288,7 @@ def celeba(tmp_path, formats, data_config):
         members |= {FACES[int(key.removeprefix("image_")) - 1]: value for key, value in replaced.items()}
         members["__MACOSX/img_align_celeba/._000001.jpg"] = b"not an image"
         path = tmp_path / "img_align_celeba.zip"
-        path.write_bytes(formats.zip(members))
+        path.write_bytes(formats.zip(members, zipfile.ZIP_STORED))
         return path, data_config("celeba", path, image_size=16, channels=3)
 
     return make

@@ -178,7 +178,7 @@ def cifar_root(tmp_path, formats, cifar_batches):
         files[f"{folder}/readme.html"] = b"<html>"
         if "tar" in shape:
             name = "cifar-10-binary.tar.gz" if binary else "cifar-10-python.tar.gz"
-            (tmp_path / name).write_bytes(formats.tar(files))
+            (tmp_path / name).write_bytes(formats.tar(files, "w:gz"))
             return tmp_path / name if "path" in shape else tmp_path
         for name, content in files.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -283,8 +283,8 @@ def test_archives_that_are_not_cifar_are_refused(cifar_root, tmp_path, formats, 
     path = cifar_root("py tar path")
     contents = [
         path.read_bytes()[:-20_000],
-        formats.tar({"readme": b"hello"}),
-        formats.tar({"../../data_batch_1": b"x"}),
+        formats.tar({"readme": b"hello"}, "w:gz"),
+        formats.tar({"../../data_batch_1": b"x"}, "w:gz"),
         b"<html>",
     ]
     for content in contents:
