@@ -58,6 +58,7 @@ class KubernetesApi:
         self._core = client.CoreV1Api(self._client)
         self._authorization = client.AuthorizationV1Api(self._client)
         self._rayjobs = (GROUP, VERSION, self.namespace, RAYJOBS)
+        self._workflows = ("argoproj.io", "v1alpha1", self.namespace, "workflows")
 
     def rayjob_schema(self) -> Resource:
         """OpenAPI schema of the RayJob that is installed, which every authenticated user may read."""
@@ -74,27 +75,18 @@ class KubernetesApi:
             hint="install the KubeRay operator: helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0",
         )
 
-    def create_rayjob(self, manifest: Resource) -> Resource:
+    def create_rayjob(self, manifest: Resource) -> None:
         """Create it; raises `Conflict` if there is one of that name."""
-        created: Resource = self._call(
-            "create", RAYJOBS, self._custom.create_namespaced_custom_object, *self._rayjobs, manifest
-        )
-        return created
+        self._call("create", RAYJOBS, self._custom.create_namespaced_custom_object, *self._rayjobs, manifest)
 
     def rayjob(self, name: str) -> Resource | None:
         """The RayJob, or None."""
-        found: Resource | None = self._call(
-            "get", RAYJOBS, self._custom.get_namespaced_custom_object, *self._rayjobs, name, missing=None
-        )
-        return found
+        return self._get(RAYJOBS, self._custom.get_namespaced_custom_object, *self._rayjobs, name)
 
     def list_rayjobs(self, labels: str) -> list[Resource]:
-        """The RayJobs with these labels."""
+        """The RayJobs with these labels; none in a cluster without KubeRay."""
         list_all = self._custom.list_namespaced_custom_object
-        without_kuberay: Resource = {"items": []}
-        listed = self._call("list", RAYJOBS, list_all, *self._rayjobs, label_selector=labels, missing=without_kuberay)
-        items: list[Resource] = listed["items"]
-        return items
+        return self._list(RAYJOBS, list_all, *self._rayjobs, label_selector=labels, missing=None)
 
     def annotate_rayjob(self, name: str, annotations: dict[str, str]) -> None:
         """Set annotations; without effect if it is gone."""
@@ -112,7 +104,7 @@ class KubernetesApi:
         """Return when the RayJob changes after resource version `since`, and after `seconds` at the latest.
 
         The caller reads the RayJob again: a watch only says when to look. So a version that is gone (410), a watch that
-        the server cuts, and a server that is unreachable are not handled here.
+        the server cuts, and a server that is unavailable are not handled here.
         """
         started = time.monotonic()
         try:
@@ -131,38 +123,28 @@ class KubernetesApi:
 
     def pods(self, labels: str) -> list[Resource]:
         """The pods with these labels, oldest first."""
-        listed = self._read("list", "pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
-        items: list[Resource] = listed["items"]
-        return sorted(items, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+        pods = self._list("pods", self._core.list_namespaced_pod, self.namespace, label_selector=labels)
+        return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
     def pod(self, name: str) -> Resource | None:
         """The pod, or None."""
-        read = self._core.read_namespaced_pod
-        found: Resource | None = self._read("get", "pods", read, name, self.namespace, missing=None)
-        return found
+        return self._get("pods", self._core.read_namespaced_pod, name, self.namespace)
 
     def workflow(self, name: str) -> Resource | None:
         """The Argo Workflow that runs a KFP run, or None."""
-        where = ("argoproj.io", "v1alpha1", self.namespace, "workflows", name)
-        found: Resource | None = self._call(
-            "get", "workflows.argoproj.io", self._custom.get_namespaced_custom_object, *where, missing=None
-        )
-        return found
+        get = self._custom.get_namespaced_custom_object
+        return self._get("workflows.argoproj.io", get, *self._workflows, name)
 
     def workflows(self, labels: str) -> list[Resource]:
         """The Argo Workflows with these labels."""
-        where = ("argoproj.io", "v1alpha1", self.namespace, "workflows")
-        listing = self._custom.list_namespaced_custom_object
-        listed = self._call("list", "workflows.argoproj.io", listing, *where, label_selector=labels)
-        items: list[Resource] = listed["items"]
-        return items
+        list_all = self._custom.list_namespaced_custom_object
+        return self._list("workflows.argoproj.io", list_all, *self._workflows, label_selector=labels)
 
     def events(self, name: str) -> list[Resource]:
         """The events of the object of this name, oldest first."""
         where = f"involvedObject.name={name}"
-        listed = self._read("list", "events", self._core.list_namespaced_event, self.namespace, field_selector=where)
-        items: list[Resource] = listed["items"]
-        return sorted(items, key=time_of_event)
+        events = self._list("events", self._core.list_namespaced_event, self.namespace, field_selector=where)
+        return sorted(events, key=time_of_event)
 
     def create_config_map(self, manifest: Resource) -> None:
         """Create it; raises `Conflict` if there is one of that name."""
@@ -170,10 +152,7 @@ class KubernetesApi:
 
     def config_maps(self, labels: str) -> list[Resource]:
         """The ConfigMaps with these labels."""
-        listing = self._core.list_namespaced_config_map
-        listed = self._read("list", "configmaps", listing, self.namespace, label_selector=labels)
-        items: list[Resource] = listed["items"]
-        return items
+        return self._list("configmaps", self._core.list_namespaced_config_map, self.namespace, label_selector=labels)
 
     def delete_config_map(self, name: str) -> None:
         """Delete it; without effect if it is gone."""
@@ -181,17 +160,14 @@ class KubernetesApi:
 
     def nodes(self) -> list[Resource]:
         """The cluster's nodes, which an account of one namespace seldom may see."""
-        items: list[Resource] = self._read("list", "nodes", self._core.list_node)["items"]
-        return items
+        return self._list("nodes", self._core.list_node)
 
     def local_queue(self, name: str) -> Resource | None:
         """Kueue's LocalQueue of this namespace, or None, by the newest API version that the cluster serves."""
+        get = self._custom.get_namespaced_custom_object
         for version in KUEUE_VERSIONS:
             where = ("kueue.x-k8s.io", version, self.namespace, "localqueues", name)
-            found: Resource | None = self._call(
-                "get", "localqueues.kueue.x-k8s.io", self._custom.get_namespaced_custom_object, *where, missing=None
-            )
-            if found is not None:
+            if (found := self._get("localqueues.kueue.x-k8s.io", get, *where)) is not None:
                 return found
         return None
 
@@ -248,6 +224,15 @@ class KubernetesApi:
             _return_http_data_only=True,
             **options,
         )
+
+    def _get(self, resource: str, function: Callable[..., Any], *args: Any) -> Resource | None:
+        found: Resource | None = self._read("get", resource, function, *args, missing=None)
+        return found
+
+    def _list(self, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> list[Resource]:
+        listed = self._read("list", resource, function, *args, **options)
+        items: list[Resource] = listed["items"] if listed else []
+        return items
 
     def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The JSON of the answer: the client's own models refuse what they do not expect."""

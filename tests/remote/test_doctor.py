@@ -56,10 +56,8 @@ def test_the_rights_come_from_a_folder_for_that_namespace(
     emulation: Any, tmp_path: Path, namespace: str, folder: str
 ) -> None:
     emulation.cluster.rules = []
-    settings = ("compute.backend=kuberay", f"storage.root={tmp_path}/store", f"compute.kuberay.namespace={namespace}")
-    options = [part for setting in settings for part in ("--set", setting)]
-    done = CliRunner().invoke(app, ["doctor", "--config", str(DIGITS), "--json", *options])
-    (fix,) = (finding["fix"] for finding in json.loads(done.stdout) if finding["check"] == "rights")
+    findings = examine_all(tmp_path, f"compute.kuberay.namespace={namespace}")
+    (fix,) = (finding["fix"] for finding in findings if finding["check"] == "rights")
     assert fix == f"kubectl apply -k {folder}"
     assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
 
