@@ -206,7 +206,7 @@ class Suggestions(Searcher):
         for _ in range(_TRIES + len(self._given)):
             drawn = self._study.ask(self._distributions)
             values = {path: self._decode(path, value) for path, value in drawn.params.items()}
-            # The result comes back by `learn` as a trial of its own, also for points that were not drawn here.
+            # The result comes back by `learn` as a new trial, also for points that were not drawn here.
             self._study.tell(drawn, state=TrialState.FAIL)
             if self._is_new(values):
                 return values

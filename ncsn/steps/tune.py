@@ -1,4 +1,4 @@
-"""Between ingest and training, if asked: a search for better settings on Ray Tune, judged by samples."""
+"""Between ingest and training, if asked: a search for better settings on Ray Tune, scored by samples."""
 
 from __future__ import annotations
 
@@ -115,16 +115,16 @@ def _of_fixed_size(config: Config) -> Config:
 
 
 def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:
-    """Trials that were judged in different ways do not share a folder; more of the same kind join those there are."""
+    """The folder of the trials that are scored alike: a search with more trials reuses those of an earlier one."""
     assert config.search is not None
-    judged_by = {
+    scored_by = {
         "dataset": dataset,
         "rungs": rungs(config),
         "evaluation": config.evaluation.model_dump(mode="json"),
         "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
         **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "seed"}),
     }
-    digest = storage.digest(judged_by, 12)
+    digest = storage.digest(scored_by, 12)
     return storage.join(folder.search, "trials", digest)
 
 

@@ -38,7 +38,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 class Cluster(NamedTuple):
-    """A driver in a process of its own and the address of its cluster."""
+    """A driver in a separate process and the address of its cluster."""
 
     driver: RayDriver
     address: str

@@ -102,7 +102,7 @@ def reported(plan: SearchPlan, values: dict[str, Any]) -> list[tuple[int, float]
 
 
 def test_a_trial_only_reports_what_it_has_reached(plan: SearchPlan) -> None:
-    """There is no data set and no cluster: whatever it did again would fail."""
+    """There is no dataset and no cluster: anything that it did again would fail."""
     folder = TrialFolder.of(plan.trials, plan.baseline)
     for images in plan.rungs:
         folder.reach(rung(images, float(images)))

@@ -1,4 +1,4 @@
-"""What the trials of a search come to."""
+"""Conclusions from the trials of a search."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_best_config_is_complete_and_searches_no_more(config: Config) -> Non
     assert set(changed_settings(config, best)) == {"noise.sigma_1", "noise.sigma_L"}
 
 
-def test_the_baseline_is_judged_by_its_own_sampler(config: Config) -> None:
+def test_the_baseline_is_scored_by_its_own_sampler(config: Config) -> None:
     plan = SearchPlan(config=config, dataset="", trials="")
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
     assert baseline_objective(plan, trials, images_seen=40) == 4.0

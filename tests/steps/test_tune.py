@@ -122,13 +122,13 @@ def test_epsilon_costs_no_training(searched: Searched) -> None:
         rung = json.loads(path.read_text())
         checkpoints = sorted(each.name for each in (path.parent / "checkpoints").glob("images-*"))
         reached = sorted(json.loads(text)["checkpoint"] for text in rung_files(path.parent).values())
-        # The search was killed: a trial may have trained one rung further than it was judged, and no more.
+        # The search was killed: a trial may have trained one rung further than it was scored, and no more.
         assert checkpoints[: len(reached)] == reached
         assert len(checkpoints) <= len(reached) + 1
-        epsilons = [judged["sampler"]["epsilon"] for judged in rung["sweep"]]
+        epsilons = [scored["sampler"]["epsilon"] for scored in rung["sweep"]]
         assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
-        assert {judged["sampler"]["steps_per_level"] for judged in rung["sweep"]} == {2}
-        assert rung["objective"] == min(judged["objective"] for judged in rung["sweep"] if judged["objective"])
+        assert {scored["sampler"]["steps_per_level"] for scored in rung["sweep"]} == {2}
+        assert rung["objective"] == min(scored["objective"] for scored in rung["sweep"] if scored["objective"])
 
 
 def test_the_best_is_a_config_to_train(searched: Searched) -> None:
