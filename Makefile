@@ -1,10 +1,10 @@
-# Every target works in a fresh clone: .venv is made when needed, kept while it is current, and made again if it is broken.
+# Every target works in a fresh clone: it makes .venv, and makes it again when it is outdated or broken.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# What to make .venv with; override with `make PYTHON=/path/to/python3.12 demo`.
+# The Python of .venv; override with `make PYTHON=/path/to/python3.12 demo`.
 ifndef PYTHON
 PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
@@ -19,12 +19,12 @@ PYTEST_ARGS ?=
 PARTS ?=
 
 BIN := .venv/bin
-# Named after all that decides what is installed: a change of content, not of a file's date, renews .venv.
+# A hash of what decides the installation: a change of content, not of a file's date, renews .venv.
 KEY := $(shell { cat pyproject.toml constraints.txt; pwd; echo "$(BASE_PYTHON)"; "$(BASE_PYTHON)" -V; } 2>&1 | cksum | tr ' ' -)
 STAMP := .venv/current-$(KEY)
 
 .PHONY: help
-help: ## Say what each target does (the default)
+help: ## List the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
@@ -49,7 +49,7 @@ test-cluster: $(STAMP) ## Run the tests of a real cluster: the one of KUBECONFIG
 	@$(BIN)/python -m pytest tests/cluster_live $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## Measure what a user waits for, beside what it should reach (PARTS=... for some, half an hour for all)
+bench: $(STAMP) ## Measure performance next to its targets (PARTS=... for some, half an hour for all)
 	@$(BIN)/python -m benchmarks $(PARTS)
 
 .PHONY: lint
@@ -60,7 +60,7 @@ lint: $(STAMP) ## Check style (ruff), types (mypy) and layers (import-linter)
 	@$(BIN)/lint-imports --no-logo
 
 .PHONY: format
-format: $(STAMP) ## Rewrite the files in the one style
+format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
