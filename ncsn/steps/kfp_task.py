@@ -1,4 +1,4 @@
-"""A step as a task of a pipeline: known to the cluster's janitor, told in the store, and not repeated in vain."""
+"""A step as a task of a pipeline: registered with the janitor, recorded in the store, and not repeated for nothing."""
 
 from __future__ import annotations
 
@@ -23,21 +23,13 @@ _NOTE_SECONDS = 10.0
 
 @contextmanager
 def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) -> Iterator[None]:
-    """All that a task does for its step, whose failure is recorded whenever it comes.
-
-    The outcome of the run, which an earlier attempt may have left, is removed first; a failure is the outcome, and so
-    is the end of the last step. Where an exit handler follows, it says the same again. After KFP's Retry none follows.
-
-    Args:
-        config: The experiment.
-        run: Name of the run.
-        step: Name of the step.
-        last: Whether the pipeline ends with it.
+    """Run a task's step; its failure, or the end of the `last` step, becomes the outcome of the run.
 
     Raises:
-        ForeignRun: if the run belongs to another config.
-        UserError: the mistake that an earlier try of this very task has found.
+        ForeignRun: The run belongs to another config.
+        UserError: A mistake, perhaps found by an earlier try of this task.
     """
+    # The exit handler writes the same outcome again, but after KFP's Retry there is none.
     mistake = _mistake_before(run_folder(config, run), step)
     with recorded(config, run, step) as folder:
         if mistake is not None:
@@ -47,7 +39,7 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
         try:
             yield
         except Exception as error:
-            with suppress(OSError):  # a store that is away must not hide the first error
+            with suppress(OSError):  # an unreachable store must not hide the first error
                 write_outcome(folder, Outcome("FAILED", str(error), step))
             raise
         if last:
@@ -55,7 +47,7 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
 
 
 def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
-    """What another try would only find again."""
+    """The mistake that another try would only repeat."""
     if not int(os.environ.get(_TRY) or 0):
         return None
     error = read_error(folder, step)
@@ -64,7 +56,7 @@ def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
 
 
 def _note(config: Config, run: str) -> None:
-    """Let the janitor know whose run it is to close if it is stopped in any way."""
+    """Tell the janitor which run to close if this pipeline is stopped."""
     here = this_kfp_run()
     if here is not None:
         from ncsn.remote.orphans import NotedRun, note_run
@@ -73,7 +65,7 @@ def _note(config: Config, run: str) -> None:
 
 
 def forget() -> None:
-    """Let the janitor know that the run is closed."""
+    """Tell the janitor that the run is closed."""
     here = this_kfp_run()
     if here is not None:
         from ncsn.remote.orphans import forget_run
@@ -82,8 +74,7 @@ def forget() -> None:
 
 
 def _tell(call: Callable[[KubernetesApi], None]) -> None:
-    """Without a cluster that answers, or the right, the work goes on nevertheless."""
-    # Imported here and not above: outside of a cluster nobody waits a second for it.
+    """Call the cluster; without an answer or the right, only say so."""
     from ncsn.remote.backend import say
     from ncsn.remote.kubernetes import KubernetesApi
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
 
 STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
-"""Those that run where `compute.backend` says; the others are not worth a cluster."""
+"""Steps that run where `compute.backend` says; the others are too small for a cluster."""
 
 R = TypeVar("R")
 
@@ -43,21 +43,14 @@ class Work:
     tracked: StepRun
 
     def job_metadata(self) -> dict[str, str]:
-        """What a Ray job shows of the step on Ray's pages."""
+        """Metadata that Ray's pages show for the step's job."""
         from ncsn.tracking.mlflow_runs import job_metadata
 
         return job_metadata(self.tracked, run=self.run, step=self.step)
 
 
 class Step(Generic[R]):
-    """One step of a run.
-
-    Args:
-        name: Its name, a command of `ncsn`.
-        folder: The run.
-        result: Type of its result, a frozen dataclass of plain values.
-        unit: What its progress counts.
-    """
+    """One step of a run. `result` is a frozen dataclass of plain values, and `unit` what the progress counts."""
 
     def __init__(self, name: str, folder: RunFolder, result: type[R], *, unit: str) -> None:
         self.name, self.folder = name, folder
@@ -67,7 +60,7 @@ class Step(Generic[R]):
 
     @classmethod
     def claim(cls, name: str, config: Config, run: str, result: type[R], *, unit: str) -> Step[R]:
-        """The step of a run whose name belongs to this config from now on.
+        """The step of a run, whose name belongs to this config from now on.
 
         Raises:
             ForeignRun: The name belongs to another config.
@@ -76,11 +69,7 @@ class Step(Generic[R]):
         return cls(name, claim_run(config, run), result, unit=unit)
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
-        """The config with the levels that `noise: auto` stands for, which are the run's from now on.
-
-        Raises:
-            UserError: They cannot be chosen, or are not those that the run has.
-        """
+        """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
         from ncsn.data.statistics import resolve_noise
 
         uri = self.folder.config
@@ -109,14 +98,11 @@ class Step(Generic[R]):
     def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
         """The result from where `compute.backend` says; None if the work is to be done here.
 
-        Args:
-            config: The experiment.
-            options: URIs for the step's options of these names.
-            inject: Faults to simulate there.
+        `options` are the URIs of the step's options.
 
         Raises:
-            UserError: The step found a mistake there.
-            RemoteFailure: It ended there otherwise.
+            UserError: The step reported a mistake there.
+            RemoteFailure: The step failed there.
         """
         assert self.name in STEPS_ELSEWHERE
         if config.compute.backend == "local":
@@ -135,7 +121,7 @@ class Step(Generic[R]):
 
     @contextmanager
     def timed(self) -> Iterator[ProgressFile]:
-        """Publish the progress of the work, and add its seconds to what the step has taken so far."""
+        """Publish progress, and add the block's seconds to those of the step."""
         self._started = time.time()
         try:
             yield ProgressFile(self.folder.step(self.name, "progress.json"), self._unit)
@@ -144,7 +130,7 @@ class Step(Generic[R]):
 
     @contextmanager
     def work(self, config: Config) -> Iterator[Work]:
-        """The same, with the step's MLflow run, which ends as the block does."""
+        """The same, with the step's MLflow run, which ends with the block."""
         from ncsn.tracking.mlflow_runs import step_run
 
         with self.timed() as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
@@ -158,7 +144,7 @@ class Step(Generic[R]):
         return result
 
     def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
-        """The same command on the cluster, with the local backend, on the same store."""
+        """Run the same command on the cluster, with the local backend and the same store."""
         folder, step = self.folder, self.name
         if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
             raise UserError(
@@ -211,7 +197,7 @@ def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
 
 
 def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, str]:
-    """URI and digest of the config for the other side, named after its content: other settings are other work."""
+    """URI and digest of the config for the cluster, named after its content, because other settings are other work."""
     here = {
         "compute": config.compute.model_copy(update={"backend": "local"}),
         "storage": config.storage.model_copy(update={"root": folder.root}),

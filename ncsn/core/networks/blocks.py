@@ -185,7 +185,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class _ConvsThenNorms(nn.Module):
-    """Pairs of a normalisation and a convolution, registered convolutions first."""
+    """Pairs of a normalization and a convolution, registered convolutions first."""
 
     def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory | None) -> None:
         super().__init__()
