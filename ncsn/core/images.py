@@ -109,7 +109,7 @@ def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
         num_components: K; fewer if N - 1 or D is smaller.
 
     Returns:
-        Moments on the CPU; the total variance is the data's whatever K is.
+        Moments on the CPU; the total variance is that of the data for any K.
     """
     if len(x) < 2:
         raise ValueError(f"moments need at least 2 images, got {len(x)}")
