@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -132,7 +132,14 @@ class SingleSigmaLossConfig(Section):
 LossConfig = Annotated[DsmLossConfig | SsmLossConfig | SingleSigmaLossConfig, Field(discriminator="kind")]
 
 
-class AnnealedLangevinConfig(Section):
+class SamplerSection(Section):
+    """The settings of a sampler, and what it needs of the network and the noise levels."""
+
+    any_sigma: ClassVar[bool] = False  # a network for any sigma, not only for its noise levels
+    several_levels: ClassVar[bool] = True
+
+
+class AnnealedLangevinConfig(SamplerSection):
     """Annealed Langevin dynamics (paper, Algorithm 1)."""
 
     kind: Literal["annealed_langevin"] = Field(description="The sampler of the 2019 paper.")
@@ -154,8 +161,10 @@ class AnnealedLangevinConfig(Section):
     )
 
 
-class LangevinConfig(Section):
+class LangevinConfig(SamplerSection):
     """Langevin dynamics at one noise level (paper, equation 4)."""
+
+    several_levels = False
 
     kind: Literal["langevin"] = Field(description="Langevin dynamics at one level, without annealing.")
     level: int = Field(
@@ -166,7 +175,7 @@ class LangevinConfig(Section):
     denoise: bool = Field(True, description="End with x + sigma^2 s(x), one more NFE.")
 
 
-class ConsistentAnnealedConfig(Section):
+class ConsistentAnnealedConfig(SamplerSection):
     """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020)."""
 
     kind: Literal["consistent_annealed"] = Field(
@@ -186,7 +195,7 @@ class ConsistentAnnealedConfig(Section):
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE.")
 
 
-class PredictorCorrectorConfig(Section):
+class PredictorCorrectorConfig(SamplerSection):
     """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021)."""
 
     kind: Literal["predictor_corrector"] = Field(
@@ -201,7 +210,7 @@ class PredictorCorrectorConfig(Section):
     denoise: bool = Field(True, description="End with a predictor step to sigma = 0, one more NFE.")
 
 
-class ProbabilityFlowConfig(Section):
+class ProbabilityFlowConfig(SamplerSection):
     """The probability-flow ODE at the network's levels (Song et al. 2021)."""
 
     kind: Literal["probability_flow"] = Field(description="Deterministic; Euler (1 NFE per level) or Heun (2).")
@@ -211,8 +220,10 @@ class ProbabilityFlowConfig(Section):
     denoise: bool = Field(True, description="End with a step to sigma = 0, one more NFE.")
 
 
-class KarrasHeunConfig(Section):
+class KarrasHeunConfig(SamplerSection):
     """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2); needs a network for any sigma, not ncsn."""
+
+    any_sigma = True
 
     kind: Literal["karras_heun"] = Field(description="Heun's method on the grid of Karras et al., with churn.")
     num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")

@@ -10,13 +10,10 @@ from pydantic import ValidationError
 from ncsn.config.choices import (
     AnnealedLangevinConfig,
     ConsistentAnnealedConfig,
-    KarrasHeunConfig,
     LangevinConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
     NoiseConfig,
-    PredictorCorrectorConfig,
-    ProbabilityFlowConfig,
     SingleSigmaLossConfig,
     SsmLossConfig,
     UnetNetworkConfig,
@@ -116,7 +113,7 @@ def _one_level(config: Config) -> Iterator[Problem]:
             "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L",
             num_levels,
         )
-    if num_levels == 1 and not isinstance(sampler, LangevinConfig):
+    if num_levels == 1 and sampler.several_levels:
         yield Problem(
             "sampling.sampler.kind",
             "uses several noise levels, but noise.num_levels = 1",
@@ -130,7 +127,7 @@ def _sampler_network(config: Config) -> Iterator[Problem]:
     if not isinstance(config.network, NcsnNetworkConfig):
         return
     setting: str
-    if isinstance(sampler, KarrasHeunConfig):
+    if sampler.any_sigma:
         setting, instead = "kind", "probability_flow"
     elif isinstance(sampler, ConsistentAnnealedConfig) and sampler.refine > 1:
         setting, instead = "refine", "refine = 1"
@@ -162,16 +159,13 @@ def _sampler_levels(config: Config) -> Iterator[Problem]:
             "lower it",
             sampler.epsilon,
         )
-    if (
-        isinstance(sampler, PredictorCorrectorConfig | ProbabilityFlowConfig)
-        and sampler.num_levels is not None
-        and sampler.num_levels > noise.num_levels
-    ):
+    visited = getattr(sampler, "num_levels", None)  # some samplers can skip levels
+    if visited is not None and visited > noise.num_levels:
         yield Problem(
             "sampling.sampler.num_levels",
             f"more than noise.num_levels = {noise.num_levels}",
             "use fewer, or null for all",
-            sampler.num_levels,
+            visited,
         )
     if isinstance(sampler, ConsistentAnnealedConfig) and noise.num_levels > 1:
         step = (noise.sigma_L / noise.sigma_1) ** (1 / ((noise.num_levels - 1) * sampler.refine))

@@ -80,7 +80,7 @@ class KarrasHeun(Sampler):
     rho: float = 7.0  # exponent of the grid
     churn: float = 0.0  # S_churn: total noise added again on the way; 0 is the deterministic ODE
     churn_min: float = 0.0  # lowest sigma with churn
-    churn_max: float = math.inf  # highest sigma with churn
+    churn_max: float = 1e4  # highest sigma with churn
     churn_noise: float = 1.0  # S_noise: standard deviation of what churn adds
     denoise: bool = True
 

@@ -3,6 +3,9 @@
 The state never leaves [B, C, H, W], an image depends only on its own start and noise, and nothing is clamped.
 `denoise` means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
 Annealed Langevin forgets its start. The others need an x distributed as the data plus noise of sigma_1.
+
+A new sampler is a subclass of `Sampler`, a section in `ncsn.config.choices.SamplerConfig` with the same fields, and an
+entry in `_SAMPLERS` of `ncsn.model.build`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from ncsn.config.choices import (
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
     SamplerConfig,
+    SingleSigmaLossConfig,
     SsmLossConfig,
+    UnetNetworkConfig,
     parse_sampler,
 )
 from ncsn.config.schema import DataConfig
@@ -64,12 +67,14 @@ def network(config: Config) -> nn.Module:
                 depth=config.network.depth,
                 rescale=not config.data.logit_transform,
             )
-        return UnetNetwork(
-            channels=config.data.channels,
-            image_size=config.data.image_size,
-            sigmas=sigmas(config),
-            **config.network.model_dump(exclude={"kind"}),
-        )
+        if isinstance(config.network, UnetNetworkConfig):
+            return UnetNetwork(
+                channels=config.data.channels,
+                image_size=config.data.image_size,
+                sigmas=sigmas(config),
+                **config.network.model_dump(exclude={"kind"}),
+            )
+        assert_never(config.network)
 
 
 def sampler(settings: SamplerConfig) -> Sampler:
@@ -89,7 +94,9 @@ def loss(config: Config) -> Loss:
         return DenoisingScoreMatching(anneal_power=settings.anneal_power, antithetic=settings.antithetic)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
-    return SingleSigma()
+    if isinstance(settings, SingleSigmaLossConfig):
+        return SingleSigma()
+    assert_never(settings)
 
 
 def step_options(config: Config, *, device: str | torch.device, world_size: int) -> StepOptions:
