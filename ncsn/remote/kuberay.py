@@ -246,11 +246,13 @@ class KubeRay:
         """Delete the RayJob when a failure or Ctrl-C leaves the block."""
         try:
             yield
-        # On SIGTERM the handler has decided, and while the API server is unavailable the work continues.
-        except (SystemExit, ConnectionError, RemoteLost):
+        # On SIGTERM the handler has decided.
+        except (SystemExit, RemoteLost):
             raise
-        except BaseException:
-            if self._ours:
+        except BaseException as error:
+            # While the API server or the store is unavailable the work continues.
+            outage = isinstance(error, OSError) and not isinstance(error, PermissionError)
+            if self._ours and not outage:
                 self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
             raise
 

@@ -236,8 +236,11 @@ class KubernetesApi:
 
     def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The JSON of the answer: the client's own models refuse what they do not expect."""
-        response = self._call(verb, resource, function, *args, _preload_content=False, **options)
-        return None if response is None else json.loads(response.data)
+
+        def read(*args: Any, **options: Any) -> Any:
+            return json.loads(function(*args, _preload_content=False, **options).data)
+
+        return self._call(verb, resource, read, *args, **options)
 
     def _call(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call until the API server answers. With `missing` given, that stands for 404."""
@@ -255,7 +258,7 @@ class KubernetesApi:
                 if error.status not in _UNAVAILABLE:
                     raise self._refusal(verb, resource, error) from None
                 raise Unavailable(f"HTTP {error.status}") from None
-            except urllib3.exceptions.HTTPError as error:
+            except (urllib3.exceptions.HTTPError, json.JSONDecodeError) as error:  # the second is a cut answer
                 raise Unavailable(type(error).__name__) from None
 
         return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self.patience)

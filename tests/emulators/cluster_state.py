@@ -39,6 +39,7 @@ class Cluster:
         schema: JSON schema of the RayJob that is installed; None for one that allows every field.
         installed: Whether there is a RayJob CRD at all.
         away: Drop every connection.
+        cut_answers: How many answers to break off in the middle of their body.
         cut_logs: How many log streams to cut in the middle of their third line.
         forget_versions: Answer watches with 410, as after a restart of the server.
         requests: (verb, resource) of every call.
@@ -50,6 +51,7 @@ class Cluster:
     schema: Resource | None = None
     installed: bool = True
     away: bool = False
+    cut_answers: int = 0
     cut_logs: int = 0
     forget_versions: bool = False
     requests: list[tuple[str, str]] = field(default_factory=list)

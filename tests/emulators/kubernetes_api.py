@@ -258,6 +258,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if self.cluster.cut_answers > 0:
+            self.cluster.cut_answers -= 1
+            data, self.close_connection = data[: len(data) // 2], True
         self.wfile.write(data)
 
 

@@ -107,6 +107,22 @@ def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> 
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
 
 
+def test_a_store_that_is_unavailable_leaves_the_work_running(emulation, eventually) -> None:
+    """A launcher that cannot see whether the driver made a mistake must not end the next attempt."""
+
+    def unreachable() -> bool:
+        raise OSError("the store is unreachable")
+
+    step = replace(emulation.step("import sys; sys.exit(1)"), mistaken=unreachable)
+    emulation.operator.retry_seconds = 5
+    with pytest.raises(OSError, match="the store is unreachable"):
+        KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
+    (job,) = emulation.jobs
+    assert "deletionTimestamp" not in job["metadata"]
+    KubernetesApi().delete_rayjob(job["metadata"]["name"])
+    eventually(lambda: not emulation.jobs, "the RayJob is gone")
+
+
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
 def test_complete_is_not_success(emulation, status: str) -> None:
     emulation.operator.ends = status
@@ -170,6 +186,16 @@ def test_an_api_server_that_stays_away_is_one_line(emulation) -> None:
         emulation.execute(HELLO, patience=1)
     assert KubernetesApi().server in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(emulation, capsys: pytest.CaptureFixture[str]) -> None:
+    for ask in (lambda api: api.pods(""), lambda api: api.list_rayjobs(""), lambda api: api.workflow("gone")):
+        emulation.cluster.cut_answers = 1
+        assert not ask(KubernetesApi())
+        assert "unavailable" in capsys.readouterr().err
+        emulation.cluster.cut_answers = 1
+        with pytest.raises(ConnectionError):
+            ask(KubernetesApi(patience=0))
 
 
 @pytest.mark.parametrize("verb", ["create", "get", "delete"])
