@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 OWN = "own"
 """Instead of a URI: the run's own."""
 
+BACKENDS = ("local", "ray-jobs", "kuberay")  # those of `ComputeConfig`, which --help does not import
+
 
 @dataclass(frozen=True)
 class Source:

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ncsn.cli.catalogue import OWN, STEP_INFO
+from ncsn.cli.catalogue import BACKENDS, OWN, STEP_INFO
 from ncsn.errors import Problem, UserError, problems_of
 
 FAILURE = 1
@@ -172,7 +172,7 @@ def backend_options(command: Decorated) -> Decorated:
     )(command)
     return click.option(
         "--backend",
-        type=click.Choice(["local", "ray-jobs", "kuberay"]),
+        type=click.Choice(BACKENDS),
         help="Where the work is done; short for --set compute.backend=...",
     )(decorated)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from ncsn.config.compute import ComputeConfig
 from ncsn.remote.backend import Backend
 
@@ -11,6 +13,8 @@ def open_backend(compute: ComputeConfig, *, namespace: str | None = None) -> Bac
 
     `namespace` is the default of `compute.kuberay.namespace`.
     """
+    if compute.backend == "local":
+        return None
     if compute.backend == "ray-jobs":
         from ncsn.remote.ray_jobs import RayJobs
 
@@ -19,4 +23,4 @@ def open_backend(compute: ComputeConfig, *, namespace: str | None = None) -> Bac
         from ncsn.remote.kuberay import KubeRay
 
         return KubeRay(compute, namespace=namespace)
-    return None
+    assert_never(compute.backend)

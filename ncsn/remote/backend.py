@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
+from ncsn import storage
 from ncsn.errors import UserError
 from ncsn.storage.retry import Retry
 
@@ -37,9 +38,19 @@ class RemoteStep:
     run: str
     step: str
     uri: str  # folder of the step in the store: holds its log and the launcher's lease
-    command: tuple[str, ...]  # also takes `--lease URI`
+    command: tuple[str, ...]  # decides whether an attempt can attach; `leased_command` is what runs
     facts: Mapping[str, str] = field(default_factory=dict)  # shown with the job, such as the name of its MLflow run
     mistaken: Callable[[], bool] = lambda: False  # whether the step has recorded a mistake, which a retry would repeat
+
+    @property
+    def lease(self) -> str:
+        """The object that the backend renews with a `Heartbeat` while it waits for the step."""
+        return storage.join(self.uri, "lease.json")
+
+    @property
+    def leased_command(self) -> tuple[str, ...]:
+        """The command to run. Without its lease, the step would be refused: this process has locked it."""
+        return (*self.command, "--lease", self.lease)
 
 
 class Conflict(Exception):
@@ -75,7 +86,10 @@ class Backend(Protocol):
         """Connect now, or raise as `execute` does."""
 
     def execute(self, step: RemoteStep) -> None:
-        """Run the step to its end, or attach to it if it is running.
+        """Run `step.leased_command` to its end, or attach to it if it is running.
+
+        Ctrl-C, and SIGTERM unless another attempt will follow, must end the work there. Until then the backend renews
+        `step.lease`: when it is stale, the step saves and ends.
 
         Raises:
             RemoteFailure: It failed.

@@ -88,15 +88,14 @@ class KubeRay:
             ConnectionError: The API server did not answer in time.
             UserError: The cluster has no KubeRay, refuses the manifest, or other work has the name.
         """
-        lease = storage.join(step.uri, "lease.json")
         # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
         self._heart = KubernetesApi(self._api.namespace, patience=0)
         self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
         self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
         self._launcher = find_launcher(self._api)
-        manifest = self._manifest(step, lease)
+        manifest = self._manifest(step)
         name, request = manifest["metadata"]["name"], manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
-        beat = Heartbeat(lease, also=lambda: self._annotate(name), every=self._renew_seconds)
+        beat = Heartbeat(step.lease, also=lambda: self._annotate(name), every=self._renew_seconds)
         with ended_on_sigterm(lambda: self._end_at_once(name)), beat:
             with self._deleted_if_left(name):
                 attempt = attach_or_start(request, start=lambda: self._create(manifest), find=lambda: self._find(name))
@@ -123,7 +122,7 @@ class KubeRay:
         """What a RayJob needs."""
         return kuberay_checks(self._compute)
 
-    def _manifest(self, step: RemoteStep, lease: str) -> Resource:
+    def _manifest(self, step: RemoteStep) -> Resource:
         image = self._compute.kuberay.image or self._launcher.image or os.environ.get(_IMAGE_VARIABLE)
         if image is None:
             raise UserError(
@@ -135,7 +134,7 @@ class KubeRay:
             run=step.run,
             step=step.step,
             uri=step.uri,
-            entrypoint=(*step.command, "--lease", lease),
+            entrypoint=step.leased_command,
             image=image,
             env=environment_for_pods() | {"NCSN_CONTAINER_IMAGE": image},
             labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},

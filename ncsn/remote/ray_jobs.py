@@ -74,13 +74,12 @@ class RayJobs:
             ConnectionError: The cluster did not answer in time.
             UserError: The step runs there on other inputs.
         """
-        lease = storage.join(step.uri, "lease.json")
         base, request = job_name(step.run, step.step, step.uri), command_digest(step.command)
-        beat = Heartbeat(lease, also=lambda: None, every=self._renew_seconds)
+        beat = Heartbeat(step.lease, also=lambda: None, every=self._renew_seconds)
         with beat, ended_on_sigterm(self._stop_running):
             try:
                 name = attach_or_start(
-                    request, start=lambda: self._submit(step, base, request, lease), find=lambda: self._find(base)
+                    request, start=lambda: self._submit(step, base, request), find=lambda: self._find(base)
                 )
                 with JobLog(self._impatient, name, uri=storage.join(step.uri, "driver.log")) as log:
                     job = self._watch(name)
@@ -110,7 +109,7 @@ class RayJobs:
         running = sum(not job.ended for job in api.jobs())
         return f"{api.address}: Ray {api.ray_version}, as here, {running} running jobs"
 
-    def _submit(self, step: RemoteStep, base: str, request: str, lease: str) -> str:
+    def _submit(self, step: RemoteStep, base: str, request: str) -> str:
         """Start the next attempt. Ray never takes a name twice, so each attempt has a number.
 
         Two launchers that try at once choose the same number: Ray refuses the second, which attaches.
@@ -123,7 +122,7 @@ class RayJobs:
         try:
             self._api.submit(
                 name,
-                entrypoint=shlex.join((*step.command, "--lease", lease)),
+                entrypoint=shlex.join(step.leased_command),
                 metadata={"job_name": base, RUN: step.run, STEP: step.step, REQUEST: request}
                 | {PYTHON: python_version(), **step.facts},
                 env={**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},

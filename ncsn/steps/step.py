@@ -112,10 +112,11 @@ class Step(Generic[R]):
         self._execute(config, arguments, options)
         stored = read_result(self.folder, self.name)
         if stored is None or stored.inputs != self._inputs:
+            where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
             raise RuntimeError(
                 f"step {self.name} ended on the cluster without a result for these inputs in "
-                f"{self.folder.uri}/steps/{self.name}; does the cluster (compute.kuberay.image) hold this version of "
-                "ncsn, and does it reach this store?"
+                f"{self.folder.uri}/steps/{self.name}; does {where} have this version of ncsn, and does the cluster "
+                "reach this store?"
             )
         return self._type(**stored.result)
 

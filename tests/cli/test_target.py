@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.catalogue import CATALOGUE
+from ncsn.cli.catalogue import BACKENDS, CATALOGUE
+from ncsn.cli.doctor import BACKEND_CHECKS
 from ncsn.cli.execute import complete_records, mark_complete
 from ncsn.cli.target import Experiment, default_run, find_inputs
 from ncsn.config import Config, from_yaml
+from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound, Problem
 from ncsn.runs.folder import RUN_PATTERN, STEPS, RunFolder, claim_run
 from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, read_results
@@ -109,6 +112,11 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> N
 
 def test_the_catalogue_follows_the_pipeline() -> None:
     assert tuple(step for step in CATALOGUE if step != "tune") == STEPS
+
+
+def test_every_backend_of_the_config_is_offered_and_checked() -> None:
+    assert get_args(ComputeConfig.model_fields["backend"].annotation) == BACKENDS
+    assert {"local", *BACKEND_CHECKS} == set(BACKENDS)
 
 
 def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:
