@@ -31,12 +31,13 @@ from ncsn.tracking.client import (
     insert_or_find,
     log_params,
     one_line,
+    open_client,
     set_tags,
     shown,
 )
 from ncsn.tracking.lineage import kfp_run, provenance
 from ncsn.tracking.live import Entry, LiveMetrics, log_metrics, request_limits
-from ncsn.tracking.reconcile import complete, reconcile, write_record
+from ncsn.tracking.reconcile import lacks_ends, mark_sent, reconcile, send_missing, write_record
 from ncsn.tracking.recorded import RecordedRun, by_step, find_or_create, run_identity, search_runs
 
 if TYPE_CHECKING:
@@ -163,9 +164,9 @@ class StepRun:
 def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | None = None) -> Iterator[StepRun]:
     """The MLflow run of one step, which ends with the block.
 
-    Its identity are `storage.root`, the name of the pipeline run, the step, and the settings that the step uses; `tags`
-    are the ids of its Ray job and KFP run. If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the
-    parent. What MLflow lacks of earlier steps is sent first.
+    It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses;
+    `tags` are the ids of its Ray job and KFP run. If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is
+    the parent. What MLflow lacks of earlier steps is sent first.
 
     Raises:
         TrackingError: if the tracking server cannot be used, or is unreachable for minutes during the block.
@@ -192,7 +193,7 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         folder=folder,
     )
     write_record(folder, step, {"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
-    complete(tracked.client, folder, step, {"run_id": tracked.run_id})
+    send_missing(tracked.client, folder, step, {"run_id": tracked.run_id})
     started = time.monotonic()
     try:
         yield tracked
@@ -234,9 +235,27 @@ def _end(
         with suppress(OSError):  # a full disk or an unreachable store
             write_record(tracked.folder, step, record)
         with request_limits(retries=RETRIES, seconds=TIMEOUT):
-            complete(tracked.client, tracked.folder, step, record, parent=not adopted)
+            send_missing(tracked.client, tracked.folder, step, record, parent=not adopted)
+        mark_sent(tracked.folder, step, record)
     except (MlflowException, OSError) as error:
         _logger.warning("the MLflow run of the step %s is not complete: %s", step, one_line(error))
+
+
+def send_ends(config: Config, folder: RunFolder) -> None:
+    """Send the ends of steps that MLflow did not take when they ended, for a run that has no step left to do.
+
+    Loads MLflow only if there are any.
+    """
+    if not lacks_ends(folder):
+        return
+    try:
+        with request_limits(retries=RETRIES, seconds=TIMEOUT):
+            client, _ = open_client(config)
+            reason = reconcile(client, folder, parent="MLFLOW_RUN_ID" not in os.environ)
+    except TrackingError as error:
+        reason = str(error)
+    if reason:
+        _logger.warning("MLflow still lacks the end of the run %s: %s", folder.run, reason)
 
 
 def _claims(folder: RunFolder) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
@@ -19,6 +19,7 @@ from ncsn.tracking.client import one_line
 from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 RECORD = "mlflow.json"
@@ -29,8 +30,10 @@ CURVES = "train"
 _logger = logging.getLogger(__name__)
 
 
-def reconcile(client: MlflowClient, folder: RunFolder) -> str:
+def reconcile(client: MlflowClient, folder: RunFolder, *, parent: bool = False) -> str:
     """Send what the steps' MLflow runs lack of what the run folder has: points, previews, the end and the cost.
+
+    With `parent`, the run of the whole pipeline ends with a step whose end is sent.
 
     Returns:
         Why something cannot be sent now; empty if MLflow has everything.
@@ -38,29 +41,48 @@ def reconcile(client: MlflowClient, folder: RunFolder) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        for step in storage.list_names(storage.join(folder.uri, "steps")):
-            record = storage.find_json(folder.step(step, RECORD))
-            # A run that has ended lacks nothing, because its end is sent last.
-            if record is not None and _is_open(client, record["run_id"]):
-                complete(client, folder, step, record)
+        for step, record in _records(folder):
+            run = None if record.get("sent") else _find(client, record["run_id"])
+            if run is None:
+                continue
+            if _is_open(run):  # a run that has ended lacks nothing, because its end is sent last
+                ends = parent and (whole := _find(client, record["parent_run_id"])) is not None and _is_open(whole)
+                send_missing(client, folder, step, record, parent=ends)
+            mark_sent(folder, step, record)
     except (MlflowException, OSError) as error:
         return one_line(error)
     return ""
 
 
-def _is_open(client: MlflowClient, run_id: str) -> bool:
+def lacks_ends(folder: RunFolder) -> bool:
+    """Whether MLflow has not acknowledged the end of some step; reads the run folder only."""
+    return any("status" in record and not record.get("sent") for _, record in _records(folder))
+
+
+def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    for step in storage.list_names(storage.join(folder.uri, "steps")):
+        record = storage.find_json(folder.step(step, RECORD))
+        if record is not None:
+            yield step, record
+
+
+def _find(client: MlflowClient, run_id: str) -> Run | None:
+    """The run, or None if the step was recorded on another server."""
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in PERMANENT:
             raise
-        return False  # the step was recorded on another server
+        return None
+
+
+def _is_open(run: Run) -> bool:
     return bool(run.info.status == "RUNNING" and run.info.lifecycle_stage == "active")
 
 
-def complete(
+def send_missing(
     client: MlflowClient, folder: RunFolder, step: str, record: Mapping[str, Any], *, parent: bool = False
 ) -> None:
     """`reconcile` for one step, of which `record` is the content of `mlflow.json`; with `parent` ends that run too.
@@ -85,7 +107,10 @@ def complete(
         with _ignoring_permanent(each):
             # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
             log_metrics(client, each, [Entry("cost", ended // 1000, ended, costs)])
-    for each in [record["parent_run_id"]] * parent + [run_id]:
+    runs = [run_id]
+    if parent:
+        runs.insert(0, record["parent_run_id"])
+    for each in runs:
         with _ignoring_permanent(each):
             client.set_terminated(each, status, end_time=ended)
 
@@ -93,6 +118,13 @@ def complete(
 def write_record(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
     """Keep which MLflow run the step has, and, when it has ended, how and at what cost."""
     storage.write_text(folder.step(step, RECORD), json.dumps(record))
+
+
+def mark_sent(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
+    """Keep that MLflow has the end of the step, so that no later command asks it."""
+    if "status" in record:
+        with suppress(OSError):  # then a later command asks
+            write_record(folder, step, {**record, "sent": True})
 
 
 def _send_curves(client: MlflowClient, run_id: str, folder: RunFolder) -> None:

@@ -23,15 +23,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 from ncsn import storage
+from ncsn.cli.execute import mark_complete, run_pipeline
+from ncsn.cli.target import Target
 from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
-from ncsn.runs.folder import RunFolder
+from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.records import PREVIEW, load_history
-from ncsn.tracking import live
+from ncsn.tracking import live, mlflow_runs
 from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run
-from ncsn.tracking.reconcile import complete, reconcile
+from ncsn.tracking.reconcile import lacks_ends, reconcile, send_missing
 from ncsn.tracking.recorded import close_run
 from ncsn.training import metrics as previews
 from ncsn.training.loop import TrainingJob
@@ -250,6 +252,25 @@ def test_the_next_step_sends_the_end_of_the_one_before(make_config, server):
     assert_once(tracked, 2, previews={1})
 
 
+def test_a_complete_run_sends_the_end_of_its_last_step(config, monkeypatch):
+    def unreachable(*_args: object, **_more: object) -> None:
+        raise MlflowException("gone", TEMPORARILY_UNAVAILABLE)
+
+    with step_run(config, run="last", step="report") as tracked:
+        send = mlflow_runs.send_missing
+        monkeypatch.setattr(mlflow_runs, "send_missing", unreachable)
+    monkeypatch.setattr(mlflow_runs, "send_missing", send)
+    runs = (tracked.run_id, tracked.parent_run_id)
+    assert [tracked.client.get_run(each).info.status for each in runs] == ["RUNNING"] * 2
+    folder = claim_run(config, "last")
+    mark_complete(folder, config)
+    assert lacks_ends(folder)
+    run_pipeline(Target(config, "last"), as_json=True)
+    assert [tracked.client.get_run(each).info.status for each in runs] == ["FINISHED"] * 2
+    monkeypatch.setattr(mlflow_runs, "open_client", unreachable)  # MLflow is not asked again
+    run_pipeline(Target(config, "last"), as_json=True)
+
+
 def test_a_run_of_an_earlier_version_ends_well(config, root):
     """Its history has no times, its curves are in MLflow, and a journal that nobody reads any more may be there."""
     with step_run(config, run="old", step="train") as tracked:
@@ -336,11 +357,11 @@ END |= {"cost": {"cost/seconds": 1.0}, "run_cost": {"cost/sample_seconds": 1.0}}
 def test_an_unreachable_server_is_asked_once_at_the_end(tmp_path):
     client = Refuses(TEMPORARILY_UNAVAILABLE)
     with pytest.raises(MlflowException):
-        complete(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
+        send_missing(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
     assert client.asked == 1
 
 
 def test_a_run_that_refuses_does_not_keep_the_others_from_ending(tmp_path):
     client = Refuses(INVALID_PARAMETER_VALUE)
-    complete(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
+    send_missing(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
     assert client.asked == 4
