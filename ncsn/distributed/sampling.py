@@ -190,6 +190,7 @@ def _in_order(features: dict[int, Features]) -> Features:
 def _score_shard(part: tuple[int, Shard]) -> Features | None:
     _, shard = part
     assert shard.dataset is not None
+    _load(shard.checkpoint, _device(shard))  # an error of the checkpoint is not the sampler's
     try:
         images = _generate(shard)
     except ValueError:  # not finite
@@ -198,11 +199,15 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
 
 
 def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
-    device = "cuda" if shard.config.compute.use_gpu else "cpu"
+    device = _device(shard)
     trained = _load(shard.checkpoint, device)
     return generate(
         trained, sampling=shard.sampling, first=shard.first, count=shard.count, device=device, on_level=on_level
     )
+
+
+def _device(shard: Shard) -> str:
+    return "cuda" if shard.config.compute.use_gpu else "cpu"
 
 
 @lru_cache(maxsize=1)

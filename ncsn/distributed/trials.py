@@ -33,6 +33,7 @@ from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import score_samples
 from ncsn.errors import NotFound, UserError
+from ncsn.model.checkpoint import CheckpointError
 from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.model.generate import evaluations_per_image, with_evaluations
 from ncsn.training.loop import TrainingJob, TrainOutcome
@@ -236,7 +237,7 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
         if rung is None and folder.failure is None:
             try:
                 rung = _reach(plan, values, folder, images)
-            except NotFound:  # not the fault of the trial's settings
+            except (NotFound, CheckpointError):  # not the fault of the trial's settings
                 raise
             except ValueError as error:
                 folder.fail(str(error))

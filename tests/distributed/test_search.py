@@ -14,10 +14,12 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.config.choices import ChoiceDomain, Domain, LogDomain, UniformDomain
 from ncsn.config.compute import ComputeConfig
-from ncsn.distributed import trials
+from ncsn.distributed import sampling, trials
+from ncsn.distributed.sampling import Shard
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
-from ncsn.errors import NotFound
+from ncsn.errors import NotFound, UserError
+from ncsn.model.checkpoint import CheckpointError, DamagedError
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"
 GIB = float(2**30)
@@ -119,14 +121,25 @@ def test_a_failed_trial_is_not_tried_again(plan: SearchPlan) -> None:
     assert (record.status, record.failure) == ("failed", "it diverged")
 
 
-def test_a_missing_data_set_fails_no_trial(plan: SearchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [NotFound("nowhere", "no dataset here"), DamagedError("nowhere", "a file is missing")]
+)
+def test_what_is_missing_or_damaged_fails_no_trial(
+    plan: SearchPlan, monkeypatch: pytest.MonkeyPatch, error: UserError
+) -> None:
     def reach(*_: object) -> None:
-        raise NotFound(plan.dataset, "no dataset here")
+        raise error
 
     monkeypatch.setattr(trials, "_reach", reach)
-    with refused(plan.dataset, error=NotFound):
+    with refused("nowhere", error=type(error)):
         reported(plan, plan.baseline)
     assert TrialFolder.of(plan.trials, plan.baseline).failure is None
+
+
+def test_a_missing_checkpoint_is_not_a_sampler_that_diverges(plan: SearchPlan) -> None:
+    shard = Shard(plan.config, plan.config.sampling, f"{plan.trials}/nowhere", "", 0, 4, dataset=plan.dataset)
+    with refused(shard.checkpoint, error=CheckpointError):
+        sampling._score_shard((0, shard))
 
 
 def test_what_does_not_go_together_fails_its_trial_alone(tiny: str, tmp_path: Path) -> None:
