@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 
 from ncsn import storage
@@ -109,10 +110,11 @@ class CheckpointStore:
                 local = Path(target) if storage.is_local(target) else folder
                 _offer(self._best, local, name=name, loss=loss)
         if self._keep is not None:
-            folders = self._folders()
-            # What is newer is the rest of an upload that was cut short.
-            for old in folders[: folders.index(name) + 1][: -self._keep]:
-                storage.delete_folder(storage.join(self.uri, old))
+            folders, kept = self._folders(), set(islice(self.names(), self._keep))
+            # The rest of an upload that was cut short does not count. A newer one is overwritten later.
+            for old in folders[: folders.index(name)]:
+                if old not in kept:
+                    storage.delete_folder(storage.join(self.uri, old))
 
     def _folders(self) -> list[str]:
         found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]

@@ -71,6 +71,16 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write, tmp_path: P
     assert again.notes == []
 
 
+def test_the_rest_of_an_upload_does_not_count_among_the_kept(root: str, write: Write) -> None:
+    store = CheckpointStore(root, keep=2)
+    publish(store, write, NAMES[0])
+    storage.write_bytes(storage.join(root, NAMES[1], "weights.safetensors"), b"the rest of an upload")
+    publish(store, write, NAMES[2])
+    assert storage.list_names(root) == [NAMES[0], NAMES[2]]
+    publish(store, write, NAMES[3])
+    assert storage.list_names(root) == [NAMES[2], NAMES[3]]
+
+
 def test_damaged_ones_are_deleted_with_a_note(root: str, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     publish(CheckpointStore(root), write, *NAMES[:3])
     cut(storage.join(root, NAMES[2], "ema.safetensors"))
