@@ -139,7 +139,7 @@ class Training:
         self.curves = Curves(self.config.levels.num_levels, context)
         self.saved, self.pauses = "", list[float]()
         newest = self._newest_checkpoint()
-        with context.mistakes_shared():  # a disk may be full on one node alone
+        with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
             self.dataset_digest = load_manifest(job.dataset).digest
             self.state = build.train_state(self.config, device=context.device)
@@ -210,13 +210,6 @@ class Training:
         if self.history is not None:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
 
-    def abandoned(self) -> bool:
-        """Whether the launcher is gone. A collective call."""
-        if self.job.lease is None:
-            return False
-        expired = self.context.rank == 0 and self.job.lease.expired()
-        return bool(self.context.sum_over_workers(torch.tensor([float(expired)], device=self.context.device)))
-
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         began = time.perf_counter()
@@ -239,7 +232,22 @@ class Training:
         if self.warned or not self.context.preempted():
             return
         self.warned = True
-        curves = self.curves.unreported()  # saved too, so that later points are those of an undisturbed run
+        self._save_unreported()
+
+    def end_if_abandoned(self) -> None:
+        """Save and raise LeaseExpired if the launcher is gone. A collective call."""
+        if self.job.lease is None:
+            return
+        expired = self.context.rank == 0 and self.job.lease.expired()
+        if self.context.sum_over_workers(torch.tensor([float(expired)], device=self.context.device)) > 0:
+            seen = self.state.images_seen
+            if self.saved != checkpoint.folder_name(seen):
+                self._save_unreported()
+            raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {self.saved}")
+
+    def _save_unreported(self) -> None:
+        # With the curves, so that the points and losses after a resume are those of an undisturbed run.
+        curves = self.curves.unreported()
         if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
             self._publish(loss=None, curves=curves)
 
@@ -288,11 +296,10 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
             if save or _crossed(seen, train.batch_size, train.report_every_images):
                 training.report()
-                abandoned = seen < job.last_image and training.abandoned()
-                if save or abandoned:
+                if save:
                     training.save()
-                if abandoned:
-                    raise LeaseExpired(f"the launcher is gone: stopped at images_seen = {seen}, saved {training.saved}")
+                if seen < job.last_image:
+                    training.end_if_abandoned()
             if not save and training.timer.due():
                 training.save_in_time()
             if context.rank == 0 and job.progress:

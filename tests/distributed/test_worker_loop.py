@@ -28,7 +28,7 @@ from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training import metrics as previews
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext
-from ncsn.training.loop import DivergedError, StepTimer, TrainingJob, train_loop
+from ncsn.training.loop import DivergedError, StepTimer, TrainingJob, TrainOutcome, train_loop
 
 
 @dataclass
@@ -374,8 +374,20 @@ def test_rung_by_rung_is_the_same_as_in_one_go(tiny: str, dataset: str, tmp_path
 def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That checkpoint does not compete for the best, and the next attempt is as that of a run without it."""
     monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 0.01)
     config = from_yaml(tiny)
+    losses: dict[str, list[float | None]] = {}
+
+    def attempt(folder: Path, lease: Lease | None = None) -> TrainOutcome:
+        class Noted(CheckpointStore):
+            def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
+                losses.setdefault(folder.name, []).append(loss)
+                super().publish(write, name=name, loss=loss)
+
+        job = TrainingJob(config=config, dataset=dataset, lease=lease)
+        return train_loop(job, LocalContext(), Noted(str(folder)))
+
     beat = tmp_path / "lease.json"
     beat.write_text("the last beat")
     lease = Lease(str(beat), check_seconds=0)
@@ -383,8 +395,9 @@ def test_training_without_a_launcher_saves_a_checkpoint_and_ends(
     time.sleep(0.05)
     checkpoints = tmp_path / "checkpoints"
     with pytest.raises(LeaseExpired):
-        train_locally(TrainingJob(config=config, dataset=dataset, lease=lease), checkpoints)
+        attempt(checkpoints, lease)
     assert [path.name for path in checkpoints.iterdir()] == ["images-000000032"]
 
-    outcome = train_locally(TrainingJob(config=config, dataset=dataset), checkpoints)
-    assert outcome.images_seen == 160, "the next attempt goes on from there"
+    assert attempt(checkpoints).images_seen == 160, "the next attempt goes on from there"
+    assert attempt(tmp_path / "whole").images_seen == 160
+    assert losses["checkpoints"] == [None, *losses["whole"]]
