@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import time
@@ -12,7 +13,7 @@ from functools import cached_property
 
 from ncsn import storage
 from ncsn.config.compute import ComputeConfig
-from ncsn.process import PYTHON, python_version
+from ncsn.process import KFP_RUN_ID, PYTHON, python_version
 from ncsn.remote.backend import (
     CHECK_SECONDS,
     Check,
@@ -32,7 +33,8 @@ from ncsn.remote.jobs_api import Job, JobsApi, NoSuchJob
 from ncsn.remote.launcher import forwarded_environment
 from ncsn.storage.heartbeat import RENEW_SECONDS, Heartbeat
 
-RUN, STEP, REQUEST = "ncsn.run", "ncsn.step", "ncsn.request"  # keys in the metadata of a job
+# Keys in the metadata of a job.
+RUN, STEP, REQUEST, KFP_RUN = "ncsn.run", "ncsn.step", "ncsn.request", "ncsn.kfp_run"
 NOT_FOUND = 127  # a shell's exit code for an unknown command
 STOP_SECONDS = 30  # for a driver that is asked to stop: it records that in the store and in MLflow
 
@@ -90,11 +92,12 @@ class RayJobs:
                 self._wait_for_end()
                 raise
 
-    def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:  # noqa: ARG002 - a job does not know it
-        """Stop the running jobs of a run; their names."""
-        if run is None:
+    def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
+        """Stop the running jobs of a run, or of a run of KFP; their names."""
+        wanted = {key: value for key, value in ((RUN, run), (KFP_RUN, kfp_run)) if value}
+        if not wanted:
             return []
-        names = [job.name for job in self._api.jobs() if job.metadata.get(RUN) == run and not job.ended]
+        names = [job.name for job in self._api.jobs() if wanted.items() <= job.metadata.items() and not job.ended]
         for name in names:
             self._api.stop(name)
         return names
@@ -118,13 +121,15 @@ class RayJobs:
         if latest is not None and not latest.ended:
             raise Conflict
         name = base if number == 0 else f"{base}-{number + 1}"
+        kfp_run = os.environ.get(KFP_RUN_ID)
         self._running = name  # before it may run, because this process may be killed meanwhile
         try:
             self._api.submit(
                 name,
                 entrypoint=shlex.join(step.leased_command),
                 metadata={"job_name": base, RUN: step.run, STEP: step.step, REQUEST: request}
-                | {PYTHON: python_version(), **step.facts},
+                | {PYTHON: python_version(), **step.facts}
+                | ({KFP_RUN: kfp_run} if kfp_run else {}),
                 env={**forwarded_environment(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             )
         except Conflict:

@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 from refused import refused
 
-from ncsn.remote.backend import Conflict
+from ncsn.config.compute import ComputeConfig
+from ncsn.process import KFP_RUN_ID
+from ncsn.remote.backend import Conflict, RemoteStep
 from ncsn.remote.jobs_api import JobsApi, NoSuchJob, Refused, _token_headers
+from ncsn.remote.ray_jobs import RayJobs
 
 JOB = {
     "submission_id": "ncsn-mine-train-1",
@@ -102,6 +105,48 @@ def test_submitted_jobs_are_listed_oldest_first(dashboard: Dashboard) -> None:
     found = JobsApi(dashboard.url).jobs()
     assert [(job.name, job.ended) for job in found] == [("ncsn-mine-train-1", False), ("late", True)]
     assert found[1].metadata == {"ncsn.run": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("run", "kfp_run", "stopped"),
+    [
+        ("mine", None, ["by-hand", "of-a", "of-b"]),
+        ("mine", "a", ["of-a"]),
+        (None, "a", ["of-a", "other-of-a"]),
+        (None, None, []),
+    ],
+)
+def test_only_jobs_of_the_pipeline_run_are_stopped(
+    dashboard: Dashboard, run: str | None, kfp_run: str | None, stopped: list[str]
+) -> None:
+    jobs = {
+        "by-hand": {"ncsn.run": "mine"},
+        "of-a": {"ncsn.run": "mine", "ncsn.kfp_run": "a"},
+        "of-b": {"ncsn.run": "mine", "ncsn.kfp_run": "b"},
+        "other-of-a": {"ncsn.run": "theirs", "ncsn.kfp_run": "a"},
+    }
+    dashboard.answers |= {f"POST /api/jobs/{name}/stop": [(200, {"stopped": True})] for name in jobs}
+    found = [JOB | {"submission_id": name, "metadata": known} for name, known in jobs.items()]
+    dashboard.answers["GET /api/jobs/"] = [(200, found)]
+    backend = RayJobs(ComputeConfig.model_validate({"backend": "ray-jobs", "ray_jobs": {"address": dashboard.url}}))
+    assert backend.stop(run=run, kfp_run=kfp_run) == stopped
+    posted = [request for request, _, _ in dashboard.seen if request.startswith("POST")]
+    assert posted == [f"POST /api/jobs/{name}/stop" for name in stopped]
+
+
+@pytest.mark.parametrize("kfp_run", [None, "5f3a"])
+def test_a_job_knows_its_pipeline_run(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kfp_run: str | None
+) -> None:
+    monkeypatch.delenv(KFP_RUN_ID, raising=False)
+    if kfp_run:
+        monkeypatch.setenv(KFP_RUN_ID, kfp_run)
+    dashboard.answers |= {"GET /api/jobs/": [(200, [])], "POST /api/jobs/": [(400, "no")]}
+    backend = RayJobs(ComputeConfig.model_validate({"backend": "ray-jobs", "ray_jobs": {"address": dashboard.url}}))
+    with pytest.raises(Refused):
+        backend.execute(RemoteStep(run="mine", step="train", uri=str(tmp_path), command=("ncsn", "train")))
+    (body,) = [body for request, _, body in dashboard.seen if request == "POST /api/jobs/"]
+    assert body["metadata"].get("ncsn.kfp_run") == kfp_run
 
 
 @pytest.mark.parametrize("status", ["STOPPED", "SUCCEEDED", "FAILED", "PENDING", "RUNNING"])
