@@ -37,7 +37,7 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
     if kind == "extra_forbidden":
         valid = _valid_keys(parts, tree, model)
         close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = f"did you mean {close[0]!r}? " if close else _other_kinds(parts, model)
         return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
     if kind == "missing":
         return [Problem(path, "missing", "set it, since it has no default")]
@@ -45,6 +45,8 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
         return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree, model))}")]
     if kind == "union_tag_invalid":
         return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
+    if kind == "literal_error":
+        return [Problem(path, f"not one of {detail['ctx']['expected'].replace(' or ', ', ')}", value=value)]
     if kind == "value_error":  # the keys of a validator's UserError are relative to its section
         return [
             replace(problem, key=".".join(filter(None, (path, problem.key))))
@@ -56,6 +58,18 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
 def _valid_keys(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
     """Keys of the section of the last of `parts`, for the kind that the tree has there."""
     return sorted({key for model in _models(parts, tree, root) for key in model.model_fields})
+
+
+def _other_kinds(parts: Sequence[str], root: type[BaseModel]) -> str:
+    """A hint if the last of `parts` is a key of the same section with another `kind`; else nothing."""
+    *section, key = parts
+    # An empty tree has no kinds, so that the section may have any.
+    arms = [arm for arm in _models(parts, {}, root) if key in arm.model_fields]
+    kinds = [kind for arm in arms for kind in get_args(arm.model_fields["kind"].annotation)]
+    if not kinds:
+        return ""
+    path = ".".join(section)
+    return f"it is for kind {' or '.join(kinds)}; to change the kind, replace the section: {path}={{kind: ...}}; "
 
 
 def _valid_kinds(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:

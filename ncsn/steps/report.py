@@ -26,8 +26,8 @@ from ncsn.report.images import film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
-from ncsn.runs.folder import STEPS, RunFolder
-from ncsn.runs.records import load_history
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import StepRecord, load_history, read_result, read_results
 from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
@@ -62,7 +62,7 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     sources = Sources.read(config, step.folder, storage.absolute(evaluation))
     inputs = {
         "evaluation": sources.evaluation,
-        "steps": {name: record["finished_at"] for name, record in sources.records.items()},
+        "steps": {name: record.finished_at for name, record in sources.records.items()},
         "config": config.model_dump(mode="json"),
         "figures": _digest(storage.join(step.folder.report, FIGURES)),
         "look": look(),
@@ -93,7 +93,7 @@ class Sources:
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]  # their manifest
     manifest: Manifest  # of the dataset
-    records: Mapping[str, Mapping[str, Any]]  # step -> `result.json`, without this step
+    records: Mapping[str, StepRecord]  # of the other steps
 
     @classmethod
     def read(cls, config: Config, folder: RunFolder, evaluation: str) -> Sources:
@@ -101,7 +101,6 @@ class Sources:
         scores = storage.read_json(evaluation)
         samples = storage.read_json(storage.join(scores["samples"], "manifest.json"))
         loaded = checkpoints.load_for_sampling(samples["checkpoint"])
-        results = {step: folder.step(step, "result.json") for step in STEPS if step != REPORT}
         return cls(
             config=checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"]),
             folder=folder,
@@ -109,12 +108,12 @@ class Sources:
             evaluation=scores,
             samples=samples,
             manifest=load_manifest(scores["dataset"]),
-            records={step: storage.read_json(uri) for step, uri in results.items() if storage.exists(uri)},
+            records={step: record for step, record in read_results(folder).items() if step != REPORT},
         )
 
     def result(self, step: str) -> Mapping[str, Any] | None:
         """The result of another step, if there is one."""
-        return self.records[step]["result"] if step in self.records else None
+        return self.records[step].result if step in self.records else None
 
     @cached_property
     def sigmas(self) -> list[float]:
@@ -129,12 +128,12 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
     generated = words.read_figures(sources.evaluation["metrics"])
     real = words.read_figures(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
-    seconds = sum(record["seconds"] for record in records.values())
+    seconds = sum(record.seconds for record in records.values())
     costs = account(config, run=sources.folder.run)
     return Page(
         title=config.name,
         run=sources.folder.run,
-        finished_at=max((record["finished_at"] for record in records.values()), default="")[:16].replace("T", " "),
+        finished_at=max((record.finished_at for record in records.values()), default="")[:16].replace("T", " "),
         verdict="" if decision is None else ("champion" if decision["promoted"] else "not promoted"),
         lead=words.lead(
             manifest=sources.manifest,
@@ -267,21 +266,21 @@ def quick_work(config: Config, trained: SamplingCheckpoint) -> float:
 def _search(folder: RunFolder) -> Section | None:
     """The search in this run, or in the one whose best settings this run trains."""
     for run in (folder.run, folder.run.removesuffix(BEST)):
-        uri = RunFolder(folder.root, run).step("tune", "result.json")
-        if storage.exists(uri):
-            result = storage.read_json(uri)["result"]
-            return diagnostics.search_section(result, [storage.read_bytes(plot) for plot in result["plots"]])
+        record = read_result(RunFolder(folder.root, run), "tune")
+        if record is not None:
+            plots = [storage.read_bytes(plot) for plot in record.result["plots"]]
+            return diagnostics.search_section(record.result, plots)
     return None
 
 
-def _timings(records: Mapping[str, Mapping[str, Any]]) -> list[Timing]:
-    longest = max((record["seconds"] for record in records.values()), default=0) or 1
+def _timings(records: Mapping[str, StepRecord]) -> list[Timing]:
+    longest = max((record.seconds for record in records.values()), default=0) or 1
     return [
         Timing(
             step=step,
-            seconds=f"{record['seconds']:,.1f} s",
-            result=words.result_line(step, record["result"]),
-            share=round(100 * record["seconds"] / longest, 1),
+            seconds=f"{record.seconds:,.1f} s",
+            result=words.result_line(step, record.result),
+            share=round(100 * record.seconds / longest, 1),
         )
         for step, record in records.items()
     ]

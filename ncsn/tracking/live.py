@@ -138,7 +138,9 @@ class LiveMetrics:
         if unsent:
             _logger.warning(
                 "%d metrics have not reached %s: %s; the end of the step, or the next command of the run, sends them",
-                *(unsent, shown(self.uri), report.reason),
+                unsent,
+                shown(self.uri),
+                report.reason,
             )
         return report
 

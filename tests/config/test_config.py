@@ -34,6 +34,13 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
     assert {unknown.origin, wrong.origin} == {"digits.yaml"}
 
 
+def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> None:
+    with refused("sampling.sampler.steps_per_level", "sampling.sampler.epsilon") as caught:
+        from_yaml(DIGITS, overrides=["sampling.sampler.kind=probability_flow"])
+    assert "annealed_langevin" in caught.value.problems[0].hint
+    assert all("sampling.sampler={kind: ...}" in problem.hint for problem in caught.value.problems)
+
+
 NCSN = "network={kind: ncsn}"
 EPSILON = "sampling.sampler.epsilon"
 WRONG = [
@@ -47,6 +54,11 @@ WRONG = [
     (["foo.bar=1"], "foo"),
     (["network.widths=[8,a]"], "network.widths.1"),
     (["loss.kind=mse"], "loss.kind"),
+    (["data.source=imagenet"], "data.source"),
+    (
+        ["search.space={train.batch_size: {kind: uniform, low: 8, high: 9, values: [8]}}"],
+        "search.space.train.batch_size.values",
+    ),
     (["loss={antithetic: maybe}"], "loss.antithetic"),
     (["noise={num_levels: 1}"], "noise.sigma_1"),
     (["sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}"], "sampling.sampler.churn_min"),
