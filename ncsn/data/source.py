@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -98,9 +97,7 @@ def root_of(data: DataConfig) -> Path:
     """The existing local file or folder that holds the source."""
     root = Path(required_root(data)).expanduser()
     if not root.exists():
-        raise NotFound(
-            "data.root", "does not exist", hint=f"set it to where the files of {data.source} are", value=data.root
-        )
+        raise _missing(data.root)
     return root
 
 
@@ -172,15 +169,34 @@ def source_fingerprint(data: DataConfig) -> str:
 
 def _local_files(root: Path) -> Iterator[Listed]:
     if not root.exists():
-        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=str(root))
+        raise _missing(root)
     if root.is_file():
         yield _listed(root, root.name)
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(folder) / name
-            if not name.startswith(".") and path.is_file():
+    else:
+        yield from _files_below(root, root, above=())
+
+
+def _files_below(folder: Path, root: Path, *, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
+    """The files of `folder` and of its folders; `above` has device and inode of the folders that it is in."""
+    try:
+        status = folder.stat()
+        above = (*above, (status.st_dev, status.st_ino))
+        folders = []
+        for path in folder.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_file():
                 yield _listed(path, path.relative_to(root).as_posix())
+            elif path.is_dir():
+                status = path.stat()
+                if (status.st_dev, status.st_ino) not in above:  # else a link to a folder that it is in
+                    folders.append(path)
+    except OSError as error:
+        raise UserError(
+            "data.root", f"cannot be read: {error.strerror}", hint="make it readable, or remove it", value=str(folder)
+        ) from error
+    for path in folders:
+        yield from _files_below(path, root, above=above)
 
 
 def _listed(path: Path, name: str) -> Listed:
@@ -197,13 +213,17 @@ def _objects(root: str) -> Iterator[Listed]:
             return
         infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     except FileNotFoundError:
-        raise NotFound("data.root", "does not exist", hint="set it to where the images are", value=root) from None
+        raise _missing(root) from None
     except OSError as error:
         raise _unreadable(root, error) from error
     for info in infos:
         name = info.path.removeprefix(f"{path}/")
         if info.type == fs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
             yield Listed(name, info.size, info.mtime_ns or 0)
+
+
+def _missing(root: object) -> NotFound:
+    return NotFound("data.root", "does not exist", hint="set it to where the images are", value=str(root))
 
 
 def _unreadable(root: str, error: OSError) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +13,7 @@ from refused import refused
 from ncsn.config.schema import DataConfig
 from ncsn.data import sources
 from ncsn.data.format import SkippedImage
-from ncsn.data.source import BadImages, Example, hold_out, safe_member
+from ncsn.data.source import BadImages, Example, hold_out, list_files, safe_member
 from ncsn.errors import NotFound
 
 
@@ -69,6 +70,35 @@ def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, s
     assert caught.value.problems[0].value == str(tmp_path / "nowhere")
     with refused("data.root"):
         sources.open_source(data_config(source, tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """Else its images, perhaps a whole class, would be missing and nothing would say so."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").mkdir()
+    list_folder = Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        if folder.name == "dog":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return list_folder(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with refused("data.root") as caught:
+        list_files(str(tmp_path))
+    assert caught.value.problems[0].value == str(tmp_path / "dog")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "root" / "cat").mkdir(parents=True)
+    (tmp_path / "root" / "cat" / "1.png").write_bytes(b"1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(b"2")
+    (tmp_path / "root" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "tom").symlink_to(tmp_path / "root" / "cat")
+    (tmp_path / "root" / "cat" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "broken").symlink_to(tmp_path / "nowhere")
+    assert [file.path for file in list_files(str(tmp_path / "root"))] == ["cat/1.png", "dog/2.png", "tom/1.png"]
 
 
 def test_every_source_of_the_config_can_be_opened():
