@@ -87,12 +87,12 @@ class Step(Generic[R]):
             needs: URIs without which the result is of no use.
         """
         self._inputs = json.loads(json.dumps(inputs))
-        stored = read_result(self.folder, self.name)
+        stored = self._stored()
         # A result of an older version may lack a field; then the work is done again.
         fields = {field.name for field in dataclasses.fields(self._type)}  # type: ignore[arg-type]
-        if stored is None or stored.inputs != self._inputs or stored.result.keys() != fields:
+        if stored is None or stored.keys() != fields:
             return None
-        result = self._type(**stored.result)
+        result = self._type(**stored)
         return result if all(storage.exists(uri) for uri in needs(result)) else None
 
     def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
@@ -110,15 +110,15 @@ class Step(Generic[R]):
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         arguments += [part for text in inject for part in ("--inject", text)]
         self._execute(config, arguments, options)
-        stored = read_result(self.folder, self.name)
-        if stored is None or stored.inputs != self._inputs:
+        stored = self._stored()
+        if stored is None:
             where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
             raise RuntimeError(
                 f"step {self.name} ended on the cluster without a result for these inputs in "
                 f"{self.folder.uri}/steps/{self.name}; does {where} have this version of ncsn, and does the cluster "
                 "reach this store?"
             )
-        return self._type(**stored.result)
+        return self._type(**stored)
 
     @contextmanager
     def timed(self) -> Iterator[ProgressFile]:
@@ -143,6 +143,11 @@ class Step(Generic[R]):
         seconds = time.time() - self._started
         write_result(self.folder, self.name, inputs=self._inputs, result=values, seconds=seconds)
         return result
+
+    def _stored(self) -> Mapping[str, Any] | None:
+        """The stored result, if it is of the same inputs."""
+        stored = read_result(self.folder, self.name)
+        return stored.result if stored is not None and stored.inputs == self._inputs else None
 
     def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
         """Run the same command on the cluster, with the local backend and the same store."""
@@ -175,7 +180,7 @@ class Step(Generic[R]):
         try:
             backend.execute(remote)
         except RemoteLost:
-            if not storage.exists(folder.step(step, "result.json")):
+            if self._stored() is None:
                 raise
         except RemoteFailure as failure:
             mistake = read_mistake(folder, step)

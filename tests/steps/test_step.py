@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
+from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
 from ncsn.runs.records import ProgressFile, read_error, read_mistake, read_result, recorded
 from ncsn.steps.step import Step
@@ -83,6 +85,35 @@ def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) ->
     del record["result"]["number"]
     storage.write_text(folder.step("train", "result.json"), json.dumps(record))
     assert make(config, "older", inputs={}, number=2).number == 2
+
+
+class LosingBackend:
+    """Loses sight of the step, which may have ended well before."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+
+    def connect(self) -> None:
+        pass
+
+    def execute(self, _step: RemoteStep) -> None:
+        self._work()
+        raise RemoteLost("its head was restarted")
+
+
+def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_at(tmp_path, "compute.backend=ray-jobs")
+    make(config, "lost", inputs={"a": 1})
+    step = Step.claim("train", config, "lost", Made, unit="images")
+    assert step.found({"a": 2}, needs=lambda result: [result.uri]) is None
+    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: LosingBackend(lambda: None))
+    with pytest.raises(RemoteLost):
+        step.dispatched(config, {})
+    there = LosingBackend(lambda: make(config, "lost", inputs={"a": 2}, number=2))
+    monkeypatch.setattr("ncsn.steps.step.open_backend", lambda _compute: there)
+    assert step.dispatched(config, {}) == Made(uri=storage.join(step.folder.uri, "made.txt"), number=2)
 
 
 @pytest.mark.parametrize(
