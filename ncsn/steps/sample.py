@@ -47,6 +47,7 @@ class SampleResult:
     nfe: int  # score-network evaluations per image
     seconds: float  # of this call's sampling
     checkpoint: str
+    images_per_second: float | None = None  # of those that this call made; None if it made none
 
 
 def run(
@@ -95,21 +96,21 @@ def run(
         cluster_for(config, tasks=len(shards), metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
-        started = time.perf_counter()
         scores = _Scores(config, score, work.progress) if score else None
+        started = time.perf_counter()  # the scores may train a classifier first
         progress = _watched(work.progress, lease, faults)
         made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
         seconds = time.perf_counter() - started
-        result = _result(config, uri, checkpoint=checkpoint, seconds=seconds)
+        result = _result(config, uri, checkpoint=checkpoint, made=made, seconds=seconds)
         _publish_pictures(result, config)
         _publish_manifest(result, sampler, trained.digest)
-        _log(work.tracked, result, trained, images_per_second=made / seconds)
+        _log(work.tracked, result, trained)
         if scores is not None:
             scores.log(work.tracked)
     return step.done(result)
 
 
-def _result(config: Config, uri: str, *, checkpoint: str, seconds: float) -> SampleResult:
+def _result(config: Config, uri: str, *, checkpoint: str, made: int, seconds: float) -> SampleResult:
     return SampleResult(
         uri=uri,
         grid=storage.join(uri, "grid.png"),
@@ -119,6 +120,7 @@ def _result(config: Config, uri: str, *, checkpoint: str, seconds: float) -> Sam
         nfe=evaluations_per_image(config),
         seconds=round(seconds, 3),
         checkpoint=checkpoint,
+        images_per_second=round(made / seconds, 3) if made else None,
     )
 
 
@@ -186,11 +188,11 @@ def _publish_manifest(result: SampleResult, sampler: dict[str, Any], checkpoint_
     storage.write_text(storage.join(result.uri, "manifest.json"), json.dumps(manifest, indent=1))
 
 
-def _log(
-    tracked: StepRun, result: SampleResult, trained: checkpoints.SamplingCheckpoint, *, images_per_second: float
-) -> None:
+def _log(tracked: StepRun, result: SampleResult, trained: checkpoints.SamplingCheckpoint) -> None:
     origin = {"checkpoint.uri": result.checkpoint, "checkpoint.digest": trained.digest}
     tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": result.uri})
-    tracked.log_metrics({"sample/nfe": result.nfe, "sample/images_per_second": images_per_second})
+    tracked.log_metrics({"sample/nfe": result.nfe})
+    if result.images_per_second is not None:
+        tracked.log_metrics({"sample/images_per_second": result.images_per_second})
     for picture in (result.grid, result.strip, result.gif):
         tracked.log_file(picture)

@@ -88,9 +88,12 @@ class Step(Generic[R]):
         """
         self._inputs = json.loads(json.dumps(inputs))
         stored = self._stored()
-        # A result of an older version may lack a field; then the work is done again.
-        fields = {field.name for field in dataclasses.fields(self._type)}  # type: ignore[arg-type]
-        if stored is None or stored.keys() != fields:
+        if stored is None:
+            return None
+        # A result of an older version may lack a field; without a default the work is done again.
+        fields = dataclasses.fields(self._type)  # type: ignore[arg-type]
+        required = {field.name for field in fields if field.default is dataclasses.MISSING}
+        if not required <= stored.keys() <= {field.name for field in fields}:
             return None
         result = self._type(**stored)
         return result if all(storage.exists(uri) for uri in needs(result)) else None
@@ -131,7 +134,7 @@ class Step(Generic[R]):
 
     @contextmanager
     def work(self, config: Config) -> Iterator[Work]:
-        """The same, with the step's MLflow run, which ends with the block."""
+        """As `timed`, with the step's MLflow run, which ends with the block."""
         from ncsn.tracking.mlflow_runs import step_run
 
         with self.timed() as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
