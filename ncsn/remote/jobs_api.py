@@ -68,9 +68,12 @@ class JobsApi:
         self._headers = _token_headers(self.address)
         self._patience = min(patience, FIRST_PATIENCE_SECONDS)
         try:
-            self.ray_version: str = self._request("GET", "/api/version")["ray_version"]
+            found = self._request("GET", "/api/version")
         except NoSuchJob:
-            raise Refused(f"the server at {self.address} is no Ray dashboard (HTTP 404)") from None
+            raise self._no_dashboard("HTTP 404") from None
+        if not isinstance(found, dict) or "ray_version" not in found:
+            raise self._no_dashboard("it names no version of Ray")
+        self.ray_version = str(found["ray_version"])
         self._patience = patience
         here = metadata.version("ray")
         if self.ray_version != here:
@@ -180,7 +183,13 @@ class JobsApi:
             raise NoSuchJob(message)
         if status != 200:
             raise Refused(f"the Ray cluster at {self.address} refuses (HTTP {status}): {message}")
-        return response.json()
+        try:
+            return response.json()
+        except requests.JSONDecodeError:
+            raise self._no_dashboard("it does not answer in JSON") from None
+
+    def _no_dashboard(self, why: str) -> Refused:
+        return Refused(f"the server at {self.address} is no Ray dashboard ({why})")
 
 
 def _job(found: Mapping[str, Any]) -> Job:

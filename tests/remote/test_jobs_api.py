@@ -188,6 +188,14 @@ def test_a_refusal_is_one_line(dashboard: Dashboard, status: int, error: type[Ex
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("answer", ["<html>Sign in</html>", {"version": "4"}, ["ray_version"]])
+def test_a_web_server_that_is_no_dashboard_is_named(dashboard: Dashboard, answer: object) -> None:
+    dashboard.answers["GET /api/version"] = [(200, answer)]
+    with pytest.raises(Refused) as caught:
+        JobsApi(dashboard.url)
+    assert dashboard.url in str(caught.value)
+
+
 def test_another_ray_is_refused(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the environment does not override the address, as it does with Ray's own client."""
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
