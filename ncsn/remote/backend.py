@@ -194,6 +194,8 @@ def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
     try:
         return Retry(server, seconds, _reason, say=say)(call)
     except Unavailable as error:
+        if not seconds:
+            raise ConnectionError(f"{server} does not answer ({error})") from None
         raise ConnectionError(
             f"{server} has not answered for {seconds:g} s ({error}); what runs there continues for a while, and the "
             "same command attaches to it again"

@@ -224,10 +224,12 @@ def test_what_is_no_address_is_refused(
         JobsApi(address)
 
 
-def test_nobody_there_is_one_line(dashboard: Dashboard) -> None:
+@pytest.mark.parametrize("patience", [0, 0.1])
+def test_nobody_there_is_one_line(dashboard: Dashboard, patience: float) -> None:
     with pytest.raises(ConnectionError) as caught:
-        JobsApi("http://127.0.0.1:9", patience=0)
+        JobsApi("http://127.0.0.1:9", patience=patience)
     assert "http://127.0.0.1:9" in str(caught.value) and "\n" not in str(caught.value)
+    assert ("attaches" in str(caught.value)) == (patience > 0), "one call is no outage that work outlives"
 
 
 # Variables -> the token that is sent; None if there is none to send.
