@@ -127,7 +127,7 @@ def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
 @app.command("ui", cls=ReportingCommand)
 @experiment_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
     """Serve MLflow's pages for the runs in the store. Ctrl-C ends it."""
     from ncsn.cli.execute import serve_ui

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -232,8 +234,22 @@ def serve_ui(config: Config, *, host: str, port: int) -> None:
     from ncsn.tracking.client import runs_page, server_command
 
     command = server_command(config, host=host, port=port)
+    _require_free(host, port)  # MLflow's server exits with 0 if it cannot listen
     click.echo(runs_page(config, served=f"http://{host}:{port}"), err=True)
     os.execv(command[0], command)  # noqa: S606
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0].lower()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError("--port", "in use", hint="choose another --port", value=port) from None
+        if error.errno == errno.EACCES:
+            raise UserError("--port", reason, hint="choose another --port", value=port) from None
+        raise UserError("--host", reason, hint="use an address of this machine", value=host) from None
 
 
 def work_folder(folder: RunFolder) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[
     done = run_in_process(*args)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
+
+
+def test_pages_on_a_busy_port_are_refused(
+    run_in_process, require_mistake, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(*_: object) -> None:
+        raise AssertionError("the server was started")
+
+    monkeypatch.setattr("os.execv", execute)
+    args = ["ui", "--config", str(config_file), "--set", "tracking.uri=postgresql://server/runs"]
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        require_mistake(run_in_process(*args, "--port", port), f"--port {port}")
+    require_mistake(run_in_process(*args, "--host", "192.0.2.1"), "--host '192.0.2.1'")
+    assert run_in_process(*args, "--port", "99999").stderr.startswith("Usage: ")
 
 
 def test_a_run_name_belongs_to_one_experiment(run_in_process, require_mistake, config_file: Path) -> None:
