@@ -10,6 +10,9 @@ OWN = "own"
 
 BACKENDS = ("local", "ray-jobs", "kuberay")  # those of `ComputeConfig`, which --help does not import
 
+CHECKPOINTED = ("run", "tune", "train")
+"""The commands that save checkpoints, and continue from the last one."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -21,7 +21,7 @@ import click
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.cli.catalogue import CATALOGUE
+from ncsn.cli.catalogue import CATALOGUE, CHECKPOINTED
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
 from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.supervisor import Supervisor
@@ -36,7 +36,6 @@ from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _POLL_SECONDS = 0.5
-_EXCLUSIVE = ("tune", "train", "run")
 _COMPLETE = "complete.json"
 
 
@@ -211,7 +210,7 @@ def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched
 def _alone(folder: RunFolder, step: str) -> Iterator[None]:
     """Refuse to train one run twice at once: both would write the same checkpoints."""
     # The kernel frees the lock when its process ends, however it ends. A store that is not local has no lock.
-    if step not in _EXCLUSIVE or not storage.is_local(folder.uri):
+    if step not in CHECKPOINTED or not storage.is_local(folder.uri):
         yield
         return
     path = Path(folder.uri) / ".lock"

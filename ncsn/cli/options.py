@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ncsn.cli.catalogue import BACKENDS, OWN, STEP_INFO
+from ncsn.cli.catalogue import BACKENDS, CHECKPOINTED, OWN, STEP_INFO
 from ncsn.errors import Problem, UserError, problems_of
 
 FAILURE = 1
@@ -24,6 +24,7 @@ MISTAKE = 2  # the user's
 INTERRUPTED = 130  # Ctrl-C
 TERMINATED = 143  # SIGTERM
 
+_CONTINUES = "; the same command continues from the last checkpoint"
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
 _TRACEBACK_KEY = "ncsn.traceback"
 _DISK_FULL = f"[Errno {errno.ENOSPC}]"
@@ -91,7 +92,7 @@ class ReportingCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo(f"interrupted{_CONTINUES if self.name in CHECKPOINTED else ''}", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and a code
             as_json = bool(ctx.params.get("as_json"))
@@ -218,5 +219,5 @@ score_option = click.option(
     "or this one.",
 )
 lease_option = click.option(
-    "--lease", metavar="URI", help="Heartbeat of a launcher elsewhere: when it stops, save and end."
+    "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."
 )

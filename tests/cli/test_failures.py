@@ -52,11 +52,11 @@ def test_a_full_disk_is_named() -> None:
     assert failure.lines[0].startswith("disk full: ")
 
 
-def command_that_raises(error: BaseException) -> click.Command:
+def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Command:
     def fail() -> None:
         raise error
 
-    return ReportingCommand("fail", callback=fail)
+    return ReportingCommand(name, callback=fail)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,13 @@ def command_that_raises(error: BaseException) -> click.Command:
 def test_a_command_prints_no_traceback(error: BaseException, code: int, text: str) -> None:
     result = CliRunner().invoke(command_that_raises(error))
     assert (result.exit_code, result.stderr, result.stdout) == (code, text, "")
+
+
+@pytest.mark.parametrize("name", ["run", "tune", "train"])
+def test_an_interruption_says_how_to_continue(name: str) -> None:
+    result = CliRunner().invoke(command_that_raises(KeyboardInterrupt(), name=name))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; the same command continues from the last checkpoint\n"
 
 
 @pytest.mark.parametrize(("args", "env"), [(["--traceback"], {}), ([], {"NCSN_TRACEBACK": "1"})])
