@@ -188,12 +188,13 @@ def require_resources(config: Config) -> None:
 def _lack(config: Config) -> UserError | None:
     have = ray.cluster_resources()
     needed = {"CPU": _cpus_needed(config), "GPU": config.compute.min_workers if config.compute.use_gpu else 0}
+    hints = {"CPU": "lower it or compute.cpus_per_worker", "GPU": "lower it, or set compute.use_gpu to false"}
     for kind, count in needed.items():
         if count > have.get(kind, 0):
             return UserError(
                 "compute.num_workers",
                 f"needs {count} {kind}s and the cluster has {have.get(kind, 0):g}",
-                hint="lower it or compute.cpus_per_worker",
+                hint=hints[kind],
                 value=config.compute.num_workers,
             )
     return None

@@ -26,7 +26,7 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import Images, from_table, to_table
 from ncsn.distributed import trainer
-from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
+from ncsn.distributed.cluster import _lack, cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
 from ncsn.model.checkpoint import CheckpointError
@@ -156,6 +156,16 @@ def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, da
 def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: str) -> None:
     with refused("compute.num_workers"):
         cluster.driver(require_resources, from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
+
+
+@pytest.mark.parametrize(("use_gpu", "named"), [("true", "compute.use_gpu"), ("false", "compute.cpus_per_worker")])
+def test_too_few_resources_name_the_setting_to_change(
+    tiny: str, use_gpu: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0 if use_gpu == "true" else 1.0})
+    config = from_yaml(tiny, overrides=[f"compute.use_gpu={use_gpu}", "compute.num_workers=2"])
+    lack = _lack(config)
+    assert lack is not None and named in lack.problems[0].hint
 
 
 class Sampled(NamedTuple):
