@@ -126,9 +126,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             temporary.write_bytes(data)
             _flush_to_disk(temporary)
     else:
-        filesystem_, path = filesystem(uri)
-        with filesystem_.open_output_stream(path) as stream:
-            stream.write(data)
+        s3.put(uri, data)
 
 
 def write_text(uri: str, text: str) -> None:
@@ -170,8 +168,7 @@ def publish_file(file: Path, uri: str) -> None:
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, uri)
     else:
-        remote, path = filesystem(uri)
-        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=remote)
+        s3.put_file(uri, file)
 
 
 def publish_once(uri: str, data: bytes) -> bool:
@@ -290,11 +287,9 @@ def _unpublish(uri: str, *, marker: str) -> None:
 
 
 def _upload_folder(folder: Path, uri: str, *, marker: str) -> bool:
-    local, (remote, target) = fs.LocalFileSystem(), filesystem(uri)
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file != folder / marker:
-            key = join(target, file.relative_to(folder).as_posix())
-            fs.copy_files(str(file), key, source_filesystem=local, destination_filesystem=remote)
+            s3.put_file(join(uri, file.relative_to(folder).as_posix()), file)
     return publish_once(join(uri, marker), (folder / marker).read_bytes())
 
 

@@ -6,11 +6,12 @@ import functools
 import io
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from ncsn.storage.retry import call_store
 
 SCHEME = "s3://"
 IN_MEMORY = 8 << 20  # bytes of a file that is being written; a longer one is spooled to the local disk
+PART = 8 << 20  # bytes of a part of an upload; S3 takes 10,000 parts
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
 
 T = TypeVar("T")
@@ -82,8 +84,8 @@ class _Retrying(fs.FileSystemHandler):  # type: ignore[misc]
     def open_input_file(self, path: str) -> pa.NativeFile:
         return pa.PythonFile(_Reader(partial(self._fs.open_input_file, path)), mode="r")
 
-    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
-        return pa.PythonFile(_Writer(partial(self._fs.open_output_stream, path, metadata=metadata or None)), mode="w")
+    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:  # noqa: ARG002 - Arrow's
+        return pa.PythonFile(_Writer(f"{SCHEME}{path}"), mode="w")
 
     def open_append_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
         raise NotImplementedError("S3 cannot append")
@@ -125,10 +127,11 @@ class _Reader(io.RawIOBase):
         return data
 
 
-# The upload begins when the file is complete, so that one that fails can start again at the first byte.
+# The upload begins when the file is complete, so that one that fails can start again at the first byte. Arrow's own
+# stream completes an upload also after an error, which publishes a part of the file.
 class _Writer(io.RawIOBase):
-    def __init__(self, open_file: Callable[[], pa.NativeFile]) -> None:
-        self._open = open_file
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
         self._spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, prefix="ncsn-")  # noqa: SIM115 - until close
 
     def writable(self) -> bool:
@@ -141,15 +144,47 @@ class _Writer(io.RawIOBase):
         if self.closed:
             return
         try:
-            call_store(self._upload)
+            _request(self._uri, partial(_upload, self._uri, self._spool))
         finally:
             self._spool.close()
             super().close()
 
-    def _upload(self) -> None:
-        self._spool.seek(0)
-        with self._open() as stream:
-            shutil.copyfileobj(self._spool, stream, 1 << 20)
+    def __del__(self) -> None:
+        self._spool.close()  # and no upload, as the base class would: what is not closed is not complete
+
+
+def _upload(uri: str, file: IO[bytes]) -> None:
+    """Write the whole file as one object; after an error there is none."""
+    bucket, key = _place(uri)
+    file.seek(0)
+    data = file.read(PART)
+    if len(data) < PART:
+        client().put_object(Bucket=bucket, Key=key, Body=data)
+        return
+    answer = client().create_multipart_upload(Bucket=bucket, Key=key)
+    upload, tags = {"Bucket": bucket, "Key": key, "UploadId": answer["UploadId"]}, list[str]()
+    try:
+        while data:
+            tags.append(client().upload_part(**upload, PartNumber=len(tags) + 1, Body=data)["ETag"])
+            data = file.read(PART)
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        client().complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    except BaseException:
+        with suppress(Exception):
+            client().abort_multipart_upload(**upload)
+        raise
+
+
+def put(uri: str, data: bytes) -> None:
+    """Write an object, in place of an older one."""
+    _request(uri, partial(_upload, uri, io.BytesIO(data)))
+
+
+def put_file(uri: str, file: Path) -> None:
+    """Write a local file of any size as an object, in place of an older one."""
+    # Not by Arrow's `copy_files`, which hides an error of the last write.
+    with file.open("rb") as stream:
+        _request(uri, partial(_upload, uri, stream))
 
 
 def get(uri: str) -> bytes:

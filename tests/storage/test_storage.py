@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -298,3 +299,46 @@ def test_a_reader_sees_whole_objects_during_writes(s3_root):
     assert [content for content in read if content not in contents] == []
     assert len(set(read)) > 10, "the object did not change while it was read"
     assert writes > 100
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+@pytest.mark.parametrize("size", [100, 20 << 20], ids=["whole", "in parts"])
+def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_path, monkeypatch, size, error):
+    (tmp_path / "file").write_bytes(bytes(size))
+    sent, client = 0, s3.client()
+
+    class Failing:
+        def __getattr__(self, name):
+            def send(**arguments):
+                nonlocal sent
+                sent += 1
+                if name == "put_object" or sent % 2 == 0:
+                    raise error
+                return client.upload_part(**arguments)
+
+            return send if name in ("put_object", "upload_part") else getattr(client, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "client", Failing)
+        with pytest.raises(error):
+            files.write_bytes(f"{s3_root}/folder/bytes", bytes(size))
+        with pytest.raises(error):
+            files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+        assert sent == (4 if size > s3.PART else 2)
+    assert files.list_names(f"{s3_root}/folder") == []
+    bucket = s3_root.removeprefix("s3://").partition("/")[0]
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+    assert files.read_bytes(f"{s3_root}/folder/file") == bytes(size)
+
+
+def test_a_stream_that_is_left_open_publishes_nothing(s3_root):
+    filesystem, path = files.filesystem(f"{s3_root}/folder/file")
+    stream = filesystem.open_output_stream(path)
+    stream.write(b"half")
+    del stream
+    gc.collect()
+    assert files.list_names(f"{s3_root}/folder") == []
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(b"whole")
+    assert files.read_bytes(f"{s3_root}/folder/file") == b"whole"
