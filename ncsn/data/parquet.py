@@ -16,8 +16,18 @@ import pyarrow.parquet as pq
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data import format
-from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, load_manifest
+from ncsn.data.format import (
+    IMAGE,
+    MANIFEST,
+    Images,
+    Manifest,
+    Part,
+    SkippedImage,
+    from_table,
+    load_manifest,
+    schema,
+    to_table,
+)
 from ncsn.data.source import BadImages, Example, Source, Split, image_shape
 from ncsn.data.statistics import Dataset, Progress, publish_dataset, summarize
 from ncsn.errors import UserError
@@ -30,7 +40,7 @@ _WRITER = {
     # everywhere.
     "compression": "zstd",
     "use_dictionary": False,
-    "column_encoding": {f"{format.IMAGE}.list.element": "BYTE_STREAM_SPLIT"},
+    "column_encoding": {f"{IMAGE}.list.element": "BYTE_STREAM_SPLIT"},
 }
 
 
@@ -44,7 +54,7 @@ class PartWriter:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.rows = 0
-        self._writer = pq.ParquetWriter(path, format.schema(*shape), **_WRITER)
+        self._writer = pq.ParquetWriter(path, schema(*shape), **_WRITER)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
         self._pending: Future[None] | None = None
 
@@ -63,7 +73,7 @@ class PartWriter:
     def write(self, rows: Images) -> None:
         """Append a block."""
         self._settle()
-        self._pending = self._thread.submit(self._writer.write_table, format.to_table(rows), row_group_size=len(rows))
+        self._pending = self._thread.submit(self._writer.write_table, to_table(rows), row_group_size=len(rows))
         self.rows += len(rows)
 
     def note_skipped(self, skipped: Sequence[SkippedImage]) -> None:
@@ -97,7 +107,7 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
     """The rows of a part of the dataset at `uri`, or a range of them, row group by row group."""
     part_uri = storage.join(uri, part.path)
     with _open(part_uri) as file:
-        if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(format.schema(*shape)):
+        if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(schema(*shape)):
             raise UserError(
                 part_uri,
                 f"holds {file.metadata.num_rows} rows of {file.schema_arrow.names}, but the manifest says "
@@ -110,7 +120,7 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
             count = file.metadata.row_group(group).num_rows
             low, high = max(wanted.start - place, 0), min(wanted.stop - place, count)
             if low < high:
-                yield format.from_table(file.read_row_group(group).slice(low, high - low))
+                yield from_table(file.read_row_group(group).slice(low, high - low))
             place += count
 
 

@@ -174,7 +174,7 @@ class FaultInjector(LoopHooks):
         for fault in self.faults:
             due = rank == 0 and fault.images in images if fault.kind in _BY_RANK_0 else fault.images in own
             if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
-                _logger.warning("rehearsal: %s at image %d", fault.kind, fault.images)
+                _logger.warning("injected: %s at image %d", fault.kind, fault.images)
                 self._trigger(fault, training)
 
     def _trigger(self, fault: Fault, training: Training | None) -> None:
@@ -228,7 +228,7 @@ def _announce_preemption() -> None:
     context = ray.get_runtime_context()
     notice = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", context.gcs_address]
     notice += ["--node-id", context.get_node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    notice += ["--reason-message", "rehearsal", "--deadline-remaining-seconds", f"{NOTICE_SECONDS:.0f}"]
+    notice += ["--reason-message", "simulated", "--deadline-remaining-seconds", f"{NOTICE_SECONDS:.0f}"]
     subprocess.run(notice, check=True)  # noqa: S603
     end = threading.Timer(NOTICE_SECONDS, _kill_node)
     end.daemon = True

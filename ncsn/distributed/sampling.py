@@ -104,7 +104,7 @@ def make_shards(
         How many images were made.
 
     Raises:
-        UserError: The sampler leaves the finite numbers.
+        UserError: An image is not finite.
     """
     compute, total = config.compute, config.sampling.num_images
     made = sum(shard.count for shard in shards if not shard.exists)
@@ -157,7 +157,7 @@ def _watch_levels(shard: Shard, on_levels: W) -> W:
 def score_samples(
     config: Config, samplings: Sequence[SamplingConfig], *, checkpoint: str, dataset: str, num_images: int
 ) -> list[float | None]:
-    """Frechet distance of `num_images` samples by each sampler; None if one leaves the finite numbers.
+    """Frechet distance of `num_images` samples by each sampler; None if an image is not finite.
 
     As many tasks run at a time as training has workers, so that no more than its resources are taken.
     """

@@ -89,7 +89,7 @@ def run_tasks(
     in_flight: int | None = None,
     ordered: bool = False,
 ) -> Iterator[tuple[T, R]]:
-    """Each item with its result, as they finish; what still runs when the caller stops is cancelled.
+    """Each item with its result, as they finish; what still runs when the caller stops is canceled.
 
     Without a cluster the calls are made here, one after the other.
 

@@ -54,7 +54,7 @@ class Scored:
     """One sampler on one checkpoint."""
 
     sampler: dict[str, Any]
-    objective: float | None  # less is better; None if its samples left the finite numbers
+    objective: float | None  # less is better; None if a sample is not finite
 
 
 @dataclass(frozen=True)

@@ -160,11 +160,11 @@ def train_classifier(
         on_progress: called with (images done, images in all).
     """
     require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
-    labelled = _labelled(labels, num_classes=recipe.num_classes)
+    labeled = _labeled(labels, num_classes=recipe.num_classes)
     # Small sets need small batches to take enough steps in a few passes.
-    batch_size = 32 if len(labelled) < SMALL_SET else 128
-    steps = recipe.epochs * -(-len(labelled) // batch_size)
-    with _seeded(recipe.seed, device), _threads(small=len(labelled) < SMALL_SET):
+    batch_size = 32 if len(labeled) < SMALL_SET else 128
+    steps = recipe.epochs * -(-len(labeled) // batch_size)
+    with _seeded(recipe.seed, device), _threads(small=len(labeled) < SMALL_SET):
         network = ClassifierNetwork(
             image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes
         )
@@ -175,7 +175,7 @@ def train_classifier(
         rise = 0.2 if steps != 4 else 0.3
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=rise)
         for epoch in range(recipe.epochs):
-            order = labelled[torch.randperm(len(labelled)).numpy()]
+            order = labeled[torch.randperm(len(labeled)).numpy()]
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 target = torch.from_numpy(labels[chosen]).to(device)
@@ -190,7 +190,7 @@ def train_classifier(
 
 
 def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batch_size: int = 500) -> float:
-    """Share of the labelled images that get their label, in [0, 1]; NaN if none has a label."""
+    """Share of the labeled images that get their label, in [0, 1]; NaN if none has a label."""
     right = total = 0
     network.eval()
     with torch.inference_mode():
@@ -202,7 +202,7 @@ def accuracy(network: ClassifierNetwork, *, images: Images, labels: Labels, batc
     return right / total if total else float("nan")
 
 
-def _labelled(labels: Labels, *, num_classes: int) -> Labels:
+def _labeled(labels: Labels, *, num_classes: int) -> Labels:
     """Indices of the images that have a label."""
     indices = np.flatnonzero(np.asarray(labels) >= 0)
     if len(indices) == 0:
@@ -267,7 +267,7 @@ class StoredClassifier:
     """A classifier in the store, without its weights."""
 
     identity: Identity
-    test_accuracy: float | None  # share of the labelled test images, in [0, 1]; None if no test image is labelled
+    test_accuracy: float | None  # share of the labeled test images, in [0, 1]; None if no test image is labeled
 
 
 def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:

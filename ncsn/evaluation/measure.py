@@ -198,7 +198,7 @@ def _neighbor_metrics(neighbors: Neighbors) -> dict[str, Metric]:
     """
     count = len(neighbors.distances)
     return {
-        "memorised": Metric(float(neighbors.memorised.mean()), count),
+        "memorised": Metric(float(neighbors.memorized.mean()), count),
         "nn_distance": Metric(float(np.median(neighbors.distances[:, 0])), count),
     }
 
@@ -209,7 +209,7 @@ def _neighbor_table(*, pixels: Neighbors, features: Neighbors) -> list[dict[str,
     return [
         {
             "image": row,
-            "memorised": bool(pixels.memorised[row]),
+            "memorised": bool(pixels.memorized[row]),
             **{f"{name}_rows": found.indices[row].tolist() for name, found in spaces.items()},
             **{f"{name}_distances": found.distances[row].round(3).tolist() for name, found in spaces.items()},
         }

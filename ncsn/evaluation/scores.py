@@ -15,7 +15,7 @@ Vectors = npt.NDArray[np.number]
 
 BLOCK_VALUES = 1 << 23
 # A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023).
-MEMORISED_RATIO = 1 / 3
+MEMORIZED_RATIO = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Neighbors:
     distances: Array  # [Q, k], Euclidean
 
     @property
-    def memorised(self) -> npt.NDArray[np.bool_]:
+    def memorized(self) -> npt.NDArray[np.bool_]:
         """[Q] whether a query is a copy: under a third as far from its nearest neighbor as from its second."""
         # A training image that is in the dataset twice is not recognized: both distances are small.
-        flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORISED_RATIO * self.distances[:, 1]
+        flags: npt.NDArray[np.bool_] = self.distances[:, 0] < MEMORIZED_RATIO * self.distances[:, 1]
         return flags
 
 

@@ -132,7 +132,7 @@ def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
 
 @styled
 def neighbors_panel(
-    samples: Images, neighbors: Images, *, distances: NDArray[np.float64] | None = None, memorised: Sequence[bool] = ()
+    samples: Images, neighbors: Images, *, distances: NDArray[np.float64] | None = None, memorized: Sequence[bool] = ()
 ) -> Figure:
     """Samples and their nearest training images.
 
@@ -140,7 +140,7 @@ def neighbors_panel(
         samples: [N, H, W, C].
         neighbors: [N, k, H, W, C], nearest first.
         distances: [N, k], below each neighbor.
-        memorised: [N], marks the copies.
+        memorized: [N], marks the copies.
     """
     count = neighbors.shape[1]
     header = ["sample", "nearest", *(str(place) for place in range(2, count + 1))]
@@ -150,7 +150,7 @@ def neighbors_panel(
         captions=None if distances is None else [["", *map(_digits, row)] for row in distances],
         apart=1,
     )
-    for row in np.flatnonzero(memorised):
+    for row in np.flatnonzero(memorized):
         place = (0.5, row * _pitch(captions=distances is not None) + 0.98)
         box = {"facecolor": PALETTE[1], "edgecolor": "none", "pad": 1}
         axes.annotate("copy", place, color="white", fontsize=6, ha="center", va="bottom", bbox=box)
@@ -284,7 +284,7 @@ def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_i
         Neighbor(
             picture=_triple(line, samples, training_images),
             distance=" · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"]),
-            memorised=bool(line["memorised"]),
+            memorized=bool(line["memorised"]),
         )
         for line in table
         if line["image"] < len(samples)

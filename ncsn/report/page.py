@@ -78,7 +78,7 @@ class Neighbor(NamedTuple):
 
     picture: Picture
     distance: str
-    memorised: bool
+    memorized: bool
 
 
 class Section(NamedTuple):

@@ -167,10 +167,10 @@ def lead(
     return paragraphs
 
 
-def _copies(memorised: Reading) -> str:
-    copies = round(memorised.value * memorised.num_images)
+def _copies(memorized: Reading) -> str:
+    copies = round(memorized.value * memorized.num_images)
     found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies} are copies")
-    return f"Of {memorised.num_images:,} generated images that were compared with every training image, {found}."
+    return f"Of {memorized.num_images:,} generated images that were compared with every training image, {found}."
 
 
 def extractor_phrase(extractor: str) -> str:

@@ -22,7 +22,7 @@ from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
 from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, images_to_prepare, open_evaluator
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
-from ncsn.tracking.gate import Measurement, Memorisation
+from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import StepRun
 
 # Raised when a metric is added or its meaning changes: samples that were measured before are measured again.
@@ -42,7 +42,7 @@ class EvaluateResult:
     num_images: int
     num_real_images: int
     gate: dict[str, Any]  # the `Measurement` that decides about promotion, as plain values
-    memorisation: dict[str, Any]  # the `Memorisation` that can forbid it, as plain values
+    memorisation: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
 
@@ -152,7 +152,7 @@ def evaluate(
         num_images=count,
         num_real_images=num_real,
         gate=asdict(_gate(generated, name, fingerprint)),
-        memorisation=asdict(_memorisation(generated.metrics["memorised"], real.metrics["memorised"])),
+        memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
         notes=_notes(count, num_real, extractor=name),
     )
@@ -208,8 +208,8 @@ def _gate(measured: Measured, extractor: str, fingerprint: str) -> Measurement:
     )
 
 
-def _memorisation(samples: Metric, real: Metric) -> Memorisation:
-    return Memorisation(
+def _memorization(samples: Metric, real: Metric) -> Memorization:
+    return Memorization(
         copies=round(samples.value * samples.num_images),
         num_images=samples.num_images,
         real_copies=round(real.value * real.num_images),

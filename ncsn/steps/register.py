@@ -23,7 +23,7 @@ from ncsn.runs.costs import account
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, Measurement, Memorisation, decision_record, not_finite
+from ncsn.tracking.gate import Evidence, Measurement, Memorization, decision_record, not_finite
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
@@ -31,7 +31,7 @@ from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 STAGES = 3
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
 """Name -> what it shows, of the pictures of the card."""
-CARD_NEIGHBOURS = 8
+CARD_NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
     grid = storage.join(measured["samples"], "grid.png")
     if storage.exists(grid):
         files["grid.png"] = storage.read_bytes(grid)
-    table = measured.get("nearest_training_images", [])[:CARD_NEIGHBOURS]
+    table = measured.get("nearest_training_images", [])[:CARD_NEIGHBORS]
     if table:
         count = 1 + max(line["image"] for line in table)
         samples = np.concatenate(list(read_samples(measured["samples"], num_images=count, batch_size=count)))
@@ -168,7 +168,7 @@ def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:
         raise UserError(measured["uri"], "written by an earlier version of ncsn", hint="run `ncsn evaluate` again")
     weights = {name: float(tensor.abs().max()) for name, tensor in loaded.network.named_parameters()}
     broken = not_finite({**measured["metrics"], **measured["real_metrics"], **weights})
-    return Evidence(Measurement(**measured["gate"]), Memorisation(**measured["memorisation"]), tuple(broken))
+    return Evidence(Measurement(**measured["gate"]), Memorization(**measured["memorisation"]), tuple(broken))
 
 
 def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> RegisterResult:

@@ -199,11 +199,11 @@ def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
             "memorised": bool(copy),
         }
         for image, (indices, distances, copy) in enumerate(
-            zip(found.indices, found.distances, found.memorised, strict=True)
+            zip(found.indices, found.distances, found.memorized, strict=True)
         )
     ]
     panel = neighbors_panel(
-        samples, run.train.images[found.indices], distances=found.distances, memorised=found.memorised.tolist()
+        samples, run.train.images[found.indices], distances=found.distances, memorized=found.memorized.tolist()
     )
     return panel, {"unit": unit, "samples": rows}
 

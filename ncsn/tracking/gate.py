@@ -69,7 +69,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Memorisation:
+class Memorization:
     """How many samples copy a training image, compared with real test images."""
 
     copies: int  # of num_images samples
@@ -102,13 +102,13 @@ class Evidence:
     """What the gate knows about a version."""
 
     measurement: Measurement
-    memorisation: Memorisation
+    memorisation: Memorization
     not_finite: tuple[str, ...] = ()  # metrics and weights that hold NaN or infinity
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Evidence:
         """Inverse of `dataclasses.asdict`."""
-        measurement, memorisation = Measurement(**values["measurement"]), Memorisation(**values["memorisation"])
+        measurement, memorisation = Measurement(**values["measurement"]), Memorization(**values["memorisation"])
         return cls(measurement, memorisation, tuple(values["not_finite"]))
 
     def objection(self) -> str:

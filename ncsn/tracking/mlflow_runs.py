@@ -51,7 +51,11 @@ DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
 PLACES = ("compute", "storage", "tracking")
 """Sections of the config that do not change a result."""
-LATER = {"ingest": ("search", "sampling", "evaluation"), "tune": (), "train": ("search", "sampling", "evaluation")}
+UNUSED_SECTIONS = {
+    "ingest": ("search", "sampling", "evaluation"),
+    "tune": (),
+    "train": ("search", "sampling", "evaluation"),
+}
 """Sections that a step does not use."""
 OUTAGE_SECONDS = 60.0
 """How long later steps wait for a server that the first one has reached."""
@@ -304,7 +308,7 @@ def _child(connection: Connection, parent: Run, config: Config, folder: RunFolde
 
 def _result_digest(config: Config, step: str) -> str:
     """Digest of what can change a result: other settings are another run, another machine is not."""
-    sections = config.model_dump(mode="json", exclude={*PLACES, *LATER.get(step, ("search",))})
+    sections = config.model_dump(mode="json", exclude={*PLACES, *UNUSED_SECTIONS.get(step, ("search",))})
     return storage.digest(sections, 16)
 
 

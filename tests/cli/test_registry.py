@@ -13,7 +13,7 @@ from click.testing import Result
 from mlflow.tracking import MlflowClient
 
 from ncsn.tracking.client import client_at
-from ncsn.tracking.gate import Evidence, Measurement, Memorisation
+from ncsn.tracking.gate import Evidence, Measurement, Memorization
 from ncsn.tracking.promotion import pass_gate
 
 
@@ -26,7 +26,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     for value in (9.0, 8.0, 7.0, 7.1):
         version = str(client.create_model_version("digits", "file:///nowhere").version)
         measured = Measurement("eval/classifier_fid_n512", value, 0.1, 512, "f" * 64, lower_is_better=True)
-        pass_gate(client, name="digits", version=version, evidence=Evidence(measured, Memorisation(0, 9, 0, 9)))
+        pass_gate(client, name="digits", version=version, evidence=Evidence(measured, Memorization(0, 9, 0, 9)))
     return uri
 
 

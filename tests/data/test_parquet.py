@@ -18,8 +18,7 @@ from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
-from ncsn.data import format
-from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, to_table
+from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
 from ncsn.data.parquet import read_blocks, read_split, write_dataset
 from ncsn.data.source import Example, Source
 from ncsn.errors import NotFound
@@ -288,7 +287,7 @@ def test_of_processes_that_write_at_once_one_creates(tmp_path):
 
 def test_rows_make_the_round_trip_through_arrow(images):
     table = to_table(images["train"])
-    assert table.schema == format.schema(8, 8, 3)
+    assert table.schema == schema(8, 8, 3)
     back = from_table(pa.concat_tables([table.slice(0, 13), table.slice(13)]))
     assert np.array_equal(back.images, images["train"].images)
     assert np.array_equal(back.labels, images["train"].labels)

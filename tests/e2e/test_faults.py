@@ -145,22 +145,22 @@ def test_the_s3_server_is_away_while_checkpoints_are_due_and_while_sampling(
     assert samples(uri, whole=True) == samples(whole, whole=True)
 
 
-def test_rehearsed_outages_of_store_and_tracking_server_and_a_cut_checkpoint(
+def test_injected_outages_of_store_and_tracking_server_and_a_cut_checkpoint(
     workplace, whole: str, dataset, bucket: str, tmp_path: Path
 ) -> None:
-    uri = f"{bucket}/runs/rehearsed"
+    uri = f"{bucket}/runs/injected"
     faults = ("store-down@images=300:5s", "store-errors@images=900:0.3", "tracking-down@images=100:10s")
     faults += ("cut-checkpoint@images=1500",)
-    train = command("train", "rehearsed", *dataset, root=bucket)
+    train = command("train", "injected", *dataset, root=bucket)
     told = finished(workplace.start(*train, *(f"--inject={fault}" for fault in faults)))
     assert all(f"{fault.partition('@')[0]} at image" in told for fault in faults)
     assert "120 s" in told
     assert "weights.safetensors" in told
     assert_same_training(whole, uri)
-    sample = command("sample", "rehearsed", "--inject=store-down@images=0:5s", root=bucket)
+    sample = command("sample", "injected", "--inject=store-down@images=0:5s", root=bucket)
     assert "answers again" in finished(workplace.start(*sample))
     assert samples(uri, whole=True) == samples(whole, whole=True)
-    assert_told_once(client_at(f"sqlite:///{tmp_path}/mlflow.db"), "rehearsed", uri)
+    assert_told_once(client_at(f"sqlite:///{tmp_path}/mlflow.db"), "injected", uri)
 
 
 def samples(run: str, *, whole: bool = False) -> dict[str, bytes]:

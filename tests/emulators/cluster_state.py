@@ -74,8 +74,8 @@ class Cluster:
         present = {term for term in terms if "=" not in term}
         with self._lock:
             found = [value for (kind, _), value in self._objects.items() if kind == plural]
-            labelled = [(o, o["metadata"].get("labels", {})) for o in found]
-            return [copy.deepcopy(o) for o, has in labelled if wanted.items() <= has.items() and present <= has.keys()]
+            labeled = [(o, o["metadata"].get("labels", {})) for o in found]
+            return [copy.deepcopy(o) for o, has in labeled if wanted.items() <= has.items() and present <= has.keys()]
 
     def create(self, plural: str, resource: Resource) -> Resource:
         with self._lock:

@@ -145,8 +145,8 @@ def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: t
     found = nearest_neighbors(queries, train.images, k=2, block_size=500)
     assert found.indices[:2, 0].tolist() == [3, 7]
     assert found.distances[:2, 0].tolist() == [0, 1]
-    assert found.memorised[:2].all()
-    assert found.memorised[2:].mean() < 0.1
+    assert found.memorized[:2].all()
+    assert found.memorized[2:].mean() < 0.1
 
 
 def test_equal_distances_come_in_order_of_index() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from mlflow.tracking import MlflowClient
 
-from ncsn.tracking.gate import Evidence, Measurement, Memorisation
+from ncsn.tracking.gate import Evidence, Measurement, Memorization
 
-CLEAN = Memorisation(copies=1, num_images=256, real_copies=0, num_real_images=256)
-COPIES = Memorisation(copies=60, num_images=256, real_copies=3, num_real_images=256)
+CLEAN = Memorization(copies=1, num_images=256, real_copies=0, num_real_images=256)
+COPIES = Memorization(copies=60, num_images=256, real_copies=3, num_real_images=256)
 
 
 def figure(
@@ -21,7 +21,7 @@ def figure(
 
 
 def evidence(
-    value: float, memorisation: Memorisation = CLEAN, broken: tuple[str, ...] = (), **changes: Any
+    value: float, memorisation: Memorization = CLEAN, broken: tuple[str, ...] = (), **changes: Any
 ) -> Evidence:
     return Evidence(figure(value, **changes), memorisation, broken)
 

@@ -72,7 +72,7 @@ def main(config: str, dataset: str, run: str, how: str, at_images: int) -> None:
             client = ray._raylet.GcsClient(address=cluster.address)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
             deadline = time.time_ns() // 1_000_000 + 1000 * NOTICE_SECONDS
-            accepted, why_not = client.drain_node(nodes[1].node_id, reason, "a rehearsal", deadline)
+            accepted, why_not = client.drain_node(nodes[1].node_id, reason, "simulated", deadline)
             assert accepted, why_not
 
     job = TrainingJob(

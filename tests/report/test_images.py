@@ -53,7 +53,7 @@ def test_of_many_levels_the_first_and_the_last_are_shown() -> None:
 def test_neighbors_are_next_to_their_sample_with_their_distances() -> None:
     samples, neighbors = images(2, 8, 8, 1), images(2, 2, 8, 8, 1)
     distances = np.array([[1.5, 1064.2], [3.25, 40.0]])
-    figure = neighbors_panel(samples, neighbors, distances=distances, memorised=[False, True])
+    figure = neighbors_panel(samples, neighbors, distances=distances, memorized=[False, True])
     assert {"1.5", "1064", "3.25", "40"} <= set(words(figure))
     assert words(figure).count("copy") == 1
     columns = [samples, neighbors[:, 0], neighbors[:, 1]]

@@ -9,7 +9,7 @@ import pytest
 from gated import COPIES, evidence, figure
 from refused import refused
 
-from ncsn.tracking.gate import Decision, FingerprintMismatchError, Memorisation, decide, not_finite
+from ncsn.tracking.gate import Decision, FingerprintMismatchError, Memorization, decide, not_finite
 
 NAN = float("nan")
 FID = figure(3.0, uncertainty=0.0)
@@ -57,11 +57,11 @@ def test_other_fingerprint_count_or_name_cannot_be_compared(changes):
     ],
 )
 def test_copies_beyond_those_of_real_images_and_chance_fail(copies, real_copies, passed):
-    assert Memorisation(copies, 256, real_copies, 256).passed is passed
+    assert Memorization(copies, 256, real_copies, 256).passed is passed
 
 
 def test_few_real_images_leave_more_to_chance():
-    assert Memorisation(copies=12, num_images=256, real_copies=0, num_real_images=20).passed
+    assert Memorization(copies=12, num_images=256, real_copies=0, num_real_images=20).passed
 
 
 @pytest.mark.parametrize(
