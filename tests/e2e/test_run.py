@@ -52,9 +52,7 @@ def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> No
     for step in STEPS:
         assert f"{step:<9} starting" in lines
     assert all(line.startswith((*STEPS, "run ", "log ", "ray ")) for line in lines), finished.stderr
-    log = (workplace.folder(RUN) / "pipeline.log").read_text()
-    assert "RayTrainWorker" in log
-    assert "Executing task" in log
+    assert "Executing task" in (workplace.folder(RUN) / "pipeline.log").read_text()
 
 
 def test_the_store_has_the_agreed_layout(workplace, finished) -> None:
