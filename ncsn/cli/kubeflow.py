@@ -150,24 +150,26 @@ def cleanup_command(
     The store and MLflow then have the end of the pipeline run, or KILLED. The CronJob ncsn-janitor of
     infra/base/janitor does this every minute.
     """
-    if not reap_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
+    if not clean_up_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
         ctx.exit(FAILURE)
 
 
-def reap_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
+def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
     """Do or list what is left to do, one line each; False if any of it failed."""
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 
-    api, well, deeds = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
-    for deed in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
-        deeds += 1
-        if deed.error is None:
-            click.echo(f"would {deed.verb} {deed.what}" if dry_run else f"{deed.verb}d {deed.what}")
+    api, well, actions = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
+    for action in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
+        actions += 1
+        if action.error is None:
+            click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
         else:
             well = False
-            click.echo(f"error: could not {deed.verb} {deed.what}: {'; '.join(describe(deed.error).lines)}", err=True)
-    if not deeds:
+            click.echo(
+                f"error: could not {action.verb} {action.what}: {'; '.join(describe(action.error).lines)}", err=True
+            )
+    if not actions:
         click.echo(f"nothing to do in {api.namespace}")
     return well
 

@@ -26,7 +26,7 @@ from ncsn.remote.backend import (
     ended_on_sigterm,
     say,
 )
-from ncsn.remote.checks import kuberay_checks
+from ncsn.remote.checks import IMAGE_VARIABLE, kuberay_checks
 from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.launcher import Launcher, environment_for_pods, find_launcher, is_ending, workflow_of
 from ncsn.remote.manifest import (
@@ -49,7 +49,6 @@ WATCH_SECONDS = 15.0
 DELETE_SECONDS = 30.0  # patience of a deletion while a person waits
 
 _AT_ONCE = (2.0, 3.0)
-_IMAGE_VARIABLE = "NCSN_IMAGE"
 
 
 class KubeRay:
@@ -72,6 +71,18 @@ class KubeRay:
     def _api(self) -> KubernetesApi:
         return KubernetesApi(self._namespace, patience=self._patience)
 
+    @cached_property
+    def _heart(self) -> KubernetesApi:
+        return KubernetesApi(self._api.namespace, patience=0)
+
+    @cached_property
+    def _impatient(self) -> KubernetesApi:
+        return KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
+
+    @cached_property
+    def _home(self) -> KubernetesApi:
+        return KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
+
     def connect(self) -> None:
         """Find the cluster in the environment."""
         _ = self._api
@@ -89,9 +100,7 @@ class KubeRay:
             UserError: The cluster has no KubeRay, refuses the manifest, or other work has the name.
         """
         # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
-        self._heart = KubernetesApi(self._api.namespace, patience=0)
-        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
-        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
+        _ = self._heart, self._impatient, self._home
         self._launcher = find_launcher(self._api)
         manifest = self._manifest(step)
         name, request = manifest["metadata"]["name"], manifest["metadata"]["annotations"][REQUEST_ANNOTATION]
@@ -123,12 +132,12 @@ class KubeRay:
         return kuberay_checks(self._compute)
 
     def _manifest(self, step: RemoteStep) -> Resource:
-        image = self._compute.kuberay.image or self._launcher.image or os.environ.get(_IMAGE_VARIABLE)
+        image = self._compute.kuberay.image or self._launcher.image or os.environ.get(IMAGE_VARIABLE)
         if image is None:
             raise UserError(
                 "compute.kuberay.image",
                 "no image for the Ray pods",
-                hint=f"set it or {_IMAGE_VARIABLE} to the image that `make image` builds",
+                hint=f"set it or {IMAGE_VARIABLE} to the image that `make image` builds",
             )
         request = JobRequest(
             run=step.run,
@@ -228,7 +237,7 @@ class KubeRay:
         return f", waiting for quota in Kueue's queue {queue}" if queue and state.deployment == "Suspended" else ""
 
     def _annotate(self, name: str) -> None:
-        """Renew the lease in the cluster too, where `ncsn reap` looks."""
+        """Renew the lease in the cluster too, where `ncsn cleanup` looks."""
         with suppress(ConnectionError, PermissionError, ValueError):
             self._heart.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
 

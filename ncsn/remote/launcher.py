@@ -6,14 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ncsn.remote.manifest import KFP_RUN_LABEL
 
 if TYPE_CHECKING:
-    from ncsn.remote.kubernetes import KubernetesApi
-
-Resource = dict[str, Any]
+    from ncsn.remote.kubernetes import KubernetesApi, Resource
 
 RUN_ID_LABEL = "pipeline/runid"  # KFP's, of a run's Workflow and of its pods
 

@@ -81,9 +81,9 @@ def selector(*, run: str | None = None, kfp_run: str | None = None) -> str:
     return ",".join(f"{label}={value}" for label, value in wanted.items() if value)
 
 
-def load_template(path: str | None = None) -> Manifest:
-    """The template at `path`, else at NCSN_RAYJOB_TEMPLATE, else that of this package."""
-    file = Path(path or os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
+def load_template() -> Manifest:
+    """The template at NCSN_RAYJOB_TEMPLATE, else that of this package."""
+    file = Path(os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
     if not file.is_file():
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
     template = yaml.safe_load(file.read_text())

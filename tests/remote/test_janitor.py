@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.kubeflow import reap_orphans
+from ncsn.cli.kubeflow import clean_up_orphans
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
@@ -43,9 +43,9 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
 
     def call() -> list[str]:
         emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-        deeds = list(clean_up(KubernetesApi(), older_than=600, at_work=True))
-        assert [deed.error for deed in deeds] == [None] * len(deeds)
-        return [f"{deed.verb} {deed.what}" for deed in deeds]
+        actions = list(clean_up(KubernetesApi(), older_than=600, at_work=True))
+        assert [action.error for action in actions] == [None] * len(actions)
+        return [f"{action.verb} {action.what}" for action in actions]
 
     return call
 
@@ -154,7 +154,7 @@ def test_a_run_that_another_pipeline_run_goes_on_with_is_left_to_it(
     emulation.cluster.update(
         "rayjobs", "working", lambda each: each["metadata"].update(creationTimestamp="2999-01-01T00:00:00Z")
     )
-    assert [deed.split()[0] for deed in janitor()] == ["ignore"]
+    assert [action.split()[0] for action in janitor()] == ["ignore"]
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-77aa"]
     assert (outcome(config), statuses(config)["run"], len(emulation.jobs)) == (None, "RUNNING", 1)
     emulation.cluster.delete("rayjobs", "working")
@@ -224,8 +224,8 @@ def test_a_silent_launchers_rayjob_is_ended_and_its_run_closed(
     emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
     storage.write_text(str(tmp_path / "config.yaml"), to_yaml(config))
     rayjob(emulation, "silent", config=str(tmp_path / "config.yaml"), annotations={"ncsn.dev/renewed-at": LONG_AGO})
-    deeds = janitor()
-    assert [deed.split()[0] for deed in deeds] == ["delete", "close"]
+    actions = janitor()
+    assert [action.split()[0] for action in actions] == ["delete", "close"]
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert outcome(config) == Outcome("KILLED", "terminated", "train")
     assert statuses(config)["run"] == "KILLED"
@@ -240,7 +240,7 @@ def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
     emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
-    assert not reap_orphans(namespace=None, run=None, older_than="10m", at_work=True, dry_run=False)
+    assert not clean_up_orphans(namespace=None, run=None, older_than="10m", at_work=True, dry_run=False)
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
     told = capsys.readouterr()
     assert "run mine" in told.out and "run mine" in told.err
@@ -270,16 +270,16 @@ def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
     assert notes(emulation) == []
 
 
-def test_reap_says_what_it_would_do_and_does_not(
+def test_cleanup_says_what_it_would_do_and_does_not(
     emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(config, monkeypatch)
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    assert reap_orphans(namespace=None, run="another", older_than="2h", at_work=False, dry_run=False) is True
+    assert clean_up_orphans(namespace=None, run="another", older_than="2h", at_work=False, dry_run=False) is True
     assert capsys.readouterr().out.count("\n") == 1
     with refused("--older-than"):
-        reap_orphans(namespace=None, run=None, older_than="2 hours", at_work=False, dry_run=False)
-    assert reap_orphans(namespace=None, run=None, older_than="2h", at_work=False, dry_run=True) is True
+        clean_up_orphans(namespace=None, run=None, older_than="2 hours", at_work=False, dry_run=False)
+    assert clean_up_orphans(namespace=None, run=None, older_than="2h", at_work=False, dry_run=True) is True
     assert "run mine" in capsys.readouterr().out
     assert (outcome(config), len(notes(emulation))) == (None, 1)
     emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])
