@@ -27,6 +27,9 @@ STAMP := .venv/current-$(KEY)
 help: ## List the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
+.PHONY: venv
+venv: $(STAMP) ## Install into .venv only
+
 .PHONY: demo
 demo: $(STAMP) ## Set up, then run the whole pipeline on real handwritten digits and register the model
 	@$(BIN)/ncsn run --config $(CONFIG)

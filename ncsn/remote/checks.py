@@ -34,7 +34,7 @@ def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
     except ValueError as error:
         yield Check("kubernetes", _raising(error), "export KUBECONFIG=FILE")
         return
-    grant = f"kubectl apply -k infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
+    grant = f"kubectl apply --kustomize infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
     operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
     unreachable: Mapping[type[Exception], str] = {ConnectionError: "kubectl cluster-info"}
     image = settings.image or os.environ.get(IMAGE_VARIABLE)

@@ -268,7 +268,8 @@ class KubernetesApi:
         if error.status == 403:
             return PermissionError(
                 f"forbidden: this account lacks the verb {verb!r} on {resource} in namespace {self.namespace!r}; "
-                f"`kubectl apply -k infra/base/rbac` grants it, in a profile infra/overlays/multi-user ({message})"
+                "`kubectl apply --kustomize infra/base/rbac` grants it, in a profile infra/overlays/multi-user "
+                f"({message})"
             )
         if error.status == 401:
             return PermissionError(f"the Kubernetes API at {self.server} does not accept the credentials: {message}")

@@ -58,7 +58,7 @@ def test_the_rights_come_from_a_folder_for_that_namespace(
     emulation.cluster.rules = []
     findings = examine_all(tmp_path, f"compute.kuberay.namespace={namespace}")
     (fix,) = (finding["fix"] for finding in findings if finding["check"] == "rights")
-    assert fix == f"kubectl apply -k {folder}"
+    assert fix == f"kubectl apply --kustomize {folder}"
     assert (DIGITS.parents[1] / folder / "kustomization.yaml").is_file()
 
 
