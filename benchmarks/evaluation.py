@@ -51,7 +51,7 @@ def statistics_row(*, rounds: int, dimensions: int = DIMENSIONS) -> Row:
     seconds = in_turns({"ours": ours, "usual": usual}, rounds=rounds)
     return Row(
         "evaluation",
-        f"Frechet distance at {dimensions} dimensions over scipy's sqrtm",
+        f"Fréchet distance at {dimensions} dimensions over scipy's sqrtm",
         ratio(seconds, "usual", "ours"),
         target=5,
         detail=f"{statistics.median(seconds['ours']):.1f} and {statistics.median(seconds['usual']):.1f} s; "

@@ -24,9 +24,9 @@ class PlainNorm(nn.Module):
         """[B, C, H, W] at level [B]."""
         gamma, alpha, beta = self.embed(level)[:, :, None, None].chunk(3, dim=1)
         means = x.mean(dim=(2, 3), keepdim=True)
-        centre, spread = means.mean(dim=1, keepdim=True), means.var(dim=1, keepdim=True)
-        standardised = (means - centre) / torch.sqrt(spread + 1e-5)
-        return gamma * (functional.instance_norm(x) + alpha * standardised) + beta
+        center, spread = means.mean(dim=1, keepdim=True), means.var(dim=1, keepdim=True)
+        standardized = (means - center) / torch.sqrt(spread + 1e-5)
+        return gamma * (functional.instance_norm(x) + alpha * standardized) + beta
 
 
 def conv3x3(inside: int, outside: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:

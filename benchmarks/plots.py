@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def against_targets(rows: list[Found], path: Path) -> None:
         color=[REACHED if row["reached"] else MISSED for row in with_target],
     )
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(list(places), [_short(row) for row in with_target], fontsize=8)
+    axes.set_yticks(list(places), [_label(row) for row in with_target], fontsize=8)
     ends = range(math.floor(min(map(math.log2, ratios))), math.ceil(max(map(math.log2, ratios))) + 1)
     axes.set_xticks(list(ends), [f"{2.0**end:g}x" for end in ends])
-    axes.set_xlabel("figure over target; right of 1x is better")
+    axes.set_xlabel("value over target; right of 1x is better")
     _finish(figure, path)
 
 
@@ -84,9 +85,8 @@ def _number(row: Found, start: str) -> int:
     return int(found.group())
 
 
-def _short(row: Found) -> str:
-    words = f"{row['part']}: {row['measure']}".replace("`", "")
-    return words if len(words) <= 60 else f"{words[:57]}..."
+def _label(row: Found) -> str:
+    return textwrap.fill(f"{row['part']}: {row['measure']}".replace("`", ""), 60)
 
 
 def _finish(figure: Figure, path: Path) -> None:

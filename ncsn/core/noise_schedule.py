@@ -1,6 +1,6 @@
 """The noise levels sigma_1 > ... > sigma_L, given or chosen from a dataset.
 
-Song & Ermon 2019, section 3.2; Song & Ermon 2020, techniques 1, 2 and 4.
+Song & Ermon 2019, section 4.1; Song & Ermon 2020, techniques 1, 2 and 4.
 """
 
 from __future__ import annotations

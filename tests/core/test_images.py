@@ -59,14 +59,14 @@ def test_to_unit_refuses_other_types_and_shapes(images):
 
 @pytest.mark.oracle(16)
 @pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
-def test_dequantised_gray_is_recovered_at_the_ends_of_the_noise(u):
+def test_dequantized_gray_is_recovered_at_the_ends_of_the_noise(u):
     spread = dequantize(every_gray(), torch.full((1, 1, 16, 16), u))
     assert spread.min() >= 0 and spread.max() < 1
     assert torch.equal((256 * spread).floor().to(torch.uint8), every_gray().permute(0, 3, 1, 2))
 
 
 @pytest.mark.oracle(16)
-def test_dequantised_gray_is_always_recovered():
+def test_dequantized_gray_is_always_recovered():
     grays = every_gray().expand(2000, 16, 16, 1)
     spread = dequantize(grays, torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert spread.max() < 1
@@ -74,7 +74,7 @@ def test_dequantised_gray_is_always_recovered():
     assert int(misses.sum()) == 0, "512,000 draws: the spec allows 4 misses in float32, this form has none"
 
 
-def test_dequantised_images_fill_the_gray_step_evenly():
+def test_dequantized_images_fill_the_gray_step_evenly():
     gray = torch.full((1, 200, 200, 1), 7, dtype=torch.uint8)
     spread = dequantize(gray, torch.rand(1, 1, 200, 200, generator=torch.Generator().manual_seed(1)))
     assert stats.kstest((256 * spread - 7).flatten().numpy(), "uniform").pvalue > 1e-3

@@ -41,7 +41,7 @@ class GaussianScore(nn.Module):
         return (self.mean - x) / (self.s2 + self.sigmas[level].square()).view(-1, 1, 1, 1)
 
 
-def test_a_batch_is_the_logit_of_the_dequantised_images(tiny: str, dataset: str) -> None:
+def test_a_batch_is_the_logit_of_the_dequantized_images(tiny: str, dataset: str) -> None:
     config, split = from_yaml(tiny, overrides=LOGIT), open_cache(dataset, "train")
     plain = draw_batch(from_yaml(tiny, overrides=[*LOGIT, "data.logit_transform=false"]), split, first=0, count=64)
     batch = draw_batch(config, split, first=0, count=64)

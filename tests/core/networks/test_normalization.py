@@ -33,7 +33,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
         (torch.float32, 3 * 3 / math.sqrt(1e-5) * 2**-23),  # gamma x / sqrt(eps): the mean is folded into the shift
     ],
 )
-def test_constant_channels_leave_only_the_standardised_means(dtype, tolerance):
+def test_constant_channels_leave_only_the_standardized_means(dtype, tolerance):
     x = torch.tensor([1.0, 3.0], dtype=dtype).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     gamma, alpha, beta = torch.tensor([[2.0, 3.0], [0.5, 1.0], [0.1, -0.1]], dtype=dtype)
     out = instance_norm_plus(x, gamma=gamma, alpha=alpha, beta=beta)
