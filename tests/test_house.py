@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "kfp", "scipy", "sklearn", "matplotlib", "pandas", "boto3", "optuna"}
+# Packages that a function may import, with the modules of this project that load one of them.
 LATE = HEAVY | {"botocore", "kfp_server_api", "kubernetes", "numpy", "pyarrow", "pydantic", "rich", "torch_fidelity"}
-"""Packages that a function may import, with the modules of this project that load one of them."""
+# They serve --help, show-config, submit, promote, the launcher's pod and the Finish task.
 LIGHT = (
     "ncsn.errors",
     "ncsn.process",
@@ -57,7 +58,6 @@ LIGHT = (
     "ncsn.cli.target",
     "ncsn.cli.views",
 )
-"""They serve --help, show-config, submit, promote, the launcher's pod and the Finish task."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 350, 60, 15
 
@@ -186,6 +186,14 @@ def test_a_component_is_one_short_function(name: str) -> None:
     assert function.name == name.rpartition(".")[2]
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     assert (body[-1].end_lineno or 0) - body[0].lineno + 1 <= MOST_LINES_OF_A_COMPONENT
+
+
+def test_constants_are_explained_by_comments() -> None:
+    """Not by strings below them."""
+    for name, tree in TREES.items():
+        bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        constants = [each.value for body in bodies for each in body[1:] if isinstance(each, ast.Expr)]
+        assert not [each.lineno for each in constants if isinstance(each, ast.Constant)], name
 
 
 def test_files_and_functions_are_short() -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-OWN = "own"
-"""Instead of a URI: the run's own."""
+OWN = "own"  # instead of a URI: the run's own
 
 BACKENDS = ("local", "ray-jobs", "kuberay")  # those of `ComputeConfig`, which --help does not import
 
-CHECKPOINTED = ("run", "tune", "train")
-"""The commands that save checkpoints, and continue from the last one."""
+CHECKPOINTED = ("run", "tune", "train")  # the commands that save checkpoints, and continue from the last one
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ _DATASET = Source("ingest", "uri", "ingested dataset")
 _CHECKPOINT = Source("train", "checkpoint", "checkpoint")
 _SAMPLES = Source("sample", "uri", "folder of samples")
 
+# The steps of the pipeline, in its order.
 CATALOGUE: Mapping[str, StepInfo] = {
     "ingest": StepInfo("Read the images into the store, once."),
     "tune": StepInfo(
@@ -66,8 +65,8 @@ CATALOGUE: Mapping[str, StepInfo] = {
         inputs={"evaluation": Source("evaluate", "uri", "evaluation to report on")},
     ),
 }
-"""The steps of the pipeline, in its order."""
 
+# The same with what works like a step on a finished run.
 STEP_INFO: Mapping[str, StepInfo] = {
     **CATALOGUE,
     "figures": StepInfo(
@@ -75,4 +74,3 @@ STEP_INFO: Mapping[str, StepInfo] = {
         inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
     ),
 }
-"""The same with what works like a step on a finished run."""

@@ -18,8 +18,7 @@ from ncsn.runs.records import read_result
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
-DEFAULT_ROOT: str = Config.model_fields["storage"].default.root
-"""The store if no option names one."""
+DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ class Example(NamedTuple):
 class Split(Protocol):
     """The images of a split in their order. Picklable, so that any process can read a section of them."""
 
-    in_tasks: ClassVar[bool]
-    """Whether reading them takes long enough to share the work between processes."""
+    in_tasks: ClassVar[bool]  # whether reading them takes long enough to share the work between processes
 
     def __len__(self) -> int:
         """Images that it offers; some of them may not decode."""

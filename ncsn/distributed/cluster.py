@@ -20,8 +20,7 @@ from ncsn.process import job_metadata
 from ncsn.storage import retry
 
 LOOPBACK = "127.0.0.1"
-JOIN_SECONDS = 180.0
-"""How long nodes may still join a cluster that another process started."""
+JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
 
 _OWN = "NCSN_OWN_RAY"
 _POLL_SECONDS = 1.0

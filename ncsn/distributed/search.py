@@ -34,11 +34,11 @@ from ncsn.errors import UserError
 # It misses the files of those loggers.
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
+# Bytes that Ray reserves for the driver of a trial. It takes no CPU: one would not be left for a worker.
 DRIVER_MEMORY = 400 * 2**20
-"""Bytes that Ray reserves for the driver of a trial. It takes no CPU: one would not be left for a worker."""
 
+# Draws without anything new after which the space counts as used up, on top of those for the known trials.
 _TRIES = 1000
-"""Draws without anything new after which the space counts as used up, on top of those for the known trials."""
 
 
 class Observer(Protocol):

@@ -23,8 +23,7 @@ from ncsn.storage.heartbeat import LeaseExpired
 T = TypeVar("T")
 R = TypeVar("R")
 
-RETRIES = 3
-"""Times that a call is made again after its process or node was lost."""
+RETRIES = 3  # times that a call is made again after its process or node was lost
 
 # Wherever there is room, and not in the placement group of a trial's driver, which has no CPU.
 _DEFAULT: Literal["DEFAULT"] = "DEFAULT"

@@ -38,8 +38,7 @@ from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.model.generate import evaluations_per_image, with_evaluations
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
-FAILED = 1e12
-"""Objective of a trial that cannot go on: a number, so that the search learns to keep away."""
+FAILED = 1e12  # objective of a trial that cannot go on: a number, so that the search learns to keep away
 
 # JSON and not Ray Tune's pickled state, which is up to ten seconds old when a search is killed.
 _TRIAL, _FAILED, _STOPPED = "trial.json", "failed.json", "stopped.json"

@@ -141,8 +141,7 @@ R = TypeVar("R")
 class Runner(Protocol):
     """Calls functions that are found by name, with arguments that pickle."""
 
-    apart: bool
-    """Whether in other processes."""
+    apart: bool  # whether in other processes
 
     def each(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
         """Each item with `function(item)`, as they are done. `gpu`: on a GPU if the config uses them."""

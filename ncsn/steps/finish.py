@@ -19,13 +19,12 @@ from ncsn.tracking.recorded import RecordedRun, close_run
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble
 
-SEARCH = "tune"
-"""The optional step between the first and the second."""
+SEARCH = "tune"  # the optional step between the first and the second
+# States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
-"""States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's."""
 _STOPPED = ("KeyboardInterrupt", "SystemExit")
+# In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
-"""In Argo's message about a terminated step: Argo terminates a step by a zero deadline."""
 _LOOK_SECONDS = 30.0
 _UNKNOWN = "no reason is known; look at the log of the task"
 

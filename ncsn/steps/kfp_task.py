@@ -16,8 +16,8 @@ from ncsn.runs.records import Outcome, clear_outcome, read_error, read_mistake, 
 if TYPE_CHECKING:
     from ncsn.remote.kubernetes import KubernetesApi
 
+# Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
 _TRY = "KFP_RETRY_INDEX"
-"""Variable of KFP's: how often this task was tried before. KFP's own Retry counts from 0 again."""
 _NOTE_SECONDS = 10.0
 
 

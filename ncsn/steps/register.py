@@ -29,8 +29,8 @@ from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
 STAGES = 3
+# Name -> what it shows, of the pictures of the card.
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
-"""Name -> what it shows, of the pictures of the card."""
 CARD_NEIGHBORS = 8
 
 

@@ -29,10 +29,8 @@ from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
-LEVELS = "levels.npy"
-"""Beside the strip: its images as an array `[stages, N, H, W, C]` uint8."""
-MOST_STAGES = 40
-"""Of the strip and of the GIF, however many levels there are."""
+LEVELS = "levels.npy"  # next to the strip: its images as an array `[stages, N, H, W, C]` uint8
+MOST_STAGES = 40  # of the strip and of the GIF, however many levels there are
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, read_mis
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
 
+# Steps that run where `compute.backend` says; the others are too small for a cluster.
 STEPS_ELSEWHERE = ("tune", "train", "sample", "evaluate")
-"""Steps that run where `compute.backend` says; the others are too small for a cluster."""
 
 R = TypeVar("R")
 

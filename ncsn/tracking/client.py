@@ -35,8 +35,7 @@ SQLITE = "sqlite:///"
 REMOTE = ("http://", "https://")
 SERVERS = (*REMOTE, SQLITE, "postgresql", "mysql", "mssql", "databricks")
 
-UI = "NCSN_MLFLOW_UI"
-"""Variable with the address of MLflow's pages, if that is not the tracking server's own."""
+UI = "NCSN_MLFLOW_UI"  # variable with the address of MLflow's pages, if that is not the tracking server's own
 
 _VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
 
@@ -275,8 +274,7 @@ def _probe(uri: str, experiment: str) -> None:
 
 
 PARAM_LENGTH = 6000
-BATCH = 100
-"""Parameters, or tags, per request: MLflow's limit."""
+BATCH = 100  # parameters, or tags, per request: MLflow's limit
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:

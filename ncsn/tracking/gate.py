@@ -12,8 +12,7 @@ from ncsn.errors import UserError
 from ncsn.process import utc_now
 from ncsn.tracking.versions import CHAMPION
 
-COPY_ERRORS = 3
-"""Standard errors by which the share of copies may exceed that of real images."""
+COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
 
 Author = Literal["gate", "hand", "alias", "rollback", ""]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 PARENT = "mlflow.parentRunId"
+# Tags whose value names a run or one of its results.
 IDS = (
     "ncsn.run",
     "kfp.pipeline_run_id",
@@ -36,7 +37,6 @@ IDS = (
     "dataset.digest",
     "checkpoint.digest",
 )
-"""Tags whose value names a run or one of its results."""
 URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
@@ -238,8 +238,7 @@ def _marked(link: Link, names: set[str]) -> Link:
 
 
 VERSIONS = ("ncsn", "torch", "ray", "kfp", "mlflow")
-UNKNOWN = "unknown"
-"""The commit of an image that was built without one."""
+UNKNOWN = "unknown"  # the commit of an image that was built without one
 
 
 def provenance(command: str) -> dict[str, str]:

@@ -31,24 +31,16 @@ from ncsn.tracking.client import client_at, one_line, set_tags, shown
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-SEND_EVERY = 2.0
-"""Seconds between requests, so that the metrics of several steps share one."""
-LONGEST_WAIT = 10.0
-"""Longest wait in seconds between two attempts while the server is unreachable."""
-CLOSING_WAIT = 0.5
-"""The same while `close` waits."""
-REQUEST_SECONDS = 10
-"""How long the server may take to answer."""
-MOST_WAITING = 1000
-"""Entries kept while the server is unreachable; older ones are left to `reconcile`."""
-BATCH = 1000
-"""Metrics per request: MLflow's limit."""
-THUMBNAIL = 256
-"""Side in pixels of the small copy of a picture that MLflow shows in a series."""
-NAME = re.compile(r"[/\w.\- :]{1,250}")
-"""Names that MLflow accepts: one bad name would cost the whole batch."""
+SEND_EVERY = 2.0  # seconds between requests, so that the metrics of several steps share one
+LONGEST_WAIT = 10.0  # longest wait in seconds between two attempts while the server is unreachable
+CLOSING_WAIT = 0.5  # the same while `close` waits
+REQUEST_SECONDS = 10  # how long the server may take to answer
+MOST_WAITING = 1000  # entries kept while the server is unreachable; older ones are left to `reconcile`
+BATCH = 1000  # metrics per request: MLflow's limit
+THUMBNAIL = 256  # side in pixels of the small copy of a picture that MLflow shows in a series
+NAME = re.compile(r"[/\w.\- :]{1,250}")  # names that MLflow accepts: one bad name would cost the whole batch
+# Error codes that waiting does not change, such as that of a deleted run.
 PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
-"""Error codes that waiting does not change, such as that of a deleted run."""
 
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _environment = threading.Lock()

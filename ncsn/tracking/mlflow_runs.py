@@ -49,18 +49,16 @@ PLANNED = "ncsn.planned_at"
 TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
-PLACES = ("compute", "storage", "tracking")
-"""Sections of the config that do not change a result."""
+PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
+# Sections that a step does not use.
 UNUSED_SECTIONS = {
     "ingest": ("search", "sampling", "evaluation"),
     "tune": (),
     "train": ("search", "sampling", "evaluation"),
 }
-"""Sections that a step does not use."""
-OUTAGE_SECONDS = 60.0
-"""How long later steps wait for a server that the first one has reached."""
+OUTAGE_SECONDS = 60.0  # how long later steps wait for a server that the first one has reached
+# Retries, and seconds for each, at the end of a step, before the rest is left to the next command.
 RETRIES, TIMEOUT = 2, 10
-"""Retries, and seconds for each, at the end of a step, before the rest is left to the next command."""
 
 _logger = logging.getLogger(__name__)
 

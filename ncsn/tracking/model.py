@@ -29,8 +29,7 @@ from ncsn.model.generate import complete, generate, with_evaluations
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536
-_KNOWN = 128
-"""Lowest gray value of the mask that marks a pixel as known."""
+_KNOWN = 128  # lowest gray value of the mask that marks a pixel as known
 
 
 class ScoreModel(PythonModel):

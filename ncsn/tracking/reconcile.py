@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+# The file of a step that names its MLflow run and, when the step has ended, how it ended and what it cost.
 RECORD = "mlflow.json"
-"""The file of a step that names its MLflow run and, when the step has ended, how it ended and what it cost."""
-CURVES = "train"
-"""The step that has curves and previews."""
+CURVES = "train"  # the step that has curves and previews
 
 _logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 MODEL_FILE = Path(__file__).with_name("model.py")
+# The requirements of this project that generating images needs: no Ray, no KFP.
 NEEDED = ("mlflow", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
-"""The requirements of this project that generating images needs: no Ray, no KFP."""
 EXAMPLE_IMAGES = 2
 
 
@@ -101,13 +101,12 @@ def _signature(config: Config) -> tuple[Any, Any]:
     return ModelSignature(outputs=Schema([images]), params=params), example
 
 
-DESCRIPTION_LENGTH = 5000
-"""Longest description that MLflow's database keeps."""
+DESCRIPTION_LENGTH = 5000  # longest description that MLflow's database keeps
+# Retries of a failed request, with pauses of 2, 4 and 8 seconds, and how long an answer may take.
 DOWNLOAD_RETRIES, DOWNLOAD_SECONDS = 3, 30
-"""Retries of a failed request, with pauses of 2, 4 and 8 seconds, and how long an answer may take."""
 
+# Relative, so that it works at any address of the page.
 _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
-"""Relative, so that it works at any address of the page."""
 _HEADINGS = ("The following failures occurred", "#####")
 
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-LEDGER_SUFFIX = ".promotions"
-"""Of the name of the companion model that `ncsn.tracking.promotion` keeps."""
+LEDGER_SUFFIX = ".promotions"  # of the name of the companion model that `ncsn.tracking.promotion` keeps
 _SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5

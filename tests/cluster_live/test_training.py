@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from live_place import Place
 
 RUN = "mine"
+# Training goes on for a minute or more after its first checkpoint.
 LONG = {"train.num_images": 96000, "train.checkpoint_every_images": 6400}
-"""Training goes on for a minute or more after its first checkpoint."""
 
 
 @pytest.mark.timeout(720)

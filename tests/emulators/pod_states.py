@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 Resource = dict[str, Any]
-State = Callable[[Resource], tuple[Resource, list[Resource]]]
-"""From a pod's spec to its status and its events."""
+State = Callable[[Resource], tuple[Resource, list[Resource]]]  # from a pod's spec to its status and its events
 
 
 def running(spec: Resource) -> tuple[Resource, list[Resource]]:

@@ -15,8 +15,7 @@ from ncsn.distributed.tasks import run_task, run_tasks
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
-Place = tuple[int, tuple[int, ...]]
-"""Process and the numbers of its GPUs."""
+Place = tuple[int, tuple[int, ...]]  # process and the numbers of its GPUs
 
 
 def start(gpus: int) -> None:

@@ -12,8 +12,7 @@ from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.tracking.live import LiveMetrics
 
-DEAD = "http://127.0.0.1:9"
-"""Discard's port, on which nothing listens here."""
+DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here
 LEVEL, LOSS = "train/loss_level_1", "train/loss"
 
 

@@ -25,8 +25,7 @@ from ray.core.generated import autoscaler_pb2
 
 NOTICE_SECONDS = 15
 STEP_SECONDS = 0.6
-ALONE_SECONDS = 5.0
-"""The same where the lost node is to come back: Ray Train looks for more nodes once a minute."""
+ALONE_SECONDS = 5.0  # the same where the lost node is to come back: Ray Train looks for more nodes once a minute
 
 
 @dataclass(frozen=True)

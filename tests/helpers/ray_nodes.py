@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 CACHE_DIR = "NCSN_CACHE_DIR"
+# A dead node is noticed within seconds, and a node that only waits for a core is left alone.
 HEALTH_CHECK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
-"""A dead node is noticed within seconds, and a node that only waits for a core is left alone."""
 
 
 @dataclass(frozen=True)

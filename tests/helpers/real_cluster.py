@@ -15,10 +15,9 @@ from typing import Any
 
 Resource = dict[str, Any]
 
-PURPOSE = {"app.kubernetes.io/part-of": "ncsn-test-cluster"}
-"""Label of every namespace that the tests make."""
+PURPOSE = {"app.kubernetes.io/part-of": "ncsn-test-cluster"}  # label of every namespace that the tests make
+# Factor of every limit of time, for a cluster that is slow or busy with other work.
 PATIENCE = float(os.environ.get("NCSN_PATIENCE", "1"))
-"""Factor of every limit of time, for a cluster that is slow or busy with other work."""
 READY = {"ncsn.dev/pipelines": "true", "pod-security.kubernetes.io/enforce": "restricted"}
 WORKERS, HEADS = "ray.io/node-type=worker", "ray.io/node-type=head"
 
