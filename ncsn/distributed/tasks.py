@@ -59,7 +59,14 @@ class OnCluster(Runner):
         return run_task(function, *arguments, cpus=self._compute.cpus_per_worker, gpu=gpu and self._compute.use_gpu)
 
 
-def run_task(function: Callable[..., R], *arguments: Any, cpus: int, gpu: bool, retries: int = RETRIES) -> R:
+def run_task(
+    function: Callable[..., R],
+    *arguments: Any,
+    cpus: int,
+    gpu: bool,
+    retries: int = RETRIES,
+    retry_on: tuple[type[Exception], ...] = (),
+) -> R:
     """`function(*arguments)`, in a process that ends with the call if it has a GPU; without a cluster here.
 
     Args:
@@ -68,6 +75,7 @@ def run_task(function: Callable[..., R], *arguments: Any, cpus: int, gpu: bool, 
         cpus: CPUs and torch threads.
         gpu: Whether it has a GPU.
         retries: Times that the call is made again after its process or node was lost.
+        retry_on: Errors of the function after which it is made again too.
 
     Raises:
         ValueError, OSError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
@@ -75,7 +83,7 @@ def run_task(function: Callable[..., R], *arguments: Any, cpus: int, gpu: bool, 
     if not ray.is_initialized():
         ((_, here),) = _here(lambda given: function(*given), [arguments], cpus=cpus)
         return here
-    result: R = _result(_task(function, cpus=cpus, gpu=gpu, retries=retries).remote(arguments))
+    result: R = _result(_task(function, cpus=cpus, gpu=gpu, retries=retries, retry_on=retry_on).remote(arguments))
     return result
 
 
@@ -213,7 +221,14 @@ def _gpus(in_flight: int | None) -> int:
     return have if in_flight is None else min(have, in_flight)
 
 
-def _task(function: Callable[..., Any], *, cpus: int, gpu: bool, retries: int) -> Any:
+def _task(
+    function: Callable[..., Any],
+    *,
+    cpus: int,
+    gpu: bool,
+    retries: int,
+    retry_on: tuple[type[Exception], ...] = (),
+) -> Any:
     def body(arguments: tuple[Any, ...]) -> Any:
         torch.set_num_threads(cpus)
         return function(*arguments)
@@ -226,7 +241,7 @@ def _task(function: Callable[..., Any], *, cpus: int, gpu: bool, retries: int) -
         max_retries=retries,
         scheduling_strategy=_DEFAULT,
     )(body)
-    return task.options(name=function.__name__)
+    return task.options(name=function.__name__, retry_exceptions=list(retry_on) or False)
 
 
 def _result(reference: Any) -> Any:

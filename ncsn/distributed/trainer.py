@@ -59,6 +59,8 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
     else "broadcast_buffers": False
 }
 
+_TRANSIENT = (NotFound, DamagedError)  # another node may have it; a copy may be torn on its way to this one
+
 _logger = logging.getLogger(__name__)
 
 
@@ -115,6 +117,7 @@ def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
         cpus=compute.cpus_per_worker,
         gpu=compute.use_gpu,
         retries=compute.max_failures,
+        retry_on=_TRANSIENT,
     )
 
 
@@ -142,16 +145,11 @@ def _timeout(dataset: str) -> int:
 
 def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:
     job, run_uri = arguments["job"], arguments["run_uri"]
-    settings = job.config.train
-    checkpoints = CheckpointStore(
-        storage.join(run_uri, CHECKPOINTS),
-        keep=settings.keep_checkpoints,
-        best=storage.join(run_uri, BEST) if settings.keep_best else None,
-    )
+    checkpoints = _checkpoint_store(job, storage.join(run_uri, CHECKPOINTS))
     # Ray Train retries what a worker raises, so a mistake that would only repeat, and an order to end, is returned.
     try:
         return train_loop(job, RayContext(), checkpoints)
-    except (NotFound, DamagedError):  # another node may have it; a copy may be torn on its way to this one
+    except _TRANSIENT:
         raise
     except (ValueError, LeaseExpired) as end:
         return end
@@ -159,7 +157,13 @@ def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpir
 
 def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
     device = "cuda" if job.config.compute.use_gpu else "cpu"
-    return train_loop(job, LocalContext(device), CheckpointStore(checkpoints))
+    return train_loop(job, LocalContext(device), _checkpoint_store(job, checkpoints))
+
+
+def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:
+    settings = job.config.train
+    best = storage.join(uri.rpartition("/")[0], BEST) if settings.keep_best else None
+    return CheckpointStore(uri, keep=settings.keep_checkpoints, best=best)
 
 
 class RayContext(WorkerContext):

@@ -17,9 +17,11 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.distributed import sampling, trials
 from ncsn.distributed.sampling import Shard
 from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_at_once
+from ncsn.distributed.trainer import train_single_worker
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint import CheckpointError, DamagedError
+from ncsn.training.loop import TrainingJob
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"
 GIB = float(2**30)
@@ -150,6 +152,15 @@ def test_what_does_not_go_together_fails_its_trial_alone(tiny: str, tmp_path: Pa
     assert reported(plan, {"noise.num_levels": 3}) == [(40, FAILED)]
     reason = TrialFolder.of(plan.trials, {"noise.num_levels": 3}).failure
     assert reason is not None and reason.startswith("search.nfe = 9: ") and "use 7 or 10" in reason
+
+
+def test_a_trial_keeps_one_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
+    plan = SearchPlan(from_yaml(tiny, overrides=[SEARCH]), dataset=dataset, trials="")
+    job = TrainingJob(config=plan.trial_config(plan.baseline), dataset=dataset)
+    folder = tmp_path / "checkpoints"
+    outcome = train_single_worker(job, checkpoints=str(folder))
+    assert [path.name for path in folder.iterdir()] == [outcome.checkpoint]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_samples_of_a_search_are_not_those_of_the_final_figures(plan: SearchPlan) -> None:

@@ -73,6 +73,12 @@ def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path:
     assert driver(gpu_calls.gpus_left, 30.0) == 2
 
 
+def test_a_call_is_made_again_after_an_error_of_the_given_kind_alone(driver: RayDriver, tmp_path: Path) -> None:
+    assert driver(gpu_calls.misses, tmp_path / "again", FileExistsError) == 2
+    with pytest.raises(ValueError, match="once"):
+        driver(gpu_calls.misses, tmp_path / "once", ValueError)
+
+
 def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="actor") as caught:
         driver(gpu_calls.survivors, [tmp_path / "fatal"], retries=1)

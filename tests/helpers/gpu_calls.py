@@ -68,6 +68,19 @@ def survivors(files: list[Path], *, retries: int) -> list[tuple[str, int]]:
     return [(file.name, pid) for file, pid in run_tasks(die_once, files, cpus=1, gpu=True)]
 
 
+def miss_once(file: Path, kind: type[Exception]) -> int:
+    """Raise in the first call; in the second, return 2."""
+    if not file.exists():
+        file.touch()
+        raise kind(str(file))
+    return 2
+
+
+def misses(file: Path, kind: type[Exception]) -> int:
+    """The result of a call that is made again after an error of one kind."""
+    return run_task(miss_once, file, kind, cpus=1, gpu=False, retry_on=(FileExistsError,))
+
+
 def refuse(number: int) -> int:
     """A mistake for one number."""
     if number == 2:
