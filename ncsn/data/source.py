@@ -17,6 +17,7 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.format import SkippedImage
 from ncsn.errors import NotFound, UserError
 
+DOWNLOADED = ("fashion_mnist", "mnist", "cifar10")  # what data.download fetches
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "CREDENTIALS", "FORBIDDEN")
 
 
@@ -86,8 +87,11 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
 def required_root(data: DataConfig) -> str:
     """data.root of a source that reads files."""
     if data.root is None:
+        download = "; data.download=true downloads them into it" if data.source in DOWNLOADED else ""
         raise UserError(
-            "data.root", f"is not set, and data.source {data.source} reads files", hint="set it to where they are"
+            "data.root",
+            f"is not set, and data.source {data.source} reads files",
+            hint=f"set it to the folder with the files of {data.source}{download}",
         )
     return data.root
 
