@@ -292,7 +292,7 @@ def _load_configuration() -> tuple[client.Configuration, str]:
         raise UserError(
             "KUBECONFIG",
             f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})",
-            hint="set it, or compute.backend to local",
+            hint="set it to the kubeconfig of a cluster",
             value=file or "~/.kube/config",
         ) from None
     return configuration, context["context"].get("namespace", "default")

@@ -309,5 +309,6 @@ def test_a_silent_launcher_leaves_an_orphan(emulation, eventually) -> None:
 
 def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with refused("KUBECONFIG"):
+    with refused("KUBECONFIG") as caught:
         KubernetesApi()
+    assert "compute." not in caught.value.problems[0].hint  # `ncsn cleanup` has no config
