@@ -20,6 +20,7 @@ from ncsn.cli.options import (
     Decorated,
     ReportingCommand,
     backend_options,
+    existing_run_options,
     experiment_options,
     inject_option,
     input_options,
@@ -113,7 +114,7 @@ for _step in CATALOGUE:
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
-@experiment_options
+@existing_run_options
 @json_option
 def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
     """Print the resolved config, each setting with its meaning and range. The output is a valid config file."""
@@ -125,7 +126,7 @@ def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
 
 
 @app.command("ui", cls=ReportingCommand)
-@experiment_options
+@existing_run_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 def ui_command(*, experiment: Experiment, host: str, port: int) -> None:

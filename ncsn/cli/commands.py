@@ -130,8 +130,10 @@ def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str
 @click.command("figures", cls=ReportingCommand, short_help="Draw a finished run.", help=STEP_INFO["figures"].summary)
 @experiment_options
 @input_options("figures")
-@click.option("--nfe", metavar="N,N,...", help="Evaluations per image in the curve of quality over NFE.")
-@click.option("--num-images", type=int, help="Images for each of its points.")
+@click.option(
+    "--nfe", metavar="N,N,...", help="Evaluations per image in the curve of quality over NFE; default: 10,20,50,100."
+)
+@click.option("--num-images", type=int, help="Images for each of its points; default: 256.")
 @click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: report in the run's folder.")
 @json_option
 def figures_command(

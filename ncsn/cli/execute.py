@@ -49,10 +49,11 @@ def run_step(
 ) -> None:
     """Run one step in this process and print its result; `settings` are its arguments besides config and inputs."""
     folder = run_folder(target.config, target.run)
+    settings = settings or {}
+    _require_valid(step, target.config, settings, run_uri=folder.uri)
     inputs = find_inputs(folder, step, given)
     lease = given.get("lease")
     leased = {"lease": lease} if lease else {}
-    settings = settings or {}
     log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
     # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
     with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
@@ -62,10 +63,6 @@ def run_step(
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
             module = importlib.import_module(f"ncsn.{'steps' if step in CATALOGUE else 'tools'}.{step}")
-            if "inject" in settings:  # a misspelled fault must not claim the run's name
-                from ncsn.distributed.faults import parse_faults
-
-                parse_faults(settings["inject"], step=step, run_uri=folder.uri)
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # the cluster may retry a job whose launcher is gone
                     Lease(lease).require("nothing was started")
@@ -73,6 +70,18 @@ def run_step(
                 result = module.run(target.config, run=target.run, **inputs, **leased, **settings)
     values = dataclasses.asdict(result)
     click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
+
+
+def _require_valid(step: str, config: Config, settings: Mapping[str, Any], *, run_uri: str) -> None:
+    """What the step refuses too, but before its inputs are looked for and the run's name is claimed."""
+    if step == "tune":
+        from ncsn.config.search import require_search
+
+        require_search(config)
+    if "inject" in settings:
+        from ncsn.distributed.faults import parse_faults
+
+        parse_faults(settings["inject"], step=step, run_uri=run_uri)
 
 
 def run_pipeline(target: Target, *, as_json: bool) -> None:

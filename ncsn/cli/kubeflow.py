@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import FAILURE, ReportingCommand, backend_options, describe, experiment_options, json_option
+from ncsn.cli.options import (
+    FAILURE,
+    ReportingCommand,
+    backend_options,
+    describe,
+    existing_run_options,
+    experiment_options,
+    json_option,
+)
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +57,13 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
 @experiment_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")
-@click.option("--pipeline", default="train", show_default=True, help="Which pipeline: train, search or sample.")
+@click.option(
+    "--pipeline",
+    default="train",
+    show_default=True,
+    type=click.Choice(["train", "search", "sample"]),
+    help="Which pipeline.",
+)
 @click.option(
     "--experiment",
     "kfp_experiment",
@@ -113,7 +127,7 @@ def submit_command(
 
 
 @click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, Kubeflow and cluster.")
-@experiment_options
+@existing_run_options
 @backend_options
 @json_option
 @click.option("--host", metavar="URL", help="Address of Kubeflow Pipelines; default: KF_PIPELINES_ENDPOINT.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ TERMINATED = 143  # SIGTERM
 _CONTINUES = "; the same command continues from the last checkpoint"
 TRACEBACK_VARIABLE = "NCSN_TRACEBACK"
 _TRACEBACK_KEY = "ncsn.traceback"
+_EXTRA_CONFIG = re.compile(r"extra argument \((\S+\.ya?ml)\)")  # in click's message
 _DISK_FULL = f"[Errno {errno.ENOSPC}]"
 
 
@@ -84,6 +86,16 @@ class ReportingCommand(click.Command):
             )
         )
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; name the option that a config in the place of an argument lacks."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            file = _EXTRA_CONFIG.search(error.message)
+            if file and any(param.name == "config_uri" for param in self.params):
+                raise click.UsageError(f"{error.message}; did you mean --config {file[1]}?", ctx) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the code of `describe` if it raises."""
         stop_cleanly_on_sigterm()
@@ -137,9 +149,10 @@ def _exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
 
 
 Decorated = Callable[..., Any]
+_NEW_RUN = "Name of the run; default: made from the config. Without --config, an existing run."
 
 
-def experiment_options(command: Decorated) -> Decorated:
+def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decorated:
     """`--config`, `--set` and `--run`, and where the command has them `--backend` and `--address`: an `experiment`."""
 
     @wraps(command)
@@ -157,13 +170,15 @@ def experiment_options(command: Decorated) -> Decorated:
         place = _place_overrides(backend, address)
         return command(experiment=Experiment(config_uri, overrides, run_name, place), **others)
 
-    decorated = click.option(
-        "--run", "run_name", metavar="NAME", help="Name of the run; default: made from the config."
-    )(with_experiment)
+    decorated = click.option("--run", "run_name", metavar="NAME", help=run_help)(with_experiment)
     decorated = click.option(
         "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
     )(decorated)
     return click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file.")(decorated)
+
+
+existing_run_options = partial(experiment_options, run_help="An existing run, in place of --config.")
+registry_options = partial(experiment_options, run_help="Use the registry of this run's config.")
 
 
 def backend_options(command: Decorated) -> Decorated:

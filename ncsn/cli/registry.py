@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import Decorated, ReportingCommand, experiment_options, json_option
+from ncsn.cli.options import Decorated, ReportingCommand, experiment_options, json_option, registry_options
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def _change_options(command: Decorated) -> Decorated:
     dry_run = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
-    return dry_run(experiment_options(json_option(command)))
+    return dry_run(registry_options(json_option(command)))
 
 
 @click.command("promote", cls=ReportingCommand, short_help="Make a registered version champion.")
@@ -68,7 +68,7 @@ def _change(change: Callable[..., AliasChange], experiment: Experiment, *, as_js
 
 @click.command("trace", cls=ReportingCommand, short_help="Print where something came from and what came of it.")
 @click.argument("identifier", metavar="ID")
-@experiment_options
+@registry_options
 @json_option
 def trace_command(*, identifier: str, experiment: Experiment, as_json: bool) -> None:
     """Print the whole chain that ID is part of: pipeline run, steps, Ray jobs, data, checkpoint, samples, model.

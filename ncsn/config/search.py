@@ -11,7 +11,7 @@ from typing import Any
 from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
-from ncsn.errors import ConfigError, Problem
+from ncsn.errors import ConfigError, Problem, UserError
 
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
@@ -30,6 +30,13 @@ _BUT = (
 _SPREAD = 3.0  # the default space is from a third to three times a value
 _EPSILON_FACTORS = (0.5, 1.0, 2.0)
 _MOST_CORNERS = 128
+
+
+def require_search(config: Config) -> None:
+    """Refuse a config without a search."""
+    if config.search is None:
+        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
+        raise UserError("search", "missing", hint=hint)
 
 
 def searched_space(config: Config) -> dict[str, Domain]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import EPSILON, rungs, untrained_share, variant
+from ncsn.config.search import EPSILON, require_search, rungs, untrained_share, variant
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.search import search
@@ -67,9 +67,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         UserError: The config has no search, the run belongs to another config, the cluster is too small for a trial,
             or no trial reached its first rung.
     """
-    if config.search is None:
-        hint = "add this section, or pass --set search.num_trials=16 for a search with defaults"
-        raise UserError("search", "missing", hint=hint)
+    require_search(config)
     step = Step.claim("tune", config, run, TuneResult, unit="trials")
     # A run name belongs to one config, and the best config is another one.
     trained_as = run_folder(config, f"{run}-best").run

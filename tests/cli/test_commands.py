@@ -56,6 +56,8 @@ def test_show_config_as_json_is_the_canonical_form(run_command, config_file: Pat
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
         (["figures", "--run", "mine", "--nfe", "10,few"], "--nfe '10,few'"),
         (["figures", "--run", "mine"], "--checkpoint"),
+        (["tune"], "search"),
+        (["train", "--inject", "kill@images=3"], "--inject 'kill@images=3'"),
         (["import-checkpoint", "CONFIG"], "--dataset"),
         (["suggest-noise", "--data", "/d"], "--config"),
         (["plan", "--prices", "CONFIG"], "CONFIG"),
@@ -89,6 +91,7 @@ def test_a_mistake_that_the_step_finds(
     "args",
     [
         ["toy", "--seed", "-1"],
+        ["submit", "--pipeline", "cook"],
         ["sample", "--out", "folder"],
         ["sample", "--model", "digits/1", "--checkpoint", "folder"],
         ["sample", "--model", "digits/1", "--inject", "store-down@images=3:1s"],
@@ -101,6 +104,12 @@ def test_options_that_do_not_go_together_are_refused(run_in_process, args: list[
     done = run_in_process(*args)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
+
+
+def test_a_config_without_its_option_is_recognized(run_in_process) -> None:
+    done = run_in_process("run", "configs/digits.yaml")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.endswith("; did you mean --config configs/digits.yaml?\n")
 
 
 def test_pages_on_a_busy_port_are_refused(

@@ -131,7 +131,6 @@ def test_a_registered_model_is_sampled_by_its_own_config(run_in_process, server:
         (["--config", "CONFIG", "--param", "runn=x"], "--param 'runn'"),
         (["--config", "CONFIG", "--param", "run=x"], "--param 'run'"),
         (["--config", "CONFIG", "--param", "nonsense"], "--param 'nonsense'"),
-        (["--config", "CONFIG", "--pipeline", "cook"], "--pipeline 'cook'"),
         (["--config", "CONFIG", "--every", "@daily", "--wait"], "--wait"),
         (["--config", "CONFIG", "--namespace", "me"], "--namespace 'me'"),
         (["--config", "CONFIG", "--host", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
