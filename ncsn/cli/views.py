@@ -206,9 +206,9 @@ def documented_yaml(config: Config) -> str:
 def _section(section: BaseModel, indent: str) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if not indent and section_models(type(section), name):
+            yield ""
         if isinstance(value, BaseModel):
-            if not indent:
-                yield ""
             yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
             yield f"{indent}{name}:"
             yield from _section(value, indent + _INDENT)

@@ -174,7 +174,7 @@ class EvaluationConfig(Section):
         10,
         ge=1,
         le=100,
-        description="Consecutive splits of the samples, for the mean and standard deviation of the Inception score.",
+        description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per evaluation of the extractor.")
 

@@ -215,6 +215,7 @@ def test_documented_config_has_meaning_range_and_default(config_file: Path) -> N
     config = from_yaml(config_file.read_text())
     text = documented_yaml(config)
     assert yaml.safe_load(text).keys() == Config.model_fields.keys()
+    assert "\n\n# A search for" in text
     for path in flatten(config):
         assert comment_above(text, f"{path.split('.')[-1]}:")
     assert Config.model_fields["seed"].description
