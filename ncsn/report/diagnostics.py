@@ -197,7 +197,7 @@ def quality_section(measured: Measured, prices: Prices) -> Section:
 def price_note(measured: Measured, prices: Prices) -> str:
     """The price assumptions, in a sentence."""
     cores, gpus = measured["cores"], measured["gpus"]
-    priced = f"{cores} {'core' if cores == 1 else 'cores'} at {prices.cpu_core_hour:g} {prices.currency} an hour"
+    priced = f"{cores} {'core' if cores == 1 else 'cores'} at {prices.cpu_core_hour:g} {prices.currency} per core-hour"
     if gpus:
         priced += f" and {gpus} GPU at {prices.gpu_hour:g}"
     return f"The price is for {priced} during sampling, without start-up; ncsn plan uses the same price table."

@@ -138,7 +138,7 @@ def test_quality_costs_money_by_the_price_table() -> None:
     section = quality_section(measured, prices)
     assert section.table[0][-2:] == ("seconds per 1,000 images", "EUR per 1,000 images")
     assert section.table[1] == ("karras heun", "10", "9", "1,800", "0.5")
-    assert "2 cores at 0.5 EUR" in section.text
+    assert "2 cores at 0.5 EUR per core-hour" in section.text
     assert [text.get_text() for text in quality_plot(measured, prices).axes[0].texts] == ["1,800 s · 0.5 EUR"] * 2
     on_gpu = quality_section({**measured, "cores": 1, "gpus": 1}, prices)
     assert on_gpu.table[1][-1] == "1.8"
