@@ -222,7 +222,8 @@ def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
     currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
     if not steps:
         return
-    yield Fact("Actual cost", _cost(ledger["actual"]["total"], currency))
+    # The times of the steps above are those of their last attempt, without its start-up.
+    yield Fact("Actual cost, with start-up and earlier attempts", _cost(ledger["actual"]["total"], currency))
     if ledger["plan"] is not None:
         yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
     if "sample" in steps and num_images:
