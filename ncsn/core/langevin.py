@@ -125,7 +125,6 @@ def inpaint(
     denoise: bool = True,
     restore: bool = True,
     consistent: bool = False,
-    on_level: OnLevel | None = None,
 ) -> Tensor:
     """Complete images of which some pixels are known (Algorithm 2). The other arguments are `annealed_langevin`'s.
 
@@ -161,7 +160,6 @@ def inpaint(
         noise=noise,
         denoise=denoise,
         consistent=consistent,
-        on_level=on_level,
         hold=hold,
     )
     return torch.where(known, reference, x) if restore else x

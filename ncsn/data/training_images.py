@@ -44,11 +44,11 @@ class TrainingImages(Protocol):
         """The first `count` images as they are stored, or all if there are fewer."""
 
 
-def open_training_images(dataset_uri: str, data: DataConfig, *, split: str = "train") -> TrainingImages:
-    """The split as `data.loader` says; raises like `open_cache`."""
+def open_training_images(dataset_uri: str, data: DataConfig) -> TrainingImages:
+    """The training split as `data.loader` says; raises like `open_cache`."""
     if data.loader == "cache":
-        return open_cache(dataset_uri, split)
-    return StreamedSplit(dataset_uri, split, window_images=data.window_images)
+        return open_cache(dataset_uri, "train")
+    return StreamedSplit(dataset_uri, "train", window_images=data.window_images)
 
 
 def cache_folder() -> Path:

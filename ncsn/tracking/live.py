@@ -91,11 +91,6 @@ class LiveMetrics:
     def __reduce__(self) -> tuple[type[LiveMetrics], tuple[str, str]]:
         return type(self), (self.uri, self.run_id)
 
-    @property
-    def failing(self) -> bool:
-        """Whether the last attempt did not reach the server."""
-        return self._failures > 0
-
     def log(self, metrics: Mapping[str, float], images_seen: int, when: int | None = None) -> None:
         """Take the metrics of one moment, in milliseconds since 1970; now, if None.
 

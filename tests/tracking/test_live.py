@@ -126,7 +126,7 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
             killed(DIES, pickled)
             second = Worker(tracked.live_metrics(), tracked.folder, since=8)
             second.train(range(8, 12))
-            until(lambda: second.sink.failing)
+            until(lambda: second.sink._failures)
             assert second.sink.close(seconds=0.1).unsent == 12
             assert tracked.folder.uri in tracked.send_rest()
         third = Worker(tracked.live_metrics(), tracked.folder, since=8)
