@@ -186,7 +186,7 @@ def _files_below(folder: Path, root: Path, *, above: tuple[tuple[int, int], ...]
         above = (*above, (status.st_dev, status.st_ino))
         folders = []
         for path in folder.iterdir():
-            if path.name.startswith("."):
+            if path.name.startswith(".") or path.name == "lost+found":  # the latter is root's on each ext4 volume
                 continue
             if path.is_file():
                 yield _listed(path, path.relative_to(root).as_posix())

@@ -76,11 +76,12 @@ def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, s
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     """Else its images, perhaps a whole class, would be missing and nothing would say so."""
     (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"1")
     (tmp_path / "dog").mkdir()
     list_folder = Path.iterdir
 
     def iterdir(folder: Path) -> Iterator[Path]:
-        if folder.name == "dog":
+        if folder.name in {"dog", "lost+found"}:
             raise PermissionError(13, "Permission denied", str(folder))
         return list_folder(folder)
 
@@ -88,6 +89,8 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     with refused("data.root") as caught:
         list_files(str(tmp_path))
     assert caught.value.problems[0].value == str(tmp_path / "dog")
+    (tmp_path / "dog").rename(tmp_path / "lost+found")  # as at the top of an ext4 volume, and no user can change it
+    assert [file.path for file in list_files(str(tmp_path))] == ["cat/1.png"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
