@@ -213,8 +213,13 @@ def client() -> Any:
 
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
 
-    # `call_store` repeats calls. boto3's shared session must not make clients in two threads at once, so this is new.
-    once = Config(retries={"total_max_attempts": 1}, connect_timeout=_CONNECT_SECONDS, read_timeout=_ANSWER_SECONDS)
+    once = Config(
+        retries={"total_max_attempts": 1},  # `call_store` repeats calls
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_ANSWER_SECONDS,
+        request_checksum_calculation="when_required",  # some servers refuse parts with one that the upload did not name
+    )
+    # boto3's shared session must not make clients in two threads at once, so this is new.
     return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=once)
 
 
