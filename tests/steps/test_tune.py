@@ -117,14 +117,12 @@ def test_the_config_as_it_stands_goes_to_the_end(searched: Searched) -> None:
 
 
 def test_epsilon_costs_no_training(searched: Searched) -> None:
-    """Each rung has one checkpoint and three epsilons, a fixed NFE and the search's own seed."""
+    """Each rung has three epsilons for one checkpoint and a fixed NFE; a trial keeps its newest checkpoint."""
     for path in map(Path, rung_files(Path(searched.result.uri))):
         rung = json.loads(path.read_text())
-        checkpoints = sorted(each.name for each in (path.parent / "checkpoints").glob("images-*"))
-        reached = sorted(json.loads(text)["checkpoint"] for text in rung_files(path.parent).values())
-        # The search was killed: a trial may have trained one rung further than it was scored, and no more.
-        assert checkpoints[: len(reached)] == reached
-        assert len(checkpoints) <= len(reached) + 1
+        (checkpoint,) = (each.name for each in (path.parent / "checkpoints").glob("images-*"))
+        # The search was killed: a trial may have trained further than it was scored.
+        assert checkpoint >= max(json.loads(text)["checkpoint"] for text in rung_files(path.parent).values())
         epsilons = [scored["sampler"]["epsilon"] for scored in rung["sweep"]]
         assert epsilons == sorted(set(epsilons)) and len(epsilons) == 3
         assert {scored["sampler"]["steps_per_level"] for scored in rung["sweep"]} == {2}
