@@ -13,7 +13,7 @@ def finish(
     outcome: dsl.Output[dsl.Artifact],
     status: dsl.PipelineTaskFinalStatus,
 ) -> None:
-    """Cancel what is left, write the final status to the store and MLflow, and show where everything is."""
+    """Cancel unfinished jobs, write the final status to the store and MLflow, and show where everything is."""
     from pathlib import Path
 
     from components import experiment, publish

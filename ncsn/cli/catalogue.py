@@ -66,7 +66,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
     ),
 }
 
-# The same with what works like a step on a finished run.
+# Steps, and commands that run like a step on a finished run.
 STEP_INFO: Mapping[str, StepInfo] = {
     **CATALOGUE,
     "figures": StepInfo(

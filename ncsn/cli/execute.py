@@ -47,7 +47,7 @@ def run_step(
     as_json: bool,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run one step in this process and print its result; `settings` are its arguments besides config and inputs."""
+    """Run one step in this process and print its result; `settings` are its other arguments."""
     folder = run_folder(target.config, target.run)
     settings = settings or {}
     _require_valid(step, target.config, settings, run_uri=folder.uri)

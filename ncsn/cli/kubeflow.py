@@ -169,7 +169,7 @@ def cleanup_command(
 
 
 def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
-    """Do or list what is left to do, one line each; False if any of it failed."""
+    """Clean up, or with `dry_run` list the actions, one line each; False if one failed."""
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 

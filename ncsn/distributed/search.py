@@ -52,7 +52,7 @@ class Observer(Protocol):
 
 
 def search(plan: SearchPlan, observer: Observer) -> None:
-    """Run what is left of a search on the connected cluster; the trials' folders hold what it found.
+    """Run the remaining trials of a search on the connected cluster; their folders hold the results.
 
     Raises:
         UserError: The cluster is too small for one trial.

@@ -1,6 +1,6 @@
 """One trial of a search from rung to rung, and its records.
 
-A search that was killed goes on from these: they alone decide what is left to do.
+A killed search resumes from these records alone.
 
     <search>/trials/<key>/trial.json          number, values
                           checkpoints/        to resume from

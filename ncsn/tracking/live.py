@@ -113,7 +113,7 @@ class LiveMetrics:
         self._take(Entry(name, images_seen, when or now_ms(), png=png))
 
     def close(self, *, seconds: float = 30.0) -> LiveReport:
-        """Send what is left, for at most `seconds`; what is unsent is also a warning in the log."""
+        """Send the remaining entries, for at most `seconds`; a warning in the log counts those unsent."""
         with self._wake:
             self._deadline = time.monotonic() + seconds
             self._wake.notify_all()

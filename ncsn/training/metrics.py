@@ -139,7 +139,7 @@ class LiveSink(Protocol):
         """Take one picture of a series."""
 
     def close(self) -> object:
-        """Send what is left."""
+        """Send the remaining entries."""
 
 
 def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> bytes | None:

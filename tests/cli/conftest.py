@@ -1,4 +1,4 @@
-"""A small experiment, the command in this process and in one of its own, and snapshots of what it prints."""
+"""A small experiment, the command in this process or in a new one, and snapshots of its output."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_images_are_limited_resized_and_converted(idx_folder, data_config):
     assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
 
 
-IDX_DAMAGE = {  # what becomes of the bytes of the train images, 16 + 768, and two numbers or a word of the reason
+IDX_DAMAGE = {  # how the 16 + 768 bytes of the train images change, and words or numbers in the reason
     "truncated": (lambda content: content[:-100], ("768", "found 668")),
     "one pixel short": (lambda content: content[:-1], ("768", "found 767")),
     "no pixels": (lambda content: content[:16], ("768", "found 0")),

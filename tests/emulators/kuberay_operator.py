@@ -83,7 +83,7 @@ class Operator:
         self.cluster.on_create = self._reconcile_in_thread
 
     def close(self) -> None:
-        """Delete what is left and wait for every thread."""
+        """Delete the remaining jobs and wait for every thread."""
         for job in self.cluster.list("rayjobs"):
             with suppress(Refusal):
                 self.cluster.delete("rayjobs", job["metadata"]["name"])
@@ -303,7 +303,7 @@ def _copy_lines(process: subprocess.Popen[str], log: PodLog) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """As a pod ends: SIGTERM to all, SIGKILL to what is left."""
+    """As a pod ends: SIGTERM to all, SIGKILL to those still running."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

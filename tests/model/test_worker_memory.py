@@ -19,7 +19,7 @@ def cifar10(*overrides: str) -> Config:
 
 
 def test_training_on_a_cpu_holds_the_feature_maps_of_its_share() -> None:
-    """Measured on one core: 72 MB for each image of a batch and 0.7 GB besides, before anything is saved."""
+    """Measured on one core: 72 MB for each image of a batch plus 0.7 GB, before anything is saved."""
     whole = worker_memory(cifar10("train.batch_size=64"), "train")
     half = worker_memory(cifar10("train.batch_size=64", "compute.num_workers=2"), "train")
     micro = worker_memory(cifar10("train.batch_size=64", "compute.microbatch=32"), "train")
