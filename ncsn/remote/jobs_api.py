@@ -21,6 +21,7 @@ FIRST_PATIENCE_SECONDS = 10.0  # for the first answer: a wrong address is more l
 _ADDRESS_KEY = "compute.ray_jobs.address"
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TIMEOUTS = (5, 60)
+_VERSION = "/api/version"
 _UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"
 _KUBERNETES_TOKEN = Path("/var/run/secrets/ray.io/serviceaccount/token")
@@ -68,7 +69,7 @@ class JobsApi:
         self._headers = _token_headers(self.address)
         self._patience = min(patience, FIRST_PATIENCE_SECONDS)
         try:
-            found = self._request("GET", "/api/version")
+            found = self._request("GET", _VERSION)
         except NoSuchJob:
             raise self._no_dashboard("HTTP 404") from None
         if not isinstance(found, dict) or "ray_version" not in found:
@@ -186,7 +187,10 @@ class JobsApi:
         try:
             return response.json()
         except requests.JSONDecodeError:
-            raise self._no_dashboard("it does not answer in JSON") from None
+            reason = "it does not answer in JSON"
+            if path == _VERSION:
+                raise self._no_dashboard(reason) from None
+            raise Unavailable(reason) from None  # a proxy's page, since it was a dashboard before
 
     def _no_dashboard(self, why: str) -> Refused:
         return Refused(f"the server at {self.address} is no Ray dashboard ({why})")

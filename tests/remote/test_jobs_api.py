@@ -165,13 +165,20 @@ def test_an_unknown_job_can_be_stopped_but_not_read(dashboard: Dashboard) -> Non
         api.job("unknown")
 
 
-@pytest.mark.parametrize("answer", [(503, "busy"), (500, "No available agent to submit job")])
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((503, "busy"), "503"),
+        ((500, "No available agent to submit job"), "500"),
+        ((200, "<html>Back soon</html>"), "JSON"),
+    ],
+)
 def test_a_head_that_is_unavailable_is_asked_again(
-    dashboard: Dashboard, answer: tuple[int, str], capsys: pytest.CaptureFixture[str]
+    dashboard: Dashboard, answer: tuple[int, str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dashboard.answers["GET /api/jobs/"] = [answer, (200, [])]
     assert JobsApi(dashboard.url).jobs() == []
-    assert str(answer[0]) in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     dashboard.answers["GET /api/jobs/"] = [answer]
     with pytest.raises(ConnectionError):
         JobsApi(dashboard.url).impatient().jobs()
