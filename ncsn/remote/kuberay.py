@@ -258,8 +258,8 @@ class KubeRay:
         except (SystemExit, RemoteLost):
             raise
         except BaseException as error:
-            # While the API server or the store is unavailable the work continues.
-            outage = isinstance(error, OSError) and not isinstance(error, PermissionError)
+            # While the API server or the store is unavailable the work continues; a user's mistake is no outage.
+            outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
             if self._ours and not outage:
                 self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
             raise
