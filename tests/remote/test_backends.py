@@ -98,9 +98,15 @@ def test_launchers_at_once_start_one_job_and_other_work_is_refused(place: Place,
     assert other.said[-1].startswith(f"UserError: {name}: ")
     assert place.running(run) == [name]
     go.touch()
-    for launcher in launchers:
-        assert launcher.ended() == 0, launcher.said
+    codes = [launcher.ended() for launcher in launchers]
+    # The first that sees the end of a RayJob deletes it. The other may find it gone, and the step reads its result.
+    succeeded = [launcher for launcher, code in zip(launchers, codes, strict=True) if code == 0]
+    lost = [launcher for launcher in launchers if launcher.said[-1].startswith("RemoteLost: ")]
+    assert len(succeeded) >= 1
+    assert len(succeeded) + len(lost) == len(launchers), [launcher.said for launcher in launchers]
+    for launcher in succeeded:
         assert [line for line in launcher.said if line.startswith("line")] == COUNTED
+    assert place.log(run).splitlines()[-10:] == COUNTED
     assert place.attempts(run) == 1
 
 
