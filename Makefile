@@ -16,9 +16,12 @@ IMAGE ?= ncsn-python:0.1.0
 BASE_IMAGE ?= python:3.11.16-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 CONFIG ?= configs/digits.yaml
 PYTEST_ARGS ?=
+# Processes that run the tests, each whole files; 0 = only this one.
+WORKERS ?= 2
 PARTS ?=
 
 BIN := .venv/bin
+IN_PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A hash of what decides the installation: a change of content, not of a file's date, renews .venv.
 KEY := $(shell { cat pyproject.toml constraints.txt; pwd; echo "$(BASE_PYTHON)"; "$(BASE_PYTHON)" -V; } 2>&1 | cksum | tr ' ' -)
 STAMP := .venv/current-$(KEY)
@@ -36,16 +39,16 @@ demo: $(STAMP) ## Set up, then run the whole pipeline on real handwritten digits
 
 .PHONY: test
 test: lint ## Set up, then check style, types and layers and run every test that takes seconds
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: lint ## The same with the tests that take minutes, then the quick ones with the newest releases
-	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
-	@bash scripts/test_newest.sh $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "" $(IN_PARALLEL) $(PYTEST_ARGS)
+	@bash scripts/test_newest.sh $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-newest
 test-newest: $(STAMP) ## The quick tests with the newest releases that pyproject.toml allows
-	@bash scripts/test_newest.sh $(PYTEST_ARGS)
+	@bash scripts/test_newest.sh $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-cluster
 test-cluster: $(STAMP) ## Run the tests of a real cluster: the one of KUBECONFIG, with the image NCSN_IMAGE

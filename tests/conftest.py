@@ -42,6 +42,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that wait longest, so that the short ones run beside them."""
+    folders = Path(__file__).parent
+    longest = [folders / name for name in ("e2e", "distributed", "remote", "steps", "tracking")]
+    items.sort(key=lambda item: next((n for n, each in enumerate(longest) if each in item.path.parents), len(longest)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_dir() -> Iterator[None]:
     """A cache for the session, instead of the user's."""

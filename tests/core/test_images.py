@@ -47,13 +47,13 @@ def test_to_uint8_clamps_and_rounds_half_up():
 def test_to_uint8_refuses_what_is_not_a_number(bad):
     x = torch.zeros(1, 1, 2, 2)
     x[0, 0, 1, 1] = bad
-    with pytest.raises(ValueError, match="1 of 4 pixel values are NaN or infinite"):
+    with pytest.raises(ValueError, match="1 of 4"):
         to_uint8(x)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(1, 2, 2, 1), torch.zeros(2, 2, 1, dtype=torch.uint8)])
 def test_to_unit_refuses_other_types_and_shapes(images):
-    with pytest.raises(ValueError, match="expected uint8 images"):
+    with pytest.raises(ValueError, match="uint8"):
         to_unit(images)
 
 
@@ -170,5 +170,5 @@ def test_draws_have_the_mean_and_covariance_of_data_plus_noise():
 
 
 def test_one_image_has_no_moments():
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"images.*\b1\b"):
         fit_moments(correlated(1))

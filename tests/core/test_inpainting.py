@@ -150,12 +150,12 @@ def test_masks_differ_by_image_and_channel():
     [
         (
             torch.ones(5, 4, dtype=torch.bool),
-            r"the mask has shape \[5, 4\]; for images of 2 x 4 x 5 it must be \[4, 5\]",
+            r"\[5, 4\].* 2 x 4 x 5 .*\[4, 5\]",
         ),
         (torch.ones(3, 4, 5, dtype=torch.bool), r"\[1 or 2, 4, 5\]"),
-        (torch.ones(2, 1, 4, 5, dtype=torch.bool), "one such per image"),
-        (torch.ones(5, dtype=torch.bool), r"has shape \[5\]"),
-        (torch.ones(4, 5), "must be bool"),
+        (torch.ones(2, 1, 4, 5, dtype=torch.bool), r"\[2, 1, 4, 5\]"),
+        (torch.ones(5, dtype=torch.bool), r"\[5\]"),
+        (torch.ones(4, 5), "bool"),
     ],
 )
 def test_masks_of_the_wrong_shape_or_type_are_refused(mask, message):
@@ -164,5 +164,5 @@ def test_masks_of_the_wrong_shape_or_type_are_refused(mask, message):
 
 
 def test_references_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="the reference has shape"):
+    with pytest.raises(ValueError, match="reference"):
         images(torch.ones(4, 5, dtype=torch.bool), reference=torch.zeros(1, 2, 4, 5))

@@ -141,11 +141,11 @@ def test_keyed_noise_of_an_image_is_the_same_in_every_batch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": -1}, r"seed must be in \[0, 2\^64\), got -1"),
-        ({"first": -3}, "first must be in"),
-        ({"stream": 2**64}, "stream must be in"),
-        ({"count": -1}, "count must be at least 0"),
-        ({"size": 0}, "size at least 1"),
+        ({"seed": -1}, r"seed .*-1"),
+        ({"first": -3}, "first"),
+        ({"stream": 2**64}, "stream"),
+        ({"count": -1}, "count"),
+        ({"size": 0}, "size"),
     ],
 )
 def test_bad_addresses_are_refused(arguments, message):
@@ -205,7 +205,7 @@ def test_bad_interpolations_are_refused():
     with pytest.raises(ValueError, match="count = 1"):
         InterpolatedNoise(source(0), source(1), count=1)
     two = KeyedNoise(0, first=0, count=2, shape=(1, 3, 3))
-    with pytest.raises(ValueError, match=r"draw for one image, got shapes \[2, 1, 3, 3\] and \[1, 1, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"\[2, 1, 3, 3\] .*\[1, 1, 3, 3\]"):
         InterpolatedNoise(two, source(1), count=2)
-    with pytest.raises(ValueError, match=r"got shapes \[1, 1, 3, 3\] and \[1, 1, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"\[1, 1, 3, 3\] .*\[1, 1, 3, 4\]"):
         InterpolatedNoise(source(0), source(1, (1, 3, 4)), count=2)

@@ -94,7 +94,7 @@ def test_consistent_steps_keep_each_levels_noise(analytic):
 
 def test_consistent_steps_are_no_larger_than_the_noise(analytic):
     noise = analytic.UnitNoise(11)
-    with pytest.raises(ValueError, match=r"consistent steps need epsilon of at most sigma_L\^2 = 0.0001, got 0.0002"):
+    with pytest.raises(ValueError, match=r"epsilon .*0\.0001, got 0\.0002"):
         AnnealedLangevin(epsilon=2e-4, steps_per_level=1, consistent=True)(
             analytic.GaussianScore(SIGMAS, s2=0.0), x=noise.start(1.0), sigmas=SIGMAS, noise=noise
         )
@@ -163,5 +163,5 @@ def test_impossible_settings_are_refused():
     arguments = {"x": torch.zeros(1, 1, 2, 2), "sigmas": SIGMAS, "noise": lambda _: None, "denoise": False}
     with pytest.raises(ValueError, match="epsilon = 0"):
         annealed_langevin(lambda x, _: x, epsilon=0, steps_per_level=1, **arguments)
-    with pytest.raises(ValueError, match="steps_per_level must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps_per_level .*0"):
         annealed_langevin(lambda x, _: x, epsilon=1e-5, steps_per_level=0, **arguments)

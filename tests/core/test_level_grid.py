@@ -37,7 +37,7 @@ def test_karras_grid():
     # Worked by hand: (80^(1/7) + (0.002^(1/7) - 80^(1/7)) / 17)^7 = 57.586.
     assert grid[1] == pytest.approx(57.586, abs=1e-3)
     assert karras_sigmas(4.0, 1.0, 3, rho=1.0) == [4.0, 2.5, 1.0]
-    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+    with pytest.raises(ValueError, match=r"steps.*\b1\b"):
         karras_sigmas(1.0, 0.1, 1)
 
 
@@ -64,5 +64,5 @@ def test_refined_grid_keeps_the_old_levels(analytic):
 
 def test_a_network_of_levels_refuses_a_sigma(analytic):
     network = analytic.ByLevelOnly(analytic.GaussianScore(V2, s2=1.0))
-    with pytest.raises(ValueError, match="ByLevelOnly knows its own noise levels only"):
+    with pytest.raises(ValueError, match="ByLevelOnly"):
         score_at_sigma(network, torch.zeros(1, 1, 2, 2), sigma=0.5)

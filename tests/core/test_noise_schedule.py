@@ -40,10 +40,10 @@ def test_a_single_level():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.01, 1.0, 10), "need 0 < sigma_L < sigma_1, got sigma_1 = 0.01 and sigma_L = 1.0"),
-        ((1.0, 0.0, 10), "need 0 < sigma_L"),
-        ((float("nan"), 0.01, 10), "need 0 < sigma_L"),
-        ((1.0, 0.01, 1), "at least 2 levels"),
+        ((0.01, 1.0, 10), r"sigma_1 = 0\.01 .*sigma_L = 1\.0"),
+        ((1.0, 0.0, 10), "sigma_L"),
+        ((float("nan"), 0.01, 10), "sigma_1"),
+        ((1.0, 0.01, 1), "levels"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, message):
@@ -91,7 +91,7 @@ def test_variance_ratio_is_what_the_chain_does():
     for _ in range(7):
         v = (1 - r) ** 2 * v + 2 * r
     assert variance_ratio(0.06 * 0.02**2, sigma_L=0.02, ratio=1.2, steps_per_level=7) == pytest.approx(v, rel=1e-12)
-    with pytest.raises(ValueError, match="epsilon must be within"):
+    with pytest.raises(ValueError, match="epsilon"):
         variance_ratio(2.1e-4, sigma_L=0.01, ratio=1.1, steps_per_level=5)
 
 
@@ -128,7 +128,7 @@ def test_pair_distances_ignore_an_outlier_in_the_quantile_and_read_uint8():
 def test_pair_distances_of_too_many_images_are_a_sample():
     result = pair_distances(torch.rand(12_000, 1, 1, 2), max_images=11_000)
     assert result.num_images == 10_000 and not result.exact and 1.3 < result.maximum < 2**0.5
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"images.*\b1\b"):
         pair_distances(images(1))
 
 
@@ -177,7 +177,7 @@ def test_suggestion_applies_the_techniques_in_turn():
     assert suggestion.sigma_1 == 50 and suggestion.num_levels == pytest.approx(232, abs=1)
     assert suggestion.overlap >= 0.567 and suggestion.epsilon == pytest.approx(6.2e-6, rel=0.02)
     assert suggestion.variance_ratio == pytest.approx(1.0555, abs=1e-3)
-    with pytest.raises(ValueError, match="images are all alike"):
+    with pytest.raises(ValueError, match="images"):
         suggest_noise(PairDistances(0.0, 0.0, 5, True), dimension=4)
 
 

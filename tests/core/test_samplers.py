@@ -104,14 +104,14 @@ def test_consistent_annealing_is_exact_on_an_exact_schedule(analytic):
 def test_consistent_annealing_refuses_steps_that_cannot_be_consistent(epsilon, analytic):
     noise = analytic.UnitNoise(11)
     arguments = {"x": noise.start(1.0), "sigmas": SIGMAS, "noise": noise}
-    with pytest.raises(ValueError, match=r"epsilon must be within 4.005e-05 and 0.0001599 "):
+    with pytest.raises(ValueError, match=r"epsilon .*4\.005e-05 .*0\.0001599"):
         ConsistentAnnealed(epsilon=epsilon)(analytic.GaussianScore(SIGMAS, s2=0.0), **arguments)
 
 
 def test_consistent_annealing_needs_a_geometric_schedule(analytic):
     sigmas = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
     noise = analytic.UnitNoise(4)
-    with pytest.raises(ValueError, match="geometric schedule"):
+    with pytest.raises(ValueError, match="geometric"):
         ConsistentAnnealed(epsilon=1e-2)(
             analytic.GaussianScore(sigmas, s2=0.0), x=noise.start(1.0), sigmas=sigmas, noise=noise
         )
@@ -179,7 +179,7 @@ def test_langevin_at_one_level_reaches_its_variance(analytic):
     x = Langevin(level=-1, step_size=8e-3, num_steps=40, denoise=False)(network, **arguments)
     target = 0.04 + 0.01**2
     assert x.var().item() == pytest.approx(target * 2 / (2 - 8e-3 / target), rel=0.03)
-    with pytest.raises(ValueError, match="within the 10 levels 0 to 9, got 10"):
+    with pytest.raises(ValueError, match=r"\b9, got 10"):
         Langevin(level=10, step_size=1e-5, num_steps=1, denoise=False)(network, **arguments)
 
 

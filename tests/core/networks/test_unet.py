@@ -77,7 +77,7 @@ def test_level_is_the_index_into_the_schedule() -> None:
 def test_levels_out_of_range_are_refused(wrong: int) -> None:
     x, level = random_batch()
     level[2] = wrong
-    with pytest.raises(ValueError, match=rf"levels run from 0 .* to {len(SIGMAS) - 1}, got "):
+    with pytest.raises(ValueError, match=rf"\b{len(SIGMAS) - 1}, got "):
         make_network()(x, level)
 
 
@@ -198,10 +198,10 @@ def test_sizes_from_compact_to_large() -> None:
 
 
 def test_refuses_too_many_widths() -> None:
-    with pytest.raises(ValueError, match="8-pixel image can be halved only 3 times; use at most 4 widths"):
+    with pytest.raises(ValueError, match=r"\b8\b.*\b3\b.*\b4\b"):
         make_network(widths=(8, 8, 8, 8, 8))
 
 
 def test_refuses_attention_at_a_size_that_does_not_occur() -> None:
-    with pytest.raises(ValueError, match=r"attention_sizes = \[6\] do not occur.*sizes \[8, 4\]"):
+    with pytest.raises(ValueError, match=r"attention_sizes = \[6\] .*\[8, 4\]"):
         make_network(attention_sizes=(4, 6))
