@@ -9,9 +9,9 @@ or epochs, so that a schedule does not depend on batch size and number of worker
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ncsn.config.choices import (
     Domain,
@@ -32,6 +32,10 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 class DataConfig(Section):
     """Which images, and in what shape."""
+
+    # Left out of plain values while they have their defaults. So a config that was written before they came has the
+    # digest that it had: no run is ingested again or gets a second MLflow run.
+    ADDED: ClassVar[frozenset[str]] = frozenset()
 
     source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
         description="Source of the images. All but sklearn_digits read files in data.root."
@@ -82,6 +86,12 @@ class DataConfig(Section):
         "step sizes and of network.sigma_data.",
     )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
+
+    @model_serializer(mode="wrap")
+    def _without_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unset = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in handler(self).items() if name not in unset}
 
 
 class OptimizerConfig(Section):

@@ -36,8 +36,7 @@ from ncsn.errors import UserError
 
 Progress = Callable[[int, int], None]
 
-# The data settings that decide the content of a dataset.
-SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
+_SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
 LEAST_IMAGES = 2
 
 MOST_IMAGES = 60_000
@@ -45,6 +44,11 @@ _MOST_VALUES = 2**28  # bytes of the images that are kept for the largest distan
 _MOST_WORK = 2e11  # multiplications for it: some seconds on two CPU cores; real images need a tenth of it
 _FEW, _FEW_WORK = 2_000, 2.5e10  # images compared in pairs for the percentile, and multiplications that this may take
 _GRAY_STEPS = 256
+
+
+def shaping_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide the content of a dataset, as plain values."""
+    return {name: value for name, value in data.model_dump(mode="json").items() if name in _SHAPING}
 
 
 class PixelStatistics:
@@ -311,7 +315,6 @@ def _describe(
     shape = image_shape(data)
     content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
     train = splits["train"].statistics
-    settings = data.model_dump(mode="json")
     return Manifest(
         name=name,
         digest=dataset_digest(shape=shape, class_names=source.class_names, splits=content),
@@ -330,5 +333,5 @@ def _describe(
         schema=schema_words(*shape),
         source=source.description,
         license=source.license,
-        settings={key: settings[key] for key in SHAPING},
+        settings=shaping_settings(data),
     )

@@ -18,7 +18,7 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.source import BadImages, Source, Split, image_shape
-from ncsn.data.statistics import SHAPING, Dataset, Progress, publish_dataset, summarize
+from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings, summarize
 from ncsn.distributed.tasks import run_tasks
 
 # One running and one waiting per core, so that the queue of a million images stays small.
@@ -89,8 +89,7 @@ def write_dataset_in_tasks(
 
 
 def _key(data: DataConfig, fingerprint: str) -> str:
-    settings = data.model_dump(mode="json")
-    content = {setting: settings[setting] for setting in (*SHAPING, "rows_per_part", "root")}
+    content = shaping_settings(data) | {"rows_per_part": data.rows_per_part, "root": data.root}
     return storage.digest([fingerprint, content], 16)
 
 
