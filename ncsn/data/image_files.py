@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import numpy as np
+from PIL import Image
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage
@@ -205,21 +207,19 @@ class EncodedImages:
         return replace(self, images=self.images[first:last], labels=self.labels[first:last])
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        """Each image, decoded on a pool of threads (Pillow releases the interpreter lock); see `Split`."""
+        """Each image; see `Split`."""
         # A bucket is asked for several images at a time on any number of cores.
-        threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1) if storage.is_local(self.root) else _LARGEST_POOL
+        cores = cores if storage.is_local(self.root) else _LARGEST_POOL
         with _Reader(self.root) as reader:
 
-            def work(image: ImageFile) -> np.ndarray:
-                return self.fit.image(decode(reader.read(image)), name=self._name(image))
+            def load(image: ImageFile) -> Image.Image:
+                return decode(reader.read(image))
 
-            decoded = _in_order(self.images, work, threads=threads)
-            for (image, future), label in zip(decoded, self.labels, strict=True):
-                try:
-                    row: Example | SkippedImage = Example(future.result(), label)
-                except BadImageError as error:
-                    row = SkippedImage(self._name(image), str(error))
-                yield row
+            images = (
+                Encoded(self._name(image), label, partial(load, image))
+                for image, label in zip(self.images, self.labels, strict=True)
+            )
+            yield from fit_in_order(images, self.fit, cores=cores)
 
     def _name(self, image: ImageFile) -> str:
         file = storage.join(self.root, image.file) if image.file else self.root
@@ -260,17 +260,36 @@ class _Reader:
             return self._archives[uri]
 
 
-def _in_order(
-    images: Iterable[ImageFile], work: Callable[[ImageFile], np.ndarray], *, threads: int
-) -> Iterator[tuple[ImageFile, Future[np.ndarray]]]:
-    waiting: deque[tuple[ImageFile, Future[np.ndarray]]] = deque()
+class Encoded(NamedTuple):
+    """An image that is still to be decoded."""
+
+    name: str
+    label: int
+    load: Callable[[], Image.Image]  # called in another thread
+
+
+def fit_in_order(images: Iterable[Encoded], fit: Fit, *, cores: int | None) -> Iterator[Example | SkippedImage]:
+    """Each image, or why it does not decode, on a pool of threads (Pillow releases the interpreter lock)."""
+
+    def work(image: Encoded) -> np.ndarray:
+        return fit.image(image.load(), name=image.name)
+
+    threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1)
+    waiting: deque[tuple[Encoded, Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for image in images:
                 waiting.append((image, pool.submit(work, image)))
                 if len(waiting) >= threads * _WAITING_PER_THREAD:
-                    yield waiting.popleft()
+                    yield _settled(*waiting.popleft())
             while waiting:
-                yield waiting.popleft()
+                yield _settled(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _settled(image: Encoded, future: Future[np.ndarray]) -> Example | SkippedImage:
+    try:
+        return Example(future.result(), image.label)
+    except BadImageError as error:
+        return SkippedImage(image.name, str(error))

@@ -72,7 +72,7 @@ def _find(root: str) -> Sequence[_Found]:
     files = [listed.path for listed in list_files(root)]
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
-    alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and _is_file(root)
+    alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and storage.is_file(root)
     if alone and not archives:
         kinds = " or ".join(ARCHIVE_SUFFIXES)
         raise UserError(
@@ -92,11 +92,6 @@ def _find(root: str) -> Sequence[_Found]:
         )
     held = f"holds {len(files)} other files (such as {files[0]!r}) but" if files else "is empty:"
     raise UserError("data.root", f"{held} no image that ends in {', '.join(IMAGE_SUFFIXES)}", value=root)
-
-
-def _is_file(root: str) -> bool:
-    filesystem, path = storage.filesystem(root)
-    return bool(filesystem.get_file_info(path).is_file)
 
 
 def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:

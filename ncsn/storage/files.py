@@ -77,6 +77,12 @@ def exists(uri: str) -> bool:
     return found
 
 
+def is_file(uri: str) -> bool:
+    """Whether there is a file at `uri`."""
+    filesystem_, path = filesystem(uri)
+    return bool(filesystem_.get_file_info(path).is_file)
+
+
 def list_names(uri: str) -> list[str]:
     """Sorted names directly below the folder `uri`; empty if there is no folder."""
     filesystem_, path = filesystem(uri)
