@@ -58,7 +58,7 @@ def require_same_python() -> None:
     if there != here:
         raise UserError(
             "Python",
-            f"the cluster has {here} and the launcher {there}",
+            f"the cluster has {here}, but the launcher {there}",
             hint="use one image or environment for both; `ncsn doctor` shows the launcher's",
         )
 

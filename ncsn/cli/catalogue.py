@@ -51,13 +51,15 @@ CATALOGUE: Mapping[str, StepInfo] = {
         faults=True,
     ),
     "evaluate": StepInfo(
-        "Measure the samples, next to real images.", inputs={"samples": _SAMPLES, "dataset": _DATASET}, leased=True
+        "Measure the samples, and real images for comparison.",
+        inputs={"samples": _SAMPLES, "dataset": _DATASET},
+        leased=True,
     ),
     "register": StepInfo(
-        "Put the model into MLflow's registry.",
+        "Register the model in MLflow.",
         inputs={
             "checkpoint": _CHECKPOINT,
-            "evaluation": Source("evaluate", "uri", "evaluation that decides about the alias champion"),
+            "evaluation": Source("evaluate", "uri", "evaluation that decides whether it becomes champion"),
         },
     ),
     "report": StepInfo(
@@ -70,7 +72,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
 STEP_INFO: Mapping[str, StepInfo] = {
     **CATALOGUE,
     "figures": StepInfo(
-        "Draw a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
+        "Draw figures of a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
         inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
     ),
 }

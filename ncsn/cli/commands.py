@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @click.command("plan", cls=ReportingCommand, short_help="Estimate what a run will take.")
 @experiment_options
 @click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
-@click.option("--actual", is_flag=True, help="No trial run: show what the run has taken next to its plan.")
+@click.option("--actual", is_flag=True, help="Show what the run took next to its plan, without a trial run.")
 @json_option
 def plan_command(*, experiment: Experiment, prices_uri: str | None, actual: bool, as_json: bool) -> None:
     """Estimate what a run will take: hours, memory, storage, money and energy of each step.
 
-    A trial run of every step on a few images, in a temporary store, takes about a minute.
+    It tries every step on a few images in a temporary store, which takes about a minute.
     """
     from ncsn.cli.console import console_on
     from ncsn.cli.views import print_ledger, print_plan
@@ -64,7 +64,9 @@ def _estimated(target: Target, prices_uri: str | None) -> dict[str, Any]:
 @click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment whose images are compared.")
 @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config.")
 @click.option("--data", "dataset", metavar="URI", help="An ingested dataset to use instead.")
-@click.option("--mirrored", is_flag=True, help="Count mirrored images too; with --config data.horizontal_flip decides.")
+@click.option(
+    "--mirrored", is_flag=True, help="Count mirrored images too; with --config, data.horizontal_flip decides."
+)
 @click.option("--sigma-L", "sigma_last", default=0.01, show_default=True, help="Smallest sigma, pixels in [0, 1].")
 @click.option("--overlap", default=0.5, show_default=True, help="Overlap C of neighboring levels; published: 0.567.")
 @click.option("--steps-per-level", default=5, show_default=True, type=click.IntRange(1), help="Langevin steps T.")
@@ -82,8 +84,8 @@ def suggest_noise_command(
 ) -> None:
     """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
 
-    sigma_1 is the largest distance between two images, of up to 60,000; the ratio of neighboring levels makes them
-    overlap; and epsilon leaves the right variance after T steps.
+    sigma_1 is the largest distance between any two of up to 60,000 images. The ratio of neighboring levels makes them
+    overlap by C. epsilon leaves the right variance after T steps.
     """
     from ncsn.cli.target import Experiment
     from ncsn.cli.views import describe_suggestion
@@ -111,7 +113,7 @@ def suggest_noise_command(
 @click.option("--dataset", metavar="URI", help="The ingested dataset; default: the run's own.")
 @json_option
 def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str | None, as_json: bool) -> None:
-    """Import checkpoint.pth of the authors' code as a run's training, strictly and without running anything in it.
+    """Import a checkpoint.pth of the authors' code as a run's training. No code in the file runs.
 
     `ncsn sample` samples from it, and `ncsn train` continues it up to train.num_images.
     """
@@ -127,7 +129,9 @@ def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
 
 
-@click.command("figures", cls=ReportingCommand, short_help="Draw a finished run.", help=STEP_INFO["figures"].summary)
+@click.command(
+    "figures", cls=ReportingCommand, short_help="Draw figures of a finished run.", help=STEP_INFO["figures"].summary
+)
 @experiment_options
 @input_options("figures")
 @click.option(
@@ -163,7 +167,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 @click.command("toy", cls=ReportingCommand, short_help="Make the paper's two-dimensional Figures 2 and 3.")
 @click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: toy in the default store.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of data and noise.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of data and noise.")
 @json_option
 def toy_command(*, out: str | None, seed: int, as_json: bool) -> None:
     """Learn the score of a mixture of two Gaussians, and sample with plain and annealed Langevin dynamics.

@@ -148,7 +148,9 @@ def _check_image() -> str:
     inside = f"Ray {ray[1]} on Python {python[1]}"
     here = f"Ray {metadata.version('ray')} on Python {'.'.join(platform.python_version_tuple()[:2])}"
     if inside != here:
-        raise UserError(IMAGE_VARIABLE, f"the image has {inside}, this environment has {here}; Ray refuses to mix them")
+        raise UserError(
+            IMAGE_VARIABLE, f"the image has {inside}, but this environment has {here}; Ray refuses to mix them"
+        )
     image = os.environ.get(IMAGE_VARIABLE)
     named = f"{image} itself was not checked" if image else f"{IMAGE_VARIABLE} names no image"
     return f"the Dockerfile has {inside}, as here; {named}"

@@ -35,7 +35,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
     "folder",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Default: pipelines/compiled of the code.",
+    help="Folder for the files; default: pipelines/compiled of the code.",
 )
 @click.option("--config", "config_uri", metavar="PATH|URI", help="Size the pods for this experiment.")
 @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of it; repeatable.")
@@ -68,10 +68,10 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
     "--experiment",
     "kfp_experiment",
     metavar="NAME",
-    help="KFP's experiment; default: tracking.experiment of the config.",
+    help="KFP experiment; default: tracking.experiment of the config.",
 )
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
-@click.option("--service-account", metavar="NAME", help="Of the pods; default: the cluster's.")
+@click.option("--service-account", metavar="NAME", help="Service account of the pods; default: the cluster's.")
 @click.option("--param", "params", metavar="K=V", multiple=True, help="Another parameter of the pipeline; repeatable.")
 @click.option("--every", metavar="CRON", help="Run on this schedule, 'minute hour day month weekday' in UTC.")
 @click.option("--wait", "waits", is_flag=True, help="Wait for the end; exit with 1 unless the run succeeds.")
@@ -92,8 +92,8 @@ def submit_command(
 ) -> None:
     """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
 
-    Credentials come from the environment: NCSN_KFP_TOKEN (a bearer token), NCSN_KFP_COOKIE (of a session in the
-    browser), or inside the cluster the token at KF_PIPELINES_SA_TOKEN_PATH.
+    Credentials come from the environment: NCSN_KFP_TOKEN (a bearer token), NCSN_KFP_COOKIE (of a browser
+    session) or, inside a cluster, the token at KF_PIPELINES_SA_TOKEN_PATH.
 
     `--pipeline sample --param model=models:/NAME@champion` generates images from a registered model; --set storage.root
     names their store, and any other --set changes the model's config. `--param evaluated=true` measures them too.
@@ -103,7 +103,7 @@ def submit_command(
     from pipelines.submit import schedule, submit
 
     if every and waits:
-        raise UserError("--wait", "waits for one run, and --every starts many", hint="leave out one of them")
+        raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
     submission = prepare(
         pipeline,
         experiment,
@@ -144,24 +144,26 @@ def doctor_command(
 
 
 @click.command("cleanup", cls=ReportingCommand, short_help="Delete abandoned RayJobs and close their runs.")
-@click.option("--namespace", metavar="NAME", help="Default: that of this pod, or of the current kubeconfig context.")
+@click.option(
+    "--namespace", metavar="NAME", help="Default: the namespace of this pod, or of the current kubeconfig context."
+)
 @click.option("--run", "run_name", metavar="NAME", help="Only what belongs to this run.")
 @click.option(
     "--older-than",
     default="2h",
     show_default=True,
     metavar="TIME",
-    help="How long the launcher has been silent, such as 30m or 2h; 0 includes RayJobs with a live launcher.",
+    help="How long the launcher must have been silent, such as 30m or 2h; 0 includes live launchers.",
 )
 @click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
-@click.option("--dry-run", is_flag=True, help="Only list what would be done.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
 @click.pass_context
 def cleanup_command(
     ctx: click.Context, *, namespace: str | None, run_name: str | None, older_than: str, at_work: bool, dry_run: bool
 ) -> None:
     """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
 
-    The store and MLflow then have the end of the pipeline run, or KILLED. The CronJob ncsn-janitor of
+    The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
     infra/base/janitor does this every minute.
     """
     if not clean_up_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
@@ -191,5 +193,5 @@ def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str,
 def _seconds(text: str) -> float:
     match = _TIME.fullmatch(text)
     if match is None:
-        raise UserError("--older-than", "not a time", hint="write for example 30m, 2h or 1d", value=text)
+        raise UserError("--older-than", "not a duration", hint="use one such as 30m, 2h or 1d", value=text)
     return float(match[1]) * _UNITS[match[2] or "s"]

@@ -82,7 +82,7 @@ class ReportingCommand(click.Command):
                 envvar=TRACEBACK_VARIABLE,
                 expose_value=False,
                 callback=_remember_traceback,
-                help="Show the whole traceback of an error.",
+                help="Show the full traceback of an error.",
             )
         )
 
@@ -177,27 +177,25 @@ def experiment_options(command: Decorated, *, run_help: str = _NEW_RUN) -> Decor
     return click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment, a YAML file.")(decorated)
 
 
-existing_run_options = partial(experiment_options, run_help="An existing run, in place of --config.")
+existing_run_options = partial(experiment_options, run_help="An existing run, instead of --config.")
 registry_options = partial(experiment_options, run_help="Use the registry of this run's config.")
 
 
 def backend_options(command: Decorated) -> Decorated:
     """`--backend` and `--address`, which `experiment_options` above this takes."""
     decorated = click.option(
-        "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to: http://HEAD:8265."
+        "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to, such as http://HEAD:8265."
     )(command)
     return click.option(
         "--backend",
         type=click.Choice(BACKENDS),
-        help="Where the work is done; short for --set compute.backend=...",
+        help="Where the work runs; short for --set compute.backend=...",
     )(decorated)
 
 
 def _place_overrides(backend: str | None, address: str | None) -> tuple[str, ...]:
     if address is not None and backend not in (None, "ray-jobs"):
-        raise UserError(
-            "--address", f"is for --backend ray-jobs, and --backend is {backend}", hint="leave one out", value=address
-        )
+        raise UserError("--address", f"needs --backend ray-jobs, not {backend}", hint="leave one out", value=address)
     if address is not None:
         return ("compute.backend=ray-jobs", f"compute.ray_jobs.address={address}")
     return () if backend is None else (f"compute.backend={backend}",)
@@ -223,15 +221,15 @@ inject_option = click.option(
     "--inject",
     multiple=True,
     metavar="FAULT@images=N",
-    help="Make a failure happen, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
+    help="Inject a failure, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
 )
 score_option = click.option(
     "--score",
     is_flag=False,
     flag_value=OWN,
     metavar="[URI]",
-    help="Show the Frechet distance so far, with its interval, while images are made; against the run's own dataset, "
-    "or this one.",
+    help="While images are made, show the Frechet distance so far and its interval; URI: a dataset other than the "
+    "run's.",
 )
 lease_option = click.option(
     "--lease", metavar="URI", hidden=True, help="Heartbeat of a launcher elsewhere: when it stops, save and end."

@@ -27,7 +27,7 @@ def _change_options(command: Decorated) -> Decorated:
     return dry_run(registry_options(json_option(command)))
 
 
-@click.command("promote", cls=ReportingCommand, short_help="Make a registered version champion.")
+@click.command("promote", cls=ReportingCommand, short_help="Make a registered version the champion.")
 @click.argument("model")
 @click.option("--version", metavar="N", help="Which version; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
@@ -35,7 +35,7 @@ def _change_options(command: Decorated) -> Decorated:
 def promote_command(
     *, model: str, version: str | None, force: bool, dry_run: bool, experiment: Experiment, as_json: bool
 ) -> None:
-    """Make a version of MODEL champion, if its recorded metric passes the gate against the current champion."""
+    """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
     from ncsn.tracking.promotion import promote_version
 
     change = partial(promote_version, name=model, version=version, force=force, dry_run=dry_run)
@@ -46,7 +46,7 @@ def promote_command(
 @click.argument("model")
 @_change_options
 def rollback_command(*, model: str, dry_run: bool, experiment: Experiment, as_json: bool) -> None:
-    """Restore the previous champion of MODEL; repeated, it goes further back."""
+    """Restore the previous champion of MODEL. Run again, it goes further back."""
     from ncsn.tracking.promotion import roll_back
 
     _change(partial(roll_back, name=model, dry_run=dry_run), experiment, as_json=as_json)
@@ -120,7 +120,7 @@ def export_command(
 ) -> None:
     """Write EMA weights as one safetensors file, with the config as its metadata.
 
-    They are those of --checkpoint, of --model, or of the last checkpoint of --run.
+    They come from --checkpoint, from --model, or from the last checkpoint of --run.
     """
     from ncsn import storage
     from ncsn.runs.folder import run_folder
@@ -150,7 +150,7 @@ def export_command(
 def model_options(command: Decorated) -> Decorated:
     """`--model` and `--out` of `ncsn sample`."""
     out = click.option("--out", metavar="FOLDER", help="With --model: where the images go.")
-    model = click.option("--model", metavar="URI", help="A registered model in place of a run: models:/NAME@champion.")
+    model = click.option("--model", metavar="URI", help="A registered model instead of a run: models:/NAME@champion.")
     return model(out(command))
 
 

@@ -19,7 +19,7 @@ class Section(BaseModel):
 class NoiseConfig(Section):
     """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
 
-    kind: Literal["geometric"] = Field("geometric", description="The levels are given here.")
+    kind: Literal["geometric"] = Field("geometric", description="Levels given by the settings below.")
     sigma_1: float = Field(
         1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
     )
@@ -51,7 +51,7 @@ class AutoNoiseConfig(Section):
         0.01, gt=0, le=1e3, description="Smallest noise standard deviation, in units of pixels in [0, 1]."
     )
     overlap: float = Field(
-        0.5, gt=0, lt=0.99, description="Overlap C of adjacent levels; the published settings of NCSNv2 have 0.567."
+        0.5, gt=0, lt=0.99, description="Overlap C of neighboring levels; the published settings of NCSNv2 have 0.567."
     )
 
 
@@ -73,7 +73,7 @@ class NcsnV2NetworkConfig(Section):
     kind: Literal["ncsnv2"] = Field(description="The network of the 2020 paper.")
     num_features: int = Field(128, ge=4, le=1024, description="Channels of the first stage; the paper uses 128.")
     depth: Literal["standard", "deeper", "deepest"] = Field(
-        "standard", description="standard, deeper and deepest are for images up to 64, 128 and 256 pixels."
+        "standard", description="For images up to 64 (standard), 128 (deeper) or 256 pixels (deepest)."
     )
 
 
@@ -85,14 +85,16 @@ class UnetNetworkConfig(Section):
         (32, 64, 64),
         min_length=1,
         max_length=6,
-        description="Channels at each resolution; each next resolution has half the size.",
+        description="Channels at each resolution; each resolution is half the size of the one before.",
     )
     blocks_per_resolution: int = Field(2, ge=1, le=8, description="Residual blocks at each resolution, down and up.")
     embedding_features: int = Field(128, ge=8, le=2048, description="Width of the embedding of sigma.")
-    attention_sizes: tuple[int, ...] = Field((), description="Sizes in pixels of the feature maps with self-attention.")
+    attention_sizes: tuple[int, ...] = Field(
+        (), description="Sizes in pixels of the feature maps that get self-attention."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability inside the blocks.")
     sigma_data: float = Field(
-        0.25, gt=0, le=10, description="Standard deviation of the images' pixels in [0, 1], for the preconditioning."
+        0.25, gt=0, le=10, description="Standard deviation of the pixels, which are in [0, 1], for the preconditioning."
     )
 
 
@@ -109,12 +111,13 @@ class DsmLossConfig(Section):
     anneal_power: float = _ANNEAL_POWER
     antithetic: bool = Field(
         False,
-        description="Average each image's loss over the noise z and -z: less variance at low noise, twice the cost.",
+        description="Average each image's loss over the noise z and -z: less variance at low noise, for twice the "
+        "cost.",
     )
 
 
 class SsmLossConfig(Section):
-    """Sliced score matching with variance reduction (paper eq. 3), on images with noise of each level."""
+    """Sliced score matching with variance reduction (paper eq. 3), at each noise level."""
 
     kind: Literal["ssm"] = Field(description="Does not need to know the noise; costs two to four times as much as dsm.")
     anneal_power: float = _ANNEAL_POWER
@@ -156,7 +159,7 @@ class AnnealedLangevinConfig(SamplerSection):
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x) (Tweedie's formula), one more NFE.")
     consistent: bool = Field(
         False,
-        description="Add sqrt(2 a_i - (a_i / sigma_i)^2) z instead, which keeps exactly the noise of each level; "
+        description="Add sqrt(2 a_i - (a_i / sigma_i)^2) z instead, which keeps the noise of each level exact; "
         "epsilon must then be at most sigma_L^2.",
     )
 
@@ -178,9 +181,7 @@ class LangevinConfig(SamplerSection):
 class ConsistentAnnealedConfig(SamplerSection):
     """Consistent annealed sampling (Jolicoeur-Martineau et al. 2020)."""
 
-    kind: Literal["consistent_annealed"] = Field(
-        description="One step per level, after which exactly the next sigma is left."
-    )
+    kind: Literal["consistent_annealed"] = Field(description="One step per level, which leaves exactly the next sigma.")
     epsilon: float = Field(
         gt=0,
         le=1,
@@ -190,7 +191,8 @@ class ConsistentAnnealedConfig(SamplerSection):
         1,
         ge=1,
         le=1000,
-        description="How many times finer than the levels; more than 1 needs a network for any sigma, not ncsn.",
+        description="How many times finer the steps are than the levels; more than 1 needs a network that takes any "
+        "sigma, so not ncsn.",
     )
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE.")
 
@@ -199,10 +201,10 @@ class PredictorCorrectorConfig(SamplerSection):
     """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021)."""
 
     kind: Literal["predictor_corrector"] = Field(
-        description="At each level a step of the reverse SDE, then Langevin steps."
+        description="At each level, a step of the reverse SDE and then Langevin steps."
     )
     predictor: Literal["reverse_diffusion", "ancestral"] = Field(
-        "reverse_diffusion", description="Kind of the reverse SDE's step."
+        "reverse_diffusion", description="Kind of reverse SDE step."
     )
     corrector_steps: int = Field(1, ge=0, le=1000, description="Langevin steps per level.")
     snr: float = Field(0.16, gt=0, le=1, description="Signal-to-noise ratio r of the Langevin steps.")
@@ -221,14 +223,14 @@ class ProbabilityFlowConfig(SamplerSection):
 
 
 class KarrasHeunConfig(SamplerSection):
-    """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2); needs a network for any sigma, not ncsn."""
+    """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2), for networks that take any sigma (not ncsn)."""
 
     any_sigma = True
 
     kind: Literal["karras_heun"] = Field(description="Heun's method on the grid of Karras et al., with churn.")
     num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")
     rho: float = Field(7.0, gt=0, le=100, description="Exponent of the grid.")
-    churn: float = Field(0.0, ge=0, le=1000, description="How much noise is added during sampling; 0 = deterministic.")
+    churn: float = Field(0.0, ge=0, le=1000, description="How much noise to add during sampling; 0 = deterministic.")
     churn_min: float = Field(0.0, ge=0, le=1e4, description="Lowest sigma with churn.")
     churn_max: float = Field(1e4, gt=0, le=1e4, description="Highest sigma with churn.")
     churn_noise: float = Field(1.0, gt=0, le=2, description="Standard deviation of the added noise; 1 keeps sigma.")
@@ -270,13 +272,13 @@ class _RangeDomain(Section):
 
 
 class UniformDomain(_RangeDomain):
-    """Values of a range, all equally likely; whole numbers if the setting is one."""
+    """Values in a range, all equally likely; whole numbers if the setting is one."""
 
     kind: Literal["uniform"] = Field(description="A range.")
 
 
 class LogDomain(_RangeDomain):
-    """Values of a range, all orders of magnitude equally likely."""
+    """Values in a range, all orders of magnitude equally likely."""
 
     kind: Literal["log"] = Field(description="A range of positive numbers, on a logarithmic scale.")
 

@@ -41,27 +41,25 @@ class KubeRayConfig(Section):
         None, description="Namespace of the RayJobs; null = this pod's, or that of the current kubeconfig context."
     )
     image: str | None = Field(
-        None, description="Image of all pods; null = this pod's, or outside a pod the image that NCSN_IMAGE names."
+        None, description="Image of all pods; null = this pod's, or outside a pod the one that NCSN_IMAGE names."
     )
-    queue: str | None = Field(
-        None, min_length=1, description="LocalQueue of Kueue that admits the RayJobs; null = none."
-    )
-    node_selector: dict[str, str] = Field({}, description="Labels of the nodes for the worker pods.")
+    queue: str | None = Field(None, min_length=1, description="Kueue LocalQueue that admits the RayJobs; null = none.")
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes that worker pods run on.")
     tolerations: tuple[Toleration, ...] = Field((), description="Node taints that the worker pods tolerate.")
     workers_per_pod: int = Field(
         1,
         ge=1,
         le=64,
-        description="Workers in one pod, which gets CPUs, memory, /dev/shm and GPUs for each of them. Use the number "
-        "of GPUs of a node: workers in different pods cannot use NVLink. compute.num_workers, or both ends of its "
-        "range, must be a multiple.",
+        description="Workers per pod; each adds its CPUs, memory, /dev/shm and GPU to the pod. Use the number of GPUs "
+        "in a node, since workers in different pods cannot use NVLink. compute.num_workers, or both ends of its range, "
+        "must be a multiple.",
     )
     memory_per_worker: str | None = Field(
         None,
-        description="Memory of each worker with its /dev/shm, for example 512Mi or 8Gi; null = an estimate from "
+        description="Memory of each worker, including its /dev/shm, for example 512Mi or 8Gi; null = an estimate from "
         f"network, batch and extractor, at least {LEAST_MEMORY}.",
     )
-    shm_per_worker: str = Field("1Gi", description="Part of /dev/shm for each worker, for Ray's object store.")
+    shm_per_worker: str = Field("1Gi", description="Share of /dev/shm for each worker, for Ray's object store.")
     head_cpus: int | None = Field(
         None,
         ge=1,
@@ -73,18 +71,18 @@ class KubeRayConfig(Section):
         30.0,
         gt=0,
         le=10080,
-        description="Minutes in which the cluster must start, counted from its admission by the queue.",
+        description="Minutes that the cluster may take to start, counted from its admission by the queue.",
     )
-    max_hours: float = Field(24.0, gt=0, le=8760, description="Hours after which the step is stopped in any case.")
+    max_hours: float = Field(24.0, gt=0, le=8760, description="Hours after which the step is stopped, finished or not.")
     keep_failed_minutes: float = Field(
-        10.0, ge=1, le=10080, description="Minutes for which the head pod of a failed RayJob is kept for inspection."
+        10.0, ge=1, le=10080, description="Minutes to keep the head pod of a failed RayJob for inspection."
     )
 
     @field_validator("memory_per_worker", "shm_per_worker", "head_memory")
     @classmethod
     def _is_quantity(cls, value: str | None) -> str | None:
         if value is not None and not _QUANTITY.fullmatch(value):
-            raise UserError("", "not an amount of memory", hint="write for example 512Mi or 8Gi", value=value)
+            raise UserError("", "not an amount of memory", hint="use an amount such as 512Mi or 8Gi", value=value)
         return value
 
 
@@ -105,21 +103,21 @@ class ComputeConfig(Section):
     backend: Literal["local", "ray-jobs", "kuberay"] = Field(
         "local",
         description="Where tune, train, sample and evaluate run: local = in this process, on a Ray cluster that it "
-        "starts, or joins with RAY_ADDRESS; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on "
-        "Kubernetes. For the last two storage.root must be in S3, or for ray-jobs a folder that the cluster shares.",
+        "starts or, with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = as a RayJob on "
+        "Kubernetes. The last two need storage.root in S3; for ray-jobs a folder that the cluster shares works too.",
     )
     num_workers: int | tuple[int, int] = Field(
         1,
-        description="Number of Ray Train workers, 1 to 4096, and of Ray tasks at a time for sampling. [min, max] = "
-        "elastic: training starts with as many workers as the cluster has room for, continues with fewer when a node "
-        "is lost, and grows again; the result is the same except for rounding. Trials of a search use min.",
+        description="Number of Ray Train workers, 1 to 4096, and of concurrent Ray tasks for sampling. [min, max] = "
+        "elastic: training starts with as many workers as the cluster has room for, continues with fewer when it loses "
+        "a node, and grows again; the result is the same except for rounding. Trials of a search use min.",
     )
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPU cores (and torch threads) per worker.")
-    use_gpu: bool = Field(False, description="One GPU per worker.")
+    use_gpu: bool = Field(False, description="Give each worker one GPU.")
     microbatch: int | None = Field(
         None,
         ge=1,
-        description="Images that a worker puts through the network at once; it adds the gradients over its share of "
+        description="Images that a worker puts through the network at once; it accumulates gradients over its share of "
         "train.batch_size. null = the whole share. Fewer need less memory; the result is the same except for rounding.",
     )
     channels_last: bool = Field(
@@ -127,13 +125,13 @@ class ComputeConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compile the network when training starts (torch.compile): it takes minutes once and makes steps "
+        description="Compile the network when training starts (torch.compile). This takes minutes, then steps are "
         "faster. Needs a C++ compiler on the workers. Checkpoints do not depend on it.",
     )
     max_failures: int = Field(
         3,
         ge=0,
-        description="How often training restarts from its last checkpoint after it has lost a worker or a node.",
+        description="How many times training restarts from its last checkpoint after losing a worker or a node.",
     )
     ray_jobs: RayJobsConfig = RayJobsConfig()
     kuberay: KubeRayConfig = KubeRayConfig()
@@ -148,7 +146,7 @@ class ComputeConfig(Section):
             or not 1 <= counts[0] <= counts[1] <= MOST_WORKERS
         ):
             raise UserError(
-                "", f"neither a number from 1 to {MOST_WORKERS} nor a range [min, max] of them", value=value
+                "", f"neither a number from 1 to {MOST_WORKERS} nor a range [min, max] of such numbers", value=value
             )
         return value
 

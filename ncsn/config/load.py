@@ -75,7 +75,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError("--set", "expected a.b=value", hint="write for example noise.num_levels=50", value=override)
+        raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     node = tree
     for key in keys[:-1]:
         node = node.setdefault(key, {})

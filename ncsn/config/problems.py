@@ -40,7 +40,7 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
         hint = f"did you mean {close[0]!r}? " if close else _other_kinds(parts, model)
         return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
     if kind == "missing":
-        return [Problem(path, "missing", "set it, since it has no default")]
+        return [Problem(path, "missing", "set it; it has no default")]
     if kind == "union_tag_not_found":
         return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree, model))}")]
     if kind == "union_tag_invalid":

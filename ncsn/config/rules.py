@@ -135,7 +135,7 @@ def _sampler_network(config: Config) -> Iterator[Problem]:
         return
     yield Problem(
         f"sampling.sampler.{setting}",
-        "needs a network for any sigma, and network.kind = ncsn is only for its own noise levels",
+        "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",
         f"use {instead}, or network.kind = ncsnv2 or unet",
         getattr(sampler, setting),
     )

@@ -42,8 +42,8 @@ class DataConfig(Section):
     )
     root: str | None = Field(
         None,
-        description="Local folder with the files of the source, or the zip of CelebA or the archive of CIFAR-10; for "
-        "image_folder also s3://bucket/prefix, and a .tar or .zip instead of a folder.",
+        description="Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for "
+        "image_folder also s3://bucket/prefix, a .tar or a .zip.",
     )
     download: bool = Field(
         False, description="Download fashion_mnist, mnist or cifar10 into data.root with torchvision."
@@ -59,31 +59,30 @@ class DataConfig(Section):
         0.1,
         gt=0,
         lt=1,
-        description="Share of the images in the test split, for sources without a test split.",
+        description="Share of the images to hold out as test split, for sources without one.",
     )
-    max_images: int | None = Field(
-        None, ge=2, description="Keep only the first N images of each split; null keeps all."
-    )
+    max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null = all.")
     on_bad_image: Literal["fail", "skip"] = Field(
         "fail",
-        description="For an image that cannot be decoded: fail = stop and name it, skip = leave it out and count it.",
+        description="What to do with an image that cannot be decoded: fail = stop and name it, skip = leave it out and "
+        "count it.",
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
     loader: Literal["cache", "stream"] = Field(
         "cache",
         description="How training reads the images: cache = from a copy of all images on each node's disk; stream = "
-        "from windows of images, for datasets that do not fit on the disk, with a weaker shuffle.",
+        "from windows of images, for datasets that do not fit on the disk; the shuffle is weaker.",
     )
     window_images: int = Field(
         65536,
         ge=16,
-        description="Images in a window of loader: stream; two or three windows must fit on a node's disk.",
+        description="Images per window of loader: stream; two or three windows must fit on a node's disk.",
     )
-    dequantize: bool = Field(True, description="Add uniform noise below one gray level, new at each use.")
+    dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
     logit_transform: bool = Field(
         False,
-        description="Train on the logits of the pixels, from -13.8 to 13.8. They are then the unit of every sigma, of "
-        "step sizes and of network.sigma_data.",
+        description="Train on the logits of the pixels, from -13.8 to 13.8. Every sigma, step sizes and "
+        "network.sigma_data are then in units of logits.",
     )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
 
@@ -100,7 +99,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     beta_1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
     beta_2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
-    eps: float = Field(1e-8, gt=0, le=1e-2, description="Term that is added to Adam's denominator.")
+    eps: float = Field(1e-8, gt=0, le=1e-2, description="Term added to Adam's denominator.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
     grad_clip_norm: float | None = Field(
         None, gt=0, description="Clip the global norm of the gradient to this value; null = off."
@@ -124,13 +123,13 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="Precision of the network's convolutions; norms, loss and optimizer use float32. float16 scales "
-        "the loss; it is for GPUs without bfloat16 and is refused on CPUs.",
+        "the loss and is for GPUs without bfloat16; CPUs refuse it.",
     )
     checkpoint_every_images: int = Field(
-        ge=1, description="Training images between two checkpoints; the last one is at the end."
+        ge=1, description="Training images between checkpoints; the last one is at the end."
     )
-    report_every_images: int = Field(ge=1, description="Training images between two points of the loss curves.")
-    keep_checkpoints: int = Field(3, ge=1, description="Number of latest checkpoints to keep.")
+    report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
+    keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
     keep_best: bool = Field(
         True,
         description="Also keep a copy of the checkpoint with the lowest loss, in the run's folder best/. It does not "
@@ -142,7 +141,7 @@ class TrainConfig(Section):
         if self.num_images < self.batch_size:
             raise UserError(
                 "num_images",
-                f"less than one batch of batch_size = {self.batch_size}",
+                f"less than one batch: batch_size = {self.batch_size}",
                 hint="raise it",
                 value=self.num_images,
             )
@@ -154,7 +153,7 @@ class SamplingConfig(Section):
 
     num_images: int = Field(512, ge=1, description="Number of images to generate.")
     batch_size: int = Field(
-        64, ge=1, le=65536, description="Images per network evaluation; does not change the images."
+        64, ge=1, le=65536, description="Images per network evaluation; does not change the result."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends only on (seed, i).")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -179,14 +178,14 @@ class EvaluationConfig(Section):
         description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; "
         "metrics with other weights get other names.",
     )
-    classifier_epochs: int = Field(10, ge=1, le=1000, description="Epochs for which the classifier is trained.")
+    classifier_epochs: int = Field(10, ge=1, le=1000, description="Epochs of training for the classifier.")
     num_splits: int = Field(
         10,
         ge=1,
         le=100,
-        description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
+        description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
     )
-    batch_size: int = Field(256, ge=1, le=65536, description="Images per evaluation of the extractor.")
+    batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
 
     @model_validator(mode="after")
     def _weights_named(self) -> EvaluationConfig:
@@ -207,51 +206,53 @@ class EvaluationConfig(Section):
 
 
 class SearchConfig(Section):
-    """A search for better settings, judged by samples; DSM losses at different noise levels are not comparable."""
+    """A search for better settings, judged by samples, since losses at different noise levels are not comparable."""
 
     space: dict[str, Domain] | None = Field(
         None,
         description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
-        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L, from a third to three times their values, or "
-        "with noise: auto the values that the images suggest.",
+        "{kind: choice, values}. null = noise.sigma_1 and noise.sigma_L, each from a third to three times its value "
+        "(with noise: auto, the value that the images suggest).",
     )
     epsilons: tuple[Annotated[float, Field(gt=0, le=10)], ...] | None = Field(
         None,
         min_length=1,
-        description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; they need no training. "
-        "null = half, one and two times that of the config. For samplers with an epsilon.",
+        description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; trying them needs no "
+        "training. null = half, one and two times the config's. For samplers with an epsilon.",
     )
     num_trials: int = Field(16, ge=1, le=10000, description="Number of trials.")
     algorithm: Literal["optuna", "random"] = Field(
-        "optuna", description="How settings are chosen: by Optuna's tree-structured Parzen estimator, or at random."
+        "optuna", description="How to choose settings: by Optuna's tree-structured Parzen estimator, or at random."
     )
     seed: int = Field(
         1,
         ge=0,
         lt=2**32,
-        description="Seed of the trials and of their samples. Use another seed than sampling.seed, so that the final "
-        "metrics are of samples that the search did not use.",
+        description="Seed of the trials and their samples. Use another one than sampling.seed, so that the final "
+        "metrics are of samples that the search has not seen.",
     )
     first_rung_images: int | None = Field(
         None,
         ge=1,
-        description="Training images until the first rung, where a trial is judged. Each next rung is reduction_factor "
-        "times further; the last is train.num_images. null = train.num_images / reduction_factor ** 2; "
-        "train.num_images = no early stopping.",
+        description="Training images until the first rung, where a trial is judged. Each rung is reduction_factor "
+        "times as far as the one before; the last is train.num_images. null = train.num_images / reduction_factor ** "
+        "2; train.num_images = no early stopping.",
     )
     reduction_factor: int = Field(
         4,
         ge=2,
         le=100,
-        description="About one of this many trials continues after a rung (asynchronous successive halving).",
+        description="About one in this many trials continues after a rung (asynchronous successive halving).",
     )
     num_samples: int = Field(512, ge=2, le=1_000_000, description="Images to generate at each rung for each epsilon.")
     nfe: int | None = Field(
-        None, ge=1, description="Network evaluations per image, the same for all trials; null = as in the config."
+        None, ge=1, description="Network evaluations per image, the same for all trials; null = the config's."
     )
-    baseline: bool = Field(True, description="Train the config itself to the end, as the first trial, for comparison.")
+    baseline: bool = Field(
+        True, description="Train the unchanged config to the end, as the first trial, for comparison."
+    )
     max_concurrent: int | None = Field(
-        None, ge=1, description="Trials at a time, at most as many as the cluster has room for; null = that many."
+        None, ge=1, description="Most trials at a time; null = as many as the cluster has room for."
     )
 
 
@@ -272,8 +273,8 @@ class TrackingConfig(Section):
         16,
         ge=0,
         le=256,
-        description="Images to generate at each checkpoint for MLflow; 0 = none. They take at most 1 % of the time and "
-        "are left out where they would take more.",
+        description="Images to generate at each checkpoint for MLflow; 0 = none. They are left out where they would "
+        "take more than 1 % of the time.",
     )
     registered_model: str | None = Field(
         None, description="Name in the model registry: letters, digits, '.', '-' and '_'; null = ncsn-<name>."
@@ -318,7 +319,7 @@ class Config(Section):
         if not re.fullmatch(NAME_PATTERN, name):
             raise UserError(
                 "",
-                "not a name",
+                "not a valid name",
                 hint="use 1 to 40 lower-case letters, digits, '-' and '_', starting and ending with a letter or digit",
                 value=name,
             )

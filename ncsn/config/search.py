@@ -127,7 +127,9 @@ def space_problems(config: Config) -> list[Problem]:
     found = [problem for path in space for problem in _path_problems(config, path)]
     if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
         kind = config.sampling.sampler.kind
-        found.append(Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove them"))
+        found.append(
+            Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove this setting")
+        )
     if found:
         return found
     for values in _corners(space):

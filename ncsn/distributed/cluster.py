@@ -192,7 +192,7 @@ def _lack(config: Config) -> UserError | None:
         if count > have.get(kind, 0):
             return UserError(
                 "compute.num_workers",
-                f"needs {count} {kind}s and the cluster has {have.get(kind, 0):g}",
+                f"needs {count} {kind}s, but the cluster has {have.get(kind, 0):g}",
                 hint=hints[kind],
                 value=config.compute.num_workers,
             )

@@ -87,7 +87,7 @@ def parse(text: str, *, step: str) -> Fault:
     wrong = UserError(
         "--inject",
         f"not of the form {FORMS[kind]}",
-        hint="a TIME is for example 30s or 2m, a SHARE is in (0, 1]",
+        hint="a TIME is like 30s or 2m, a SHARE is in (0, 1]",
         value=text,
     )
     if kind in _TIMED:
@@ -117,7 +117,7 @@ def parse_faults(texts: Sequence[str], *, step: str, run_uri: str) -> FaultInjec
         if fault.kind.startswith("store-") and storage.is_local(run_uri):
             raise UserError(
                 "--inject",
-                f"needs a store on a server, and {run_uri} is a folder",
+                f"needs a store on a server, but {run_uri} is a folder",
                 hint="set storage.root to s3://BUCKET/PREFIX",
                 value=text,
             )

@@ -58,7 +58,7 @@ class Shard:
 
 
 def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
-    """What is to do for the config's images: the shards that are missing, each of `sampling.batch_size` images.
+    """The shards of the config's images that are still missing, each of `sampling.batch_size` images.
 
     Args:
         config: The experiment.

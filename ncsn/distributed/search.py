@@ -116,7 +116,7 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
     if room[scarce] < 1:
         raise UserError(
             "compute.num_workers",
-            f"a trial takes {each[scarce]:g} {scarce} and the cluster has {resources.get(scarce, 0):g}",
+            f"a trial takes {each[scarce]:g} {scarce}, but the cluster has {resources.get(scarce, 0):g}",
             hint="lower it or compute.cpus_per_worker",
             value=compute.num_workers,
         )

@@ -269,7 +269,8 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
     if best.objective is None:
         raise UserError(
-            "sampling.sampler", f"all {len(sweep)} samplers give images that are not finite at {images} training images"
+            "sampling.sampler",
+            f"all {len(sweep)} samplers give images with NaN or infinity at {images} training images",
         )
     return Rung(
         images_seen=images,

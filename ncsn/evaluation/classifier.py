@@ -209,11 +209,11 @@ def _labeled(labels: Labels, *, num_classes: int) -> Labels:
         raise UserError(
             "data.source",
             "the dataset has no labels (all are -1), so no classifier can be trained on it",
-            hint="use a source with classes, for example one subfolder per class",
+            hint="use a source with classes, such as one subfolder per class",
         )
     if num_classes < 2:
         raise UserError(
-            "data.source", f"a classifier needs images of at least 2 classes, the dataset has {num_classes}"
+            "data.source", f"a classifier needs images of at least 2 classes, but the dataset has {num_classes}"
         )
     largest = int(labels[indices].max())
     if largest >= num_classes:

@@ -167,7 +167,7 @@ def _check(path: Path, source: str, sha256: str) -> None:
         raise UserError(
             "evaluation.weights",
             f"has SHA-256 {found}, expected {sha256}",
-            hint="get the right file, or set evaluation.weights_sha256 if this one is meant",
+            hint="get the right file, or set evaluation.weights_sha256 if you mean this one",
             value=source,
         )
 

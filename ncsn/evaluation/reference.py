@@ -239,7 +239,7 @@ def _require_test_images(config: Config, manifest: Manifest) -> None:
     if count < splits:
         raise UserError(
             "evaluation.num_splits",
-            f"the test split has {count} images only",
+            f"the test split has only {count} images",
             hint="lower it or raise data.test_fraction",
             value=splits,
         )

@@ -70,7 +70,9 @@ def check_crd(api: KubernetesApi) -> str:
 def check_image(api: KubernetesApi, image: str | None) -> str:
     """The image of the Ray pods. Only a pod can find out whether it can be pulled."""
     if image is None:
-        raise UserError("compute.kuberay.image", f"the Ray pods have no image; {IMAGE_VARIABLE} is not set either")
+        raise UserError(
+            "compute.kuberay.image", f"not set, and neither is {IMAGE_VARIABLE}: the Ray pods have no image"
+        )
     if not api.allowed("list", "nodes"):
         return f"{image}, not looked for: this account may not list nodes"
     nodes = api.nodes()
@@ -93,7 +95,7 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     if room < compute.min_pods:
         raise UserError(
             "compute.num_workers",
-            f"needs {compute.min_pods} pods of {size} GPUs, and the nodes have room for {room}; GPUs of each node: "
+            f"needs {compute.min_pods} pods of {size} GPUs, but the nodes have room for {room}; GPUs of each node: "
             f"{', '.join(map(str, sorted(each, reverse=True))) or 'none'}",
             value=compute.num_workers,
         )

@@ -80,7 +80,7 @@ class JobsApi:
         if self.ray_version != here:
             raise UserError(
                 self.address,
-                f"the cluster has Ray {self.ray_version}, this environment has Ray {here}",
+                f"the cluster has Ray {self.ray_version}, but this environment has Ray {here}",
                 hint=f"install ray=={self.ray_version} here, or submit from the image that the cluster runs",
             )
 

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from ncsn.data.format import Manifest
 
 INTENDED = (
-    "Study and demonstration of score-based generative models, and synthetic images that resemble the dataset and are "
-    "labeled as synthetic. Not for decisions about real things or people, and no replacement for the dataset."
+    "For studying and demonstrating score-based generative models, and for synthetic images that resemble the dataset "
+    "and are labeled as synthetic. Not for decisions about real things or people, and not a replacement for the "
+    "dataset."
 )
 LIMITS = (
-    "The images are samples from a distribution that was fitted to the data above, with its biases and its resolution. "
-    "They are not evidence of anything real. The metrics `memorised` and `nn_distance` say how close they are to "
-    "training images.",
-    "The scores hold for this sampler, number of images and extractor only. They are comparable with published "
-    "Inception Scores or FID only if the extractor is the Inception network of 2015.",
+    "The images are samples from a distribution fitted to the data above, with its biases and its resolution. They are "
+    "not evidence of anything real. The metrics `memorised` and `nn_distance` tell how close they are to training "
+    "images.",
+    "The scores hold only for this sampler, number of images and extractor. They are comparable with published "
+    "Inception Scores or FID only if the extractor is the 2015 Inception network.",
 )
 
 

@@ -47,8 +47,8 @@ def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> 
         return []
     worst = behind[np.argmax(losses[behind] / linear[behind])]
     return [
-        f"{_levels(behind.tolist())} {'is' if len(behind) == 1 else 'are'} under-trained: the best linear denoiser of "
-        f"the training images has a lower loss, most clearly at sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} against "
+        f"{_levels(behind.tolist())} {'is' if len(behind) == 1 else 'are'} undertrained: the best linear denoiser of "
+        f"the training images has a lower loss, most clearly at sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} versus "
         f"{losses[worst]:.3g}). Increase train.num_images or the width of the network."
     ]
 
@@ -71,7 +71,9 @@ def sampler_hints(sampler: SamplerConfig, sigmas: Sequence[float]) -> list[str]:
     sigma_L, ratio, steps = sigmas[-1], sigmas[-2] / sigmas[-1], sampler.steps_per_level
     best = best_epsilon(sigma_L=sigma_L, ratio=ratio, steps_per_level=steps)
     if sampler.epsilon >= 2 * sigma_L**2:
-        return [f"epsilon = {sampler.epsilon:g} is too large: the chain diverges from 2 sigma_L² on. Use {best:.2g}."]
+        return [
+            f"epsilon = {sampler.epsilon:g} is too large: the chain diverges at 2 sigma_L² and above. Use {best:.2g}."
+        ]
     variance, least = (
         variance_ratio(epsilon, sigma_L=sigma_L, ratio=ratio, steps_per_level=steps)
         for epsilon in (sampler.epsilon, best)
@@ -122,8 +124,8 @@ def training_section(
     return Section(
         heading="Training",
         text="The loss at a noise level is the share of the added noise that the network fails to predict: 0 is "
-        "perfect, and 1 is a network that always predicts zero. Strong noise is easy to distinguish from an image. "
-        "Where the noise is weaker than the detail of the images, it cannot be predicted, and the loss stays near 1.",
+        "perfect, and 1 means a network that always predicts zero. Strong noise is easy to tell from an image. Noise "
+        "weaker than the detail of the images cannot be predicted, so the loss stays near 1 there.",
         plots=[
             Plot(to_svg(heat_map, salt="heat"), alt="Loss of each noise level over training, as a map"),
             Plot(to_svg(curves, salt="lines"), alt="Loss of each noise level over training, as curves"),
@@ -185,10 +187,10 @@ def quality_section(measured: Measured, prices: Prices) -> Section:
     header = ("sampler", "NFE", measured["metric"], "seconds per 1,000 images", f"{prices.currency} per 1,000 images")
     return Section(
         heading="Quality against cost",
-        text="Sampling spends almost all of its time in network evaluations. The plot shows the quality over their "
-        "number per image (NFE), as the Fréchet distance to the training images; lower is better. It is measured over "
-        f"{points[0]['num_images']:,} images here and depends on that number, so compare it only within this plot. The "
-        f"labels are the seconds and the price of 1,000 images. {price_note(measured, prices)}",
+        text="Sampling spends almost all of its time in network evaluations. The plot shows the Fréchet distance to "
+        "the training images over the number of evaluations per image (NFE); lower is better. The distance is measured "
+        f"on {points[0]['num_images']:,} images and depends on that number, so compare it only within this plot. The "
+        f"labels give the seconds and the price of 1,000 images. {price_note(measured, prices)}",
         plots=[Plot(to_svg(quality_plot(measured, prices), salt="quality"), alt="Fréchet distance over evaluations")],
         table=[header, *rows],
     )
@@ -200,7 +202,7 @@ def price_note(measured: Measured, prices: Prices) -> str:
     priced = f"{cores} {'core' if cores == 1 else 'cores'} at {prices.cpu_core_hour:g} {prices.currency} per core-hour"
     if gpus:
         priced += f" and {gpus} GPU at {prices.gpu_hour:g}"
-    return f"The price is for {priced} during sampling, without start-up; ncsn plan uses the same price table."
+    return f"The price is for {priced} during sampling, without startup; ncsn plan uses the same price table."
 
 
 def _money(point: Mapping[str, Any], measured: Measured, prices: Prices) -> float:
@@ -218,11 +220,11 @@ def inpainting_section(png: bytes) -> Section:
     picture = Picture(
         png,
         alt="test images, their left halves, and completions",
-        caption="Each row: a test image that the model has not seen, its left half, and completions of it.",
+        caption="Each row: a test image that the model has not seen, its left half, and its completions.",
         width=560,
         pixelated=False,
     )
-    text = "The same network fills in the missing half, without training for it. Each completion uses different noise."
+    text = "The same network fills in the missing half without being trained to. Each completion uses different noise."
     return Section("Completing half an image", text, pictures=[picture])
 
 

@@ -81,7 +81,7 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
 
 @styled
 def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
-    """The same losses as a map, one row per level, with an arrow at each under-trained level."""
+    """The same losses as a map, one row per level, with an arrow at each undertrained level."""
     seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
     axes = figure.subplots()

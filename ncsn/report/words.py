@@ -26,45 +26,49 @@ class Meaning(NamedTuple):
 MEANINGS: Mapping[str, Meaning] = {
     "score": Meaning(
         "Score",
-        "Formula of the Inception Score: high when each image clearly shows one class and all classes occur. From 1 to "
-        "the number of classes.",
+        "The Inception Score formula: high when each image clearly shows one class and all classes occur. Ranges from "
+        "1 to the number of classes.",
         "higher",
     ),
     "fid": Meaning(
         "Fréchet distance",
-        "Between the features of these images and those of the training images. It is larger for fewer images.",
+        "Distance between the features of these images and those of the training images. Fewer images give a larger "
+        "value.",
         "lower",
     ),
     "kid": Meaning(
         "Kernel distance",
-        "To the training images, independent of the number of images. It is zero for real images on average and can be "
-        "negative.",
+        "Distance to the training images that does not depend on the number of images. It averages zero for real "
+        "images and can be negative.",
         "lower",
     ),
     "precision": Meaning(
-        "Precision", "Share of these images whose features lie among those of the real images.", "higher"
+        "Precision", "Share of these images whose features fall among those of the real images.", "higher"
     ),
-    "recall": Meaning("Recall", "Share of the real images whose features lie among those of these images.", "higher"),
+    "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
     "density": Meaning(
         "Density",
-        "How densely real images surround these in feature space; about 1 for real images. Outliers count little.",
+        "How densely real images surround these in feature space; about 1 for real images. Like precision, but less "
+        "sensitive to outliers.",
         "higher",
     ),
     "coverage": Meaning(
         "Coverage",
-        "Share of the real images that have one of these images nearby in feature space. Outliers count little.",
+        "Share of the real images that have one of these images nearby in feature space. Like recall, but less "
+        "sensitive to outliers.",
         "higher",
     ),
     "class_tv": Meaning(
         "Class imbalance",
-        "Total variation distance between the class frequencies here and in the training images: from 0 to 1.",
+        "Total variation distance between the class frequencies here and in the training images, from 0 to 1.",
         "lower",
     ),
     "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
     "memorised": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "nn_distance": Meaning(
         "Distance to the nearest training image",
-        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than for real images.",
+        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than it is for real "
+        "images.",
         "",
     ),
 }
@@ -147,37 +151,38 @@ def lead(
     paragraphs = [
         f"The model was trained on {manifest.count('train'):,} {color} images of {size} x {size} pixels: "
         f"{manifest.source.rstrip('.')}.",
-        f"It is a noise conditional score network (Song & Ermon 2019). It saw {images_seen:,} training images, with "
-        f"repetitions, at {num_levels} levels of Gaussian noise, and learned the score: the direction in which the "
-        "pixels become more likely. To generate an image, it starts from noise and follows the score in "
-        f"{nfe:,} network evaluations.",
+        f"It is a noise conditional score network (Song & Ermon 2019). It saw {images_seen:,} training images, "
+        f"counting repetitions, at {num_levels} levels of Gaussian noise and learned the score: the direction in which "
+        f"the pixels become more likely. To generate an image, it starts from noise and follows the score for {nfe:,} "
+        "network evaluations.",
     ]
     if "score" in generated and "score" in real:
         score, of_real = generated["score"], real["score"]
         scale = f" on a scale from 1 to {len(manifest.class_names)}" if score.extractor == "classifier" else ""
         text = (
             f"{extractor_phrase(score.extractor)} gives the generated images a score of {score.value:.3g}{scale} for "
-            f"how clear and how varied they are. Real images that the model has not seen get {of_real.value:.3g}."
+            f"being clear and varied. Real images that the model has not seen get {of_real.value:.3g}."
         )
-        paragraphs.append(f"{text} {_copies(generated['memorised'])}" if "memorised" in generated else text)
+        paragraphs.append(f"{text} {copies_sentence(generated['memorised'])}" if "memorised" in generated else text)
     if decision is not None:
         version = f"version {decision['version']} of {decision['model']}"
         verb = "is the new champion" if decision["promoted"] else "is not the new champion"
-        paragraphs.append(f"The model is {version} and {verb}. Reason: {decision['reason']}.")
+        paragraphs.append(f"The model is registered as {version} and {verb}. Reason: {decision['reason']}.")
     return paragraphs
 
 
-def _copies(memorized: Reading) -> str:
+def copies_sentence(memorized: Reading) -> str:
+    """How many of the generated images copy a training image."""
     copies = round(memorized.value * memorized.num_images)
-    found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies} are copies")
-    return f"Of {memorized.num_images:,} generated images that were compared with every training image, {found}."
+    found = {0: "none is a copy", 1: "one is a copy"}.get(copies, f"{copies:,} are copies")
+    return f"Of {memorized.num_images:,} generated images compared with every training image, {found}."
 
 
 def extractor_phrase(extractor: str) -> str:
     """The extractor, as the subject of a sentence."""
     return {
         "classifier": "A classifier trained on the same labeled images",
-        "inception": "The Inception network of 2015, which published scores use,",
+        "inception": "The 2015 Inception network, which published scores use,",
     }.get(extractor, f"The extractor “{extractor}”")
 
 
@@ -222,8 +227,8 @@ def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
     currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
     if not steps:
         return
-    # The times of the steps above are those of their last attempt, without its start-up.
-    yield Fact("Actual cost, with start-up and earlier attempts", _cost(ledger["actual"]["total"], currency))
+    # The times of the steps above are those of their last attempt, without its startup.
+    yield Fact("Actual cost, including startup and earlier attempts", _cost(ledger["actual"]["total"], currency))
     if ledger["plan"] is not None:
         yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
     if "sample" in steps and num_images:

@@ -187,7 +187,7 @@ def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> No
     if shape != manifest.shape:
         raise UserError(
             samples,
-            f"the samples are {_pixels(shape)}, the dataset has {_pixels(manifest.shape)}",
+            f"the samples are {_pixels(shape)}, but the dataset has {_pixels(manifest.shape)}",
             hint="evaluate them against the dataset that their model was trained on",
         )
 
@@ -221,12 +221,12 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
     notes = []
     if num_real != num_images:
         notes.append(
-            f"the test split has only {num_real} images, so the real metrics are over {num_real} and the samples' over "
-            f"{num_images}: the smaller set has the larger Frechet distance and the smaller score by its size alone"
+            f"the test split has only {num_real} images, so the real metrics are over {num_real} and those of the "
+            f"samples over {num_images}: fewer images alone give a larger Frechet distance and a smaller score"
         )
     if extractor == "inception" and num_images != PUBLISHED_IMAGES:
         notes.append(
-            f"published Inception scores and Frechet distances are over {PUBLISHED_IMAGES:,} samples, these are over "
-            f"{num_images:,} and do not compare with them; set sampling.num_images = {PUBLISHED_IMAGES}"
+            f"published Inception scores and Frechet distances are over {PUBLISHED_IMAGES:,} samples; these are over "
+            f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
         )
     return notes

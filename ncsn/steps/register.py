@@ -98,7 +98,7 @@ def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -
             raise UserError(
                 measured["uri"],
                 f"measures samples of {key} {manifest[key]}, not of {value}",
-                hint="sample and evaluate with the checkpoint and the sampler that are to be registered",
+                hint="sample and evaluate with the checkpoint and sampler to be registered",
             )
 
 
@@ -111,7 +111,7 @@ def _candidate(
         raise UserError(
             measured["uri"],
             f"measures against the dataset {manifest.digest}, but {checkpoint} was trained on {loaded.dataset_digest}",
-            hint="evaluate with the dataset of the training",
+            hint="evaluate with the dataset that it was trained on",
         )
     tracked.log_dataset(manifest.name, digest=manifest.digest, uri=measured["dataset"], profile=dict(manifest.counts))
     origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": loaded.digest}

@@ -163,7 +163,7 @@ def _grid(sources: Sources) -> Picture | None:
     uri = storage.join(sources.evaluation["samples"], "grid.png")
     if not storage.exists(uri):
         return None
-    caption = f"The first images that the model generated with seed {sources.samples['seed']}, without selection."
+    caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
@@ -183,8 +183,8 @@ def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
         more=more,
         measured=f"{words.extractor_phrase(extractors[0] if extractors else '')} extracts the features{accurate}. The "
         f"scores compare {evaluation['num_images']:,} generated images and {evaluation['num_real_images']:,} real test "
-        "images with the training images. Read each score next to that of the real images. It is comparable with "
-        "published scores only if the extractor is the Inception network of 2015.",
+        "images with the training images. Judge each score by that of the real images. Scores are comparable with "
+        "published ones only if the extractor is the 2015 Inception network.",
         fingerprint=evaluation["fingerprint"],
         notes=evaluation["notes"],
     )
@@ -202,13 +202,13 @@ def _neighbors(sources: Sources) -> list[Neighbor]:
 
 def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
     text = (
-        "Each triple is a sample, the training image nearest to it in pixels, and the one nearest in the extractor's "
-        "features. A model that repeats its training images shows the same image three times. The numbers are the "
-        "pixel distances to the nearest and the second nearest training image. A sample counts as a copy if the first "
-        "is less than a third of the second."
+        "Each triple shows a sample, the training image nearest to it in pixels, and the one nearest in the "
+        "extractor's features. A model that repeats its training images shows the same image three times. The numbers "
+        "are the pixel distances to the nearest and second-nearest training images. A sample counts as a copy if the "
+        "first is less than a third of the second."
     )
     found = generated.get("memorised")
-    return text if found is None else f"{text} Of {found.num_images:,} samples, {found.value:.1%} are copies."
+    return text if found is None else f"{text} {words.copies_sentence(found)}"
 
 
 def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
@@ -291,14 +291,14 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     yield Fact("Run", sources.folder.uri)
     yield Fact("Dataset", sources.evaluation["dataset"])
     yield Fact("Dataset digest", sources.manifest.digest)
-    yield Fact("License of the data", sources.manifest.license)
+    yield Fact("Data license", sources.manifest.license)
     yield Fact("Checkpoint", sources.samples["checkpoint"])
-    yield Fact("Digest of the weights", sources.checkpoint.digest)
+    yield Fact("Weights digest", sources.checkpoint.digest)
     yield Fact("Samples", sources.evaluation["samples"])
     yield Fact("Evaluation", sources.evaluation["uri"])
     if registered := sources.result("register"):
         yield Fact("Registered model", f"{registered['uri']} ({', '.join(registered['aliases']) or 'no alias'})")
         yield Fact("Decision", registered["reason"])
     yield Fact("MLflow run", whole.run_id, link=whole.page)
-    yield Fact("MLflow runs of the steps", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
+    yield Fact("MLflow runs by step", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
     yield from words.tag_facts([whole.tags, *(run.tags for run in steps.values())])

@@ -90,7 +90,7 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
     if config.evaluation.extractor == "classifier" and not manifest.class_names:
         raise UserError(
             "evaluation.extractor",
-            f"needs labels, and the dataset {dataset} has none",
+            f"needs labels, but the dataset {dataset} has none",
             hint="sort the images into one subfolder per class, or set it to inception and set evaluation.weights",
             value="classifier",
         )

@@ -1,6 +1,6 @@
 """`ncsn plan`: a trial run of the pipeline's steps on a few images, in a temporary store, on the cluster of the run.
 
-So the rates include start-up, workers that share cores, checkpoints and tracking, not only the network.
+So the rates include startup, workers that share cores, checkpoints and tracking, not only the network.
 """
 
 from __future__ import annotations

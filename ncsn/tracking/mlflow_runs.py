@@ -204,7 +204,7 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
             _end(tracked, step, "FAILED" if isinstance(error, Exception) else "KILLED", adopted=adopted)
         if isinstance(error, MlflowException):
             raise TrackingError(
-                shown(connection.uri), one_line(error), hint="repeat the command to go on from here"
+                shown(connection.uri), one_line(error), hint="repeat the command to continue from here"
             ) from error
         raise
     costs = step_costs(config, plan, step=step, seconds=time.monotonic() - started)
