@@ -75,7 +75,7 @@ def test_levels_that_a_linear_denoiser_beats_are_named(factors: list[float], hin
     found = training_hints(linear * factors, linear=linear, sigmas=[1.0, 0.5, 0.25, 0.125])
     assert [hint[: len(start)] for hint, start in zip(found, hints, strict=True)] == hints
     if factors[0] == 3.0:
-        assert "sigma 1 (0.1 against 0.3)" in found[0]
+        assert "sigma 1 (0.1 versus 0.3)" in found[0]
 
 
 def test_an_epsilon_that_does_not_fit_gets_the_one_that_does() -> None:
