@@ -27,6 +27,9 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+_COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
 
@@ -35,7 +38,7 @@ class DataConfig(Section):
 
     # Left out of plain values while they have their defaults. So a config that was written before they came has the
     # digest that it had: no run is ingested again or gets a second MLflow run.
-    ADDED: ClassVar[frozenset[str]] = frozenset()
+    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit"})
 
     source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
         description="Source of the images. All but sklearn_digits read files in data.root."
@@ -55,6 +58,15 @@ class DataConfig(Section):
     convert_channels: bool = Field(
         False, description="Convert gray to RGB, or RGB to gray, instead of refusing the images."
     )
+    fit: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="How an image becomes square: crop = its center; pad = borders in the color of background, or "
+        "black; stretch = another aspect ratio.",
+    )
+    background: Literal["none", "white", "black"] | tuple[Byte, Byte, Byte] = Field(
+        "none",
+        description="Color behind transparent pixels: white, black or [r, g, b]; none = they make an image a bad one.",
+    )
     test_fraction: float = Field(
         0.1,
         gt=0,
@@ -64,7 +76,7 @@ class DataConfig(Section):
     max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null = all.")
     on_bad_image: Literal["fail", "skip"] = Field(
         "fail",
-        description="What to do with an image that cannot be decoded: fail = stop and name it, skip = leave it out and "
+        description="What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and "
         "count it.",
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
@@ -85,6 +97,11 @@ class DataConfig(Section):
         "network.sigma_data are then in units of logits.",
     )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
+
+    @property
+    def background_color(self) -> tuple[int, int, int] | None:
+        """RGB of `background`; None for none."""
+        return _COLORS[self.background] if isinstance(self.background, str) else self.background
 
     @model_serializer(mode="wrap")
     def _without_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image of the source that does not decode."""
+    """An image of the source that cannot be used."""
 
     name: str
     reason: str
@@ -138,6 +138,7 @@ class Manifest:
     # A `NoiseSuggestion` as plain values, so that reading a manifest does not load torch: for the images as they are
     # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike, None before it was kept.
     suggested_noise: Mapping[str, Any] | None = None
+    conversions: Mapping[str, int] = field(default_factory=dict)  # what pixels lost, as of `Picture`: images of each
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,7 +147,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+        fields = asdict(self)
+        if not self.conversions:
+            del fields["conversions"]  # so the same images give the manifest that they gave before conversions
+        return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=1) + "\n"
 
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""

@@ -19,26 +19,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
-import numpy as np
-from PIL import Image
-
 from ncsn import storage
 from ncsn.data.format import SkippedImage
-from ncsn.data.pixels import BadImageError, Fit, decode
-from ncsn.data.source import Example, safe_member
+from ncsn.data.pixels import BadImageError, Fit, Fitted, Picture, decode
+from ncsn.data.source import Example, require_utf8, safe_member
 from ncsn.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 _LABEL_SUFFIXES = ("cls", "json")
 _LABEL_KEYS = ("cls", "label")
 _LONGEST_LABEL = 64 << 10
-_LARGEST_IMAGE = 64 << 20
+_LARGEST_IMAGE = 512 << 20  # what the pixels take that Pillow accepts at most
+_TOO_LARGE = f"takes more than {_LARGEST_IMAGE >> 20} MiB"
 _INDEX_BUFFER = 256 << 10
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_ZIP_HEADER = _ZIP_HEADER.size + 2 * 0xFFFF
@@ -88,6 +87,7 @@ def index_archive(uri: str) -> list[tuple[Member, str | None]]:
             if not stem:
                 continue
             if name.suffix.lower() in IMAGE_SUFFIXES:
+                require_utf8(member.path, key=uri)
                 images.append(member)
             elif suffix in _LABEL_SUFFIXES:
                 words[_key(member.path)] = _word(member, stream, uri)
@@ -101,7 +101,7 @@ def read_member(stream: Any, member: Member) -> bytes:
         BadImageError: if the archive is cut or damaged there, or packs the member in a way that is not supported.
     """
     if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.size > _LARGEST_IMAGE):
-        raise BadImageError(f"takes more than {_LARGEST_IMAGE >> 20} MiB")
+        raise BadImageError(_TOO_LARGE)
     data: bytes = stream.read_at(member.span, member.offset)
     if len(data) < member.span:
         raise BadImageError("the archive ends within it")
@@ -212,7 +212,7 @@ class EncodedImages:
         cores = cores if storage.is_local(self.root) else _LARGEST_POOL
         with _Reader(self.root) as reader:
 
-            def load(image: ImageFile) -> Image.Image:
+            def load(image: ImageFile) -> Picture:
                 return decode(reader.read(image))
 
             images = (
@@ -244,7 +244,7 @@ class _Reader:
     def read(self, image: ImageFile) -> bytes:
         uri = storage.join(self._root, image.file) if image.file else self._root
         if image.member is None:
-            return storage.read_bytes(uri)
+            return _read_file(uri)
         if storage.is_local(uri):
             return read_member(self._archive(uri), image.member)
         # An open S3 file has one position, so threads cannot share it.
@@ -260,22 +260,35 @@ class _Reader:
             return self._archives[uri]
 
 
+def _read_file(uri: str) -> bytes:
+    try:
+        if storage.is_local(uri) and Path(uri).stat().st_size > _LARGEST_IMAGE:
+            raise BadImageError(_TOO_LARGE)
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise UserError(
+            uri, "was deleted while data.root was read", hint="run this again once nothing changes there"
+        ) from None
+    except PermissionError as error:
+        raise UserError(uri, f"cannot be read: {error.strerror}", hint="make it readable, or remove it") from None
+
+
 class Encoded(NamedTuple):
     """An image that is still to be decoded."""
 
     name: str
     label: int
-    load: Callable[[], Image.Image]  # called in another thread
+    load: Callable[[], Picture]  # called in another thread
 
 
 def fit_in_order(images: Iterable[Encoded], fit: Fit, *, cores: int | None) -> Iterator[Example | SkippedImage]:
-    """Each image, or why it does not decode, on a pool of threads (Pillow releases the interpreter lock)."""
+    """Each image, or why it cannot be used, on a pool of threads (Pillow releases the interpreter lock)."""
 
-    def work(image: Encoded) -> np.ndarray:
-        return fit.image(image.load(), name=image.name)
+    def work(image: Encoded) -> Fitted:
+        return fit.picture(image.load(), name=image.name)
 
     threads = min(_LARGEST_POOL, cores or os.cpu_count() or 1)
-    waiting: deque[tuple[Encoded, Future[np.ndarray]]] = deque()
+    waiting: deque[tuple[Encoded, Future[Fitted]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for image in images:
@@ -288,8 +301,9 @@ def fit_in_order(images: Iterable[Encoded], fit: Fit, *, cores: int | None) -> I
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _settled(image: Encoded, future: Future[np.ndarray]) -> Example | SkippedImage:
+def _settled(image: Encoded, future: Future[Fitted]) -> Example | SkippedImage:
     try:
-        return Example(future.result(), image.label)
+        fitted = future.result()
     except BadImageError as error:
         return SkippedImage(image.name, str(error))
+    return Example(fitted.image, image.label, fitted.conversions)

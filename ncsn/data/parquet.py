@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from ncsn.errors import UserError
 
 _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
+_CONVERSIONS = b"ncsn.conversions"
 # Arrow keeps uint8 in 32-bit Parquet integers; splitting their bytes lets the compressor drop the three that are zero.
 _WRITER = {
     # Decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one digest
@@ -76,11 +78,12 @@ class PartWriter:
         self._pending = self._thread.submit(self._writer.write_table, to_table(rows), row_group_size=len(rows))
         self.rows += len(rows)
 
-    def note_skipped(self, skipped: Sequence[SkippedImage]) -> None:
-        """Record in the file which images of its range of the source it does not hold."""
-        if skipped:
+    def note(self, bad: BadImages) -> None:
+        """Record in the file which images of its range of the source it does not hold, and which it converted."""
+        notes = {_SKIPPED: [asdict(image) for image in bad.skipped], _CONVERSIONS: bad.conversions}
+        if kept := {key: json.dumps(value) for key, value in notes.items() if value}:
             self._settle()
-            self._writer.add_key_value_metadata({_SKIPPED: json.dumps([asdict(image) for image in skipped])})
+            self._writer.add_key_value_metadata(kept)
 
     def _settle(self) -> None:
         if self._pending is not None:
@@ -124,11 +127,15 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
             place += count
 
 
-def inspect_part(part_uri: str) -> tuple[int, list[SkippedImage]]:
-    """Rows of a part, and the images that were left out of it."""
+def inspect_part(part_uri: str) -> tuple[int, BadImages]:
+    """Rows of a part, and the images that were left out of it or converted."""
     with _open(part_uri) as file:
-        skipped = (file.metadata.metadata or {}).get(_SKIPPED, b"[]")
-        return file.metadata.num_rows, [SkippedImage(**image) for image in json.loads(skipped)]
+        notes = file.metadata.metadata or {}
+        return file.metadata.num_rows, BadImages(
+            skip=True,
+            skipped=[SkippedImage(**image) for image in json.loads(notes.get(_SKIPPED, b"[]"))],
+            conversions=Counter(json.loads(notes.get(_CONVERSIONS, b"{}"))),
+        )
 
 
 def _open(part_uri: str) -> pq.ParquetFile:
@@ -186,7 +193,7 @@ def write_dataset(
         on_progress: Called with (images read, images offered).
 
     Raises:
-        UserError: if an image does not decode or fit, or a split has fewer than 2 images.
+        UserError: if an image cannot be used, or a split has fewer than 2 images.
         OSError: if the disk is full.
     """
     bad = BadImages(skip=data.on_bad_image == "skip")
@@ -200,7 +207,7 @@ def write_dataset(
             return storage.publish_folder(scratch, uri, marker=MANIFEST)
 
         splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
-        return publish_dataset(source, splits, folder, name=name, data=data, skipped=bad.skipped, publish=publish)
+        return publish_dataset(source, splits, folder, name=name, data=data, bad=bad, publish=publish)
 
 
 def _write_parts(

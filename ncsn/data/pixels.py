@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,26 +21,59 @@ _FILTER = Image.Resampling.BILINEAR
 
 _MODES = {1: "L", 3: "RGB"}
 _WORDS = {1: "gray", 3: "RGB"}
-_NOT_DECODED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_ALPHA = ("P", "PA", "LA", "La", "RGBA", "RGBa")
+# Pillow has readers for forty more formats. Few people need them, and each can be attacked.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# All that Pillow was seen to raise for damaged and for hostile files.
+_NOT_DECODED = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+# From 90 to 179 megapixels Pillow warns, which large cameras reach; above that it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImageError(ValueError):
-    """An image whose bytes do not decode; the message is the reason."""
+    """An image that cannot be used; the message is the reason."""
+
+
+class Picture(NamedTuple):
+    """A decoded image."""
+
+    image: Image.Image
+    conversions: tuple[str, ...] = ()  # what it lost: 16-bit, animated, CMYK, YCbCr, float or transparent
+
+
+class Fitted(NamedTuple):
+    """An image as a row of the dataset."""
+
+    image: np.ndarray  # uint8 [image_size, image_size, channels]
+    conversions: tuple[str, ...]  # as of `Picture`
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Brings an image to [image_size, image_size, channels]: a center crop to a square, then an antialiased resize."""
+    """Brings an image to [image_size, image_size, channels] with an antialiased resize."""
 
     image_size: int
     channels: int  # 1 = gray, 3 = RGB
     convert: bool = False  # gray to RGB, or RGB to gray by ITU-R 601 luma, instead of refusing
     crop: int | None = None  # side of the center crop in pixels; None = the shorter side
+    method: Literal["crop", "pad", "stretch"] = "crop"  # what makes it square
+    background: tuple[int, int, int] | None = None  # RGB under transparent pixels; None = these are bad images
 
     @classmethod
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
         """The conversion that the config asks for."""
-        return cls(data.image_size, data.channels, convert=data.convert_channels, crop=crop)
+        return cls(
+            data.image_size,
+            data.channels,
+            convert=data.convert_channels,
+            crop=crop,
+            method=data.fit,
+            background=data.background_color,
+        )
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether arrays [H, W, C] of this shape stay as they are."""
@@ -47,19 +83,51 @@ class Fit:
         """Fit a uint8 array [H, W, C] with C = 1 or 3."""
         if self.keeps(image.shape):
             return image
-        return self.image(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), name=name)
+        return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)), name=name).image
 
-    def image(self, image: Image.Image, *, name: str) -> np.ndarray:
-        """Fit a decoded image; the result is uint8 [image_size, image_size, channels].
+    def picture(self, picture: Picture, *, name: str) -> Fitted:
+        """Fit a decoded image.
 
         Raises:
-            UserError: naming the image, for pixels of a kind or channel count that is not accepted.
+            BadImageError: for pixels of a kind that is not accepted.
+            UserError: naming the image, for another channel count or a size that is too small for the crop.
         """
-        image = self._to_channels(_plain(image, name=name), name=name)
-        square = self._center(image, name=name)
-        if square.size != (self.image_size, self.image_size):
-            square = square.resize((self.image_size, self.image_size), _FILTER)
-        return np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
+        plain, conversions = self._plain(picture)
+        square = self._square(self._to_channels(plain, name=name), name=name)
+        pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
+        return Fitted(pixels, conversions)
+
+    def _plain(self, picture: Picture) -> Picture:
+        """As mode L or RGB; palettes are looked up, and opaque alpha is dropped."""
+        image, conversions = picture
+        if image.mode in _ALPHA or (self.background is not None and image.has_transparency_data):
+            return self._opaque(picture)
+        if image.mode in ("L", "RGB"):
+            return picture
+        if image.mode in ("1", "RGBX"):
+            return Picture(image.convert("L" if image.mode == "1" else "RGB"), conversions)
+        if image.mode in ("CMYK", "YCbCr"):
+            return Picture(image.convert("RGB"), (*conversions, image.mode))
+        if "16-bit" in conversions and image.mode.startswith("I"):
+            # The upper byte, which is what Pillow keeps of 16-bit color.
+            return Picture(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), conversions)
+        if image.mode == "F":
+            return Picture(_from_floats(np.asarray(image)), (*conversions, "float"))
+        raise BadImageError(f"has pixels of kind {image.mode!r}")
+
+    def _opaque(self, picture: Picture) -> Picture:
+        image, conversions = picture
+        gray = image.mode in ("L", "LA", "La")
+        if image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
+        whole = image.convert("RGBA") if image.has_transparency_data else None
+        if whole is None or whole.getchannel("A").getextrema()[0] == 255:
+            return Picture(image.convert("L" if gray else "RGB"), conversions)
+        if self.background is None:
+            raise BadImageError("has transparent pixels, and data.background is none")
+        whole = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), whole)
+        gray = gray and (self.channels == 1 or len(set(self.background)) == 1)
+        return Picture(whole.convert("L" if gray else "RGB"), (*conversions, "transparent"))
 
     def _to_channels(self, image: Image.Image, *, name: str) -> Image.Image:
         channels = len(image.getbands())
@@ -74,6 +142,15 @@ class Fit:
             )
         return image.convert(_MODES[self.channels])
 
+    def _square(self, image: Image.Image, *, name: str) -> Image.Image:
+        width, height = image.size
+        if self.method == "crop":
+            image = self._center(image, name=name)
+        elif self.method == "pad" and width != height:
+            return self._padded(image)
+        size = (self.image_size, self.image_size)
+        return image if image.size == size else image.resize(size, _FILTER)
+
     def _center(self, image: Image.Image, *, name: str) -> Image.Image:
         width, height = image.size
         side = self.crop or min(width, height)
@@ -84,27 +161,44 @@ class Fit:
         left, top = (width - side) // 2, (height - side) // 2
         return image.crop((left, top, left + side, top + side))
 
+    def _padded(self, image: Image.Image) -> Image.Image:
+        longest = max(image.size)
+        width, height = (max(1, round(side * self.image_size / longest)) for side in image.size)
+        color = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(image.mode)
+        square = color.resize((self.image_size, self.image_size))
+        square.paste(
+            image.resize((width, height), _FILTER), ((self.image_size - width) // 2, (self.image_size - height) // 2)
+        )
+        return square
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a whole PNG or JPEG and turn it upright by its EXIF orientation."""
+
+def decode(data: bytes) -> Picture:
+    """Decode a picture, the first of several frames, and turn it upright by its EXIF orientation."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        conversions = []
+        if image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]):  # the layout of the stored pixels
+            conversions.append("16-bit")
+        # Phones put a second picture, such as a depth map, into a JPEG.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            conversions.append("animated")
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return Picture(image, tuple(conversions))
     except _NOT_DECODED as error:
-        reason = "not a PNG or JPEG" if isinstance(error, OSError) and "cannot identify" in str(error) else str(error)
+        unknown = isinstance(error, OSError) and "cannot identify" in str(error)
+        reason = f"not one of {', '.join(_formats())}" if unknown else str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
 
 
-def _plain(image: Image.Image, *, name: str) -> Image.Image:
-    """As mode L or RGB. Opaque alpha is dropped and palettes are looked up; what would need a choice is refused."""
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode in ("LA", "PA", "RGBA", "P"):
-        gray, transparent = image.mode == "LA", image.has_transparency_data
-        if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-            raise UserError(name, "has transparent pixels", hint="flatten it on a background first")
-        return image.convert("L" if gray else "RGB")
-    raise UserError(name, f"has pixels of kind {image.mode!r}", hint="convert it to 8-bit gray or RGB first")
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # older releases of Pillow lack AVIF
+
+
+def _from_floats(values: np.ndarray) -> Image.Image:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # or NaN
+        raise BadImageError(f"has floating-point pixels from {low:g} to {high:g}; only 0 to 1 are accepted")
+    return Image.fromarray(np.floor(values * 255 + 0.5).astype(np.uint8))

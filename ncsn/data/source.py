@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -26,6 +28,7 @@ class Example(NamedTuple):
 
     image: np.ndarray
     label: int
+    conversions: tuple[str, ...] = ()  # as of `Picture`
 
 
 class Split(Protocol):
@@ -34,13 +37,13 @@ class Split(Protocol):
     in_tasks: ClassVar[bool]  # whether reading them takes long enough to share the work between processes
 
     def __len__(self) -> int:
-        """Images that it offers; some of them may not decode."""
+        """Images that it offers; some of them may be bad."""
 
     def section(self, first: int, last: int) -> Split:
         """Images `first .. last`."""
 
     def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        """Each image, or why it does not decode; read on `cores` cores, None = all of this machine."""
+        """Each image, or why it cannot be used; read on `cores` cores, None = all of this machine."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +58,29 @@ class Source:
 
 @dataclass
 class BadImages:
-    """What to do with images that do not decode: stop at the first, or leave them out and remember them."""
+    """Images that cannot be used: stop at the first, or leave them out. Counts those that are converted too."""
 
     skip: bool
     skipped: list[SkippedImage] = field(default_factory=list)
+    conversions: Counter[str] = field(default_factory=Counter)
 
     def filter(self, rows: Iterable[Example | SkippedImage]) -> Iterator[Example]:
-        """The images that decode.
+        """The images that can be used.
 
         Raises:
-            UserError: naming the first that does not, unless bad images are skipped.
+            UserError: naming the first that cannot, unless bad images are skipped.
         """
         for row in rows:
             if isinstance(row, Example):
+                if row.conversions:
+                    self.conversions.update(row.conversions)
                 yield row
             elif self.skip:
                 self.skipped.append(row)
             else:
                 raise UserError(
                     row.name,
-                    f"does not decode: {row.reason}",
+                    f"cannot be used: {row.reason}",
                     hint="repair or remove it, or set data.on_bad_image to skip",
                 )
 
@@ -139,6 +145,14 @@ def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:
     return path
 
 
+def require_utf8(name: str, *, key: str) -> None:
+    """Refuse the name of a file that is not text: it can neither be hashed nor shown."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(key, f"holds {name!r}, a name that is not UTF-8", hint="rename it") from None
+
+
 class Listed(NamedTuple):
     """A file: its path below the root, its bytes, and when it changed in nanoseconds."""
 
@@ -189,7 +203,8 @@ def _files_below(folder: Path, root: Path, *, above: tuple[tuple[int, int], ...]
             if path.name.startswith(".") or path.name == "lost+found":  # the latter is root's on each ext4 volume
                 continue
             if path.is_file():
-                yield _listed(path, path.relative_to(root).as_posix())
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    yield _listed(path, path.relative_to(root).as_posix())
             elif path.is_dir():
                 status = path.stat()
                 if (status.st_dev, status.st_ino) not in above:  # else a link to a folder that it is in
@@ -203,6 +218,7 @@ def _files_below(folder: Path, root: Path, *, above: tuple[tuple[int, int], ...]
 
 
 def _listed(path: Path, name: str) -> Listed:
+    require_utf8(name, key="data.root")
     status = path.stat()
     return Listed(name, status.st_size, status.st_mtime_ns)
 

@@ -31,12 +31,15 @@ from ncsn.data.format import (
     load_manifest,
     schema_words,
 )
-from ncsn.data.source import Source, Split, image_shape
+from ncsn.data.source import BadImages, Source, Split, image_shape
 from ncsn.errors import UserError
 
 Progress = Callable[[int, int], None]
 
-_SHAPING = ("source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image")
+_SHAPING = (
+    "source", "image_size", "channels", "convert_channels", "fit", "background", "test_fraction", "max_images",
+    "on_bad_image",
+)  # fmt: skip
 LEAST_IMAGES = 2
 
 MOST_IMAGES = 60_000
@@ -259,7 +262,7 @@ def summarize(
 
 def _require_images(count: int, split: str, data: DataConfig, *, num_skipped: int) -> None:
     if count < LEAST_IMAGES:
-        skipped = f" ({num_skipped} did not decode)" if num_skipped else ""
+        skipped = f" ({num_skipped} could not be used)" if num_skipped else ""
         raise UserError(
             "data.source",
             f"gives {count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are needed",
@@ -275,7 +278,7 @@ def publish_dataset(
     *,
     name: str,
     data: DataConfig,
-    skipped: Sequence[SkippedImage],
+    bad: BadImages,
     publish: Callable[[Manifest, str], bool],
 ) -> Dataset:
     """Publish the written rows at `<folder>/<digest>`, unless the store holds them already.
@@ -286,10 +289,10 @@ def publish_dataset(
         folder: URI of the folder that holds all versions of this dataset.
         name: Name of the dataset.
         data: The settings that the source was opened with.
-        skipped: The images that were left out.
+        bad: The images that were left out or converted.
         publish: Publishes parts and manifest at a URI; False if a complete dataset was there first.
     """
-    manifest = _describe(source, splits, name=name, data=data, skipped=skipped)
+    manifest = _describe(source, splits, name=name, data=data, bad=bad)
     uri = storage.join(folder, manifest.digest)
     there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
     if there is not None and there.suggested_noise is not None:
@@ -310,7 +313,7 @@ def _describe(
     *,
     name: str,
     data: DataConfig,
-    skipped: Sequence[SkippedImage],
+    bad: BadImages,
 ) -> Manifest:
     shape = image_shape(data)
     content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
@@ -327,11 +330,12 @@ def _describe(
         std=train.std,
         minimum=train.minimum,
         maximum=train.maximum,
-        skipped=list(skipped),
+        skipped=list(bad.skipped),
         parts={split: summary.parts for split, summary in splits.items()},
         content=content,
         schema=schema_words(*shape),
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
+        conversions=dict(sorted(bad.conversions.items())),
     )

@@ -15,7 +15,7 @@ import ray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import MANIFEST, Images, Manifest, Part, SkippedImage, load_manifest
+from ncsn.data.format import MANIFEST, Images, Manifest, Part, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.source import BadImages, Source, Split, image_shape
 from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings, summarize
@@ -55,7 +55,7 @@ def write_dataset_in_tasks(
         on_progress: Called with (images written and read back, images offered).
 
     Raises:
-        UserError: if an image does not decode or fit, or a split has fewer than 2 images.
+        UserError: if an image cannot be used, or a split has fewer than 2 images.
         ray.exceptions.RayError: if the same part was lost four times.
     """
     key = _key(data, fingerprint)
@@ -64,19 +64,19 @@ def write_dataset_in_tasks(
     if known is not None:
         return known
     staging = storage.join(folder, f".parts-{key}")
-    skipped: list[SkippedImage] = []
+    bad = BadImages(skip=True)
 
     def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
-        return _written_blocks(images, staging, split, parts, skipped, data=data)
+        return _written_blocks(images, staging, split, parts, bad, data=data)
 
     try:
-        splits = summarize(source, data, written, skipped=skipped, on_progress=on_progress)
+        splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
 
         def publish(manifest: Manifest, uri: str) -> bool:
             storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
             return storage.publish_staged(staging, uri, marker=MANIFEST)
 
-        dataset = publish_dataset(source, splits, folder, name=name, data=data, skipped=skipped, publish=publish)
+        dataset = publish_dataset(source, splits, folder, name=name, data=data, bad=bad, publish=publish)
     except FileNotFoundError:
         # Another process that ingests the same images was faster and moved the parts to their place.
         known = _known(folder, receipt)
@@ -103,12 +103,13 @@ def _known(folder: str, receipt: str) -> Dataset | None:
 
 
 def _written_blocks(
-    images: Split, staging: str, split: str, parts: list[Part], skipped: list[SkippedImage], *, data: DataConfig
+    images: Split, staging: str, split: str, parts: list[Part], bad: BadImages, *, data: DataConfig
 ) -> Iterator[Images]:
     """The rows of a split, read back from its parts while tasks write later ones."""
     for path in _written_parts(images, staging, split, data=data):
-        rows, left_out = inspect_part(storage.join(staging, path))
-        skipped.extend(left_out)
+        rows, of_part = inspect_part(storage.join(staging, path))
+        bad.skipped.extend(of_part.skipped)
+        bad.conversions.update(of_part.conversions)
         part = Part(path, rows)
         yield from read_part(staging, part, shape=image_shape(data))
         if rows:
@@ -145,5 +146,5 @@ def _write_part(task: _Task) -> None:
         with PartWriter(file, shape) as writer:
             while block := take(examples, block_rows(shape)):
                 writer.write(block)
-            writer.note_skipped(bad.skipped)
+            writer.note(bad)
         storage.publish_file(file, task.uri)

@@ -70,7 +70,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
 
 def _data(manifest: Manifest) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest.counts.items())
-    skipped = f"; {len(manifest.skipped)} more could not be decoded" if manifest.skipped else ""
+    skipped = f"; {len(manifest.skipped)} more could not be used" if manifest.skipped else ""
     return f"{manifest.source.rstrip('.')}. Images: {counts}{skipped}. Content digest `{manifest.digest}`."
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import MANIFEST
+from ncsn.data.format import MANIFEST, Manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.source import source_fingerprint
 from ncsn.data.sources import fills_several_parts, open_source
@@ -23,6 +23,7 @@ class IngestResult:
     digest: str  # of its content
     counts: dict[str, int]  # images of each split
     created: bool  # False if the store held this content already, so nothing was written
+    notes: list[str] = field(default_factory=list)  # on images that were converted or left out, for people
 
 
 def run(config: Config, *, run: str) -> IngestResult:
@@ -39,7 +40,15 @@ def run(config: Config, *, run: str) -> IngestResult:
         manifest = dataset.manifest
         work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
         work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
-    return step.done(IngestResult(dataset.uri, manifest.digest, dict(manifest.counts), dataset.created))
+    counts = dict(manifest.counts)
+    return step.done(IngestResult(dataset.uri, manifest.digest, counts, dataset.created, _notes(manifest)))
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    notes = [f"{count} images were {what}" for what, count in manifest.conversions.items()]
+    if manifest.skipped:
+        notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
+    return notes
 
 
 def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressFile) -> Dataset:

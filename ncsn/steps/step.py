@@ -92,7 +92,7 @@ class Step(Generic[R]):
             return None
         # A result of an older version may lack a field; without a default the work is done again.
         fields = dataclasses.fields(self._type)  # type: ignore[arg-type]
-        required = {field.name for field in fields if field.default is dataclasses.MISSING}
+        required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
         if not required <= stored.keys() <= {field.name for field in fields}:
             return None
         result = self._type(**stored)

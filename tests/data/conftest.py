@@ -80,6 +80,16 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def members(formats) -> dict[str, bytes]:
+    """Path -> PNG of one gray value, in two class folders."""
+    return {
+        f"{name}/{number:02d}.png": formats.image(np.full((8, 8), 10 * number + place, np.uint8))
+        for place, name in enumerate(("cat", "dog"))
+        for number in range(20)
+    }
+
+
+@pytest.fixture
 def data_config() -> Callable[..., DataConfig]:
     """A data section with the values that a test does not care about."""
 

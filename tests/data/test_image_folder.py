@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import put, rows_of, skipped_of
 from refused import refused
 
 from ncsn.data.format import SkippedImage
@@ -15,41 +16,12 @@ from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.source import list_files, source_fingerprint
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound, UserError
-from ncsn.storage import write_bytes
 from ncsn.storage.files import _s3_filesystem
-
-
-def put(root: Path | str, files: dict[str, bytes]) -> str:
-    for name, content in files.items():
-        write_bytes(f"{root}/{name}", content)
-    return str(root)
 
 
 def halves(members: dict[str, bytes]) -> list[dict[str, bytes]]:
     names = list(members)
     return [{name: members[name] for name in names[start::2]} for start in (0, 1)]
-
-
-def rows_of(source) -> dict[str, list[tuple[int, int]]]:
-    """Split -> (first pixel, label) of each image that decodes."""
-    return {
-        split: [(int(row.image[0, 0, 0]), row.label) for row in part.stream() if not isinstance(row, SkippedImage)]
-        for split, part in source.splits.items()
-    }
-
-
-def skipped_of(source) -> list[str]:
-    return [row.name for part in source.splits.values() for row in part.stream() if isinstance(row, SkippedImage)]
-
-
-@pytest.fixture
-def members(formats) -> dict[str, bytes]:
-    """Path -> PNG of one gray value, in two class folders."""
-    return {
-        f"{name}/{number:02d}.png": formats.image(np.full((8, 8), 10 * number + place, np.uint8))
-        for place, name in enumerate(("cat", "dog"))
-        for number in range(20)
-    }
 
 
 @pytest.fixture

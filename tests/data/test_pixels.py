@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 from refused import refused
 
 from ncsn.data.pixels import BadImageError, Fit, decode
+from ncsn.errors import UserError
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels(rng):
@@ -59,11 +64,48 @@ def with_alpha(alpha: int) -> Image.Image:
     return image
 
 
-def test_opaque_alpha_is_dropped_and_transparency_refused(formats):
-    fitted = Fit(8, 3).image(decode(formats.image(with_alpha(255))), name="x")
-    assert (fitted == [10, 20, 30]).all()
-    with refused("x"):
-        Fit(8, 3).image(decode(formats.image(with_alpha(254))), name="x")
+def fitted(data: bytes, channels: int = 3, size: int = 8, **settings) -> tuple[np.ndarray, tuple[str, ...]]:
+    return Fit(size, channels, **settings).picture(decode(data), name="x")
+
+
+def test_opaque_alpha_is_dropped_and_transparency_is_bad_without_a_background(formats):
+    pixels, conversions = fitted(formats.image(with_alpha(255)))
+    assert (pixels == [10, 20, 30]).all() and conversions == ()
+    with pytest.raises(BadImageError):
+        fitted(formats.image(with_alpha(254)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_transparent_pixels_get_the_background(formats, kind):
+    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    image.paste((10, 20, 30, 255), (0, 0, 8, 4))
+    pixels, conversions = fitted(formats.image(image, kind, **lossless), background=(200, 0, 100))
+    assert np.abs(pixels[0].astype(int) - [10, 20, 30]).max() <= 2
+    assert np.abs(pixels[7].astype(int) - [200, 0, 100]).max() <= 2
+    assert conversions == ("transparent",)
+
+
+def test_half_transparent_pixels_are_mixed_and_gray_stays_gray_on_gray(formats):
+    half = Image.new("LA", (8, 8), (0, 51))
+    assert (fitted(formats.image(half), 1, background=(255, 255, 255))[0] == 204).all()
+    assert (fitted(formats.image(half), 1, background=(100, 100, 0))[0] == 71).all()  # luma 88.6, times 0.8
+    assert (fitted(formats.image(half), 3, background=(100, 0, 0))[0] == [80, 0, 0]).all()
+    with refused("data.channels"):
+        fitted(formats.image(half), 3, background=(255, 255, 255))
+
+
+def test_a_transparent_color_of_a_palette_and_of_rgb_gets_the_background(formats):
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9, 50, 60, 70])
+    for kind in ("PNG", "GIF"):
+        encoded = formats.image(palette, kind, transparency=0)
+        assert (fitted(encoded, background=(1, 2, 3))[0] == [1, 2, 3]).all()
+        with pytest.raises(BadImageError):
+            fitted(encoded)
+    keyed = formats.image(Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7))
+    assert (fitted(keyed, background=(1, 2, 3))[0] == [1, 2, 3]).all()
+    assert (fitted(keyed)[0] == [9, 8, 7]).all()  # as always
 
 
 @pytest.mark.parametrize(
@@ -76,14 +118,71 @@ def test_opaque_alpha_is_dropped_and_transparency_refused(formats):
     ids=["palette", "one bit", "gray with alpha"],
 )
 def test_other_modes_are_converted(formats, image, channels, pixel):
-    assert (Fit(8, channels).image(decode(formats.image(image)), name="x") == pixel).all()
+    pixels, conversions = fitted(formats.image(image), channels)
+    assert (pixels == pixel).all() and conversions == ()
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("CMYK", "JPEG")])
-def test_other_kinds_of_pixels_are_refused(formats, mode, kind):
-    with refused("x") as caught:
-        Fit(8, 3).image(decode(formats.image(Image.new(mode, (8, 8)), kind)), name="x")
-    assert mode in caught.value.problems[0].reason
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("value", [0, 255, 257 * 77, 40000, 65535])
+def test_16_bits_become_the_upper_8(formats, kind, value):
+    gray = Image.fromarray(np.full((8, 8), value, np.uint16))
+    assert fitted(formats.image(gray, kind), 1)[1] == ("16-bit",)
+    assert (fitted(formats.image(gray, kind), 1)[0] == value >> 8).all()
+
+
+def test_16_bit_color_is_counted_too(formats):
+    rows = b"".join(b"\0" + struct.pack(">24H", *[40000, 300, 0] * 8) for _ in range(8))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    pixels, conversions = fitted(png)
+    assert (pixels == [156, 1, 0]).all() and conversions == ("16-bit",)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("TIFF", "CMYK"), ("TIFF", "YCbCr")])
+def test_print_and_video_colors_become_rgb(formats, kind, mode):
+    green = Image.new("RGB", (8, 8), (0, 255, 0)).convert(mode)
+    pixels, conversions = fitted(formats.image(green, kind))
+    assert np.abs(pixels.astype(int) - [0, 255, 0]).max() <= 2 and conversions == (mode,)
+
+
+def test_floats_from_0_to_1_are_scaled_and_others_are_bad(formats):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    pixels, conversions = fitted(formats.image(Image.fromarray(values), "TIFF"), 1)
+    assert np.abs(pixels[..., 0] - 255 * values).max() <= 0.5 and conversions == ("float",)
+    for wrong in (values * 255, values - 1, values * np.nan):
+        with pytest.raises(BadImageError):
+            fitted(formats.image(Image.fromarray(wrong), "TIFF"), 1)
+
+
+@pytest.mark.parametrize("mode", ["I", "LAB"])
+def test_other_kinds_of_pixels_are_bad(formats, mode):
+    with pytest.raises(BadImageError, match=mode):
+        fitted(formats.image(Image.new(mode, (8, 8)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "AVIF"])
+def test_the_first_of_several_frames_is_taken(formats, kind):
+    first, *rest = (Image.new("RGB", (8, 8), (level, 0, 0)) for level in (200, 100, 0))
+    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(kind, {})
+    pixels, conversions = fitted(formats.image(first, kind, save_all=True, append_images=rest, **lossless))
+    assert np.abs(pixels.astype(int) - [200, 0, 0]).max() <= 2 and conversions == ("animated",)
+    assert fitted(formats.image(first, kind))[1] == ()
+
+
+@pytest.mark.parametrize("method", ["pad", "stretch"])
+def test_an_image_becomes_square_without_a_cut(method):
+    wide = np.full((8, 16, 3), 200, np.uint8)
+    for image in (wide, wide.transpose(1, 0, 2)):
+        pixels = Fit(8, 3, method=method, background=(1, 2, 3)).array(image, name="x")
+        border = [1, 2, 3] if method == "pad" else [200, 200, 200]
+        assert (pixels[0, 0] == border).all() and (pixels[7, 7] == border).all() and (pixels[4, 4] == 200).all()
+        assert (pixels == 200).all(axis=2).sum() == (32 if method == "pad" else 64)
+    thin = Fit(8, 1, method=method).array(np.full((1, 500, 1), 9, np.uint8), name="x")
+    assert (thin == 9).sum() == (8 if method == "pad" else 64)
+    square = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    assert np.array_equal(Fit(8, 1, method=method).array(square, name="x"), square)
 
 
 def test_photographs_are_turned_upright(formats):
@@ -92,17 +191,16 @@ def test_photographs_are_turned_upright(formats):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn right to view": the stored rows run up the left side of the picture
     stored = formats.image(np.ascontiguousarray(np.rot90(upright)), exif=exif)
-    assert np.array_equal(Fit(16, 1).image(decode(stored), name="x"), upright)
+    assert np.array_equal(fitted(stored, 1, 16)[0], upright)
 
 
-def test_png_and_jpeg_decode(formats, rng):
-    image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    assert np.array_equal(np.asarray(decode(formats.image(image))), image)
-    flat = np.full((16, 16, 3), 128, np.uint8)
-    assert np.abs(np.asarray(decode(formats.image(flat, "JPEG"))).astype(int) - 128).max() <= 1
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+def test_usual_formats_decode(formats, kind):
+    pixels, conversions = fitted(formats.image(np.full((8, 8, 3), 128, np.uint8), kind))
+    assert np.abs(pixels.astype(int) - 128).max() <= 2 and conversions == ()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
 def test_a_truncated_image_is_bad(formats, rng, kind):
     whole = formats.image(rng.integers(0, 256, (64, 64, 3), np.uint8), kind)
     for length in (0, 1, 20, len(whole) // 2, len(whole) * 9 // 10):
@@ -110,10 +208,22 @@ def test_a_truncated_image_is_bad(formats, rng, kind):
             decode(whole[:length])
 
 
-def test_other_formats_and_damage_are_bad(formats, rng):
-    damaged = bytearray(formats.image(rng.integers(0, 256, (32, 32), np.uint8)))
-    damaged[60] ^= 0xFF
-    others = [formats.image(np.zeros((8, 8, 3), np.uint8), kind) for kind in ("GIF", "BMP", "TIFF")]
-    for content in (bytes(damaged), *others):
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+def test_damage_anywhere_never_is_another_error(formats, rng, kind):
+    whole = formats.image(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)), kind)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 400), 4):
+            damaged[place] = rng.integers(256)
+        with contextlib.suppress(BadImageError, UserError):
+            fitted(bytes(damaged), convert=True, background=(0, 0, 0))
+
+
+def test_other_formats_and_bombs_are_bad(formats):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    bomb = bytearray(formats.image(picture, "BMP"))
+    bomb[18:26] = struct.pack("<II", 20_000, 20_000)
+    for content in (formats.image(picture, "PPM"), formats.image(picture, "PDF"), b"<svg/>", bytes(bomb)):
         with pytest.raises(BadImageError):
             decode(content)

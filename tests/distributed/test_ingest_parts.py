@@ -34,19 +34,20 @@ storage: {{root: {store}}}
 """
 
 
-def png(value: int, *, side: int = 12) -> bytes:
+def png(value: int, *, side: int = 12, deep: bool = False) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(value).integers(0, 256, (side, side), np.uint8)
+    pixels = pixels.astype(np.uint16) * 257 if deep else pixels
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def shard(first: int, last: int) -> bytes:
-    """A WebDataset shard whose image 7 is broken."""
+    """A WebDataset shard whose image 7 is broken and whose image 70 has 16 bits."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:") as tar:
         for number in range(first, last):
-            content = b"broken" if number == 7 else png(number)
+            content = b"broken" if number == 7 else png(number, deep=number == 70)
             for name, data in ((f"{number:05d}.png", content), (f"{number:05d}.cls", str(number % 3).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -86,6 +87,7 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     assert sum(result["counts"].values()) == 179
     manifest = load_manifest(result["uri"])
     assert [image.name for image in manifest.skipped] == [f"{s3_root}/shards/0.tar:00007.png"]
+    assert manifest.conversions == expected.manifest.conversions == {"16-bit": 1}
     assert manifest.suggested_noise == expected.manifest.suggested_noise
     assert (manifest.mean, manifest.class_counts) == (expected.manifest.mean, expected.manifest.class_counts)
     assert sum(part.rows for part in manifest.parts["train"]) == manifest.counts["train"]

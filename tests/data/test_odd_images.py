@@ -1,0 +1,105 @@
+"""Folders as people have them: odd names, kinds of pixels and damage; and the identity of what was ingested before."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from image_folders import put, rows_of, skipped_of
+from PIL import Image
+from refused import refused
+
+from ncsn.data.format import load_manifest
+from ncsn.data.parquet import write_dataset
+from ncsn.data.source import source_fingerprint
+from ncsn.data.sources import open_source
+
+
+def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, data_config):
+    """Digest and manifest as they were before the settings, formats and labels that came later."""
+    data = data_config("image_folder", put(tmp_path / "images", members))
+    dataset = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
+    assert dataset.manifest.digest == "f507851c503fd8ff"
+    stored = json.loads(Path(dataset.uri, "manifest.json").read_text())
+    assert list(stored["settings"]) == [
+        "source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image",
+    ]  # fmt: skip
+    assert list(stored)[-2:] == ["settings", "suggested_noise"]
+
+
+def test_conversions_are_counted_in_the_manifest_and_old_manifests_lack_them(tmp_path, formats, data_config):
+    deep = formats.image(Image.fromarray(np.full((8, 8), 60000, np.uint16)))
+    frames = [Image.new("L", (8, 8), level) for level in (10, 20)]
+    moving = formats.image(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    clear = formats.image(Image.new("LA", (8, 8), (0, 0)))
+    files = {"1.png": deep, "2.png": deep, "3.tif": moving, "4.PNG": clear, "5.gif": b"GIF89a"}
+    files |= {f"{number}.bmp": formats.image(np.full((8, 8), number, np.uint8), "BMP") for number in range(10, 20)}
+    root = put(tmp_path / "images", files)
+    data = data_config("image_folder", root, on_bad_image="skip", background="white")
+    dataset = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
+    manifest = load_manifest(dataset.uri)
+    assert manifest.conversions == {"16-bit": 2, "animated": 1, "transparent": 1}
+    assert [image.name for image in manifest.skipped] == [f"{root}/5.gif"]
+    assert manifest.settings["background"] == "white"
+    opaque = data_config("image_folder", root, on_bad_image="skip")
+    without = write_dataset(open_source(opaque), str(tmp_path / "store"), name="x", data=opaque).manifest
+    assert sorted(Path(image.name).name for image in without.skipped) == ["4.PNG", "5.gif"]
+    path = Path(dataset.uri, "manifest.json")
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "conversions"})
+    )
+    assert load_manifest(dataset.uri).conversions == {}
+
+
+def test_odd_names_and_links_are_read(tmp_path, formats, data_config):
+    image = formats.image(np.full((8, 8), 50, np.uint8))
+    names = ("кошка/мяу 1.png", "猫/二.png", "gato/ñandú\n3.png", "x.png/4.png", "x.png/🙂.png", "dog/' \" $(5).png")
+    root = Path(put(tmp_path / "images", dict.fromkeys(names, image)))
+    put(tmp_path / "elsewhere", {"far.png": image})
+    (root / "dog" / "far.png").symlink_to(tmp_path / "elsewhere" / "far.png")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (root / "dog" / "loop.png").symlink_to(root / "dog" / "loop.png")
+    source = open_source(data_config("image_folder", root))
+    assert source.class_names == ("dog", "gato", "x.png", "кошка", "猫")
+    assert sum(map(len, rows_of(source).values())) == 7 and skipped_of(source) == []
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path, formats, data_config):
+    image = formats.image(np.full((8, 8), 50, np.uint8))
+    (tmp_path / "images").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/caf\xe9.png")).write_bytes(image)
+    with refused("data.root"):
+        open_source(data_config("image_folder", tmp_path / "images"))
+    with refused("data.root"):
+        source_fingerprint(data_config("image_folder", tmp_path / "images"))
+    root = put(tmp_path / "tar", {"a.tar": formats.tar({"caf\udce9.png": image})})
+    with refused(f"{root}/a.tar"):
+        open_source(data_config("image_folder", root))
+
+
+def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, members, data_config, monkeypatch):
+    root = put(tmp_path / "images", members)
+    source = open_source(data_config("image_folder", root, on_bad_image="skip"))
+    Path(root, "cat", "03.png").unlink()
+    with refused(f"{root}/cat/03.png"):
+        rows_of(source)
+    put(root, {"cat/03.png": members["cat/03.png"]})
+    read_bytes = Path.read_bytes
+
+    def locked(path: Path) -> bytes:
+        if path.name == "04.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    with refused(f"{root}/cat/04.png"):
+        rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))
+
+
+def test_a_huge_file_is_bad_and_never_read(tmp_path, members, data_config):
+    root = put(tmp_path / "images", members)
+    with Path(root, "cat", "00.png").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    assert skipped_of(open_source(data_config("image_folder", root))) == [f"{root}/cat/00.png"]
