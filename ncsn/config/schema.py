@@ -24,6 +24,7 @@ from ncsn.config.choices import (
     Section,
 )
 from ncsn.config.compute import ComputeConfig
+from ncsn.config.training import OptimizerConfig, TrainConfig
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
@@ -108,61 +109,6 @@ class DataConfig(Section):
         fields = type(self).model_fields
         unset = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
         return {name: value for name, value in handler(self).items() if name not in unset}
-
-
-class OptimizerConfig(Section):
-    """Adam and its learning-rate schedule."""
-
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
-    beta_1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
-    beta_2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
-    eps: float = Field(1e-8, gt=0, le=1e-2, description="Term added to Adam's denominator.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 penalty added to the gradient.")
-    grad_clip_norm: float | None = Field(
-        None, gt=0, description="Clip the global norm of the gradient to this value; null = off."
-    )
-    warmup_images: int = Field(
-        0, ge=0, description="Training images over which the learning rate rises linearly from zero."
-    )
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate falls to zero at train.num_images; constant = it does not."
-    )
-
-
-class TrainConfig(Section):
-    """The length of training and its checkpoints."""
-
-    batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
-    num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
-    ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="Decay per step of the exponential moving average of the weights."
-    )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="Precision of the network's convolutions; norms, loss and optimizer use float32. float16 scales "
-        "the loss and is for GPUs without bfloat16; CPUs refuse it.",
-    )
-    checkpoint_every_images: int = Field(
-        ge=1, description="Training images between checkpoints; the last one is at the end."
-    )
-    report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
-    keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
-    keep_best: bool = Field(
-        True,
-        description="Also keep a copy of the checkpoint with the lowest loss, in the run's folder best/. It does not "
-        "always generate the best images.",
-    )
-
-    @model_validator(mode="after")
-    def _reach_one_step(self) -> TrainConfig:
-        if self.num_images < self.batch_size:
-            raise UserError(
-                "num_images",
-                f"less than one batch: batch_size = {self.batch_size}",
-                hint="raise it",
-                value=self.num_images,
-            )
-        return self
 
 
 class SamplingConfig(Section):

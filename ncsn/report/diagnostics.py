@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ncsn.config.choices import AnnealedLangevinConfig, SamplerConfig
-from ncsn.config.schema import TrainConfig
+from ncsn.config.training import TrainConfig
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.report.images import evenly_spread
