@@ -39,7 +39,7 @@ class DataConfig(Section):
 
     # Left out of plain values while they have their defaults. So a config that was written before they came has the
     # digest that it had: no run is ingested again or gets a second MLflow run.
-    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit", "unlabelled"})
 
     source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
         description="Source of the images. All but sklearn_digits read files in data.root."
@@ -79,6 +79,11 @@ class DataConfig(Section):
         "fail",
         description="What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and "
         "count it.",
+    )
+    unlabelled: Literal["refuse", "keep", "drop"] = Field(
+        "refuse",
+        description="For an image_folder in which some images have a label and others none: refuse = stop, keep = "
+        "with label -1, which the classifier leaves out, drop = without these images.",
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
     loader: Literal["cache", "stream"] = Field(

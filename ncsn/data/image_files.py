@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage
+from ncsn.data.labels import LABEL_TABLES
 from ncsn.data.pixels import BadImageError, Fit, Fitted, Picture, decode
 from ncsn.data.source import Example, require_utf8, safe_member
 from ncsn.errors import UserError
@@ -68,8 +69,15 @@ class Member:
     zipped: Zipped | None = None  # None in a tar archive
 
 
-def index_archive(uri: str) -> list[tuple[Member, str | None]]:
-    """The images of a `.tar` or `.zip` in its order, and their labels from `x.cls` or `x.json` of the same archive.
+class Index(NamedTuple):
+    """What an archive holds."""
+
+    images: list[tuple[Member, str | None]]  # in its order, and their labels from `x.cls` or `x.json` next to `x.png`
+    tables: dict[str, bytes]  # its label tables, path -> content
+
+
+def index_archive(uri: str) -> Index:
+    """The images and labels of a `.tar` or `.zip`.
 
     Hidden files do not count.
 
@@ -81,6 +89,7 @@ def index_archive(uri: str) -> list[tuple[Member, str | None]]:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
         images: list[Member] = []
         words: dict[str, str] = {}
+        tables: dict[str, bytes] = {}
         for member in found:
             name = safe_member(member.path, archive=uri)
             stem, _, suffix = name.name.partition(".")
@@ -89,9 +98,11 @@ def index_archive(uri: str) -> list[tuple[Member, str | None]]:
             if name.suffix.lower() in IMAGE_SUFFIXES:
                 require_utf8(member.path, key=uri)
                 images.append(member)
+            elif name.name in LABEL_TABLES:
+                tables[member.path] = _read_table(member, stream, uri)
             elif suffix in _LABEL_SUFFIXES:
                 words[_key(member.path)] = _word(member, stream, uri)
-    return [(member, words.get(_key(member.path))) for member in images]
+    return Index([(member, words.get(_key(member.path))) for member in images], tables)
 
 
 def read_member(stream: Any, member: Member) -> bytes:
@@ -164,6 +175,13 @@ def _unzip(data: bytes, zipped: Zipped) -> bytes:
     if len(content) != zipped.size or zlib.crc32(content) != zipped.crc:
         raise BadImageError("Bad CRC-32: the archive is damaged")
     return content
+
+
+def _read_table(member: Member, stream: Any, uri: str) -> bytes:
+    try:
+        return read_member(stream, member)
+    except BadImageError as error:
+        raise UserError(f"{uri}:{member.path}", str(error)) from error
 
 
 def _word(member: Member, stream: Any, uri: str) -> str:

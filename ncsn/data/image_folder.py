@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from ncsn.data.image_files import (
     ImageFile,
     index_archive,
 )
+from ncsn.data.labels import LABEL_TABLES, LabelTable, read_table, words_of
 from ncsn.data.pixels import Fit
 from ncsn.data.source import Source, hold_out, list_files, name_hash, required_root, root_of
 from ncsn.errors import NotFound, UserError
@@ -36,7 +37,7 @@ class _Found(NamedTuple):
 
     path: str  # where it would be with every archive unpacked in its folder; decides split, class and order
     image: ImageFile
-    word: str | None  # its label in words, where a file next to it holds one
+    word: str | None  # its label in words, where a table or a file next to it holds one
 
 
 def open_image_folder(data: DataConfig) -> Source:
@@ -47,11 +48,17 @@ def open_image_folder(data: DataConfig) -> Source:
     its zip and its tar give the same rows.
     """
     root = storage.absolute(required_root(data))
-    found = sorted(_find(root), key=lambda one: name_hash(one.path))
+    found, from_tables = _find(root)
+    found = sorted(found, key=lambda one: name_hash(one.path))
     own_splits = {one.path.partition("/")[0] for one in found if "/" in one.path} == set(SPLITS) and all(
         "/" in one.path for one in found
     )
-    class_names, labels = _label(root, found, depth=1 if own_splits else 0)
+    class_names, labels = _label(
+        root, found, depth=1 if own_splits else 0, from_tables=from_tables, refuse=data.unlabelled == "refuse"
+    )
+    if data.unlabelled == "drop" and class_names:
+        labelled = [n for n, label in enumerate(labels) if label != NO_LABEL]
+        found, labels = [found[n] for n in labelled], [labels[n] for n in labelled]
     if own_splits:
         chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:
@@ -67,8 +74,8 @@ def open_image_folder(data: DataConfig) -> Source:
     )
 
 
-def _find(root: str) -> Sequence[_Found]:
-    """All images. Archives count only where no image is outside of them."""
+def _find(root: str) -> tuple[Sequence[_Found], bool]:
+    """All images, and whether tables label them. Archives count only where no image is outside of them."""
     files = [listed.path for listed in list_files(root)]
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
@@ -78,10 +85,12 @@ def _find(root: str) -> Sequence[_Found]:
         raise UserError(
             "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
         )
+    tables = [_read_table(root, path) for path in files if path.rpartition("/")[2] in LABEL_TABLES]
     if images:
-        return [_Found(path, ImageFile(path), None) for path in images]
+        return _with_tables([_Found(path, ImageFile(path), None) for path in images], tables)
     if archives:
-        return list(_in_archives(root, [""] if alone else archives))
+        found, inside = _in_archives(root, [""] if alone else archives)
+        return _with_tables(found, [*tables, *inside])
     compressed = next((path for path in files if path.lower().endswith(COMPRESSED_SUFFIXES)), None)
     if compressed:
         raise UserError(
@@ -94,42 +103,58 @@ def _find(root: str) -> Sequence[_Found]:
     raise UserError("data.root", f"{held} no image that ends in {', '.join(IMAGE_SUFFIXES)}", value=root)
 
 
-def _in_archives(root: str, archives: Sequence[str]) -> Iterator[_Found]:
-    """The images of archives below `root`; the archive "" is `root` itself."""
+def _read_table(root: str, path: str) -> LabelTable | None:
+    uri = storage.join(root, path)
+    return read_table(storage.read_bytes(uri), origin=uri, path=path)
+
+
+def _with_tables(found: list[_Found], tables: Iterable[LabelTable | None]) -> tuple[list[_Found], bool]:
+    used = [table for table in tables if table is not None]
+    if not used:
+        return found, False
+    places = [(one.path, one.image.file, one.image.member.path if one.image.member else "") for one in found]
+    words = words_of(used, places)
+    return [one._replace(word=word) for one, word in zip(found, words, strict=True)], True
+
+
+def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list[LabelTable | None]]:
+    """The images of archives below `root`, and their tables; the archive "" is `root` itself."""
     uris = [storage.join(root, archive) if archive else root for archive in archives]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(uris))) as pool:
         indices = list(pool.map(index_archive, uris))
-    if not any(indices):
+    if not any(index.images for index in indices):
         raise UserError(
             uris[0], f"holds no image that ends in {', '.join(IMAGE_SUFFIXES)}; nor has any other of data.root"
         )
-    times = Counter(member.path for index in indices for member, _ in index)
-    for archive, index in zip(archives, indices, strict=True):
+    times = Counter(member.path for index in indices for member, _ in index.images)
+    found, tables = [], []
+    for archive, uri, index in zip(archives, uris, indices, strict=True):
         folder = archive.rpartition("/")[0]
-        for member, word in index:
+        for member, word in index.images:
             # Shards that all number their images from 0 hold different images under one name.
             inside = f"{member.path}@{archive}" if times[member.path] > 1 else member.path
-            yield _Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word)
+            found.append(_Found(f"{folder}/{inside}" if folder else inside, ImageFile(archive, member), word))
+        tables += [
+            read_table(content, origin=f"{uri}:{path}", path=path, archive=archive)
+            for path, content in index.tables.items()
+        ]
+    return found, tables
 
 
-def _label(root: str, found: Sequence[_Found], *, depth: int) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and each image's label: that of the file next to it, else the folder at `depth` below the root."""
-    from_files = any(one.word for one in found)
+def _label(
+    root: str, found: Sequence[_Found], *, depth: int, from_tables: bool, refuse: bool
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names and each image's label: that of a table, of the file next to it, or the folder at `depth`."""
+    from_files = from_tables or any(one.word for one in found)
     words = [one.word or None if from_files else _folder(one.path, depth) for one in found]
     known = {word for word in words if word is not None}
-    if known and None in words:
+    if refuse and known and None in words:
         stray = min(one.path for one, word in zip(found, words, strict=True) if word is None)
-        example = min(known)
-        if from_files:
-            raise UserError(
-                root,
-                f"has labels (as {example!r}) for some images but none for others (as {stray!r})",
-                hint="give every image a .cls file or a field cls in its .json, or none",
-            )
+        kind = "labels" if from_files else "class folders"
         raise UserError(
             root,
-            f"mixes class folders (such as {example!r}) with images that are in none (such as {stray!r})",
-            hint="move every image into a class folder, or none",
+            f"has {kind} (such as {min(known)!r}) for some images but none for others (such as {stray!r})",
+            hint="give every image a label, or none, or set data.unlabelled to keep or drop",
         )
     names = _class_names(known, numbers=from_files)
     places = {name: place for place, name in enumerate(names)}
@@ -167,7 +192,7 @@ def open_celeba(data: DataConfig) -> Source:
         raise NotFound(
             "data.root", f"has no {_CELEBA}", hint="put it there (CelebA is not downloaded)", value=data.root
         )
-    members = {member.path: member for member, _ in index_archive(str(archive))}
+    members = {member.path: member for member, _ in index_archive(str(archive)).images}
     if not members:
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
     names, partition = sorted(members), archive.with_name(_PARTITION)

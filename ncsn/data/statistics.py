@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 _SHAPING = (
     "source", "image_size", "channels", "convert_channels", "fit", "background", "test_fraction", "max_images",
-    "on_bad_image",
+    "on_bad_image", "unlabelled",
 )  # fmt: skip
 LEAST_IMAGES = 2
 

@@ -87,10 +87,11 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
 
 def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None:
     """Raise early what each worker, or the evaluation after hours of training, would raise."""
-    if config.evaluation.extractor == "classifier" and not manifest.class_names:
+    labeled = manifest.class_counts["train"]  # images of each class
+    if config.evaluation.extractor == "classifier" and (len(labeled) < 2 or not any(labeled)):
         raise UserError(
             "evaluation.extractor",
-            f"needs labels, but the dataset {dataset} has none",
+            f"needs labels of at least 2 classes, and the training images of {dataset} have {sum(map(bool, labeled))}",
             hint="sort the images into one subfolder per class, or set it to inception and set evaluation.weights",
             value="classifier",
         )
