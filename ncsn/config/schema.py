@@ -28,8 +28,6 @@ from ncsn.config.training import OptimizerConfig, TrainConfig
 from ncsn.errors import UserError
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
-Byte = Annotated[int, Field(ge=0, le=255)]
-
 _COLORS = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 
@@ -64,7 +62,7 @@ class DataConfig(Section):
         description="How an image becomes square: crop = its center; pad = borders in the color of background, or "
         "black; stretch = another aspect ratio.",
     )
-    background: Literal["none", "white", "black"] | tuple[Byte, Byte, Byte] = Field(
+    background: Literal["none", "white", "black"] | tuple[int, int, int] = Field(
         "none",
         description="Color behind transparent pixels: white, black or [r, g, b]; none = they make an image a bad one.",
     )
@@ -103,6 +101,16 @@ class DataConfig(Section):
         "network.sigma_data are then in units of logits.",
     )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _is_color(cls, value: Any) -> Any:
+        # Here, because pydantic reports a mistake once for each member of the union.
+        word = isinstance(value, str) and value in _COLORS
+        color = isinstance(value, list | tuple) and [type(v) is int and 0 <= v <= 255 for v in value] == [True] * 3
+        if not (word or color):
+            raise UserError("", "not a color", hint="use white, black, none or [r, g, b], from 0 to 255", value=value)
+        return value
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:

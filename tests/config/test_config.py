@@ -207,6 +207,17 @@ def test_a_config_that_leaves_out_the_settings_added_later_is_the_one_it_was() -
     assert DataConfig.model_fields.keys() - older.model_dump().keys() >= older.ADDED
 
 
+def test_a_background_is_a_word_or_three_bytes() -> None:
+    for value, color in (("none", None), ("white", (255, 255, 255)), ("[1, 2, 3]", (1, 2, 3))):
+        config = from_yaml(DIGITS, overrides=[f"data.background={value}"])
+        assert (
+            config.data.background_color == color and from_json(to_json(config)) == from_yaml(to_yaml(config)) == config
+        )
+    for wrong in ("blue", "null", "[1, 2]", "[1, 2, 300]", "[1, 2, -1]", "[1, 2, 0.5]", "3"):
+        with refused("data.background"):
+            from_yaml(DIGITS, overrides=[f"data.background={wrong}"])
+
+
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for name in model.model_fields:
