@@ -141,9 +141,12 @@ class SamplingConfig(Section):
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    extractor: Literal["classifier", "inception"] = Field(
-        "classifier",
-        description="Feature extractor: a small classifier trained on the dataset, or the 2015 Inception graph.",
+    extractor: Literal["auto", "classifier", "clusters", "inception"] = Field(
+        "auto",
+        description="Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the "
+        "same network trained to tell clusters of similar images apart, for images without labels; inception = the "
+        "2015 Inception graph. auto = inception if weights are set, else classifier if the images have at least two "
+        "classes, else clusters.",
     )
     weights: str | None = Field(
         None,
@@ -154,7 +157,9 @@ class EvaluationConfig(Section):
         description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; "
         "metrics with other weights get other names.",
     )
-    classifier_epochs: int = Field(10, ge=1, le=1000, description="Epochs of training for the classifier.")
+    classifier_epochs: int = Field(
+        10, ge=1, le=1000, description="Epochs of training for the classifier or the clusters network."
+    )
     num_splits: int = Field(
         10,
         ge=1,
@@ -162,6 +167,18 @@ class EvaluationConfig(Section):
         description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
+
+    @property
+    def by_inception(self) -> bool:
+        """Whether the extractor is the Inception graph."""
+        return self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None)
+
+    def resolved(self, *, num_classes: int) -> EvaluationConfig:
+        """The same with the extractor that `auto` stands for, for images of so many classes."""
+        if self.extractor != "auto":
+            return self
+        learned = "classifier" if num_classes >= 2 else "clusters"
+        return self.model_copy(update={"extractor": "inception" if self.by_inception else learned})
 
     @model_validator(mode="after")
     def _weights_named(self) -> EvaluationConfig:

@@ -1,30 +1,22 @@
 """The domain classifier: a small convolutional network trained on the ingested images themselves.
 
 Its softmax gives the classifier score and its last hidden layer the features of the classifier's Frechet distance.
-Neither compares with values from the 2015 Inception graph.
+Neither compares with values from the 2015 Inception graph. Images without labels take clusters for classes: then only
+the features count.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ncsn import storage
-from ncsn.data.format import Images as Rows
-from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import (
     Extracted,
@@ -37,10 +29,6 @@ from ncsn.evaluation.extractors import (
 )
 
 Labels = npt.NDArray[np.int64]
-LabelledImages = CachedSplit | Rows
-
-WEIGHTS = "weights.safetensors"
-DESCRIPTION = "classifier.json"
 
 RECIPE_VERSION = 1
 NUM_FEATURES = 128
@@ -59,12 +47,21 @@ class ClassifierRecipe:
     channels: int  # 1 or 3
     num_classes: int  # at least 2
     epochs: int
-    seed: int  # of weights, order and dropout
+    seed: int  # of weights, order, dropout and clusters
+    clustered: bool = False  # whether the classes are clusters instead of labels
 
     @property
     def key(self) -> str:
         """Folder name of this recipe's classifier, 16 hex digits."""
-        return fingerprint_of(version=RECIPE_VERSION, **asdict(self))[:16]
+        parts = asdict(self)
+        if not self.clustered:
+            del parts["clustered"]  # classifiers were stored before there were clusters
+        return fingerprint_of(version=RECIPE_VERSION, **parts)[:16]
+
+    @property
+    def name(self) -> str:
+        """The extractor's name."""
+        return "clusters" if self.clustered else "classifier"
 
 
 class ClassifierNetwork(nn.Module):
@@ -111,12 +108,15 @@ class ClassifierNetwork(nn.Module):
         return self.logits(self.features(images))
 
 
-def identity(weights_sha256: str, *, image_size: int) -> Identity:
-    """The extractor of a classifier with these weights."""
+def identity(recipe: ClassifierRecipe, *, weights_sha256: str) -> Identity:
+    """The extractor of the recipe with these weights."""
     return Identity(
-        name="classifier",
+        name=recipe.name,
         fingerprint=fingerprint_of(
-            kind="classifier", version=RECIPE_VERSION, weights=weights_sha256, reduction=_reduction(image_size)
+            kind=recipe.name,
+            version=RECIPE_VERSION,
+            weights=weights_sha256,
+            reduction=_reduction(recipe.image_size),
         ),
         num_features=NUM_FEATURES,
     )
@@ -125,12 +125,11 @@ def identity(weights_sha256: str, *, image_size: int) -> Identity:
 class ClassifierExtractor:
     """The classifier as an `Extractor`; see there."""
 
-    name = "classifier"
     num_features = NUM_FEATURES
 
-    def __init__(self, network: ClassifierNetwork, *, weights_sha256: str) -> None:
+    def __init__(self, network: ClassifierNetwork, known: Identity) -> None:
         self.network = network.eval()
-        self.fingerprint = identity(weights_sha256, image_size=network.image_size).fingerprint
+        self.name, self.fingerprint = known.name, known.fingerprint
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
@@ -260,87 +259,3 @@ def _threads(*, small: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class StoredClassifier:
-    """A classifier in the store, without its weights."""
-
-    identity: Identity
-    test_accuracy: float | None  # share of the labeled test images, in [0, 1]; None if no test image is labeled
-
-
-def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
-    """Folder of the classifier of a recipe for a dataset."""
-    return storage.join(dataset_uri, "classifier", recipe.key)
-
-
-def describe_classifier(uri: str) -> StoredClassifier | None:
-    """The classifier in the folder `uri`; None if there is none."""
-    try:
-        description = storage.read_json(storage.join(uri, DESCRIPTION))
-    except FileNotFoundError:
-        return None
-    return StoredClassifier(
-        identity=identity(description["weights_sha256"], image_size=description["recipe"]["image_size"]),
-        test_accuracy=description["test_accuracy"],
-    )
-
-
-def ensure_classifier(
-    dataset_uri: str,
-    recipe: ClassifierRecipe,
-    *,
-    train: LabelledImages,
-    test: LabelledImages,
-    device: str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
-) -> str:
-    """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
-    uri = classifier_uri(dataset_uri, recipe)
-    if not storage.exists(storage.join(uri, DESCRIPTION)):
-        started = time.monotonic()
-        network = train_classifier(
-            recipe, images=train.images, labels=train.labels, device=device, on_progress=on_progress
-        )
-        test_accuracy = accuracy(network, images=test.images, labels=test.labels)
-        _publish(uri, network, recipe, test_accuracy=test_accuracy, seconds=time.monotonic() - started)
-    return uri
-
-
-def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
-    """The extractor of a stored classifier.
-
-    Raises:
-        NotFound: if there is none at `uri`.
-        UserError: if its weights are not those that were stored.
-    """
-    description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != description["weights_sha256"]:
-        raise UserError(
-            f"{uri}/{WEIGHTS}",
-            f"is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}",
-            hint="delete the folder to train the classifier again",
-        )
-    recipe = ClassifierRecipe(**description["recipe"])
-    network = ClassifierNetwork(image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes)
-    network.load_state_dict(load(weights))
-    return ClassifierExtractor(network.to(device), weights_sha256=digest)
-
-
-def _publish(
-    uri: str, network: ClassifierNetwork, recipe: ClassifierRecipe, *, test_accuracy: float, seconds: float
-) -> None:
-    weights = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
-    description = {
-        "recipe": asdict(recipe),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
-        "training_seconds": round(seconds, 2),
-    }
-    # Of two writers the first one's stays.
-    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
-        (folder / WEIGHTS).write_bytes(weights)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -53,13 +53,18 @@ class Identity:
     fingerprint: str
     num_features: int
 
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the classes of its probabilities mean something, so that there is a score."""
+        return self.name != "clusters"
+
 
 class Extractor(Protocol):
     """A fixed function from uint8 images to features and class probabilities, independent of batch composition."""
 
     @property
     def name(self) -> str:
-        """Prefix of metric names: `classifier` or `inception`."""
+        """Prefix of metric names: `classifier`, `clusters` or `inception`."""
 
     @property
     def fingerprint(self) -> str:

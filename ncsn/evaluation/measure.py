@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ncsn import storage
 from ncsn.config import Config
@@ -115,6 +116,7 @@ def measure(
     training_images: Images,
     num_splits: int,
     seed: int,
+    classes: bool = True,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
     """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
@@ -127,6 +129,7 @@ def measure(
         training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
         num_splits: of the score.
         seed: of the subsets that are drawn.
+        classes: whether the extractor's classes mean something; without, there is no score.
         on_score: called with each running score.
     """
     running, scores = RunningDistance(reference.statistics, count=count), []
@@ -142,7 +145,9 @@ def measure(
                     if on_score is not None:
                         on_score(score)
         whole = spool.extracted
-        metrics = metrics_of(whole, reference, groups=running.groups, num_splits=num_splits, seed=seed)
+        metrics = metrics_of(whole, reference, groups=running.groups, seed=seed)
+        if classes:
+            metrics |= class_metrics(whole.log_probabilities, reference, num_splits=num_splits)
         features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
     pixels = pixel_neighbors(first_images, training_images)
     nearest = _neighbor_table(pixels=pixels, features=features)
@@ -154,35 +159,45 @@ def metrics_of(
     reference: Reference,
     *,
     groups: Sequence[FrechetStatistics],
-    num_splits: int,
     seed: int,
 ) -> dict[str, Metric]:
-    """Metrics of features and probabilities by short name.
+    """Metrics of features by short name.
 
-    - `score`, `score_std`: the Inception-score formula over contiguous splits.
     - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife over `groups`,
       the moments of the features in disjoint groups.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
-    - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
-    - `confidence`: mean largest class probability.
     """
     count = len(extracted.features)
-    score = inception_score(extracted.log_probabilities, num_splits=num_splits)
     distance = frechet_distance(merged(groups), reference.statistics)
     kernel = kernel_distance(extracted.features, reference.features, seed=seed)
-    difference = class_histogram(extracted.log_probabilities) - reference.class_histogram
     values = {
-        "score": score.mean,
-        "score_std": score.std,
         "fid": distance,
         "fid_std": frechet_jackknife(groups, reference.statistics),
         "kid": kernel.mean,
         "kid_std": kernel.std,
-        "class_tv": float(0.5 * np.abs(difference).sum()),
-        "confidence": float(np.exp(extracted.log_probabilities.max(axis=1)).mean()),
     }
     return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
+
+
+def class_metrics(
+    log_probabilities: npt.NDArray[np.float64], reference: Reference, *, num_splits: int
+) -> dict[str, Metric]:
+    """Metrics of the probabilities [N, K] of classes by short name.
+
+    - `score`, `score_std`: the Inception-score formula over contiguous splits.
+    - `class_tv`: total-variation distance in [0, 1] of the histograms of most probable classes.
+    - `confidence`: mean largest class probability.
+    """
+    score = inception_score(log_probabilities, num_splits=num_splits)
+    difference = class_histogram(log_probabilities) - reference.class_histogram
+    values = {
+        "score": score.mean,
+        "score_std": score.std,
+        "class_tv": float(0.5 * np.abs(difference).sum()),
+        "confidence": float(np.exp(log_probabilities.max(axis=1)).mean()),
+    }
+    return {name: Metric(value, len(log_probabilities)) for name, value in values.items()}
 
 
 def pixel_neighbors(images: Images, training_images: Images) -> Neighbors:
@@ -238,6 +253,7 @@ class _Work:
     number: int
     pieces: list[FeaturePiece]
     fingerprint: str  # of the reference
+    classes: bool  # whether there are metrics of classes
 
 
 def measure_sets(
@@ -271,6 +287,7 @@ def measure_sets(
             number,
             feature_pieces(config, dataset, images, near=near, fingerprint=fingerprint),
             evaluator.reference.fingerprint,
+            evaluator.extractor.knows_classes,
         )
         for number, images in enumerate(sets)
     ]
@@ -312,5 +329,6 @@ def _measure(
         training_images=open_cache(dataset, REFERENCE_SPLIT).images,
         num_splits=config.evaluation.num_splits,
         seed=SEED,
+        classes=work.classes,
         on_score=on_score,
     )

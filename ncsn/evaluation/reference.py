@@ -20,11 +20,13 @@ from safetensors.numpy import load, save_file
 
 from ncsn import storage
 from ncsn.config import Config, from_json, to_json
+from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation import classifier, extractors
+from ncsn.evaluation import classifier_store, extractors
 from ncsn.evaluation.classifier import ClassifierRecipe
+from ncsn.evaluation.clusters import num_clusters
 from ncsn.evaluation.extractors import Extracted, Extractor, Identity, fingerprint_of
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.pieces import FeaturePiece, Here, Runner, SplitSet, extract_piece, feature_pieces, missing_pieces
@@ -178,7 +180,7 @@ def open_evaluator(
 
 
 def images_to_prepare(config: Config, manifest: Manifest) -> int:
-    """Images that are processed to train the classifier, if the extractor is one, and to make the reference."""
+    """Images that are processed to train the extractor, if it is trained, and to make the reference."""
     return _images_of_training(config, manifest) + manifest.count(REFERENCE_SPLIT)
 
 
@@ -198,14 +200,21 @@ def device_of(config: Config) -> str:
 
 
 def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
-    """The classifier of the config for a dataset."""
+    """The classifier of the config for a dataset, by its labels or by clusters."""
+    clustered = evaluation_of(config, manifest).extractor == "clusters"
     return ClassifierRecipe(
         image_size=manifest.image_size,
         channels=manifest.channels,
-        num_classes=len(manifest.class_names),
+        num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
         epochs=config.evaluation.classifier_epochs,
         seed=SEED,
+        clustered=clustered,
     )
+
+
+def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
+    """How the samples are evaluated, with the extractor that `auto` stands for."""
+    return config.evaluation.resolved(num_classes=sum(map(bool, manifest.class_counts["train"])))
 
 
 def store_piece(piece: FeaturePiece) -> None:
@@ -218,11 +227,11 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
     config = from_json(config_json)
     settings = config.evaluation
-    if settings.extractor == "inception":
+    if settings.by_inception:
         assert settings.weights is not None, "the schema asks for weights"
         return extractors.InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device_of(config))
-    uri = classifier.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
-    return classifier.load_classifier(uri, device=device_of(config))
+    uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
+    return classifier_store.load_classifier(uri, device=device_of(config))
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -231,7 +240,7 @@ def _silent(_done: int, _total: int) -> None:
 
 def _images_of_training(config: Config, manifest: Manifest) -> int:
     settings = config.evaluation
-    return settings.classifier_epochs * manifest.count("train") if settings.extractor == "classifier" else 0
+    return 0 if settings.by_inception else settings.classifier_epochs * manifest.count("train")
 
 
 def _require_test_images(config: Config, manifest: Manifest) -> None:
@@ -247,9 +256,9 @@ def _require_test_images(config: Config, manifest: Manifest) -> None:
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, dict[str, float]] | None:
     """Which extractor it is, and its quality as metrics; None for a classifier that is not trained yet."""
-    if config.evaluation.extractor == "inception":
+    if config.evaluation.by_inception:
         return extractors.identity(config.evaluation.weights_sha256), {}
-    stored = classifier.describe_classifier(classifier.classifier_uri(dataset, recipe_of(config, manifest)))
+    stored = classifier_store.describe_classifier(classifier_store.classifier_uri(dataset, recipe_of(config, manifest)))
     if stored is None:
         return None
     accuracy = stored.test_accuracy
@@ -260,7 +269,7 @@ def _train_classifier(config: Config, dataset: str, on_progress: Progress) -> No
     keep_freed_memory()
     manifest = load_manifest(dataset)
     share, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
-    classifier.ensure_classifier(
+    classifier_store.ensure_classifier(
         dataset,
         recipe_of(config, manifest),
         train=open_cache(dataset, "train"),

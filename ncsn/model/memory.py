@@ -70,7 +70,7 @@ def _network(config: Config, step: str) -> float:
 
 def _evaluation(config: Config, reference_images: int) -> float:
     # The extractor on a batch, or afterwards the metrics; the samples' features are on disk.
-    if config.evaluation.extractor != "inception":
+    if not config.evaluation.by_inception:
         return 1e9
     features = 2048
     extracting = 0.0 if config.compute.use_gpu else _GRAPH_IMAGE * config.evaluation.batch_size

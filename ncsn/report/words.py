@@ -159,11 +159,21 @@ def lead(
     if "score" in generated and "score" in real:
         score, of_real = generated["score"], real["score"]
         scale = f" on a scale from 1 to {len(manifest.class_names)}" if score.extractor == "classifier" else ""
-        text = (
+        quality = (
             f"{extractor_phrase(score.extractor)} gives the generated images a score of {score.value:.3g}{scale} for "
             f"being clear and varied. Real images that the model has not seen get {of_real.value:.3g}."
         )
-        paragraphs.append(f"{text} {copies_sentence(generated['memorised'])}" if "memorised" in generated else text)
+    elif "fid" in generated and "fid" in real:
+        quality = (
+            f"{extractor_phrase(generated['fid'].extractor)} sees the generated images at a Fréchet distance of "
+            f"{generated['fid'].value:.3g} from the training images, and real images that the model has not seen at "
+            f"{real['fid'].value:.3g}. Lower is better."
+        )
+    else:
+        quality = ""
+    copies = copies_sentence(generated["memorised"]) if "memorised" in generated else ""
+    if quality or copies:
+        paragraphs.append(f"{quality} {copies}".strip())
     if decision is not None:
         version = f"version {decision['version']} of {decision['model']}"
         verb = "is the new champion" if decision["promoted"] else "is not the new champion"
@@ -182,6 +192,7 @@ def extractor_phrase(extractor: str) -> str:
     """The extractor, as the subject of a sentence."""
     return {
         "classifier": "A classifier trained on the same labeled images",
+        "clusters": "A network trained to tell clusters of similar training images apart",
         "inception": "The 2015 Inception network, which published scores use,",
     }.get(extractor, f"The extractor “{extractor}”")
 

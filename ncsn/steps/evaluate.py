@@ -19,7 +19,7 @@ from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, images_to_prepare, open_evaluator
+from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, evaluation_of, images_to_prepare, open_evaluator
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
@@ -63,12 +63,14 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
     _check_inputs(samples, dataset)
+    manifest = load_manifest(dataset)
+    evaluation = evaluation_of(config, manifest)
     inputs = {
         "figures": METRICS_VERSION,
         "samples": samples,
         "dataset": dataset,
         "num_images": config.sampling.num_images,
-        "evaluation": config.evaluation.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json"),
     }
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
@@ -79,13 +81,12 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         cluster_for(
             config,
             tasks=_tasks(config, dataset),
-            # On this machine this process has all cores and needs no other. The head of a cluster has none.
+            # The head of a cluster has no cores.
             join=lease is not None or not on_this_machine(),
             metadata=work.job_metadata(),
         ),
     ):
         work.tracked.set_tags(ray_tags())
-        manifest = load_manifest(dataset)
         work.tracked.log_dataset(
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
@@ -97,7 +98,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
             progress=while_leased(work.progress, lease, kept="the features of {done} of {total} images stay"),
             on_score=lambda score: work.progress.say(str(score)),
         )
-        _log(work.tracked, result, samples=samples, extractor=config.evaluation.extractor)
+        _log(work.tracked, result, samples=samples, extractor=evaluation.extractor)
     return step.done(result)
 
 
@@ -143,7 +144,8 @@ def evaluate(
         config, dataset, evaluator, sets, near=folder, runner=runner, on_images=on_images, on_score=on_score
     )
     generated, real = measured
-    generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
+    if "score" in generated.metrics:
+        generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
         uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
         metrics=evaluator.facts | generated.named(name),
@@ -172,6 +174,8 @@ def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[
 
 def _tasks(config: Config, dataset: str) -> int:
     """Number of pieces, if there are workers to share them."""
+    if on_this_machine() and not config.compute.use_gpu:
+        return 1  # this process has all cores: starting Ray would take longer than most evaluations
     images = max(load_manifest(dataset).count("train"), config.sampling.num_images)
     return 1 if config.compute.max_workers == 1 else math.ceil(images / PIECE_IMAGES)
 
@@ -228,5 +232,10 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
         notes.append(
             f"published Inception scores and Frechet distances are over {PUBLISHED_IMAGES:,} samples; these are over "
             f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
+        )
+    if extractor == "clusters":
+        notes.append(
+            "the images have no labels, so there is no classifier score; a network trained to tell clusters of similar "
+            "images apart extracts the features"
         )
     return notes

@@ -12,13 +12,14 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.format import load_manifest
 from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
-from ncsn.evaluation.reference import open_evaluator
+from ncsn.evaluation.reference import evaluation_of, open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
@@ -127,7 +128,8 @@ class _Scores:
 
     def __init__(self, config: Config, dataset: str, progress: ProgressFile) -> None:
         reference = open_evaluator(config, dataset, runner=runner_of(config.compute)).reference
-        self._extractor, self._fingerprint = config.evaluation.extractor, reference.fingerprint
+        self._extractor = evaluation_of(config, load_manifest(dataset)).extractor
+        self._fingerprint = reference.fingerprint
         self._running = RunningDistance(reference.statistics, count=config.sampling.num_images)
         self._progress = progress
         self._points: list[RunningScore] = []

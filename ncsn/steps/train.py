@@ -92,7 +92,7 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
         raise UserError(
             "evaluation.extractor",
             f"needs labels of at least 2 classes, and the training images of {dataset} have {sum(map(bool, labeled))}",
-            hint="sort the images into one subfolder per class, or set it to inception and set evaluation.weights",
+            hint="sort the images into one subfolder per class, or set it to auto",
             value="classifier",
         )
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")

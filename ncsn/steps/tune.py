@@ -19,7 +19,7 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation.measure import metric_name
-from ncsn.evaluation.reference import open_evaluator
+from ncsn.evaluation.reference import evaluation_of, open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
@@ -75,7 +75,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     config = _of_fixed_size(step.settle_noise(config, manifest))
     settings = config.search
     assert settings is not None
-    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, step.folder, dataset))
+    evaluation = evaluation_of(config, manifest).model_dump(mode="json")
+    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, step.folder, dataset, evaluation))
     plan.samplings(plan.baseline)  # raises now what every trial would find
     _warn_of_untrained_weights(config)
     inputs = {"trials": plan.trials, "search": settings.model_dump(mode="json", exclude={"max_concurrent"})}
@@ -112,13 +113,13 @@ def _of_fixed_size(config: Config) -> Config:
     return config.model_copy(update={"compute": compute})
 
 
-def _trials_folder(config: Config, folder: RunFolder, dataset: str) -> str:
+def _trials_folder(config: Config, folder: RunFolder, dataset: str, evaluation: Mapping[str, Any]) -> str:
     """The folder of the trials that are scored alike: a search with more trials reuses those of an earlier one."""
     assert config.search is not None
     scored_by = {
         "dataset": dataset,
         "rungs": rungs(config),
-        "evaluation": config.evaluation.model_dump(mode="json"),
+        "evaluation": evaluation,
         "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
         **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "seed"}),
     }

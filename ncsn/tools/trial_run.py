@@ -147,7 +147,7 @@ def own_cache(folder: Path) -> Iterator[None]:
 
 def scaled_down(config: Config, root: Path) -> Config:
     """The experiment on a few images, with its store and tracking below `root`."""
-    images = FEW_IMAGES if config.evaluation.extractor == "inception" else IMAGES
+    images = FEW_IMAGES if config.evaluation.by_inception else IMAGES
     samples = config.sampling.batch_size * config.compute.max_workers
     return with_values(
         config,

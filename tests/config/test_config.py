@@ -170,6 +170,25 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
     assert from_yaml(DIGITS, overrides=["optimizer.learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_classes", "extractor"),
+    [
+        ([], 10, "classifier"),
+        ([], 1, "clusters"),
+        ([], 0, "clusters"),
+        (["evaluation.weights=w.pth"], 10, "inception"),
+        (["evaluation.weights=w.pth", "evaluation.extractor=clusters"], 0, "clusters"),
+        (["evaluation.extractor=classifier"], 0, "classifier"),
+    ],
+)
+def test_the_extractor_of_auto_follows_weights_and_classes(
+    settings: list[str], num_classes: int, extractor: str
+) -> None:
+    evaluation = from_yaml(DIGITS, overrides=settings).evaluation
+    assert evaluation.resolved(num_classes=num_classes).extractor == extractor
+    assert evaluation.by_inception == (extractor == "inception")
+
+
 def test_frozen() -> None:
     with pytest.raises(ValidationError):
         from_yaml(DIGITS).seed = 1  # type: ignore[misc]

@@ -11,17 +11,21 @@ from refused import refused
 from ncsn.data.format import Images
 from ncsn.errors import NotFound
 from ncsn.evaluation.classifier import (
-    DESCRIPTION,
-    WEIGHTS,
     ClassifierExtractor,
     ClassifierNetwork,
     ClassifierRecipe,
     accuracy,
+    identity,
+    train_classifier,
+)
+from ncsn.evaluation.classifier_store import (
+    DESCRIPTION,
+    WEIGHTS,
     describe_classifier,
     ensure_classifier,
     load_classifier,
-    train_classifier,
 )
+from ncsn.evaluation.clusters import cluster_labels, num_clusters
 
 RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
 QUICK = replace(RECIPE, epochs=1)
@@ -70,7 +74,7 @@ def test_every_size_and_channel_count(size: int, channels: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, size, size, channels), dtype=np.uint8)
     recipe = ClassifierRecipe(image_size=size, channels=channels, num_classes=3, epochs=1, seed=0)
     network = train_classifier(recipe, images=images, labels=np.arange(6) % 3)
-    extracted = ClassifierExtractor(network, weights_sha256="0").extract(images)
+    extracted = ClassifierExtractor(network, identity(RECIPE, weights_sha256="0")).extract(images)
     assert extracted.features.shape == (6, 128)
     np.testing.assert_allclose(np.exp(extracted.log_probabilities).sum(axis=1), 1, atol=1e-12)
 
@@ -97,7 +101,7 @@ def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> N
 def test_features_do_not_depend_on_the_batch(digits: Splits) -> None:
     train, test = digits
     network = train_classifier(QUICK, images=train.images, labels=train.labels)
-    extractor = ClassifierExtractor(network, weights_sha256="0")
+    extractor = ClassifierExtractor(network, identity(RECIPE, weights_sha256="0"))
     together = extractor.extract(test.images[:7])
     alone = np.concatenate([extractor.extract(test.images[row : row + 1]).features for row in range(7)])
     np.testing.assert_allclose(alone, together.features, atol=1e-4)
@@ -108,7 +112,7 @@ def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
     network = ClassifierNetwork(image_size=8, channels=1, num_classes=10)
     seen: list[bool] = []
     network.conv_1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    ClassifierExtractor(network, weights_sha256="0").extract(digits[1].images[:4])
+    ClassifierExtractor(network, identity(RECIPE, weights_sha256="0")).extract(digits[1].images[:4])
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32
 
@@ -144,7 +148,8 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
 
 
 def test_images_of_another_shape_or_type_are_refused() -> None:
-    extractor = ClassifierExtractor(ClassifierNetwork(image_size=8, channels=1, num_classes=2), weights_sha256="0")
+    network = ClassifierNetwork(image_size=8, channels=1, num_classes=2)
+    extractor = ClassifierExtractor(network, identity(RECIPE, weights_sha256="0"))
     with pytest.raises(ValueError, match="28"):
         extractor.extract(np.zeros((2, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match="float32"):
@@ -160,3 +165,48 @@ def test_damaged_weights_and_a_missing_classifier_are_refused(digits: Splits, tm
         load_classifier(uri)
     with refused(str(tmp_path / "nowhere" / DESCRIPTION), error=NotFound):
         load_classifier(str(tmp_path / "nowhere"))
+
+
+def test_the_keys_and_fingerprints_of_stored_classifiers_stay() -> None:
+    assert RECIPE.key == "86878dcb0e4afd62"
+    assert identity(RECIPE, weights_sha256="0").fingerprint[:16] == "0e01ea1b271b9152"
+    clustered = replace(RECIPE, clustered=True)
+    assert clustered.key != RECIPE.key
+    assert identity(clustered, weights_sha256="0").fingerprint != identity(RECIPE, weights_sha256="0").fingerprint
+
+
+def test_clusters_are_those_of_images_that_differ() -> None:
+    """Three kinds of image, with noise: one cluster each, whatever the order, and again for the same seed."""
+    rng = np.random.default_rng(0)
+    kind = rng.permutation(np.repeat(np.arange(3), 40))
+    kinds = rng.integers(0, 256, (3, 40, 40, 3))
+    images = np.clip(kinds[kind] + rng.normal(0, 8, (120, 40, 40, 3)), 0, 255).astype(np.uint8)
+    labels = cluster_labels(images, count=3, seed=0)
+    assert {tuple(np.bincount(labels[kind == each], minlength=3) > 0) for each in range(3)} == {
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    }
+    assert np.array_equal(labels, cluster_labels(images, count=3, seed=0))
+
+
+@pytest.mark.parametrize(("images", "clusters"), [(2, 2), (40, 5), (100_000, 16)])
+def test_few_images_have_few_clusters(images: int, clusters: int) -> None:
+    assert num_clusters(images) == clusters
+
+
+def test_images_that_are_all_alike_are_one_cluster() -> None:
+    assert set(cluster_labels(np.zeros((20, 8, 8, 1), np.uint8), count=2, seed=0)) == {0}
+
+
+def test_an_extractor_by_clusters_needs_no_labels(digits: Splits, tmp_path: Path) -> None:
+    train, test = digits
+    unlabeled = Images(train.images, np.full(len(train), -1))
+    recipe = replace(QUICK, num_classes=16, clustered=True)
+    uri = ensure_classifier(str(tmp_path), recipe, train=unlabeled, test=test)
+    stored, extractor = describe_classifier(uri), load_classifier(uri)
+    assert stored is not None and stored.test_accuracy is None
+    assert stored.identity.name == extractor.name == "clusters"
+    assert not stored.identity.knows_classes
+    assert stored.identity.fingerprint == extractor.fingerprint
+    assert extractor.extract(test.images[:3]).features.shape == (3, 128)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,36 @@ def test_one_class_only_shows_in_the_histogram(store: Path, dataset: str, tmp_pa
     )
     assert result.metrics["eval/classifier_class_tv_n500"] == pytest.approx(0.9, abs=0.03)
     assert result.metrics["eval/classifier_score_n500"] < 1.5
+
+
+def test_images_without_labels_are_measured_by_clusters(store: Path, tmp_path: Path) -> None:
+    config = make_config(store)
+    labeled = open_source(config.data)
+    splits = {name: replace(split, labels=np.full(len(split), -1)) for name, split in labeled.splits.items()}
+    source = replace(labeled, class_names=(), splits=splits)
+    dataset = write_dataset(source, str(store / "datasets" / "unlabeled"), name="unlabeled", data=config.data).uri
+    real = write_samples(tmp_path / "real", open_cache(dataset, "test").images[:500])
+    threes = labeled.splits["test"].images[labeled.splits["test"].labels == 3]
+    one_mode = write_samples(tmp_path / "threes", np.tile(threes, (11, 1, 1, 1))[:500])
+    good, poor = (evaluate(config, samples=each, dataset=dataset, folder=tmp_path) for each in (real, one_mode))
+    distance = good.metrics["eval/clusters_fid_n500"]
+    assert distance == pytest.approx(good.real_metrics["eval/real_clusters_fid_n500"], rel=0.1)
+    assert poor.metrics["eval/clusters_fid_n500"] > 10 * distance
+    assert poor.metrics["eval/clusters_coverage_n500"] < 0.5 < good.metrics["eval/clusters_coverage_n500"]
+    assert not [name for name in good.metrics if "score" in name or "class" in name or "confidence" in name]
+    assert good.gate["name"] == "eval/clusters_fid_n500"
+    assert len(good.notes) == 1
+
+
+def test_results_of_an_explicit_extractor_are_those_of_auto(store: Path, dataset: str) -> None:
+    """Runs from before `auto` are found again."""
+    explicit = make_config(store, evaluation={"extractor": "classifier"})
+    samples = write_samples(store / "explicit", open_cache(dataset, "test").images[:500])
+    first = step.run(explicit, run="explicit", samples=samples, dataset=dataset)
+    record = store / "runs" / "explicit" / "steps" / "evaluate" / "result.json"
+    written = record.stat().st_mtime_ns
+    assert step.run(make_config(store), run="explicit", samples=samples, dataset=dataset) == first
+    assert record.stat().st_mtime_ns == written
 
 
 def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Trained classifiers in the store, next to their dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from safetensors.torch import load, save
+
+from ncsn import storage
+from ncsn.data.format import Images as Rows
+from ncsn.data.training_images import CachedSplit
+from ncsn.errors import UserError
+from ncsn.evaluation.classifier import (
+    ClassifierExtractor,
+    ClassifierNetwork,
+    ClassifierRecipe,
+    accuracy,
+    identity,
+    train_classifier,
+)
+from ncsn.evaluation.clusters import cluster_labels
+from ncsn.evaluation.extractors import Identity
+
+LabelledImages = CachedSplit | Rows
+
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "classifier.json"
+
+
+@dataclass(frozen=True)
+class StoredClassifier:
+    """A classifier in the store, without its weights."""
+
+    identity: Identity
+    test_accuracy: float | None  # share of the labeled test images, in [0, 1]; None if there is none, or for clusters
+
+
+def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
+    """Folder of the classifier of a recipe for a dataset."""
+    return storage.join(dataset_uri, "classifier", recipe.key)
+
+
+def describe_classifier(uri: str) -> StoredClassifier | None:
+    """The classifier in the folder `uri`; None if there is none."""
+    try:
+        description = storage.read_json(storage.join(uri, DESCRIPTION))
+    except FileNotFoundError:
+        return None
+    recipe = ClassifierRecipe(**description["recipe"])
+    return StoredClassifier(
+        identity=identity(recipe, weights_sha256=description["weights_sha256"]),
+        test_accuracy=description["test_accuracy"],
+    )
+
+
+def ensure_classifier(
+    dataset_uri: str,
+    recipe: ClassifierRecipe,
+    *,
+    train: LabelledImages,
+    test: LabelledImages,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
+    uri = classifier_uri(dataset_uri, recipe)
+    if not storage.exists(storage.join(uri, DESCRIPTION)):
+        started = time.monotonic()
+        labels = train.labels
+        if recipe.clustered:
+            labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
+        network = train_classifier(recipe, images=train.images, labels=labels, device=device, on_progress=on_progress)
+        test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
+        _publish(uri, network, recipe, test_accuracy=test_accuracy, seconds=time.monotonic() - started)
+    return uri
+
+
+def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
+    """The extractor of a stored classifier.
+
+    Raises:
+        NotFound: if there is none at `uri`.
+        UserError: if its weights are not those that were stored.
+    """
+    description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
+    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != description["weights_sha256"]:
+        raise UserError(
+            f"{uri}/{WEIGHTS}",
+            f"is damaged: its SHA-256 is {digest[:12]}, expected {description['weights_sha256'][:12]}",
+            hint="delete the folder to train the classifier again",
+        )
+    recipe = ClassifierRecipe(**description["recipe"])
+    network = ClassifierNetwork(image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes)
+    network.load_state_dict(load(weights))
+    return ClassifierExtractor(network.to(device), identity(recipe, weights_sha256=digest))
+
+
+def _publish(
+    uri: str, network: ClassifierNetwork, recipe: ClassifierRecipe, *, test_accuracy: float, seconds: float
+) -> None:
+    weights = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    description = {
+        "recipe": asdict(recipe),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
+        "training_seconds": round(seconds, 2),
+    }
+    # Of two writers the first one's stays.
+    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
