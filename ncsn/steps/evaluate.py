@@ -234,8 +234,5 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
             f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
         )
     if extractor == "clusters":
-        notes.append(
-            "the images have no labels, so there is no classifier score; a network trained to tell clusters of similar "
-            "images apart extracts the features"
-        )
+        notes.append("there is no classifier score, because the extractor learned clusters instead of labels")
     return notes
