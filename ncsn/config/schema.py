@@ -37,18 +37,25 @@ class DataConfig(Section):
 
     # Left out of plain values while they have their defaults. So a config that was written before they came has the
     # digest that it had: no run is ingested again or gets a second MLflow run.
-    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit", "unlabelled"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit", "image_column", "label_column", "unlabelled"})
 
-    source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder"] = Field(
+    source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"] = Field(
         description="Source of the images. All but sklearn_digits read files in data.root."
     )
     root: str | None = Field(
         None,
         description="Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for "
-        "image_folder also s3://bucket/prefix, a .tar or a .zip.",
+        "image_folder and parquet also s3://bucket/prefix, and a .tar, .zip or .parquet file.",
     )
     download: bool = Field(
         False, description="Download fashion_mnist, mnist or cifar10 into data.root with torchvision."
+    )
+    image_column: str | None = Field(
+        None, description="Column of the images in the files of parquet; null = by type and usual names."
+    )
+    label_column: str | None = Field(
+        None,
+        description="Column of the labels in the files of parquet; none = no labels, null = by type and usual names.",
     )
     image_size: int = Field(ge=8, le=1024, description="Height and width in pixels, after center crop and resize.")
     channels: Literal[1, 3] = Field(

@@ -156,7 +156,7 @@ def _label(
             f"has {kind} (such as {min(known)!r}) for some images but none for others (such as {stray!r})",
             hint="give every image a label, or none, or set data.unlabelled to keep or drop",
         )
-    names = _class_names(known, numbers=from_files)
+    names = class_names_of(known, numbers=from_files)
     places = {name: place for place, name in enumerate(names)}
     return names, [NO_LABEL if word is None else places[word] for word in words]
 
@@ -166,7 +166,7 @@ def _folder(path: str, depth: int) -> str | None:
     return parts[depth] if len(parts) > depth + 1 else None
 
 
-def _class_names(words: set[str], *, numbers: bool) -> tuple[str, ...]:
+def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
     """Sorted. Labels that are numbers stay what they are, so that the classes are 0 .. the largest."""
     if numbers and all(word.isdecimal() and word == str(int(word)) for word in words):
         largest = max(map(int, words), default=-1)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ncsn.config.schema import DataConfig
 from ncsn.data.cifar10 import open_cifar10
 from ncsn.data.image_folder import open_celeba, open_image_folder
+from ncsn.data.published.source import open_parquet
 from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist
 from ncsn.data.source import Source
 
@@ -18,6 +19,7 @@ _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
     "cifar10": open_cifar10,
     "celeba": open_celeba,
     "image_folder": open_image_folder,
+    "parquet": open_parquet,
 }
 
 

@@ -37,8 +37,8 @@ from ncsn.errors import UserError
 Progress = Callable[[int, int], None]
 
 _SHAPING = (
-    "source", "image_size", "channels", "convert_channels", "fit", "background", "test_fraction", "max_images",
-    "on_bad_image", "unlabelled",
+    "source", "image_column", "label_column", "image_size", "channels", "convert_channels", "fit", "background",
+    "test_fraction", "max_images", "on_bad_image", "unlabelled",
 )  # fmt: skip
 LEAST_IMAGES = 2
 

@@ -61,11 +61,11 @@ def test_ordinary_names_pass():
     assert safe_member("a..b/c...jpg", archive=Path("a.zip")).name == "c...jpg"
 
 
-@pytest.mark.parametrize("source", ["image_folder", "cifar10", "celeba", "mnist", "fashion_mnist"])
+@pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
 def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
     with refused("data.root") as caught:
         sources.open_source(data_config(source))
-    assert ("data.download" in caught.value.problems[0].hint) == (source not in ("image_folder", "celeba"))
+    assert ("data.download" in caught.value.problems[0].hint) == (source not in ("image_folder", "parquet", "celeba"))
     with refused("data.root", error=NotFound) as caught:
         sources.open_source(data_config(source, tmp_path / "nowhere"))
     assert caught.value.problems[0].value == str(tmp_path / "nowhere")

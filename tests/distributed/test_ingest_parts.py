@@ -14,6 +14,8 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,7 +27,7 @@ from ncsn.data.sources import open_source
 
 EXPERIMENT = """
 name: packed
-data: {{source: image_folder, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, rows_per_part: {rows},
+data: {{source: {source}, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, rows_per_part: {rows},
   on_bad_image: skip}}
 network: {{kind: unet, widths: [8]}}
 train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
@@ -59,8 +61,8 @@ def shard(first: int, last: int) -> bytes:
 def command(tmp_path):
     """Gives `ncsn ingest` for an experiment, and the experiment's text; in an environment of its own."""
 
-    def make(run: str, **fields) -> tuple[list[str], str, dict[str, str]]:
-        text = EXPERIMENT.format(**fields)
+    def make(run: str, *, source: str = "image_folder", **fields) -> tuple[list[str], str, dict[str, str]]:
+        text = EXPERIMENT.format(source=source, **fields)
         (tmp_path / "config.yaml").write_text(text)
         arguments = ["ingest", "--config", str(tmp_path / "config.yaml"), "--run", run, "--json"]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
@@ -95,6 +97,26 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     assert np.array_equal(read_split(result["uri"], "test").images, read_split(expected.uri, "test").images)
     objects = boto3.client("s3").list_objects_v2(Bucket=s3_root.removeprefix("s3://"), Prefix="store/datasets/")
     assert not [entry["Key"] for entry in objects["Contents"] if "/.parts-" in entry["Key"]]
+
+
+def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, command):
+    for number in range(3):
+        rows = range(60 * number, 60 * number + 60)
+        images = [{"bytes": b"broken" if row == 7 else png(row), "path": None} for row in rows]
+        table = pa.table({"image": images, "label": [row % 3 for row in rows]})
+        pq.write_table(table, tmp_path / "shard.parquet", row_group_size=25)
+        storage.write_bytes(f"{s3_root}/hub/data/{number}.parquet", (tmp_path / "shard.parquet").read_bytes())
+    root, store = f"{s3_root}/hub", f"{s3_root}/store"
+    arguments, text, environment = command("hub", source="parquet", root=root, rows=50, store=store)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    expected = in_one_pass(text, tmp_path / "one-pass")
+    assert result["digest"] == expected.manifest.digest
+    manifest = load_manifest(result["uri"])
+    assert [image.name for image in manifest.skipped] == [f"{root}/data/0.parquet:row 7"]
+    assert manifest.counts == {"train": 143, "test": 36}
+    assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
 
 
 @pytest.mark.slow

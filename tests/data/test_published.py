@@ -1,0 +1,343 @@
+"""Published Parquet files: columns, classes and splits are found, sections read only their rows, mistakes by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from refused import refused
+
+from ncsn import storage
+from ncsn.data.format import SkippedImage
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.published import files
+from ncsn.data.published.source import split_of
+from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+NAMES = ["cat", "dog", "owl"]
+
+
+def encoded(value: int, *, kind: str = "PNG") -> bytes:
+    """An image of one gray value."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((9, 8), value, np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pictures(values: Sequence[int]) -> pa.Array:
+    return pa.array([{"bytes": encoded(value), "path": f"{value}.png"} for value in values], PICTURE)
+
+
+def hub(features: dict[str, Any]) -> dict[str, str]:
+    """The metadata that Hugging Face's `datasets` writes into the schema."""
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+FEATURES = {"image": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}}
+
+
+def write(uri: str | Path, columns: dict[str, Any], *, features: dict[str, Any] | None = None, **options: Any) -> str:
+    """Write a Parquet file; gives its URI."""
+    table = pa.table(columns)
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(hub(features) if features else None), buffer, **options)
+    storage.write_bytes(str(uri), buffer.getvalue())
+    return str(uri)
+
+
+def published(uri: str | Path, values: Sequence[int], **options: Any) -> str:
+    """A file as on the Hub, whose image of value v has the label v % 3."""
+    columns = {"image": pictures(values), "label": pa.array([value % 3 for value in values], pa.int64())}
+    return write(uri, columns, features=FEATURES, **options)
+
+
+def rows_of(source) -> dict[str, list[tuple[int, int]]]:
+    """Split -> (value, label) of each image that decodes."""
+    return {
+        split: [(int(row.image[0, 0, 0]), row.label) for row in part.stream() if not isinstance(row, SkippedImage)]
+        for split, part in source.splits.items()
+    }
+
+
+def labeled(values: Sequence[int]) -> list[tuple[int, int]]:
+    return [(value, value % 3) for value in values]
+
+
+@pytest.fixture
+def source_of(data_config) -> Callable[..., Any]:
+    return lambda root, **settings: open_source(data_config("parquet", root, **settings))
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_files_of_the_hub_need_no_settings(request, tmp_path, source_of, place):
+    root = tmp_path if place == "folder" else request.getfixturevalue("s3_root")
+    published(f"{root}/data/train-00000-of-00002.parquet", range(20), row_group_size=7)
+    published(f"{root}/data/train-00001-of-00002.parquet", range(20, 50), row_group_size=7)
+    published(f"{root}/data/validation-00000-of-00001.parquet", range(50, 55))
+    published(f"{root}/data/test-00000-of-00001.parquet", range(60, 70))
+    storage.write_bytes(f"{root}/README.md", b"---\n")
+    source = source_of(root)
+    assert source.class_names == tuple(NAMES)
+    assert rows_of(source) == {"train": labeled(range(50)), "test": labeled(range(60, 70))}
+    (tmp_path / "x").mkdir()
+    assert [row.label for row in source.splits["train"].section(18, 23).stream(cores=1)] == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00004.parquet", "train"),
+        ("default/train/0000.parquet", "train"),
+        ("cifar10/test/0000.parquet", "test"),
+        ("data/validation-00000-of-00001-9a1b.parquet", "validation"),
+        ("my_dataset-dev.parquet", "validation"),
+        ("eval/train.parquet", "train"),
+        ("train2017.PARQUET", "train"),
+        ("test/part-00003.parquet", "test"),
+        ("train_test.parquet", None),
+        ("trained/0000.parquet", None),
+        ("0000.parquet", None),
+    ],
+)
+def test_names_tell_the_splits(path, split):
+    assert split_of(path) == split
+
+
+def test_validation_stands_in_for_a_test_split(tmp_path, source_of):
+    published(tmp_path / "train" / "0000.parquet", range(10))
+    published(tmp_path / "valid" / "0000.parquet", range(10, 15))
+    assert rows_of(source_of(tmp_path)) == {"train": labeled(range(10)), "test": labeled(range(10, 15))}
+
+
+def test_however_rows_are_cut_they_are_the_same_dataset(tmp_path, s3_root, data_config):
+    """Without a test split the choice of test images is that of the rows, not of the files."""
+
+    def digest(root: str | Path) -> str:
+        data = data_config("parquet", root)
+        return write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest.digest
+
+    whole = published(tmp_path / "whole" / "train.parquet", range(40))
+    published(tmp_path / "cut" / "0.parquet", range(13), row_group_size=5)
+    published(tmp_path / "cut" / "1.parquet", range(13, 40), row_group_size=2, compression="zstd")
+    published(f"{s3_root}/cut/0.parquet", range(31))
+    published(f"{s3_root}/cut/1.parquet", range(31, 40))
+    assert len({digest(root) for root in (whole, tmp_path / "whole", tmp_path / "cut", f"{s3_root}/cut")}) == 1
+    published(f"{s3_root}/cut/1.parquet", range(32, 41))
+    assert digest(f"{s3_root}/cut") != digest(whole)
+
+
+def test_each_class_gives_its_share(tmp_path, source_of):
+    rows = rows_of(source_of(published(tmp_path / "x.parquet", range(60))))
+    assert sorted(rows["train"] + rows["test"]) == labeled(range(60))
+    assert np.bincount([label for _, label in rows["test"]]).tolist() == [5, 5, 5]
+    assert rows["train"] == sorted(rows["train"])
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "large_struct", "jpeg"])
+def test_images_are_found_by_their_type(tmp_path, source_of, kind):
+    values = [8 * number for number in range(12)]
+    images = [encoded(value, kind="JPEG" if kind == "jpeg" else "PNG") for value in values]
+    types = {
+        "large_binary": pa.large_binary(),
+        "struct": PICTURE,
+        "large_struct": pa.struct([("path", pa.string()), ("bytes", pa.large_binary())]),
+    }
+    rows = [{"bytes": image, "path": None} for image in images] if "struct" in kind else images
+    columns = {"id": pa.array(range(12)), "x": pa.array(rows, types.get(kind, pa.binary())), "note": ["a"] * 12}
+    source = source_of(write(tmp_path / "x.parquet", columns))
+    found = rows_of(source)
+    assert source.class_names == ()
+    assert sorted(found["train"] + found["test"]) == [(value, -1) for value in values]
+
+
+def test_the_usual_names_and_the_metadata_decide_between_columns(tmp_path, source_of):
+    images, others = pictures(range(12)), pictures(range(100, 112))
+    numbers = pa.array([number % 2 for number in range(12)])
+    both = {"mask": others, "image": images, "label": numbers, "id": numbers}
+    rows = rows_of(source_of(write(tmp_path / "names.parquet", both)))
+    assert sorted(rows["train"] + rows["test"]) == [(number, number % 2) for number in range(12)]
+    columns = {"audio": others, "photograph": images, "fine": numbers, "label": pa.array(range(12))}
+    features = {
+        "audio": {"sampling_rate": 16000, "_type": "Audio"},
+        "photograph": {"_type": "Image"},
+        "fine": {"num_classes": 2, "names": ["a", "b"], "id": None, "_type": "ClassLabel"},
+        "label": {"dtype": "int64", "_type": "Value"},
+    }
+    source = source_of(write(tmp_path / "marked.parquet", columns, features=features))
+    assert source.class_names == ("a", "b")
+    rows = rows_of(source)
+    assert sorted(rows["train"] + rows["test"]) == [(number, number % 2) for number in range(12)]
+
+
+def test_settings_choose_the_columns(tmp_path, source_of):
+    columns = {"left": pictures(range(12)), "right": pictures(range(100, 112))}
+    columns |= {"coarse": pa.array([n % 2 for n in range(12)]), "fine": pa.array([n % 4 for n in range(12)])}
+    coarse, fine = {"names": ["a", "b"]}, {"names": ["p", "q", "r", "s"]}
+    features = {"coarse": {**coarse, "_type": "ClassLabel"}, "fine": {**fine, "_type": "ClassLabel"}}
+    path = write(tmp_path / "x.parquet", columns, features=features)
+    with refused("data.image_column"):
+        source_of(path)
+    with refused("data.label_column") as caught:
+        source_of(path, image_column="right")
+    assert "coarse or fine" in caught.value.problems[0].hint
+    source = source_of(path, image_column="right", label_column="fine")
+    assert source.class_names == ("p", "q", "r", "s")
+    assert (103, 3) in rows_of(source)["train"] + rows_of(source)["test"]
+    assert source_of(path, image_column="left", label_column="none").class_names == ()
+    for settings in ({"image_column": "fine"}, {"image_column": "left", "label_column": "right"}):
+        with refused(f"data.{list(settings)[-1]}") as caught:
+            source_of(path, **settings)
+        assert caught.value.problems[0].value == list(settings.values())[-1]
+
+
+def test_labels_without_metadata_are_words_or_numbers(tmp_path, source_of):
+    words = [["owl", "cat", None, ""][number % 4] for number in range(16)]
+    for name, array in {"words": pa.array(words), "categories": pa.array(words).dictionary_encode()}.items():
+        path = write(tmp_path / f"{name}.parquet", {"image": pictures(range(16)), "label": array})
+        source = source_of(path)
+        rows = rows_of(source)
+        assert source.class_names == ("cat", "owl")
+        assert [label for _, label in sorted(rows["train"] + rows["test"])] == [1, 0, -1, -1] * 4
+    numbers = pa.array([[2, 0, None, -1][number % 4] for number in range(16)], pa.int8())
+    source = source_of(write(tmp_path / "numbers.parquet", {"image": pictures(range(16)), "class": numbers}))
+    rows = rows_of(source)
+    assert source.class_names == ("0", "1", "2")
+    assert [label for _, label in sorted(rows["train"] + rows["test"])] == [2, 0, -1, -1] * 4
+
+
+@pytest.mark.parametrize("wrong", [3, -2])
+def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, source_of, wrong):
+    labels = [0, 1, 2, None, -1, 2, wrong, 1]
+    columns = {"image": pictures(range(8)), "label": pa.array(labels, pa.int64())}
+    path = write(tmp_path / "x.parquet", columns, features=FEATURES)
+    with refused(f"{path}:row 6"):
+        source_of(path)
+
+
+def test_bad_images_are_named_with_their_row(tmp_path, source_of):
+    rows = [{"bytes": encoded(number), "path": None} for number in range(10)]
+    rows[2], rows[5], rows[7] = None, {"bytes": None, "path": "elsewhere.png"}, {"bytes": b"broken", "path": None}
+    source = source_of(write(tmp_path / "train.parquet", {"image": pa.array(rows, PICTURE)}, row_group_size=4))
+    read = [row for split in source.splits.values() for row in split.stream()]
+    bad = sorted(row.name for row in read if isinstance(row, SkippedImage))
+    assert bad == [f"{tmp_path}/train.parquet:row {row}" for row in (2, 5, 7)]
+    assert len(read) == 10
+
+
+def test_a_section_reads_only_its_row_groups(tmp_path, source_of, monkeypatch):
+    published(tmp_path / "train-0.parquet", range(50), row_group_size=5)
+    published(tmp_path / "train-1.parquet", range(50, 100), row_group_size=5)
+    published(tmp_path / "test.parquet", range(100, 105))
+    read: list[tuple[int, list[str]]] = []
+    batches = pq.ParquetFile.iter_batches
+
+    def iter_batches(self, *arguments, row_groups, columns, **settings):
+        read.extend((group, columns) for group in row_groups)
+        return batches(self, *arguments, row_groups=row_groups, columns=columns, **settings)
+
+    monkeypatch.setattr(files.pq.ParquetFile, "iter_batches", iter_batches)
+    section = source_of(tmp_path).splits["train"].section(43, 56)
+    assert [int(row.image[0, 0, 0]) for row in section.stream()] == list(range(43, 56))
+    assert read == [(group, ["image.bytes"]) for group in (8, 9, 0, 1)]
+
+
+def test_a_dataset_of_a_store_is_read_as_it_is(tmp_path, data_config, idx_folder):
+    folder, _ = idx_folder(train=30, test=9)
+    data = data_config("mnist", folder)
+    first = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data)
+    again = data_config("parquet", first.uri)
+    second = write_dataset(open_source(again), str(tmp_path / "store"), name="x", data=again)
+    assert (second.manifest.digest, second.created) == (first.manifest.digest, False)
+    larger = data_config("parquet", first.uri, image_size=16, channels=3, convert_channels=True)
+    third = write_dataset(open_source(larger), str(tmp_path / "store"), name="x", data=larger)
+    assert read_split(third.uri, "test").images.shape == (9, 16, 16, 3)
+    assert list(third.manifest.class_names) == list("0123456789")
+
+
+def test_roots_that_cannot_be_used_are_named(tmp_path, source_of):
+    with refused("data.root", error=NotFound):
+        source_of(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("x")
+    for root in (tmp_path, tmp_path / "notes.txt"):
+        with refused("data.root"):
+            source_of(root)
+    good = published(tmp_path / "train-0.parquet", range(40))
+    content = Path(good).read_bytes()
+    for damaged in (b"", b"version https://git-lfs.github.com/spec/v1\n", content[: len(content) // 2], content[:-3]):
+        bad = tmp_path / "train-1.parquet"
+        bad.write_bytes(damaged)
+        with refused(str(bad)):
+            source_of(tmp_path)
+    plain = write(tmp_path / "train-1.parquet", {"text": ["a"], "label": [1]})
+    with refused(plain) as caught:
+        source_of(tmp_path)
+    assert "text (string)" in caught.value.problems[0].reason
+
+
+def test_files_that_do_not_belong_together_are_named(tmp_path, source_of):
+    published(tmp_path / "train-0.parquet", range(10))
+    other = tmp_path / "train-1.parquet"
+    image, label = pictures(range(10)), pa.array([0] * 10)
+    others = FEATURES | {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}
+    for columns, features in (
+        ({"image": image, "label": label}, others),
+        ({"image": image}, None),
+        ({"picture": image, "label": label}, None),
+    ):
+        write(other, columns, features=features)
+        with refused(str(other)):
+            source_of(tmp_path)
+    stray = other.rename(tmp_path / "more.parquet")
+    published(stray, range(10))
+    with refused(str(stray)):
+        source_of(tmp_path)
+    (tmp_path / "train-0.parquet").rename(tmp_path / "val.parquet")
+    stray.rename(tmp_path / "test.parquet")
+    with refused(str(tmp_path / "test.parquet")):
+        source_of(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_a_file_that_changes_is_noticed(request, tmp_path, source_of, place):
+    root = tmp_path if place == "folder" else request.getfixturevalue("s3_root")
+    path = published(f"{root}/train-0.parquet", range(60), row_group_size=5)
+    split = source_of(root).splits["train"]
+    rows = iter(split.stream(cores=1))
+    next(rows)
+    published(path, range(100, 140), row_group_size=5)
+    with refused(path):
+        list(rows)
+    with refused(path):
+        list(split.stream())
+    storage.delete_file(path)
+    with refused(path):
+        list(split.stream())
+
+
+def test_damage_between_good_ends_is_named(tmp_path, source_of):
+    path = Path(published(tmp_path / "train.parquet", range(60), compression="zstd", write_page_checksum=True))
+    status, content = path.stat(), bytearray(path.read_bytes())
+    split = source_of(tmp_path).splits["train"]
+    content[200:220] = bytes(20)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with refused(str(path)):
+        list(split.stream())
+
+
+def test_links_are_followed_as_in_a_snapshot_of_the_hub(tmp_path, source_of):
+    blob = published(tmp_path / "blobs" / "0a1b", range(12))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.parquet").symlink_to(blob)
+    assert sum(map(len, rows_of(source_of(tmp_path / "snapshot")).values())) == 12
