@@ -164,6 +164,7 @@ def test_training_is_refused_where_the_classifier_would_be(tmp_path, data_config
             "network": {"kind": "unet", "widths": [8]},
             "train": {"num_images": 128, "checkpoint_every_images": 128, "report_every_images": 128},
             "sampling": {"sampler": {"kind": "annealed_langevin"}},
+            "evaluation": {"extractor": "classifier"},
         }
     )
     with nullcontext() if classes > 1 else refused("evaluation.extractor"):

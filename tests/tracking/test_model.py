@@ -60,6 +60,7 @@ def test_fresh_process_loads_it_without_pickle_and_makes_the_sample_steps_images
         **os.environ,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PYTHONWARNINGS": "error:Add type hints",
+        "PYTHONDONTWRITEBYTECODE": "1",  # the next test looks for what the model itself leaves
     }
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "images.npy")],
