@@ -37,6 +37,7 @@ SMALL_SET = 10_000
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
 DROPOUT = 0.25
+_BATCH_VALUES = 1 << 24  # pixel values whose statistics are taken at once
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _to_network(images: Images, device: torch.device | str) -> Tensor:
 
 def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
     count, total, squares = 0, np.zeros(network.channels), np.zeros(network.channels)
-    for batch in batches(images, batch_size=4096):
+    for batch in batches(images, batch_size=max(1, min(4096, _BATCH_VALUES // images[0].size))):
         pixels = batch.reshape(-1, network.channels).astype(np.float64)
         count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
     mean = total / count

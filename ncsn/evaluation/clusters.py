@@ -19,7 +19,7 @@ IMAGES_PER_CLUSTER = 8  # on average, at least; fewer images have fewer clusters
 LARGEST_SIDE = 32  # pixels; larger images are averaged down first
 _COMPONENTS = 32
 _FITTED_IMAGES = 10_000
-_BATCH = 1024
+_BATCH_VALUES = 1 << 22  # pixel values that are converted at once
 
 
 def num_clusters(num_images: int) -> int:
@@ -39,14 +39,15 @@ def cluster_labels(images: Images, *, count: int, seed: int) -> npt.NDArray[np.i
     """
     generator = np.random.default_rng(seed)
     fitted = np.sort(generator.permutation(len(images))[:_FITTED_IMAGES])
-    pixels = np.concatenate(
-        [_pixels(images[fitted[first : first + _BATCH]]) for first in range(0, len(fitted), _BATCH)]
-    )
-    reduce = PCA(min(_COMPONENTS, *pixels.shape), random_state=seed).fit(pixels)
+    size = max(1, _BATCH_VALUES // images[0].size)
+    pixels = np.concatenate([_pixels(images[fitted[first : first + size]]) for first in range(0, len(fitted), size)])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer images differ than there are clusters
+        # Fewer images differ than there are clusters, or none do.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        reduce = PCA(min(_COMPONENTS, *pixels.shape), random_state=seed).fit(pixels)
         centers = KMeans(min(count, len(fitted)), n_init=3, random_state=seed).fit(reduce.transform(pixels))
-    found = [centers.predict(reduce.transform(_pixels(batch))) for batch in batches(images, batch_size=_BATCH)]
+    found = [centers.predict(reduce.transform(_pixels(batch))) for batch in batches(images, batch_size=size)]
     return np.concatenate(found).astype(np.int64)
 
 

@@ -37,6 +37,7 @@ FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
 DESCRIPTION = "reference.json"
 REFERENCE_SPLIT = "train"
+LEAST_TEST_IMAGES = 3  # for the uncertainty of a Frechet distance
 SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
 
 Progress = Callable[[int, int], None]
@@ -162,7 +163,7 @@ def open_evaluator(
         UserError: if the dataset has too few test images or no labels, or weights are not those that were asked for.
     """
     manifest = load_manifest(dataset)
-    _require_test_images(config, manifest)
+    require_test_images(config, manifest)
     report: Progress = on_progress or _silent
     found = _identify(config, dataset, manifest)
     if found is None:
@@ -243,9 +244,18 @@ def _images_of_training(config: Config, manifest: Manifest) -> int:
     return 0 if settings.by_inception else settings.classifier_epochs * manifest.count("train")
 
 
-def _require_test_images(config: Config, manifest: Manifest) -> None:
+def require_test_images(config: Config, manifest: Manifest) -> None:
+    """Refuse a dataset with fewer test images than its evaluation needs."""
     count, splits = manifest.count("test"), config.evaluation.num_splits
-    if count < splits:
+    if evaluation_of(config, manifest).extractor == "clusters":  # no score, and so no splits
+        if count < LEAST_TEST_IMAGES:
+            raise UserError(
+                "data.test_fraction",
+                f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}",
+                hint="raise it",
+                value=config.data.test_fraction,
+            )
+    elif count < splits:
         raise UserError(
             "evaluation.num_splits",
             f"the test split has only {count} images",

@@ -29,6 +29,7 @@ from ncsn.data.statistics import resolve_noise
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.classifier import SMALL_SET
+from ncsn.evaluation.clusters import cluster_labels
 from ncsn.evaluation.reference import extractor_of, recipe_of
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -289,8 +290,10 @@ class _TrialRun:
         as_large = (self.counts.train_images < SMALL_SET) == (len(split) < SMALL_SET)
         if not as_large:
             manifest = load_manifest(dataset)
-            recipe = recipe_of(self.config, manifest)
-            own = training_seconds_per_image(recipe, images=split.images, labels=split.labels, seconds=SECONDS / 2)
+            recipe, labels = recipe_of(self.config, manifest), split.labels
+            if recipe.clustered:
+                labels = cluster_labels(split.images, count=recipe.num_classes, seed=recipe.seed)
+            own = training_seconds_per_image(recipe, images=split.images, labels=labels, seconds=SECONDS / 2)
         return own, extract_image, neighbour_image, fixed
 
 

@@ -205,6 +205,22 @@ def test_images_without_labels_are_measured_by_clusters(store: Path, tmp_path: P
     assert len(good.notes) == 1
 
 
+def test_few_images_without_labels_are_enough(store: Path, tmp_path: Path) -> None:
+    """They have no score, and so no splits, whose number `evaluation.num_splits` gives."""
+    config = make_config(store, sampling={"num_images": 20, "sampler": {"kind": "annealed_langevin"}})
+    labeled = open_source(config.data)
+    splits = {
+        name: replace(split.section(0, count), labels=np.full(count, -1))
+        for (name, split), count in zip(labeled.splits.items(), (30, 3), strict=True)
+    }
+    source = replace(labeled, class_names=(), splits=splits)
+    dataset = write_dataset(source, str(store / "datasets" / "few"), name="few", data=config.data).uri
+    samples = write_samples(tmp_path / "few", open_cache(dataset, "train").images[:20])
+    result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
+    assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
+    assert (result.num_images, result.num_real_images) == (20, 3)
+
+
 def test_results_of_an_explicit_extractor_are_those_of_auto(store: Path, dataset: str) -> None:
     """Runs from before `auto` are found again."""
     explicit = make_config(store, evaluation={"extractor": "classifier"})
