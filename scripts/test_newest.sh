@@ -21,4 +21,5 @@ $python -m pip install --disable-pip-version-check --progress-bar off --upgrade 
     exit 1
 }
 echo "newer: $(sed -n 's/^Successfully installed //p' $log)"
-$python -m pytest "$@"
+# What was not renewed has its programs in .venv: weed, uvicorn.
+PATH=$PWD/$venv/bin:$PWD/.venv/bin:$PATH $python -m pytest "$@"
