@@ -164,13 +164,22 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
+    told = False
+
     def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
         end()
         sys.exit(TERMINATED)
 
     before: Any = signal.signal(signal.SIGTERM, handle)
     try:
         yield
+    except Exception:
+        # Python drops an exit that the handler raises during a finalizer. Then the deleted job is noticed here.
+        if told:
+            sys.exit(TERMINATED)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
