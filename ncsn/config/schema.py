@@ -181,7 +181,7 @@ class EvaluationConfig(Section):
         return self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None)
 
     def resolved(self, *, num_classes: int) -> EvaluationConfig:
-        """The same with the extractor that `auto` stands for, for images of so many classes."""
+        """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""
         if self.extractor != "auto":
             return self
         learned = "classifier" if num_classes >= 2 else "clusters"

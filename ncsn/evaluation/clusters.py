@@ -23,7 +23,7 @@ _BATCH_VALUES = 1 << 22  # pixel values that are converted at once
 
 
 def num_clusters(num_images: int) -> int:
-    """How many clusters so many images have, at least 2."""
+    """The number of clusters for `num_images` images, at least 2."""
     return max(2, min(NUM_CLUSTERS, num_images // IMAGES_PER_CLUSTER))
 
 

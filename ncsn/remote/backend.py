@@ -176,7 +176,7 @@ def ended_on_sigterm(end: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        # Python drops an exit that the handler raises during a finalizer. Then the deleted job is noticed here.
+        # Python drops the handler's exit if it interrupts a finalizer. Then the end of the job is noticed here.
         if told:
             sys.exit(TERMINATED)
         raise

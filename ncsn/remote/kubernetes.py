@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,8 @@ class KubernetesApi:
                 timeout_seconds=max(1, round(seconds)),
                 _request_timeout=(self._timeouts[0], seconds + 5),
             )
-            for _event in events:
-                return
+            with closing(events):  # not by a finalizer, where Python drops the exit of a signal's handler
+                next(events, None)
         except (ApiException, urllib3.exceptions.HTTPError, json.JSONDecodeError):
             time.sleep(max(0.0, min(1.0, seconds) - (time.monotonic() - started)))
 

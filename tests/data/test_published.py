@@ -120,6 +120,17 @@ def test_validation_stands_in_for_a_test_split(tmp_path, source_of):
     assert rows_of(source_of(tmp_path)) == {"train": labeled(range(10)), "test": labeled(range(10, 15))}
 
 
+def test_folds_are_refused_and_one_of_them_is_not(tmp_path, source_of):
+    """The test images of one fold train another."""
+    for fold, held in ((0, range(5)), (1, range(5, 10))):
+        rest = [n for n in range(10) if n not in held]
+        published(tmp_path / f"fold_{fold}" / "train" / "0.parquet", rest)
+        published(tmp_path / f"fold_{fold}" / "test" / "0.parquet", held)
+    with refused(str(tmp_path / "fold_1" / "test" / "0.parquet")):
+        source_of(tmp_path)
+    assert rows_of(source_of(tmp_path / "fold_0"))["test"] == labeled(range(5))
+
+
 def test_however_rows_are_cut_they_are_the_same_dataset(tmp_path, s3_root, data_config):
     """Without a test split the choice of test images is that of the rows, not of the files."""
 

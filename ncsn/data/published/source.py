@@ -126,16 +126,39 @@ def _splits(
             split: replace(every, rows=every.rows[rows], labels=every.labels[rows]) for split, rows in chosen.items()
         }
     _require_train(named)
+    _require_one_set(found)
     return {"train": images(named["train"]), "test": images(named.get("test") or named["validation"])}
 
 
 def split_of(path: str) -> str | None:
     """`train`, `validation` or `test`, by a word in the file's name, else by one in the nearest folder's."""
-    for part in reversed(path.lower().removesuffix(_SUFFIX).split("/")):
-        splits = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part) if word in _SPLIT_OF}
+    return _place_and_split(path)[1]
+
+
+def _place_and_split(path: str) -> tuple[str, str | None]:
+    """The folder that holds the split, and the split."""
+    parts = path.removesuffix(_SUFFIX).split("/")
+    for depth in reversed(range(len(parts))):
+        words = re.findall("[a-z]+", parts[depth].lower())
+        splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
         if len(splits) == 1:
-            return splits.pop()
-    return None
+            return "/".join(parts[:depth]), splits.pop()
+    return "", None
+
+
+def _require_one_set(found: Mapping[str, _Found]) -> None:
+    """Refuse several configurations or folds, which share images: one's test images would train another."""
+    places: dict[str, dict[str | None, ParquetFile]] = {}
+    for path, one in found.items():
+        place, split = _place_and_split(path)
+        places.setdefault(place, {})[split] = one.file
+    whole = [place for place, splits in places.items() if len(splits) > 1]
+    if len(whole) > 1:
+        raise UserError(
+            next(iter(places[whole[1]].values())).uri,
+            f"is of another data set than those in {whole[0] or 'the folder itself'!r}: both have splits",
+            hint="set data.root to the folder of one of them",
+        )
 
 
 def _require_train(named: Mapping[str | None, Sequence[_Found]]) -> None:
