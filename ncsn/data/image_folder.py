@@ -57,8 +57,8 @@ def open_image_folder(data: DataConfig) -> Source:
         root, found, depth=1 if own_splits else 0, from_tables=from_tables, refuse=data.unlabelled == "refuse"
     )
     if data.unlabelled == "drop" and class_names:
-        labelled = [n for n, label in enumerate(labels) if label != NO_LABEL]
-        found, labels = [found[n] for n in labelled], [labels[n] for n in labelled]
+        labeled = [n for n, label in enumerate(labels) if label != NO_LABEL]
+        found, labels = [found[n] for n in labeled], [labels[n] for n in labeled]
     if own_splits:
         chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:

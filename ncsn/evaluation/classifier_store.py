@@ -27,7 +27,7 @@ from ncsn.evaluation.classifier import (
 from ncsn.evaluation.clusters import cluster_labels
 from ncsn.evaluation.extractors import Identity
 
-LabelledImages = CachedSplit | Rows
+LabeledImages = CachedSplit | Rows
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "classifier.json"
@@ -63,8 +63,8 @@ def ensure_classifier(
     dataset_uri: str,
     recipe: ClassifierRecipe,
     *,
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from real_cluster import HEADS, WORKERS, eventually
+from real_cluster import HEADS, WORKERS, Resource, eventually, kubectl
 
 if TYPE_CHECKING:
     from live_place import Place
@@ -32,12 +32,19 @@ def test_two_workers_train_in_one_pod(place: Place, dataset: str) -> None:
     with place.commands.running("train", "--json", *options, "--run", RUN, "--dataset", dataset) as command:
         eventually(lambda: place.namespace.pods(WORKERS) or command.ended, "there is a worker pod", seconds=240)
         (pod,) = place.namespace.pods(WORKERS)
+        eventually(lambda: train_workers(place, pod) == 2, "two workers train in the pod", seconds=240)
         assert command.wait(480) == 0, command.said[-3000:]
     (container,) = pod["spec"]["containers"]
     assert container["resources"]["requests"]["cpu"] == "2"
     assert container["resources"]["limits"]["memory"] == "4Gi"
     assert command.result()["images_seen"] == 12800
-    assert "from rank 1" in place.text(f"runs/{RUN}/steps/train/driver.log")
+
+
+def train_workers(place: Place, pod: Resource) -> int:
+    """How many of Ray Train's workers run in the pod."""
+    count = "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -c '^ray::RayTrainWorker'; true"
+    where = (pod["metadata"]["name"], "--namespace", place.namespace.name, "--container", "ray-worker")
+    return int(kubectl("exec", *where, "--", "sh", "-c", count))
 
 
 @pytest.mark.timeout(1200)
