@@ -39,9 +39,9 @@ class DataConfig(Section):
     # digest that it had: no run is ingested again or gets a second MLflow run.
     ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit", "image_column", "label_column", "unlabelled"})
 
-    source: Literal["sklearn_digits", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"] = Field(
-        description="Source of the images. All but sklearn_digits read files in data.root."
-    )
+    source: Literal[
+        "sklearn_digits", "sklearn_photos", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"
+    ] = Field(description="Source of the images. All but sklearn_digits and sklearn_photos read files in data.root.")
     root: str | None = Field(
         None,
         description="Local folder with the files of the source, the zip of CelebA, or the archive of CIFAR-10; for "

@@ -9,11 +9,12 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.cifar10 import open_cifar10
 from ncsn.data.image_folder import open_celeba, open_image_folder
 from ncsn.data.published.source import open_parquet
-from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist
+from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist, open_photos
 from ncsn.data.source import Source
 
 _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
     "sklearn_digits": open_digits,
+    "sklearn_photos": open_photos,
     "fashion_mnist": open_fashion_mnist,
     "mnist": open_mnist,
     "cifar10": open_cifar10,
