@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clock import Clock
 from local_training import assert_same_tensors, train_locally
 from refused import refused
 
@@ -169,6 +170,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
 
 def test_outages_are_shared_by_the_processes_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(retry, "time", Clock())
     faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
     retry.simulate_outage("tracking")
     with faults.outages_shared():

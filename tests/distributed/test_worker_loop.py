@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clock import Clock
 from local_training import assert_same_tensors, tensors, train_locally
 from PIL import Image
 from refused import refused
@@ -342,7 +343,7 @@ def test_a_checkpoint_in_time_leaves_no_trace(tiny: str, dataset: str, tmp_path:
         np.testing.assert_array_equal(one.curve(name), other.curve(name))
 
 
-def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently() -> None:
+def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(LocalContext):
         """The other worker's step takes 1 second, this one's no time."""
 
@@ -351,6 +352,7 @@ def test_a_step_timer_is_the_same_on_all_workers_and_slows_down_gently() -> None
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 1.0
 
+    monkeypatch.setattr("ncsn.training.loop.time", Clock())
     timer = StepTimer(Two(), seconds=4.0)
     due = [step for step in range(1, 40) if timer.due()]
     assert due == [1, 3, 7, 15, 23, 31, 39], "2, 4, then every 8 steps of half a second"
