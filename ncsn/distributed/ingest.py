@@ -17,6 +17,7 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import MANIFEST, Images, Manifest, Part, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
+from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.source import BadImages, Source, Split, image_shape
 from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings, summarize
 from ncsn.distributed.tasks import run_tasks
@@ -90,7 +91,7 @@ def write_dataset_in_tasks(
 
 def _key(data: DataConfig, fingerprint: str) -> str:
     content = shaping_settings(data) | {"rows_per_part": data.rows_per_part, "root": data.root}
-    return storage.digest([fingerprint, content], 16)
+    return storage.digest([fingerprint, content, PIXELS_VERSION], 16)
 
 
 def _known(folder: str, receipt: str) -> Dataset | None:

@@ -194,6 +194,45 @@ def test_photographs_are_turned_upright(formats):
     assert np.array_equal(fitted(stored, 1, 16)[0], upright)
 
 
+def waves(width: int, height: int) -> np.ndarray:
+    """A smooth picture in color that looks different from each side."""
+    y, x = np.mgrid[:height, :width] / 40
+    return np.stack([127 + 100 * np.sin(x + y**1.5), 127 + 100 * np.cos(y), 20 + 4 * x * y % 200], 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize(
+    ("width", "height", "scale"), [(64, 64, 4), (65, 71, 4), (99, 33, 2), (31, 97, 1), (400, 301, 8)]
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(formats, method, width, height, scale, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if orientation != 1 and (width % 8 or height % 8):
+        scale = 1
+    stored = formats.image(waves(width, height), "JPEG", quality=95, subsampling=0, exif=exif)
+    fit = Fit(8, 3, method=method)
+    small, whole = decode(stored, least_side=fit.least_side), decode(stored)
+    assert (small.scale, small.size, whole.scale) == (scale, whole.image.size, 1)
+    difference = fit.picture(small, name="x").image.astype(int) - fit.picture(whole, name="x").image
+    assert np.abs(difference).max() <= (6 if scale > 1 else 0)
+
+
+def test_other_images_and_the_papers_crop_are_decoded_whole(formats):
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert decode(formats.image(waves(64, 64), kind), least_side=8).image.size == (64, 64)
+    assert Fit(8, 3, crop=140).least_side is None
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpegs_of_other_modes_are_decoded_smaller_too(formats, mode):
+    fit = Fit(8, 3, convert=True)
+    stored = formats.image(Image.fromarray(waves(65, 71)).convert(mode), "JPEG", quality=95)
+    small = decode(stored, least_side=fit.least_side)
+    difference = fit.picture(small, name="x").image.astype(int) - fit.picture(decode(stored), name="x").image
+    assert small.image.size == (17, 18) and np.abs(difference).max() <= 6
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
 def test_usual_formats_decode(formats, kind):
     pixels, conversions = fitted(formats.image(np.full((8, 8, 3), 128, np.uint8), kind))
@@ -204,8 +243,9 @@ def test_usual_formats_decode(formats, kind):
 def test_a_truncated_image_is_bad(formats, rng, kind):
     whole = formats.image(rng.integers(0, 256, (64, 64, 3), np.uint8), kind)
     for length in (0, 1, 20, len(whole) // 2, len(whole) * 9 // 10):
-        with pytest.raises(BadImageError):
-            decode(whole[:length])
+        for least_side in (None, 16):
+            with pytest.raises(BadImageError):
+                decode(whole[:length], least_side=least_side)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -148,7 +148,7 @@ class ParquetImages:
             rows = self.rows[first:last] - before
             if len(rows):
                 for row, value in zip(rows.tolist(), _values(file, self.column, rows), strict=True):
-                    yield Encoded(file.name(row), next(labels), partial(_load, value))
+                    yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
             before += file.rows
 
 
@@ -184,9 +184,9 @@ def _value(scalar: pa.Scalar, kind: ImageKind) -> Any:
     return (scalar["bytes"] if kind == "struct" else scalar).as_py()
 
 
-def _load(value: bytes | NDArray[np.uint8] | None) -> Picture:
+def _load(value: bytes | NDArray[np.uint8] | None, fit: Fit) -> Picture:
     if value is None:
         raise BadImageError("there is no image in this row")
     if isinstance(value, bytes):
-        return decode(value)
+        return decode(value, least_side=fit.least_side)
     return Picture(Image.fromarray(value[..., 0] if value.shape[2] == 1 else value))
