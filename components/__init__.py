@@ -18,7 +18,7 @@ from kfp import dsl
 
 IMAGE = os.environ.get("NCSN_IMAGE", "ncsn-python:0.1.0")  # of every task, read at compile time
 
-_HEADLINE = re.compile(r"eval/\w+_(score|score_std|fid|kid)_n\d+")
+_HEADLINE = re.compile(r"eval/[\w-]+_(score|score_std|fid|kid)_n\d+")
 
 
 def experiment(config: str, run: str) -> tuple[Any, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from ncsn.config.choices import (
     Domain,
@@ -24,6 +24,7 @@ from ncsn.config.choices import (
     Section,
 )
 from ncsn.config.compute import ComputeConfig
+from ncsn.config.evaluation import EvaluationConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig
 from ncsn.errors import UserError
 
@@ -143,66 +144,6 @@ class SamplingConfig(Section):
         "float32", description="Precision of the network's convolutions; the images themselves use float32."
     )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
-
-
-class EvaluationConfig(Section):
-    """How the samples are evaluated."""
-
-    extractor: Literal["auto", "classifier", "clusters", "inception"] = Field(
-        "auto",
-        description="Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the "
-        "same network trained to tell clusters of similar images apart, for images without labels; inception = the "
-        "2015 Inception graph. auto = inception if weights are set, else classifier if the images have at least two "
-        "classes, else clusters.",
-    )
-    weights: str | None = Field(
-        None,
-        description="Weights of the inception extractor: local path, http(s) URL (cached) or S3 URI.",
-    )
-    weights_sha256: str = Field(
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        description="SHA-256 of the weights. The default is that of weights-inception-2015-12-05-6726825d.pth; "
-        "metrics with other weights get other names.",
-    )
-    classifier_epochs: int = Field(
-        10, ge=1, le=1000, description="Epochs of training for the classifier or the clusters network."
-    )
-    num_splits: int = Field(
-        10,
-        ge=1,
-        le=100,
-        description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
-    )
-    batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
-
-    @property
-    def by_inception(self) -> bool:
-        """Whether the extractor is the Inception graph."""
-        return self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None)
-
-    def resolved(self, *, num_classes: int) -> EvaluationConfig:
-        """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""
-        if self.extractor != "auto":
-            return self
-        learned = "classifier" if num_classes >= 2 else "clusters"
-        return self.model_copy(update={"extractor": "inception" if self.by_inception else learned})
-
-    @model_validator(mode="after")
-    def _weights_named(self) -> EvaluationConfig:
-        if self.extractor == "inception" and self.weights is None:
-            raise UserError(
-                "weights",
-                "missing, and extractor: inception needs them; there is no default download",
-                hint="set it to the path, URL or S3 URI of weights-inception-2015-12-05-6726825d.pth",
-            )
-        if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
-            raise UserError(
-                "weights_sha256",
-                "not a SHA-256",
-                hint="use 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
-                value=self.weights_sha256,
-            )
-        return self
 
 
 class SearchConfig(Section):

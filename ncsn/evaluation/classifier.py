@@ -120,6 +120,7 @@ def identity(recipe: ClassifierRecipe, *, weights_sha256: str) -> Identity:
             reduction=_reduction(recipe.image_size),
         ),
         num_features=NUM_FEATURES,
+        knows_classes=not recipe.clustered,
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ncsn import storage
+from ncsn.config.evaluation import PUBLISHED_SHA256
 from ncsn.data.training_images import cache_folder
 from ncsn.errors import NotFound, UserError
 
@@ -52,11 +53,7 @@ class Identity:
     name: str
     fingerprint: str
     num_features: int
-
-    @property
-    def knows_classes(self) -> bool:
-        """Whether the classes of its probabilities mean something, so that there is a score."""
-        return self.name != "clusters"
+    knows_classes: bool = True  # whether the classes of its probabilities mean something, so that there is a score
 
 
 class Extractor(Protocol):
@@ -64,7 +61,7 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """Prefix of metric names: `classifier`, `clusters` or `inception`."""
+        """Prefix of metric names: `classifier`, `clusters`, `inception`, `dinov2`, or another with other weights."""
 
     @property
     def fingerprint(self) -> str:
@@ -177,8 +174,11 @@ def _check(path: Path, source: str, sha256: str) -> None:
         )
 
 
-# Of weights-inception-2015-12-05-6726825d.pth, a conversion of the graph that both original codes use.
-OFFICIAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# What torch.load raises for a file that is no checkpoint of tensors.
+NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError)
+
+# Of a conversion of the graph that both original codes use.
+OFFICIAL_SHA256 = PUBLISHED_SHA256["inception"]
 
 NUM_FEATURES = 2048
 FEATURES = str(NUM_FEATURES)
@@ -234,6 +234,6 @@ def _load_graph(path: Path) -> Any:
         # torch-fidelity unpickles without restriction: only a file that a restricted read accepts may reach it.
         torch.load(path, map_location="meta", weights_only=True)
         return FeatureExtractorInceptionV3("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+    except NOT_A_CHECKPOINT as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(str(path), f"does not hold weights of the 2015 Inception graph: {reason}") from None

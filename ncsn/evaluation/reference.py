@@ -20,11 +20,11 @@ from safetensors.numpy import load, save_file
 
 from ncsn import storage
 from ncsn.config import Config, from_json, to_json
-from ncsn.config.schema import EvaluationConfig
+from ncsn.config.evaluation import EvaluationConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
-from ncsn.evaluation import classifier_store, extractors
+from ncsn.evaluation import classifier_store, dinov2, extractors
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.clusters import num_clusters
 from ncsn.evaluation.extractors import Extracted, Extractor, Identity, fingerprint_of
@@ -218,6 +218,18 @@ def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
     return config.evaluation.resolved(num_classes=sum(map(bool, manifest.class_counts["train"])))
 
 
+def extractor_name(config: Config, manifest: Manifest) -> str:
+    """The extractor as metrics name it, without a look at its weights."""
+    known = pretrained_identity(config.evaluation)
+    return evaluation_of(config, manifest).extractor if known is None else known.name
+
+
+def pretrained_identity(evaluation: EvaluationConfig) -> Identity | None:
+    """The extractor whose weights come from a file; None for one that is trained on the images."""
+    identify = {"inception": extractors.identity, "dinov2": dinov2.identity}
+    return identify[evaluation.pretrained](evaluation.weights_sha256) if evaluation.pretrained else None
+
+
 def store_piece(piece: FeaturePiece) -> None:
     """Put the features of a piece into the store."""
     extract_piece(piece, partial(extractor_of, piece.config, piece.dataset))
@@ -228,9 +240,14 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
     config = from_json(config_json)
     settings = config.evaluation
-    if settings.by_inception:
+    if settings.pretrained is not None:
         assert settings.weights is not None, "the schema asks for weights"
-        return extractors.InceptionExtractor(settings.weights, sha256=settings.weights_sha256, device=device_of(config))
+        kinds: dict[str, Callable[..., Extractor]] = {
+            "inception": extractors.InceptionExtractor,
+            "dinov2": dinov2.Dinov2Extractor,
+        }
+        open_ = kinds[settings.pretrained]
+        return open_(settings.weights, sha256=settings.weights_sha256, device=device_of(config))
     uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
     return classifier_store.load_classifier(uri, device=device_of(config))
 
@@ -241,13 +258,13 @@ def _silent(_done: int, _total: int) -> None:
 
 def _images_of_training(config: Config, manifest: Manifest) -> int:
     settings = config.evaluation
-    return 0 if settings.by_inception else settings.classifier_epochs * manifest.count("train")
+    return 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
 
 
 def require_test_images(config: Config, manifest: Manifest) -> None:
     """Refuse a dataset with fewer test images than its evaluation needs."""
     count, splits = manifest.count("test"), config.evaluation.num_splits
-    if evaluation_of(config, manifest).extractor == "clusters":  # no score, and so no splits
+    if evaluation_of(config, manifest).extractor in ("clusters", "dinov2"):  # no score, and so no splits
         if count < LEAST_TEST_IMAGES:
             raise UserError(
                 "data.test_fraction",
@@ -266,8 +283,9 @@ def require_test_images(config: Config, manifest: Manifest) -> None:
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, dict[str, float]] | None:
     """Which extractor it is, and its quality as metrics; None for a classifier that is not trained yet."""
-    if config.evaluation.by_inception:
-        return extractors.identity(config.evaluation.weights_sha256), {}
+    known = pretrained_identity(config.evaluation)
+    if known is not None:
+        return known, {}
     stored = classifier_store.describe_classifier(classifier_store.classifier_uri(dataset, recipe_of(config, manifest)))
     if stored is None:
         return None

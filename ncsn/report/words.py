@@ -194,6 +194,8 @@ def extractor_phrase(extractor: str) -> str:
         "classifier": "A classifier trained on the same labeled images",
         "clusters": "A network trained to tell clusters of similar training images apart",
         "inception": "The 2015 Inception network, which published scores use,",
+        "dinov2": "DINOv2 ViT-L/14, which published FD-DINOv2 values use,",
+        "dinov2-unpinned": "DINOv2 ViT-L/14 with other weights than the published ones",
     }.get(extractor, f"The extractor “{extractor}”")
 
 

@@ -19,7 +19,14 @@ from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import REFERENCE_SPLIT, SEED, evaluation_of, images_to_prepare, open_evaluator
+from ncsn.evaluation.reference import (
+    REFERENCE_SPLIT,
+    SEED,
+    evaluation_of,
+    extractor_name,
+    images_to_prepare,
+    open_evaluator,
+)
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
@@ -28,7 +35,9 @@ from ncsn.tracking.mlflow_runs import StepRun
 # Raised when a metric is added or its meaning changes: samples that were measured before are measured again.
 METRICS_VERSION = 2
 
-PUBLISHED_IMAGES = 50_000  # samples of a published Inception score or Frechet distance
+# Extractor -> its metrics in papers, and the number of samples that they are over.
+PUBLISHED_METRICS = {"inception": "Inception scores and Frechet distances", "dinov2": "FD-DINOv2 values"}
+PUBLISHED_IMAGES = 50_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         ),
     ):
         work.tracked.set_tags(ray_tags())
+        if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
+            work.progress.say("DINOv2 takes about two seconds per image and core without a GPU")
         work.tracked.log_dataset(
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
@@ -98,7 +109,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
             progress=while_leased(work.progress, lease, kept="the features of {done} of {total} images stay"),
             on_score=lambda score: work.progress.say(str(score)),
         )
-        _log(work.tracked, result, samples=samples, extractor=evaluation.extractor)
+        _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)
 
 
@@ -228,11 +239,13 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
             f"the test split has only {num_real} images, so the real metrics are over {num_real} and those of the "
             f"samples over {num_images}: fewer images alone give a larger Frechet distance and a smaller score"
         )
-    if extractor == "inception" and num_images != PUBLISHED_IMAGES:
+    if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
         notes.append(
-            f"published Inception scores and Frechet distances are over {PUBLISHED_IMAGES:,} samples; these are over "
+            f"published {PUBLISHED_METRICS[extractor]} are over {PUBLISHED_IMAGES:,} samples; these are over "
             f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
         )
     if extractor == "clusters":
         notes.append("there is no classifier score, because the extractor learned clusters instead of labels")
+    elif extractor.startswith("dinov2"):
+        notes.append("there is no score, because DINOv2 has no classes")
     return notes

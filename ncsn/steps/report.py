@@ -184,7 +184,7 @@ def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
         measured=f"{words.extractor_phrase(extractors[0] if extractors else '')} extracts the features{accurate}. The "
         f"scores compare {evaluation['num_images']:,} generated images and {evaluation['num_real_images']:,} real test "
         "images with the training images. Judge each score by that of the real images. Scores are comparable with "
-        "published ones only if the extractor is the 2015 Inception network.",
+        "published ones only if the extractor is the 2015 Inception network, or DINOv2 for FD-DINOv2.",
         fingerprint=evaluation["fingerprint"],
         notes=evaluation["notes"],
     )

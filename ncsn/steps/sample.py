@@ -19,7 +19,7 @@ from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
-from ncsn.evaluation.reference import evaluation_of, open_evaluator
+from ncsn.evaluation.reference import extractor_name, open_evaluator
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
@@ -128,7 +128,7 @@ class _Scores:
 
     def __init__(self, config: Config, dataset: str, progress: ProgressFile) -> None:
         reference = open_evaluator(config, dataset, runner=runner_of(config.compute)).reference
-        self._extractor = evaluation_of(config, load_manifest(dataset)).extractor
+        self._extractor = extractor_name(config, load_manifest(dataset))
         self._fingerprint = reference.fingerprint
         self._running = RunningDistance(reference.statistics, count=config.sampling.num_images)
         self._progress = progress

@@ -63,7 +63,7 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     images = math.ceil(train.num_images / train.batch_size) * train.batch_size
     waves = math.ceil(counts.shards / config.compute.max_workers)
     measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
-    passes = 0 if evaluation.by_inception else evaluation.classifier_epochs
+    passes = 0 if evaluation.pretrained else evaluation.classifier_epochs
     # GPUs share the features. The CPUs of one machine already do so in the trial run.
     extractors = config.compute.max_workers if config.compute.use_gpu else 1
     of_training_image = passes * rates.classifier_image + NEIGHBOR_SEARCHES * rates.neighbour_image

@@ -56,6 +56,7 @@ from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 RUN = "trial"
 IMAGES, FEW_IMAGES = 2048, 256  # of each split; the few where an image takes long, and to measure what one takes
+LEAST_IMAGES = 32  # where an image takes a second
 SECONDS = 6.0  # wanted length of a measurement
 REPORTS = 6
 MOST_STEPS, LEAST_STEPS = 600, 2 * REPORTS
@@ -148,7 +149,7 @@ def own_cache(folder: Path) -> Iterator[None]:
 
 def scaled_down(config: Config, root: Path) -> Config:
     """The experiment on a few images, with its store and tracking below `root`."""
-    images = FEW_IMAGES if config.evaluation.by_inception else IMAGES
+    images = {None: IMAGES, "inception": FEW_IMAGES, "dinov2": LEAST_IMAGES}[config.evaluation.pretrained]
     samples = config.sampling.batch_size * config.compute.max_workers
     return with_values(
         config,

@@ -66,6 +66,7 @@ WRONG = [
     (["sampling.sampler={kind: karras_heun, churn: 3, churn_min: 2, churn_max: 0.5}"], "sampling.sampler.churn_min"),
     (["train.num_images=1"], "train.num_images"),
     (["evaluation.extractor=inception"], "evaluation.weights"),
+    (["evaluation.extractor=dinov2"], "evaluation.weights"),
     (["evaluation.weights_sha256=abc"], "evaluation.weights_sha256"),
     (["tracking.registered_model=a/b"], "tracking.registered_model"),
     (["compute.kuberay.head_memory=much"], "compute.kuberay.head_memory"),
@@ -179,6 +180,7 @@ def test_yaml_floats_without_a_dot_are_numbers() -> None:
         (["evaluation.weights=w.pth"], 10, "inception"),
         (["evaluation.weights=w.pth", "evaluation.extractor=clusters"], 0, "clusters"),
         (["evaluation.extractor=classifier"], 0, "classifier"),
+        (["evaluation.weights=w.pth", "evaluation.extractor=dinov2"], 10, "dinov2"),
     ],
 )
 def test_the_extractor_of_auto_follows_weights_and_classes(
@@ -186,7 +188,7 @@ def test_the_extractor_of_auto_follows_weights_and_classes(
 ) -> None:
     evaluation = from_yaml(DIGITS, overrides=settings).evaluation
     assert evaluation.resolved(num_classes=num_classes).extractor == extractor
-    assert evaluation.by_inception == (extractor == "inception")
+    assert evaluation.pretrained == (extractor if extractor in ("inception", "dinov2") else None)
 
 
 def test_frozen() -> None:

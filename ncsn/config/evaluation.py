@@ -1,0 +1,95 @@
+"""The section `evaluation`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ncsn.config.choices import Section
+from ncsn.errors import UserError
+
+# Extractor with published weights -> their file and its SHA-256.
+PUBLISHED_FILES = {
+    "inception": "weights-inception-2015-12-05-6726825d.pth",
+    "dinov2": "dinov2_vitl14_pretrain.pth",
+}
+PUBLISHED_SHA256 = {
+    "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+
+
+class EvaluationConfig(Section):
+    """How the samples are evaluated."""
+
+    extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
+        "auto",
+        description="Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the "
+        "same network trained to tell clusters of similar images apart, for images without labels; inception = the "
+        "2015 Inception graph; dinov2 = DINOv2 ViT-L/14, which is slow without a GPU. auto = inception if weights are "
+        "set, else classifier if the images have at least two classes, else clusters.",
+    )
+    weights: str | None = Field(
+        None,
+        description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI.",
+    )
+    weights_sha256: str = Field(
+        PUBLISHED_SHA256["inception"],
+        description="SHA-256 of the weights. The default is that of the extractor's published file, "
+        f"{PUBLISHED_FILES['inception']} or {PUBLISHED_FILES['dinov2']}; metrics with other weights get other names.",
+    )
+    classifier_epochs: int = Field(
+        10, ge=1, le=1000, description="Epochs of training for the classifier or the clusters network."
+    )
+    num_splits: int = Field(
+        10,
+        ge=1,
+        le=100,
+        description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
+    )
+    batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
+
+    @property
+    def pretrained(self) -> Literal["inception", "dinov2"] | None:
+        """The extractor, if its weights come from a file; None for one that is trained on the images."""
+        if self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None):
+            return "inception"
+        return "dinov2" if self.extractor == "dinov2" else None
+
+    def resolved(self, *, num_classes: int) -> EvaluationConfig:
+        """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""
+        if self.extractor != "auto":
+            return self
+        learned = "classifier" if num_classes >= 2 else "clusters"
+        return self.model_copy(update={"extractor": self.pretrained or learned})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_published_file(cls, values: Any) -> Any:
+        """A config that was written out names the hash of one extractor's file when another extractor is chosen."""
+        if not isinstance(values, dict):
+            return values
+        kind = "dinov2" if values.get("extractor") == "dinov2" else "inception"
+        given = values.get("weights_sha256", PUBLISHED_SHA256["inception"])
+        if given not in PUBLISHED_SHA256.values() or given == PUBLISHED_SHA256[kind]:
+            return values
+        return {**values, "weights_sha256": PUBLISHED_SHA256[kind]}
+
+    @model_validator(mode="after")
+    def _weights_named(self) -> EvaluationConfig:
+        if self.pretrained is not None and self.weights is None:
+            raise UserError(
+                "weights",
+                f"missing, and extractor: {self.pretrained} needs them; there is no default download",
+                hint=f"set it to the path, URL or S3 URI of {PUBLISHED_FILES[self.pretrained]}",
+            )
+        if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
+            raise UserError(
+                "weights_sha256",
+                "not a SHA-256",
+                hint="use 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
+                value=self.weights_sha256,
+            )
+        return self

@@ -1,0 +1,280 @@
+"""DINOv2 with random weights: the published ones are not at hand where the tests run, so their values are not tested.
+
+The network is a small one of the same code, except where its shapes are looked at.
+"""
+
+import functools
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from refused import refused
+from torch import Tensor
+
+from ncsn.config import Config, ConfigError, from_yaml, to_yaml
+from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.data.format import to_table
+from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.sources import open_source
+from ncsn.errors import NotFound
+from ncsn.evaluation import dinov2
+from ncsn.evaluation.dinov2 import MEAN, STD, VIT_L, Dinov2Extractor, Shape, layout, network_of, normalized, positions
+from ncsn.evaluation.reference import extractor_name, load_manifest
+from ncsn.model.memory import worker_memory
+from ncsn.report.words import extractor_phrase, read_figures
+from ncsn.steps import evaluate
+
+SMALL = Shape(width=64, depth=2, heads=4, grid=37)
+
+
+def random_state(shape: Shape = SMALL) -> dict[str, Tensor]:
+    """Factors about 1, and all else about 0."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.1 * torch.randn(size, generator=generator)
+        + float("gamma" in name or ("norm" in name and "weight" in name))
+        for name, size in layout(shape).items()
+    }
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A file of random weights of the small network, and its SHA-256."""
+    monkeypatch.setattr(dinov2, "VIT_L", SMALL)
+    path = tmp_path / "dinov2.pth"
+    torch.save(random_state(), path)
+    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_published_file_has_304_368_640_parameters() -> None:
+    """343 tensors, and torchvision's network takes all of them; on the device `meta`, which needs no memory."""
+    sizes = layout(VIT_L)
+    assert (len(sizes), sum(map(math.prod, sizes.values()))) == (343, 304_368_640)
+    network = network_of({name: torch.empty(size, device="meta") for name, size in sizes.items()}, VIT_L)
+    scales, mask, fewer_positions = 2 * 24 * 1024, 1024, (37**2 - 16**2) * 1024
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == 304_368_640 - scales - mask - fewer_positions
+    assert network(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1024)
+
+
+def plain_network(state: dict[str, Tensor], images: Tensor, shape: Shape) -> Tensor:
+    """The network as the paper describes it, from the published tensors."""
+    tokens = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
+    x = torch.cat([state["cls_token"].expand(len(images), -1, -1), tokens.flatten(2).transpose(1, 2)], dim=1)
+    x = x + positions(state["pos_embed"], 16)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (shape.width,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    for block in (f"blocks.{number}" for number in range(shape.depth)):
+        qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).unflatten(-1, (3, shape.heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        attention = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        x = x + state[f"{block}.ls1.gamma"] * linear(f"{block}.attn.proj", attention.transpose(1, 2).flatten(2))
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
+        x = x + state[f"{block}.ls2.gamma"] * linear(f"{block}.mlp.fc2", hidden)
+    return norm("norm", x)[:, 0]
+
+
+def test_the_network_is_the_published_one() -> None:
+    """With its LayerScale, which torchvision's network has not."""
+    state = {name: value.double() for name, value in random_state().items()}
+    images = torch.randn(3, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = plain_network(state, images, SMALL)
+        torch.testing.assert_close(network_of(state, SMALL)(images), expected, rtol=1e-9, atol=1e-9)
+        for scale in ("ls1", "ls2"):
+            other = state | {f"blocks.1.{scale}.gamma": 2 * state[f"blocks.1.{scale}.gamma"]}
+            assert (network_of(other, SMALL)(images) - expected).abs().max() > 1e-3
+
+
+def test_position_embeddings_of_the_same_grid_stay() -> None:
+    embedding = torch.randn(1, 1 + 37**2, 5)
+    assert torch.equal(positions(embedding, 37), embedding)
+
+
+def test_position_embeddings_are_interpolated_as_the_original_code_does() -> None:
+    """Patch i is at (i + 1/2) 37 / 16.1 - 1/2; the cubic kernel has a = -3/4, and the edges are repeated."""
+    weights = np.zeros((16, 37))
+    for row, place in enumerate((np.arange(16) + 0.5) * 37 / 16.1 - 0.5):
+        for column in range(math.floor(place) - 1, math.floor(place) + 3):
+            x = abs(place - column)
+            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[row, min(max(column, 0), 36)] += near if x <= 1 else far
+    embedding = torch.randn(1, 1 + 37**2, 5, generator=torch.Generator().manual_seed(0))
+    found = positions(embedding, 16)
+    assert torch.equal(found[:, 0], embedding[:, 0])
+    grid = np.einsum("ri,sj,ijd->rsd", weights, weights, embedding[0, 1:].numpy().reshape(37, 37, 5))
+    np.testing.assert_allclose(found[0, 1:].numpy(), grid.reshape(256, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 300])
+def test_images_are_resized_as_pillow_does(size: int) -> None:
+    """Without values near 0 and 255, at which Pillow clips what goes beyond."""
+    image = np.random.default_rng(0).integers(80, 176, (size, size, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC), np.float32)
+    found = normalized(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    pixels = 255 * (found * np.float32(STD) + np.float32(MEAN))
+    assert np.abs(pixels - expected).max() < 1.5, "Pillow rounds after each direction"
+
+
+def test_features_do_not_depend_on_the_batch(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    extractor = Dinov2Extractor(path, sha256=sha256)
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    images.flags.writeable = False
+    extracted = extractor.extract(images)
+    assert (extracted.features.shape, extracted.features.dtype) == ((5, 64), np.float32)
+    alone = np.concatenate([extractor.extract(images[row : row + 1]).features for row in range(5)])
+    np.testing.assert_allclose(alone, extracted.features, rtol=1e-4, atol=1e-5)
+    assert np.std(extracted.features, axis=0).min() > 1e-3, "other images have other features"
+
+
+def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    extractor = Dinov2Extractor(path, sha256=sha256)
+    gray = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    repeated = extractor.extract(np.repeat(gray, 3, axis=3)).features
+    np.testing.assert_allclose(extractor.extract(gray).features, repeated, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="3"):
+        extractor.extract(np.zeros((1, 8, 8, 2), np.uint8))
+
+
+def of_other_files() -> list[Any]:
+    state = random_state()
+    return [
+        b"not a checkpoint",
+        Path("an object that must be unpickled"),
+        [torch.zeros(3)],
+        {"fc.weight": torch.zeros(3)},
+        random_state(Shape(width=32, depth=2, heads=4, grid=37)),
+        random_state(Shape(width=64, depth=3, heads=4, grid=37)),
+        {name: value for name, value in state.items() if name != "blocks.1.ls2.gamma"},
+        state | {"register_tokens": torch.zeros(1, 4, 64)},
+        state | {"pos_embed": torch.zeros(1, 257, 64)},
+        state | {"norm.bias": 1.0},
+    ]
+
+
+def test_other_files_are_refused_in_one_line(weights: tuple[str, str]) -> None:
+    path = Path(weights[0])
+    for content in of_other_files():
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with refused("evaluation.weights") as caught:
+            Dinov2Extractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        assert caught.value.problems[0].value == str(path)
+
+
+def test_half_precision_weights_are_read_as_float32(weights: tuple[str, str]) -> None:
+    path = Path(weights[0])
+    torch.save({name: value.half() for name, value in random_state().items()}, path)
+    extractor = Dinov2Extractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    assert extractor.extract(np.zeros((1, 8, 8, 3), np.uint8)).features.dtype == np.float32
+
+
+def test_only_the_published_weights_give_dinov2_figures(weights: tuple[str, str]) -> None:
+    path, sha256 = weights
+    assert Dinov2Extractor(path, sha256=sha256).name == "dinov2-unpinned"
+    published, other = dinov2.identity(PUBLISHED_SHA256["dinov2"]), dinov2.identity(sha256)
+    assert published.name == "dinov2" and published.fingerprint != other.fingerprint
+    assert not published.knows_classes
+    with refused("evaluation.weights"):
+        Dinov2Extractor(path, sha256=PUBLISHED_SHA256["dinov2"])
+    phrases = {extractor_phrase(name) for name in ("dinov2", "dinov2-unpinned", "inception", "other")}
+    assert len(phrases) == 4 and all("DINOv2" in extractor_phrase(known.name) for known in (published, other))
+    assert read_figures({"eval/dinov2-unpinned_fid_std_n20": 1.0})["fid_std"].extractor == "dinov2-unpinned"
+
+
+CONFIG = """
+name: digits
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
+network: {kind: unet}
+train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
+sampling: {num_images: 20, sampler: {kind: annealed_langevin}}
+"""
+from_settings = functools.partial(from_yaml, CONFIG)
+
+
+def prepared(folder: Path, path: str, *settings: str) -> tuple[Config, str]:
+    overrides = ["evaluation.extractor=dinov2", f"evaluation.weights={path}", f"storage.root={folder}", *settings]
+    config = from_settings(overrides=overrides)
+    return config, write_dataset(open_source(config.data), str(folder), name="digits", data=config.data).uri
+
+
+def samples_of(folder: Path, dataset: str, split: str) -> str:
+    images = read_split(dataset, split)
+    folder.mkdir()
+    pq.write_table(to_table(images), folder / f"shard-{0:09d}-{len(images.images):09d}.parquet")
+    return str(folder)
+
+
+def measured(config: Config, samples: str, dataset: str, folder: Path) -> evaluate.EvaluateResult:
+    return evaluate.evaluate(config, samples=samples, dataset=dataset, folder=str(folder), progress=lambda *_: None)
+
+
+def test_the_evaluate_step_measures_with_dinov2(weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = weights
+    config, dataset = prepared(tmp_path / "store", path, f"evaluation.weights_sha256={sha256}")
+    same = measured(config, samples_of(tmp_path / "train", dataset, "train"), dataset, tmp_path / "out")
+    assert same.metrics["eval/dinov2-unpinned_fid_n20"] == pytest.approx(0, abs=1e-6)
+    assert same.metrics["eval/dinov2-unpinned_recall_n20"] == 1
+    other = measured(config, samples_of(tmp_path / "test", dataset, "test"), dataset, tmp_path / "out")
+    distance = other.metrics["eval/dinov2-unpinned_fid_n20"]
+    assert distance > 1e-3, "the test images are others"
+    assert other.real_metrics["eval/real_dinov2-unpinned_fid_n20"] == pytest.approx(distance, rel=1e-6)
+    assert other.gate["name"] == "eval/dinov2-unpinned_fid_n20"
+    assert not [name for name in other.metrics if "score" in name or "class" in name or "confidence" in name]
+    assert len(other.notes) == 1, "there is no score"
+    assert extractor_name(config, load_manifest(dataset)) == "dinov2-unpinned"
+
+
+def test_weights_that_are_not_there_are_named(weights: tuple[str, str], tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing.pth")
+    config, dataset = prepared(tmp_path / "store", nothing)
+    samples = samples_of(tmp_path / "samples", dataset, "test")
+    with refused("evaluation.weights", error=NotFound) as caught:
+        measured(config, samples, dataset, tmp_path / "out")
+    assert caught.value.problems[0].value == nothing
+    other, _ = prepared(tmp_path / "store", weights[0])
+    with refused("evaluation.weights") as caught:
+        measured(other, samples, dataset, tmp_path / "out")
+    assert PUBLISHED_SHA256["dinov2"] in caught.value.problems[0].reason
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hash_follows_the_extractor_unless_it_is_given() -> None:
+    def sha256(text: str, *overrides: str) -> str:
+        return from_yaml(text, overrides=list(overrides)).evaluation.weights_sha256
+
+    dinov2_, inception = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth"), "evaluation.extractor=inception"
+    assert sha256(CONFIG) == PUBLISHED_SHA256["inception"]
+    assert sha256(CONFIG, *dinov2_) == PUBLISHED_SHA256["dinov2"]
+    assert sha256(CONFIG, *dinov2_, f"evaluation.weights_sha256={'a' * 64}") == "a" * 64
+    written = to_yaml(from_settings(overrides=[]))
+    assert sha256(written, *dinov2_) == PUBLISHED_SHA256["dinov2"]
+    written = to_yaml(from_settings(overrides=list(dinov2_)))
+    assert sha256(written) == PUBLISHED_SHA256["dinov2"]
+    assert sha256(written, inception) == PUBLISHED_SHA256["inception"]
+    with refused("evaluation.weights", error=ConfigError):
+        from_settings(overrides=["evaluation.extractor=dinov2"])
+
+
+def test_the_memory_of_a_worker_covers_the_network() -> None:
+    def of(*settings: str) -> int:
+        return worker_memory(from_settings(overrides=list(settings)), "evaluate", reference_images=1000)
+
+    dinov2_ = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth")
+    assert of(*dinov2_) > of(*dinov2_, "evaluation.batch_size=64") > 4 * 304_368_640
