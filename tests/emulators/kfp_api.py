@@ -18,6 +18,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.parser import BytesParser
 from hashlib import sha256
@@ -124,7 +125,8 @@ class KfpServer:
         process = self._processes.get(run_id)
         if process is not None and process.poll() is None:
             _known(self.runs, run_id)["state"] = "CANCELING"
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
         return {}
 
     def upload(self, name: str, content: bytes, pipeline_id: str | None) -> Json:

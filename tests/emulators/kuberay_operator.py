@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ class Operator:
         admitted: Kueue's answer: a RayJob with a queue waits for it.
         ends: jobStatus that stands in for the real one of a job that ended, with deployment Complete.
         head: State of the head's pod; anything but running stays so.
+        seen: Whether somebody has looked at such a head: only then its time to start begins.
         last_words: What the head's container writes before it ends, where it crashes.
         linger: Seconds for which the pods of a deleted RayJob are still there.
         silent: Don't touch anything: an operator that is down.
@@ -69,6 +70,7 @@ class Operator:
     admitted: threading.Event = field(default_factory=threading.Event)
     ends: str | None = None
     head: State = running
+    seen: Callable[[], bool] = lambda: True
     last_words: list[str] = field(default_factory=list)
     linger: float = 0
     silent: bool = False
@@ -88,7 +90,7 @@ class Operator:
             with suppress(Refusal):
                 self.cluster.delete("rayjobs", job["metadata"]["name"])
         for thread in self._threads:
-            thread.join(30)
+            thread.join(120)
 
     def _reconcile_in_thread(self, name: str) -> None:
         self.cluster.update("rayjobs", name, lambda job: job["metadata"].update(finalizers=[FINALIZER]))
@@ -153,22 +155,25 @@ class Operator:
         return {"jobStatus": "FAILED", "reason": "AppFailed", "message": message}
 
     def _starts(self, name: str, cluster: str, spec: Resource) -> bool:
-        ends = time.monotonic() + spec.get("preRunningDeadlineSeconds", 1e9)
         template = spec["rayClusterSpec"]["headGroupSpec"]["template"]
         named = {variable["name"] for variable in template["spec"]["containers"][0].get("env", [])}
         # KubeRay adds its token only where the variable is not named (1.7.0), and Ray 2.60 wants one.
         head = crash_loop if "RAY_AUTH_TOKEN" in named and "authOptions" in spec["rayClusterSpec"] else self.head
         status, events = head(template["spec"])
         labels = {"ray.io/cluster": cluster, "ray.io/node-type": "head", "ray.io/group": "headgroup"}
-        pod = self._start_pod(name, f"{cluster}-head-{secrets.token_hex(3)[:5]}", template, labels, status)
+        pod = f"{cluster}-head-{secrets.token_hex(3)[:5]}"
         for number, event in enumerate(events):
             about = {"metadata": {"name": f"{pod}.{number}"}, "involvedObject": {"kind": "Pod", "name": pod}}
             self.cluster.create("events", event | about)
         if head is crash_loop:
             self.cluster.last_words[pod] = self.last_words
-        while head is not running and time.monotonic() < ends:
+        self._start_pod(name, pod, template, labels, status)
+        if head is running:
+            return True
+        while not self.seen():
             self._pause(name)
-        return head is running
+        self._sleep(name, spec.get("preRunningDeadlineSeconds", 1e9))
+        return False
 
     def _run_entrypoint(self, name: str, spec: Resource, ray: dict[str, str], deadline: float) -> int | None:
         head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
@@ -197,7 +202,7 @@ class Operator:
                 self._pause(name)
         finally:
             _end(process)
-            reader.join(5)
+            reader.join(60)
             log.ended = True
         return process.returncode
 
@@ -260,7 +265,8 @@ class Operator:
     def _clean_up(self, name: str, spec: Resource) -> None:
         status, began = (self.cluster.get("rayjobs", name) or {}).get("status", {}), time.monotonic()
         for seconds, policy in _due(spec, status):
-            self._sleep(name, began + seconds * self.second - time.monotonic())
+            while time.monotonic() < began + seconds * self.second:
+                self._pause(name)
             if policy == "DeleteSelf":
                 self.cluster.delete("rayjobs", name)
             else:

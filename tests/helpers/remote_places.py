@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from tcp_proxy import TcpProxy
 _LAUNCHER = """
 import json, sys
 from ncsn.config.compute import ComputeConfig
-from ncsn.remote import open_backend
+from ncsn.remote import kuberay, open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteStep
 compute, step = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 backend = open_backend(ComputeConfig.model_validate(compute))
 backend._renew_seconds = 0.2
+kuberay._AT_ONCE = (60.0, 60.0)  # this machine may be slower than a cluster
 try:
     if step is None:
         print(json.dumps(backend.stop(run=sys.argv[3], kfp_run=None)))
@@ -50,12 +51,19 @@ class Launched(subprocess.Popen[str]):
 
     def until(self, line: str) -> None:
         """Wait until it says the line."""
+        self._read_until(lambda said: said == line, line)
+
+    def until_about(self, word: str) -> None:
+        """Wait until it says a line with the word."""
+        self._read_until(lambda said: word in said, word)
+
+    def _read_until(self, is_it: Callable[[str], bool], what: str) -> None:
         assert self.stderr is not None
         for each in self.stderr:
             self.said.append(each.rstrip("\n"))
-            if self.said[-1] == line:
+            if is_it(self.said[-1]):
                 return
-        raise AssertionError(f"it ended without {line!r}: {self.said}")
+        raise AssertionError(f"it ended without {what!r}: {self.said}")
 
     def ended(self) -> int:
         """Its exit code."""
@@ -80,7 +88,7 @@ class Place(ABC):
     def stop(self, run: str) -> list[str]:
         """Call the backend's `stop`."""
         stopping = Launched(json.dumps(self.compute), "null", run, env=self.environment)
-        out, err = stopping.communicate(timeout=60)
+        out, err = stopping.communicate(timeout=240)
         assert stopping.returncode == 0, err
         names: list[str] = json.loads(out)
         return names

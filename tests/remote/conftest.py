@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from remote_places import Launched
 from s3_server import S3Server
 
 from ncsn.config.compute import ComputeConfig
+from ncsn.remote import backend, driver_log, kuberay, pods
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.kuberay import KubeRay
 
@@ -43,6 +45,23 @@ class Emulation:
         """Run the code as a RayJob, in this process."""
         settings = ComputeConfig.model_validate(compute)
         KubeRay(settings, patience=patience, renew_seconds=0.2).execute(self.step(code))
+
+    def execute_until(self, condition: Callable[[], object], code: str = "", **compute: Any) -> None:
+        """Run the code as a RayJob, in this process, once the condition holds."""
+        go = self.folder / "go-on"
+        waiting = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\n"
+
+        def release() -> None:
+            ends = time.monotonic() + 60
+            while not condition() and time.monotonic() < ends:
+                time.sleep(0.02)
+            go.touch()
+
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        self.execute(waiting + code, **compute)
+        releasing.join()
+        assert condition()
 
     def launch(self, code: str) -> Launched:
         """Run the code as a RayJob, from another process."""
@@ -82,6 +101,15 @@ def ray_head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> I
     database = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     with RayNodes(folder, count=1, cpus=2, environment=s3_server.environment | database) as nodes:
         yield nodes
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a RayJob's launcher in this process says, as it says it: capsys may lose what is said while it is read."""
+    lines: list[str] = []
+    for module in (backend, driver_log, kuberay, pods):
+        monkeypatch.setattr(module, "say", lines.append)
+    return lines
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import copy
 import os
 import signal
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ncsn.remote.backend import RemoteFailure
 from ncsn.remote.kuberay import KubeRay
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.manifest import load_template
-from ncsn.remote.orphans import NotedRun, find_orphans, forget_run, note_run, troubles_of_run
+from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, note_run, troubles_of_run
 
 HELLO = "print('first'); print('second'); print('third')"
 SLEEP = "import time; print('running', flush=True); time.sleep(60)"
@@ -60,16 +59,17 @@ def test_the_pod_has_what_the_manifest_refers_to_and_no_more(emulation, monkeypa
 
 
 def test_a_failed_worker_is_named_and_its_cluster_kept_for_a_while(emulation, eventually) -> None:
-    emulation.operator.second = 0.005
+    emulation.operator.second = 100
     with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} .*AppFailed.*ValueError: no such data"):
         emulation.execute(BOOM)
     assert len(emulation.jobs) == 1, "it stays to be looked at"
     assert len(emulation.operator.started) == 2, "a lost cluster is replaced once"
+    emulation.operator.second = 0
     eventually(lambda: not emulation.jobs, "the operator deletes it")
     assert emulation.log.count("ValueError") >= 1
 
 
-def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually, tmp_path: Path, capsys) -> None:
+def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually, tmp_path: Path, said) -> None:
     """The driver dies without a word; KubeRay starts the entrypoint again on another cluster, where it resumes."""
     saved = tmp_path / "checkpoint"
     code = (
@@ -81,7 +81,7 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
 
     def lose() -> None:
         eventually(saved.exists, "there is something to resume from")
-        eventually(lambda: "running" in capsys.readouterr().err, "the launcher has shown what a lost head takes along")
+        eventually(lambda: "running" in said, "the launcher has shown what a lost head takes along")
         (process,) = emulation.operator.processes.values()
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -96,9 +96,9 @@ def test_a_lost_head_means_a_new_cluster_and_the_same_job(emulation, eventually,
 def test_a_mistake_is_not_tried_again(emulation, tmp_path: Path, eventually) -> None:
     """Another cluster would cost as much and find the same."""
     told = tmp_path / "error.json"
-    code = f"import pathlib, sys, time; time.sleep(0.5); pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
+    code = f"import pathlib, sys; pathlib.Path({str(told)!r}).touch(); sys.exit(2)"
     step = replace(emulation.step(code), mistaken=told.exists)
-    emulation.operator.retry_seconds = 1
+    emulation.operator.retry_seconds = 240
     with pytest.raises(RemoteFailure, match=r"ncsn-mine-train-\w{8} "):
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     assert len(emulation.operator.started) == 1
@@ -112,7 +112,7 @@ def test_a_store_that_is_unavailable_leaves_the_work_running(emulation, eventual
         raise OSError("the store is unreachable")
 
     step = replace(emulation.step("import sys; sys.exit(1)"), mistaken=unreachable)
-    emulation.operator.retry_seconds = 5
+    emulation.operator.retry_seconds = 240
     with pytest.raises(OSError, match="the store is unreachable"):
         KubeRay(ComputeConfig(), renew_seconds=0.2).execute(step)
     (job,) = emulation.jobs
@@ -147,28 +147,37 @@ def test_a_deadline_ends_it_and_its_workers(emulation, eventually) -> None:
     assert len(emulation.operator.clusters) == 1
 
 
-def test_a_cluster_that_finds_no_room_is_given_up_once(emulation, eventually) -> None:
+def test_a_cluster_that_finds_no_room_is_given_up_once(emulation, eventually, said) -> None:
     """KubeRay's backoffLimit would wait for as long again."""
-    emulation.operator.head, emulation.operator.retry_seconds = unschedulable, 0.5
+    emulation.operator.head, emulation.operator.retry_seconds = unschedulable, 240
+    emulation.operator.seen = lambda: any("Insufficient memory" in line for line in said)
     with pytest.raises(RemoteFailure, match="Unschedulable: 0/1 nodes are available: 1 Insufficient memory"):
         emulation.execute(HELLO, kuberay={"max_start_minutes": 1 / 60})
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert (len(emulation.operator.clusters), emulation.operator.started) == (1, [])
 
 
-def test_a_cut_log_is_shown_once_and_whole(emulation, tmp_path: Path) -> None:
+def test_a_cut_log_is_shown_once_and_whole(emulation, eventually, tmp_path: Path) -> None:
     emulation.cluster.cut_logs = 3
-    (tmp_path / "go").touch()
-    emulation.execute(wait_for_file(tmp_path / "go") + "\ntime.sleep(4)")
-    assert emulation.cluster.cut_logs == 0
+    go, end = tmp_path / "go", tmp_path / "end"
+    go.touch()
+    waiting = f"\nwhile not pathlib.Path({str(end)!r}).exists(): time.sleep(0.02)"
+
+    def let_it_end() -> None:
+        eventually(lambda: emulation.cluster.cut_logs == 0, "the log was cut three times")
+        end.touch()
+
+    thread = threading.Thread(target=let_it_end)
+    thread.start()
+    emulation.execute(wait_for_file(go) + waiting)
+    thread.join()
     assert emulation.log.splitlines() == ["running", *(f"line {n}" for n in range(10))]
 
 
 def test_versions_that_are_gone_are_read_again(emulation) -> None:
     emulation.cluster.forget_versions = True
-    emulation.execute("import time; time.sleep(1.5); print('done')")
+    emulation.execute_until(lambda: emulation.cluster.requests.count(("watch", "rayjobs")) >= 2, "print('done')")
     assert emulation.log == "done\n"
-    assert emulation.cluster.requests.count(("watch", "rayjobs")) >= 2
 
 
 def test_an_operator_that_is_down_is_waited_for(emulation) -> None:
@@ -213,7 +222,8 @@ def test_without_the_right_to_read_logs_the_step_runs(emulation, capsys: pytest.
 
 def test_the_launchers_role_has_what_is_needed_and_no_more(emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "nobody")
-    emulation.execute("import time; time.sleep(1)")
+    while_it_runs = {("watch", "rayjobs"), ("patch", "rayjobs"), ("list", "pods"), ("list", "events")}
+    emulation.execute_until(lambda: while_it_runs <= set(emulation.cluster.requests))
     find_orphans(KubernetesApi(), older_than=0)
     KubernetesApi().workflow("of-a-pipeline")
     noted = NotedRun("5f3a", "of-a-pipeline", run="mine", config="{}")
@@ -281,26 +291,42 @@ def test_an_older_crd_is_served_with_what_it_knows(emulation, eventually, capsys
     eventually(lambda: not emulation.jobs, "the launcher deletes what no rule would")
 
 
-def test_a_queue_is_waited_for(emulation, eventually, capsys: pytest.CaptureFixture[str]) -> None:
-    threading.Timer(1, emulation.operator.admitted.set).start()
+def test_a_queue_is_waited_for(emulation, eventually, said) -> None:
+    def admit() -> None:
+        eventually(lambda: any("Suspended" in line and "research" in line for line in said), "it says why it waits")
+        emulation.operator.admitted.set()
+
+    thread = threading.Thread(target=admit)
+    thread.start()
     emulation.execute(HELLO, kuberay={"queue": "research"})
-    told = capsys.readouterr().err
-    assert "Suspended" in told and "research" in told
+    thread.join()
+    assert emulation.log == "first\nsecond\nthird\n"
 
 
 def test_a_silent_launcher_leaves_an_orphan(emulation, eventually) -> None:
     launcher = emulation.launch(SLEEP)
-    eventually(lambda: emulation.operator.started, "the entrypoint runs")
-    api = KubernetesApi()
-    time.sleep(1)
-    assert find_orphans(api, older_than=30) == [], "its launcher lives"
+    eventually(lambda: [job.get("status", {}).get("jobStatus") for job in emulation.jobs] == ["RUNNING"], "it runs")
+    api, (job,) = KubernetesApi(), emulation.jobs
+    silent = {"ncsn.dev/renewed-at": "2026-01-01T00:00:00+00:00"}
+
+    def silence() -> None:
+        name = job["metadata"]["name"]
+        emulation.cluster.update("rayjobs", name, lambda found: found["metadata"]["annotations"].update(silent))
+
+    silence()
+    eventually(lambda: find_orphans(api, older_than=7200) == [], "its launcher lives")
     assert find_orphans(api, older_than=0, run="another") == []
     launcher.kill()
     launcher.communicate()
-    (job,) = emulation.jobs
-    silent = {"ncsn.dev/renewed-at": "2026-01-01T00:00:00+00:00"}
-    emulation.cluster.update("rayjobs", job["metadata"]["name"], lambda j: j["metadata"]["annotations"].update(silent))
-    (orphan,) = find_orphans(api, older_than=7200)
+    found: list[Orphan] = []
+
+    def find() -> bool:
+        silence()  # again, because the server may still have a renewal that was sent before
+        found[:] = find_orphans(api, older_than=7200)
+        return bool(found)
+
+    eventually(find, "it is found")
+    (orphan,) = found
     assert (orphan.run, orphan.step, orphan.state) == ("mine", "train", "Running / RUNNING")
     assert orphan.silent_seconds > 7200
 

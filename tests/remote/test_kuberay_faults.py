@@ -57,7 +57,7 @@ def pipeline(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def terminated(launcher: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
     """What it says when it has ended."""
     launcher.send_signal(number)
-    return launcher.communicate(timeout=60)[1]
+    return launcher.communicate(timeout=240)[1]
 
 
 @pytest.mark.usefixtures("hasty")
@@ -88,12 +88,13 @@ def test_a_crash_loop_shows_its_last_lines(emulation, eventually, capsys) -> Non
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_full_cluster_is_waited_for_with_the_schedulers_words(emulation, capsys) -> None:
+def test_a_full_cluster_is_waited_for_with_the_schedulers_words(emulation, said) -> None:
     """It may get better: a node may come, or another job may end."""
     emulation.operator.head = unschedulable
+    emulation.operator.seen = lambda: any("Insufficient memory" in line for line in said)
     with pytest.raises(RemoteFailure, match="1 Insufficient memory"):
         emulation.execute(HELLO, kuberay={"max_start_minutes": 3 / 60})
-    told = [line for line in capsys.readouterr().err.splitlines() if "Insufficient memory" in line]
+    told = [line for line in said if "Insufficient memory" in line]
     assert len(told) == 1
 
 
@@ -111,7 +112,7 @@ def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
         start(name)
 
     emulation.cluster.on_create = refuse
-    emulation.execute("import time; time.sleep(1)")
+    emulation.execute_until(lambda: ("watch", "rayjobs") in emulation.cluster.requests)  # comes after the first look
     told = [line for line in capsys.readouterr().err.splitlines() if "exceeded quota: small" in line]
     assert len(told) == 1
 
@@ -119,7 +120,7 @@ def test_a_quota_is_named_though_there_is_no_pod(emulation, capsys) -> None:
 @pytest.mark.usefixtures("hasty")
 def test_without_the_right_to_see_events_the_step_runs(emulation) -> None:
     emulation.cluster.rules = [rule for rule in emulation.cluster.rules if "events" not in rule["resources"]]
-    emulation.execute("import time; time.sleep(1); print('done')")
+    emulation.execute_until(lambda: ("list", "events") in emulation.cluster.requests, "print('done')")
     assert emulation.log == "done\n"
 
 
@@ -140,7 +141,7 @@ def test_ctrl_c_waits_for_an_api_server_that_is_away(emulation, eventually) -> N
     launcher.send_signal(signal.SIGINT)
     time.sleep(7)
     emulation.cluster.away = False
-    said = launcher.communicate(timeout=60)[1]
+    said = launcher.communicate(timeout=240)[1]
     eventually(lambda: not emulation.jobs, "the RayJob is gone")
     assert any("deleted" in line and line.startswith("RayJob ") for line in said.splitlines())
 

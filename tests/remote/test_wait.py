@@ -107,7 +107,7 @@ def test_a_run_whose_workflow_was_deleted_is_over(
     waiting.start()
     eventually(lambda: emulation.cluster.requests.count(("list", "workflows")) > 1, "the Workflow was seen")
     emulation.cluster.delete("workflows", "ncsn-train-sd9mr")
-    waiting.join(30)
+    waiting.join(120)
     assert len(ended) == 1
     assert run_id in ended[0]
     assert "terminated" in ended[0]
