@@ -115,8 +115,9 @@ def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # milliseconds, for a busy machine
     with sync_playwright() as playwright:
         # Chromium's own sandbox does not work for root; the page under test is ours.
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []

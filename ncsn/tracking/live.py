@@ -44,6 +44,8 @@ PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
 
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _environment = threading.Lock()
+_limits: list[dict[str, str]] = []  # of the blocks that are open now, in several threads
+_before: dict[str, str | None] = {}  # the variables outside of all of them
 _logger = logging.getLogger(__name__)
 
 
@@ -270,14 +272,19 @@ def log_metrics(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> 
 @contextmanager
 def request_limits(*, retries: int, seconds: int) -> Iterator[None]:
     """How often, and how long each time, this process waits for MLflow's server; MLflow reads it per request."""
+    limits = {_RETRIES: str(retries), _TIMEOUT: str(seconds)}
     with _environment:
-        before = {name: os.environ.get(name) for name in (_RETRIES, _TIMEOUT)}
-        os.environ.update({_RETRIES: str(retries), _TIMEOUT: str(seconds)})
+        if not _limits:
+            _before.update({name: os.environ.get(name) for name in limits})
+        _limits.append(limits)
+        os.environ.update(limits)
     try:
         yield
     finally:
         with _environment:
-            for name, value in before.items():
+            # Blocks of several threads end in any order. The latest that is still open counts.
+            _limits[:] = [each for each in _limits if each is not limits]
+            for name, value in (_limits[-1] if _limits else _before).items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:

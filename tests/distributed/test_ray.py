@@ -82,7 +82,7 @@ def test_everything_listens_on_loopback(cluster: Cluster) -> None:
     assert {address.ip for address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     host, port = cluster.address.split(":")
     assert host == "127.0.0.1"
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         assert connection.getpeername()[1] == int(port)
 
 

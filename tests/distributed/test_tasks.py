@@ -43,7 +43,7 @@ def test_a_process_has_one_gpu_and_makes_call_after_call(driver: RayDriver, tmp_
     assert len(cards) == 2
     assert sorted(cards.values(), key=sorted) == [{(0,)}, {(1,)}]  # sets alone have no total order
     assert os.getpid() not in cards
-    assert driver(gpu_calls.gpus_left, 30.0) == 2
+    assert driver(gpu_calls.gpus_left, 120.0) == 2
     # Another round has other processes, so that no context stays on a card that is lent to another job by then.
     assert not cards.keys() & cards_of(driver(gpu_calls.places, [0.05] * 4, use_gpu=True)).keys()
 
@@ -70,7 +70,7 @@ def test_what_a_lost_process_had_is_done_by_another(driver: RayDriver, tmp_path:
     files[2].touch()  # is not lost
     done = driver(gpu_calls.survivors, files, retries=1)
     assert sorted(name for name, _ in done) == ["0", "1", "2"]
-    assert driver(gpu_calls.gpus_left, 30.0) == 2
+    assert driver(gpu_calls.gpus_left, 120.0) == 2
 
 
 def test_a_call_is_made_again_after_an_error_of_the_given_kind_alone(driver: RayDriver, tmp_path: Path) -> None:
@@ -88,4 +88,4 @@ def test_a_call_that_kills_every_process_is_an_error(driver: RayDriver, tmp_path
 def test_a_mistake_is_raised_as_one_and_frees_the_gpus(driver: RayDriver) -> None:
     with pytest.raises(ValueError, match="not 2"):
         driver(gpu_calls.refused, [0, 1, 2, 3, 4, 5])
-    assert driver(gpu_calls.gpus_left, 30.0) == 2
+    assert driver(gpu_calls.gpus_left, 120.0) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from ray_nodes import RayNodes
 from same_run import assert_same_training, assert_told_once, checkpoints
 
@@ -206,9 +206,7 @@ def answers(port: int) -> bool:
 
 def test_mlflow_is_away_for_a_minute(workplace, whole: str, dataset, tmp_path: Path, monkeypatch) -> None:
     uri = str(workplace.folder("unheard"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with mlflow_server(tmp_path, port):
         process = workplace.start(*command("train", "unheard", *dataset))

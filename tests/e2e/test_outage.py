@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from ports import free_port
 
 from ncsn.runs.folder import STEPS
 from ncsn.tracking.client import client_at
@@ -29,9 +29,7 @@ class TrackingServer:
     """A real MLflow server on loopback that can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         database = f"sqlite:///{folder}/server.db"
         client_at(database)  # the server takes long to create it

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from ports import free_ports
 
 
 @dataclass
@@ -72,7 +73,7 @@ def _start_weed(folder: Path) -> S3Server:
             json.dumps({"identities": [{"name": "ncsn", "credentials": [credentials], "actions": actions}]})
         )
         config.chmod(0o600)
-        port, *others = _free_ports(8)
+        port, *others = free_ports(8)
         with (folder / "weed.log").open("wb") as log:
             process = subprocess.Popen(_weed_command(folder, port, others), stdout=log, stderr=log, cwd=folder)
         server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, process)
@@ -106,14 +107,6 @@ def _weed_command(folder: Path, s3_port: int, others: list[int]) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def _wait_for(server: S3Server) -> bool:
     """Whether the server accepts a bucket within a minute."""
     import boto3
@@ -131,7 +124,8 @@ def _wait_for(server: S3Server) -> bool:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
-            client.create_bucket(Bucket="ncsn-ready")
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # but the first write to it failed
+                client.create_bucket(Bucket="ncsn-ready")
             client.put_object(Bucket="ncsn-ready", Key="ready", Body=b"ready")
         except (BotoCoreError, ClientError):
             time.sleep(0.2)

@@ -14,8 +14,15 @@ from ncsn.core.training import Ema, TrainState
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.model import build, checkpoint
+from ncsn.runs import records
 
 SaveUntrained = Callable[[Config, str, Path], None]
+
+
+@pytest.fixture(autouse=True)
+def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last progress is waited for however long a busy machine's disk takes."""
+    monkeypatch.setattr(records, "_LAST_SECONDS", 120.0)
 
 
 @pytest.fixture(scope="session")

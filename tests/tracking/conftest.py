@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.tracking import client
 from ncsn.tracking.client import client_at
 
 EXPERIMENT = """
@@ -34,12 +35,14 @@ evaluation: {num_splits: 2}
 """
 
 MakeConfig = Callable[..., Config]
+# MLflow's server opens its database at the first request to its API.
+API = "/api/2.0/mlflow/experiments/search?max_results=1"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.fixture(autouse=True)
+def _slow_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's server may take longer to answer than one that people wait for."""
+    monkeypatch.setattr(client, "PROBE_SECONDS", 60)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float = 240.0) -> None:
@@ -106,7 +109,7 @@ class Server:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
 
 
@@ -142,7 +145,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--artifacts-destination",
         f"{folder}/artifacts",
     ]
-    server = Server(command, health="/health", folder=folder)
+    server = Server(command, health=API, folder=folder)
     try:
         server.start()
         yield server
@@ -156,7 +159,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[[list[str]], Server]]:
     started: list[Server] = []
 
     def start(command: list[str]) -> Server:
-        started.append(Server(command, health="/health", folder=tmp_path))
+        started.append(Server(command, health=API, folder=tmp_path))
         started[-1].start()
         return started[-1]
 

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from live_worker import DEAD, Worker
 from mlflow.entities import Metric
+from ports import free_port
 
 from ncsn import storage
 from ncsn.tracking import live
@@ -77,9 +77,7 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             user=owner,
             cwd=folder,
         )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
         server = subprocess.Popen(
             [programs / "postgres", "-D", data, "-k", folder, *settings],

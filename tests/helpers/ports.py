@@ -1,0 +1,28 @@
+"""Ports for servers that are started a moment later, perhaps again and again."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from contextlib import ExitStack, suppress
+
+# Below those that Linux gives to other processes, which would take them before a server starts or between two starts.
+_FIRST, _LAST = 20_000, 32_000
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of loopback on which nothing listens."""
+    with ExitStack() as stack:
+        taken: list[int] = []
+        while len(taken) < count:
+            one, port = stack.enter_context(socket.socket()), _FIRST + secrets.randbelow(_LAST - _FIRST)
+            with suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                taken.append(port)
+        return taken
+
+
+def free_port() -> int:
+    """One of them."""
+    (port,) = free_ports(1)
+    return port
