@@ -39,6 +39,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY configs configs
 COPY ncsn ncsn
 COPY components components
 COPY pipelines pipelines

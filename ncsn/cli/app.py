@@ -11,6 +11,7 @@ from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.commands import (
     figures_command,
     import_checkpoint_command,
+    init_command,
     plan_command,
     suggest_noise_command,
     toy_command,
@@ -52,6 +53,7 @@ class _InOrder(click.Group):
 _HELP = """Noise conditional score networks: from images to a registered model that generates images.
 
 \b
+ncsn init photos/                               write a config for your own images
 ncsn plan --config configs/digits.yaml          estimate time, memory and cost
 ncsn run --config configs/digits.yaml           run the whole pipeline
 ncsn show-config --config configs/digits.yaml   explain every setting
@@ -69,6 +71,9 @@ def main() -> None:
     """Entry point of the `ncsn` command."""
     reduce_gc()
     app(prog_name="ncsn")
+
+
+app.add_command(init_command)
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")

@@ -16,6 +16,56 @@ from ncsn.errors import UserError
 if TYPE_CHECKING:
     from ncsn.cli.target import Experiment, Target
 
+_MINUTES = 20.0  # of a run that `init` plans
+
+
+@click.command("init", cls=ReportingCommand, short_help="Write a config for your own images.")
+@click.argument("place", metavar="PLACE")
+@click.option("--out", metavar="FILE", help="The file to write; default: NAME.yaml here. It must not exist.")
+@click.option("--minutes", type=click.FloatRange(min=1), help=f"Wanted length of the run; default: {_MINUTES:.0f}.")
+@click.option("--hours", type=click.FloatRange(min=0.02), help="The same in hours.")
+@click.option(
+    "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Give one value of the config; repeatable."
+)
+@json_option
+def init_command(
+    *,
+    place: str,
+    out: str | None,
+    minutes: float | None,
+    hours: float | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Look at the images in PLACE, choose every setting, and write a config that `ncsn run` takes.
+
+    PLACE is a folder, an s3:// prefix, a .tar, .zip or .parquet file, or the name of an example, such as digits. The
+    choices fit the images, this machine and the length of the run. Of many images a sample is looked at. The reasons
+    are in the file, and a picture next to it shows what training will see.
+    """
+    from ncsn.tools import init
+
+    if minutes is not None and hours is not None:
+        raise UserError("--hours", "given together with --minutes", hint="leave one out", value=hours)
+    if init.is_example(place):
+        if minutes is not None or hours is not None:
+            raise UserError("--minutes", "an example has its own length", hint="use --set train.num_images=N")
+        written = init.copy_example(place, out, overrides)
+    else:
+        seconds = 60 * (minutes or 60 * (hours or 0) or _MINUTES)
+        written = init.from_images(place, out, seconds=seconds, overrides=overrides, ask_mirrored=_ask_mirrored)
+    if as_json:
+        click.echo(json.dumps(written.to_json(), indent=1))
+        return
+    for word, text in written.lines:
+        click.echo(f"{word:<9} {text}")
+
+
+def _ask_mirrored() -> bool:
+    """On a terminal only."""
+    asked = sys.stdin.isatty() and sys.stdout.isatty()
+    return asked and click.confirm("Are the images as good mirrored? Text is not, faces are", default=False)
+
 
 @click.command("plan", cls=ReportingCommand, short_help="Estimate what a run will take.")
 @experiment_options

@@ -29,7 +29,7 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     if not isinstance(tree, dict):
         raise ConfigError(origin, f"expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        set_value(tree, *parse_override(override))
     if tree.get("noise") == "auto":
         tree["noise"] = {"kind": "auto"}
     for section, kind in _DEFAULT_KINDS.items():
@@ -71,20 +71,26 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """Dotted path and value of `a.b=value`; `ConfigError` if it is none."""
     path, equals, raw = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
-    node = tree
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise ConfigError("--set", f"{key!r} is a value, not a section", value=override)
     try:
-        node[keys[-1]] = _number(yaml.safe_load(raw))
+        return path.strip(), _number(yaml.safe_load(raw))
     except yaml.YAMLError:
         raise ConfigError("--set", "the value is not valid YAML", value=override) from None
+
+
+def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path, making its sections; `ConfigError` if one of them is a value."""
+    *sections, last = path.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError("--set", f"{section!r} is a value, not a section", value=path)
+    node[last] = value
 
 
 def _number(value: Any) -> Any:

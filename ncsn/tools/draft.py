@@ -1,0 +1,132 @@
+"""A config in the making: values, the reasons for them, and the commented YAML file that they become."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from ncsn.config import Config
+from ncsn.config.load import parse_override, set_value
+
+_WIDTH = 118
+_INDENT = "  "
+
+
+class Draft:
+    """Settings by dotted path, each with a reason.
+
+    What `--set` gives is not chosen: `choose` returns the given value, so that later choices fit it.
+    """
+
+    def __init__(self, overrides: Sequence[str] = ()) -> None:
+        self.tree: dict[str, Any] = {}
+        self.reasons: dict[str, str] = {}
+        self._given = dict(map(parse_override, overrides))
+        for path, value in self._given.items():
+            set_value(self.tree, path, value)
+            self.reasons[path] = "Given with --set."
+
+    def choose(self, path: str, value: Any, reason: str = "") -> Any:
+        """Set a value unless it is given; returns the one that holds."""
+        if self._is_given(path):
+            return self.get(path, value)
+        set_value(self.tree, path, value)
+        self.reasons[path] = reason
+        return value
+
+    def section(self, path: str, kind: str, reason: str = "") -> bool:
+        """Choose the kind of a section; False if all of it is given: then choose nothing of it."""
+        chosen = not self._is_given(path)
+        if chosen:
+            self.choose(f"{path}.kind", kind, reason)
+        return chosen
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a path."""
+        node: Any = self.tree
+        for key in path.split("."):
+            if not isinstance(node, dict) or key not in node:
+                return default
+            node = node[key]
+        return node
+
+    def to_yaml(self, heading: Iterable[str] = ()) -> str:
+        """The file: sections and their settings in the order of the schema, reasons as comments."""
+        comments = [line for text in heading for line in _comment(text, "")]
+        return "\n".join([*comments, *[""] * bool(comments), *self._lines(self.tree, "", _order(Config)), ""])
+
+    def _is_given(self, path: str) -> bool:
+        return any(path == given or path.startswith(f"{given}.") for given in self._given)
+
+    def _lines(self, node: dict[str, Any], prefix: str, order: Sequence[str]) -> Iterator[str]:
+        places = {key: place for place, key in enumerate(order)}
+        indent = _INDENT * prefix.count(".")
+        for key in sorted(node, key=lambda key: places.get(key, len(places))):
+            path, value = f"{prefix}{key}", node[key]
+            yield from _comment(self.reasons.get(path, ""), indent)
+            if isinstance(value, dict) and value:
+                yield f"{indent}{key}:"
+                yield from self._lines(value, f"{path}.", _order(_model(path)))
+            else:
+                yield f"{indent}{key}: {_scalar(value)}"
+
+
+def _model(path: str) -> Any:
+    """The class of a section of the config; None for one of several kinds."""
+    field = Config.model_fields.get(path)
+    return field.annotation if field else None
+
+
+def _order(model: Any) -> list[str]:
+    return list(getattr(model, "model_fields", ()))
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") if text else []
+
+
+def _scalar(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def overridden(text: str, overrides: Sequence[str]) -> str:
+    """The YAML text of a config with other values, its comments kept.
+
+    Args:
+        text: One line per setting, two spaces per level.
+        overrides: `a.b=value`.
+    """
+    lines = text.splitlines()
+    for override in overrides:
+        path, value = parse_override(override)
+        *sections, key = path.split(".")
+        first, last = 0, len(lines)
+        for depth, section in enumerate(sections):
+            at = _line_of(section, lines[first:last], depth)
+            if at is None:
+                lines[last:last] = [f"{_INDENT * depth}{section}:"]
+                first = last = last + 1
+            else:
+                first += at + 1
+                last = first + _length_of(lines[first:last], depth + 1)
+        setting = f"{_INDENT * len(sections)}{key}: {_scalar(value)}"
+        at = _line_of(key, lines[first:last], len(sections))
+        if at is None:
+            lines.insert(last, setting)
+        else:
+            at += first
+            lines[at : at + 1 + _length_of(lines[at + 1 : last], len(sections) + 1)] = [setting]
+    return "\n".join([*lines, ""])
+
+
+def _line_of(key: str, lines: Sequence[str], depth: int) -> int | None:
+    return next((n for n, line in enumerate(lines) if line.startswith(f"{_INDENT * depth}{key}:")), None)
+
+
+def _length_of(lines: Sequence[str], depth: int) -> int:
+    """How many of these lines belong to the section above them."""
+    return next((n for n, line in enumerate(lines) if not line.startswith(_INDENT * depth)), len(lines))

@@ -1,0 +1,332 @@
+"""The first config for someone's images, chosen from what they are like, the machine and the time there is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncsn.config import Config, ConfigError, from_json, from_yaml
+from ncsn.data.pixels import Fit
+from ncsn.errors import UserError
+from ncsn.evaluation.reference import LEAST_TEST_IMAGES
+from ncsn.tools.draft import Draft
+from ncsn.tools.speed import Machine, Speed, measure_speed
+from ncsn.tools.survey import Survey, told_from_mirror
+
+SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
+ENOUGH_IMAGES = 120_000  # trained on, for a larger size to be worth it
+MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
+MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
+MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
+NFE = 35  # of the sampler
+_SMALLEST_MAP = 8  # where the network stops halving, and attends
+_WIDTH = 24  # of the first resolution
+_FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
+_BRIGHT = 128
+_FEWEST_OF_CLASS = 10
+
+# How the time is divided.
+_START_SECONDS = 60.0  # for the processes and clusters of all steps
+_READING = 0.2
+_TRAINING, _SAMPLING = 0.75, 0.12  # of what is left
+
+
+@dataclass(frozen=True)
+class FirstConfig:
+    """A config, and the seconds that a run of it takes on this machine."""
+
+    draft: Draft
+    config: Config
+    seconds: dict[str, float]  # train, sample and other
+    images: npt.NDArray[np.uint8]  # of the sample, as training will see them, [N, H, W, C]
+
+
+def choose(
+    found: Survey,
+    *,
+    seconds: float,
+    overrides: Sequence[str] = (),
+    machine: Machine,
+    ask_mirrored: Callable[[], bool] = lambda: False,
+) -> FirstConfig:
+    """Choose every setting.
+
+    Args:
+        found: What the images are like.
+        seconds: Wanted length of a run of all steps.
+        overrides: Values like `a.b=value` that are given; the others are chosen to fit.
+        machine: Where the run will be.
+        ask_mirrored: Called if there are too few images to tell: whether they are as good mirrored.
+
+    Raises:
+        UserError: if there are too few images, or a given value is wrong.
+    """
+    _require_valid(overrides, found)
+    draft = Draft(overrides)
+    draft.choose("name", slug(found.root), "The registered model will be ncsn-<name>.")
+    _choose_images(draft, found)
+    reading = _choose_max_images(draft, found, seconds=_READING * seconds)
+    left = max(seconds - _START_SECONDS - reading, seconds / 5)
+    _choose_compute(draft, machine, train_images=_train_images(draft, found))
+    speed = _choose_network(draft, found, seconds=_TRAINING * left, machine=machine)
+    images = found.fitted(Fit.of(_trial(draft).data))
+    _choose_flip(draft, images, ask_mirrored)
+    if draft.section("noise", "auto", "Levels from the training images, when training starts (NCSNv2)."):
+        draft.choose("noise.sigma_L", 0.01)
+    if draft.get("network.kind") == "unet":
+        draft.choose("network.sigma_data", round(max(0.05, float(images.std()) / 255), 2), "Of the pixels, measured.")
+        draft.choose("loss.anneal_power", 2.5, "With 2.5 the levels weigh about as in Karras et al. 2022.")
+    length = _choose_training(draft, found, seconds=_TRAINING * left, speed=speed)
+    samples = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
+    _choose_evaluation(draft, found)
+    taken = {
+        "train": length * speed.train_image,
+        "sample": samples * NFE * speed.evaluate_image,
+        "other": _START_SECONDS + reading + (1 - _TRAINING - _SAMPLING) * left,
+    }
+    return FirstConfig(draft, from_yaml(draft.to_yaml(), origin="--set"), taken, images)
+
+
+def _require_valid(overrides: Sequence[str], found: Survey) -> None:
+    """Refuse given values that no choice of the others would save."""
+    never = dict.fromkeys(("num_images", "checkpoint_every_images", "report_every_images"), 10**9)
+    typical = {
+        "name": "typical",
+        "data": {"source": found.source, "root": found.root, "image_size": 64, "channels": 3},
+        "noise": {"kind": "auto"},
+        "network": {"kind": "unet", **unet(64, scale=1)},
+        "train": never,
+        "sampling": {"sampler": {"kind": "karras_heun"}},
+    }
+    try:
+        from_yaml(json.dumps(typical), overrides=overrides, origin="--set")
+    except ConfigError as error:
+        # Other problems are of values that will be chosen to fit.
+        given = tuple(override.partition("=")[0].strip() for override in overrides)
+        if wrong := [problem for problem in error.problems if problem.key.startswith(given) or problem.key == "--set"]:
+            raise ConfigError.of(wrong) from None
+
+
+def slug(root: str) -> str:
+    """A name of an experiment from a path or URI."""
+    last = re.sub(r"(\.(tar|zip|parquet))+$", "", root.rstrip("/").rpartition("/")[2].lower())
+    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:40].strip("-") or "images"
+
+
+def _choose_images(draft: Draft, found: Survey) -> None:
+    draft.choose("data.source", found.source)
+    draft.choose("data.root", found.root)
+    color = 1 - found.share("gray")
+    draft.choose("data.channels", 3 if color else 1, f"{color:.0%} are in color." if color else "All are gray.")
+    stored = {look.bands for look in found.looks}
+    if stored != {draft.get("data.channels")}:
+        draft.choose("data.convert_channels", True, "Some are stored with another number of channels.")
+    elif not found.complete:
+        draft.choose("data.convert_channels", True, "Only a sample was looked at.")
+    _choose_background(draft, found)
+    if found.own_train is None:
+        fraction = held_out(found.num_images)
+        draft.choose("data.test_fraction", fraction, "Held out: measured with, and not trained on.")
+    if found.unlabeled:
+        draft.choose("data.unlabelled", "keep", f"{found.unlabeled:,} images have no label.")
+    if found.bad:
+        bad = found.bad[0]
+        draft.choose("data.on_bad_image", "skip", f"{len(found.bad)} cannot be used, such as {bad.name}: {bad.reason}.")
+    elif not found.complete:
+        draft.choose("data.on_bad_image", "skip", "Only a sample was looked at. The manifest counts bad images.")
+
+
+def _choose_background(draft: Draft, found: Survey) -> None:
+    """What is behind transparent pixels, and what makes other shapes square."""
+    clear = [look for look in found.looks if look.transparent]
+    borders = [look.border for look in found.looks if look.border is not None]
+    framed = (len(clear) + len(borders)) / len(found.looks) > _FRAMED
+    if clear:
+        gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
+        color = "black" if gray > _BRIGHT else "white"
+        draft.choose(
+            "data.background",
+            color,
+            f"{len(clear) / len(found.looks):.0%} have transparent pixels; what is visible shows well on {color}.",
+        )
+    elif framed and found.square < 1:
+        draft.choose("data.background", "white" if np.median(borders) > _BRIGHT else "black", "Most are on this color.")
+    if found.square < 1:
+        shape = f"{1 - found.square:.0%} are not square."
+        if framed:
+            draft.choose("data.fit", "pad", f"{shape} Most are on a plain background, which grows.")
+        else:
+            draft.choose("data.fit", "crop", f"{shape} Their centers are taken; pad would keep them whole.")
+
+
+def held_out(num_images: int) -> float:
+    """A share for testing: a tenth, of few images so much that there are ten, and never more than half.
+
+    Raises:
+        UserError: for less than six images.
+    """
+    if num_images < 2 * LEAST_TEST_IMAGES:
+        raise UserError(
+            "PLACE",
+            f"has {num_images} images; needed are {LEAST_TEST_IMAGES} to train on and {LEAST_TEST_IMAGES} to test with",
+            hint="add more",
+        )
+    return min(0.5, max(0.1, math.ceil(1000 / num_images) / 100))
+
+
+def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
+    """Read no more than this takes; the seconds that it takes."""
+    whole = found.num_images * found.seconds_per_image
+    if whole <= seconds:
+        return whole
+    train = max(1000, round(found.num_images * seconds / whole, -3))
+    draft.choose("data.max_images", int(train), f"Of each split. Reading all would take {whole / 60:,.0f} minutes.")
+    return seconds
+
+
+def _train_images(draft: Draft, found: Survey) -> int:
+    train = found.train_images(draft.get("data.test_fraction", 0))
+    return min(train, draft.get("data.max_images") or train)
+
+
+def _choose_compute(draft: Draft, machine: Machine, *, train_images: int) -> None:
+    draft.choose("compute.num_workers", machine.workers, f"For the machine that this was written on: {machine}.")
+    if machine.cores_per_worker > 1:
+        draft.choose("compute.cpus_per_worker", machine.cores_per_worker)
+    if machine.gpus:
+        draft.choose("compute.use_gpu", True)
+    most = 256 * machine.gpus or 64
+    draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
+
+
+def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Machine) -> Speed:
+    """Image size, network and precision: as large as can be trained well in this time."""
+    sizes = sizes_for(found.side)
+    tried = draft.get("data.image_size", min(32, sizes[-1]))
+    cost = measure_speed(_trial(draft, size=tried), machine).train_image / tried**2
+    best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
+    reason = f"In the time, training sees {seconds / cost / best**2:,.0f} images of this size."
+    size = draft.choose(
+        "data.image_size",
+        best,
+        f"Half of the images have a shorter side of {found.side} or more. {reason}",
+    )
+    scale = 1
+    while scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
+        scale *= 2
+    if draft.section("network", "unet"):
+        for key, value in unet(size, scale=scale).items():
+            draft.choose(f"network.{key}", value)
+    speeds = {kind: measure_speed(_trial(draft, precision=kind), machine) for kind in ("float32", "bfloat16")}
+    rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
+    faster = min(speeds, key=lambda kind: speeds[kind].train_image)
+    return speeds.get(draft.choose("train.precision", faster, f"Images/s here: {rates}."), speeds[faster])
+
+
+def sizes_for(side: int) -> list[int]:
+    """Image sizes to choose from for images of this shorter side, ascending."""
+    sizes = [size for size in SIZES if size <= side] or [SIZES[0]]
+    own = side <= SIZES[-1] and side % 4 == 0 and side > sizes[-1]
+    return [*sizes, side] if own else sizes
+
+
+def unet(size: int, *, scale: int) -> dict[str, Any]:
+    """A U-Net for images of this size, of `scale` times the least width."""
+    maps = [size]
+    while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
+        maps.append((maps[-1] + 1) // 2)
+    return {
+        "widths": [scale * _WIDTH * min(place + 1, 4) for place in range(len(maps))],
+        "blocks_per_resolution": 1 if scale == 1 else 2,
+        "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
+    }
+
+
+def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16") -> Config:
+    """The draft's images and network, or the least network, as a config whose speed can be measured."""
+    data = {**draft.tree["data"], **({"image_size": size} if size else {})}
+    never = 10**9
+    train = {"num_images": never, "checkpoint_every_images": never, "report_every_images": never}
+    values = {
+        "name": "trial",
+        "data": data,
+        "network": draft.get("network") or {"kind": "unet", **unet(data["image_size"], scale=1)},
+        "train": {**train, "batch_size": draft.get("train.batch_size"), "precision": precision},
+        "sampling": {"sampler": {"kind": "annealed_langevin"}},
+        "compute": draft.tree["compute"],
+    }
+    return from_json(json.dumps(values))
+
+
+def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Callable[[], bool]) -> None:
+    if draft.get("data.horizontal_flip") is not None:
+        return
+    told = told_from_mirror(images)
+    if told is None:
+        why = "Too few images to tell by themselves. true, if they are as good mirrored, makes twice as many of them."
+        draft.choose("data.horizontal_flip", ask_mirrored(), why)
+    else:
+        share = f"A linear classifier tells {told:.0%} of the images from their mirror images"
+        alike = "they are as good mirrored" if told <= MIRRORED else "mirrored, they would be others"
+        draft.choose(
+            "data.horizontal_flip", told <= MIRRORED, f"{share} (chance: 50%, limit: {MIRRORED:.0%}): {alike}."
+        )
+
+
+def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Speed) -> int:
+    """Length and schedule; the number of images."""
+    train_images = _train_images(draft, found)
+    affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
+    length = int(max(_rounded(min(affordable, most)), 50 * draft.get("train.batch_size")))
+    why = f"About {seconds / 60:,.0f} minutes here; each image {length / train_images:,.0f} times."
+    if affordable > most:
+        why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
+    length = draft.choose("train.num_images", length, why)
+    steps = length / draft.get("train.batch_size")
+    draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
+    draft.choose("train.checkpoint_every_images", int(_rounded(length / 8)))
+    draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
+    wide = max(draft.get("network.widths", [_WIDTH])) > 8 * _WIDTH
+    draft.choose("optimizer.learning_rate", 1e-3 if wide else 2e-3)
+    draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
+    draft.choose("optimizer.decay", "cosine")
+    return int(length)
+
+
+def _rounded(value: float) -> float:
+    """To two digits."""
+    return float(f"{value:.2g}")
+
+
+def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
+    """The sampler; the number of images."""
+    affordable = seconds / (NFE * speed.evaluate_image)
+    count = 2 ** int(math.log2(min(2048, max(64, affordable))))
+    count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
+    draft.choose("sampling.batch_size", min(64, count))
+    draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
+    if draft.get("network.kind") != "unet":
+        draft.section("sampling.sampler", "annealed_langevin")
+    elif draft.section("sampling.sampler", "karras_heun", f"{NFE} evaluations of the network."):
+        draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
+        draft.choose("sampling.sampler.churn", 15)
+    return int(count)
+
+
+def _choose_evaluation(draft: Draft, found: Survey) -> None:
+    classes = [count for count in found.class_counts if count]
+    if len(classes) > 1 and min(classes) >= _FEWEST_OF_CLASS:
+        extractor, why = "classifier", f"Trained on the labels of these {len(classes)} classes."
+    elif len(classes) > 1:
+        extractor, why = "clusters", f"A class has {min(classes)} images only, too few to train a classifier."
+    else:
+        extractor, why = "clusters", "The images have no labels: a network trained to tell clusters of them apart."
+    draft.choose("evaluation.extractor", extractor, why)
+    draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / _train_images(draft, found)))))

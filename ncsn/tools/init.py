@@ -1,0 +1,196 @@
+"""`ncsn init`: the first config and its picture, from images or from an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncsn.config import from_yaml
+from ncsn.errors import NotFound, UserError
+from ncsn.report.images import evenly_spread, grid_png
+from ncsn.report.words import duration
+from ncsn.tools import first_config
+from ncsn.tools.draft import overridden
+from ncsn.tools.first_config import FirstConfig
+from ncsn.tools.speed import Machine
+from ncsn.tools.survey import Survey, survey
+
+_EXAMPLES = Path(__file__).parents[1] / "configs"
+_SHOWN = 32  # images in the picture
+
+
+@dataclass(frozen=True)
+class Written:
+    """The written files, and what they come from; an example has neither survey nor choices."""
+
+    config: Path
+    picture: Path | None = None
+    found: Survey | None = None
+    chosen: FirstConfig | None = None
+
+    @property
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """For a person: a word, which may be empty, and a text."""
+        if self.found and self.chosen:
+            yield "found", _what(self.found)
+            yield from (("", detail) for detail in _details(self.found))
+            yield "chose", ", ".join(_choices(self.found, self.chosen))
+            yield "wrote", f"{self.config} with the reasons, and {self.picture}: what training will see"
+            seconds = self.chosen.seconds
+            steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
+            yield "estimate", f"{duration(sum(seconds.values()))} on this machine: {steps}"
+            yield "", f"`ncsn plan --config {self.config}` tries every step, in about a minute"
+        yield "next", f"ncsn run --config {self.config}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        record: dict[str, Any] = {"config": str(self.config)}
+        if self.found and self.chosen:
+            record["picture"] = str(self.picture)
+            record["found"] = _facts(self.found)
+            record["reasons"] = {path: reason for path, reason in self.chosen.draft.reasons.items() if reason}
+            record["seconds"] = self.chosen.seconds
+        return record
+
+
+def is_example(place: str) -> bool:
+    """Whether this is the name of an example, or of nothing, and not a place."""
+    return "://" not in place and not Path(place).expanduser().exists()
+
+
+def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Written:
+    """Write an example to `out`, by default its name.
+
+    Raises:
+        UserError: if there is no such example, a value is wrong, or the file exists.
+    """
+    examples = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
+    if name not in examples:
+        raise NotFound(
+            "PLACE", "does not exist, and is no example", hint=f"the examples are {', '.join(examples)}", value=name
+        )
+    text = overridden((_EXAMPLES / f"{name}.yaml").read_text(), overrides)
+    from_yaml(text, origin="--set")
+    file = Path(out or f"{name}.yaml")
+    _write_new(file, text.encode())
+    return Written(file)
+
+
+def from_images(
+    place: str, out: str | None, *, seconds: float, overrides: Sequence[str], ask_mirrored: Callable[[], bool]
+) -> Written:
+    """Look at images, choose every setting, and write the config and a picture of the images.
+
+    Args:
+        place: Path or URI.
+        out: The file; default: the name of the experiment.
+        seconds: Wanted length of the run.
+        overrides: Values like `a.b=value` that are given.
+        ask_mirrored: Called if there are too few images to tell: whether they are as good mirrored.
+
+    Raises:
+        UserError: if the images or a value cannot be used, or a file exists.
+    """
+    names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name"]
+    file = Path(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
+    picture = file.with_suffix(".png")
+    _require_new(file, picture)
+    with _about_place():
+        found = survey(place, overrides=overrides)
+        chosen = first_config.choose(
+            found, seconds=seconds, overrides=overrides, machine=Machine.here(), ask_mirrored=ask_mirrored
+        )
+    heading = [
+        f"Written by `ncsn init` for {_what(found)}.",
+        f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
+    ]
+    _write_new(file, chosen.draft.to_yaml(heading).encode())
+    _write_new(picture, grid_png(_seen(chosen), columns=8))
+    return Written(file, picture, found, chosen)
+
+
+@contextmanager
+def _about_place() -> Iterator[None]:
+    """Say PLACE where an error names data.root, which no one has set."""
+    try:
+        yield
+    except UserError as error:
+        problems = [replace(each, key="PLACE") if each.key == "data.root" else each for each in error.problems]
+        raise type(error).of(problems) from error
+
+
+def _require_new(*files: Path) -> None:
+    for file in files:
+        if file.exists():
+            raise UserError("--out", "exists, and nothing is overwritten", hint="choose another", value=str(file))
+
+
+def _write_new(file: Path, content: bytes) -> None:
+    try:
+        with file.open("xb") as stream:
+            stream.write(content)
+    except FileExistsError:
+        _require_new(file)
+    except OSError as error:
+        raise UserError("--out", f"cannot be written: {error.strerror}", value=str(file)) from error
+
+
+def _seen(chosen: FirstConfig) -> npt.NDArray[np.uint8]:
+    """Images as training sees them, and below them, if it mirrors, the same mirrored."""
+    mirrored = chosen.config.data.horizontal_flip
+    images = chosen.images[evenly_spread(len(chosen.images), most=_SHOWN // 2 if mirrored else _SHOWN)]
+    return np.concatenate([images, images[:, :, ::-1]]) if mirrored else images
+
+
+def _what(found: Survey) -> str:
+    kinds = ", ".join(kind for kind, _ in found.kinds.most_common())
+    sizes = sorted({look.size for look in found.looks}, key=lambda size: size[0] * size[1])
+    size = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
+    sample = "" if found.complete else f" ({found.looked_at:,} of them looked at)"
+    classes = f", {len(found.class_names)} classes" if found.class_names else ""
+    return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
+
+
+def _details(found: Survey) -> Iterator[str]:
+    gray, clear = found.share("gray"), found.share("transparent")
+    yield "all gray" if gray == 1 else f"{1 - gray:.0%} in color"
+    if clear:
+        yield f"{clear:.0%} with transparent pixels"
+    if found.duplicates:
+        yield f"{len(found.duplicates)} the same as another, such as {found.duplicates[0][0]}"
+    if found.bad:
+        yield f"{len(found.bad)} cannot be used, such as {found.bad[0].name}: {found.bad[0].reason}"
+    if found.unlabeled:
+        yield f"{found.unlabeled:,} without a label"
+
+
+def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:
+    data = chosen.config.data
+    yield f"{data.image_size}x{data.image_size} {'RGB' if data.channels == 3 else 'gray'}"
+    yield "mirrored too" if data.horizontal_flip else "not mirrored"
+    if found.square < 1:
+        yield f"fit {data.fit}"
+    if data.background != "none":
+        yield f"background {data.background}"
+    yield f"extractor {chosen.config.evaluation.extractor}"
+
+
+def _facts(found: Survey) -> dict[str, Any]:
+    return {
+        "source": found.source,
+        "images": found.num_images,
+        "looked_at": found.looked_at,
+        "formats": dict(found.kinds),
+        "shorter_side": found.side,
+        "gray": found.share("gray"),
+        "transparent": found.share("transparent"),
+        "classes": dict(zip(found.class_names, found.class_counts, strict=True)),
+        "duplicates": len(found.duplicates),
+        "bad": [{"name": bad.name, "reason": bad.reason} for bad in found.bad],
+    }

@@ -1,0 +1,293 @@
+"""A look at someone's images: how many there are, and what a sample of them is like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ncsn import storage
+from ncsn.config import from_yaml
+from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
+from ncsn.data.image_files import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
+from ncsn.data.pixels import Fit, Fitted, Picture
+from ncsn.data.source import Source, Split, list_files
+from ncsn.data.sources import open_source
+from ncsn.errors import UserError
+
+MOST_LOOKED_AT = 1024
+FEWEST_LOOKED_AT = 32
+SECONDS = 5.0  # after which no more images are looked at
+THUMBNAIL = 128  # pixels, longer side
+_OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.unlabelled")
+_RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
+_SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
+_PLAIN = 3.0  # standard deviation of a border in one color
+_MIRROR_SIDE = 16
+_MIRROR_FEWEST = 50
+_MIRROR_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Look:
+    """One image of the sample."""
+
+    name: str
+    kind: str  # PNG, JPEG, ...; empty for raw pixels
+    size: tuple[int, int]  # width, height
+    thumbnail: Image.Image  # L, RGB or, with transparent pixels, RGBA
+    bands: int  # 1 = stored as gray, 3 = as color
+    digest: bytes  # of the pixels
+    conversions: tuple[str, ...]
+
+    @property
+    def transparent(self) -> bool:
+        """Whether a pixel is transparent."""
+        return self.thumbnail.mode == "RGBA"
+
+    @cached_property
+    def pixels(self) -> npt.NDArray[np.int64]:
+        """RGB of the visible pixels, [N, 3]."""
+        values = np.asarray(self.thumbnail.convert("RGBA")).reshape(-1, 4).astype(np.int64)
+        return values[values[:, 3] > 0, :3]
+
+    @cached_property
+    def gray(self) -> bool:
+        """Whether it has no color, however it is stored."""
+        return self.bands == 1 or not len(self.pixels) or int(np.ptp(self.pixels, axis=1).max()) <= _SAME_GRAY
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is all one color."""
+        return not self.transparent and len(np.unique(self.pixels, axis=0)) == 1
+
+    @cached_property
+    def border(self) -> float | None:
+        """Gray of a border in one color; None for another border, and a transparent one."""
+        pixels = np.asarray(self.thumbnail.convert("L"), np.float64)
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        return None if self.transparent or edge.std() > _PLAIN else float(edge.mean())
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a place with images."""
+
+    root: str
+    source: str  # image_folder or parquet
+    num_images: int  # of all splits, the bad ones too
+    own_train: int | None  # of the train split, if the place itself has a test split
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]  # of all images
+    unlabeled: int
+    looks: tuple[Look, ...]  # by name
+    bad: tuple[SkippedImage, ...]
+    seconds_per_image: float  # to read and decode one, on all cores
+
+    def train_images(self, test_fraction: float) -> int:
+        """Images to train on if this share is held out, where the place has no test split."""
+        return self.own_train or self.num_images - int(self.num_images * test_fraction)
+
+    @property
+    def looked_at(self) -> int:
+        """Images of the sample, the bad ones too."""
+        return len(self.looks) + len(self.bad)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sample is all images."""
+        return self.looked_at == self.num_images
+
+    def share(self, trait: str) -> float:
+        """Share of the sample of which the property `trait` of a `Look` is true."""
+        return sum(bool(getattr(look, trait)) for look in self.looks) / len(self.looks)
+
+    @cached_property
+    def kinds(self) -> Counter[str]:
+        """File formats."""
+        return Counter(look.kind or "raw" for look in self.looks)
+
+    @cached_property
+    def side(self) -> int:
+        """The shorter side of the images, median."""
+        return int(np.median([min(look.size) for look in self.looks]))
+
+    @cached_property
+    def square(self) -> float:
+        """Share of the images that are square."""
+        return float(np.mean([look.size[0] == look.size[1] for look in self.looks]))
+
+    @cached_property
+    def duplicates(self) -> list[tuple[str, str]]:
+        """Names of images with the same pixels, each with the first such image."""
+        first: dict[bytes, str] = {}
+        pairs = [(look.name, first.setdefault(look.digest, look.name)) for look in self.looks]
+        return [(name, original) for name, original in pairs if name != original]
+
+    def fitted(self, fit: Fit) -> npt.NDArray[np.uint8]:
+        """The sample as training would see it, [N, H, W, C]."""
+        return np.stack([fit.picture(Picture(look.thumbnail), name=look.name).image for look in self.looks])
+
+
+@dataclass(frozen=True)
+class _Looking(Fit):
+    """Takes the place of the conversion of images, and notes what they are like."""
+
+    looks: list[Look] = field(default_factory=list)
+
+    def picture(self, picture: Picture, *, name: str) -> Fitted:
+        """Note the image; called in several threads."""
+        image, conversions = picture
+        kind, size = image.format or "", image.size
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            plain = image.convert("RGBA")
+        else:
+            plain, conversions = self._plain(picture)
+        digest = hashlib.sha256(f"{plain.mode}{plain.size}".encode() + plain.tobytes())
+        gray = plain.mode == "L" or image.mode in ("LA", "La")
+        thumbnail = plain.copy() if plain is image else plain
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+        look = Look(name, kind, size, thumbnail, 1 if gray else 3, digest.digest(), conversions)
+        self.looks.append(look)
+        return Fitted(np.zeros((1, 1, 1), np.uint8), conversions)
+
+
+def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
+    """Look at the images of a folder, an archive, an S3 prefix or Parquet files.
+
+    Args:
+        place: Path or URI.
+        overrides: Values like `data.label_column=none`, of which those count that say what images and labels are.
+
+    Raises:
+        UserError: if there are no images, none of the sample can be used, or they teach nothing.
+    """
+    root = storage.absolute(place)
+    given = [override for override in overrides if override.partition("=")[0].strip() in _OF_PLACE]
+    # Only images that are held out here, and do not come as a test split, depend on the fraction.
+    data = from_yaml(json.dumps(_any_config(root)), overrides=given, origin="--set").data
+    halves = open_source(data)
+    train, test = (len(halves.splits[split]) for split in SPLITS)
+    looking = _Looking(8, 3)
+    started = time.perf_counter()
+    bad = list(_sample(halves, looking, total=train + test))
+    taken = time.perf_counter() - started
+    looks = tuple(sorted(looking.looks, key=lambda look: look.name))
+    labels = np.concatenate([np.asarray(split.labels) for split in halves.splits.values()])  # type: ignore[attr-defined]
+    found = Survey(
+        root=root,
+        source=data.source,
+        num_images=train + test,
+        own_train=None if test == (train + test) // 2 else train,
+        class_names=halves.class_names,
+        class_counts=tuple(int((labels == n).sum()) for n in range(len(halves.class_names))),
+        unlabeled=int((labels == NO_LABEL).sum()) if halves.class_names else 0,
+        looks=looks,
+        bad=tuple(bad),
+        seconds_per_image=taken / max(1, len(looks) + len(bad)),
+    )
+    _require_something(found)
+    return found
+
+
+def _any_config(root: str) -> dict[str, Any]:
+    """A config that reads the images; nothing else of it matters."""
+    data = {"source": source_at(root), "root": root, "image_size": 8, "channels": 3, "test_fraction": 0.5}
+    return {
+        "name": "survey",
+        "data": {**data, "unlabelled": "keep"},
+        "network": {"kind": "unet", "widths": [8]},
+        "train": {"num_images": 1000, "checkpoint_every_images": 1000, "report_every_images": 1000},
+        "sampling": {"sampler": {"kind": "annealed_langevin"}},
+    }
+
+
+def source_at(root: str) -> str:
+    """The `data.source` for what is at `root`: parquet if Parquet files are there and no images."""
+    if root.lower().endswith(".parquet"):
+        return "parquet"
+    names = [listed.path.lower() for listed in list_files(root)]
+    images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
+    return "parquet" if not images and any(name.endswith(".parquet") for name in names) else "image_folder"
+
+
+def _sample(source: Source, looking: _Looking, *, total: int) -> Iterator[SkippedImage]:
+    """The bad images of the sample; `looking` gets the others."""
+    done, end = 0, time.perf_counter() + SECONDS
+    for part in _parts(list(source.splits.values()), total=total):
+        with closing(replace(part, fit=looking).stream(cores=os.cpu_count())) as stream:  # type: ignore[type-var]
+            for row in stream:
+                done += 1
+                if isinstance(row, SkippedImage):
+                    yield row
+                if done >= FEWEST_LOOKED_AT and time.perf_counter() > end:
+                    return
+
+
+def _parts(splits: Sequence[Split], *, total: int) -> list[Split]:
+    """Sections of the splits with about `MOST_LOOKED_AT` images together, the first of each split before the second."""
+    if total <= MOST_LOOKED_AT:
+        return list(splits)
+    parts = []
+    for run in range(_RUNS):
+        for split in splits:
+            first = len(split) * run // _RUNS
+            parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
+    return parts
+
+
+def _require_something(found: Survey) -> None:
+    if not found.looks:
+        bad = found.bad[0]
+        raise UserError(bad.name, f"cannot be used: {bad.reason}; nor can any other image that was looked at")
+    if found.num_images == 1:
+        raise UserError(found.looks[0].name, "is the only image", hint="add more")
+    first = found.looks[0]
+    if found.share("flat") == 1:
+        raise UserError(first.name, "is all one color, as is every other image that was looked at")
+    if len(found.duplicates) == len(found.looks) - 1:
+        raise UserError(first.name, f"is the same as {found.looks[-1].name} and every other image that was looked at")
+
+
+def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:
+    """Share of images that a linear classifier tells from their mirror images; None if there are too few to learn it.
+
+    0.5 is chance, and so is the result where mirrored images look like the others. It is the mean over five folds, each
+    told by a classifier of the rest: 0.84 for digits, 0.96 for letters, 0.87 for Fashion-MNIST, 0.56 for photographs.
+
+    Args:
+        images: [N, H, W, C].
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    count, half = len(images), _MIRROR_SIDE // 2
+    if count < _MIRROR_FEWEST:
+        return None
+    small = np.stack([_small(image) for image in images])
+    # What changes its sign in the mirror. So an image and its mirror image are (x, 1) and (-x, 0), on two sides of 0.
+    odd = (small - small[:, :, ::-1])[:, :, :half].reshape(count, -1)
+    odd /= max(float(odd.std()), 1e-6)
+    folds, right = np.arange(count) % _MIRROR_FOLDS, 0.0
+    for fold in range(_MIRROR_FOLDS):
+        known, asked = odd[folds != fold], odd[folds == fold]
+        rows, sides = np.concatenate([known, -known]), np.repeat([1, 0], len(known))
+        classifier = LogisticRegression(C=0.1, fit_intercept=False).fit(rows, sides)
+        score = asked @ classifier.coef_[0]
+        right += (score > 0).sum() + (score == 0).sum() / 2
+    return float(right / count)
+
+
+def _small(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    gray = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("L")
+    return np.asarray(gray.resize((_MIRROR_SIDE, _MIRROR_SIDE), Image.Resampling.BOX), np.float32)

@@ -1,0 +1,87 @@
+"""`ncsn init`: the files that it writes, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ncsn.config import from_yaml
+from ncsn.tools import first_config
+from ncsn.tools.speed import Speed
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with twelve soft images; the working directory is empty, and speed is known."""
+    monkeypatch.setattr(first_config, "measure_speed", lambda *_: Speed(0.01, 0.003))
+    folder = tmp_path / "My photos"
+    folder.mkdir()
+    for seed in range(12):
+        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((20, 24)).save(folder / f"{seed}.png")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
+    result = run_in_process("init", str(place), "--minutes", "5")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")] == [
+        "found", "chose", "wrote", "estimate", "next",
+    ]  # fmt: skip
+    assert sorted(path.name for path in Path().iterdir()) == ["my-photos.png", "my-photos.yaml"]
+    config = from_yaml(Path("my-photos.yaml").read_text())
+    assert (config.name, config.data.root, config.data.image_size) == ("my-photos", str(place), 16)
+    assert Image.open("my-photos.png").size[0] > 8 * 16
+    before = Path("my-photos.yaml").read_bytes()
+    again = run_in_process("init", str(place))
+    assert again.exit_code == 2 and again.stderr.startswith("error: --out 'my-photos.yaml'")
+    assert Path("my-photos.yaml").read_bytes() == before
+    Path("my-photos.yaml").unlink()
+    assert run_in_process("init", str(place)).exit_code == 2 and not Path("my-photos.yaml").exists()
+
+
+def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
+    given = ("--set", "data.horizontal_flip=true", "--set", "data.image_size=8", "--out", "a.yaml")
+    result = run_in_process("init", str(place), "--json", "--hours", "0.5", *given)
+    found = json.loads(result.stdout)
+    assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
+    assert found["found"]["images"] == found["found"]["looked_at"] == 12 and found["found"]["formats"] == {"PNG": 12}
+    assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
+    config = from_yaml(Path("a.yaml").read_text())
+    assert config.data.horizontal_flip and config.data.image_size == 8
+
+
+def test_examples(place, run_in_process) -> None:
+    assert run_in_process("init", "digits").exit_code == 0
+    assert Path("digits.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
+    changed = run_in_process("init", "digits", "--out", "x.yaml", "--set", "train.num_images=640", "--json")
+    assert json.loads(changed.stdout) == {"config": "x.yaml"}
+    assert from_yaml(Path("x.yaml").read_text()).train.num_images == 640
+
+
+@pytest.mark.parametrize(
+    ("arguments", "subject"),
+    [
+        (("nowhere",), "PLACE = 'nowhere'"),
+        (("digits", "--minutes", "5"), "--minutes"),
+        (("{place}", "--minutes", "5", "--hours", "1"), "--hours 1.0"),
+        (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
+        (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
+        (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
+        (("{place}/0.png",), "PLACE = '{place}/0.png'"),
+        (("digits", "--set", "train.batchsize=3"), "--set: train.batchsize"),
+    ],
+)
+def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, arguments, subject) -> None:
+    result = run_in_process("init", *(argument.format(place=place) for argument in arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {subject.format(place=place)}") and result.stderr.count("\n") == 1
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,55 @@
+"""Chosen settings, given settings, and the file that they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ncsn.config import ConfigError, from_yaml
+from ncsn.tools.draft import Draft, overridden
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_what_is_given_is_not_chosen() -> None:
+    draft = Draft(["train.batch_size=32", "sampling.sampler={kind: karras_heun}", "network={kind: ncsn}"])
+    assert draft.choose("train.batch_size", 64) == 32
+    assert draft.choose("train.num_images", 1000) == 1000
+    assert not draft.section("sampling.sampler", "probability_flow")
+    assert not draft.section("network", "unet")
+    assert draft.section("noise", "auto")
+    assert draft.choose("sampling.sampler.num_steps", 5) == 5
+    assert draft.tree == {
+        "train": {"batch_size": 32, "num_images": 1000},
+        "sampling": {"sampler": {"kind": "karras_heun"}},
+        "network": {"kind": "ncsn"},
+        "noise": {"kind": "auto"},
+    }
+    with pytest.raises(ConfigError):
+        Draft(["train"])
+
+
+def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values() -> None:
+    draft = Draft(["train.num_images=7"])
+    draft.choose("data.image_size", 32, "Small.")
+    draft.choose("data.source", "image_folder")
+    draft.choose("name", "x", "A name.")
+    text = draft.to_yaml(["What."])
+    assert text.splitlines() == [
+        "# What.", "", "# A name.", "name: x", "data:", "  source: image_folder", "  # Small.", "  image_size: 32",
+        "train:", "  # Given with --set.", "  num_images: 7",
+    ]  # fmt: skip
+    assert yaml.safe_load(text) == draft.tree
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_keep_their_comments_when_values_change(path: Path) -> None:
+    text = path.read_text()
+    changes = ["train.num_images=1000000", "noise={kind: auto}", "compute.max_failures=5", "tracking.experiment=x"]
+    changed = overridden(text, changes)
+    assert from_yaml(changed) == from_yaml(text, overrides=changes)
+    assert overridden(text, []) == text
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert [line for line in changed.splitlines() if line.startswith("#")] == comments

@@ -1,0 +1,141 @@
+"""The choices of `ncsn init`, on a machine of known speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from refused import refused
+
+from ncsn.config import Config, ConfigError, from_yaml
+from ncsn.errors import UserError
+from ncsn.tools import first_config
+from ncsn.tools.first_config import FirstConfig, held_out, sizes_for, slug, unet
+from ncsn.tools.speed import Machine, Speed, measure_speed
+from ncsn.tools.survey import survey
+
+CPU, GPU = Machine(cores=2, gpus=0), Machine(cores=16, gpus=1, gpu="some GPU")
+
+
+@pytest.fixture
+def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FirstConfig]:
+    """`choose` for random images, where a training image of 32x32 takes `cost` seconds."""
+
+    def call(
+        *overrides: str,
+        count: int = 100,
+        side: int = 100,
+        mode: str = "RGB",
+        minutes: float = 20,
+        cost: float = 0.004,
+        machine: Machine = CPU,
+    ) -> FirstConfig:
+        def known_speed(config: Config, _machine: Machine) -> Speed:
+            train = cost * (config.data.image_size / 32) ** 2 * (0.5 if config.train.precision == "bfloat16" else 1)
+            return Speed(train, train / 3)
+
+        monkeypatch.setattr(first_config, "measure_speed", known_speed)
+        root = tmp_path / f"{count}-{side}-{mode}"
+        if not root.exists():
+            root.mkdir()
+            for seed in range(count):
+                coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, len(mode)), np.uint8)
+                Image.fromarray(coarse.squeeze()).resize((side, side)).save(root / f"{seed}.png")
+        return first_config.choose(survey(str(root)), seconds=60 * minutes, overrides=overrides, machine=machine)
+
+    return call
+
+
+def test_the_file_is_the_config(choose) -> None:
+    chosen = choose(cost=0.08)
+    assert from_yaml(chosen.draft.to_yaml(["Hello."])) == chosen.config
+    assert {"data.image_size", "data.horizontal_flip", "train.num_images"} <= chosen.draft.reasons.keys()
+    assert 1000 < sum(chosen.seconds.values()) < 1250
+
+
+def test_size_and_network_grow_with_the_time(choose) -> None:
+    sizes = [choose(minutes=minutes).config.data.image_size for minutes in (2, 20, 600)]
+    assert sizes == [16, 32, 64]
+    widths = [max(choose(minutes=minutes, side=16).config.network.widths) for minutes in (2, 20, 6000)]
+    assert widths[0] == widths[1] < widths[2]
+
+
+def test_few_images_are_not_repeated_without_end(choose) -> None:
+    train = choose(count=20, minutes=600, side=16).config.train
+    assert train.num_images == 1000 * 10 and train.batch_size == 16
+
+
+def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
+    gray = choose(mode="L").config
+    assert gray.data.channels == 1 and not gray.data.convert_channels and gray.data.background == "none"
+    clear = choose(mode="RGBA").config
+    assert clear.data.channels == 3 and clear.data.background in ("white", "black")
+    compute = choose(machine=GPU).config.compute
+    assert (compute.use_gpu, compute.num_workers, compute.cpus_per_worker) == (True, 1, 16)
+
+
+def test_given_values_hold_and_the_others_fit_them(choose) -> None:
+    sampler = "sampling.sampler={kind: probability_flow}"
+    config = choose("data.image_size=8", "name=mine", "train.num_images=777", sampler).config
+    assert (config.data.image_size, config.name, config.train.num_images) == (8, "mine", 777)
+    assert len(config.network.widths) == 2 and config.sampling.sampler.kind == "probability_flow"
+    paper = choose("network={kind: ncsn, num_features: 8}").config
+    assert paper.network.kind == "ncsn" and paper.sampling.sampler.kind == "annealed_langevin"
+    assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip
+    for wrong in ("data.image_size=huge", "data.colour=red", "train.batch_size=-3", "sampling.num_images=none"):
+        with pytest.raises(ConfigError) as caught:
+            choose(wrong)
+        assert wrong.partition("=")[0] in caught.value.keys
+
+
+def test_a_person_is_asked_about_mirroring_only_where_the_images_do_not_tell(choose, monkeypatch, tmp_path) -> None:
+    def ask() -> bool:
+        asked.append(True)
+        return True
+
+    asked: list[bool] = []
+    monkeypatch.setattr(first_config, "choose", lambda *a, _=first_config.choose, **k: _(*a, **k, ask_mirrored=ask))
+    assert choose(count=20).config.data.horizontal_flip and asked == [True]
+    choose(count=100)
+    choose("data.horizontal_flip=false", count=20)
+    assert asked == [True]
+
+
+def test_sizes_and_widths() -> None:
+    assert [sizes_for(side) for side in (5, 8, 28, 33, 48, 500)] == [
+        [8], [8], [8, 16, 28], [8, 16, 32], [8, 16, 32, 48], [8, 16, 32, 64],
+    ]  # fmt: skip
+    assert unet(8, scale=1) == {"widths": [24, 48], "blocks_per_resolution": 1, "attention_sizes": []}
+    assert unet(28, scale=1) == {"widths": [24, 48, 72], "blocks_per_resolution": 1, "attention_sizes": [7]}
+    assert unet(64, scale=2) == {"widths": [48, 96, 144, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
+
+
+def test_at_least_three_images_are_held_out() -> None:
+    for count in range(6, 400):
+        assert 3 <= int(count * held_out(count)) <= count / 2
+    assert held_out(100) == held_out(10**6) == 0.1
+    with refused("PLACE"):
+        held_out(5)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/data/My Photos (2024)", "my-photos-2024"), ("s3://bucket/cats.tar", "cats"), ("/x/猫", "images"),
+        ("/x/part.parquet/", "part"), (f"/{'a' * 60}", "a" * 40),
+    ],
+)  # fmt: skip
+def test_names(place: str, name: str) -> None:
+    assert slug(place) == name
+
+
+def test_speed_is_measured_on_the_network_itself(choose) -> None:
+    networks = [f"network={{kind: unet, widths: [{width}]}}" for width in (8, 64)]
+    configs = [choose(network, "noise={num_levels: 4}", side=16).config for network in networks]
+    small, large = (measure_speed(config, CPU) for config in configs)
+    assert 0 < small.evaluate_image < small.train_image < large.train_image
+    with pytest.raises(UserError):
+        measure_speed(choose(side=16).config, CPU)  # noise: auto has no levels yet

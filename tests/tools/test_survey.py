@@ -1,0 +1,160 @@
+"""What `ncsn init` finds out about images."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from refused import refused
+from sklearn.datasets import load_digits
+
+from ncsn.errors import NotFound
+from ncsn.tools.survey import MOST_LOOKED_AT, survey, told_from_mirror
+
+
+def picture(seed: int, *, size: tuple[int, int] = (40, 30), bands: int = 3) -> Image.Image:
+    """A soft random image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, bands), np.uint8)
+    return Image.fromarray(coarse.squeeze()).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """A folder of the images name -> picture."""
+
+    def make(images: dict[str, Image.Image], name: str = "images", **settings: object) -> Path:
+        for path, image in images.items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file, **settings)
+        return tmp_path / name
+
+    return make
+
+
+def test_photographs(folder) -> None:
+    sizes = [(40, 30), (30, 40), (64, 64), (20, 20)]
+    found = survey(str(folder({f"{n}.jpg": picture(n, size=sizes[n % 4]) for n in range(24)}, quality=95)))
+    assert (found.source, found.num_images, found.looked_at, found.complete) == ("image_folder", 24, 24, True)
+    assert found.kinds == {"JPEG": 24} and found.side == 30 and found.square == 0.5
+    assert found.share("gray") == found.share("transparent") == found.share("flat") == 0
+    assert not (found.class_names or found.duplicates or found.bad or found.own_train)
+    assert all(look.border is None and max(look.thumbnail.size) <= 64 for look in found.looks)
+
+
+def test_transparent_pictures_scans_and_plain_borders(folder) -> None:
+    clear = picture(1).convert("RGBA")
+    clear.putalpha(Image.new("L", clear.size, 255))
+    opaque = clear.copy()
+    clear.putpixel((0, 0), (9, 9, 9, 0))
+    scans = {f"{n}.png": picture(n, bands=1).convert("RGB") for n in range(5)}
+    framed = Image.new("RGB", (60, 40), (250, 250, 250))
+    framed.paste(picture(2), (5, 5))
+    found = survey(str(folder({"clear.png": clear, "opaque.png": opaque, "framed.png": framed, **scans})))
+    looks = {Path(look.name).stem: look for look in found.looks}
+    assert [name for name, look in looks.items() if look.transparent] == ["clear"]
+    assert sorted(name for name, look in looks.items() if look.gray) == ["0", "1", "2", "3", "4"]
+    assert {look.bands for look in found.looks} == {3}
+    assert looks["framed"].border == pytest.approx(250, abs=1) and looks["clear"].border is None
+
+
+def test_classes_their_counts_and_images_without_a_label(folder) -> None:
+    images = {f"{'cat' if n < 5 else 'dog'}/{n}.png": picture(n) for n in range(12)}
+    found = survey(str(folder({**images, "stray.png": picture(20)})))
+    assert (found.class_names, found.class_counts, found.unlabeled) == (("cat", "dog"), (5, 7), 1)
+
+
+def test_own_test_images(folder) -> None:
+    own = folder({f"{'test' if n < 3 else 'train'}/{n}.png": picture(n) for n in range(10)}, "own")
+    found = survey(str(own))
+    assert (found.num_images, found.own_train, found.train_images(0.5)) == (10, 7, 7)
+    found = survey(str(folder({f"{n}.png": picture(n) for n in range(11)}, "plain")))
+    assert (found.num_images, found.own_train, found.train_images(0.3)) == (11, None, 8)
+
+
+def test_parquet_and_archives(tmp_path: Path) -> None:
+    def encoded(seed: int) -> bytes:
+        buffer = io.BytesIO()
+        picture(seed).save(buffer, format="WEBP", lossless=True)
+        return buffer.getvalue()
+
+    files = [{"bytes": encoded(n), "path": f"{n}.webp"} for n in range(8)]
+    pq.write_table(pa.table({"image": files, "label": [0, 1] * 4}), tmp_path / "part.parquet")
+    found = survey(str(tmp_path))
+    assert (found.source, found.class_counts, found.kinds) == ("parquet", (4, 4), {"WEBP": 8})
+    assert survey(str(tmp_path / "part.parquet"), overrides=["data.label_column=none"]).class_names == ()
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for n in range(8):
+            archive.writestr(f"{n}.webp", encoded(n))
+    found = survey(str(tmp_path / "all.zip"))
+    assert (found.source, found.num_images) == ("image_folder", 8)
+
+
+def test_of_many_images_a_sample_is_looked_at(folder) -> None:
+    count = MOST_LOOKED_AT + 200
+    found = survey(str(folder({f"{n}.png": picture(n, size=(8, 8)) for n in range(count)})))
+    assert found.num_images == count and 1000 <= found.looked_at <= MOST_LOOKED_AT and not found.complete
+
+
+def test_what_cannot_be_used_is_counted_and_named(folder) -> None:
+    root = folder({f"{n}.png": picture(n) for n in range(4)})
+    (root / "copy.png").write_bytes((root / "0.png").read_bytes())
+    (root / "empty.jpg").touch()
+    (root / "folder.png").mkdir()
+    Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
+    Image.new("L", (1, 1), 7).save(root / "dot.bmp")
+    found = survey(str(root))
+    assert sorted(Path(bad.name).name for bad in found.bad) == ["bomb.png", "empty.jpg"]
+    assert [(Path(copy).name, Path(first).name) for copy, first in found.duplicates] == [("copy.png", "0.png")]
+    assert found.num_images == 8 and min(look.size for look in found.looks) == (1, 1)
+
+
+def test_places_that_teach_nothing_are_refused(folder, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with refused("data.root"):
+        survey(str(tmp_path / "empty"))
+    with refused("data.root", error=NotFound):
+        survey(str(tmp_path / "nowhere"))
+    one = folder({"a.png": picture(0)}, "one")
+    with refused(f"{one}/a.png"):
+        survey(str(one))
+    twins = folder({"a.png": picture(0), "b.png": picture(0)}, "twins")
+    with refused(f"{twins}/a.png"):
+        survey(str(twins))
+    flat = folder({f"{n}.png": Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(5)}, "flat")
+    with refused(f"{flat}/0.png"):
+        survey(str(flat))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "a.png").write_bytes(b"no image")
+    with refused(f"{tmp_path}/damaged/a.png"):
+        survey(str(tmp_path / "damaged"))
+
+
+def test_labels_of_absent_images_and_images_labeled_twice_are_refused(folder) -> None:
+    root = folder({f"{n}.png": picture(n) for n in range(4)})
+    table = root / "metadata.jsonl"
+    table.write_text(json.dumps({"file_name": "9.png", "label": "cat"}))
+    with refused(str(table)):
+        survey(str(root))
+    table.write_text("\n".join([json.dumps({"file_name": "1.png", "label": "cat"})] * 2))
+    with refused(str(table)):
+        survey(str(root))
+
+
+def test_digits_are_told_from_their_mirror_images_and_symmetric_ones_are_not() -> None:
+    digits = (load_digits().images[:600] * 15).astype(np.uint8)[..., None]
+    told = told_from_mirror(digits)
+    assert told is not None and told > 0.75
+    mirrored = np.random.default_rng(0).random(len(digits)) < 0.5
+    told = told_from_mirror(np.where(mirrored[:, None, None, None], digits[:, :, ::-1], digits))
+    assert told is not None and 0.4 < told < 0.6
+    assert told_from_mirror(np.full((60, 8, 8, 3), 9, np.uint8)) == 0.5
+    assert told_from_mirror(digits[:20]) is None
