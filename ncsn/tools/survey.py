@@ -148,17 +148,18 @@ class _Looking(Fit):
 
     def picture(self, picture: Picture, *, name: str) -> Fitted:
         """Note the image; called in several threads."""
-        image, conversions = picture
-        kind, size = image.format or "", image.size
+        image, conversions = picture.image, picture.conversions
+        kind = image.format or ""
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             plain = image.convert("RGBA")
         else:
-            plain, conversions = self._plain(picture)
+            converted = self._plain(picture)
+            plain, conversions = converted.image, converted.conversions
         digest = hashlib.sha256(f"{plain.mode}{plain.size}".encode() + plain.tobytes())
         gray = plain.mode == "L" or image.mode in ("LA", "La")
         thumbnail = plain.copy() if plain is image else plain
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-        look = Look(name, kind, size, thumbnail, 1 if gray else 3, digest.digest(), conversions)
+        look = Look(name, kind, picture.size, thumbnail, 1 if gray else 3, digest.digest(), conversions)
         self.looks.append(look)
         return Fitted(np.zeros((1, 1, 1), np.uint8), conversions)
 
@@ -179,7 +180,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     data = from_yaml(json.dumps(_any_config(root)), overrides=given, origin="--set").data
     halves = open_source(data)
     train, test = (len(halves.splits[split]) for split in SPLITS)
-    looking = _Looking(8, 3)
+    looking = _Looking(THUMBNAIL // 2, 3)  # JPEG is decoded at twice the size that is needed
     started = time.perf_counter()
     bad = list(_sample(halves, looking, total=train + test))
     taken = time.perf_counter() - started
