@@ -43,10 +43,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that wait longest, so that the short ones run beside them."""
+    """Begin with the files that wait longest, so that the short ones run beside them, and give them time."""
     folders = Path(__file__).parent
     longest = [folders / name for name in ("e2e", "distributed", "remote", "steps", "tracking")]
-    items.sort(key=lambda item: next((n for n, each in enumerate(longest) if each in item.path.parents), len(longest)))
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, each in enumerate(longest) if each in item.path.parents), len(longest))
+
+    items.sort(key=place)
+    for item in items:
+        if place(item) < len(longest) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))  # seconds, with the servers and clusters that it starts
 
 
 @pytest.fixture(scope="session", autouse=True)

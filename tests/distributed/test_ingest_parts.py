@@ -80,7 +80,7 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     for number in range(3):
         storage.write_bytes(f"{s3_root}/shards/{number}.tar", shard(60 * number, 60 * number + 60))
     arguments, text, environment = command("bucket", root=f"{s3_root}/shards", rows=50, store=f"{s3_root}/store")
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     expected = in_one_pass(text, tmp_path / "one-pass")
@@ -108,7 +108,7 @@ def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_p
         storage.write_bytes(f"{s3_root}/hub/data/{number}.parquet", (tmp_path / "shard.parquet").read_bytes())
     root, store = f"{s3_root}/hub", f"{s3_root}/store"
     arguments, text, environment = command("hub", source="parquet", root=root, rows=50, store=store)
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     expected = in_one_pass(text, tmp_path / "one-pass")
@@ -137,7 +137,7 @@ def test_a_killed_ingest_goes_on_where_it_was(tmp_path, command):
     before = parts(store)
     assert 3 <= len(before) < 100
     assert not list(store.glob("datasets/image_folder/*/manifest.json"))
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     after = parts(store)

@@ -15,8 +15,6 @@ from ray_driver import RayDriver
 
 HELPERS = Path(gpu_calls.__file__).parent
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[RayDriver]:

@@ -27,7 +27,7 @@ compute: {{num_workers: 2}}
 storage: {{root: {root}}}
 """
 MARK = "NCSN_TEST_MARK"
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 
 
 @dataclass

@@ -26,7 +26,7 @@ def stop(workplace, *, when, what: str, by: signal.Signals) -> tuple[int, str]:
     assert process.poll() is None, process.communicate()[1]
     assert any("raylet" in command for command in workplace.processes().values())
     os.kill(process.pid, by)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=600)
     assert stdout == ""
     assert "Traceback" not in stderr
     workplace.wait_for_silence()

@@ -22,7 +22,7 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
-        self._is_cut = False
+        self._is_cut, self._lock = False, threading.Lock()
 
     def __enter__(self) -> TcpProxy:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -34,11 +34,12 @@ class TcpProxy:
 
     def cut(self) -> None:
         """Break all connections."""
-        self._is_cut = True
-        for each in self._open:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
+        with self._lock:
+            self._is_cut = True
+            for each in self._open:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
 
     def restore(self) -> None:
         """Let connections through again."""
@@ -48,11 +49,12 @@ class TcpProxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                if self._is_cut:
-                    client.close()
-                    continue
-                server = socket.create_connection(self._server)
-                self._open += [client, server]
+                with self._lock:
+                    if self._is_cut:
+                        client.close()
+                        continue
+                    server = socket.create_connection(self._server)
+                    self._open += [client, server]
                 for source, sink in ((client, server), (server, client)):
                     threading.Thread(target=_pass_on, args=(source, sink), daemon=True).start()
 

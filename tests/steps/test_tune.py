@@ -43,7 +43,7 @@ search:
   reduction_factor: 4
 storage: {{root: {root}}}
 """
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 
 
 @dataclass(frozen=True)
