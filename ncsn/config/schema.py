@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ncsn.config.choices import (
     Domain,
@@ -38,7 +38,9 @@ class DataConfig(Section):
 
     # Left out of plain values while they have their defaults. So a config that was written before they came has the
     # digest that it had: no run is ingested again or gets a second MLflow run.
-    ADDED: ClassVar[frozenset[str]] = frozenset({"background", "fit", "image_column", "label_column", "unlabelled"})
+    ADDED: ClassVar[frozenset[str]] = frozenset(
+        {"background", "crop", "fit", "image_column", "label_column", "unlabelled"}
+    )
 
     source: Literal[
         "sklearn_digits", "sklearn_photos", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"
@@ -69,6 +71,12 @@ class DataConfig(Section):
         "crop",
         description="How an image becomes square: crop = its center; pad = borders in the color of background, or "
         "black; stretch = another aspect ratio.",
+    )
+    crop: int | None = Field(
+        None,
+        ge=8,
+        description="Side in pixels of the square that fit: crop takes from the center, such as 140 to leave only the "
+        "faces of CelebA; null = the shorter side, for celeba 140.",
     )
     background: Literal["none", "white", "black"] | tuple[int, int, int] = Field(
         "none",
@@ -119,6 +127,12 @@ class DataConfig(Section):
         if not (word or color):
             raise UserError("", "not a color", hint="use white, black, none or [r, g, b], from 0 to 255", value=value)
         return value
+
+    @model_validator(mode="after")
+    def _crops_once(self) -> DataConfig:
+        if self.crop is not None and self.fit != "crop":
+            raise UserError("crop", f"needs fit: crop, not {self.fit}", hint="leave one of them out", value=self.crop)
+        return self
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:

@@ -79,12 +79,12 @@ class Fit:
 
     @classmethod
     def of(cls, data: DataConfig, *, crop: int | None = None) -> Fit:
-        """The conversion that the config asks for."""
+        """The conversion that the config asks for; `crop` if it names none."""
         return cls(
             data.image_size,
             data.channels,
             convert=data.convert_channels,
-            crop=crop,
+            crop=data.crop or crop,
             method=data.fit,
             background=data.background_color,
         )
@@ -108,11 +108,11 @@ class Fit:
         """Fit a decoded image.
 
         Raises:
-            BadImageError: for pixels of a kind that is not accepted.
-            UserError: naming the image, for another channel count or a size that is too small for the crop.
+            BadImageError: for pixels of a kind that is not accepted, and less of them than are cut from the center.
+            UserError: naming the image, for another channel count.
         """
         plain = self._plain(picture)
-        square = self._square(plain._replace(image=self._to_channels(plain.image, name=name)), name=name)
+        square = self._square(plain._replace(image=self._to_channels(plain.image, name=name)))
         pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
         return Fitted(pixels, plain.conversions)
 
@@ -161,19 +161,17 @@ class Fit:
             )
         return image.convert(_MODES[self.channels])
 
-    def _square(self, picture: Picture, *, name: str) -> Image.Image:
+    def _square(self, picture: Picture) -> Image.Image:
         width, height = picture.size
         if self.method == "pad" and width != height:
             return self._padded(picture)
-        box = self._center(width, height, name=name) if self.method == "crop" else (0, 0, width, height)
+        box = self._center(width, height) if self.method == "crop" else (0, 0, width, height)
         return _resized(picture, (self.image_size, self.image_size), box)
 
-    def _center(self, width: int, height: int, *, name: str) -> tuple[int, int, int, int]:
+    def _center(self, width: int, height: int) -> tuple[int, int, int, int]:
         side = self.crop or min(width, height)
         if side > min(width, height):
-            raise UserError(
-                name, f"has {width}x{height} pixels, less than the {side}x{side} that are cut from its center"
-            )
+            raise BadImageError(f"has {width}x{height} pixels, less than the {side}x{side} cut from its center")
         left, top = (width - side) // 2, (height - side) // 2
         return left, top, left + side, top + side
 

@@ -39,7 +39,7 @@ def test_a_fixed_crop_is_centered_like_the_papers():
     image = np.zeros((218, 178, 3), np.uint8)
     image[39:179, 19:159] = 90
     assert (Fit(64, 3, crop=140).array(image, name="x") == 90).all()
-    with refused("face.jpg"):
+    with pytest.raises(BadImageError):
         Fit(64, 3, crop=140).array(np.zeros((218, 100, 3), np.uint8), name="face.jpg")
 
 
@@ -183,6 +183,19 @@ def test_an_image_becomes_square_without_a_cut(method):
     assert (thin == 9).sum() == (8 if method == "pad" else 64)
     square = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     assert np.array_equal(Fit(8, 1, method=method).array(square, name="x"), square)
+
+
+def test_a_square_is_cut_from_the_center(data_config):
+    image = np.zeros((20, 30, 1), np.uint8)
+    image[6:14, 11:19] = 200
+    fit = Fit.of(data_config("image_folder", "x", crop=8))
+    assert (fit.array(image, name="x") == 200).all()
+    with pytest.raises(BadImageError):
+        fit.array(image[:7], name="x")
+    assert Fit.of(data_config("celeba", "x"), crop=140).crop == 140
+    assert Fit.of(data_config("celeba", "x", crop=100), crop=140).crop == 100
+    with pytest.raises(ValueError, match="crop"):
+        data_config("image_folder", "x", crop=8, fit="pad")
 
 
 def test_photographs_are_turned_upright(formats):
