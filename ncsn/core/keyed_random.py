@@ -24,7 +24,8 @@ _LOW_32 = 0xFFFFFFFF
 class Stream(IntEnum):
     """Numbers of the streams in use, so that no two purposes share random numbers.
 
-    Draw number `step` of a sampler uses stream `SAMPLING + step`.
+    Draw number `step` of a sampler uses stream `SAMPLING + step`; noise level `bin` of the held-out loss uses
+    `HELD_OUT_NOISE + bin` for held-out images and `TRAINED_NOISE + bin` for training images.
     """
 
     LEVEL = 1
@@ -33,9 +34,10 @@ class Stream(IntEnum):
     MIRROR = 4
     PROJECTION = 5
     SUBSET = 6
-    TEST_LEVEL = 11
-    TEST_NOISE = 12
-    TEST_DEQUANTIZE = 13
+    HELD_OUT_DEQUANTIZE = 11
+    TRAINED_DEQUANTIZE = 12
+    HELD_OUT_NOISE = 1024
+    TRAINED_NOISE = 2048
     SAMPLING = 2**32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -84,6 +85,12 @@ class TrainState:
     ema: Ema
     images_seen: int = 0  # by all workers
     scaler: torch.amp.GradScaler | None = None  # keeps float16 gradients in range; None for other types
+
+    def averaged(self) -> nn.Module:
+        """A copy of the network with the running average as its weights, in eval mode."""
+        network = copy.deepcopy(self.network)
+        self.ema.copy_to(network)
+        return network.eval()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, SplitDigest, load_manifest
-from ncsn.data.parquet import read_blocks, read_split
+from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
 
 CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
@@ -43,12 +43,15 @@ class TrainingImages(Protocol):
     def head(self, count: int) -> np.ndarray:
         """The first `count` images as they are stored, or all if there are fewer."""
 
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, C]: the images that are stored at `indices` [N]."""
 
-def open_training_images(dataset_uri: str, data: DataConfig) -> TrainingImages:
-    """The training split as `data.loader` says; raises like `open_cache`."""
+
+def open_training_images(dataset_uri: str, data: DataConfig, split: str = "train") -> TrainingImages:
+    """A split as `data.loader` says; raises like `open_cache`."""
     if data.loader == "cache":
-        return open_cache(dataset_uri, "train")
-    return StreamedSplit(dataset_uri, "train", window_images=data.window_images)
+        return open_cache(dataset_uri, split)
+    return StreamedSplit(dataset_uri, split, window_images=data.window_images)
 
 
 def cache_folder() -> Path:
@@ -80,6 +83,11 @@ class CachedSplit:
     def head(self, count: int) -> np.ndarray:
         """See `TrainingImages`."""
         return self.images[:count]
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """See `TrainingImages`."""
+        images: np.ndarray = self.images[indices]
+        return images
 
 
 def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None) -> CachedSplit:
@@ -237,6 +245,10 @@ class StreamedSplit:
     def head(self, count: int) -> np.ndarray:
         """See `TrainingImages`."""
         return read_split(self._uri, self._split, rows=range(count), manifest=self._manifest).images
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """See `TrainingImages`; reads each row group that holds one of them."""
+        return read_rows(self._uri, self._split, indices, manifest=self._manifest)
 
     def ordered(self, seed: int, *, first: int, count: int) -> np.ndarray:
         """See `TrainingImages`; fast where `first` grows from call to call."""

@@ -39,6 +39,7 @@ class ModelFacts:
     nfe: int
     cost: str = ""
     pictures: Mapping[str, str] | None = None  # description -> file next to the card
+    warnings: Sequence[str] = ()  # signs of overfitting
 
 
 def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
@@ -58,7 +59,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         "## Scores",
         _scores(evaluation, num_splits=config.evaluation.num_splits),
         "## Limits",
-        "\n".join(f"- {limit}" for limit in LIMITS),
+        "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
         "## License",
         f"Code: Apache-2.0. The weights derive from the data, which has these terms: {manifest.license}",
         "## Use",

@@ -124,6 +124,7 @@ class Page:
     scores: Scores | None = None
     neighbors: Sequence[Neighbor] = ()
     neighbors_text: str = ""
+    neighbors_hints: Sequence[str] = ()
     sections: Sequence[Section] = ()
     timings: Sequence[Timing] = ()
     total: str = ""

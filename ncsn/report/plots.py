@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -108,6 +109,49 @@ def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLik
     return figure
 
 
+@styled
+def held_out_losses(
+    images_seen: ArrayLike,
+    held_out: ArrayLike,
+    training: ArrayLike,
+    *,
+    sigmas: ArrayLike,
+    gap: ArrayLike,
+    error: ArrayLike,
+    alarmed: Sequence[int] = (),
+) -> Figure:
+    """Held-out and training loss over training, and beside them the gap at each noise level at the end.
+
+    Args:
+        images_seen: [P], at least one point.
+        held_out: Loss of held-out images [P].
+        training: Loss of training images [P].
+        sigmas: [S].
+        gap: Share of the held-out loss by which it exceeds the training loss [S].
+        error: Standard error of that share [S]; NaN for no error bar.
+        alarmed: Positions in `sigmas` to mark.
+    """
+    seen, shares, errors = (np.asarray(part, np.float64) for part in (images_seen, gap, error))
+    figure = new_figure(7.6, 3.4)
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    for number, (name, losses) in enumerate((("training images", training), ("held-out images", held_out))):
+        left.plot(seen, np.asarray(losses), "o-", color=PALETTE[number], markersize=4, label=name)
+    left.set(xlabel=SEEN_LABEL, ylabel="mean normalized loss")
+    _log_scale_where_positive(left, np.concatenate([np.asarray(held_out), np.asarray(training)]))
+    _count_axis(left)
+    left.legend(loc="best")
+    marked = np.isin(np.arange(len(shares)), alarmed)
+    for chosen, color in ((~marked, INK), (marked, PALETTE[1])):
+        spread = 200 * np.nan_to_num(errors[chosen])
+        right.errorbar(
+            np.asarray(sigmas)[chosen], 100 * shares[chosen], yerr=spread, fmt="o", color=color, markersize=5
+        )
+    right.axhline(0, color=INK, linewidth=0.8)
+    right.set(xlabel=SIGMA_LABEL, ylabel="gap (% of the held-out loss)", xscale="log")
+    _plain_numbers(right.xaxis)
+    return figure
+
+
 class NfeCurve(NamedTuple):
     """One sampler at several numbers of evaluations per image."""
 
@@ -157,9 +201,14 @@ def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:
     finite = finite[np.isfinite(finite)]
     if len(finite) and finite.min() > 0 and finite.max() > 3 * finite.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
+        _plain_numbers(axes.yaxis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis without powers."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Minor ticks at 2, 3 and 5 times a power of ten have labels; those of the others would be too close.
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
 def _count_axis(axes: Axes) -> None:

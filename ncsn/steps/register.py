@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,9 +18,13 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.cards import ModelFacts, model_card
+from ncsn.report.held_out import copying_hints, overfitting_hints
 from ncsn.report.images import neighbors_png
-from ncsn.report.words import cost_line
+from ncsn.report.words import cost_line, read_figures
 from ncsn.runs.costs import account
+from ncsn.runs.folder import run_folder
+from ncsn.runs.held_out import held_out_curves
+from ncsn.runs.records import load_history
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
@@ -126,6 +131,7 @@ def _candidate(
         nfe=evaluations_per_image(loaded.config),
         cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
+        warnings=_warnings(measured, loaded.config, run),
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
     tracked.log_text(card, "model_card.md")
@@ -160,6 +166,20 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
         training = open_cache(measured["dataset"], measured["reference_split"]).images
         files["neighbours.png"] = neighbors_png(table, samples=samples, training_images=training)
     return files
+
+
+def copies_beyond_chance(measured: Mapping[str, Any]) -> str:
+    """Numbers of the samples that copy training images, if an evaluation has more than chance explains; else empty."""
+    return Memorization(**measured["memorisation"]).objection if "memorisation" in measured else ""
+
+
+def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str]:
+    held_out = held_out_curves(load_history(run_folder(config, run).history))
+    generated, real = read_figures(measured["metrics"]), read_figures(measured["real_metrics"])
+    return [
+        *([] if held_out is None else overfitting_hints(held_out)),
+        *copying_hints(generated, real, copies=copies_beyond_chance(measured)),
+    ]
 
 
 def _evidence(measured: dict[str, Any], loaded: SamplingCheckpoint) -> Evidence:

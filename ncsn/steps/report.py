@@ -21,13 +21,16 @@ from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report import diagnostics, words
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
+from ncsn.report.held_out import copying_hints, held_out_section
 from ncsn.report.html import look, render
 from ncsn.report.images import film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.folder import RunFolder
+from ncsn.runs.held_out import held_out_curves
 from ncsn.runs.records import StepRecord, load_history, read_result, read_results
+from ncsn.steps.register import copies_beyond_chance
 from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
@@ -150,6 +153,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
         scores=_scores(sources, generated),
         neighbors=_neighbors(sources),
         neighbors_text=_neighbors_text(generated),
+        neighbors_hints=copying_hints(generated, real, copies=copies_beyond_chance(sources.evaluation)),
         sections=list(_sections(sources, progress)),
         timings=_timings(records),
         total=f"{seconds:,.1f} s" if records else "",
@@ -216,6 +220,8 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
     if (search := _search(sources.folder)) is not None:
         yield search
     history, config = load_history(sources.folder.history), sources.config
+    if (held_out := held_out_curves(history)) is not None:
+        yield held_out_section(held_out)
     if history.images_seen:
         yield diagnostics.training_section(
             history.images_seen,

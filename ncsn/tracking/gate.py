@@ -89,6 +89,11 @@ class Memorization:
         """Whether the samples copy no more than chance explains."""
         return self.copies / self.num_images <= self.limit
 
+    @property
+    def objection(self) -> str:
+        """The numbers, if the samples copy more than chance explains; else empty."""
+        return "" if self.passed else f"{self}: more than chance explains (up to {self.limit:.1%})"
+
     def __str__(self) -> str:
         return (
             f"{self.copies} of {self.num_images} samples copy a training image, "
@@ -116,9 +121,7 @@ class Evidence:
             return f"{self.measurement.name} = {self.measurement} is not a finite number"
         if self.not_finite:
             return f"{', '.join(self.not_finite[:3])} hold NaN or infinity"
-        if not self.memorisation.passed:
-            return f"{self.memorisation}: more than chance explains (up to {self.memorisation.limit:.1%})"
-        return ""
+        return self.memorisation.objection
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ MOMENT_IMAGES = 10_000
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
     seed = config.seed
-    x = _encoded(config, torch.from_numpy(split.ordered(seed, first=first, count=count)), first=first)
+    images = torch.from_numpy(split.ordered(seed, first=first, count=count))
+    x = encoded(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first)
     size = x[0].numel()
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
@@ -34,14 +35,14 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:
     """Mean and covariance of the first `MOMENT_IMAGES` training images in the network's space."""
     images = torch.tensor(split.head(MOMENT_IMAGES))  # a copy, because the file is mapped read-only
-    return fit_moments(_encoded(config, images, first=0))
+    return fit_moments(encoded(config, images, seed=config.seed, stream=Stream.DEQUANTIZE, first=0))
 
 
-def _encoded(config: Config, images: Tensor, *, first: int) -> Tensor:
-    """Images uint8 [N, H, W, C] in the network's space, dequantized by the numbers of the places from `first`."""
+def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:
+    """Images uint8 [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
     space, (count, height, width, channels) = build.pixel_space(config.data), images.shape
     if not space.dequantized:
         return space.encode(images)
     size = height * width * channels
-    u = keyed_uniform(config.seed, stream=Stream.DEQUANTIZE, first=first, count=count, size=size)
+    u = keyed_uniform(seed, stream=stream, first=first, count=count, size=size)
     return space.encode(images, u.view(count, channels, height, width))

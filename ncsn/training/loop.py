@@ -34,6 +34,7 @@ from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
+from ncsn.training.held_out import open_probe
 from ncsn.training.metrics import Curves, LiveSink, MachineUsage, preview_png
 
 
@@ -142,6 +143,10 @@ class Training:
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
             self.dataset_digest = load_manifest(job.dataset).digest
+            recorded = job.sink is not None or job.history is not None
+            self.probe = (
+                open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
+            )
             self.state = build.train_state(self.config, device=context.device)
             if newest is not None:
                 self._resume(newest)
@@ -190,8 +195,12 @@ class Training:
         state.images_seen += config.train.batch_size
         self.curves.add(batch.level, report, images=config.train.batch_size)
 
-    def report(self) -> None:
-        """Add a point to the curves; raise if training has diverged. A collective call."""
+    def report(self, *, saving: bool) -> None:
+        """Add a point to the curves, with the held-out loss if it is due at a checkpoint. A collective call.
+
+        Raises:
+            DivergedError: if a loss or a gradient is not finite.
+        """
         point, images_seen = self.curves.take(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -202,6 +211,8 @@ class Training:
                 hint="lower it or set optimizer.grad_clip_norm",
                 value=self.config.optimizer.learning_rate,
             )
+        if self.probe is not None and saving and self.probe.due(images_seen, last_image=self.job.last_image):
+            point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
         system = self.usage.read() if self.context.rank == 0 else {}
@@ -295,7 +306,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             seen = training.state.images_seen
             save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
             if save or _crossed(seen, train.batch_size, train.report_every_images):
-                training.report()
+                training.report(saving=save)
                 if save:
                     training.save()
                 if seen < job.last_image:

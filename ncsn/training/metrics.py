@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import time
@@ -177,9 +176,7 @@ def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluati
     Raises:
         UserError: if an image is not finite.
     """
-    network = copy.deepcopy(state.network)
-    state.ema.copy_to(network)
-    network.eval()
+    network = state.averaged()
     sampler = ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=evaluations)
     images = generate(
         TrainedNetwork(config=config, network=network, moments=moments),

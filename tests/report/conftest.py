@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ncsn.core.held_out import Gaps
 from ncsn.report.diagnostics import training_section
+from ncsn.report.held_out import held_out_section
 from ncsn.report.images import film, grid_png, neighbors
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
+from ncsn.runs.held_out import HeldOutCurves
 
 METRICS = {
     "eval/classifier_score_n64": 1.23,
@@ -48,6 +51,9 @@ def page(images: np.ndarray) -> Page:
     rows, more = score_rows(METRICS, REAL_METRICS)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
     training = training_section(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
+    gaps = Gaps(np.array([0.1, 0.3, 0.6, 0.9]), np.array([0.01, 0.1, 0.2, 0.01]), np.full(4, 0.01))
+    seen = np.arange(300.0, 1300, 300)
+    overfit = HeldOutCurves(seen, np.array([0.7, 0.4, 0.45, 0.5]), seen / 5000, np.array(sigmas), gaps)
     inpainting = Picture(grid_png(images[:16]), alt="completions", caption="Half of each image was given.")
     return Page(
         title="digits",
@@ -61,7 +67,12 @@ def page(images: np.ndarray) -> Page:
         film=film(np.stack([images[:8]] * 5), sigmas=sigmas),
         neighbors=neighbors([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
         neighbors_text="The numbers are pixel distances.",
-        sections=[training, Section("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")])],
+        neighbors_hints=["The generated images are nearer to the training images than held-out images are."],
+        sections=[
+            held_out_section(overfit),
+            training,
+            Section("Inpainting", "", pictures=[inpainting], table=[("NFE", "FID"), ("10", "14")]),
+        ],
         timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
         total="105.0 s",
         costs=[Fact("Energy", "0.01 kWh")],

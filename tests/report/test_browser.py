@@ -81,7 +81,7 @@ def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page: 
     assert len(widths) == 5, "grid, film, two neighbors, inpainting"
     assert min(widths) > 0
     plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
-    assert len(plots) == 2 and min(plots) > 300
+    assert len(plots) == 3 and min(plots) > 300
     outside = {url for url in seen.requests if not url.startswith("data:")}
     assert outside <= {(folder / "report.html").as_uri(), (folder / "viewer.html").as_uri()}
     assert seen.complaints == []

@@ -90,6 +90,12 @@ def test_the_card_says_where_the_model_comes_from_and_how_to_use_it() -> None:
     assert "![" not in card() and "| cost |" not in card()
 
 
+def test_warnings_stand_first_among_the_limits() -> None:
+    warning = "The model overfits."
+    assert f"## Limits\n\n- {warning}\n- " in card(warnings=[warning])
+    assert warning not in card()
+
+
 def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
     page = run_page(
         RunFacts(

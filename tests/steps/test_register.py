@@ -151,6 +151,9 @@ def test_nan_and_copies_are_no_champion(config, saved, evaluate):
     copies = register.run(named(config, "copies"), run="copies", checkpoint=saved, evaluation=copied)
     assert (copies.promoted, copies.aliases) == (False, ["challenger"])
     assert "200 of 256" in copies.reason and "0 of 256" in copies.reason
+    client = connect(config).client
+    first, second = (client.get_model_version(made.model, made.version).description for made in (nan, copies))
+    assert "200 of 256" in second and "of 256" not in first
 
 
 def test_evaluation_of_an_earlier_version_is_refused(config, saved, evaluate, root):

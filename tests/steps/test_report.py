@@ -12,12 +12,14 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.core.held_out import Gaps
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.runs.folder import run_folder
+from ncsn.runs.held_out import held_out_point
 from ncsn.runs.records import TrainingHistory, level_loss
 from ncsn.steps import ingest, report
 from ncsn.steps.report import SMALL_WORK, quick_work
@@ -72,6 +74,7 @@ def evaluation(config, root, save_untrained) -> str:
         "num_images": 4,
         "num_real_images": 4,
         "notes": [],
+        "memorisation": {"copies": 4, "num_images": 4, "real_copies": 0, "num_real_images": 20},
         "samples": str(samples),
         "dataset": data.uri,
         "reference_split": "train",
@@ -98,6 +101,7 @@ def test_each_result_has_a_section(config, root, made):
     assert "num_levels: 2" in text
     assert "probability flow" in text and "classifier_fid_n64" in text
     assert "CPU hours" in text
+    assert "4 of 4 samples copy a training image, 0 of 20 real ones do" in text
 
 
 def test_mlflow_has_it_at_the_pipeline_run(config, made, tmp_path):
@@ -119,16 +123,19 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
 
     folder = run_folder(config, RUN)
     history = TrainingHistory(folder.history)
-    history.add({level_loss(0, 1): 5.0, level_loss(1, 1): 0.01}, 8)
+    gaps = Gaps(np.array([0.2, 0.5]), np.array([0.1, 0.3]), np.array([0.01, 0.01]))
+    held_out = held_out_point(gaps, sigmas=np.array([1.0, 0.1]), weights=np.ones(2))
+    history.add({level_loss(0, 1): 5.0, level_loss(1, 1): 0.01} | held_out, 8)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
     record = {"result": {**decision, "uri": "models:/ncsn-tiny/7"}, "seconds": 1.0, "finished_at": "2026-01-01T00:00"}
     storage.write_text(folder.step("register", "result.json"), json.dumps(record))
     again = report.run(config, run=RUN, evaluation=evaluation)
-    assert set(again.sections) - set(made.sections) == {"training"}
+    assert set(again.sections) - set(made.sections) == {"training", "held-out loss"}
     text = Path(again.uri).read_text()
     assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
     assert "Level 0" in text
+    assert "The model overfits" in text and "sigma 0.1 to 1" in text
 
 
 def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):

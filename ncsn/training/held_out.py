@@ -1,0 +1,144 @@
+"""The held-out loss of a training: at checkpoints, with the EMA weights, without augmentation and dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ncsn.config import Config
+from ncsn.core.held_out import MOST_BINS, SEED, Array, Gaps, level_losses
+from ncsn.core.keyed_random import Stream, keyed_permutation
+from ncsn.core.level_grid import choose_levels
+from ncsn.core.training import TrainState
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import TrainingImages, open_training_images
+from ncsn.model import build
+from ncsn.runs.held_out import held_out_point
+from ncsn.training.batches import encoded
+from ncsn.training.context import WorkerContext
+from ncsn.training.metrics import EVALUATIONS_PER_STEP
+
+SHARE = 0.02  # of the training time that the held-out loss may take
+MOST_IMAGES = 1000  # of each set
+FEW_IMAGES = 50  # with fewer, it is measured at fewer checkpoints instead
+
+
+class Effort(NamedTuple):
+    """How much the held-out loss measures."""
+
+    held_out: int  # images
+    training: int  # images
+    every: int  # number of training images between two measurements
+
+
+def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
+    """What fits in `SHARE` of the time, for splits of these sizes; None if that is nothing."""
+    bins = min(MOST_BINS, config.levels.num_levels)
+    between = min(config.train.checkpoint_every_images, config.train.num_images)
+    affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each checkpoint
+    held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
+    least = min(FEW_IMAGES, held_out) + min(FEW_IMAGES, training)
+    checkpoints = max(1, math.ceil(least / affordable))
+    if held_out == 0 or checkpoints * between > config.train.num_images:
+        return None
+    room = int(checkpoints * affordable)
+    # The smaller set decides how much the two can tell.
+    smaller = min(held_out, training, room // 2)
+    larger = min(max(held_out, training), room - smaller)
+    sizes = (smaller, larger) if held_out <= training else (larger, smaller)
+    return Effort(*sizes, every=checkpoints * between)
+
+
+@dataclass(frozen=True)
+class ImageShare:
+    """This worker's share of a set of images."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    places: range  # in the set
+    whole: int  # images of the set
+    noise: int  # stream
+    dequantize: int  # stream
+
+    def batches(self, config: Config, size: int) -> Iterator[tuple[range, Tensor]]:
+        """Places and images in the network's space, at most `size` at a time."""
+        for first in range(0, len(self.places), size):
+            places = self.places[first : first + size]
+            images = torch.from_numpy(self.images[first : first + size])
+            yield places, encoded(config, images, seed=SEED, stream=self.dequantize, first=places.start)
+
+
+class Probe:
+    """Measures the loss of held-out and of training images. All workers call the same methods in the same order."""
+
+    def __init__(
+        self, config: Config, held_out: ImageShare, training: ImageShare, *, every: int, context: WorkerContext
+    ) -> None:
+        self._config, self._sets, self._every, self._context = config, (held_out, training), every, context
+        sigmas = build.sigmas(config)
+        self._levels = choose_levels(sigmas, min(MOST_BINS, len(sigmas)) if len(sigmas) > 1 else None)
+        self._sigmas = sigmas.to(context.device)
+
+    def due(self, images_seen: int, *, last_image: int) -> bool:
+        """Whether it is time at this checkpoint."""
+        before = images_seen - self._config.train.batch_size
+        return images_seen >= last_image or images_seen // self._every > before // self._every
+
+    def measure(self, state: TrainState, *, dtype: torch.dtype | None) -> dict[str, float]:
+        """Metrics `val/...` of the EMA weights, whose convolutions compute in `dtype`. A collective call.
+
+        Draws from no generator, so that training goes on as without it.
+        """
+        network = state.averaged()
+        held_out, training = (self._losses(network, each, dtype) for each in self._sets)
+        sigmas = self._sigmas.double().cpu().numpy()[self._levels]
+        power = getattr(self._config.loss, "anneal_power", 2.0)
+        return held_out_point(Gaps.of(held_out, training), sigmas=sigmas, weights=sigmas ** (power - 2.0))
+
+    def _losses(self, network: nn.Module, share: ImageShare, dtype: torch.dtype | None) -> Array:
+        """Loss at each level of each image of the whole set, [S, N]."""
+        config, context = self._config, self._context
+        size = max(1, config.train.batch_size // context.world_size)
+        losses = torch.zeros(len(self._levels), share.whole, dtype=torch.float64, device=context.device)
+        kind = context.device.type
+        with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            for places, x in share.batches(config, min(size, config.compute.microbatch or size)):
+                x = x.to(context.device, memory_format=build.memory_format(config))
+                losses[:, places.start : places.stop] = level_losses(
+                    network, x, first=places.start, levels=self._levels, sigmas=self._sigmas, stream=share.noise
+                )
+        # Each image is one worker's, so the sum is the same for any number of workers.
+        values: Array = context.sum_over_workers(losses).cpu().numpy()
+        return values
+
+
+def open_probe(config: Config, dataset: str, *, training: TrainingImages, context: WorkerContext) -> Probe | None:
+    """The probe of a training, with this worker's share of the images; None if it would take too long.
+
+    Raises:
+        UserError: if the held-out images are damaged.
+    """
+    count = load_manifest(dataset).counts.get("test", 0)
+    effort = effort_of(config, held_out=count, training=len(training))
+    if effort is None:
+        return None
+    held_out = open_training_images(dataset, config.data, "test")
+    return Probe(
+        config,
+        _share(held_out, effort.held_out, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),
+        _share(training, effort.training, context, Stream.TRAINED_NOISE, Stream.TRAINED_DEQUANTIZE),
+        every=effort.every,
+        context=context,
+    )
+
+
+def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int, dequantize: int) -> ImageShare:
+    places = context.share(count)
+    # A random choice, because a split may be sorted by class.
+    chosen = keyed_permutation(SEED, epoch=0, size=len(split))[places.start : places.stop]
+    return ImageShare(split.rows(chosen), places, count, noise, dequantize)
