@@ -3,9 +3,10 @@
     python -m benchmarks [PART ...] [--out benchmarks.json]
     python -m benchmarks --gpu [--out gpu.json]
 
-Parts: training, evaluation, data, ingest, commands, sampling, ray, checkpoint, growth, unet. `unet` runs only if it is
-named, because it alone needs diffusers. `--gpu` needs a GPU and only torch, numpy and the repository. The JSON file is
-written after each part, so an early end keeps the rows so far. If a part fails, the others still run.
+Parts: training, evaluation, data, ingest, folder, commands, sampling, ray, checkpoint, growth, unet. `folder`, which
+writes 4 GB, and `unet`, which needs diffusers, run only if they are named. `--gpu` needs a GPU and only torch, numpy
+and the repository. The JSON file is written after each part, so an early end keeps the rows so far. If a part fails,
+the others still run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PARTS = {
     "evaluation": "benchmarks.evaluation",
     "data": "benchmarks.data",
     "ingest": "benchmarks.ingest",
+    "folder": "benchmarks.folder",
     "commands": "benchmarks.commands",
     "sampling": "benchmarks.sampling",
     "ray": "benchmarks.ray_workers",
@@ -39,7 +41,7 @@ PARTS = {
     "growth": "benchmarks.growth",
     "unet": "benchmarks.unet",
 }
-ON_REQUEST = ("unet",)
+ON_REQUEST = ("folder", "unet")
 
 
 def main() -> None:

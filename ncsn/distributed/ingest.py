@@ -1,4 +1,4 @@
-"""Ingestion as Ray tasks, one per part file.
+"""Ingestion part by part, in this process or as Ray tasks.
 
 Which images a part holds is decided before any of them is read, so any task can write it, and write it again. Finished
 parts stay in the store for an ingestion that is started again. The driver reads the parts in their order while the
@@ -8,6 +8,7 @@ tasks write later ones: digest, statistics and sample are those of one pass over
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,10 +21,13 @@ from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, r
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.source import BadImages, Source, Split, image_shape
 from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings, summarize
+from ncsn.distributed.cluster import on_this_machine
 from ncsn.distributed.tasks import run_tasks
 
 # One running and one waiting per core, so that the queue of a million images stays small.
 TASKS_PER_CPU = 2
+# Up to here the threads of one process keep all cores busy, and starting Ray takes as long as ten thousand images.
+FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,22 @@ class _Task:
     data: DataConfig
 
 
-def write_dataset_in_tasks(
+def few_cores() -> bool:
+    """Whether this process does the work alone at least as fast as Ray tasks."""
+    return on_this_machine() and (os.cpu_count() or 1) <= FEW_CORES
+
+
+def write_dataset_in_parts(
     source: Source,
     folder: str,
     *,
     name: str,
     data: DataConfig,
     fingerprint: str,
+    here: bool,
     on_progress: Progress | None = None,
 ) -> Dataset:
-    """What `ncsn.data.parquet.write_dataset` does, on the connected Ray cluster.
+    """What `ncsn.data.parquet.write_dataset` does, keeping what it has written if it is stopped.
 
     Args:
         source: The images.
@@ -53,6 +63,7 @@ def write_dataset_in_tasks(
         name: Name of the dataset.
         data: The settings that the source was opened with.
         fingerprint: Digest of the source's files. Parts of an earlier attempt are used if it was the same.
+        here: Whether this process writes the parts, and not tasks on the connected Ray cluster.
         on_progress: Called with (images written and read back, images offered).
 
     Raises:
@@ -68,7 +79,8 @@ def write_dataset_in_tasks(
     bad = BadImages(skip=True)
 
     def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
-        return _written_blocks(images, staging, split, parts, bad, data=data)
+        blocks = _blocks_here if here else _written_blocks
+        return blocks(images, staging, split, parts, bad, data=data)
 
     try:
         splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
@@ -108,44 +120,84 @@ def _written_blocks(
 ) -> Iterator[Images]:
     """The rows of a split, read back from its parts while tasks write later ones."""
     for path in _written_parts(images, staging, split, data=data):
-        rows, of_part = inspect_part(storage.join(staging, path))
-        bad.skipped.extend(of_part.skipped)
-        bad.conversions.update(of_part.conversions)
-        part = Part(path, rows)
-        yield from read_part(staging, part, shape=image_shape(data))
-        if rows:
-            parts.append(part)
-        else:
-            storage.delete_file(storage.join(staging, path))
+        yield from _blocks_of_part(staging, path, parts, bad, data=data)
+
+
+def _blocks_here(
+    images: Split, staging: str, split: str, parts: list[Part], bad: BadImages, *, data: DataConfig
+) -> Iterator[Images]:
+    """The rows of a split while this process writes its parts; those of an earlier attempt are read back."""
+    there = _parts_there(staging, split)
+    for path, task in _tasks(images, staging, split, data=data).items():
+        if path in there:
+            yield from _blocks_of_part(staging, path, parts, bad, data=data)
+            continue
+        rows, of_part = 0, BadImages(skip=data.on_bad_image == "skip")
+        for block in _write_blocks(task, of_part, cores=None):
+            rows += len(block)
+            yield block
+        _count(Part(path, rows), of_part, staging, parts, bad)
+
+
+def _blocks_of_part(
+    staging: str, path: str, parts: list[Part], bad: BadImages, *, data: DataConfig
+) -> Iterator[Images]:
+    rows, of_part = inspect_part(storage.join(staging, path))
+    part = Part(path, rows)
+    yield from read_part(staging, part, shape=image_shape(data))
+    _count(part, of_part, staging, parts, bad)
+
+
+def _count(part: Part, of_part: BadImages, staging: str, parts: list[Part], bad: BadImages) -> None:
+    bad.skipped.extend(of_part.skipped)
+    bad.conversions.update(of_part.conversions)
+    if part.rows:
+        parts.append(part)
+    else:
+        storage.delete_file(storage.join(staging, part.path))
+
+
+def _tasks(images: Split, staging: str, split: str, *, data: DataConfig) -> dict[str, _Task]:
+    """Path below `staging` -> what writes it, in their order."""
+    folder = staging.rpartition("/")[0]
+    starts = {part_name(split, number): first for number, first in enumerate(range(0, len(images), data.rows_per_part))}
+    return {
+        path: _Task(images.section(first, first + data.rows_per_part), storage.join(staging, path), folder, data)
+        for path, first in starts.items()
+    }
+
+
+def _parts_there(staging: str, split: str) -> set[str]:
+    return {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
 
 
 def _written_parts(images: Split, staging: str, split: str, *, data: DataConfig) -> Iterator[str]:
     """Paths of the parts in their order, each as soon as it is in the store."""
-    folder = staging.rpartition("/")[0]
-    starts = {part_name(split, number): first for number, first in enumerate(range(0, len(images), data.rows_per_part))}
-    there = set(storage.list_names(storage.join(staging, split)))
-    missing = {path: first for path, first in starts.items() if path.rpartition("/")[2] not in there}
-    tasks = (
-        _Task(images.section(first, first + data.rows_per_part), storage.join(staging, path), folder, data)
-        for path, first in missing.items()
-    )
+    tasks = _tasks(images, staging, split, data=data)
+    there = _parts_there(staging, split)
     most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    made = run_tasks(_write_part, tasks, cpus=1, in_flight=most, ordered=True)
-    for path in starts:
-        if path in missing:
+    missing = [task for path, task in tasks.items() if path not in there]
+    made = run_tasks(_write_part, missing, cpus=1, in_flight=most, ordered=True)
+    for path in tasks:
+        if path not in there:
             next(made)
         yield path
 
 
 def _write_part(task: _Task) -> None:
-    data = task.data
-    shape = image_shape(data)
-    bad = BadImages(skip=data.on_bad_image == "skip")
-    examples = bad.filter(task.images.stream(cores=1))
+    for _ in _write_blocks(task, BadImages(skip=task.data.on_bad_image == "skip"), cores=1):
+        pass
+
+
+def _write_blocks(task: _Task, bad: BadImages, *, cores: int | None) -> Iterator[Images]:
+    """Write a part, and publish it after its last block."""
+    shape = image_shape(task.data)
+    examples = bad.filter(task.images.stream(cores=cores))
     with storage.scratch_folder(task.near) as scratch:
         file = scratch / "part.parquet"
         with PartWriter(file, shape) as writer:
             while block := take(examples, block_rows(shape)):
                 writer.write(block)
+                yield block
             writer.note(bad)
         storage.publish_file(file, task.uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ncsn import storage
@@ -10,8 +11,7 @@ from ncsn.data.format import MANIFEST, Manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.source import source_fingerprint
 from ncsn.data.sources import fills_several_parts, open_source
-from ncsn.data.statistics import Dataset
-from ncsn.runs.records import ProgressFile
+from ncsn.data.statistics import Dataset, Progress
 from ncsn.steps.step import Step
 
 
@@ -36,7 +36,7 @@ def run(config: Config, *, run: str) -> IngestResult:
     with step.work(config) as work:
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
         datasets = storage.join(step.folder.root, "datasets", config.data.source)
-        dataset = _write(config, datasets, fingerprint=fingerprint, progress=work.progress)
+        dataset = write_images(config, datasets, fingerprint=fingerprint, on_progress=work.progress)
         manifest = dataset.manifest
         work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
         work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -51,16 +51,34 @@ def _notes(manifest: Manifest) -> list[str]:
     return notes
 
 
-def _write(config: Config, folder: str, *, fingerprint: str, progress: ProgressFile) -> Dataset:
+def write_images(
+    config: Config, folder: str, *, fingerprint: str | None = None, on_progress: Progress | None = None
+) -> Dataset:
+    """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster.
+
+    Args:
+        config: The experiment.
+        folder: Holds all versions of the dataset.
+        fingerprint: Of the source's files, if it is known.
+        on_progress: Called with (images read, images offered).
+    """
     data = config.data
+    fingerprint = fingerprint or source_fingerprint(data)
     source = open_source(data)
     if not fills_several_parts(source, data):
-        return write_dataset(source, folder, name=data.source, data=data, on_progress=progress)
+        return write_dataset(source, folder, name=data.source, data=data, on_progress=on_progress)
     # Imported here: ray takes a second, which a small source need not wait for.
     from ncsn.distributed.cluster import ray_cluster
-    from ncsn.distributed.ingest import write_dataset_in_tasks
+    from ncsn.distributed.ingest import few_cores, write_dataset_in_parts
 
-    with ray_cluster(config):
-        return write_dataset_in_tasks(
-            source, folder, name=data.source, data=data, fingerprint=fingerprint, on_progress=progress
+    here = few_cores()
+    with nullcontext() if here else ray_cluster(config):
+        return write_dataset_in_parts(
+            source,
+            folder,
+            name=data.source,
+            data=data,
+            fingerprint=fingerprint,
+            here=here,
+            on_progress=on_progress,
         )

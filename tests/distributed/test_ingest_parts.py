@@ -1,4 +1,4 @@
-"""Ingestion as Ray tasks: the dataset of one pass, from a bucket too, and after a kill only what is missing."""
+"""Ingestion part by part: the dataset of one pass, from a bucket too, and after a kill only what is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from ncsn.config import from_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
+from ncsn.distributed.ingest import write_dataset_in_parts
 
+ON_RAY = """
+import runpy
+import ncsn.distributed.ingest as ingest
+ingest.FEW_CORES = 0
+runpy.run_module("ncsn", run_name="__main__", alter_sys=True)
+"""
 EXPERIMENT = """
 name: packed
 data: {{source: {source}, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, rows_per_part: {rows},
@@ -59,14 +66,14 @@ def shard(first: int, last: int) -> bytes:
 
 @pytest.fixture
 def command(tmp_path):
-    """Gives `ncsn ingest` for an experiment, and the experiment's text; in an environment of its own."""
+    """Gives `ncsn ingest` for an experiment on Ray, and the experiment's text; in an environment of its own."""
 
     def make(run: str, *, source: str = "image_folder", **fields) -> tuple[list[str], str, dict[str, str]]:
         text = EXPERIMENT.format(source=source, **fields)
         (tmp_path / "config.yaml").write_text(text)
         arguments = ["ingest", "--config", str(tmp_path / "config.yaml"), "--run", run, "--json"]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-        return [sys.executable, "-m", "ncsn", *arguments], text, environment
+        return [sys.executable, "-c", ON_RAY, *arguments], text, environment
 
     return make
 
@@ -117,6 +124,40 @@ def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_p
     assert [image.name for image in manifest.skipped] == [f"{root}/data/0.parquet:row 7"]
     assert manifest.counts == {"train": 143, "test": 36}
     assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
+
+
+def test_one_process_goes_on_where_it_was(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        (tmp_path / "images" / f"{number}.tar").write_bytes(shard(60 * number, 60 * number + 60))
+    store = tmp_path / "store"
+    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", rows=20, store=store)
+    data, folder = from_yaml(text).data, str(store / "datasets" / "image_folder")
+
+    def ingest(on_progress):
+        source = open_source(data)
+        return write_dataset_in_parts(
+            source, folder, name="image_folder", data=data, fingerprint="x", here=True, on_progress=on_progress
+        )
+
+    def stop(done: int, _: int) -> None:
+        if done > 45:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(stop)
+    before = parts(store)
+    assert len(before) == 2
+    dataset = ingest(None)
+    after = parts(store)
+    assert {name: after[name] for name in before} == before  # not written again
+    expected = in_one_pass(text, tmp_path / "one-pass")
+    assert dataset.created and dataset.manifest.digest == expected.manifest.digest
+    assert dataset.manifest.skipped == expected.manifest.skipped
+    assert dataset.manifest.conversions == expected.manifest.conversions == {"16-bit": 1}
+    assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]
+    again = ingest(None)
+    assert (again.uri, again.created) == (dataset.uri, False)
 
 
 @pytest.mark.slow
