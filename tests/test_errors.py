@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from refused import refused
+from refused import fail, refused
 
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import ConfigError, NotFound, Problem, UserError, problems_of
@@ -79,16 +79,13 @@ def test_an_error_travels_whole(error: UserError) -> None:
     assert sent.__dict__ == error.__dict__
 
 
-def _fail() -> None:
-    raise NotFound.of(TWO)
-
-
 def test_an_error_leaves_another_process_whole() -> None:
     with (
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool,
+        # Not by fork, whose child has the locks that threads of this process hold.
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
         refused(*(problem.key for problem in TWO), error=NotFound),
     ):
-        pool.submit(_fail).result()
+        pool.submit(fail, NotFound.of(TWO)).result()
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -21,7 +21,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.tracking import client
+from ncsn.tracking import client, mlflow_runs
 from ncsn.tracking.client import client_at
 
 EXPERIMENT = """
@@ -43,6 +43,7 @@ API = "/api/2.0/mlflow/experiments/search?max_results=1"
 def _slow_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's server may take longer to answer than one that people wait for."""
     monkeypatch.setattr(client, "PROBE_SECONDS", 60)
+    monkeypatch.setattr(mlflow_runs, "TIMEOUT", 60)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float = 240.0) -> None:
