@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from patient_ray import PATIENT_RAY
 
 if TYPE_CHECKING:
     from kfp_api import KfpServer
@@ -27,6 +28,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 # Set before ray or mlflow is imported, and inherited by the processes that tests start.
 os.environ.update(
+    PATIENT_RAY,
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # keeps all of Ray's listeners on 127.0.0.1
     RAY_USAGE_STATS_ENABLED="0",
     MLFLOW_DISABLE_TELEMETRY="true",

@@ -23,6 +23,7 @@ from typing import Any
 
 from cluster_state import Cluster, PodLog, Refusal, Resource
 from kuberay_rules import QUEUE_LABEL, operator_errors
+from patient_ray import PATIENT_RAY
 from pod_states import State, crash_loop, running
 
 POLL_SECONDS = 0.02
@@ -218,6 +219,7 @@ class Operator:
             "RAY_worker_niceness": "0",  # a pod has its CPUs for itself
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "NCSN_CACHE_DIR": os.environ["NCSN_CACHE_DIR"],
+            **PATIENT_RAY,
         }
         for source in container.get("envFrom", []):
             (reference,) = source.values()

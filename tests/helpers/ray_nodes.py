@@ -173,7 +173,8 @@ def _serve() -> None:
             told: dict[str, Any] = {}
             if what == "add":
                 head = {} if nodes else {"include_dashboard": True, "dashboard_host": "127.0.0.1"} | ports
-                nodes.append(cluster.add_node(**arguments, **head))
+                nodes.append(cluster.add_node(wait=False, **arguments, **head))
+                cluster._wait_for_node(nodes[-1], timeout=300)  # `add_node` would give up after 30 s
                 told = {"address": cluster.address, "dashboard": cluster.webui_url, "id": nodes[-1].node_id}
                 told["pid"] = nodes[-1].all_processes["raylet"][0].process.pid
             else:
