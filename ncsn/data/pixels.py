@@ -21,7 +21,7 @@ from ncsn.errors import UserError
 _FILTER = Image.Resampling.BILINEAR
 
 # A JPEG is decoded at a half, a quarter or an eighth of its size if it stays this many times larger than the image
-# that is wanted of it. That takes half the time, and moves a pixel of a photograph by one of 255 steps (rms).
+# that is wanted of it. That takes two thirds of the time, and moves a pixel of a photograph by one of 255 steps (rms).
 _SPARE = 2
 _JPEG_BLOCK = 8
 PIXELS_VERSION = 2  # counts the changes after which the same file gave other pixels
