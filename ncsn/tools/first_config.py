@@ -310,7 +310,7 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
     affordable = seconds / (NFE * speed.evaluate_image)
     count = 2 ** int(math.log2(min(2048, max(64, affordable))))
     count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
-    draft.choose("sampling.batch_size", min(64, count))
+    draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
     draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
     if draft.get("network.kind") != "unet":
         draft.section("sampling.sampler", "annealed_langevin")
@@ -322,7 +322,9 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
 
 def _choose_evaluation(draft: Draft, found: Survey) -> None:
     classes = [count for count in found.class_counts if count]
-    if len(classes) > 1 and min(classes) >= _FEWEST_OF_CLASS:
+    if draft.get("evaluation.weights"):
+        extractor, why = "inception", "The weights are given."
+    elif len(classes) > 1 and min(classes) >= _FEWEST_OF_CLASS:
         extractor, why = "classifier", f"Trained on the labels of these {len(classes)} classes."
     elif len(classes) > 1:
         extractor, why = "clusters", f"A class has {min(classes)} images only, too few to train a classifier."

@@ -100,6 +100,8 @@ def from_images(
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name"]
     file = Path(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError("--out", "is no name of a config", hint="use one that ends in .yaml", value=str(file))
     _require_new(file, picture)
     with _about_place():
         found = survey(place, overrides=overrides)

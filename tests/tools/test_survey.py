@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from image_folders import put
 from PIL import Image
 from refused import refused
 from sklearn.datasets import load_digits
@@ -80,12 +81,20 @@ def test_own_test_images(folder) -> None:
     assert (found.num_images, found.own_train, found.train_images(0.3)) == (11, None, 8)
 
 
-def test_parquet_and_archives(tmp_path: Path) -> None:
-    def encoded(seed: int) -> bytes:
-        buffer = io.BytesIO()
-        picture(seed).save(buffer, format="WEBP", lossless=True)
-        return buffer.getvalue()
+def encoded(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, format="WEBP", lossless=True)
+    return buffer.getvalue()
 
+
+def test_a_bucket(s3_root: str) -> None:
+    root = put(f"{s3_root}/photos", {f"{'cat' if n < 4 else 'dog'}/{n}.webp": encoded(n) for n in range(8)})
+    found = survey(root)
+    assert (found.root, found.source, found.num_images, found.class_counts) == (root, "image_folder", 8, (4, 4))
+    assert found.kinds == {"WEBP": 8} and len(found.looks) == 8
+
+
+def test_parquet_and_archives(tmp_path: Path) -> None:
     files = [{"bytes": encoded(n), "path": f"{n}.webp"} for n in range(8)]
     pq.write_table(pa.table({"image": files, "label": [0, 1] * 4}), tmp_path / "part.parquet")
     found = survey(str(tmp_path))
