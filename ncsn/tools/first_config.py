@@ -21,13 +21,13 @@ from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
-ENOUGH_IMAGES = 120_000  # trained on, for a larger size to be worth it
+ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 NFE = 35  # of the sampler
 _SMALLEST_MAP = 8  # where the network stops halving, and attends
-_WIDTH = 24  # of the first resolution
+_WIDEST = 96
 _FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
 _BRIGHT = 128
 _FEWEST_OF_CLASS = 10
@@ -238,12 +238,12 @@ def sizes_for(side: int) -> list[int]:
 
 
 def unet(size: int, *, scale: int) -> dict[str, Any]:
-    """A U-Net for images of this size, of `scale` times the least width."""
+    """A U-Net for images of this size, of `scale` times the least width; its resolutions cost about the same."""
     maps = [size]
     while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
         maps.append((maps[-1] + 1) // 2)
     return {
-        "widths": [scale * _WIDTH * min(place + 1, 4) for place in range(len(maps))],
+        "widths": [scale * (16 if side > 20 else 48 if side > 10 else _WIDEST) for side in maps],
         "blocks_per_resolution": 1 if scale == 1 else 2,
         "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
     }
@@ -293,7 +293,7 @@ def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Spee
     draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
     draft.choose("train.checkpoint_every_images", int(_rounded(length / 8)))
     draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
-    wide = max(draft.get("network.widths", [_WIDTH])) > 8 * _WIDTH
+    wide = max(draft.get("network.widths", [_WIDEST])) > _WIDEST
     draft.choose("optimizer.learning_rate", 1e-3 if wide else 2e-3)
     draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
     draft.choose("optimizer.decay", "cosine")

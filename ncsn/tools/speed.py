@@ -16,7 +16,7 @@ from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
 from ncsn.model import build
 
-SECONDS = 0.5  # of one measurement, at least
+SECONDS = 0.25  # of one measurement, at least
 # Of several workers together, by one that has the machine for itself: they exchange gradients and share its caches.
 TOGETHER = 0.75
 
@@ -101,7 +101,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     _finish(device)
     calls, started = 0, clock()
-    while (taken := (clock() - started) / threads) < SECONDS or calls < 2:
+    while (taken := (clock() - started) / threads) < SECONDS:
         work()
         _finish(device)
         calls += 1

@@ -57,9 +57,9 @@ class Look:
         return self.thumbnail.mode == "RGBA"
 
     @cached_property
-    def pixels(self) -> npt.NDArray[np.int64]:
+    def pixels(self) -> npt.NDArray[np.uint8]:
         """RGB of the visible pixels, [N, 3]."""
-        values = np.asarray(self.thumbnail.convert("RGBA")).reshape(-1, 4).astype(np.int64)
+        values = np.asarray(self.thumbnail.convert("RGBA")).reshape(-1, 4)
         return values[values[:, 3] > 0, :3]
 
     @cached_property
@@ -70,7 +70,7 @@ class Look:
     @property
     def flat(self) -> bool:
         """Whether it is all one color."""
-        return not self.transparent and len(np.unique(self.pixels, axis=0)) == 1
+        return not self.transparent and bool((self.pixels == self.pixels[0]).all())
 
     @cached_property
     def border(self) -> float | None:
