@@ -57,7 +57,7 @@ def test_the_file_is_the_config(choose) -> None:
 
 
 def test_size_and_network_grow_with_the_time(choose) -> None:
-    sizes = [choose(minutes=minutes).config.data.image_size for minutes in (2, 20, 600)]
+    sizes = [choose(minutes=minutes, cost=0.006).config.data.image_size for minutes in (2, 20, 600)]
     assert sizes == [16, 32, 64]
     widths = [max(choose(minutes=minutes, side=16).config.network.widths) for minutes in (2, 20, 6000)]
     assert widths[0] == widths[1] < widths[2]
