@@ -15,7 +15,6 @@ from ncsn.data.training_images import open_training_images
 from ncsn.model import build
 from ncsn.runs.held_out import held_out_curves
 from ncsn.runs.records import TrainingHistory, load_history
-from ncsn.tracking.mlflow_runs import step_run
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.held_out import Effort, effort_of, open_probe
@@ -118,21 +117,6 @@ def test_training_is_that_without_it_and_a_resumed_one_has_the_same_curves(
     for name in ("halves", "without"):
         for checkpoint in ("images-000000080", "images-000000160"):
             assert_same_tensors(*(tmp_path / each / "checkpoints" / checkpoint for each in ("whole", name)))
-
-
-@pytest.mark.usefixtures("affordable")
-def test_mlflow_has_its_curves(tiny: str, dataset: str, tmp_path: Path) -> None:
-    config = from_yaml(tiny, overrides=[f"storage.root={tmp_path}", "tracking.preview_images=0"])
-    with step_run(config, run="mine", step="train") as tracked:
-        job = TrainingJob(config=config, dataset=dataset, sink=tracked.live_metrics(), history=tracked.folder.history)
-        train_locally(job, tmp_path / "checkpoints")
-    stored = load_history(tracked.folder.history)
-    for name in ("val/loss", "val/gap", "val/loss_sigma_0.0464", "val/gap_sigma_0.0464", "val/gap_error_sigma_0.0464"):
-        sent = tracked.client.get_metric_history(tracked.run_id, name)
-        assert [(each.step, each.value) for each in sent] == [
-            (seen, each[name]) for seen, each in zip(stored.images_seen, stored.points, strict=True) if name in each
-        ]
-        assert [each.step for each in sent] == [80, 160]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.reconcile import lacks_ends, reconcile, send_missing
 from ncsn.tracking.recorded import close_run
+from ncsn.training import held_out
 from ncsn.training import metrics as previews
 from ncsn.training.loop import TrainingJob
 
@@ -186,6 +187,7 @@ def test_two_that_reconcile_at_once_double_nothing(make_config, server):
 def test_training_does_not_notice_that_the_server_is_killed(make_config, server, monkeypatch, tmp_path):
     """The same curves and weights as a training that sends nothing, and every point of it once on the server."""
     monkeypatch.setattr(previews, "SHARE", 100.0)
+    monkeypatch.setattr(held_out, "SHARE", 1.0)
     overrides = ["train.num_images=200", "train.checkpoint_every_images=100", "noise.num_levels=5"]
     config = make_config(f"tracking.uri={server.url}", *overrides)
     dataset = write_dataset(open_source(config.data), str(tmp_path / "data"), name="digits", data=config.data).uri
@@ -206,7 +208,9 @@ def test_training_does_not_notice_that_the_server_is_killed(make_config, server,
     train_locally(TrainingJob(config, dataset, history=str(tmp_path / "history")), tmp_path / "plain")
     plain = load_history(str(tmp_path / "history"))
     assert len(plain.images_seen) == 50
-    for name in plain.points[0]:
+    names = {name for point in plain.points for name in point}
+    assert {"val/loss", "val/gap", "val/loss_sigma_0.1", "val/gap_sigma_0.1", "val/gap_error_sigma_0.1"} <= names
+    for name in names:
         points = history(tracked, name)
         assert [step for step, _ in points] == [
             seen for seen, point in zip(plain.images_seen, plain.points, strict=True) if name in point
