@@ -84,6 +84,7 @@ def emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emula
     server.write_kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("NCSN_IMAGE", "registry.example/ncsn-python:0.1.0")
+    monkeypatch.setattr(driver_log, "_LAST_READ_SECONDS", 120.0)  # of a log, on a busy machine
     for name in ("KFP_POD_NAME", "NCSN_RAYJOB_TEMPLATE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield Emulation(cluster, operator, server, tmp_path)
