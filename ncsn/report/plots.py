@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
@@ -149,6 +149,7 @@ def held_out_losses(
     right.axhline(0, color=INK, linewidth=0.8)
     right.set(xlabel=SIGMA_LABEL, ylabel="gap (% of the held-out loss)", xscale="log")
     _plain_numbers(right.xaxis)
+    right.xaxis.set_minor_formatter(NullFormatter())  # too close on half of the figure
     return figure
 
 

@@ -18,7 +18,7 @@ from ncsn.errors import UserError
 from ncsn.evaluation.reference import LEAST_TEST_IMAGES
 from ncsn.tools.draft import Draft
 from ncsn.tools.speed import Machine, Speed, measure_speed
-from ncsn.tools.survey import Survey, told_from_mirror
+from ncsn.tools.survey import Survey, percent, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
@@ -124,7 +124,7 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     draft.choose("data.source", found.source)
     draft.choose("data.root", found.root)
     color = 1 - found.share("gray")
-    draft.choose("data.channels", 3 if color else 1, f"{color:.0%} are in color." if color else "All are gray.")
+    draft.choose("data.channels", 3 if color else 1, f"{percent(color)} are in color." if color else "All are gray.")
     stored = {look.bands for look in found.looks}
     if stored != {draft.get("data.channels")}:
         draft.choose("data.convert_channels", True, "Some are stored with another number of channels.")
@@ -154,12 +154,12 @@ def _choose_background(draft: Draft, found: Survey) -> None:
         draft.choose(
             "data.background",
             color,
-            f"{len(clear) / len(found.looks):.0%} have transparent pixels; what is visible shows well on {color}.",
+            f"{percent(len(clear) / len(found.looks))} have transparent pixels; what is visible shows well on {color}.",
         )
     elif framed and found.square < 1:
         draft.choose("data.background", "white" if np.median(borders) > _BRIGHT else "black", "Most are on this color.")
     if found.square < 1:
-        shape = f"{1 - found.square:.0%} are not square."
+        shape = f"{percent(1 - found.square)} are not square."
         if framed:
             draft.choose("data.fit", "pad", f"{shape} Most are on a plain background, which grows.")
         else:
@@ -284,14 +284,15 @@ def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Spee
     """Length and schedule; the number of images."""
     train_images = _train_images(draft, found)
     affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
-    length = int(max(_rounded(min(affordable, most)), 50 * draft.get("train.batch_size")))
+    every = int(max(_rounded(min(affordable, most) / 8), 8 * draft.get("train.batch_size")))
+    length = 8 * every
     why = f"About {seconds / 60:,.0f} minutes here; each image {length / train_images:,.0f} times."
     if affordable > most:
         why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
     length = draft.choose("train.num_images", length, why)
     steps = length / draft.get("train.batch_size")
     draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
-    draft.choose("train.checkpoint_every_images", int(_rounded(length / 8)))
+    draft.choose("train.checkpoint_every_images", every)
     draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
     wide = max(draft.get("network.widths", [_WIDEST])) > _WIDEST
     draft.choose("optimizer.learning_rate", 1e-3 if wide else 2e-3)

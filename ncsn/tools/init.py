@@ -19,7 +19,7 @@ from ncsn.tools import first_config
 from ncsn.tools.draft import overridden
 from ncsn.tools.first_config import FirstConfig
 from ncsn.tools.speed import Machine
-from ncsn.tools.survey import Survey, survey
+from ncsn.tools.survey import Survey, percent, survey
 
 _EXAMPLES = Path(__file__).parents[1] / "configs"
 _SHOWN = 32  # images in the picture
@@ -161,9 +161,9 @@ def _what(found: Survey) -> str:
 
 def _details(found: Survey) -> Iterator[str]:
     gray, clear = found.share("gray"), found.share("transparent")
-    yield "all gray" if gray == 1 else f"{1 - gray:.0%} in color"
+    yield "all gray" if gray == 1 else f"{percent(1 - gray)} in color"
     if clear:
-        yield f"{clear:.0%} with transparent pixels"
+        yield f"{percent(clear)} with transparent pixels"
     if found.duplicates:
         yield f"{len(found.duplicates)} the same as another, such as {found.duplicates[0][0]}"
     if found.bad:

@@ -175,6 +175,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
         UserError: if there are no images, none of the sample can be used, or they teach nothing.
     """
     root = storage.absolute(place)
+    root = os.path.normpath(root) if storage.is_local(root) else root
     given = [override for override in overrides if override.partition("=")[0].strip() in _OF_PLACE]
     # Only images that are held out here, and do not come as a test split, depend on the fraction.
     data = from_yaml(json.dumps(_any_config(root)), overrides=given, origin="--set").data
@@ -259,6 +260,11 @@ def _require_something(found: Survey) -> None:
         raise UserError(first.name, "is all one color, as is every other image that was looked at")
     if len(found.duplicates) == len(found.looks) - 1:
         raise UserError(first.name, f"is the same as {found.looks[-1].name} and every other image that was looked at")
+
+
+def percent(share: float) -> str:
+    """`12%`, of little `under 1%`."""
+    return "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:

@@ -65,7 +65,7 @@ def test_size_and_network_grow_with_the_time(choose) -> None:
 
 def test_few_images_are_not_repeated_without_end(choose) -> None:
     train = choose(count=20, minutes=600, side=16).config.train
-    assert train.num_images == 1000 * 10 and train.batch_size == 16
+    assert train.num_images == 8 * 1200 and train.batch_size == 16
 
 
 def test_gray_images_transparent_ones_and_a_gpu(choose) -> None:
