@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import from_yaml
+from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.image_files import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
 from ncsn.data.pixels import Fit, Fitted, Picture
@@ -177,9 +177,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     root = storage.absolute(place)
     root = os.path.normpath(root) if storage.is_local(root) else root
     given = [override for override in overrides if override.partition("=")[0].strip() in _OF_PLACE]
-    # Only images that are held out here, and do not come as a test split, depend on the fraction.
-    data = from_yaml(json.dumps(_any_config(root)), overrides=given, origin="--set").data
-    halves = open_source(data)
+    data, halves = _open(root, given)
     train, test = (len(halves.splits[split]) for split in SPLITS)
     looking = _Looking(THUMBNAIL // 2, 3)  # JPEG is decoded at twice the size that is needed
     started = time.perf_counter()
@@ -203,25 +201,30 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     return found
 
 
-def _any_config(root: str) -> dict[str, Any]:
-    """A config that reads the images; nothing else of it matters."""
-    data = {"source": source_at(root), "root": root, "image_size": 8, "channels": 3, "test_fraction": 0.5}
-    return {
+def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
+    """What is at `root`, as images or, if there are none, as Parquet files, with half of it held out."""
+    # Only images that are held out here, and do not come as a test split, depend on the fraction.
+    data = _read_as("image_folder", root, given)
+    try:
+        return data, open_source(data)
+    except UserError:
+        names = [listed.path.lower() for listed in list_files(root)]
+        images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
+        if images or not any(name.endswith(".parquet") for name in names):
+            raise
+    data = _read_as("parquet", root, given)
+    return data, open_source(data)
+
+
+def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
+    data = {"source": source, "root": root, "image_size": 8, "channels": 3, "test_fraction": 0.5, "unlabelled": "keep"}
+    any_other = {
         "name": "survey",
-        "data": {**data, "unlabelled": "keep"},
         "network": {"kind": "unet", "widths": [8]},
         "train": {"num_images": 1000, "checkpoint_every_images": 1000, "report_every_images": 1000},
         "sampling": {"sampler": {"kind": "annealed_langevin"}},
     }
-
-
-def source_at(root: str) -> str:
-    """The `data.source` for what is at `root`: parquet if Parquet files are there and no images."""
-    if root.lower().endswith(".parquet"):
-        return "parquet"
-    names = [listed.path.lower() for listed in list_files(root)]
-    images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
-    return "parquet" if not images and any(name.endswith(".parquet") for name in names) else "image_folder"
+    return from_yaml(json.dumps({**any_other, "data": data}), overrides=given, origin="--set").data
 
 
 def _sample(source: Source, looking: _Looking, *, total: int) -> Iterator[SkippedImage]:
