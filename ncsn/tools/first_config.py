@@ -27,7 +27,7 @@ MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 NFE = 35  # of the sampler
 _SMALLEST_MAP = 8  # where the network stops halving, and attends
-_WIDEST = 96
+_WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of more pixels a side
 _FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
 _BRIGHT = 128
 _FEWEST_OF_CLASS = 10
@@ -243,7 +243,7 @@ def unet(size: int, *, scale: int) -> dict[str, Any]:
     while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
         maps.append((maps[-1] + 1) // 2)
     return {
-        "widths": [scale * (16 if side > 20 else 48 if side > 10 else _WIDEST) for side in maps],
+        "widths": [scale * next(width for least, width in _WIDTHS if side > least) for side in maps],
         "blocks_per_resolution": 1 if scale == 1 else 2,
         "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
     }
@@ -294,7 +294,7 @@ def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Spee
     draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
     draft.choose("train.checkpoint_every_images", every)
     draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
-    wide = max(draft.get("network.widths", [_WIDEST])) > _WIDEST
+    wide = max(draft.get("network.widths", [0])) > _WIDTHS[-1][1]
     draft.choose("optimizer.learning_rate", 1e-3 if wide else 2e-3)
     draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
     draft.choose("optimizer.decay", "cosine")

@@ -109,8 +109,8 @@ def test_sizes_and_widths() -> None:
         [8], [8], [8, 16, 28], [8, 16, 32], [8, 16, 32, 48], [8, 16, 32, 64],
     ]  # fmt: skip
     assert unet(8, scale=1) == {"widths": [96, 96], "blocks_per_resolution": 1, "attention_sizes": []}
-    assert unet(28, scale=1) == {"widths": [16, 48, 96], "blocks_per_resolution": 1, "attention_sizes": [7]}
-    assert unet(64, scale=2) == {"widths": [32, 32, 96, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
+    assert unet(28, scale=1) == {"widths": [24, 48, 96], "blocks_per_resolution": 1, "attention_sizes": [7]}
+    assert unet(64, scale=2) == {"widths": [32, 48, 96, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
 
 
 def test_at_least_three_images_are_held_out() -> None:
