@@ -134,7 +134,9 @@ def _tar_members(stream: Any, uri: str) -> Iterator[Member]:
         with tarfile.open(fileobj=cast("BinaryIO", buffered), mode="r:") as tar:
             for info in tar:
                 if info.isreg() and not info.issparse():
+                    place = stream.tell()
                     yield Member(info.name, info.offset_data, info.size)
+                    stream.seek(place)  # a local file of Arrow loses it where the member is read meanwhile
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (tarfile.TarError, EOFError) as error:
         raise UserError(

@@ -80,7 +80,7 @@ def _find(root: str) -> tuple[Sequence[_Found], bool]:
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     archives = [path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES)]
     alone = len(files) == 1 and root.rpartition("/")[2] == files[0] and storage.is_file(root)
-    if alone and not archives:
+    if alone and not archives and not root.lower().endswith(COMPRESSED_SUFFIXES):
         kinds = " or ".join(ARCHIVE_SUFFIXES)
         raise UserError(
             "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
