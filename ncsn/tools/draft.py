@@ -38,11 +38,8 @@ class Draft:
         return value
 
     def section(self, path: str, kind: str, reason: str = "") -> bool:
-        """Choose the kind of a section; False if all of it is given: then choose nothing of it."""
-        chosen = not self._is_given(path)
-        if chosen:
-            self.choose(f"{path}.kind", kind, reason)
-        return chosen
+        """Choose the kind of a section; False if it, or another kind, is given: then choose nothing of it."""
+        return not self._is_given(path) and self.choose(f"{path}.kind", kind, reason) == kind
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a path."""
@@ -85,7 +82,9 @@ def _order(model: Any) -> list[str]:
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") if text else []
+    # Names of files may hold characters that end a line or that YAML refuses.
+    plain = "".join(each if each.isprintable() else " " for each in text)
+    return textwrap.wrap(plain, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
 def _scalar(value: Any) -> str:

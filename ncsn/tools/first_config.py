@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.config import Config, ConfigError, from_json, from_yaml
-from ncsn.data.pixels import Fit
+from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.evaluation.reference import LEAST_TEST_IMAGES
 from ncsn.tools.draft import Draft
@@ -76,7 +75,7 @@ def choose(
     left = max(seconds - _START_SECONDS - reading, seconds / 5)
     _choose_compute(draft, machine, train_images=_train_images(draft, found))
     speed = _choose_network(draft, found, seconds=_TRAINING * left, machine=machine)
-    images = found.fitted(Fit.of(_trial(draft).data))
+    images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
     if draft.section("noise", "auto", "Levels from the training images, when training starts (NCSNv2)."):
         draft.choose("noise.sigma_L", 0.01)
@@ -124,18 +123,20 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     draft.choose("data.source", found.source)
     draft.choose("data.root", found.root)
     color = 1 - found.share("gray")
-    draft.choose("data.channels", 3 if color else 1, f"{percent(color)} are in color." if color else "All are gray.")
+    draft.choose("data.channels", 3 if color else 1, f"In color: {percent(color)}." if color else "All are gray.")
     stored = {look.bands for look in found.looks}
     if stored != {draft.get("data.channels")}:
         draft.choose("data.convert_channels", True, "Some are stored with another number of channels.")
     elif not found.complete:
         draft.choose("data.convert_channels", True, "Only a sample was looked at.")
     _choose_background(draft, found)
-    if found.own_train is None:
-        fraction = held_out(found.num_images)
+    if found.own_train is not None:
+        _require_enough(found.own_train, found.num_images - found.own_train)
+    else:
+        fraction = held_out(found.num_images - len(found.bad))
         draft.choose("data.test_fraction", fraction, "Held out: measured with, and not trained on.")
     if found.unlabeled:
-        draft.choose("data.unlabelled", "keep", f"{found.unlabeled:,} images have no label.")
+        draft.choose("data.unlabelled", "keep", f"Images without a label: {found.unlabeled:,}.")
     if found.bad:
         bad = found.bad[0]
         draft.choose("data.on_bad_image", "skip", f"{len(found.bad)} cannot be used, such as {bad.name}: {bad.reason}.")
@@ -154,12 +155,12 @@ def _choose_background(draft: Draft, found: Survey) -> None:
         draft.choose(
             "data.background",
             color,
-            f"{percent(len(clear) / len(found.looks))} have transparent pixels; what is visible shows well on {color}.",
+            f"Transparent pixels: in {percent(len(clear) / len(found.looks))}; what is visible shows well on {color}.",
         )
     elif framed and found.square < 1:
         draft.choose("data.background", "white" if np.median(borders) > _BRIGHT else "black", "Most are on this color.")
     if found.square < 1:
-        shape = f"{percent(1 - found.square)} are not square."
+        shape = f"Not square: {percent(1 - found.square)}."
         if framed:
             draft.choose("data.fit", "pad", f"{shape} Most are on a plain background, which grows.")
         else:
@@ -172,13 +173,19 @@ def held_out(num_images: int) -> float:
     Raises:
         UserError: for less than six images.
     """
-    if num_images < 2 * LEAST_TEST_IMAGES:
+    _require_enough((num_images + 1) // 2, num_images // 2)
+    return min(0.5, max(0.1, math.ceil(1000 / num_images) / 100))
+
+
+def _require_enough(train: int, test: int) -> None:
+    if min(train, test) < LEAST_TEST_IMAGES:
+        least = LEAST_TEST_IMAGES
         raise UserError(
             "PLACE",
-            f"has {num_images} images; needed are {LEAST_TEST_IMAGES} to train on and {LEAST_TEST_IMAGES} to test with",
+            f"has {train + test} images that can be used, at most {train} to train on and {test} to test with; "
+            f"needed are {least} and {least}",
             hint="add more",
         )
-    return min(0.5, max(0.1, math.ceil(1000 / num_images) / 100))
 
 
 def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
@@ -186,8 +193,10 @@ def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
     whole = found.num_images * found.seconds_per_image
     if whole <= seconds:
         return whole
-    train = max(1000, round(found.num_images * seconds / whole, -3))
-    draft.choose("data.max_images", int(train), f"Of each split. Reading all would take {whole / 60:,.0f} minutes.")
+    train = int(max(1000, found.num_images * seconds / whole // 1000 * 1000))
+    if train >= found.num_images:
+        return whole
+    draft.choose("data.max_images", train, f"Of each split. Reading all would take {whole / 60:,.0f} minutes.")
     return seconds
 
 
@@ -212,7 +221,7 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
     tried = draft.get("data.image_size", min(32, sizes[-1]))
     cost = measure_speed(_trial(draft, size=tried), machine).train_image / tried**2
     best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
-    reason = f"In the time, training sees {seconds / cost / best**2:,.0f} images of this size."
+    reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
     size = draft.choose(
         "data.image_size",
         best,
@@ -252,17 +261,18 @@ def unet(size: int, *, scale: int) -> dict[str, Any]:
 def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16") -> Config:
     """The draft's images and network, or the least network, as a config whose speed can be measured."""
     data = {**draft.tree["data"], **({"image_size": size} if size else {})}
+    network, least = draft.get("network", {}), {"kind": "unet", **unet(data["image_size"], scale=1)}
     never = 10**9
     train = {"num_images": never, "checkpoint_every_images": never, "report_every_images": never}
     values = {
         "name": "trial",
         "data": data,
-        "network": draft.get("network") or {"kind": "unet", **unet(data["image_size"], scale=1)},
+        "network": network if "kind" in network else {**least, **network},
         "train": {**train, "batch_size": draft.get("train.batch_size"), "precision": precision},
         "sampling": {"sampler": {"kind": "annealed_langevin"}},
         "compute": draft.tree["compute"],
     }
-    return from_json(json.dumps(values))
+    return from_yaml(json.dumps(values), origin="--set")
 
 
 def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Callable[[], bool]) -> None:
@@ -315,8 +325,9 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
     draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
     if draft.get("network.kind") != "unet":
         draft.section("sampling.sampler", "annealed_langevin")
-    elif draft.section("sampling.sampler", "karras_heun", f"{NFE} evaluations of the network."):
-        draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
+    elif draft.section("sampling.sampler", "karras_heun"):
+        steps = draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
+        draft.reasons["sampling.sampler.kind"] = f"{2 * steps - 1} evaluations of the network."
         draft.choose("sampling.sampler.churn", 15)
     return int(count)
 
@@ -328,8 +339,9 @@ def _choose_evaluation(draft: Draft, found: Survey) -> None:
     elif len(classes) > 1 and min(classes) >= _FEWEST_OF_CLASS:
         extractor, why = "classifier", f"Trained on the labels of these {len(classes)} classes."
     elif len(classes) > 1:
-        extractor, why = "clusters", f"A class has {min(classes)} images only, too few to train a classifier."
+        extractor, why = "clusters", f"Images of the smallest class: {min(classes)}, too few to train a classifier."
     else:
-        extractor, why = "clusters", "The images have no labels: a network trained to tell clusters of them apart."
+        labels = "All images are of one class" if classes else "The images have no labels"
+        extractor, why = "clusters", f"{labels}: a network trained to tell clusters of them apart."
     draft.choose("evaluation.extractor", extractor, why)
     draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / _train_images(draft, found)))))

@@ -23,6 +23,7 @@ from ncsn.tools.survey import Survey, percent, survey
 
 _EXAMPLES = Path(__file__).parents[1] / "configs"
 _SHOWN = 32  # images in the picture
+_NAMED = 3  # classes
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ class Written:
 
 def is_example(place: str) -> bool:
     """Whether this is the name of an example, or of nothing, and not a place."""
-    return "://" not in place and not Path(place).expanduser().exists()
+    if "://" in place:
+        return False
+    try:
+        return not (place and Path(place).expanduser().exists())
+    except (OSError, RuntimeError):  # too long for a name, or ~ and no user
+        return True
 
 
 def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Written:
@@ -77,7 +83,7 @@ def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Writte
         )
     text = overridden((_EXAMPLES / f"{name}.yaml").read_text(), overrides)
     from_yaml(text, origin="--set")
-    file = Path(out or f"{name}.yaml")
+    file = _config_file(out or f"{name}.yaml")
     _write_new(file, text.encode())
     return Written(file)
 
@@ -97,11 +103,9 @@ def from_images(
     Raises:
         UserError: if the images or a value cannot be used, or a file exists.
     """
-    names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name"]
-    file = Path(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
+    names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
+    file = _config_file(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
-    if file.suffix not in (".yaml", ".yml"):
-        raise UserError("--out", "is no name of a config", hint="use one that ends in .yaml", value=str(file))
     _require_new(file, picture)
     with _about_place():
         found = survey(place, overrides=overrides)
@@ -125,6 +129,13 @@ def _about_place() -> Iterator[None]:
     except UserError as error:
         problems = [replace(each, key="PLACE") if each.key == "data.root" else each for each in error.problems]
         raise type(error).of(problems) from error
+
+
+def _config_file(name: str) -> Path:
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError("--out", "is no name of a config", hint="use one that ends in .yaml", value=name)
+    return file
 
 
 def _require_new(*files: Path) -> None:
@@ -155,8 +166,14 @@ def _what(found: Survey) -> str:
     sizes = sorted({look.size for look in found.looks}, key=lambda size: size[0] * size[1])
     size = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     sample = "" if found.complete else f" ({found.looked_at:,} of them looked at)"
-    classes = f", {len(found.class_names)} classes" if found.class_names else ""
+    classes = f", {_classes(found.class_names)}" if found.class_names else ""
     return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
+
+
+def _classes(names: Sequence[str]) -> str:
+    """Some are named: folders called train and val are no classes, which is seen here."""
+    more = ", ..." if len(names) > _NAMED else ""
+    return f"{len(names)} class{'es' * (len(names) > 1)} ({', '.join(names[:_NAMED])}{more})"
 
 
 def _details(found: Survey) -> Iterator[str]:

@@ -66,7 +66,7 @@ def measure_speed(config: Config, machine: Machine) -> Speed:
         config: With noise levels.
         machine: Its workers.
     """
-    device = torch.device("cuda" if config.compute.use_gpu else "cpu")
+    device = torch.device("cuda" if config.compute.use_gpu and machine.gpus else "cpu")
     count = max(1, config.train.batch_size // machine.workers)
     with _threads(machine.cores_per_worker):
         state, sigmas = build.train_state(config, device=device), build.sigmas(config).to(device)

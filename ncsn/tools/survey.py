@@ -21,8 +21,8 @@ from ncsn.config import from_yaml
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.image_files import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
-from ncsn.data.pixels import Fit, Fitted, Picture
-from ncsn.data.source import Source, Split, list_files
+from ncsn.data.pixels import BadImageError, Fit, Fitted, Picture
+from ncsn.data.source import BadImages, Example, Source, Split, list_files
 from ncsn.data.sources import open_source
 from ncsn.errors import UserError
 
@@ -32,6 +32,7 @@ SECONDS = 5.0  # after which no more images are looked at
 THUMBNAIL = 128  # pixels, longer side
 _OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.unlabelled")
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
+_HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
 _PLAIN = 3.0  # standard deviation of a border in one color
 _MIRROR_SIDE = 16
@@ -69,8 +70,21 @@ class Look:
 
     @property
     def flat(self) -> bool:
-        """Whether it is all one color."""
-        return not self.transparent and bool((self.pixels == self.pixels[0]).all())
+        """Whether it is all one color, or all transparent."""
+        return not len(self.pixels) or (not self.transparent and bool((self.pixels == self.pixels[0]).all()))
+
+    def fitted(self, fit: Fit) -> Example | SkippedImage:
+        """As training would see it, or why it cannot be used."""
+        side = min(self.size)
+        if fit.crop and fit.crop > side:
+            return SkippedImage(self.name, f"its shorter side is {side} pixels, and data.crop is {fit.crop}")
+        least = min(self.thumbnail.size)
+        small = replace(fit, crop=max(1, round(fit.crop * least / side))) if fit.crop else fit
+        try:
+            fitted = small.picture(Picture(self.thumbnail), name=self.name)
+        except BadImageError as error:
+            return SkippedImage(self.name, str(error))
+        return Example(fitted.image, NO_LABEL)
 
     @cached_property
     def border(self) -> float | None:
@@ -135,9 +149,18 @@ class Survey:
         pairs = [(look.name, first.setdefault(look.digest, look.name)) for look in self.looks]
         return [(name, original) for name, original in pairs if name != original]
 
-    def fitted(self, fit: Fit) -> npt.NDArray[np.uint8]:
-        """The sample as training would see it, [N, H, W, C]."""
-        return np.stack([fit.picture(Picture(look.thumbnail), name=look.name).image for look in self.looks])
+    def fitted(self, data: DataConfig) -> npt.NDArray[np.uint8]:
+        """The sample as training would see it, [N, H, W, C].
+
+        Raises:
+            UserError: naming an image that cannot be used with these settings, unless they skip it.
+        """
+        fit = Fit.of(data)
+        usable = BadImages(skip=data.on_bad_image == "skip").filter(look.fitted(fit) for look in self.looks)
+        images = [example.image for example in usable]
+        if not images:
+            raise UserError(self.looks[0].name, "cannot be used with these settings, nor can any other of the sample")
+        return np.stack(images)
 
 
 @dataclass(frozen=True)
@@ -189,7 +212,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
         root=root,
         source=data.source,
         num_images=train + test,
-        own_train=None if test == (train + test) // 2 else train,
+        own_train=None if test == int(_HELD_OUT * (train + test)) else train,
         class_names=halves.class_names,
         class_counts=tuple(int((labels == n).sum()) for n in range(len(halves.class_names))),
         unlabeled=int((labels == NO_LABEL).sum()) if halves.class_names else 0,
@@ -202,7 +225,7 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
 
 
 def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
-    """What is at `root`, as images or, if there are none, as Parquet files, with half of it held out."""
+    """What is at `root`, as images or, if there are none, as Parquet files, with `_HELD_OUT` of it held out."""
     # Only images that are held out here, and do not come as a test split, depend on the fraction.
     data = _read_as("image_folder", root, given)
     try:
@@ -217,7 +240,8 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
 
 
 def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
-    data = {"source": source, "root": root, "image_size": 8, "channels": 3, "test_fraction": 0.5, "unlabelled": "keep"}
+    data = {"source": source, "root": root, "image_size": 8, "channels": 3, "unlabelled": "keep"}
+    data["test_fraction"] = _HELD_OUT
     any_other = {
         "name": "survey",
         "network": {"kind": "unet", "widths": [8]},
@@ -266,8 +290,10 @@ def _require_something(found: Survey) -> None:
 
 
 def percent(share: float) -> str:
-    """`12%`, of little `under 1%`."""
-    return "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
+    """`12%`, but `all`, of little `under 1%`, and of almost all `over 99%`."""
+    if share == 1:
+        return "all"
+    return "under 1%" if 0 < share < 0.005 else "over 99%" if share >= 0.995 else f"{share:.0%}"
 
 
 def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:

@@ -71,6 +71,12 @@ def test_examples(place, run_in_process) -> None:
     ("arguments", "subject"),
     [
         (("nowhere",), "PLACE = 'nowhere'"),
+        (("",), "PLACE = ''"),
+        (("~no-such-user/x",), "PLACE = '~no-such-user/x'"),
+        (("x" * 300,), "PLACE"),
+        (("{place}", "--set", "name="), "--set: name"),
+        (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
+        (("digits", "--out", "x.png"), "--out 'x.png'"),
         (("digits", "--minutes", "5"), "--minutes"),
         (("{place}", "--minutes", "5", "--hours", "1"), "--hours 1.0"),
         (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),

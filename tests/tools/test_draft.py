@@ -20,6 +20,8 @@ def test_what_is_given_is_not_chosen() -> None:
     assert not draft.section("sampling.sampler", "probability_flow")
     assert not draft.section("network", "unet")
     assert draft.section("noise", "auto")
+    assert not Draft(["noise.kind=geometric"]).section("noise", "auto")
+    assert Draft(["noise.kind=auto"]).section("noise", "auto")
     assert draft.choose("sampling.sampler.num_steps", 5) == 5
     assert draft.tree == {
         "train": {"batch_size": 32, "num_images": 1000},
@@ -29,6 +31,12 @@ def test_what_is_given_is_not_chosen() -> None:
     }
     with pytest.raises(ConfigError):
         Draft(["train"])
+
+
+def test_reasons_with_any_character_stay_comments() -> None:
+    draft = Draft()
+    draft.choose("name", "x", "Named a\nb: c\u2028d: e\x85f: g\x07.")
+    assert yaml.safe_load(draft.to_yaml()) == {"name": "x"}
 
 
 def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values() -> None:

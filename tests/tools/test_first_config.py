@@ -85,6 +85,10 @@ def test_given_values_hold_and_the_others_fit_them(choose) -> None:
     paper = choose("network={kind: ncsn, num_features: 8}").config
     assert paper.network.kind == "ncsn" and paper.sampling.sampler.kind == "annealed_langevin"
     assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip
+    assert choose("network.kind=ncsn", "sampling.sampler.kind=annealed_langevin").config.network.kind == "ncsn"
+    assert choose("network.widths=[8, 16]", "data.image_size=16").config.network.widths == (8, 16)
+    heun = choose("sampling.sampler.num_steps=5")
+    assert "9 evaluations" in heun.draft.reasons["sampling.sampler.kind"]
     for wrong in ("data.image_size=huge", "data.colour=red", "train.batch_size=-3", "sampling.num_images=none"):
         with pytest.raises(ConfigError) as caught:
             choose(wrong)
@@ -102,6 +106,24 @@ def test_a_person_is_asked_about_mirroring_only_where_the_images_do_not_tell(cho
     choose(count=100)
     choose("data.horizontal_flip=false", count=20)
     assert asked == [True]
+
+
+def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
+    whole, center = (choose(*crop, count=8, side=400).images for crop in ((), ("data.crop=200",)))
+    size = whole.shape[1]
+    inside = whole[:, size // 4 : -size // 4, size // 4 : -size // 4].astype(float)
+    assert np.abs(center[:, ::2, ::2].astype(float) - inside).mean() < 10 < whole.std()
+
+
+def test_splits_too_small_to_measure_with_are_refused(choose, tmp_path) -> None:
+    choose(count=10)
+    root = tmp_path / "10-100-RGB"
+    for split, numbers in (("test", range(2)), ("train", range(2, 10))):
+        (root / split).mkdir()
+        for number in numbers:
+            (root / f"{number}.png").rename(root / split / f"{number}.png")
+    with refused("PLACE"):
+        choose(count=10)
 
 
 def test_sizes_and_widths() -> None:

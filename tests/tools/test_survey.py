@@ -77,6 +77,8 @@ def test_own_test_images(folder) -> None:
     own = folder({f"{'test' if n < 3 else 'train'}/{n}.png": picture(n) for n in range(10)}, "own")
     found = survey(str(own))
     assert (found.num_images, found.own_train, found.train_images(0.5)) == (10, 7, 7)
+    half = folder({f"{'test' if n < 5 else 'train'}/{n}.png": picture(n) for n in range(10)}, "half")
+    assert survey(str(half)).own_train == 5
     found = survey(str(folder({f"{n}.png": picture(n) for n in range(11)}, "plain")))
     assert (found.num_images, found.own_train, found.train_images(0.3)) == (11, None, 8)
 
@@ -141,6 +143,9 @@ def test_places_that_teach_nothing_are_refused(folder, tmp_path: Path) -> None:
     flat = folder({f"{n}.png": Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(5)}, "flat")
     with refused(f"{flat}/0.png"):
         survey(str(flat))
+    clear = folder({f"{n}.png": Image.new("RGBA", (9, 9), (n, 0, 0, 0)) for n in range(5)}, "clear")
+    with refused(f"{clear}/0.png"):
+        survey(str(clear))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "a.png").write_bytes(b"no image")
     with refused(f"{tmp_path}/damaged/a.png"):
