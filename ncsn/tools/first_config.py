@@ -148,7 +148,8 @@ def _choose_background(draft: Draft, found: Survey) -> None:
     """What is behind transparent pixels, and what makes other shapes square."""
     clear = [look for look in found.looks if look.transparent]
     borders = [look.border for look in found.looks if look.border is not None]
-    framed = (len(clear) + len(borders)) / len(found.looks) > _FRAMED
+    # A given data.crop cuts the border off.
+    framed = not draft.get("data.crop") and (len(clear) + len(borders)) / len(found.looks) > _FRAMED
     if clear:
         gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
         color = "black" if gray > _BRIGHT else "white"

@@ -116,8 +116,9 @@ def from_images(
         f"Written by `ncsn init` for {_what(found)}.",
         f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
     ]
+    grid = grid_png(_seen(chosen), columns=8)
     _write_new(file, chosen.draft.to_yaml(heading).encode())
-    _write_new(picture, grid_png(_seen(chosen), columns=8))
+    _write_new(picture, grid)
     return Written(file, picture, found, chosen)
 
 

@@ -115,6 +115,17 @@ def test_the_picture_shows_the_center_that_data_crop_takes(choose) -> None:
     assert np.abs(center[:, ::2, ::2].astype(float) - inside).mean() < 10 < whole.std()
 
 
+def test_images_on_a_plain_background_are_padded_unless_a_crop_is_given(choose, tmp_path) -> None:
+    root = tmp_path / "8-60-RGB"
+    root.mkdir()
+    for seed in range(8):
+        image = Image.new("RGB", (60, 50), (250, 250, 250))
+        image.paste((seed, 0, 0), (20, 20, 40, 40))
+        image.save(root / f"{seed}.png")
+    assert choose(side=60, count=8).config.data.fit == "pad"
+    assert choose("data.crop=30", side=60, count=8).config.data.fit == "crop"
+
+
 def test_splits_too_small_to_measure_with_are_refused(choose, tmp_path) -> None:
     choose(count=10)
     root = tmp_path / "10-100-RGB"
