@@ -21,6 +21,7 @@ from ncsn.tools.survey import Survey, percent, told_from_mirror
 
 SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and an hour
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
+FEW_IMAGES = 100_000  # trained on, below which a network of half the width is better
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
@@ -228,8 +229,8 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
         best,
         f"Half of the images have a shorter side of {found.side} or more. {reason}",
     )
-    scale = 1
-    while scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
+    scale = 1.0 if seconds >= FEW_IMAGES * cost * size**2 else 0.5
+    while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
         scale *= 2
     if draft.section("network", "unet"):
         for key, value in unet(size, scale=scale).items():
@@ -247,14 +248,14 @@ def sizes_for(side: int) -> list[int]:
     return [*sizes, side] if own else sizes
 
 
-def unet(size: int, *, scale: int) -> dict[str, Any]:
-    """A U-Net for images of this size, of `scale` times the least width; its resolutions cost about the same."""
+def unet(size: int, *, scale: float) -> dict[str, Any]:
+    """A U-Net for images of this size, of `scale` times the usual width; its resolutions cost about the same."""
     maps = [size]
     while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
         maps.append((maps[-1] + 1) // 2)
     return {
-        "widths": [scale * next(width for least, width in _WIDTHS if side > least) for side in maps],
-        "blocks_per_resolution": 1 if scale == 1 else 2,
+        "widths": [int(scale * next(width for least, width in _WIDTHS if side > least)) for side in maps],
+        "blocks_per_resolution": 1 if scale <= 1 else 2,
         "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
     }
 

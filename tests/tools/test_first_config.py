@@ -59,8 +59,8 @@ def test_the_file_is_the_config(choose) -> None:
 def test_size_and_network_grow_with_the_time(choose) -> None:
     sizes = [choose(minutes=minutes, cost=0.006).config.data.image_size for minutes in (2, 20, 600)]
     assert sizes == [16, 32, 64]
-    widths = [max(choose(minutes=minutes, side=16).config.network.widths) for minutes in (2, 20, 6000)]
-    assert widths[0] == widths[1] < widths[2]
+    widths = [choose(minutes=minutes, side=16).config.network.widths for minutes in (1, 20, 6000)]
+    assert widths == [(24, 48), (48, 96), (192, 384)]
 
 
 def test_few_images_are_not_repeated_without_end(choose) -> None:
