@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -22,6 +21,7 @@ from ncsn.config.problems import section_models
 from ncsn.report.words import duration, result_line
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
+from ncsn.tools.draft import INDENT, comment, scalar
 
 if TYPE_CHECKING:
     from ncsn.core.noise_schedule import NoiseSuggestion
@@ -194,13 +194,9 @@ def _outputs(folder: RunFolder, config: Config, records: Mapping[str, StepRecord
     yield "", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"
 
 
-_WIDTH = 118
-_INDENT = "  "
-
-
 def documented_yaml(config: Config) -> str:
     """Valid YAML that parses to `config`, each value under a comment with its description, range and default."""
-    return "\n".join([*_comment(_first_line(type(config)), ""), *_section(config, ""), ""])
+    return "\n".join([*comment(_first_line(type(config))), *_section(config, ""), ""])
 
 
 def _section(section: BaseModel, indent: str) -> Iterator[str]:
@@ -209,11 +205,11 @@ def _section(section: BaseModel, indent: str) -> Iterator[str]:
         if not indent and section_models(type(section), name):
             yield ""
         if isinstance(value, BaseModel):
-            yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
+            yield from comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
             yield f"{indent}{name}:"
-            yield from _section(value, indent + _INDENT)
+            yield from _section(value, indent + INDENT)
         else:
-            yield from _comment(_meaning(field), indent)
+            yield from comment(_meaning(field), indent)
             yield f"{indent}{name}: {_scalar(value)}"
 
 
@@ -228,13 +224,8 @@ def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
     return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
 
 
-def _comment(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-
-
 def _scalar(value: Any) -> str:
-    text: str = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...").strip()
+    return scalar(_plain(value))
 
 
 def _plain(value: Any) -> Any:

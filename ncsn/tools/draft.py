@@ -12,7 +12,7 @@ from ncsn.config import Config
 from ncsn.config.load import parse_override, set_value
 
 _WIDTH = 118
-_INDENT = "  "
+INDENT = "  "
 
 
 class Draft:
@@ -52,7 +52,7 @@ class Draft:
 
     def to_yaml(self, heading: Iterable[str] = ()) -> str:
         """The file: sections and their settings in the order of the schema, reasons as comments."""
-        comments = [line for text in heading for line in _comment(text, "")]
+        comments = [line for text in heading for line in comment(text)]
         return "\n".join([*comments, *[""] * bool(comments), *self._lines(self.tree, "", _order(Config)), ""])
 
     def _is_given(self, path: str) -> bool:
@@ -60,15 +60,15 @@ class Draft:
 
     def _lines(self, node: dict[str, Any], prefix: str, order: Sequence[str]) -> Iterator[str]:
         places = {key: place for place, key in enumerate(order)}
-        indent = _INDENT * prefix.count(".")
+        indent = INDENT * prefix.count(".")
         for key in sorted(node, key=lambda key: places.get(key, len(places))):
             path, value = f"{prefix}{key}", node[key]
-            yield from _comment(self.reasons.get(path, ""), indent)
+            yield from comment(self.reasons.get(path, ""), indent)
             if isinstance(value, dict) and value:
                 yield f"{indent}{key}:"
                 yield from self._lines(value, f"{path}.", _order(_model(path)))
             else:
-                yield f"{indent}{key}: {_scalar(value)}"
+                yield f"{indent}{key}: {scalar(value)}"
 
 
 def _model(path: str) -> Any:
@@ -81,13 +81,15 @@ def _order(model: Any) -> list[str]:
     return list(getattr(model, "model_fields", ()))
 
 
-def _comment(text: str, indent: str) -> list[str]:
+def comment(text: str, indent: str = "") -> list[str]:
+    """The lines of a YAML comment."""
     # Names of files may hold characters that end a line or that YAML refuses.
     plain = "".join(each if each.isprintable() else " " for each in text)
     return textwrap.wrap(plain, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
+    """A plain value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
@@ -107,12 +109,12 @@ def overridden(text: str, overrides: Sequence[str]) -> str:
         for depth, section in enumerate(sections):
             at = _line_of(section, lines[first:last], depth)
             if at is None:
-                lines[last:last] = [f"{_INDENT * depth}{section}:"]
+                lines[last:last] = [f"{INDENT * depth}{section}:"]
                 first = last = last + 1
             else:
                 first += at + 1
                 last = first + _length_of(lines[first:last], depth + 1)
-        setting = f"{_INDENT * len(sections)}{key}: {_scalar(value)}"
+        setting = f"{INDENT * len(sections)}{key}: {scalar(value)}"
         at = _line_of(key, lines[first:last], len(sections))
         if at is None:
             lines.insert(last, setting)
@@ -123,9 +125,9 @@ def overridden(text: str, overrides: Sequence[str]) -> str:
 
 
 def _line_of(key: str, lines: Sequence[str], depth: int) -> int | None:
-    return next((n for n, line in enumerate(lines) if line.startswith(f"{_INDENT * depth}{key}:")), None)
+    return next((n for n, line in enumerate(lines) if line.startswith(f"{INDENT * depth}{key}:")), None)
 
 
 def _length_of(lines: Sequence[str], depth: int) -> int:
     """How many of these lines belong to the section above them."""
-    return next((n for n, line in enumerate(lines) if not line.startswith(_INDENT * depth)), len(lines))
+    return next((n for n, line in enumerate(lines) if not line.startswith(INDENT * depth)), len(lines))
