@@ -55,7 +55,7 @@ def write_dataset_in_parts(
     here: bool,
     on_progress: Progress | None = None,
 ) -> Dataset:
-    """What `ncsn.data.parquet.write_dataset` does, keeping what it has written if it is stopped.
+    """What `ncsn.data.parquet.write_dataset` does, but an ingestion that was stopped goes on where it was.
 
     Args:
         source: The images.

@@ -66,7 +66,7 @@ def shard(first: int, last: int) -> bytes:
 
 @pytest.fixture
 def command(tmp_path):
-    """Gives `ncsn ingest` for an experiment on Ray, and the experiment's text; in an environment of its own."""
+    """Returns the command `ncsn ingest` for an experiment on Ray, and the experiment's text."""
 
     def make(run: str, *, source: str = "image_folder", **fields) -> tuple[list[str], str, dict[str, str]]:
         text = EXPERIMENT.format(source=source, **fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Clock:
-    """Stands in for the module `time`: whoever sleeps moves it."""
+    """Stands in for the module `time`: a call of `sleep` moves it."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0

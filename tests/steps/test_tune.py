@@ -58,7 +58,7 @@ class Searched:
 
 
 def rung_files(root: Path) -> dict[str, bytes]:
-    # Not by `rglob`, which fails where a folder of the search at work is moved meanwhile.
+    # Not by `rglob`, which fails if the running search moves a folder meanwhile.
     names = [Path(folder, name) for folder, _, files in os.walk(root) for name in files]
     return {str(path): path.read_bytes() for path in names if path.match("rung-*.json") and ".tmp" not in path.name}
 

@@ -16,7 +16,7 @@ from ncsn.storage.heartbeat import LEASE_SECONDS, Heartbeat, Lease, LeaseExpired
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of whoever reads the lease."""
+    """The clock of the lease's reader."""
     clock = Clock()
     monkeypatch.setattr(heartbeat, "time", clock)
     return clock
