@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ def init_command(
         written = init.copy_example(place, out, overrides)
     else:
         seconds = 60 * (minutes or 60 * (hours or 0) or _MINUTES)
+        if not seconds < math.inf:
+            raise UserError("--minutes" if minutes else "--hours", "not a length of time", value=minutes or hours)
         written = init.from_images(place, out, seconds=seconds, overrides=overrides, ask_mirrored=_ask_mirrored)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.evaluation.reference import LEAST_TEST_IMAGES
+from ncsn.report.words import duration
 from ncsn.tools.draft import Draft
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
@@ -198,7 +199,7 @@ def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
     train = int(max(1000, found.num_images * seconds / whole // 1000 * 1000))
     if train >= found.num_images:
         return whole
-    draft.choose("data.max_images", train, f"Of each split. Reading all would take {whole / 60:,.0f} minutes.")
+    draft.choose("data.max_images", train, f"Of each split. Reading all would take {duration(whole)}.")
     return seconds
 
 
@@ -298,7 +299,7 @@ def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Spee
     affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
     every = int(max(_rounded(min(affordable, most) / 8), 8 * draft.get("train.batch_size")))
     length = 8 * every
-    why = f"About {seconds / 60:,.0f} minutes here; each image {length / train_images:,.0f} times."
+    why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."
     if affordable > most:
         why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
     length = draft.choose("train.num_images", length, why)

@@ -182,6 +182,8 @@ def _details(found: Survey) -> Iterator[str]:
     yield "all gray" if gray == 1 else f"{percent(1 - gray)} in color"
     if clear:
         yield f"{percent(clear)} with transparent pixels"
+    if converted := found.conversions:
+        yield ", ".join(f"{count:,} {kind}" for kind, count in converted.items()) + ", converted as docs/data.md says"
     if found.duplicates:
         yield f"{len(found.duplicates)} the same as another, such as {found.duplicates[0][0]}"
     if found.bad:
@@ -211,6 +213,7 @@ def _facts(found: Survey) -> dict[str, Any]:
         "gray": found.share("gray"),
         "transparent": found.share("transparent"),
         "classes": dict(zip(found.class_names, found.class_counts, strict=True)),
+        "conversions": dict(found.conversions),
         "duplicates": len(found.duplicates),
         "bad": [{"name": bad.name, "reason": bad.reason} for bad in found.bad],
     }

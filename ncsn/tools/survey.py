@@ -133,6 +133,11 @@ class Survey:
         return Counter(look.kind or "raw" for look in self.looks)
 
     @cached_property
+    def conversions(self) -> Counter[str]:
+        """What images lose, as the manifest will count it, without transparency."""
+        return Counter(kind for look in self.looks for kind in look.conversions)
+
+    @cached_property
     def side(self) -> int:
         """The shorter side of the images, median."""
         return int(np.median([min(look.size) for look in self.looks]))

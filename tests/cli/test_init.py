@@ -82,6 +82,7 @@ def test_examples(place, run_in_process) -> None:
         (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
         (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
+        (("{place}", "--minutes", "nan"), "--minutes nan"),
         (("{place}", "--out", "x.png"), "--out 'x.png'"),
         (("{place}/0.png",), "PLACE = '{place}/0.png'"),
         (("digits", "--set", "train.batchsize=3"), "--set: train.batchsize"),

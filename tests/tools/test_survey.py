@@ -73,6 +73,12 @@ def test_classes_their_counts_and_images_without_a_label(folder) -> None:
     assert (found.class_names, found.class_counts, found.unlabeled) == (("cat", "dog"), (5, 7), 1)
 
 
+def test_what_conversion_loses_is_counted(folder) -> None:
+    deep = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (9, 9), np.uint16))
+    images = {"deep.png": deep, "print.jpg": picture(1).convert("CMYK"), "plain.png": picture(2)}
+    assert survey(str(folder(images))).conversions == {"16-bit": 1, "CMYK": 1}
+
+
 def test_own_test_images(folder) -> None:
     own = folder({f"{'test' if n < 3 else 'train'}/{n}.png": picture(n) for n in range(10)}, "own")
     found = survey(str(own))
