@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from ncsn.config import Config
-from ncsn.config.choices import parse_sampler
+from ncsn.config.samplers import parse_sampler
 from ncsn.data.format import Images
 from ncsn.data.parquet import read_split
 from ncsn.evaluation.extractors import batches, extract_all

@@ -24,9 +24,9 @@ from benchmarks.training_step import (
     synchronise,
 )
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin
 
 BUDGET_SECONDS = 480.0  # no part starts after it
 BATCH = 128

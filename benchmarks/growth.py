@@ -14,7 +14,7 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.ode_samplers import KarrasHeun
+from ncsn.core.samplers.ode import KarrasHeun
 from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory
 

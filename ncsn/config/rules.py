@@ -8,9 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from ncsn.config.choices import (
-    AnnealedLangevinConfig,
-    ConsistentAnnealedConfig,
-    LangevinConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
     NoiseConfig,
@@ -19,6 +16,7 @@ from ncsn.config.choices import (
     UnetNetworkConfig,
 )
 from ncsn.config.problems import problems
+from ncsn.config.samplers import AnnealedLangevinConfig, ConsistentAnnealedConfig, LangevinConfig
 from ncsn.config.schema import Config
 from ncsn.errors import ConfigError, Problem
 

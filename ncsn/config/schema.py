@@ -13,18 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from ncsn.config.choices import (
-    Domain,
-    DsmLossConfig,
-    LossConfig,
-    NetworkConfig,
-    NoiseChoice,
-    NoiseConfig,
-    SamplerConfig,
-    Section,
-)
+from ncsn.config.choices import Domain, DsmLossConfig, LossConfig, NetworkConfig, NoiseChoice, NoiseConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig
+from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig
 from ncsn.errors import UserError
 

@@ -201,7 +201,7 @@ def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_le
     """Technique 4: variance after T Langevin steps at a level over its sigma^2, for a point mass as data.
 
     Args:
-        epsilon: Step size at the last level, in the convention of `ncsn.core.langevin`.
+        epsilon: Step size at the last level, in the convention of `ncsn.core.samplers.langevin`.
         sigma_L: Smallest sigma.
         ratio: gamma, by which the level before has a larger sigma.
         steps_per_level: T.

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.choices import SamplerConfig
+from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer

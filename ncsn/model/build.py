@@ -14,20 +14,20 @@ from ncsn.config.choices import (
     DsmLossConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
-    SamplerConfig,
     SingleSigmaLossConfig,
     SsmLossConfig,
     UnetNetworkConfig,
-    parse_sampler,
 )
+from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import DataConfig
 from ncsn.core.images import PixelSpace
 from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
-from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector, Sampler
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 from ncsn.core.training import Ema, StepOptions, TrainState
 from ncsn.errors import UserError
 

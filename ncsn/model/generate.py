@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.config.choices import SamplerConfig
+from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
-from ncsn.core.langevin import inpaint
-from ncsn.core.samplers import AnnealedLangevin
+from ncsn.core.samplers.langevin import inpaint
+from ncsn.core.samplers.stochastic import AnnealedLangevin
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ncsn.config.choices import AnnealedLangevinConfig, SamplerConfig
+from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio

@@ -17,8 +17,9 @@ from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.noise_schedule import consistent_epsilon
-from ncsn.core.ode_samplers import ProbabilityFlow
-from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.ode import ProbabilityFlow
+from ncsn.core.samplers.stochastic import AnnealedLangevin, Langevin
 from ncsn.data.training_images import CachedSplit, open_cache
 from ncsn.evaluation.extractors import Extractor, batches
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.langevin import annealed_langevin, langevin_step
 from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin, langevin_step
 from ncsn.core.training import Ema, StepOptions, TrainState, train_step
 
 

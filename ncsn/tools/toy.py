@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ncsn import storage
-from ncsn.core.langevin import annealed_langevin
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin
 from ncsn.errors import UserError
 from ncsn.report.style import INK, PALETTE, new_figure, styled, to_png
 from ncsn.tools.mixture import (

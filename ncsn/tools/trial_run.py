@@ -21,7 +21,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json, to_yaml
-from ncsn.core.ode_samplers import ProbabilityFlow
+from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ncsn.config import Config
 from ncsn.core.held_out import MOST_BINS, SEED, Array, Gaps, level_losses
 from ncsn.core.keyed_random import Stream, keyed_permutation
-from ncsn.core.level_grid import choose_levels
+from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images

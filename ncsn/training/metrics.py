@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ncsn.config import Config
-from ncsn.config.choices import ProbabilityFlowConfig
+from ncsn.config.samplers import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.losses import level_sums
 from ncsn.core.training import StepReport, TrainState

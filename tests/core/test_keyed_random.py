@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise, Stream, keyed_normal, keyed_permutation, keyed_uniform
-from ncsn.core.langevin import annealed_langevin
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin
 
 MASK = 2**64 - 1
 

@@ -14,7 +14,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching, SlicedScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
-from ncsn.core.ode_samplers import KarrasHeun
+from ncsn.core.samplers.ode import KarrasHeun
 from ncsn.model import build
 
 SAMPLERS = {

@@ -13,8 +13,9 @@ from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
-from ncsn.core.ode_samplers import KarrasHeun
-from ncsn.core.samplers import AnnealedLangevin, Langevin, Sampler
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.ode import KarrasHeun
+from ncsn.core.samplers.stochastic import AnnealedLangevin, Langevin
 from ncsn.errors import ConfigError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork

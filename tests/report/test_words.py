@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.config.choices import AnnealedLangevinConfig, ProbabilityFlowConfig
+from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.report.diagnostics import (

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ncsn.core.langevin import annealed_langevin, denoise_step
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.ode_samplers import ProbabilityFlow
+from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
+from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.tools import toy
 from ncsn.tools.mixture import (
     TWO_MODES,

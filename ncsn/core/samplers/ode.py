@@ -1,4 +1,4 @@
-"""Samplers that solve the probability-flow ODE, which does not forget its start; see `ncsn.core.samplers`."""
+"""Samplers that solve the probability-flow ODE, which does not forget its start; see `ncsn.core.samplers.base`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ncsn.core.level_grid import LevelGrid, Spacing, choose_levels, karras_sigmas, score_at_sigma
-from ncsn.core.samplers import Sampler
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.level_grid import LevelGrid, Spacing, choose_levels, karras_sigmas, score_at_sigma
 
 if TYPE_CHECKING:
-    from ncsn.core.langevin import NoiseSource, OnLevel
     from ncsn.core.losses import ScoreFunction
+    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
 
 
 @dataclass(frozen=True)

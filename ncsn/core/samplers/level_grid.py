@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ncsn.core.langevin import score_at_level
+from ncsn.core.samplers.langevin import score_at_level
 
 if TYPE_CHECKING:
     from ncsn.core.losses import ScoreFunction

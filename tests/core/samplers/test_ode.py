@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 
 S, MEAN = 0.5, 0.3
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin, inpaint
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin, inpaint
 
 RHO, KNOWN = 0.8, 1.3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ncsn.core.level_grid import LevelGrid, choose_levels, karras_sigmas, refined_sigmas, score_at_sigma
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, karras_sigmas, refined_sigmas, score_at_sigma
 
 V2 = geometric_sigmas(50.0, 0.01, 232)
 

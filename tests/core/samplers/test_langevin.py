@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin, denoise_step, langevin_step, level_steps
 from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas, variance_ratio
-from ncsn.core.samplers import AnnealedLangevin
+from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, level_steps
+from ncsn.core.samplers.stochastic import AnnealedLangevin
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
 

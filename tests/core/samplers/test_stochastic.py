@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ncsn.core.keyed_random import KeyedNoise
-from ncsn.core.langevin import annealed_langevin
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.ode_samplers import KarrasHeun, ProbabilityFlow
-from ncsn.core.samplers import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
+from ncsn.core.samplers.langevin import annealed_langevin
+from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 
 SIGMAS = geometric_sigmas(1.0, 0.01, 10).double()
 V2 = geometric_sigmas(50.0, 0.01, 232).double()

@@ -1,115 +1,22 @@
-"""Samplers: frozen settings, called as `sampler(network, x=start, sigmas=..., noise=..., on_level=...) -> x`.
-
-The state never leaves [B, C, H, W], an image depends only on its own start and noise, and nothing is clamped.
-`denoise` means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
-Annealed Langevin forgets its start. The others need an x distributed as the data plus noise of sigma_1.
-
-A new sampler is a subclass of `Sampler`, a section in `ncsn.config.choices.SamplerConfig` with the same fields, and an
-entry in `_SAMPLERS` of `ncsn.model.build`.
-"""
+"""Samplers that draw noise at every step: Langevin dynamics and reverse diffusions; see `ncsn.core.samplers.base`."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ncsn.core.images import moment_matched
-from ncsn.core.langevin import annealed_langevin, denoise_step, langevin_step, score_at_level
-from ncsn.core.level_grid import LevelGrid, choose_levels, floats, refined_sigmas
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, score_at_level
+from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, floats, refined_sigmas
 
 if TYPE_CHECKING:
-    from ncsn.core.images import DataMoments, PixelSpace
-    from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
-    from ncsn.core.langevin import NoiseSource, OnLevel
     from ncsn.core.losses import ScoreFunction
-
-_LONGEST_CHAIN = 100_000
-_START_DRAW = 2**31  # far beyond the draws of any chain
-
-
-@dataclass(frozen=True)
-class Sampler(ABC):
-    """A sampler; a subclass's fields are those of the config section of its `kind`."""
-
-    kind: ClassVar[str]
-    length: ClassVar[str | None] = None  # the field that decides the NFE
-    least: ClassVar[int] = 1  # its smallest value
-    uniform_start: ClassVar[bool] = False
-
-    @abstractmethod
-    def num_evaluations(self, num_levels: int) -> int:
-        """NFE per image for a network of `num_levels` levels."""
-
-    @abstractmethod
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """The sigma of each level that `on_level` is called for, given the network's levels [L]."""
-
-    @abstractmethod
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """Run the chain.
-
-        Args:
-            network: The score network, in eval mode.
-            x: Start [B, C, H, W]; it is not changed.
-            sigmas: The network's noise levels [L], descending.
-            noise: Number of a draw -> standard normal tensor of x's shape.
-            on_level: Called with (k, x) when the k-th visited level is done.
-        """
-
-    def start(
-        self, space: PixelSpace, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
-    ) -> Tensor:
-        """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
-        if self.uniform_start:
-            return space.transform(noise.uniform(0))
-        return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
-
-    def with_evaluations(self, nfe: int, *, num_levels: int) -> Self:
-        """The sampler with a chain of exactly `nfe` evaluations.
-
-        Raises:
-            ValueError: There is none; names the nearest.
-        """
-        near = {chain.num_evaluations(num_levels): chain for chain in self._near(nfe, num_levels)}
-        if nfe in near:
-            return near[nfe]
-        if self.length is None:
-            raise ValueError(f"cannot be chosen for the sampler {self.kind!r}")
-        nearest = " or ".join(map(str, sorted(near)))
-        raise ValueError(f"cannot be reached by sampling.sampler.{self.length}; use {nearest}")
-
-    def nearest(self, nfe: int, *, num_levels: int) -> Self:
-        """The sampler with the chain closest to `nfe` evaluations; itself if it has no `length`."""
-        return min(self._near(nfe, num_levels), key=lambda chain: abs(chain.num_evaluations(num_levels) - nfe))
-
-    def at_most(self, nfe: int, *, num_levels: int) -> Self | None:
-        """The sampler with the longest chain of at most `nfe` evaluations; None if it cannot be that short."""
-        if self.num_evaluations(num_levels) <= nfe:
-            return self
-        short = [chain for chain in self._near(nfe, num_levels) if chain.num_evaluations(num_levels) <= nfe]
-        return short[-1] if short else None
-
-    def _near(self, nfe: int, num_levels: int) -> list[Self]:
-        """The chains, one or two, with the numbers of evaluations next to `nfe`."""
-        if self.length is None or self.num_evaluations(num_levels) == nfe:
-            return [self]
-        lengths = range(self.least, min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
-        index = bisect_left(lengths, nfe, key=lambda n: self._with(n).num_evaluations(num_levels))
-        return [self._with(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [self._with(self.least)]
-
-    def _with(self, length: int) -> Self:
-        assert self.length is not None
-        changes: dict[str, Any] = {self.length: length}
-        return replace(self, **changes)
+    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Samplers, and the noise levels that they visit."""
