@@ -64,19 +64,6 @@ def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: boo
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
 
 
-def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
-    """Raise ValueError unless `level` is int64 [batch] within 0, ..., num_levels - 1."""
-    if level.shape != (batch,) or level.dtype != torch.int64:
-        raise ValueError(f"level must be int64 of shape [{batch}], got {level.dtype} of shape {list(level.shape)}")
-    # Reading the range would wait for a GPU, and would split a compiled network in two.
-    if level.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if batch and not 0 <= int(level.min()) <= int(level.max()) < num_levels:
-        raise ValueError(
-            f"levels run from 0 (most noise) to {num_levels - 1}, got {int(level.min())} to {int(level.max())}"
-        )
-
-
 def check_size(x: Tensor, *, halvings: int) -> None:
     """Raise ValueError unless height and width can be halved `halvings` times."""
     step = 2**halvings

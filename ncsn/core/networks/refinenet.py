@@ -12,12 +12,12 @@ from ncsn.core.networks.blocks import (
     RefineBlock,
     ResidualStage,
     average_pool,
-    check_levels,
     check_size,
     conv3x3,
     elu,
     max_pool,
 )
+from ncsn.core.networks.entry import ContinuousNetwork, check_conditions, check_levels
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus
 
 if TYPE_CHECKING:
@@ -50,16 +50,34 @@ class NcsnNetwork(nn.Module):
         self.refine3 = refine([2 * n, 2 * n], n)
         self.refine4 = refine([n, n], n, end=True)
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        level: Tensor | None = None,
+        *,
+        sigma: Tensor | None = None,
+        labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
         """Score of noisy images.
 
         Args:
             x: [B, C, H, W] around [0, 1], H and W even.
             level: int64 [B], 0 = most noise.
+            sigma: None, since the network knows its levels only.
+            labels: None, as for the next.
+            augmentation: None, since the network does not take it.
 
         Returns:
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
+
+        Raises:
+            ValueError: There is no level, it is out of range, or something is given that must be None.
         """
+        given = {"sigma": sigma, "labels": labels, "augmentation": augmentation}
+        check_conditions(self, [name for name, value in given.items() if value is not None])
+        if level is None:
+            raise ValueError("this network needs a level")
         check_levels(level, batch=len(x), num_levels=self.num_levels)
         check_size(x, halvings=1)
         stage1 = self.res1(self.begin_conv(2 * x - 1 if self.rescale else x), level)
@@ -115,16 +133,14 @@ _STAGES: dict[Depth, tuple[_Stage, ...]] = {
 }
 
 
-class NcsnV2Network(nn.Module):
-    """Score network s(x, level) = f(x) / sigma_level with an unconditional f (technique 3).
+class NcsnV2Network(ContinuousNetwork):
+    """Score network s(x, sigma) = f(x) / sigma with an unconditional f (technique 3).
 
     Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
     depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256). These have 4,
     5 and 6 stages, which halve the image 1, 2 and 3 times. `rescale` feeds 2x - 1 to the first layer, for images in
     [0, 1].
     """
-
-    sigmas: Tensor  # [L], descending
 
     def __init__(
         self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard", rescale: bool = True
@@ -149,21 +165,8 @@ class NcsnV2Network(nn.Module):
         self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
         self._halvings = sum(stage.dilation is None for stage in stages[1:])
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score of noisy images at levels of the schedule.
-
-        Args:
-            x: [B, C, H, W] around [0, 1]; H and W divisible by 2, 4 or 8 according to the depth.
-            level: int64 [B], 0 = most noise.
-
-        Returns:
-            Score [B, C, H, W] per pixel unit of x.
-        """
-        check_levels(level, batch=len(x), num_levels=len(self.sigmas))
-        return self.score_at(x, self.sigmas[level])
-
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score at any noise standard deviations sigma [B], on the schedule or between its levels."""
+        """Score [B, C, H, W] per pixel unit of x at sigma [B]; H, W divisible by 2, 4 or 8 according to the depth."""
         return self._unscaled(x) / sigma.to(x.dtype).view(-1, 1, 1, 1)
 
     def _unscaled(self, x: Tensor) -> Tensor:

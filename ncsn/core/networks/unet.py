@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.networks.blocks import check_levels
+from ncsn.core.networks.entry import ContinuousNetwork
 from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image, image_keys
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
@@ -156,7 +156,7 @@ class Upsample(nn.Module):
         return functional.interpolate(h, size=tuple(size), mode="nearest").to(h.dtype).contiguous()
 
 
-class UnetNetwork(nn.Module):
+class UnetNetwork(ContinuousNetwork):
     """Score network s(x, sigma) = (D(x; sigma) - x) / sigma^2 with the denoiser D of Karras et al. 2022, eq. 7.
 
     The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma stand in for x and sigma.
@@ -175,8 +175,6 @@ class UnetNetwork(nn.Module):
     Raises:
         ValueError: If image_size cannot be halved for every width, or attention_sizes has a size that does not occur.
     """
-
-    sigmas: Tensor
 
     def __init__(
         self,
@@ -226,22 +224,6 @@ class UnetNetwork(nn.Module):
         self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
         for number, layer in enumerate(each for each in self.modules() if isinstance(each, KeyedDropout)):
             layer.layer = number
-
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Score at levels of the schedule.
-
-        Args:
-            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
-            level: [B] int64 in 0..L-1, 0 = most noise.
-
-        Returns:
-            [B, C, H, W] score, in 1 / pixel units, float32 also under autocast.
-
-        Raises:
-            ValueError: A level is out of range.
-        """
-        check_levels(level, batch=len(x), num_levels=len(self.sigmas))
-        return self.score_at(x, self.sigmas[level])
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Score at any noise level.

@@ -16,7 +16,6 @@ from ncsn.core.networks.blocks import (
     ResidualBlock,
     ResidualConvUnit,
     average_pool,
-    check_levels,
     elu,
     max_pool,
 )
@@ -123,20 +122,6 @@ def test_refine_block_takes_the_size_of_the_first_input():
     assert block([torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], LEVEL).shape == (2, 5, 8, 8)
     assert block.output_convs.num_blocks == 3
     assert not any("norm" in name for name in block.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("level", "message"),
-    [
-        (torch.tensor([0, 3]), "2, got 0 to 3"),
-        (torch.tensor([-1, 0]), "got -1 to 0"),
-        (torch.tensor([0]), r"int64 of shape \[2\]"),
-        (torch.tensor([0.0, 1.0]), "got torch.float32"),
-    ],
-)
-def test_levels_out_of_range_are_refused(level, message):
-    with pytest.raises(ValueError, match=message):
-        check_levels(level, batch=2, num_levels=3)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(average_pool, mean_pool_5), (max_pool, max_pool_5)])
