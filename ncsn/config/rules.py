@@ -122,15 +122,9 @@ def _one_level(config: Config) -> Iterator[Problem]:
 
 def _sampler_network(config: Config) -> Iterator[Problem]:
     sampler = config.sampling.sampler
-    if not isinstance(config.network, NcsnNetworkConfig):
+    if sampler.any_sigma is None or not isinstance(config.network, NcsnNetworkConfig):
         return
-    setting: str
-    if sampler.any_sigma:
-        setting, instead = "kind", "probability_flow"
-    elif isinstance(sampler, ConsistentAnnealedConfig) and sampler.refine > 1:
-        setting, instead = "refine", "refine = 1"
-    else:
-        return
+    setting, instead = sampler.any_sigma
     yield Problem(
         f"sampling.sampler.{setting}",
         "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",

@@ -14,8 +14,12 @@ from ncsn.errors import UserError
 class SamplerSection(Section):
     """The settings of a sampler, and what it needs of the network and the noise levels."""
 
-    any_sigma: ClassVar[bool] = False  # a network for any sigma, not only for its noise levels
     several_levels: ClassVar[bool] = True
+
+    @property
+    def any_sigma(self) -> tuple[str, str] | None:
+        """The setting that needs a network for any sigma, and what to use with one that knows only its own levels."""
+        return None
 
 
 class AnnealedLangevinConfig(SamplerSection):
@@ -72,6 +76,11 @@ class ConsistentAnnealedConfig(SamplerSection):
     )
     denoise: bool = Field(True, description="End with x + sigma_L^2 s(x), one more NFE.")
 
+    @property
+    def any_sigma(self) -> tuple[str, str] | None:
+        """See `SamplerSection`."""
+        return ("refine", "refine = 1") if self.refine > 1 else None
+
 
 class PredictorCorrectorConfig(SamplerSection):
     """Predictor-corrector sampling of the variance-exploding SDE (Song et al. 2021)."""
@@ -101,8 +110,6 @@ class ProbabilityFlowConfig(SamplerSection):
 class KarrasHeunConfig(SamplerSection):
     """The stochastic Heun sampler of Karras et al. 2022 (Algorithm 2), for networks that take any sigma (not ncsn)."""
 
-    any_sigma = True
-
     kind: Literal["karras_heun"] = Field(description="Heun's method on the grid of Karras et al., with churn.")
     num_steps: int = Field(18, ge=2, le=10000, description="Steps N; NFE = 2 N - 1.")
     rho: float = Field(7.0, gt=0, le=100, description="Exponent of the grid.")
@@ -112,11 +119,52 @@ class KarrasHeunConfig(SamplerSection):
     churn_noise: float = Field(1.0, gt=0, le=2, description="Standard deviation of the added noise; 1 keeps sigma.")
     denoise: bool = Field(True, description="End with a step to sigma = 0.")
 
+    @property
+    def any_sigma(self) -> tuple[str, str]:
+        """See `SamplerSection`."""
+        return "kind", "probability_flow"
+
     @model_validator(mode="after")
     def _churns_somewhere(self) -> KarrasHeunConfig:
         if self.churn_min >= self.churn_max:
             raise UserError("churn_min", f"must be below churn_max = {self.churn_max:g}", value=self.churn_min)
         return self
+
+
+class _MultistepConfig(SamplerSection):
+    """The grid of the multistep samplers."""
+
+    num_levels: int | None = Field(
+        None,
+        ge=2,
+        description="Visit this many of the network's own levels, instead of a grid of num_steps points; for the "
+        "network ncsn, which knows no others.",
+    )
+    spacing: Literal["geometric", "karras"] = Field("karras", description="Spacing of the grid.")
+    rho: float = Field(7.0, gt=0, le=100, description="Exponent of the karras grid.")
+    denoise: bool = Field(True, description="End with a step to sigma = 0.")
+
+    @property
+    def any_sigma(self) -> tuple[str, str] | None:
+        """See `SamplerSection`."""
+        return ("num_levels", "the number of these to visit") if self.num_levels is None else None
+
+
+class DpmSolverConfig(_MultistepConfig):
+    """DPM-Solver++(2M) and its SDE form (Lu et al. 2022)."""
+
+    kind: Literal["dpm_solver"] = Field(description="Multistep; as accurate as Heun at half the NFE.")
+    num_steps: int = Field(18, ge=2, le=10000, description="Grid points N; NFE = N.")
+    order: Literal[1, 2] = Field(2, description="1 = DDIM (or ancestral, with eta = 1), 2 = the multistep method 2M.")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise added on the way: 0 = the ODE, 1 = the reverse SDE.")
+
+
+class UniPCConfig(_MultistepConfig):
+    """UniPC, a multistep predictor-corrector (Zhao et al. 2023)."""
+
+    kind: Literal["unipc"] = Field(description="Multistep; more accurate than dpm_solver from about 12 steps on.")
+    num_steps: int = Field(12, ge=2, le=10000, description="Grid points N; NFE = N.")
+    order: Literal[2, 3] = Field(3, description="Order of the predictor; 3 is unstable with fewer than 8 points.")
 
 
 SamplerConfig = Annotated[
@@ -125,7 +173,9 @@ SamplerConfig = Annotated[
     | ConsistentAnnealedConfig
     | PredictorCorrectorConfig
     | ProbabilityFlowConfig
-    | KarrasHeunConfig,
+    | KarrasHeunConfig
+    | DpmSolverConfig
+    | UniPCConfig,
     Field(discriminator="kind"),
 ]
 _SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)

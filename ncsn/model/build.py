@@ -26,6 +26,7 @@ from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.multistep import DpmSolver, UniPC
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 from ncsn.core.training import Ema, StepOptions, TrainState
@@ -33,7 +34,16 @@ from ncsn.errors import UserError
 
 _SAMPLERS: dict[str, type[Sampler]] = {
     each.kind: each
-    for each in (AnnealedLangevin, Langevin, ConsistentAnnealed, PredictorCorrector, ProbabilityFlow, KarrasHeun)
+    for each in (
+        AnnealedLangevin,
+        Langevin,
+        ConsistentAnnealed,
+        PredictorCorrector,
+        ProbabilityFlow,
+        KarrasHeun,
+        DpmSolver,
+        UniPC,
+    )
 }
 
 

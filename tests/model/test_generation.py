@@ -37,6 +37,8 @@ SAMPLERS = {
     "predictor_corrector": ({"predictor": "ancestral", "corrector_steps": 1}, 12),
     "probability_flow": ({"method": "heun"}, 11),
     "karras_heun": ({"num_steps": 5, "churn": 2.0, "churn_min": 0.06, "churn_noise": 1.003}, 9),
+    "dpm_solver": ({"num_steps": 7, "eta": 0.5}, 7),
+    "unipc": ({"num_levels": 6, "spacing": "geometric"}, 6),
 }
 
 
@@ -166,6 +168,8 @@ def test_stages_begin_with_the_start() -> None:
         ("langevin", 4, "num_steps", 3),
         ("probability_flow", 5, "num_levels", 3),
         ("karras_heun", 35, "num_steps", 18),
+        ("dpm_solver", 18, "num_steps", 18),
+        ("unipc", 4, "num_levels", 4),
     ],
 )
 def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, value: int) -> None:
@@ -176,7 +180,12 @@ def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, va
 
 @pytest.mark.parametrize(
     ("kind", "nfe", "hint"),
-    [("annealed_langevin", 20, "use 19 or 25"), ("probability_flow", 40, "use 11"), ("predictor_corrector", 3, "")],
+    [
+        ("annealed_langevin", 20, "use 19 or 25"),
+        ("probability_flow", 40, "use 11"),
+        ("predictor_corrector", 3, ""),
+        ("unipc", 9, "use 6"),
+    ],
 )
 def test_lengths_out_of_reach_name_the_nearest(kind: str, nfe: int, hint: str) -> None:
     with refused("nfe") as caught:
@@ -190,6 +199,16 @@ def test_a_sampler_for_continuous_networks_refuses_the_2019_network() -> None:
     tree["sampling"]["sampler"] = {"kind": "karras_heun", "num_steps": 3}
     with refused("sampling.sampler.kind", error=ConfigError):
         from_yaml(yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize("kind", ["dpm_solver", "unipc"])
+def test_multistep_samplers_visit_the_levels_of_the_2019_network(kind: str) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["network"] = {"kind": "ncsn", "num_features": 4}
+    tree["sampling"]["sampler"] = {"kind": kind, "num_levels": 4, "spacing": "geometric"}
+    config = from_yaml(yaml.safe_dump(tree))
+    images = generate(trained(config), sampling=config.sampling, first=0, count=2)
+    assert images.std() > 0 and evaluations_per_image(config) == 4
 
 
 @pytest.mark.parametrize("depth", ["standard", "deeper", "deepest"])
@@ -230,6 +249,7 @@ def test_a_sampler_and_its_section_of_the_config_are_one(kind: str) -> None:
         ("annealed_langevin", 1, 7),
         ("probability_flow", 1000, 11),
         ("karras_heun", 36, 35),
+        ("dpm_solver", 1, 2),
         ("predictor_corrector", 500, 12),
     ],
 )
@@ -242,7 +262,7 @@ def test_the_nearest_chain(kind: str, wanted: int, nfe: int) -> None:
 def test_each_stage_after_the_start_has_its_sigma(kind: str, fewer: bool) -> None:
     config = config_with(kind)
     sampling = config.sampling
-    if fewer and kind in ("predictor_corrector", "probability_flow"):
+    if fewer and kind in ("predictor_corrector", "probability_flow", "unipc"):
         sampling = sampling.model_copy(update={"sampler": sampling.sampler.model_copy(update={"num_levels": 3})})
     elif fewer and kind == "consistent_annealed":
         finer = sampling.sampler.model_copy(update={"refine": 2, "epsilon": 1.5e-3})

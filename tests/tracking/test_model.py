@@ -135,6 +135,14 @@ def test_another_sampler_generates_by_itself(model, checkpoint, make_config, sam
     assert shorter.shape == (1, 8, 8, 1)
 
 
+@pytest.mark.parametrize("kind", ["dpm_solver", "unipc"])
+def test_a_multistep_sampler_takes_as_many_steps_as_evaluations(model, checkpoint, make_config, kind):
+    chosen = make_config(f"sampling.sampler={{kind: {kind}, num_steps: 5}}").sampling
+    expected = generate(checkpoint, sampling=chosen, first=0, count=1)
+    images = model.predict(None, params={"n_images": 1, "sampler": kind, "nfe": 5})
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+
+
 def test_signature_lists_every_param_and_the_images(model):
     signature = model.metadata.signature
     assert [param.name for param in signature.params] == ["n_images", "seed", "sampler", "nfe", "images", "mask"]
@@ -145,6 +153,7 @@ def test_signature_lists_every_param_and_the_images(model):
     ("params", "subject"),
     [
         ({"sampler": "euler"}, "sampling.sampler.kind"),
+        ({"sampler": "{kind: dpm_solver, order: 3}"}, "sampling.sampler.order"),
         ({"sampler": "{kind: langevin, steps: 3}"}, "sampling.sampler.steps"),
         ({**INPAINTING, "mask": ""}, "mask"),
         ({**INPAINTING, "images": ["no PNG"]}, "images"),

@@ -34,9 +34,13 @@ class Sampler(ABC):
     """A sampler; a subclass's fields are those of the config section of its `kind`."""
 
     kind: ClassVar[str]
-    length: ClassVar[str | None] = None  # the field that decides the NFE
     least: ClassVar[int] = 1  # its smallest value
     uniform_start: ClassVar[bool] = False
+
+    @property
+    def length(self) -> str | None:
+        """The field that decides the NFE; None for none."""
+        return None
 
     @abstractmethod
     def num_evaluations(self, num_levels: int) -> int:

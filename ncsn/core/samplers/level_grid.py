@@ -43,13 +43,21 @@ class LevelGrid:
         """Tweedie's x + sigma^2 s(x) at grid position k."""
         return torch.add(x, self.score(x, k), alpha=self.sigmas[k] ** 2)
 
+    def continues(self, k: int) -> bool:
+        """Whether the scores at grid positions k and k + 1 are of one smooth function of sigma.
 
-def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric") -> list[int]:
+        They are, unless the network has a method `field_at(sigma)` that differs, as guidance within an interval does.
+        """
+        field_at = getattr(self.network, "field_at", None)
+        return field_at is None or field_at(self.sigmas[k]) == field_at(self.sigmas[k + 1])
+
+
+def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> list[int]:
     """Indices of `count` of the levels [L], first and last among them; None, or more than L, for all.
 
-    A grid is laid over the range, evenly in log sigma or (`karras`) in sigma^(1/7), and each of its points moved to the
-    nearest level in log sigma. Points that meet at one level become one with `karras`; `geometric` takes the next free
-    level, so that `count` are returned.
+    A grid is laid over the range, evenly in log sigma or (`karras`) in sigma^(1/rho), and each of its points moved to
+    the nearest level in log sigma. Points that meet at one level become one with `karras`; `geometric` takes the next
+    free level, so that `count` are returned.
     """
     total = len(sigmas)
     if count is None or count >= total:
@@ -58,7 +66,8 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
         raise ValueError(f"at least the first and the last level must be used, got num_levels = {count}")
     logs = sigmas.detach().cpu().double().log()
     if spacing == "karras":
-        grid = torch.tensor(karras_sigmas(float(sigmas[0]), float(sigmas[-1]), count), dtype=torch.float64).log()
+        points = karras_sigmas(float(sigmas[0]), float(sigmas[-1]), count, rho=rho)
+        grid = torch.tensor(points, dtype=torch.float64).log()
     else:
         grid = torch.linspace(float(logs[0]), float(logs[-1]), count, dtype=torch.float64)
     nearest: list[int] = (grid[:, None] - logs).abs().argmin(dim=1).tolist()
@@ -71,7 +80,17 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
 
 def refined_sigmas(sigmas: Tensor, refine: int) -> list[float]:
     """A geometric grid over the range of the levels [L] with `refine` times as many steps."""
-    count = (len(sigmas) - 1) * refine + 1
+    return _geometric(sigmas, (len(sigmas) - 1) * refine + 1)
+
+
+def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing, rho: float = 7.0) -> list[float]:
+    """A grid of `num_steps` points over the range of the levels [L], which need not be among them."""
+    if spacing == "karras":
+        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), num_steps, rho=rho)
+    return _geometric(sigmas, num_steps)
+
+
+def _geometric(sigmas: Tensor, count: int) -> list[float]:
     return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), count, dtype=torch.float64).exp())
 
 

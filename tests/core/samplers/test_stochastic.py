@@ -10,6 +10,7 @@ import torch
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin
+from ncsn.core.samplers.multistep import DpmSolver, UniPC
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 
@@ -31,6 +32,10 @@ EVERY_SAMPLER = [
     ProbabilityFlow(num_levels=6, spacing="karras"),
     KarrasHeun(num_steps=5),
     KarrasHeun(num_steps=5, churn=3.0, denoise=False),
+    DpmSolver(num_steps=5),
+    DpmSolver(num_levels=6, spacing="geometric", eta=1.0, denoise=False),
+    UniPC(num_steps=5),
+    UniPC(num_levels=6, spacing="geometric", order=2, denoise=False),
 ]
 
 
