@@ -15,18 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.networks.entry import ContinuousNetwork
-from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image, image_keys
+from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image
+from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, num_groups
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # separates large from small, the highest separates levels that differ by a few percent.
 LOWEST_FREQUENCY = 0.5
 HIGHEST_FREQUENCY = 50.0
-
-
-def _num_groups(width: int) -> int:
-    """At most 32 groups of at least four channels that divide `width`."""
-    return math.gcd(width, max(1, min(32, width // 4)))
 
 
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
@@ -38,22 +33,23 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class NoiseEmbedding(nn.Module):
-    """Cosines and sines of c_noise = ln(sigma) / 4, and two layers."""
+    """Cosines and sines of c_noise = ln(sigma) / 4, what the conditions add to them, and two layers."""
 
     frequencies: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, num_classes: int | None, augmentation: bool) -> None:
         super().__init__()
         half = max(2, features // 2)
         exponents = torch.linspace(math.log(LOWEST_FREQUENCY), math.log(HIGHEST_FREQUENCY), half, dtype=torch.float64)
         self.register_buffer("frequencies", exponents.exp().float(), persistent=False)
         self.linear1 = nn.Linear(2 * half, features)
         self.linear2 = nn.Linear(features, features)
+        self.condition_terms = ConditionTerms(2 * half, num_classes=num_classes, augmentation=augmentation)
 
-    def forward(self, c_noise: Tensor) -> Tensor:
+    def forward(self, c_noise: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """[B] to [B, features], after the activation that every reader would apply."""
         angles = c_noise[:, None] * self.frequencies
-        h = torch.cat([angles.cos(), angles.sin()], dim=1)
+        h = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), labels, augmentation)
         return functional.silu(self.linear2(functional.silu(self.linear1(h))))
 
 
@@ -62,7 +58,7 @@ class FilmGroupNorm(nn.Module):
 
     def __init__(self, width: int, *, embedding_features: int) -> None:
         super().__init__()
-        self.num_groups = _num_groups(width)
+        self.num_groups = num_groups(width)
         self.affine = nn.Linear(embedding_features, 2 * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -77,7 +73,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.num_heads = math.gcd(width, max(1, width // 64))
-        self.norm = nn.GroupNorm(_num_groups(width), width)
+        self.norm = nn.GroupNorm(num_groups(width), width)
         self.query_key_value = nn.Conv2d(width, 3 * width, 1)
         self.output = _zeroed(nn.Conv2d(width, width, 1))
 
@@ -101,7 +97,7 @@ class ResidualBlock(nn.Module):
         self, in_width: int, *, out_width: int, embedding_features: int, dropout: float, attention: bool
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(_num_groups(in_width), in_width)
+        self.norm1 = nn.GroupNorm(num_groups(in_width), in_width)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.norm2 = FilmGroupNorm(out_width, embedding_features=embedding_features)
         self.dropout = KeyedDropout(dropout)
@@ -156,12 +152,8 @@ class Upsample(nn.Module):
         return functional.interpolate(h, size=tuple(size), mode="nearest").to(h.dtype).contiguous()
 
 
-class UnetNetwork(ContinuousNetwork):
-    """Score network s(x, sigma) = (D(x; sigma) - x) / sigma^2 with the denoiser D of Karras et al. 2022, eq. 7.
-
-    The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma stand in for x and sigma.
-    A fresh network predicts zero before preconditioning: its score is that of a Gaussian around mid-gray with standard
-    deviation `sigma_data` per pixel.
+class UnetNetwork(PreconditionedNetwork):
+    """A compact U-Net with the preconditioning of Karras et al. 2022. A fresh one predicts zero before it.
 
     Args:
         image_size: Height and width in pixels. Decides where attention goes; other sizes are accepted too.
@@ -171,6 +163,8 @@ class UnetNetwork(ContinuousNetwork):
         attention_sizes: Feature map sizes in pixels with self-attention after each residual block.
         dropout: Probability inside the residual blocks in training, in [0, 1).
         sigma_data: Standard deviation of the pixels in [0, 1].
+        num_classes: Classes that it takes as `labels`; None for none.
+        augmentation: Whether it takes augmentation labels.
 
     Raises:
         ValueError: If image_size cannot be halved for every width, or attention_sizes has a size that does not occur.
@@ -188,17 +182,18 @@ class UnetNetwork(ContinuousNetwork):
         attention_sizes: Sequence[int],
         dropout: float,
         sigma_data: float,
+        num_classes: int | None = None,
+        augmentation: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(sigmas=sigmas, sigma_data=sigma_data, dropout=dropout)
         sizes = _feature_map_sizes(image_size, num_resolutions=len(widths))
         if missing := sorted(set(attention_sizes) - set(sizes)):
             raise ValueError(
                 f"attention_sizes = {missing} do not occur: feature maps of a {image_size}-pixel image with "
                 f"{len(widths)} widths have sizes {sizes}; choose among these"
             )
-        self.sigma_data, self.dropout = sigma_data, dropout
-        self.register_buffer("sigmas", sigmas.detach().clone().float())
-        self.embedding = NoiseEmbedding(embedding_features)
+        self.embedding = NoiseEmbedding(embedding_features, num_classes=num_classes, augmentation=augmentation)
+        self.conditions = self.embedding.condition_terms.taken
         self.input = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -220,34 +215,21 @@ class UnetNetwork(ContinuousNetwork):
             if not lowest:
                 self.downsample.append(nn.Conv2d(width, widths[depth + 1], 3, stride=2, padding=1))
                 self.upsample.append(Upsample(widths[depth + 1], out_width=width))
-        self.output_norm = nn.GroupNorm(_num_groups(widths[0]), widths[0])
+        self.output_norm = nn.GroupNorm(num_groups(widths[0]), widths[0])
         self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
-        for number, layer in enumerate(each for each in self.modules() if isinstance(each, KeyedDropout)):
-            layer.layer = number
+        self._number_dropout_layers()
 
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score at any noise level.
-
-        Args:
-            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
-            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
-
-        Returns:
-            [B, C, H, W] score, in 1 / pixel units, float32 also under autocast.
-        """
-        sigma2x = 2 * sigma
-        variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
-        x2x = 2 * x - 1
-        keys = image_keys(x) if self.training and self.dropout > 0 else None
-        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys).to(x.dtype)
-        # D' - x' with c_skip - 1 in closed form: the difference of D and x cancels at small sigma.
-        gain = (2 * self.sigma_data) * variance.rsqrt() / sigma2x[:, None, None, None]
-        return 2 * (gain * raw - x2x / variance)
-
-    def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The network F before preconditioning."""
+    def _raw(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        keys: Tensor | None = None,
+        labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """See `PreconditionedNetwork`."""
         # On a GPU autocast computes norms and interpolations in float32; their results return to the maps' type.
-        embedding = self.embedding(c_noise)
+        embedding = self.embedding(c_noise, labels, augmentation)
         h = self.input(x)
         skips: list[Tensor] = []
         for depth, stage in enumerate(self.down):

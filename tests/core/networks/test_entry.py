@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.entry import check_levels
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
@@ -13,6 +16,15 @@ from ncsn.core.networks.unet import UnetNetwork
 SIGMAS = torch.logspace(0, -2, 5)
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LEVEL = torch.tensor([0, 3, 4])
+PRECONDITIONED: dict[str, Any] = {
+    "channels": 1,
+    "image_size": 8,
+    "sigmas": SIGMAS,
+    "blocks_per_resolution": 1,
+    "attention_sizes": (),
+    "dropout": 0.0,
+    "sigma_data": 0.25,
+}
 
 
 def make_network(kind: str) -> nn.Module:
@@ -22,25 +34,17 @@ def make_network(kind: str) -> nn.Module:
         network = NcsnNetwork(4, channels=1, num_levels=5)
     elif kind == "ncsnv2":
         network = NcsnV2Network(4, channels=1, sigmas=SIGMAS)
+    elif kind == "unet":
+        network = UnetNetwork(widths=(8, 8), embedding_features=8, **PRECONDITIONED)
     else:
-        network = UnetNetwork(
-            channels=1,
-            image_size=8,
-            sigmas=SIGMAS,
-            widths=(8, 8),
-            blocks_per_resolution=1,
-            embedding_features=8,
-            attention_sizes=(),
-            dropout=0.0,
-            sigma_data=0.25,
-        )
+        network = DdpmppNetwork(base_width=8, multipliers=(1, 1), embedding_multiplier=2, **PRECONDITIONED)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return network
 
 
-@pytest.mark.parametrize("kind", ["ncsnv2", "unet"])
+@pytest.mark.parametrize("kind", ["ncsnv2", "unet", "ddpmpp"])
 def test_level_and_its_sigma_give_the_same_score(kind: str) -> None:
     network = make_network(kind)
     by_level = network(X, LEVEL)
@@ -49,7 +53,7 @@ def test_level_and_its_sigma_give_the_same_score(kind: str) -> None:
     assert not torch.equal(network(X, sigma=1.1 * SIGMAS[LEVEL]), by_level)
 
 
-@pytest.mark.parametrize("kind", ["ncsn", "ncsnv2", "unet"])
+@pytest.mark.parametrize("kind", ["ncsn", "ncsnv2", "unet", "ddpmpp"])
 @pytest.mark.parametrize("name", ["labels", "augmentation"])
 def test_conditions_that_a_network_does_not_take_are_refused(kind: str, name: str) -> None:
     network = make_network(kind)

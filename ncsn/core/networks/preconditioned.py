@@ -1,0 +1,116 @@
+"""What the networks with the preconditioning of Karras et al. 2022 (section 5) share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ncsn.core.augmentation import NUM_LABELS
+from ncsn.core.networks.entry import ContinuousNetwork
+from ncsn.core.networks.normalization import KeyedDropout, image_keys
+
+
+def num_groups(width: int) -> int:
+    """Groups of a group norm: at most 32, of at least four channels, that divide `width`."""
+    return math.gcd(width, max(1, min(32, width // 4)))
+
+
+class ConditionTerms(nn.Module):
+    """What class and augmentation add to the features of the noise level, for the conditions that a network takes.
+
+    A class k adds W e_k sqrt(K) + b, no class b alone. Augmentation labels a add V a, so none add nothing.
+
+    Args:
+        features: Width of the features.
+        num_classes: K; None for a network without classes.
+        augmentation: Whether the network takes augmentation labels.
+    """
+
+    def __init__(self, features: int, *, num_classes: int | None, augmentation: bool) -> None:
+        super().__init__()
+        self.map_label = None if num_classes is None else nn.Linear(num_classes, features)
+        self.map_augment = nn.Linear(NUM_LABELS, features, bias=False) if augmentation else None
+        for layer in (self.map_label, self.map_augment):
+            if layer is not None:
+                nn.init.xavier_uniform_(layer.weight)
+        if self.map_label is not None:
+            nn.init.zeros_(self.map_label.bias)
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Names of the conditions."""
+        parts = {"labels": self.map_label, "augmentation": self.map_augment}
+        return frozenset(name for name, part in parts.items() if part is not None)
+
+    def forward(self, h: Tensor, labels: Tensor | None, augmentation: Tensor | None) -> Tensor:
+        """Features [B, features], labels int64 [B] and augmentation [B, 9] to features. None is no class, or zeros."""
+        # Without labels the terms are computed too: each parameter must have a gradient where workers exchange them.
+        if self.map_label is not None:
+            classes = torch.arange(self.map_label.in_features, device=h.device)
+            given = torch.full_like(h[:, 0], -1) if labels is None else labels
+            one_hot = (given[:, None] == classes).to(h.dtype)
+            h = h + self.map_label(one_hot * math.sqrt(len(classes)))
+        if self.map_augment is not None:
+            given = h.new_zeros(len(h), NUM_LABELS) if augmentation is None else augmentation.to(h.dtype)
+            h = h + self.map_augment(given)
+        return h
+
+
+class PreconditionedNetwork(ContinuousNetwork):
+    """Score network s(x, sigma) = (D(x; sigma) - x) / sigma^2 with the denoiser D of Karras et al. 2022, eq. 7.
+
+    The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma stand in for x and sigma.
+    Where the network F of a subclass, `_raw`, predicts zero, the score is that of a Gaussian around mid-gray with
+    standard deviation `sigma_data` per pixel.
+
+    Args:
+        sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
+        sigma_data: Standard deviation of the pixels in [0, 1].
+        dropout: Probability in training, in [0, 1).
+    """
+
+    def __init__(self, *, sigmas: Tensor, sigma_data: float, dropout: float) -> None:
+        super().__init__()
+        self.sigma_data, self.dropout = sigma_data, dropout
+        self.register_buffer("sigmas", sigmas.detach().clone().float())
+
+    def score_at(
+        self, x: Tensor, sigma: Tensor, *, labels: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
+        """Score at any noise level.
+
+        Args:
+            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
+            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
+            labels: int64 [B], -1 = no class; None for no classes.
+            augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
+
+        Returns:
+            [B, C, H, W] score, in 1 / pixel units, float32 also under autocast.
+        """
+        sigma2x = 2 * sigma
+        variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
+        x2x = 2 * x - 1
+        keys = image_keys(x) if self.training and self.dropout > 0 else None
+        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys, labels, augmentation).to(x.dtype)
+        # D' - x' with c_skip - 1 in closed form: the difference of D and x cancels at small sigma.
+        gain = (2 * self.sigma_data) * variance.rsqrt() / sigma2x[:, None, None, None]
+        return 2 * (gain * raw - x2x / variance)
+
+    def _raw(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        keys: Tensor | None = None,
+        labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """The network F before preconditioning: of scaled images, ln(sigma') / 4 [B], keys for dropout, conditions."""
+        raise NotImplementedError
+
+    def _number_dropout_layers(self) -> None:
+        """Give each layer its own masks; once all are there."""
+        for number, layer in enumerate(each for each in self.modules() if isinstance(each, KeyedDropout)):
+            layer.layer = number

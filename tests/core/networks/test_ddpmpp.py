@@ -1,0 +1,281 @@
+"""The DDPM++ network: sizes and costs to the digit, its block against the formulas, its start and its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from ncsn.core.networks.ddpmpp import Block, DdpmppNetwork, Place, SelfAttention, double, halve
+
+SIGMAS = torch.logspace(0, -2, 10)
+
+
+def make_network(**changes: Any) -> DdpmppNetwork:
+    settings: dict[str, Any] = {
+        "channels": 1,
+        "image_size": 8,
+        "sigmas": SIGMAS,
+        "base_width": 16,
+        "multipliers": (1, 2),
+        "blocks_per_resolution": 1,
+        "attention_sizes": (8,),
+        "embedding_multiplier": 4,
+        "dropout": 0.0,
+        "sigma_data": 0.25,
+    }
+    torch.manual_seed(0)
+    return DdpmppNetwork(**(settings | changes))
+
+
+def shaken(network: DdpmppNetwork) -> DdpmppNetwork:
+    """Not near zero, where most of the network has no influence yet."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network
+
+
+def random_batch(*, batch: int = 6, channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
+    x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(batch) % len(SIGMAS)
+
+
+CIFAR10 = {
+    "channels": 3,
+    "image_size": 32,
+    "base_width": 128,
+    "multipliers": (2, 2, 2),
+    "blocks_per_resolution": 4,
+    "attention_sizes": (16,),
+}
+FACES = CIFAR10 | {"image_size": 64, "multipliers": (1, 2, 2, 2)}
+TOY = {"blocks_per_resolution": 1, "num_classes": 10}
+CLOTHES = TOY | {"image_size": 28, "multipliers": (1, 2, 4), "attention_sizes": (7,)}
+EMOJI = TOY | {
+    "channels": 3,
+    "image_size": 32,
+    "base_width": 32,
+    "multipliers": (1, 2, 2),
+    "attention_sizes": (8,),
+}
+DIGITS = TOY | {"base_width": 32, "attention_sizes": ()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "augmentation", "tensors", "parameters", "flop"),
+    [
+        (CIFAR10, True, 417, 55_733_891, 42_380_429_568),
+        (CIFAR10 | {"num_classes": 10}, True, 419, 55_735_299, None),
+        (CIFAR10, False, 416, 55_732_739, None),
+        (FACES, True, None, 61_805_571, 83_722_897_664),
+        (CLOTHES, True, None, 744_545, 178_803_040),
+        (EMOJI, True, None, 1_261_187, 611_968_192),
+        (DIGITS, True, None, 715_841, 36_193_472),
+    ],
+)
+def test_sizes_and_costs(
+    settings: dict[str, Any], augmentation: bool, tensors: int | None, parameters: int, flop: int | None
+) -> None:
+    size = settings.get("image_size", 8)
+    with torch.device("meta"):
+        network = make_network(**settings, augmentation=augmentation)
+        x = torch.zeros(1, settings.get("channels", 1), size, size)
+        level = torch.zeros(1, dtype=torch.int64)
+    found = [parameter.numel() for parameter in network.to("meta").parameters()]
+    assert sum(found) == parameters
+    assert tensors is None or len(found) == tensors
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x, level)
+    assert flop is None or counter.get_total_flops() == flop
+
+
+def test_names_sizes_and_skips_are_those_of_the_published_network() -> None:
+    with torch.device("meta"):
+        network = make_network(**CIFAR10, augmentation=True)
+    sizes = {
+        f"{part}.{name}": sum(parameter.numel() for parameter in module.parameters())
+        for part in ("enc", "dec")
+        for name, module in getattr(network, part).items()
+    }
+    plain, attending, narrowed = 1_312_512, 1_576_192, 2_034_176
+
+    def blocks(part: str, size: int, counts: Sequence[int]) -> dict[str, int]:
+        return {f"{part}.{size}x{size}_block{number}": count for number, count in enumerate(counts)}
+
+    expected = {"enc.32x32_conv": 3_584} | blocks("enc", 32, [1_050_368, plain, plain, plain])
+    expected |= {"enc.16x16_down": 1_378_304} | blocks("enc", 16, [attending] * 4)
+    expected |= {"enc.8x8_down": 1_378_304} | blocks("enc", 8, [plain] * 4)
+    expected |= {"dec.8x8_in0": attending, "dec.8x8_in1": plain} | blocks("dec", 8, [narrowed] * 5)
+    expected |= {"dec.16x16_up": 1_378_304} | blocks("dec", 16, [*[narrowed] * 4, 2_297_856])
+    expected |= {"dec.32x32_up": 1_378_304} | blocks("dec", 32, [*[narrowed] * 4, 1_706_240])
+    expected |= {"dec.32x32_aux_norm": 512, "dec.32x32_aux_conv": 6_915}
+    assert list(sizes.items()) == list(expected.items())
+    mapping = [network.map_layer0, network.map_layer1, network.condition_terms]
+    assert [sum(p.numel() for p in part.parameters()) for part in mapping] == [66_048, 262_656, 1_152]
+    joined = [block.norm0.num_channels for name, block in network.dec.items() if "block" in name]
+    assert joined == [512] * 14 + [384]
+
+
+def test_features_of_the_noise_are_cosines_and_sines_of_64_frequencies() -> None:
+    network = make_network(base_width=128)
+    expected = torch.tensor([10000 ** (-j / 63) for j in range(64)])
+    torch.testing.assert_close(network.frequencies, expected)
+
+
+def plain_block(block: Block, x: Tensor, e: Tensor) -> Tensor:
+    """The formulas, by plain functions."""
+
+    def resampled(maps: Tensor) -> Tensor:
+        if block.resample == "down":
+            return functional.avg_pool2d(maps, 2)
+        return maps.repeat_interleave(2, 2).repeat_interleave(2, 3) if block.resample == "up" else maps
+
+    def norm(layer: nn.GroupNorm, maps: Tensor) -> Tensor:
+        assert layer.num_groups == min(32, maps.shape[1] // 4)
+        return functional.group_norm(maps, layer.num_groups, layer.weight, layer.bias, 1e-6)
+
+    def conv(layer: nn.Conv2d, maps: Tensor) -> Tensor:
+        return functional.conv2d(maps, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+    h = conv(block.conv0, resampled(functional.silu(norm(block.norm0, x))))
+    h = h + (e @ block.affine.weight.T + block.affine.bias)[:, :, None, None]
+    h = conv(block.conv1, functional.silu(norm(block.norm1, h)))
+    shortcut = resampled(x)
+    y = (h + (conv(block.shortcut, shortcut) if isinstance(block.shortcut, nn.Conv2d) else shortcut)) / math.sqrt(2)
+    if isinstance(block.attention, SelfAttention):
+        q, k, v = conv(block.attention.query_key_value, norm(block.attention.norm, y)).flatten(2).chunk(3, dim=1)
+        weights = (q.transpose(1, 2) @ k / math.sqrt(len(q[0]))).softmax(dim=2)
+        attended = (v @ weights.transpose(1, 2)).view_as(y)
+        y = (y + conv(block.attention.output, attended)) / math.sqrt(2)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("in_width", "place", "projected"),
+    [
+        (16, Place("", 16), False),
+        (16, Place("", 24, attention=True), True),
+        (16, Place("", 16, resample="down"), True),
+        (16, Place("", 16, resample="up"), True),
+    ],
+)
+def test_a_block_is_that_of_the_formulas(in_width: int, place: Place, projected: bool) -> None:
+    torch.manual_seed(0)
+    block = Block(in_width, place, embedding_features=12, dropout=0.0).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    assert isinstance(block.shortcut, nn.Conv2d) == projected
+    x, e = torch.randn(3, in_width, 8, 8, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    torch.testing.assert_close(block(x, e, None), plain_block(block, x, e))
+
+
+class Unit(nn.Module):
+    """Standard normal maps, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_block_keeps_unit_variance(attention: bool) -> None:
+    torch.manual_seed(0)
+    block = Block(16, Place("", 16, attention=attention), embedding_features=4, dropout=0.0)
+    block.conv1 = Unit()  # type: ignore[assignment]
+    if attention:
+        block.attention.output = Unit()
+    y = block(torch.randn(64, 16, 16, 16), torch.randn(64, 4), None)
+    assert abs(float(y.var()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_halving_and_doubling_are_means_and_repetition(channels: int) -> None:
+    x = torch.randn(2, channels, 4, 6, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in (
+        (halve, lambda x: functional.avg_pool2d(x, 2)),
+        (double, lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
+    ):
+        torch.testing.assert_close(ours(x), theirs(x))
+        weights = torch.randn_like(ours(x))
+        (gradient,) = torch.autograd.grad((ours(x) * weights).sum(), x)
+        (expected,) = torch.autograd.grad((theirs(x) * weights).sum(), x)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_fresh_network_predicts_zero_before_preconditioning() -> None:
+    network = make_network(**DIGITS, augmentation=True)
+    x, level = random_batch(batch=10)
+    c_in_x = torch.randn_like(x)
+    assert float(network._raw(c_in_x, SIGMAS[level].log() / 4).detach().abs().max()) < 1e-3
+    sigma = SIGMAS[level][:, None, None, None]
+    denoised = x + sigma.square() * network(x, level)
+    c_skip = 0.25**2 / (sigma.square() + 0.25**2)
+    torch.testing.assert_close(denoised - 0.5, c_skip * (x - 0.5), rtol=0, atol=1e-3)
+
+
+def test_a_fresh_network_has_the_loss_of_a_zero_network() -> None:
+    """Per pixel (sigma'^2 m2 / sd'^2 + sd'^2) / (sigma'^2 + sd'^2) with the weight of Karras et al."""
+    network = make_network(**DIGITS, augmentation=True)
+    draw = torch.Generator().manual_seed(0)
+    m2, sd = 0.4**2, 0.25  # of pixels in [0, 1] around 1/2
+    x = 0.5 + math.sqrt(m2) * (2 * torch.randint(2, (10, 1, 8, 8), generator=draw) - 1)
+    z = 2.0 * torch.randint(2, x.shape, generator=draw) - 1
+    sigma = SIGMAS[:, None, None, None]
+    # Over z and -z the products with x cancel, so the mean is exact.
+    residuals = [sigma * network(x + sigma * sign * z, sigma=SIGMAS) + sign * z for sign in (1, -1)]
+    squares = torch.stack(residuals).square().mean(dim=(0, 2, 3, 4))
+    loss = (1 + (SIGMAS / sd).square()) * squares
+    expected = (SIGMAS.square() * m2 / sd**2 + sd**2) / (SIGMAS.square() + sd**2)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_every_parameter_of_a_fresh_network_has_a_gradient() -> None:
+    network = make_network(num_classes=4, augmentation=True)
+    x, level = random_batch()
+    augmentation = torch.randn(len(x), 9)
+    augmentation[:, [1, 4]] = 0
+    network(x, level, labels=torch.tensor([0, 0, 2, 2, -1, -1]), augmentation=augmentation).square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+    by_class, by_label = (gradients[f"condition_terms.{name}.weight"] for name in ("map_label", "map_augment"))
+    assert by_class is not None and by_label is not None
+    assert by_class.any(dim=0).tolist() == [True, False, True, False]
+    assert by_label.any(dim=0).tolist() == [number not in (1, 4) for number in range(9)]
+
+
+def test_image_score_does_not_depend_on_its_batch_or_on_the_mode() -> None:
+    network = shaken(make_network())
+    x, level = random_batch()
+    together = network.train()(x, level)
+    alone = torch.cat([network(x[i : i + 1], level[i : i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5 * float(together.detach().abs().max()))
+    assert torch.equal(network.eval()(x, level), together)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network = shaken(make_network(dropout=0.5))
+    x, level = random_batch()
+    assert not torch.allclose(network.train()(x, level), network.eval()(x, level))
+
+
+def test_bfloat16_autocast_returns_float32_near_float32() -> None:
+    network = shaken(make_network(augmentation=True))
+    x, level = random_batch()
+    exact = network(x, level)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = network(x, level)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("changes", [{"multipliers": (1, 1, 1, 1, 1)}, {"attention_sizes": (8, 2)}])
+def test_refuses_sizes_that_do_not_occur(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"5 resolutions|\[2\]"):
+        make_network(**changes)

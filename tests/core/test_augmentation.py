@@ -1,0 +1,196 @@
+"""Augmentation: which transforms are drawn, what they do to images, and what the network is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncsn.core.augmentation import NUM_LABELS, augmentation_labels, draw_transforms, inverse_maps, sampled, transform
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
+
+P = 0.12
+SIZE = 32
+
+
+def drawn(count: int, *, probability: float = P, y_flip: bool = True) -> Tensor:
+    return draw_transforms(0, first=0, count=count, probability=probability, y_flip=y_flip)
+
+
+def one(**numbers: float) -> Tensor:
+    """[1, 8]: nothing but these."""
+    a = torch.zeros(1, 8)
+    for name, value in numbers.items():
+        a[0, int(name[1])] = value
+    return a
+
+
+def noise(*, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(1, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def blob(u: float, v: float, *, width: float = 0.2, size: int = SIZE) -> Tensor:
+    """A smooth spot around (u, v) in [-1, 1]^2, [1, 1, size, size]."""
+    centers = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    squares = (centers[None, :] - u) ** 2 + (centers[:, None] - v) ** 2
+    return (-squares / (2 * width**2)).exp()[None, None]
+
+
+def center(image: Tensor) -> tuple[float, float]:
+    """Center of mass (u, v) of one image."""
+    size = image.shape[-1]
+    centers = ((2 * torch.arange(size) + 1) / size - 1).to(image)
+    weights = image.flatten(0, 1).sum(0) / image.sum()
+    return float((weights.sum(0) * centers).sum()), float((weights.sum(1) * centers).sum())
+
+
+def test_shares_and_moments_of_what_is_drawn() -> None:
+    a = drawn(200_000)
+    untouched = (~a[:, 1:].any(dim=1)).double().mean()
+    expected = (1 - P) ** 4 * (1 - P / 2)
+    assert expected == pytest.approx(0.563714, abs=5e-7)
+    assert abs(float(untouched) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(a))
+    squares = augmentation_labels(a).double().square()
+    # Half of the directions of row 5 are 0, so its two labels share p as 3 to 1.
+    means = torch.tensor([0.5, P / 2, P, 1.5 * P, P / 2, 0.75 * P, 0.25 * P, P, P], dtype=torch.float64)
+    assert ((squares.mean(0) - means).abs() < 4 * squares.std(0) / math.sqrt(len(a))).all()
+    turned = augmentation_labels(a)[:, 3].double()
+    assert abs(float(turned.mean()) + P) < 4 * float(turned.std()) / math.sqrt(len(a))
+
+
+def test_rows_of_transforms_are_independent() -> None:
+    a = drawn(100_000, probability=0.3)
+    applied = torch.stack((a[:, 0], a[:, 1], a[:, 2], a[:, 3], a[:, 5], a[:, 6]), dim=1).ne(0).double()
+    correlation = torch.corrcoef(applied.T) - torch.eye(6)
+    assert correlation.abs().max() < 5 / math.sqrt(len(a))
+    assert drawn(1000, probability=1.0)[:, [2, 3, 5, 6, 7]].ne(0).all()
+    assert not drawn(1000, probability=0.3, y_flip=False)[:, 1].any()
+
+
+def test_an_image_has_the_same_transform_in_every_batch() -> None:
+    whole = drawn(20)
+    parts = [
+        draw_transforms(0, first=first, count=count, probability=P, y_flip=True) for first, count in ((0, 7), (7, 13))
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, draw_transforms(1, first=0, count=20, probability=P, y_flip=True))
+
+
+def test_nothing_and_flips_are_exact() -> None:
+    x = noise()
+    assert torch.equal(transform(x, one()), x)
+    assert torch.equal(transform(x, one(a0=1)), x.flip(-1))
+    assert torch.equal(transform(x, one(a1=1)), x.flip(-2))
+    assert torch.equal(transform(x, one(a0=1, a1=1)), x.flip(-1, -2))
+    assert not augmentation_labels(one()).any()
+
+
+def test_a_quarter_turn() -> None:
+    a, x = one(a3=1).double() * -math.pi / 2, noise(dtype=torch.float64)
+    torch.testing.assert_close(sampled(x, inverse_maps(a)), x.rot90(-1, (2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(transform(x, a), x.rot90(-1, (2, 3)), rtol=0, atol=1e-2)
+    smooth = blob(0.3, -0.2)
+    torch.testing.assert_close(transform(smooth, a), smooth.rot90(-1, (2, 3)), rtol=0, atol=1e-3)
+
+
+def test_a_translation_by_whole_pixels_continues_by_reflection() -> None:
+    x = noise(dtype=torch.float64)
+    moved = transform(x, one(a6=8 * 3 / SIZE, a7=-8 * 2 / SIZE))
+    torch.testing.assert_close(moved[..., :-2, 3:], x[..., 2:, :-3], rtol=0, atol=1e-2)
+    torch.testing.assert_close(moved[..., :-2, :3], x[..., 2:, :3].flip(-1), rtol=0, atol=1e-2)
+    torch.testing.assert_close(moved[..., -2:, 3:], x[..., -2:, :-3].flip(-2), rtol=0, atol=1e-2)
+
+
+def test_linear_parts_are_those_of_the_table() -> None:
+    draw = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    stretched = inverse_maps(torch.cat((torch.zeros(5, 4), draw[:, 4:6], torch.zeros(5, 2)), dim=1))[:, :, :2]
+    torch.testing.assert_close(torch.linalg.det(stretched), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(stretched.mT, stretched)
+    along = torch.stack((draw[:, 4].cos(), draw[:, 4].sin()), dim=1).double()[:, :, None]
+    torch.testing.assert_close(stretched @ along, along * 2 ** (-0.2 * draw[:, 5, None, None].double()))
+    larger = inverse_maps(one(a2=1))[0, :, :2].inverse()
+    torch.testing.assert_close(larger, 2**0.2 * torch.eye(2, dtype=torch.float64))
+    # In the order of the table: the translation comes last, so nothing turns it.
+    combined = inverse_maps(one(a2=0.5, a3=1.0, a5=-0.7, a6=1.0, a7=0.5))
+    point = torch.tensor([0.25, 0.125, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(combined[0] @ point, torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_constant_image_stays_constant() -> None:
+    a = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.full((20, 1, 12, 12), 0.3)
+    torch.testing.assert_close(transform(x, a), x, rtol=0, atol=1e-6)
+
+
+def test_an_image_is_transformed_alike_in_every_batch() -> None:
+    a = torch.cat((one(), drawn(6, probability=1.0), one(a0=1)))
+    x = torch.rand(len(a), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([transform(x[i : i + 1], a[i : i + 1]) for i in range(len(a))])
+    torch.testing.assert_close(transform(x, a), alone)
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(transform(last, a), alone)
+
+
+def test_labels_say_what_was_done_with_its_sign() -> None:
+    """Regression of what happened to a small spot on each label."""
+    spot = (0.3, 0.2)
+    image = blob(*spot, width=0.12)
+
+    def moved(**numbers: float) -> tuple[float, float]:
+        u, v = center(transform(image, one(**numbers)))
+        return u - spot[0], v - spot[1]
+
+    for number, direction in (("a6", (0.25, 0.0)), ("a7", (0.0, 0.25))):
+        assert moved(**{number: 1.0}) == pytest.approx(direction, abs=5e-3)
+    assert moved(a2=1.0) == pytest.approx([(2**0.2 - 1) * place for place in spot], abs=5e-3)
+    # Rotation by -a3, from v (down) toward u (right) for positive a3.
+    cos, sin = (float(value) for value in augmentation_labels(one(a3=0.4))[0, 3:5])
+    turned = (spot[0] * cos + spot[1] * sin, spot[1] * cos - spot[0] * sin)
+    assert moved(a3=0.4) == pytest.approx(turned, abs=5e-3)
+    assert moved(a5=1.0) == pytest.approx(((2**0.2 - 1) * spot[0], (2**-0.2 - 1) * spot[1]), abs=5e-3)
+    assert moved(a0=1.0) == pytest.approx((-2 * spot[0], 0), abs=5e-3)
+    assert moved(a1=1.0) == pytest.approx((0, -2 * spot[1]), abs=5e-3)
+
+
+def test_a_trained_network_moves_what_it_draws_by_what_it_is_told() -> None:
+    torch.manual_seed(0)
+    size, batch = 8, 16
+    network = DdpmppNetwork(
+        channels=1,
+        image_size=size,
+        sigmas=torch.tensor([1.0, 0.1]),
+        base_width=16,
+        multipliers=(1, 1),
+        blocks_per_resolution=1,
+        attention_sizes=(),
+        embedding_multiplier=2,
+        dropout=0.0,
+        sigma_data=0.25,
+        augmentation=True,
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
+    image = blob(0.0, 0.0, size=size).float()
+    x = image.expand(batch, 1, size, size)
+    for step in range(200):
+        a = draw_transforms(0, first=batch * step, count=batch, probability=0.5, y_flip=True)
+        a[:, 2:6] = 0
+        clean, z = transform(x, a), torch.randn(x.shape)
+        sigma = (0.5 * torch.randn(batch) - 0.5).exp()
+        noisy = clean + sigma[:, None, None, None] * z
+        residual = sigma[:, None, None, None] * network(noisy, sigma=sigma, augmentation=augmentation_labels(a)) + z
+        optimizer.zero_grad()
+        residual.square().mean().backward()
+        optimizer.step()
+    sigma = torch.tensor([2.0])
+    with torch.no_grad():
+        noisy = image + 2 * torch.randn(64, 1, size, size)
+        places = []
+        for number in (None, "a6", "a7"):
+            told = augmentation_labels(one() if number is None else one(**{number: 1.0})).expand(64, NUM_LABELS)
+            denoised = noisy + 4 * network.eval()(noisy, sigma=sigma.expand(64), augmentation=told)
+            places.append(torch.tensor(center(denoised.mean(0, keepdim=True).clamp(min=0.1) - 0.1)) * size / 2)
+    assert places[0].abs().max() < 0.5
+    torch.testing.assert_close(places[1], torch.tensor([size / 8, 0.0]), rtol=0, atol=0.5)
+    torch.testing.assert_close(places[2], torch.tensor([0.0, size / 8]), rtol=0, atol=0.5)
