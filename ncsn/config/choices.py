@@ -97,7 +97,40 @@ class UnetNetworkConfig(Section):
     )
 
 
-NetworkConfig = Annotated[NcsnNetworkConfig | NcsnV2NetworkConfig | UnetNetworkConfig, Field(discriminator="kind")]
+class DdpmppNetworkConfig(Section):
+    """The DDPM++ network as Karras et al. 2022 train it; the defaults are those of their CIFAR-10 network."""
+
+    kind: Literal["ddpmpp"] = Field(description="The network of the best published figures for 32 and 64 pixels.")
+    base_width: int = Field(
+        128, ge=8, le=1024, multiple_of=4, description="Channels of the first feature maps; a multiple of 4."
+    )
+    multipliers: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
+        (2, 2, 2),
+        min_length=1,
+        max_length=6,
+        description="Channels at each resolution in units of base_width; each resolution is half the size of the one "
+        "before. The paper has [2, 2, 2] for 32 pixels and [1, 2, 2, 2] for 64.",
+    )
+    blocks_per_resolution: int = Field(
+        4, ge=1, le=8, description="Residual blocks at each resolution on the way down; on the way up one more."
+    )
+    attention_sizes: tuple[int, ...] = Field(
+        (16,),
+        description="Sizes in pixels of the feature maps that get self-attention; the lowest resolution has it anyway "
+        "once.",
+    )
+    embedding_multiplier: int = Field(
+        4, ge=1, le=16, description="Width of the embedding of sigma in units of base_width."
+    )
+    dropout: float = Field(0.13, ge=0, lt=1, description="Dropout probability inside the blocks.")
+    sigma_data: float = Field(
+        0.25, gt=0, le=10, description="Standard deviation of the pixels, which are in [0, 1], for the preconditioning."
+    )
+
+
+NetworkConfig = Annotated[
+    NcsnNetworkConfig | NcsnV2NetworkConfig | UnetNetworkConfig | DdpmppNetworkConfig, Field(discriminator="kind")
+]
 
 
 _ANNEAL_POWER = Field(2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2.")

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ncsn.config.choices import (
+    DdpmppNetworkConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
     NoiseConfig,
@@ -74,13 +75,21 @@ def _network_size(config: Config) -> Iterator[Problem]:
                 f"use at most {sizes.index(1) + 1} widths",
                 list(network.widths),
             )
-        elif missing := sorted(set(network.attention_sizes) - set(sizes)):
+        else:
+            yield from _attention_sizes(network, sizes)
+        return
+    if isinstance(network, DdpmppNetworkConfig):
+        sizes = [size >> depth for depth in range(len(network.multipliers))]
+        most = (size & -size).bit_length()
+        if len(sizes) > most:
             yield Problem(
-                "network.attention_sizes",
-                f"no feature map has size {missing}; with data.image_size = {size} and {len(sizes)} widths they "
-                f"have sizes {sizes}",
-                "use some of these",
+                "network.multipliers",
+                f"too many: data.image_size = {size} can be divided by 2 only {most - 1} times",
+                f"use at most {most} multipliers",
+                list(network.multipliers),
             )
+        else:
+            yield from _attention_sizes(network, sizes)
         return
     step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
     if size % step:
@@ -89,6 +98,16 @@ def _network_size(config: Config) -> Iterator[Problem]:
             f"not divisible by {step}, which network.kind = {network.kind} needs",
             f"use {size - size % step} or {size + step - size % step}",
             size,
+        )
+
+
+def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: list[int]) -> Iterator[Problem]:
+    if missing := sorted(set(network.attention_sizes) - set(sizes)):
+        yield Problem(
+            "network.attention_sizes",
+            f"no feature map has size {missing}; with data.image_size = {sizes[0]} and {len(sizes)} resolutions they "
+            f"have sizes {sizes}",
+            "use some of these",
         )
 
 
@@ -128,7 +147,7 @@ def _sampler_network(config: Config) -> Iterator[Problem]:
     yield Problem(
         f"sampling.sampler.{setting}",
         "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",
-        f"use {instead}, or network.kind = ncsnv2 or unet",
+        f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp",
         getattr(sampler, setting),
     )
 

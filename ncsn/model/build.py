@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.choices import (
+    DdpmppNetworkConfig,
     DsmLossConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
@@ -22,6 +23,7 @@ from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import DataConfig
 from ncsn.core.images import PixelSpace
 from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
@@ -77,8 +79,9 @@ def network(config: Config) -> nn.Module:
                 depth=config.network.depth,
                 rescale=not config.data.logit_transform,
             )
-        if isinstance(config.network, UnetNetworkConfig):
-            return UnetNetwork(
+        if isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig):
+            kind = UnetNetwork if isinstance(config.network, UnetNetworkConfig) else DdpmppNetwork
+            return kind(
                 channels=config.data.channels,
                 image_size=config.data.image_size,
                 sigmas=sigmas(config),

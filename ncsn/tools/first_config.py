@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from ncsn.errors import UserError
 from ncsn.evaluation.reference import LEAST_TEST_IMAGES
 from ncsn.report.words import duration
 from ncsn.tools.draft import Draft
+from ncsn.tools.first_network import NETWORKS, is_wide, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
 
@@ -27,8 +27,6 @@ MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be wo
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
 NFE = 35  # of the sampler
-_SMALLEST_MAP = 8  # where the network stops halving, and attends
-_WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of more pixels a side
 _FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
 _BRIGHT = 128
 _FEWEST_OF_CLASS = 10
@@ -81,7 +79,7 @@ def choose(
     _choose_flip(draft, images, ask_mirrored)
     if draft.section("noise", "auto", "Levels from the training images, when training starts (NCSNv2)."):
         draft.choose("noise.sigma_L", 0.01)
-    if draft.get("network.kind") == "unet":
+    if draft.get("network.kind") in NETWORKS:
         draft.choose("network.sigma_data", round(max(0.05, float(images.std()) / 255), 2), "Of the pixels, measured.")
         draft.choose("loss.anneal_power", 2.5, "With 2.5 the levels weigh about as in Karras et al. 2022.")
     length = _choose_training(draft, found, seconds=_TRAINING * left, speed=speed)
@@ -222,6 +220,8 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
     """Image size, network and precision: as large as can be trained well in this time."""
     sizes = sizes_for(found.side)
     tried = draft.get("data.image_size", min(32, sizes[-1]))
+    if draft.get("network.kind") == "ddpmpp":
+        _choose_sizes(draft, "ddpmpp", tried, scale=1)  # to measure with
     cost = measure_speed(_trial(draft, size=tried), machine).train_image / tried**2
     best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
     reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
@@ -233,13 +233,18 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
     scale = 1.0 if seconds >= FEW_IMAGES * cost * size**2 else 0.5
     while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
         scale *= 2
-    if draft.section("network", "unet"):
-        for key, value in unet(size, scale=scale).items():
-            draft.choose(f"network.{key}", value)
+    kind = draft.get("network.kind", "unet")
+    if kind == "ddpmpp" or draft.section("network", "unet"):
+        _choose_sizes(draft, kind, size, scale=scale)
     speeds = {kind: measure_speed(_trial(draft, precision=kind), machine) for kind in ("float32", "bfloat16")}
     rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
     faster = min(speeds, key=lambda kind: speeds[kind].train_image)
     return speeds.get(draft.choose("train.precision", faster, f"Images/s here: {rates}."), speeds[faster])
+
+
+def _choose_sizes(draft: Draft, kind: str, size: int, *, scale: float) -> None:
+    for key, value in NETWORKS[kind](size, scale=scale).items():
+        draft.choose(f"network.{key}", value)
 
 
 def sizes_for(side: int) -> list[int]:
@@ -247,18 +252,6 @@ def sizes_for(side: int) -> list[int]:
     sizes = [size for size in SIZES if size <= side] or [SIZES[0]]
     own = side <= SIZES[-1] and side % 4 == 0 and side > sizes[-1]
     return [*sizes, side] if own else sizes
-
-
-def unet(size: int, *, scale: float) -> dict[str, Any]:
-    """A U-Net for images of this size, of `scale` times the usual width; its resolutions cost about the same."""
-    maps = [size]
-    while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
-        maps.append((maps[-1] + 1) // 2)
-    return {
-        "widths": [int(scale * next(width for least, width in _WIDTHS if side > least)) for side in maps],
-        "blocks_per_resolution": 1 if scale <= 1 else 2,
-        "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
-    }
 
 
 def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16") -> Config:
@@ -279,7 +272,7 @@ def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16"
 
 
 def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Callable[[], bool]) -> None:
-    if draft.get("data.horizontal_flip") is not None:
+    if draft.get("data.horizontal_flip") is not None or draft.get("data.augmentation"):
         return
     told = told_from_mirror(images)
     if told is None:
@@ -307,8 +300,7 @@ def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Spee
     draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
     draft.choose("train.checkpoint_every_images", every)
     draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
-    wide = max(draft.get("network.widths", [0])) > _WIDTHS[-1][1]
-    draft.choose("optimizer.learning_rate", 1e-3 if wide else 2e-3)
+    draft.choose("optimizer.learning_rate", 1e-3 if is_wide(draft.get("network")) else 2e-3)
     draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
     draft.choose("optimizer.decay", "cosine")
     return int(length)
@@ -326,7 +318,7 @@ def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
     count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
     draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
     draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
-    if draft.get("network.kind") != "unet":
+    if draft.get("network.kind") not in NETWORKS:
         draft.section("sampling.sampler", "annealed_langevin")
     elif draft.section("sampling.sampler", "karras_heun"):
         steps = draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)

@@ -110,9 +110,12 @@ def import_checkpoint(config: Config, *, run: str, file: str, dataset: str) -> T
     """
     step = Step.claim("train", config, run, TrainResult, unit="images")
     config = step.settle_noise(config, load_manifest(dataset))
-    if config.network.kind == "unet":
+    if config.network.kind not in ("ncsn", "ncsnv2"):
         raise UserError(
-            "network.kind", "no released checkpoint has this network", hint="use ncsn or ncsnv2", value="unet"
+            "network.kind",
+            "no released checkpoint has this network",
+            hint="use ncsn or ncsnv2",
+            value=config.network.kind,
         )
     with Path(file).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

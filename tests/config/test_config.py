@@ -44,6 +44,7 @@ def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> No
 
 
 NCSN = "network={kind: ncsn}"
+MULTIPLIERS = "network.multipliers"
 EPSILON = "sampling.sampler.epsilon"
 WRONG = [
     (["noise.num_level=3"], "noise.num_level"),
@@ -78,6 +79,9 @@ WRONG = [
     (["compute.num_workers=65"], "train.batch_size"),
     (["loss={kind: ssm}", "compute.compile=true"], "compute.compile"),
     ([NCSN, "sampling.sampler={kind: karras_heun}"], "sampling.sampler.kind"),
+    (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=18"], MULTIPLIERS),
+    (["network={kind: ddpmpp, multipliers: [1, 2], attention_sizes: [8, 2]}"], "network.attention_sizes"),
+    (["network={kind: ddpmpp, base_width: 30}"], "network.base_width"),
     ([NCSN, "sampling.sampler={kind: dpm_solver}"], "sampling.sampler.num_levels"),
     ([NCSN, "sampling.sampler={kind: unipc, num_levels: 21}"], "sampling.sampler.num_levels"),
     (["sampling.sampler={kind: dpm_solver, order: 3}"], "sampling.sampler.order"),

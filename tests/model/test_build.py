@@ -12,6 +12,7 @@ from ncsn.config.choices import Section
 from ncsn.config.problems import section_models
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching, SlicedScoreMatching
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.samplers.ode import KarrasHeun
@@ -21,7 +22,8 @@ SAMPLERS = {
     get_args(section.model_fields["kind"].annotation)[0]: section
     for section in section_models(SamplingConfig, "sampler")
 }
-OTHERS = {"channels", "image_size", "sigmas", "rescale"}  # what a network takes from other sections
+# What a network takes from other sections.
+OTHERS = {"channels", "image_size", "sigmas", "rescale", "num_classes", "augmentation"}
 NCSN = {"channels", "num_levels", "rescale"}
 
 
@@ -38,6 +40,7 @@ def test_every_sampler_of_the_config_can_be_built() -> None:
         (choices.NcsnNetworkConfig, NcsnNetwork, NCSN),
         (choices.NcsnV2NetworkConfig, NcsnV2Network, OTHERS),
         (choices.UnetNetworkConfig, UnetNetwork, OTHERS),
+        (choices.DdpmppNetworkConfig, DdpmppNetwork, OTHERS),
     ],
 )
 def test_a_section_has_the_settings_and_defaults_of_its_class(

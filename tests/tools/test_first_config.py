@@ -13,7 +13,8 @@ from refused import refused
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.tools import first_config
-from ncsn.tools.first_config import FirstConfig, held_out, sizes_for, slug, unet
+from ncsn.tools.first_config import FirstConfig, held_out, sizes_for, slug
+from ncsn.tools.first_network import ddpmpp, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import survey
 
@@ -87,6 +88,15 @@ def test_given_values_hold_and_the_others_fit_them(choose) -> None:
     assert choose("data.horizontal_flip=true", count=20).config.data.horizontal_flip
     assert choose("network.kind=ncsn", "sampling.sampler.kind=annealed_langevin").config.network.kind == "ncsn"
     assert choose("network.widths=[8, 16]", "data.image_size=16").config.network.widths == (8, 16)
+    best = choose("network.kind=ddpmpp", "network.dropout=0.2", side=28).config
+    assert best.network.model_dump() == {
+        "kind": "ddpmpp",
+        **ddpmpp(28, scale=1),
+        "dropout": 0.2,
+        "embedding_multiplier": 4,
+        "sigma_data": best.network.sigma_data,
+    } | {"multipliers": (1, 2, 2), "attention_sizes": ()}
+    assert best.sampling.sampler.kind == "karras_heun" and best.optimizer.learning_rate == 2e-3
     heun = choose("sampling.sampler.num_steps=5")
     assert "9 evaluations" in heun.draft.reasons["sampling.sampler.kind"]
     for wrong in ("data.image_size=huge", "data.colour=red", "train.batch_size=-3", "sampling.num_images=none"):
@@ -143,6 +153,10 @@ def test_sizes_and_widths() -> None:
     ]  # fmt: skip
     assert unet(8, scale=1) == {"widths": [96, 96], "blocks_per_resolution": 1, "attention_sizes": []}
     assert unet(28, scale=1) == {"widths": [24, 48, 96], "blocks_per_resolution": 1, "attention_sizes": [7]}
+    assert [ddpmpp(size, scale=1)["multipliers"] for size in (8, 9, 16, 28, 64)] == [
+        [1, 2], [1], [1, 2], [1, 2, 2], [1, 2, 2, 2],
+    ]  # fmt: skip
+    assert [ddpmpp(size, scale=2)["base_width"] for size in (8, 32, 64)] == [64, 32, 16]
     assert unet(64, scale=2) == {"widths": [32, 48, 96, 192], "blocks_per_resolution": 2, "attention_sizes": [8]}
 
 

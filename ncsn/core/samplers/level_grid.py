@@ -113,7 +113,7 @@ def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor
     if score_at is None:
         raise ValueError(
             f"{type(network).__name__} knows its own noise levels only; "
-            "this sampler needs a network that takes any sigma: kind ncsnv2 or unet"
+            "this sampler needs a network that takes any sigma: kind ncsnv2, unet or ddpmpp"
         )
     score: Tensor = score_at(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))
     return score.to(x.dtype)

@@ -117,5 +117,5 @@ def test_churn_keeps_the_variance_and_uses_its_noise(analytic):
 def test_karras_heun_needs_a_continuous_network(analytic):
     sigmas = geometric_sigmas(1.0, 0.01, 10)
     network = analytic.ByLevelOnly(analytic.GaussianScore(sigmas, s2=1.0))
-    with pytest.raises(ValueError, match="ncsnv2 or unet"):
+    with pytest.raises(ValueError, match="ncsnv2, unet or ddpmpp"):
         KarrasHeun()(network, x=torch.zeros(1, 1, 2, 2), sigmas=sigmas, noise=None)
