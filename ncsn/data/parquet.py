@@ -184,9 +184,10 @@ def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Man
     return Images(images, labels)
 
 
-def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> np.ndarray:
-    """The images at `rows` [N] of a split, in any order, uint8 [N, H, W, C]; raises like `read_blocks`."""
-    images, order = np.empty((len(rows), *manifest.shape), np.uint8), np.argsort(rows)
+def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> Images:
+    """The images at `rows` [N] of a split, in any order, with their labels; raises like `read_blocks`."""
+    images, labels = np.empty((len(rows), *manifest.shape), np.uint8), np.empty(len(rows), np.int64)
+    order = np.argsort(rows)
     ascending, place = rows[order], 0
     for part in manifest.parts[split]:
         if np.diff(np.searchsorted(ascending, [place, place + part.rows])) > 0:
@@ -196,11 +197,11 @@ def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> 
                     stop = start + file.metadata.row_group(group).num_rows
                     low, high = np.searchsorted(ascending, [start, stop])
                     if low < high:
-                        held = from_table(file.read_row_group(group)).images
-                        images[order[low:high]] = held[ascending[low:high] - start]
+                        held, within = from_table(file.read_row_group(group)), ascending[low:high] - start
+                        images[order[low:high]], labels[order[low:high]] = held.images[within], held.labels[within]
                     start = stop
         place += part.rows
-    return images
+    return Images(images, labels)
 
 
 def write_dataset(

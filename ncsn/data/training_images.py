@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.format import Manifest, SplitDigest, load_manifest
+from ncsn.data.format import Images, Manifest, SplitDigest, load_manifest
 from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
 
@@ -37,14 +37,14 @@ class TrainingImages(Protocol):
     def __len__(self) -> int:
         """Images of the split."""
 
-    def ordered(self, seed: int, *, first: int, count: int) -> np.ndarray:
-        """uint8 [count, H, W, C]: the images at places `first .. first + count` of the order of `seed`."""
+    def ordered(self, seed: int, *, first: int, count: int) -> Images:
+        """The images at places `first .. first + count` of the order of `seed`, with their labels."""
 
     def head(self, count: int) -> np.ndarray:
         """The first `count` images as they are stored, or all if there are fewer."""
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, C]: the images that are stored at `indices` [N]."""
+    def rows(self, indices: np.ndarray) -> Images:
+        """The images that are stored at `indices` [N], with their labels."""
 
 
 def open_training_images(dataset_uri: str, data: DataConfig, split: str = "train") -> TrainingImages:
@@ -75,19 +75,17 @@ class CachedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def ordered(self, seed: int, *, first: int, count: int) -> np.ndarray:
+    def ordered(self, seed: int, *, first: int, count: int) -> Images:
         """See `TrainingImages`."""
-        rows: np.ndarray = self.images[image_indices(seed, first=first, count=count, size=len(self))]
-        return rows
+        return self.rows(image_indices(seed, first=first, count=count, size=len(self)))
 
     def head(self, count: int) -> np.ndarray:
         """See `TrainingImages`."""
         return self.images[:count]
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
+    def rows(self, indices: np.ndarray) -> Images:
         """See `TrainingImages`."""
-        images: np.ndarray = self.images[indices]
-        return images
+        return Images(self.images[indices], self.labels[indices])
 
 
 def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None) -> CachedSplit:
@@ -221,7 +219,7 @@ def rows_per_chunk(window_images: int) -> int:
 class StreamedSplit:
     """A split of which this node holds two windows: the one that is read and the next, fetched meanwhile.
 
-    The workers of a node share the chunks, which are plain arrays in memory-mapped files.
+    The workers of a node share the chunks, which are plain arrays of images and labels in memory-mapped files.
     """
 
     def __init__(
@@ -231,7 +229,7 @@ class StreamedSplit:
         self._manifest = load_manifest(dataset_uri)
         self._size = self._manifest.count(split)
         base = Path(cache_dir).expanduser() if cache_dir else cache_folder()
-        self._folder = base / self._manifest.digest / f"{split}-chunks-{rows_per_chunk(window_images)}"
+        self._folder = base / self._manifest.digest / f"{split}-labeled-{rows_per_chunk(window_images)}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._ahead: Future[None] | None = None
@@ -246,13 +244,13 @@ class StreamedSplit:
         """See `TrainingImages`."""
         return read_split(self._uri, self._split, rows=range(count), manifest=self._manifest).images
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
+    def rows(self, indices: np.ndarray) -> Images:
         """See `TrainingImages`; reads each row group that holds one of them."""
         return read_rows(self._uri, self._split, indices, manifest=self._manifest)
 
-    def ordered(self, seed: int, *, first: int, count: int) -> np.ndarray:
+    def ordered(self, seed: int, *, first: int, count: int) -> Images:
         """See `TrainingImages`; fast where `first` grows from call to call."""
-        images = np.empty((count, *self._manifest.shape), np.uint8)
+        images, labels = np.empty((count, *self._manifest.shape), np.uint8), np.empty(count, np.int64)
         chunk_rows, filled = rows_per_chunk(self._window_images), 0
         while filled < count:
             place = first + filled
@@ -261,9 +259,9 @@ class StreamedSplit:
             offset = place - self._window.first
             for row in self._window.rows[offset : offset + count - filled].tolist():
                 chunk, within = divmod(row, chunk_rows)
-                images[filled] = self._chunks[chunk][within]
+                images[filled], labels[filled] = self._chunks[chunk][within]
                 filled += 1
-        return images
+        return Images(images, labels)
 
     def _enter(self, seed: int, place: int) -> None:
         """Move to the window of `place`, delete the chunks of earlier ones and fetch the next."""
@@ -307,6 +305,8 @@ class StreamedSplit:
                 return
             rows = rows_per_chunk(self._window_images)
             wanted = range(chunk * rows, min((chunk + 1) * rows, self._size))
-            images = read_split(self._uri, self._split, rows=wanted, manifest=self._manifest).images
+            read = read_split(self._uri, self._split, rows=wanted, manifest=self._manifest)
+            chunk_rows = np.empty(len(read), [("image", np.uint8, self._manifest.shape), ("label", np.int64)])
+            chunk_rows["image"], chunk_rows["label"] = read.images, read.labels
             with storage.local_file(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, images)
+                np.save(stream, chunk_rows)

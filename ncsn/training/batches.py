@@ -18,7 +18,7 @@ MOMENT_IMAGES = 10_000
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
     seed = config.seed
-    images = torch.from_numpy(split.ordered(seed, first=first, count=count))
+    images = torch.from_numpy(split.ordered(seed, first=first, count=count).images)
     x = encoded(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first)
     size = x[0].numel()
     if config.data.horizontal_flip:

@@ -141,4 +141,4 @@ def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int
     places = context.share(count)
     # A random choice, because a split may be sorted by class.
     chosen = keyed_permutation(SEED, epoch=0, size=len(split))[places.start : places.stop]
-    return ImageShare(split.rows(chosen), places, count, noise, dequantize)
+    return ImageShare(split.rows(chosen).images, places, count, noise, dequantize)

@@ -210,18 +210,18 @@ def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path):
     places = [window_at(3, place, size=500, window_images=64) for place in range(1200)]
     expected = [int(window.rows[place - window.first]) for place, window in enumerate(places)]
     alone = open_stream("a")
-    assert (
-        numbers(np.concatenate([alone.ordered(3, first=first, count=40) for first in range(0, 1200, 40)])) == expected
-    )
+    read = [alone.ordered(3, first=first, count=40) for first in range(0, 1200, 40)]
+    assert numbers(np.concatenate([rows.images for rows in read])) == expected
+    assert np.concatenate([rows.labels for rows in read]).tolist() == [number % 10 for number in expected]
     pair = [open_stream("shared"), open_stream("shared")]  # two workers of one node, half a batch each
     shared = [
-        worker.ordered(3, first=first + 20 * rank, count=20)
+        worker.ordered(3, first=first + 20 * rank, count=20).images
         for first in range(0, 1200, 40)
         for rank, worker in enumerate(pair)
     ]
     assert numbers(np.concatenate(shared)) == expected
-    assert numbers(open_stream("resumed").ordered(3, first=777, count=100)) == expected[777:877]
-    assert numbers(open_stream("other", numbered(16384)).ordered(3, first=0, count=1200)) == expected
+    assert numbers(open_stream("resumed").ordered(3, first=777, count=100).images) == expected[777:877]
+    assert numbers(open_stream("other", numbered(16384)).ordered(3, first=0, count=1200).images) == expected
     assert np.array_equal(alone.head(7), read_split(uri, "train").images[:7])
     assert len(alone) == 500
 
@@ -237,12 +237,12 @@ def test_only_windows_are_on_the_disk(numbered, tmp_path):
 
 def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
     stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
-    whole = numbers(stream.ordered(0, first=0, count=200))
+    whole = numbers(stream.ordered(0, first=0, count=200).images)
     stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
-    read = numbers(stream.ordered(0, first=0, count=32))
+    read = numbers(stream.ordered(0, first=0, count=32).images)
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.unlink()
-    assert read + numbers(stream.ordered(0, first=32, count=168)) == whole
+    assert read + numbers(stream.ordered(0, first=32, count=168).images) == whole
 
 
 def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, rng):
@@ -262,7 +262,7 @@ import numpy as np
 from ncsn.data.training_images import StreamedSplit
 
 stream = StreamedSplit(sys.argv[1], "train", window_images=64, cache_dir=sys.argv[2])
-images = np.concatenate([stream.ordered(3, first=first, count=50) for first in range(0, 1000, 50)])
+images = np.concatenate([stream.ordered(3, first=first, count=50).images for first in range(0, 1000, 50)])
 print((images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).sum(), len(set(images[:500, 0, 1, 0].tolist())))
 """
 
