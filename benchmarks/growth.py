@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row, in_turns, own_process
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.ode import KarrasHeun
-from ncsn.core.training import Ema, StepOptions, TrainState, train_step
+from ncsn.core.training import StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory
 
 BATCHES = (8, 32, 128, 512)
@@ -45,13 +46,14 @@ def prepare_training(batch: int, size: int) -> Callable[[], None]:
     """One training step in bfloat16 on one thread."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    net, sigmas = network(size), geometric_sigmas(3.0, 0.03, LEVELS)
-    state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, decay=0.999))
+    net, level = network(size), torch.arange(batch) % LEVELS
+    state = TrainState(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), Ema(net, StepDecay(0.999)))
     x, z = torch.rand(batch, 1, size, size), torch.randn(batch, 1, size, size)
-    drawn, options = Batch(x, torch.arange(batch) % LEVELS, z), StepOptions(autocast_dtype=torch.bfloat16)
+    drawn = Batch(x, geometric_sigmas(3.0, 0.03, LEVELS)[level], z, level)
+    options = StepOptions(autocast_dtype=torch.bfloat16)
 
     def step() -> None:
-        train_step(net, drawn, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=options)
+        train_step(net, drawn, state=state, loss=DenoisingScoreMatching(), options=options)
 
     return step
 

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
 from benchmarks.plain_ncsn import PlainNcsn
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.training import Ema, StepOptions, TrainState, train_step
+from ncsn.core.training import StepOptions, TrainState, train_step
 from ncsn.process import keep_freed_memory
 
 SIZE, LEVELS, FEATURES = 28, 10, 64
@@ -35,7 +36,7 @@ PEAK_ON_GPU = 16  # times the batch, for the convolution; with fewer images the 
 Step = Callable[[Batch], Tensor]
 
 
-def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Batch]:
+def batches(batch: int, sigmas: Tensor, *, count: int = 64) -> Iterator[Batch]:
     """Endless (images, levels, noise): smooth blobs that a network can learn, `count` different batches."""
     draw = torch.Generator().manual_seed(0)
 
@@ -44,19 +45,20 @@ def batches(batch: int, device: torch.device, *, count: int = 64) -> Iterator[Ba
         x = functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic").clamp(0, 1)
         level = torch.randint(0, LEVELS, (batch,), generator=draw)
         z = torch.randn(x.shape, generator=draw)
-        return Batch(x.to(device), level.to(device), z.to(device))
+        level = level.to(sigmas.device)
+        return Batch(x.to(sigmas.device), sigmas[level], z.to(sigmas.device), level)
 
     return cycle([one() for _ in range(count)])
 
 
-def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
+def plain_step(network: PlainNcsn) -> Step:
     """Float32 (TF32 in convolutions of a GPU, PyTorch's default), eager, default Adam, a loop for the average."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
 
     def step(batch: Batch) -> Tensor:
         x, level, z = batch.x, batch.level, batch.z
-        sigma = sigmas[level][:, None, None, None]
+        sigma = batch.sigma[:, None, None, None]
         optimizer.zero_grad()
         loss = (sigma * network(x + sigma * z, level) + z).square().sum(dim=(1, 2, 3)).mean() / 2
         loss.backward()
@@ -69,14 +71,14 @@ def plain_step(network: PlainNcsn, sigmas: Tensor) -> Step:
     return step
 
 
-def our_step(network: nn.Module, sigmas: Tensor) -> Step:
+def our_step(network: nn.Module) -> Step:
     """The step of `ncsn train` in bfloat16."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    state = TrainState(network, optimizer, Ema(network, decay=0.999))
+    state = TrainState(network, optimizer, Ema(network, StepDecay(0.999)))
     options = StepOptions(autocast_dtype=torch.bfloat16)
 
     def step(batch: Batch) -> Tensor:
-        report = train_step(network, batch, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=options)
+        report = train_step(network, batch, state=state, loss=DenoisingScoreMatching(), options=options)
         return report.per_image.mean()
 
     return step
@@ -162,7 +164,7 @@ def measure(
 def prepare_plain(device: str, batch: int) -> Callable[[], None]:
     """Steps of the plain implementation on the next batches."""
     plain, _, sigmas = _start(torch.device(device))
-    return _on_next_batches(plain_step(plain, sigmas), batch, torch.device(device))
+    return _on_next_batches(plain_step(plain), batch, sigmas)
 
 
 def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
@@ -173,16 +175,16 @@ def prepare_ours(device: str, batch: int, mode: str) -> Callable[[], None]:
         ours.to(memory_format=torch.channels_last)
     if mode == "compiled":
         ours.compile()
-    return _on_next_batches(our_step(ours, sigmas), batch, torch.device(device))
+    return _on_next_batches(our_step(ours), batch, sigmas)
 
 
-def _on_next_batches(step: Step, batch: int, device: torch.device) -> Callable[[], None]:
-    given = batches(batch, device)
+def _on_next_batches(step: Step, batch: int, sigmas: Tensor) -> Callable[[], None]:
+    given = batches(batch, sigmas)
 
     def some() -> None:
-        for _ in range(_steps(device)):
+        for _ in range(_steps(sigmas.device)):
             step(next(given))
-        synchronise(device)
+        synchronise(sigmas.device)
 
     return some
 
@@ -192,8 +194,8 @@ def loss_curves(*, device: torch.device, batch: int, steps: int, num_features: i
     threads = torch.get_num_threads()
     plain, ours, sigmas = _start(device, num_features=num_features)
     last: dict[str, list[float]] = {}
-    for name, step in (("plain", plain_step(plain, sigmas)), ("ours", our_step(ours, sigmas))):
-        given = batches(batch, device)
+    for name, step in (("plain", plain_step(plain)), ("ours", our_step(ours))):
+        given = batches(batch, sigmas)
         losses = [step(next(given)) for _ in range(steps)]
         last[name] = torch.stack(losses[-steps // 5 :]).tolist()
     torch.set_num_threads(threads)

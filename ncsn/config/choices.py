@@ -1,10 +1,10 @@
-"""The sections with a `kind`: noise, network, loss, and the domains of a search."""
+"""The sections with a `kind`: network, and the domains of a search."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ncsn.errors import UserError
 
@@ -14,47 +14,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Settings that came later, left out of plain values while they have their defaults. So a config that was written
+    # before they came has the digest that it had: no run is made again or gets a second MLflow run.
+    ADDED: ClassVar[frozenset[str]] = frozenset()
 
-class NoiseConfig(Section):
-    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
-
-    kind: Literal["geometric"] = Field("geometric", description="Levels given by the settings below.")
-    sigma_1: float = Field(
-        1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
-    )
-    sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
-    num_levels: int = Field(
-        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
-    )
-
-    @model_validator(mode="after")
-    def _descending(self) -> NoiseConfig:
-        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
-            raise UserError(
-                "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {self.sigma_L}", value=self.sigma_1
-            )
-        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
-            raise UserError(
-                "sigma_1",
-                f"must be larger than sigma_L = {self.sigma_L}, since the levels go from most to least noise",
-                value=self.sigma_1,
-            )
-        return self
-
-
-class AutoNoiseConfig(Section):
-    """Levels chosen from the training images when training starts (NCSNv2, techniques 1 and 2); `noise: auto`."""
-
-    kind: Literal["auto"] = Field(description="sigma_1 is the largest distance between two images.")
-    sigma_L: float = Field(
-        0.01, gt=0, le=1e3, description="Smallest noise standard deviation, in units of pixels in [0, 1]."
-    )
-    overlap: float = Field(
-        0.5, gt=0, lt=0.99, description="Overlap C of neighboring levels; the published settings of NCSNv2 have 0.567."
-    )
-
-
-NoiseChoice = Annotated[NoiseConfig | AutoNoiseConfig, Field(discriminator="kind")]
+    @model_serializer(mode="wrap")
+    def _without_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unset = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in handler(self).items() if name not in unset}
 
 
 class NcsnNetworkConfig(Section):
@@ -131,40 +99,6 @@ class DdpmppNetworkConfig(Section):
 NetworkConfig = Annotated[
     NcsnNetworkConfig | NcsnV2NetworkConfig | UnetNetworkConfig | DdpmppNetworkConfig, Field(discriminator="kind")
 ]
-
-
-_ANNEAL_POWER = Field(2.0, ge=0, le=4, description="Weight of level i is sigma_i ** anneal_power; the paper uses 2.")
-
-
-class DsmLossConfig(Section):
-    """Denoising score matching (paper eq. 5 and 6)."""
-
-    kind: Literal["dsm"] = Field("dsm", description="The loss of the 2019 paper.")
-    anneal_power: float = _ANNEAL_POWER
-    antithetic: bool = Field(
-        False,
-        description="Average each image's loss over the noise z and -z: less variance at low noise, for twice the "
-        "cost.",
-    )
-
-
-class SsmLossConfig(Section):
-    """Sliced score matching with variance reduction (paper eq. 3), at each noise level."""
-
-    kind: Literal["ssm"] = Field(description="Does not need to know the noise; costs two to four times as much as dsm.")
-    anneal_power: float = _ANNEAL_POWER
-    num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image; the loss is their mean.")
-
-
-class SingleSigmaLossConfig(Section):
-    """The paper's negative control: denoising score matching at one sigma, unweighted (eq. 2)."""
-
-    kind: Literal["single_sigma"] = Field(
-        description="Needs noise.num_levels = 1 and noise.sigma_1 = noise.sigma_L (0.01 in the paper)."
-    )
-
-
-LossConfig = Annotated[DsmLossConfig | SsmLossConfig | SingleSigmaLossConfig, Field(discriminator="kind")]
 
 
 class _RangeDomain(Section):

@@ -134,7 +134,7 @@ def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """The `training_settings` that differ: dotted path -> (value in one, value in other)."""
     # Noise levels are not compared if one config leaves their choice to the images.
     left, right = training_settings(one), training_settings(other)
-    chosen_later = one.noise.kind != other.noise.kind
+    chosen_later = one.noise.kind != other.noise.kind and one.noise.training == other.noise.training
     return {
         path: (left.get(path), right.get(path))
         for path in sorted(left.keys() | right.keys())

@@ -11,11 +11,9 @@ from ncsn.config.choices import (
     DdpmppNetworkConfig,
     NcsnNetworkConfig,
     NcsnV2NetworkConfig,
-    NoiseConfig,
-    SingleSigmaLossConfig,
-    SsmLossConfig,
     UnetNetworkConfig,
 )
+from ncsn.config.noise import DsmLossConfig, LognormalTraining, NoiseConfig, SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.problems import problems
 from ncsn.config.samplers import AnnealedLangevinConfig, ConsistentAnnealedConfig, LangevinConfig
 from ncsn.config.schema import Config
@@ -37,7 +35,17 @@ def checked(tree: dict[str, Any]) -> Config:
 
 def check(config: Config) -> list[Problem]:
     """A problem for each broken rule, with the key to change."""
-    checks = (_batch, _compiled_loss, _logits, _network_size, _one_level, _sampler_network, _sampler_levels, _splits)
+    checks = (
+        _batch,
+        _compiled_loss,
+        _logits,
+        _network_size,
+        _one_level,
+        _training_noise,
+        _sampler_network,
+        _sampler_levels,
+        _splits,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -136,6 +144,32 @@ def _one_level(config: Config) -> Iterator[Problem]:
             "uses several noise levels, but noise.num_levels = 1",
             "use sampling.sampler.kind = langevin",
             sampler.kind,
+        )
+
+
+def _training_noise(config: Config) -> Iterator[Problem]:
+    loss, network = config.loss, config.network
+    if isinstance(config.noise.training, LognormalTraining):
+        if isinstance(network, NcsnNetworkConfig):
+            yield Problem(
+                "noise.training.kind",
+                "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",
+                "use levels, or another network.kind",
+                "lognormal",
+            )
+        if isinstance(loss, SingleSigmaLossConfig):
+            yield Problem(
+                "noise.training.kind",
+                "draws any sigma, but loss.kind = single_sigma trains at one noise level",
+                "use levels, or loss.kind = dsm",
+                "lognormal",
+            )
+    if isinstance(loss, DsmLossConfig) and loss.weighting != "power" and not hasattr(network, "sigma_data"):
+        yield Problem(
+            "loss.weighting",
+            f"needs network.sigma_data, which network.kind = {network.kind} does not have",
+            "use power, or network.kind = unet",
+            loss.weighting,
         )
 
 

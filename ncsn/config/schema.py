@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ncsn.config.choices import Domain, DsmLossConfig, LossConfig, NetworkConfig, NoiseChoice, NoiseConfig, Section
+from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig
+from ncsn.config.noise import DsmLossConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig
 from ncsn.errors import UserError
@@ -28,8 +29,6 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"
 class DataConfig(Section):
     """Which images, and in what shape."""
 
-    # Left out of plain values while they have their defaults. So a config that was written before they came has the
-    # digest that it had: no run is ingested again or gets a second MLflow run.
     ADDED: ClassVar[frozenset[str]] = frozenset(
         {"background", "crop", "fit", "image_column", "label_column", "unlabelled"}
     )
@@ -131,21 +130,23 @@ class DataConfig(Section):
         """RGB of `background`; None for none."""
         return _COLORS[self.background] if isinstance(self.background, str) else self.background
 
-    @model_serializer(mode="wrap")
-    def _without_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        unset = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
-        return {name: value for name, value in handler(self).items() if name not in unset}
-
 
 class SamplingConfig(Section):
     """How images are generated with the EMA weights."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grays"})
 
     num_images: int = Field(512, ge=1, description="Number of images to generate.")
     batch_size: int = Field(
         64, ge=1, le=65536, description="Images per network evaluation; does not change the result."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise; image i depends only on (seed, i).")
+    grays: Literal["nearest", "exact"] = Field(
+        "nearest",
+        description="How a pixel becomes a gray value: nearest = the nearest of 0, 1/255, ..., 1, as in the papers; "
+        "exact = the inverse of what training saw: with data.dequantize, gray value k is anything from k/256 to "
+        "(k + 1)/256.",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the network's convolutions; the images themselves use float32."
     )

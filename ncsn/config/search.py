@@ -65,7 +65,7 @@ def rungs(config: Config) -> list[int]:
 
 def untrained_share(config: Config) -> float:
     """Share in [0, 1] of the initial weights in their moving average at the first rung."""
-    return float(config.train.ema_decay ** (rungs(config)[0] // config.train.batch_size))
+    return config.train.averaging.untrained_share(rungs(config)[0], batch_size=config.train.batch_size)
 
 
 def setting(config: Config, path: str) -> Any:

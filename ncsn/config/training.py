@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,13 +30,58 @@ class OptimizerConfig(Section):
     )
 
 
+class DecayEmaConfig(Section):
+    """An average that forgets the same share at each step."""
+
+    kind: Literal["decay"] = Field(description="The same decay at each step, so it depends on the batch size.")
+    per_step: float = Field(0.999, ge=0, lt=1, description="Factor of the average at each step.")
+
+    def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
+        """Share in [0, 1] of the initial weights in the average after training on so many images."""
+        return float(self.per_step ** (images_seen // batch_size))
+
+
+class HalfLifeEmaConfig(Section):
+    """An average that forgets half over a number of training images (Karras et al. 2022)."""
+
+    kind: Literal["half_life"] = Field(description="Half is forgotten over a number of images, for any batch size.")
+    images: int = Field(500_000, ge=1, description="Training images over which the average forgets half.")
+    ramp_up: float | None = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="At first it forgets half over this share of the images seen so far; null = off, for training that "
+        "starts from a trained network.",
+    )
+
+    def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
+        """Share in [0, 1] of the initial weights in the average after training on so many images, about."""
+        if self.ramp_up is None:
+            return float(0.5 ** (images_seen / self.images))
+        ramp = min(images_seen, self.images / self.ramp_up)
+        halvings = (1 + math.log(max(1.0, ramp / batch_size))) / self.ramp_up + (images_seen - ramp) / self.images
+        return float(0.5**halvings)
+
+
+EmaConfig = Annotated[DecayEmaConfig | HalfLifeEmaConfig, Field(discriminator="kind")]
+
+
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"ema"})
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
     ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="Decay per step of the exponential moving average of the weights."
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay per step of the exponential moving average of the weights, the same as ema: {kind: decay, "
+        "per_step: ...}. Not used if ema is set.",
+    )
+    ema: EmaConfig | None = Field(
+        None, description="The moving average of the weights, which generates the images; null = by ema_decay."
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
@@ -53,6 +99,11 @@ class TrainConfig(Section):
         "always generate the best images.",
     )
 
+    @property
+    def averaging(self) -> DecayEmaConfig | HalfLifeEmaConfig:
+        """The moving average of the weights."""
+        return self.ema or DecayEmaConfig(kind="decay", per_step=self.ema_decay)
+
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:
         if self.num_images < self.batch_size:
@@ -63,3 +114,12 @@ class TrainConfig(Section):
                 value=self.num_images,
             )
         return self
+
+
+def ema_setting(settings: TrainConfig) -> str:
+    """The setting that says how long the moving average remembers, with its value."""
+    if settings.ema is None:
+        return f"train.ema_decay = {settings.ema_decay:g}"
+    if isinstance(settings.ema, DecayEmaConfig):
+        return f"train.ema.per_step = {settings.ema.per_step:g}"
+    return f"train.ema.images = {settings.ema.images:,}"

@@ -31,25 +31,25 @@ HARMFUL = 0.05  # share of the held-out loss
 FEWEST_IMAGES = 5  # of each set, for a standard error
 
 
-def level_losses(
-    network: ScoreFunction, x: Tensor, *, first: int, levels: Sequence[int], sigmas: Tensor, stream: int
+def losses_at(
+    network: ScoreFunction, x: Tensor, *, first: int, sigmas: Tensor, levels: Sequence[int] | None, stream: int
 ) -> Tensor:
-    """Normalized denoising loss of each image at each level, float32 [len(levels), B]; a zero network reads 1.
+    """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
 
     Args:
         network: The score network.
         x: Clean images [B, C, H, W] in the network's space, numbers `first .. first + B` of their set.
         first: Number of the first image.
-        levels: Levels to measure at.
-        sigmas: All noise levels [L], descending.
-        stream: Of the noise at the first of `levels`; each further one has the next.
+        sigmas: Noise standard deviations to measure at [S].
+        levels: Their numbers in the network's schedule; None for a network that takes any sigma.
+        stream: Of the noise at the first sigma; each further one has the next.
     """
     loss, size = DenoisingScoreMatching(), x[0].numel()
     rows = []
-    for number, level in enumerate(levels):
+    for number, sigma in enumerate(sigmas.to(x.device)):
         z = keyed_normal(SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
-        batch = Batch(x, torch.full((len(x),), level, device=x.device), z.to(x))
-        rows.append(loss(network, batch, sigmas).per_image)
+        level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
+        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level)).per_image)
     return torch.stack(rows)
 
 

@@ -33,8 +33,11 @@ def _grays(images_u8: Tensor) -> Tensor:
     return images_u8.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Samples [B, C, H, W] as stored images uint8 [B, H, W, C]: clamped to [0, 1], then rounded half up.
+def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
+    """Samples [B, C, H, W] as stored images uint8 [B, H, W, C].
+
+    They are clamped to [0, 1] and rounded half up to a gray value, which inverts `to_unit`. With `dequantized` a gray
+    value is what `dequantize` spreads it over, floor(256 x).
 
     Raises:
         ValueError: A value is NaN or infinite, which would otherwise become a plausible gray.
@@ -44,7 +47,8 @@ def to_uint8(x: Tensor) -> Tensor:
         raise ValueError(
             f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged, lower its epsilon"
         )
-    gray = x.float().clamp(0, 1).mul_(255).add_(0.5).floor_().to(torch.uint8)
+    unit = x.float().clamp(0, 1)
+    gray = (unit.mul_(256).clamp_(max=255) if dequantized else unit.mul_(255).add_(0.5)).floor_().to(torch.uint8)
     return gray.permute(0, 2, 3, 1).contiguous()
 
 

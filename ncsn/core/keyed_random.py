@@ -39,6 +39,7 @@ class Stream(IntEnum):
     TRAINED_DEQUANTIZE = 12
     HELD_OUT_NOISE = 1024
     TRAINED_NOISE = 2048
+    STRATUM = 2**31  # of permutations, whose other streams are epochs
     SAMPLING = 2**32
 
 
@@ -83,6 +84,12 @@ def keyed_permutation(seed: int, *, epoch: int, size: int) -> np.ndarray:
     """A random order of 0, ..., size - 1, int64 [size], that depends on (seed, epoch, size) only."""
     words = _words(seed, kind=_PERMUTATION, stream=epoch, first=0, count=1, words=size).numpy()[0]
     return np.argsort(words, kind="stable")
+
+
+def keyed_permutations(seed: int, *, stream: int, first: int, count: int, size: int) -> Tensor:
+    """Random orders of 0, ..., size - 1, numbers `first .. first + count`, int64 [count, size]."""
+    words = _words(seed, kind=_PERMUTATION, stream=stream, first=first, count=count, words=size)
+    return words.argsort(dim=1, stable=True)
 
 
 class _Draw(Protocol):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# A score network: (x [B, C, H, W], level int64 [B]) -> score of x's shape.
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+# A score network, called as `ncsn.core.networks.entry` says.
+ScoreFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,29 +19,42 @@ class Batch:
     """Images with all their random draws."""
 
     x: Tensor  # clean images [B, C, H, W] in the network's space
-    level: Tensor  # noise level of each, int64 [B], 0 = most noise
+    sigma: Tensor  # standard deviation of the noise of each, [B]
     z: Tensor  # standard normal, x's shape
+    level: Tensor | None = None  # number of each sigma among the levels, int64 [B], 0 = most noise; None for any sigma
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
 
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the network sees beside the noisy images."""
+        return {"sigma": self.sigma} if self.level is None else {"level": self.level}
+
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.x[part], self.level[part], self.z[part], None if self.v is None else self.v[:, part])
+        return Batch(
+            self.x[part],
+            self.sigma[part],
+            self.z[part],
+            None if self.level is None else self.level[part],
+            None if self.v is None else self.v[:, part],
+        )
 
     def to(self, device: torch.device, *, memory_format: torch.memory_format) -> Batch:
         """The batch on `device`, images in this memory format. A copy to a GPU overlaps with computation."""
 
-        def moved(part: Tensor, order: torch.memory_format) -> Tensor:
+        def moved(part: Tensor, order: torch.memory_format = torch.preserve_format) -> Tensor:
             # A copy is asynchronous only from pinned memory.
             source = part.pin_memory() if device.type == "cuda" else part
             return source.to(device, non_blocking=True, memory_format=order)
 
         return Batch(
             x=moved(self.x, memory_format),
-            level=moved(self.level, torch.preserve_format),
+            sigma=moved(self.sigma),
             z=moved(self.z, memory_format),
-            v=None if self.v is None else moved(self.v, torch.preserve_format),
+            level=None if self.level is None else moved(self.level),
+            v=None if self.v is None else moved(self.v),
         )
 
 
@@ -60,58 +73,67 @@ class Loss(Protocol):
     def num_projections(self) -> int:
         """Random directions per image that it needs, `Batch.v`."""
 
-    def __call__(self, network: ScoreFunction, batch: Batch, sigmas: Tensor) -> LossValue:
-        """Loss of a batch at the noise levels `sigmas` [L], descending."""
+    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
+        """Loss of a batch."""
+
+
+class Weight(Protocol):
+    """Weight of |sigma s + z|^2 in a loss."""
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """The weight at each sigma [B], in its shape and type."""
+
+
+@dataclass(frozen=True)
+class PowerWeight:
+    """sigma^(p - 2), so that lambda(sigma) of equation 6 is sigma^p."""
+
+    anneal_power: float = 2.0  # p; the paper's lambda(sigma) = sigma^2 is p = 2
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """See `Weight`."""
+        return sigma ** (self.anneal_power - 2.0)
+
+
+@dataclass(frozen=True)
+class EdmWeight:
+    """1 + (sigma / sigma_data)^2, the weight of Karras et al. 2022.
+
+    In their paper it is (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, of |D - x|^2 = sigma^2 |sigma s + z|^2. It
+    gives the error of a preconditioned network F a weight of 1 at every sigma.
+    """
+
+    sigma_data: float
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """See `Weight`."""
+        return 1 + (sigma / self.sigma_data).square()
 
 
 @dataclass(frozen=True)
 class DenoisingScoreMatching:
     """Denoising score matching at one noise level per image (equations 5 and 6).
 
-    The loss of an image is sigma^p / 2 |s(x + sigma z, level) + z / sigma|^2, computed as
-    sigma^(p - 2) / 2 |sigma s + z|^2 so that no term grows as sigma falls. The norm sums over pixels.
+    The loss of an image is w(sigma) sigma^2 / 2 |s(x + sigma z, sigma) + z / sigma|^2, computed as
+    w(sigma) / 2 |sigma s + z|^2 so that no term grows as sigma falls. The norm sums over pixels.
     """
 
-    anneal_power: float = 2.0  # p; the paper's lambda(sigma) = sigma^2 is p = 2
+    weight: Weight = PowerWeight()
     # Averages the loss over z and -z, at twice the cost. The term linear in z, whose variance grows as 1 / sigma^2
     # before weighting, nearly cancels.
     antithetic: bool = False
 
     num_projections: ClassVar[int] = 0
 
-    def __call__(self, network: ScoreFunction, batch: Batch, sigmas: Tensor) -> LossValue:
+    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         """See `Loss`."""
-        x, level, z = batch.x, batch.level, batch.z
-        sigma = sigmas.to(x.dtype)[level]
+        sigma = batch.sigma.to(batch.x.dtype)
         if self.antithetic:
-            both = _squared_residual(network, _twice(x), level=_twice(level), sigma=_twice(sigma), z=torch.cat((z, -z)))
-            squared = both.view(2, -1).mean(dim=0)
+            squared = _squared_residual(network, _twice(batch, sigma=sigma)).view(2, -1).mean(dim=0)
         else:
-            squared = _squared_residual(network, x, level=level, sigma=sigma, z=z)
-        weighted = squared if self.anneal_power == 2.0 else squared * sigma ** (self.anneal_power - 2.0)
-        return LossValue(loss=0.5 * weighted.mean(), per_image=squared.detach() / x[0].numel())
-
-
-@dataclass(frozen=True)
-class SingleSigma(DenoisingScoreMatching):
-    """The paper's baseline: equation 2 at one sigma and without weight.
-
-    At the paper's sigma = 0.01 a zero network has a loss of D / 2 * 10^4, which is no sign of divergence.
-    """
-
-    anneal_power: float = 0.0
-
-    def __call__(self, network: ScoreFunction, batch: Batch, sigmas: Tensor) -> LossValue:
-        """See `Loss`.
-
-        Raises:
-            ValueError: There is more than one level.
-        """
-        # One level in the schedule, so checkpoints, reports and samplers work unchanged; the 2019 network with one
-        # level is unconditional.
-        if len(sigmas) != 1:
-            raise ValueError(f"the single-sigma baseline has one noise level, got {len(sigmas)}")
-        return super().__call__(network, batch, sigmas)
+            squared = _squared_residual(network, replace(batch, sigma=sigma))
+        weighted = squared * self.weight(sigma)
+        return LossValue(loss=0.5 * weighted.mean(), per_image=squared.detach() / batch.x[0].numel())
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,7 @@ class SlicedScoreMatching:
     anneal_power: float = 2.0
     num_projections: int = 1
 
-    def __call__(self, network: ScoreFunction, batch: Batch, sigmas: Tensor) -> LossValue:
+    def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         """See `Loss`.
 
         Raises:
@@ -135,12 +157,12 @@ class SlicedScoreMatching:
         """
         if batch.v is None:
             raise ValueError("sliced score matching needs projections v [P, B, C, H, W], got none")
-        x, level = batch.x, batch.level
-        sigma = sigmas.to(x.dtype)[level]
+        x = batch.x
+        sigma = batch.sigma.to(x.dtype)
         noisy = torch.addcmul(x, batch.z, _per_pixel(sigma, x)).requires_grad_()
         # Of the attention kernels only the plain one can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            score = network(noisy, level).to(x.dtype)
+            score = network(noisy, **batch.inputs).to(x.dtype)
             slopes = []
             for projection in batch.v:
                 (gradient,) = torch.autograd.grad((projection * score).sum(), noisy, create_graph=True)
@@ -150,11 +172,10 @@ class SlicedScoreMatching:
         return LossValue(loss=(sigma**self.anneal_power * unweighted).mean(), per_image=normalized)
 
 
-def level_sums(per_image: Tensor, *, level: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-    """Sums and counts, each float64 [L], of values [B] at each level; add them up over batches and workers."""
-    member = level[:, None] == torch.arange(num_levels, device=level.device)
-    values = torch.where(member, per_image.detach().to(torch.float64)[:, None], 0.0)
-    return values.sum(dim=0), member.to(torch.float64).sum(dim=0)
+def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:
+    """Sums in each bin, float64 [..., S], of values [..., B] in bins int64 [B]; add them up over batches."""
+    member = bins[:, None] == torch.arange(num_bins, device=bins.device)
+    return torch.where(member, values.detach().to(torch.float64)[..., None], 0.0).sum(dim=-2)
 
 
 def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
@@ -162,12 +183,19 @@ def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _twice(values: Tensor) -> Tensor:
-    return torch.cat((values, values))
+def _twice(batch: Batch, *, sigma: Tensor) -> Batch:
+    """The batch with its noise, and again with the negative noise."""
+
+    def both(values: Tensor) -> Tensor:
+        return torch.cat((values, values))
+
+    level = None if batch.level is None else both(batch.level)
+    return Batch(both(batch.x), both(sigma), torch.cat((batch.z, -batch.z)), level)
 
 
-def _squared_residual(network: ScoreFunction, x: Tensor, *, level: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
+def _squared_residual(network: ScoreFunction, batch: Batch) -> Tensor:
     """|sigma s(x + sigma z) + z|^2 of each image, [B]."""
-    scale = _per_pixel(sigma, x)
-    score = network(torch.addcmul(x, z, scale), level).to(x.dtype)
+    x, z = batch.x, batch.z
+    scale = _per_pixel(batch.sigma, x)
+    score = network(torch.addcmul(x, z, scale), **batch.inputs).to(x.dtype)
     return torch.addcmul(z, score, scale).square().flatten(1).sum(dim=1)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.config.choices import AutoNoiseConfig
+from ncsn.config.noise import AutoNoiseConfig
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
@@ -170,7 +170,8 @@ def resolve_noise(config: Config, manifest: Manifest) -> Config:
         sigma_L=noise.sigma_L,
         overlap=noise.overlap,
     )
-    tree = config.model_dump(mode="json") | {"noise": noise_section(suggestion)}
+    training = noise.training.model_dump(mode="json")
+    tree = config.model_dump(mode="json") | {"noise": {**noise_section(suggestion), "training": training}}
     return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")
 
 

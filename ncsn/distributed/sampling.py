@@ -147,7 +147,7 @@ def _watch_levels(shard: Shard, on_levels: W) -> W:
     def on_level(stage: int, x: Tensor) -> None:
         nonlocal stages
         stages = stage
-        on_levels.add(stage, level_images(x, shard.sampling))
+        on_levels.add(stage, level_images(x, shard.sampling, shard.config))
 
     final = _generate(shard, on_level)
     on_levels.add(stages, final)

@@ -10,19 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.choices import (
-    DdpmppNetworkConfig,
-    DsmLossConfig,
-    NcsnNetworkConfig,
-    NcsnV2NetworkConfig,
-    SingleSigmaLossConfig,
-    SsmLossConfig,
-    UnetNetworkConfig,
-)
+from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
+from ncsn.config.noise import DsmLossConfig, LognormalTraining, SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import DataConfig
+from ncsn.config.training import HalfLifeEmaConfig
+from ncsn.core.ema import Ema, EmaProfile, HalfLife, StepDecay
 from ncsn.core.images import PixelSpace
-from ncsn.core.losses import DenoisingScoreMatching, Loss, SingleSigma, SlicedScoreMatching
+from ncsn.core.losses import DenoisingScoreMatching, EdmWeight, Loss, PowerWeight, SlicedScoreMatching, Weight
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
@@ -31,7 +26,8 @@ from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.multistep import DpmSolver, UniPC
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
-from ncsn.core.training import Ema, StepOptions, TrainState
+from ncsn.core.training import StepOptions, TrainState
+from ncsn.core.training_noise import LevelNoise, LognormalNoise, TrainingNoise
 from ncsn.errors import UserError
 
 _SAMPLERS: dict[str, type[Sampler]] = {
@@ -58,6 +54,14 @@ def sigmas(config: Config) -> Tensor:
     """The noise levels, `[num_levels]` float32, descending."""
     levels = config.levels
     return geometric_sigmas(levels.sigma_1, levels.sigma_L, levels.num_levels)
+
+
+def training_noise(config: Config) -> TrainingNoise:
+    """How much noise training adds to its images."""
+    settings = config.noise.training
+    if isinstance(settings, LognormalTraining):
+        return LognormalNoise(settings.mean, settings.std, settings.stratified)
+    return LevelNoise(sigmas(config))
 
 
 def network(config: Config) -> nn.Module:
@@ -104,12 +108,37 @@ def loss(config: Config) -> Loss:
     """The training loss."""
     settings = config.loss
     if isinstance(settings, DsmLossConfig):
-        return DenoisingScoreMatching(anneal_power=settings.anneal_power, antithetic=settings.antithetic)
+        return DenoisingScoreMatching(weight=_weight(config, settings), antithetic=settings.antithetic)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
     if isinstance(settings, SingleSigmaLossConfig):
-        return SingleSigma()
+        return DenoisingScoreMatching(weight=_power_weight(settings))
     assert_never(settings)
+
+
+def _power_weight(settings: SsmLossConfig | SingleSigmaLossConfig) -> PowerWeight:
+    # The baseline of one sigma is equation 2, without weight.
+    return PowerWeight(settings.anneal_power if isinstance(settings, SsmLossConfig) else 0.0)
+
+
+def _weight(config: Config, settings: DsmLossConfig) -> Weight:
+    if settings.weighting == "power":
+        return PowerWeight(settings.anneal_power)
+    weight = edm_weight(config)
+    assert weight is not None
+    return weight
+
+
+def loss_weight(config: Config) -> Weight:
+    """The weight of |sigma s + z|^2 at each sigma, for any loss; a learned one is left out."""
+    settings = config.loss
+    return _weight(config, settings) if isinstance(settings, DsmLossConfig) else _power_weight(settings)
+
+
+def edm_weight(config: Config) -> EdmWeight | None:
+    """The weight of Karras et al. for the network's sigma_data; None if it has none."""
+    sigma_data = getattr(config.network, "sigma_data", None)
+    return None if sigma_data is None else EdmWeight(sigma_data)
 
 
 def step_options(config: Config, *, device: str | torch.device, world_size: int) -> StepOptions:
@@ -118,7 +147,8 @@ def step_options(config: Config, *, device: str | torch.device, world_size: int)
         grad_clip_norm=config.optimizer.grad_clip_norm,
         autocast_dtype=autocast_dtype(config, device),
         microbatch=config.compute.microbatch,
-        mean_share=config.train.batch_size / world_size,
+        batch_size=config.train.batch_size,
+        world_size=world_size,
     )
 
 
@@ -166,9 +196,17 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network),
-        ema=Ema(score_network, decay=config.train.ema_decay),
+        ema=Ema(score_network, ema_profile(config)),
         scaler=torch.amp.GradScaler(torch.device(device).type) if scaled else None,
     )
+
+
+def ema_profile(config: Config) -> EmaProfile:
+    """How the EMA forgets."""
+    settings = config.train.averaging
+    if isinstance(settings, HalfLifeEmaConfig):
+        return HalfLife(settings.images, settings.ramp_up)
+    return StepDecay(settings.per_step)
 
 
 def learning_rate(config: Config, images_seen: int) -> float:

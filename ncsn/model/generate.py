@@ -174,21 +174,25 @@ def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str)
             hint="lower its step size, or train longer",
             value=sampling.sampler.model_dump(),
         )
-    images: NDArray[np.uint8] = to_uint8(build.pixel_space(config.data).invert(x)).cpu().numpy()
+    return _grays(build.pixel_space(config.data).invert(x), sampling, config)
+
+
+def _grays(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.uint8]:
+    dequantized = sampling.grays == "exact" and config.data.dequantize
+    images: NDArray[np.uint8] = to_uint8(x, dequantized=dequantized).cpu().numpy()
     return images
 
 
-def level_images(x: Tensor, sampling: SamplingConfig) -> NDArray[np.uint8]:
+def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.uint8]:
     """The images of a state that `on_level` receives, uint8 `[N, H, W, C]`.
 
     Raises:
         UserError: if a pixel is not finite.
     """
     try:
-        images: NDArray[np.uint8] = to_uint8(x).cpu().numpy()
+        return _grays(x, sampling, config)
     except ValueError as error:
         raise UserError("sampling.sampler", str(error), value=sampling.sampler.model_dump()) from None
-    return images
 
 
 def evaluations_per_image(config: Config) -> int:

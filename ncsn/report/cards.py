@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
+from ncsn.config.noise import LognormalTraining
+from ncsn.config.training import ema_setting
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -82,14 +84,14 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
     settings = [
         (
             "network",
-            f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of decay {config.train.ema_decay:g}",
+            f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {ema_setting(config.train)}",
         ),
         (
             "training",
             f"{facts.images_seen:,} images, batch {config.train.batch_size}, Adam at {optimizer.learning_rate:g} "
             f"({optimizer.decay}){clip}",
         ),
-        ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}"),
+        ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}{_trained_at(config)}"),
         (
             "sampler",
             ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items()) + f": NFE {facts.nfe}",
@@ -97,6 +99,13 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
         ("seed", str(config.seed)),
     ]
     return [*settings, ("cost", facts.cost)] if facts.cost else settings
+
+
+def _trained_at(config: Config) -> str:
+    noise = config.noise.training
+    if not isinstance(noise, LognormalTraining):
+        return ""
+    return f"; trained at any sigma, ln sigma ~ N({noise.mean:.4g}, {noise.std:.4g}²)"
 
 
 def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
-from ncsn.config.training import TrainConfig
+from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.report.images import evenly_spread
@@ -40,27 +40,28 @@ def linear_loss(moments: DataMoments, sigmas: Sequence[float]) -> Array:
     return losses
 
 
-def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> list[str]:
-    """A hint if a linear denoiser beats the network at some levels; all arguments are [L], unknown losses NaN."""
+def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float], unit: str = "level") -> list[str]:
+    """A hint if a linear denoiser beats the network at some levels; the arrays are [L], unknown losses NaN."""
     behind = np.flatnonzero(losses > LINEAR_MARGIN * linear)
     if not len(behind):
         return []
     worst = behind[np.argmax(losses[behind] / linear[behind])]
+    which = f"{_numbered(unit, behind.tolist())} {'is' if len(behind) == 1 else 'are'}"
     return [
-        f"{_levels(behind.tolist())} {'is' if len(behind) == 1 else 'are'} undertrained: the best linear denoiser of "
-        f"the training images has a lower loss, most clearly at sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} versus "
-        f"{losses[worst]:.3g}). Increase train.num_images or the width of the network."
+        f"{which} undertrained: the best linear denoiser of the training images has a lower loss, most clearly at "
+        f"sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images or the "
+        "width of the network."
     ]
 
 
 def average_hints(settings: TrainConfig, *, images_seen: int) -> list[str]:
     """A hint if the EMA weights still contain much of the initial ones."""
-    left = settings.ema_decay ** (images_seen / settings.batch_size)
+    left = settings.averaging.untrained_share(images_seen, batch_size=settings.batch_size)
     if left < HARMFUL_SHARE:
         return []
     return [
         f"The EMA weights, which generate the images, still contain {left:.0%} of the initial weights. Train longer, "
-        f"or decrease train.ema_decay = {settings.ema_decay:g}."
+        f"or decrease {ema_setting(settings)}."
     ]
 
 
@@ -87,13 +88,14 @@ def sampler_hints(sampler: SamplerConfig, sigmas: Sequence[float]) -> list[str]:
     ]
 
 
-def _levels(levels: Sequence[int]) -> str:
+def _numbered(unit: str, numbers: Sequence[int]) -> str:
     """`Level 3`, `Levels 0 to 4`, `Levels 1, 3 and 7`."""
-    if len(levels) == 1:
-        return f"Level {levels[0]}"
-    if levels[-1] - levels[0] == len(levels) - 1:
-        return f"Levels {levels[0]} to {levels[-1]}"
-    return f"Levels {', '.join(map(str, levels[:-1]))} and {levels[-1]}"
+    name = unit.capitalize()
+    if len(numbers) == 1:
+        return f"{name} {numbers[0]}"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{name}s {numbers[0]} to {numbers[-1]}"
+    return f"{name}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 MOST_POINTS = 150  # of a curve; more are not visible and make the page large
@@ -106,6 +108,7 @@ def training_section(
     *,
     sigmas: Sequence[float],
     linear: Array,
+    unit: str = "level",
     hints: Sequence[str] = (),
 ) -> Section:
     """The losses of training.
@@ -113,13 +116,14 @@ def training_section(
     Args:
         images_seen: [P] with P >= 1.
         level_losses: Normalized losses [P, L]; NaN where no image had that level.
-        sigmas: The levels [L], descending.
+        sigmas: The levels [L], descending; or the middles of bins of sigma.
         linear: Normalized loss of the best linear denoiser at each level [L].
+        unit: What the losses are of, level or bin.
         hints: Added to those about the losses.
     """
     seen, losses = thinned(np.asarray(images_seen, np.float64), level_losses)
     shown = evenly_spread(len(sigmas), most=MOST_CURVES)
-    heat_map = loss_heat_map(seen, losses, sigmas=sigmas)
+    heat_map = loss_heat_map(seen, losses, sigmas=sigmas, unit=unit)
     curves = loss_curves(seen, losses[:, shown], sigmas=np.asarray(sigmas)[shown])
     return Section(
         heading="Training",
@@ -130,7 +134,7 @@ def training_section(
             Plot(to_svg(heat_map, salt="heat"), alt="Loss of each noise level over training, as a map"),
             Plot(to_svg(curves, salt="lines"), alt="Loss of each noise level over training, as curves"),
         ],
-        hints=[*training_hints(last_losses(level_losses), linear=linear, sigmas=sigmas), *hints],
+        hints=[*training_hints(last_losses(level_losses), linear=linear, sigmas=sigmas, unit=unit), *hints],
     )
 
 

@@ -81,8 +81,8 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
 
 
 @styled
-def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
-    """The same losses as a map, one row per level, with an arrow at each undertrained level."""
+def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike, unit: str = "level") -> Figure:
+    """The same losses as a map, one row per level or other `unit`, with an arrow at each undertrained one."""
     seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
@@ -96,7 +96,7 @@ def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLik
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
-    axes.set(xlabel=SEEN_LABEL, ylabel="level: sigma")
+    axes.set(xlabel=SEEN_LABEL, ylabel=f"{unit}: sigma")
     _count_axis(axes)
     under_trained = under_trained_levels(last_losses(values))
     for level in under_trained:

@@ -136,7 +136,7 @@ def _with_deviation(metric: str, readings: Mapping[str, Reading]) -> str:
 def lead(
     *,
     manifest: Manifest,
-    num_levels: int,
+    num_levels: int | None,
     images_seen: int,
     nfe: int,
     generated: Mapping[str, Reading],
@@ -145,14 +145,15 @@ def lead(
 ) -> list[str]:
     """Paragraphs for a stranger: the data, the model, its quality, and the gate's decision if there is one.
 
-    `decision` is the result of the register step.
+    `num_levels` are those of training, None if it had any sigma. `decision` is the result of the register step.
     """
+    noise = "any strength" if num_levels is None else f"{num_levels} strengths"
     size, color = manifest.image_size, "gray" if manifest.channels == 1 else "color"
     paragraphs = [
         f"The model was trained on {manifest.count('train'):,} {color} images of {size} x {size} pixels: "
         f"{manifest.source.rstrip('.')}.",
         f"It is a noise conditional score network (Song & Ermon 2019). It saw {images_seen:,} training images, "
-        f"counting repetitions, at {num_levels} levels of Gaussian noise and learned the score: the direction in which "
+        f"counting repetitions, with Gaussian noise of {noise}, and learned the score: the direction in which "
         f"the pixels become more likely. To generate an image, it starts from noise and follows the score for {nfe:,} "
         "network evaluations.",
     ]

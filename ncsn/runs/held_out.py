@@ -9,31 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ncsn.core.held_out import Gaps
+from ncsn.runs.loss_names import sigma_texts
 from ncsn.runs.records import TrainingHistory
 
 Array = NDArray[np.float64]
 
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
+EDM_LOSS = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
 # Before sigma in the name of a curve.
 _LOSS, _GAP, _ERROR = "val/loss_sigma_", "val/gap_sigma_", "val/gap_error_sigma_"
 
 
-def held_out_point(gaps: Gaps, *, sigmas: Array, weights: Array) -> dict[str, float]:
-    """Metrics of one measurement at noise levels `sigmas` [S]; what is not finite is left out."""
+def held_out_point(gaps: Gaps, *, sigmas: Array, weights: Array, edm: Array | None = None) -> dict[str, float]:
+    """Metrics of one measurement at noise levels `sigmas` [S]; what is not finite is left out.
+
+    `weights` [S] are those of training, `edm` [S] those of Karras et al. if each of the levels is as probable.
+    """
     share = weights / weights.sum()
+    texts = sigma_texts(sigmas.tolist())
     point = {LOSS: float(share @ gaps.held_out), GAP: float(share @ gaps.gap)}
     for name, values in ((_LOSS, gaps.held_out), (_GAP, gaps.gap), (_ERROR, gaps.error)):
-        point |= {f"{name}{text}": float(value) for text, value in zip(_texts(sigmas), values, strict=True)}
+        point |= {f"{name}{text}": float(value) for text, value in zip(texts, values, strict=True)}
+    if edm is not None:
+        point[EDM_LOSS] = float(np.mean(edm * gaps.held_out))
     return {name: value for name, value in point.items() if math.isfinite(value)}
-
-
-def _texts(sigmas: Array) -> list[str]:
-    """Each sigma with three digits, or as many as tell all apart."""
-    for digits in range(3, 9):
-        texts = [f"{sigma:.{digits}g}" for sigma in sigmas]
-        if len(set(texts)) == len(texts):
-            break
-    return texts
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,7 +26,6 @@ from ncsn.runs.folder import STEPS, RunFolder, claim_run
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
 
-LEVEL_LOSS = "train/loss_level_"  # before the level's number in a curve's name
 PREVIEW = "train/preview"  # name of the series of previews
 STATUS_FILE = "status.json"
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
@@ -233,15 +232,9 @@ class TrainingHistory:
         pairs = zip(self.points, self.system, strict=True)
         return np.array([point.get(name, system.get(name, np.nan)) for point, system in pairs])
 
-    def level_losses(self, num_levels: int) -> NDArray[np.float64]:
-        """Normalized loss [P, L] of each level; NaN where no image had that level."""
-        width = len(str(num_levels - 1))
-        return np.stack([self.curve(level_loss(level, width)) for level in range(num_levels)], axis=1)
-
-
-def level_loss(level: int, width: int) -> str:
-    """Name of a level's curve, its number padded to `width` digits so that names sort."""
-    return f"{LEVEL_LOSS}{level:0{width}d}"
+    def losses(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Values [P, S] of several curves, such as those of the levels; NaN where no image had that level."""
+        return np.stack([self.curve(name) for name in names], axis=1)
 
 
 def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:

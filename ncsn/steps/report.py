@@ -29,6 +29,7 @@ from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.held_out import held_out_curves
+from ncsn.runs.loss_names import loss_names, loss_unit
 from ncsn.runs.records import StepRecord, load_history, read_result, read_results
 from ncsn.steps.register import copies_beyond_chance
 from ncsn.steps.sample import LEVELS
@@ -140,7 +141,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
         verdict="" if decision is None else ("champion" if decision["promoted"] else "not promoted"),
         lead=words.lead(
             manifest=sources.manifest,
-            num_levels=len(sources.sigmas),
+            num_levels=len(sources.sigmas) if config.noise.training.kind == "levels" else None,
             images_seen=sources.checkpoint.images_seen,
             nfe=sources.samples["nfe"],
             generated=generated,
@@ -223,11 +224,15 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
     if (held_out := held_out_curves(history)) is not None:
         yield held_out_section(held_out)
     if history.images_seen:
+        noise = build.training_noise(config)
+        bins = noise.bins.tolist()
+        linear = diagnostics.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         yield diagnostics.training_section(
             history.images_seen,
-            history.level_losses(len(sources.sigmas)),
-            sigmas=sources.sigmas,
-            linear=diagnostics.linear_loss(sources.checkpoint.moments, sources.sigmas),
+            history.losses(loss_names(config, bins)),
+            sigmas=bins,
+            linear=linear.reshape(len(bins), -1).mean(axis=1),
+            unit=loss_unit(config),
             hints=[
                 *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),

@@ -12,6 +12,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.search import EPSILON, require_search, rungs, untrained_share, variant
+from ncsn.config.training import ema_setting
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
 from ncsn.distributed.search import search
@@ -132,10 +133,10 @@ def _warn_of_untrained_weights(config: Config) -> None:
     if share > _MUCH:
         _logger.warning(
             "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
-            "lower train.ema_decay = %g, or raise search.first_rung_images",
+            "lower %s, or raise search.first_rung_images",
             rungs(config)[0],
             100 * share,
-            config.train.ema_decay,
+            ema_setting(config.train),
         )
 
 

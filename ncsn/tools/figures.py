@@ -26,6 +26,7 @@ from ncsn.report.images import MAX_STAGES, Stages, interpolation_panel, neighbor
 from ncsn.report.plots import last_losses, loss_curves, loss_heat_map, under_trained_levels
 from ncsn.report.style import to_png, to_svg
 from ncsn.runs.costs import prices_of, read_plan
+from ncsn.runs.loss_names import loss_names, loss_unit
 from ncsn.runs.records import load_history
 from ncsn.steps.step import Step
 
@@ -123,13 +124,14 @@ class _Sheet:
 
 
 def _draw_losses(sheet: _Sheet, run: FinishedRun, *, history: str) -> None:
-    found, sigmas = load_history(history), run.sigmas.tolist()
+    config, found = run.trained.config, load_history(history)
+    sigmas = build.training_noise(config).bins.tolist()
     if not found.images_seen:
         sheet.notes.append("no plots of the loss: the run has no history of it")
         return
-    losses = found.level_losses(len(sigmas))
+    losses = found.losses(loss_names(config, sigmas))
     sheet.figures["loss_curves"] = loss_curves(found.images_seen, losses, sigmas=sigmas)
-    sheet.figures["loss_map"] = loss_heat_map(found.images_seen, losses, sigmas=sigmas)
+    sheet.figures["loss_map"] = loss_heat_map(found.images_seen, losses, sigmas=sigmas, unit=loss_unit(config))
     sheet.numbers["losses"] = {
         "images_seen": found.images_seen,
         "sigmas": sigmas,
@@ -156,7 +158,7 @@ def _levels(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
         first=0,
         count=ROWS,
         device=run.device,
-        on_level=lambda stage, x: stages.add(stage, level_images(x, run.sampling)),
+        on_level=lambda stage, x: stages.add(stage, level_images(x, run.sampling, run.trained.config)),
     )
     stages.add(stages.numbers[-1], final)
     visited = build.sampler(run.sampling.sampler).visited(run.sigmas)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin, langevin_step
-from ncsn.core.training import Ema, StepOptions, TrainState, train_step
+from ncsn.core.training import StepOptions, TrainState, train_step
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,12 @@ def fit_figure_2(*, seed: int = 0, num_steps: int = 10_000, batch_size: int = 12
         torch.manual_seed(seed)
         network = PlainScoreMlp()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    level, sigmas, z = torch.zeros(batch_size, dtype=torch.int64), torch.zeros(1), torch.zeros(batch_size, 2)
+    sigma, z = torch.zeros(batch_size), torch.zeros(batch_size, 2)
     for _ in range(num_steps):
         x = TWO_MODES.sample(batch_size, generator=generator)
         v = torch.randn(1, batch_size, 2, generator=generator)
         optimizer.zero_grad()
-        value = SlicedScoreMatching(anneal_power=0.0)(lambda x, _: network(x), Batch(x, level, z, v), sigmas)
+        value = SlicedScoreMatching(anneal_power=0.0)(lambda x, **_: network(x), Batch(x, sigma, z, v=v))
         torch.autograd.backward(value.loss)
         optimizer.step()
     return network
@@ -179,12 +180,11 @@ def fit_conditional(
         torch.manual_seed(seed)
         network = ConditionalScoreMlp(sigmas)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    state = TrainState(network, optimizer, Ema(network, decay=ema_decay))
+    state = TrainState(network, optimizer, Ema(network, StepDecay(ema_decay)))
     for _ in range(num_steps):
-        batch = Batch(
-            x=TWO_MODES.sample(batch_size, generator=generator),
-            level=torch.randint(0, len(sigmas), (batch_size,), generator=generator),
-            z=torch.randn(batch_size, 2, generator=generator),
-        )
-        train_step(network, batch, state=state, loss=DenoisingScoreMatching(), sigmas=sigmas, options=StepOptions())
+        x = TWO_MODES.sample(batch_size, generator=generator)
+        level = torch.randint(0, len(sigmas), (batch_size,), generator=generator)
+        z = torch.randn(batch_size, 2, generator=generator)
+        batch = Batch(x, sigmas[level], z, level)
+        train_step(network, batch, state=state, loss=DenoisingScoreMatching(), options=StepOptions())
     return network, state.ema

@@ -69,23 +69,23 @@ def measure_speed(config: Config, machine: Machine) -> Speed:
     device = torch.device("cuda" if config.compute.use_gpu and machine.gpus else "cpu")
     count = max(1, config.train.batch_size // machine.workers)
     with _threads(machine.cores_per_worker):
-        state, sigmas = build.train_state(config, device=device), build.sigmas(config).to(device)
+        state = build.train_state(config, device=device)
         options = build.step_options(config, device=device, world_size=1)
         loss = build.loss(config)
         size = config.data.image_size
         generator = torch.Generator().manual_seed(0)
         shape = (count, config.data.channels, size, size)
-        level = torch.randint(0, len(sigmas), (count,), generator=generator)
-        batch = Batch(torch.rand(shape, generator=generator), level, torch.randn(shape, generator=generator))
+        sigma, level = build.training_noise(config).draw(0, first=0, count=count)
+        batch = Batch(torch.rand(shape, generator=generator), sigma, torch.randn(shape, generator=generator), level)
         batch = batch.to(device, memory_format=build.memory_format(config))
 
         def train() -> None:
-            train_step(state.network, batch, state=state, loss=loss, sigmas=sigmas, options=options)
+            train_step(state.network, batch, state=state, loss=loss, options=options)
 
         @torch.inference_mode()
         def evaluate() -> Tensor:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.autocast_dtype is not None):
-                score: Tensor = state.network(batch.x, batch.level)
+                score: Tensor = state.network(batch.x, **batch.inputs)
             return score
 
         per_image = machine.workers * count * (TOGETHER if machine.workers > 1 else 1.0)

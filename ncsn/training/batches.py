@@ -1,4 +1,4 @@
-"""Batches: images in the network's space, their levels and noise, each a function of its place."""
+"""Batches: images in the network's space and their noise, each a function of its place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     size = x[0].numel()
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
-    level = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0] * config.levels.num_levels
+    sigma, level = build.training_noise(config).draw(seed, first=first, count=count)
     z = keyed_normal(seed, stream=Stream.NOISE, first=first, count=count, size=size).view_as(x)
     v, projections = None, build.loss(config).num_projections
     if projections:
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    return Batch(x=x, level=level.long().clamp_(max=config.levels.num_levels - 1), z=z, v=v)
+    return Batch(x=x, sigma=sigma, z=z, level=level, v=v)
 
 
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.core.held_out import MOST_BINS, SEED, Array, Gaps, level_losses
+from ncsn.core.held_out import MOST_BINS, SEED, Array, Gaps, losses_at
 from ncsn.core.keyed_random import Stream, keyed_permutation
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import TrainState
+from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
@@ -39,7 +40,7 @@ class Effort(NamedTuple):
 
 def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
     """What fits in `SHARE` of the time, for splits of these sizes; None if that is nothing."""
-    bins = min(MOST_BINS, config.levels.num_levels)
+    bins = len(_measured_at(config)[0])
     between = min(config.train.checkpoint_every_images, config.train.num_images)
     affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each checkpoint
     held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
@@ -80,9 +81,7 @@ class Probe:
         self, config: Config, held_out: ImageShare, training: ImageShare, *, every: int, context: WorkerContext
     ) -> None:
         self._config, self._sets, self._every, self._context = config, (held_out, training), every, context
-        sigmas = build.sigmas(config)
-        self._levels = choose_levels(sigmas, min(MOST_BINS, len(sigmas)) if len(sigmas) > 1 else None)
-        self._sigmas = sigmas.to(context.device)
+        self._sigmas, self._levels = _measured_at(config)
 
     def due(self, images_seen: int, *, last_image: int) -> bool:
         """Whether it is time at this checkpoint."""
@@ -96,25 +95,40 @@ class Probe:
         """
         network = state.averaged()
         held_out, training = (self._losses(network, each, dtype) for each in self._sets)
-        sigmas = self._sigmas.double().cpu().numpy()[self._levels]
-        power = getattr(self._config.loss, "anneal_power", 2.0)
-        return held_out_point(Gaps.of(held_out, training), sigmas=sigmas, weights=sigmas ** (power - 2.0))
+        config, sigmas = self._config, self._sigmas.double()
+        edm = build.edm_weight(config) if self._levels is None else None
+        return held_out_point(
+            Gaps.of(held_out, training),
+            sigmas=sigmas.numpy(),
+            weights=build.loss_weight(config)(sigmas).numpy(),
+            edm=None if edm is None else edm(sigmas).numpy(),
+        )
 
     def _losses(self, network: nn.Module, share: ImageShare, dtype: torch.dtype | None) -> Array:
-        """Loss at each level of each image of the whole set, [S, N]."""
+        """Loss at each sigma of each image of the whole set, [S, N]."""
         config, context = self._config, self._context
         size = max(1, config.train.batch_size // context.world_size)
-        losses = torch.zeros(len(self._levels), share.whole, dtype=torch.float64, device=context.device)
+        losses = torch.zeros(len(self._sigmas), share.whole, dtype=torch.float64, device=context.device)
         kind = context.device.type
         with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             for places, x in share.batches(config, min(size, config.compute.microbatch or size)):
                 x = x.to(context.device, memory_format=build.memory_format(config))
-                losses[:, places.start : places.stop] = level_losses(
-                    network, x, first=places.start, levels=self._levels, sigmas=self._sigmas, stream=share.noise
+                losses[:, places.start : places.stop] = losses_at(
+                    network, x, first=places.start, sigmas=self._sigmas, levels=self._levels, stream=share.noise
                 )
         # Each image is one worker's, so the sum is the same for any number of workers.
         values: Array = context.sum_over_workers(losses).cpu().numpy()
         return values
+
+
+def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
+    """The sigmas at which the loss is measured [S], and their numbers if they are levels of the network."""
+    noise = build.training_noise(config)
+    if not isinstance(noise, LevelNoise):
+        return noise.bins, None
+    sigmas = noise.sigmas
+    levels = choose_levels(sigmas, min(MOST_BINS, len(sigmas)) if len(sigmas) > 1 else None)
+    return sigmas[levels], levels
 
 
 def open_probe(config: Config, dataset: str, *, training: TrainingImages, context: WorkerContext) -> Probe | None:

@@ -1,4 +1,4 @@
-"""The training loop of one worker: score matching over the noise levels.
+"""The training loop of one worker: score matching at many noise levels.
 
 The loop knows its worker context and nothing of Ray. Everything random is a function of (seed, place in the image
 order), so the images of a global batch, their levels and their noise do not depend on the number of workers.
@@ -34,8 +34,9 @@ from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import draw_batch, image_moments
 from ncsn.training.context import WorkerContext
+from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
-from ncsn.training.metrics import Curves, LiveSink, MachineUsage, preview_png
+from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
 
 
 class StepTimer:
@@ -134,10 +135,9 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
-        self.sigmas = build.sigmas(self.config).to(context.device)
         self.loss = build.loss(self.config)
         self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
-        self.curves = Curves(self.config.levels.num_levels, context)
+        self.curves = Curves(self.config, context)
         self.saved, self.pauses = "", list[float]()
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
@@ -191,9 +191,9 @@ class Training:
         batch = drawn.to(context.device, memory_format=build.memory_format(config))
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
-        report = train_step(self.model, batch, state=state, loss=self.loss, sigmas=self.sigmas, options=self.options)
+        report = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)
         state.images_seen += config.train.batch_size
-        self.curves.add(batch.level, report, images=config.train.batch_size)
+        self.curves.add(batch, report, images=config.train.batch_size)
 
     def report(self, *, saving: bool) -> None:
         """Add a point to the curves, with the held-out loss if it is due at a checkpoint. A collective call.

@@ -98,6 +98,18 @@ WRONG = [
     (["noise=auto", "data.logit_transform=true"], "noise"),
     (["noise=auto", "loss={kind: single_sigma}"], "noise.num_levels"),
     (["sampling.num_images=9"], "sampling.num_images"),
+    ([NCSN, "noise.training={kind: lognormal}"], "noise.training.kind"),
+    (
+        [
+            "loss={kind: single_sigma}",
+            "noise={num_levels: 1, sigma_1: 0.01, training: {kind: lognormal}}",
+            "sampling.sampler={kind: langevin}",
+        ],
+        "noise.training.kind",
+    ),
+    (["network={kind: ncsnv2}", "loss.weighting=edm"], "loss.weighting"),
+    (["noise.training={kind: lognormal, std: 0}"], "noise.training.std"),
+    (["train.ema={kind: half_life, ramp_up: 0}"], "train.ema.ramp_up"),
     (["network.widths=[8,8,8,8,8]"], "network.widths"),
     (["network.attention_sizes=[4,5]"], "network.attention_sizes"),
     ([NCSN, "data.image_size=27"], "data.image_size"),

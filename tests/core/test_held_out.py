@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncsn.core.held_out import FEWEST_IMAGES, Alarm, Gaps, level_losses
+from ncsn.core.held_out import FEWEST_IMAGES, Alarm, Gaps, losses_at
 from ncsn.core.keyed_random import Stream
 
 SIGMAS = torch.tensor([2, 1, 0.5, 0.25, 0.1, 0.03], dtype=torch.float64)
@@ -37,7 +37,7 @@ def optimal(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
 
 
 def losses(network, x: torch.Tensor, *, stream: int = Stream.HELD_OUT_NOISE) -> np.ndarray:
-    return level_losses(network, x, first=0, levels=LEVELS, sigmas=SIGMAS, stream=stream).double().numpy()
+    return losses_at(network, x, first=0, sigmas=SIGMAS, levels=LEVELS, stream=stream).double().numpy()
 
 
 def gaps(network, training: torch.Tensor, held_out: torch.Tensor) -> Gaps:
@@ -67,7 +67,7 @@ def test_the_best_network_for_the_distribution_raises_none() -> None:
 def test_an_image_has_its_loss_in_any_batch() -> None:
     x = images(7, seed=0)
     parts = [
-        level_losses(optimal, x[a:b], first=a, levels=LEVELS, sigmas=SIGMAS, stream=Stream.HELD_OUT_NOISE)
+        losses_at(optimal, x[a:b], first=a, sigmas=SIGMAS, levels=LEVELS, stream=Stream.HELD_OUT_NOISE)
         for a, b in ((0, 3), (3, 7))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1).double().numpy(), losses(optimal, x), rtol=1e-6, atol=0)

@@ -43,6 +43,19 @@ def test_to_uint8_clamps_and_rounds_half_up():
     assert to_uint8(x).flatten().tolist() == [0, 0, 0, 1, 2, 255]
 
 
+def test_grays_of_dequantized_images():
+    """Rounding makes half of the pixels of gray 0 one step too bright; floor(256 x) makes none wrong."""
+    u = torch.rand(1, 1, 256, 4000, generator=torch.Generator().manual_seed(0))
+    grays = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 4000, 1)
+    x = dequantize(grays, u)
+    assert torch.equal(to_uint8(x, dequantized=True), grays)
+    rounded = to_uint8(x).double().mean(dim=(0, 2, 3))
+    for gray, mean in ((0, 0.498), (1, 1.494), (64, 64.25), (128, 128.0), (254, 253.51), (255, 254.50)):
+        assert rounded[gray].item() == pytest.approx(mean, abs=0.03)
+    ends = torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 4)
+    assert to_uint8(ends, dequantized=True).flatten().tolist() == [0, 0, 255, 255]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_to_uint8_refuses_what_is_not_a_number(bad):
     x = torch.zeros(1, 1, 2, 2)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ncsn.core.losses import Batch, DenoisingScoreMatching, SingleSigma, SlicedScoreMatching, level_sums
+from ncsn.core.losses import Batch, DenoisingScoreMatching, PowerWeight, SlicedScoreMatching, bin_sums
 from ncsn.core.networks.refinenet import NcsnNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 
@@ -18,12 +18,13 @@ def draws(*shape: int, seed: int = 0) -> torch.Generator:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dsm_loss(network, x, *, level, sigmas, z, **settings):
-    return DenoisingScoreMatching(**settings)(network, Batch(x, level, z), sigmas)
+def dsm_loss(network, x, *, level, sigmas, z, anneal_power=2.0, antithetic=False):
+    loss = DenoisingScoreMatching(PowerWeight(anneal_power), antithetic)
+    return loss(network, Batch(x, sigmas[level], z, level))
 
 
 def ssm_loss(network, x, *, level, sigmas, z, v, **settings):
-    return SlicedScoreMatching(**settings)(network, Batch(x, level, z, v), sigmas)
+    return SlicedScoreMatching(**settings)(network, Batch(x, sigmas[level], z, level, v))
 
 
 def zero(x, level):
@@ -45,8 +46,8 @@ def test_loss_is_equation_5_weighted_by_sigma_to_the_anneal_power():
     level = torch.tensor([0, 3, 9, 9])
     sigma = SIGMAS.double()[level]
 
-    def network(noisy, noise_level):
-        return torch.sin(5 * noisy) * (1 + noise_level.view(-1, 1, 1, 1))
+    def network(noisy, level):
+        return torch.sin(5 * noisy) * (1 + level.view(-1, 1, 1, 1))
 
     for power in (0.0, 1.0, 2.0):
         noisy = x + sigma.view(-1, 1, 1, 1) * z
@@ -66,7 +67,7 @@ def test_optimal_score_of_gaussian_data_reaches_the_lower_bound(sigma):
     sigmas, level = torch.tensor([sigma]), torch.zeros(batch, dtype=torch.int64)
 
     def linear(gain):
-        return lambda noisy, _: -gain * noisy / (s2 + sigma**2)
+        return lambda noisy, level: -gain * noisy / (s2 + sigma**2)
 
     def loss(gain, *, antithetic):
         arguments = {"level": level, "sigmas": sigmas, "z": z, "antithetic": antithetic}
@@ -88,30 +89,30 @@ def test_regression_of_the_noise_on_the_noisy_image_has_the_scores_slope():
 
 def test_low_precision_network_still_gives_a_float32_loss():
     x, z = torch.rand(2, 1, 4, 4), draws(2, 1, 4, 4)
-    result = dsm_loss(lambda noisy, _: -noisy.bfloat16(), x, level=torch.tensor([0, 9]), sigmas=SIGMAS, z=z)
+    result = dsm_loss(lambda noisy, level: -noisy.bfloat16(), x, level=torch.tensor([0, 9]), sigmas=SIGMAS, z=z)
     assert result.loss.dtype == result.per_image.dtype == torch.float32
 
 
-def test_level_sums_add_up_over_batches_to_the_mean_at_each_level():
+def test_bin_sums_add_up_over_batches_to_the_mean_at_each_level():
     values, level = torch.rand(50), torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
     level[level == 2] = 1
-    parts = [level_sums(values[a:b], level=level[a:b], num_levels=4) for a, b in ((0, 20), (20, 50))]
-    sums, counts = (torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True))
+    rows = torch.stack([values, torch.ones(50)])
+    sums, counts = sum(bin_sums(rows[:, a:b], bins=level[a:b], num_bins=4) for a, b in ((0, 20), (20, 50)))
     assert counts.tolist() == torch.bincount(level, minlength=4).tolist() and counts[2] == 0
     for index in (0, 1, 3):
         assert (sums / counts)[index].item() == pytest.approx(values[level == index].double().mean().item(), rel=1e-12)
 
 
 def test_nan_stays_at_its_level():
-    sums, _ = level_sums(torch.tensor([1.0, math.nan]), level=torch.tensor([0, 1]), num_levels=2)
+    sums = bin_sums(torch.tensor([1.0, math.nan]), bins=torch.tensor([0, 1]), num_bins=2)
     assert sums[0] == 1 and math.isnan(sums[1])
 
 
 def test_antithetic_pairs_average_the_two_signs():
     x, z, level = torch.rand(3, 1, 4, 4), draws(3, 1, 4, 4), torch.tensor([0, 5, 9])
 
-    def network(noisy, noise_level):
-        return torch.sin(9 * noisy) + noise_level.view(-1, 1, 1, 1)
+    def network(noisy, level):
+        return torch.sin(9 * noisy) + level.view(-1, 1, 1, 1)
 
     pair = dsm_loss(network, x, level=level, sigmas=SIGMAS, z=z, anneal_power=1.0, antithetic=True)
     signs = [dsm_loss(network, x, level=level, sigmas=SIGMAS, z=s * z, anneal_power=1.0) for s in (1, -1)]
@@ -124,7 +125,7 @@ def test_antithetic_pairs_have_less_variance_than_twice_the_draws():
     x, sigmas = torch.zeros(4000, 1, 1, 8), torch.tensor([0.01])
     level, s2 = torch.zeros(4000, dtype=torch.int64), 0.04
 
-    def network(noisy, _):
+    def network(noisy, level):
         return (0.5 - noisy) / s2
 
     def excess(z, *, antithetic):
@@ -140,7 +141,7 @@ def test_antithetic_pairs_have_less_variance_than_twice_the_draws():
 def test_baseline_is_unweighted_at_one_sigma():
     x, z = torch.rand(16, 3, 32, 32), draws(16, 3, 32, 32)
     level = torch.zeros(16, dtype=torch.int64)
-    result = SingleSigma()(zero, Batch(x, level, z), torch.tensor([0.01]))
+    result = dsm_loss(zero, x, level=level, sigmas=torch.tensor([0.01]), z=z, anneal_power=0.0)
     assert result.loss.item() == pytest.approx(1.5e7, rel=0.05)
     assert result.loss.item() == pytest.approx(0.5 * (z / 0.01).square().sum().item() / 16, rel=1e-5)
     assert result.per_image.mean().item() == pytest.approx(1, abs=0.02)
@@ -149,7 +150,7 @@ def test_baseline_is_unweighted_at_one_sigma():
 def ssm_of_gaussian(v_net, *, s2=0.7, sigma=0.5, size=4, count=400_000):
     x, z, v = math.sqrt(s2) * draws(count, size, seed=1), draws(count, size, seed=2), draws(1, count, size, seed=3)
     level, sigmas = torch.zeros(count, dtype=torch.int64), torch.tensor([sigma])
-    return ssm_loss(lambda noisy, _: -noisy / v_net, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
+    return ssm_loss(lambda noisy, level: -noisy / v_net, x, level=level, sigmas=sigmas, z=z, v=v, anneal_power=0.0)
 
 
 @pytest.mark.oracle(21)
@@ -166,7 +167,7 @@ def test_sliced_and_denoising_score_matching_report_the_same_figure():
     x, level = 0.5 * draws(100_000, 4, seed=1), torch.zeros(100_000, dtype=torch.int64)
     arguments = {"level": level, "sigmas": torch.tensor([0.4]), "z": draws(100_000, 4, seed=2)}
 
-    def network(noisy, _):
+    def network(noisy, level):
         return torch.tanh(-3 * noisy)
 
     sliced = ssm_loss(network, x, v=draws(2, 100_000, 4, seed=3), **arguments).per_image.mean().item()
@@ -194,6 +195,6 @@ def test_slope_term_is_the_jacobian_along_the_projection():
     matrix = torch.randn(3, 3, dtype=torch.float64)
     x, v = draws(1, 3).double(), draws(2, 1, 3, seed=5).double()
     arguments = {"level": torch.tensor([0]), "sigmas": torch.tensor([2.0]), "z": torch.zeros(1, 3).double(), "v": v}
-    loss = ssm_loss(lambda noisy, _: noisy @ matrix.T, x, anneal_power=1.0, **arguments).loss.item()
+    loss = ssm_loss(lambda noisy, level: noisy @ matrix.T, x, anneal_power=1.0, **arguments).loss.item()
     slope = sum((p @ matrix @ p).item() for p in v[:, 0]) / 2
     assert loss == pytest.approx(2 * (0.5 * (x @ matrix.T).square().sum().item() + slope), rel=1e-12)

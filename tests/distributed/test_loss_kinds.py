@@ -73,7 +73,7 @@ def test_sliced_score_matching_differentiates_every_network_twice(network: str, 
         for parameter in state.network.parameters():
             parameter.add_(0.02)  # an output layer that starts at zero hides the gradients behind it
     batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=4)
-    loss = build.loss(config)(state.network, batch, build.sigmas(config)).loss
+    loss = build.loss(config)(state.network, batch).loss
     torch.autograd.backward(loss)
     gradients = [parameter.grad for parameter in state.network.parameters()]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
@@ -90,10 +90,10 @@ def test_projections_belong_to_the_image_and_not_to_the_batch(tiny: str, dataset
 
 def test_the_antithetic_loss_is_the_mean_over_both_signs(tiny: str, dataset: str) -> None:
     config = from_yaml(tiny, overrides=["loss.antithetic=true"])
-    batch, sigmas = draw_batch(config, open_cache(dataset, "train"), first=0, count=8), build.sigmas(config)
+    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=8)
     network = build.network(config)
-    pair = build.loss(config)(network, batch, sigmas).loss
-    one, other = (DenoisingScoreMatching()(network, replace(batch, z=s * batch.z), sigmas).loss for s in (1, -1))
+    pair = build.loss(config)(network, batch).loss
+    one, other = (DenoisingScoreMatching()(network, replace(batch, z=s * batch.z)).loss for s in (1, -1))
     assert pair.item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-5)
 
 

@@ -7,15 +7,16 @@ from typing import Any, get_args
 
 import pytest
 
-from ncsn.config import choices
+from ncsn.config import choices, noise
 from ncsn.config.choices import Section
 from ncsn.config.problems import section_models
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.losses import DenoisingScoreMatching, SlicedScoreMatching
+from ncsn.core.losses import SlicedScoreMatching
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.samplers.ode import KarrasHeun
+from ncsn.core.training_noise import LognormalNoise
 from ncsn.model import build
 
 SAMPLERS = {
@@ -35,8 +36,8 @@ def test_every_sampler_of_the_config_can_be_built() -> None:
     ("section", "built", "others"),
     [
         *((section, build._SAMPLERS.get(kind), set()) for kind, section in SAMPLERS.items()),
-        (choices.DsmLossConfig, DenoisingScoreMatching, set()),
-        (choices.SsmLossConfig, SlicedScoreMatching, set()),
+        (noise.LognormalTraining, LognormalNoise, set()),
+        (noise.SsmLossConfig, SlicedScoreMatching, set()),
         (choices.NcsnNetworkConfig, NcsnNetwork, NCSN),
         (choices.NcsnV2NetworkConfig, NcsnV2Network, OTHERS),
         (choices.UnetNetworkConfig, UnetNetwork, OTHERS),

@@ -32,9 +32,10 @@ MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual
 def trained(config: Config) -> TrainState:
     """A state after one step, so that every part of it is filled."""
     state = build.train_state(config)
-    batch = Batch(torch.rand(4, 1, 8, 8), torch.arange(4), torch.randn(4, 1, 8, 8))
+    levels = torch.arange(4)
+    batch = Batch(torch.rand(4, 1, 8, 8), build.sigmas(config)[levels], torch.randn(4, 1, 8, 8), levels)
     options = build.step_options(config, device="cpu", world_size=1)
-    train_step(state.network, batch, state=state, loss=build.loss(config), sigmas=build.sigmas(config), options=options)
+    train_step(state.network, batch, state=state, loss=build.loss(config), options=options)
     state.images_seen = 32
     return state
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ncsn.runs.records import TrainingHistory, level_loss, load_history
+from ncsn.runs.loss_names import level_names
+from ncsn.runs.records import TrainingHistory, load_history
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
@@ -19,9 +20,10 @@ def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:
 
 
 def test_level_losses_are_by_level_and_nan_where_unknown() -> None:
-    history = TrainingHistory("nowhere")
-    history.add({level_loss(0, 2): 0.5, level_loss(10, 2): 0.25}, 100)
-    losses = history.level_losses(11)
+    history, names = TrainingHistory("nowhere"), level_names(11)
+    assert names[0] == "train/loss_level_00" and names == sorted(names)
+    history.add({names[0]: 0.5, names[10]: 0.25}, 100)
+    losses = history.losses(names)
     assert losses.shape == (1, 11)
     assert (losses[0, 0], losses[0, 10]) == (0.5, 0.25)
     assert np.isnan(losses[0, 1:10]).all()

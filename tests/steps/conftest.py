@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ncsn.config import Config
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments, to_unit
-from ncsn.core.training import Ema, TrainState
+from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.model import build, checkpoint
@@ -32,7 +33,7 @@ def save_untrained() -> SaveUntrained:
     def save(config: Config, dataset: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         network = build.network(config)
-        state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+        state = TrainState(network, build.optimizer(config, network), Ema(network, StepDecay(0.9)), images_seen=8)
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
         digest = load_manifest(dataset).digest
         checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)

@@ -20,7 +20,8 @@ from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.held_out import held_out_point
-from ncsn.runs.records import TrainingHistory, level_loss
+from ncsn.runs.loss_names import level_names
+from ncsn.runs.records import TrainingHistory
 from ncsn.steps import ingest, report
 from ncsn.steps.report import SMALL_WORK, quick_work
 from ncsn.steps.sample import LEVELS
@@ -125,7 +126,7 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     history = TrainingHistory(folder.history)
     gaps = Gaps(np.array([0.2, 0.5]), np.array([0.1, 0.3]), np.array([0.01, 0.01]))
     held_out = held_out_point(gaps, sigmas=np.array([1.0, 0.1]), weights=np.ones(2))
-    history.add({level_loss(0, 1): 5.0, level_loss(1, 1): 0.01} | held_out, 8)
+    history.add(dict(zip(level_names(2), (5.0, 0.01), strict=True)) | held_out, 8)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
     record = {"result": {**decision, "uri": "models:/ncsn-tiny/7"}, "seconds": 1.0, "finished_at": "2026-01-01T00:00"}

@@ -26,6 +26,7 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.folder import claim_run
+from ncsn.runs.loss_names import level_names
 from ncsn.runs.records import load_history
 from ncsn.tools import figures as step
 from ncsn.training.loop import TrainingJob
@@ -116,7 +117,7 @@ def test_a_second_call_returns_the_first_result(finished: FinishedRun, result: s
 def test_losses_are_the_history_of_training(finished: FinishedRun, numbers) -> None:
     history = load_history(claim_run(finished.config, "mine").history)
     assert numbers["losses"]["images_seen"] == history.images_seen == [320, 640, 960, 1280]
-    np.testing.assert_array_equal(numbers["losses"]["by_level"], history.level_losses(4))
+    np.testing.assert_array_equal(numbers["losses"]["by_level"], history.losses(level_names(4)))
     assert numbers["losses"]["sigmas"][0] == 1.0
 
 

@@ -11,8 +11,9 @@ from refused import refused
 from safetensors import safe_open
 
 from ncsn.config import from_json, from_yaml, to_json, training_settings
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments
-from ncsn.core.training import Ema, TrainState
+from ncsn.core.training import TrainState
 from ncsn.model import build, checkpoint
 from ncsn.runs.folder import RUN_PATTERN
 from ncsn.tools import models
@@ -27,7 +28,7 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(tmp_path: Path
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     network = build.network(config)
-    state = TrainState(network, build.optimizer(config, network), Ema(network, decay=0.9), images_seen=8)
+    state = TrainState(network, build.optimizer(config, network), Ema(network, StepDecay(0.9)), images_seen=8)
     with torch.no_grad():
         next(network.parameters()).add_(1)  # the last weights, which are not exported
     moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))

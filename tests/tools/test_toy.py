@@ -165,7 +165,7 @@ def losses(network, level, *, count=200_000):
     x, z = TWO_MODES.sample(count, generator=generator), torch.randn(count, 2, generator=generator)
     with torch.no_grad():
         levels = torch.full((count,), level)
-        return DenoisingScoreMatching()(network, Batch(x, levels, z), TEN_TO_TENTH).loss.item()
+        return DenoisingScoreMatching()(network, Batch(x, TEN_TO_TENTH[levels], z, levels)).loss.item()
 
 
 @pytest.mark.oracle(4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ncsn.core.training import Ema
+    from ncsn.core.ema import Ema
 
 
 _PREFIX = "module."

@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 
+from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.released import load_released_checkpoint, read_released_checkpoint
-from ncsn.core.training import Ema
 
 SIGMAS = torch.tensor([1.0, 0.1, 0.01])
 
@@ -49,7 +49,7 @@ def load_into(path, make, **kwargs):
     torch.manual_seed(99)
     network = make()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
-    ema = Ema(network, decay=0.999)
+    ema = Ema(network, StepDecay(0.999))
     released = read_released_checkpoint(path)
     load_released_checkpoint(released, network=network, optimizer=optimizer, ema=ema)
     return released, network, optimizer, ema
@@ -95,7 +95,7 @@ def refused(path, make, match):
     torch.manual_seed(1)
     network = make()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer, ema = torch.optim.Adam(network.parameters()), Ema(network, decay=0.9)
+    optimizer, ema = torch.optim.Adam(network.parameters()), Ema(network, StepDecay(0.9))
     with pytest.raises(ValueError, match=match):
         load_released_checkpoint(read_released_checkpoint(path), network=network, optimizer=optimizer, ema=ema)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -1,0 +1,129 @@
+"""The sections `noise` and `loss`: the levels that samplers visit, the noise of training, and what it minimizes."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ncsn.config.choices import Section
+from ncsn.errors import UserError
+
+
+class LevelsTraining(Section):
+    """Training at the noise levels that samplers visit, all equally often (paper, eq. 6)."""
+
+    kind: Literal["levels"] = Field("levels", description="The noise levels, all equally often.")
+
+
+class LognormalTraining(Section):
+    """Training at any sigma, ln sigma ~ N(mean, std^2) (Karras et al. 2022); the noise levels are for samplers only."""
+
+    kind: Literal["lognormal"] = Field(description="Any sigma; ln sigma is normally distributed.")
+    mean: float = Field(
+        -1.893147,
+        ge=-15,
+        le=10,
+        description="Mean of ln sigma, sigma in units of pixels in [0, 1]. The default is that of Karras et al. for "
+        "photographs, -1.2 in units of [-1, 1]; for other images add ln(network.sigma_data / 0.25).",
+    )
+    std: float = Field(1.2, gt=0, le=5, description="Standard deviation of ln sigma.")
+    stratified: bool = Field(
+        True, description="Spread each 64 consecutive draws evenly over the distribution: less noise in the gradient."
+    )
+
+
+TrainingNoise = Annotated[LevelsTraining | LognormalTraining, Field(discriminator="kind")]
+
+
+_TRAINING = Field(LevelsTraining(), description="The noise that training adds to its images.")
+
+
+class NoiseConfig(Section):
+    """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"training"})
+
+    kind: Literal["geometric"] = Field("geometric", description="Levels given by the settings below.")
+    sigma_1: float = Field(
+        1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
+    )
+    sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
+    num_levels: int = Field(
+        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
+    )
+    training: TrainingNoise = _TRAINING
+
+    @model_validator(mode="after")
+    def _descending(self) -> NoiseConfig:
+        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
+            raise UserError(
+                "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {self.sigma_L}", value=self.sigma_1
+            )
+        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
+            raise UserError(
+                "sigma_1",
+                f"must be larger than sigma_L = {self.sigma_L}, since the levels go from most to least noise",
+                value=self.sigma_1,
+            )
+        return self
+
+
+class AutoNoiseConfig(Section):
+    """Levels chosen from the training images when training starts (NCSNv2, techniques 1 and 2); `noise: auto`."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"training"})
+
+    kind: Literal["auto"] = Field(description="sigma_1 is the largest distance between two images.")
+    sigma_L: float = Field(
+        0.01, gt=0, le=1e3, description="Smallest noise standard deviation, in units of pixels in [0, 1]."
+    )
+    overlap: float = Field(
+        0.5, gt=0, lt=0.99, description="Overlap C of neighboring levels; the published settings of NCSNv2 have 0.567."
+    )
+    training: TrainingNoise = _TRAINING
+
+
+NoiseChoice = Annotated[NoiseConfig | AutoNoiseConfig, Field(discriminator="kind")]
+
+
+_ANNEAL_POWER = Field(2.0, ge=0, le=4, description="The weight at sigma is sigma ** anneal_power; the paper uses 2.")
+
+
+class DsmLossConfig(Section):
+    """Denoising score matching (paper eq. 5 and 6)."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"weighting"})
+
+    kind: Literal["dsm"] = Field("dsm", description="The loss of the 2019 paper.")
+    weighting: Literal["power", "edm", "learned"] = Field(
+        "power",
+        description="Weight of the loss at sigma: power = sigma ** anneal_power; edm = (sigma^2 + d^2) / d^2 with "
+        "d = network.sigma_data, times sigma^2 (Karras et al. 2022); learned = edm over the loss that is expected at "
+        "sigma, which a linear layer learns (Karras et al. 2024).",
+    )
+    anneal_power: float = _ANNEAL_POWER
+    antithetic: bool = Field(
+        False,
+        description="Average each image's loss over the noise z and -z: less variance at low noise, for twice the "
+        "cost.",
+    )
+
+
+class SsmLossConfig(Section):
+    """Sliced score matching with variance reduction (paper eq. 3), at each noise level."""
+
+    kind: Literal["ssm"] = Field(description="Does not need to know the noise; costs two to four times as much as dsm.")
+    anneal_power: float = _ANNEAL_POWER
+    num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image; the loss is their mean.")
+
+
+class SingleSigmaLossConfig(Section):
+    """The paper's negative control: denoising score matching at one sigma, unweighted (eq. 2)."""
+
+    kind: Literal["single_sigma"] = Field(
+        description="Needs noise.num_levels = 1 and noise.sigma_1 = noise.sigma_L (0.01 in the paper)."
+    )
+
+
+LossConfig = Annotated[DsmLossConfig | SsmLossConfig | SingleSigmaLossConfig, Field(discriminator="kind")]

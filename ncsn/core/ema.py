@@ -1,0 +1,113 @@
+"""The running average of the weights, which generates the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class EmaProfile(Protocol):
+    """How much of the running average a step keeps."""
+
+    def decay(self, *, images_seen: int, batch: int) -> float:
+        """The factor m in [0, 1] of the average at a step of `batch` images, `images_seen` counting them too."""
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """The same factor m at each step, in [0, 1): the average depends on the batch size."""
+
+    per_step: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.per_step < 1:
+            raise ValueError(f"the decay of the running average must be in [0, 1), got {self.per_step}")
+
+    def decay(self, *, images_seen: int, batch: int) -> float:  # noqa: ARG002
+        """See `EmaProfile`."""
+        return self.per_step
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """Weights lose half of their influence over h = min(H, r n) images, of n seen (Karras et al. 2022).
+
+    While r n is the smaller, this is the power-function average of exponent ln 2 / r - 1 (Karras et al. 2024).
+    """
+
+    images: float  # H
+    ramp_up: float | None  # r; None for h = H
+
+    def decay(self, *, images_seen: int, batch: int) -> float:
+        """See `EmaProfile`."""
+        half_life = self.images if self.ramp_up is None else min(self.images, self.ramp_up * images_seen)
+        decay: float = 0.5 ** (batch / half_life)
+        return decay
+
+
+class Ema:
+    """Running average w <- m w + (1 - m) parameter of a network's weights (Song & Ermon 2020, technique 5).
+
+    It starts from a copy of the parameters of the network, which is no DDP wrapper; `profile` gives m.
+    """
+
+    def __init__(self, module: nn.Module, profile: EmaProfile) -> None:
+        self.profile = profile
+        self.num_updates = 0
+        self.weights: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in module.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, *, images_seen: int, batch: int) -> None:
+        """Move the average toward the parameters, once after each optimizer step.
+
+        Args:
+            module: The network.
+            images_seen: Training images so far, over all workers, with those of this step.
+            batch: Images of this step, over all workers.
+        """
+        parameters: list[Tensor] = [parameter for _, parameter in self._matched(module)]
+        decay = self.profile.decay(images_seen=images_seen, batch=batch)
+        torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - decay)
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrite the module's parameters with the average."""
+        for name, parameter in self._matched(module):
+            parameter.copy_(self.weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and its number of updates; the tensors are the live ones."""
+        return {"weights": dict(self.weights), "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, on this object's devices and in its types.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a shape differs.
+        """
+        weights: Mapping[str, Tensor] = state["weights"]
+        if weights.keys() != self.weights.keys():
+            missing, extra = self.weights.keys() - weights.keys(), weights.keys() - self.weights.keys()
+            raise ValueError(
+                f"these EMA weights belong to another network: missing {sorted(missing)}, extra {sorted(extra)}"
+            )
+        for name, weight in weights.items():
+            needed = self.weights[name].shape
+            if weight.shape != needed:
+                raise ValueError(f"EMA weight {name} has shape {list(weight.shape)}, the network needs {list(needed)}")
+        for name, weight in weights.items():
+            self.weights[name].copy_(weight)
+        self.num_updates = int(state["num_updates"])
+
+    def _matched(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        named = list(module.named_parameters())
+        if [name for name, _ in named] != list(self.weights):
+            raise ValueError("the module's parameters are not those that the running average was made from")
+        return named

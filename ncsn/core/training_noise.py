@@ -1,0 +1,115 @@
+"""How much noise training adds to each image: a function of the image's place in the order, and bins for reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ncsn.core.keyed_random import Stream, keyed_permutations, keyed_uniform
+
+if TYPE_CHECKING:
+    from ncsn.core.losses import Batch
+
+STRATA = 64  # consecutive draws that a stratified distribution spreads evenly
+LOGNORMAL_BINS = 10
+
+
+class NoiseDraw(NamedTuple):
+    """The noise of a batch."""
+
+    sigma: Tensor  # standard deviation for each image, float32 [B]
+    level: Tensor | None  # its number, int64 [B], 0 = most noise; None if it is not one of the levels
+
+
+class TrainingNoise(Protocol):
+    """A distribution of sigma."""
+
+    @property
+    def bins(self) -> Tensor:
+        """A typical sigma of each bin of the reports, float32 [S], descending."""
+
+    def spread(self, count: int) -> Tensor:
+        """Up to `count` values of sigma spread evenly over the probability of each bin, float32 [S, ...]."""
+
+    def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
+        """The noise at places `first .. first + count` of the endless order of images, the same in any batch."""
+
+    def bin_of(self, batch: Batch) -> Tensor:
+        """The bin of each image, int64 [B]."""
+
+
+@dataclass(frozen=True)
+class LevelNoise:
+    """Each level equally often (Song & Ermon 2019, equation 6)."""
+
+    sigmas: Tensor  # [L], descending
+
+    @property
+    def bins(self) -> Tensor:
+        """See `TrainingNoise`: the levels."""
+        return self.sigmas
+
+    def spread(self, count: int) -> Tensor:  # noqa: ARG002
+        """See `TrainingNoise`: the levels, [L, 1]."""
+        return self.sigmas[:, None]
+
+    def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
+        """See `TrainingNoise`."""
+        last = len(self.sigmas) - 1
+        u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0]
+        level = (u * (last + 1)).long().clamp_(max=last)
+        return NoiseDraw(self.sigmas[level], level)
+
+    def bin_of(self, batch: Batch) -> Tensor:
+        """See `TrainingNoise`."""
+        assert batch.level is not None
+        return batch.level
+
+
+@dataclass(frozen=True)
+class LognormalNoise:
+    """ln sigma ~ N(mean, std^2), by the inverse of the distribution function (Karras et al. 2022, section 5).
+
+    `stratified` draws one value from each 1/64 of the probability in each 64 consecutive places, in random order.
+    """
+
+    mean: float
+    std: float
+    stratified: bool = True
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """Sigma at cumulative probabilities p in (0, 1), float64, p's shape."""
+        return torch.exp(self.mean + self.std * torch.special.ndtri(p.double()))
+
+    @property
+    def bins(self) -> Tensor:
+        """See `TrainingNoise`: the medians of bins of equal probability."""
+        return self.spread(1)[:, 0]
+
+    def spread(self, count: int) -> Tensor:
+        """See `TrainingNoise`, [S, count]."""
+        total = LOGNORMAL_BINS * count
+        p = (torch.arange(total, dtype=torch.float64) + 0.5) / total
+        return self.quantile(p).flip(0).view(LOGNORMAL_BINS, count).float()
+
+    def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
+        """See `TrainingNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
+        u = keyed_uniform(seed, stream=Stream.LEVEL, first=first, count=count, size=1)[:, 0].double()
+        if self.stratified:
+            block, end = first // STRATA, -(-(first + count) // STRATA)
+            order = keyed_permutations(seed, stream=Stream.STRATUM, first=block, count=end - block, size=STRATA)
+            stratum = order.flatten()[first - block * STRATA :][:count]
+            u = (stratum + u) / STRATA
+        return NoiseDraw(self.quantile(u).float(), None)
+
+    def bin_of(self, batch: Batch) -> Tensor:
+        """See `TrainingNoise`."""
+        edges = self.quantile(torch.arange(1, LOGNORMAL_BINS) / LOGNORMAL_BINS).float()
+        return LOGNORMAL_BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
+
+    def largest_seen(self, images: int, *, draws: int = 1000) -> float:
+        """The sigma above which a training on so many images draws about `draws` times; 0 if it has fewer."""
+        return float(self.quantile(torch.tensor(max(0.0, 1 - draws / images))))

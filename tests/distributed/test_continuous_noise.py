@@ -1,0 +1,101 @@
+"""Training at any sigma: its curves, its held-out loss, and that a resumed training is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from local_training import assert_same_tensors, train_locally
+
+from ncsn.config import Config, from_yaml
+from ncsn.data.training_images import open_cache
+from ncsn.model import build, checkpoint
+from ncsn.model.generate import generate
+from ncsn.runs.held_out import EDM_LOSS as HELD_OUT_EDM
+from ncsn.runs.held_out import held_out_curves
+from ncsn.runs.loss_names import EDM_LOSS, loss_names
+from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.training import held_out
+from ncsn.training.batches import draw_batch
+from ncsn.training.loop import TrainingJob
+
+CONTINUOUS = (
+    "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 6, training: {kind: lognormal, mean: -1.37}}",
+    "network.sigma_data=0.42",
+    "loss={kind: dsm, weighting: edm}",
+    "train.ema={kind: half_life}",
+    "sampling.sampler={kind: karras_heun, num_steps: 4}",
+)
+
+
+@pytest.fixture
+def config(tiny: str, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(held_out, "SHARE", 1.0)
+    monkeypatch.setattr(held_out, "FEW_IMAGES", 10)
+    return from_yaml(tiny, overrides=[*CONTINUOUS, "network.dropout=0.1"])
+
+
+def trained(config: Config, dataset: str, folder: Path, *, stop_at: int | None = None) -> TrainingHistory:
+    uri = str(folder / "history.json")
+    train_locally(TrainingJob(config=config, dataset=dataset, history=uri, stop_at=stop_at), folder / "checkpoints")
+    return load_history(uri)
+
+
+def test_curves_are_by_bin_and_a_resumed_training_is_the_same(config: Config, dataset: str, tmp_path: Path) -> None:
+    whole = trained(config, dataset, tmp_path / "whole")
+    names = loss_names(config, build.training_noise(config).bins.tolist())
+    assert len(set(names)) == 10 and {name for p in whole.points for name in p if "loss_sigma_" in name} > set(names)
+    first, last = whole.curve(EDM_LOSS)[[0, -1]]
+    assert last < first
+    measured = held_out_curves(whole)
+    assert measured is not None and len(measured.sigmas) == 10
+    weight = build.edm_weight(config)
+    assert weight is not None
+    expected = np.mean(weight(torch.tensor(measured.sigmas)).numpy() * measured.last.held_out)
+    assert whole.curve(HELD_OUT_EDM)[-1] == pytest.approx(expected, rel=0.01)
+    trained(config, dataset, tmp_path / "halves", stop_at=80)
+    halves = trained(config, dataset, tmp_path / "halves")
+    for name in {name for point in whole.points for name in point} - {"train/images_per_second"}:
+        np.testing.assert_array_equal(halves.curve(name), whole.curve(name))
+    places = [tmp_path / each / "checkpoints" / "images-000000160" for each in ("whole", "halves")]
+    assert_same_tensors(*places)
+    model = checkpoint.load_for_sampling(str(places[0]))
+    assert generate(model, sampling=model.config.sampling, first=0, count=2).shape == (2, 8, 8, 1)
+
+
+def test_a_sigma_belongs_to_the_place_of_its_image(config: Config, dataset: str) -> None:
+    split = open_cache(dataset, "train")
+    whole = draw_batch(config, split, first=1250, count=16)
+    parts = [draw_batch(config, split, first=1250 + 4 * rank, count=4) for rank in range(4)]
+    assert whole.level is None and torch.equal(whole.sigma, torch.cat([part.sigma for part in parts]))
+    assert torch.equal(whole[3:7].sigma, whole.sigma[3:7])
+
+
+@pytest.mark.parametrize("overrides", [["loss={kind: ssm}"], ["network={kind: ncsnv2, num_features: 4}", "loss={}"]])
+def test_other_losses_and_networks_train_at_any_sigma(
+    tiny: str, dataset: str, tmp_path: Path, overrides: list[str]
+) -> None:
+    config = from_yaml(tiny, overrides=[*CONTINUOUS[:1], *overrides, "train.num_images=32"])
+    history = trained(config, dataset, tmp_path)
+    assert np.isfinite(history.curve("train/loss")).all()
+    assert np.isfinite(history.curve(EDM_LOSS)).all() == hasattr(config.network, "sigma_data")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_one_graph_for_levels_and_for_any_sigma(config: Config) -> None:
+    torch._dynamo.reset()
+    network = build.network(config).train()
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    x, sigma, level = torch.rand(3, 1, 8, 8), torch.tensor([0.1, 1.0, 3.0]), torch.tensor([0, 2, 5])
+    torch.testing.assert_close(compiled(x, sigma=sigma), network(x, sigma=sigma))
+    assert len(graphs) == 1
+    torch.testing.assert_close(compiled(x, level=level), network(x, level=level))
+    assert len(graphs) == 2
