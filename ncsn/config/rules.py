@@ -36,6 +36,7 @@ def checked(tree: dict[str, Any]) -> Config:
 def check(config: Config) -> list[Problem]:
     """A problem for each broken rule, with the key to change."""
     checks = (
+        _augmentation,
         _batch,
         _compiled_loss,
         _logits,
@@ -47,6 +48,29 @@ def check(config: Config) -> list[Problem]:
         _splits,
     )
     return [problem for check in checks for problem in check(config)]
+
+
+def _augmentation(config: Config) -> Iterator[Problem]:
+    data, network = config.data, config.network
+    if data.augmentation is None:
+        return
+    if not isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+        yield Problem(
+            "data.augmentation",
+            f"needs a network that is told of it, but network.kind = {network.kind} cannot be",
+            "use network.kind = unet or ddpmpp, or null",
+        )
+    if data.horizontal_flip:
+        yield Problem(
+            "data.horizontal_flip",
+            "mirrors images without telling the network, but data.augmentation mirrors them and tells it",
+            "use one of them",
+            value=True,
+        )
+    if data.logit_transform:
+        yield Problem(
+            "data.augmentation", "interpolates pixels, but data.logit_transform = true has logits", "use one of them"
+        )
 
 
 def _batch(config: Config) -> Iterator[Problem]:

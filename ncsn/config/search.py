@@ -15,7 +15,7 @@ from ncsn.errors import ConfigError, Problem, UserError
 
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
-_AND = ("data.dequantize", "data.horizontal_flip")
+_AND = ("data.dequantize", "data.horizontal_flip", "data.augmentation.")
 # Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
 _BUT = (
     "train.num_images",
@@ -171,7 +171,7 @@ def _searchable(config: Config) -> list[str]:
     return [
         path
         for path in paths
-        if (path.startswith(_SEARCHED) or path in _AND) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
+        if path.startswith((*_SEARCHED, *_AND)) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
     ]
 
 

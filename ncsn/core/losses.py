@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,6 +23,8 @@ class Batch:
     z: Tensor  # standard normal, x's shape
     level: Tensor | None = None  # number of each sigma among the levels, int64 [B], 0 = most noise; None for any sigma
     v: Tensor | None = None  # projections [P, B, C, H, W], standard normal, for sliced score matching
+    # What the network is told beside the noise, by name as `ncsn.core.networks.entry` says; each [B, ...].
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -30,7 +32,8 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the network sees beside the noisy images."""
-        return {"sigma": self.sigma} if self.level is None else {"level": self.level}
+        noise = {"sigma": self.sigma} if self.level is None else {"level": self.level}
+        return {**noise, **self.conditions}
 
     def __getitem__(self, part: slice) -> Batch:
         return Batch(
@@ -39,6 +42,7 @@ class Batch:
             self.z[part],
             None if self.level is None else self.level[part],
             None if self.v is None else self.v[:, part],
+            {name: values[part] for name, values in self.conditions.items()},
         )
 
     def to(self, device: torch.device, *, memory_format: torch.memory_format) -> Batch:
@@ -55,6 +59,7 @@ class Batch:
             z=moved(self.z, memory_format),
             level=None if self.level is None else moved(self.level),
             v=None if self.v is None else moved(self.v),
+            conditions={name: moved(values) for name, values in self.conditions.items()},
         )
 
 
@@ -190,7 +195,8 @@ def _twice(batch: Batch, *, sigma: Tensor) -> Batch:
         return torch.cat((values, values))
 
     level = None if batch.level is None else both(batch.level)
-    return Batch(both(batch.x), both(sigma), torch.cat((batch.z, -batch.z)), level)
+    conditions = {name: both(values) for name, values in batch.conditions.items()}
+    return Batch(both(batch.x), both(sigma), torch.cat((batch.z, -batch.z)), level, conditions=conditions)
 
 
 def _squared_residual(network: ScoreFunction, batch: Batch) -> Tensor:

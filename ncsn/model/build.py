@@ -89,6 +89,8 @@ def network(config: Config) -> nn.Module:
                 channels=config.data.channels,
                 image_size=config.data.image_size,
                 sigmas=sigmas(config),
+                num_classes=None,
+                augmentation=config.data.augmentation is not None,
                 **config.network.model_dump(exclude={"kind"}),
             )
         assert_never(config.network)

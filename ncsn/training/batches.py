@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ncsn.config import Config
+from ncsn.core.augmentation import augmentation_labels, draw_transforms, transform
 from ncsn.core.images import DataMoments, fit_moments, mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
@@ -16,7 +19,7 @@ MOMENT_IMAGES = 10_000
 
 
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
-    """The images at places `first .. first + count` of the endless shuffled order, with all their random draws."""
+    """The images at places `first .. first + count` of the endless shuffled order, with their draws, not augmented."""
     seed = config.seed
     images = torch.from_numpy(split.ordered(seed, first=first, count=count).images)
     x = encoded(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first)
@@ -30,6 +33,21 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
     return Batch(x=x, sigma=sigma, z=z, level=level, v=v)
+
+
+def augmented(config: Config, batch: Batch, *, first: int) -> Batch:
+    """The batch of places `first .. first + len(batch)` on its device with its images augmented, if the config says so.
+
+    The network is told what was done, see `ncsn.core.augmentation`.
+    """
+    settings = config.data.augmentation
+    if settings is None:
+        return batch
+    a = draw_transforms(
+        config.seed, first=first, count=len(batch), probability=settings.probability, y_flip=settings.y_flip
+    )
+    labels = augmentation_labels(a).to(batch.x.device, non_blocking=True)
+    return replace(batch, x=transform(batch.x, a), conditions={**batch.conditions, "augmentation": labels})
 
 
 def image_moments(config: Config, split: TrainingImages) -> DataMoments:

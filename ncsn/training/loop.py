@@ -32,7 +32,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.batches import draw_batch, image_moments
+from ncsn.training.batches import augmented, draw_batch, image_moments
 from ncsn.training.context import WorkerContext
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
@@ -187,8 +187,10 @@ class Training:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
         share = context.share(config.train.batch_size)
-        drawn = draw_batch(config, self.split, first=state.images_seen + share.start, count=len(share))
-        batch = drawn.to(context.device, memory_format=build.memory_format(config))
+        first = state.images_seen + share.start
+        drawn = draw_batch(config, self.split, first=first, count=len(share))
+        # On the device, where it is a small part of a step.
+        batch = augmented(config, drawn.to(context.device, memory_format=build.memory_format(config)), first=first)
         for group in state.optimizer.param_groups:
             group["lr"] = build.learning_rate(config, state.images_seen)
         report = train_step(self.model, batch, state=state, loss=self.loss, options=self.options)

@@ -44,6 +44,7 @@ def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> No
 
 
 NCSN = "network={kind: ncsn}"
+AUGMENTED = "data.augmentation={}"
 MULTIPLIERS = "network.multipliers"
 EPSILON = "sampling.sampler.epsilon"
 WRONG = [
@@ -82,6 +83,10 @@ WRONG = [
     (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=18"], MULTIPLIERS),
     (["network={kind: ddpmpp, multipliers: [1, 2], attention_sizes: [8, 2]}"], "network.attention_sizes"),
     (["network={kind: ddpmpp, base_width: 30}"], "network.base_width"),
+    ([NCSN, AUGMENTED], "data.augmentation"),
+    ([AUGMENTED, "data.horizontal_flip=true"], "data.horizontal_flip"),
+    ([AUGMENTED, "data.logit_transform=true"], "data.augmentation"),
+    (["data.augmentation={probability: 0}"], "data.augmentation.probability"),
     ([NCSN, "sampling.sampler={kind: dpm_solver}"], "sampling.sampler.num_levels"),
     ([NCSN, "sampling.sampler={kind: unipc, num_levels: 21}"], "sampling.sampler.num_levels"),
     (["sampling.sampler={kind: dpm_solver, order: 3}"], "sampling.sampler.order"),

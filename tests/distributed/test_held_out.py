@@ -78,6 +78,15 @@ def test_it_depends_on_the_weights_and_the_images_only(tiny: str, dataset: str, 
 
 
 @pytest.mark.usefixtures("affordable")
+def test_images_are_not_augmented(tiny: str, dataset: str) -> None:
+    one, other = (
+        from_yaml(tiny, overrides=["data.horizontal_flip=false", f"data.augmentation={{probability: {probability}}}"])
+        for probability in (0.1, 1.0)
+    )
+    assert point(one, dataset, LocalContext()) == point(other, dataset, LocalContext())
+
+
+@pytest.mark.usefixtures("affordable")
 def test_any_number_of_workers_finds_the_same(tiny: str, dataset: str) -> None:
     class Noting(Worker):
         def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from local_training import assert_same_tensors, train_locally
 
-from ncsn.config import changed_settings, from_yaml
+from ncsn.config import changed_settings, from_json, from_yaml, to_json
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import DenoisingScoreMatching
 from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
-from ncsn.training.batches import draw_batch
+from ncsn.training.batches import augmented, draw_batch
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
 
@@ -30,12 +30,26 @@ ONE_SIGMA = (
 )
 
 
+AUGMENTED = (
+    "data.horizontal_flip=false",
+    "data.augmentation={probability: 0.5}",
+    "noise.training={kind: lognormal}",
+    "network={kind: ddpmpp, base_width: 8, multipliers: [1, 1], blocks_per_resolution: 1, attention_sizes: []}",
+    "loss={weighting: edm, antithetic: true}",
+    "compute.microbatch=5",
+)
+
+
 def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> Path:
     config = from_yaml(tiny, overrides=overrides)
     return folder / train_locally(TrainingJob(config=config, dataset=dataset), folder).checkpoint
 
 
-@pytest.mark.parametrize("overrides", [(SSM,), ("loss.antithetic=true",), ONE_SIGMA], ids=["ssm", "antithetic", "one"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(SSM,), ("loss.antithetic=true",), ONE_SIGMA, AUGMENTED],
+    ids=["ssm", "antithetic", "one", "augmented"],
+)
 def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, tmp_path: Path) -> None:
     """6 steps = 3 + resume + 3, for each loss."""
     short = ("train.num_images=96", "optimizer.decay=constant")
@@ -62,6 +76,7 @@ def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, 
     "network",
     [
         "{kind: unet, widths: [8], embedding_features: 8, attention_sizes: [8], dropout: 0.1}",
+        "{kind: ddpmpp, base_width: 8, multipliers: [1], blocks_per_resolution: 1, attention_sizes: [], dropout: 0.1}",
         "{kind: ncsn, num_features: 4}",
         "{kind: ncsnv2, num_features: 4}",
     ],
@@ -86,6 +101,20 @@ def test_projections_belong_to_the_image_and_not_to_the_batch(tiny: str, dataset
     assert whole.v is not None and whole.v.shape == (2, 8, 1, 8, 8)
     assert torch.equal(whole.v, torch.cat([part.v for part in parts if part.v is not None], dim=1))
     assert not torch.equal(whole.v[0], whole.v[1]) and not torch.equal(whole.v[0], whole.z)
+
+
+def test_augmentation_belongs_to_the_image_and_moves_no_other_draw(tiny: str, dataset: str) -> None:
+    config, split = from_yaml(tiny, overrides=AUGMENTED), open_cache(dataset, "train")
+    plain = draw_batch(from_yaml(tiny, overrides=[*AUGMENTED, "data.augmentation=null"]), split, first=1250, count=8)
+    whole = augmented(config, draw_batch(config, split, first=1250, count=8), first=1250)
+    parts = [augmented(config, draw_batch(config, split, first=first, count=4), first=first) for first in (1250, 1254)]
+    assert torch.equal(whole.z, plain.z) and torch.equal(whole.sigma, plain.sigma)
+    told = whole.conditions["augmentation"]
+    assert told.shape == (8, 9) and torch.equal(told, torch.cat([part.conditions["augmentation"] for part in parts]))
+    torch.testing.assert_close(whole.x, torch.cat([part.x for part in parts]))
+    changed = (whole.x != plain.x).flatten(1).any(dim=1)
+    assert torch.equal(changed, told.any(dim=1)) and changed.any() and not changed.all()
+    assert torch.equal(whole[2:5].inputs["augmentation"], told[2:5])
 
 
 def test_the_antithetic_loss_is_the_mean_over_both_signs(tiny: str, dataset: str) -> None:
@@ -118,3 +147,10 @@ def test_the_loss_is_part_of_the_runs_identity(tiny: str) -> None:
         "loss.kind",
         "loss.num_projections",
     }
+
+
+def test_augmentation_is_part_of_the_runs_identity_only_where_it_is_on(tiny: str) -> None:
+    assert "augmentation" not in to_json(from_yaml(tiny))
+    assert to_json(from_yaml(tiny, overrides=["data.augmentation=null"])) == to_json(from_yaml(tiny))
+    on = from_yaml(tiny, overrides=AUGMENTED)
+    assert from_json(to_json(on)) == on and on.data.augmentation is not None and on.data.augmentation.y_flip
