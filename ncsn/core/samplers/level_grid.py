@@ -33,23 +33,32 @@ class LevelGrid:
         indices, values = choose_levels(sigmas, count, spacing=spacing), floats(sigmas)
         return cls(network, [values[i] for i in indices], indices)
 
-    def score(self, x: Tensor, k: int) -> Tensor:
-        """Score of a batch at grid position k."""
+    def score(self, x: Tensor, k: int, *, field: int | None = None) -> Tensor:
+        """Score of a batch at grid position k, by the function that holds there or at the position `field`."""
+        network = field_of(self.network, self.sigmas[k if field is None else field])
         if self.indices is None:
-            return score_at_sigma(self.network, x, sigma=self.sigmas[k])
-        return score_at_level(self.network, x, level=self.indices[k])
+            return score_at_sigma(network, x, sigma=self.sigmas[k])
+        return score_at_level(network, x, level=self.indices[k])
 
     def denoised(self, x: Tensor, k: int) -> Tensor:
         """Tweedie's x + sigma^2 s(x) at grid position k."""
         return torch.add(x, self.score(x, k), alpha=self.sigmas[k] ** 2)
 
     def continues(self, k: int) -> bool:
-        """Whether the scores at grid positions k and k + 1 are of one smooth function of sigma.
+        """Whether the scores at grid positions k and k + 1 are of one smooth function of sigma, see `field_of`."""
+        return field_of(self.network, self.sigmas[k]) is field_of(self.network, self.sigmas[k + 1])
 
-        They are, unless the network has a method `field_at(sigma)` that differs, as guidance within an interval does.
-        """
-        field_at = getattr(self.network, "field_at", None)
-        return field_at is None or field_at(self.sigmas[k]) == field_at(self.sigmas[k + 1])
+
+def field_of(network: ScoreFunction, sigma: float) -> ScoreFunction:
+    """The score function that holds at sigma: the network, unless it is another function in some band of sigma.
+
+    Then it has a method `field_at(sigma)`, as guidance has. A step must stay with one function to keep its order.
+    """
+    field_at = getattr(network, "field_at", None)
+    if field_at is None:
+        return network
+    field: ScoreFunction = field_at(sigma)
+    return field
 
 
 def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> list[int]:

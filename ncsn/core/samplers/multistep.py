@@ -4,8 +4,8 @@ With t = -ln sigma, h = ln(sigma_i / sigma_{i+1}) and the denoised image D, the 
 x_{i+1} = (sigma_{i+1} / sigma_i) x_i + integral over u from 0 to h of e^(u - h) D(t_i + u). These samplers replace D by
 a polynomial through its latest values.
 
-A polynomial needs one smooth D. Where a score function changes with sigma (guidance in an interval), it says so by a
-method `field_at(sigma)`, equal for the levels that belong together; only their values are combined.
+A polynomial needs one smooth D. Where a score function is another one in a band of sigma (guidance), only the values of
+one are combined; see `ncsn.core.samplers.level_grid.field_of`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.level_grid import LevelGrid, Spacing, choose_levels, karras_sigmas, score_at_sigma
+from ncsn.core.samplers.level_grid import LevelGrid, Spacing, choose_levels, field_of, karras_sigmas, score_at_sigma
 
 if TYPE_CHECKING:
     from ncsn.core.losses import ScoreFunction
@@ -63,7 +63,7 @@ class ProbabilityFlow(Sampler):
             lower = grid.sigmas[k + 1]
             slope = grid.score(x, k).mul_(-sigma)
             if self.method == "heun":
-                ahead = grid.score(torch.add(x, slope, alpha=lower - sigma), k + 1)
+                ahead = grid.score(torch.add(x, slope, alpha=lower - sigma), k + 1, field=k)
                 slope = slope.add_(ahead, alpha=-lower).mul_(0.5)
             x = torch.add(x, slope, alpha=lower - sigma)
         return grid.denoised(x, last) if self.denoise else x
@@ -107,12 +107,12 @@ class KarrasHeun(Sampler):
                 on_level(k, x)
             if k == len(levels) - 1:
                 break
-            raised = sigma * (1 + self._share(sigma))
+            field, raised = field_of(network, sigma), sigma * (1 + self._share(sigma))
             if raised > sigma:
                 x = x.add(noise(k), alpha=self.churn_noise * math.sqrt(raised**2 - sigma**2))
             lower = levels[k + 1]
-            slope = score_at_sigma(network, x, sigma=raised).mul_(-raised)
-            ahead = score_at_sigma(network, torch.add(x, slope, alpha=lower - raised), sigma=lower)
+            slope = score_at_sigma(field, x, sigma=raised).mul_(-raised)
+            ahead = score_at_sigma(field, torch.add(x, slope, alpha=lower - raised), sigma=lower)
             x = torch.add(x, slope.add_(ahead, alpha=-lower), alpha=0.5 * (lower - raised))
         last = levels[-1]
         return torch.add(x, score_at_sigma(network, x, sigma=last), alpha=last**2) if self.denoise else x

@@ -246,10 +246,10 @@ class TwoFields:
         self.boundary = boundary
 
     def field_at(self, sigma):
-        return sigma > self.boundary
+        return self.above if sigma > self.boundary else self.below
 
     def score_at(self, x, sigma):
-        return (self.above if self.field_at(sigma[0].item()) else self.below).score_at(x, sigma)
+        return self.field_at(sigma[0].item()).score_at(x, sigma)
 
 
 @pytest.mark.parametrize("sampler", [each for each in MULTISTEP if not getattr(each, "eta", 0)], ids=repr)

@@ -1,0 +1,126 @@
+"""Guidance: away from a second score, toward what the first knows beyond it, in a band of noise levels.
+
+The score becomes s_0 + w (s_1 - s_0), and so does the denoised image. w = 1 is no guidance. s_1 is the network with the
+class of each image. s_0 is the same network without classes (classifier-free guidance, Ho & Salimans 2022, whose w is
+this one minus 1), or a worse network (autoguidance, Karras et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import inf, sqrt
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ncsn.core.samplers.level_grid import floats, score_at_sigma
+
+if TYPE_CHECKING:
+    from ncsn.core.losses import ScoreFunction
+
+
+class Labeled:
+    """A score network for given classes, one for each image of the batch: int64 [B], -1 for none."""
+
+    def __init__(self, network: Callable[..., Tensor], labels: Tensor) -> None:
+        self.network, self.labels = network, labels
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        """Score at a level."""
+        return self.network(x, level, labels=self.labels)
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score at any sigma."""
+        score: Tensor = self.network.score_at(x, sigma, labels=self.labels)  # type: ignore[attr-defined]
+        return score
+
+
+class Guided:
+    """A score function with guidance; samplers take it for a network.
+
+    It is another function of x inside the band than outside, so samplers ask for the one that holds at a noise level,
+    `field_at`, and a step of theirs stays with that of the level where it starts.
+
+    Args:
+        network: s_1.
+        guide: s_0, at any sigma or at the same levels as the network.
+        weight: w.
+        band: The guidance acts where low < sigma <= high, see `band_on_grid`.
+        sigmas: The network's levels [L].
+    """
+
+    def __init__(
+        self, network: ScoreFunction, guide: ScoreFunction, *, weight: float, band: tuple[float, float], sigmas: Tensor
+    ) -> None:
+        self.network, self.guide, self.weight, self.band = network, guide, weight, band
+        self.evaluations = 0  # of either network
+        self._levels = floats(sigmas)
+        self._outside, self._inside = _Field(self, guided=False), _Field(self, guided=True)
+
+    def field_at(self, sigma: float) -> ScoreFunction:
+        """The score function that holds at sigma."""
+        low, high = self.band
+        return self._inside if low < sigma <= high and self.weight != 1 else self._outside
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        """Score of a batch that is at one level."""
+        return self.field_at(self._levels[int(level[0])])(x, level)
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score of a batch that is at one sigma."""
+        score: Tensor = self.field_at(float(sigma[0])).score_at(x, sigma)  # type: ignore[attr-defined]
+        return score
+
+    def at_level(self, x: Tensor, level: Tensor, *, guided: bool) -> Tensor:
+        """Score at a level, whether or not it is in the band."""
+        score = self._counted(self.network(x, level))
+        if not guided:
+            return score
+        if hasattr(self.guide, "score_at"):  # its levels may be others
+            return self._combined(score, score_at_sigma(self.guide, x, sigma=self._levels[int(level[0])]))
+        return self._combined(score, self.guide(x, level))
+
+    def at_sigma(self, x: Tensor, sigma: Tensor, *, guided: bool) -> Tensor:
+        """Score at any sigma, whether or not it is in the band."""
+        score = self._counted(self.network.score_at(x, sigma))  # type: ignore[attr-defined]
+        if not guided:
+            return score
+        return self._combined(score, self.guide.score_at(x, sigma))  # type: ignore[attr-defined]
+
+    def _combined(self, score: Tensor, guide: Tensor) -> Tensor:
+        return torch.lerp(self._counted(guide), score, self.weight)
+
+    def _counted(self, score: Tensor) -> Tensor:
+        self.evaluations += 1
+        return score
+
+
+class _Field:
+    """A guided score function with or without the guidance, at all noise levels."""
+
+    def __init__(self, score: Guided, *, guided: bool) -> None:
+        self._score, self._guided = score, guided
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        return self._score.at_level(x, level, guided=self._guided)
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self._score.at_sigma(x, sigma, guided=self._guided)
+
+
+def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:
+    """The band low < sigma <= high with its ends moved to the nearest points of a sampler's grid, descending.
+
+    The ends that are returned lie halfway to the next point, so that rounding of a sigma does not decide. An end
+    beyond the grid leaves the band open there. Nearest is by ratio.
+    """
+    first = 0 if high >= grid[0] else _nearest(grid, high)
+    end = len(grid) if low < grid[-1] else _nearest(grid, low)
+    edges = [inf, *(sqrt(above * below) for above, below in pairwise(grid)), 0.0]
+    return edges[end], edges[first]
+
+
+def _nearest(grid: Sequence[float], sigma: float) -> int:
+    return min(range(len(grid)), key=lambda k: max(grid[k] / sigma, sigma / grid[k]))

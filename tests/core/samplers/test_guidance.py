@@ -1,0 +1,232 @@
+"""Guidance on distributions whose scores are known: what it makes of them, in a band of noise levels."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.samplers.guidance import Guided, Labeled, band_on_grid
+from ncsn.core.samplers.level_grid import LevelGrid, field_of, karras_sigmas
+from ncsn.core.samplers.multistep import DpmSolver, UniPC
+from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
+
+HIGH, LOW = 80.0, 0.002
+S, WIDE = 0.5, 1.0  # deviations of a class, and of all images
+MEAN = 0.866025  # of the class; that of all images is 0
+BAND = (0.19, 1.61)
+EVERYWHERE = (0.0, math.inf)
+
+
+def levels(*ends: float, count: int = 400) -> torch.Tensor:
+    """Levels in stretches of `count`, evenly in the logarithm, with all of `ends`, descending."""
+    parts = [
+        torch.logspace(math.log10(high), math.log10(low), count, dtype=torch.float64) for high, low in pairwise(ends)
+    ]
+    return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+
+
+def flowed(
+    guided, sigmas: torch.Tensor, start: torch.Tensor, *, sampler: ProbabilityFlow | DpmSolver | None = None
+) -> torch.Tensor:
+    sampler = sampler or ProbabilityFlow(denoise=False)
+    return sampler(guided, x=start.view(-1, 1, 1, 1), sigmas=sigmas, noise=None).flatten()
+
+
+def gaussians(analytic, sigmas, *, weight, band=EVERYWHERE, mean=0.0, s=S, wide=WIDE) -> Guided:
+    network, guide = analytic.GaussianScore(sigmas, s2=s**2, mean=mean), analytic.GaussianScore(sigmas, s2=wide**2)
+    return Guided(network, guide, weight=weight, band=band_on_grid(*band, sigmas.tolist()), sigmas=sigmas)
+
+
+def spread(guided, sigmas, **options) -> float:
+    """The deviation at the end of the flow, which is linear, of a start of deviation HIGH."""
+    ends = flowed(guided, sigmas, torch.tensor([HIGH, -HIGH], dtype=torch.float64), **options)
+    return float(ends[0] - ends[1]) / 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "band", "expected"),
+    [(1, EVERYWHERE, 0.500003), (2, EVERYWHERE, 0.250013), (3, EVERYWHERE, 0.125015), (2, BAND, 0.295378)],
+)
+def test_deviation_of_a_guided_gaussian(analytic, weight, band, expected):
+    sigmas = levels(HIGH, BAND[1], BAND[0], LOW)
+    assert spread(gaussians(analytic, sigmas, weight=weight, band=band), sigmas) == pytest.approx(expected, abs=2e-5)
+
+
+def test_deviation_in_closed_form():
+    """Over each stretch from sigma b to a the flow of the score multiplies by these powers."""
+
+    def factor(high, low, weight):
+        own, wide = ((s**2 + high**2) / (s**2 + low**2) for s in (S, WIDE))
+        return own ** (-weight / 2) * wide ** (-(1 - weight) / 2)
+
+    low, high = BAND
+    whole = HIGH * factor(HIGH, high, 1) * factor(high, low, 2) * factor(low, LOW, 1)
+    assert whole == pytest.approx(0.295378, abs=2e-6)
+
+
+def test_guidance_overshoots_the_mean_of_the_class(analytic):
+    sigmas = levels(HIGH, BAND[1], BAND[0], LOW)
+    cases = [(1, EVERYWHERE, 0.860613), (2, EVERYWHERE, 1.189855), (3, EVERYWHERE, 1.294984), (2, BAND, 1.063987)]
+    for weight, band, expected in cases:
+        guided = gaussians(analytic, sigmas, weight=weight, band=band, mean=MEAN)
+        end = flowed(guided, sigmas, torch.zeros(1, dtype=torch.float64))
+        assert float(end) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_worse_network_as_guide(analytic):
+    sigmas = levels(HIGH, LOW, count=1200)
+    assert spread(gaussians(analytic, sigmas, weight=2, wide=0.6), sigmas) == pytest.approx(0.416667, abs=2e-5)
+
+
+class TwoClasses:
+    """The exact score of two classes N(-1, s^2), N(1, s^2), equally frequent; label -1 is the mixture."""
+
+    s2 = 0.25**2
+
+    def __init__(self, sigmas):
+        self.sigmas = sigmas
+
+    def __call__(self, x, level, *, labels):
+        return self.score_at(x, self.sigmas[level], labels=labels)
+
+    def score_at(self, x, sigma, *, labels):
+        variance, label = (self.s2 + sigma**2).view(-1, 1, 1, 1), labels.view(-1, 1, 1, 1)
+        mean = torch.where(label < 0, torch.tanh(x / variance), 2.0 * label - 1)
+        return (mean - x) / variance
+
+
+@pytest.mark.parametrize(
+    ("weight", "band", "mean", "std"),
+    [
+        (1, EVERYWHERE, 0.9969, 0.2500),
+        (2, EVERYWHERE, 1.1578, 0.1791),
+        (4, EVERYWHERE, 1.3337, 0.1441),
+        (2, BAND, 1.0689, 0.1867),
+        (4, BAND, 1.1400, 0.1445),
+    ],
+)
+def test_one_of_two_classes(weight, band, mean, std):
+    sigmas, count = levels(HIGH, BAND[1], BAND[0], LOW, count=150), 4000
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    start, network = HIGH * torch.special.ndtri(places), TwoClasses(sigmas)
+    ones = torch.ones(count, dtype=torch.int64)
+    guided = Guided(
+        Labeled(network, ones),
+        Labeled(network, -ones),
+        weight=weight,
+        band=band_on_grid(*band, sigmas.tolist()),
+        sigmas=sigmas,
+    )
+    ends = flowed(guided, sigmas, start)
+    assert float(ends.mean()) == pytest.approx(mean, abs=1.5e-3)
+    assert float(ends.std()) == pytest.approx(std, abs=1.5e-3)
+
+
+SAMPLERS = [
+    AnnealedLangevin(epsilon=1e-4, steps_per_level=2),
+    Langevin(step_size=1e-3, num_steps=5, level=-1, denoise=True),
+    ConsistentAnnealed(epsilon=7e-4),
+    PredictorCorrector(),
+    ProbabilityFlow(),
+    KarrasHeun(num_steps=6, churn=3.0),
+    DpmSolver(num_steps=7),
+    UniPC(num_steps=7),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
+def test_weight_one_is_the_network_and_weight_zero_the_guide_bitwise(sampler, analytic):
+    sigmas = torch.tensor([1.0, 0.3, 0.09, 0.027])
+
+    def sampled(score):
+        noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
+        return sampler(score, x=noise(10_000), sigmas=sigmas, noise=noise)
+
+    network, guide = analytic.GaussianScore(sigmas, s2=0.25), analytic.GaussianScore(sigmas, s2=1.0)
+    alone, of_guide = sampled(network), sampled(guide)
+    calls = network.calls
+    guide.calls = 0
+    assert torch.equal(sampled(Guided(network, guide, weight=1.0, band=EVERYWHERE, sigmas=sigmas)), alone)
+    assert guide.calls == 0 and network.calls == 2 * calls
+    assert torch.equal(sampled(Guided(network, guide, weight=0.0, band=EVERYWHERE, sigmas=sigmas)), of_guide)
+    assert not torch.equal(sampled(Guided(network, guide, weight=2.0, band=EVERYWHERE, sigmas=sigmas)), alone)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.kind)
+def test_evaluations_are_counted_where_they_happen(sampler, analytic):
+    sigmas = torch.tensor([1.0, 0.3, 0.09, 0.027])
+    grid = sampler.visited(sigmas)
+    guided = gaussians(analytic, sigmas, weight=2)
+    guided.band = band_on_grid(grid[-1], grid[1], grid) if len(grid) > 1 else EVERYWHERE
+    noise = KeyedNoise(0, first=0, count=3, shape=(1, 2, 2))
+    sampler(guided, x=noise(10_000), sigmas=sigmas, noise=noise)
+    whole = sampler.num_evaluations(len(sigmas))
+    assert guided.network.calls == whole and guided.evaluations == whole + guided.guide.calls
+    assert 0 < guided.guide.calls <= whole
+    if isinstance(sampler, KarrasHeun):
+        # Not the first step, and not the last evaluation, which is at the low end. Churn raises no step out of it.
+        assert guided.guide.calls == whole - 3
+    if isinstance(sampler, AnnealedLangevin):
+        assert guided.guide.calls == 2 * 2  # steps of two of the four levels
+
+
+def test_a_step_stays_with_the_score_of_its_start(analytic):
+    """Else Heun's order falls to 1 where the band begins and ends."""
+    errors, exact = [], 0.0
+    for count in (640, 20, 40, 80):
+        sigmas = levels(8.0, BAND[1], BAND[0], 0.02, count=count)
+        found = spread(gaussians(analytic, sigmas, weight=3, band=BAND), sigmas)
+        exact = exact or found
+        errors.append(abs(found / exact - 1))
+    errors = errors[1:]
+    assert errors[0] / errors[1] == pytest.approx(4, abs=0.6) and errors[1] / errors[2] == pytest.approx(4, abs=0.6)
+
+
+def test_multistep_samplers_forget_at_the_ends_of_the_band(analytic):
+    sigmas = torch.tensor([10.0, 0.02], dtype=torch.float64)
+    for sampler, order in ((DpmSolver, 2), (UniPC, 2)):
+        grid = sampler(num_steps=61, denoise=False).visited(sigmas)
+        guided = gaussians(analytic, torch.tensor(grid), weight=3, band=(grid[45], grid[15]))
+        found = LevelGrid(guided, grid, None)
+        assert [k for k in range(60) if not found.continues(k)] == [14, 44]
+        exact = spread(guided, torch.tensor(grid, dtype=torch.float64))
+        start = torch.tensor([HIGH, -HIGH], dtype=torch.float64)
+        ends = flowed(guided, sigmas, start, sampler=sampler(num_steps=61, order=order, denoise=False))
+        assert float(ends[0] - ends[1]) / 2 == pytest.approx(exact, rel=0.02)
+
+
+def test_ends_of_a_band_move_to_the_grid():
+    grid = karras_sigmas(80.0, 0.002, 18)
+
+    def inside(low: float, high: float) -> list[float]:
+        low, high = band_on_grid(low, high, grid)
+        return [sigma for sigma in grid if low < sigma <= high]
+
+    assert inside(0.0, 80.0) == inside(0.001, 1e4) == grid
+    assert inside(grid[10], grid[4]) == inside(grid[10] * 1.05, grid[4] * 0.95) == grid[4:10]
+    assert inside(grid[17], grid[4]) == grid[4:17]
+    assert inside(0.0, grid[17]) == grid[17:]
+    assert inside(grid[5] * 1.01, grid[5] * 1.02) == []
+    # A float32 of a point is on its side.
+    low, high = band_on_grid(grid[10], grid[4], grid)
+    assert [low < float(torch.tensor(grid[k])) <= high for k in (3, 4, 9, 10)] == [False, True, True, False]
+    assert band_on_grid(0.1, 2.0, [1.0]) == (0.0, math.inf)
+
+
+def test_a_guide_of_other_levels_is_asked_at_the_sigma(analytic):
+    sigmas = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    network, guide = analytic.GaussianScore(sigmas, s2=1.0), analytic.GaussianScore(torch.tensor([9.0]), s2=1.0)
+    guided = Guided(network, guide, weight=3.0, band=EVERYWHERE, sigmas=sigmas)
+    x, level = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([1, 1])
+    torch.testing.assert_close(guided(x, level), network(x, level))
+    same = analytic.ByLevelOnly(analytic.GaussianScore(sigmas, s2=1.0))
+    torch.testing.assert_close(
+        Guided(analytic.ByLevelOnly(network), same, weight=3.0, band=EVERYWHERE, sigmas=sigmas)(x, level),
+        network(x, level),
+    )
+    assert field_of(network, 1.0) is network
