@@ -17,7 +17,7 @@ from torch import Tensor
 from ncsn.core.keyed_random import keyed_permutation
 
 _BLOCK = 2048
-_BLOCK_VALUES = 2**24  # of a block, which has fewer images if they are large
+_BLOCK_VALUES = 2**22  # of a block, which has fewer images if they are large
 _SMALL_BLOCK = 512  # smaller blocks skip more pairs
 _CACHED = 16
 _ROUNDING = 1e-5

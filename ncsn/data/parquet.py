@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import (
-    IMAGE,
     MANIFEST,
+    PARQUET_OPTIONS,
     Images,
     Manifest,
     Part,
     SkippedImage,
     from_table,
+    image_shape_of,
     load_manifest,
     schema,
     to_table,
@@ -37,14 +38,6 @@ from ncsn.errors import UserError
 _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
 _CONVERSIONS = b"ncsn.conversions"
-# Arrow keeps uint8 in 32-bit Parquet integers; splitting their bytes lets the compressor drop the three that are zero.
-_WRITER = {
-    # Decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one digest
-    # everywhere.
-    "compression": "zstd",
-    "use_dictionary": False,
-    "column_encoding": {f"{IMAGE}.list.element": "BYTE_STREAM_SPLIT"},
-}
 
 
 def part_name(split: str, number: int) -> str:
@@ -57,7 +50,7 @@ class PartWriter:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.rows = 0
-        self._writer = pq.ParquetWriter(path, schema(*shape), **_WRITER)
+        self._writer = pq.ParquetWriter(path, schema(*shape), **PARQUET_OPTIONS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
         self._pending: Future[None] | None = None
 
@@ -124,11 +117,14 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
 def _open_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[pq.ParquetFile]:
     part_uri = storage.join(uri, part.path)
     with _open(part_uri) as file:
-        if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(schema(*shape)):
+        try:
+            found = image_shape_of(file.schema_arrow)
+        except ValueError as error:
+            raise UserError(part_uri, str(error), hint=f"delete {uri} and ingest again") from error
+        if (file.metadata.num_rows, found) != (part.rows, shape):
             raise UserError(
                 part_uri,
-                f"holds {file.metadata.num_rows} rows of {file.schema_arrow.names}, but the manifest says "
-                f"{part.rows} images of {shape}",
+                f"holds {file.metadata.num_rows} images of {found}, but the manifest says {part.rows} of {shape}",
                 hint=f"delete {uri} and ingest again",
             )
         yield file

@@ -7,15 +7,13 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.data.format import IMAGE, NO_LABEL, Images, to_table
+from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Images, from_table, image_shape_of, to_table
 from ncsn.errors import NotFound, UserError
 
 _NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
@@ -29,7 +27,7 @@ def shard_name(first: int, last: int) -> str:
 def write_shard(uri: str, images: NDArray[np.uint8]) -> None:
     """Publish images [N, H, W, C] as one shard."""
     buffer = io.BytesIO()
-    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer)
+    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer, **PARQUET_OPTIONS)
     storage.write_bytes(uri, buffer.getvalue())
 
 
@@ -49,7 +47,7 @@ def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     shard = storage.join(uri, name)
     with _shard_errors(shard):
         filesystem, path = storage.filesystem(shard)
-        return tuple(_tensor_type(pq.read_schema(path, filesystem=filesystem).field(IMAGE).type).shape)
+        return image_shape_of(pq.read_schema(path, filesystem=filesystem))
 
 
 def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -105,25 +103,17 @@ def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int
 def _read_shard(uri: str, *, count: int) -> NDArray[np.uint8]:
     filesystem, path = storage.filesystem(uri)
     with _shard_errors(uri):
-        column = pq.read_table(path, filesystem=filesystem, columns=[IMAGE]).column(IMAGE).combine_chunks()
-        _tensor_type(column.type)
-    images: NDArray[np.uint8] = np.asarray(column.to_numpy_ndarray())
+        images = from_table(pq.read_table(path, filesystem=filesystem, columns=[IMAGE, LABEL])).images
     if len(images) != count:
         raise UserError(uri, f"holds {len(images)} images, its name says {count}", hint="delete it and sample again")
     return images
-
-
-def _tensor_type(column_type: Any) -> Any:
-    if not isinstance(column_type, pa.FixedShapeTensorType) or column_type.value_type != pa.uint8():
-        raise pa.ArrowInvalid(f"column {IMAGE!r} is {column_type}, expected a fixed-shape tensor of uint8")
-    return column_type
 
 
 @contextmanager
 def _shard_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowInvalid, KeyError) as error:
+    except ValueError as error:
         raise UserError(
             uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
         ) from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -188,38 +190,52 @@ def _local_files(root: Path) -> Iterator[Listed]:
     if not root.exists():
         raise _missing(root)
     if root.is_file():
-        yield _listed(root, root.name)
+        yield _listed(root.name, root.stat())
     else:
-        yield from _files_below(root, root, above=())
+        yield from _files_below(str(root), "", above=())
 
 
-def _files_below(folder: Path, root: Path, *, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
-    """The files of `folder` and of its folders; `above` has device and inode of the folders that it is in."""
+def _files_below(folder: str, prefix: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
+    """The files of `folder` and of its folders, `prefix` before each name.
+
+    A link to a folder that it is in, one of `above`, is not followed.
+    """
+    folders = []
     try:
-        status = folder.stat()
-        above = (*above, (status.st_dev, status.st_ino))
-        folders = []
-        for path in folder.iterdir():
-            if path.name.startswith(".") or path.name == "lost+found":  # the latter is root's on each ext4 volume
-                continue
-            if path.is_file():
-                with suppress(FileNotFoundError):  # deleted meanwhile
-                    yield _listed(path, path.relative_to(root).as_posix())
-            elif path.is_dir():
-                status = path.stat()
-                if (status.st_dev, status.st_ino) not in above:  # else a link to a folder that it is in
-                    folders.append(path)
+        above = (*above, _identity(Path(folder).stat()))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "lost+found":  # the latter is root's on each ext4 volume
+                    continue
+                status = _status(entry)
+                if status is not None and stat.S_ISREG(status.st_mode):
+                    yield _listed(prefix + entry.name, status)
+                elif status is not None and stat.S_ISDIR(status.st_mode) and _identity(status) not in above:
+                    folders.append(entry)
     except OSError as error:
         raise UserError(
-            "data.root", f"cannot be read: {error.strerror}", hint="make it readable, or remove it", value=str(folder)
+            "data.root", f"cannot be read: {error.strerror}", hint="make it readable, or remove it", value=folder
         ) from error
-    for path in folders:
-        yield from _files_below(path, root, above=above)
+    for entry in folders:
+        yield from _files_below(entry.path, f"{prefix}{entry.name}/", above=above)
 
 
-def _listed(path: Path, name: str) -> Listed:
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a folder's entry links to; None if it was deleted meanwhile, or links to nothing or to itself."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+
+
+def _listed(name: str, status: os.stat_result) -> Listed:
     require_utf8(name, key="data.root")
-    status = path.stat()
     return Listed(name, status.st_size, status.st_mtime_ns)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn import storage
@@ -43,9 +42,9 @@ _SHAPING = (
 LEAST_IMAGES = 2
 
 MOST_IMAGES = 60_000
-_MOST_VALUES = 2**28  # bytes of the images that are kept for the largest distance
+_MOST_VALUES = MOST_IMAGES * 32 * 32 * 3  # bytes of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for it: some seconds on two CPU cores; real images need a tenth of it
-_FEW, _FEW_WORK = 2_000, 2.5e10  # images compared in pairs for the percentile, and multiplications that this may take
+_FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
 _GRAY_STEPS = 256
 
 
@@ -100,31 +99,44 @@ class ImageSample:
     def __init__(self, size: int) -> None:
         self.size = size
         self.count = 0
-        self._kept: list[tuple[float, int, np.ndarray]] = []
+        self._places: list[tuple[float, int, int]] = []  # minus an image's random number, its index, its row below
+        self._rows = np.empty(0, np.uint8)
 
     def update(self, images: np.ndarray) -> None:
         """Offer uint8 images [N, H, W, C]."""
+        if not self.count:
+            self._rows = np.empty((self.size, *images.shape[1:]), np.uint8)  # takes memory where it is written
         # Each image has a random number; those with the smallest stay.
         keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
-        full = len(self._kept) == self.size
+        full = len(self._places) == self.size
         # Once the sample is full, few images still have a chance.
-        for index in np.flatnonzero(keys < -self._kept[0][0]) if full else range(len(keys)):
-            kept = (-float(keys[index]), self.count + int(index), images[index].copy())
-            if len(self._kept) < self.size:
-                heapq.heappush(self._kept, kept)
-            elif kept[0] > self._kept[0][0]:
-                heapq.heapreplace(self._kept, kept)
+        for index in np.flatnonzero(keys < -self._places[0][0]) if full else range(len(keys)):
+            key, number, row = -float(keys[index]), self.count + int(index), len(self._places)
+            if row < self.size:
+                heapq.heappush(self._places, (key, number, row))
+            elif key > self._places[0][0]:
+                row = self._places[0][2]
+                heapq.heapreplace(self._places, (key, number, row))
+            else:
+                continue
+            self._rows[row] = images[index]
         self.count += len(images)
 
     @property
     def complete(self) -> bool:
         """Whether the sample is all images."""
-        return self.count == len(self._kept)
+        return self.count == len(self._places)
 
     @property
     def images(self) -> np.ndarray:
-        """The sample in the stream's order, uint8 [N, H, W, C]."""
-        return np.stack([image for _, _, image in sorted(self._kept, key=lambda kept: kept[1])])
+        """The sample, uint8 [N, H, W, C], not in the stream's order."""
+        return self._rows[: len(self._places)]
+
+    def some(self, count: int) -> np.ndarray:
+        """At most `count` of the images, a random choice in the stream's order."""
+        rows = np.array([row for _, _, row in sorted(self._places, key=lambda place: place[1])], np.int64)
+        chosen: np.ndarray = self._rows[rows[np.sort(keyed_permutation(0, epoch=0, size=len(rows))[:count])]]
+        return chosen
 
 
 def sample_size(values_per_image: int) -> int:
@@ -135,7 +147,7 @@ def sample_size(values_per_image: int) -> int:
 def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
     """Noise levels for the images as they are (`plain`) and with mirrored ones (`mirrored`); none if all are alike."""
     images = torch.from_numpy(sample.images)
-    few = images[torch.from_numpy(_some(len(images), values_per_image=images[0].numel()))]
+    few = torch.from_numpy(sample.some(max(2, min(_FEW, math.isqrt(int(_FEW_WORK / images[0].numel()))))))
     found = {}
     for name, flips in (("plain", False), ("mirrored", True)):
         maximum, exact = largest_distance(images, flips=flips, most_work=_MOST_WORK)
@@ -146,13 +158,6 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
         )
         found[name] = suggest_noise(distances, dimension=images[0].numel())
     return found
-
-
-def _some(count: int, *, values_per_image: int) -> NDArray[np.int64]:
-    """Rows of the images that the percentile is taken of."""
-    most = max(2, min(_FEW, math.isqrt(int(_FEW_WORK / values_per_image))))
-    chosen: NDArray[np.int64] = np.sort(keyed_permutation(0, epoch=0, size=count)[:most])
-    return chosen
 
 
 def resolve_noise(config: Config, manifest: Manifest) -> Config:

@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from image_folders import put, rows_of, skipped_of
 from PIL import Image
 from refused import refused
 
+from ncsn.data import image_files
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.source import source_fingerprint
@@ -89,14 +91,13 @@ def test_a_file_that_goes_and_one_that_may_not_be_read_are_refused(tmp_path, mem
     with refused(f"{root}/cat/03.png"):
         rows_of(source)
     put(root, {"cat/03.png": members["cat/03.png"]})
-    read_bytes = Path.read_bytes
 
-    def locked(path: Path) -> bytes:
-        if path.name == "04.png":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
+    def locked(path: str, mode: str) -> Any:
+        if path.endswith("04.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)  # noqa: PTH123
 
-    monkeypatch.setattr(Path, "read_bytes", locked)
+    monkeypatch.setattr(image_files, "open", locked, raising=False)
     with refused(f"{root}/cat/04.png"):
         rows_of(open_source(data_config("image_folder", Path(root, "cat"), on_bad_image="skip")))
 

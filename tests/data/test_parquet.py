@@ -19,7 +19,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
-from ncsn.data.parquet import read_blocks, read_split, write_dataset
+from ncsn.data.parquet import read_blocks, read_rows, read_split, write_dataset
 from ncsn.data.source import Example, Source
 from ncsn.errors import NotFound
 
@@ -88,17 +88,36 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config):
     assert manifest.settings["test_fraction"] == 0.25
     assert "root" not in manifest.settings  # where the files lay is no property of their content
     text = json.loads((Path(dataset.uri) / "manifest.json").read_text())
-    assert text["format_version"] == 1
-    assert text["schema"]["image"] == "fixed_shape_tensor<uint8>[8, 8, 3]"
+    assert text["format_version"] == 2
+    assert text["schema"]["image"] == "192 bytes: uint8 [8, 8, 3], row by row"
 
 
-def test_any_arrow_reader_sees_tensors(tmp_path, images, config):
+def test_any_parquet_reader_sees_the_bytes(tmp_path, images, config):
     dataset = write(images, tmp_path, config)
     table = pq.read_table(Path(dataset.uri) / "train" / "part-00000.parquet")
-    assert table.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (8, 8, 3))
-    tensors = table.column("image").combine_chunks()
-    tensors = tensors.chunk(0) if isinstance(tensors, pa.ChunkedArray) else tensors
-    assert np.array_equal(tensors.to_numpy_ndarray(), images["train"].images)
+    assert table.schema.field("image").type == pa.binary(8 * 8 * 3)
+    rows = [np.frombuffer(value, np.uint8).reshape(8, 8, 3) for value in table.column("image").to_pylist()]
+    assert np.array_equal(rows, images["train"].images[: len(rows)])
+
+
+def as_tensors(rows: Images) -> pa.Table:
+    """Rows as format version 1 has them."""
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows.images))
+    return pa.table({"image": tensors, "label": rows.labels})
+
+
+def test_a_dataset_of_the_format_before_is_read(tmp_path, images, config):
+    uri = write(images, tmp_path, config).uri
+    for path in Path(uri).rglob("*.parquet"):
+        pq.write_table(as_tensors(from_table(pq.read_table(path))), path, row_group_size=7)
+    path = Path(uri) / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    for split, rows in images.items():
+        found = read_split(uri, split, rows=range(3, len(rows)))
+        assert np.array_equal(found.images, rows.images[3:]) and np.array_equal(found.labels, rows.labels[3:])
+    some = np.array([41, 2, 33])
+    assert np.array_equal(read_rows(uri, "train", some, manifest=load_manifest(uri)), images["train"].images[some])
+    assert not write(images, tmp_path, config).created
 
 
 def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config):
@@ -250,7 +269,7 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(part):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
     with refused(uri):
         load_manifest(uri)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -78,14 +78,14 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"1")
     (tmp_path / "dog").mkdir()
-    list_folder = Path.iterdir
+    list_folder = os.scandir
 
-    def iterdir(folder: Path) -> Iterator[Path]:
-        if folder.name in {"dog", "lost+found"}:
-            raise PermissionError(13, "Permission denied", str(folder))
+    def scandir(folder: str) -> Any:
+        if Path(folder).name in {"dog", "lost+found"}:
+            raise PermissionError(13, "Permission denied", folder)
         return list_folder(folder)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with refused("data.root") as caught:
         list_files(str(tmp_path))
     assert caught.value.problems[0].value == str(tmp_path / "dog")

@@ -126,7 +126,7 @@ def test_a_sample_does_not_depend_on_the_blocks() -> None:
 
 def test_the_memory_of_a_suggestion_is_bounded() -> None:
     assert sample_size(64) == sample_size(784) == sample_size(3072) == 60_000
-    assert sample_size(256 * 256 * 3) == 1365
+    assert sample_size(256 * 256 * 3) == 937
 
 
 def test_a_sample_says_that_it_is_one() -> None:

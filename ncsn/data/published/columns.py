@@ -56,7 +56,7 @@ def choose_columns(schema: pa.Schema, data: DataConfig, *, uri: str) -> Columns:
     features = _features(schema)
     image = _image_column(schema, features, data.image_column, uri=uri)
     label = _label_column(schema, features, data.label_column, uri=uri)
-    kind = image_kind(schema.field(image).type)
+    kind = image_kind(schema.field(image))
     assert kind is not None
     if label is None:
         return Columns(ImageColumn(image, kind), None, None)
@@ -114,7 +114,7 @@ def _features(schema: pa.Schema) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _image_column(schema: pa.Schema, features: Mapping[str, Mapping[str, Any]], given: str | None, *, uri: str) -> str:
-    possible = [field.name for field in schema if image_kind(field.type)]
+    possible = [field.name for field in schema if image_kind(field)]
     if given is not None:
         if given not in possible:
             raise UserError(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn import storage
-from ncsn.data.format import SkippedImage
+from ncsn.data.format import SkippedImage, pixel_shape
 from ncsn.data.image_files import Encoded, fit_in_order
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
 from ncsn.data.source import Example, Listed
@@ -62,14 +62,15 @@ class ImageColumn(NamedTuple):
         return f"{self.name}.bytes" if self.kind == "struct" else self.name
 
 
-def image_kind(kind: pa.DataType) -> ImageKind | None:
-    """How a column of this type may hold images: encoded, in a struct with them, or as uint8 [H, W, C]."""
+def image_kind(field: pa.Field) -> ImageKind | None:
+    """How a column may hold images: encoded, in a struct with them, or as uint8 [H, W, C]."""
+    kind = field.type
     if _is_bytes(kind):
         return "bytes"
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):
         return "struct"
-    pixels = isinstance(kind, pa.FixedShapeTensorType) and kind.value_type == pa.uint8()
-    return "pixels" if pixels and len(kind.shape) == 3 and kind.shape[2] in (1, 3) else None
+    shape = pixel_shape(field)
+    return "pixels" if shape is not None and len(shape) == 3 and shape[2] in (1, 3) else None
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -169,8 +170,10 @@ def _group_values(parquet: pq.ParquetFile, group: int, column: ImageColumn, rows
     # Without Arrow's threads, since the images are decoded on all cores meanwhile.
     for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column.leaf], use_threads=False):
         first, last = np.searchsorted(rows, [before, before + len(batch)])
+        shape = pixel_shape(batch.schema.field(0)) if column.kind == "pixels" else None
         for row in (rows[first:last] - before).tolist():
-            yield _value(batch.column(0)[row], column.kind)
+            value = _value(batch.column(0)[row], column.kind)
+            yield value if value is None or shape is None else np.frombuffer(value, np.uint8).reshape(shape)
         before += len(batch)
         if last == len(rows):
             return
@@ -180,7 +183,7 @@ def _value(scalar: pa.Scalar, kind: ImageKind) -> Any:
     if not scalar.is_valid:
         return None
     if kind == "pixels":
-        return scalar.to_numpy()
+        return scalar.to_numpy() if isinstance(scalar, pa.ExtensionScalar) else scalar.as_buffer()
     return (scalar["bytes"] if kind == "struct" else scalar).as_py()
 
 
