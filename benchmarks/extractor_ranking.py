@@ -25,9 +25,10 @@ from ncsn.data.format import Images
 from ncsn.data.parquet import read_split
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
-from ncsn.model.checkpoint import TrainedNetwork, load_for_generation
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
+from ncsn.model.trained import load_for_generation
 
 EXTRACTORS = ("classifier", "clusters")
 BATCH = 100

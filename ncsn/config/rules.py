@@ -13,6 +13,7 @@ from ncsn.config.choices import (
     NcsnV2NetworkConfig,
     UnetNetworkConfig,
 )
+from ncsn.config.guidance import ClassifierFreeConfig
 from ncsn.config.noise import DsmLossConfig, LognormalTraining, NoiseConfig, SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.problems import problems
 from ncsn.config.samplers import AnnealedLangevinConfig, ConsistentAnnealedConfig, LangevinConfig
@@ -38,7 +39,9 @@ def check(config: Config) -> list[Problem]:
     checks = (
         _augmentation,
         _batch,
+        _classes,
         _compiled_loss,
+        _guidance,
         _logits,
         _network_size,
         _one_level,
@@ -82,6 +85,36 @@ def _batch(config: Config) -> Iterator[Problem]:
             "raise it, or lower compute.num_workers",
             batch,
         )
+
+
+def _classes(config: Config) -> Iterator[Problem]:
+    network, label = config.network, config.sampling.label
+    if config.data.num_classes is not None:
+        if not isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+            yield Problem(
+                "data.num_classes",
+                f"needs a network that takes classes, but network.kind = {network.kind} does not",
+                "use network.kind = unet or ddpmpp, or null",
+                config.data.num_classes,
+            )
+        return
+    if config.train.label_dropout:
+        yield Problem(
+            "train.label_dropout", "needs classes", "set data.num_classes, or use 0", config.train.label_dropout
+        )
+    if label != "balanced":
+        yield Problem("sampling.label", "needs a network of classes", "set data.num_classes before training", label)
+
+
+def _guidance(config: Config) -> Iterator[Problem]:
+    if not isinstance(config.sampling.guidance, ClassifierFreeConfig):
+        return
+    key, kind, instead = "sampling.guidance.kind", "classifier_free", "before training, or use null or autoguidance"
+    if config.data.num_classes is None:
+        yield Problem(key, "needs a network of classes", f"set data.num_classes {instead}", kind)
+    elif not config.train.label_dropout:
+        reason = "with train.label_dropout = 0 the network has never seen an image without its class"
+        yield Problem(key, reason, f"set it to 0.1 {instead}", kind)
 
 
 def _compiled_loss(config: Config) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig
+from ncsn.config.guidance import GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig
@@ -43,7 +44,7 @@ class DataConfig(Section):
     """Which images, and in what shape."""
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"augmentation", "background", "crop", "fit", "image_column", "label_column", "unlabelled"}
+        {"augmentation", "background", "crop", "fit", "image_column", "label_column", "num_classes", "unlabelled"}
     )
 
     source: Literal[
@@ -103,6 +104,13 @@ class DataConfig(Section):
         description="For an image_folder in which some images have a label and others none: refuse = stop, keep = "
         "with label -1, which the classifier leaves out, drop = without these images.",
     )
+    num_classes: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Classes that the network learns to tell apart, all those of the images, so that it can draw a "
+        "given one; null = it does not know classes.",
+    )
     rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
     loader: Literal["cache", "stream"] = Field(
         "cache",
@@ -152,7 +160,7 @@ class DataConfig(Section):
 class SamplingConfig(Section):
     """How images are generated with the EMA weights."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"grays"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grays", "guidance", "label"})
 
     num_images: int = Field(512, ge=1, description="Number of images to generate.")
     batch_size: int = Field(
@@ -168,7 +176,21 @@ class SamplingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the network's convolutions; the images themselves use float32."
     )
+    label: str = Field(
+        "balanced",
+        min_length=1,
+        description="Classes of the images, with data.num_classes: balanced = in turn; data = drawn as often as in the "
+        "training images; or the name or number of one class.",
+    )
+    guidance: GuidanceConfig | None = Field(
+        None, description="What moves samples away from those of a worse score; null = nothing."
+    )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _number_as_text(cls, label: Any) -> Any:
+        return str(label) if type(label) is int else label
 
 
 class SearchConfig(Section):

@@ -69,7 +69,7 @@ EmaConfig = Annotated[DecayEmaConfig | HalfLifeEmaConfig, Field(discriminator="k
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"ema"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "label_dropout"})
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
@@ -82,6 +82,13 @@ class TrainConfig(Section):
     )
     ema: EmaConfig | None = Field(
         None, description="The moving average of the weights, which generates the images; null = by ema_decay."
+    )
+    label_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability that the network is not told the class of an image, so that it learns all images "
+        "together too, as sampling.guidance.kind = classifier_free needs. 0.1 is usual.",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",

@@ -32,7 +32,14 @@ FEWEST_IMAGES = 5  # of each set, for a standard error
 
 
 def losses_at(
-    network: ScoreFunction, x: Tensor, *, first: int, sigmas: Tensor, levels: Sequence[int] | None, stream: int
+    network: ScoreFunction,
+    x: Tensor,
+    *,
+    first: int,
+    sigmas: Tensor,
+    levels: Sequence[int] | None,
+    stream: int,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
 
@@ -43,13 +50,14 @@ def losses_at(
         sigmas: Noise standard deviations to measure at [S].
         levels: Their numbers in the network's schedule; None for a network that takes any sigma.
         stream: Of the noise at the first sigma; each further one has the next.
+        labels: Class of each image, int64 [B]; None for a network without classes.
     """
     loss, size = DenoisingScoreMatching(), x[0].numel()
-    rows = []
+    conditions, rows = {} if labels is None else {"labels": labels}, []
     for number, sigma in enumerate(sigmas.to(x.device)):
         z = keyed_normal(SEED, stream=stream + number, first=first, count=len(x), size=size).view(x.shape)
         level = None if levels is None else torch.full((len(x),), levels[number], device=x.device)
-        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level)).per_image)
+        rows.append(loss(network, Batch(x, sigma.expand(len(x)), z.to(x), level, conditions=conditions)).per_image)
     return torch.stack(rows)
 
 

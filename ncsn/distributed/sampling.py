@@ -22,8 +22,9 @@ from ncsn.data.shards import missing_ranges, read_samples, shard_name, write_sha
 from ncsn.distributed.tasks import run_task, run_tasks, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.reference import extractor_of, open_evaluator
-from ncsn.model import checkpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import generate, level_images
+from ncsn.model.trained import load_for_generation
 
 Features = NDArray[np.float32]
 
@@ -211,5 +212,5 @@ def _device(shard: Shard) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load(uri: str, device: str) -> checkpoint.TrainedNetwork:
-    return checkpoint.load_for_generation(uri, device=device)
+def _load(uri: str, device: str) -> TrainedNetwork:
+    return load_for_generation(uri, device=device)

@@ -89,7 +89,7 @@ def network(config: Config) -> nn.Module:
                 channels=config.data.channels,
                 image_size=config.data.image_size,
                 sigmas=sigmas(config),
-                num_classes=None,
+                num_classes=config.data.num_classes,
                 augmentation=config.data.augmentation is not None,
                 **config.network.model_dump(exclude={"kind"}),
             )

@@ -4,7 +4,8 @@
     ema.safetensors        EMA weights
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the dataset; float16's loss scale; unreported curves
+    state.json             images_seen, EMA counter, digest of the dataset, classes; float16's loss scale; unreported
+                           curves
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, from_json, from_yaml, to_json, to_yaml
+from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
+from ncsn.model.classes import Classes
 
 FORMAT_VERSION = 1
 INDEX = "checkpoint.json"
-TRAINED_CONFIG = "config.json"
 FOLDER_NAME = re.compile(r"images-\d+")
 FILES = (
     "weights.safetensors",
@@ -58,16 +59,17 @@ class DamagedError(CheckpointError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedNetwork:
     """The input of image generation."""
 
     config: Config
     network: nn.Module  # with EMA weights, in eval mode
     moments: DataMoments  # of the training images
+    classes: Classes | None = None  # of a network with `data.num_classes`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingCheckpoint(TrainedNetwork):
     """A trained network and its origin."""
 
@@ -109,6 +111,7 @@ def snapshot(
     state: TrainState,
     moments: DataMoments,
     dataset_digest: str,
+    classes: Classes | None = None,
     curves: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Copy the state, so that training can go on while it is written. `curves` are the unreported ones."""
@@ -119,20 +122,30 @@ def snapshot(
     }
     if state.scaler is not None:
         facts["loss_scale"] = state.scaler.state_dict()
+    if classes is not None:
+        facts["classes"] = asdict(classes)
     if curves is not None:
         facts["curves"] = curves
     tensors = {
         "weights.safetensors": _copies(state.network.state_dict()),
         "ema.safetensors": _copies(state.ema.weights),
-        "moments.safetensors": _moment_tensors(moments),
+        "moments.safetensors": moment_tensors(moments),
         "optimizer.safetensors": _copies(_optimizer_tensors(state.network, state.optimizer)),
     }
     return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
 
 
-def save(folder: Path, *, config: Config, state: TrainState, moments: DataMoments, dataset_digest: str) -> None:
+def save(
+    folder: Path,
+    *,
+    config: Config,
+    state: TrainState,
+    moments: DataMoments,
+    dataset_digest: str,
+    classes: Classes | None = None,
+) -> None:
     """Write a complete checkpoint into the existing, empty `folder`."""
-    snapshot(config=config, state=state, moments=moments, dataset_digest=dataset_digest).write(folder)
+    snapshot(config=config, state=state, moments=moments, dataset_digest=dataset_digest, classes=classes).write(folder)
 
 
 def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
@@ -174,7 +187,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             config = from_yaml((folder / "config.yaml").read_text(), origin=storage.join(uri, "config.yaml"))
             facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
-            moments = _load_moments(folder / "moments.safetensors")
+            moments = load_moments(folder / "moments.safetensors")
             digest = _sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError:
         raise CheckpointError(uri, "is not a checkpoint: there is no folder") from None
@@ -183,41 +196,11 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         config=config,
         network=network,
         moments=moments,
+        classes=Classes.of(facts.get("classes")),
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
     )
-
-
-def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the files of a registered model: `config.json`, `ema.safetensors` and `moments.safetensors`.
-
-    Raises:
-        CheckpointError: if the weights do not fit the network of the config.
-    """
-    config = from_json((folder / TRAINED_CONFIG).read_text())
-    network = network_from_weights(config, load_file(folder / "ema.safetensors"), origin=origin).to(device)
-    return TrainedNetwork(config=config, network=network, moments=_load_moments(folder / "moments.safetensors"))
-
-
-def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the checkpoint at `uri`, or the files of `save_trained` there.
-
-    Raises:
-        CheckpointError: if it is neither.
-    """
-    if storage.exists(storage.join(uri, INDEX)) or not storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        return load_for_sampling(uri, device=device)
-    with storage.local_copy(uri) as folder:
-        return load_trained(folder, origin=uri, device=device)
-
-
-def save_trained(trained: TrainedNetwork, folder: Path) -> None:
-    """Inverse of `load_trained`, into an existing folder."""
-    # Buffers are rebuilt from the config.
-    save_file(_plain(dict(trained.network.named_parameters())), folder / "ema.safetensors")
-    save_file(_moment_tensors(trained.moments), folder / "moments.safetensors")
-    (folder / TRAINED_CONFIG).write_text(to_json(trained.config))
 
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
@@ -311,7 +294,8 @@ def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
 
 
-def _load_moments(path: Path) -> DataMoments:
+def load_moments(path: Path) -> DataMoments:
+    """Inverse of saving `moment_tensors`."""
     tensors = load_file(path)
     return DataMoments(
         mean=tensors["mean"],
@@ -321,7 +305,8 @@ def _load_moments(path: Path) -> DataMoments:
     )
 
 
-def _moment_tensors(moments: DataMoments) -> dict[str, Tensor]:
+def moment_tensors(moments: DataMoments) -> dict[str, Tensor]:
+    """The moments by name, as a file keeps them."""
     return {name: torch.as_tensor(value).contiguous() for name, value in vars(moments).items()}
 
 
@@ -331,7 +316,8 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file keeps them: contiguous, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -13,9 +13,11 @@ from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.distributed.faults import parse_faults
 from ncsn.errors import UserError
 from ncsn.model import build
+from ncsn.model.classes import require_label, require_same_classes
 from ncsn.runs.folder import run_folder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
+from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
 
 
@@ -95,4 +97,7 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
             hint="sort the images into one subfolder per class, or set it to auto",
             value="classifier",
         )
+    require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {dataset}")
+    if (classes := classes_of(config, manifest)) is not None:
+        require_label(config.sampling.label, classes)
     build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")

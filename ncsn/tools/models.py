@@ -21,8 +21,9 @@ from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
-from ncsn.model.checkpoint import TRAINED_CONFIG, TrainedNetwork
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import evaluations_per_image
+from ncsn.model.trained import TRAINED_CONFIG, load_trained
 from ncsn.report.images import grid_png
 from ncsn.steps.sample import GRID_IMAGES
 from ncsn.tracking.client import open_client_at, shown
@@ -85,12 +86,12 @@ def sample_model(
         default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
         folder = storage.absolute(out) if out else default
         _claim(folder, source)
-        storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=checkpoints.TRAINED_CONFIG)
+        storage.publish_folder(weights, storage.join(folder, MODEL_FOLDER), marker=TRAINED_CONFIG)
     return _sample(config, folder, model=model, progress=progress)
 
 
 def _config(weights: Path, overrides: Sequence[str], *, origin: str) -> Config:
-    registered = from_json((weights / checkpoints.TRAINED_CONFIG).read_text())
+    registered = from_json((weights / TRAINED_CONFIG).read_text())
     config = from_yaml(to_yaml(registered), overrides=overrides, origin=origin)
     checkpoints.require_same_training(registered, config, origin=origin)
     return config
@@ -153,7 +154,7 @@ def from_model(address: str, *, registry: str, out: str) -> ExportResult:
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)
         source = f"models:/{version.name}/{version.version}"
-        trained = checkpoints.load_trained(fetch_weights(registry, version, Path(temporary)), origin=source)
+        trained = load_trained(fetch_weights(registry, version, Path(temporary)), origin=source)
     return _write(trained, source=source, out=out)
 
 

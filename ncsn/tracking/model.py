@@ -24,8 +24,8 @@ from ncsn.config import Config
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.errors import UserError
-from ncsn.model.checkpoint import load_trained
 from ncsn.model.generate import complete, generate, with_evaluations
+from ncsn.model.trained import load_trained
 
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 65536

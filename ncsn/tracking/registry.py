@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ncsn
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.model.checkpoint import TRAINED_CONFIG, SamplingCheckpoint, save_trained
+from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.tracking.client import TrackingError, one_line, shown
 from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun
@@ -203,7 +204,7 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download the weights and config of a version into an existing folder; see `ncsn.model.checkpoint.save_trained`.
+    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_trained`.
 
     Raises:
         TrackingError: if they cannot be downloaded, with the reason.

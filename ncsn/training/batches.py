@@ -9,11 +9,14 @@ from torch import Tensor
 
 from ncsn.config import Config
 from ncsn.core.augmentation import augmentation_labels, draw_transforms, transform
+from ncsn.core.classes import drop_labels
 from ncsn.core.images import DataMoments, fit_moments, mirror
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
+from ncsn.data.format import Manifest
 from ncsn.data.training_images import TrainingImages
 from ncsn.model import build
+from ncsn.model.classes import Classes
 
 MOMENT_IMAGES = 10_000
 
@@ -21,8 +24,8 @@ MOMENT_IMAGES = 10_000
 def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int) -> Batch:
     """The images at places `first .. first + count` of the endless shuffled order, with their draws, not augmented."""
     seed = config.seed
-    images = torch.from_numpy(split.ordered(seed, first=first, count=count).images)
-    x = encoded(config, images, seed=seed, stream=Stream.DEQUANTIZE, first=first)
+    drawn = split.ordered(seed, first=first, count=count)
+    x = encoded(config, torch.from_numpy(drawn.images), seed=seed, stream=Stream.DEQUANTIZE, first=first)
     size = x[0].numel()
     if config.data.horizontal_flip:
         x = mirror(x, keyed_uniform(seed, stream=Stream.MIRROR, first=first, count=count, size=1)[:, 0] < 0.5)
@@ -32,7 +35,11 @@ def draw_batch(config: Config, split: TrainingImages, *, first: int, count: int)
     if projections:
         rows = keyed_normal(seed, stream=Stream.PROJECTION, first=first, count=count, size=projections * size)
         v = rows.view(count, projections, *x.shape[1:]).transpose(0, 1).contiguous()
-    return Batch(x=x, sigma=sigma, z=z, level=level, v=v)
+    conditions = {}
+    if config.data.num_classes is not None:
+        labels = torch.from_numpy(drawn.labels)
+        conditions["labels"] = drop_labels(labels, probability=config.train.label_dropout, seed=seed, first=first)
+    return Batch(x=x, sigma=sigma, z=z, level=level, v=v, conditions=conditions)
 
 
 def augmented(config: Config, batch: Batch, *, first: int) -> Batch:
@@ -64,3 +71,10 @@ def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: in
     size = height * width * channels
     u = keyed_uniform(seed, stream=stream, first=first, count=count, size=size)
     return space.encode(images, u.view(count, channels, height, width))
+
+
+def classes_of(config: Config, manifest: Manifest) -> Classes | None:
+    """The classes that the network learns from this dataset; None if it learns none."""
+    if config.data.num_classes is None:
+        return None
+    return Classes(tuple(manifest.class_names), tuple(manifest.class_counts["train"]))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from ncsn.core.keyed_random import Stream, keyed_permutation
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import TrainState
 from ncsn.core.training_noise import LevelNoise
-from ncsn.data.format import load_manifest
+from ncsn.data.format import Images, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.runs.held_out import held_out_point
@@ -60,18 +59,19 @@ def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
 class ImageShare:
     """This worker's share of a set of images."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
+    rows: Images
     places: range  # in the set
     whole: int  # images of the set
     noise: int  # stream
     dequantize: int  # stream
 
-    def batches(self, config: Config, size: int) -> Iterator[tuple[range, Tensor]]:
-        """Places and images in the network's space, at most `size` at a time."""
+    def batches(self, config: Config, size: int) -> Iterator[tuple[range, Tensor, Tensor | None]]:
+        """Places, images in the network's space, and their labels if it takes some, at most `size` at a time."""
         for first in range(0, len(self.places), size):
-            places = self.places[first : first + size]
-            images = torch.from_numpy(self.images[first : first + size])
-            yield places, encoded(config, images, seed=SEED, stream=self.dequantize, first=places.start)
+            places, part = self.places[first : first + size], slice(first, first + size)
+            images, labels = torch.from_numpy(self.rows.images[part]), torch.from_numpy(self.rows.labels[part])
+            x = encoded(config, images, seed=SEED, stream=self.dequantize, first=places.start)
+            yield places, x, None if config.data.num_classes is None else labels
 
 
 class Probe:
@@ -111,10 +111,15 @@ class Probe:
         losses = torch.zeros(len(self._sigmas), share.whole, dtype=torch.float64, device=context.device)
         kind = context.device.type
         with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            for places, x in share.batches(config, min(size, config.compute.microbatch or size)):
-                x = x.to(context.device, memory_format=build.memory_format(config))
+            for places, x, labels in share.batches(config, min(size, config.compute.microbatch or size)):
                 losses[:, places.start : places.stop] = losses_at(
-                    network, x, first=places.start, sigmas=self._sigmas, levels=self._levels, stream=share.noise
+                    network,
+                    x.to(context.device, memory_format=build.memory_format(config)),
+                    first=places.start,
+                    sigmas=self._sigmas,
+                    levels=self._levels,
+                    stream=share.noise,
+                    labels=None if labels is None else labels.to(context.device),
                 )
         # Each image is one worker's, so the sum is the same for any number of workers.
         values: Array = context.sum_over_workers(losses).cpu().numpy()
@@ -155,4 +160,4 @@ def _share(split: TrainingImages, count: int, context: WorkerContext, noise: int
     places = context.share(count)
     # A random choice, because a split may be sorted by class.
     chosen = keyed_permutation(SEED, epoch=0, size=len(split))[places.start : places.stop]
-    return ImageShare(split.rows(chosen).images, places, count, noise, dequantize)
+    return ImageShare(split.rows(chosen), places, count, noise, dequantize)

@@ -32,7 +32,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.batches import augmented, draw_batch, image_moments
+from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import WorkerContext
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
@@ -142,7 +142,7 @@ class Training:
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
-            self.dataset_digest = load_manifest(job.dataset).digest
+            self.manifest = load_manifest(job.dataset)
             recorded = job.sink is not None or job.history is not None
             self.probe = (
                 open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
@@ -172,7 +172,7 @@ class Training:
 
     def _resume(self, name: str) -> None:
         with self.checkpoints.open(name) as folder:
-            digest = self.dataset_digest
+            digest = self.manifest.digest
             curves = checkpoint.load(folder, config=self.config, state=self.state, dataset_digest=digest)
         if curves is not None:
             self.curves.restore(curves)
@@ -277,7 +277,8 @@ class Training:
             config=self.config,
             state=self.state,
             moments=self.moments,
-            dataset_digest=self.dataset_digest,
+            dataset_digest=self.manifest.digest,
+            classes=classes_of(self.config, self.manifest),
             curves=curves,
         )
 

@@ -46,6 +46,8 @@ def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> No
 NCSN = "network={kind: ncsn}"
 AUGMENTED = "data.augmentation={}"
 MULTIPLIERS = "network.multipliers"
+CLASSES = ["data.num_classes=10", "train.label_dropout=0.1"]
+GUIDED = "sampling.guidance={kind: classifier_free}"
 EPSILON = "sampling.sampler.epsilon"
 WRONG = [
     (["noise.num_level=3"], "noise.num_level"),
@@ -119,6 +121,19 @@ WRONG = [
     (["network.attention_sizes=[4,5]"], "network.attention_sizes"),
     ([NCSN, "data.image_size=27"], "data.image_size"),
     (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "data.image_size"),
+    (["data.num_classes=10", NCSN], "data.num_classes"),
+    (["train.label_dropout=0.1"], "train.label_dropout"),
+    (["sampling.label=3"], "sampling.label"),
+    ([GUIDED], "sampling.guidance.kind"),
+    (["data.num_classes=10", GUIDED], "sampling.guidance.kind"),
+    (
+        [*CLASSES, "sampling.guidance={kind: classifier_free, sigma_min: 2, sigma_max: 1}"],
+        "sampling.guidance.sigma_min",
+    ),
+    ([*CLASSES, "sampling.guidance={kind: classifier_free, weight: -1}"], "sampling.guidance.weight"),
+    ([*CLASSES, "sampling.guidance={kind: classifier_free, checkpoint: x}"], "sampling.guidance.checkpoint"),
+    (["sampling.guidance={kind: autoguidance}"], "sampling.guidance.checkpoint"),
+    (["sampling.guidance={weight: 2}"], "sampling.guidance.kind"),
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 from refused import refused
 
-from ncsn.model.checkpoint import load_trained
+from ncsn.model.trained import load_trained
 from ncsn.tracking import registry
 from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run

@@ -1,0 +1,60 @@
+"""The section `sampling.guidance`: what moves samples away from those of a worse score."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ncsn.config.choices import Section
+from ncsn.errors import UserError
+
+
+class _Guidance(Section):
+    """Weight and band of noise levels."""
+
+    weight: float = Field(
+        1.5,
+        ge=0,
+        le=100,
+        description="The score is s_0 + weight (s_1 - s_0). 1 = no guidance; Ho & Salimans count from there, so theirs "
+        "is this minus 1.",
+    )
+    sigma_min: float = Field(
+        0.0,
+        ge=0,
+        description="No guidance at or below this sigma, which moves to the nearest noise level of the sampler.",
+    )
+    sigma_max: float = Field(
+        1e4, gt=0, description="No guidance above this sigma, which moves to the nearest noise level of the sampler."
+    )
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> _Guidance:
+        if self.sigma_min >= self.sigma_max:
+            raise UserError("sigma_min", f"must be below sigma_max = {self.sigma_max:g}", value=self.sigma_min)
+        return self
+
+
+class ClassifierFreeConfig(_Guidance):
+    """Away from the images of all classes (Ho & Salimans 2022)."""
+
+    kind: Literal["classifier_free"] = Field(
+        description="s_1 knows the class and s_0 does not; needs data.num_classes and train.label_dropout."
+    )
+
+
+class AutoguidanceConfig(_Guidance):
+    """Away from the images of a worse network (Karras et al. 2024)."""
+
+    kind: Literal["autoguidance"] = Field(
+        description="s_1 is the network and s_0 a smaller one, or one with less training; with or without classes."
+    )
+    checkpoint: str = Field(
+        min_length=1,
+        description="The worse network: the URI of a checkpoint, for example an early one of the same run, or a "
+        "registered model, models:/NAME@ALIAS or models:/NAME/VERSION.",
+    )
+
+
+GuidanceConfig = Annotated[ClassifierFreeConfig | AutoguidanceConfig, Field(discriminator="kind")]

@@ -1,0 +1,84 @@
+"""The classes that a network knows, and the class of each image that it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, full, int64
+
+from ncsn.core.classes import balanced_labels, drawn_labels
+from ncsn.errors import UserError
+
+BALANCED, AS_DATA = "balanced", "data"
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of the training images, in the order of their labels 0, 1, ..."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]  # training images of each
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any] | None) -> Classes | None:
+        """From the plain values of `dataclasses.asdict`."""
+        return None if facts is None else cls(tuple(facts["names"]), tuple(facts["counts"]))
+
+    def index(self, text: str, *, key: str) -> int:
+        """The label of the class with this name, or else this number; `UserError` with all names if there is none."""
+        if text in self.names:
+            return self.names.index(text)
+        if text.isdecimal() and int(text) < len(self.names):
+            return int(text)
+        raise UserError(
+            key, "no such class", hint=f"use {BALANCED}, {AS_DATA} or one of {_shown(self.names)}", value=text
+        )
+
+
+def require_same_classes(num_classes: int | None, names: Sequence[str], *, where: str) -> None:
+    """Refuse data with another number of classes than the network's.
+
+    Raises:
+        UserError: naming `data.num_classes`.
+    """
+    if num_classes is None or num_classes == len(names):
+        return
+    found = f"{len(names)}: {_shown(names)}" if names else "0"
+    hint = f"set it to {len(names)}" if names else "set it to null, or sort the images into one subfolder per class"
+    raise UserError("data.num_classes", f"{where} has {found}", hint=hint, value=num_classes)
+
+
+def labels_of_images(
+    label: str, *, num_classes: int, classes: Classes | None, seed: int, first: int, count: int
+) -> Tensor:
+    """Labels of images `first .. first + count` of a seed, int64 [count]; a function of (seed, image).
+
+    Args:
+        label: Of `sampling.label`.
+        num_classes: Of the network.
+        classes: Only balanced classes need no facts about them.
+        seed: Of the images.
+        first: Number of the first image.
+        count: Number of images.
+    """
+    if label == BALANCED:
+        return balanced_labels(num_classes, first=first, count=count)
+    if classes is None:
+        raise ValueError("the classes of the network are not known")
+    if label == AS_DATA:
+        return drawn_labels(classes.counts, seed=seed, first=first, count=count)
+    return full((count,), classes.index(label, key="sampling.label"), dtype=int64)
+
+
+def require_label(label: str, classes: Classes) -> None:
+    """Refuse a `sampling.label` that names no class."""
+    if label not in (BALANCED, AS_DATA):
+        classes.index(label, key="sampling.label")
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(names[:_MOST_SHOWN]) + more
