@@ -138,7 +138,8 @@ def suggest_noise_command(
     """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
 
     sigma_1 is the largest distance between any two of up to 60,000 images. The ratio of neighboring levels makes them
-    overlap by C. epsilon leaves the right variance after T steps.
+    overlap by C. epsilon leaves the right variance after T steps. sigma_data is the spread of the pixels around
+    mid-gray.
     """
     from ncsn.cli.target import Experiment
     from ncsn.cli.views import describe_suggestion
@@ -157,7 +158,9 @@ def suggest_noise_command(
     found = preparation.suggest_levels(
         sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
     )
-    click.echo(json.dumps(asdict(found), indent=1) if as_json else describe_suggestion(found))
+    sigma_data = preparation.spread_around_gray(sample, space=space)
+    shown = asdict(found) | {"sigma_data": sigma_data}
+    click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))
 
 
 @click.command("import-checkpoint", cls=ReportingCommand, short_help="Start from a released checkpoint of NCSN(v2).")

@@ -39,8 +39,9 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
 
 
-def describe_suggestion(suggestion: NoiseSuggestion) -> str:
+def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> str:
     """YAML for a config, under comments with the numbers that it comes from."""
+    from ncsn.config.noise import edm_mean
     from ncsn.data.statistics import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
@@ -60,6 +61,7 @@ def describe_suggestion(suggestion: NoiseSuggestion) -> str:
         f"levels     {levels} at ratio {suggestion.ratio:.4f}, overlap {suggestion.overlap:.3f}",
         f"epsilon    for T = {steps}: variance {suggestion.variance_ratio:.4f} of the ideal, "
         f"{levels * steps:,} evaluations per image",
+        f"sigma_data {sigma_data:.4f}, for networks that have it; noise.training.mean {edm_mean(sigma_data):.2f}",
     )
     return "\n".join([*(f"# {line}" for line in lines), yaml.safe_dump(section, sort_keys=False).rstrip()])
 
@@ -304,6 +306,8 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
         f"{1000 * rates['sample_evaluation']:,.1f} ms",
         soft_wrap=True,
     )
+    for note in plan.get("notes", ()):
+        console.print(f"note     {note}", soft_wrap=True)
 
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from ncsn.config.compute import bytes_of
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
+from ncsn.model import build
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
@@ -85,7 +86,7 @@ def num_checkpoints(config: Config) -> int:
 
 
 def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, Any]:
-    """The plan as plain values: `steps`, `total`, `start_seconds`, `memory`, `pods`, `storage` and the arguments."""
+    """The plan as plain values: steps, total, start_seconds, memory, pods, storage, notes, and the arguments."""
     costs = {
         step: cost_of(config, step, seconds, prices) for step, seconds in step_seconds(config, counts, rates).items()
     }
@@ -96,6 +97,7 @@ def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
         "memory": _memory(config, rates),
         "pods": _pods(config, counts),
         "storage": _storage(config, counts, rates, prices),
+        "notes": build.noise_notes(config, images=config.train.num_images),
         "prices": asdict(prices),
         "rates": asdict(rates),
         "counts": asdict(counts),

@@ -119,7 +119,8 @@ def test_result_of_a_search(snapshot) -> None:
 
 def test_suggestion(snapshot) -> None:
     distances = PairDistances(num_images=1258, exact=True, maximum=4.8, quantile_999=4.2)
-    text = describe_suggestion(NoiseSuggestion(4.8, 0.03, 20, 1.3063, 0.5, 5, 1.234e-4, 1.02, distances))
+    suggestion = NoiseSuggestion(4.8, 0.03, 20, 1.3063, 0.5, 5, 1.234e-4, 1.02, distances)
+    text = describe_suggestion(suggestion, sigma_data=0.4128)
     assert yaml.safe_load(text)["noise"] == {"sigma_1": 4.8, "sigma_L": 0.03, "num_levels": 20}
     snapshot("suggestion", text)
 

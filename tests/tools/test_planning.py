@@ -96,6 +96,14 @@ def test_cost_is_of_what_is_reserved() -> None:
     assert both.seconds == 5400.0 and both.money == pytest.approx(training.money + on_gpus.money)
 
 
+def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
+    assert estimate(config(), COUNTS, RATES, PRICES)["notes"] == []
+    lognormal = "noise={sigma_1: %s, sigma_L: 0.01, training: {kind: lognormal}}"
+    (note,) = estimate(config(lognormal % 8, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"]
+    assert note.startswith("noise.sigma_1 = 8 ") and " 5.67" in note
+    assert estimate(config(lognormal % 5, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"] == []
+
+
 def test_plan_has_time_memory_and_storage() -> None:
     plan = estimate(config(), COUNTS, RATES, PRICES)
     assert tuple(plan["steps"]) == STEPS
