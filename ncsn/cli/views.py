@@ -310,6 +310,24 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
         console.print(f"note     {note}", soft_wrap=True)
 
 
+def print_prediction(console: Console, found: Mapping[str, Any]) -> None:
+    """Time and cost of training and sampling at an assumed rate, and what they are computed from."""
+    table = _table(found["prices"]["currency"])
+    for step, cost in found["steps"].items():
+        table.add_row(step, duration(cost["seconds"]), *_costs(cost))
+    console.print(table)
+    flop, workers = found["gflop"], found["workers"]
+    console.print(
+        f"network  {found['parameters']:,} parameters; {flop['train']:,.1f} GFLOP to train an image, "
+        f"{flop['sample']:,.1f} to evaluate one\n"
+        f"rate     {found['images_per_second']:,.0f} training images/s by {workers} x {found['tflops']:g} TFLOP/s; "
+        f"NFE {found['nfe']}\n"
+        f"memory   {found['worker_gb']:.1f} GB of a worker for weights, optimizer and feature maps\n"
+        "Predicted, not tried. Ingest, evaluation and start are not counted.",
+        soft_wrap=True,
+    )
+
+
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
     """Time and cost that each step took, next to its plan."""
     plan, actual = ledger["plan"], ledger["actual"]

@@ -61,6 +61,7 @@ def test_show_config_as_json_is_the_canonical_form(run_command, config_file: Pat
         (["import-checkpoint", "CONFIG"], "--dataset"),
         (["suggest-noise", "--data", "/d"], "--config"),
         (["plan", "--prices", "CONFIG"], "CONFIG"),
+        (["plan", "--tflops", "1", "--actual"], "--tflops"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

@@ -26,6 +26,7 @@ from ncsn.cli.views import (
     documented_yaml,
     print_ledger,
     print_plan,
+    print_prediction,
     print_summary,
 )
 from ncsn.config import Config, flatten, from_yaml
@@ -130,6 +131,22 @@ def test_import_and_toy(snapshot) -> None:
     toy = {"weights": {"plain": 0.5, "annealed": 0.79}, "true_weight": 0.8, "score_error_near": 0.0123}
     toy |= {"score_error_elsewhere": 1.5, "figure_2": "/t/2.png", "figure_3": "/t/3.png", "uri": "/t"}
     snapshot("toy", describe_toy(toy))
+
+
+def test_prediction(snapshot) -> None:
+    costs = {"seconds": 64_000.0, "cpu_hours": 17.8, "gpu_hours": 17.8, "money": 45.4, "kwh": 14.1}
+    found = {
+        "tflops": 396.0,
+        "workers": 1,
+        "parameters": 55_733_891,
+        "gflop": {"sample": 42.38, "train": 127.14},
+        "images_per_second": 3_113.0,
+        "nfe": 35,
+        "steps": {"train": costs, "sample": {**costs, "seconds": 187.0}},
+        "worker_gb": 44.0,
+        "prices": {"currency": "USD"},
+    }
+    snapshot("prediction", printed(lambda console: print_prediction(console, found)))
 
 
 def test_plan_and_ledger(snapshot) -> None:
