@@ -190,6 +190,7 @@ def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
         "images_per_second": rate / of_training,
         "nfe": nfe,
         "steps": {step: asdict(cost_of(config, step, value, prices)) for step, value in seconds.items()},
+        "notes": build.noise_notes(config, images=train.num_images),
         "worker_gb": (_STATE_BYTES * parameters + maps) / GIGABYTE,
         "prices": asdict(prices),
     }

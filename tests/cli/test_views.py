@@ -23,7 +23,6 @@ from ncsn.cli.views import (
     describe_result,
     describe_suggestion,
     describe_toy,
-    documented_yaml,
     print_ledger,
     print_plan,
     print_prediction,
@@ -33,6 +32,7 @@ from ncsn.config import Config, flatten, from_yaml
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepProgress, StepRecord
+from ncsn.tools.draft import documented_yaml
 from ncsn.tracking.lineage import Link
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -144,6 +144,7 @@ def test_prediction(snapshot) -> None:
         "nfe": 35,
         "steps": {"train": costs, "sample": {**costs, "seconds": 187.0}},
         "worker_gb": 44.0,
+        "notes": ["few images train the highest level"],
         "prices": {"currency": "USD"},
     }
     snapshot("prediction", printed(lambda console: print_prediction(console, found)))
