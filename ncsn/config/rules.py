@@ -45,6 +45,7 @@ def check(config: Config) -> list[Problem]:
         _logits,
         _network_size,
         _one_level,
+        _start,
         _training_noise,
         _sampler_network,
         _sampler_levels,
@@ -201,6 +202,16 @@ def _one_level(config: Config) -> Iterator[Problem]:
             "uses several noise levels, but noise.num_levels = 1",
             "use sampling.sampler.kind = langevin",
             sampler.kind,
+        )
+
+
+def _start(config: Config) -> Iterator[Problem]:
+    if config.train.trainable == "light" and config.train.init_from is None:
+        yield Problem(
+            "train.trainable",
+            "leaves convolutions as they start, and without train.init_from they start at random",
+            "set train.init_from, or use all",
+            "light",
         )
 
 

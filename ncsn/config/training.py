@@ -50,8 +50,8 @@ class HalfLifeEmaConfig(Section):
         0.05,
         gt=0,
         le=1,
-        description="At first it forgets half over this share of the images seen so far; null = off, for training that "
-        "starts from a trained network.",
+        description="At first it forgets half over this share of the images seen so far; null = off, as it always is "
+        "with train.init_from.",
     )
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
@@ -69,7 +69,7 @@ EmaConfig = Annotated[DecayEmaConfig | HalfLifeEmaConfig, Field(discriminator="k
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "label_dropout"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "init_from", "label_dropout", "trainable"})
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
@@ -90,6 +90,18 @@ class TrainConfig(Section):
         description="Probability that the network is not told the class of an image, so that it learns all images "
         "together too, as sampling.guidance.kind = classifier_free needs. 0.1 is usual.",
     )
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Start from the EMA weights of this checkpoint (a URI) or registered model (models:/NAME@ALIAS or "
+        "models:/NAME/VERSION), with a learning rate of a fifth to a tenth of what it had; null = from random weights. "
+        "The networks are of one kind and size; classes, augmentation and gray or RGB may differ.",
+    )
+    trainable: Literal["all", "light"] = Field(
+        "all",
+        description="With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings "
+        "and attention, for fewer than about 1,000 images.",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="Precision of the network's convolutions; norms, loss and optimizer use float32. float16 scales "
@@ -108,7 +120,9 @@ class TrainConfig(Section):
 
     @property
     def averaging(self) -> DecayEmaConfig | HalfLifeEmaConfig:
-        """The moving average of the weights."""
+        """The moving average of the weights. What starts from trained weights has no ramp, to keep them."""
+        if isinstance(self.ema, HalfLifeEmaConfig) and self.init_from is not None:
+            return self.ema.model_copy(update={"ramp_up": None})
         return self.ema or DecayEmaConfig(kind="decay", per_step=self.ema_decay)
 
     @model_validator(mode="after")

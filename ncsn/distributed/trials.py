@@ -175,6 +175,7 @@ class SearchPlan:
     config: Config  # with a section `search`
     dataset: str
     trials: str  # URI of the folder of all trials
+    start: str | None = None  # URI of the trained network that each trial starts from; see `TrainingJob`
 
     @cached_property
     def rungs(self) -> list[int]:
@@ -286,7 +287,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
 def _train(
     plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, checkpoints: str, images: int
 ) -> TrainOutcome:
-    job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, stop_at=images)
+    job = TrainingJob(config=plan.trial_config(values), dataset=plan.dataset, start=plan.start, stop_at=images)
     if job.config.compute.num_workers == 1:
         return trainer.train_single_worker(job, checkpoints=checkpoints)
     return trainer.train(job, run_uri=folder.uri)

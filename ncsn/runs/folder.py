@@ -54,6 +54,11 @@ class RunFolder:
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
 
     @property
+    def start(self) -> str:
+        """Folder of the weights that training starts from, if it starts from a trained network."""
+        return storage.join(self.uri, "start")
+
+    @property
     def report(self) -> str:
         """Folder of the report."""
         return storage.join(self.uri, "report")

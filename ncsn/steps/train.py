@@ -15,6 +15,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.runs.folder import run_folder
+from ncsn.steps.start import start_of
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.training.batches import classes_of
@@ -52,6 +53,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
     inputs = {"dataset": dataset, "num_images": config.train.num_images}
     if result := step.found(inputs, needs=lambda result: [result.checkpoint]):
         return result
+    start = start_of(config, step.folder, manifest)
     if result := step.dispatched(config, {"dataset": dataset}, inject=inject):
         return result
     with (
@@ -60,7 +62,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
         ray_cluster(config, metadata=work.job_metadata()),
     ):
         tracked = work.tracked
-        tracked.set_tags(ray_tags())
+        tracked.set_tags({**ray_tags(), **start.tags})
         tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset, profile=manifest.counts)
         job = TrainingJob(
             config=config,
@@ -71,6 +73,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             preview=step.folder.preview,
             lease=Lease(lease) if lease else None,
             hooks=faults,
+            start=start.uri,
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
         checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
@@ -82,7 +85,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             images_per_second=round(outcome.images_per_second, 1),
             seconds=round(outcome.seconds, 1),
             dataset=dataset,
-            notes=[note for note in (*outcome.notes, tracked.send_rest()) if note],
+            notes=[note for note in (*start.notes, *outcome.notes, tracked.send_rest()) if note],
         )
     return step.done(result)
 

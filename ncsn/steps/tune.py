@@ -24,6 +24,7 @@ from ncsn.evaluation.reference import evaluation_of, open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
@@ -77,7 +78,9 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     settings = config.search
     assert settings is not None
     evaluation = evaluation_of(config, manifest).model_dump(mode="json")
-    plan = SearchPlan(config=config, dataset=dataset, trials=_trials_folder(config, step.folder, dataset, evaluation))
+    trials_folder = _trials_folder(config, step.folder, dataset, evaluation)
+    start = start_of(config, step.folder, manifest)
+    plan = SearchPlan(config=config, dataset=dataset, trials=trials_folder, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
     _warn_of_untrained_weights(config)
     inputs = {"trials": plan.trials, "search": settings.model_dump(mode="json", exclude={"max_concurrent"})}
@@ -87,7 +90,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     with step.work(config) as work, ray_cluster(config, metadata=work.job_metadata()):
         require_resources(config)
-        work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
+        work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.extractor.name, num_images=settings.num_samples)
         follower = _Follower(work, plan, objective, Lease(lease) if lease else None)
@@ -129,7 +132,7 @@ def _trials_folder(config: Config, folder: RunFolder, dataset: str, evaluation: 
 
 
 def _warn_of_untrained_weights(config: Config) -> None:
-    share = untrained_share(config)
+    share = 0.0 if config.train.init_from else untrained_share(config)
     if share > _MUCH:
         _logger.warning(
             "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "

@@ -159,6 +159,9 @@ def scaled_down(config: Config, root: Path) -> Config:
             "storage.root": str(root),
             "tracking.uri": f"sqlite:///{root}/mlflow.db",
             "data.max_images": _at_most(images, config),
+            # Takes the same time, and the registry of its source is not the trial run's.
+            "train.init_from": None,
+            "train.trainable": "all",
             "sampling.num_images": samples,
             "evaluation.classifier_epochs": 1,
             "evaluation.num_splits": 1,

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 PARENT = "mlflow.parentRunId"
+INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 # Tags whose value names a run or one of its results.
 IDS = (
     "ncsn.run",
@@ -76,8 +77,39 @@ def trace(client: MlflowClient, identifier: str) -> list[Link]:
     if not tops:
         uri = shown(client.tracking_uri)
         raise UserError(identifier, f"MLflow at {uri} has no such run, dataset or model", hint=f"give {ACCEPTED}")
+    tops |= _relatives(client, tops, _sources) | _relatives(client, tops, _heirs)
     ordered = sorted(tops.values(), key=lambda run: int(run.info.start_time))
     return [_marked(_chain(client, top), names) for top in ordered]
+
+
+def _relatives(
+    client: MlflowClient, tops: dict[str, Run], next_to: Callable[[MlflowClient, Run], Iterable[Run]]
+) -> dict[str, Run]:
+    """The runs of whole pipelines that are reached from some by steps of `next_to`, which takes the run of a step."""
+    found: dict[str, Run] = {}
+    waiting = list(tops.values())
+    while waiting:
+        for step in _children(client, waiting.pop()):
+            near = [_top(client, run) for run in next_to(client, step)]
+            new = {run.info.run_id: run for run in near if run.info.run_id not in found | tops}
+            found |= new
+            waiting += new.values()
+    return found
+
+
+def _sources(client: MlflowClient, step: Run) -> Iterator[Run]:
+    """Runs that made the weights that a step started from."""
+    uri, _, digest = step.data.tags.get(INIT_FROM, "").rpartition("/")
+    if digest:
+        yield from _search(client, f"tags.`checkpoint.digest` = {_quoted(digest)}")
+        yield from _search(client, f"tags.`checkpoint.uri` = {_quoted(uri)}")
+
+
+def _heirs(client: MlflowClient, step: Run) -> Iterator[Run]:
+    """Runs that started from the weights of a step."""
+    for tag, pattern in (("checkpoint.digest", "%/{}"), ("checkpoint.uri", "{}/%")):
+        if value := step.data.tags.get(tag):
+            yield from _search(client, f"tags.`{INIT_FROM}` LIKE {_quoted(pattern.format(value))}")
 
 
 def _find_runs(client: MlflowClient, identifier: str) -> list[Run]:
@@ -144,10 +176,14 @@ def _inputs(top: Run) -> Iterator[Link]:
         yield Link("dataset", tags["dataset.digest"], {**source, **_known(uri=tags.get("dataset.uri"))})
 
 
-def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
+def _children(client: MlflowClient, parent: Run) -> list[Run]:
     query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
-    for child in client.search_runs([parent.info.experiment_id], query, order_by=["attributes.start_time ASC"]):
-        facts = {"run": child.info.run_id, **_circumstances(child)}
+    return list(client.search_runs([parent.info.experiment_id], query, order_by=["attributes.start_time ASC"]))
+
+
+def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
+    for child in _children(client, parent):
+        facts = {"run": child.info.run_id, **_circumstances(child), **_known(start=child.data.tags.get(INIT_FROM))}
         same = {key: value for key, value in _circumstances(parent).items() if key != "status"}
         facts = {key: value for key, value in facts.items() if same.get(key) != value}
         made = (*_ray_job(child), *_outputs(client, child), *_steps(client, child))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 LEDGER_SUFFIX = ".promotions"  # of the name of the companion model that `ncsn.tracking.promotion` keeps
-_SCHEME = "models:/"
+SCHEME = "models:/"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5
 
@@ -39,7 +39,7 @@ def require_model_name(name: str) -> None:
     """Refuse a name that cannot be part of a `models:/name@alias` address."""
     if not re.fullmatch(MODEL_NAME_PATTERN, name):
         raise UserError(
-            f"{_SCHEME}{name}",
+            f"{SCHEME}{name}",
             "not a valid name of a registered model",
             hint="use letters, digits, '.', '-' and '_', no spaces, '/' or ':'",
         )
@@ -47,7 +47,7 @@ def require_model_name(name: str) -> None:
 
 def is_model_address(text: str) -> bool:
     """Whether a text is `models:/NAME/VERSION`, `models:/NAME@ALIAS` or one of these without the scheme."""
-    return text.startswith(_SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", text) is not None
+    return text.startswith(SCHEME) or re.fullmatch(rf"{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)", text) is not None
 
 
 def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
@@ -56,9 +56,9 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
     Raises:
         UserError: for a malformed address, a reserved alias, or an unknown model, version or alias.
     """
-    match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(_SCHEME))
+    match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(SCHEME))
     if match is None:
-        raise UserError(address, "not a model version", hint=f"use {_SCHEME}NAME@{CHAMPION} or {_SCHEME}NAME/VERSION")
+        raise UserError(address, "not a model version", hint=f"use {SCHEME}NAME@{CHAMPION} or {SCHEME}NAME/VERSION")
     name, version, alias = match["name"], match["version"], match["alias"]
     require_model(client, name)
     if version is not None:
@@ -66,7 +66,7 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
     _require_alias(name, alias)
     found = aliased_version(client, name, alias)
     if found is None:
-        raise UserError(f"{_SCHEME}{name}@{alias}", f"no such alias; the model has: {_shown_aliases(client, name)}")
+        raise UserError(f"{SCHEME}{name}@{alias}", f"no such alias; the model has: {_shown_aliases(client, name)}")
     return found
 
 
@@ -77,7 +77,7 @@ def require_model(client: MlflowClient, name: str) -> None:
         models = [model.name for model in client.search_registered_models()]
         known = [model for model in models if not model.endswith(LEDGER_SUFFIX)]
         listed = ", ".join(known[:_NAMES_SHOWN]) or "none"
-        raise UserError(f"{_SCHEME}{name}", f"no such model; the registry has: {listed}")
+        raise UserError(f"{SCHEME}{name}", f"no such model; the registry has: {listed}")
 
 
 def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
@@ -85,7 +85,7 @@ def require_version(client: MlflowClient, name: str, version: str) -> ModelVersi
     versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     if version not in versions:
         listed = ", ".join(sorted(versions, key=int)[-_NAMES_SHOWN:]) or "none"
-        raise UserError(f"{_SCHEME}{name}/{version}", f"no such version; the latest are: {listed}")
+        raise UserError(f"{SCHEME}{name}/{version}", f"no such version; the latest are: {listed}")
     return client.get_model_version(name, version)
 
 
@@ -135,7 +135,7 @@ def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
 
 
 def _require_alias(name: str, alias: str) -> None:
-    address = f"{_SCHEME}{name}@{alias}"
+    address = f"{SCHEME}{name}@{alias}"
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise UserError(
             address, "MLflow reserves this alias for version numbers", hint=f"choose a word such as {CHAMPION!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,3 +57,28 @@ class LocalContext(WorkerContext):
     def sum_over_workers(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+
+class StepTimer:
+    """Due about every `seconds`, on all workers at the same step."""
+
+    # Collective work cannot follow each worker's own clock, and a fixed number of steps is too often for a small
+    # network and too seldom for a large one. So the workers agree each time on the steps to the next.
+
+    def __init__(self, context: WorkerContext, *, seconds: float) -> None:
+        self._context, self._seconds = context, seconds
+        self._steps = self._left = 1
+        self._since = time.perf_counter()
+
+    def due(self) -> bool:
+        """Count a step, and say whether it is time. A collective call when it is."""
+        self._left -= 1
+        if self._left:
+            return False
+        now = time.perf_counter()
+        mean = torch.tensor([(now - self._since) / self._steps], device=self._context.device)
+        step_seconds = float(self._context.sum_over_workers(mean)) / self._context.world_size
+        # At most twice as far as before, because the first steps of a training are slower.
+        self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
+        self._since = now
+        return True

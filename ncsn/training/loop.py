@@ -29,39 +29,16 @@ from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.classes import Classes
+from ncsn.model.start import start_from
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
-from ncsn.training.context import WorkerContext
+from ncsn.training.context import StepTimer, WorkerContext
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
 from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
-
-
-class StepTimer:
-    """Due about every `seconds`, on all workers at the same step."""
-
-    # Collective work cannot follow each worker's own clock, and a fixed number of steps is too often for a small
-    # network and too seldom for a large one. So the workers agree each time on the steps to the next.
-
-    def __init__(self, context: WorkerContext, *, seconds: float) -> None:
-        self._context, self._seconds = context, seconds
-        self._steps = self._left = 1
-        self._since = time.perf_counter()
-
-    def due(self) -> bool:
-        """Count a step, and say whether it is time. A collective call when it is."""
-        self._left -= 1
-        if self._left:
-            return False
-        now = time.perf_counter()
-        mean = torch.tensor([(now - self._since) / self._steps], device=self._context.device)
-        step_seconds = float(self._context.sum_over_workers(mean)) / self._context.world_size
-        # At most twice as far as before, because the first steps of a training are slower.
-        self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
-        self._since = now
-        return True
 
 
 def compile_network(network: nn.Module, context: WorkerContext) -> None:
@@ -109,6 +86,7 @@ class TrainingJob:
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
     hooks: LoopHooks = field(default_factory=LoopHooks)
+    start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
     @property
@@ -135,6 +113,7 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
+        self.loss = build.loss(self.config)
         self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
         self.curves = Curves(self.config, context)
         self.saved, self.pauses = "", list[float]()
@@ -147,9 +126,10 @@ class Training:
                 open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
             )
             self.state = build.train_state(self.config, device=context.device)
-            self.loss = build.loss(self.config, self.state.uncertainty)
             if newest is not None:
                 self._resume(newest)
+            elif job.start is not None:
+                start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
         if self.config.compute.compile:
@@ -177,6 +157,11 @@ class Training:
         if curves is not None:
             self.curves.restore(curves)
         self.saved = name
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the network learns."""
+        return classes_of(self.config, self.manifest)
 
     @cached_property
     def moments(self) -> DataMoments:
@@ -278,7 +263,7 @@ class Training:
             state=self.state,
             moments=self.moments,
             dataset_digest=self.manifest.digest,
-            classes=classes_of(self.config, self.manifest),
+            classes=self.classes,
             curves=curves,
         )
 

@@ -29,8 +29,8 @@ from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training import metrics as previews
 from ncsn.training.batches import draw_batch
-from ncsn.training.context import LocalContext
-from ncsn.training.loop import DivergedError, StepTimer, TrainingJob, TrainOutcome, train_loop
+from ncsn.training.context import LocalContext, StepTimer
+from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome, train_loop
 
 
 @dataclass

@@ -151,3 +151,17 @@ def test_the_ids_of_mlflow_and_a_place_in_the_store(config, chain):
 def test_what_is_unknown_is_one_clear_line(config, chain, identifier, key):
     with refused(key):
         trace(connect(config).client, identifier)
+
+
+def test_weights_lead_to_where_they_started_and_what_started_from_them(config):
+    with step_run(config, run="parent", step="train") as tracked:
+        tracked.set_tags({"checkpoint.uri": "/elsewhere/images-8"})
+    with step_run(config, run="parent", step="sample") as tracked:
+        tracked.set_tags({"checkpoint.uri": "/elsewhere/images-8", "checkpoint.digest": "1234123412341234"})
+    for run, address in (("child", "models:/any/3/1234123412341234"), ("other-child", "/elsewhere/images-8/0000")):
+        with step_run(config, run=run, step="train") as tracked:
+            tracked.set_tags({"ncsn.init_from": address})
+    client = connect(config).client
+    assert [chain.facts["name"] for chain in trace(client, "child")] == ["parent", "child"]
+    assert [chain.facts["name"] for chain in trace(client, "other-child")] == ["parent", "other-child"]
+    assert [chain.facts["name"] for chain in trace(client, "parent")] == ["parent", "child", "other-child"]

@@ -184,6 +184,7 @@ class DdpmppNetwork(PreconditionedNetwork):
         ValueError: If image_size is not divisible, or attention_sizes has a size that does not occur.
     """
 
+    condition_reader = "map_layer0"
     frequencies: Tensor
 
     def __init__(

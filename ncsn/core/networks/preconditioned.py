@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,8 @@ class PreconditionedNetwork(ContinuousNetwork):
         sigma_data: Standard deviation of the pixels in [0, 1].
         dropout: Probability in training, in [0, 1).
     """
+
+    condition_reader: ClassVar[str]  # name of the linear layer that takes the features with the terms of conditions
 
     def __init__(self, *, sigmas: Tensor, sigma_data: float, dropout: float) -> None:
         super().__init__()

@@ -170,6 +170,8 @@ class UnetNetwork(PreconditionedNetwork):
         ValueError: If image_size cannot be halved for every width, or attention_sizes has a size that does not occur.
     """
 
+    condition_reader = "embedding.linear1"
+
     def __init__(
         self,
         *,

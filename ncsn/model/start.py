@@ -1,0 +1,59 @@
+"""The start of a training from a trained network, `train.init_from`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ncsn.config import Config
+from ncsn.core.ema import Ema
+from ncsn.core.networks.transfer import Transferred, transfer
+from ncsn.core.training import TrainState
+from ncsn.errors import UserError
+from ncsn.model import build
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import Classes
+from ncsn.model.trained import load_for_generation
+
+
+def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
+    """Give a new training the weights of the trained network at `uri`, in the network and its running average.
+
+    Raises:
+        UserError: The weights do not fit the network of the config.
+    """
+    found = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
+    state.network.load_state_dict(found.weights, strict=False)  # buffers are those of the config
+    state.ema = Ema(state.network, build.ema_profile(config))
+
+
+def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, classes: Classes | None) -> Transferred:
+    """The source's weights for the network of the config, which learns `classes`.
+
+    Raises:
+        UserError: They do not fit; it names `train.init_from`.
+    """
+    kept = None
+    if source.classes is not None and classes is not None:
+        labels = {name: label for label, name in enumerate(source.classes.names)}
+        kept = [labels.get(name) for name in classes.names]
+    try:
+        return transfer(dict(source.network.named_parameters()), network, classes=kept)
+    except ValueError as error:
+        raise UserError(
+            "train.init_from",
+            f"does not fit this network: {error}",
+            hint=f"use the section network of its config: {source.config.network.model_dump()}",
+            value=config.train.init_from,
+        ) from None
+
+
+def start_notes(source: TrainedNetwork, config: Config, changes: tuple[str, ...]) -> list[str]:
+    """What differs between the trained network and the training that starts from it, for people."""
+    notes = [f"train.init_from: {change}" for change in changes]
+    old, new = (getattr(each.network, "sigma_data", None) for each in (source.config, config))
+    if old != new:
+        notes.append(
+            f"train.init_from: network.sigma_data was {old:g} and is {new:g}, so the network sees its images at "
+            "another scale; keep the old value unless you know better"
+        )
+    return notes

@@ -1,0 +1,161 @@
+"""Weights that go from one network to another: what the second computes then, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncsn.core.networks.ddpmpp import DdpmppNetwork
+from ncsn.core.networks.refinenet import NcsnNetwork
+from ncsn.core.networks.transfer import light_parameters, transfer
+from ncsn.core.networks.unet import UnetNetwork
+
+SIGMAS = torch.logspace(0, -2, 10)
+SOME = torch.tensor([0.02, 0.1, 0.5, 5.0], dtype=torch.float64)
+Make = Callable[..., nn.Module]
+
+
+def ddpmpp(**changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {
+        "channels": 1,
+        "image_size": 8,
+        "sigmas": SIGMAS,
+        "base_width": 16,
+        "multipliers": (1, 2),
+        "blocks_per_resolution": 1,
+        "attention_sizes": (8,),
+        "embedding_multiplier": 4,
+        "dropout": 0.0,
+        "sigma_data": 0.25,
+    }
+    return shaken(DdpmppNetwork(**(settings | changes)))
+
+
+def unet(**changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {
+        "channels": 1,
+        "image_size": 8,
+        "sigmas": SIGMAS,
+        "widths": (16, 16),
+        "blocks_per_resolution": 1,
+        "embedding_features": 16,
+        "attention_sizes": (),
+        "dropout": 0.0,
+        "sigma_data": 0.25,
+    }
+    return shaken(UnetNetwork(**(settings | changes)))
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """With each term of some size."""
+    generator = torch.Generator().manual_seed(sum(parameter.numel() for parameter in network.parameters()))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.double().eval()
+
+
+def moved(source: nn.Module, target: nn.Module, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    found = transfer(dict(source.named_parameters()), target, **options)
+    target.load_state_dict(found.weights, strict=False)
+    return target, found.changes
+
+
+def scores(network: nn.Module, **conditions: Tensor) -> Tensor:
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    with torch.inference_mode():
+        score: Tensor = network(x, sigma=SOME, **conditions)
+    return score
+
+
+@pytest.mark.parametrize("make", [ddpmpp, unet])
+def test_the_same_network_gets_the_same_weights(make: Make) -> None:
+    source = make(num_classes=3, augmentation=True)
+    copy, changes = moved(source, make(num_classes=3, augmentation=True))
+    assert changes == ()
+    assert all(torch.equal(one, other) for one, other in zip(source.parameters(), copy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [ddpmpp, unet])
+def test_a_network_without_classes_is_the_source_without_a_class(make: Make) -> None:
+    source = make(num_classes=10)
+    target, changes = moved(source, make())
+    assert len(changes) == 1
+    none = torch.full((4,), -1)
+    torch.testing.assert_close(scores(target), scores(source, labels=none), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [ddpmpp, unet])
+def test_conditions_that_are_new_have_no_effect_at_first(make: Make) -> None:
+    source = make()
+    target, changes = moved(source, make(num_classes=4, augmentation=True))
+    assert len(changes) == 2
+    given = {"labels": torch.arange(4), "augmentation": torch.rand(4, 9)}
+    torch.testing.assert_close(scores(target, **given), scores(source), rtol=1e-6, atol=1e-6)
+    back, changes = moved(make(augmentation=True), make())
+    assert len(changes) == 1 and scores(back).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [ddpmpp, unet])
+def test_classes_keep_what_they_mean_and_new_ones_are_the_mean(make: Make) -> None:
+    source = make(num_classes=3)
+    target, changes = moved(source, make(num_classes=4), classes=[2, None, 0, 1])
+    assert len(changes) == 1
+    labels, before = torch.tensor([0, 2, 3, -1]), torch.tensor([2, 0, 1, -1])
+    torch.testing.assert_close(scores(target, labels=labels), scores(source, labels=before), rtol=1e-6, atol=1e-6)
+    terms = {n: p for n, p in target.named_parameters() if n.endswith("map_label.weight")}.popitem()[1].detach()
+    torch.testing.assert_close(terms[:, 1], terms[:, [0, 2, 3]].mean(dim=1))
+    fewer, _ = moved(source, make(num_classes=2))
+    both = torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(scores(fewer, labels=both), scores(source, labels=both), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [ddpmpp, unet])
+def test_gray_images_look_the_same_to_a_network_for_rgb(make: Make) -> None:
+    source = make()
+    color, changes = moved(source, make(channels=3))
+    assert len(changes) == 1
+    x = torch.rand(4, 1, 8, 8).double()
+    with torch.inference_mode():
+        gray = source(x, sigma=SOME)
+        torch.testing.assert_close(color(x.expand(4, 3, 8, 8), sigma=SOME), gray.expand(4, 3, 8, 8))
+    again, _ = moved(color, make())
+    torch.testing.assert_close(scores(again), scores(source))
+
+
+def test_other_networks_are_refused_with_what_differs() -> None:
+    weights = dict(ddpmpp().named_parameters())
+    with pytest.raises(ValueError, match=r"of another shape \(dec\.4x4_block0.* instead of "):
+        transfer(weights, ddpmpp(multipliers=(1, 3)))
+    with pytest.raises(ValueError, match=r"missing .*not in this network"):
+        transfer(weights, unet())
+    with pytest.raises(ValueError, match="of another shape"):
+        transfer(
+            dict(NcsnNetwork(4, channels=1, num_levels=3).named_parameters()), NcsnNetwork(4, channels=1, num_levels=4)
+        )
+
+
+def test_a_light_training_changes_a_tenth_of_the_network() -> None:
+    with torch.device("meta"):
+        network = DdpmppNetwork(
+            channels=3,
+            image_size=32,
+            sigmas=SIGMAS,
+            base_width=128,
+            multipliers=(2, 2, 2),
+            blocks_per_resolution=4,
+            attention_sizes=(16,),
+            embedding_multiplier=4,
+            dropout=0.13,
+            sigma_data=0.25,
+            augmentation=True,
+        )
+    light = light_parameters(network)
+    numbers = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    assert sum(numbers[name] for name in light) == pytest.approx(6.3e6, abs=5e4)
+    assert {"map_augment", "map_layer0", "map_layer1"} <= {part for name in light for part in name.split(".")}
+    assert not [name for name in light if ".conv" in name and name.endswith("weight")]

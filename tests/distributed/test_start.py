@@ -1,0 +1,150 @@
+"""Training that starts from a trained network: what it starts with, what it changes, and where that is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from local_training import assert_same_tensors, tensors, train_locally
+from refused import refused
+
+from ncsn.config import Config, ConfigError, from_yaml, training_settings
+from ncsn.core.networks.transfer import light_parameters
+from ncsn.data.format import load_manifest
+from ncsn.model import build
+from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.model.generate import generate
+from ncsn.runs.folder import run_folder
+from ncsn.runs.held_out import EDM_LOSS as HELD_OUT_EDM
+from ncsn.runs.records import load_history
+from ncsn.steps import train
+from ncsn.steps.start import start_of
+from ncsn.training import held_out
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import Training, TrainingJob
+
+
+@pytest.fixture(scope="module")
+def source(tiny: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a checkpoint."""
+    folder = tmp_path_factory.mktemp("source")
+    return f"{folder}/{train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), folder).checkpoint}"
+
+
+def experiment(tiny: str, root: Path, source: str, *overrides: str) -> Config:
+    return from_yaml(
+        tiny, overrides=[f"storage.root={root}", f"train.init_from={source}", "train.num_images=32", *overrides]
+    )
+
+
+def start(config: Config, dataset: str, *, run: str = "tuned") -> str:
+    found = start_of(config, run_folder(config, run), load_manifest(dataset))
+    assert found.uri is not None
+    return found.uri
+
+
+def test_before_the_first_step_it_samples_as_the_source(tiny: str, dataset: str, source: str, tmp_path: Path) -> None:
+    config = experiment(tiny, tmp_path, source)
+    job = TrainingJob(config=config, dataset=dataset, start=start(config, dataset))
+    training = Training(job, LocalContext(), CheckpointStore(str(tmp_path / "checkpoints")))
+    trained = load_for_sampling(source)
+    weights = dict(trained.network.named_parameters())
+    for found in (training.state.averaged(), training.state.network):
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
+    before = generate(trained, sampling=config.sampling, first=0, count=4)
+    own = training.state.averaged()
+    trained.network.load_state_dict(own.state_dict())
+    np.testing.assert_array_equal(generate(trained, sampling=config.sampling, first=0, count=4), before)
+    assert training.state.images_seen == 0 and training.state.ema.num_updates == 0
+    training.step()
+    states = list(training.state.optimizer.state.values())
+    assert {float(state["step"]) for state in states} == {1.0}
+    # Adam's moments are bias-corrected: whatever the gradient, the first step is one learning rate long.
+    rate = build.learning_rate(config, 0)
+    moved = [(p.detach() - weights[name]).abs().max() for name, p in training.state.network.named_parameters()]
+    assert max(map(float, moved)) == pytest.approx(rate, rel=0.01)
+
+
+def test_a_light_training_leaves_the_convolutions_and_resumes_as_any(
+    tiny: str, dataset: str, source: str, tmp_path: Path
+) -> None:
+    config = experiment(tiny, tmp_path, source, "train.trainable=light", "train.checkpoint_every_images=16")
+    uri = start(config, dataset)
+    job = TrainingJob(config=config, dataset=dataset, start=uri)
+    whole = tmp_path / "whole" / train_locally(job, tmp_path / "whole").checkpoint
+    before, after = tensors(source), tensors(whole)
+    light = light_parameters(build.network(config))
+    changed = {name.removeprefix("ema:") for name in after if name.startswith("ema:")}
+    changed = {name for name in changed if not torch.equal(before[f"ema:{name}"], after[f"ema:{name}"])}
+    assert changed <= light and len(changed) > len(light) / 2
+    half = TrainingJob(config=config, dataset=dataset, start=uri, stop_at=16)
+    train_locally(half, tmp_path / "halves")
+    again = TrainingJob(config=config, dataset=dataset, start=str(tmp_path / "gone"))  # a resumed run needs it no more
+    assert_same_tensors(tmp_path / "halves" / train_locally(again, tmp_path / "halves").checkpoint, whole)
+
+
+def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tmp_path: Path) -> None:
+    ema = "train.ema={kind: half_life, images: 4000, ramp_up: 0.05}"
+    ours, other = experiment(tiny, tmp_path, source, ema), from_yaml(tiny, overrides=[ema])
+    for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
+        assert build.ema_profile(config).decay(images_seen=16, batch=16) == pytest.approx(share)
+    assert "train.init_from" in training_settings(ours) and "train.init_from" not in training_settings(other)
+    with refused("train.trainable", error=ConfigError):
+        from_yaml(tiny, overrides=["train.trainable=light"])
+
+
+def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str, source: str, tmp_path: Path) -> None:
+    lost = tmp_path / "checkpoints" / Path(source).name
+    shutil.copytree(source, lost)
+    changed = "network={kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8, sigma_data: 0.4}"
+    config = experiment(tiny, tmp_path, str(lost), changed, "data.num_classes=10")
+    folder, manifest = run_folder(config, "tuned"), load_manifest(dataset)
+    found = start_of(config, folder, manifest)
+    assert len(found.notes) == 2 and all("init_from" in note for note in found.notes)  # classes and sigma_data
+    assert found.tags == {"ncsn.init_from": f"{lost}/{load_for_sampling(source).digest}"}
+    shutil.rmtree(lost)
+    assert start_of(config, folder, manifest) == found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["network={kind: unet, widths: [8, 12], blocks_per_resolution: 1, embedding_features: 8}"],
+        ["network={kind: ncsnv2, num_features: 4}"],
+        ["train.init_from=/nowhere/images-1"],
+        ["train.init_from=models:/nothing@champion"],
+    ],
+)
+def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: list[str]) -> None:
+    config = experiment(tiny, tmp_path, source, *overrides)
+    with refused("train.init_from"):
+        train.run(config, run="tuned", dataset=dataset)
+
+
+@pytest.mark.slow
+def test_going_on_with_the_same_images_keeps_the_held_out_loss(
+    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "SHARE", 1.0)
+    settings = (
+        "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 18, training: {kind: lognormal, mean: -1.37}}",
+        "loss={kind: dsm, weighting: edm}",
+        "network={kind: unet, widths: [32, 32], blocks_per_resolution: 1, embedding_features: 32, sigma_data: 0.42}",
+        "data.horizontal_flip=false",
+        "optimizer={learning_rate: 2.0e-3}",
+        "train={batch_size: 64, num_images: 100000, ema: {kind: half_life, images: 500000}, "
+        "checkpoint_every_images: 50000, report_every_images: 50000}",
+        f"storage.root={tmp_path}",
+    )
+    first = TrainingJob(from_yaml(tiny, overrides=settings), dataset, history=str(tmp_path / "first.json"))
+    uri = f"{tmp_path}/first/{train_locally(first, tmp_path / 'first').checkpoint}"
+    going_on = (f"train.init_from={uri}", "train.num_images=50000", "optimizer.learning_rate=2.0e-4")
+    config = from_yaml(tiny, overrides=[*settings, *going_on, "train.ema={kind: half_life, images: 2500}"])
+    second = TrainingJob(config, dataset, history=str(tmp_path / "second.json"), start=start(config, dataset))
+    train_locally(second, tmp_path / "second")
+    losses = [load_history(str(job.history)).curve(HELD_OUT_EDM)[-1] for job in (first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
