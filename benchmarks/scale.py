@@ -15,11 +15,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from ncsn.config import Config, from_yaml
 from ncsn.model import build
+from ncsn.tools.planning import forward_flop
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GPUS_PER_NODE = 8
@@ -51,13 +49,10 @@ class Work:
     def of(cls, config: Config) -> Work:
         """Counted from the network itself."""
         network, data = build.network(config).to("meta"), config.data  # on a CPU it takes shortcuts
-        x = torch.zeros(1, data.channels, data.image_size, data.image_size, device="meta")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(x, torch.zeros(1, dtype=torch.int64, device="meta"))
         return cls(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            flop=3.0 * counter.get_total_flops(),
-            image_bytes=x.numel(),
+            flop=3.0 * forward_flop(network, config),
+            image_bytes=data.channels * data.image_size**2,
             batch=config.train.batch_size,
             checkpoint_every=config.train.checkpoint_every_images,
         )

@@ -123,8 +123,8 @@ for _step in CATALOGUE:
 @json_option
 def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
     """Print the resolved config, each setting with its meaning and range. The output is a valid config file."""
-    from ncsn.cli.views import documented_yaml
     from ncsn.config import to_json
+    from ncsn.tools.draft import documented_yaml
 
     config = experiment.resolve().config
     click.echo(to_json(config) if as_json else documented_yaml(config), nl=as_json)

@@ -74,26 +74,47 @@ def _ask_mirrored() -> bool:
 @experiment_options
 @click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
 @click.option("--actual", is_flag=True, help="Show what the run took next to its plan, without a trial run.")
+@click.option(
+    "--tflops",
+    type=click.FloatRange(0, min_open=True),
+    help="Predict training and sampling on workers that achieve so many TFLOP/s each, without a trial run. 40 % of "
+    "an H100's peak are 396.",
+)
 @json_option
-def plan_command(*, experiment: Experiment, prices_uri: str | None, actual: bool, as_json: bool) -> None:
+def plan_command(
+    *, experiment: Experiment, prices_uri: str | None, actual: bool, tflops: float | None, as_json: bool
+) -> None:
     """Estimate what a run will take: hours, memory, storage, money and energy of each step.
 
     It tries every step on a few images in a temporary store, which takes about a minute.
     """
     from ncsn.cli.console import console_on
-    from ncsn.cli.views import print_ledger, print_plan
+    from ncsn.cli.views import print_ledger, print_plan, print_prediction
 
+    if actual and tflops is not None:
+        raise UserError("--tflops", "predicts, and --actual shows what a run took", hint="leave one of them out")
     target = experiment.resolve()
     if actual:
         from ncsn.runs.costs import account
 
         found = account(target.config, run=target.run)
+    elif tflops is not None:
+        found = _predicted(target, prices_uri, tflops)
     else:
         found = _estimated(target, prices_uri)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        (print_ledger if actual else print_plan)(console_on(sys.stdout), found)
+        show = print_ledger if actual else print_plan if tflops is None else print_prediction
+        show(console_on(sys.stdout), found)
+
+
+def _predicted(target: Target, prices_uri: str | None, tflops: float) -> dict[str, Any]:
+    from ncsn.runs.costs import load_prices
+    from ncsn.tools.planning import predict
+    from ncsn.tools.trial_run import settle
+
+    return predict(settle(target.config), load_prices(prices_uri), tflops=tflops)
 
 
 def _estimated(target: Target, prices_uri: str | None) -> dict[str, Any]:
@@ -138,7 +159,8 @@ def suggest_noise_command(
     """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
 
     sigma_1 is the largest distance between any two of up to 60,000 images. The ratio of neighboring levels makes them
-    overlap by C. epsilon leaves the right variance after T steps.
+    overlap by C. epsilon leaves the right variance after T steps. sigma_data is the spread of the pixels around
+    mid-gray.
     """
     from ncsn.cli.target import Experiment
     from ncsn.cli.views import describe_suggestion
@@ -157,7 +179,9 @@ def suggest_noise_command(
     found = preparation.suggest_levels(
         sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
     )
-    click.echo(json.dumps(asdict(found), indent=1) if as_json else describe_suggestion(found))
+    sigma_data = preparation.spread_around_gray(sample, space=space)
+    shown = asdict(found) | {"sigma_data": sigma_data}
+    click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))
 
 
 @click.command("import-checkpoint", cls=ReportingCommand, short_help="Start from a released checkpoint of NCSN(v2).")

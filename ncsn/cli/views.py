@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-import annotated_types
 import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +13,9 @@ from rich.table import Table
 from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
-from ncsn.config.problems import section_models
 from ncsn.report.words import duration, result_line
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
-from ncsn.tools.draft import INDENT, comment, scalar
 
 if TYPE_CHECKING:
     from ncsn.core.noise_schedule import NoiseSuggestion
@@ -39,8 +33,9 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
 
 
-def describe_suggestion(suggestion: NoiseSuggestion) -> str:
+def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> str:
     """YAML for a config, under comments with the numbers that it comes from."""
+    from ncsn.config.noise import edm_mean
     from ncsn.data.statistics import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
@@ -60,6 +55,7 @@ def describe_suggestion(suggestion: NoiseSuggestion) -> str:
         f"levels     {levels} at ratio {suggestion.ratio:.4f}, overlap {suggestion.overlap:.3f}",
         f"epsilon    for T = {steps}: variance {suggestion.variance_ratio:.4f} of the ideal, "
         f"{levels * steps:,} evaluations per image",
+        f"sigma_data {sigma_data:.4f}, for networks that have it; noise.training.mean {edm_mean(sigma_data):.2f}",
     )
     return "\n".join([*(f"# {line}" for line in lines), yaml.safe_dump(section, sort_keys=False).rstrip()])
 
@@ -194,81 +190,6 @@ def _outputs(folder: RunFolder, config: Config, records: Mapping[str, StepRecord
     yield "", f"ncsn sample {this_run} --set sampling.seed={config.sampling.seed + 1}"
 
 
-def documented_yaml(config: Config) -> str:
-    """Valid YAML that parses to `config`, each value under a comment with its description, range and default."""
-    return "\n".join([*comment(_first_line(type(config))), *_section(config, ""), ""])
-
-
-def _section(section: BaseModel, indent: str) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if not indent and section_models(type(section), name):
-            yield ""
-        if isinstance(value, BaseModel):
-            yield from comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
-            yield f"{indent}{name}:"
-            yield from _section(value, indent + INDENT)
-        else:
-            yield from comment(_meaning(field), indent)
-            yield f"{indent}{name}: {_scalar(value)}"
-
-
-def _first_line(model: type[BaseModel]) -> str:
-    return (model.__doc__ or model.__name__).strip().splitlines()[0]
-
-
-def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
-    fields = [model.model_fields.get("kind") for model in section_models(section, name)]
-    kinds = [kind for field in fields if field is not None for kind in get_args(field.annotation)]
-    others = [kind for kind in kinds if kind != getattr(value, "kind", None)]
-    return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
-
-
-def _scalar(value: Any) -> str:
-    return scalar(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _meaning(field: FieldInfo) -> str:
-    limits = [*_limits(field), *([] if field.is_required() else [f"default {_scalar(field.default)}"])]
-    return f"{field.description} [{'; '.join(limits)}]" if limits else str(field.description)
-
-
-def _limits(field: FieldInfo) -> Iterator[str]:
-    choices = _choices(field.annotation)
-    if choices:
-        yield "one of " + ", ".join(_scalar(choice) for choice in choices)
-    for limit in field.metadata:
-        match limit:
-            case annotated_types.Ge(ge):
-                yield f">= {ge}"
-            case annotated_types.Gt(gt):
-                yield f"> {gt}"
-            case annotated_types.Le(le):
-                yield f"<= {le}"
-            case annotated_types.Lt(lt):
-                yield f"< {lt}"
-            case annotated_types.MinLen(min_length):
-                yield f"at least {min_length} long"
-            case annotated_types.MaxLen(max_length):
-                yield f"at most {max_length} long"
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(choice for arm in get_args(annotation) for choice in _choices(arm))
-    return ()
-
-
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """Time and cost of each step, memory, storage and rates."""
     currency = plan["prices"]["currency"]
@@ -304,6 +225,28 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
         f"{1000 * rates['sample_evaluation']:,.1f} ms",
         soft_wrap=True,
     )
+    for note in plan.get("notes", ()):
+        console.print(f"note     {note}", soft_wrap=True)
+
+
+def print_prediction(console: Console, found: Mapping[str, Any]) -> None:
+    """Time and cost of training and sampling at an assumed rate, and what they are computed from."""
+    table = _table(found["prices"]["currency"])
+    for step, cost in found["steps"].items():
+        table.add_row(step, duration(cost["seconds"]), *_costs(cost))
+    console.print(table)
+    flop, workers = found["gflop"], found["workers"]
+    console.print(
+        f"network  {found['parameters']:,} parameters; {flop['train']:,.1f} GFLOP to train an image, "
+        f"{flop['sample']:,.1f} to evaluate one\n"
+        f"rate     {found['images_per_second']:,.0f} training images/s by {workers} x {found['tflops']:g} TFLOP/s; "
+        f"NFE {found['nfe']}\n"
+        f"memory   {found['worker_gb']:.1f} GB of a worker for weights, optimizer and feature maps\n"
+        "Predicted, not tried. Ingest, evaluation and start are not counted.",
+        soft_wrap=True,
+    )
+    for note in found["notes"]:
+        console.print(f"note     {note}", soft_wrap=True)
 
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,12 +17,20 @@ class LevelsTraining(Section):
     kind: Literal["levels"] = Field("levels", description="The noise levels, all equally often.")
 
 
+_EDM_MEAN, _EDM_SIGMA_DATA = -1.893147, 0.25  # of Karras et al. 2022: -1.2 and 0.5 for pixels in [-1, 1]
+
+
+def edm_mean(sigma_data: float) -> float:
+    """Mean of ln sigma that is to images of this spread what that of Karras et al. is to photographs."""
+    return _EDM_MEAN + math.log(sigma_data / _EDM_SIGMA_DATA)
+
+
 class LognormalTraining(Section):
     """Training at any sigma, ln sigma ~ N(mean, std^2) (Karras et al. 2022); the noise levels are for samplers only."""
 
     kind: Literal["lognormal"] = Field(description="Any sigma; ln sigma is normally distributed.")
     mean: float = Field(
-        -1.893147,
+        _EDM_MEAN,
         ge=-15,
         le=10,
         description="Mean of ln sigma, sigma in units of pixels in [0, 1]. The default is that of Karras et al. for "
@@ -98,9 +107,9 @@ class DsmLossConfig(Section):
     kind: Literal["dsm"] = Field("dsm", description="The loss of the 2019 paper.")
     weighting: Literal["power", "edm", "learned"] = Field(
         "power",
-        description="Weight of the loss at sigma: power = sigma ** anneal_power; edm = (sigma^2 + d^2) / d^2 with "
-        "d = network.sigma_data, times sigma^2 (Karras et al. 2022); learned = edm over the loss that is expected at "
-        "sigma, which a linear layer learns (Karras et al. 2024).",
+        description="Weight of the loss at sigma: power = sigma ** anneal_power; edm = sigma^2 + sigma^4 / "
+        "network.sigma_data^2 (Karras et al. 2022); learned = that over the loss that a linear layer learns to expect "
+        "(Karras et al. 2024).",
     )
     anneal_power: float = _ANNEAL_POWER
     antithetic: bool = Field(

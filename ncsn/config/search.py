@@ -14,7 +14,7 @@ from ncsn.config.schema import Config
 from ncsn.errors import ConfigError, Problem, UserError
 
 EPSILON = "sampling.sampler.epsilon"
-_SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.")
+_SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.", "sampling.guidance.")
 _AND = ("data.dequantize", "data.horizontal_flip", "data.augmentation.")
 # Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
 _BUT = (

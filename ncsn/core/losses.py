@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # A score network, called as `ncsn.core.networks.entry` says.
@@ -115,18 +116,44 @@ class EdmWeight:
         return 1 + (sigma / self.sigma_data).square()
 
 
+class Uncertainty(nn.Module):
+    """u(sigma), the logarithm of the weighted loss per pixel that is expected there (Karras et al. 2024).
+
+    A linear layer on fixed random Fourier features of ln(sigma) / 4. It starts at 0, and training learns it with the
+    network: the least of l e^-u + u over u is at u = ln l. So no sigma's gradient is larger only for its larger loss.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, *, features: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(features, generator=generator))
+        self.weight = nn.Parameter(torch.zeros(features))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """The logarithm at each sigma [B], [B]."""
+        angles = (2 * sigma.float()).log()[:, None] / 4 * self.frequencies + self.phases
+        u: Tensor = (2 / len(self.weight)) ** 0.5 * angles.cos() @ self.weight
+        return u
+
+
 @dataclass(frozen=True)
 class DenoisingScoreMatching:
     """Denoising score matching at one noise level per image (equations 5 and 6).
 
     The loss of an image is w(sigma) sigma^2 / 2 |s(x + sigma z, sigma) + z / sigma|^2, computed as
-    w(sigma) / 2 |sigma s + z|^2 so that no term grows as sigma falls. The norm sums over pixels.
+    w(sigma) / 2 |sigma s + z|^2 so that no term grows as sigma falls. The norm sums over pixels. With an uncertainty
+    u(sigma) that loss l of D pixels becomes l e^-u + u D / 2.
     """
 
     weight: Weight = PowerWeight()
     # Averages the loss over z and -z, at twice the cost. The term linear in z, whose variance grows as 1 / sigma^2
     # before weighting, nearly cancels.
     antithetic: bool = False
+    uncertainty: Uncertainty | None = None
 
     num_projections: ClassVar[int] = 0
 
@@ -137,8 +164,11 @@ class DenoisingScoreMatching:
             squared = _squared_residual(network, _twice(batch, sigma=sigma)).view(2, -1).mean(dim=0)
         else:
             squared = _squared_residual(network, replace(batch, sigma=sigma))
-        weighted = squared * self.weight(sigma)
-        return LossValue(loss=0.5 * weighted.mean(), per_image=squared.detach() / batch.x[0].numel())
+        weighted, size = squared * self.weight(sigma), batch.x[0].numel()
+        if self.uncertainty is not None:
+            u = self.uncertainty(sigma)
+            weighted = weighted * torch.exp(-u) + u * size
+        return LossValue(loss=0.5 * weighted.mean(), per_image=squared.detach() / size)
 
 
 @dataclass(frozen=True)

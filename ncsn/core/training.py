@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from ncsn.core.ema import Ema
-    from ncsn.core.losses import Batch, Loss
+    from ncsn.core.losses import Batch, Loss, Uncertainty
 
 
 @dataclass
@@ -27,6 +27,13 @@ class TrainState:
     ema: Ema
     images_seen: int = 0  # by all workers
     scaler: torch.amp.GradScaler | None = None  # keeps float16 gradients in range; None for other types
+    uncertainty: Uncertainty | None = None  # that the loss learns with the network; without an average
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters in the order of the optimizer."""
+        yield from self.network.named_parameters()
+        if self.uncertainty is not None:
+            yield from self.uncertainty.named_parameters(prefix="uncertainty")
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the running average as its weights, in eval mode."""
@@ -82,6 +89,8 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
             weighted = value.loss * ((part.stop - part.start) / (global_batch / options.world_size))
             torch.autograd.backward(weighted if scaler is None else scaler.scale(weighted))
         per_image.append(value.per_image)
+    if state.uncertainty is not None and isinstance(network, DistributedDataParallel):
+        _average_over_workers(state.uncertainty)
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradient(network, max_norm=math.inf if options.grad_clip_norm is None else options.grad_clip_norm)
@@ -108,6 +117,14 @@ def _exchange(network: nn.Module, *, now: bool) -> AbstractContextManager[None]:
     if now or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()
+
+
+def _average_over_workers(module: nn.Module) -> None:
+    """Average the gradients of a small module that DistributedDataParallel does not wrap."""
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= torch.distributed.get_world_size()
 
 
 def clip_gradient(network: nn.Module, *, max_norm: float) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STRATA = 64  # consecutive draws that a stratified distribution spreads evenly
 LOGNORMAL_BINS = 10
+FEW_DRAWS = 1000  # from which a network learns a range of sigma
 
 
 class NoiseDraw(NamedTuple):
@@ -110,6 +111,7 @@ class LognormalNoise:
         edges = self.quantile(torch.arange(1, LOGNORMAL_BINS) / LOGNORMAL_BINS).float()
         return LOGNORMAL_BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
 
-    def largest_seen(self, images: int, *, draws: int = 1000) -> float:
-        """The sigma above which a training on so many images draws about `draws` times; 0 if it has fewer."""
-        return float(self.quantile(torch.tensor(max(0.0, 1 - draws / images))))
+    def largest_seen(self, images: int) -> float:
+        """The sigma above which a training on so many images has about `FEW_DRAWS` draws; 0 if it has fewer in all."""
+        share = torch.tensor(max(0.0, 1 - FEW_DRAWS / images), dtype=torch.float64)
+        return float(self.quantile(share))

@@ -17,7 +17,15 @@ from ncsn.config.schema import DataConfig
 from ncsn.config.training import HalfLifeEmaConfig
 from ncsn.core.ema import Ema, EmaProfile, HalfLife, StepDecay
 from ncsn.core.images import PixelSpace
-from ncsn.core.losses import DenoisingScoreMatching, EdmWeight, Loss, PowerWeight, SlicedScoreMatching, Weight
+from ncsn.core.losses import (
+    DenoisingScoreMatching,
+    EdmWeight,
+    Loss,
+    PowerWeight,
+    SlicedScoreMatching,
+    Uncertainty,
+    Weight,
+)
 from ncsn.core.networks.ddpmpp import DdpmppNetwork
 from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.transfer import light_parameters
@@ -28,7 +36,7 @@ from ncsn.core.samplers.multistep import DpmSolver, UniPC
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 from ncsn.core.training import StepOptions, TrainState
-from ncsn.core.training_noise import LevelNoise, LognormalNoise, TrainingNoise
+from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
 from ncsn.errors import UserError
 
 _SAMPLERS: dict[str, type[Sampler]] = {
@@ -63,6 +71,17 @@ def training_noise(config: Config) -> TrainingNoise:
     if isinstance(settings, LognormalTraining):
         return LognormalNoise(settings.mean, settings.std, settings.stratified)
     return LevelNoise(sigmas(config))
+
+
+def noise_notes(config: Config, *, images: int) -> list[str]:
+    """A sentence if sampling starts at a sigma that the network does not know from training on so many images."""
+    noise, sigma_1 = training_noise(config), config.levels.sigma_1
+    if not isinstance(noise, LognormalNoise) or sigma_1 <= (seen := noise.largest_seen(images)):
+        return []
+    return [
+        f"noise.sigma_1 = {sigma_1:g} is beyond what the network sees: {images:,} images have about "
+        f"{FEW_DRAWS:,} draws of sigma above {seen:.3g}, where the denoised image must hardly depend on sigma"
+    ]
 
 
 def network(config: Config) -> nn.Module:
@@ -107,11 +126,11 @@ def sampler_section(sampler: Sampler) -> SamplerConfig:
     return parse_sampler({"kind": sampler.kind, **asdict(sampler)})
 
 
-def loss(config: Config) -> Loss:
-    """The training loss."""
+def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:
+    """The training loss, with the `TrainState.uncertainty` that it learns."""
     settings = config.loss
     if isinstance(settings, DsmLossConfig):
-        return DenoisingScoreMatching(weight=_weight(config, settings), antithetic=settings.antithetic)
+        return DenoisingScoreMatching(_weight(config, settings), settings.antithetic, uncertainty)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
     if isinstance(settings, SingleSigmaLossConfig):
@@ -155,11 +174,11 @@ def step_options(config: Config, *, device: str | torch.device, world_size: int)
     )
 
 
-def optimizer(config: Config, network: nn.Module) -> torch.optim.Adam:
-    """Adam over all parameters, in their order of registration."""
+def optimizer(config: Config, *modules: nn.Module) -> torch.optim.Adam:
+    """Adam over all parameters of the modules, in their order of registration."""
     settings = config.optimizer
     return torch.optim.Adam(
-        network.parameters(),
+        [parameter for module in modules for parameter in module.parameters()],
         lr=settings.learning_rate,
         betas=(settings.beta_1, settings.beta_2),
         eps=settings.eps,
@@ -191,7 +210,7 @@ def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | 
 
 
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
-    """Network, optimizer and EMA weights at the start of training."""
+    """Everything that training changes, at its start."""
     score_network = network(config).to(device)
     score_network.to(memory_format=memory_format(config))
     if config.train.trainable == "light":
@@ -200,11 +219,14 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
             parameter.requires_grad_(name in light)
     # A CPU, which cannot train in float16, only imports checkpoints, which have no scaler.
     scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
+    learned = getattr(config.loss, "weighting", None) == "learned"
+    uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
     return TrainState(
         network=score_network,
-        optimizer=optimizer(config, score_network),
+        optimizer=optimizer(config, score_network, *([uncertainty] if uncertainty else [])),
         ema=Ema(score_network, ema_profile(config)),
         scaler=torch.amp.GradScaler(torch.device(device).type) if scaled else None,
+        uncertainty=uncertainty,
     )
 
 

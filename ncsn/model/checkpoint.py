@@ -4,8 +4,8 @@
     ema.safetensors        EMA weights
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the dataset, classes; float16's loss scale; unreported
-                           curves
+    state.json             images_seen, EMA counter, digest of the dataset, classes; float16's loss scale; what the
+                           loss learns; unreported curves
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -124,13 +124,15 @@ def snapshot(
         facts["loss_scale"] = state.scaler.state_dict()
     if classes is not None:
         facts["classes"] = asdict(classes)
+    if state.uncertainty is not None:
+        facts["uncertainty"] = {name: value.tolist() for name, value in state.uncertainty.named_parameters()}
     if curves is not None:
         facts["curves"] = curves
     tensors = {
         "weights.safetensors": _copies(state.network.state_dict()),
         "ema.safetensors": _copies(state.ema.weights),
         "moments.safetensors": moment_tensors(moments),
-        "optimizer.safetensors": _copies(_optimizer_tensors(state.network, state.optimizer)),
+        "optimizer.safetensors": _copies(_optimizer_tensors(state)),
     }
     return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
 
@@ -167,10 +169,14 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
         )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
     state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
-    _load_optimizer(state.network, state.optimizer, load_file(folder / "optimizer.safetensors"))
+    _load_optimizer(state, load_file(folder / "optimizer.safetensors"))
     state.images_seen = int(facts["images_seen"])
     if state.scaler is not None and "loss_scale" in facts:
         state.scaler.load_state_dict(facts["loss_scale"])
+    if state.uncertainty is not None:
+        with torch.no_grad():
+            for name, parameter in state.uncertainty.named_parameters():
+                parameter.copy_(torch.tensor(facts["uncertainty"][name]))
     curves: dict[str, Any] | None = facts.get("curves")
     return curves
 
@@ -272,21 +278,22 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin:
     network.load_state_dict(dict(tensors), strict=True)
 
 
-def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value
-        for name, parameter in network.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, parameter in state.trained()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for index, (name, parameter) in enumerate(network.named_parameters()):
+def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    found: dict[int, dict[str, Any]] = {}
+    for index, (name, parameter) in enumerate(state.trained()):
         moments = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
         if moments:
-            state[index] = {key: _laid_out_like(parameter, value) for key, value in moments.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            found[index] = {key: _laid_out_like(parameter, value) for key, value in moments.items()}
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": found, "param_groups": groups})
 
 
 def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:

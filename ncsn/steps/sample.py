@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards,
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import extractor_name, open_evaluator
+from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
@@ -47,6 +48,7 @@ class SampleResult:
     seconds: float  # of this call's sampling
     checkpoint: str
     images_per_second: float | None = None  # of those that this call made; None if it made none
+    notes: list[str] = field(default_factory=list)  # for people
 
 
 def run(
@@ -80,7 +82,7 @@ def run(
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     sampling = config.sampling
     # What decides the images, given the weights.
-    sampler = sampling.model_dump(include={"sampler", "seed", "precision"})
+    sampler = sampling.model_dump(include={"sampler", "seed", "precision", "grays"})
     uri = step.folder.samples(trained.digest, storage.digest(sampler, 12))
     inputs = {"uri": uri, "num_images": sampling.num_images}
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):
@@ -101,6 +103,7 @@ def run(
         made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
         seconds = time.perf_counter() - started
         result = _result(config, uri, checkpoint=checkpoint, made=made, seconds=seconds)
+        result = replace(result, notes=build.noise_notes(config, images=trained.images_seen))
         _publish_pictures(result, config)
         _publish_manifest(result, sampler, trained.digest)
         _log(work.tracked, result, trained)

@@ -1,18 +1,23 @@
-"""A config in the making: values, the reasons for them, and the commented YAML file that they become."""
+"""Configs as commented YAML: one in the making, with the reason for each value, and any, with each value's meaning."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
+import annotated_types
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from ncsn.config import Config
 from ncsn.config.load import parse_override, set_value
+from ncsn.config.problems import section_models
 
 _WIDTH = 118
-INDENT = "  "
+_INDENT = "  "
 
 
 class Draft:
@@ -52,7 +57,7 @@ class Draft:
 
     def to_yaml(self, heading: Iterable[str] = ()) -> str:
         """The file: sections and their settings in the order of the schema, reasons as comments."""
-        comments = [line for text in heading for line in comment(text)]
+        comments = [line for text in heading for line in _comment(text)]
         return "\n".join([*comments, *[""] * bool(comments), *self._lines(self.tree, "", _order(Config)), ""])
 
     def _is_given(self, path: str) -> bool:
@@ -60,15 +65,15 @@ class Draft:
 
     def _lines(self, node: dict[str, Any], prefix: str, order: Sequence[str]) -> Iterator[str]:
         places = {key: place for place, key in enumerate(order)}
-        indent = INDENT * prefix.count(".")
+        indent = _INDENT * prefix.count(".")
         for key in sorted(node, key=lambda key: places.get(key, len(places))):
             path, value = f"{prefix}{key}", node[key]
-            yield from comment(self.reasons.get(path, ""), indent)
+            yield from _comment(self.reasons.get(path, ""), indent)
             if isinstance(value, dict) and value:
                 yield f"{indent}{key}:"
                 yield from self._lines(value, f"{path}.", _order(_model(path)))
             else:
-                yield f"{indent}{key}: {scalar(value)}"
+                yield f"{indent}{key}: {_scalar(value)}"
 
 
 def _model(path: str) -> Any:
@@ -81,14 +86,14 @@ def _order(model: Any) -> list[str]:
     return list(getattr(model, "model_fields", ()))
 
 
-def comment(text: str, indent: str = "") -> list[str]:
+def _comment(text: str, indent: str = "") -> list[str]:
     """The lines of a YAML comment."""
     # Names of files may hold characters that end a line or that YAML refuses.
     plain = "".join(each if each.isprintable() else " " for each in text)
     return textwrap.wrap(plain, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def scalar(value: Any) -> str:
+def _scalar(value: Any) -> str:
     """A plain value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...").strip()
@@ -109,12 +114,12 @@ def overridden(text: str, overrides: Sequence[str]) -> str:
         for depth, section in enumerate(sections):
             at = _line_of(section, lines[first:last], depth)
             if at is None:
-                lines[last:last] = [f"{INDENT * depth}{section}:"]
+                lines[last:last] = [f"{_INDENT * depth}{section}:"]
                 first = last = last + 1
             else:
                 first += at + 1
                 last = first + _length_of(lines[first:last], depth + 1)
-        setting = f"{INDENT * len(sections)}{key}: {scalar(value)}"
+        setting = f"{_INDENT * len(sections)}{key}: {_scalar(value)}"
         at = _line_of(key, lines[first:last], len(sections))
         if at is None:
             lines.insert(last, setting)
@@ -125,9 +130,84 @@ def overridden(text: str, overrides: Sequence[str]) -> str:
 
 
 def _line_of(key: str, lines: Sequence[str], depth: int) -> int | None:
-    return next((n for n, line in enumerate(lines) if line.startswith(f"{INDENT * depth}{key}:")), None)
+    return next((n for n, line in enumerate(lines) if line.startswith(f"{_INDENT * depth}{key}:")), None)
 
 
 def _length_of(lines: Sequence[str], depth: int) -> int:
     """How many of these lines belong to the section above them."""
-    return next((n for n, line in enumerate(lines) if not line.startswith(INDENT * depth)), len(lines))
+    return next((n for n, line in enumerate(lines) if not line.startswith(_INDENT * depth)), len(lines))
+
+
+def documented_yaml(config: Config) -> str:
+    """Valid YAML that parses to `config`, each value under a comment with its description, range and default."""
+    return "\n".join([*_comment(_first_line(type(config))), *_section(config, ""), ""])
+
+
+def _section(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if not indent and section_models(type(section), name):
+            yield ""
+        if isinstance(value, BaseModel):
+            yield from _comment(_first_line(type(value)) + _other_kinds(type(section), name, value), indent)
+            yield f"{indent}{name}:"
+            yield from _section(value, indent + _INDENT)
+        else:
+            yield from _comment(_meaning(field), indent)
+            yield f"{indent}{name}: {_shown(value)}"
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or model.__name__).strip().splitlines()[0]
+
+
+def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
+    fields = [model.model_fields.get("kind") for model in section_models(section, name)]
+    kinds = [kind for field in fields if field is not None for kind in get_args(field.annotation)]
+    others = [kind for kind in kinds if kind != getattr(value, "kind", None)]
+    return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
+
+
+def _shown(value: Any) -> str:
+    return _scalar(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _meaning(field: FieldInfo) -> str:
+    limits = [*_limits(field), *([] if field.is_required() else [f"default {_shown(field.default)}"])]
+    return f"{field.description} [{'; '.join(limits)}]" if limits else str(field.description)
+
+
+def _limits(field: FieldInfo) -> Iterator[str]:
+    choices = _choices(field.annotation)
+    if choices:
+        yield "one of " + ", ".join(_shown(choice) for choice in choices)
+    for limit in field.metadata:
+        match limit:
+            case annotated_types.Ge(ge):
+                yield f">= {ge}"
+            case annotated_types.Gt(gt):
+                yield f"> {gt}"
+            case annotated_types.Le(le):
+                yield f"<= {le}"
+            case annotated_types.Lt(lt):
+                yield f"< {lt}"
+            case annotated_types.MinLen(min_length):
+                yield f"at least {min_length} long"
+            case annotated_types.MaxLen(max_length):
+                yield f"at most {max_length} long"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(choice for arm in get_args(annotation) for choice in _choices(arm))
+    return ()

@@ -1,6 +1,7 @@
 """What a pipeline run will take: seconds, CPU and GPU hours, money, energy, memory and storage.
 
-Plain arithmetic on the rates that `ncsn.tools.trial_run` measures; the measurements without steps are at the end.
+Plain arithmetic on the rates that `ncsn.tools.trial_run` measures, or, for machines that are not here, on the network's
+FLOP and a rate that is assumed. The measurements without steps are at the end.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
+from ncsn.model import build
+from ncsn.model.generate import evaluations_per_image
+from ncsn.model.memory import kept_bytes, worker_memory
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 GIGABYTE = 1e9
+_STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
+_BACKWARD = 2  # FLOP over those of the forward pass
 NEIGHBOR_SEARCHES = 2  # of an evaluation in the training images: for the samples and for real test images
 
 
@@ -85,7 +94,7 @@ def num_checkpoints(config: Config) -> int:
 
 
 def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> dict[str, Any]:
-    """The plan as plain values: `steps`, `total`, `start_seconds`, `memory`, `pods`, `storage` and the arguments."""
+    """The plan as plain values: steps, total, start_seconds, memory, pods, storage, notes, and the arguments."""
     costs = {
         step: cost_of(config, step, seconds, prices) for step, seconds in step_seconds(config, counts, rates).items()
     }
@@ -96,6 +105,7 @@ def estimate(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
         "memory": _memory(config, rates),
         "pods": _pods(config, counts),
         "storage": _storage(config, counts, rates, prices),
+        "notes": build.noise_notes(config, images=config.train.num_images),
         "prices": asdict(prices),
         "rates": asdict(rates),
         "counts": asdict(counts),
@@ -119,8 +129,6 @@ def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
         return None
     size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
     if given is None:
-        from ncsn.model.memory import worker_memory  # imports torch
-
         worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
     return {
         "count": compute.max_pods,
@@ -145,6 +153,46 @@ def _storage(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
         "store_gb": sum(sizes.values()),
         "node_cache_gb": images * data.image_size**2 * data.channels / GIGABYTE,
         "money_per_month": sum(sizes.values()) * prices.storage_gb_month,
+    }
+
+
+def forward_flop(network: nn.Module, config: Config) -> int:
+    """FLOP of one image in a network on the device `meta`; a multiplication and its addition are two."""
+    data = config.data
+    image = torch.zeros(1, data.channels, data.image_size, data.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, torch.zeros(1, dtype=torch.int64, device="meta"))
+    return int(counter.get_total_flops())
+
+
+def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
+    """Time and cost of training and sampling, and the memory of a worker, as plain values.
+
+    Args:
+        config: The experiment, with given noise levels.
+        prices: The price table.
+        tflops: TFLOP/s that each worker achieves; all of them together achieve as many times more.
+    """
+    network = build.network(config).to("meta")  # on a CPU it takes shortcuts
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    flop, kept = forward_flop(network, config), kept_bytes(network, config)
+    compute, train, sampling = config.compute, config.train, config.sampling
+    rate, nfe = 1e12 * tflops * compute.max_workers, evaluations_per_image(config)
+    of_training = (1 + _BACKWARD) * flop
+    seconds = {"train": of_training * train.num_images / rate, "sample": flop * nfe * sampling.num_images / rate}
+    together = compute.microbatch or math.ceil(train.batch_size / compute.max_workers)
+    maps = kept * together / (1 if train.precision == "float32" else 2)
+    return {
+        "tflops": tflops,
+        "workers": compute.max_workers,
+        "parameters": parameters,
+        "gflop": {"sample": flop / 1e9, "train": of_training / 1e9},
+        "images_per_second": rate / of_training,
+        "nfe": nfe,
+        "steps": {step: asdict(cost_of(config, step, value, prices)) for step, value in seconds.items()},
+        "notes": build.noise_notes(config, images=train.num_images),
+        "worker_gb": (_STATE_BYTES * parameters + maps) / GIGABYTE,
+        "prices": asdict(prices),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import DataConfig
-from ncsn.core.images import PixelSpace
+from ncsn.core.images import PixelSpace, to_unit
 from ncsn.core.keyed_random import Stream, keyed_uniform
 from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkpoint, read_released_checkpoint
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
@@ -84,6 +84,15 @@ def suggest_levels(
     return suggest_noise(
         distances, dimension=images[0].numel(), sigma_L=sigma_L, overlap=overlap, steps_per_level=steps_per_level
     )
+
+
+def spread_around_gray(sample: ImageSample, *, space: PixelSpace = UNIT) -> float:
+    """Root mean square of the pixels around mid-gray, which is the `network.sigma_data` for these images."""
+    images, total = sample.images, 0.0
+    for first in range(0, len(images), _BLOCK):
+        block = to_unit(torch.from_numpy(images[first : first + _BLOCK]))
+        total += float((space.transform(block).double() - 0.5).square().sum())
+    return math.sqrt(total / images.size)
 
 
 def _empty_sample(values_per_image: int) -> ImageSample:

@@ -71,7 +71,7 @@ def measure_speed(config: Config, machine: Machine) -> Speed:
     with _threads(machine.cores_per_worker):
         state = build.train_state(config, device=device)
         options = build.step_options(config, device=device, world_size=1)
-        loss = build.loss(config)
+        loss = build.loss(config, state.uncertainty)
         size = config.data.image_size
         generator = torch.Generator().manual_seed(0)
         shape = (count, config.data.channels, size, size)

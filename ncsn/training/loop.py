@@ -113,7 +113,6 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
-        self.loss = build.loss(self.config)
         self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
         self.curves = Curves(self.config, context)
         self.saved, self.pauses = "", list[float]()
@@ -126,6 +125,7 @@ class Training:
                 open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
             )
             self.state = build.train_state(self.config, device=context.device)
+            self.loss = build.loss(self.config, self.state.uncertainty)
             if newest is not None:
                 self._resume(newest)
             elif job.start is not None:

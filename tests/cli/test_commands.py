@@ -61,6 +61,7 @@ def test_show_config_as_json_is_the_canonical_form(run_command, config_file: Pat
         (["import-checkpoint", "CONFIG"], "--dataset"),
         (["suggest-noise", "--data", "/d"], "--config"),
         (["plan", "--prices", "CONFIG"], "CONFIG"),
+        (["plan", "--tflops", "1", "--actual"], "--tflops"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -152,6 +153,7 @@ def test_a_suggestion_is_yaml_that_a_config_takes(run_in_process) -> None:
     ratio = (config.levels.sigma_1 / 0.03) ** (1 / (config.levels.num_levels - 1))
     epsilon = sections["sampling"]["sampler"]["epsilon"]
     assert variance_ratio(epsilon, sigma_L=0.03, ratio=ratio, steps_per_level=5) < 1.25
+    assert re.search(r"^# sigma_data 0\.42\d\d, .* noise\.training\.mean -1\.37$", done.output, flags=re.MULTILINE)
 
 
 def test_mirrored_images_are_as_far_apart_or_farther(run_in_process) -> None:

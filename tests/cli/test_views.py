@@ -23,15 +23,16 @@ from ncsn.cli.views import (
     describe_result,
     describe_suggestion,
     describe_toy,
-    documented_yaml,
     print_ledger,
     print_plan,
+    print_prediction,
     print_summary,
 )
 from ncsn.config import Config, flatten, from_yaml
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepProgress, StepRecord
+from ncsn.tools.draft import documented_yaml
 from ncsn.tracking.lineage import Link
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -119,7 +120,8 @@ def test_result_of_a_search(snapshot) -> None:
 
 def test_suggestion(snapshot) -> None:
     distances = PairDistances(num_images=1258, exact=True, maximum=4.8, quantile_999=4.2)
-    text = describe_suggestion(NoiseSuggestion(4.8, 0.03, 20, 1.3063, 0.5, 5, 1.234e-4, 1.02, distances))
+    suggestion = NoiseSuggestion(4.8, 0.03, 20, 1.3063, 0.5, 5, 1.234e-4, 1.02, distances)
+    text = describe_suggestion(suggestion, sigma_data=0.4128)
     assert yaml.safe_load(text)["noise"] == {"sigma_1": 4.8, "sigma_L": 0.03, "num_levels": 20}
     snapshot("suggestion", text)
 
@@ -129,6 +131,23 @@ def test_import_and_toy(snapshot) -> None:
     toy = {"weights": {"plain": 0.5, "annealed": 0.79}, "true_weight": 0.8, "score_error_near": 0.0123}
     toy |= {"score_error_elsewhere": 1.5, "figure_2": "/t/2.png", "figure_3": "/t/3.png", "uri": "/t"}
     snapshot("toy", describe_toy(toy))
+
+
+def test_prediction(snapshot) -> None:
+    costs = {"seconds": 64_000.0, "cpu_hours": 17.8, "gpu_hours": 17.8, "money": 45.4, "kwh": 14.1}
+    found = {
+        "tflops": 396.0,
+        "workers": 1,
+        "parameters": 55_733_891,
+        "gflop": {"sample": 42.38, "train": 127.14},
+        "images_per_second": 3_113.0,
+        "nfe": 35,
+        "steps": {"train": costs, "sample": {**costs, "seconds": 187.0}},
+        "worker_gb": 44.0,
+        "notes": ["few images train the highest level"],
+        "prices": {"currency": "USD"},
+    }
+    snapshot("prediction", printed(lambda console: print_prediction(console, found)))
 
 
 def test_plan_and_ledger(snapshot) -> None:
@@ -223,4 +242,4 @@ def test_documented_config_has_meaning_range_and_default(config_file: Path) -> N
     assert comment_above(text, "ema_decay:").endswith("[>= 0; < 1; default 0.999]")
     assert comment_above(text, "decay:").endswith("[one of constant, linear, cosine; default constant]")
     assert comment_above(text, "channels:").endswith("[one of 1, 3]")
-    assert comment_above(text, "network:").endswith("ncsn, ncsnv2.")
+    assert comment_above(text, "network:").endswith("ncsn, ncsnv2, ddpmpp.")

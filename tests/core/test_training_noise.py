@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.keyed_random import keyed_permutations
-from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
+from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight, Uncertainty
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.training_noise import STRATA, LevelNoise, LognormalNoise
@@ -230,3 +230,28 @@ def test_how_far_the_network_has_seen(images: float, sigma: float) -> None:
     assert PLAIN.largest_seen(int(images)) == pytest.approx(sigma, rel=5e-3)
     assert LognormalNoise(-1.40, 1.2).largest_seen(800_000) == pytest.approx(9.3, rel=5e-3)
     assert PLAIN.largest_seen(500) == 0
+
+
+def test_the_uncertainty_learns_the_loss() -> None:
+    """For Gaussian images and their best score: e^u is the loss at each sigma, and the whole loss its mean of 1 + u."""
+    uncertainty, spread = Uncertainty(), 0.05
+    loss = DenoisingScoreMatching(WEIGHT, uncertainty=uncertainty)
+    optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.05)
+
+    def score(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return -noisy / (spread**2 + sigma**2)[:, None]
+
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+        sigma = STRATIFIED.draw(0, first=1024 * step, count=1024).sigma
+        batch = Batch(spread * normal(1024, 16, seed=step).float(), sigma, normal(1024, 16, seed=1000 + step).float())
+        optimizer.zero_grad()
+        value = loss(score, batch)
+        torch.autograd.backward(value.loss)
+        optimizer.step()
+    sigma = PLAIN.bins
+    expected = WEIGHT(sigma) * spread**2 / (spread**2 + sigma**2)
+    with torch.no_grad():
+        torch.testing.assert_close(uncertainty(sigma).exp(), expected, rtol=0.06, atol=0)
+        mean = (1 + uncertainty(quantiles(10_000).float())).mean().item()
+    assert 2 * value.loss.item() / 16 == pytest.approx(mean, abs=0.05)

@@ -10,6 +10,7 @@ import torch
 from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
+from ncsn.config.noise import DsmLossConfig
 from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
@@ -43,7 +44,11 @@ def trained(config: Config, dataset: str, folder: Path, *, stop_at: int | None =
     return load_history(uri)
 
 
-def test_curves_are_by_bin_and_a_resumed_training_is_the_same(config: Config, dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighting", ["edm", "learned"])
+def test_curves_are_by_bin_and_a_resumed_training_is_the_same(
+    config: Config, dataset: str, tmp_path: Path, weighting: str
+) -> None:
+    config = config.model_copy(update={"loss": DsmLossConfig(weighting=weighting)})
     whole = trained(config, dataset, tmp_path / "whole")
     names = loss_names(config, build.training_noise(config).bins.tolist())
     assert len(set(names)) == 10 and {name for p in whole.points for name in p if "loss_sigma_" in name} > set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,24 @@ def test_any_number_of_workers_follows_the_same_curve(tiny: str, dataset: str, t
         np.testing.assert_allclose(many.losses(level_names(4)), one.losses(level_names(4)), rtol=1e-4)
         ema = load_file(folder / "checkpoints" / "images-000000160" / "ema.safetensors")
         assert all(torch.allclose(ema[key], last[key], rtol=1e-4, atol=1e-5) for key in last), workers
+
+
+@pytest.mark.slow
+def test_two_workers_learn_the_weight_of_one(tiny: str, dataset: str, tmp_path: Path) -> None:
+    """At any sigma, with a weight that is learned beside the network."""
+    config = from_yaml(
+        tiny, overrides=["noise={training: {kind: lognormal}}", "loss.weighting=learned", "train.ema={kind: half_life}"]
+    )
+    train_locally(TrainingJob(config=config, dataset=dataset), tmp_path / "1" / "checkpoints")
+    (tmp_path / "2").mkdir()
+    job = TrainingJob(config=config, dataset=dataset)
+    torch.multiprocessing.spawn(work, (2, job, str(tmp_path / "2")), nprocs=2)
+    one, two = (tmp_path / name / "checkpoints" / "images-000000160" for name in "12")
+    learned, same = (json.loads((place / "state.json").read_text())["uncertainty"]["weight"] for place in (one, two))
+    assert max(map(abs, learned)) > 1e-4
+    np.testing.assert_allclose(same, learned, rtol=1e-3, atol=1e-6)
+    averages = [load_file(place / "ema.safetensors") for place in (one, two)]
+    assert all(torch.allclose(averages[1][key], averages[0][key], rtol=1e-4, atol=1e-5) for key in averages[0])
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from ncsn.runs.folder import run_folder
 from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
 from ncsn.tools import trial_run
-from ncsn.tools.planning import STEPS, Counts, Rates, estimate, num_checkpoints, step_seconds
+from ncsn.tools.planning import STEPS, Counts, Rates, estimate, num_checkpoints, predict, step_seconds
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = """
 name: plan
 data: {source: sklearn_digits, image_size: 8, channels: 1}
@@ -96,6 +97,14 @@ def test_cost_is_of_what_is_reserved() -> None:
     assert both.seconds == 5400.0 and both.money == pytest.approx(training.money + on_gpus.money)
 
 
+def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
+    assert estimate(config(), COUNTS, RATES, PRICES)["notes"] == []
+    lognormal = "noise={sigma_1: %s, sigma_L: 0.01, training: {kind: lognormal}}"
+    (note,) = estimate(config(lognormal % 8, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"]
+    assert note.startswith("noise.sigma_1 = 8 ") and " 5.67" in note
+    assert estimate(config(lognormal % 5, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"] == []
+
+
 def test_plan_has_time_memory_and_storage() -> None:
     plan = estimate(config(), COUNTS, RATES, PRICES)
     assert tuple(plan["steps"]) == STEPS
@@ -118,6 +127,31 @@ def test_pods_are_planned_where_there_are_pods() -> None:
     assert given == {"count": 1, "workers": 2, "cpus": 8, "gpus": 2, "memory_gb": 6.0}
     estimated = estimate(config(*pods), COUNTS, RATES, PRICES)["pods"]
     assert estimated["memory_gb"] == pytest.approx(2 * 7.5 * 2**30 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflop", "rate", "hours", "sample_minutes"),
+    [
+        ("cifar10_edm", 55_733_891, 127.1413, 3_113, 17.8, 3.1),
+        ("cifar10_edm_class", 55_735_299, 127.1413, 3_113, 17.8, 3.1),
+        ("celeba64_edm", 61_805_571, 251.17, 1_576, 35.3, 13.9),
+    ],
+)
+def test_the_recipes_are_predicted_by_arithmetic(
+    name: str, parameters: int, gflop: float, rate: float, hours: float, sample_minutes: float
+) -> None:
+    """At 40 % of the 989.4 TFLOP/s of an H100: 17.8 hours of CIFAR-10 are 2.54e19 FLOP."""
+    recipe = from_yaml((CONFIGS / f"{name}.yaml").read_text())
+    found = predict(recipe, PRICES, tflops=0.4 * 989.4)
+    assert found["parameters"] == parameters
+    assert found["gflop"]["train"] == pytest.approx(gflop, rel=1e-4)
+    assert found["gflop"]["train"] == pytest.approx(3 * found["gflop"]["sample"])
+    assert found["images_per_second"] == pytest.approx(rate, rel=1e-3)
+    train, sample = found["steps"]["train"], found["steps"]["sample"]
+    assert train["gpu_hours"] == pytest.approx(hours, abs=0.05)
+    assert sample["seconds"] / 60 == pytest.approx(sample_minutes, abs=0.05)
+    assert train["money"] == pytest.approx(train["gpu_hours"] * (PRICES.gpu_hour + PRICES.cpu_core_hour))
+    assert 16 * parameters < 1e9 * found["worker_gb"] < 80e9
 
 
 def test_gpus_share_the_features() -> None:
