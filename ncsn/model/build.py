@@ -79,8 +79,8 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
     if not isinstance(noise, LognormalNoise) or sigma_1 <= (seen := noise.largest_seen(images)):
         return []
     return [
-        f"noise.sigma_1 = {sigma_1:g} is beyond what the network sees: {images:,} images have about "
-        f"{FEW_DRAWS:,} draws of sigma above {seen:.3g}, where the denoised image must hardly depend on sigma"
+        f"noise.sigma_1 = {sigma_1:g} is beyond what the network sees in training: only about {FEW_DRAWS:,} of "
+        f"{images:,} images have a sigma above {seen:.3g}"
     ]
 
 
