@@ -18,6 +18,7 @@ from ncsn.config.noise import DsmLossConfig, LognormalTraining, NoiseConfig, Sin
 from ncsn.config.problems import problems
 from ncsn.config.samplers import AnnealedLangevinConfig, ConsistentAnnealedConfig, LangevinConfig
 from ncsn.config.schema import Config
+from ncsn.config.training import PowerEmaConfig
 from ncsn.errors import ConfigError, Problem
 
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
@@ -38,6 +39,7 @@ def check(config: Config) -> list[Problem]:
     """A problem for each broken rule, with the key to change."""
     checks = (
         _augmentation,
+        _averages,
         _batch,
         _classes,
         _compiled_loss,
@@ -74,6 +76,17 @@ def _augmentation(config: Config) -> Iterator[Problem]:
     if data.logit_transform:
         yield Problem(
             "data.augmentation", "interpolates pixels, but data.logit_transform = true has logits", "use one of them"
+        )
+
+
+def _averages(config: Config) -> Iterator[Problem]:
+    width = config.sampling.relative_width
+    if width is not None and not isinstance(config.train.averaging, PowerEmaConfig):
+        yield Problem(
+            "sampling.relative_width",
+            f"needs snapshots of two averages, which train.ema.kind = {config.train.averaging.kind} does not store",
+            "use train.ema.kind = power, or null",
+            width,
         )
 
 

@@ -30,6 +30,12 @@ class OptimizerConfig(Section):
     )
 
 
+SNAPSHOTS = 16  # of the averages over a training
+ALIKE = 0.01  # least difference of two relative widths
+# 1 / sqrt(12), of the plain mean, is the widest.
+Width = Annotated[float, Field(gt=0, le=0.2886)]
+
+
 class DecayEmaConfig(Section):
     """An average that forgets the same share at each step."""
 
@@ -63,7 +69,40 @@ class HalfLifeEmaConfig(Section):
         return float(0.5**halvings)
 
 
-EmaConfig = Annotated[DecayEmaConfig | HalfLifeEmaConfig, Field(discriminator="kind")]
+class PowerEmaConfig(Section):
+    """Two averages whose memory grows with training, stored as it goes on (Karras et al. 2024)."""
+
+    kind: Literal["power"] = Field(
+        description="Two averages whose snapshots give one of any width after training; see sampling.relative_width."
+    )
+    relative_widths: tuple[Width, Width] = Field(
+        (0.05, 0.1),
+        description="Standard deviation of each average's weights over time, as a share of the training so far; the "
+        "first one generates images.",
+    )
+    keep_every_images: int | None = Field(
+        None, ge=1, description="Training images between snapshots; null = train.num_images / 16."
+    )
+
+    @model_validator(mode="after")
+    def _two(self) -> PowerEmaConfig:
+        one, other = self.relative_widths
+        if abs(one - other) < ALIKE:
+            raise UserError(
+                "relative_widths",
+                f"two that are nearly the same span little; they must differ by {ALIKE:g}",
+                hint="use [0.05, 0.1]",
+                value=[one, other],
+            )
+        return self
+
+    def untrained_share(self, images_seen: int, *, batch_size: int) -> float:  # noqa: ARG002 - that of the others
+        """Share in [0, 1] of the initial weights in the average: none after the first step."""
+        return 0.0
+
+
+EmaSettings = DecayEmaConfig | HalfLifeEmaConfig | PowerEmaConfig
+EmaConfig = Annotated[EmaSettings, Field(discriminator="kind")]
 
 
 class TrainConfig(Section):
@@ -119,11 +158,18 @@ class TrainConfig(Section):
     )
 
     @property
-    def averaging(self) -> DecayEmaConfig | HalfLifeEmaConfig:
+    def averaging(self) -> EmaSettings:
         """The moving average of the weights. What starts from trained weights has no ramp, to keep them."""
         if isinstance(self.ema, HalfLifeEmaConfig) and self.init_from is not None:
             return self.ema.model_copy(update={"ramp_up": None})
         return self.ema or DecayEmaConfig(kind="decay", per_step=self.ema_decay)
+
+    @property
+    def snapshot_every(self) -> int | None:
+        """Training images between snapshots of two averages; None if there is one."""
+        if not isinstance(self.ema, PowerEmaConfig):
+            return None
+        return self.ema.keep_every_images or max(1, self.num_images // SNAPSHOTS)
 
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:
@@ -143,4 +189,6 @@ def ema_setting(settings: TrainConfig) -> str:
         return f"train.ema_decay = {settings.ema_decay:g}"
     if isinstance(settings.ema, DecayEmaConfig):
         return f"train.ema.per_step = {settings.ema.per_step:g}"
+    if isinstance(settings.ema, PowerEmaConfig):
+        return f"train.ema.relative_widths = {settings.ema.relative_widths[0]:g}"
     return f"train.ema.images = {settings.ema.images:,}"

@@ -49,6 +49,21 @@ class HalfLife:
         return decay
 
 
+@dataclass(frozen=True)
+class PowerFunction:
+    """The average (g + 1) / t^(g + 1) times the integral over tau^g theta(tau), of exponent g (Karras et al. 2024).
+
+    It forgets the initial weights at the first step, and its memory grows with the training.
+    """
+
+    exponent: float
+
+    def decay(self, *, images_seen: int, batch: int) -> float:
+        """See `EmaProfile`."""
+        decay: float = (1 - batch / images_seen) ** (self.exponent + 1)
+        return decay
+
+
 class Ema:
     """Running average w <- m w + (1 - m) parameter of a network's weights (Song & Ermon 2020, technique 5).
 

@@ -28,12 +28,18 @@ class TrainState:
     images_seen: int = 0  # by all workers
     scaler: torch.amp.GradScaler | None = None  # keeps float16 gradients in range; None for other types
     uncertainty: Uncertainty | None = None  # that the loss learns with the network; without an average
+    second_ema: Ema | None = None  # with another memory, for averages that are put together after training
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters in the order of the optimizer."""
         yield from self.network.named_parameters()
         if self.uncertainty is not None:
             yield from self.uncertainty.named_parameters(prefix="uncertainty")
+
+    @property
+    def averages(self) -> list[Ema]:
+        """All running averages, first the one that generates images."""
+        return [self.ema] if self.second_ema is None else [self.ema, self.second_ema]
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the running average as its weights, in eval mode."""
@@ -101,7 +107,8 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
         scaler.update()
         grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0)
     module = network.module if isinstance(network, DistributedDataParallel) else network
-    state.ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
+    for ema in state.averages:
+        ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)
     return StepReport(per_image=torch.cat(per_image), grad_norm=grad_norm)
 
 

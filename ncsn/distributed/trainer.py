@@ -41,8 +41,8 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import require_resources
 from ncsn.distributed.tasks import run_task
 from ncsn.errors import NotFound
-from ncsn.model.checkpoint import DamagedError
 from ncsn.model.checkpoint_store import BEST, CHECKPOINTS, CheckpointStore
+from ncsn.model.index import DamagedError
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.context import LocalContext, WorkerContext

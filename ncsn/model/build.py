@@ -14,8 +14,8 @@ from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2Ne
 from ncsn.config.noise import DsmLossConfig, LognormalTraining, SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.samplers import SamplerConfig, parse_sampler
 from ncsn.config.schema import DataConfig
-from ncsn.config.training import HalfLifeEmaConfig
-from ncsn.core.ema import Ema, EmaProfile, HalfLife, StepDecay
+from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
+from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay
 from ncsn.core.images import PixelSpace
 from ncsn.core.losses import (
     DenoisingScoreMatching,
@@ -31,6 +31,7 @@ from ncsn.core.networks.refinenet import NcsnNetwork, NcsnV2Network
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.core.networks.unet import UnetNetwork
 from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.posthoc import exponent_of
 from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.multistep import DpmSolver, UniPC
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
@@ -218,24 +219,29 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
     # A CPU, which cannot train in float16, only imports checkpoints, which have no scaler.
+    ema, second_ema = running_averages(config, score_network)
     scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
     learned = getattr(config.loss, "weighting", None) == "learned"
     uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network, *([uncertainty] if uncertainty else [])),
-        ema=Ema(score_network, ema_profile(config)),
+        ema=ema,
         scaler=torch.amp.GradScaler(torch.device(device).type) if scaled else None,
         uncertainty=uncertainty,
+        second_ema=second_ema,
     )
 
 
-def ema_profile(config: Config) -> EmaProfile:
-    """How the EMA forgets."""
+def running_averages(config: Config, network: nn.Module) -> tuple[Ema, Ema | None]:
+    """The EMA that generates images and the second one, if training has two; both start from these weights."""
     settings = config.train.averaging
+    if isinstance(settings, PowerEmaConfig):
+        one, other = (Ema(network, PowerFunction(exponent_of(width))) for width in settings.relative_widths)
+        return one, other
     if isinstance(settings, HalfLifeEmaConfig):
-        return HalfLife(settings.images, settings.ramp_up)
-    return StepDecay(settings.per_step)
+        return Ema(network, HalfLife(settings.images, settings.ramp_up)), None
+    return Ema(network, StepDecay(settings.per_step)), None
 
 
 def learning_rate(config: Config, images_seen: int) -> float:

@@ -1,7 +1,8 @@
 """A checkpoint: one folder, from which training resumes and samples are drawn.
 
     weights.safetensors    network parameters and buffers
-    ema.safetensors        EMA weights
+    ema.safetensors        EMA weights, which generate the images
+    ema_2.safetensors      the second average, if training has two
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
     state.json             images_seen, EMA counter, digest of the dataset, classes; float16's loss scale; what the
@@ -14,7 +15,6 @@ No generator state is kept, because all randomness is a function of (seed, place
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -30,33 +30,11 @@ from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
 from ncsn.core.training import TrainState
-from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
+from ncsn.model.index import FILES, SECOND_EMA, CheckpointError, sha256, verify, write_index
 
-FORMAT_VERSION = 1
-INDEX = "checkpoint.json"
 FOLDER_NAME = re.compile(r"images-\d+")
-FILES = (
-    "weights.safetensors",
-    "ema.safetensors",
-    "moments.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.yaml",
-)
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is damaged or belongs to something else."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint with a file that is missing, cut short or altered; the one before it may be whole."""
-
-    def __init__(self, origin: str, reason: str) -> None:
-        super().__init__(origin, f"is damaged: {reason}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +54,7 @@ class SamplingCheckpoint(TrainedNetwork):
     images_seen: int
     dataset_digest: str
     digest: str  # first 16 hex digits of the SHA-256 of the EMA weights
+    average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
 
 
 def folder_name(images_seen: int) -> str:
@@ -101,8 +80,7 @@ class Snapshot:
             save_file(dict(tensors), folder / name)
         for name, text in self.texts.items():
             (folder / name).write_text(text)
-        index = {"version": FORMAT_VERSION, "sha256": {name: _sha256(folder / name) for name in FILES}}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        write_index(folder, (*self.tensors, *self.texts))
 
 
 def snapshot(
@@ -134,6 +112,8 @@ def snapshot(
         "moments.safetensors": moment_tensors(moments),
         "optimizer.safetensors": _copies(_optimizer_tensors(state)),
     }
+    if state.second_ema is not None:
+        tensors[SECOND_EMA] = _copies(state.second_ema.weights)
     return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
 
 
@@ -156,7 +136,7 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
     Raises:
         CheckpointError: if a file is missing or damaged, or the config or the images were others.
     """
-    verify(folder)
+    verify(folder, needs=FILES if state.second_ema is None else (*FILES, SECOND_EMA))
     saved = from_yaml((folder / "config.yaml").read_text(), origin=str(folder / "config.yaml"))
     require_same_training(saved, config, origin=str(folder))
     facts = json.loads((folder / "state.json").read_text())
@@ -168,7 +148,8 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
             hint="choose another --run NAME",
         )
     _load_strictly(state.network, load_file(folder / "weights.safetensors"), origin=str(folder))
-    state.ema.load_state_dict({"weights": load_file(folder / "ema.safetensors"), "num_updates": facts["ema_updates"]})
+    for ema, name in zip(state.averages, ("ema.safetensors", SECOND_EMA), strict=False):
+        ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
     _load_optimizer(state, load_file(folder / "optimizer.safetensors"))
     state.images_seen = int(facts["images_seen"])
     if state.scaler is not None and "loss_scale" in facts:
@@ -194,7 +175,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             facts = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "ema.safetensors")
             moments = load_moments(folder / "moments.safetensors")
-            digest = _sha256(folder / "ema.safetensors")[:16]
+            digest = sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError:
         raise CheckpointError(uri, "is not a checkpoint: there is no folder") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
@@ -206,6 +187,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         images_seen=int(facts["images_seen"]),
         dataset_digest=facts["dataset_digest"],
         digest=digest,
+        average=facts.get("average"),
     )
 
 
@@ -220,30 +202,6 @@ def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origi
     buffers = {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
     _load_strictly(network, {**buffers, **weights}, origin=origin)
     return network.eval().requires_grad_(False)
-
-
-def verify(folder: Path) -> None:
-    """Check that every file is there and unchanged.
-
-    Raises:
-        DamagedError: naming the file that is not.
-        CheckpointError: if another version of the program wrote it.
-    """
-    if not (folder / INDEX).is_file():
-        raise DamagedError(str(folder), f"{INDEX} is missing")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except json.JSONDecodeError:
-        raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
-    if index.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            str(folder), f"has format version {index.get('version')!r}; this program reads {FORMAT_VERSION}"
-        )
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise DamagedError(str(folder), f"{name} is missing")
-        if _sha256(folder / name) != index["sha256"].get(name):
-            raise DamagedError(str(folder), f"{name} differs from its checksum")
 
 
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
@@ -326,8 +284,3 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as a file keeps them: contiguous, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

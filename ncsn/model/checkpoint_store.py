@@ -18,11 +18,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from ncsn import storage
-from ncsn.model import checkpoint
+from ncsn.model import checkpoint, index
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -50,7 +51,7 @@ class CheckpointStore:
     def names(self) -> Iterator[str]:
         """Complete checkpoints, the newest first."""
         for name in reversed(self._folders()):
-            if storage.exists(storage.join(self.uri, name, checkpoint.INDEX)):
+            if storage.exists(storage.join(self.uri, name, index.INDEX)):
                 yield name
 
     def newest(self) -> str | None:
@@ -67,8 +68,8 @@ class CheckpointStore:
         for name in self.names():
             with self.open(name) as folder:
                 try:
-                    checkpoint.verify(folder)
-                except checkpoint.DamagedError as damage:
+                    index.verify(folder, needs=index.FILES)
+                except index.DamagedError as damage:
                     damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
                 else:
                     self._note(damaged, resumed_from=name)
@@ -91,8 +92,12 @@ class CheckpointStore:
             name: Name of the checkpoint.
             loss: Loss since the checkpoint before; None keeps this one out of the choice of the best.
         """
+        self.later(partial(self._store, write, name, loss))
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do work in the thread, after what was begun before; waits for that, and raises its error."""
         self.wait()
-        self._pending = self._thread.submit(self._store, write, name, loss)
+        self._pending = self._thread.submit(work)
 
     def wait(self) -> None:
         """Wait until everything is stored. Raises what went wrong; the checkpoints before are still there."""
@@ -105,7 +110,7 @@ class CheckpointStore:
         with storage.scratch_folder(self.uri) as folder:
             write(folder)
             storage.delete_folder(target)  # the rest of an upload that was cut short
-            storage.publish_folder(folder, target, marker=checkpoint.INDEX)
+            storage.publish_folder(folder, target, marker=index.INDEX)
             if self._best is not None and loss is not None:
                 local = Path(target) if storage.is_local(target) else folder
                 _offer(self._best, local, name=name, loss=loss)
@@ -133,7 +138,7 @@ def _offer(best: str, folder: Path, *, name: str, loss: float) -> None:
         return
     with storage.scratch_folder(best) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        storage.publish_folder(copy, storage.join(best, name), marker=checkpoint.INDEX, replace=True)
+        storage.publish_folder(copy, storage.join(best, name), marker=index.INDEX, replace=True)
     storage.write_text(record, json.dumps({"checkpoint": name, "loss": loss}))
     for other in storage.list_names(best):
         if other not in (name, BEST_RECORD):

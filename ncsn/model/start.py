@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ncsn.config import Config
-from ncsn.core.ema import Ema
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
@@ -23,7 +22,7 @@ def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes 
     """
     found = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
     state.network.load_state_dict(found.weights, strict=False)  # buffers are those of the config
-    state.ema = Ema(state.network, build.ema_profile(config))
+    state.ema, state.second_ema = build.running_averages(config, state.network)
 
 
 def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, classes: Classes | None) -> Transferred:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from ncsn import storage
 from ncsn.config import from_json, to_json
 from ncsn.model.checkpoint import (
-    INDEX,
     TrainedNetwork,
     load_for_sampling,
     load_moments,
@@ -21,6 +20,7 @@ from ncsn.model.checkpoint import (
     plain,
 )
 from ncsn.model.classes import Classes
+from ncsn.model.index import INDEX
 
 TRAINED_CONFIG = "config.json"
 _WEIGHTS, _MOMENTS, _CLASSES = "ema.safetensors", "moments.safetensors", "classes.json"

@@ -40,6 +40,11 @@ class RunFolder:
         return storage.join(self.uri, "checkpoints")
 
     @property
+    def averages(self) -> str:
+        """Folder of the snapshots of two running averages, and of averages put together from them."""
+        return storage.join(self.uri, "ema")
+
+    @property
     def history(self) -> str:
         """The file of the training curves."""
         return storage.join(self.uri, "history.json")

@@ -15,6 +15,7 @@ from ncsn.data.shards import read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
+from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.cards import ModelFacts, model_card
@@ -59,6 +60,7 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
         UserError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
     """
     step = Step.claim("register", config, run, RegisterResult, unit="stages")
+    checkpoint = sampled_checkpoint(checkpoint, config)
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
     loaded = replace(loaded, config=config)

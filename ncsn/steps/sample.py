@@ -22,6 +22,7 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import extractor_name, open_evaluator
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
+from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
 from ncsn.runs.folder import run_folder
@@ -78,6 +79,7 @@ def run(
     """
     faults = parse_faults(inject, step="sample", run_uri=run_folder(config, run).uri)
     step = Step.claim("sample", config, run, SampleResult, unit="images")
+    checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     sampling = config.sampling

@@ -71,6 +71,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             progress=work.progress,
             history=step.folder.history,
             preview=step.folder.preview,
+            averages=step.folder.averages,
             lease=Lease(lease) if lease else None,
             hooks=faults,
             start=start.uri,

@@ -19,6 +19,7 @@ from ncsn.evaluation.reference import device_of
 from ncsn.evaluation.scores import nearest_neighbors
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
+from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.generate import generate, interpolate, level_images
 from ncsn.report.diagnostics import price_note, quality_plot
 from ncsn.report.finished_run import FinishedRun, inpainting, open_run, quality
@@ -76,7 +77,7 @@ def run(
     step = Step.claim("figures", config, run, FiguresResult, unit="images")
     _check(nfe, num_images)
     device = device_of(config)
-    trained = checkpoints.load_for_sampling(checkpoint, device=device)
+    trained = checkpoints.load_for_sampling(sampled_checkpoint(checkpoint, config), device=device)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     out = storage.absolute(out) if out else step.folder.report
     inputs = {

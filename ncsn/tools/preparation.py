@@ -28,6 +28,7 @@ from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
+from ncsn.model.index import INDEX
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
@@ -147,7 +148,7 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
     _require_levels(config, released, file=file)
     state.images_seen = released.num_steps * config.train.batch_size
     uri = storage.join(folder.checkpoints, checkpoint.folder_name(state.images_seen))
-    with storage.staged_folder(uri, marker=checkpoint.INDEX) as staging:
+    with storage.staged_folder(uri, marker=INDEX) as staging:
         checkpoint.save(
             staging,
             config=config,

@@ -189,6 +189,7 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
         metadata = {"images_seen": checkpoint.images_seen, "checkpoint_digest": checkpoint.digest}
+        metadata |= checkpoint.average or {}
         files = {**candidate.files, "model_card.md": candidate.card.encode()}
         write_model(folder, checkpoint, metadata=metadata, files=files, origin=origin)
         client.log_model_artifacts(logged.model_id, str(folder))

@@ -7,18 +7,15 @@ order), so the images of a global batch, their levels and their noise do not dep
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ncsn import storage
 from ncsn.config import Config
@@ -27,7 +24,7 @@ from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
-from ncsn.model import build, checkpoint
+from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import Classes
 from ncsn.model.start import start_from
@@ -35,29 +32,11 @@ from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
+from ncsn.training.compilation import compile_network
 from ncsn.training.context import StepTimer, WorkerContext
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
 from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
-
-
-def compile_network(network: nn.Module, context: WorkerContext) -> None:
-    """Compile the network's forward and backward pass in place; the names of its tensors stay. A collective call.
-
-    Raises:
-        UserError: on every worker, if the machine of one has no compiler.
-    """
-    on_cpu = context.device.type == "cpu"
-    compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
-    lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
-    if context.sum_over_workers(lacks) > 0:
-        raise UserError(
-            "compute.compile",
-            f"needs a compiler on each worker, one of {', '.join(compilers)}",
-            hint="install one, or set it to false",
-            value=True,
-        )
-    network.compile()
 
 
 class DivergedError(UserError):
@@ -84,6 +63,7 @@ class TrainingJob:
     progress: Callable[[int, int], None] | None = None  # called on rank 0 with (images_seen, last_image)
     history: str | None = None  # URI of the file of rank 0's curves
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
+    averages: str | None = None  # URI of the folder of snapshots of two running averages
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
     hooks: LoopHooks = field(default_factory=LoopHooks)
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
@@ -225,6 +205,14 @@ class Training:
             storage.write_bytes(self.job.preview(self.state.images_seen), png)
         sink.log_picture(png, PREVIEW, self.state.images_seen, self.reported)
 
+    def keep_averages(self) -> None:
+        """Store a snapshot of both running averages if it is due, before the checkpoint that implies it."""
+        train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
+        if train.snapshot_every is None or uri is None or self.context.rank != 0:
+            return
+        if seen >= self.job.last_image or _crossed(seen, train.batch_size, train.snapshot_every):
+            self.checkpoints.later(partial(averages.publish, uri, averages.snapshot(self.config, self.state)))
+
     def save_in_time(self) -> None:
         """Publish a checkpoint, once, if a machine is about to be preempted. A collective call."""
         if self.warned or not self.context.preempted():
@@ -293,6 +281,7 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
             training.step()
             seen = training.state.images_seen
             save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
+            training.keep_averages()
             if save or _crossed(seen, train.batch_size, train.report_every_images):
                 training.report(saving=save)
                 if save:

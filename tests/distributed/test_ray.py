@@ -29,7 +29,7 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import _lack, cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
-from ncsn.model.checkpoint import CheckpointError
+from ncsn.model.index import CheckpointError
 from ncsn.report.images import Stages
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob

@@ -20,7 +20,7 @@ from ncsn.distributed.search import DRIVER_MEMORY, Halving, Suggestions, trials_
 from ncsn.distributed.trainer import train_single_worker
 from ncsn.distributed.trials import FAILED, Rung, Scored, SearchPlan, TrialFolder, read_trials, run_trial
 from ncsn.errors import NotFound, UserError
-from ncsn.model.checkpoint import CheckpointError, DamagedError
+from ncsn.model.index import CheckpointError, DamagedError
 from ncsn.training.loop import TrainingJob
 
 SEARCH = "search={num_trials: 4, reduction_factor: 2, first_rung_images: 40, num_samples: 8}"

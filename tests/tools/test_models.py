@@ -14,7 +14,7 @@ from ncsn.config import from_json, from_yaml, to_json, training_settings
 from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
-from ncsn.model import build, checkpoint
+from ncsn.model import build, checkpoint, index
 from ncsn.runs.folder import RUN_PATTERN
 from ncsn.tools import models
 from ncsn.tools.models import ModelSamples, _claim, run_of_images
@@ -44,7 +44,7 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(tmp_path: Path
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    with refused(str(tmp_path / "nowhere"), error=checkpoint.CheckpointError):
+    with refused(str(tmp_path / "nowhere"), error=index.CheckpointError):
         models.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
 

@@ -1,0 +1,219 @@
+"""Snapshots of two running averages, and averages of any width put together from them after training.
+
+    <run>/ema/images-000050000/0.050.safetensors    an average, in float16 where that can hold it
+                               0.100.safetensors
+                               checkpoint.json      checksums; written last
+    <run>/ema/widths/0.075-images-000800000/        a checkpoint to sample from, of that relative width
+
+Buffers are not averaged: they come from the config.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.training import PowerEmaConfig
+from ncsn.core.posthoc import Profile, Reconstruction, exponent_of, reconstruction
+from ncsn.core.training import TrainState
+from ncsn.errors import UserError
+from ncsn.model.checkpoint import FOLDER_NAME, folder_name, images_seen_at
+from ncsn.model.index import INDEX, SAMPLING_FILES, DamagedError, verify, write_index
+
+WIDTHS = "widths"
+MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
+POOR = 0.1  # relative error of a weight profile from which on the average is another one than was asked for
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AverageSnapshot:
+    """Both averages at one moment."""
+
+    name: str  # of the folder
+    files: Mapping[str, Mapping[str, Tensor]]  # by file, on the CPU
+
+
+@dataclass(frozen=True)
+class BuiltAverage:
+    """An average of the weights that was put together after training."""
+
+    uri: str  # a checkpoint to sample from
+    relative_width: float
+    images_seen: int
+    error: float  # relative L2 error of its weight profile
+    coefficients: Mapping[str, float]  # of each snapshot, `<folder>/<file>`
+
+
+def snapshot(config: Config, state: TrainState) -> AverageSnapshot:
+    """Copy both averages, so that training can go on while they are written."""
+    widths = _settings(config, key="train.ema").relative_widths
+    files = {
+        _file(width): {name: _compact(tensor) for name, tensor in ema.weights.items()}
+        for width, ema in zip(widths, state.averages, strict=True)
+    }
+    return AverageSnapshot(folder_name(state.images_seen), files)
+
+
+def publish(uri: str, taken: AverageSnapshot) -> None:
+    """Store a snapshot below the folder `uri`; a resumed training stores the same ones again."""
+    with storage.scratch_folder(uri) as folder:
+        for name, tensors in taken.files.items():
+            save_file(dict(tensors), folder / name)
+        write_index(folder, taken.files)
+        storage.publish_folder(folder, storage.join(uri, taken.name), marker=INDEX, replace=True)
+
+
+def snapshots(uri: str) -> list[int]:
+    """Images seen of the complete snapshots below the folder `uri`, ascending."""
+    found = [name for name in storage.list_names(uri) if FOLDER_NAME.fullmatch(name)]
+    return sorted(images_seen_at(name) for name in found if storage.exists(storage.join(uri, name, INDEX)))
+
+
+def sampled_checkpoint(checkpoint: str, config: Config) -> str:
+    """The checkpoint that the config samples from: the one at the URI, or one with the average of another width.
+
+    Raises:
+        UserError: as `build_average`.
+    """
+    width, key = config.sampling.relative_width, "sampling.relative_width"
+    if width is None:
+        return checkpoint
+    if not checkpoint.rpartition("/")[0].endswith(f"/{WIDTHS}"):
+        return build_average(checkpoint, config, relative_width=width, key=key).uri
+    built = _described(checkpoint)
+    if built.relative_width != width:
+        raise UserError(key, f"{checkpoint} has {built.relative_width:g}", hint="leave one of them out", value=width)
+    return checkpoint
+
+
+def build_average(
+    checkpoint: str, config: Config, *, relative_width: float, at_images: int | None = None, key: str
+) -> BuiltAverage:
+    """Put the average of a relative width together from the snapshots of a run, unless it is there already.
+
+    Args:
+        checkpoint: URI of a checkpoint of the run, which gives everything but the weights.
+        config: Of the run.
+        relative_width: Standard deviation of the weights over time, as a share of the training so far.
+        at_images: When the average ends, by training images; None for the checkpoint's.
+        key: The setting to name in errors.
+
+    Raises:
+        UserError: The run has no snapshots, or none at that many images.
+    """
+    settings = _settings(config, key=key)
+    run, _, name = checkpoint.rpartition("/")
+    seen = at_images or images_seen_at(name)
+    folder = storage.join(run.rpartition("/")[0], "ema")
+    target = storage.join(folder, WIDTHS, f"{relative_width:g}-{folder_name(seen)}")
+    if storage.exists(storage.join(target, INDEX)):
+        return _described(target)
+    times = snapshots(folder)
+    if not times:
+        raise UserError(
+            key, f"there are no snapshots of the averages in {folder}", hint="train with train.ema.kind: power"
+        )
+    if seen not in times:
+        nearest = min(times, key=lambda time: abs(time - seen))
+        raise UserError(key, f"there is no snapshot at {seen:,} images", hint=f"the nearest is at {nearest:,}")
+    stored = list(_whole(folder, [time for time in times if time <= seen], settings.relative_widths))
+    found = reconstruction(
+        [Profile(exponent_of(width), time) for time, width in stored], Profile(exponent_of(relative_width), seen)
+    )
+    if found.error > POOR:
+        _logger.warning(
+            "the snapshots of %s give the relative width %g only to %.0f %%: its weights over time are others",
+            folder, relative_width, 100 * found.error,
+        )  # fmt: skip
+    weights = _combined(folder, stored, found)
+    parts = [f"{folder_name(time)}/{_file(width)}" for time, width in stored]
+    facts = {
+        "relative_width": relative_width,
+        "error": found.error,
+        "coefficients": dict(zip(parts, found.coefficients.tolist(), strict=True)),
+    }
+    _write(target, checkpoint, weights, images_seen=seen, facts=facts)
+    return _described(target)
+
+
+def built_averages(folder: str) -> list[BuiltAverage]:
+    """All averages that were put together below the folder of snapshots, by width and images."""
+    places = [storage.join(folder, WIDTHS, name) for name in storage.list_names(storage.join(folder, WIDTHS))]
+    found = [_described(place) for place in places if storage.exists(storage.join(place, INDEX))]
+    return sorted(found, key=lambda built: (built.relative_width, built.images_seen))
+
+
+def _settings(config: Config, *, key: str) -> PowerEmaConfig:
+    settings = config.train.averaging
+    if not isinstance(settings, PowerEmaConfig):
+        raise UserError(
+            key,
+            f"needs snapshots of two averages, which train.ema.kind = {settings.kind} does not store",
+            hint="train with train.ema.kind: power",
+        )
+    return settings
+
+
+def _file(width: float) -> str:
+    return f"{width:.3f}.safetensors"
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    fits = float(tensor.detach().abs().max()) < MOST_FLOAT16 if tensor.numel() else True
+    kind = torch.float16 if fits else torch.float32
+    return torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
+
+
+def _whole(folder: str, times: Sequence[int], widths: Sequence[float]) -> Iterator[tuple[int, float]]:
+    """Time and width of each stored average; a damaged snapshot is left out, since the others can do without."""
+    for time in times:
+        with storage.local_copy(storage.join(folder, folder_name(time))) as local:
+            try:
+                verify(local, needs=map(_file, widths))
+            except DamagedError as damage:
+                _logger.warning("a snapshot of the averages is left out: %s", damage)
+                continue
+        yield from ((time, width) for width in widths)
+
+
+def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstruction) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for (time, width), coefficient in zip(stored, found.coefficients.tolist(), strict=True):
+        content = storage.read_bytes(storage.join(folder, folder_name(time), _file(width)))
+        for name, tensor in load(content).items():
+            part = coefficient * tensor.double()
+            total[name] = total[name] + part if name in total else part
+    weights = {name: tensor.float() for name, tensor in total.items()}
+    if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
+        raise DamagedError(folder, "a snapshot has weights that are not finite")
+    return weights
+
+
+def _write(
+    target: str, checkpoint: str, weights: Mapping[str, Tensor], *, images_seen: int, facts: Mapping[str, Any]
+) -> None:
+    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as folder:
+        for name in ("moments.safetensors", "config.yaml"):
+            (folder / name).write_bytes((source / name).read_bytes())
+        known = json.loads((source / "state.json").read_text())
+        kept = {name: known[name] for name in ("dataset_digest", "classes") if name in known}
+        (folder / "state.json").write_text(json.dumps({**kept, "images_seen": images_seen, "average": facts}))
+        save_file(dict(weights), folder / "ema.safetensors")
+        write_index(folder, SAMPLING_FILES)
+
+
+def _described(uri: str) -> BuiltAverage:
+    facts = storage.read_json(storage.join(uri, "state.json"))
+    return BuiltAverage(uri=uri, images_seen=facts["images_seen"], **facts["average"])

@@ -1,0 +1,177 @@
+"""Snapshots of two averages, and averages of other widths put together from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from refused import refused
+from safetensors.torch import load_file
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml
+from ncsn.core.ema import Ema, PowerFunction
+from ncsn.core.images import fit_moments
+from ncsn.core.posthoc import exponent_of
+from ncsn.core.training import TrainState
+from ncsn.model import averages, build, checkpoint, index
+from ncsn.model.averages import build_average, sampled_checkpoint
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 800, checkpoint_every_images: 800, report_every_images: 8, ema: {kind: power}}
+sampling: {num_images: 10, sampler: {kind: annealed_langevin, steps_per_level: 1}}
+"""
+MOMENTS = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_components=4)
+KEY = "sampling.relative_width"
+
+
+def walk(state: TrainState, images: int, *averages_: Ema) -> None:
+    """Random steps of the weights, and what follows of the averages."""
+    generator = torch.Generator().manual_seed(state.images_seen)
+    while state.images_seen < images:
+        with torch.no_grad():
+            for parameter in state.network.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        state.images_seen += 4
+        for ema in (*state.averages, *averages_):
+            ema.update(state.network, images_seen=state.images_seen, batch=4)
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return from_yaml(TEXT)
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run with eight snapshots, and the true average of width 0.15."""
+    run, state = tmp_path_factory.mktemp("run"), build.train_state(config)
+    wanted = Ema(state.network, PowerFunction(exponent_of(0.15)))
+    for images in range(100, 801, 100):
+        walk(state, images, wanted)
+        taken = averages.snapshot(config, state)
+        averages.publish(str(run / "ema"), taken)
+    folder = run / "checkpoints" / checkpoint.folder_name(800)
+    folder.mkdir(parents=True)
+    checkpoint.save(folder, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    return folder, wanted.weights
+
+
+def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+def test_snapshots_hold_both_averages_in_half_precision(trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = trained
+    place = str(folder.parents[1] / "ema")
+    assert averages.snapshots(place) == list(range(100, 801, 100))
+    kept = load_file(folder / "ema.safetensors"), load_file(folder / "ema_2.safetensors")
+    for name, exact in zip(("0.050", "0.100"), kept, strict=True):
+        stored = load_file(Path(place) / checkpoint.folder_name(800) / f"{name}.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+        assert all(torch.equal(stored[key], exact[key].half()) for key in exact)
+    assert worst(kept[0], kept[1]) > 0.01
+
+
+def test_weights_that_float16_cannot_hold_stay_in_float32(config: Config) -> None:
+    state = build.train_state(config)
+    name, weight = next(iter(state.ema.weights.items()))
+    weight.view(-1)[0] = 6.1e4
+    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(config, state).files["0.050.safetensors"].items()}
+    assert kinds.pop(name) == torch.float32 and set(kinds.values()) == {torch.float16}
+
+
+def test_an_average_of_another_width_is_near_the_one_that_was_not_stored(
+    config: Config, trained: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    folder, wanted = trained
+    built = build_average(str(folder), config, relative_width=0.15, key=KEY)
+    assert built.error == pytest.approx(0.0331, abs=1e-3) and built.images_seen == 800
+    assert sum(built.coefficients.values()) == pytest.approx(1, abs=1e-9) and len(built.coefficients) == 16
+    loaded = checkpoint.load_for_sampling(built.uri)
+    assert loaded.average is not None and loaded.average["relative_width"] == 0.15
+    assert (loaded.config, loaded.images_seen, loaded.dataset_digest) == (config, 800, "d1")
+    weights = dict(loaded.network.named_parameters())
+    assert worst({name: weights[name] for name in wanted}, wanted) < 0.02
+    assert loaded.digest != checkpoint.load_for_sampling(str(folder)).digest
+    assert build_average(str(folder), config, relative_width=0.15, key=KEY) == built
+    assert [each.relative_width for each in averages.built_averages(str(folder.parents[1] / "ema"))] == [0.15]
+
+
+def test_a_stored_average_comes_back(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = trained
+    built = build_average(str(folder), config, relative_width=0.1, key=KEY)
+    weights = dict(checkpoint.load_for_sampling(built.uri).network.named_parameters())
+    exact = load_file(folder / "ema_2.safetensors")
+    assert all(torch.equal(weights[name].half(), tensor.half()) for name, tensor in exact.items())
+    earlier = build_average(str(folder), config, relative_width=0.1, at_images=300, key=KEY)
+    assert earlier.images_seen == 300 and len(earlier.coefficients) == 6
+
+
+def test_the_config_chooses_the_average(config: Config, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = trained
+    chosen = from_yaml(TEXT, overrides=["sampling.relative_width=0.08"])
+    assert sampled_checkpoint(str(folder), config) == str(folder)
+    uri = sampled_checkpoint(str(folder), chosen)
+    assert uri == sampled_checkpoint(uri, chosen) != str(folder)
+    with refused(KEY):
+        sampled_checkpoint(uri, from_yaml(TEXT, overrides=["sampling.relative_width=0.09"]))
+
+
+def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_path: Path) -> None:
+    state = build.train_state(config)
+    for images in (200, 400, 600, 800):
+        walk(state, images)
+        averages.publish(str(tmp_path / "ema"), averages.snapshot(config, state))
+    folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
+    folder.mkdir(parents=True)
+    checkpoint.save(folder, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    storage.delete_folder(str(tmp_path / "ema" / checkpoint.folder_name(200)))
+    (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
+    built = build_average(str(folder), config, relative_width=0.06, key=KEY)
+    assert len(built.coefficients) == 4 and sum(built.coefficients.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_what_cannot_be_built_is_refused(
+    config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = trained
+    with refused(KEY):
+        build_average(str(folder), config, relative_width=0.1, at_images=250, key=KEY)
+    with refused(KEY):
+        build_average(str(tmp_path / "checkpoints" / "images-000000800"), config, relative_width=0.1, key=KEY)
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
+    with refused("--relative-width"):
+        build_average(str(folder), plain, relative_width=0.1, key="--relative-width")
+    with refused(KEY):
+        from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema=null"])
+    for widths, key in (("[0.05, 0.055]", ""), ("[0.05, 0.3]", ".1"), ("[0.05]", ".1")):
+        with refused(f"train.ema.relative_widths{key}"):
+            from_yaml(TEXT, overrides=[f"train.ema={{kind: power, relative_widths: {widths}}}"])
+
+
+def test_a_checkpoint_of_version_1_is_read(config: Config, tmp_path: Path) -> None:
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
+    state = build.train_state(plain)
+    checkpoint.save(tmp_path, config=plain, state=state, moments=MOMENTS, dataset_digest="d1")
+    written = json.loads((tmp_path / index.INDEX).read_text())
+    assert written["version"] == 2 and "ema_2.safetensors" not in written["sha256"]
+    (tmp_path / index.INDEX).write_text(json.dumps(written | {"version": 1}))
+    checkpoint.load(tmp_path, config=plain, state=build.train_state(plain), dataset_digest="d1")
+    assert checkpoint.load_for_sampling(str(tmp_path)).average is None
+
+
+def test_a_checkpoint_without_the_second_average_is_damaged(
+    config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    state = build.train_state(config)
+    checkpoint.save(tmp_path, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")
+    (tmp_path / index.SECOND_EMA).unlink()
+    with refused(str(tmp_path), error=index.DamagedError):
+        checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")
