@@ -62,7 +62,7 @@ def run_step(
         # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.{'steps' if step in CATALOGUE else 'tools'}.{step}")
+            module = importlib.import_module(f"ncsn.{'steps' if step in CATALOGUE else 'tools.finished'}.{step}")
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # the cluster may retry a job whose launcher is gone
                     Lease(lease).require("nothing was started")

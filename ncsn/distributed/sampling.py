@@ -155,21 +155,37 @@ def _watch_levels(shard: Shard, on_levels: W) -> W:
     return on_levels
 
 
-def score_samples(
-    config: Config, samplings: Sequence[SamplingConfig], *, checkpoint: str, dataset: str, num_images: int
-) -> list[float | None]:
-    """Frechet distance of `num_images` samples by each sampler; None if an image is not finite.
+@dataclass(frozen=True)
+class Candidate:
+    """What makes samples that are scored and not kept."""
 
-    As many tasks run at a time as training has workers, so that no more than its resources are taken.
+    checkpoint: str  # URI of a checkpoint, or of the files of a registered model
+    sampling: SamplingConfig
+
+
+def score_samples(
+    config: Config,
+    candidates: Sequence[Candidate],
+    *,
+    dataset: str,
+    num_images: int,
+    on_scored: Callable[[int], None] | None = None,
+) -> list[float | None]:
+    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite.
+
+    As many tasks run at a time as training has workers, so that no more than its resources are taken. `on_scored` is
+    called with the number of images of each task that is done.
     """
     compute = config.compute
     evaluator = open_evaluator(config, dataset, runner=runner_of(compute))
-    found: list[dict[int, Features]] = [{} for _ in samplings]
+    found: list[dict[int, Features]] = [{} for _ in candidates]
     broken: set[int] = set()
     parts = (
         (index, shard)
-        for index, sampling in enumerate(samplings)
-        for shard in _cut(Shard(config, sampling, checkpoint, "", 0, sampling.batch_size, dataset), [(0, num_images)])
+        for index, each in enumerate(candidates)
+        for shard in _cut(
+            Shard(config, each.sampling, each.checkpoint, "", 0, each.sampling.batch_size, dataset), [(0, num_images)]
+        )
         if index not in broken  # asked when a task begins
     )
     for (index, shard), features in run_tasks(
@@ -179,6 +195,8 @@ def score_samples(
             broken.add(index)
         else:
             found[index][shard.first] = features
+        if on_scored is not None:
+            on_scored(shard.count)
     return [
         None if index in broken else evaluator.distance(_in_order(features)) for index, features in enumerate(found)
     ]

@@ -31,7 +31,7 @@ from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
-from ncsn.distributed.sampling import score_samples
+from ncsn.distributed.sampling import Candidate, score_samples
 from ncsn.errors import NotFound, UserError
 from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.model.generate import evaluations_per_image, with_evaluations
@@ -256,10 +256,10 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     samplings = plan.samplings(values)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)
     outcome = _train(plan, values, folder, checkpoints, images)
+    checkpoint = storage.join(checkpoints, outcome.checkpoint)
     found = score_samples(
         plan.config,
-        samplings,
-        checkpoint=storage.join(checkpoints, outcome.checkpoint),
+        [Candidate(checkpoint, sampling) for sampling in samplings],
         dataset=plan.dataset,
         num_images=search.num_samples,
     )

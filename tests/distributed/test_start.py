@@ -133,11 +133,11 @@ def test_going_on_with_the_same_images_keeps_the_held_out_loss(
     settings = (
         "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 18, training: {kind: lognormal, mean: -1.37}}",
         "loss={kind: dsm, weighting: edm}",
-        "network={kind: unet, widths: [32, 32], blocks_per_resolution: 1, embedding_features: 32, sigma_data: 0.42}",
+        "network={kind: unet, widths: [16], blocks_per_resolution: 1, embedding_features: 16, sigma_data: 0.42}",
         "data.horizontal_flip=false",
         "optimizer={learning_rate: 2.0e-3}",
-        "train={batch_size: 64, num_images: 100000, ema: {kind: half_life, images: 500000}, "
-        "checkpoint_every_images: 50000, report_every_images: 50000}",
+        "train={batch_size: 64, num_images: 60000, ema: {kind: half_life, images: 500000}, "
+        "checkpoint_every_images: 60000, report_every_images: 60000}",
         f"storage.root={tmp_path}",
     )
     first = TrainingJob(from_yaml(tiny, overrides=settings), dataset, history=str(tmp_path / "first.json"))

@@ -28,7 +28,7 @@ from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.folder import claim_run
 from ncsn.runs.loss_names import level_names
 from ncsn.runs.records import load_history
-from ncsn.tools import figures as step
+from ncsn.tools.finished import figures as step
 from ncsn.training.loop import TrainingJob
 
 EXPERIMENT = """
