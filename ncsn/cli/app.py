@@ -9,10 +9,12 @@ import click
 
 from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.commands import (
+    ema_command,
     figures_command,
     import_checkpoint_command,
     init_command,
     plan_command,
+    select_command,
     suggest_noise_command,
     toy_command,
 )
@@ -151,6 +153,8 @@ for _command in (
     plan_command,
     suggest_noise_command,
     import_checkpoint_command,
+    select_command,
+    ema_command,
     figures_command,
     toy_command,
     submit_command,

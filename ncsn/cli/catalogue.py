@@ -30,6 +30,7 @@ class StepInfo:
     on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if an option of that name is given
     leased: bool = False  # may run on another machine, under its launcher's lease
     faults: bool = False  # takes --inject
+    package: str = "steps"  # of the module with its name
 
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
@@ -71,8 +72,19 @@ CATALOGUE: Mapping[str, StepInfo] = {
 # Steps, and commands that run like a step on a finished run.
 STEP_INFO: Mapping[str, StepInfo] = {
     **CATALOGUE,
+    "select": StepInfo(
+        "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
+        inputs={"dataset": _DATASET},
+        leased=True,
+    ),
+    "ema": StepInfo(
+        "Put averages of the weights of other widths together, from the snapshots of train.ema.kind: power.",
+        inputs={"checkpoint": _CHECKPOINT},
+        package="tools.finished",
+    ),
     "figures": StepInfo(
         "Draw figures of a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
         inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
+        package="tools.finished",
     ),
 }

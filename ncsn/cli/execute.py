@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import click
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.cli.catalogue import CATALOGUE, CHECKPOINTED
+from ncsn.cli.catalogue import CHECKPOINTED, STEP_INFO
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
 from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.supervisor import Supervisor
@@ -48,6 +49,14 @@ def run_step(
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Run one step in this process and print its result; `settings` are its other arguments."""
+    values = perform_step(step, target, given=given, settings=settings)
+    click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
+
+
+def perform_step(
+    step: str, target: Target, *, given: Mapping[str, str | None], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run one step in this process; the plain values of its result."""
     folder = run_folder(target.config, target.run)
     settings = settings or {}
     _require_valid(step, target.config, settings, run_uri=folder.uri)
@@ -62,14 +71,33 @@ def run_step(
         # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.{'steps' if step in CATALOGUE else 'tools.finished'}.{step}")
+            module = importlib.import_module(f"ncsn.{STEP_INFO[step].package}.{step}")
             with _interruption_by_ray(), recorded(target.config, target.run, step):
                 if lease:  # the cluster may retry a job whose launcher is gone
                     Lease(lease).require("nothing was started")
                 require_same_python()
                 result = module.run(target.config, run=target.run, **inputs, **leased, **settings)
-    values = dataclasses.asdict(result)
-    click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
+    values: dict[str, Any] = dataclasses.asdict(result)
+    return values
+
+
+def select_best(target: Target, *, given: Mapping[str, str | None], as_json: bool, only_choose: bool) -> None:
+    """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless `only_choose`."""
+    found = {"select": perform_step("select", target, given=given)}
+    if not as_json:
+        click.echo(describe_result("select", found["select"]))
+    if not only_choose:
+        sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
+        chosen = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
+        inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
+        for step, name in (("sample", "samples"), ("evaluate", "evaluation"), ("register", ""), ("report", "")):
+            found[step] = perform_step(step, chosen, given=inputs)
+            if name:
+                inputs[name] = found[step]["uri"]
+            if not as_json:
+                click.echo(describe_result(step, found[step]))
+    if as_json:
+        click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
 
 
 def _require_valid(step: str, config: Config, settings: Mapping[str, Any], *, run_uri: str) -> None:

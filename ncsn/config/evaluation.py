@@ -93,3 +93,24 @@ class EvaluationConfig(Section):
                 value=self.weights_sha256,
             )
         return self
+
+
+class SelectConfig(Section):
+    """How `ncsn select` chooses among the checkpoints of a run."""
+
+    num_images: int = Field(1000, ge=2, description="Samples of each candidate, all from the same noise.")
+    figure: Literal["fid", "kid"] = Field(
+        "fid",
+        description="What decides: fid = the Frechet distance, as in the paper of 2019; kid = the kernel distance, "
+        "which does not favor candidates of little diversity where samples are few.",
+    )
+    seed: int = Field(
+        1,
+        ge=0,
+        lt=2**63,
+        description="Seed of the candidates' samples. Use another one than sampling.seed, so that the final metrics "
+        "are of samples that the choice has not seen.",
+    )
+    keep: int = Field(
+        3, ge=1, description="Copy the EMA weights of the best candidates, so many, to the run's folder selected/."
+    )

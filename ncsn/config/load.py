@@ -112,6 +112,7 @@ _NOT_DECIDING = (
     "train.report_every_images",
     "train.keep_checkpoints",
     "train.keep_best",
+    "train.keep_every_images",
     "train.ema.keep_every_images",
 )
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
-from ncsn.config.evaluation import EvaluationConfig
+from ncsn.config.evaluation import EvaluationConfig, SelectConfig
 from ncsn.config.guidance import GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
@@ -289,6 +289,8 @@ class TrackingConfig(Section):
 class Config(Section):
     """One complete experiment."""
 
+    ADDED: ClassVar[frozenset[str]] = frozenset({"select"})
+
     name: str = Field(description="Name of the experiment: lower-case letters, digits, '-' and '_'.")
     seed: int = Field(
         0, ge=0, lt=2**63, description="Seed of the weights, the order of images, the noise and the levels."
@@ -301,6 +303,7 @@ class Config(Section):
     train: TrainConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    select: SelectConfig = SelectConfig()
     search: SearchConfig | None = Field(None, description="A search for better settings; null = none.")
     compute: ComputeConfig = ComputeConfig()
     storage: StorageConfig = StorageConfig()

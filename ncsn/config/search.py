@@ -23,6 +23,7 @@ _BUT = (
     "train.report_every_images",
     "train.keep_checkpoints",
     "train.keep_best",
+    "train.keep_every_images",
     "train.ema.keep_every_images",
     "sampling.sampler.steps_per_level",
     "sampling.sampler.num_steps",

@@ -32,8 +32,8 @@ class OptimizerConfig(Section):
 
 SNAPSHOTS = 16  # of the averages over a training
 ALIKE = 0.01  # least difference of two relative widths
-# 1 / sqrt(12), of the plain mean, is the widest.
-Width = Annotated[float, Field(gt=0, le=0.2886)]
+WIDEST = 0.2886  # relative width of the plain mean, 1 / sqrt(12), rounded down
+Width = Annotated[float, Field(gt=0, le=WIDEST)]
 
 
 class DecayEmaConfig(Section):
@@ -108,7 +108,7 @@ EmaConfig = Annotated[EmaSettings, Field(discriminator="kind")]
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "init_from", "label_dropout", "trainable"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "init_from", "label_dropout", "trainable", "keep_every_images"})
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
@@ -150,7 +150,16 @@ class TrainConfig(Section):
         ge=1, description="Training images between checkpoints; the last one is at the end."
     )
     report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
-    keep_checkpoints: int = Field(3, ge=1, description="How many of the latest checkpoints to keep.")
+    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        3,
+        description="How many of the latest checkpoints to keep; all = of the older ones what images need: the EMA.",
+    )
+    keep_every_images: int | None = Field(
+        None,
+        ge=1,
+        description="Of the older checkpoints, keep the first one after each so many training images, with what images "
+        "need: the EMA; for `ncsn select`. null = none.",
+    )
     keep_best: bool = Field(
         True,
         description="Also keep a copy of the checkpoint with the lowest loss, in the run's folder best/. It does not "

@@ -6,7 +6,7 @@ second call makes only the ranges that are missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, TypeVar
@@ -163,21 +163,20 @@ class Candidate:
     sampling: SamplingConfig
 
 
-def score_samples(
+def sample_features(
     config: Config,
     candidates: Sequence[Candidate],
     *,
     dataset: str,
     num_images: int,
-    on_scored: Callable[[int], None] | None = None,
-) -> list[float | None]:
-    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite.
+    on_images: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Features | None]]:
+    """Number of a candidate, and the features [N, D] of `num_images` of its samples; None if one is not finite.
 
-    As many tasks run at a time as training has workers, so that no more than its resources are taken. `on_scored` is
-    called with the number of images of each task that is done.
+    They come as they are done. As many tasks run at a time as training has workers, so that no more than its resources
+    are taken. `on_images` is called with the number of images of each task that is done.
     """
     compute = config.compute
-    evaluator = open_evaluator(config, dataset, runner=runner_of(compute))
     found: list[dict[int, Features]] = [{} for _ in candidates]
     broken: set[int] = set()
     parts = (
@@ -191,19 +190,39 @@ def score_samples(
     for (index, shard), features in run_tasks(
         _score_shard, parts, cpus=compute.cpus_per_worker, gpu=compute.use_gpu, in_flight=compute.max_workers
     ):
+        if on_images is not None:
+            on_images(shard.count)
+        if index in broken:
+            continue
         if features is None:
             broken.add(index)
-        else:
-            found[index][shard.first] = features
-        if on_scored is not None:
-            on_scored(shard.count)
-    return [
-        None if index in broken else evaluator.distance(_in_order(features)) for index, features in enumerate(found)
-    ]
+            yield index, None
+            continue
+        found[index][shard.first] = features
+        if sum(map(len, found[index].values())) == num_images:
+            yield index, np.concatenate([part for _, part in sorted(found[index].items())])
+            found[index] = {}
 
 
-def _in_order(features: dict[int, Features]) -> Features:
-    return np.concatenate([features[first] for first in sorted(features)])
+def score_samples(
+    config: Config,
+    candidates: Sequence[Candidate],
+    *,
+    dataset: str,
+    num_images: int,
+    on_scored: Callable[[int], None] | None = None,
+) -> list[float | None]:
+    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite.
+
+    `on_scored` is called with the number of images of each task that is done.
+    """
+    evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
+    distances: list[float | None] = [None] * len(candidates)
+    for index, features in sample_features(
+        config, candidates, dataset=dataset, num_images=num_images, on_images=on_scored
+    ):
+        distances[index] = None if features is None else evaluator.distance(features)
+    return distances
 
 
 def _score_shard(part: tuple[int, Shard]) -> Features | None:

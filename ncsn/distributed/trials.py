@@ -195,7 +195,7 @@ class SearchPlan:
         """
         changed = variant(self.config, values)
         # Samples score the latest checkpoint, so the best by loss is not kept.
-        train = changed.train.model_copy(update={"keep_checkpoints": 1, "keep_best": False})
+        train = changed.train.model_copy(update={"keep_checkpoints": 1, "keep_every_images": None, "keep_best": False})
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:

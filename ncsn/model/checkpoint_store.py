@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -28,6 +28,7 @@ from ncsn.model import checkpoint, index
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 BEST_RECORD = "best.json"
+NEWEST = 3  # of the checkpoints that stay whole where all are kept
 
 _logger = logging.getLogger(__name__)
 
@@ -37,14 +38,18 @@ class CheckpointStore:
 
     Args:
         uri: Folder of the checkpoints.
-        keep: How many of the newest stay, or None for all.
+        keep: How many of the newest stay whole, or None for all.
+        thin_every: Of the older ones, the first after each so many training images keeps what images need; None for
+            none.
         best: Folder that keeps a copy of the one with the least loss, or None.
     """
 
-    def __init__(self, uri: str, *, keep: int | None = None, best: str | None = None) -> None:
+    def __init__(
+        self, uri: str, *, keep: int | None = None, thin_every: int | None = None, best: str | None = None
+    ) -> None:
         self.uri = uri
         self.notes: list[str] = []  # about damaged checkpoints, for people
-        self._keep, self._best = keep, best
+        self._keep, self._thin_every, self._best = keep, thin_every, best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -68,6 +73,8 @@ class CheckpointStore:
         for name in self.names():
             with self.open(name) as folder:
                 try:
+                    if not index.resumable(folder):
+                        continue
                     index.verify(folder, needs=index.FILES)
                 except index.DamagedError as damage:
                     damaged.append(f"checkpoint {name} is damaged ({damage.reason})")
@@ -117,9 +124,20 @@ class CheckpointStore:
         if self._keep is not None:
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
-            for old in folders[: folders.index(name)]:
-                if old not in kept:
-                    storage.delete_folder(storage.join(self.uri, old))
+            self._reduce([old for old in folders[: folders.index(name)] if old not in kept])
+
+    def _reduce(self, names: Sequence[str]) -> None:
+        """Thin or delete these checkpoints, the oldest first."""
+        last = -1  # the number of the last stretch of `thin_every` images that has a checkpoint
+        for name in names:
+            uri = storage.join(self.uri, name)
+            stretch = last if self._thin_every is None else checkpoint.images_seen_at(name) // self._thin_every
+            if stretch > max(last, 0) and storage.exists(storage.join(uri, index.INDEX)):
+                last = stretch
+                if storage.exists(storage.join(uri, "optimizer.safetensors")):
+                    index.thin(uri)
+            else:
+                storage.delete_folder(uri)
 
     def _folders(self) -> list[str]:
         found = [name for name in storage.list_names(self.uri) if checkpoint.FOLDER_NAME.fullmatch(name)]

@@ -34,7 +34,7 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
     need += 0.0 if step == "evaluate" else _network(config, step)
-    need += _evaluation(config, reference_images) if step in ("evaluate", "tune") else 0.0
+    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune") else 0.0
     whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 
@@ -66,7 +66,7 @@ def _network(config: Config, step: str) -> float:
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
-    return {"sample": sampling, "train": training}.get(step, max(sampling, training))
+    return {"sample": sampling, "select": sampling, "train": training}.get(step, max(sampling, training))
 
 
 def _evaluation(config: Config, reference_images: int) -> float:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.config.noise import LognormalTraining
 from ncsn.config.training import ema_setting
+from ncsn.report.words import few_samples, read_figures
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
 
+MOST_CANDIDATES = 5
 INTENDED = (
     "For studying and demonstrating score-based generative models, and for synthetic images that resemble the dataset "
     "and are labeled as synthetic. Not for decisions about real things or people, and not a replacement for the "
@@ -42,6 +44,7 @@ class ModelFacts:
     cost: str = ""
     pictures: Mapping[str, str] | None = None  # description -> file next to the card
     warnings: Sequence[str] = ()  # signs of overfitting
+    selection: Mapping[str, Any] | None = None  # result of the step that chose the checkpoint among others
 
 
 def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
@@ -60,6 +63,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         _table(("", ""), _settings(facts, config)),
         "## Scores",
         _scores(evaluation, num_splits=config.evaluation.num_splits),
+        *_selection(facts.selection),
         "## Limits",
         "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
         "## License",
@@ -70,6 +74,19 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         f'images = model.predict(None, params={{"n_images": 16, "seed": 1}})  # uint8 [16, H, W, C]\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _selection(result: Mapping[str, Any] | None) -> list[str]:
+    """How the checkpoint was chosen: the best candidates, and what that says."""
+    if result is None:
+        return []
+    rows, more = candidate_rows(result["candidates"], most=MOST_CANDIDATES)
+    return [
+        "## Choice of the checkpoint",
+        _table(("images seen", "relative width", f"`{result['figure']}`", "weights"), rows),
+        f"The best of {len(rows) + more} candidates by this metric, which is therefore too good; the scores above are "
+        f"of other samples. {few_samples(read_figures({result['figure']: result['value']}).popitem()[1].num_images)}",
+    ]
 
 
 def _data(manifest: Manifest) -> str:
@@ -121,6 +138,21 @@ def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:
     ]
     notes = "".join(f"\n- {note}" for note in (*evaluation["notes"], f"fingerprint `{evaluation['fingerprint']}`"))
     return f"{_table(('metric', 'this model', '95 % interval', 'real test images'), rows)}\n{notes}"
+
+
+def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tuple[list[tuple[str, ...]], int]:
+    """Images seen, relative width, value and digest of the best candidates, and how many more there are."""
+    ranked = sorted(candidates, key=lambda row: (row["value"] is None, row["value"] or 0.0, row["images_seen"]))
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{row['images_seen']:,}",
+            "" if row["relative_width"] is None else f"{row['relative_width']:g}",
+            "not finite" if row["value"] is None else f"{row['value']:.4g}",
+            row["digest"],
+        )
+        for row in ranked[:most]
+    ]
+    return rows, len(ranked) - len(rows)
 
 
 def _interval(metrics: Mapping[str, float], name: str, num_splits: int) -> str:

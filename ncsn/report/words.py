@@ -281,11 +281,35 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
         case "register":
             aliases = ", ".join(result["aliases"]) or "no alias"
             return f"{result['model']} version {result['version']} ({aliases})"
-        case "figures":
-            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
         case "report":
             return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
+    return _line_of_command(step, result)
+
+
+def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
+    match step:
+        case "select":
+            best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
+            return f"{best}, the best of {len(result['candidates'])}"
+        case "ema":
+            return f"{len(result['checkpoints'])} averages"
+        case "figures":
+            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
     raise AssertionError(step)
+
+
+ENOUGH_IMAGES = 10_000  # for a Frechet distance to compare models of different diversity
+
+
+def few_samples(num_images: int) -> str:
+    """What a Frechet distance of so few samples cannot compare, in a sentence; empty if they are enough."""
+    if num_images >= ENOUGH_IMAGES:
+        return ""
+    return (
+        f"The Fréchet distance of {num_images:,} samples favors models of little diversity. It may rank checkpoints of "
+        "one run, but not what changes diversity: guidance, churn, the length of the EMA, or extrapolated weights. "
+        f"For these use {ENOUGH_IMAGES:,} samples or more, the kernel distance, or evaluation.extrapolate."
+    )
 
 
 # The other tags are versions of packages, or for MLflow alone.

@@ -17,7 +17,7 @@ from ncsn.runs.folder import STEPS, RunFolder, run_folder
 from ncsn.runs.records import read_result, spent_seconds
 
 PLAN = "plan.json"  # in the folder of its run
-STEPS_BY_WORKERS = ("train", "sample", "evaluate")  # they reserve all workers, other steps one
+STEPS_BY_WORKERS = ("train", "select", "sample", "evaluate")  # they reserve all workers, other steps one
 
 
 @dataclass(frozen=True)

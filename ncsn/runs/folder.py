@@ -74,6 +74,16 @@ class RunFolder:
         return storage.join(self.uri, "evaluation")
 
     @property
+    def selection(self) -> str:
+        """Folder of the scores of checkpoints and the choice among them."""
+        return storage.join(self.uri, "selection")
+
+    @property
+    def selected(self) -> str:
+        """Folder of copies of the checkpoints that were chosen."""
+        return storage.join(self.uri, "selected")
+
+    @property
     def search(self) -> str:
         """Folder of a search and its result."""
         return storage.join(self.uri, "search")

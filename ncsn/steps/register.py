@@ -25,7 +25,7 @@ from ncsn.report.words import cost_line, read_figures
 from ncsn.runs.costs import account
 from ncsn.runs.folder import run_folder
 from ncsn.runs.held_out import held_out_curves
-from ncsn.runs.records import load_history
+from ncsn.runs.records import load_history, read_result
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
@@ -134,6 +134,7 @@ def _candidate(
         cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
         warnings=_warnings(measured, loaded.config, run),
+        selection=selection_of(loaded.config, run, checkpoint),
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
     tracked.log_text(card, "model_card.md")
@@ -173,6 +174,12 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
 def copies_beyond_chance(measured: Mapping[str, Any]) -> str:
     """Numbers of the samples that copy training images, if an evaluation has more than chance explains; else empty."""
     return Memorization(**measured["memorisation"]).objection if "memorisation" in measured else ""
+
+
+def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:
+    """The result of `ncsn select`, if it chose this checkpoint; None else."""
+    record = read_result(run_folder(config, run), "select")
+    return record.result if record is not None and record.result["checkpoint"] == checkpoint else None
 
 
 def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str]:

@@ -25,13 +25,14 @@ from ncsn.report.held_out import copying_hints, held_out_section
 from ncsn.report.html import look, render
 from ncsn.report.images import film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
+from ncsn.report.selection import selection_section
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.held_out import held_out_curves
 from ncsn.runs.loss_names import loss_names, loss_unit
 from ncsn.runs.records import StepRecord, load_history, read_result, read_results
-from ncsn.steps.register import copies_beyond_chance
+from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
@@ -71,6 +72,8 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         "figures": _digest(storage.join(step.folder.report, FIGURES)),
         "look": look(),
     }
+    if (selection := read_result(step.folder, "select")) is not None:
+        inputs["selection"] = selection.finished_at
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     with step.work(config) as work:
@@ -218,6 +221,8 @@ def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
 
 def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
     yield from _made_sections(sources, progress)
+    if (chosen := selection_of(sources.config, sources.folder.run, sources.samples["checkpoint"])) is not None:
+        yield selection_section(chosen)
     if (search := _search(sources.folder)) is not None:
         yield search
     history, config = load_history(sources.folder.history), sources.config

@@ -24,6 +24,7 @@ from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, trai
 from ncsn.evaluation.extractors import Extractor, Images
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
 from ncsn.model import build
+from ncsn.model.checkpoint_store import NEWEST
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes, worker_memory
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
@@ -144,9 +145,7 @@ def _storage(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
     images = counts.train_images + counts.test_images
     sizes = {
         "dataset_gb": images * rates.dataset_image_bytes / GIGABYTE,
-        "checkpoints_gb": (min(config.train.keep_checkpoints, num_checkpoints(config)) + config.train.keep_best)
-        * rates.checkpoint_bytes
-        / GIGABYTE,
+        "checkpoints_gb": _checkpoints(config) * rates.checkpoint_bytes / GIGABYTE,
         "samples_gb": config.sampling.num_images * rates.sample_bytes / GIGABYTE,
     }
     return sizes | {
@@ -194,6 +193,21 @@ def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
         "worker_gb": (_STATE_BYTES * parameters + maps) / GIGABYTE,
         "prices": asdict(prices),
     }
+
+
+# Of the bytes of a checkpoint: the EMA, next to the weights and Adam's two moments.
+_THIN = 0.25
+
+
+def _checkpoints(config: Config) -> float:
+    """Checkpoints that the store keeps, those with the EMA alone by their share."""
+    train, made = config.train, num_checkpoints(config)
+    whole = min(NEWEST if train.keep_checkpoints == "all" else train.keep_checkpoints, made)
+    if train.keep_checkpoints == "all":
+        thin = made - whole
+    else:
+        thin = min(made - whole, train.num_images // train.keep_every_images) if train.keep_every_images else 0
+    return whole + train.keep_best + thin * _THIN
 
 
 _TILED_BYTES = 1 << 28

@@ -52,9 +52,10 @@ FIRST_STEP = "ingest"
 PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
 # Sections that a step does not use.
 UNUSED_SECTIONS = {
-    "ingest": ("search", "sampling", "evaluation"),
-    "tune": (),
-    "train": ("search", "sampling", "evaluation"),
+    "ingest": ("search", "select", "sampling", "evaluation"),
+    "tune": ("select",),
+    "train": ("search", "select", "sampling", "evaluation"),
+    "select": ("search",),
 }
 OUTAGE_SECONDS = 60.0  # how long later steps wait for a server that the first one has reached
 # Retries, and seconds for each, at the end of a step, before the rest is left to the next command.
@@ -306,7 +307,7 @@ def _child(connection: Connection, parent: Run, config: Config, folder: RunFolde
 
 def _result_digest(config: Config, step: str) -> str:
     """Digest of what can change a result: other settings are another run, another machine is not."""
-    sections = config.model_dump(mode="json", exclude={*PLACES, *UNUSED_SECTIONS.get(step, ("search",))})
+    sections = config.model_dump(mode="json", exclude={*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))})
     return storage.digest(sections, 16)
 
 

@@ -113,3 +113,21 @@ def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
     assert page.startswith("# mine: FAILED\n\n> train: a &lt;b>bad&lt;/b> thing\n> second line\n")
     assert "| train | failed \\| late |" in page
     assert page.endswith("- The gate: better\n")
+
+
+def test_a_chosen_checkpoint_is_shown_among_the_best_candidates() -> None:
+    rows = [
+        {"images_seen": 1000 * i, "relative_width": None, "value": abs(i - 4) + 0.5, "digest": f"{i:016d}"}
+        for i in range(9)
+    ]
+    rows.append({"images_seen": 1, "relative_width": 0.1, "value": None, "digest": "x"})
+    selection = {"candidates": rows, "figure": "eval/classifier_fid_n1000", "value": 0.5}
+    facts = ModelFacts("m", "r", "0000000000000004", 4000, 10, 3, selection=selection)
+    card = model_card(facts, config=from_yaml(CONFIG), manifest=MANIFEST, evaluation=EVALUATION)
+    assert len(card) <= DESCRIPTION_LENGTH
+    table = card.partition("## Choice")[2].partition("## Limits")[0]
+    assert [f"| {1000 * i:,} |" in table for i in range(9)] == [i in (2, 3, 4, 5, 6) for i in range(9)]
+    assert "10 candidates" in table and "10,000 samples" in table
+    assert "## Choice" not in model_card(
+        replace(facts, selection=None), config=from_yaml(CONFIG), manifest=MANIFEST, evaluation=EVALUATION
+    )

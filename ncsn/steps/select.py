@@ -1,0 +1,194 @@
+"""After training, if asked: which checkpoint generates the best images, by the samples of each (Song & Ermon 2019).
+
+The samples of all candidates come from the same noise, so their differences are surer than their values. Each score is
+stored as it is known, so that a second call continues an interrupted one.
+
+    <run>/selection/<how>/<weights>.json    a score
+    <run>/selection/candidates.json         all of them and the choice
+    <run>/selected/images-000050000/        copies of the best ones, to sample from
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.training import WIDEST
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.distributed.cluster import cluster_for, ray_tags
+from ncsn.distributed.sampling import Candidate, sample_features
+from ncsn.distributed.tasks import runner_of
+from ncsn.errors import NotFound, UserError
+from ncsn.evaluation.measure import metric_name
+from ncsn.evaluation.reference import SEED, Evaluator, evaluation_of, open_evaluator
+from ncsn.evaluation.scores import kernel_distance
+from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
+from ncsn.report.selection import selection_png
+from ncsn.report.words import few_samples
+from ncsn.runs.folder import RunFolder
+from ncsn.runs.records import while_leased
+from ncsn.steps.step import Step
+from ncsn.storage.heartbeat import Lease
+from ncsn.tracking.candidates import log_candidates
+
+LEAST_OF_A_PARABOLA = 5  # points
+
+
+@dataclass(frozen=True)
+class SelectResult:
+    """The choice among the checkpoints of a run."""
+
+    uri: str  # JSON file with all candidates
+    plot: str  # URI of a PNG file
+    checkpoint: str  # URI of a copy of the best candidate, to sample from
+    figure: str  # the metric that was minimized, with extractor and number of samples
+    value: float  # of the best candidate
+    images_seen: int  # by the best candidate
+    relative_width: float | None  # of its average, if it was put together after training
+    candidates: list[dict[str, Any]]  # rows: checkpoint, weights, images_seen, relative_width, value (None: not finite)
+    kept: list[str]  # URIs of copies of the best ones, the best first
+    notes: list[str] = field(default_factory=list)  # for people
+
+
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> SelectResult:
+    """Score every checkpoint of the run, and every average that `ncsn ema` put together, by a few samples.
+
+    Args:
+        config: The experiment; its section select decides how.
+        run: Name of the run.
+        dataset: URI of the ingested dataset.
+        lease: URI of the launcher's heartbeat. When it stops, the step ends; the scores that are known stay.
+
+    Raises:
+        NotFound: The run has no checkpoint.
+        LeaseExpired: The launcher is gone.
+        RemoteFailure: The step failed on the cluster of `compute.backend`.
+        UserError: The run belongs to another config, or no candidate gives finite images.
+    """
+    step = Step.claim("select", config, run, SelectResult, unit="candidates")
+    manifest = load_manifest(dataset)
+    config = step.settle_noise(config, manifest)
+    found = find_weights(step.folder.uri)
+    if not found:
+        raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
+    inputs = {
+        "weights": [each.digest for each in found],
+        "scored": _scored_by(config, manifest),
+        "keep": config.select.keep,
+    }
+    if result := step.found(inputs, needs=lambda result: [result.uri, result.plot, *result.kept]):
+        return result
+    if result := step.dispatched(config, {"dataset": dataset}):
+        return result
+    tasks = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
+    with step.work(config) as work, cluster_for(config, tasks=tasks, metadata=work.job_metadata()):
+        work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
+        evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
+        progress = while_leased(work.progress, lease, kept="{done} of {total} candidates are scored and stay")
+        if lease:
+            Lease(lease).require("nothing was started")
+        values = {}
+        for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):
+            values[weights.digest] = value
+            progress(len(values), len(found))
+        result = conclude(config, found, values, folder=step.folder, extractor=evaluator.extractor.name)
+        log_candidates(work.tracked, config.registered_model, result.candidates, figure=result.figure)
+        work.tracked.log_metrics({result.figure: result.value}, result.images_seen)
+        for uri in (result.uri, result.plot):
+            work.tracked.log_file(uri)
+    return step.done(result)
+
+
+def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What decides the score of some weights."""
+    return {
+        "select": config.select.model_dump(mode="json", exclude={"keep"}),
+        "sampling": config.sampling.model_dump(
+            mode="json", exclude={"num_images", "batch_size", "seed", "relative_width"}
+        ),
+        "evaluation": evaluation_of(config, manifest).model_dump(mode="json"),
+        "dataset": manifest.digest,
+    }
+
+
+def scores(
+    config: Config, found: Sequence[Weights], evaluator: Evaluator, *, folder: RunFolder, dataset: str
+) -> Iterator[tuple[Weights, float | None]]:
+    """Each candidate with its figure, as they are known; None if an image is not finite."""
+    how = storage.digest(_scored_by(config, load_manifest(dataset)), 12)
+    places = [storage.join(folder.selection, how, f"{each.digest}.json") for each in found]
+    missing = []
+    for number, (weights, place) in enumerate(zip(found, places, strict=True)):
+        if (known := storage.find_json(place)) is not None:
+            yield weights, known["value"]
+        else:
+            missing.append(number)
+    settings = config.select
+    sampling = config.sampling.model_copy(update={"seed": settings.seed})
+    candidates = [Candidate(found[number].uri, sampling) for number in missing]
+    made = sample_features(config, candidates, dataset=dataset, num_images=settings.num_images)
+    for index, features in made:
+        value = None
+        if features is not None and settings.figure == "fid":
+            value = evaluator.distance(features)
+        elif features is not None:
+            value = kernel_distance(features, evaluator.reference.features, seed=SEED).mean
+        storage.write_text(places[missing[index]], json.dumps({"value": value}))
+        yield found[missing[index]], value
+
+
+def conclude(
+    config: Config, found: Sequence[Weights], values: dict[str, float | None], *, folder: RunFolder, extractor: str
+) -> SelectResult:
+    """Choose, copy the best candidates, and write the table and its plot."""
+    settings = config.select
+    rows = [{**asdict(each), "value": values[each.digest]} for each in found]
+    ranked = sorted(
+        (row for row in rows if row["value"] is not None), key=lambda row: (row["value"], row["images_seen"])
+    )
+    if not ranked:
+        raise UserError(
+            "sampling.sampler",
+            f"all {len(rows)} candidates give images that are not finite",
+            hint="lower its step size",
+        )
+    figure = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
+    kept = [keep_copy(row["uri"], folder.selected) for row in ranked[: settings.keep]]
+    result = SelectResult(
+        uri=storage.join(folder.selection, "candidates.json"),
+        plot=storage.join(folder.selection, "candidates.png"),
+        checkpoint=kept[0],
+        figure=figure,
+        value=ranked[0]["value"],
+        images_seen=ranked[0]["images_seen"],
+        relative_width=ranked[0]["relative_width"],
+        candidates=rows,
+        kept=kept,
+        notes=_notes(rows, figure, settings.num_images),
+    )
+    storage.write_text(result.uri, json.dumps(asdict(result), indent=1))
+    storage.write_bytes(result.plot, selection_png(rows, figure=figure))
+    return result
+
+
+def _notes(rows: Sequence[dict[str, Any]], figure: str, num_images: int) -> list[str]:
+    notes = [f"{figure} chose among {len(rows)} candidates, so it is too good; the metrics are of other samples"]
+    if few := few_samples(num_images):
+        notes.append(few)
+    last = max(row["images_seen"] for row in rows)
+    widths = [
+        (row["relative_width"], row["value"])
+        for row in rows
+        if row["relative_width"] is not None and row["images_seen"] == last and row["value"] is not None
+    ]
+    if len(widths) >= LEAST_OF_A_PARABOLA:
+        least = parabola_minimum(*zip(*widths, strict=True))
+        if least is not None and 0 < least <= WIDEST:
+            notes.append(
+                f"a parabola through {LEAST_OF_A_PARABOLA} widths has its least at a relative width of {least:.3g}"
+            )
+    return notes

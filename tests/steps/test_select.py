@@ -1,0 +1,170 @@
+"""The choice of a checkpoint: by fake candidates of known quality, and of a real training on real Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from local_training import train_locally
+from refused import refused
+
+from ncsn import storage
+from ncsn.config import Config, from_yaml
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources import open_source
+from ncsn.distributed.trainer import _checkpoint_store
+from ncsn.errors import NotFound
+from ncsn.evaluation.extractors import Identity
+from ncsn.evaluation.frechet import FrechetStatistics
+from ncsn.evaluation.reference import Evaluator, Reference
+from ncsn.model.averages import build_average
+from ncsn.model.candidates import Weights, find_weights, parabola_minimum
+from ncsn.model.checkpoint import load_for_sampling
+from ncsn.report.selection import selection_section
+from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.steps import select
+from ncsn.tracking.client import connect
+from ncsn.training.context import LocalContext
+from ncsn.training.loop import TrainingJob, train_loop
+
+TINY = """
+name: tiny
+data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
+noise: {{num_levels: 4}}
+network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
+train: {{batch_size: 16, num_images: 160, checkpoint_every_images: 32, report_every_images: 160, keep_checkpoints: all,
+  ema: {{kind: power, keep_every_images: 32}}}}
+sampling: {{num_images: 20, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 1}}}}
+evaluation: {{classifier_epochs: 1, num_splits: 2}}
+select: {{num_images: 24, keep: 2}}
+compute: {{num_workers: 2}}
+storage: {{root: {root}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return from_yaml(TINY.format(root=tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("data"))
+    return write_dataset(open_source(config.data), root, name="digits", data=config.data).uri
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, dataset: str) -> RunFolder:
+    """A run of five checkpoints and two averages of other widths."""
+    folder = run_folder(config, "mine")
+    alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
+    job = TrainingJob(config=alone, dataset=dataset, averages=folder.averages)
+    outcome = train_loop(job, LocalContext(), _checkpoint_store(job, folder.checkpoints))
+    for width in (0.08, 0.15):
+        build_average(
+            storage.join(folder.checkpoints, outcome.checkpoint), config, relative_width=width, key="--relative-width"
+        )
+    return folder
+
+
+def test_older_checkpoints_keep_what_images_need(trained: RunFolder) -> None:
+    names = storage.list_names(trained.checkpoints)
+    assert names == [f"images-{seen:09d}" for seen in (32, 64, 96, 128, 160)]
+    whole = [storage.exists(storage.join(trained.checkpoints, name, "optimizer.safetensors")) for name in names]
+    assert whole == [False, False, True, True, True]
+    assert load_for_sampling(storage.join(trained.checkpoints, names[0])).images_seen == 32
+    found = find_weights(trained.uri)
+    assert [each.images_seen for each in found] == [32, 64, 96, 128, 160, 160, 160]
+    assert [each.relative_width for each in found][-3:] == [None, 0.08, 0.15]
+
+
+def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
+    config: Config, dataset: str, trained: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    result = select.run(config, run="mine", dataset=dataset)
+    values = [row["value"] for row in result.candidates]
+    assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
+    best = result.candidates[values.index(min(values))]
+    assert (result.images_seen, result.relative_width) == (best["images_seen"], best["relative_width"])
+    assert load_for_sampling(result.checkpoint).digest == best["digest"] and len(result.kept) == 2
+    assert json.loads(Path(result.uri).read_text())["candidates"] == result.candidates
+    section = selection_section(storage.read_json(result.uri))
+    assert len(section.table) == 8 and len(section.plots) == 1 and section.hints
+
+    connection = connect(config)
+    logged = connection.client.search_logged_models([connection.experiment_id])
+    assert {model.tags["ncsn.checkpoint"] for model in logged} == {row["digest"] for row in result.candidates}
+    assert sorted(metric.value for model in logged for metric in model.metrics) == sorted(values)
+
+    def none_is_made(*_: object, **__: object) -> Iterator[tuple[int, None]]:
+        yield from ()
+
+    # The copies that were kept are no new candidates, and known scores are not measured again.
+    monkeypatch.setattr(select, "sample_features", none_is_made)
+    assert select.run(config, run="mine", dataset=dataset) == result
+    storage.delete_file(trained.step("select", "result.json"))
+    alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
+    assert select.run(alone, run="mine", dataset=dataset).candidates == result.candidates
+    assert len(connection.client.search_logged_models([connection.experiment_id])) == 7
+
+
+def test_a_thinned_checkpoint_is_not_resumed_from(config: Config, dataset: str, trained: RunFolder) -> None:
+    for name in storage.list_names(trained.checkpoints)[2:]:
+        storage.delete_folder(storage.join(trained.checkpoints, name))
+    job = TrainingJob(config=config, dataset=dataset, stop_at=32)
+    assert train_locally(job, trained.checkpoints).images_per_second > 0, "it starts again"
+
+
+class Fakes:
+    """Candidates whose samples have features N(m, 1) in four dimensions, against N(0, 1)."""
+
+    def __init__(self, means: Sequence[float]) -> None:
+        self.weights = [Weights(f"/c/{i}", f"{i:016d}", 1000 * (i + 1), None) for i in range(len(means))]
+        self._means = means
+
+    def __call__(self, *_: object, **__: object) -> Iterator[tuple[int, np.ndarray | None]]:
+        for index in reversed(range(len(self._means))):
+            shared = np.random.default_rng(0).standard_normal((1000, 4))
+            yield index, None if np.isnan(self._means[index]) else (shared + self._means[index]).astype(np.float32)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        moments = FrechetStatistics(10_001, np.zeros(4), 10_000 * np.eye(4))
+        return Evaluator(Identity("classifier", 4, "f"), Reference("", moments, np.ones(1), "f"), {})
+
+
+def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(
+    config: Config, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = Fakes([0.9, -0.4, 0.15, 0.3, float("nan")])
+    monkeypatch.setattr(select, "sample_features", fakes)
+    monkeypatch.setattr(select, "keep_copy", lambda uri, folder: uri)
+    folder = RunFolder(str(tmp_path), "fake")
+    values = {
+        weights.digest: value
+        for weights, value in select.scores(config, fakes.weights, fakes.evaluator, folder=folder, dataset=dataset)
+    }
+    result = select.conclude(config, fakes.weights, values, folder=folder, extractor="classifier")
+    assert result.checkpoint == "/c/2" and result.images_seen == 3000
+    found = [row["value"] for row in result.candidates]
+    assert found[:4] == pytest.approx([4 * 0.9**2, 4 * 0.4**2, 4 * 0.15**2, 4 * 0.3**2], abs=0.15)
+    assert found[4] is None
+    assert result.kept == ["/c/2", "/c/3"] and len(result.notes) == 2
+
+
+def test_nothing_to_choose_from_is_refused(config: Config, dataset: str, tmp_path: Path) -> None:
+    with refused(run_folder(config, "empty").checkpoints, error=NotFound):
+        select.run(config, run="empty", dataset=dataset)
+    fakes = Fakes([0.0])
+    with refused("sampling.sampler"):
+        select.conclude(config, fakes.weights, {"0" * 16: None}, folder=RunFolder(str(tmp_path), "x"), extractor="c")
+
+
+def test_the_minimum_of_a_parabola() -> None:
+    widths = np.array([0.2, 0.05, 0.1, 0.075, 0.15, 0.03])
+    assert parabola_minimum(widths.tolist(), ((widths - 0.11) ** 2 + 3).tolist()) == pytest.approx(0.11)
+    assert parabola_minimum([0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.5, 1.2, 0.0]) is None
