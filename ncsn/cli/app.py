@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.commands import (
-    ema_command,
-    figures_command,
+from ncsn.cli.commands.finished import ema_command, figures_command, neon_command, select_command
+from ncsn.cli.commands.setup import (
     import_checkpoint_command,
     init_command,
     plan_command,
-    select_command,
     suggest_noise_command,
     toy_command,
 )
@@ -156,6 +154,7 @@ for _command in (
     select_command,
     ema_command,
     figures_command,
+    neon_command,
     toy_command,
     submit_command,
     compile_command,

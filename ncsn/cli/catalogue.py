@@ -9,7 +9,7 @@ OWN = "own"  # instead of a URI: the run's own
 
 BACKENDS = ("local", "ray-jobs", "kuberay")  # those of `ComputeConfig`, which --help does not import
 
-CHECKPOINTED = ("run", "tune", "train")  # the commands that save checkpoints, and continue from the last one
+CHECKPOINTED = ("run", "tune", "train", "neon")  # the commands that save checkpoints, and continue from the last one
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,12 @@ STEP_INFO: Mapping[str, StepInfo] = {
     "figures": StepInfo(
         "Draw figures of a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
         inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
+        package="tools.finished",
+    ),
+    "neon": StepInfo(
+        "Train on a finished run's own samples, and extrapolate its weights away from the result.",
+        inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},
+        leased=True,
         package="tools.finished",
     ),
 }

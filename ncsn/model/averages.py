@@ -10,12 +10,10 @@ Buffers are not averaged: they come from the config.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load, save_file
@@ -28,7 +26,8 @@ from ncsn.core.posthoc import Profile, Reconstruction, exponent_of, reconstructi
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import FOLDER_NAME, folder_name, images_seen_at
-from ncsn.model.index import INDEX, SAMPLING_FILES, DamagedError, verify, write_index
+from ncsn.model.derived import write_derived
+from ncsn.model.index import INDEX, DamagedError, verify, write_index
 
 WIDTHS = "widths"
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
@@ -144,7 +143,7 @@ def build_average(
         "error": found.error,
         "coefficients": dict(zip(parts, found.coefficients.tolist(), strict=True)),
     }
-    _write(target, checkpoint, weights, images_seen=seen, facts=facts)
+    write_derived(target, checkpoint, weights, images_seen=seen, facts={"average": facts})
     return _described(target)
 
 
@@ -199,19 +198,6 @@ def _combined(folder: str, stored: Sequence[tuple[int, float]], found: Reconstru
     if not all(math.isfinite(float(tensor.sum())) for tensor in weights.values()):
         raise DamagedError(folder, "a snapshot has weights that are not finite")
     return weights
-
-
-def _write(
-    target: str, checkpoint: str, weights: Mapping[str, Tensor], *, images_seen: int, facts: Mapping[str, Any]
-) -> None:
-    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as folder:
-        for name in ("moments.safetensors", "config.yaml"):
-            (folder / name).write_bytes((source / name).read_bytes())
-        known = json.loads((source / "state.json").read_text())
-        kept = {name: known[name] for name in ("dataset_digest", "classes") if name in known}
-        (folder / "state.json").write_text(json.dumps({**kept, "images_seen": images_seen, "average": facts}))
-        save_file(dict(weights), folder / "ema.safetensors")
-        write_index(folder, SAMPLING_FILES)
 
 
 def _described(uri: str) -> BuiltAverage:

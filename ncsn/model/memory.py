@@ -28,13 +28,13 @@ _GROUPS = 20 + 10  # [D, D] matrices of the Fréchet distance's jackknife
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
     """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
 
-    Evaluate and tune need the number of `reference_images`, the training images.
+    Evaluate, tune and neon need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
     need += 0.0 if step == "evaluate" else _network(config, step)
-    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune") else 0.0
+    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune", "neon") else 0.0
     whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 

@@ -288,6 +288,9 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
 
 def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
     match step:
+        case "neon":
+            base, best = (result["distances"][f"{w:g}"] for w in (0, result["multiple"]))
+            return f"w = {result['multiple']:g}, Frechet distance {base:.4g} -> {best:.4g}"
         case "select":
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"

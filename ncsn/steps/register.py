@@ -133,7 +133,7 @@ def _candidate(
         nfe=evaluations_per_image(loaded.config),
         cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
-        warnings=_warnings(measured, loaded.config, run),
+        warnings=[*_neon_notes(loaded, measured), *_warnings(measured, loaded.config, run)],
         selection=selection_of(loaded.config, run, checkpoint),
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
@@ -180,6 +180,23 @@ def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any]
     """The result of `ncsn select`, if it chose this checkpoint; None else."""
     record = read_result(run_folder(config, run), "select")
     return record.result if record is not None and record.result["checkpoint"] == checkpoint else None
+
+
+def _neon_notes(loaded: SamplingCheckpoint, measured: Mapping[str, Any]) -> list[str]:
+    """How weights that were extrapolated came about, and what that costs."""
+    facts = loaded.neon
+    if facts is None:
+        return []
+    before, after = (facts["distances"][f"{w:g}"] for w in (0, facts["multiple"]))
+    notes = [
+        f"Extrapolated from self-training (Neon) with w = {facts['multiple']:g}, chosen by the Frechet distance of "
+        f"{facts['scored']:,} other samples ({before:.4g} before, {after:.4g} after), so that distance is not a fair "
+        "comparison with models that were not tuned on it. Precision usually falls where recall rises."
+    ]
+    for name, value in facts["base_metrics"].items():
+        if "_precision_n" in name and name in measured["metrics"]:
+            notes.append(f"Precision was {value:.3f} before and is {measured['metrics'][name]:.3f}.")
+    return notes
 
 
 def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str]:

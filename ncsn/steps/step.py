@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
 
 # Steps that run where `compute.backend` says; the others are too small for a cluster.
-STEPS_ELSEWHERE = ("tune", "train", "select", "sample", "evaluate")
+STEPS_ELSEWHERE = ("tune", "train", "select", "sample", "evaluate", "neon")
 
 R = TypeVar("R")
 

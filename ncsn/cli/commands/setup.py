@@ -1,4 +1,4 @@
-"""The commands next to the steps. Imports are inside, as in `app`."""
+"""The commands around the start of an experiment, and the toy. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ncsn.cli.catalogue import STEP_INFO
-from ncsn.cli.options import (
-    ReportingCommand,
-    backend_options,
-    experiment_options,
-    input_options,
-    json_option,
-    lease_option,
-)
+from ncsn.cli.options import ReportingCommand, experiment_options, json_option
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
     from ncsn.cli.target import Experiment, Target
 
-N = TypeVar("N", int, float)
 
 _MINUTES = 20.0  # of a run that `init` plans
 
@@ -213,94 +204,6 @@ def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str
     result = preparation.import_checkpoint(target.config, run=target.run, file=file, **inputs)
     text = describe_import(target.run, result.checkpoint, result.images_seen, target.config.train.num_images)
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
-
-
-@click.command(
-    "figures", cls=ReportingCommand, short_help="Draw figures of a finished run.", help=STEP_INFO["figures"].summary
-)
-@experiment_options
-@input_options("figures")
-@click.option(
-    "--nfe", metavar="N,N,...", help="Evaluations per image in the curve of quality over NFE; default: 10,20,50,100."
-)
-@click.option("--num-images", type=int, help="Images for each of its points; default: 256.")
-@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: report in the run's folder.")
-@json_option
-def figures_command(
-    *,
-    experiment: Experiment,
-    nfe: str | None,
-    num_images: int | None,
-    out: str | None,
-    as_json: bool,
-    **given: str | None,
-) -> None:
-    """Draw a finished run."""
-    from ncsn.cli.execute import run_step
-
-    target = experiment.resolve(checkpoint=given.get("checkpoint"))
-    chosen = {
-        "nfe": _numbers("--nfe", nfe, kind=int, example="10,20,50") if nfe else None,
-        "num_images": num_images,
-        "out": out,
-    }
-    settings = {name: value for name, value in chosen.items() if value is not None}
-    run_step("figures", target, given=given, settings=settings, as_json=as_json)
-
-
-@click.command("ema", cls=ReportingCommand, short_help="Average the weights otherwise, after training.")
-@experiment_options
-@input_options("ema")
-@click.option(
-    "--relative-width",
-    "widths",
-    metavar="W,W,...",
-    required=True,
-    help="Memory as a share of the training: 0.03 to 0.2.",
-)
-@click.option("--at-images", type=click.IntRange(1), help="When the averages end; default: at the checkpoint.")
-@json_option
-def ema_command(
-    *, experiment: Experiment, widths: str, at_images: int | None, as_json: bool, **given: str | None
-) -> None:
-    """Put averages of the weights of any relative width together, from the snapshots of train.ema.kind: power.
-
-    `ncsn select` then finds the best of them; --set sampling.relative_width=W samples with one.
-    """
-    from ncsn.cli.execute import run_step
-
-    target = experiment.resolve(checkpoint=given.get("checkpoint"))
-    settings = {
-        "relative_widths": _numbers("--relative-width", widths, kind=float, example="0.05,0.1"),
-        "at_images": at_images,
-    }
-    run_step("ema", target, given=given, settings=settings, as_json=as_json)
-
-
-@click.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
-@experiment_options
-@input_options("select")
-@click.option("--only-choose", is_flag=True, help="Stop after the choice.")
-@lease_option
-@backend_options
-@json_option
-def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, **given: str | None) -> None:
-    """Score every kept checkpoint, and every average of `ncsn ema`, by a few samples; then use the best one.
-
-    The section select of the config says how. The best one is sampled with sampling.seed, evaluated and registered.
-    Training keeps checkpoints for this with train.keep_checkpoints=all or train.keep_every_images.
-    """
-    from ncsn.cli.execute import select_best
-
-    only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
-    select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
-
-
-def _numbers(option: str, text: str, *, kind: type[N], example: str) -> list[N]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(option, f"expected numbers with commas, such as {example}", value=text) from None
 
 
 @click.command("toy", cls=ReportingCommand, short_help="Make the paper's two-dimensional Figures 2 and 3.")

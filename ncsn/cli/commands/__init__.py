@@ -1,0 +1,1 @@
+"""The commands next to the steps."""

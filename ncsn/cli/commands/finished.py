@@ -1,0 +1,144 @@
+"""The commands that work on a finished run. Imports are inside, as in `ncsn.cli.app`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ncsn.cli.catalogue import STEP_INFO
+from ncsn.cli.options import (
+    Decorated,
+    ReportingCommand,
+    backend_options,
+    experiment_options,
+    input_options,
+    json_option,
+    lease_option,
+)
+from ncsn.errors import UserError
+
+if TYPE_CHECKING:
+    from ncsn.cli.target import Experiment
+
+N = TypeVar("N", int, float)
+
+
+def _run(step: str, experiment: Experiment, *, as_json: bool, given: dict[str, str | None], **settings: object) -> None:
+    """Run the command like a step, with the settings that are given."""
+    from ncsn.cli.execute import run_step
+
+    target = experiment.resolve(checkpoint=given.get("checkpoint"))
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    run_step(step, target, given=given, settings=chosen, as_json=as_json)
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], N], *, example: str) -> list[N] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(option, f"expected numbers with commas, such as {example}", value=text) from None
+
+
+def _command(step: str, short_help: str) -> Callable[[Decorated], click.Command]:
+    return click.command(step, cls=ReportingCommand, short_help=short_help, help=STEP_INFO[step].summary)
+
+
+@_command("figures", "Draw figures of a finished run.")
+@experiment_options
+@input_options("figures")
+@click.option(
+    "--nfe", metavar="N,N,...", help="Evaluations per image in the curve of quality over NFE; default: 10,20,50,100."
+)
+@click.option("--num-images", type=int, help="Images for each of its points; default: 256.")
+@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: report in the run's folder.")
+@json_option
+def figures_command(
+    *,
+    experiment: Experiment,
+    nfe: str | None,
+    num_images: int | None,
+    out: str | None,
+    as_json: bool,
+    **given: str | None,
+) -> None:
+    """Draw a finished run."""
+    lengths = _numbers("--nfe", nfe, int, example="10,20,50,100")
+    _run("figures", experiment, as_json=as_json, given=given, nfe=lengths, num_images=num_images, out=out)
+
+
+@click.command("ema", cls=ReportingCommand, short_help="Average the weights otherwise, after training.")
+@experiment_options
+@input_options("ema")
+@click.option(
+    "--relative-width",
+    "widths",
+    metavar="W,W,...",
+    required=True,
+    help="Memory as a share of the training: 0.03 to 0.2.",
+)
+@click.option("--at-images", type=click.IntRange(1), help="When the averages end; default: at the checkpoint.")
+@json_option
+def ema_command(
+    *, experiment: Experiment, widths: str, at_images: int | None, as_json: bool, **given: str | None
+) -> None:
+    """Put averages of the weights of any relative width together, from the snapshots of train.ema.kind: power.
+
+    `ncsn select` then finds the best of them; --set sampling.relative_width=W samples with one.
+    """
+    from ncsn.cli.execute import run_step
+
+    target = experiment.resolve(checkpoint=given.get("checkpoint"))
+    settings = {
+        "relative_widths": _numbers("--relative-width", widths, float, example="0.05,0.1"),
+        "at_images": at_images,
+    }
+    run_step("ema", target, given=given, settings=settings, as_json=as_json)
+
+
+@click.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
+@experiment_options
+@input_options("select")
+@click.option("--only-choose", is_flag=True, help="Stop after the choice.")
+@lease_option
+@backend_options
+@json_option
+def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, **given: str | None) -> None:
+    """Score every kept checkpoint, and every average of `ncsn ema`, by a few samples; then use the best one.
+
+    The section select of the config says how. The best one is sampled with sampling.seed, evaluated and registered.
+    Training keeps checkpoints for this with train.keep_checkpoints=all or train.keep_every_images.
+    """
+    from ncsn.cli.execute import select_best
+
+    only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
+    select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
+
+
+@_command("neon", "Improve a finished run by training on its own samples.")
+@experiment_options
+@backend_options
+@lease_option
+@input_options("neon")
+@click.option("--samples", type=int, help="Samples to train on; default: 6000, at most as many as training images.")
+@click.option("--images", type=int, help="Training images on them; default: 6 % of the run's, at most 3,500,000.")
+@click.option("--multiples", metavar="W,W,...", help="Multiples w to try; default: 0.5,1,1.5,2,3.")
+@click.option("--scored", type=int, help="Samples that choose w; default: 10000.")
+@json_option
+def neon_command(
+    *,
+    experiment: Experiment,
+    samples: int | None,
+    images: int | None,
+    multiples: str | None,
+    scored: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Extrapolate a finished run."""
+    tried = _numbers("--multiples", multiples, float, example="0.5,1,2")
+    settings = {"samples": samples, "images": images, "multiples": tried, "scored": scored}
+    _run("neon", experiment, as_json=as_json, given=given, **settings)
