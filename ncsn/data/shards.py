@@ -31,10 +31,11 @@ def shard_name(first: int, last: int) -> str:
     return f"shard-{first:09d}-{last:09d}.parquet"
 
 
-def write_shard(uri: str, images: NDArray[np.uint8]) -> None:
-    """Publish images [N, H, W, C] as one shard."""
+def write_shard(uri: str, images: NDArray[np.uint8], *, labels: NDArray[np.int64] | None = None) -> None:
+    """Publish images [N, H, W, C] as one shard, with their classes [N] if they have some."""
     buffer = io.BytesIO()
-    pq.write_table(to_table(Images(images, np.full(len(images), NO_LABEL, np.int64))), buffer, **PARQUET_OPTIONS)
+    known = np.full(len(images), NO_LABEL, np.int64) if labels is None else labels
+    pq.write_table(to_table(Images(images, known)), buffer, **PARQUET_OPTIONS)
     storage.write_bytes(uri, buffer.getvalue())
 
 
@@ -75,6 +76,25 @@ def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) 
         position += len(wanted)
 
 
+def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
+    """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none.
+
+    Raises:
+        As `read_samples`.
+    """
+    labels, position = np.empty(num_images, np.int64), 0
+    for first, last, name in _shards(uri, num_images=num_images):
+        shard = storage.join(uri, name)
+        with _shard_errors(shard):
+            filesystem, path = storage.filesystem(shard)
+            column = pq.read_table(path, filesystem=filesystem, columns=[LABEL]).column(LABEL).to_numpy()
+        _require_count(shard, len(column), named=last - first)
+        held = column[position - first : num_images - first]
+        labels[position : position + len(held)] = held
+        position += len(held)
+    return labels
+
+
 def batch_starts(uri: str, *, num_images: int, batch_size: int) -> list[int]:
     """Index of the first image of each batch that `read_samples` yields."""
     borders = [0, *(min(last, num_images) for _, last, _ in _shards(uri, num_images=num_images))]
@@ -111,16 +131,20 @@ def _read_shard(uri: str, *, count: int) -> NDArray[np.uint8]:
     filesystem, path = storage.filesystem(uri)
     with _shard_errors(uri):
         images = from_table(pq.read_table(path, filesystem=filesystem, columns=[IMAGE, LABEL])).images
-    if len(images) != count:
-        raise UserError(uri, f"holds {len(images)} images, its name says {count}", hint="delete it and sample again")
+    _require_count(uri, len(images), named=count)
     return images
+
+
+def _require_count(uri: str, found: int, *, named: int) -> None:
+    if found != named:
+        raise UserError(uri, f"holds {found} images, its name says {named}", hint="delete it and sample again")
 
 
 @contextmanager
 def _shard_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise UserError(
             uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
         ) from None

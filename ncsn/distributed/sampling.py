@@ -23,7 +23,7 @@ from ncsn.distributed.tasks import run_task, run_tasks, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import generate, level_images
+from ncsn.model.generate import generate, image_labels, level_images
 from ncsn.model.trained import load_for_generation
 
 Features = NDArray[np.float32]
@@ -128,7 +128,8 @@ def _sample_shard(shard: Shard) -> Features | None:
         )
     else:
         images = _generate(shard)
-        write_shard(shard.uri, images)
+        labels = image_labels(_trained(shard), shard.sampling, first=shard.first, count=shard.count)
+        write_shard(shard.uri, images, labels=None if labels is None else labels.numpy())
     if shard.dataset is None:
         return None
     extractor = extractor_of(shard.config, shard.dataset)
@@ -228,7 +229,7 @@ def score_samples(
 def _score_shard(part: tuple[int, Shard]) -> Features | None:
     _, shard = part
     assert shard.dataset is not None
-    _load(shard.checkpoint, _device(shard))  # an error of the checkpoint is not the sampler's
+    _trained(shard)  # an error of the checkpoint is not the sampler's
     try:
         images = _generate(shard)
     except ValueError:  # not finite
@@ -237,11 +238,18 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
 
 
 def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
-    device = _device(shard)
-    trained = _load(shard.checkpoint, device)
     return generate(
-        trained, sampling=shard.sampling, first=shard.first, count=shard.count, device=device, on_level=on_level
+        _trained(shard),
+        sampling=shard.sampling,
+        first=shard.first,
+        count=shard.count,
+        device=_device(shard),
+        on_level=on_level,
     )
+
+
+def _trained(shard: Shard) -> TrainedNetwork:
+    return _load(shard.checkpoint, _device(shard))
 
 
 def _device(shard: Shard) -> str:

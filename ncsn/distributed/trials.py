@@ -33,8 +33,9 @@ from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import Candidate, score_samples
 from ncsn.errors import NotFound, UserError
+from ncsn.model import build
 from ncsn.model.checkpoint_store import CHECKPOINTS
-from ncsn.model.generate import evaluations_per_image, with_evaluations
+from ncsn.model.generate import with_evaluations
 from ncsn.model.index import CheckpointError
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
@@ -219,7 +220,8 @@ class SearchPlan:
     def _of_equal_length(self, config: Config) -> SamplerConfig:
         search = self.config.search
         assert search is not None
-        nfe = search.nfe or evaluations_per_image(self.config)
+        own = build.sampler(self.config.sampling.sampler)
+        nfe = search.nfe or own.num_evaluations(self.config.levels.num_levels)
         return with_evaluations(config.sampling.sampler, nfe, num_levels=config.levels.num_levels, key="search.nfe")
 
 

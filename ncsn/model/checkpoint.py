@@ -15,6 +15,7 @@ No generator state is kept, because all randomness is a function of (seed, place
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from ncsn import storage
@@ -45,6 +47,7 @@ class TrainedNetwork:
     network: nn.Module  # with EMA weights, in eval mode
     moments: DataMoments  # of the training images
     classes: Classes | None = None  # of a network with `data.num_classes`
+    guide: TrainedNetwork | None = None  # of autoguidance, if it is kept with the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,11 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         average=facts.get("average"),
         neon=facts.get("neon"),
     )
+
+
+def weights_digest(network: nn.Module) -> str:
+    """The digest of a network's weights that a checkpoint with these EMA weights has."""
+    return hashlib.sha256(tensors_to_bytes(plain(dict(network.named_parameters())))).hexdigest()[:16]
 
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:

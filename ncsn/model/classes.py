@@ -73,10 +73,10 @@ def labels_of_images(
     return full((count,), classes.index(label, key="sampling.label"), dtype=int64)
 
 
-def require_label(label: str, classes: Classes) -> None:
-    """Refuse a `sampling.label` that names no class."""
+def require_label(label: str, classes: Classes, *, key: str = "sampling.label") -> None:
+    """Refuse a label that names no class; `key` is what set it."""
     if label not in (BALANCED, AS_DATA):
-        classes.index(label, key="sampling.label")
+        classes.index(label, key=key)
 
 
 def _shown(names: Sequence[str]) -> str:

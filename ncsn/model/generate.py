@@ -20,6 +20,8 @@ from ncsn.core.samplers.stochastic import AnnealedLangevin
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import labels_of_images
+from ncsn.model.guidance import guided_evaluations, score_function
 from ncsn.process import keep_freed_memory
 
 
@@ -43,7 +45,8 @@ def generate(
         UserError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=_shape(trained.config), device=device)
-    x = _sampled(trained, sampling, noise=noise, device=device, on_level=on_level)
+    labels = image_labels(trained, sampling, first=first, count=count)
+    x = _sampled(trained, sampling, noise=noise, labels=labels, device=device, on_level=on_level)
     return _finished(x, sampling, trained.config, what=f"images {first} to {first + count - 1}")
 
 
@@ -58,8 +61,8 @@ def interpolate(
 ) -> NDArray[np.uint8]:
     """Images from image `first` to image `second` of a seed, by mixing their noise (NCSNv2, interpolation).
 
-    The first is that of `generate`, and so is the last if the start is a normal draw. A chain that starts from uniform
-    pixels takes those of `first` for all images.
+    The first is that of `generate`, and so is the last if the start is a normal draw and both have one class: all
+    images have that of `first`. A chain that starts from uniform pixels takes those of `first` for all images.
 
     Args:
         count: Number of images, both ends included; at least 2.
@@ -74,7 +77,9 @@ def interpolate(
         KeyedNoise(sampling.seed, first=index, count=1, shape=_shape(trained.config), device=device)
         for index in (first, second)
     )
-    x = _sampled(trained, sampling, noise=InterpolatedNoise(one, other, count=count), device=device)
+    label = image_labels(trained, sampling, first=first, count=1)
+    labels = None if label is None else label.expand(count)
+    x = _sampled(trained, sampling, noise=InterpolatedNoise(one, other, count=count), labels=labels, device=device)
     return _finished(x, sampling, trained.config, what=f"the images from {first} to {second}")
 
 
@@ -84,6 +89,7 @@ def complete(
     known: NDArray[np.bool_],
     *,
     sampling: SamplingConfig,
+    labels: Tensor | None = None,
     first: int = 0,
     device: str | torch.device = "cpu",
 ) -> NDArray[np.uint8]:
@@ -93,6 +99,7 @@ def complete(
         images: `[N, H, W, C]` uint8; their unknown pixels are not used.
         known: `[H, W]` or `[N, H, W]`, True for a known pixel, which does not change.
         sampling: Its sampler is annealed Langevin dynamics.
+        labels: Class of each image, int64 [N], for a network of classes; None for those of `generate`.
         first: Index of the first image: image i draws the noise that `generate` gives image i.
 
     Returns:
@@ -113,9 +120,11 @@ def complete(
     reference = space.encode(torch.tensor(images)).to(device)
     noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
     mask = torch.from_numpy(known).to(device)
+    if labels is None:
+        labels = image_labels(trained, sampling, first=first, count=len(images))
     with _inference(sampling, device):
         x = inpaint(
-            trained.network,
+            score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
             x=space.transform(noise.uniform(0)),
             reference=reference,
             mask=mask if mask.ndim == 2 else mask[:, None],
@@ -127,6 +136,20 @@ def complete(
             noise=noise,
         )
     return _finished(x, sampling, config, what=f"images {first} to {first + len(images) - 1}")
+
+
+def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> Tensor | None:
+    """Classes of images `first .. first + count` of the seed, int64 [count]; None for a network without classes.
+
+    Raises:
+        UserError: `sampling.label` is not one of them.
+    """
+    num_classes = trained.config.data.num_classes
+    if num_classes is None:
+        return None
+    return labels_of_images(
+        sampling.label, num_classes=num_classes, classes=trained.classes, seed=sampling.seed, first=first, count=count
+    )
 
 
 @contextmanager
@@ -143,6 +166,7 @@ def _sampled(
     sampling: SamplingConfig,
     *,
     noise: KeyedNoise | InterpolatedNoise,
+    labels: Tensor | None,
     device: str | torch.device,
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -153,7 +177,7 @@ def _sampled(
         if on_level is not None:
             on_level(0, space.invert(x))
         return sampler(
-            trained.network,
+            score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
             x=x,
             sigmas=build.sigmas(config).to(device),
             noise=noise,
@@ -196,8 +220,8 @@ def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray
 
 
 def evaluations_per_image(config: Config) -> int:
-    """NFE of an image by the config's sampler."""
-    return build.sampler(config.sampling.sampler).num_evaluations(config.levels.num_levels)
+    """NFE of an image by the config's sampler, with those of the guidance."""
+    return guided_evaluations(config)
 
 
 def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int, key: str = "nfe") -> SamplerConfig:

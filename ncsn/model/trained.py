@@ -1,4 +1,7 @@
-"""What a registered model has of a trained network: its config, EMA weights, moments, and classes if it knows some."""
+"""What a registered model has of a trained network: its config, EMA weights and moments.
+
+If it knows classes, these too, and the weights and config of the network that guides it, if there is one.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from ncsn.model.index import INDEX
 
 TRAINED_CONFIG = "config.json"
 _WEIGHTS, _MOMENTS, _CLASSES = "ema.safetensors", "moments.safetensors", "classes.json"
+_GUIDE_WEIGHTS, _GUIDE_CONFIG = "guide.safetensors", "guide_config.json"
 
 
 def save_trained(trained: TrainedNetwork, folder: Path) -> None:
@@ -34,6 +38,9 @@ def save_trained(trained: TrainedNetwork, folder: Path) -> None:
     (folder / TRAINED_CONFIG).write_text(to_json(trained.config))
     if trained.classes is not None:
         (folder / _CLASSES).write_text(json.dumps(asdict(trained.classes)))
+    if trained.guide is not None:
+        save_file(plain(dict(trained.guide.network.named_parameters())), folder / _GUIDE_WEIGHTS)
+        (folder / _GUIDE_CONFIG).write_text(to_json(trained.guide.config))
 
 
 def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
@@ -42,13 +49,17 @@ def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu
     Raises:
         CheckpointError: if the weights do not fit the network of the config.
     """
-    config, classes = from_json((folder / TRAINED_CONFIG).read_text()), folder / _CLASSES
-    return TrainedNetwork(
-        config=config,
-        network=network_from_weights(config, load_file(folder / _WEIGHTS), origin=origin).to(device),
-        moments=load_moments(folder / _MOMENTS),
-        classes=Classes.of(json.loads(classes.read_text())) if classes.exists() else None,
-    )
+    file = folder / _CLASSES
+    classes = Classes.of(json.loads(file.read_text())) if file.exists() else None
+    moments = load_moments(folder / _MOMENTS)
+
+    def network(config: str, weights: str, guide: TrainedNetwork | None) -> TrainedNetwork:
+        settings = from_json((folder / config).read_text())
+        built = network_from_weights(settings, load_file(folder / weights), origin=f"{origin}, {weights}").to(device)
+        return TrainedNetwork(config=settings, network=built, moments=moments, classes=classes, guide=guide)
+
+    guide = network(_GUIDE_CONFIG, _GUIDE_WEIGHTS, None) if (folder / _GUIDE_CONFIG).exists() else None
+    return network(TRAINED_CONFIG, _WEIGHTS, guide)
 
 
 def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:

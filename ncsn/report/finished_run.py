@@ -26,7 +26,7 @@ from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.reference import Reference, extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.model.generate import complete, generate
+from ncsn.model.generate import complete, evaluations_per_image, generate
 from ncsn.report.images import inpainting_panel
 
 Images = NDArray[np.uint8]
@@ -57,9 +57,12 @@ class FinishedRun:
 
     def test_images(self, count: int) -> Images:
         """At most `count` test images, the same in each call."""
-        rows = keyed_permutation(SEED, epoch=0, size=len(self.test))[:count]
-        images: Images = self.test.images[rows]
+        images: Images = self.test.images[self.test_rows(count)]
         return images
+
+    def test_rows(self, count: int) -> NDArray[np.int64]:
+        """The rows of `test_images` in the test split."""
+        return keyed_permutation(SEED, epoch=0, size=len(self.test))[:count]
 
 
 def open_run(config: Config, trained: SamplingCheckpoint, *, samples: str, dataset: str, device: str) -> FinishedRun:
@@ -83,8 +86,11 @@ def inpainting(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
     height, width = originals.shape[1:3]
     known = np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
     sampling = inpainting_chain(run.sampling, run.sigmas)
+    labels = None
+    if run.trained.config.data.num_classes is not None:
+        labels = torch.from_numpy(run.test.labels[run.test_rows(INPAINTED)].repeat(COMPLETIONS))
     completions = complete(
-        run.trained, originals.repeat(COMPLETIONS, axis=0), known, sampling=sampling, device=run.device
+        run.trained, originals.repeat(COMPLETIONS, axis=0), known, sampling=sampling, labels=labels, device=run.device
     ).reshape(len(originals), COMPLETIONS, *originals.shape[1:])
     unknown = completions[:, :, ~known] / 255.0
     error = unknown - originals[:, None, ~known] / 255.0
@@ -134,7 +140,7 @@ def quality(
         points.append(
             {
                 "sampler": section.model_dump(mode="json"),
-                "nfe": sampler.num_evaluations(len(run.sigmas)),
+                "nfe": evaluations_per_image(run.trained.config.model_copy(update={"sampling": sampling})),
                 "fid": _fid(run, np.concatenate(images)),
                 "num_images": num_images,
                 "seconds_per_1000_images": round(1000 * seconds / num_images, 2),

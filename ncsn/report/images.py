@@ -225,6 +225,19 @@ def grid_png(images: Images, *, columns: int | None = None) -> bytes:
     return png_bytes(np.asarray(image_grid(images, columns=columns, padding=1)))
 
 
+GRID_CLASSES, GRID_OF_CLASS = 16, 8
+
+
+def rows_by_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers [rows, columns] of images for a grid with a row per class, from the labels [N] of images.
+
+    The first images of the first 16 classes that occur, as many of each as there are of the rarest of these, at most 8.
+    """
+    classes, counts = (found[:GRID_CLASSES] for found in np.unique(labels, return_counts=True))
+    columns = min(GRID_OF_CLASS, int(counts.min()))
+    return np.stack([np.flatnonzero(labels == label)[:columns] for label in classes])
+
+
 def strip_png(frames: Images) -> bytes:
     """A PNG file of `[stages, N, H, W, C]`: one row per image, one column per stage."""
     stages, count = frames.shape[:2]

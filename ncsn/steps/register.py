@@ -16,8 +16,9 @@ from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image
+from ncsn.model.guidance import guide_of
 from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.held_out import copying_hints, overfitting_hints
 from ncsn.report.images import neighbors_png
@@ -63,13 +64,14 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     checkpoint = sampled_checkpoint(checkpoint, config)
     loaded = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(loaded.config, config, origin=checkpoint)
-    loaded = replace(loaded, config=config)
+    config = registry.settle_guide(config, near=step.folder.uri)
+    loaded = replace(loaded, config=config, guide=guide_of(loaded, config.sampling))
     measured = storage.read_json(evaluation)
     _require_own_samples(measured, loaded)
     evidence = _evidence(measured, loaded)
     inputs = {
         "checkpoint": loaded.digest,
-        "sampler": config.sampling.sampler.model_dump(mode="json"),
+        **registry.deciding(loaded),
         "evaluation": evaluation,
         "evidence": asdict(evidence),
         "model": config.registered_model,
@@ -96,16 +98,14 @@ def _is_registered(config: Config, result: RegisterResult) -> bool:
 def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -> None:
     """Refuse an evaluation of other weights or of another sampler than those to be registered."""
     manifest = storage.read_json(storage.join(measured["samples"], "manifest.json"))
-    wanted = {
-        "checkpoint_digest": loaded.digest,
-        "sampler": loaded.config.sampling.sampler.model_dump(mode="json"),
-    }
+    facts = registry.deciding(loaded)
+    wanted = {"checkpoint_digest": loaded.digest, **{name: facts.get(name) for name in registry.DECIDING}}
     for key, value in wanted.items():
-        if manifest[key] != value:
+        if manifest.get(key) != value:
             raise UserError(
                 measured["uri"],
-                f"measures samples of {key} {manifest[key]}, not of {value}",
-                hint="sample and evaluate with the checkpoint and sampler to be registered",
+                f"measures samples of {key} {manifest.get(key)}, not of {value}",
+                hint="sample and evaluate with the checkpoint and settings to be registered",
             )
 
 
@@ -152,6 +152,7 @@ def _candidate(
             "ncsn.checkpoint_uri": checkpoint,
             "dataset.digest": manifest.digest,
             "eval.fingerprint": measured["fingerprint"],
+            **({} if loaded.guide is None else {"ncsn.guide": weights_digest(loaded.guide.network)}),
         },
     )
 

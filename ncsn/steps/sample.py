@@ -13,7 +13,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
-from ncsn.data.shards import read_samples
+from ncsn.data.shards import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
@@ -24,13 +24,16 @@ from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.generate import evaluations_per_image
-from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, strip_png
+from ncsn.model.guidance import guide_of, sampling_facts
+from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
+from ncsn.tracking.registry import settle_guide
 
 GRID_IMAGES = 64
+MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
 STRIP_IMAGES = 8
 LEVELS = "levels.npy"  # next to the strip: its images as an array `[stages, N, H, W, C]` uint8
 MOST_STAGES = 40  # of the strip and of the GIF, however many levels there are
@@ -82,11 +85,10 @@ def run(
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
-    sampling = config.sampling
-    # What decides the images, given the weights.
-    sampler = sampling.model_dump(include={"sampler", "seed", "precision", "grays"})
-    uri = step.folder.samples(trained.digest, storage.digest(sampler, 12))
-    inputs = {"uri": uri, "num_images": sampling.num_images}
+    config = settle_guide(config, near=step.folder.uri)
+    facts = sampling_facts(config.sampling, guide_of(trained, config.sampling))
+    uri = step.folder.samples(trained.digest, storage.digest(facts, 12))
+    inputs = {"uri": uri, "num_images": config.sampling.num_images}
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
@@ -107,7 +109,7 @@ def run(
         result = _result(config, uri, checkpoint=checkpoint, made=made, seconds=seconds)
         result = replace(result, notes=build.noise_notes(config, images=trained.images_seen))
         _publish_pictures(result, config)
-        _publish_manifest(result, sampler, trained.digest)
+        _publish_manifest(result, facts, trained)
         _log(work.tracked, result, trained)
         if scores is not None:
             scores.log(work.tracked)
@@ -166,13 +168,22 @@ def _watched(progress: ProgressFile, lease: str | None, faults: FaultInjector) -
     return update
 
 
+def samples_grid(uri: str, config: Config) -> bytes:
+    """A PNG of the first images of the folder `uri`; with classes, one row for each of the first 16 classes."""
+    total = config.sampling.num_images
+    if config.data.num_classes is None:
+        count = min(GRID_IMAGES, total)
+        return grid_png(np.concatenate(list(read_samples(uri, num_images=count, batch_size=count))))
+    rows = rows_by_class(read_labels(uri, num_images=min(total, MOST_LABELS)))
+    images = np.concatenate(list(read_samples(uri, num_images=1 + int(rows.max()), batch_size=1 + int(rows.max()))))
+    return grid_png(images[rows.flatten()], columns=rows.shape[1])
+
+
 def _publish_pictures(result: SampleResult, config: Config) -> None:
-    count = min(GRID_IMAGES, result.num_images)
-    first_images = np.concatenate(list(read_samples(result.uri, num_images=count, batch_size=count)))
-    storage.write_bytes(result.grid, grid_png(first_images))
+    storage.write_bytes(result.grid, samples_grid(result.uri, config))
     if storage.exists(result.strip) and storage.exists(result.gif):
         return
-    in_gif = images_in_gif(first_images.shape[1])
+    in_gif = images_in_gif(config.data.image_size)
     count = min(max(STRIP_IMAGES, in_gif), result.num_images)
     few = Shard(config, config.sampling, result.checkpoint, result.uri, first=0, count=count)
     frames = watch_levels(few, Stages(MOST_STAGES)).frames
@@ -182,13 +193,14 @@ def _publish_pictures(result: SampleResult, config: Config) -> None:
     storage.write_bytes(result.gif, denoising_gif(frames[:, :in_gif]))
 
 
-def _publish_manifest(result: SampleResult, sampler: dict[str, Any], checkpoint_digest: str) -> None:
+def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: checkpoints.SamplingCheckpoint) -> None:
     manifest = {
         "checkpoint": result.checkpoint,
-        "checkpoint_digest": checkpoint_digest,
+        "checkpoint_digest": trained.digest,
         "num_images": result.num_images,
         "nfe": result.nfe,
-        **sampler,
+        **facts,
+        **({} if trained.classes is None else {"classes": trained.classes.names}),
     }
     storage.write_text(storage.join(result.uri, "manifest.json"), json.dumps(manifest, indent=1))
 

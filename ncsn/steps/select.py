@@ -34,6 +34,7 @@ from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.candidates import log_candidates
+from ncsn.tracking.registry import settle_guide
 
 LEAST_OF_A_PARABOLA = 5  # points
 
@@ -71,7 +72,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     step = Step.claim("select", config, run, SelectResult, unit="candidates")
     manifest = load_manifest(dataset)
-    config = step.settle_noise(config, manifest)
+    config = settle_guide(step.settle_noise(config, manifest), near=step.folder.uri)
     found = find_weights(step.folder.uri)
     if not found:
         raise NotFound(step.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")

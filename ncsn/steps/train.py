@@ -101,7 +101,12 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
             hint="sort the images into one subfolder per class, or set it to auto",
             value="classifier",
         )
+    require_classes(config, manifest, dataset)
+    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")
+
+
+def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
+    """Refuse images with other classes than the network's, and a class to sample that is none of them."""
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {dataset}")
     if (classes := classes_of(config, manifest)) is not None:
         require_label(config.sampling.label, classes)
-    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")

@@ -26,8 +26,10 @@ from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work
+from ncsn.steps.train import require_classes
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
+from ncsn.tracking.registry import settle_guide
 
 # Share of untrained weights in the running average from which on a rung says little about the trial.
 _MUCH = 0.1
@@ -74,7 +76,8 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     # A run name belongs to one config, and the best config is another one.
     trained_as = run_folder(config, f"{run}-best").run
     manifest = load_manifest(dataset)
-    config = _of_fixed_size(step.settle_noise(config, manifest))
+    config = settle_guide(_of_fixed_size(step.settle_noise(config, manifest)), near=step.folder.uri)
+    require_classes(config, manifest, dataset)
     settings = config.search
     assert settings is not None
     evaluation = evaluation_of(config, manifest).model_dump(mode="json")

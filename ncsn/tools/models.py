@@ -11,23 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import save
 
 from ncsn import storage
 from ncsn.config import Config, from_json, from_yaml, to_json, to_yaml
-from ncsn.data.shards import read_samples
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import evaluations_per_image
+from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_trained
-from ncsn.report.images import grid_png
-from ncsn.steps.sample import GRID_IMAGES
+from ncsn.steps.sample import samples_grid
 from ncsn.tracking.client import open_client_at, shown
-from ncsn.tracking.registry import fetch_weights
+from ncsn.tracking.registry import fetch_weights, settle_guide
 from ncsn.tracking.versions import registry_errors, resolve_version
 
 MANIFEST = "manifest.json"
@@ -74,14 +72,12 @@ def sample_model(
     near = storage.absolute(out).rpartition("/")[0] if out else storage.absolute(root)
     with storage.scratch_folder(near) as scratch:
         weights = fetch_weights(registry, version, scratch)
-        config = _config(weights, overrides, origin=model)
+        config = settle_guide(_config(weights, overrides, origin=model), near=near, registry=registry)
         source = {
             "model": model,
             "registry": shown(registry),
             "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
-            "sampler": config.sampling.sampler.model_dump(mode="json"),
-            "seed": config.sampling.seed,
-            "precision": config.sampling.precision,
+            **sampling_facts(config.sampling, guide_of(load_trained(weights, origin=model), config.sampling)),
         }
         default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
         folder = storage.absolute(out) if out else default
@@ -105,11 +101,11 @@ def _claim(folder: str, source: dict[str, Any]) -> None:
     if storage.publish_once(manifest, json.dumps(source, indent=1).encode()):
         return
     found = storage.read_json(manifest)
-    for key, wanted in source.items():
-        if found.get(key) != wanted:
+    for key in {**source, **found}:
+        if found.get(key) != source.get(key):
             raise UserError(
                 "--out",
-                f"has images of {key} {found.get(key)!r}, not of {wanted!r}",
+                f"has images of {key} {found.get(key)!r}, not of {source.get(key)!r}",
                 hint="choose another folder",
                 value=folder,
             )
@@ -121,10 +117,8 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
     started = time.perf_counter()
     with cluster_for(config, tasks=len(shards)):
         make_shards(config, shards, progress=progress)
-    count = min(GRID_IMAGES, sampling.num_images)
     grid = storage.join(folder, "grid.png")
-    first_images = np.concatenate(list(read_samples(folder, num_images=count, batch_size=count)))
-    storage.write_bytes(grid, grid_png(first_images))
+    storage.write_bytes(grid, samples_grid(folder, config))
     return ModelSamples(
         uri=folder,
         grid=grid,

@@ -162,6 +162,7 @@ def scaled_down(config: Config, root: Path) -> Config:
             # Takes the same time, and the registry of its source is not the trial run's.
             "train.init_from": None,
             "train.trainable": "all",
+            "sampling.guidance": None,  # its network may not be there yet
             "sampling.num_images": samples,
             "evaluation.classifier_epochs": 1,
             "evaluation.num_splits": 1,

@@ -21,9 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.config import Config
+from ncsn.config.guidance import ClassifierFreeConfig
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
+from ncsn.core.classes import NO_CLASS
 from ncsn.errors import UserError
+from ncsn.model.classes import require_label
 from ncsn.model.generate import complete, generate, with_evaluations
 from ncsn.model.trained import load_trained
 
@@ -57,8 +60,11 @@ class ScoreModel(PythonModel):
                 - `n_images`: how many images, or completions of each given image.
                 - `seed`: image i is a function of (seed, i) and the same as the sample step's.
                 - `sampler`: a kind such as `probability_flow`, or `{kind: ..., ...}` with its settings.
-                - `nfe`: score-network evaluations per image.
-                - `images`, `mask`: base64 PNGs to complete by inpainting; known pixels are white in the mask.
+                - `nfe`: evaluations of the network per image, not counting those of the guidance.
+                - `label`: the name or number of a class, `balanced` or `data`, see `sampling.label`.
+                - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
+                - `images`, `mask`: base64 PNGs to complete by inpainting; known pixels are white in the mask. Without
+                  a label they have none, if the network has learned images without.
 
         Returns:
             uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], grouped by image.
@@ -73,6 +79,8 @@ class ScoreModel(PythonModel):
 
     def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:
         config = _chosen(self.trained.config, params)
+        if self.trained.classes is not None:
+            require_label(config.sampling.label, self.trained.classes, key="label")
         n_images = int(params.get("n_images", DEFAULT_IMAGES))
         given, mask = list(params.get("images", [])), str(params.get("mask", ""))
         if bool(given) != bool(mask):
@@ -96,6 +104,7 @@ class ScoreModel(PythonModel):
                     references[first : first + count],
                     known,
                     sampling=config.sampling,
+                    labels=None if params.get("label") else _no_labels(config, count),
                     first=first,
                     device=self.device,
                 )
@@ -105,7 +114,7 @@ class ScoreModel(PythonModel):
 
 
 def _chosen(config: Config, params: dict[str, Any]) -> Config:
-    """The experiment with the seed, sampler and NFE of the params."""
+    """The experiment with the seed, sampler, NFE, class and guidance of the params."""
     if sampler := params.get("sampler"):
         config = with_sampler(config, str(sampler))
     changes: dict[str, Any] = {}
@@ -116,7 +125,33 @@ def _chosen(config: Config, params: dict[str, Any]) -> Config:
         changes["seed"] = int(seed)
     if nfe:
         changes["sampler"] = with_evaluations(config.sampling.sampler, int(nfe), num_levels=config.levels.num_levels)
+    changes |= _with_classes(config, str(params.get("label") or ""), float(params.get("guidance") or 0))
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+
+
+def _with_classes(config: Config, label: str, weight: float) -> dict[str, Any]:
+    """The changes of the section `sampling` by a label and a weight of guidance, where they are given.
+
+    Raises:
+        UserError: the network knows no classes, or has learned no images without.
+    """
+    changes: dict[str, Any] = {}
+    if label:
+        if config.data.num_classes is None:
+            raise UserError("label", "this model knows no classes", value=label)
+        changes["label"] = label
+    if weight < 0:
+        raise UserError("guidance", "must be 0 (as configured) or more", value=weight)
+    if weight and weight != 1 and config.sampling.guidance is None and not config.train.label_dropout:
+        raise UserError("guidance", "this model has none; it was trained without train.label_dropout", value=weight)
+    if weight:
+        guidance = config.sampling.guidance or ClassifierFreeConfig(kind="classifier_free")
+        changes["guidance"] = guidance.model_copy(update={"weight": weight})
+    return changes
+
+
+def _no_labels(config: Config, count: int) -> torch.Tensor | None:
+    return torch.full((count,), NO_CLASS) if config.train.label_dropout else None
 
 
 def _batches(total: int, sampling: SamplingConfig) -> Sequence[tuple[int, int]]:

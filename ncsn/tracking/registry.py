@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import ncsn
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.config.guidance import AutoguidanceConfig
+from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
+from ncsn.model.guidance import sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
-from ncsn.tracking.client import TrackingError, one_line, shown
+from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
 from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun
-from ncsn.tracking.versions import ensure_model, require_model_name
+from ncsn.tracking.versions import SCHEME, ensure_model, registry_errors, require_model_name, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -94,6 +96,8 @@ def _signature(config: Config) -> tuple[Any, Any]:
             ParamSpec("seed", "long", config.sampling.seed),
             ParamSpec("sampler", "string", ""),
             ParamSpec("nfe", "long", 0),
+            ParamSpec("label", "string", ""),
+            ParamSpec("guidance", "double", 0.0),
             ParamSpec("images", "string", [], shape=(-1,)),
             ParamSpec("mask", "string", ""),
         ]
@@ -111,6 +115,9 @@ _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_
 _HEADINGS = ("The following failures occurred", "#####")
 
 
+DECIDING = ("sampler", "label", "guidance")
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A checkpoint to register."""
@@ -124,10 +131,14 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        """Identity of weights and sampler: equal digests are one version."""
-        config = self.checkpoint.config
-        recipe = {"weights": self.checkpoint.digest, "sampler": config.sampling.sampler.model_dump(mode="json")}
-        return storage.digest(recipe, 16)
+        """Identity of weights, sampler and guidance: equal digests are one version."""
+        return storage.digest({"weights": self.checkpoint.digest, **deciding(self.checkpoint)}, 16)
+
+
+def deciding(trained: TrainedNetwork) -> dict[str, Any]:
+    """The settings of sampling that are part of a version's identity, as plain values; see `DECIDING`."""
+    facts = sampling_facts(trained.config.sampling, trained.guide)
+    return {name: facts[name] for name in DECIDING if name in facts}
 
 
 def register(tracked: StepRun, candidate: Candidate) -> ModelVersion:
@@ -228,6 +239,36 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
             hint="was it registered by `ncsn register`?",
         )
     return folder
+
+
+def settle_guide(config: Config, *, near: str, registry: str | None = None) -> Config:
+    """The config with an address of the network of autoguidance that needs no registry.
+
+    A registered model is copied to `<near>/guides`; `registry` is by default that of the config.
+
+    Raises:
+        UserError: there is no such model.
+        TrackingError: its weights cannot be downloaded.
+    """
+    guidance = config.sampling.guidance
+    if not isinstance(guidance, AutoguidanceConfig):
+        return config
+    address = guidance.checkpoint
+    uri = _copied(config, address, near, registry) if address.startswith(SCHEME) else storage.absolute(address)
+    settled = config.sampling.model_copy(update={"guidance": guidance.model_copy(update={"checkpoint": uri})})
+    return config.model_copy(update={"sampling": settled})
+
+
+def _copied(config: Config, address: str, near: str, registry: str | None) -> str:
+    client, uri = open_client(config) if registry is None else (open_client_at(registry), registry)
+    with registry_errors(uri):
+        version = resolve_version(client, address)
+        place = storage.join(near, "guides", f"{version.name}-{version.version}")
+        if not storage.exists(storage.join(place, TRAINED_CONFIG)):
+            with storage.scratch_folder(near) as scratch:
+                weights = fetch_weights(uri, version, scratch)
+                storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
+    return place
 
 
 def _first_failure(error: Exception) -> str:

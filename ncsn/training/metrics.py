@@ -17,6 +17,7 @@ from ncsn.config.samplers import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.training import TrainState
 from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import BALANCED
 from ncsn.model.generate import generate
 
 
@@ -95,11 +96,21 @@ def preview_evaluations(config: Config) -> int:
     images = config.tracking.preview_images
     if not images or config.levels.num_levels == 1:
         return 0
+    images = sum(map(len, preview_rows(config)))
     # The other workers wait while rank 0 makes the preview.
     between = min(config.train.checkpoint_every_images, config.train.num_images) / config.compute.max_workers
     affordable = int(SHARE * EVALUATIONS_PER_STEP * between / images)
     wanted = min(affordable, MOST_EVALUATIONS, config.levels.num_levels)
     return wanted if wanted >= min(LEAST_EVALUATIONS, config.levels.num_levels) else 0
+
+
+def preview_rows(config: Config) -> list[NDArray[np.int64]]:
+    """Numbers of the images of the preview; a row for each class if the network knows some, but not too many."""
+    count, num_classes = config.tracking.preview_images, config.data.num_classes
+    if num_classes is None or num_classes > count:
+        return [np.arange(count)]
+    # Balanced images have the classes in turn.
+    return list(np.arange(-(-count // num_classes) * num_classes).reshape(-1, num_classes).T)
 
 
 def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluations: int) -> NDArray[np.uint8]:
@@ -110,15 +121,16 @@ def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluati
     Raises:
         UserError: if an image is not finite.
     """
-    network = state.averaged()
+    network, rows = state.averaged(), preview_rows(config)
     sampler = ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=evaluations)
     images = generate(
         TrainedNetwork(config=config, network=network, moments=moments),
-        sampling=config.sampling.model_copy(update={"sampler": sampler}),
+        sampling=config.sampling.model_copy(update={"sampler": sampler, "label": BALANCED, "guidance": None}),
         first=0,
-        count=config.tracking.preview_images,
+        count=sum(map(len, rows)),
         device=next(network.parameters()).device,
     )
-    grid = image_grid(images, columns=round(len(images) ** 0.5))
+    columns = len(rows[0]) if len(rows) > 1 else round(len(images) ** 0.5)
+    grid = image_grid(images[np.concatenate(rows)], columns=columns)
     factor = max(1, PIXELS // max(grid.shape[:2]))
     return grid.repeat(factor, axis=0).repeat(factor, axis=1)

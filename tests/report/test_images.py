@@ -20,6 +20,7 @@ from ncsn.report.images import (
     inpainting_panel,
     interpolation_panel,
     neighbors_panel,
+    rows_by_class,
     samples_at_levels,
 )
 from ncsn.report.style import to_png
@@ -143,3 +144,10 @@ def test_the_film_has_every_stage_of_small_images_and_few_of_large_ones() -> Non
     large = film(np.zeros((100, 8, 128, 128, 3), np.uint8), sigmas=[1.0])
     assert math.prod(large.size) * 3 * len(large.labels) < 1.1 * MOST_PIXEL_BYTES
     assert len(large.labels) >= 8 and large.labels[1].startswith("stage ")
+
+
+def test_a_grid_has_a_row_for_each_of_the_first_classes() -> None:
+    rows = rows_by_class(np.arange(100) % 10)
+    assert rows.shape == (10, 8) and (rows % 10 == np.arange(10)[:, None]).all() and rows[0].tolist()[:2] == [0, 10]
+    assert rows_by_class(np.array([2, 0, 2, 0, 2])).tolist() == [[1, 3], [0, 2]]
+    assert rows_by_class(np.arange(3000) % 1000).shape == (16, 3)

@@ -16,6 +16,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.model import build, checkpoint
 from ncsn.runs import records
+from ncsn.training.batches import classes_of
 
 SaveUntrained = Callable[[Config, str, Path], None]
 
@@ -36,6 +37,7 @@ def save_untrained() -> SaveUntrained:
         state = TrainState(network, build.optimizer(config, network), Ema(network, StepDecay(0.9)), images_seen=8)
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
         digest = load_manifest(dataset).digest
-        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest)
+        classes = classes_of(config, load_manifest(dataset))
+        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest, classes=classes)
 
     return save

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
-from ncsn.data.shards import read_samples
+from ncsn.data.shards import read_labels, read_samples
 from ncsn.data.sources import open_source
+from ncsn.report.images import grid_png
 from ncsn.runs.costs import account
 from ncsn.runs.folder import run_folder
 from ncsn.steps import sample
@@ -97,3 +101,42 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
     sample.run(config, run="mine", checkpoint=checkpoint)
     (after,) = read_samples(result.uri, num_images=10, batch_size=10)
     assert np.array_equal(before, after)
+
+
+CLASSES = ("data.num_classes=10", "train.label_dropout=0.1", "sampling.sampler={kind: karras_heun, num_steps: 3}")
+
+
+def test_images_of_classes_keep_them_and_the_grid_has_a_row_for_each(
+    config: Config, dataset: str, save_untrained: SaveUntrained, tmp_path: Path
+) -> None:
+    many = [*CLASSES, "sampling.num_images=23", "sampling.batch_size=23"]
+    known = from_yaml(to_yaml(config), overrides=many)
+    save_untrained(known, dataset, tmp_path / "known")
+    result = sample.run(known, run="mine", checkpoint=str(tmp_path / "known"))
+    assert read_labels(result.uri, num_images=23).tolist() == [number % 10 for number in range(23)]
+    assert read_labels(result.uri, num_images=5).tolist() == list(range(5))
+    manifest = json.loads((Path(result.uri) / "manifest.json").read_text())
+    assert manifest["classes"] == list(load_manifest(dataset).class_names)
+    with Image.open(result.grid) as grid:
+        images = np.concatenate(list(read_samples(result.uri, num_images=23, batch_size=23)))
+        rows = np.stack([images[:10], images[10:20]], axis=1).reshape(-1, 8, 8, 1)
+        np.testing.assert_array_equal(np.asarray(grid), np.asarray(Image.open(io.BytesIO(grid_png(rows, columns=2)))))
+    one = from_yaml(to_yaml(known), overrides=["sampling.label=7", "sampling.num_images=3"])
+    other = sample.run(one, run="mine", checkpoint=str(tmp_path / "known"))
+    assert other.uri != result.uri and read_labels(other.uri, num_images=3).tolist() == [7, 7, 7]
+
+
+def test_samples_by_autoguidance_are_those_of_the_guides_weights(
+    config: Config, dataset: str, checkpoint: str, save_untrained: SaveUntrained, tmp_path: Path
+) -> None:
+    guides = []
+    for name, width in (("one", 8), ("same", 8), ("other", 16)):
+        save_untrained(from_yaml(to_yaml(config), overrides=[f"network.widths=[{width}]"]), dataset, tmp_path / name)
+        guides.append(f"sampling.guidance={{kind: autoguidance, checkpoint: {tmp_path / name}, weight: 2}}")
+    found = [
+        sample.run(from_yaml(to_yaml(config), overrides=[each]), run="mine", checkpoint=checkpoint) for each in guides
+    ]
+    assert found[0].uri == found[1].uri != found[2].uri
+    assert found[0].nfe == 10
+    plain = sample.run(config, run="mine", checkpoint=checkpoint)
+    assert plain.uri not in {each.uri for each in found}

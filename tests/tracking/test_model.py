@@ -145,7 +145,16 @@ def test_a_multistep_sampler_takes_as_many_steps_as_evaluations(model, checkpoin
 
 def test_signature_lists_every_param_and_the_images(model):
     signature = model.metadata.signature
-    assert [param.name for param in signature.params] == ["n_images", "seed", "sampler", "nfe", "images", "mask"]
+    assert [param.name for param in signature.params] == [
+        "n_images",
+        "seed",
+        "sampler",
+        "nfe",
+        "label",
+        "guidance",
+        "images",
+        "mask",
+    ]
     assert signature.outputs.inputs[0].shape == (-1, 8, 8, 1)
 
 
@@ -165,6 +174,9 @@ def test_signature_lists_every_param_and_the_images(model):
         ({"seed": -1}, "seed = -1"),
         ({"nfe": 6}, "5 or 7"),
         ({"nfe": 1}, "use 3"),
+        ({"label": "cat"}, "label = 'cat'"),
+        ({"guidance": 2.0}, "guidance = 2"),
+        ({"guidance": -1.0}, "guidance = -1"),
     ],
 )
 def test_param_out_of_range_says_what_is_allowed(model, params, subject):

@@ -30,6 +30,7 @@ from ncsn.runs.costs import prices_of, read_plan
 from ncsn.runs.loss_names import loss_names, loss_unit
 from ncsn.runs.records import load_history
 from ncsn.steps.step import Step
+from ncsn.tracking.registry import settle_guide
 
 DEFAULT_NFE = (10, 20, 50, 100)
 DEFAULT_IMAGES = 256
@@ -37,6 +38,7 @@ ROWS = 8  # samples in a panel
 NEIGHBORS = 5
 INTERPOLATIONS = 4
 INTERPOLATED = 8  # images of each interpolation, with both ends
+_POINTS_SHOW = "each point of quality_nfe shows the seconds and the price of 1,000 images on this machine."
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,15 @@ def run(
     if result := step.found(inputs, needs=lambda result: [result.uri, *result.figures.values()]):
         return result
     with step.work(config) as work:
-        opened = open_run(config, trained, samples=samples, dataset=dataset, device=device)
+        settled = settle_guide(config, near=step.folder.uri)
+        opened = open_run(settled, trained, samples=samples, dataset=dataset, device=device)
         sheet = _Sheet()
         _draw_losses(sheet, opened, history=step.folder.history)
         _draw_images(sheet, opened)
         measured = quality(opened, nfe=nfe, num_images=num_images, progress=work.progress)
         prices = prices_of(read_plan(step.folder.uri))
         sheet.figures["quality_nfe"], sheet.numbers["quality"] = quality_plot(measured, prices), measured
-        sheet.notes.append(
-            "each point of quality_nfe shows the seconds and the price of 1,000 images on this machine. "
-            + price_note(measured, prices)
-        )
+        sheet.notes.append(f"{_POINTS_SHOW} {price_note(measured, prices)}")
         result = _publish(sheet, out)
         for uri in (result.uri, *result.figures.values()):
             work.tracked.log_file(uri, "figures")

@@ -1,0 +1,245 @@
+"""Images of given classes, guidance of a trained network, and what a registered model keeps for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refused import refused
+
+from ncsn.config import Config, from_yaml
+from ncsn.core.images import fit_moments
+from ncsn.model import build, checkpoint
+from ncsn.model.checkpoint import TrainedNetwork, weights_digest
+from ncsn.model.classes import Classes
+from ncsn.model.generate import complete, evaluations_per_image, generate, image_labels, interpolate
+from ncsn.model.guidance import guide_of, guided_evaluations, sampling_facts
+from ncsn.model.trained import load_for_generation, load_trained, save_trained
+
+TEXT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, num_classes: 3}
+noise: {num_levels: 6, sigma_1: 2.0, sigma_L: 0.05}
+network: {kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 8, num_images: 16, checkpoint_every_images: 8, report_every_images: 8, label_dropout: 0.1}
+sampling: {num_images: 4, sampler: {kind: karras_heun, num_steps: 5}}
+evaluation: {num_splits: 2}
+"""
+FREE = "sampling.guidance={kind: classifier_free, weight: 3.0}"
+PETS = Classes(("cat", "dog", "bird"), (10, 20, 30))
+LANGEVIN = "sampling.sampler={kind: annealed_langevin, steps_per_level: 2}"
+
+
+def config_with(*overrides: str) -> Config:
+    return from_yaml(TEXT, overrides=overrides)
+
+
+def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
+    """A network whose score depends on all its inputs, and moments of noise."""
+    network, draw = build.network(config).eval().requires_grad_(False), torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(network.named_parameters()):
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    classes = None if config.data.num_classes is None else PETS
+    moments = fit_moments(torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    return TrainedNetwork(config=config, network=network, moments=moments, classes=classes)
+
+
+def images(trained: TrainedNetwork, *overrides: str, first: int = 0, count: int = 4) -> np.ndarray:
+    sampling = from_yaml(TEXT, overrides=overrides).sampling
+    return generate(trained, sampling=sampling, first=first, count=count)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Over tensors as small as these, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def trained() -> TrainedNetwork:
+    return network_of(config_with())
+
+
+def test_the_class_decides_the_image_and_the_batch_does_not(trained: TrainedNetwork) -> None:
+    balanced = images(trained, count=7)
+    np.testing.assert_array_equal(images(trained, first=5, count=1), balanced[5:6])
+    of_class = {name: images(trained, f"sampling.label={name}", count=7) for name in PETS.names}
+    for number, image in enumerate(balanced):
+        same = [name for name in PETS.names if (of_class[name][number] == image).all()]
+        assert same == [PETS.names[number % 3]]
+    np.testing.assert_array_equal(images(trained, "sampling.label=2"), images(trained, "sampling.label=bird"))
+    sampling = config_with("sampling.label=data", "sampling.seed=4").sampling
+    labels = image_labels(trained, sampling, first=0, count=7)
+    assert labels is not None
+    drawn = generate(trained, sampling=sampling, first=0, count=7)
+    for number, label in enumerate(labels.tolist()):
+        alone = images(trained, "sampling.seed=4", f"sampling.label={label}", first=number, count=1)
+        np.testing.assert_array_equal(alone, drawn[number : number + 1])
+    with refused("sampling.label"):
+        images(trained, "sampling.label=fish")
+
+
+def test_weight_one_is_no_guidance_bitwise(trained: TrainedNetwork) -> None:
+    plain, guided = images(trained), images(trained, FREE)
+    assert (plain != guided).any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(images(trained, FREE, "sampling.guidance.weight=1.0"), plain)
+    alone = images(trained, FREE, first=2, count=1)
+    np.testing.assert_array_equal(alone, guided[2:3])
+    none = network_of(config_with("data.num_classes=null", "train.label_dropout=0"))
+    assert images(none).shape == plain.shape
+
+
+def test_weight_zero_is_the_network_without_classes(trained: TrainedNetwork) -> None:
+    unaware = images(trained, FREE, "sampling.guidance.weight=0.0")
+    known = complete(
+        trained,
+        unaware,
+        np.zeros((8, 8), np.bool_),
+        sampling=config_with(LANGEVIN).sampling,
+        labels=torch.full((4,), -1),
+    )
+    expected = images(trained, LANGEVIN, FREE, "sampling.guidance.weight=0.0")
+    np.testing.assert_array_equal(known, expected)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "evaluations"),
+    [
+        ("null", 9),
+        ("{kind: classifier_free, weight: 1.0}", 9),
+        ("{kind: classifier_free}", 18),
+        # The grid is 2.0, 1.05, 0.49, 0.18, 0.05: two steps of Heun begin within.
+        ("{kind: classifier_free, sigma_min: 0.2, sigma_max: 1.2}", 9 + 4),
+        ("{kind: classifier_free, sigma_max: 0.06}", 9 + 1),
+        ("{kind: autoguidance, checkpoint: nowhere, sigma_min: 0.2}", 9 + 6),
+    ],
+)
+def test_evaluations_of_both_networks_are_counted(
+    trained: TrainedNetwork, guidance: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with(f"sampling.guidance={guidance}")
+    assert evaluations_per_image(config) == guided_evaluations(config) == evaluations
+    if "auto" in guidance:
+        return
+    calls = []
+    trained.network.register_forward_hook(lambda *_: calls.append(1))
+    real = type(trained.network).score_at
+    monkeypatch.setattr(type(trained.network), "score_at", lambda *a, **k: calls.append(1) or real(*a, **k))
+    generate(trained, sampling=config.sampling, first=0, count=2)
+    assert len(calls) == evaluations
+
+
+def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
+    folder.mkdir()
+    state = build.train_state(trained.config)
+    state.network.load_state_dict(trained.network.state_dict())
+    for name, parameter in trained.network.named_parameters():
+        state.ema.weights[name].copy_(parameter)
+    checkpoint.save(
+        folder,
+        config=trained.config,
+        state=state,
+        moments=trained.moments,
+        dataset_digest="d1",
+        classes=trained.classes,
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.num_classes=null", "train.label_dropout=0", "network.widths=[8]"],
+        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsnv2, num_features: 4}"],
+        ["noise.num_levels=3"],
+    ],
+)
+def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
+    worse = network_of(config_with(*overrides), seed=1)
+    uri = save_checkpoint(worse, tmp_path / "worse")
+    auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 0.0}}"
+    if worse.config.levels == trained.config.levels:
+        alone = generate(worse, sampling=config_with().sampling, first=0, count=4)
+        np.testing.assert_array_equal(images(trained, auto), alone)
+    assert (images(trained, auto, "sampling.guidance.weight=2.0") != images(trained)).any()
+    sampling = config_with(auto).sampling
+    guide = guide_of(trained, sampling)
+    assert guide is not None
+    facts = sampling_facts(sampling, guide)
+    assert facts["guidance"]["checkpoint"] == weights_digest(worse.network)
+    assert facts["guidance"]["checkpoint"] == checkpoint.load_for_sampling(uri).digest
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.image_size=16"],
+        ["data.channels=3"],
+        ["data.logit_transform=true"],
+        ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsn, num_features: 4}",
+         "noise.num_levels=3", "sampling.sampler={kind: annealed_langevin}"],
+    ],
+)  # fmt: skip
+def test_a_guide_of_other_images_is_refused(trained: TrainedNetwork, tmp_path: Path, overrides: list[str]) -> None:
+    uri = save_checkpoint(network_of(config_with(*overrides)), tmp_path / "other")
+    with refused("sampling.guidance.checkpoint"):
+        images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}}}")
+
+
+def test_a_guide_that_is_missing_or_of_other_classes_is_refused(trained: TrainedNetwork, tmp_path: Path) -> None:
+    other = replace(network_of(config_with()), classes=Classes(("fish", "dog", "bird"), (1, 2, 3)))
+    for uri in (str(tmp_path / "nowhere"), save_checkpoint(other, tmp_path / "other"), "models:/x@weak"):
+        with refused("sampling.guidance.checkpoint"):
+            images(trained, f"sampling.guidance={{kind: autoguidance, checkpoint: '{uri}'}}")
+
+
+def test_a_registered_model_has_its_guide_and_classes_with_it(trained: TrainedNetwork, tmp_path: Path) -> None:
+    worse = network_of(config_with("network.widths=[8]"), seed=1)
+    uri = save_checkpoint(worse, tmp_path / "worse")
+    auto = f"sampling.guidance={{kind: autoguidance, checkpoint: {uri}, weight: 2.0}}"
+    guided = replace(trained, config=config_with(auto), guide=worse)
+    (tmp_path / "model").mkdir()
+    save_trained(guided, tmp_path / "model")
+    assert {"guide.safetensors", "classes.json"} <= {file.name for file in (tmp_path / "model").iterdir()}
+    expected = images(trained, auto)
+    Path(uri).rename(tmp_path / "gone")
+    for loaded in (load_trained(tmp_path / "model", origin="m"), load_for_generation(str(tmp_path / "model"))):
+        assert loaded.classes == PETS and loaded.guide is not None
+        assert weights_digest(loaded.guide.network) == weights_digest(worse.network)
+        np.testing.assert_array_equal(images(loaded, auto), expected)
+    (tmp_path / "plain").mkdir()
+    save_trained(network_of(config_with("data.num_classes=null", "train.label_dropout=0")), tmp_path / "plain")
+    assert sorted(file.name for file in (tmp_path / "plain").iterdir()) == [
+        "config.json",
+        "ema.safetensors",
+        "moments.safetensors",
+    ]
+
+
+def test_facts_of_old_settings_are_what_they_were(trained: TrainedNetwork) -> None:
+    facts = sampling_facts(config_with().sampling, None)
+    assert facts.keys() == {"sampler", "seed", "precision"}
+    chosen = config_with(FREE, "sampling.label=dog", "sampling.grays=exact").sampling
+    assert sampling_facts(chosen, None).keys() == facts.keys() | {"label", "guidance", "grays"}
+
+
+def test_completions_and_interpolations_have_classes(trained: TrainedNetwork) -> None:
+    sampling, known = config_with(LANGEVIN).sampling, np.arange(64).reshape(8, 8) < 32
+    given = np.full((3, 8, 8, 1), 100, np.uint8)
+    balanced = complete(trained, given, known, sampling=sampling)
+    told = complete(trained, given, known, sampling=sampling, labels=torch.tensor([0, 1, 1]))
+    assert [(a == b).all() for a, b in zip(balanced, told, strict=True)] == [True, True, False]
+    assert (told[:, known] == 100).all()
+    heun = config_with().sampling
+    path = interpolate(trained, sampling=heun, first=1, second=4, count=3)
+    np.testing.assert_array_equal(
+        path[[0, 2]], np.stack([generate(trained, sampling=heun, first=i, count=1)[0] for i in (1, 4)])
+    )
