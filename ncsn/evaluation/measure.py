@@ -15,6 +15,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import cache_folder, open_cache
+from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
@@ -58,6 +59,7 @@ class Measured:
     metrics: dict[str, Metric]  # by short name
     nearest: list[dict[str, Any]]  # training images of the first 16 images, as `_neighbor_table` lists them
     running: list[RunningScore]
+    classes: ClassScores | None = None  # of images with classes that were asked for
 
     def value(self, metric: str) -> float:
         """The value of the metric of that short name."""
@@ -117,6 +119,7 @@ def measure(
     num_splits: int,
     seed: int,
     classes: bool = True,
+    asked: AskedClasses | None = None,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
     """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
@@ -130,6 +133,7 @@ def measure(
         num_splits: of the score.
         seed: of the subsets that are drawn.
         classes: whether the extractor's classes mean something; without, there is no score.
+        asked: the classes of the images; None for a model without.
         on_score: called with each running score.
     """
     running, scores = RunningDistance(reference.statistics, count=count), []
@@ -148,10 +152,14 @@ def measure(
         metrics = metrics_of(whole, reference, groups=running.groups, seed=seed)
         if classes:
             metrics |= class_metrics(whole.log_probabilities, reference, num_splits=num_splits)
+        found = None if asked is None else class_scores(whole, asked, reference=reference.features, seed=seed)
         features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
     pixels = pixel_neighbors(first_images, training_images)
     nearest = _neighbor_table(pixels=pixels, features=features)
-    return Measured(metrics=metrics | _neighbor_metrics(pixels), nearest=nearest, running=scores)
+    metrics |= _neighbor_metrics(pixels)
+    if found is not None:
+        metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
+    return Measured(metrics=metrics, nearest=nearest, running=scores, classes=found)
 
 
 def metrics_of(
@@ -254,6 +262,7 @@ class _Work:
     pieces: list[FeaturePiece]
     fingerprint: str  # of the reference
     classes: bool  # whether there are metrics of classes
+    extractor: str  # its name
 
 
 def measure_sets(
@@ -288,6 +297,7 @@ def measure_sets(
             feature_pieces(config, dataset, images, near=near, fingerprint=fingerprint),
             evaluator.reference.fingerprint,
             evaluator.extractor.knows_classes,
+            evaluator.extractor.name,
         )
         for number, images in enumerate(sets)
     ]
@@ -330,5 +340,6 @@ def _measure(
         num_splits=config.evaluation.num_splits,
         seed=SEED,
         classes=work.classes,
+        asked=asked_classes(config, dataset, images, extractor=work.extractor),
         on_score=on_score,
     )

@@ -12,14 +12,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.shards import batch_starts, read_samples
+from ncsn.data.shards import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors import Extracted, Extractor, Images, batches, extract_all, fingerprint_of
+
+Labels = NDArray[np.int64]
 
 PIECE_IMAGES = 1024  # or a batch if that is more: 16 MB of Inception features and probabilities
 
@@ -38,6 +41,10 @@ class SampleSet:
     def read(self, first: int, last: int, *, batch_size: int) -> Iterator[Images]:
         """Images `first .. last` as [n, H, W, C] uint8 batches; `first` starts a batch and `last` ends one."""
         return read_samples(self.uri, start=first, num_images=last, batch_size=batch_size)
+
+    def labels(self) -> Labels:
+        """The class of each image, int64 [count], -1 for none."""
+        return read_labels(self.uri, num_images=self.count)
 
     def head(self, count: int) -> Images:
         """The first `count` images, or all if there are fewer."""
@@ -64,6 +71,12 @@ class SplitSet:
             return batches(images[first:last], batch_size=batch_size)
         rows = keyed_permutation(self.drawn, epoch=0, size=len(images))[first:last]
         return batches(images[rows], batch_size=batch_size)
+
+    def labels(self) -> Labels:
+        """See `SampleSet`."""
+        labels: Labels = open_cache(self.dataset, self.split).labels
+        order = slice(None) if self.drawn is None else keyed_permutation(self.drawn, epoch=0, size=len(labels))
+        return labels[order][: self.count]
 
     def head(self, count: int) -> Images:
         """See `SampleSet`."""

@@ -31,6 +31,9 @@ LIMITS = (
 )
 
 
+MOST_NAMES, MOST_ROWS = 20, 12  # of classes, so that the card stays short
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a model card says of the model and where it comes from."""
@@ -64,6 +67,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         "## Scores",
         _scores(evaluation, num_splits=config.evaluation.num_splits),
         *_selection(facts.selection),
+        *_classes(evaluation.get("classes"), manifest),
         "## Limits",
         "\n".join(f"- {limit}" for limit in (*facts.warnings, *LIMITS)),
         "## License",
@@ -71,7 +75,7 @@ def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluat
         "## Use",
         "```python\nimport mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("models:/{facts.name}@champion")\n'
-        f'images = model.predict(None, params={{"n_images": 16, "seed": 1}})  # uint8 [16, H, W, C]\n```',
+        f"images = model.predict(None, params={{{_params(config, manifest)}}})  # uint8 [16, H, W, C]\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -113,9 +117,18 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
             "sampler",
             ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items()) + f": NFE {facts.nfe}",
         ),
+        *_guidance(config),
         ("seed", str(config.seed)),
     ]
     return [*settings, ("cost", facts.cost)] if facts.cost else settings
+
+
+def _guidance(config: Config) -> list[tuple[str, str]]:
+    guidance = config.sampling.guidance
+    if guidance is None:
+        return []
+    band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"
+    return [("guidance", f"{guidance.kind}, weight {guidance.weight:g}, {band}")]
 
 
 def _trained_at(config: Config) -> str:
@@ -153,6 +166,48 @@ def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tup
         for row in ranked[:most]
     ]
     return rows, len(ranked) - len(rows)
+
+
+def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]:
+    """The classes that can be asked for, and a table of those that are seen least."""
+    if classes is None:
+        return []
+    names = ", ".join(f"`{name}`" for name in manifest.class_names[:MOST_NAMES])
+    more = f" and {len(manifest.class_names) - MOST_NAMES} more" if len(manifest.class_names) > MOST_NAMES else ""
+    table = _table(CLASS_HEAD, class_rows(classes, most=MOST_ROWS))
+    return ["## Classes", f"It makes images of these on demand: {names}{more}.", table]
+
+
+CLASS_HEAD = ("class", "images", "seen as asked for", "real test images", "kernel distance")
+
+
+def class_rows(classes: Mapping[str, Any], *, most: int) -> list[list[str]]:
+    """A row for each class of the `classes` of an evaluation, or for the `most` that agree least; see `CLASS_HEAD`."""
+
+    def agreement(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
+        return 2.0 if pair[0]["agreement"] is None else float(pair[0]["agreement"])
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = list(zip(classes["table"], classes["real_table"], strict=True))
+    if len(lines) > most:
+        lines = sorted(lines, key=agreement)[:most]
+    return [
+        [
+            line["name"].replace("|", "/")[:30],
+            f"{line['num_images']:,}",
+            shown(line["agreement"], ".1%"),
+            shown(real["agreement"], ".1%"),
+            shown(line["kid"], ".4f"),
+        ]
+        for line, real in lines
+    ]
+
+
+def _params(config: Config, manifest: Manifest) -> str:
+    label = "" if config.data.num_classes is None else f', "label": "{manifest.class_names[0]}"'
+    return f'"n_images": 16, "seed": 1{label}'
 
 
 def _interval(metrics: Mapping[str, float], name: str, num_splits: int) -> str:

@@ -58,6 +58,8 @@ MEANINGS: Mapping[str, Meaning] = {
         "sensitive to outliers.",
         "higher",
     ),
+    "class_agreement": Meaning("Class agreement", "Share of the images seen as the class asked for.", "higher"),
+    "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
     "class_tv": Meaning(
         "Class imbalance",
         "Total variation distance between the class frequencies here and in the training images, from 0 to 1.",
@@ -67,12 +69,11 @@ MEANINGS: Mapping[str, Meaning] = {
     "memorised": Meaning("Copies", "Share of these images that copy a training image, by pixel distance.", "lower"),
     "nn_distance": Meaning(
         "Distance to the nearest training image",
-        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than it is for real "
-        "images.",
+        "Median Euclidean distance over all pixel values (0 to 255). Copies make it much smaller than for real images.",
         "",
     ),
 }
-FIRST = ("score", "fid", "precision", "recall", "memorised")
+FIRST = ("score", "fid", "class_agreement", "precision", "recall", "memorised")
 # Longest first, because `score_std` also ends like `std` would.
 _KNOWN = sorted((*MEANINGS, *(f"{metric}_std" for metric in MEANINGS)), key=len, reverse=True)
 

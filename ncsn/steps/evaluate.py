@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from ncsn.evaluation.reference import (
     images_to_prepare,
     open_evaluator,
 )
+from ncsn.model.classes import require_same_classes
+from ncsn.report.classes import confusion_matrix
+from ncsn.report.style import to_png
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
@@ -38,6 +42,7 @@ METRICS_VERSION = 2
 # Extractor -> its metrics in papers, and the number of samples that they are over.
 PUBLISHED_METRICS = {"inception": "Inception scores and Frechet distances", "dinov2": "FD-DINOv2 values"}
 PUBLISHED_IMAGES = 50_000
+MOST_CLASSES = 100  # with metrics of their own in MLflow
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class EvaluateResult:
     memorisation: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
+    # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
+    # `ncsn.evaluation.classes`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
+    classes: dict[str, Any] | None = None
 
 
 def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
@@ -115,6 +123,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
 
 def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
     tracked.log_metrics({**result.metrics, **result.real_metrics})
+    if result.classes is not None:
+        tracked.log_metrics(_by_class(result.classes, extractor))
+        tracked.log_bytes(to_png(confusion_matrix(result.classes)), "confusion.png")
     for point in result.running:
         score = RunningScore(**point)
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
@@ -136,6 +147,7 @@ def evaluate(
     count = config.sampling.num_images
     manifest = load_manifest(dataset)
     _check_shape(samples_shape(samples, num_images=count), manifest, samples)
+    _check_classes(config, samples, manifest)
     num_real = min(count, manifest.count("test"))
     done = images_to_prepare(config, manifest)
     total = done + count + num_real
@@ -168,6 +180,7 @@ def evaluate(
         memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
         notes=_notes(count, num_real, extractor=name),
+        classes=_classes(generated, real, manifest, by_probe=name != "classifier"),
     )
     _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
     return result
@@ -205,6 +218,52 @@ def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> No
             f"the samples are {_pixels(shape)}, but the dataset has {_pixels(manifest.shape)}",
             hint="evaluate them against the dataset that their model was trained on",
         )
+
+
+def _check_classes(config: Config, samples: str, manifest: Manifest) -> None:
+    """Refuse to judge images by other classes than those that they were asked for."""
+    if config.data.num_classes is None:
+        return
+    require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")
+    made = storage.join(samples, MANIFEST)
+    known = storage.read_json(made).get("classes") if storage.exists(made) else None
+    if known is not None and list(known) != list(manifest.class_names):
+        changed = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            "data.num_classes",
+            f"the samples {samples} are of other classes than the dataset {manifest.name}, such as {changed[0]!r} "
+            f"instead of {changed[1]!r}",
+            hint="evaluate them against the dataset that their model was trained on",
+            value=config.data.num_classes,
+        )
+
+
+def _classes(generated: Measured, real: Measured, manifest: Manifest, *, by_probe: bool) -> dict[str, Any] | None:
+    """The scores by class as plain values; None without classes."""
+    if generated.classes is None:
+        return None
+    names = manifest.class_names
+    of_real = real.classes
+    return {
+        "agreement": generated.classes.agreement,
+        "real_agreement": None if of_real is None else of_real.agreement,
+        "table": generated.classes.table(names),
+        "real_table": [dict.fromkeys(("agreement", "kid"))] * len(names) if of_real is None else of_real.table(names),
+        "confusion": generated.classes.confusion.tolist(),
+        "by_probe": by_probe,
+    }
+
+
+def _by_class(classes: dict[str, Any], extractor: str) -> dict[str, float]:
+    """Metrics of at most 100 classes: `eval/classifier_class_agreement_n51/3-dress`."""
+    found = {}
+    for number, line in enumerate(classes["table"][:MOST_CLASSES]):
+        name = f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', line['name'])[:40]}"
+        for metric in ("agreement", "kid"):
+            if line[metric] is not None:
+                full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
+                found[f"{full}/{name}"] = line[metric]
+    return found
 
 
 def _pixels(shape: tuple[int, ...]) -> str:

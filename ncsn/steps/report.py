@@ -18,12 +18,14 @@ from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report import diagnostics, words
+from ncsn.report.classes import classes_section
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
 from ncsn.report.held_out import copying_hints, held_out_section
 from ncsn.report.html import look, render
-from ncsn.report.images import film, neighbors
+from ncsn.report.images import GRID_CLASSES, film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.selection import selection_section
 from ncsn.report.style import to_png
@@ -36,6 +38,7 @@ from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
+from ncsn.tracking.registry import settle_guide
 
 REPORT = "report"
 FILE = "report.html"
@@ -108,8 +111,9 @@ class Sources:
         scores = storage.read_json(evaluation)
         samples = storage.read_json(storage.join(scores["samples"], "manifest.json"))
         loaded = checkpoints.load_for_sampling(samples["checkpoint"])
+        config = checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"])
         return cls(
-            config=checkpoints.require_same_training(loaded.config, config, origin=samples["checkpoint"]),
+            config=settle_guide(config, near=folder.uri),
             folder=folder,
             checkpoint=loaded,
             evaluation=scores,
@@ -172,6 +176,10 @@ def _grid(sources: Sources) -> Picture | None:
     if not storage.exists(uri):
         return None
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
+    if names := sources.samples.get("classes"):
+        label = sources.samples.get("label", BALANCED)
+        shown = ", ".join(names[:GRID_CLASSES]) if label in (BALANCED, AS_DATA) else label
+        caption += f" A row for each class: {shown}."
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
@@ -220,6 +228,8 @@ def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
 
 
 def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
+    if (classes := sources.evaluation.get("classes")) is not None:
+        yield classes_section(classes)
     yield from _made_sections(sources, progress)
     if (chosen := selection_of(sources.config, sources.folder.run, sources.samples["checkpoint"])) is not None:
         yield selection_section(chosen)

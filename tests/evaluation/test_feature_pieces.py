@@ -95,6 +95,11 @@ def test_drawn_images_are_the_same_from_any_piece(config: Config, dataset: str, 
     read = [np.concatenate(list(drawn.read(piece.first, piece.last, batch_size=8))) for piece in pieces]
     np.testing.assert_array_equal(np.concatenate(read), whole)
     np.testing.assert_array_equal(drawn.head(5), whole[:5])
+    split = open_cache(dataset, "test")
+    for image, label in zip(whole, drawn.labels(), strict=True):
+        rows = np.flatnonzero((split.images == image).all(axis=(1, 2, 3)))
+        assert label in split.labels[rows]
+    np.testing.assert_array_equal(SplitSet(dataset, "test", 9).labels(), split.labels[:9])
 
 
 def test_only_missing_pieces_are_extracted(config: Config, dataset: str, tmp_path: Path, monkeypatch) -> None:

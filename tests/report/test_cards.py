@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from ncsn.config import from_yaml
 from ncsn.data.format import Manifest
 from ncsn.report.cards import ModelFacts, RunFacts, model_card, run_page
+from ncsn.report.classes import classes_section
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 CONFIG = """
@@ -55,8 +59,28 @@ EVALUATION = {
 FACTS = ModelFacts("ncsn-tiny", run="a-run", checkpoint="cafe", images_seen=8, num_parameters=1234567, nfe=5)
 
 
-def card(**facts: object) -> str:
-    return model_card(replace(FACTS, **facts), config=from_yaml(CONFIG), manifest=MANIFEST, evaluation=EVALUATION)
+def card(*overrides: str, manifest: Manifest = MANIFEST, classes: object = None, **facts: object) -> str:
+    config, evaluation = from_yaml(CONFIG, overrides=overrides), EVALUATION | {"classes": classes}
+    return model_card(replace(FACTS, **facts), config=config, manifest=manifest, evaluation=evaluation)
+
+
+def by_class(names: Sequence[str]) -> dict[str, object]:
+    """Scores by class, the last of which agree least."""
+    shares = [1 - 0.5 * number / len(names) for number in range(len(names))]
+    table = [
+        {"name": name, "num_images": 51, "agreement": share, "kid": 0.0123}
+        for name, share in zip(names, shares, strict=True)
+    ]
+    real = [line | {"agreement": 0.875, "kid": None} for line in table]
+    matrix = np.diag([51] * len(names)).tolist()
+    return {
+        "agreement": 0.75,
+        "real_agreement": 0.875,
+        "table": table,
+        "real_table": real,
+        "confusion": matrix,
+        "by_probe": False,
+    }
 
 
 def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
@@ -131,3 +155,24 @@ def test_a_chosen_checkpoint_is_shown_among_the_best_candidates() -> None:
     assert "## Choice" not in model_card(
         replace(facts, selection=None), config=from_yaml(CONFIG), manifest=MANIFEST, evaluation=EVALUATION
     )
+
+
+def test_classes_are_named_with_their_scores() -> None:
+    known = ("data.num_classes=10", "train.label_dropout=0.1", "sampling.guidance={kind: classifier_free, weight: 2}")
+    text = card(*known, classes=by_class(MANIFEST.class_names))
+    assert '"label": "0"' in text and "`0`, `1`" in text
+    assert "| 3 | 51 | 85.0% | 87.5% | 0.0123 |" in text
+    assert "| guidance | classifier_free, weight 2," in text
+    assert "## Classes" not in card() and '"label"' not in card()
+    names = [f"a long name of class {number}" for number in range(1000)]
+    many = card("data.num_classes=1000", manifest=replace(MANIFEST, class_names=names), classes=by_class(names))
+    assert len(many) < DESCRIPTION_LENGTH and "980 more" in many
+    assert "`a long name of class 999`" not in many and "| a long name of class 999 | 51 |" in many
+
+
+def test_the_section_of_classes_has_their_matrix_and_those_that_agree_least() -> None:
+    for count in (10, 200):
+        section = classes_section(by_class([f"c{number}" for number in range(count)]))
+        assert len(section.table) == 1 + min(count, 20) and "75.0%" in section.text and "87.5%" in section.text
+        assert section.table[-1][0] == ("c9" if count == 10 else "c180")
+        assert "<svg" in section.plots[0].svg

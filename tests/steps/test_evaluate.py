@@ -23,6 +23,7 @@ from ncsn.evaluation.classifier import ClassifierExtractor
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.steps import evaluate as step
+from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Measurement, Memorization
 
 
@@ -59,9 +60,9 @@ def dataset(store: Path) -> str:
     return write_dataset(open_source(data), str(store / "datasets" / "digits"), name="digits", data=data).uri
 
 
-def write_samples(folder: Path, images: np.ndarray) -> str:
+def write_samples(folder: Path, images: np.ndarray, labels: np.ndarray | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = Images(np.ascontiguousarray(images), np.full(len(images), -1))
+    rows = Images(np.ascontiguousarray(images), np.full(len(images), -1) if labels is None else labels)
     pq.write_table(to_table(rows), folder / f"shard-{0:09d}-{len(images):09d}.parquet")
     return str(folder)
 
@@ -89,7 +90,8 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
     assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
     assert metrics["eval/classifier_memorised_n256"] < 0.05
-    assert (result.num_images, result.num_real_images, result.notes) == (500, 500, [])
+    assert (result.num_images, result.num_real_images, result.notes, result.classes) == (500, 500, [], None)
+    assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
     last = result.running[-1]
     assert last["fid"] == metrics["eval/classifier_fid_n500"]
@@ -262,3 +264,46 @@ def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) 
     with refused(str(tmp_path), error=NotFound) as caught:
         step.run(config, run="bad", samples=samples, dataset=str(tmp_path))
     assert "`ncsn ingest`" in caught.value.problems[0].hint
+
+
+KNOWN = {"source": "sklearn_digits", "image_size": 8, "channels": 1, "test_fraction": 0.3, "num_classes": 10}
+
+
+def test_images_are_judged_by_the_classes_that_they_were_asked_for(store: Path, dataset: str) -> None:
+    config, test = make_config(store, data=KNOWN), open_cache(dataset, "test")
+    labels = np.array(test.labels[:500])
+    labels[:50] = (labels[:50] + 1) % 10
+    samples = write_samples(store / "asked", test.images[:500], labels)
+    result = step.run(config, run="asked", samples=samples, dataset=dataset)
+    accuracy = result.metrics["eval/classifier_test_accuracy"]
+    agreement = result.metrics["eval/classifier_class_agreement_n500"]
+    assert agreement == pytest.approx(0.9 * accuracy, abs=0.02)
+    assert result.real_metrics["eval/real_classifier_class_agreement_n500"] == pytest.approx(accuracy, abs=0.02)
+    assert result.metrics["eval/classifier_class_kid_n500"] > result.real_metrics["eval/real_classifier_class_kid_n500"]
+    found = result.classes
+    assert found is not None and found["agreement"] == agreement and not found["by_probe"]
+    assert [line["num_images"] for line in found["table"]] == np.bincount(labels, minlength=10).tolist()
+    confusion = np.array(found["confusion"])
+    assert confusion.sum() == 500 and np.trace(confusion) == round(500 * agreement)
+    assert json.loads(Path(result.uri).read_text())["classes"] == found
+    connection = connect(config)
+    (run,) = [
+        run
+        for run in connection.client.search_runs([connection.experiment_id])
+        if run.data.tags.get("evaluation.uri") == result.uri and run.data.tags.get("ncsn.step") == "evaluate"
+    ]
+    counted = int(found["table"][3]["num_images"])
+    assert run.data.metrics[f"eval/classifier_class_agreement_n{counted}/3-3"] == found["table"][3]["agreement"]
+    assert "confusion.png" in {file.path for file in connection.client.list_artifacts(run.info.run_id)}
+
+
+def test_images_of_other_classes_than_the_data_are_refused(store: Path, dataset: str, tmp_path: Path) -> None:
+    images = open_cache(dataset, "test").images[:500]
+    samples = write_samples(tmp_path / "others", images, np.arange(500) % 9)
+    with refused("data.num_classes"):
+        evaluate(make_config(store, data=KNOWN | {"num_classes": 9}), samples=samples, dataset=dataset, folder=tmp_path)
+    names = ["zero", *map(str, range(1, 10))]
+    (tmp_path / "others" / "manifest.json").write_text(json.dumps({"classes": names}))
+    with refused("data.num_classes") as caught:
+        evaluate(make_config(store, data=KNOWN), samples=samples, dataset=dataset, folder=tmp_path)
+    assert "'zero'" in str(caught.value)

@@ -1,0 +1,150 @@
+"""How well generated images show the classes that were asked for.
+
+Each image is given to the class that a classifier finds most probable: the extractor's own, if it was trained on the
+labels of the data, else a linear probe of its features, fitted to the training images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncsn.config import Config
+from ncsn.data.format import load_manifest
+from ncsn.data.training_images import open_cache
+from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.pieces import ImageSet
+from ncsn.evaluation.scores import kernel_distance
+
+Labels = npt.NDArray[np.int64]
+Features = npt.NDArray[np.floating]
+
+RIDGE = 1e-3  # of the probe, relative to the variance of the features
+BLOCK = 4096  # feature vectors in memory at a time
+# Fewer subsets than for all images: there are many classes, and a small class has few different subsets.
+NUM_SUBSETS = 10
+FEWEST_IMAGES = 2  # of a class, for a kernel distance
+
+
+@dataclass(frozen=True)
+class AskedClasses:
+    """The classes of images to measure, and of the reference images."""
+
+    labels: Labels  # [N] that were asked for, -1 for none
+    reference: Labels  # [M] of the reference images, -1 for none
+    names: Sequence[str]
+    own: bool  # whether the extractor's probabilities are those of these classes
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Agreement with the classes that were asked for, over the N images that have one."""
+
+    count: int  # N
+    agreement: float  # share of the images that are seen as the class that was asked for
+    kid: float  # mean over the classes of their kernel distance to training images of the class; NaN if there is none
+    confusion: npt.NDArray[np.int64]  # [K, K] images by the class asked for and the class seen
+    kids: npt.NDArray[np.float64]  # [K], NaN for a class with too few images
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`class_agreement`, and `class_kid` if there is one."""
+        known = {} if math.isnan(self.kid) else {"class_kid": self.kid}
+        return {"class_agreement": self.agreement, **known}
+
+    def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A line of plain values for each class: `name`, `num_images`, `agreement` and `kid`, None where unknown."""
+        counts = self.confusion.sum(axis=1)
+        shares = np.diagonal(self.confusion) / np.maximum(counts, 1)
+        return [
+            {
+                "name": name,
+                "num_images": int(count),
+                "agreement": float(share) if count else None,
+                "kid": None if math.isnan(kid) else float(kid),
+            }
+            for name, count, share, kid in zip(names, counts, shares, self.kids, strict=True)
+        ]
+
+
+def asked_classes(config: Config, dataset: str, images: ImageSet, *, extractor: str) -> AskedClasses | None:
+    """The classes of a set and of the training images, for a model that knows classes; else None."""
+    if config.data.num_classes is None:
+        return None
+    names, reference = load_manifest(dataset).class_names, open_cache(dataset, "train").labels
+    return AskedClasses(images.labels(), reference, names, own=extractor == "classifier")
+
+
+def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Features, seed: int) -> ClassScores | None:
+    """The scores of images [N], or None if none of them has a class.
+
+    Args:
+        extracted: Of the images.
+        asked: Their classes.
+        reference: Features of the reference images [M, D]; a memory map is fine.
+        seed: Of the subsets that are drawn.
+    """
+    known = np.flatnonzero(asked.labels >= 0)
+    if not len(known):
+        return None
+    size, labels = len(asked.names), asked.labels[known]
+    if asked.own:
+        seen = extracted.log_probabilities.argmax(axis=1)
+    else:
+        seen = LinearProbe.fitted(reference, asked.reference, num_classes=size).predict(extracted.features)
+    confusion = np.zeros((size, size), np.int64)
+    np.add.at(confusion, (labels, seen[known]), 1)
+    kids = np.full(size, np.nan)
+    for label in range(size):
+        own, others = np.flatnonzero(asked.labels == label), np.flatnonzero(asked.reference == label)
+        if min(len(own), len(others)) >= FEWEST_IMAGES:
+            found = kernel_distance(extracted.features[own], reference[others], num_subsets=NUM_SUBSETS, seed=seed)
+            kids[label] = found.mean
+    return ClassScores(
+        count=len(known),
+        agreement=float(np.trace(confusion) / len(known)),
+        kid=float(np.nanmean(kids)) if np.isfinite(kids).any() else math.nan,
+        confusion=confusion,
+        kids=kids,
+    )
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Ridge regression of features on one-hot labels."""
+
+    weights: npt.NDArray[np.float64]  # [D + 1, K]; the last row is the shift
+
+    @classmethod
+    def fitted(cls, features: Features, labels: Labels, *, num_classes: int) -> LinearProbe:
+        """Fit to features [M, D] with labels [M]; those of label -1 are left out."""
+        size = features.shape[1] + 1
+        squares, targets = np.zeros((size, size)), np.zeros((size, num_classes))
+        for first in range(0, len(features), BLOCK):
+            own = labels[first : first + BLOCK]
+            x = _with_one(features[first : first + BLOCK][own >= 0])
+            squares += x.T @ x
+            np.add.at(targets.T, own[own >= 0], x)
+        count = squares[-1, -1]
+        variances = np.diagonal(squares)[:-1] / count - (squares[-1, :-1] / count) ** 2
+        # So that the penalty does not depend on the scale of a feature, and the shift has none.
+        penalty = np.append(RIDGE * count * np.maximum(variances, 1e-12 * (1 + variances.max())), 0.0)
+        return cls(np.linalg.solve(squares + np.diag(penalty), targets))
+
+    def predict(self, features: Features) -> Labels:
+        """The class of each of [N, D], int64 [N]."""
+        parts = [
+            (_with_one(features[first : first + BLOCK]) @ self.weights).argmax(axis=1)
+            for first in range(0, len(features), BLOCK)
+        ]
+        return np.concatenate(parts)
+
+
+def _with_one(features: Features) -> npt.NDArray[np.float64]:
+    x = np.asarray(features, np.float64)
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
