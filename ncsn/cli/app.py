@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.commands.finished import ema_command, figures_command, neon_command, select_command
+from ncsn.cli.commands.finished import ema_command, figures_command, likelihood_command, neon_command, select_command
 from ncsn.cli.commands.setup import (
     import_checkpoint_command,
     init_command,
@@ -154,6 +154,7 @@ for _command in (
     select_command,
     ema_command,
     figures_command,
+    likelihood_command,
     neon_command,
     toy_command,
     submit_command,

@@ -87,6 +87,11 @@ STEP_INFO: Mapping[str, StepInfo] = {
         inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
         package="tools.finished",
     ),
+    "likelihood": StepInfo(
+        "Measure bits per dimension of test images under a trained network.",
+        inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},
+        package="tools.finished",
+    ),
     "neon": StepInfo(
         "Train on a finished run's own samples, and extrapolate its weights away from the result.",
         inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},

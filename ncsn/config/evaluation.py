@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,8 +21,26 @@ PUBLISHED_SHA256 = {
 }
 
 
+class LikelihoodConfig(Section):
+    """The likelihood of test images, by the probability-flow ODE."""
+
+    images: int = Field(1000, ge=1, description="Test images; at most those there are.")
+    steps: int = Field(36, ge=1, le=10_000, description="Runge-Kutta steps, each of four evaluations and their traces.")
+    probes: int = Field(1, ge=1, le=1000, description="Random vectors for the trace of each evaluation.")
+    sigma_min: float = Field(
+        0.0005, gt=0, lt=1, description="The density is that of the images plus noise of this standard deviation."
+    )
+    dequantization: Literal["uniform", "truncated_normal"] = Field(
+        "uniform",
+        description="What spreads gray values: uniform = over their step, as training does; truncated_normal = noise "
+        "of sigma_min around its middle, as the density has.",
+    )
+
+
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"likelihood"})
 
     extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
         "auto",
@@ -50,6 +68,9 @@ class EvaluationConfig(Section):
         description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
+    likelihood: LikelihoodConfig | None = Field(
+        None, description="How `ncsn likelihood` measures bits per dimension; null = with the defaults."
+    )
 
     @property
     def pretrained(self) -> Literal["inception", "dinov2"] | None:

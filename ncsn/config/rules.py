@@ -44,6 +44,7 @@ def check(config: Config) -> list[Problem]:
         _classes,
         _compiled_loss,
         _guidance,
+        _likelihood,
         _logits,
         _network_size,
         _one_level,
@@ -187,6 +188,26 @@ def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: li
             f"no feature map has size {missing}; with data.image_size = {sizes[0]} and {len(sizes)} resolutions they "
             f"have sizes {sizes}",
             "use some of these",
+        )
+
+
+def _likelihood(config: Config) -> Iterator[Problem]:
+    if config.evaluation.likelihood is not None:
+        yield from likelihood_problems(config)
+
+
+def likelihood_problems(config: Config) -> Iterator[Problem]:
+    """Why images have no likelihood under a network of this config."""
+    key = "evaluation.likelihood"
+    if isinstance(config.network, NcsnNetworkConfig):
+        yield Problem(key, "needs a network that takes any sigma, but network.kind = ncsn knows only its own levels")
+    if config.data.logit_transform:
+        yield Problem(key, "is that of pixels, but data.logit_transform = true trains on their logits")
+    if not config.data.dequantize:
+        yield Problem(
+            key,
+            "needs data.dequantize = true in training: 256 gray values on a line have no density, and the number falls "
+            "without limit with sigma_min",
         )
 
 

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     SUBSET = 6
     AUGMENTATION = 7
     LABEL = 8
+    HUTCHINSON = 9
     LABEL_CHOICE = 10
     HELD_OUT_DEQUANTIZE = 11
     TRAINED_DEQUANTIZE = 12

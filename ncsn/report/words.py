@@ -289,9 +289,10 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
 
 def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
     match step:
+        case "likelihood":
+            return f"{result['bits_per_dim']:.4f} +- {result['error']:.4f} bits/dim, {result['num_images']:,} images"
         case "neon":
-            base, best = (result["distances"][f"{w:g}"] for w in (0, result["multiple"]))
-            return f"w = {result['multiple']:g}, Frechet distance {base:.4g} -> {best:.4g}"
+            return f"w = {result['multiple']:g}, Frechet distance {min(result['distances'].values()):.4g}"
         case "select":
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"
@@ -316,8 +317,7 @@ def few_samples(num_images: int) -> str:
     )
 
 
-# The other tags are versions of packages, or for MLflow alone.
-TAGS = {
+TAGS = {  # the others are versions of packages, or for MLflow alone
     "mlflow.source.git.commit": "Git commit",
     "mlflow.docker.image.uri": "Image",
     "kfp.pipeline_run_id": "KFP run",

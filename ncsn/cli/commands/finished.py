@@ -118,6 +118,16 @@ def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, 
     select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
 
 
+@_command("likelihood", "Measure bits per dimension of test images.")
+@experiment_options
+@input_options("likelihood")
+@click.option("--images", type=click.IntRange(1), help="Test images; default: evaluation.likelihood.images, or 1000.")
+@json_option
+def likelihood_command(*, experiment: Experiment, images: int | None, as_json: bool, **given: str | None) -> None:
+    """Measure the likelihood."""
+    _run("likelihood", experiment, as_json=as_json, given=given, images=images)
+
+
 @_command("neon", "Improve a finished run by training on its own samples.")
 @experiment_options
 @backend_options
