@@ -85,7 +85,7 @@ def test_a_mixture_of_two_points_has_its_density() -> None:
 
     x = torch.tensor([[0.3, 0.6], [0.2, 0.55], [0.7, 0.4], [0.5, 0.5]], dtype=torch.float64).view(4, 1, 1, 2)
     expected = log_density(x, torch.full((4,), 0.05**2, dtype=torch.float64))
-    torch.testing.assert_close(ode.log_density(score, x, probes=basis(x)), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(ode.log_density(score, x, probes=basis(x)), expected, rtol=0, atol=1e-4)
 
 
 def test_traces_by_random_signs() -> None:

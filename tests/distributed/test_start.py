@@ -91,7 +91,8 @@ def test_the_average_of_a_trained_network_has_no_ramp(tiny: str, source: str, tm
     ema = "train.ema={kind: half_life, images: 4000, ramp_up: 0.05}"
     ours, other = experiment(tiny, tmp_path, source, ema), from_yaml(tiny, overrides=[ema])
     for config, share in ((ours, 0.5 ** (16 / 4000)), (other, 0.5 ** (16 / (0.05 * 16)))):
-        assert build.ema_profile(config).decay(images_seen=16, batch=16) == pytest.approx(share)
+        average, _ = build.running_averages(config, build.network(config))
+        assert average.profile.decay(images_seen=16, batch=16) == pytest.approx(share)
     assert "train.init_from" in training_settings(ours) and "train.init_from" not in training_settings(other)
     with refused("train.trainable", error=ConfigError):
         from_yaml(tiny, overrides=["train.trainable=light"])
