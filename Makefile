@@ -14,7 +14,7 @@ BASE_PYTHON := $(shell "$(PYTHON)" -c 'import sys; print(sys._base_executable)' 
 IMAGE ?= ncsn-python:0.1.0
 # The tag in Dockerfile, by the digest of its multi-platform index: `docker buildx imagetools inspect TAG` prints it.
 BASE_IMAGE ?= python:3.11.16-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
-CONFIG ?= configs/digits.yaml
+CONFIG ?= configs/digits_edm.yaml
 PYTEST_ARGS ?=
 # Processes that run the tests, each whole files; 0 = only this one.
 WORKERS ?= 2

@@ -73,9 +73,9 @@ def labels_of_images(
     return full((count,), classes.index(label, key="sampling.label"), dtype=int64)
 
 
-def require_label(label: str, classes: Classes, *, key: str = "sampling.label") -> None:
-    """Refuse a label that names no class; `key` is what set it."""
-    if label not in (BALANCED, AS_DATA):
+def require_label(label: str, classes: Classes | None, *, key: str = "sampling.label") -> None:
+    """Refuse a label that names no class of a network that knows classes; `key` is what set it."""
+    if classes is not None and label not in (BALANCED, AS_DATA):
         classes.index(label, key=key)
 
 

@@ -23,6 +23,7 @@ from ncsn.evaluation.reference import extractor_name, open_evaluator
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
+from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
@@ -85,6 +86,7 @@ def run(
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
+    require_label(config.sampling.label, trained.classes)
     config = settle_guide(config, near=step.folder.uri)
     facts = sampling_facts(config.sampling, guide_of(trained, config.sampling))
     uri = step.folder.samples(trained.digest, storage.digest(facts, 12))
