@@ -220,7 +220,7 @@ class SplitSummary:
 
     statistics: PixelStatistics
     class_counts: np.ndarray
-    sample: ImageSample
+    sample: ImageSample | None  # of the training images, to compare them
     digest: SplitDigest = field(default_factory=SplitDigest)
     parts: list[Part] = field(default_factory=list)
 
@@ -228,7 +228,8 @@ class SplitSummary:
         """Append rows."""
         self.digest.update(rows)
         self.statistics.update(rows.images)
-        self.sample.update(rows.images)
+        if self.sample is not None:
+            self.sample.update(rows.images)
         self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
 
 
@@ -254,7 +255,7 @@ def summarize(
     report(0, total)
     summaries = {}
     for name, split in source.splits.items():
-        sample = ImageSample(sample_size(math.prod(image_shape(data))))
+        sample = ImageSample(sample_size(math.prod(image_shape(data)))) if name == "train" else None
         summary = SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
         for block in written(name, split, summary.parts):
             summary.update(block)
@@ -303,7 +304,9 @@ def publish_dataset(
     there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
     if there is not None and there.suggested_noise is not None:
         return Dataset(uri, there, created=False)
-    suggested = {kind: asdict(suggestion) for kind, suggestion in suggestions(splits["train"].sample).items()}
+    sample = splits["train"].sample
+    assert sample is not None
+    suggested = {kind: asdict(suggestion) for kind, suggestion in suggestions(sample).items()}
     if there is not None:
         there = replace(there, suggested_noise=suggested)
         storage.write_text(storage.join(uri, MANIFEST), there.to_json())
