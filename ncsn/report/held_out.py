@@ -18,8 +18,8 @@ from ncsn.runs.held_out import HeldOutCurves
 NEAR = 0.7
 
 ADVICE = (
-    "Add images, set data.horizontal_flip if mirrored images are as good, or train a smaller network or for fewer "
-    "train.num_images."
+    "Add images, train with data.augmentation, or set data.horizontal_flip if mirrored images are as good; or train a "
+    "smaller network, or for fewer train.num_images."
 )
 
 
