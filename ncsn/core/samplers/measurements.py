@@ -1,0 +1,117 @@
+"""Linear measurements y = A x + sigma_y n of images: some pixels, means over squares, and blurred images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_WIDEST = 4.0  # where the kernel of a blur ends, in standard deviations
+
+
+class Operator(Protocol):
+    """A, with images [B, C, H, W]."""
+
+    @property
+    def blind(self) -> bool:
+        """Whether nothing is measured."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A x."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y."""
+
+    def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
+        """A^T (noise I + spread A A^T)^-1 residual, both variances; for images of variance `spread` their change.
+
+        Where A A^T = I, it is A^T residual / (noise + spread).
+        """
+
+
+@dataclass(frozen=True)
+class KnownPixels:
+    """The pixels where the mask is true; a measurement has 0 at the others."""
+
+    mask: Tensor  # bool, broadcast to [B, C, H, W]
+
+    @property
+    def blind(self) -> bool:
+        """See `Operator`."""
+        return not bool(self.mask.any())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `Operator`."""
+        return torch.where(self.mask.to(x.device), x, 0.0)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """See `Operator`."""
+        return torch.where(self.mask.to(y.device), y, 0.0)
+
+    def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
+        """See `Operator`."""
+        return self.adjoint(residual) / (noise + spread)
+
+
+class Separable:
+    """A x = L x R^T for each channel, by one matrix for columns of pixels and one for rows.
+
+    Args:
+        left: L [h, H].
+        right: R [w, W].
+    """
+
+    blind = False
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
+        self._left_svd, self._right_svd = (
+            tuple(torch.linalg.svd(each.double(), full_matrices=False)) for each in (left, right)
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `Operator`."""
+        return self._left.to(x) @ x @ self._right.to(x).T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """See `Operator`."""
+        return self._left.to(y).T @ y @ self._right.to(y)
+
+    def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
+        """See `Operator`."""
+        (u, s, v), (p, t, q) = self._left_svd, self._right_svd
+        gains = s[:, None] * t
+        factors = (gains / (noise + spread * gains.square())).to(residual)
+        inner = (u.T.to(residual) @ residual @ p.to(residual)) * factors
+        change: Tensor = v.T.to(residual) @ inner @ q.to(residual)
+        return change
+
+
+def means(size: int, factor: int) -> Separable:
+    """The means over squares of `factor` x `factor` pixels of square images; `factor` divides `size`."""
+    if size % factor:
+        raise ValueError(f"the factor must divide {size}, got {factor}")
+    matrix = torch.eye(size // factor).repeat_interleave(factor, dim=1) / factor
+    return Separable(matrix, matrix)
+
+
+def blur(size: int, width: float) -> Separable:
+    """Blur of square images by a normal kernel of standard deviation `width` in pixels, mirrored at the edges."""
+    if not width > 0:
+        raise ValueError(f"the width of a blur must be positive, got {width}")
+    offsets = torch.arange(-(radius := int(_WIDEST * width + 0.5)), radius + 1)
+    kernel = torch.exp(-0.5 * (offsets.double() / width).square())
+    places = (torch.arange(size)[:, None] + offsets) % (2 * size)
+    places = torch.where(places < size, places, 2 * size - 1 - places)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix.scatter_add_(1, places, (kernel / kernel.sum()).expand(size, -1))
+    return Separable(matrix, matrix)
+
+
+def peak_signal_to_noise(x: Tensor, truth: Tensor) -> float:
+    """PSNR in dB of values in [0, 1], over all of them; infinite for equal ones."""
+    error = float((x.double() - truth.double()).square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)

@@ -1,0 +1,183 @@
+"""Images given a measurement y = A x + sigma_y n: any sampler, with a score that the measurement guides.
+
+To the score of x at sigma is added J^T v with J = dD/dx, the derivative of the denoised image, by one
+vector-Jacobian product through the network. v depends on the method:
+
+- `Covariance`: v = A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D), the gradient of the log density of y where an image
+  given x has variance r^2 around D (pseudo-inverse guidance, Song et al. 2023). r = 0 is stiff and diverges.
+- `Residual`: a step against the gradient of |y - A D| (diffusion posterior sampling, Chung et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ncsn.core.samplers.level_grid import field_of, floats
+from ncsn.core.samplers.measurements import KnownPixels, Operator
+
+if TYPE_CHECKING:
+    from ncsn.core.losses import ScoreFunction
+    from ncsn.core.samplers.base import Sampler
+    from ncsn.core.samplers.langevin import NoiseSource
+
+_FARTHEST = 20.0  # from zero, in standard deviations of data plus noise; a diverging chain soon goes beyond
+
+
+class Diverged(ValueError):
+    """The guidance drove an image away from all data."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the images."""
+
+    operator: Operator
+    y: Tensor  # 0 at pixels that are not known
+    noise: float = 0.0  # sigma_y
+
+    def residual(self, denoised: Tensor) -> Tensor:
+        """Difference y - A D."""
+        return self.y - self.operator.apply(denoised)
+
+
+class Guidance(Protocol):
+    """A method."""
+
+    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
+        """v, in the shape of the images."""
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """See the module."""
+
+    variance: Callable[[float], float]  # r^2 at sigma, see `gaussian_variance`
+
+    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
+        """See `Guidance`."""
+        spread = self.variance(sigma)
+        if not spread + measured.noise > 0:
+            raise Diverged("r^2 and sigma_y are both 0")
+        return measured.operator.explain(measured.residual(denoised), noise=measured.noise**2, spread=spread)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """See the module; made for the ancestral sampler, `DpmSolver(order=1, eta=1.0)`."""
+
+    step: float  # zeta
+    sigmas: Sequence[float]  # that the sampler visits, descending
+
+    def pull(self, measured: Measured, denoised: Tensor, *, sigma: float) -> Tensor:
+        """See `Guidance`."""
+        residual = measured.residual(denoised)
+        length = residual.flatten(1).norm(dim=1).clamp(min=torch.finfo(residual.dtype).tiny)
+        direction = measured.operator.adjoint(residual / length.view(-1, *[1] * (residual.ndim - 1)))
+        # The sampler gives the denoised image this weight, which sigma^2 v moves.
+        lower = max((other for other in self.sigmas if other < sigma * (1 - 1e-5)), default=0.0)
+        return direction * (self.step / (sigma**2 - lower**2))
+
+
+def gaussian_variance(sigma_data: float) -> Callable[[float], float]:
+    """r^2 at sigma for normal data of deviation `sigma_data`: their variance given data plus noise of sigma."""
+    return lambda sigma: (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2)
+
+
+class Conditioned:
+    """A score function that a measurement guides; samplers take it for a network.
+
+    Args:
+        network: Score function without the measurement.
+        measured: Of all images of a batch.
+        guidance: The method.
+        sigmas: The network's levels [L].
+        scale: Root mean square of the data, by which divergence is noticed.
+    """
+
+    def __init__(
+        self, network: ScoreFunction, measured: Measured, guidance: Guidance, *, sigmas: Tensor, scale: float
+    ) -> None:
+        self._network, self._measured, self._guidance = network, measured, guidance
+        self._sigmas, self._scale = sigmas, scale
+        self._levels, self._fields = floats(sigmas), dict[int, Conditioned]()
+
+    def field_at(self, sigma: float) -> Conditioned:
+        """The score function that holds at sigma, see `field_of`."""
+        field = field_of(self._network, sigma)
+        if field is self._network:
+            return self
+        if id(field) not in self._fields:
+            self._fields[id(field)] = Conditioned(
+                field, self._measured, self._guidance, sigmas=self._sigmas, scale=self._scale
+            )
+        return self._fields[id(field)]
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        """Score of a batch that is at one level."""
+        return self._score(x, self._levels[int(level[0])], lambda x: self._network(x, level))
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score of a batch that is at one sigma."""
+        network = self._network
+        return self._score(x, float(sigma[0]), lambda x: network.score_at(x, sigma))  # type: ignore[attr-defined]
+
+    def _score(self, x: Tensor, sigma: float, network: Callable[[Tensor], Tensor]) -> Tensor:
+        require_bounded(x, sigma=sigma, scale=self._scale)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            score = network(x).to(x.dtype)
+            denoised = torch.add(x, score, alpha=sigma**2)
+            pull = self._guidance.pull(self._measured, denoised.detach(), sigma=sigma)
+            (change,) = torch.autograd.grad(denoised, x, pull)
+        return score.detach() + change
+
+
+def require_bounded(x: Tensor, *, sigma: float, scale: float) -> None:
+    """Raise `Diverged` if the state of a sampler at sigma is farther out than data plus noise can be."""
+    if not bool((x.abs() <= _FARTHEST * (scale + sigma)).all()):
+        raise Diverged(f"at sigma = {sigma:.3g} the guided images are farther out than any image with noise")
+
+
+@torch.no_grad()
+def restored(
+    network: ScoreFunction,
+    measured: Measured,
+    guidance: Guidance,
+    *,
+    sampler: Sampler,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: NoiseSource,
+    scale: float,
+) -> Tensor:
+    """Images that a sampler draws given a measurement; pixels that are known without noise come back exactly.
+
+    A measurement of nothing gives what the sampler gives alone, bit by bit.
+
+    Args:
+        network: Score function, in eval mode.
+        measured: What is known of them.
+        guidance: The method.
+        sampler: On a grid from the largest to the smallest sigma.
+        x: Start [B, C, H, W].
+        sigmas: The network's levels [L], descending.
+        noise: For the sampler.
+        scale: Root mean square of the data, by which divergence is noticed.
+
+    Raises:
+        Diverged: The images left the region of the data.
+    """
+    operator = measured.operator
+    if operator.blind:
+        return sampler(network, x=x, sigmas=sigmas, noise=noise)
+    guided = Conditioned(network, measured, guidance, sigmas=sigmas, scale=scale)
+    x = sampler(guided, x=x, sigmas=sigmas, noise=noise)
+    require_bounded(x, sigma=0.0, scale=scale)
+    if isinstance(operator, KnownPixels) and measured.noise == 0:
+        return torch.where(operator.mask.to(x.device), measured.y, x)
+    return x

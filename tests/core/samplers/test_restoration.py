@@ -1,0 +1,231 @@
+"""Samples given a measurement: a correlated normal distribution, divergence, and all or nothing known, bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.guidance import Guided
+from ncsn.core.samplers.level_grid import karras_sigmas
+from ncsn.core.samplers.measurements import KnownPixels, means
+from ncsn.core.samplers.multistep import DpmSolver
+from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
+from ncsn.core.samplers.restoration import Covariance, Diverged, Measured, Residual, gaussian_variance, restored
+
+RHO, KNOWN, HIGH, LOW = 0.8, 1.3, 40.0, 0.002
+COVARIANCE = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
+FIRST = KnownPixels(torch.tensor([[True, False]]))
+SIGMAS = torch.tensor([HIGH, LOW], dtype=torch.float64)
+Variance = Callable[[float], float]
+
+
+class Pair:
+    """Exact score of N(0, COVARIANCE) with noise, for images [B, 1, 1, 2]."""
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        precision = torch.linalg.inv(COVARIANCE + float(sigma[0]) ** 2 * torch.eye(2))
+        return -(x.flatten(1) @ precision.to(x)).view_as(x)
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.score_at(x, SIGMAS[level])
+
+
+def exact_variance(sigma: float) -> float:
+    """Of x1 given the noisy pair."""
+    noisy = torch.linalg.inv(COVARIANCE + sigma**2 * torch.eye(2))
+    return float((COVARIANCE - COVARIANCE @ noisy @ COVARIANCE)[0, 0])
+
+
+def given(x: Tensor, variance: Variance, *, noise: float, sampler: Sampler) -> Tensor:
+    y = torch.tensor([KNOWN, 0.0]).to(x).expand_as(x)
+    return restored(
+        Pair(),
+        Measured(FIRST, y, noise),
+        Covariance(variance),
+        sampler=sampler,
+        x=x,
+        sigmas=SIGMAS,
+        noise=lambda _: torch.zeros_like(x),
+        scale=1.0,
+    )
+
+
+def moments(variance: Variance, *, noise: float, steps: int) -> tuple[float, float, float, float]:
+    """Mean and variance of x2 and of x1 at the end; the chain is affine, so three starts tell its moments."""
+    starts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).view(3, 1, 1, 2)
+    ends = given(starts, variance, noise=noise, sampler=KarrasHeun(num_steps=steps, denoise=False)).flatten(1)
+    mean, linear = ends[0], (ends[1:] - ends[0]).T
+    covariance = linear @ (COVARIANCE + HIGH**2 * torch.eye(2)) @ linear.T
+    return float(mean[1]), float(covariance[1, 1]), float(mean[0]), float(covariance[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("variance", "noise", "steps", "expected"),
+    [
+        (exact_variance, 0.1, 18, (1.0131, 0.3962)),
+        (exact_variance, 0.1, 36, (1.0136, 0.3730)),
+        (exact_variance, 0.1, 144, (1.0138, 0.3669, 1.2837, 0.00993)),
+        (gaussian_variance(1.0), 0.1, 144, (0.9615, 0.3973, 1.2622, 0.01474)),
+        (lambda _: 0.0, 0.1, 144, (1.4624, 0.2744)),
+        (exact_variance, 0.01, 144, (1.0243, 0.3606)),
+    ],
+)
+def test_moments_of_a_correlated_pair(variance, noise, steps, expected) -> None:
+    found = moments(variance, noise=noise, steps=steps)
+    digits = (6e-5, 6e-5, 6e-5, 6e-6)
+    for value, wanted, tolerance in zip(found, expected, digits, strict=False):
+        assert value == pytest.approx(wanted, abs=tolerance)
+
+
+def test_the_exact_variance_reaches_the_conditional_distribution() -> None:
+    mean, variance = RHO * KNOWN / 1.01, 1 - RHO**2 / 1.01
+    found = moments(exact_variance, noise=0.1, steps=144)
+    assert (mean, variance) == pytest.approx((1.0297, 0.3663), abs=6e-5)
+    assert found[:2] == pytest.approx((mean, variance), rel=0.02)
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(0.1, 18), (0.1, 36), (0.01, 144)])
+def test_a_likelihood_without_the_variance_of_the_image_diverges(noise: float, steps: int) -> None:
+    start = HIGH * KeyedNoise(0, first=0, count=64, shape=(1, 1, 2))(0).double()
+    with pytest.raises(Diverged):
+        given(start, lambda _: 0.0, noise=noise, sampler=KarrasHeun(num_steps=steps))
+    assert given(start, exact_variance, noise=noise, sampler=KarrasHeun(num_steps=steps)).abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    "sampler", [DpmSolver(num_steps=72), KarrasHeun(num_steps=72), ProbabilityFlow(), DpmSolver(num_levels=72)]
+)
+def test_each_sampler_reaches_the_same_images(sampler: Sampler) -> None:
+    """At any sigma, and at levels alone."""
+    start = HIGH * KeyedNoise(0, first=0, count=4, shape=(1, 1, 2))(0).double()
+    levels = torch.tensor(karras_sigmas(HIGH, LOW, 72), dtype=torch.float64)
+    network = Pair()
+    by_level = lambda x, level: network.score_at(x, levels[level])  # noqa: E731
+    knows_all = isinstance(sampler, KarrasHeun) or (isinstance(sampler, DpmSolver) and sampler.num_levels is None)
+    x = restored(
+        network if knows_all else by_level,
+        Measured(FIRST, torch.tensor([KNOWN, 0.0]).double().expand_as(start), 0.1),
+        Covariance(exact_variance),
+        sampler=sampler,
+        x=start,
+        sigmas=levels,
+        noise=lambda _: torch.zeros_like(start),
+        scale=1.0,
+    )
+    torch.testing.assert_close(
+        x, given(start, exact_variance, noise=0.1, sampler=KarrasHeun(num_steps=288)), atol=0.03, rtol=0
+    )
+
+
+class Curved:
+    """A score that is no linear function of x."""
+
+    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        variance = sigma.square().view(-1, 1, 1, 1)
+        return (torch.tanh(x / (1 + variance)) - x) / variance
+
+
+@pytest.mark.parametrize("sampler", [KarrasHeun(num_steps=6), DpmSolver(num_steps=6), DpmSolver(num_steps=6, eta=1.0)])
+@pytest.mark.parametrize("method", ["covariance", "residual"])
+def test_all_or_nothing_known(sampler: Sampler, method: str) -> None:
+    noise = KeyedNoise(0, first=0, count=3, shape=(2, 4, 4))
+    start, images = HIGH * noise(7), noise(8)
+    guidance = Covariance(gaussian_variance(1.0)) if method == "covariance" else Residual(0.5, sampler.visited(SIGMAS))
+
+    def with_mask(known: bool) -> Tensor:
+        operator = KnownPixels(torch.full((4, 4), known))
+        return restored(
+            Curved(),
+            Measured(operator, operator.apply(images)),
+            guidance,
+            sampler=sampler,
+            x=start,
+            sigmas=SIGMAS.float(),
+            noise=noise,
+            scale=1.0,
+        )
+
+    assert torch.equal(with_mask(True), images)
+    assert torch.equal(with_mask(False), sampler(Curved(), x=start, sigmas=SIGMAS.float(), noise=noise))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_means_of_independent_pixels_are_met(noise: float) -> None:
+    """For normal pixels the covariance form is exact: the images given their means are known."""
+    s, shape, operator = 0.5, (1, 8, 8), means(8, 2)
+
+    class White:
+        def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return -x / (s**2 + sigma.square().view(-1, 1, 1, 1))
+
+    draw = KeyedNoise(1, first=0, count=32, shape=shape)
+    truth, start = s * draw(0).double(), HIGH * draw(1).double()
+    y = operator.apply(truth)
+    x = restored(
+        White(),
+        Measured(operator, y, noise),
+        Covariance(gaussian_variance(s)),
+        sampler=KarrasHeun(num_steps=100),
+        x=start,
+        sigmas=SIGMAS,
+        noise=draw,
+        scale=s,
+    )
+    found, share = operator.apply(x), (s / 2) ** 2 / ((s / 2) ** 2 + noise**2)
+    if noise == 0:
+        torch.testing.assert_close(found, y, atol=2e-3, rtol=0)
+    else:
+        error = found - share * y
+        assert float(error.square().mean()) == pytest.approx(share * noise**2, rel=0.15)
+    within = x - operator.adjoint(found) * 4
+    assert float(within.square().mean()) == pytest.approx(0.75 * s**2, rel=0.05)
+
+
+def test_the_step_against_the_residual_is_that_of_the_method() -> None:
+    """One ancestral step by hand."""
+    sampler = DpmSolver(num_steps=2, order=1, eta=1.0, denoise=False)
+    start = torch.tensor([[1.5, -0.3]], dtype=torch.float64).view(1, 1, 1, 2)
+    sigmas = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    y = torch.tensor([KNOWN, 0.0]).double().view_as(start)
+    x = restored(
+        Pair(),
+        Measured(FIRST, y),
+        Residual(0.25, sampler.visited(sigmas)),
+        sampler=sampler,
+        x=start,
+        sigmas=sigmas,
+        noise=lambda _: torch.zeros_like(start),
+        scale=1.0,
+    )
+    jacobian = COVARIANCE @ torch.linalg.inv(COVARIANCE + 4.0 * torch.eye(2))
+    denoised = jacobian @ start.flatten()
+    gradient = -math.copysign(1.0, KNOWN - float(denoised[0])) * jacobian[0]
+    expected = start.flatten() / 4 + 0.75 * denoised - 0.25 * gradient
+    assert x.flatten()[1] == pytest.approx(float(expected[1]), abs=1e-12)  # x1 is restored exactly
+
+
+def test_guidance_by_classes_holds_in_its_band(analytic) -> None:
+    """The measurement guides the score function that holds at each sigma, and a step stays with one."""
+    sigmas = torch.tensor(karras_sigmas(HIGH, LOW, 30), dtype=torch.float64)
+    network, guide = analytic.GaussianScore(sigmas, s2=0.25), analytic.GaussianScore(sigmas, s2=1.0)
+    guided = Guided(network, guide, weight=2.0, band=(0.5, 5.0), sigmas=sigmas)
+    start = torch.full((1, 1, 1, 2), HIGH, dtype=torch.float64)
+    x = restored(
+        guided,
+        Measured(FIRST, torch.tensor([0.375, 0.0]).double().view_as(start)),
+        Covariance(gaussian_variance(0.5)),
+        sampler=DpmSolver(num_steps=30),
+        x=start,
+        sigmas=sigmas,
+        noise=lambda _: torch.zeros_like(start),
+        scale=0.5,
+    )
+    alone = DpmSolver(num_steps=30)(guided, x=start, sigmas=sigmas, noise=lambda _: torch.zeros_like(start))
+    assert float(x[..., 0]) == 0.375
+    assert float(x[..., 1]) == pytest.approx(float(alone[..., 1]), abs=1e-12)  # pixels do not know of each other
