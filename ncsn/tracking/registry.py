@@ -263,9 +263,10 @@ def _copied(config: Config, address: str, near: str, registry: str | None) -> st
     client, uri = open_client(config) if registry is None else (open_client_at(registry), registry)
     with registry_errors(uri):
         version = resolve_version(client, address)
-        place = storage.join(near, "guides", f"{version.name}-{version.version}")
+        folder = storage.join(near, "guides")
+        place = storage.join(folder, f"{version.name}-{version.version}")
         if not storage.exists(storage.join(place, TRAINED_CONFIG)):
-            with storage.scratch_folder(near) as scratch:
+            with storage.scratch_folder(folder) as scratch:
                 weights = fetch_weights(uri, version, scratch)
                 storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
     return place

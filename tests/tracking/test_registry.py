@@ -9,7 +9,8 @@ from gated import DiesAt, Killed
 from refused import refused
 
 from ncsn.errors import ConfigError
-from ncsn.model.checkpoint import SamplingCheckpoint
+from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
+from ncsn.model.trained import load_for_generation
 from ncsn.tracking import registry
 from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.registry import Candidate
@@ -44,6 +45,16 @@ def test_same_weights_and_sampler_are_one_version(config, checkpoint, make_confi
     logged = tracked.client.get_logged_model(output.model_id)
     assert [(metric.key, metric.value) for metric in logged.metrics] == [("eval/a", 1.5)]
     assert logged.status == "READY"
+
+
+def test_a_registered_model_is_copied_to_guide_another(config, checkpoint, make_config, tmp_path):
+    with step_run(config, run="guides", step="register") as tracked:
+        registry.register(tracked, candidate(checkpoint, "guides"))
+    guided = make_config("sampling.guidance={kind: autoguidance, checkpoint: 'models:/guides/1'}")
+    settled = registry.settle_guide(guided, near=str(tmp_path / "run"))
+    guide = load_for_generation(settled.sampling.guidance.checkpoint)
+    assert weights_digest(guide.network) == weights_digest(checkpoint.network)
+    assert registry.settle_guide(guided, near=str(tmp_path / "run")) == settled
 
 
 REQUESTS = (
