@@ -48,33 +48,53 @@ TrainingNoise = Annotated[LevelsTraining | LognormalTraining, Field(discriminato
 _TRAINING = Field(LevelsTraining(), description="The noise that training adds to its images.")
 
 
+_SIGMA_1 = Field(1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1].")
+_SIGMA_L = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
+_NUM_LEVELS = Field(
+    10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
+)
+
+
+def _require_descending(levels: LevelsConfig | NoiseConfig) -> None:
+    if levels.num_levels == 1 and levels.sigma_1 != levels.sigma_L:
+        raise UserError(
+            "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {levels.sigma_L}", value=levels.sigma_1
+        )
+    if levels.num_levels > 1 and levels.sigma_1 <= levels.sigma_L:
+        raise UserError(
+            "sigma_1",
+            f"must be larger than sigma_L = {levels.sigma_L}, since the levels go from most to least noise",
+            value=levels.sigma_1,
+        )
+
+
 class NoiseConfig(Section):
     """The noise levels sigma_1 > ... > sigma_L, a geometric sequence (paper section 4.1)."""
 
     ADDED: ClassVar[frozenset[str]] = frozenset({"training"})
 
     kind: Literal["geometric"] = Field("geometric", description="Levels given by the settings below.")
-    sigma_1: float = Field(
-        1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1]."
-    )
-    sigma_L: float = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
-    num_levels: int = Field(
-        10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
-    )
+    sigma_1: float = _SIGMA_1
+    sigma_L: float = _SIGMA_L
+    num_levels: int = _NUM_LEVELS
     training: TrainingNoise = _TRAINING
 
     @model_validator(mode="after")
     def _descending(self) -> NoiseConfig:
-        if self.num_levels == 1 and self.sigma_1 != self.sigma_L:
-            raise UserError(
-                "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {self.sigma_L}", value=self.sigma_1
-            )
-        if self.num_levels > 1 and self.sigma_1 <= self.sigma_L:
-            raise UserError(
-                "sigma_1",
-                f"must be larger than sigma_L = {self.sigma_L}, since the levels go from most to least noise",
-                value=self.sigma_1,
-            )
+        _require_descending(self)
+        return self
+
+
+class LevelsConfig(Section):
+    """Other levels for the sampler than those of `noise`, a geometric sequence."""
+
+    sigma_1: float = _SIGMA_1
+    sigma_L: float = _SIGMA_L
+    num_levels: int = _NUM_LEVELS
+
+    @model_validator(mode="after")
+    def _descending(self) -> LevelsConfig:
+        _require_descending(self)
         return self
 
 

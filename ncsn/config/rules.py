@@ -14,9 +14,17 @@ from ncsn.config.choices import (
     UnetNetworkConfig,
 )
 from ncsn.config.guidance import ClassifierFreeConfig
-from ncsn.config.noise import DsmLossConfig, LognormalTraining, NoiseConfig, SingleSigmaLossConfig, SsmLossConfig
+from ncsn.config.noise import (
+    AutoNoiseConfig,
+    DsmLossConfig,
+    LevelsConfig,
+    LognormalTraining,
+    NoiseConfig,
+    SingleSigmaLossConfig,
+    SsmLossConfig,
+)
 from ncsn.config.problems import problems
-from ncsn.config.samplers import AnnealedLangevinConfig, ConsistentAnnealedConfig, LangevinConfig
+from ncsn.config.samplers import level_problems
 from ncsn.config.schema import Config
 from ncsn.config.training import PowerEmaConfig
 from ncsn.errors import ConfigError, Problem
@@ -221,8 +229,15 @@ def _logits(config: Config) -> Iterator[Problem]:
         )
 
 
+def _sampled(config: Config) -> tuple[str, NoiseConfig | AutoNoiseConfig | LevelsConfig]:
+    """The section that has the sampler's levels."""
+    levels = config.sampling.levels
+    return ("noise", config.noise) if levels is None else ("sampling.levels", levels)
+
+
 def _one_level(config: Config) -> Iterator[Problem]:
     sampler, num_levels = config.sampling.sampler, getattr(config.noise, "num_levels", "auto")
+    key, levels = _sampled(config)
     if isinstance(config.loss, SingleSigmaLossConfig) and num_levels != 1:
         yield Problem(
             "noise.num_levels",
@@ -230,10 +245,10 @@ def _one_level(config: Config) -> Iterator[Problem]:
             "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L",
             num_levels,
         )
-    if num_levels == 1 and sampler.several_levels:
+    if getattr(levels, "num_levels", None) == 1 and sampler.several_levels:
         yield Problem(
             "sampling.sampler.kind",
-            "uses several noise levels, but noise.num_levels = 1",
+            f"uses several noise levels, but {key}.num_levels = 1",
             "use sampling.sampler.kind = langevin",
             sampler.kind,
         )
@@ -289,42 +304,15 @@ def _sampler_network(config: Config) -> Iterator[Problem]:
 
 
 def _sampler_levels(config: Config) -> Iterator[Problem]:
-    sampler, noise = config.sampling.sampler, config.noise
-    if not isinstance(noise, NoiseConfig):
-        return
-    if isinstance(sampler, LangevinConfig) and not -noise.num_levels <= sampler.level < noise.num_levels:
+    key, levels = _sampled(config)
+    if isinstance(levels, LevelsConfig) and not isinstance(config.noise.training, LognormalTraining):
         yield Problem(
-            "sampling.sampler.level",
-            f"not one of noise.num_levels = {noise.num_levels} levels",
-            f"use 0 to {noise.num_levels - 1}, or -1 for the last",
-            sampler.level,
+            key,
+            f"needs a network trained at any sigma, but noise.training.kind = {config.noise.training.kind}",
+            "use null, or train with lognormal",
         )
-    if isinstance(sampler, AnnealedLangevinConfig) and sampler.consistent and sampler.epsilon > noise.sigma_L**2:
-        yield Problem(
-            "sampling.sampler.epsilon",
-            f"more than noise.sigma_L^2 = {noise.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true",
-            "lower it",
-            sampler.epsilon,
-        )
-    visited = getattr(sampler, "num_levels", None)  # some samplers can skip levels
-    if visited is not None and visited > noise.num_levels:
-        yield Problem(
-            "sampling.sampler.num_levels",
-            f"more than noise.num_levels = {noise.num_levels}",
-            "use fewer, or null for all",
-            visited,
-        )
-    if isinstance(sampler, ConsistentAnnealedConfig) and noise.num_levels > 1:
-        step = (noise.sigma_L / noise.sigma_1) ** (1 / ((noise.num_levels - 1) * sampler.refine))
-        low, high = ((1 + sign * step) * noise.sigma_L**2 for sign in (-1, 1))
-        if not low <= sampler.epsilon <= high:
-            yield Problem(
-                "sampling.sampler.epsilon",
-                "out of range for consistent annealed sampling with these noise.sigma_1, noise.sigma_L and "
-                "noise.num_levels",
-                f"use {low:.4g} to {high:.4g}",
-                sampler.epsilon,
-            )
+    if not isinstance(levels, AutoNoiseConfig):
+        yield from level_problems(config.sampling.sampler, levels, key=key)
 
 
 def _splits(config: Config) -> Iterator[Problem]:

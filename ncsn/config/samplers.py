@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
 from ncsn.config.choices import Section
-from ncsn.errors import UserError
+from ncsn.config.noise import LevelsConfig, NoiseConfig
+from ncsn.errors import Problem, UserError
 
 
 class SamplerSection(Section):
@@ -184,3 +185,39 @@ _SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)
 def parse_sampler(values: Mapping[str, Any]) -> SamplerConfig:
     """The section of a sampler from plain values."""
     return _SECTION.validate_python(values)
+
+
+def level_problems(sampler: SamplerConfig, levels: NoiseConfig | LevelsConfig, *, key: str) -> Iterator[Problem]:
+    """What of a sampler does not fit the noise levels that it visits, which the section `key` has."""
+    if isinstance(sampler, LangevinConfig) and not -levels.num_levels <= sampler.level < levels.num_levels:
+        yield Problem(
+            "sampling.sampler.level",
+            f"not one of {key}.num_levels = {levels.num_levels} levels",
+            f"use 0 to {levels.num_levels - 1}, or -1 for the last",
+            sampler.level,
+        )
+    if isinstance(sampler, AnnealedLangevinConfig) and sampler.consistent and sampler.epsilon > levels.sigma_L**2:
+        yield Problem(
+            "sampling.sampler.epsilon",
+            f"more than {key}.sigma_L^2 = {levels.sigma_L**2:g}, the maximum with sampling.sampler.consistent = true",
+            "lower it",
+            sampler.epsilon,
+        )
+    visited = getattr(sampler, "num_levels", None)  # some samplers can skip levels
+    if visited is not None and visited > levels.num_levels:
+        yield Problem(
+            "sampling.sampler.num_levels",
+            f"more than {key}.num_levels = {levels.num_levels}",
+            "use fewer, or null for all",
+            visited,
+        )
+    if isinstance(sampler, ConsistentAnnealedConfig) and levels.num_levels > 1:
+        step = (levels.sigma_L / levels.sigma_1) ** (1 / ((levels.num_levels - 1) * sampler.refine))
+        low, high = ((1 + sign * step) * levels.sigma_L**2 for sign in (-1, 1))
+        if not low <= sampler.epsilon <= high:
+            yield Problem(
+                "sampling.sampler.epsilon",
+                f"out of range for consistent annealed sampling with these levels of {key}",
+                f"use {low:.4g} to {high:.4g}",
+                sampler.epsilon,
+            )

@@ -17,7 +17,7 @@ from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig, SelectConfig
 from ncsn.config.guidance import GuidanceConfig
-from ncsn.config.noise import DsmLossConfig, LossConfig, NoiseChoice, NoiseConfig
+from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig, Width
 from ncsn.errors import UserError
@@ -160,7 +160,7 @@ class DataConfig(Section):
 class SamplingConfig(Section):
     """How images are generated with the EMA weights."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"grays", "guidance", "label", "relative_width"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grays", "guidance", "label", "levels", "relative_width"})
 
     num_images: int = Field(512, ge=1, description="Number of images to generate.")
     batch_size: int = Field(
@@ -189,6 +189,11 @@ class SamplingConfig(Section):
         None,
         description="Sample with the average of the weights of this relative width, put together from the snapshots "
         "of train.ema.kind: power; of eight or more, they give 0.03 to 0.2. null = the EMA of the checkpoint.",
+    )
+    levels: LevelsConfig | None = Field(
+        None,
+        description="Levels that the sampler visits, for a network trained with noise.training.kind = lognormal, which "
+        "takes any; null = those of noise.",
     )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
 
@@ -329,6 +334,11 @@ class Config(Section):
                 "noise", "has no levels until training has chosen them", hint="run `ncsn train` first", value="auto"
             )
         return self.noise
+
+    @property
+    def sampled_levels(self) -> NoiseConfig | LevelsConfig:
+        """The noise levels that the sampler visits; `UserError` as for `levels`."""
+        return self.sampling.levels or self.levels
 
     @property
     def registered_model(self) -> str:

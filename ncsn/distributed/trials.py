@@ -221,8 +221,9 @@ class SearchPlan:
         search = self.config.search
         assert search is not None
         own = build.sampler(self.config.sampling.sampler)
-        nfe = search.nfe or own.num_evaluations(self.config.levels.num_levels)
-        return with_evaluations(config.sampling.sampler, nfe, num_levels=config.levels.num_levels, key="search.nfe")
+        nfe = search.nfe or own.num_evaluations(self.config.sampled_levels.num_levels)
+        num_levels = config.sampled_levels.num_levels
+        return with_evaluations(config.sampling.sampler, nfe, num_levels=num_levels, key="search.nfe")
 
 
 def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) -> None:

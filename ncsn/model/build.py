@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.noise import DsmLossConfig, LognormalTraining, SingleSigmaLossConfig, SsmLossConfig
+from ncsn.config.noise import (
+    DsmLossConfig,
+    LevelsConfig,
+    LognormalTraining,
+    NoiseConfig,
+    SingleSigmaLossConfig,
+    SsmLossConfig,
+)
 from ncsn.config.samplers import SamplerConfig, parse_sampler
-from ncsn.config.schema import DataConfig
+from ncsn.config.schema import DataConfig, SamplingConfig
 from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay
 from ncsn.core.images import PixelSpace
@@ -62,7 +69,15 @@ def pixel_space(data: DataConfig) -> PixelSpace:
 
 def sigmas(config: Config) -> Tensor:
     """The noise levels, `[num_levels]` float32, descending."""
-    levels = config.levels
+    return _geometric(config.levels)
+
+
+def sampled_sigmas(config: Config, sampling: SamplingConfig) -> Tensor:
+    """The levels that a sampler with these settings visits, as `sigmas`."""
+    return _geometric(sampling.levels or config.levels)
+
+
+def _geometric(levels: NoiseConfig | LevelsConfig) -> Tensor:
     return geometric_sigmas(levels.sigma_1, levels.sigma_L, levels.num_levels)
 
 
@@ -76,11 +91,12 @@ def training_noise(config: Config) -> TrainingNoise:
 
 def noise_notes(config: Config, *, images: int) -> list[str]:
     """A sentence if sampling starts at a sigma that the network does not know from training on so many images."""
-    noise, sigma_1 = training_noise(config), config.levels.sigma_1
+    noise, sigma_1 = training_noise(config), config.sampled_levels.sigma_1
     if not isinstance(noise, LognormalNoise) or sigma_1 <= (seen := noise.largest_seen(images)):
         return []
+    section = "sampling.levels" if config.sampling.levels else "noise"
     return [
-        f"noise.sigma_1 = {sigma_1:g} is beyond what the network sees in training: only about {FEW_DRAWS:,} of "
+        f"{section}.sigma_1 = {sigma_1:g} is beyond what the network sees in training: only about {FEW_DRAWS:,} of "
         f"{images:,} images have a sigma above {seen:.3g}"
     ]
 

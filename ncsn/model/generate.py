@@ -109,6 +109,7 @@ def complete(
         UserError: for another sampler, images or a mask of another shape, or an image that is not finite.
     """
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    levels = build.sampled_sigmas(config, sampling)
     if not isinstance(sampler, AnnealedLangevin):
         raise UserError("sampling.sampler.kind", "inpainting needs annealed_langevin (Algorithm 2)", value=sampler.kind)
     height = width = config.data.image_size
@@ -128,7 +129,7 @@ def complete(
             x=space.transform(noise.uniform(0)),
             reference=reference,
             mask=mask if mask.ndim == 2 else mask[:, None],
-            sigmas=build.sigmas(config).to(device),
+            sigmas=levels.to(device),
             epsilon=sampler.epsilon,
             steps_per_level=sampler.steps_per_level,
             denoise=sampler.denoise,
@@ -172,14 +173,15 @@ def _sampled(
 ) -> Tensor:
     """The chain of the configured sampler from its start to its end, in the network's space."""
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    levels = build.sampled_sigmas(config, sampling)
     with _inference(sampling, device):
-        x = sampler.start(space, trained.moments, sigma_1=config.levels.sigma_1, noise=noise)
+        x = sampler.start(space, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise)
         if on_level is not None:
             on_level(0, space.invert(x))
         return sampler(
             score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
             x=x,
-            sigmas=build.sigmas(config).to(device),
+            sigmas=levels.to(device),
             noise=noise,
             on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
         )

@@ -13,7 +13,7 @@ from ncsn.config.guidance import AutoguidanceConfig
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.guidance import Guided, Labeled, band_on_grid
+from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
@@ -30,7 +30,8 @@ def score_function(
     Raises:
         UserError: the network of autoguidance is missing, or makes other images.
     """
-    network, guidance = trained.network, sampling.guidance
+    levels, guidance = build.sampled_sigmas(trained.config, sampling), sampling.guidance
+    network = trained.network if sampling.levels is None else AtLevels(trained.network, levels)
     score = network if labels is None else Labeled(network, labels)
     if guidance is None or guidance.weight == 1:
         return score
@@ -42,14 +43,14 @@ def score_function(
     else:
         assert labels is not None, "the config's rules"
         guide = Labeled(network, torch.full_like(labels, -1))
-    levels = build.sigmas(trained.config)
     band = band_on_grid(guidance.sigma_min, guidance.sigma_max, sampler.visited(levels))
     return Guided(score, guide, weight=guidance.weight, band=band, sigmas=levels)
 
 
 def guided_evaluations(config: Config) -> int:
     """Evaluations of an image of both networks together: those of a chain whose scores are zero."""
-    guidance, sampler, levels = config.sampling.guidance, build.sampler(config.sampling.sampler), build.sigmas(config)
+    guidance, sampler = config.sampling.guidance, build.sampler(config.sampling.sampler)
+    levels = build.sampled_sigmas(config, config.sampling)
     whole = sampler.num_evaluations(len(levels))
     if guidance is None or guidance.weight == 1:
         return whole
@@ -85,13 +86,13 @@ def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwor
             CHECKPOINT, "a registered model is copied by the steps of a run only", value=guidance.checkpoint
         )
     guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
-    _require_fitting(trained, guide, guidance.checkpoint)
+    _require_fitting(trained, guide, guidance.checkpoint, sampling)
     return guide
 
 
 def sampling_facts(sampling: SamplingConfig, guide: TrainedNetwork | None) -> dict[str, Any]:
     """What decides image i of a network's samples, as plain values; a guide by its weights, wherever they are."""
-    chosen = {"sampler", "seed", "precision", "grays", "label", "guidance"}
+    chosen = {"sampler", "seed", "precision", "grays", "label", "guidance", "levels"}
     facts: dict[str, Any] = sampling.model_dump(mode="json", include=chosen)
     if guide is not None:
         facts["guidance"] = {**facts["guidance"], "checkpoint": weights_digest(guide.network)}
@@ -106,7 +107,7 @@ def _load(uri: str, device: str) -> TrainedNetwork:
         raise UserError(CHECKPOINT, f"cannot be read: {error}", value=uri) from None
 
 
-def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str) -> None:
+def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, sampling: SamplingConfig) -> None:
     """Refuse a guide for other images, other classes, or of other levels if it knows its own only."""
 
     def facts(network: TrainedNetwork) -> dict[str, object]:
@@ -117,7 +118,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str) -
     if None not in (trained.classes, guide.classes):
         wanted["classes"], found["classes"] = trained.classes.names, guide.classes.names  # type: ignore[union-attr]
     if not hasattr(guide.network, "score_at"):
-        wanted["noise"], found["noise"] = trained.config.levels, guide.config.levels
+        wanted["noise"], found["noise"] = sampling.levels or trained.config.levels, guide.config.levels
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(CHECKPOINT, f"its {name} is {found[name]!r}, but the network's is {value!r}", value=uri)

@@ -52,8 +52,8 @@ class FinishedRun:
 
     @property
     def sigmas(self) -> Tensor:
-        """The noise levels of the network [L]."""
-        return build.sigmas(self.trained.config)
+        """The levels that the sampler visits [L]."""
+        return build.sampled_sigmas(self.trained.config, self.sampling)
 
     def test_images(self, count: int) -> Images:
         """At most `count` test images, the same in each call."""

@@ -128,8 +128,8 @@ class Sources:
 
     @cached_property
     def sigmas(self) -> list[float]:
-        """The noise levels."""
-        levels: list[float] = build.sigmas(self.config).tolist()
+        """The levels that the sampler visits."""
+        levels: list[float] = build.sampled_sigmas(self.config, self.config.sampling).tolist()
         return levels
 
 
@@ -281,7 +281,7 @@ def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> It
 
 def quick_work(config: Config, trained: SamplingCheckpoint) -> float:
     """The work of measuring quality and inpainting, in evaluations x parameters x pixels."""
-    num_levels = config.levels.num_levels
+    num_levels = config.sampled_levels.num_levels
     chains = 2 * sum(max(nfe, num_levels) for nfe in QUICK_NFE) * QUICK_IMAGES
     # Estimated with half of the completions that `inpainting` makes; SMALL_WORK is chosen for this sum.
     completions = INPAINTED // 2 * COMPLETIONS * evaluations_per_image(config)

@@ -124,7 +124,8 @@ def _chosen(config: Config, params: dict[str, Any]) -> Config:
             raise UserError("seed", "must be 0 to 2^63 - 1", value=seed)
         changes["seed"] = int(seed)
     if nfe:
-        changes["sampler"] = with_evaluations(config.sampling.sampler, int(nfe), num_levels=config.levels.num_levels)
+        num_levels = config.sampled_levels.num_levels
+        changes["sampler"] = with_evaluations(config.sampling.sampler, int(nfe), num_levels=num_levels)
     changes |= _with_classes(config, str(params.get("label") or ""), float(params.get("guidance") or 0))
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
 

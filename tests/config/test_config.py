@@ -114,6 +114,8 @@ WRONG = [
         ],
         "noise.training.kind",
     ),
+    (["sampling.levels={sigma_1: 3.0, sigma_L: 0.03, num_levels: 5}"], "sampling.levels"),
+    (["noise.training={kind: lognormal}", "sampling.levels={sigma_1: 0.01, sigma_L: 0.01}"], "sampling.levels.sigma_1"),
     (["network={kind: ncsnv2}", "loss.weighting=edm"], "loss.weighting"),
     (["noise.training={kind: lognormal, std: 0}"], "noise.training.std"),
     (["train.ema={kind: half_life, ramp_up: 0}"], "train.ema.ramp_up"),

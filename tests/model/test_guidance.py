@@ -231,6 +231,28 @@ def test_facts_of_old_settings_are_what_they_were(trained: TrainedNetwork) -> No
     assert sampling_facts(chosen, None).keys() == facts.keys() | {"label", "guidance", "grays"}
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "sampling.sampler={kind: karras_heun, num_steps: 5, churn: 2}",
+        "sampling.sampler={kind: dpm_solver, num_levels: 4}",
+        LANGEVIN,
+    ],
+)
+def test_other_levels_sample_as_a_network_that_has_them(sampler: str) -> None:
+    levels, lognormal = "{num_levels: 4, sigma_1: 1.3, sigma_L: 0.07%s}", "training: {kind: lognormal}"
+    theirs = network_of(config_with(f"noise={levels % f', {lognormal}'}"))
+    own = network_of(config_with(f"noise={{num_levels: 6, sigma_1: 2.0, sigma_L: 0.05, {lognormal}}}"))
+    chosen = (sampler, FREE, "noise.training={kind: lognormal}", f"sampling.levels={levels % ''}")
+    expected = images(theirs, sampler, FREE)
+    assert (images(own, sampler, FREE) != expected).any()
+    np.testing.assert_array_equal(images(own, *chosen), expected)
+    assert evaluations_per_image(config_with(*chosen)) == evaluations_per_image(
+        config_with(sampler, FREE, f"noise={levels % ''}")
+    )
+    assert sampling_facts(config_with(*chosen).sampling, None)["levels"]["sigma_1"] == 1.3
+
+
 def test_completions_and_interpolations_have_classes(trained: TrainedNetwork) -> None:
     sampling, known = config_with(LANGEVIN).sampling, np.arange(64).reshape(8, 8) < 32
     given = np.full((3, 8, 8, 1), 100, np.uint8)

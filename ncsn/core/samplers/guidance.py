@@ -37,6 +37,22 @@ class Labeled:
         return score
 
 
+class AtLevels:
+    """A score network for any sigma, at other levels [L] than its own."""
+
+    def __init__(self, network: Callable[..., Tensor], sigmas: Tensor) -> None:
+        self.network, self.sigmas = network, sigmas
+
+    def __call__(self, x: Tensor, level: Tensor, **conditions: Tensor) -> Tensor:
+        """Score at one of the levels."""
+        return self.network(x, sigma=self.sigmas.to(level.device)[level], **conditions)
+
+    def score_at(self, x: Tensor, sigma: Tensor, **conditions: Tensor) -> Tensor:
+        """Score at any sigma."""
+        score: Tensor = self.network.score_at(x, sigma, **conditions)  # type: ignore[attr-defined]
+        return score
+
+
 class Guided:
     """A score function with guidance; samplers take it for a network.
 
