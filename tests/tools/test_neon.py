@@ -14,6 +14,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.config.search import variant
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.model.checkpoint import load_for_sampling
@@ -103,12 +104,15 @@ def test_the_result_is_the_training_of_a_run(finished: Run, result: neon.NeonRes
         assert "mine" in names
 
 
-def test_the_card_says_how_the_weights_came_about(finished: Run, result: neon.NeonResult) -> None:
+def registered(finished: Run, result: neon.NeonResult) -> register.RegisterResult:
     evaluated = read_result(run_folder(finished.config, result.run), "evaluate")
     assert evaluated is not None
-    version = register.run(
-        finished.config, run=result.run, checkpoint=result.checkpoint, evaluation=evaluated.result["uri"]
-    )
+    uri = evaluated.result["uri"]
+    return register.run(finished.config, run=result.run, checkpoint=result.checkpoint, evaluation=uri)
+
+
+def test_the_card_says_how_the_weights_came_about(finished: Run, result: neon.NeonResult) -> None:
+    version = registered(finished, result)
     card = connect(finished.config).client.get_model_version(version.model, version.version).description
     assert f"w = {result.multiple:g}" in card
 
@@ -121,3 +125,16 @@ def test_values_out_of_range_are_refused(finished: Run) -> None:
     for option, value in (("samples", 1), ("images", 63), ("scored", 1), ("multiples", (0.5, -1.0))):
         with refused(f"--{option}"):
             finished.neon(**{option: value})
+
+
+def test_other_options_train_another_run_and_a_registered_model_may_guide(
+    finished: Run, result: neon.NeonResult
+) -> None:
+    guide = {"kind": "autoguidance", "weight": 1.5, "checkpoint": registered(finished, result).uri}
+    guided = Run(variant(finished.config, {"sampling.guidance": guide}), finished.inputs)
+    other = guided.neon(samples=40, images=192, multiples=(1.0,))
+    assert load_manifest(other.samples).counts == {"train": 40}
+    assert [load_for_sampling(each.self_trained).images_seen for each in (other, result)] == [192, 128]
+    if other.multiple:
+        (left,) = storage.list_names(run_folder(finished.config, "mine-neon").checkpoints)
+        assert other.checkpoint.endswith(left)

@@ -1,9 +1,9 @@
 """`ncsn neon`: weights extrapolated away from what training on the network's own samples does to them (2510.03597).
 
-Samples of the run become a dataset, a short training on it starts from the run's weights as the run `<run>-self`, and
-the weights go away from its result by the multiple w whose samples have the least Frechet distance. They become the
-training of the run `<run>-neon`, which is sampled and evaluated. Three seeds keep the samples apart: those that are
-trained on, those that choose w, and those that are measured.
+Samples of the run become a dataset, a short training on it, a run of its own, starts from the run's weights, and these
+go away from its result by the multiple w whose samples have the least Frechet distance. They become the training of the
+run `<run>-neon`, which is sampled and evaluated. Three seeds keep apart the samples that are trained on, those that
+choose w, and those that are measured.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, folder_name, load_for_sampling, require_same_training
 from ncsn.model.classes import labels_of_images
 from ncsn.model.derived import write_derived
+from ncsn.model.start import self_training
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_result, while_leased, write_result
 from ncsn.steps import evaluate, sample, train
 from ncsn.steps.step import Step
 from ncsn.tracking.lineage import INIT_FROM
+from ncsn.tracking.registry import settle_guide
 
 MULTIPLES = (0.5, 1.0, 1.5, 2.0, 3.0)
 SAMPLES, SCORED = 6000, 10_000
 MOST_IMAGES, SHARE = 3_500_000, 0.06  # of the self-training: at most, and of the images that the base has seen
-RATE = 0.1  # of the learning rate
 COMPARED = ("fid", "precision", "recall")  # figures of the base and of the result
 
 
@@ -88,6 +89,11 @@ class _Plan:
         recipe["sampling"] = self.sampling(1, self.samples).model_dump(mode="json", exclude={"batch_size"})
         return storage.join(self.folder.uri, "neon", storage.digest(recipe, 12))
 
+    @property
+    def self_run(self) -> str:
+        """Name of the run that trains on samples: other samples, or another length, are another run."""
+        return f"{self.folder.run}-self-{storage.digest([self.uri, self.checkpoint], 8)}"
+
 
 def run(
     config: Config,
@@ -121,6 +127,7 @@ def run(
     checkpoint = sampled_checkpoint(checkpoint, config)
     base = load_for_sampling(checkpoint)
     config = require_same_training(base.config, config, origin=checkpoint)
+    config = settle_guide(config, near=step.folder.uri)
     real = load_manifest(dataset).count("train")
     plan = _Plan(
         config=variant(config, {"sampling.relative_width": None}),
@@ -129,9 +136,7 @@ def run(
         dataset=dataset,
         folder=step.folder,
         samples=min(SAMPLES, real) if samples is None else samples,
-        images=max(config.train.batch_size, min(MOST_IMAGES, round(SHARE * base.images_seen)))
-        if images is None
-        else images,
+        images=_length(config, base) if images is None else images,
         multiples=tuple(sorted(set(multiples))),
         scored=scored,
         lease=lease,
@@ -148,8 +153,12 @@ def run(
         return step.done(_extrapolate(plan, step))
 
 
+def _length(config: Config, base: SamplingCheckpoint) -> int:
+    return max(config.train.batch_size, min(MOST_IMAGES, round(SHARE * base.images_seen)))
+
+
 def _check(plan: _Plan) -> None:
-    run_folder(plan.config, f"{plan.folder.run}-self")  # the name may be too long
+    run_folder(plan.config, plan.self_run)  # the name may be too long
     if not plan.multiples or not all(0 < w <= 10 for w in plan.multiples):
         raise UserError("--multiples", "each must be above 0 and at most 10", value=list(plan.multiples))
     least = {"--samples": (plan.samples, 2), "--scored": (plan.scored, 2)}
@@ -163,7 +172,7 @@ def _extrapolate(plan: _Plan, step: Step[NeonResult]) -> NeonResult:
     with step.timed() as progress:
         own = _own_samples(plan, while_leased(progress, plan.lease, kept="{done} of {total} samples stay"))
     settings = self_training(plan.config, plan.checkpoint, images=plan.images)
-    tuned = train.run(settings, run=f"{plan.folder.run}-self", dataset=own, lease=plan.lease)
+    tuned = train.run(settings, run=plan.self_run, dataset=own, lease=plan.lease)
     self_trained = load_for_sampling(tuned.checkpoint)
     with step.timed() as progress:
         distances = _choose(plan, self_trained, while_leased(progress, plan.lease, kept="the training stays"))
@@ -223,30 +232,6 @@ def _labels(plan: _Plan, sampling: SamplingConfig) -> NDArray[np.int64]:
     return labels.numpy()
 
 
-def self_training(config: Config, checkpoint: str, *, images: int) -> Config:
-    """The experiment that trains the checkpoint's network on its own samples: as before, at a tenth of the rate."""
-    batch, share = config.train.batch_size, max(1, images // 20)
-    return variant(
-        config,
-        {
-            "train.init_from": checkpoint,
-            "train.trainable": "all",
-            "train.num_images": images,
-            "train.checkpoint_every_images": max(batch, images // 8),
-            "train.report_every_images": max(batch, images // 40),
-            "train.keep_best": False,
-            "train.ema": {"kind": "half_life", "images": min(500_000, share), "ramp_up": None},
-            "optimizer.learning_rate": RATE * config.optimizer.learning_rate,
-            "optimizer.decay": "constant",
-            "optimizer.warmup_images": min(100_000, share),
-            "data.loader": "cache",
-            # The samples may have no classes; nothing is evaluated there.
-            "evaluation": {},
-            "sampling.num_images": max(config.sampling.num_images, 10),
-        },
-    )
-
-
 def _choose(plan: _Plan, self_trained: SamplingCheckpoint, progress: Callable[[int, int], None]) -> dict[float, float]:
     """Frechet distance for each w, 0 included, and for the w where a parabola through the best three is least."""
     distances, total = dict[float, float](), (len(plan.multiples) + 2) * plan.scored
@@ -302,7 +287,7 @@ def _publish(plan: _Plan, self_trained: SamplingCheckpoint, w: float, facts: Map
     step = Step.claim("train", plan.config, f"{plan.folder.run}-neon", train.TrainResult, unit="images")
     seen = plan.base.images_seen + plan.images
     uri = storage.join(step.folder.checkpoints, folder_name(seen))
-    storage.delete_folder(uri)  # of an extrapolation with other settings
+    storage.delete_folder(step.folder.checkpoints)  # of an extrapolation with other settings
     write_derived(uri, plan.checkpoint, _weights(plan, self_trained, w), images_seen=seen, facts={"neon": facts})
     step.found({"dataset": plan.dataset, "num_images": plan.config.train.num_images}, needs=lambda _: [])
     with step.work(plan.config) as work:
