@@ -14,12 +14,13 @@ from typing import Any
 from safetensors.torch import save
 
 from ncsn import storage
-from ncsn.config import Config, from_json, from_yaml, to_json, to_yaml
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.model.trained import TRAINED_CONFIG, load_trained
@@ -72,12 +73,13 @@ def sample_model(
     near = storage.absolute(out).rpartition("/")[0] if out else storage.absolute(root)
     with storage.scratch_folder(near) as scratch:
         weights = fetch_weights(registry, version, scratch)
-        config = settle_guide(_config(weights, overrides, origin=model), near=near, registry=registry)
+        trained = load_trained(weights, origin=model)
+        config = settle_guide(_config(trained, overrides, origin=model), near=near, registry=registry)
         source = {
             "model": model,
             "registry": shown(registry),
             "checkpoint_digest": version.tags.get("ncsn.checkpoint", ""),
-            **sampling_facts(config.sampling, guide_of(load_trained(weights, origin=model), config.sampling)),
+            **sampling_facts(config.sampling, guide_of(trained, config.sampling)),
         }
         default = storage.join(near, "generated", version.name, str(version.version), storage.digest(source, 12))
         folder = storage.absolute(out) if out else default
@@ -86,10 +88,19 @@ def sample_model(
     return _sample(config, folder, model=model, progress=progress)
 
 
-def _config(weights: Path, overrides: Sequence[str], *, origin: str) -> Config:
-    registered = from_json((weights / TRAINED_CONFIG).read_text())
+def _config(trained: TrainedNetwork, overrides: Sequence[str], *, origin: str) -> Config:
+    """The registered config with the changes; refuses those that the model cannot follow."""
+    registered = trained.config
     config = from_yaml(to_yaml(registered), overrides=overrides, origin=origin)
     checkpoints.require_same_training(registered, config, origin=origin)
+    require_label(config.sampling.label, trained.classes)
+    if (width := config.sampling.relative_width) != registered.sampling.relative_width:
+        raise UserError(
+            "sampling.relative_width",
+            f"{origin} has the weights that it was registered with, and no snapshots of others",
+            hint="sample its run with `ncsn sample --run NAME`",
+            value=width,
+        )
     return config
 
 

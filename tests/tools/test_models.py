@@ -15,6 +15,8 @@ from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments
 from ncsn.core.training import TrainState
 from ncsn.model import build, checkpoint, index
+from ncsn.model.checkpoint import TrainedNetwork
+from ncsn.model.classes import Classes
 from ncsn.runs.folder import RUN_PATTERN
 from ncsn.tools import models
 from ncsn.tools.models import ModelSamples, _claim, run_of_images
@@ -72,6 +74,19 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     with refused("--out"):
         _claim(str(tmp_path), SOURCE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.pdf"]
+
+
+@pytest.mark.parametrize(("change", "key"), [("label=fish", "label"), ("relative_width=0.1", "relative_width")])
+def test_what_a_registered_model_cannot_follow_is_refused(change: str, key: str) -> None:
+    pets = ["data.num_classes=2", "train.ema={kind: power}", "network.widths=[8]", "network.blocks_per_resolution=1"]
+    config = from_yaml(DIGITS, overrides=pets)
+    moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    trained = TrainedNetwork(
+        config=config, network=build.network(config), moments=moments, classes=Classes(("cat", "dog"), (1, 2))
+    )
+    assert models._config(trained, ["sampling.label=dog"], origin="m").sampling.label == "dog"
+    with refused(f"sampling.{key}"):
+        models._config(trained, [f"sampling.{change}"], origin="m")
 
 
 def test_images_are_evaluated_with_the_registered_config_in_their_own_run(tmp_path: Path) -> None:
