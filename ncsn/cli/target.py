@@ -18,6 +18,7 @@ from ncsn.runs.records import read_result
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
+_WITH_CHECKPOINTS = ("checkpoints", "best", "selected", "ema")  # folders of a run
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 
 
@@ -136,4 +137,4 @@ def _read_of_run(origin: str, run: str) -> str:
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
     runs = storage.join(storage.absolute(config.storage.root), "runs")
     parts = storage.absolute(checkpoint).removeprefix(f"{runs}/").split("/")
-    return parts[0] if len(parts) >= 3 and parts[1] == "checkpoints" else None
+    return parts[0] if len(parts) >= 3 and parts[1] in _WITH_CHECKPOINTS else None
