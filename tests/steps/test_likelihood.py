@@ -85,3 +85,9 @@ def test_some_networks_have_no_likelihood(
     other = from_yaml(EXPERIMENT, overrides=[*changes, "evaluation={}"])
     with refused("evaluation.likelihood"):
         likelihood.run(other, run="other", **inputs)
+
+
+def test_images_of_another_shape_are_refused(config: Config, inputs: dict[str, str]) -> None:
+    larger = from_yaml(EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "data.image_size=16"])
+    with refused("--dataset"):
+        likelihood.run(config, run="bits", **inputs | {"dataset": ingest.run(larger, run="larger").uri})

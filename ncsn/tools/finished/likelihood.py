@@ -29,7 +29,7 @@ from ncsn.core.likelihood import (
     truncated_noise,
     uniform_bits,
 )
-from ncsn.data.format import load_manifest
+from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.tasks import run_tasks
@@ -46,7 +46,7 @@ class LikelihoodResult:
     """The likelihood of images."""
 
     bits_per_dim: float  # mean, an upper bound for gray values
-    error: float  # standard error of the mean; NaN for one image
+    error: float  # standard error of the mean; 0 for one image
     num_images: int
     metrics: dict[str, float]  # `eval/bits_per_dim_n<num_images>` and its standard error
     settings: dict[str, Any]
@@ -87,6 +87,7 @@ def run(config: Config, *, run: str, checkpoint: str, dataset: str, images: int 
     trained = load_for_sampling(checkpoint)
     config = require_same_training(trained.config, config, origin=checkpoint)
     manifest = load_manifest(dataset)
+    _require_fitting(trained, manifest, dataset)
     settings = config.evaluation.likelihood or LikelihoodConfig()
     count = min(images or settings.images, manifest.counts.get("test", 0))
     if count == 0:
@@ -115,6 +116,17 @@ def run(config: Config, *, run: str, checkpoint: str, dataset: str, images: int 
         work.tracked.log_metrics(result.metrics)
         work.tracked.set_tags({"likelihood.fingerprint": fingerprint})
     return step.done(result)
+
+
+def _require_fitting(trained: SamplingCheckpoint, manifest: Manifest, dataset: str) -> None:
+    """Refuse images of another shape or of other classes than the network's."""
+    data = trained.config.data
+    wanted: dict[str, object] = {"shape": (data.image_size, data.image_size, data.channels)}
+    if trained.classes is not None:
+        wanted["class_names"] = trained.classes.names
+    for name, value in wanted.items():
+        if (found := tuple(getattr(manifest, name))) != value:
+            raise UserError("--dataset", f"its {name} is {found}, but the network's is {value}", value=dataset)
 
 
 def _result(
