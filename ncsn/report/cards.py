@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.config.noise import LognormalTraining
 from ncsn.config.training import ema_setting
-from ncsn.report.words import few_samples, read_figures
+from ncsn.report.words import read_figures
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -89,7 +89,7 @@ def _selection(result: Mapping[str, Any] | None) -> list[str]:
         "## Choice of the checkpoint",
         _table(("images seen", "relative width", f"`{result['figure']}`", "weights"), rows),
         f"The best of {len(rows) + more} candidates by this metric, which is therefore too good; the scores above are "
-        f"of other samples. {few_samples(read_figures({result['figure']: result['value']}).popitem()[1].num_images)}",
+        f"of other samples. {few_samples(result['figure'])}",
     ]
 
 
@@ -166,6 +166,22 @@ def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tup
         for row in ranked[:most]
     ]
     return rows, len(ranked) - len(rows)
+
+
+ENOUGH_IMAGES = 10_000  # for a Frechet distance to compare models of different diversity
+
+
+def few_samples(figure: str) -> str:
+    """What this metric cannot compare, in a sentence, if it is a Frechet distance of few samples; else empty."""
+    metric, reading = read_figures({figure: 0.0}).popitem()
+    if metric != "fid" or reading.num_images >= ENOUGH_IMAGES:
+        return ""
+    return (
+        f"The Fréchet distance of {reading.num_images:,} samples favors models of little diversity. It may rank "
+        "checkpoints of one run, but not what changes diversity: guidance, churn, the length of the EMA, or "
+        f"extrapolated weights. For these use {ENOUGH_IMAGES:,} samples or more, the kernel distance, or "
+        "evaluation.extrapolate."
+    )
 
 
 def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]:

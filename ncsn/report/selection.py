@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ncsn.report.cards import candidate_rows
+from ncsn.report.cards import candidate_rows, few_samples
 from ncsn.report.page import Plot, Section
 from ncsn.report.plots import SEEN_LABEL
 from ncsn.report.style import INK, PALETTE, new_figure, styled, to_png, to_svg
-from ncsn.report.words import few_samples, read_figures
+from ncsn.report.words import read_figures
 
 MOST_ROWS = 20
 
@@ -63,6 +63,6 @@ def selection_section(result: Mapping[str, Any]) -> Section:
         f"with the least {figure} was chosen. It was chosen by this metric, so its value here is too good; the scores "
         f"above are of other samples.{left}",
         plots=[Plot(to_svg(selection_figure(rows, figure=figure), salt="selection"), alt="Candidates and scores")],
-        hints=[few] if (few := few_samples(reading.num_images)) else [],
+        hints=[few] if (few := few_samples(figure)) else [],
         table=[("images seen", "relative width", figure, "checkpoint"), *table],
     )

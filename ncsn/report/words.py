@@ -303,20 +303,6 @@ def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
     raise AssertionError(step)
 
 
-ENOUGH_IMAGES = 10_000  # for a Frechet distance to compare models of different diversity
-
-
-def few_samples(num_images: int) -> str:
-    """What a Frechet distance of so few samples cannot compare, in a sentence; empty if they are enough."""
-    if num_images >= ENOUGH_IMAGES:
-        return ""
-    return (
-        f"The Fréchet distance of {num_images:,} samples favors models of little diversity. It may rank checkpoints of "
-        "one run, but not what changes diversity: guidance, churn, the length of the EMA, or extrapolated weights. "
-        f"For these use {ENOUGH_IMAGES:,} samples or more, the kernel distance, or evaluation.extrapolate."
-    )
-
-
 TAGS = {  # the others are versions of packages, or for MLflow alone
     "mlflow.source.git.commit": "Git commit",
     "mlflow.docker.image.uri": "Image",

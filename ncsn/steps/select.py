@@ -27,8 +27,8 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import SEED, Evaluator, evaluation_of, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
+from ncsn.report.cards import few_samples
 from ncsn.report.selection import selection_png
-from ncsn.report.words import few_samples
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
@@ -169,16 +169,16 @@ def conclude(
         relative_width=ranked[0]["relative_width"],
         candidates=rows,
         kept=kept,
-        notes=_notes(rows, figure, settings.num_images),
+        notes=_notes(rows, figure),
     )
     storage.write_text(result.uri, json.dumps(asdict(result), indent=1))
     storage.write_bytes(result.plot, selection_png(rows, figure=figure))
     return result
 
 
-def _notes(rows: Sequence[dict[str, Any]], figure: str, num_images: int) -> list[str]:
+def _notes(rows: Sequence[dict[str, Any]], figure: str) -> list[str]:
     notes = [f"{figure} chose among {len(rows)} candidates, so it is too good; the metrics are of other samples"]
-    if few := few_samples(num_images):
+    if few := few_samples(figure):
         notes.append(few)
     last = max(row["images_seen"] for row in rows)
     widths = [

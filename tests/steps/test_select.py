@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,9 @@ def test_the_nearest_of_five_candidates_is_chosen_and_all_are_recorded(
     assert found[:4] == pytest.approx([4 * 0.9**2, 4 * 0.4**2, 4 * 0.15**2, 4 * 0.3**2], abs=0.15)
     assert found[4] is None
     assert result.kept == ["/c/2", "/c/3"] and len(result.notes) == 2
+    unbiased = config.model_copy(update={"select": config.select.model_copy(update={"figure": "kid"})})
+    chosen = select.conclude(unbiased, fakes.weights, values, folder=folder, extractor="classifier")
+    assert len(chosen.notes) == 1 and selection_section(asdict(chosen)).hints == []
 
 
 def test_nothing_to_choose_from_is_refused(config: Config, dataset: str, tmp_path: Path) -> None:
