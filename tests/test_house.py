@@ -35,6 +35,7 @@ LIGHT = (
     "ncsn.remote.kuberay",
     "ncsn.remote.manifest",
     "ncsn.report.cards",
+    "ncsn.report.facts",
     "ncsn.report.words",
     "ncsn.tracking.client",
     "ncsn.tracking.gate",

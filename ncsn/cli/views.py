@@ -13,7 +13,8 @@ from rich.table import Table
 from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
-from ncsn.report.words import duration, result_line
+from ncsn.report.facts import duration, result_line
+from ncsn.report.words import read_figures
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
@@ -152,10 +153,10 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
     for name, value in evaluated["metrics"].items():
         metric = _metric(name)
         of_real = real.get(metric)
-        if of_real is None or metric.endswith(_STD):
+        if metric.endswith(_STD) or not read_figures({name: value}):
             continue
-        ratio = f"{value / of_real:.3g}" if value > 0 and of_real > 0 else ""
-        table.add_row(name, _with_std(metrics, metric), _with_std(real, metric), ratio)
+        ratio = f"{value / of_real:.3g}" if of_real is not None and value > 0 and of_real > 0 else ""
+        table.add_row(name, _with_std(metrics, metric), "" if of_real is None else _with_std(real, metric), ratio)
     return table
 
 

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
 
+EXTRAPOLATE_RATIO = 4  # least number of samples per feature for `extrapolate`
+NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
+VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.
 PUBLISHED_FILES = {
     "inception": "weights-inception-2015-12-05-6726825d.pth",
@@ -40,7 +43,7 @@ class LikelihoodConfig(Section):
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"likelihood"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"extrapolate", "likelihood", "reference_split", "seeds"})
 
     extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
         "auto",
@@ -71,6 +74,27 @@ class EvaluationConfig(Section):
     likelihood: LikelihoodConfig | None = Field(
         None, description="How `ncsn likelihood` measures bits per dimension; null = with the defaults."
     )
+    seeds: int = Field(
+        1,
+        ge=1,
+        le=10,
+        description="Sets of sampling.num_images samples, with the seeds sampling.seed, sampling.seed + 1 and so on, "
+        "for the mean, the least and the largest Frechet distance. All other metrics are of the first set.",
+    )
+    extrapolate: bool = Field(
+        False,
+        description="Also extrapolate the Frechet distance to infinitely many samples, for models of different "
+        f"diversity. Needs {EXTRAPOLATE_RATIO} samples per feature.",
+    )
+    reference_split: Literal["train", "test"] = Field(
+        "train",
+        description="Split that the samples are compared with. Metrics against test images carry it in their names.",
+    )
+
+    @property
+    def other_split(self) -> Literal["train", "test"]:
+        """The split of the real images that are measured for comparison."""
+        return "test" if self.reference_split == "train" else "train"
 
     @property
     def pretrained(self) -> Literal["inception", "dinov2"] | None:
@@ -78,6 +102,11 @@ class EvaluationConfig(Section):
         if self.extractor == "inception" or (self.extractor == "auto" and self.weights is not None):
             return "inception"
         return "dinov2" if self.extractor == "dinov2" else None
+
+    @property
+    def num_features(self) -> int:
+        """Of the extractor."""
+        return 128 if self.pretrained is None else NUM_FEATURES[self.pretrained]
 
     def resolved(self, *, num_classes: int) -> EvaluationConfig:
         """The same settings with `auto` replaced by an extractor, for images of `num_classes` classes."""

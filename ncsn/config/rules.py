@@ -13,6 +13,7 @@ from ncsn.config.choices import (
     NcsnV2NetworkConfig,
     UnetNetworkConfig,
 )
+from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.config.guidance import ClassifierFreeConfig
 from ncsn.config.noise import (
     AutoNoiseConfig,
@@ -60,6 +61,7 @@ def check(config: Config) -> list[Problem]:
         _training_noise,
         _sampler_network,
         _sampler_levels,
+        _extrapolation,
         _splits,
     )
     return [problem for check in checks for problem in check(config)]
@@ -313,6 +315,17 @@ def _sampler_levels(config: Config) -> Iterator[Problem]:
         )
     if not isinstance(levels, AutoNoiseConfig):
         yield from level_problems(config.sampling.sampler, levels, key=key)
+
+
+def _extrapolation(config: Config) -> Iterator[Problem]:
+    least = EXTRAPOLATE_RATIO * config.evaluation.num_features
+    if config.evaluation.extrapolate and config.sampling.num_images < least:
+        yield Problem(
+            "evaluation.extrapolate",
+            f"needs {least:,} samples with this extractor, not sampling.num_images = {config.sampling.num_images}",
+            "raise it, or use false",
+            value=True,
+        )
 
 
 def _splits(config: Config) -> Iterator[Problem]:

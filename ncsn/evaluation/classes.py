@@ -73,10 +73,14 @@ class ClassScores:
 
 
 def asked_classes(config: Config, dataset: str, images: ImageSet, *, extractor: str) -> AskedClasses | None:
-    """The classes of a set and of the training images, for a model that knows classes; else None."""
-    if config.data.num_classes is None:
+    """The classes of a set and of the reference images, for a model that knows classes; else None.
+
+    The extractor has seen those of training images, so they say nothing beside the samples.
+    """
+    if config.data.num_classes is None or getattr(images, "split", None) == "train":
         return None
-    names, reference = load_manifest(dataset).class_names, open_cache(dataset, "train").labels
+    names = load_manifest(dataset).class_names
+    reference = open_cache(dataset, config.evaluation.reference_split).labels
     return AskedClasses(images.labels(), reference, names, own=extractor == "classifier")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import cache_folder, open_cache
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
@@ -22,12 +22,21 @@ from ncsn.evaluation.frechet import (
     RunningDistance,
     RunningScore,
     frechet_distance,
+    frechet_infinity,
     frechet_jackknife,
     merged,
 )
-from ncsn.evaluation.pieces import FeaturePiece, ImageSet, Runner, extract_piece, feature_pieces, missing_pieces
+from ncsn.evaluation.pieces import (
+    FeaturePiece,
+    ImageSet,
+    Runner,
+    SplitSet,
+    Spool,
+    extract_piece,
+    feature_pieces,
+    missing_pieces,
+)
 from ncsn.evaluation.reference import (
-    REFERENCE_SPLIT,
     SEED,
     Evaluator,
     Reference,
@@ -78,37 +87,6 @@ def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = Fa
     return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
 
 
-class Spool:
-    """Features and probabilities of up to `count` images in memory-mapped files below `folder`."""
-
-    def __init__(self, folder: Path, *, count: int) -> None:
-        self.done = 0
-        self._folder, self._count = folder, count
-        self._files: dict[str, np.memmap] = {}
-
-    def add(self, extracted: Extracted) -> None:
-        """Append the next images."""
-        last = self.done + len(extracted.features)
-        for name in ("features", "log_probabilities"):
-            values = getattr(extracted, name)
-            if name not in self._files:
-                self._files[name] = np.lib.format.open_memmap(
-                    self._folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=(self._count, values.shape[1])
-                )
-            self._files[name][self.done : last] = values
-        self.done = last
-
-    @property
-    def extracted(self) -> Extracted:
-        """All that was appended; at least one image."""
-        if not self.done:
-            raise ValueError("there are no images to evaluate")
-        return Extracted(
-            features=self._files["features"][: self.done],
-            log_probabilities=self._files["log_probabilities"][: self.done],
-        )
-
-
 def measure(
     extracted: Iterable[Extracted],
     *,
@@ -120,6 +98,8 @@ def measure(
     seed: int,
     classes: bool = True,
     asked: AskedClasses | None = None,
+    extrapolate: bool = False,
+    by_features: bool = True,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
     """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
@@ -127,13 +107,16 @@ def measure(
     Args:
         extracted: features and probabilities of the images, in order, in pieces of any size.
         count: number of images.
-        first_images: the first 256 of them, or all if there are fewer, [n, H, W, C] uint8.
-        reference: the training images through the same extractor.
-        training_images: the same images, [N, H, W, C] uint8; a memory map is fine.
+        first_images: the first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
+            many test images instead.
+        reference: the images to compare with, through the same extractor.
+        training_images: of the dataset, [N, H, W, C] uint8; a memory map is fine.
         num_splits: of the score.
         seed: of the subsets that are drawn.
         classes: whether the extractor's classes mean something; without, there is no score.
         asked: the classes of the images; None for a model without.
+        extrapolate: whether to extrapolate the Frechet distance, if there are enough images.
+        by_features: whether the reference is the training images, so that the nearest by features are shown.
         on_score: called with each running score.
     """
     running, scores = RunningDistance(reference.statistics, count=count), []
@@ -149,11 +132,13 @@ def measure(
                     if on_score is not None:
                         on_score(score)
         whole = spool.extracted
-        metrics = metrics_of(whole, reference, groups=running.groups, seed=seed)
+        metrics = metrics_of(whole, reference, groups=running.groups, seed=seed, extrapolate=extrapolate)
         if classes:
             metrics |= class_metrics(whole.log_probabilities, reference, num_splits=num_splits)
         found = None if asked is None else class_scores(whole, asked, reference=reference.features, seed=seed)
-        features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
+        features = None
+        if by_features:
+            features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
     pixels = pixel_neighbors(first_images, training_images)
     nearest = _neighbor_table(pixels=pixels, features=features)
     metrics |= _neighbor_metrics(pixels)
@@ -168,23 +153,29 @@ def metrics_of(
     *,
     groups: Sequence[FrechetStatistics],
     seed: int,
+    extrapolate: bool = False,
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
     - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife over `groups`,
       the moments of the features in disjoint groups.
+    - `fid_infinity`, `fid_infinity_std`: of infinitely many images, if asked for and there are enough.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     """
-    count = len(extracted.features)
+    count, size = extracted.features.shape
     distance = frechet_distance(merged(groups), reference.statistics)
+    std = frechet_jackknife(groups, reference.statistics)
     kernel = kernel_distance(extracted.features, reference.features, seed=seed)
     values = {
         "fid": distance,
-        "fid_std": frechet_jackknife(groups, reference.statistics),
+        "fid_std": std,
         "kid": kernel.mean,
         "kid_std": kernel.std,
     }
+    if extrapolate and count >= EXTRAPOLATE_RATIO * size:
+        limit = frechet_infinity(extracted.features, reference.statistics, std=std, seed=seed)
+        values |= {"fid_infinity": limit.value, "fid_infinity_std": limit.std}
     return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
 
 
@@ -226,9 +217,9 @@ def _neighbor_metrics(neighbors: Neighbors) -> dict[str, Metric]:
     }
 
 
-def _neighbor_table(*, pixels: Neighbors, features: Neighbors) -> list[dict[str, Any]]:
+def _neighbor_table(*, pixels: Neighbors, features: Neighbors | None) -> list[dict[str, Any]]:
     """Of the first 16 images: the nearest rows of the train split by pixels and by features, nearest first."""
-    spaces = {"pixels": pixels, "features": features}
+    spaces = {"pixels": pixels} if features is None else {"pixels": pixels, "features": features}
     return [
         {
             "image": row,
@@ -236,7 +227,7 @@ def _neighbor_table(*, pixels: Neighbors, features: Neighbors) -> list[dict[str,
             **{f"{name}_rows": found.indices[row].tolist() for name, found in spaces.items()},
             **{f"{name}_distances": found.distances[row].round(3).tolist() for name, found in spaces.items()},
         }
-        for row in range(min(SHOWN_NEIGHBORS, len(features.indices)))
+        for row in range(min(SHOWN_NEIGHBORS, len(pixels.indices)))
     ]
 
 
@@ -321,6 +312,13 @@ def measure_sets(
     return [found[work.number] for work in works]
 
 
+def _compared_in_pixels(images: ImageSet) -> ImageSet:
+    """The images whose nearest training images say how near unseen ones are: not training images themselves."""
+    if isinstance(images, SplitSet) and images.split == "train":
+        return SplitSet(images.dataset, "test", images.count, drawn=images.drawn)
+    return images
+
+
 def _measure(
     work: _Work,
     *,
@@ -334,12 +332,14 @@ def _measure(
     return measure(
         (extract_piece(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
         count=images.count,
-        first_images=images.head(NEIGHBOR_IMAGES),
+        first_images=_compared_in_pixels(images).head(NEIGHBOR_IMAGES),
         reference=reference,
-        training_images=open_cache(dataset, REFERENCE_SPLIT).images,
+        training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
         seed=SEED,
         classes=work.classes,
         asked=asked_classes(config, dataset, images, extractor=work.extractor),
+        extrapolate=config.evaluation.extrapolate,
+        by_features=config.evaluation.reference_split == "train",
         on_score=on_score,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -145,6 +146,37 @@ def extract_piece(
     arrays = {name: np.ascontiguousarray(values) for name, values in vars(extracted).items()}
     storage.write_bytes(piece.uri, save(arrays))
     return extracted
+
+
+class Spool:
+    """Features and probabilities of up to `count` images in memory-mapped files below `folder`."""
+
+    def __init__(self, folder: Path, *, count: int) -> None:
+        self.done = 0
+        self._folder, self._count = folder, count
+        self._files: dict[str, np.memmap] = {}
+
+    def add(self, extracted: Extracted) -> None:
+        """Append the next images."""
+        last = self.done + len(extracted.features)
+        for name in ("features", "log_probabilities"):
+            values = getattr(extracted, name)
+            if name not in self._files:
+                self._files[name] = np.lib.format.open_memmap(
+                    self._folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=(self._count, values.shape[1])
+                )
+            self._files[name][self.done : last] = values
+        self.done = last
+
+    @property
+    def extracted(self) -> Extracted:
+        """All that was appended; at least one image."""
+        if not self.done:
+            raise ValueError("there are no images to evaluate")
+        return Extracted(
+            features=self._files["features"][: self.done],
+            log_probabilities=self._files["log_probabilities"][: self.done],
+        )
 
 
 T = TypeVar("T")

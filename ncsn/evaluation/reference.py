@@ -20,11 +20,10 @@ from safetensors.numpy import load, save_file
 
 from ncsn import storage
 from ncsn.config import Config, from_json, to_json
-from ncsn.config.evaluation import EvaluationConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.errors import UserError
 from ncsn.evaluation import classifier_store, dinov2, extractors
+from ncsn.evaluation.choice import evaluation_of, named_in_metrics, pretrained_identity, require_test_images
 from ncsn.evaluation.classifier import ClassifierRecipe
 from ncsn.evaluation.clusters import num_clusters
 from ncsn.evaluation.extractors import Extracted, Extractor, Identity, fingerprint_of
@@ -36,8 +35,6 @@ FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
 DESCRIPTION = "reference.json"
-REFERENCE_SPLIT = "train"
-LEAST_TEST_IMAGES = 3  # for the uncertainty of a Frechet distance
 SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
 
 Progress = Callable[[int, int], None]
@@ -137,8 +134,9 @@ def _write(folder: Path, extracted: Iterable[Extracted], *, shape: tuple[int, in
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The extractor of an experiment, and the training images through it."""
+    """The extractor of an experiment, and the reference images through it."""
 
+    name: str  # of the extractor as metrics have it, with the split of the reference unless that is train
     extractor: Identity
     reference: Reference
     facts: dict[str, float]  # the quality of the extractor, as metrics
@@ -171,18 +169,19 @@ def open_evaluator(
         found = _identify(config, dataset, manifest)
         assert found is not None, "its description is in the store"
     identity, facts = found
-    fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=REFERENCE_SPLIT)
+    split = config.evaluation.reference_split
+    fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=split)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
         _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=report)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
-    return Evaluator(extractor=identity, reference=reference, facts=facts)
+    return Evaluator(named_in_metrics(identity.name, config), identity, reference, facts)
 
 
 def images_to_prepare(config: Config, manifest: Manifest) -> int:
     """Images that are processed to train the extractor, if it is trained, and to make the reference."""
-    return _images_of_training(config, manifest) + manifest.count(REFERENCE_SPLIT)
+    return _images_of_training(config, manifest) + manifest.count(config.evaluation.reference_split)
 
 
 def extractor_of(config: Config, dataset: str) -> Extractor:
@@ -211,23 +210,6 @@ def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
         seed=SEED,
         clustered=clustered,
     )
-
-
-def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
-    """How the samples are evaluated, with the extractor that `auto` stands for."""
-    return config.evaluation.resolved(num_classes=sum(map(bool, manifest.class_counts["train"])))
-
-
-def extractor_name(config: Config, manifest: Manifest) -> str:
-    """The extractor as metrics name it, without a look at its weights."""
-    known = pretrained_identity(config.evaluation)
-    return evaluation_of(config, manifest).extractor if known is None else known.name
-
-
-def pretrained_identity(evaluation: EvaluationConfig) -> Identity | None:
-    """The extractor whose weights come from a file; None for one that is trained on the images."""
-    identify = {"inception": extractors.identity, "dinov2": dinov2.identity}
-    return identify[evaluation.pretrained](evaluation.weights_sha256) if evaluation.pretrained else None
 
 
 def store_piece(piece: FeaturePiece) -> None:
@@ -259,26 +241,6 @@ def _silent(_done: int, _total: int) -> None:
 def _images_of_training(config: Config, manifest: Manifest) -> int:
     settings = config.evaluation
     return 0 if settings.pretrained else settings.classifier_epochs * manifest.count("train")
-
-
-def require_test_images(config: Config, manifest: Manifest) -> None:
-    """Refuse a dataset with fewer test images than its evaluation needs."""
-    count, splits = manifest.count("test"), config.evaluation.num_splits
-    if evaluation_of(config, manifest).extractor in ("clusters", "dinov2"):  # no score, and so no splits
-        if count < LEAST_TEST_IMAGES:
-            raise UserError(
-                "data.test_fraction",
-                f"leaves {count} test images, and the evaluation needs {LEAST_TEST_IMAGES}",
-                hint="raise it",
-                value=config.data.test_fraction,
-            )
-    elif count < splits:
-        raise UserError(
-            "evaluation.num_splits",
-            f"the test split has only {count} images",
-            hint="lower it or raise data.test_fraction",
-            value=splits,
-        )
 
 
 def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identity, dict[str, float]] | None:
@@ -318,7 +280,8 @@ def _make_reference(
 ) -> None:
     manifest = load_manifest(dataset)
     before, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
-    images = SplitSet(dataset, REFERENCE_SPLIT, manifest.count(REFERENCE_SPLIT))
+    split = config.evaluation.reference_split
+    images = SplitSet(dataset, split, manifest.count(split))
     near = storage.join(dataset, FOLDER)
     pieces = feature_pieces(config, dataset, images, near=near, fingerprint=extractor.fingerprint)
     missing = missing_pieces(pieces)
@@ -333,12 +296,12 @@ def _make_reference(
 
 def _merge(pieces: list[FeaturePiece], extractor: Identity, fingerprint: str) -> None:
     first = pieces[0]
-    manifest = load_manifest(first.dataset)
+    manifest, split = load_manifest(first.dataset), first.config.evaluation.reference_split
     publish_reference(
         first.dataset,
         fingerprint,
         (extract_piece(piece, partial(extractor_of, piece.config, piece.dataset)) for piece in pieces),
         shape=(first.images.count, extractor.num_features),
         batch_size=first.config.evaluation.batch_size,
-        origin={"extractor": extractor.name, "dataset": manifest.digest, "split": REFERENCE_SPLIT},
+        origin={"extractor": extractor.name, "dataset": manifest.digest, "split": split},
     )

@@ -150,7 +150,8 @@ def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:
         if not name.rpartition("_n")[0].endswith("_std")
     ]
     notes = "".join(f"\n- {note}" for note in (*evaluation["notes"], f"fingerprint `{evaluation['fingerprint']}`"))
-    return f"{_table(('metric', 'this model', '95 % interval', 'real test images'), rows)}\n{notes}"
+    other = "test" if evaluation.get("reference_split", "train") == "train" else "train"
+    return f"{_table(('metric', 'this model', '95 % interval', f'real {other} images'), rows)}\n{notes}"
 
 
 def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tuple[list[tuple[str, ...]], int]:

@@ -13,10 +13,12 @@ from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
+from ncsn.report.cards import few_samples
 from ncsn.report.images import evenly_spread
 from ncsn.report.page import Picture, Plot, Section
 from ncsn.report.plots import NfeCurve, last_losses, loss_curves, loss_heat_map, quality_versus_nfe
 from ncsn.report.style import to_svg
+from ncsn.report.words import reference_images
 from ncsn.runs.costs import Prices, cost
 
 Array = NDArray[np.float64]
@@ -171,13 +173,14 @@ def quality_plot(measured: Measured, prices: Prices) -> Figure:
         curves,
         quality_label=f"Fréchet distance, {points[0]['num_images']:,} images",
         real=real["fid"],
-        real_label=f"{real['num_images']:,} real test images",
+        real_label=f"{real['num_images']:,} real {real.get('split', 'test')} images",
     )
 
 
 def quality_section(measured: Measured, prices: Prices) -> Section:
     """The same as a section, with a table."""
     points = measured["points"]
+    reference = "test" if measured["real"].get("split") == "train" else "train"
     rows = [
         (
             point["sampler"]["kind"].replace("_", " "),
@@ -192,9 +195,10 @@ def quality_section(measured: Measured, prices: Prices) -> Section:
     return Section(
         heading="Quality against cost",
         text="Sampling spends almost all of its time in network evaluations. The plot shows the Fréchet distance to "
-        "the training images over the number of evaluations per image (NFE); lower is better. The distance is measured "
-        f"on {points[0]['num_images']:,} images and depends on that number, so compare it only within this plot. The "
-        f"labels give the seconds and the price of 1,000 images. {price_note(measured, prices)}",
+        f"{reference_images(reference)} over the number of evaluations per image (NFE); lower is better. The distance "
+        f"is measured on {points[0]['num_images']:,} images and depends on that number, so compare it only within this "
+        f"plot. The labels give the seconds and the price of 1,000 images. {price_note(measured, prices)}",
+        hints=[few] if (few := few_samples(measured["metric"])) else [],
         plots=[Plot(to_svg(quality_plot(measured, prices), salt="quality"), alt="Fréchet distance over evaluations")],
         table=[header, *rows],
     )

@@ -46,7 +46,9 @@ class FinishedRun:
     train: CachedSplit
     test: CachedSplit
     extractor: Extractor
-    reference: Reference  # the training images through the extractor
+    extractor_name: str  # in metrics
+    reference: Reference  # the images to compare with, through the extractor
+    real_split: str  # of real images that are measured for comparison
     samples: str  # URI
     device: str
 
@@ -60,6 +62,12 @@ class FinishedRun:
         images: Images = self.test.images[self.test_rows(count)]
         return images
 
+    def real_images(self, count: int) -> Images:
+        """At most `count` real images that are not of the reference, the same in each call."""
+        split = self.test if self.real_split == "test" else self.train
+        images: Images = split.images[keyed_permutation(SEED, epoch=0, size=len(split))[:count]]
+        return images
+
     def test_rows(self, count: int) -> NDArray[np.int64]:
         """The rows of `test_images` in the test split."""
         return keyed_permutation(SEED, epoch=0, size=len(self.test))[:count]
@@ -67,14 +75,16 @@ class FinishedRun:
 
 def open_run(config: Config, trained: SamplingCheckpoint, *, samples: str, dataset: str, device: str) -> FinishedRun:
     """Open a run from its checkpoint and the URIs of its samples and dataset."""
-    reference = open_evaluator(config, dataset).reference  # trains the extractor first if it is missing
+    evaluator = open_evaluator(config, dataset)  # trains the extractor first if it is missing
     return FinishedRun(
         sampling=config.sampling,
         trained=trained,
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
         extractor=extractor_of(config, dataset),
-        reference=reference,
+        extractor_name=evaluator.name,
+        reference=evaluator.reference,
+        real_split=config.evaluation.other_split,
         samples=samples,
         device=device,
     )
@@ -125,7 +135,7 @@ def quality(
 
     Returns:
         Plain values for JSON: `metric`, `fingerprint`, `points`, `real` (the same metric of up to `num_images` real
-        test images), and the `cores` and `gpus` in use.
+        images of its `split`), and the `cores` and `gpus` in use.
     """
     samplers, points = list(_samplers(run, nfe)), []
     for number, sampler in enumerate(samplers):
@@ -146,12 +156,12 @@ def quality(
                 "seconds_per_1000_images": round(1000 * seconds / num_images, 2),
             }
         )
-    real = run.test_images(num_images)
+    real = run.real_images(num_images)
     return {
-        "metric": f"{run.extractor.name}_fid_n{num_images}",
+        "metric": f"{run.extractor_name}_fid_n{num_images}",
         "fingerprint": run.reference.fingerprint,
         "points": points,
-        "real": {"fid": _fid(run, real), "num_images": len(real)},
+        "real": {"fid": _fid(run, real), "num_images": len(real), "split": run.real_split},
         "cores": torch.get_num_threads(),
         "gpus": 0 if run.device == "cpu" else 1,
     }

@@ -307,19 +307,24 @@ def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_i
 def neighbors_png(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> bytes:
     """The same as one PNG file with two samples per row."""
     lines = [_with_nearest(line, samples, training_images) for line in table]
-    return grid_png(np.concatenate(lines), columns=6)
+    return grid_png(np.concatenate(lines), columns=2 * len(lines[0]))
 
 
 def _triple(line: Mapping[str, Any], samples: Images, training_images: Images) -> Picture:
-    grid = image_grid(_with_nearest(line, samples, training_images), columns=3)
+    images = _with_nearest(line, samples, training_images)
+    grid = image_grid(images, columns=len(images))
     return Picture(
         png_bytes(grid, enlarge=False),
-        alt=f"sample {line['image']}, the training image nearest in pixels, and the one nearest in features",
+        alt=f"sample {line['image']} and the training images that are nearest in " + " and in ".join(_spaces(line)),
         width=420,
     )
 
 
 def _with_nearest(line: Mapping[str, Any], samples: Images, training_images: Images) -> Images:
-    """The sample and its nearest training images by pixels and by features, [3, H, W, C]."""
-    nearest = [training_images[line[f"{space}_rows"][0]] for space in ("pixels", "features")]
+    """The sample and its nearest training images by pixels and, if known, by features, [2 or 3, H, W, C]."""
+    nearest = [training_images[line[f"{space}_rows"][0]] for space in _spaces(line)]
     return np.stack([samples[line["image"]], *nearest])
+
+
+def _spaces(line: Mapping[str, Any]) -> list[str]:
+    return [space for space in ("pixels", "features") if f"{space}_rows" in line]

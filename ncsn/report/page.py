@@ -70,6 +70,7 @@ class Scores(NamedTuple):
     more: Sequence[ScoreRow]  # shown on request
     measured: str
     fingerprint: str
+    real: str  # the real images beside them, in words
     notes: Sequence[str] = ()
 
 

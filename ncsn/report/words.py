@@ -1,11 +1,12 @@
-"""Metrics, results and costs in words. Imports no torch, because the command line uses it."""
+"""Metrics in words. Imports no torch, because the command line uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ncsn.report.page import Fact, ScoreRow, Tile
+from ncsn.config.evaluation import VERSUS
+from ncsn.report.page import ScoreRow, Tile
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -32,13 +33,20 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     "fid": Meaning(
         "Fréchet distance",
-        "Distance between the features of these images and those of the training images. Fewer images give a larger "
-        "value.",
+        "Distance between the features of these images and those of {reference}. Fewer images give a larger value.",
         "lower",
     ),
+    "fid_infinity": Meaning(
+        "Fréchet distance without bias",
+        "The same, extrapolated to infinitely many images. It compares models of different diversity.",
+        "lower",
+    ),
+    "fid_mean": Meaning("Fréchet distance, mean", "Mean over sets of images with other seeds.", "lower"),
+    "fid_min": Meaning("Fréchet distance, least", "The least of them, which many papers report.", "lower"),
+    "fid_max": Meaning("Fréchet distance, largest", "The largest of them.", "lower"),
     "kid": Meaning(
         "Kernel distance",
-        "Distance to the training images that does not depend on the number of images. It averages zero for real "
+        "Distance to {reference} that does not depend on the number of images. It averages zero for real "
         "images and can be negative.",
         "lower",
     ),
@@ -62,7 +70,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
     "class_tv": Meaning(
         "Class imbalance",
-        "Total variation distance between the class frequencies here and in the training images, from 0 to 1.",
+        "Total variation distance between the class frequencies here and in {reference}, from 0 to 1.",
         "lower",
     ),
     "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
@@ -85,6 +93,7 @@ class Reading(NamedTuple):
     extractor: str
     num_images: int
     value: float
+    split: str = "train"  # of the images that it compares with
 
 
 def read_figures(metrics: Mapping[str, float]) -> dict[str, Reading]:
@@ -94,7 +103,8 @@ def read_figures(metrics: Mapping[str, float]) -> dict[str, Reading]:
         stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
         metric = next((known for known in _KNOWN if stem.endswith(f"_{known}")), None)
         if metric is not None and count.isdigit():
-            readings[metric] = Reading(name, stem.removesuffix(f"_{metric}"), int(count), float(value))
+            extractor, _, split = stem.removesuffix(f"_{metric}").partition(VERSUS)
+            readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
     return readings
 
 
@@ -120,13 +130,23 @@ def _row(metric: str, generated: Mapping[str, Reading], real: Mapping[str, Readi
     return ScoreRow(
         label=meaning.label,
         name=generated[metric].name,
-        meaning=meaning.text,
+        meaning=meaning.text.format(reference=reference_images(generated[metric].split)),
         better=meaning.better,
         value=_with_deviation(metric, generated),
         real=_with_deviation(metric, real) if of_real is not None else "",
         share=share,
         real_share=real_share,
     )
+
+
+def reference_images(split: str) -> str:
+    """What samples are compared with, in words."""
+    return "the training images" if split == "train" else f"the {split} images"
+
+
+def real_images(split: str) -> str:
+    """The real images that are measured beside them, in words."""
+    return "real images that the model has not seen" if split == "train" else "real training images"
 
 
 def _with_deviation(metric: str, readings: Mapping[str, Reading]) -> str:
@@ -163,13 +183,13 @@ def lead(
         scale = f" on a scale from 1 to {len(manifest.class_names)}" if score.extractor == "classifier" else ""
         quality = (
             f"{extractor_phrase(score.extractor)} gives the generated images a score of {score.value:.3g}{scale} for "
-            f"being clear and varied. Real images that the model has not seen get {of_real.value:.3g}."
+            f"being clear and varied. R{real_images(score.split)[1:]} get {of_real.value:.3g}."
         )
     elif "fid" in generated and "fid" in real:
         quality = (
             f"{extractor_phrase(generated['fid'].extractor)} sees the generated images at a Fréchet distance of "
-            f"{generated['fid'].value:.3g} from the training images, and real images that the model has not seen at "
-            f"{real['fid'].value:.3g}. Lower is better."
+            f"{generated['fid'].value:.3g} from {reference_images(generated['fid'].split)}, and "
+            f"{real_images(generated['fid'].split)} at {real['fid'].value:.3g}. Lower is better."
         )
     else:
         quality = ""
@@ -217,120 +237,3 @@ def tiles(nfe: int, generated: Mapping[str, Reading], real: Mapping[str, Reading
         found.append(Tile("copies", f"{number}", f"in {copies.num_images:,} generated images"))
     found.append(Tile("network evaluations", f"{nfe:,}", "per image (NFE)"))
     return found
-
-
-MINUTE, HOUR, DAY = 60, 3600, 86400
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3.5 min`, `2.1 h` or `4.0 days`."""
-    if seconds < 2 * MINUTE:
-        return f"{seconds:,.0f} s"
-    if seconds < 2 * HOUR:
-        return f"{seconds / MINUTE:,.1f} min"
-    return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
-
-
-def cost_line(ledger: Mapping[str, Any]) -> str:
-    """The cost of the whole run, from `ncsn.runs.costs.account`; empty if no step has recorded its time."""
-    actual = ledger["actual"]
-    return _cost(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
-
-
-def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
-    """The cost of the run, its plan, and the cost of 1,000 more images; `num_images` are those of the sample step."""
-    currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
-    if not steps:
-        return
-    # The times of the steps above are those of their last attempt, without its startup.
-    yield Fact("Actual cost, including startup and earlier attempts", _cost(ledger["actual"]["total"], currency))
-    if ledger["plan"] is not None:
-        yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
-    if "sample" in steps and num_images:
-        share = 1000 / num_images
-        per_thousand = {name: share * value for name, value in steps["sample"].items()}
-        yield Fact("Per 1,000 images", _cost(per_thousand, currency))
-
-
-def _cost(cost: Mapping[str, float], currency: str) -> str:
-    gpu = f" · {cost['gpu_hours']:,.2g} GPU hours" if cost["gpu_hours"] else ""
-    return (
-        f"{duration(cost['seconds'])} · {cost['cpu_hours']:,.2g} CPU hours{gpu} · {cost['money']:,.2g} {currency} · "
-        f"{cost['kwh']:,.2g} kWh"
-    )
-
-
-DIGEST_SHOWN = 12
-
-
-def result_line(step: str, result: Mapping[str, Any]) -> str:
-    """The stored result of a step in one line."""
-    match step:
-        case "ingest":
-            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
-            return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
-        case "tune":
-            before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
-            return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
-        case "train":
-            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
-            return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
-        case "sample":
-            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
-        case "evaluate":
-            return f"{result['gate']['name']} = {result['gate']['value']:.4g}"
-        case "register":
-            aliases = ", ".join(result["aliases"]) or "no alias"
-            return f"{result['model']} version {result['version']} ({aliases})"
-        case "report":
-            return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
-    return _line_of_command(step, result)
-
-
-def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
-    match step:
-        case "likelihood":
-            return f"{result['bits_per_dim']:.4f} +- {result['error']:.4f} bits/dim, {result['num_images']:,} images"
-        case "neon":
-            return f"w = {result['multiple']:g}, Frechet distance {min(result['distances'].values()):.4g}"
-        case "select":
-            best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
-            return f"{best}, the best of {len(result['candidates'])}"
-        case "ema":
-            return f"{len(result['checkpoints'])} averages"
-        case "figures":
-            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
-    raise AssertionError(step)
-
-
-TAGS = {  # the others are versions of packages, or for MLflow alone
-    "mlflow.source.git.commit": "Git commit",
-    "mlflow.docker.image.uri": "Image",
-    "kfp.pipeline_run_id": "KFP run",
-    "ray.submission_id": "Ray submission",
-    "ray.job_id": "Ray job",
-    "ray.session": "Ray session",
-    "mlflow.user": "Started by",
-}
-LINKS = {"kfp.pipeline_run_id": "kfp.pipeline_run_url", "ray.submission_id": "ray.dashboard_url"}
-VERSION = ".version"
-
-
-def tag_facts(runs: Sequence[Mapping[str, str]]) -> list[Fact]:
-    """Facts from the tags of MLflow runs; where steps have different values, all of them in order."""
-    facts = []
-    for tag, label in TAGS.items():
-        if values := _values(runs, tag):
-            links = _values(runs, LINKS.get(tag, ""))
-            # A tag may hold anything; only an address of a page becomes a link.
-            link = links[0] if links and links[0].startswith(("http://", "https://")) else ""
-            facts.append(Fact(label, ", ".join(values), link))
-    versions = {tag.removesuffix(VERSION): None for tags in runs for tag in tags if tag.endswith(VERSION)}
-    if versions:
-        shown = (f"{name} {', '.join(_values(runs, name + VERSION))}" for name in versions)
-        facts.append(Fact("Versions", " · ".join(shown)))
-    return facts
-
-
-def _values(runs: Sequence[Mapping[str, str]], tag: str) -> list[str]:
-    return list(dict.fromkeys(tags[tag] for tags in runs if tags.get(tag)))

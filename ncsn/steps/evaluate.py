@@ -16,19 +16,15 @@ from ncsn.data.shards import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
+from ncsn.evaluation.choice import evaluation_of, extractor_name
 from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import (
-    REFERENCE_SPLIT,
-    SEED,
-    evaluation_of,
-    extractor_name,
-    images_to_prepare,
-    open_evaluator,
-)
+from ncsn.evaluation.reference import SEED, images_to_prepare, open_evaluator
+from ncsn.evaluation.seeds import seed_metrics, set_distances
 from ncsn.model.classes import require_same_classes
+from ncsn.report.cards import few_samples
 from ncsn.report.classes import confusion_matrix
 from ncsn.report.style import to_png
 from ncsn.runs.records import while_leased
@@ -148,9 +144,10 @@ def evaluate(
     manifest = load_manifest(dataset)
     _check_shape(samples_shape(samples, num_images=count), manifest, samples)
     _check_classes(config, samples, manifest)
-    num_real = min(count, manifest.count("test"))
+    evaluation = evaluation_of(config, manifest)
+    num_real, others = min(count, manifest.count(evaluation.other_split)), _other_sets(samples, evaluation.seeds, count)
     done = images_to_prepare(config, manifest)
-    total = done + count + num_real
+    total = done + count * (1 + len(others)) + num_real
     runner = runner_of(config.compute)
     evaluator = open_evaluator(
         config, dataset, runner=runner, on_progress=lambda prepared, _: progress(prepared, total)
@@ -161,12 +158,14 @@ def evaluate(
         done += number
         progress(done, total)
 
-    name, fingerprint = evaluator.extractor.name, evaluator.reference.fingerprint
-    sets = (SampleSet(samples, count), SplitSet(dataset, "test", num_real, drawn=SEED))
+    name, fingerprint = evaluator.name, evaluator.reference.fingerprint
+    sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=SEED))
     measured = measure_sets(
         config, dataset, evaluator, sets, near=folder, runner=runner, on_images=on_images, on_score=on_score
     )
     generated, real = measured
+    distances = set_distances(config, dataset, evaluator, others, near=folder, runner=runner, on_images=on_images)
+    generated.metrics.update(seed_metrics([generated.value("fid"), *distances], count))
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
     result = EvaluateResult(
@@ -179,18 +178,31 @@ def evaluate(
         gate=asdict(_gate(generated, name, fingerprint)),
         memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
-        notes=_notes(count, num_real, extractor=name),
-        classes=_classes(generated, real, manifest, by_probe=name != "classifier"),
+        notes=_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
+        classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
     )
-    _write(result, samples=samples, dataset=dataset, nearest=generated.nearest)
+    _write(result, samples, dataset, split=evaluation.reference_split, nearest=generated.nearest)
     return result
 
 
-def _write(result: EvaluateResult, *, samples: str, dataset: str, nearest: list[dict[str, Any]]) -> None:
+def _other_sets(samples: str, seeds: int, count: int) -> list[SampleSet]:
+    """The sets of samples with other seeds that lie beside the first one."""
+    others = [] if seeds == 1 else storage.read_json(storage.join(samples, "manifest.json")).get("others", [])
+    if len(others) < seeds - 1:
+        raise UserError(
+            "evaluation.seeds",
+            f"there are samples of {1 + len(others)} seed{'s' if others else ''} only",
+            hint="run `ncsn sample` with the same setting first",
+            value=seeds,
+        )
+    return [SampleSet(uri, count) for uri in others[: seeds - 1]]
+
+
+def _write(result: EvaluateResult, samples: str, dataset: str, *, split: str, nearest: list[dict[str, Any]]) -> None:
     evidence = {
         "samples": samples,
         "dataset": dataset,
-        "reference_split": REFERENCE_SPLIT,
+        "reference_split": split,
         "nearest_training_images": nearest,
     }
     storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
@@ -291,12 +303,12 @@ def _memorization(samples: Metric, real: Metric) -> Memorization:
     )
 
 
-def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
+def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str = "test") -> list[str]:
     notes = []
     if num_real != num_images:
         notes.append(
-            f"the test split has only {num_real} images, so the real metrics are over {num_real} and those of the "
-            f"samples over {num_images}: fewer images alone give a larger Frechet distance and a smaller score"
+            f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
+            f"the samples over {num_images}: fewer images alone give a larger Frechet distance and a smaller score"
         )
     if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
         notes.append(
@@ -307,4 +319,6 @@ def _notes(num_images: int, num_real: int, *, extractor: str) -> list[str]:
         notes.append("there is no classifier score, because the extractor learned clusters instead of labels")
     elif extractor.startswith("dinov2"):
         notes.append("there is no score, because DINOv2 has no classes")
+    if few := few_samples(metric_name("fid", extractor=extractor, num_images=num_images)):
+        notes.append(few)
     return notes

@@ -20,9 +20,10 @@ from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of
 from ncsn.report.cards import ModelFacts, model_card
+from ncsn.report.facts import cost_line
 from ncsn.report.held_out import copying_hints, overfitting_hints
 from ncsn.report.images import neighbors_png
-from ncsn.report.words import cost_line, read_figures
+from ncsn.report.words import read_figures
 from ncsn.runs.costs import account
 from ncsn.runs.folder import run_folder
 from ncsn.runs.held_out import held_out_curves
@@ -167,7 +168,7 @@ def _pictures(measured: dict[str, Any]) -> dict[str, bytes]:
     if table:
         count = 1 + max(line["image"] for line in table)
         samples = np.concatenate(list(read_samples(measured["samples"], num_images=count, batch_size=count)))
-        training = open_cache(measured["dataset"], measured["reference_split"]).images
+        training = open_cache(measured["dataset"], "train").images
         files["neighbours.png"] = neighbors_png(table, samples=samples, training_images=training)
     return files
 

@@ -20,7 +20,7 @@ from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import evaluations_per_image
-from ncsn.report import diagnostics, words
+from ncsn.report import diagnostics, facts, words
 from ncsn.report.classes import classes_section
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
 from ncsn.report.held_out import copying_hints, held_out_section
@@ -165,7 +165,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
         sections=list(_sections(sources, progress)),
         timings=_timings(records),
         total=f"{seconds:,.1f} s" if records else "",
-        costs=list(words.cost_facts(costs, num_images=0 if sampled is None else sampled["num_images"])),
+        costs=list(facts.cost_facts(costs, num_images=0 if sampled is None else sampled["num_images"])),
         lineage=list(_lineage(sources, tracked)),
         config=to_yaml(config),
     )
@@ -190,18 +190,20 @@ def _film(sources: Sources) -> Film | None:
 
 def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
     evaluation = sources.evaluation
-    extractors = [reading.extractor for reading in generated.values()]
+    first = next(iter(generated.values()), words.Reading("", "", 0, 0.0))
     accuracy = evaluation["metrics"].get("eval/classifier_test_accuracy")
     accurate = f"; its accuracy on real test images is {accuracy:.1%}" if accuracy is not None else ""
     rows, more = words.score_rows(evaluation["metrics"], evaluation["real_metrics"])
     return Scores(
         rows=rows,
         more=more,
-        measured=f"{words.extractor_phrase(extractors[0] if extractors else '')} extracts the features{accurate}. The "
-        f"scores compare {evaluation['num_images']:,} generated images and {evaluation['num_real_images']:,} real test "
-        "images with the training images. Judge each score by that of the real images. Scores are comparable with "
-        "published ones only if the extractor is the 2015 Inception network, or DINOv2 for FD-DINOv2.",
+        measured=f"{words.extractor_phrase(first.extractor)} extracts the features{accurate}. The "
+        f"scores compare {evaluation['num_images']:,} generated images and {evaluation['num_real_images']:,} "
+        f"{words.real_images(first.split)} with {words.reference_images(first.split)}. Judge each score by that of the "
+        "real images. Scores are comparable with published ones only if the extractor is the 2015 Inception network, "
+        "or DINOv2 for FD-DINOv2.",
         fingerprint=evaluation["fingerprint"],
+        real=words.real_images(first.split),
         notes=evaluation["notes"],
     )
 
@@ -212,7 +214,7 @@ def _neighbors(sources: Sources) -> list[Neighbor]:
         return []
     count = len(table)
     images = np.concatenate(list(read_samples(sources.evaluation["samples"], num_images=count, batch_size=count)))
-    training = open_cache(sources.evaluation["dataset"], sources.evaluation["reference_split"]).images
+    training = open_cache(sources.evaluation["dataset"], "train").images
     return neighbors(table, samples=images, training_images=training)
 
 
@@ -305,7 +307,7 @@ def _timings(records: Mapping[str, StepRecord]) -> list[Timing]:
         Timing(
             step=step,
             seconds=f"{record.seconds:,.1f} s",
-            result=words.result_line(step, record.result),
+            result=facts.result_line(step, record.result),
             share=round(100 * record.seconds / longest, 1),
         )
         for step, record in records.items()
@@ -327,4 +329,4 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
         yield Fact("Decision", registered["reason"])
     yield Fact("MLflow run", whole.run_id, link=whole.page)
     yield Fact("MLflow runs by step", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
-    yield from words.tag_facts([whole.tags, *(run.tags for run in steps.values())])
+    yield from facts.tag_facts([whole.tags, *(run.tags for run in steps.values())])

@@ -18,8 +18,9 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
 from ncsn.distributed.tasks import runner_of
+from ncsn.evaluation.choice import extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
-from ncsn.evaluation.reference import extractor_name, open_evaluator
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
@@ -27,7 +28,7 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import ProgressFile, while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
@@ -52,6 +53,7 @@ class SampleResult:
     nfe: int  # score-network evaluations per image
     seconds: float  # of this call's sampling
     checkpoint: str
+    others: list[str] = field(default_factory=list)  # folders of the sets with the next seeds, for `evaluation.seeds`
     images_per_second: float | None = None  # of those that this call made; None if it made none
     notes: list[str] = field(default_factory=list)  # for people
 
@@ -88,28 +90,28 @@ def run(
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
     require_label(config.sampling.label, trained.classes)
     config = settle_guide(config, near=step.folder.uri)
-    facts = sampling_facts(config.sampling, guide_of(trained, config.sampling))
+    guide = guide_of(trained, config.sampling)
+    facts = sampling_facts(config.sampling, guide)
     uri = step.folder.samples(trained.digest, storage.digest(facts, 12))
-    inputs = {"uri": uri, "num_images": config.sampling.num_images}
-    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif]):
+    others = _other_seeds(config, guide, trained.digest, step.folder)
+    inputs = {"uri": uri, "num_images": config.sampling.num_images} | ({"others": [*others]} if others else {})
+    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif, *others]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
     if result := step.dispatched(config, options, inject=inject):
         return result
-    shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
+    sets = [(config, plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score))]
+    sets += [(other, plan_shards(other, checkpoint=checkpoint, folder=place)) for place, other in others.items()]
     with (
         step.work(config) as work,
         faults.outages_shared(),
-        cluster_for(config, tasks=len(shards), metadata=work.job_metadata()),
+        cluster_for(config, tasks=sum(len(shards) for _, shards in sets), metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
-        started = time.perf_counter()  # the scores may train a classifier first
-        progress = _watched(work.progress, lease, faults)
-        made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
-        seconds = time.perf_counter() - started
+        made, seconds = _make(sets, _watched(work.progress, lease, faults), scores)
         result = _result(config, uri, checkpoint=checkpoint, made=made, seconds=seconds)
-        result = replace(result, notes=build.noise_notes(config, images=trained.images_seen))
+        result = replace(result, others=[*others], notes=build.noise_notes(config, images=trained.images_seen))
         _publish_pictures(result, config)
         _publish_manifest(result, facts, trained)
         _log(work.tracked, result, trained)
@@ -130,6 +132,35 @@ def _result(config: Config, uri: str, *, checkpoint: str, made: int, seconds: fl
         checkpoint=checkpoint,
         images_per_second=round(made / seconds, 3) if made else None,
     )
+
+
+def _other_seeds(
+    config: Config, guide: checkpoints.TrainedNetwork | None, weights: str, folder: RunFolder
+) -> dict[str, Config]:
+    """Folder -> config of each further set of samples that the evaluation asks for."""
+    found = {}
+    for number in range(1, config.evaluation.seeds):
+        sampling = config.sampling.model_copy(update={"seed": (config.sampling.seed + number) % 2**63})
+        uri = folder.samples(weights, storage.digest(sampling_facts(sampling, guide), 12))
+        found[uri] = config.model_copy(update={"sampling": sampling})
+    return found
+
+
+def _make(
+    sets: Sequence[tuple[Config, list[Shard]]], progress: Callable[[int, int], None], scores: _Scores | None
+) -> tuple[int, float]:
+    """Make sets of as many images each; how many of the first were made, in how many seconds."""
+    found = list[tuple[int, float]]()
+
+    def progress_of_all(done: int, total: int) -> None:
+        progress(len(found) * total + done, len(sets) * total)
+
+    for config, shards in sets:
+        on_features = scores.add if scores and not found else None
+        started = time.perf_counter()
+        made = make_shards(config, shards, progress=progress_of_all, on_features=on_features)
+        found.append((made, time.perf_counter() - started))
+    return found[0]
 
 
 class _Scores:
@@ -203,6 +234,7 @@ def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: chec
         "nfe": result.nfe,
         **facts,
         **({} if trained.classes is None else {"classes": trained.classes.names}),
+        **({"others": result.others} if result.others else {}),
     }
     storage.write_text(storage.join(result.uri, "manifest.json"), json.dumps(manifest, indent=1))
 

@@ -23,8 +23,9 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.sampling import Candidate, sample_features
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
+from ncsn.evaluation.choice import evaluation_of
 from ncsn.evaluation.measure import metric_name
-from ncsn.evaluation.reference import SEED, Evaluator, evaluation_of, open_evaluator
+from ncsn.evaluation.reference import SEED, Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
 from ncsn.report.cards import few_samples
@@ -96,7 +97,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):
             values[weights.digest] = value
             progress(len(values), len(found))
-        result = conclude(config, found, values, folder=step.folder, extractor=evaluator.extractor.name)
+        result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
         log_candidates(work.tracked, config.registered_model, result.candidates, figure=result.figure)
         work.tracked.log_metrics({result.figure: result.value}, result.images_seen)
         for uri in (result.uri, result.plot):

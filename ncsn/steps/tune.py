@@ -19,8 +19,9 @@ from ncsn.distributed.search import search
 from ncsn.distributed.tasks import runner_of
 from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
+from ncsn.evaluation.choice import evaluation_of
 from ncsn.evaluation.measure import metric_name
-from ncsn.evaluation.reference import evaluation_of, open_evaluator
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
@@ -95,7 +96,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         require_resources(config)
         work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        objective = metric_name("fid", extractor=evaluator.extractor.name, num_images=settings.num_samples)
+        objective = metric_name("fid", extractor=evaluator.name, num_images=settings.num_samples)
         follower = _Follower(work, plan, objective, Lease(lease) if lease else None)
         search(plan, follower)
         trials = read_trials(plan.trials, last_rung=plan.rungs[-1])

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
-from ncsn.evaluation.reference import LEAST_TEST_IMAGES
-from ncsn.report.words import duration
+from ncsn.evaluation.choice import LEAST_TEST_IMAGES
+from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft
 from ncsn.tools.first_network import NETWORKS, is_wide, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ncsn.config import from_yaml
 from ncsn.errors import NotFound, UserError
+from ncsn.report.facts import duration
 from ncsn.report.images import evenly_spread, grid_png
-from ncsn.report.words import duration
 from ncsn.tools import first_config
 from ncsn.tools.draft import overridden
 from ncsn.tools.first_config import FirstConfig

@@ -72,7 +72,9 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     train, evaluation, sampling = config.train, config.evaluation, config.sampling
     images = math.ceil(train.num_images / train.batch_size) * train.batch_size
     waves = math.ceil(counts.shards / config.compute.max_workers)
-    measured = counts.train_images + sampling.num_images + min(counts.test_images, sampling.num_images)
+    splits = counts.train_images, counts.test_images
+    reference, others = splits if evaluation.reference_split == "train" else splits[::-1]
+    measured = reference + evaluation.seeds * sampling.num_images + min(others, sampling.num_images)
     passes = 0 if evaluation.pretrained else evaluation.classifier_epochs
     # GPUs share the features. The CPUs of one machine already do so in the trial run.
     extractors = config.compute.max_workers if config.compute.use_gpu else 1
@@ -80,7 +82,7 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     work = {
         "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
         "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
-        "sample": waves * counts.nfe * rates.sample_evaluation,
+        "sample": evaluation.seeds * waves * counts.nfe * rates.sample_evaluation,
         "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / extractors,
         "register": 0.0,
         "report": 0.0,
@@ -146,7 +148,7 @@ def _storage(config: Config, counts: Counts, rates: Rates, prices: Prices) -> di
     sizes = {
         "dataset_gb": images * rates.dataset_image_bytes / GIGABYTE,
         "checkpoints_gb": _checkpoints(config) * rates.checkpoint_bytes / GIGABYTE,
-        "samples_gb": config.sampling.num_images * rates.sample_bytes / GIGABYTE,
+        "samples_gb": config.evaluation.seeds * config.sampling.num_images * rates.sample_bytes / GIGABYTE,
     }
     return sizes | {
         "store_gb": sum(sizes.values()),
@@ -178,7 +180,8 @@ def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
     compute, train, sampling = config.compute, config.train, config.sampling
     rate, nfe = 1e12 * tflops * compute.max_workers, evaluations_per_image(config)
     of_training = (1 + _BACKWARD) * flop
-    seconds = {"train": of_training * train.num_images / rate, "sample": flop * nfe * sampling.num_images / rate}
+    samples = config.evaluation.seeds * sampling.num_images
+    seconds = {"train": of_training * train.num_images / rate, "sample": flop * nfe * samples / rate}
     together = compute.microbatch or math.ceil(train.batch_size / compute.max_workers)
     maps = kept * together / (1 if train.precision == "float32" else 2)
     return {

@@ -164,8 +164,8 @@ def scaled_down(config: Config, root: Path) -> Config:
             "train.trainable": "all",
             "sampling.guidance": None,  # its network may not be there yet
             "sampling.num_images": samples,
-            "evaluation.classifier_epochs": 1,
-            "evaluation.num_splits": 1,
+            **dict.fromkeys(("evaluation.classifier_epochs", "evaluation.num_splits", "evaluation.seeds"), 1),
+            "evaluation.extrapolate": False,
         },
     )
 

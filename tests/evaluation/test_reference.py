@@ -9,7 +9,7 @@ import pytest
 
 from ncsn.evaluation.extractors import Extracted, extract_all, fingerprint_of
 from ncsn.evaluation.frechet import FrechetStatistics, RunningDistance
-from ncsn.evaluation.measure import Spool
+from ncsn.evaluation.pieces import Spool
 from ncsn.evaluation.reference import Reference, load_reference, publish_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)

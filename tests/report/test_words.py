@@ -19,7 +19,8 @@ from ncsn.report.diagnostics import (
     thinned,
     training_hints,
 )
-from ncsn.report.words import cost_facts, cost_line, read_figures, score_rows, tag_facts
+from ncsn.report.facts import cost_facts, cost_line, tag_facts
+from ncsn.report.words import read_figures, score_rows
 
 METRICS = {
     "eval/classifier_score_n512": 8.0,

@@ -12,7 +12,7 @@ import torch
 from refused import refused
 from threadpoolctl import threadpool_limits
 
-from ncsn.config import Config
+from ncsn.config import Config, ConfigError, from_yaml, to_yaml
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
@@ -90,7 +90,7 @@ def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str
     assert min(metrics[f"eval/classifier_{share}_n500"] for share in ("precision", "recall", "coverage")) > 0.8
     assert metrics["eval/classifier_density_n500"] == pytest.approx(1, abs=0.2)
     assert metrics["eval/classifier_memorised_n256"] < 0.05
-    assert (result.num_images, result.num_real_images, result.notes, result.classes) == (500, 500, [], None)
+    assert (result.num_images, result.num_real_images, result.classes, len(result.notes)) == (500, 500, None, 1)
     assert not [name for name in metrics if "agreement" in name or "class_kid" in name]
     assert [score["num_images"] for score in result.running] == [256, 500]  # twice the features, and all
     last = result.running[-1]
@@ -204,7 +204,7 @@ def test_images_without_labels_are_measured_by_clusters(store: Path, tmp_path: P
     assert poor.metrics["eval/clusters_coverage_n500"] < 0.5 < good.metrics["eval/clusters_coverage_n500"]
     assert not [name for name in good.metrics if "score" in name or "class" in name or "confidence" in name]
     assert good.gate["name"] == "eval/clusters_fid_n500"
-    assert len(good.notes) == 1
+    assert len(good.notes) == 2
 
 
 def test_few_images_without_labels_are_enough(store: Path, tmp_path: Path) -> None:
@@ -221,6 +221,19 @@ def test_few_images_without_labels_are_enough(store: Path, tmp_path: Path) -> No
     result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
     assert all(np.isfinite(value) for value in (result.metrics | result.real_metrics).values())
     assert (result.num_images, result.num_real_images) == (20, 3)
+
+
+def test_the_distance_is_extrapolated_if_asked_for(store: Path, dataset: str, tmp_path: Path) -> None:
+    sampling = {"num_images": 539, "sampler": {"kind": "annealed_langevin"}}
+    config = make_config(store, sampling=sampling, evaluation={"extrapolate": True})
+    samples = write_samples(tmp_path / "all", open_cache(dataset, "test").images)
+    result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
+    infinite, std = (result.metrics[f"eval/classifier_fid_infinity{name}_n539"] for name in ("", "_std"))
+    assert infinite + std < result.metrics["eval/classifier_fid_n539"]
+    assert std > result.metrics["eval/classifier_fid_std_n539"]
+    assert result.real_metrics["eval/real_classifier_fid_infinity_n539"] == pytest.approx(infinite, abs=4 * std)
+    with refused("evaluation.extrapolate", error=ConfigError):
+        from_yaml(to_yaml(config), overrides=["sampling.num_images=511"])
 
 
 def test_results_of_an_explicit_extractor_are_those_of_auto(store: Path, dataset: str) -> None:
@@ -248,7 +261,8 @@ def test_inception_figures_of_fewer_samples_than_published_ones_say_so() -> None
     assert step._notes(50_000, 50_000, extractor="inception") == []
     (note,) = step._notes(10_000, 10_000, extractor="inception")
     assert "50,000" in note and "10,000" in note and "sampling.num_images" in note
-    assert step._notes(512, 512, extractor="classifier") == []
+    (few,) = step._notes(512, 512, extractor="classifier")
+    assert "512" in few and "evaluation.extrapolate" in few
 
 
 def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:
@@ -295,6 +309,19 @@ def test_images_are_judged_by_the_classes_that_they_were_asked_for(store: Path, 
     counted = int(found["table"][3]["num_images"])
     assert run.data.metrics[f"eval/classifier_class_agreement_n{counted}/3-3"] == found["table"][3]["agreement"]
     assert "confusion.png" in {file.path for file in connection.client.list_artifacts(run.info.run_id)}
+
+
+def test_classes_are_compared_with_the_images_of_the_reference(store: Path, dataset: str, tmp_path: Path) -> None:
+    test, threes = open_cache(dataset, "test"), {}
+    samples = write_samples(tmp_path / "asked", test.images[:500], test.labels[:500])
+    for split in ("train", "test"):
+        config = make_config(store, data=KNOWN, evaluation={"reference_split": split})
+        result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
+        assert result.classes is not None and not result.classes["by_probe"]
+        assert (result.classes["real_agreement"] is None) == (split == "test"), "the classifier has seen them"
+        threes[split] = result.classes["table"][3]
+    assert threes["test"]["agreement"] == threes["train"]["agreement"] > 0.9
+    assert threes["test"]["kid"] < threes["train"]["kid"], "they are the test images"
 
 
 def test_images_of_other_classes_than_the_data_are_refused(store: Path, dataset: str, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -18,9 +20,10 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.shards import read_labels, read_samples
 from ncsn.data.sources import open_source
 from ncsn.report.images import grid_png
+from ncsn.report.words import read_figures
 from ncsn.runs.costs import account
 from ncsn.runs.folder import run_folder
-from ncsn.steps import sample
+from ncsn.steps import evaluate, sample
 from ncsn.tracking.client import connect
 
 TINY = """
@@ -140,3 +143,48 @@ def test_samples_by_autoguidance_are_those_of_the_guides_weights(
     assert found[0].nfe == 10
     plain = sample.run(config, run="mine", checkpoint=checkpoint)
     assert plain.uri not in {each.uri for each in found}
+
+
+def test_further_seeds_are_sampled_and_evaluated_beside_the_first(
+    config: Config, dataset: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded = from_yaml(to_yaml(config), overrides=["evaluation.seeds=3", "sampling.seed=5"])
+    with refused("evaluation.seeds"):
+        one = sample.run(from_yaml(to_yaml(config), overrides=["sampling.seed=5"]), run="mine", checkpoint=checkpoint)
+        evaluate.run(seeded, run="mine", samples=one.uri, dataset=dataset)
+    monkeypatch.setattr(sample, "cluster_for", lambda *_, **__: nullcontext())
+    result = sample.run(seeded, run="mine", checkpoint=checkpoint)
+    assert result.uri == one.uri and len({result.uri, *result.others}) == 3
+    alone = [
+        sample.run(from_yaml(to_yaml(config), overrides=[f"sampling.seed={seed}"]), run="mine", checkpoint=checkpoint)
+        for seed in (6, 7)
+    ]
+    assert [each.uri for each in alone] == result.others
+    assert storage.read_json(storage.join(result.uri, "manifest.json"))["others"] == result.others
+    found = evaluate.run(seeded, run="mine", samples=result.uri, dataset=dataset).metrics
+    singles = [
+        evaluate.run(config, run="mine", samples=uri, dataset=dataset).metrics["eval/classifier_fid_n10"]
+        for uri in (result.uri, *result.others)
+    ]
+    values = {name: found[f"eval/classifier_fid_{name}_n10"] for name in ("mean", "min", "max")}
+    wanted = {"mean": sum(singles) / 3, "min": min(singles), "max": max(singles)}
+    assert values == pytest.approx(wanted, rel=1e-9)
+    assert found["eval/classifier_fid_n10"] == singles[0]
+
+
+def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoint: str) -> None:
+    samples = sample.run(config, run="mine", checkpoint=checkpoint).uri
+    train = evaluate.run(config, run="mine", samples=samples, dataset=dataset)
+    against = from_yaml(to_yaml(config), overrides=["evaluation.reference_split=test"])
+    test = evaluate.run(against, run="mine", samples=samples, dataset=dataset)
+    assert test.metrics["eval/classifier_vs_test_fid_n10"] != train.metrics["eval/classifier_fid_n10"]
+    assert test.metrics["eval/classifier_vs_test_memorised_n10"] == train.metrics["eval/classifier_memorised_n10"]
+    assert "eval/real_classifier_vs_test_fid_n10" in test.real_metrics and test.fingerprint != train.fingerprint
+    # The real images are training images then, but not those whose copies are counted.
+    for name in ("memorised", "nn_distance"):
+        real = train.real_metrics[f"eval/real_classifier_{name}_n10"]
+        assert test.real_metrics[f"eval/real_classifier_vs_test_{name}_n10"] == real
+    assert train.memorisation == test.memorisation
+    assert {reading.split for reading in read_figures(test.metrics).values()} == {"test"}
+    written = storage.read_json(test.uri)
+    assert written["reference_split"] == "test" and "features_rows" not in written["nearest_training_images"][0]

@@ -132,9 +132,9 @@ def test_pods_are_planned_where_there_are_pods() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "gflop", "rate", "hours", "sample_minutes"),
     [
-        ("cifar10_edm", 55_733_891, 127.1413, 3_113, 17.8, 3.1),
-        ("cifar10_edm_class", 55_735_299, 127.1413, 3_113, 17.8, 3.1),
-        ("celeba64_edm", 61_805_571, 251.17, 1_576, 35.3, 13.9),
+        ("cifar10_edm", 55_733_891, 127.1413, 3_113, 17.8, 9.4),
+        ("cifar10_edm_class", 55_735_299, 127.1413, 3_113, 17.8, 9.4),
+        ("celeba64_edm", 61_805_571, 251.17, 1_576, 35.3, 2.8),
     ],
 )
 def test_the_recipes_are_predicted_by_arithmetic(

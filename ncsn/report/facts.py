@@ -1,0 +1,137 @@
+"""Results, costs and origins of a run in words. Imports no torch, because the command line uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ncsn.report.page import Fact
+from ncsn.report.words import read_figures
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h` or `4.0 days`."""
+    if seconds < 2 * MINUTE:
+        return f"{seconds:,.0f} s"
+    if seconds < 2 * HOUR:
+        return f"{seconds / MINUTE:,.1f} min"
+    return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
+
+
+def cost_line(ledger: Mapping[str, Any]) -> str:
+    """The cost of the whole run, from `ncsn.runs.costs.account`; empty if no step has recorded its time."""
+    actual = ledger["actual"]
+    return _cost(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
+
+
+def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
+    """The cost of the run, its plan, and the cost of 1,000 more images; `num_images` are those of the sample step."""
+    currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
+    if not steps:
+        return
+    # The times of the steps above are those of their last attempt, without its startup.
+    yield Fact("Actual cost, including startup and earlier attempts", _cost(ledger["actual"]["total"], currency))
+    if ledger["plan"] is not None:
+        yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
+    if "sample" in steps and num_images:
+        share = 1000 / num_images
+        per_thousand = {name: share * value for name, value in steps["sample"].items()}
+        yield Fact("Per 1,000 images", _cost(per_thousand, currency))
+
+
+def _cost(cost: Mapping[str, float], currency: str) -> str:
+    gpu = f" · {cost['gpu_hours']:,.2g} GPU hours" if cost["gpu_hours"] else ""
+    return (
+        f"{duration(cost['seconds'])} · {cost['cpu_hours']:,.2g} CPU hours{gpu} · {cost['money']:,.2g} {currency} · "
+        f"{cost['kwh']:,.2g} kWh"
+    )
+
+
+DIGEST_SHOWN = 12
+
+
+def result_line(step: str, result: Mapping[str, Any]) -> str:
+    """The stored result of a step in one line."""
+    match step:
+        case "ingest":
+            counts = " + ".join(f"{count:,} {split}" for split, count in result["counts"].items())
+            return f"{counts} images, digest {result['digest'][:DIGEST_SHOWN]}"
+        case "tune":
+            before = "" if result["baseline"] is None else f" (original settings: {result['baseline']:.4g})"
+            return f"{result['objective_name']} = {result['objective']:.4g}{before}, {len(result['trials'])} trials"
+        case "train":
+            loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+            return f"{result['images_seen']:,} images{loss}, {result['images_per_second']:,.0f} images/s"
+        case "sample":
+            return f"{result['num_images']:,} images, {result['nfe']:,} network evaluations per image"
+        case "evaluate":
+            return f"{result['gate']['name']} = {result['gate']['value']:.4g}{_further_distances(result['metrics'])}"
+        case "register":
+            aliases = ", ".join(result["aliases"]) or "no alias"
+            return f"{result['model']} version {result['version']} ({aliases})"
+        case "report":
+            return f"{result['size'] / 1000:,.0f} kB, {len(result['sections'])} sections"
+    return _line_of_command(step, result)
+
+
+def _further_distances(metrics: Mapping[str, float]) -> str:
+    figures = read_figures(metrics)
+    found = ""
+    if "fid_mean" in figures:
+        least, largest = figures["fid_min"].value, figures["fid_max"].value
+        found += f", over seeds {figures['fid_mean'].value:.4g} ({least:.4g} to {largest:.4g})"
+    if "fid_infinity" in figures:
+        found += f", without bias {figures['fid_infinity'].value:.4g}"
+    return found
+
+
+def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
+    match step:
+        case "likelihood":
+            return f"{result['bits_per_dim']:.4f} +- {result['error']:.4f} bits/dim, {result['num_images']:,} images"
+        case "neon":
+            return f"w = {result['multiple']:g}, Frechet distance {min(result['distances'].values()):.4g}"
+        case "select":
+            best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
+            return f"{best}, the best of {len(result['candidates'])}"
+        case "ema":
+            return f"{len(result['checkpoints'])} averages"
+        case "figures":
+            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
+    raise AssertionError(step)
+
+
+# The other tags are versions of packages, or for MLflow alone.
+TAGS = {
+    "mlflow.source.git.commit": "Git commit",
+    "mlflow.docker.image.uri": "Image",
+    "kfp.pipeline_run_id": "KFP run",
+    "ray.submission_id": "Ray submission",
+    "ray.job_id": "Ray job",
+    "ray.session": "Ray session",
+    "mlflow.user": "Started by",
+}
+LINKS = {"kfp.pipeline_run_id": "kfp.pipeline_run_url", "ray.submission_id": "ray.dashboard_url"}
+VERSION = ".version"
+
+
+def tag_facts(runs: Sequence[Mapping[str, str]]) -> list[Fact]:
+    """Facts from the tags of MLflow runs; where steps have different values, all of them in order."""
+    facts = []
+    for tag, label in TAGS.items():
+        if values := _values(runs, tag):
+            links = _values(runs, LINKS.get(tag, ""))
+            # A tag may hold anything; only an address of a page becomes a link.
+            link = links[0] if links and links[0].startswith(("http://", "https://")) else ""
+            facts.append(Fact(label, ", ".join(values), link))
+    versions = {tag.removesuffix(VERSION): None for tags in runs for tag in tags if tag.endswith(VERSION)}
+    if versions:
+        shown = (f"{name} {', '.join(_values(runs, name + VERSION))}" for name in versions)
+        facts.append(Fact("Versions", " · ".join(shown)))
+    return facts
+
+
+def _values(runs: Sequence[Mapping[str, str]], tag: str) -> list[str]:
+    return list(dict.fromkeys(tags[tag] for tags in runs if tags.get(tag)))
