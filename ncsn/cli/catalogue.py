@@ -35,6 +35,7 @@ class StepInfo:
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
 _CHECKPOINT = Source("train", "checkpoint", "checkpoint")
+_SAMPLED = Source("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
 _SAMPLES = Source("sample", "uri", "folder of samples")
 
 # The steps of the pipeline, in its order.
@@ -84,7 +85,7 @@ STEP_INFO: Mapping[str, StepInfo] = {
     ),
     "figures": StepInfo(
         "Draw figures of a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
-        inputs={"checkpoint": _CHECKPOINT, "samples": _SAMPLES, "dataset": _DATASET},
+        inputs={"checkpoint": _SAMPLED, "samples": _SAMPLES, "dataset": _DATASET},
         package="tools.finished",
     ),
     "likelihood": StepInfo(

@@ -103,7 +103,8 @@ def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at:
 
 def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> None:
     store_result(folder, "ingest", {"uri": "/data/set"})
-    store_result(folder, "sample", {"uri": "/samples"})
+    store_result(folder, "sample", {"uri": "/samples", "checkpoint": "/selected"})
+    assert find_inputs(folder, "figures", {})["checkpoint"] == "/selected"
     found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None})
     assert found == {"samples": "/other", "dataset": "/data/set"}
     with refused("--checkpoint") as caught:
