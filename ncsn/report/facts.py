@@ -97,7 +97,8 @@ def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"
         case "ema":
-            return f"{len(result['checkpoints'])} averages"
+            built = [f"{each['relative_width']:g} (error {each['error']:.2g})" for each in result["averages"]]
+            return f"averages of relative width {', '.join(built)}"
         case "figures":
             return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
     raise AssertionError(step)
