@@ -6,6 +6,7 @@ from torch import nn
 
 from ncsn.config import Config
 from ncsn.config.search import variant
+from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
@@ -14,6 +15,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 from ncsn.model.trained import load_for_generation
 
+MUCH_OF_THE_SOURCE = 0.05  # in the average after training
 SELF_RATE = 0.1  # of the learning rate, where a network is trained on its own samples
 
 
@@ -57,6 +59,13 @@ def start_notes(source: TrainedNetwork, config: Config, changes: tuple[str, ...]
         notes.append(
             f"train.init_from: network.sigma_data was {old:g} and is {new:g}, so the network sees its images at "
             "another scale; keep the old value unless you know better"
+        )
+    train = config.train
+    left = train.averaging.untrained_share(train.num_images, batch_size=train.batch_size)
+    if left > MUCH_OF_THE_SOURCE:
+        notes.append(
+            f"train.init_from: at the end, the moving average, which generates the images, is still {left:.0%} the "
+            f"source's weights; decrease {ema_setting(train)}, or train longer"
         )
     return notes
 

@@ -11,7 +11,7 @@ import torch
 from local_training import assert_same_tensors, tensors, train_locally
 from refused import refused
 
-from ncsn.config import Config, ConfigError, from_yaml, training_settings
+from ncsn.config import Config, ConfigError, from_yaml, to_yaml, training_settings
 from ncsn.core.networks.transfer import light_parameters
 from ncsn.data.format import load_manifest
 from ncsn.model import build
@@ -102,13 +102,16 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
     lost = tmp_path / "checkpoints" / Path(source).name
     shutil.copytree(source, lost)
     changed = "network={kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8, sigma_data: 0.4}"
-    config = experiment(tiny, tmp_path, str(lost), changed, "data.num_classes=10")
+    quick = "train.ema={kind: half_life, images: 1}"
+    config = experiment(tiny, tmp_path, str(lost), changed, "data.num_classes=10", quick)
     folder, manifest = run_folder(config, "tuned"), load_manifest(dataset)
     found = start_of(config, folder, manifest)
     assert len(found.notes) == 2 and all("init_from" in note for note in found.notes)  # classes and sigma_data
     assert found.tags == {"ncsn.init_from": f"{lost}/{load_for_sampling(source).digest}"}
     shutil.rmtree(lost)
     assert start_of(config, folder, manifest) == found
+    slow = from_yaml(to_yaml(config), overrides=["train.ema.images=500000"])
+    assert len(start_of(slow, folder, manifest).notes) == 3, "the average stays with the source"
 
 
 @pytest.mark.parametrize(
