@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
 from ncsn.report.facts import duration, result_line
-from ncsn.report.words import read_figures
+from ncsn.report.words import ERRORS, read_figures
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 _REAL = "eval/real_"
-_STD = "_std"
 
 
 def describe_result(step: str, result: Mapping[str, Any]) -> str:
@@ -153,7 +152,7 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
     for name, value in evaluated["metrics"].items():
         metric = _metric(name)
         of_real = real.get(metric)
-        if metric.endswith(_STD) or not read_figures({name: value}):
+        if metric.endswith(ERRORS) or not read_figures({name: value}):
             continue
         ratio = f"{value / of_real:.3g}" if of_real is not None and value > 0 and of_real > 0 else ""
         table.add_row(name, _with_std(metrics, metric), "" if of_real is None else _with_std(real, metric), ratio)
@@ -161,7 +160,7 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
 
 
 def _with_std(values: Mapping[str, float], metric: str) -> str:
-    std = values.get(metric + _STD)
+    std = next((values[metric + error] for error in ERRORS if metric + error in values), None)
     return f"{values[metric]:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
 

@@ -43,7 +43,9 @@ class LikelihoodConfig(Section):
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"extrapolate", "likelihood", "reference_split", "seeds"})
+    ADDED: ClassVar[frozenset[str]] = frozenset(
+        {"bits_per_dim", "extrapolate", "likelihood", "reference_split", "seeds"}
+    )
 
     extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
         "auto",
@@ -73,6 +75,9 @@ class EvaluationConfig(Section):
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
     likelihood: LikelihoodConfig | None = Field(
         None, description="How `ncsn likelihood` measures bits per dimension; null = with the defaults."
+    )
+    bits_per_dim: bool = Field(
+        False, description="Whether the evaluation measures them too, of the network that made the samples."
     )
     seeds: int = Field(
         1,

@@ -202,13 +202,13 @@ def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: li
 
 
 def _likelihood(config: Config) -> Iterator[Problem]:
-    if config.evaluation.likelihood is not None:
+    if config.evaluation.likelihood is not None or config.evaluation.bits_per_dim:
         yield from likelihood_problems(config)
 
 
 def likelihood_problems(config: Config) -> Iterator[Problem]:
     """Why images have no likelihood under a network of this config."""
-    key = "evaluation.likelihood"
+    key = f"evaluation.{'bits_per_dim' if config.evaluation.bits_per_dim else 'likelihood'}"
     if isinstance(config.network, NcsnNetworkConfig):
         yield Problem(key, "needs a network that takes any sigma, but network.kind = ncsn knows only its own levels")
     if config.data.logit_transform:

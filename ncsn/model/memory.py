@@ -33,7 +33,7 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
-    need += 0.0 if step == "evaluate" else _network(config, step)
+    need += 0.0 if step == "evaluate" and not config.evaluation.bits_per_dim else _network(config, step)
     need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune", "neon") else 0.0
     whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
@@ -61,12 +61,14 @@ def _network(config: Config, step: str) -> float:
     weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
     compute = config.compute
     if compute.use_gpu:
-        return (1 if step == "sample" else _SNAPSHOT) * weights
+        return (1 if step in ("sample", "evaluate") else _SNAPSHOT) * weights
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
-    return {"sample": sampling, "select": sampling, "train": training}.get(step, max(sampling, training))
+    likelihood = weights + kept * config.sampling.batch_size  # the trace needs a backward pass
+    by_step = {"sample": sampling, "select": sampling, "train": training, "evaluate": likelihood}
+    return by_step.get(step, max(sampling, training))
 
 
 def _evaluation(config: Config, reference_images: int) -> float:

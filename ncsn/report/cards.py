@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.config.noise import LognormalTraining
 from ncsn.config.training import ema_setting
-from ncsn.report.words import read_figures
+from ncsn.report.words import ERRORS, read_figures
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -147,7 +147,7 @@ def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:
     rows = [
         (f"`{name}`", f"{value:.4g}", _interval(metrics, name, num_splits), real.get(name.rpartition("_n")[0], ""))
         for name, value in metrics.items()
-        if not name.rpartition("_n")[0].endswith("_std")
+        if not name.rpartition("_n")[0].endswith(ERRORS)
     ]
     notes = "".join(f"\n- {note}" for note in (*evaluation["notes"], f"fingerprint `{evaluation['fingerprint']}`"))
     other = "test" if evaluation.get("reference_split", "train") == "train" else "train"
@@ -230,7 +230,7 @@ def _params(config: Config, manifest: Manifest) -> str:
 def _interval(metrics: Mapping[str, float], name: str, num_splits: int) -> str:
     """Where the metric of other samples would be: by the jackknife for distances, by the splits for scores."""
     stem, _, count = name.rpartition("_n")
-    deviation = metrics.get(f"{stem}_std_n{count}")
+    deviation = next((metrics[of] for of in (f"{stem}{error}_n{count}" for error in ERRORS) if of in metrics), None)
     # The subsets of the kernel distance share images, so their deviation is not that of the mean.
     if deviation is None or stem.endswith("_kid"):
         return ""

@@ -66,6 +66,11 @@ MEANINGS: Mapping[str, Meaning] = {
         "sensitive to outliers.",
         "higher",
     ),
+    "bits_per_dim": Meaning(
+        "Bits per dimension",
+        "How many bits the model needs for a color value of a test image, at most. It says nothing of how images look.",
+        "lower",
+    ),
     "class_agreement": Meaning("Class agreement", "Share of the images seen as the class asked for.", "higher"),
     "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
     "class_tv": Meaning(
@@ -82,8 +87,9 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
 }
 FIRST = ("score", "fid", "class_agreement", "precision", "recall", "memorised")
+ERRORS = ("_std", "_se")  # after the name of a metric: its standard deviation over samples, or standard error
 # Longest first, because `score_std` also ends like `std` would.
-_KNOWN = sorted((*MEANINGS, *(f"{metric}_std" for metric in MEANINGS)), key=len, reverse=True)
+_KNOWN = sorted((f"{metric}{error}" for metric in MEANINGS for error in ("", *ERRORS)), key=len, reverse=True)
 
 
 class Reading(NamedTuple):
@@ -101,9 +107,9 @@ def read_figures(metrics: Mapping[str, float]) -> dict[str, Reading]:
     readings = {}
     for name, value in metrics.items():
         stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
-        metric = next((known for known in _KNOWN if stem.endswith(f"_{known}")), None)
+        metric = next((known for known in _KNOWN if f"_{stem}".endswith(f"_{known}")), None)
         if metric is not None and count.isdigit():
-            extractor, _, split = stem.removesuffix(f"_{metric}").partition(VERSUS)
+            extractor, _, split = stem.removesuffix(metric).removesuffix("_").partition(VERSUS)
             readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
     return readings
 
@@ -150,7 +156,7 @@ def real_images(split: str) -> str:
 
 
 def _with_deviation(metric: str, readings: Mapping[str, Reading]) -> str:
-    deviation = readings.get(f"{metric}_std")
+    deviation = next((readings[f"{metric}{error}"] for error in ERRORS if f"{metric}{error}" in readings), None)
     return f"{readings[metric].value:.3g}" + ("" if deviation is None else f" ±\u00a0{deviation.value:.2g}")
 
 

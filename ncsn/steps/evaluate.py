@@ -14,6 +14,7 @@ from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.data.shards import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
+from ncsn.distributed.likelihood import LikelihoodPlan, plan_likelihood
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.choice import evaluation_of, extractor_name
@@ -55,6 +56,7 @@ class EvaluateResult:
     memorisation: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
+    likelihood: dict[str, Any] | None = None  # the `Likelihood` of test images as plain values, if it was asked for
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.classes`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None = None
@@ -125,6 +127,8 @@ def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: s
     for point in result.running:
         score = RunningScore(**point)
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+    if result.likelihood is not None:
+        tracked.set_tags({"likelihood.fingerprint": result.likelihood["fingerprint"]})
     tracked.set_tags({"eval.fingerprint": result.fingerprint})
     tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
     tracked.log_file(result.uri)
@@ -147,7 +151,8 @@ def evaluate(
     evaluation = evaluation_of(config, manifest)
     num_real, others = min(count, manifest.count(evaluation.other_split)), _other_sets(samples, evaluation.seeds, count)
     done = images_to_prepare(config, manifest)
-    total = done + count * (1 + len(others)) + num_real
+    likelihood = _plan_likelihood(config, samples, dataset)
+    total = done + count * (1 + len(others)) + num_real + (0 if likelihood is None else likelihood.settings.images)
     runner = runner_of(config.compute)
     evaluator = open_evaluator(
         config, dataset, runner=runner, on_progress=lambda prepared, _: progress(prepared, total)
@@ -168,9 +173,10 @@ def evaluate(
     generated.metrics.update(seed_metrics([generated.value("fid"), *distances], count))
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
+    bits = None if likelihood is None else likelihood.measure(on_images=on_images)
     result = EvaluateResult(
         uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=evaluator.facts | generated.named(name),
+        metrics=evaluator.facts | generated.named(name) | ({} if bits is None else bits.metrics),
         real_metrics=real.named(name, real=True),
         fingerprint=fingerprint,
         num_images=count,
@@ -178,7 +184,11 @@ def evaluate(
         gate=asdict(_gate(generated, name, fingerprint)),
         memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
-        notes=_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
+        notes=[
+            *_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
+            *([] if bits is None else bits.notes),
+        ],
+        likelihood=None if bits is None else asdict(bits),
         classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
     )
     _write(result, samples, dataset, split=evaluation.reference_split, nearest=generated.nearest)
@@ -187,7 +197,7 @@ def evaluate(
 
 def _other_sets(samples: str, seeds: int, count: int) -> list[SampleSet]:
     """The sets of samples with other seeds that lie beside the first one."""
-    others = [] if seeds == 1 else storage.read_json(storage.join(samples, "manifest.json")).get("others", [])
+    others = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("others", [])
     if len(others) < seeds - 1:
         raise UserError(
             "evaluation.seeds",
@@ -196,6 +206,16 @@ def _other_sets(samples: str, seeds: int, count: int) -> list[SampleSet]:
             value=seeds,
         )
     return [SampleSet(uri, count) for uri in others[: seeds - 1]]
+
+
+def _plan_likelihood(config: Config, samples: str, dataset: str) -> LikelihoodPlan | None:
+    """To measure the network that made the samples, if the config asks for it."""
+    if not config.evaluation.bits_per_dim:
+        return None
+    checkpoint = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("checkpoint")
+    if checkpoint is None:
+        raise UserError("evaluation.bits_per_dim", f"{samples} does not name its checkpoint", value=True)
+    return plan_likelihood(config, checkpoint=checkpoint, dataset=dataset)
 
 
 def _write(result: EvaluateResult, samples: str, dataset: str, *, split: str, nearest: list[dict[str, Any]]) -> None:

@@ -174,7 +174,7 @@ def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """The config to evaluate the images with, in the store `root`, and a run name that no other images have."""
     origin = storage.join(images.uri, MODEL_FOLDER, TRAINED_CONFIG)
-    own = [f"storage.root={root}", "evaluation.seeds=1"]  # there is one set of them
+    own = [f"storage.root={root}", "evaluation.seeds=1", "evaluation.bits_per_dim=false"]  # one set, and no run's
     config = from_yaml(storage.read_text(origin), overrides=[*overrides, *own], origin=images.model)
     model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:40]
     return config, f"{model.strip('-')}-{images.uri.rpartition('/')[2]}"

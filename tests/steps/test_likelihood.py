@@ -9,11 +9,15 @@ import pytest
 import torch
 from refused import refused
 
-from ncsn.config import Config, ConfigError, from_yaml
+from ncsn.config import Config, ConfigError, from_yaml, to_yaml
 from ncsn.core.images import dequantize
 from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
+from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.steps import ingest
+from ncsn.distributed.likelihood import Shard, bits_of
+from ncsn.report.cards import ModelFacts, model_card
+from ncsn.report.words import score_rows
+from ncsn.steps import evaluate, ingest, sample
 from ncsn.tools.finished import likelihood
 from ncsn.tracking.client import connect
 
@@ -59,16 +63,37 @@ def test_a_fresh_network_knows_a_normal_distribution_around_mid_gray(config: Con
     assert likelihood.run(config, run="bits", **inputs) == result
 
 
+def test_an_evaluation_measures_them_if_asked_for(config: Config, inputs: dict[str, str]) -> None:
+    asked = from_yaml(to_yaml(config), overrides=["evaluation.bits_per_dim=true", "evaluation.num_splits=2"])
+    samples = sample.run(asked, run="bits", checkpoint=inputs["checkpoint"]).uri
+    result = evaluate.run(asked, run="bits", samples=samples, dataset=inputs["dataset"])
+    alone = likelihood.run(config, run="bits", **inputs)
+    assert alone.metrics.items() <= result.metrics.items() and set(alone.notes) <= set(result.notes)
+    assert result.likelihood is not None and result.likelihood["fingerprint"] == alone.fingerprint
+    (row,) = [row for row in score_rows(result.metrics, result.real_metrics)[1] if "bits" in row.name]
+    assert (row.name, row.real) == ("eval/bits_per_dim_n12", "")
+    assert row.value.startswith(f"{alone.bits_per_dim:.3g} ±")
+    facts = ModelFacts("tiny", run="bits", checkpoint="c", images_seen=8, num_parameters=1, nfe=3)
+    card = model_card(facts, config=asked, manifest=load_manifest(inputs["dataset"]), evaluation=vars(result))
+    low, high = (f"{alone.bits_per_dim + sign * 1.96 * alone.error:.4g}" for sign in (-1, 1))
+    assert f"| `eval/bits_per_dim_n12` | {alone.bits_per_dim:.4g} | {low} to {high} |" in card
+    assert "bits_per_dim_se" not in card
+    plain = evaluate.run(
+        from_yaml(to_yaml(config), overrides=["evaluation.num_splits=2"]),
+        run="bits",
+        samples=samples,
+        dataset=inputs["dataset"],
+    )
+    assert plain.likelihood is None and plain.metrics.items() < result.metrics.items()
+
+
 def test_shards_do_not_matter(config: Config, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.evaluation.likelihood
     assert settings is not None
     for kind in ("uniform", "truncated_normal"):
         chosen = settings.model_copy(update={"dequantization": kind, "probes": 2})
-        shards = [
-            likelihood._Shard(*inputs.values(), chosen, first, count, "cpu")
-            for first, count in ((0, 5), (0, 2), (2, 3))
-        ]
-        whole, *parts = (torch.from_numpy(likelihood._bits(shard)) for shard in shards)
+        shards = [Shard(*inputs.values(), chosen, first, count, "cpu") for first, count in ((0, 5), (0, 2), (2, 3))]
+        whole, *parts = (torch.from_numpy(bits_of(shard)) for shard in shards)
         torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5)
 
 
@@ -82,6 +107,8 @@ def test_some_networks_have_no_likelihood(
     changes = [f"storage.root={tmp_path}", override, "sampling.sampler={kind: annealed_langevin}"]
     with refused("evaluation.likelihood", error=ConfigError):
         from_yaml(EXPERIMENT, overrides=changes)
+    with refused("evaluation.bits_per_dim", error=ConfigError):
+        from_yaml(EXPERIMENT, overrides=[*changes, "evaluation={bits_per_dim: true}"])
     other = from_yaml(EXPERIMENT, overrides=[*changes, "evaluation={}"])
     with refused("evaluation.likelihood"):
         likelihood.run(other, run="other", **inputs)
