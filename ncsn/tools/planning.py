@@ -198,19 +198,19 @@ def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
     }
 
 
-# Of the bytes of a checkpoint: the EMA, next to the weights and Adam's two moments.
-_THIN = 0.25
-
-
 def _checkpoints(config: Config) -> float:
-    """Checkpoints that the store keeps, those with the EMA alone by their share."""
+    """Checkpoints that the store keeps, those with the EMA alone and snapshots of two averages by their share."""
     train, made = config.train, num_checkpoints(config)
+    # Weights, Adam's two moments, and one EMA or two. A snapshot has two in half the precision.
+    snapshots, ema = 0, 1 / 4
+    if train.snapshot_every is not None:
+        snapshots, ema = train.num_images // train.snapshot_every, 1 / 5
     whole = min(NEWEST if train.keep_checkpoints == "all" else train.keep_checkpoints, made)
     if train.keep_checkpoints == "all":
         thin = made - whole
     else:
         thin = min(made - whole, train.num_images // train.keep_every_images) if train.keep_every_images else 0
-    return whole + train.keep_best + thin * _THIN
+    return whole + train.keep_best + (thin + snapshots) * ema
 
 
 _TILED_BYTES = 1 << 28

@@ -115,6 +115,8 @@ def test_plan_has_time_memory_and_storage() -> None:
     store = plan["storage"]
     assert store["dataset_gb"] == pytest.approx(0.55)
     assert store["checkpoints_gb"] == pytest.approx(6.0), "two of three are kept, and the best"
+    averaged = estimate(config("train.ema={kind: power}"), COUNTS, RATES, PRICES)["storage"]
+    assert averaged["checkpoints_gb"] == pytest.approx(6.0 + 16 / 5 * 2.0), "and 16 snapshots of two averages"
     assert store["samples_gb"] == pytest.approx(0.01)
     assert store["money_per_month"] == pytest.approx(6.56 * 0.5)
     assert store["node_cache_gb"] == pytest.approx(550 * 64 / 1e9)
