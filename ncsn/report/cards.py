@@ -216,7 +216,7 @@ def class_rows(classes: Mapping[str, Any], *, most: int) -> list[list[str]]:
             f"{line['num_images']:,}",
             shown(line["agreement"], ".1%"),
             shown(real["agreement"], ".1%"),
-            shown(line["kid"], ".4f"),
+            shown(line["kid"], ".4g"),
         ]
         for line, real in lines
     ]
