@@ -126,7 +126,11 @@ def build_average(
         )
     if seen not in times:
         nearest = min(times, key=lambda time: abs(time - seen))
-        raise UserError(key, f"there is no snapshot at {seen:,} images", hint=f"the nearest is at {nearest:,}")
+        raise UserError(
+            "--at-images" if at_images else key,
+            f"there is no snapshot at {seen:,} images",
+            hint=f"the nearest is at {nearest:,}",
+        )
     stored = list(_whole(folder, [time for time in times if time <= seen], settings.relative_widths))
     found = reconstruction(
         [Profile(exponent_of(width), time) for time, width in stored], Profile(exponent_of(relative_width), seen)

@@ -141,7 +141,7 @@ def test_what_cannot_be_built_is_refused(
     config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     folder, _ = trained
-    with refused(KEY):
+    with refused("--at-images"):
         build_average(str(folder), config, relative_width=0.1, at_images=250, key=KEY)
     with refused(KEY):
         build_average(str(tmp_path / "checkpoints" / "images-000000800"), config, relative_width=0.1, key=KEY)
