@@ -20,10 +20,13 @@ def classes_section(classes: Mapping[str, Any]) -> Section:
     table = class_rows(classes, most=MOST_CLASSES)
     agreement, real = classes["agreement"], classes["real_agreement"]
     compared = "" if real is None else f" It sees the class of {real:.1%} of the real test images."
+    asked = sum(line["num_images"] > 0 for line in classes["table"])
+    total = len(classes["table"])
+    some = f"{total} classes" if asked == total else f"{asked} of its {total} classes"
     shown = f" The table has the {len(table)} of them that agree least." if len(table) < len(classes["table"]) else ""
     return Section(
         heading="Classes",
-        text=f"The model was asked for images of {len(classes['table'])} classes. {_SEEN[classes['by_probe']]} sees "
+        text=f"The model was asked for images of {some}. {_SEEN[classes['by_probe']]} sees "
         f"the class that was asked for in {agreement:.1%} of them.{compared} The kernel distance is to the training "
         f"images of the class: near zero, or negative, where they are alike.{shown}",
         plots=[Plot(to_svg(confusion_matrix(classes), salt="classes"), alt="Classes asked for and classes seen")],

@@ -176,3 +176,6 @@ def test_the_section_of_classes_has_their_matrix_and_those_that_agree_least() ->
         assert len(section.table) == 1 + min(count, 20) and "75.0%" in section.text and "87.5%" in section.text
         assert section.table[-1][0] == ("c9" if count == 10 else "c180")
         assert "<svg" in section.plots[0].svg
+    one = by_class([f"c{number}" for number in range(10)])
+    one["table"] = [line | {"num_images": 51 * (line["name"] == "c3")} for line in one["table"]]
+    assert "1 of its 10 classes" in classes_section(one).text
