@@ -8,6 +8,7 @@ from ncsn.data.format import Manifest
 from ncsn.errors import UserError
 from ncsn.evaluation import dinov2, extractors
 from ncsn.evaluation.extractors import Identity
+from ncsn.model.classes import BALANCED
 
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Frechet distance
 
@@ -33,6 +34,12 @@ def pretrained_identity(evaluation: EvaluationConfig) -> Identity | None:
     """The extractor whose weights come from a file; None for one that is trained on the images."""
     identify = {"inception": extractors.identity, "dinov2": dinov2.identity}
     return identify[evaluation.pretrained](evaluation.weights_sha256) if evaluation.pretrained else None
+
+
+def classes_in_turn(config: Config) -> int:
+    """How many classes the samples show in turn; 1 if they do not."""
+    classes = config.data.num_classes
+    return classes if classes is not None and config.sampling.label == BALANCED else 1
 
 
 def require_test_images(config: Config, manifest: Manifest) -> None:

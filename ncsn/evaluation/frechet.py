@@ -201,11 +201,13 @@ class RunningScore:
 class RunningDistance:
     """Frechet distance to `reference` of the first images, at more and more of `count` images.
 
-    It keeps the moments of the images in K groups, image i in group i mod K.
+    It keeps the moments of the images in K groups, image i in group i mod K. Where the images show classes in turn,
+    each group has all classes alike, because the jackknife would see the distance between them else.
     """
 
-    def __init__(self, reference: FrechetStatistics, *, count: int) -> None:
+    def __init__(self, reference: FrechetStatistics, *, count: int, classes_in_turn: int = 1) -> None:
         self.reference = reference
+        self._classes = classes_in_turn  # image i has class i mod this number
         self.count = 0  # images taken so far, without a gap
         self._marks = score_marks(count, num_features=len(reference.mean))
         self._groups: list[FrechetStatistics | None] = [None] * JACKKNIFE_GROUPS
@@ -239,9 +241,10 @@ class RunningDistance:
         return due
 
     def _take(self, features: npt.NDArray[np.floating]) -> None:
-        for offset in range(min(JACKKNIFE_GROUPS, len(features))):
-            part = FrechetStatistics.of(features[offset::JACKKNIFE_GROUPS])
-            number = (self.count + offset) % JACKKNIFE_GROUPS
+        turns, classes = np.divmod(np.arange(self.count, self.count + len(features)), self._classes)
+        numbers = (turns + classes) % JACKKNIFE_GROUPS
+        for number in np.unique(numbers):
+            part = FrechetStatistics.of(features[numbers == number])
             group = self._groups[number]
             self._groups[number] = part if group is None else group.merge(part)
         self.count += len(features)

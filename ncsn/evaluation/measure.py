@@ -15,6 +15,7 @@ from ncsn.config import Config
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import cache_folder, open_cache
+from ncsn.evaluation.choice import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors import Extracted, Images
 from ncsn.evaluation.frechet import (
@@ -98,6 +99,7 @@ def measure(
     seed: int,
     classes: bool = True,
     asked: AskedClasses | None = None,
+    in_turn: int = 1,
     extrapolate: bool = False,
     by_features: bool = True,
     on_score: Callable[[RunningScore], None] | None = None,
@@ -115,11 +117,12 @@ def measure(
         seed: of the subsets that are drawn.
         classes: whether the extractor's classes mean something; without, there is no score.
         asked: the classes of the images; None for a model without.
+        in_turn: how many classes the images show in turn.
         extrapolate: whether to extrapolate the Frechet distance, if there are enough images.
         by_features: whether the reference is the training images, so that the nearest by features are shown.
         on_score: called with each running score.
     """
-    running, scores = RunningDistance(reference.statistics, count=count), []
+    running, scores = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn), []
     with storage.scratch_folder(str(cache_folder())) as folder:
         spool = Spool(folder, count=count)
         for piece in extracted:
@@ -339,6 +342,7 @@ def _measure(
         seed=SEED,
         classes=work.classes,
         asked=asked_classes(config, dataset, images, extractor=work.extractor),
+        in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         extrapolate=config.evaluation.extrapolate,
         by_features=config.evaluation.reference_split == "train",
         on_score=on_score,

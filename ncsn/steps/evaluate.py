@@ -17,7 +17,7 @@ from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.likelihood import LikelihoodPlan, plan_likelihood
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation.choice import evaluation_of, extractor_name
+from ncsn.evaluation.choice import classes_in_turn, evaluation_of, extractor_name
 from ncsn.evaluation.extractors import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
@@ -87,6 +87,8 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         "num_images": config.sampling.num_images,
         "evaluation": evaluation.model_dump(mode="json"),
     }
+    if classes_in_turn(config) > 1:
+        inputs["groups"] = "of all classes"  # of the jackknife, which once had few classes in each
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):

@@ -18,7 +18,7 @@ from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
 from ncsn.distributed.tasks import runner_of
-from ncsn.evaluation.choice import extractor_name
+from ncsn.evaluation.choice import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build
@@ -170,7 +170,9 @@ class _Scores:
         reference = open_evaluator(config, dataset, runner=runner_of(config.compute)).reference
         self._extractor = extractor_name(config, load_manifest(dataset))
         self._fingerprint = reference.fingerprint
-        self._running = RunningDistance(reference.statistics, count=config.sampling.num_images)
+        self._running = RunningDistance(
+            reference.statistics, count=config.sampling.num_images, classes_in_turn=classes_in_turn(config)
+        )
         self._progress = progress
         self._points: list[RunningScore] = []
 

@@ -7,6 +7,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import scipy.linalg
+from numpy.typing import NDArray
 from refused import refused
 
 from ncsn.evaluation.frechet import (
@@ -211,3 +212,22 @@ def test_scores_are_due_at_twice_the_features_and_doubled() -> None:
     assert score_marks(256, num_features=128) == [256]
     assert score_marks(10, num_features=128) == [10]
     assert str(RunningScore(12_800, 35.123, 33.0, 37.2)) == "FID 35.12 \u00b1 2.1 (95 %) of 12,800"
+
+
+def test_the_uncertainty_of_classes_in_turn_is_not_the_distance_between_them() -> None:
+    generator = np.random.default_rng(0)
+    means = 3 * generator.standard_normal((10, 8))
+
+    def draw(count: int) -> NDArray[np.float64]:
+        return means[np.arange(count) % 10] + generator.standard_normal((count, 8))
+
+    reference = FrechetStatistics.of(draw(100_000))
+    for count in (512, 2000):
+        found, claimed = [], []
+        for _ in range(60):
+            running = RunningDistance(reference, count=count, classes_in_turn=10)
+            last = running.add(0, draw(count))[-1]
+            assert len(running.groups) == JACKKNIFE_GROUPS
+            found.append(last.fid)
+            claimed.append((last.high - last.fid) / NORMAL_95)
+        assert 0.8 < np.mean(claimed) / np.std(found) < 2.5
