@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.commands.finished import ema_command, figures_command, likelihood_command, neon_command, select_command
+from ncsn.cli.commands.finished import (
+    ema_command,
+    figures_command,
+    likelihood_command,
+    neon_command,
+    restore_command,
+    select_command,
+)
 from ncsn.cli.commands.setup import (
     import_checkpoint_command,
     init_command,
@@ -156,6 +163,7 @@ for _command in (
     figures_command,
     likelihood_command,
     neon_command,
+    restore_command,
     toy_command,
     submit_command,
     compile_command,

@@ -99,4 +99,10 @@ STEP_INFO: Mapping[str, StepInfo] = {
         leased=True,
         package="tools.finished",
     ),
+    "restore": StepInfo(
+        "Restore incomplete, small or blurred images with a trained network.",
+        inputs={"checkpoint": _CHECKPOINT},
+        on_demand={"dataset": _DATASET},
+        package="tools.finished",
+    ),
 }

@@ -44,10 +44,10 @@ def generate(
     Raises:
         UserError: if an image is not finite, or the sampler does not fit the network or its levels.
     """
-    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=_shape(trained.config), device=device)
+    noise = KeyedNoise(sampling.seed, first=first, count=count, shape=image_shape(trained.config), device=device)
     labels = image_labels(trained, sampling, first=first, count=count)
     x = _sampled(trained, sampling, noise=noise, labels=labels, device=device, on_level=on_level)
-    return _finished(x, sampling, trained.config, what=f"images {first} to {first + count - 1}")
+    return finished(x, sampling, trained.config, what=f"images {first} to {first + count - 1}")
 
 
 def interpolate(
@@ -74,13 +74,13 @@ def interpolate(
         UserError: as `generate`.
     """
     one, other = (
-        KeyedNoise(sampling.seed, first=index, count=1, shape=_shape(trained.config), device=device)
+        KeyedNoise(sampling.seed, first=index, count=1, shape=image_shape(trained.config), device=device)
         for index in (first, second)
     )
     label = image_labels(trained, sampling, first=first, count=1)
     labels = None if label is None else label.expand(count)
     x = _sampled(trained, sampling, noise=InterpolatedNoise(one, other, count=count), labels=labels, device=device)
-    return _finished(x, sampling, trained.config, what=f"the images from {first} to {second}")
+    return finished(x, sampling, trained.config, what=f"the images from {first} to {second}")
 
 
 def complete(
@@ -123,7 +123,7 @@ def complete(
     mask = torch.from_numpy(known).to(device)
     if labels is None:
         labels = image_labels(trained, sampling, first=first, count=len(images))
-    with _inference(sampling, device):
+    with inference(sampling, device):
         x = inpaint(
             score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
             x=space.transform(noise.uniform(0)),
@@ -136,7 +136,7 @@ def complete(
             consistent=sampler.consistent,
             noise=noise,
         )
-    return _finished(x, sampling, config, what=f"images {first} to {first + len(images) - 1}")
+    return finished(x, sampling, config, what=f"images {first} to {first + len(images) - 1}")
 
 
 def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> Tensor | None:
@@ -154,11 +154,13 @@ def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: in
 
 
 @contextmanager
-def _inference(sampling: SamplingConfig, device: str | torch.device) -> Iterator[None]:
+def inference(sampling: SamplingConfig, device: str | torch.device, *, derivatives: bool = False) -> Iterator[None]:
+    """Evaluate networks in the precision of the settings; `derivatives` may be enabled inside."""
     kind, bfloat16 = torch.device(device).type, sampling.precision == "bfloat16"
     if kind == "cpu":
         keep_freed_memory()
-    with torch.inference_mode(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
+    mode = torch.no_grad() if derivatives else torch.inference_mode()
+    with mode, torch.autocast(kind, dtype=torch.bfloat16, enabled=bfloat16):
         yield
 
 
@@ -174,7 +176,7 @@ def _sampled(
     """The chain of the configured sampler from its start to its end, in the network's space."""
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
     levels = build.sampled_sigmas(config, sampling)
-    with _inference(sampling, device):
+    with inference(sampling, device):
         x = sampler.start(space, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise)
         if on_level is not None:
             on_level(0, space.invert(x))
@@ -187,11 +189,17 @@ def _sampled(
         )
 
 
-def _shape(config: Config) -> tuple[int, int, int]:
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """[C, H, W]."""
     return (config.data.channels, config.data.image_size, config.data.image_size)
 
 
-def _finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) -> NDArray[np.uint8]:
+def finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) -> NDArray[np.uint8]:
+    """The images of a sampler's last state, uint8 `[N, H, W, C]`; `what` they are for a message.
+
+    Raises:
+        UserError: if an image is not finite.
+    """
     broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if broken:
         raise UserError(

@@ -101,6 +101,9 @@ def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
             return f"averages of relative width {', '.join(built)}"
         case "figures":
             return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
+        case "restore":
+            quality = ", ".join(f"{name} {value:.2f} dB" for name, value in result["psnr"].items() if value is not None)
+            return f"{result['num_images']:,} images, {result['nfe']:,} evaluations each; PSNR {quality or 'infinite'}"
     raise AssertionError(step)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ncsn.cli.catalogue import STEP_INFO
+from ncsn.cli.catalogue import OWN, STEP_INFO
 from ncsn.cli.options import (
     Decorated,
     ReportingCommand,
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ncsn.cli.target import Experiment
 
 N = TypeVar("N", int, float)
+
+# Those of `ncsn.model.restoration.tasks`, which --help does not import.
+TASKS, SOLVERS, METHODS = ("inpaint", "superres", "deblur"), ("heun", "2m"), ("covariance", "dps")
+_MASK_HELP = "Of inpaint: a picture that is white where a pixel is known, or all but a square in the middle."
 
 
 def _run(step: str, experiment: Experiment, *, as_json: bool, given: dict[str, str | None], **settings: object) -> None:
@@ -152,3 +156,44 @@ def neon_command(
     tried = _numbers("--multiples", multiples, float, example="0.5,1,2")
     settings = {"samples": samples, "images": images, "multiples": tried, "scored": scored}
     _run("neon", experiment, as_json=as_json, given=given, **settings)
+
+
+@_command("restore", "Restore incomplete, small or blurred images.")
+@experiment_options
+@input_options("restore")
+@click.option("--dataset", metavar="URI", help="Dataset whose test images are degraded; default: the run's own.")
+@click.option(
+    "--images", metavar="FOLDER", help="Restore these images instead, which are incomplete, small or blurred."
+)
+@click.option("--task", type=click.Choice(TASKS), default="inpaint", show_default=True, help="What is to be restored.")
+@click.option("--mask", metavar="FILE|box", default="box", show_default=True, help=_MASK_HELP)
+@click.option("--factor", type=int, default=4, show_default=True, help="Of superres: how much larger images become.")
+@click.option(
+    "--blur-width",
+    type=float,
+    default=1.5,
+    show_default=True,
+    help="Of deblur: deviation of the normal kernel, in pixels.",
+)
+@click.option("--sigma-y", type=float, default=0.0, show_default=True, help="Deviation of the noise, pixels in [0, 1].")
+@click.option("--steps", type=int, default=50, show_default=True, help="Noise levels that are visited.")
+@click.option("--solver", type=click.Choice(SOLVERS), default="heun", show_default=True, help="Method of integration.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="covariance",
+    show_default=True,
+    help="Guidance; dps needs 200 steps or more.",
+)
+@click.option("--label", metavar="CLASS", help="Class of all images; default: that of each test image, else none.")
+@click.option("--num-images", type=click.IntRange(1), help="Default: 16 test images, or all of --images.")
+@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: in the run's folder.")
+@json_option
+def restore_command(*, experiment: Experiment, as_json: bool, **options: Any) -> None:
+    """Restore images."""
+    given = {name: options.pop(name) for name in ("checkpoint", "dataset")}
+    if options["images"] is None:
+        given["dataset"] = given["dataset"] or OWN
+    elif given["dataset"] is not None:
+        raise UserError("--dataset", "is for test images only", hint="leave out --images or --dataset")
+    _run("restore", experiment, as_json=as_json, given=given, **options)

@@ -5,7 +5,8 @@ vector-Jacobian product through the network. v depends on the method:
 
 - `Covariance`: v = A^T (sigma_y^2 I + r^2 A A^T)^-1 (y - A D), the gradient of the log density of y where an image
   given x has variance r^2 around D (pseudo-inverse guidance, Song et al. 2023). r = 0 is stiff and diverges.
-- `Residual`: a step against the gradient of |y - A D| (diffusion posterior sampling, Chung et al. 2023).
+- `Residual`: a step zeta (1 + 4 sigma^2) against the gradient of |y - A D| (diffusion posterior sampling, Chung et al.
+  2023). The paper's x is ours, with pixels in [-1, 1], divided by the root of 1 + 4 sigma^2; its step zeta is so here.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Residual:
         direction = measured.operator.adjoint(residual / length.view(-1, *[1] * (residual.ndim - 1)))
         # The sampler gives the denoised image this weight, which sigma^2 v moves.
         lower = max((other for other in self.sigmas if other < sigma * (1 - 1e-5)), default=0.0)
-        return direction * (self.step / (sigma**2 - lower**2))
+        return direction * (self.step * (1 + 4 * sigma**2) / (sigma**2 - lower**2))
 
 
 def gaussian_variance(sigma_data: float) -> Callable[[float], float]:

@@ -136,7 +136,7 @@ class Curved:
 def test_all_or_nothing_known(sampler: Sampler, method: str) -> None:
     noise = KeyedNoise(0, first=0, count=3, shape=(2, 4, 4))
     start, images = HIGH * noise(7), noise(8)
-    guidance = Covariance(gaussian_variance(1.0)) if method == "covariance" else Residual(0.5, sampler.visited(SIGMAS))
+    guidance = Covariance(gaussian_variance(1.0)) if method == "covariance" else Residual(0.1, sampler.visited(SIGMAS))
 
     def with_mask(known: bool) -> Tensor:
         operator = KnownPixels(torch.full((4, 4), known))
@@ -206,7 +206,7 @@ def test_the_step_against_the_residual_is_that_of_the_method() -> None:
     jacobian = COVARIANCE @ torch.linalg.inv(COVARIANCE + 4.0 * torch.eye(2))
     denoised = jacobian @ start.flatten()
     gradient = -math.copysign(1.0, KNOWN - float(denoised[0])) * jacobian[0]
-    expected = start.flatten() / 4 + 0.75 * denoised - 0.25 * gradient
+    expected = start.flatten() / 4 + 0.75 * denoised - 0.25 * (1 + 4 * 4) * gradient
     assert x.flatten()[1] == pytest.approx(float(expected[1]), abs=1e-12)  # x1 is restored exactly
 
 

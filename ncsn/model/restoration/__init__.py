@@ -1,0 +1,1 @@
+"""Images from incomplete, small or blurred ones, by a trained network."""
