@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.classes import NO_CLASS
 from ncsn.errors import UserError
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import complete, generate, with_evaluations
+from ncsn.model.restoration.restore import restore, restoring
+from ncsn.model.restoration.tasks import Restoration, given_images
 from ncsn.model.trained import load_trained
 
 DEFAULT_IMAGES = 16
@@ -65,6 +68,9 @@ class ScoreModel(PythonModel):
                 - `guidance`: its weight, 1 for none; away from the images of all classes if none is configured.
                 - `images`, `mask`: base64 PNGs to complete by inpainting; known pixels are white in the mask. Without
                   a label they have none, if the network has learned images without.
+                - `task`: how given images are restored: empty for Algorithm 2 of the paper, or by guidance `inpaint`,
+                  `superres` (of images `factor` times smaller) or `deblur` (of a kernel of `blur_width` pixels).
+                - `sigma_y`: standard deviation of the noise of given images, for a task.
 
         Returns:
             uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], grouped by image.
@@ -78,13 +84,13 @@ class ScoreModel(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:
-        config = _chosen(self.trained.config, params)
+        settings = _restoration(self.trained.config, params)
+        config = _chosen(self.trained, params, settings)
         if self.trained.classes is not None:
             require_label(config.sampling.label, self.trained.classes, key="label")
         n_images = int(params.get("n_images", DEFAULT_IMAGES))
         given, mask = list(params.get("images", [])), str(params.get("mask", ""))
-        if bool(given) != bool(mask):
-            raise UserError("images" if mask else "mask", "missing; inpainting needs images and mask")
+        _require_given(given, mask, settings)
         total = n_images * max(len(given), 1)
         if n_images < 1 or total > MAX_IMAGES:
             most = MAX_IMAGES // max(len(given), 1)
@@ -96,27 +102,65 @@ class ScoreModel(PythonModel):
                 for first, count in _batches(total, config.sampling)
             ]
         else:
-            references = np.stack([_pixels(text, config) for text in given]).repeat(n_images, axis=0)
-            known = _decoded(mask, "mask", mode="L", size=config.data.image_size) >= _KNOWN
-            parts = [
-                complete(
-                    self.trained,
-                    references[first : first + count],
-                    known,
-                    sampling=config.sampling,
-                    labels=None if params.get("label") else _no_labels(config, count),
-                    first=first,
-                    device=self.device,
-                )
-                for first, count in _batches(total, config.sampling)
-            ]
+            labels = None if params.get("label") else _no_labels(config, total)
+            parts = list(self._from_given(config, given, mask, settings, labels=labels, each=n_images))
         return np.concatenate(parts)
 
+    def _from_given(
+        self,
+        config: Config,
+        given: list[str],
+        mask: str,
+        settings: Restoration | None,
+        *,
+        labels: torch.Tensor | None,
+        each: int,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Batches of images from given ones, `each` of every one."""
+        trained, sampling, device = self.trained, config.sampling, self.device
+        size = config.data.image_size if settings is None else settings.given_size(config)
+        images = np.stack([_pixels(text, config, size) for text in given]).repeat(each, axis=0)
+        known = _decoded(mask, "mask", mode="L", size=size) >= _KNOWN if mask else None
+        operator = None if settings is None else settings.operator(config, known)
+        for first, count in _batches(len(images), sampling):
+            part = slice(first, first + count)
+            classes = None if labels is None else labels[part]
+            options: dict[str, Any] = {"sampling": sampling, "labels": classes, "first": first, "device": device}
+            if operator is not None and settings is not None:
+                y = given_images(images[part], operator, config)
+                yield restore(trained, y, operator, settings, **options)
+            else:
+                assert known is not None
+                yield complete(trained, images[part], known, **options)
 
-def _chosen(config: Config, params: dict[str, Any]) -> Config:
+
+def _restoration(config: Config, params: dict[str, Any]) -> Restoration | None:
+    """How given images are restored by guidance; None for Algorithm 2."""
+    task = params.get("task")
+    if not task:
+        return None
+    given = {"factor": int, "blur_width": float, "sigma_y": float}
+    settings = Restoration(task=task, **{name: kind(params[name]) for name, kind in given.items() if name in params})
+    settings.require_valid(config)
+    return settings
+
+
+def _require_given(images: list[str], mask: str, settings: Restoration | None) -> None:
+    """Refuse images without a mask where one is needed, and the other way round."""
+    if settings is None or settings.task == "inpaint":
+        if bool(images) != bool(mask) or (settings and not images):
+            raise UserError("images" if not images else "mask", "missing; inpainting needs images and mask")
+    elif mask or not images:
+        raise UserError("mask" if mask else "images", f"the task {settings.task} needs images alone")
+
+
+def _chosen(trained: TrainedNetwork, params: dict[str, Any], settings: Restoration | None) -> Config:
     """The experiment with the seed, sampler, NFE, class and guidance of the params."""
+    config = trained.config
     if sampler := params.get("sampler"):
         config = with_sampler(config, str(sampler))
+    elif settings is not None:
+        config = config.model_copy(update={"sampling": restoring(trained, config.sampling, settings)})
     changes: dict[str, Any] = {}
     seed, nfe = params.get("seed"), params.get("nfe")
     if seed is not None:
@@ -159,9 +203,9 @@ def _batches(total: int, sampling: SamplingConfig) -> Sequence[tuple[int, int]]:
     return [(first, min(sampling.batch_size, total - first)) for first in range(0, total, sampling.batch_size)]
 
 
-def _pixels(text: str, config: Config) -> NDArray[np.uint8]:
-    """[H, W, C] of a base64 PNG, gray or RGB as the model's images are."""
-    pixels = _decoded(text, "images", mode="L" if config.data.channels == 1 else "RGB", size=config.data.image_size)
+def _pixels(text: str, config: Config, size: int) -> NDArray[np.uint8]:
+    """[size, size, C] of a base64 PNG, gray or RGB as the model's images are."""
+    pixels = _decoded(text, "images", mode="L" if config.data.channels == 1 else "RGB", size=size)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -169,9 +213,7 @@ def _decoded(text: str, param: str, *, mode: str, size: int) -> NDArray[np.uint8
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
             if picture.size != (size, size):
-                raise UserError(
-                    param, f"a picture has {picture.size} pixels, but the model's images have {(size, size)}"
-                )
+                raise UserError(param, f"a picture has {picture.size} pixels, but {(size, size)} are needed")
             return np.asarray(picture.convert(mode))
     except (binascii.Error, OSError, SyntaxError):
         raise UserError(param, "not a PNG file in base64", hint="encode it with `base64 -w0 FILE`") from None

@@ -18,6 +18,7 @@ from ncsn.config import Config
 from ncsn.config.guidance import AutoguidanceConfig
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
+from ncsn.model.restoration.tasks import Restoration
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
 from ncsn.tracking.live import request_limits
@@ -100,6 +101,10 @@ def _signature(config: Config) -> tuple[Any, Any]:
             ParamSpec("guidance", "double", 0.0),
             ParamSpec("images", "string", [], shape=(-1,)),
             ParamSpec("mask", "string", ""),
+            ParamSpec("task", "string", ""),
+            ParamSpec("factor", "long", Restoration.factor),
+            ParamSpec("blur_width", "double", Restoration.blur_width),
+            ParamSpec("sigma_y", "double", Restoration.sigma_y),
         ]
     )
     example = (np.empty(0), {"n_images": EXAMPLE_IMAGES})

@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 
 from ncsn.model.generate import complete, generate
+from ncsn.model.restoration.restore import restore, restoring
+from ncsn.model.restoration.tasks import Restoration, given_images
 from ncsn.tracking.registry import requirements, write_model
 
 LOAD = """
@@ -123,6 +125,30 @@ def test_known_pixels_of_a_completed_image_are_the_given_ones(model, checkpoint)
     np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
 
 
+def test_tasks_restore_given_images_by_guidance(model, checkpoint):
+    guided = {**INPAINTING, "task": "inpaint", "n_images": 2, "seed": 3, "nfe": 15}
+    images = model.predict(None, params=guided)
+    given = np.stack(GIVEN)[[0, 0, 1, 1], ..., None]
+    assert (images[:, KNOWN] == given[:, KNOWN]).all()
+    settings = Restoration(steps=8)
+    changed = checkpoint.config.sampling.model_copy(update={"seed": 3})
+    sampling = restoring(checkpoint, changed, settings)
+    operator = settings.operator(checkpoint.config, KNOWN)
+    y = given_images(given, operator, checkpoint.config)
+    expected = restore(checkpoint, y, operator, settings, sampling=sampling)
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+
+    small = [png(np.full((4, 4), 200, np.uint8)), png(np.full((4, 4), 40, np.uint8))]
+    larger = model.predict(None, params={"images": small, "task": "superres", "factor": 2, "n_images": 1, "nfe": 15})
+    assert larger.shape == (2, 8, 8, 1)
+    means = larger.reshape(2, 4, 2, 4, 2).mean(axis=(2, 4))
+    assert abs(means[0].mean() - 200) < 10 and abs(means[1].mean() - 40) < 10
+    sharp = model.predict(
+        None, params={"images": INPAINTING["images"], "task": "deblur", "blur_width": 0.5, "n_images": 1, "nfe": 15}
+    )
+    assert sharp.shape == (2, 8, 8, 1)
+
+
 @pytest.mark.parametrize("sampler", ["probability_flow", "{kind: probability_flow, method: heun}"])
 def test_another_sampler_generates_by_itself(model, checkpoint, make_config, sampler):
     chosen = make_config("sampling.sampler={kind: probability_flow}").sampling
@@ -154,6 +180,10 @@ def test_signature_lists_every_param_and_the_images(model):
         "guidance",
         "images",
         "mask",
+        "task",
+        "factor",
+        "blur_width",
+        "sigma_y",
     ]
     assert signature.outputs.inputs[0].shape == (-1, 8, 8, 1)
 
@@ -169,6 +199,14 @@ def test_signature_lists_every_param_and_the_images(model):
         ({**INPAINTING, "images": [base64.b64encode(b"no PNG").decode()]}, "images"),
         ({**INPAINTING, "mask": png(np.zeros((4, 4), np.uint8))}, "mask"),
         ({**INPAINTING, "sampler": "probability_flow"}, "annealed_langevin"),
+        ({**INPAINTING, "task": "colorize"}, "task = 'colorize'"),
+        ({**INPAINTING, "task": "superres"}, "mask"),
+        ({"task": "deblur"}, "images"),
+        ({"task": "inpaint"}, "images"),
+        ({**INPAINTING, "task": "inpaint", "sigma_y": -1.0}, "sigma_y = -1"),
+        ({"images": INPAINTING["images"], "task": "superres", "factor": 3}, "factor = 3"),
+        ({"images": INPAINTING["images"], "task": "superres", "factor": 2}, "images"),
+        ({**INPAINTING, "task": "inpaint", "sampler": "{kind: consistent_annealed, epsilon: 0.01}"}, "karras_heun"),
         ({**INPAINTING, "n_images": 40000}, "n_images = 40000: must be 1 to 32768"),
         ({"n_images": 0}, "n_images = 0"),
         ({"seed": -1}, "seed = -1"),
