@@ -165,7 +165,7 @@ def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:
     best = storage.join(uri.rpartition("/")[0], BEST) if settings.keep_best else None
     whole = NEWEST if settings.keep_checkpoints == "all" else settings.keep_checkpoints
     every = 1 if settings.keep_checkpoints == "all" else settings.keep_every_images
-    return CheckpointStore(uri, keep=whole, thin_every=every, best=best)
+    return CheckpointStore(uri, keep=whole, thin_every=every, best=best, best_by=settings.best_by)
 
 
 class RayContext(WorkerContext):

@@ -195,8 +195,9 @@ class SearchPlan:
             UserError: The values do not go together.
         """
         changed = variant(self.config, values)
-        # Samples score the latest checkpoint, so the best by loss is not kept.
-        train = changed.train.model_copy(update={"keep_checkpoints": 1, "keep_every_images": None, "keep_best": False})
+        # Samples score the latest checkpoint, so the best is not kept. The scheduler stops trials, and nothing else.
+        kept = {"keep_checkpoints": 1, "keep_every_images": None, "keep_best": False, "best_by": "training"}
+        train = changed.train.model_copy(update={**kept, "stop": None})
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:

@@ -2,18 +2,17 @@
 
     <run>/checkpoints/images-000000160/    a checkpoint, complete when `checkpoint.json` is in it
     <run>/best/images-000000160/           a copy of the best one
-    <run>/best/best.json                   its name and its loss; readers begin here
+    <run>/best/best.json                   its name, its loss and which loss that is; readers begin here
 
-Best means the least loss over the stretch of training that ends in the checkpoint, with each noise level counting
-alike. It guards against a training that goes wrong late. It does not choose the best samples: those need to be drawn
-and measured (`ncsn evaluate`).
+By default, best means the least loss over the stretch of training that ends in the checkpoint, with each noise level
+counting alike. It guards against a training that goes wrong late. It does not choose the best samples: those need to be
+drawn and measured (`train.best_by: fid`, `ncsn select`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from ncsn.model import checkpoint, index
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 BEST_RECORD = "best.json"
+TRAINING_LOSS = "training"  # by which the best one is chosen, as `train.best_by` names it
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
 
 _logger = logging.getLogger(__name__)
@@ -42,14 +42,21 @@ class CheckpointStore:
         thin_every: Of the older ones, the first after each so many training images keeps what images need; None for
             none.
         best: Folder that keeps a copy of the one with the least loss, or None.
+        best_by: Which loss that is; the loss of a checkpoint that another one chose is not compared.
     """
 
     def __init__(
-        self, uri: str, *, keep: int | None = None, thin_every: int | None = None, best: str | None = None
+        self,
+        uri: str,
+        *,
+        keep: int | None = None,
+        thin_every: int | None = None,
+        best: str | None = None,
+        best_by: str = TRAINING_LOSS,
     ) -> None:
         self.uri = uri
         self.notes: list[str] = []  # about damaged checkpoints, for people
-        self._keep, self._thin_every, self._best = keep, thin_every, best
+        self._keep, self._thin_every, self._best, self._best_by = keep, thin_every, best, best_by
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -97,7 +104,7 @@ class CheckpointStore:
         Args:
             write: Writes a complete checkpoint; called in a thread.
             name: Name of the checkpoint.
-            loss: Loss since the checkpoint before; None keeps this one out of the choice of the best.
+            loss: Loss by which the best one is chosen; None keeps this one out of the choice.
         """
         self.later(partial(self._store, write, name, loss))
 
@@ -120,7 +127,7 @@ class CheckpointStore:
             storage.publish_folder(folder, target, marker=index.INDEX)
             if self._best is not None and loss is not None:
                 local = Path(target) if storage.is_local(target) else folder
-                _offer(self._best, local, name=name, loss=loss)
+                _offer(self._best, local, name=name, loss=loss, by=self._best_by)
         if self._keep is not None:
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
@@ -149,15 +156,16 @@ class CheckpointStore:
             _logger.warning(self.notes[-1])
 
 
-def _offer(best: str, folder: Path, *, name: str, loss: float) -> None:
+def _offer(best: str, folder: Path, *, name: str, loss: float, by: str) -> None:
     """Copy the checkpoint in the local `folder` to `best` if its loss is less than that of the one there."""
     record = storage.join(best, BEST_RECORD)
-    if loss >= (storage.read_json(record)["loss"] if storage.exists(record) else math.inf):
+    found = storage.find_json(record)
+    if found is not None and found.get("by", TRAINING_LOSS) == by and loss >= found["loss"]:
         return
     with storage.scratch_folder(best) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         storage.publish_folder(copy, storage.join(best, name), marker=index.INDEX, replace=True)
-    storage.write_text(record, json.dumps({"checkpoint": name, "loss": loss}))
+    storage.write_text(record, json.dumps({"checkpoint": name, "loss": loss, "by": by}))
     for other in storage.list_names(best):
         if other not in (name, BEST_RECORD):
             storage.delete_folder(storage.join(best, other))

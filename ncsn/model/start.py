@@ -82,6 +82,8 @@ def self_training(config: Config, checkpoint: str, *, images: int) -> Config:
             "train.checkpoint_every_images": max(batch, images // 8),
             "train.report_every_images": max(batch, images // 40),
             "train.keep_best": False,
+            "train.best_by": "training",
+            "train.stop": None,
             "train.ema": {"kind": "half_life", "images": min(500_000, share), "ramp_up": None},
             "optimizer.learning_rate": SELF_RATE * config.optimizer.learning_rate,
             "optimizer.decay": "constant",

@@ -251,10 +251,16 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
             linear=linear.reshape(len(bins), -1).mean(axis=1),
             unit=loss_unit(config),
             hints=[
+                *_stopped(sources),
                 *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
             ],
         )
+
+
+def _stopped(sources: Sources) -> list[str]:
+    stopped = (sources.result("train") or {}).get("stopped", "")
+    return [f"Training {stopped}, as train.stop asks."] if stopped else []
 
 
 def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:

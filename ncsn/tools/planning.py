@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
+from ncsn.core.held_out import MOST_BINS
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
@@ -28,6 +29,8 @@ from ncsn.model.checkpoint_store import NEWEST
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes, worker_memory
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
+from ncsn.training.held_out import effort_of
+from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 GIGABYTE = 1e9
@@ -81,13 +84,31 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
     of_training_image = passes * rates.classifier_image + NEIGHBOR_SEARCHES * rates.neighbour_image
     work = {
         "ingest": (counts.train_images + counts.test_images) * rates.ingest_image,
-        "train": images * rates.train_image + num_checkpoints(config) * rates.checkpoint,
+        "train": images * rates.train_image
+        + num_checkpoints(config) * rates.checkpoint
+        + _validation_seconds(config, counts, rates),
         "sample": evaluation.seeds * waves * counts.nfe * rates.sample_evaluation,
         "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / extractors,
         "register": 0.0,
         "report": 0.0,
     }
     return {step: rates.fixed[step] + work[step] for step in STEPS}
+
+
+def _validation_seconds(config: Config, counts: Counts, rates: Rates) -> float:
+    """Seconds of what is measured during training; by default that is a small share of the time."""
+    train, workers = config.train, config.compute.max_workers
+    seconds = 0.0
+    if train.validation.images:
+        effort = effort_of(config, held_out=counts.test_images, training=counts.train_images)
+        if effort is not None:
+            evaluations = MOST_BINS * (effort.held_out + effort.training)
+            seconds += evaluations * rates.train_image / EVALUATIONS_PER_STEP
+    if "fid" in train.judges.values():
+        samples = train.validation.samples / workers
+        batches = math.ceil(samples / config.sampling.batch_size)
+        seconds += batches * counts.nfe * rates.sample_evaluation + samples * rates.extract_image
+    return math.ceil(train.num_images / train.validate_every) * seconds
 
 
 def num_checkpoints(config: Config) -> int:

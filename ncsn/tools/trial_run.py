@@ -150,7 +150,6 @@ def own_cache(folder: Path) -> Iterator[None]:
 def scaled_down(config: Config, root: Path) -> Config:
     """The experiment on a few images, with its store and tracking below `root`."""
     images = {None: IMAGES, "inception": FEW_IMAGES, "dinov2": LEAST_IMAGES}[config.evaluation.pretrained]
-    samples = config.sampling.batch_size * config.compute.max_workers
     return with_values(
         config,
         **{
@@ -159,11 +158,12 @@ def scaled_down(config: Config, root: Path) -> Config:
             "storage.root": str(root),
             "tracking.uri": f"sqlite:///{root}/mlflow.db",
             "data.max_images": _at_most(images, config),
-            # Takes the same time, and the registry of its source is not the trial run's.
-            "train.init_from": None,
+            # They take the same time, and networks that they name may not be there yet. It ends at its own length.
+            **dict.fromkeys(("train.init_from", "sampling.guidance", "train.stop")),
             "train.trainable": "all",
-            "sampling.guidance": None,  # its network may not be there yet
-            "sampling.num_images": samples,
+            "train.validation": {},  # `planning` knows what it takes
+            "train.best_by": "training",
+            "sampling.num_images": config.sampling.batch_size * config.compute.max_workers,
             **dict.fromkeys(("evaluation.classifier_epochs", "evaluation.num_splits", "evaluation.seeds"), 1),
             "evaluation.extrapolate": False,
         },

@@ -1,4 +1,4 @@
-"""The held-out loss of a training: at checkpoints, with the EMA weights, without augmentation and dropout."""
+"""The held-out loss of a training: as it goes, with the EMA weights, without augmentation and dropout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ncsn.data.format import Images, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.runs.held_out import held_out_point
-from ncsn.training.batches import encoded
+from ncsn.training.batches import crossed, encoded
 from ncsn.training.context import WorkerContext
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 SHARE = 0.02  # of the training time that the held-out loss may take
 MOST_IMAGES = 1000  # of each set
-FEW_IMAGES = 50  # with fewer, it is measured at fewer checkpoints instead
+FEW_IMAGES = 50  # with fewer, it is measured less often instead
 
 
 class Effort(NamedTuple):
@@ -38,10 +38,16 @@ class Effort(NamedTuple):
 
 
 def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
-    """What fits in `SHARE` of the time, for splits of these sizes; None if that is nothing."""
+    """What the config asks for, or else what fits in `SHARE` of the time; None if that is nothing.
+
+    `held_out` and `training` are the sizes of the splits.
+    """
+    wanted, between = config.train.validation.images, config.train.validate_every
+    if wanted is not None:
+        sizes = min(held_out, wanted), min(training, wanted)
+        return Effort(*sizes, every=between) if min(sizes) > 0 else None
     bins = len(_measured_at(config)[0])
-    between = min(config.train.checkpoint_every_images, config.train.num_images)
-    affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each checkpoint
+    affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each measurement
     held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
     least = min(FEW_IMAGES, held_out) + min(FEW_IMAGES, training)
     checkpoints = max(1, math.ceil(least / affordable))
@@ -84,9 +90,8 @@ class Probe:
         self._sigmas, self._levels = _measured_at(config)
 
     def due(self, images_seen: int, *, last_image: int) -> bool:
-        """Whether it is time at this checkpoint."""
-        before = images_seen - self._config.train.batch_size
-        return images_seen >= last_image or images_seen // self._every > before // self._every
+        """Whether it is time."""
+        return images_seen >= last_image or crossed(images_seen, self._config.train.batch_size, self._every)
 
     def measure(self, state: TrainState, *, dtype: torch.dtype | None) -> dict[str, float]:
         """Metrics `val/...` of the EMA weights, whose convolutions compute in `dtype`. A collective call.

@@ -25,18 +25,20 @@ from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
+from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.classes import Classes
 from ncsn.model.start import start_from
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
+from ncsn.training.batches import augmented, classes_of, crossed, draw_batch, image_moments
 from ncsn.training.compilation import compile_network
 from ncsn.training.context import StepTimer, WorkerContext
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
 from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
+from ncsn.training.validation import Distance, Validation
 
 
 class DivergedError(UserError):
@@ -66,6 +68,7 @@ class TrainingJob:
     averages: str | None = None  # URI of the folder of snapshots of two running averages
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
     hooks: LoopHooks = field(default_factory=LoopHooks)
+    distance: Distance | None = None  # measured where `train.validation` says; picklable
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
@@ -86,6 +89,7 @@ class TrainOutcome:
     checkpoint: str  # name of the last one
     notes: tuple[str, ...] = ()  # for people
     pauses: tuple[float, ...] = ()  # seconds that each checkpoint stopped training on this worker
+    stopped: str = ""  # why training ended before `train.num_images`, if `train.stop` ended it
 
 
 class Training:
@@ -101,9 +105,7 @@ class Training:
             self.split = open_training_images(job.dataset, self.config.data)
             self.manifest = load_manifest(job.dataset)
             recorded = job.sink is not None or job.history is not None
-            self.probe = (
-                open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
-            )
+            probe = open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
             self.state = build.train_state(self.config, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty)
             if newest is not None:
@@ -112,6 +114,10 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
+        self.validation = Validation(
+            self.config, probe=probe, distance=job.distance, last_image=job.last_image, context=context
+        )
+        self.validation.judge(self.history)
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
@@ -119,6 +125,10 @@ class Training:
         self.usage = MachineUsage(context.device)
         self.point: dict[str, float] = {}
         self.reported = 0
+
+    def ended(self) -> bool:
+        """Whether no batch is to follow."""
+        return self.validation.stopped or self.state.images_seen >= self.job.last_image
 
     def _newest_checkpoint(self) -> str | None:
         """Name of the checkpoint to resume from, which rank 0 finds. A collective call."""
@@ -148,6 +158,12 @@ class Training:
         """See `image_moments`."""
         return image_moments(self.config, self.split)
 
+    @property
+    def trained(self) -> TrainedNetwork:
+        """The present EMA weights, to sample from."""
+        network = self.state.averaged()
+        return TrainedNetwork(config=self.config, network=network, moments=self.moments, classes=self.classes)
+
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
@@ -162,8 +178,8 @@ class Training:
         state.images_seen += config.train.batch_size
         self.curves.add(batch, report, images=config.train.batch_size)
 
-    def report(self, *, saving: bool) -> None:
-        """Add a point to the curves, with the held-out loss if it is due at a checkpoint. A collective call.
+    def report(self) -> None:
+        """Add a point to the curves, with what is to be measured of the EMA weights. A collective call.
 
         Raises:
             DivergedError: if a loss or a gradient is not finite.
@@ -178,8 +194,8 @@ class Training:
                 hint="lower it or set optimizer.grad_clip_norm",
                 value=self.config.optimizer.learning_rate,
             )
-        if self.probe is not None and saving and self.probe.due(images_seen, last_image=self.job.last_image):
-            point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
+        measured = self.validation.measure(self.state, dtype=self.options.autocast_dtype, trained=lambda: self.trained)
+        point |= measured
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
         system = self.usage.read() if self.context.rank == 0 else {}
@@ -187,13 +203,16 @@ class Training:
             self.job.sink.log(system | self.point, images_seen, self.reported)
         if self.history is not None:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
+        if measured:
+            self.validation.judge(self.history)
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         began = time.perf_counter()
         if self.context.rank == 0 and self.job.sink:
             self._preview(self.job.sink)
-        self._publish(loss=self.curves.take_checkpoint_loss())
+        loss = self.curves.take_checkpoint_loss()
+        self._publish(loss=self.validation.loss_of_checkpoint(self.point, training=loss))
         self.pauses.append(time.perf_counter() - began)
 
     def _preview(self, sink: LiveSink) -> None:
@@ -210,7 +229,7 @@ class Training:
         train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return
-        if seen >= self.job.last_image or _crossed(seen, train.batch_size, train.snapshot_every):
+        if self.ended() or crossed(seen, train.batch_size, train.snapshot_every):
             self.checkpoints.later(partial(averages.publish, uri, averages.snapshot(self.config, self.state)))
 
     def save_in_time(self) -> None:
@@ -263,7 +282,7 @@ class Training:
 
 
 def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
-    """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches.
+    """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches, or to a plateau.
 
     Raises:
         DivergedError: if the loss or a gradient is not finite; on every worker, and nothing is saved.
@@ -276,22 +295,24 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
     try:
-        while training.state.images_seen < job.last_image:
+        while not training.ended():
             job.hooks.before_step(training)
             training.step()
             seen = training.state.images_seen
-            save = seen >= job.last_image or _crossed(seen, train.batch_size, train.checkpoint_every_images)
+            save = training.ended() or crossed(seen, train.batch_size, train.checkpoint_every_images)
+            report = save or training.validation.due(seen) or crossed(seen, train.batch_size, train.report_every_images)
+            if report:
+                training.report()
+            save = save or training.ended()  # what the report measured may have stopped it
             training.keep_averages()
-            if save or _crossed(seen, train.batch_size, train.report_every_images):
-                training.report(saving=save)
-                if save:
-                    training.save()
-                if seen < job.last_image:
-                    training.end_if_abandoned()
-            if not save and training.timer.due():
+            if save:
+                training.save()
+            elif training.timer.due():
                 training.save_in_time()
+            if report and not training.ended():
+                training.end_if_abandoned()
             if context.rank == 0 and job.progress:
-                job.progress(seen, job.last_image)
+                job.progress(seen, seen if training.ended() else job.last_image)
     except Exception:
         # MLflow may not have the last points yet, and training may not reach them again.
         if training.history is not None:
@@ -311,9 +332,5 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         checkpoint=training.saved,
         notes=tuple(checkpoints.notes),
         pauses=tuple(training.pauses),
+        stopped=str(training.validation.plateau or ""),
     )
-
-
-def _crossed(images_seen: int, batch_size: int, every: int) -> bool:
-    """Whether the last batch reached or passed a multiple of `every`."""
-    return images_seen // every > (images_seen - batch_size) // every

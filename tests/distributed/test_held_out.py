@@ -151,6 +151,19 @@ def test_it_takes_a_fiftieth_of_the_time(
         assert passes <= 0.02 * 3
 
 
+@pytest.mark.parametrize(
+    ("validation", "effort"),
+    [
+        ("{images: 700}", Effort(539, 700, every=80)),
+        ("{images: 10, every_images: 48}", Effort(10, 10, every=48)),
+        ("{images: 0}", None),
+    ],
+)
+def test_or_what_is_asked_for(tiny: str, validation: str, effort: Effort | None) -> None:
+    config = from_yaml(tiny, overrides=[f"train.validation={validation}"])
+    assert effort_of(config, held_out=539, training=1258) == effort
+
+
 def test_rows_of_a_streamed_split_are_those_of_the_data(tiny: str, dataset: str) -> None:
     streamed = open_training_images(dataset, from_yaml(tiny, overrides=["data.loader=stream"]).data, "test")
     every = read_split(dataset, "test")

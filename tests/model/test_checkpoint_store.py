@@ -122,6 +122,9 @@ def test_the_best_one_is_copied(root: str, write: Write) -> None:
     publish(CheckpointStore(uri, keep=1, best=best), write, NAMES[3], loss=1.0)
     assert kept() == (NAMES[2], 1.0)
     assert list(store.names()) == [NAMES[3]]
+    # Losses of another kind are not compared.
+    publish(CheckpointStore(uri, keep=1, best=best, best_by="fid"), write, NAMES[3], loss=50.0)
+    assert kept() == (NAMES[3], 50.0)
 
 
 def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path: Path, write: Write) -> None:

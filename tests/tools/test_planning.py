@@ -74,6 +74,15 @@ def test_seconds_of_each_step() -> None:
     )
 
 
+def test_measurements_that_are_asked_for_take_time() -> None:
+    measured = ("train.validation={images: 30, samples: 100}", "train.checkpoint_every_images=500")
+    by_loss = step_seconds(config(*measured), COUNTS, RATES)["train"]
+    # Thirty images of both splits at ten levels, at two checkpoints, three forward passes in a training step.
+    assert by_loss == pytest.approx(10 + 1024 * 0.5 + 2 * 7 + 2 * 10 * 60 * 0.5 / 3)
+    by_samples = step_seconds(config(*measured, "train.best_by=fid"), COUNTS, RATES)["train"]
+    assert by_samples - by_loss == pytest.approx(2 * (3 * 21 * 0.1 + 50 * 0.001))
+
+
 def test_checkpoints_are_counted_with_the_last() -> None:
     assert num_checkpoints(config()) == 3
     assert num_checkpoints(config("train.checkpoint_every_images=500")) == 2
