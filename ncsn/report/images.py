@@ -232,9 +232,13 @@ def rows_by_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers [rows, columns] of images for a grid with a row per class, from the labels [N] of images.
 
     The first images of the first 16 classes that occur, as many of each as there are of the rarest of these, at most 8.
+    Of one class alone there are up to 8 rows.
     """
     classes, counts = (found[:GRID_CLASSES] for found in np.unique(labels, return_counts=True))
     columns = min(GRID_OF_CLASS, int(counts.min()))
+    if len(classes) == 1:
+        rows = min(GRID_OF_CLASS, len(labels) // columns)
+        return np.arange(rows * columns).reshape(rows, columns)
     return np.stack([np.flatnonzero(labels == label)[:columns] for label in classes])
 
 

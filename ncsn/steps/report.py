@@ -178,8 +178,9 @@ def _grid(sources: Sources) -> Picture | None:
     caption = f"The first images that the model generated with seed {sources.samples['seed']}, not hand-picked."
     if names := sources.samples.get("classes"):
         label = sources.samples.get("label", BALANCED)
-        shown = ", ".join(names[:GRID_CLASSES]) if label in (BALANCED, AS_DATA) else label
-        caption += f" A row for each class: {shown}."
+        several = label in (BALANCED, AS_DATA)
+        shown = ", ".join(names[:GRID_CLASSES]) if several else label if label in names else names[int(label)]
+        caption += f" A row for each class: {shown}." if several else f" All are of the class {shown}."
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
