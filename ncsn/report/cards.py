@@ -48,6 +48,7 @@ class ModelFacts:
     pictures: Mapping[str, str] | None = None  # description -> file next to the card
     warnings: Sequence[str] = ()  # signs of overfitting
     selection: Mapping[str, Any] | None = None  # result of the step that chose the checkpoint among others
+    relative_width: float | None = None  # of the average, if it was put together after training
 
 
 def model_card(facts: ModelFacts, *, config: Config, manifest: Manifest, evaluation: Mapping[str, Any]) -> str:
@@ -102,25 +103,40 @@ def _data(manifest: Manifest) -> str:
 def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
     noise, sampler, optimizer = config.levels, config.sampling.sampler, config.optimizer
     clip = f", gradient norm at most {optimizer.grad_clip_norm:g}" if optimizer.grad_clip_norm else ""
+    width = facts.relative_width
+    average = ema_setting(config.train) if width is None else f"relative width {width:g}"
     settings = [
-        (
-            "network",
-            f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {ema_setting(config.train)}",
-        ),
+        ("network", f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {average}"),
         (
             "training",
             f"{facts.images_seen:,} images, batch {config.train.batch_size}, Adam at {optimizer.learning_rate:g} "
             f"({optimizer.decay}){clip}",
         ),
+        *_start(config),
         ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}{_trained_at(config)}"),
         (
             "sampler",
             ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items()) + f": NFE {facts.nfe}",
         ),
         *_guidance(config),
+        *_class(config),
         ("seed", str(config.seed)),
     ]
     return [*settings, ("cost", facts.cost)] if facts.cost else settings
+
+
+def _start(config: Config) -> list[tuple[str, str]]:
+    source, trainable = config.train.init_from, config.train.trainable
+    return (
+        []
+        if source is None
+        else [("start", f"the weights of {source}, whose own data counts too; {trainable} trained")]
+    )
+
+
+def _class(config: Config) -> list[tuple[str, str]]:
+    label = config.sampling.label
+    return [] if config.data.num_classes is None or label == "balanced" else [("classes of the samples", label)]
 
 
 def _guidance(config: Config) -> list[tuple[str, str]]:

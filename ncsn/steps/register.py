@@ -136,6 +136,7 @@ def _candidate(
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
         warnings=[*_neon_notes(loaded, measured), *_warnings(measured, loaded.config, run)],
         selection=selection_of(loaded.config, run, checkpoint),
+        relative_width=None if loaded.average is None else loaded.average["relative_width"],
     )
     card = model_card(facts, config=loaded.config, manifest=manifest, evaluation=measured)
     tracked.log_text(card, "model_card.md")

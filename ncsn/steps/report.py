@@ -329,6 +329,8 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     yield Fact("Data license", sources.manifest.license)
     yield Fact("Checkpoint", sources.samples["checkpoint"])
     yield Fact("Weights digest", sources.checkpoint.digest)
+    if (start := sources.config.train.init_from) is not None:
+        yield Fact("Training started from", start)
     yield Fact("Samples", sources.evaluation["samples"])
     yield Fact("Evaluation", sources.evaluation["uri"])
     if registered := sources.result("register"):

@@ -83,6 +83,17 @@ def by_class(names: Sequence[str]) -> dict[str, object]:
     }
 
 
+def test_the_card_names_the_average_the_start_and_the_class() -> None:
+    text = card(
+        "data.num_classes=10", "sampling.label=3", "train.init_from=models:/old/1", "train.trainable=light",
+        "train.ema={kind: power}", relative_width=0.03,
+    )  # fmt: skip
+    assert "relative width 0.03" in text and "relative_widths" not in text
+    assert "models:/old/1" in text and "light" in text and "| classes of the samples | 3 |" in text
+    plain = card("data.num_classes=10")
+    assert "| start |" not in plain and "classes of the samples" not in plain
+
+
 def test_scores_are_next_to_those_of_real_images_with_their_counts() -> None:
     text = card()
     # 8.765 +- 1.96 * 0.5 / sqrt(25)
