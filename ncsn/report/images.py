@@ -299,7 +299,7 @@ def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_i
     """
     return [
         Neighbor(
-            picture=_triple(line, samples, training_images),
+            picture=_beside_nearest(line, samples, training_images),
             distance=" · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"]),
             memorized=bool(line["memorised"]),
         )
@@ -314,7 +314,7 @@ def neighbors_png(table: Sequence[Mapping[str, Any]], *, samples: Images, traini
     return grid_png(np.concatenate(lines), columns=2 * len(lines[0]))
 
 
-def _triple(line: Mapping[str, Any], samples: Images, training_images: Images) -> Picture:
+def _beside_nearest(line: Mapping[str, Any], samples: Images, training_images: Images) -> Picture:
     images = _with_nearest(line, samples, training_images)
     grid = image_grid(images, columns=len(images))
     return Picture(

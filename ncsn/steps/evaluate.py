@@ -188,7 +188,7 @@ def evaluate(
         running=[asdict(score) for score in generated.running],
         notes=[
             *_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
-            *([] if bits is None else bits.notes),
+            *([] if bits is None else (f"bits per dimension: {note}" for note in bits.notes)),
         ],
         likelihood=None if bits is None else asdict(bits),
         classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),

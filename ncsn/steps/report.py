@@ -220,13 +220,14 @@ def _neighbors(sources: Sources) -> list[Neighbor]:
 
 
 def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
-    text = (
-        "Each triple shows a sample, the training image nearest to it in pixels, and the one nearest in the "
-        "extractor's features. A model that repeats its training images shows the same image three times. The numbers "
-        "are the pixel distances to the nearest and second-nearest training images. A sample counts as a copy if the "
-        "first is less than a third of the second."
-    )
     found = generated.get("memorised")
+    by_features = found is None or found.split == "train"  # else the features of the training images are not known
+    shown = ", and the one nearest in the extractor's features" if by_features else ""
+    text = (
+        f"Each picture shows a sample and the training image nearest to it in pixels{shown}. A model that repeats its "
+        "training images shows the same image again. The numbers are the pixel distances to the nearest and "
+        "second-nearest training images. A sample counts as a copy if the first is less than a third of the second."
+    )
     return text if found is None else f"{text} {words.copies_sentence(found)}"
 
 

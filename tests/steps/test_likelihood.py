@@ -68,7 +68,7 @@ def test_an_evaluation_measures_them_if_asked_for(config: Config, inputs: dict[s
     samples = sample.run(asked, run="bits", checkpoint=inputs["checkpoint"]).uri
     result = evaluate.run(asked, run="bits", samples=samples, dataset=inputs["dataset"])
     alone = likelihood.run(config, run="bits", **inputs)
-    assert alone.metrics.items() <= result.metrics.items() and set(alone.notes) <= set(result.notes)
+    assert alone.metrics.items() <= result.metrics.items() and any(alone.notes[0] in note for note in result.notes)
     assert result.likelihood is not None and result.likelihood["fingerprint"] == alone.fingerprint
     (row,) = [row for row in score_rows(result.metrics, result.real_metrics)[1] if "bits" in row.name]
     assert (row.name, row.real) == ("eval/bits_per_dim_n12", "")
