@@ -126,12 +126,12 @@ def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
 
 
 def _start(config: Config) -> list[tuple[str, str]]:
-    source, trainable = config.train.init_from, config.train.trainable
-    return (
-        []
-        if source is None
-        else [("start", f"the weights of {source}, whose own data counts too; {trainable} trained")]
-    )
+    source = config.train.init_from
+    if source is None:
+        return []
+    return [
+        ("start", f"the weights of {source}, which derive from its data; train.trainable = {config.train.trainable}")
+    ]
 
 
 def _class(config: Config) -> list[tuple[str, str]]:
