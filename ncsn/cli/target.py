@@ -76,7 +76,10 @@ class Experiment:
             named = self.override("tracking.uri")
             if named or "MLFLOW_TRACKING_URI" in os.environ:
                 return server_uri(named, root=self.store_root)
-        return tracking_uri(self.resolve_any().config)
+            # These are for a registered model, which is not of the run that shows where the server is.
+            others = tuple(text for text in self.overrides if not text.startswith(("sampling.", "compute.")))
+            return tracking_uri(replace(self, overrides=others).resolve_any().config)
+        return tracking_uri(self.resolve().config)
 
     @property
     def store_root(self) -> str:

@@ -94,6 +94,10 @@ def test_any_run_of_a_store(config: Config, store: Path) -> None:
         anything.resolve_any()
     claim_run(config, "mine")
     assert anything.resolve_any().run == "mine"
+    of_a_model = Experiment(None, (f"storage.root={store}", "sampling.label=cat", "sampling.sampler.num_steps=4"))
+    assert of_a_model.registry == anything.registry
+    with refused("trackin", error=ConfigError):
+        Experiment(None, (f"storage.root={store}", "trackin.uri=x")).registry  # noqa: B018
 
 
 def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
