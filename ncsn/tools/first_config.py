@@ -16,7 +16,8 @@ from ncsn.errors import UserError
 from ncsn.evaluation.choice import LEAST_TEST_IMAGES
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft
-from ncsn.tools.first_network import NETWORKS, is_wide, unet
+from ncsn.tools.first_network import NETWORKS, unet
+from ncsn.tools.first_training import NFE, choose_noise, choose_sampling, choose_training
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
 
@@ -24,9 +25,7 @@ SIZES = (8, 16, 32, 64)  # pixels; more needs more than the compact network and 
 ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
 FEW_IMAGES = 100_000  # trained on, below which a network of half the width is better
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
-MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
-NFE = 35  # of the sampler
 _FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
 _BRIGHT = 128
 _FEWEST_OF_CLASS = 10
@@ -77,13 +76,9 @@ def choose(
     speed = _choose_network(draft, found, seconds=_TRAINING * left, machine=machine)
     images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
-    if draft.section("noise", "auto", "Levels from the training images, when training starts (NCSNv2)."):
-        draft.choose("noise.sigma_L", 0.01)
-    if draft.get("network.kind") in NETWORKS:
-        draft.choose("network.sigma_data", round(max(0.05, float(images.std()) / 255), 2), "Of the pixels, measured.")
-        draft.choose("loss.anneal_power", 2.5, "With 2.5 the levels weigh about as in Karras et al. 2022.")
-    length = _choose_training(draft, found, seconds=_TRAINING * left, speed=speed)
-    samples = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
+    choose_noise(draft, images)
+    length = choose_training(draft, train_images=_train_images(draft, found), seconds=_TRAINING * left, speed=speed)
+    samples = choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
     _choose_evaluation(draft, found)
     taken = {
         "train": length * speed.train_image,
@@ -284,47 +279,6 @@ def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Call
         draft.choose(
             "data.horizontal_flip", told <= MIRRORED, f"{share} (chance: 50%, limit: {MIRRORED:.0%}): {alike}."
         )
-
-
-def _choose_training(draft: Draft, found: Survey, *, seconds: float, speed: Speed) -> int:
-    """Length and schedule; the number of images."""
-    train_images = _train_images(draft, found)
-    affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
-    every = int(max(_rounded(min(affordable, most) / 8), 8 * draft.get("train.batch_size")))
-    length = 8 * every
-    why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."
-    if affordable > most:
-        why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
-    length = draft.choose("train.num_images", length, why)
-    steps = length / draft.get("train.batch_size")
-    draft.choose("train.ema_decay", round(1 - 10 / max(steps, 100), 4), "An average over a tenth of the steps.")
-    draft.choose("train.checkpoint_every_images", every)
-    draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
-    draft.choose("optimizer.learning_rate", 1e-3 if is_wide(draft.get("network")) else 2e-3)
-    draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
-    draft.choose("optimizer.decay", "cosine")
-    return int(length)
-
-
-def _rounded(value: float) -> float:
-    """To two digits."""
-    return float(f"{value:.2g}")
-
-
-def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
-    """The sampler; the number of images."""
-    affordable = seconds / (NFE * speed.evaluate_image)
-    count = 2 ** int(math.log2(min(2048, max(64, affordable))))
-    count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
-    draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
-    draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
-    if draft.get("network.kind") not in NETWORKS:
-        draft.section("sampling.sampler", "annealed_langevin")
-    elif draft.section("sampling.sampler", "karras_heun"):
-        steps = draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
-        draft.reasons["sampling.sampler.kind"] = f"{2 * steps - 1} evaluations of the network."
-        draft.choose("sampling.sampler.churn", 15)
-    return int(count)
 
 
 def _choose_evaluation(draft: Draft, found: Survey) -> None:

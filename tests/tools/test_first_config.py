@@ -12,6 +12,7 @@ from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
+from ncsn.model import build
 from ncsn.tools import first_config
 from ncsn.tools.first_config import FirstConfig, held_out, sizes_for, slug
 from ncsn.tools.first_network import ddpmpp, unet
@@ -105,6 +106,27 @@ def test_given_values_hold_and_the_others_fit_them(choose) -> None:
         assert wrong.partition("=")[0] in caught.value.keys
 
 
+def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
+    chosen = choose("train.num_images=800000", "network.sigma_data=0.41")
+    noise, config = chosen.config.noise, chosen.config
+    assert (noise.kind, noise.training.kind, noise.training.std) == ("geometric", "lognormal", 1.2)
+    assert noise.training.mean == pytest.approx(-1.398, abs=1e-3)
+    # 1,000 of the draws are above exp(-1.398 + 1.2 x 3.023), and the sampler starts below that.
+    assert noise.sigma_1 == 9.2 and build.noise_notes(config, images=800_000) == []
+    assert (config.loss.weighting, config.train.averaging.kind, config.sampling.grays) == ("edm", "half_life", "exact")
+    assert choose("train.num_images=100000000000", "network.sigma_data=0.25").config.noise.sigma_1 == 40
+    assert choose("train.num_images=777").config.noise.sigma_1 == 1
+    measured = choose()
+    spread = np.sqrt(np.mean((measured.images / 255 - 0.5) ** 2))
+    assert measured.config.network.sigma_data == pytest.approx(spread, abs=0.005)
+    given = choose("noise.training={kind: lognormal, mean: -2}", "noise.sigma_L=0.02").config.noise
+    assert (given.training.mean, given.sigma_L) == (-2, 0.02)
+    for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsnv2}"):
+        config = choose(levels).config
+        assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
+    assert choose("train.ema_decay=0.99").config.train.ema is None
+
+
 def test_a_person_is_asked_about_mirroring_only_where_the_images_do_not_tell(choose, monkeypatch, tmp_path) -> None:
     def ask() -> bool:
         asked.append(True)
@@ -185,4 +207,4 @@ def test_speed_is_measured_on_the_network_itself(choose) -> None:
     small, large = (measure_speed(config, CPU) for config in configs)
     assert 0 < small.evaluate_image < small.train_image < large.train_image
     with pytest.raises(UserError):
-        measure_speed(choose(side=16).config, CPU)  # noise: auto has no levels yet
+        measure_speed(choose("noise=auto", side=16).config, CPU)  # it has no levels yet
