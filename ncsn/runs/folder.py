@@ -11,6 +11,7 @@ from ncsn.errors import UserError
 
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+_LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 
 
 class ForeignRun(UserError):
@@ -126,6 +127,7 @@ def require_owner(owner: Config, config: Config, run: str) -> None:
     if changed:
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ForeignRun(
-            "--run", f"belongs to another config: {shown}{more}", hint="choose another --run NAME", value=run
-        )
+        hint = "choose another --run NAME"
+        if owner.noise.training.kind == "lognormal" and changed.keys() <= _LEVELS:
+            hint += ", or sample at other levels with sampling.levels"
+        raise ForeignRun("--run", f"belongs to another config: {shown}{more}", hint=hint, value=run)
