@@ -55,15 +55,14 @@ def _exists(test: str) -> bool:
 
 
 def _is_here(text: str, module: str) -> bool:
-    """Whether `module.name`, or `name` of the module before it, is in the core; or a dotted setting in the config."""
+    """Whether `module.name`, or `name` of the module before it, is in core, tools or evaluation; or a setting."""
     path = re.split(r"[(:]", text)[0].strip()
     section, _, field = path.partition(".")
-    if section in Config.model_fields:
+    if section in Config.model_fields and "." not in field:
         return not field or any(field in model.model_fields for model in section_models(Config, section))
     owner, _, name = (path if "." in path else f"{module}.{path}").rpartition(".")
-    return hasattr(
-        importlib.import_module(f"ncsn.{owner}" if owner.startswith("tools.") else f"ncsn.core.{owner}"), name
-    )
+    outside = owner.startswith(("tools.", "evaluation."))
+    return hasattr(importlib.import_module(f"ncsn.{owner}" if outside else f"ncsn.core.{owner}"), name)
 
 
 def _missing_code(cell: str) -> list[str]:
