@@ -12,6 +12,8 @@ from ncsn.errors import UserError
 
 EXTRAPOLATE_RATIO = 4  # least number of samples per feature for `extrapolate`
 NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
+# Between the seeds of `seeds`: a search, `ncsn select`, `ncsn neon` and train.stop choose by samples of seeds nearby.
+SEED_STRIDE = 2**32
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.
 PUBLISHED_FILES = {
@@ -83,7 +85,7 @@ class EvaluationConfig(Section):
         1,
         ge=1,
         le=10,
-        description="Sets of sampling.num_images samples, with the seeds sampling.seed, sampling.seed + 1 and so on, "
+        description="Sets of sampling.num_images samples, with seeds that are 2^32 apart from sampling.seed on, "
         "for the mean, the least and the largest Frechet distance. All other metrics are of the first set.",
     )
     extrapolate: bool = Field(

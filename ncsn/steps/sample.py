@@ -12,6 +12,7 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.evaluation import SEED_STRIDE
 from ncsn.data.format import load_manifest
 from ncsn.data.shards import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
@@ -53,7 +54,7 @@ class SampleResult:
     nfe: int  # score-network evaluations per image
     seconds: float  # of this call's sampling
     checkpoint: str
-    others: list[str] = field(default_factory=list)  # folders of the sets with the next seeds, for `evaluation.seeds`
+    others: list[str] = field(default_factory=list)  # folders of the sets with other seeds, for `evaluation.seeds`
     images_per_second: float | None = None  # of those that this call made; None if it made none
     notes: list[str] = field(default_factory=list)  # for people
 
@@ -140,7 +141,7 @@ def _other_seeds(
     """Folder -> config of each further set of samples that the evaluation asks for."""
     found = {}
     for number in range(1, config.evaluation.seeds):
-        sampling = config.sampling.model_copy(update={"seed": (config.sampling.seed + number) % 2**63})
+        sampling = config.sampling.model_copy(update={"seed": (config.sampling.seed + number * SEED_STRIDE) % 2**63})
         uri = folder.samples(weights, storage.digest(sampling_facts(sampling, guide), 12))
         found[uri] = config.model_copy(update={"sampling": sampling})
     return found

@@ -157,7 +157,7 @@ def test_further_seeds_are_sampled_and_evaluated_beside_the_first(
     assert result.uri == one.uri and len({result.uri, *result.others}) == 3
     alone = [
         sample.run(from_yaml(to_yaml(config), overrides=[f"sampling.seed={seed}"]), run="mine", checkpoint=checkpoint)
-        for seed in (6, 7)
+        for seed in (5 + 2**32, 5 + 2 * 2**32)
     ]
     assert [each.uri for each in alone] == result.others
     assert storage.read_json(storage.join(result.uri, "manifest.json"))["others"] == result.others
