@@ -74,7 +74,12 @@ def sigmas(config: Config) -> Tensor:
 
 def sampled_sigmas(config: Config, sampling: SamplingConfig) -> Tensor:
     """The levels that a sampler with these settings visits, as `sigmas`."""
-    return _geometric(sampling.levels or config.levels)
+    return _geometric(sampled_levels(config, sampling))
+
+
+def sampled_levels(config: Config, sampling: SamplingConfig) -> NoiseConfig | LevelsConfig:
+    """The section of these levels."""
+    return sampling.levels or config.levels
 
 
 def _geometric(levels: NoiseConfig | LevelsConfig) -> Tensor:
@@ -90,9 +95,14 @@ def training_noise(config: Config) -> TrainingNoise:
 
 
 def noise_notes(config: Config, *, images: int) -> list[str]:
-    """A sentence if sampling starts at a sigma that the network does not know from training on so many images."""
+    """A sentence if sampling starts at a sigma that a network trained on `images` images does not know.
+
+    A network that another one started has seen more, and fewer than `FEW_DRAWS` images teach no sigma at all.
+    """
     noise, sigma_1 = training_noise(config), config.sampled_levels.sigma_1
-    if not isinstance(noise, LognormalNoise) or sigma_1 <= (seen := noise.largest_seen(images)):
+    if not isinstance(noise, LognormalNoise) or config.train.init_from is not None or images < FEW_DRAWS:
+        return []
+    if sigma_1 <= (seen := noise.largest_seen(images)):
         return []
     section = "sampling.levels" if config.sampling.levels else "noise"
     return [

@@ -177,7 +177,7 @@ def _sampled(
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
     levels = build.sampled_sigmas(config, sampling)
     with inference(sampling, device):
-        x = sampler.start(space, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise)
+        x = sampler.start(space, trained.moments, sigma_1=build.sampled_levels(config, sampling).sigma_1, noise=noise)
         if on_level is not None:
             on_level(0, space.invert(x))
         return sampler(

@@ -118,7 +118,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
     if None not in (trained.classes, guide.classes):
         wanted["classes"], found["classes"] = trained.classes.names, guide.classes.names  # type: ignore[union-attr]
     if not hasattr(guide.network, "score_at"):
-        wanted["noise"], found["noise"] = sampling.levels or trained.config.levels, guide.config.levels
+        wanted["noise"], found["noise"] = build.sampled_levels(trained.config, sampling), guide.config.levels
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(CHECKPOINT, f"its {name} is {found[name]!r}, but the network's is {value!r}", value=uri)

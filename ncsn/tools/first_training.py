@@ -91,7 +91,7 @@ def choose_training(draft: Draft, *, train_images: int, seconds: float, speed: S
 
 
 def _choose_levels(draft: Draft, images: int) -> None:
-    """Where the sampler starts and ends, after training on so many images."""
+    """Where the sampler starts and ends, for a training on `images` images."""
     training = LognormalTraining.model_validate(draft.get("noise.training"))
     seen = LognormalNoise(training.mean, training.std).largest_seen(images)
     start = max(_LEAST, min(seen, _LARGEST * _sigma_data(draft)))

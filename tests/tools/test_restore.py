@@ -16,6 +16,7 @@ from PIL import Image
 from refused import refused
 
 from ncsn import storage
+from ncsn.cli.commands import finished
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.noise import LevelsConfig
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
@@ -26,7 +27,16 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
 from ncsn.model.generate import generate
 from ncsn.model.restoration.restore import restore, restoring
-from ncsn.model.restoration.tasks import Restoration, degraded, given_images, outside_box, simple_restoration
+from ncsn.model.restoration.tasks import (
+    METHODS,
+    SOLVERS,
+    TASKS,
+    Restoration,
+    degraded,
+    given_images,
+    outside_box,
+    simple_restoration,
+)
 from ncsn.runs.folder import claim_run
 from ncsn.tools.finished import restore as command
 from ncsn.training.loop import TrainingJob
@@ -242,3 +252,7 @@ def test_logits_allow_known_pixels_only() -> None:
         with refused("data.logit_transform"):
             settings.require_valid(config)
     assert torch.equal(torch.from_numpy(outside_box(4)).sum(), torch.tensor(12))
+
+
+def test_the_command_offers_every_task_solver_and_method() -> None:
+    assert (finished.TASKS, finished.SOLVERS, finished.METHODS) == (TASKS, SOLVERS, METHODS)

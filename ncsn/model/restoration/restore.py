@@ -98,7 +98,7 @@ def restore(
                 _guidance(trained, settings, sampler.visited(sigmas)),
                 sampler=sampler,
                 x=sampler.start(
-                    space, trained.moments, sigma_1=(sampling.levels or config.levels).sigma_1, noise=noise
+                    space, trained.moments, sigma_1=build.sampled_levels(config, sampling).sigma_1, noise=noise
                 ),
                 sigmas=sigmas,
                 noise=noise,

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.rules import likelihood_problems
 from ncsn.distributed.cluster import cluster_for, ray_tags
-from ncsn.distributed.likelihood import plan_likelihood
+from ncsn.distributed.likelihood import Likelihood, plan_likelihood
 from ncsn.errors import UserError
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.steps.step import Step
 
 
 @dataclass(frozen=True)
-class LikelihoodResult:
-    """The likelihood of images."""
+class LikelihoodResult(Likelihood):
+    """The likelihood of images under a checkpoint."""
 
-    bits_per_dim: float  # mean, an upper bound for gray values
-    error: float  # standard error of the mean; 0 for one image
-    num_images: int
-    metrics: dict[str, float]  # `eval/bits_per_dim_n<num_images>` and its standard error
-    settings: dict[str, Any]
-    fingerprint: str  # of settings and images; numbers of different ones do not compare
     checkpoint: str
-    notes: list[str]
 
 
 def run(config: Config, *, run: str, checkpoint: str, dataset: str, images: int | None = None) -> LikelihoodResult:

@@ -1,9 +1,9 @@
 """`ncsn neon`: weights extrapolated away from what training on the network's own samples does to them (2510.03597).
 
-Samples of the run become a dataset, a short training on it, a run of its own, starts from the run's weights, and these
-go away from its result by the multiple w whose samples have the least Frechet distance. They become the training of the
-run `<run>-neon`, which is sampled and evaluated. Three seeds keep apart the samples that are trained on, those that
-choose w, and those that are measured.
+The run's samples become a dataset. A second run starts from the run's weights and trains on that dataset for a short
+time. The weights then move away from its result, by the multiple w whose samples have the least Frechet distance, and
+become the checkpoint of the run `<run>-neon`, which is sampled and evaluated. Three seeds keep apart the samples that
+are trained on, those that choose w, and those that are measured.
 """
 
 from __future__ import annotations

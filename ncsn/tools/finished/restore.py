@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def run(
     inputs: dict[str, Any] = {
         "checkpoint": trained.digest,
         "settings": chosen.facts(),
-        "given": storage.digest([given.names, given.y.tolist(), known is not None and known.tolist()], 16),
+        "given": storage.digest([given.names, *(_digest(each) for each in (given.y.numpy(), known))], 16),
         "labels": None if labels is None else labels.tolist(),
         "sampling": sampling.model_dump(mode="json"),
     }
@@ -134,6 +135,10 @@ def run(
         work.tracked.log_file(grid, "restore")
     notes, nfe = build.noise_notes(config, images=trained.images_seen), evaluations_per_image(config)
     return step.done(RestoreResult(folder, grid, len(made), nfe, psnr, chosen.facts(), checkpoint, notes))
+
+
+def _digest(values: NDArray[Any] | None) -> str | None:
+    return None if values is None else hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def _mask(mask: str, size: int) -> NDArray[np.bool_]:
