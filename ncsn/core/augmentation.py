@@ -37,14 +37,11 @@ _MARGIN = _TAPS // 2 - 1  # samples of the enlarged image outside it that reduci
 
 
 def draw_transforms(seed: int, *, first: int, count: int, probability: float, y_flip: bool) -> Tensor:
-    """The numbers a0, ..., a7 for the images at places `first .. first + count`.
+    """The numbers a0, ..., a7 for the images at places `first .. first + count`, float32 [count, 8].
 
     Half of the images are mirrored. Each of 2 to 6 is applied with `probability`, in (0, 1], independently; 2 then
     mirrors half of the images, if `y_flip`. Scalings and translations are normal, angles uniform; half of the
-    scalings of 5 are along u.
-
-    Returns:
-        float32 [count, 8], each row a function of (seed, place) alone.
+    scalings of 5 are along u. Each row is a function of (seed, place) alone.
     """
     u = keyed_uniform(seed, stream=Stream.AUGMENTATION, first=first, count=count, size=10).double()
     applied = u[:, 2:6] < probability
@@ -78,15 +75,10 @@ def augmentation_labels(a: Tensor) -> Tensor:
 
 
 def transform(x: Tensor, a: Tensor) -> Tensor:
-    """Augment images.
+    """Augment square images x [B, C, H, W] on any device by a [B, 8] on the CPU.
 
-    Args:
-        x: Square images [B, C, H, W] on any device; beyond their borders they are continued by reflection.
-        a: [B, 8] on the CPU.
-
-    Returns:
-        Images of the same shape. Mirror images are exact; only what is more than that is resampled, once, and may
-        leave the range of x.
+    Beyond their borders they are continued by reflection. Mirror images are exact; only what is more than that is
+    resampled, once, and may leave the range of x.
     """
     flipped = mirror(x, a[:, 0].bool().to(x.device))
     flipped = torch.where(a[:, 1].bool().to(x.device).view(-1, 1, 1, 1), flipped.flip(-2), flipped)

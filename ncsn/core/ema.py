@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ncsn.core.networks.transfer import misfits
+
 
 class EmaProfile(Protocol):
     """How much of the running average a step keeps."""
@@ -22,10 +24,6 @@ class StepDecay:
     """The same factor m at each step, in [0, 1): the average depends on the batch size."""
 
     per_step: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.per_step < 1:
-            raise ValueError(f"the decay of the running average must be in [0, 1), got {self.per_step}")
 
     def decay(self, *, images_seen: int, batch: int) -> float:  # noqa: ARG002
         """See `EmaProfile`."""
@@ -79,12 +77,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, *, images_seen: int, batch: int) -> None:
-        """Move the average toward the parameters, once after each optimizer step.
+        """Move the average toward the parameters, once after each optimizer step of `batch` images over all workers.
 
-        Args:
-            module: The network.
-            images_seen: Training images so far, over all workers, with those of this step.
-            batch: Images of this step, over all workers.
+        `images_seen` counts them too.
         """
         parameters: list[Tensor] = [parameter for _, parameter in self._matched(module)]
         decay = self.profile.decay(images_seen=images_seen, batch=batch)
@@ -102,21 +97,10 @@ class Ema:
         return {"weights": dict(self.weights), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, on this object's devices and in its types.
-
-        Raises:
-            ValueError: A name is missing or unknown, or a shape differs.
-        """
+        """Restore a `state_dict`, on this object's devices and in its types."""
         weights: Mapping[str, Tensor] = state["weights"]
-        if weights.keys() != self.weights.keys():
-            missing, extra = self.weights.keys() - weights.keys(), weights.keys() - self.weights.keys()
-            raise ValueError(
-                f"these EMA weights belong to another network: missing {sorted(missing)}, extra {sorted(extra)}"
-            )
-        for name, weight in weights.items():
-            needed = self.weights[name].shape
-            if weight.shape != needed:
-                raise ValueError(f"EMA weight {name} has shape {list(weight.shape)}, the network needs {list(needed)}")
+        if found := misfits(weights, self.weights):
+            raise ValueError(f"these EMA weights belong to another network: {found}")
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
         self.num_updates = int(state["num_updates"])

@@ -12,21 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ncsn.core.networks.transfer import misfits
+
 
 def extrapolated(weights: Mapping[str, Tensor], self_trained: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
     """The weights theta_r - w (theta_s - theta_r): theta_r for w = 0 and theta_s for w = -1, to the last bit.
 
-    Args:
-        weights: Parameters theta_r of a network, float32.
-        self_trained: Those after a short training on its own samples, theta_s.
-        w: The multiple.
-
-    Raises:
-        ValueError: The two have other names or shapes.
+    theta_r are the float32 parameters of a network, theta_s those after a short training on its own samples.
     """
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (weights, self_trained)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("the weights are of two different networks")
+    if found := misfits(self_trained, weights):
+        raise ValueError(f"the weights are of two different networks: {found}")
     return {name: torch.lerp(tensor, self_trained[name], -w) for name, tensor in weights.items()}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn.core.keyed_random import keyed_normal
-from ncsn.core.losses import Batch, DenoisingScoreMatching
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
+from ncsn.core.losses import Batch, DenoisingScoreMatching, ScoreFunction
 
 Array = NDArray[np.float64]
 
@@ -44,9 +40,7 @@ def losses_at(
     """Normalized denoising loss of each image at each sigma, float32 [S, B]; a zero network reads 1.
 
     Args:
-        network: The score network.
         x: Clean images [B, C, H, W] in the network's space, numbers `first .. first + B` of their set.
-        first: Number of the first image.
         sigmas: Noise standard deviations to measure at [S].
         levels: Their numbers in the network's schedule; None for a network that takes any sigma.
         stream: Of the noise at the first sigma; each further one has the next.

@@ -20,8 +20,7 @@ def to_unit(images_u8: Tensor) -> Tensor:
 def dequantize(images_u8: Tensor, u: Tensor) -> Tensor:
     """Stored images uint8 [B, H, W, C] with each gray step spread evenly: (gray + u) / 256, u uniform in (0, 1).
 
-    Returns:
-        float32 [B, C, H, W] in [0, 1); floor(256 result) is the gray value for every input.
+    The result is float32 [B, C, H, W] in [0, 1), and floor(256 result) the gray value for every input.
     """
     # 8 bits of gray and 16 of noise fill float32's 24 exactly, so no sum rounds up into the next gray step or to 1.
     return _grays(images_u8).add_((u * 65536).floor_(), alpha=1 / 65536).div_(256)
@@ -42,8 +41,7 @@ def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
     Raises:
         ValueError: A value is NaN or infinite, which would otherwise become a plausible gray.
     """
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
+    if bad := int((~torch.isfinite(x)).sum()):
         raise ValueError(
             f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged, lower its epsilon"
         )
@@ -106,14 +104,9 @@ class DataMoments:
 
 
 def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
-    """Mean and leading principal components of images.
+    """Mean and leading principal components of images [N, C, H, W] in network space, N >= 2, on the CPU.
 
-    Args:
-        x: Images [N, C, H, W] in network space, N >= 2.
-        num_components: K; fewer if N - 1 or D is smaller.
-
-    Returns:
-        Moments on the CPU; the total variance is that of the data for any K.
+    The components are fewer if N - 1 or D is smaller; the total variance is that of the data for any number.
     """
     if len(x) < 2:
         raise ValueError(f"moments need at least 2 images, got {len(x)}")
@@ -153,23 +146,8 @@ def moment_matched(moments: DataMoments, *, sigma: float, z: Tensor) -> Tensor:
 
 
 def image_grid(images_u8: np.ndarray | Tensor, *, columns: int, padding: int = 1) -> np.ndarray:
-    """Tile images row by row on black, with `padding` pixels around and between them.
-
-    Args:
-        images_u8: uint8 [N, H, W, C], N >= 1.
-        columns: Images per row.
-        padding: Width of the gaps in pixels.
-
-    Returns:
-        uint8 [H', W', C].
-    """
+    """Tile images uint8 [N, H, W, C], N >= 1, row by row on black, `padding` pixels apart, as uint8 [H', W', C]."""
     images = images_u8.cpu().numpy() if isinstance(images_u8, Tensor) else np.asarray(images_u8)
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
-        raise ValueError(
-            f"expected uint8 images [N, H, W, C], N >= 1, got {images.dtype} of shape {list(images.shape)}"
-        )
-    if columns < 1 or padding < 0:
-        raise ValueError(f"expected columns >= 1 and padding >= 0, got columns = {columns} and padding = {padding}")
     count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)

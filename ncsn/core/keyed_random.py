@@ -49,15 +49,9 @@ class Stream(IntEnum):
 def keyed_uniform(
     seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uniform numbers of rows `first .. first + count`.
+    """Uniform numbers of rows `first .. first + count`, float32 [count, size], strictly between 0 and 1.
 
-    Args:
-        seed: In [0, 2^64).
-        stream: Purpose of the numbers, see `Stream`.
-        size: Numbers per row. Another size gives other numbers.
-
-    Returns:
-        float32 [count, size], each strictly between 0 and 1 (an odd multiple of 2^-24).
+    They are odd multiples of 2^-24. The seed is in [0, 2^64); another size gives other numbers.
     """
     words = _words(seed, kind=_UNIFORM, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
     # 23 bits and a half: the largest count whose midpoints are exact in float32, so neither 0 nor 1 can be rounded to.
@@ -68,10 +62,9 @@ def keyed_uniform(
 def keyed_normal(
     seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal numbers of rows `first .. first + count`, by the Box-Muller transform on `device`.
+    """Standard normal numbers of rows `first .. first + count`, float32 [count, size], at most 6.77 in magnitude.
 
-    Returns:
-        float32 [count, size]; no value exceeds 6.77 in magnitude. The arguments are those of `keyed_uniform`.
+    They come from the Box-Muller transform on `device`. The arguments are those of `keyed_uniform`.
     """
     words = _words(seed, kind=_NORMAL, stream=stream, first=first, count=count, words=(size + 1) // 2).to(device)
     uniform = ((words >> 32) & _LOW_32).to(torch.float64).add_(0.5).mul_(2.0**-32)
@@ -107,11 +100,7 @@ class KeyedNoise:
     def __init__(
         self, seed: int, *, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
-        self.seed = seed
-        self.first = first
-        self.count = count
-        self.shape = tuple(shape)
-        self.device = torch.device(device)
+        self.seed, self.first, self.count, self.shape, self.device = seed, first, count, tuple(shape), device
 
     def __call__(self, step: int) -> Tensor:
         """Standard normal draw number `step` >= 0, float32 [count, *shape]."""
@@ -122,8 +111,6 @@ class KeyedNoise:
         return self._draw(keyed_uniform, step)
 
     def _draw(self, draw: _Draw, step: int) -> Tensor:
-        if step < 0:
-            raise ValueError(f"the number of a draw must be at least 0, got step = {step}")
         values = draw(
             self.seed,
             stream=Stream.SAMPLING + step,
@@ -140,17 +127,11 @@ class InterpolatedNoise:
 
     Every mixture is standard normal, so a sampler runs with it as with any noise. Its batch begins with the image of
     the first source and ends with that of the second. Chains with noise in every step share one start, as in the
-    paper; a start that is a normal draw is mixed like the others. `count` includes both ends.
+    paper; a start that is a normal draw is mixed like the others. Both sources draw for one image, and `count`, at
+    least 2, includes both ends.
     """
 
     def __init__(self, first: KeyedNoise, second: KeyedNoise, *, count: int) -> None:
-        if count < 2:
-            raise ValueError(f"an interpolation has at least its two ends, got count = {count}")
-        if (first.count, first.shape) != (1, second.shape) or second.count != 1:
-            raise ValueError(
-                "both sources must draw for one image, got shapes "
-                f"{[first.count, *first.shape]} and {[second.count, *second.shape]}"
-            )
         self.first, self.second = first, second
         fractions = [k / (count - 1) for k in range(count)]
         # The last cosine is set, because cos(pi / 2) is not 0 in floating point and the end must be the image itself.

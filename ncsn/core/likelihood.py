@@ -35,15 +35,9 @@ class LikelihoodOde:
     steps: int
 
     def log_density(self, score: ScoreAt, x: Tensor, *, probes: Tensor) -> Tensor:
-        """Natural logarithm of the density of images, with pixels in [0, 1].
+        """Natural logarithm of the density of images [B, C, H, W] with pixels in [0, 1], float64 [B].
 
-        Args:
-            score: Of a network that takes any sigma.
-            x: [B, C, H, W].
-            probes: Vectors v [P, B, C, H, W] with mean v v^T = I, for the trace as the mean of v^T (dF / dy) v.
-
-        Returns:
-            float64 [B], in nats.
+        The trace is the mean of v^T (dF / dy) v over the probes v [P, B, C, H, W], whose mean of v v^T is I.
         """
         size = x[0].numel()
         low, high = 2 * self.sigma_min, 2 * HIGHEST_SIGMA
@@ -103,14 +97,9 @@ def uniform_bits(log_density: Tensor, *, size: int) -> Tensor:
 
 
 def truncated_noise(u: Tensor, *, sigma: float) -> tuple[Tensor, Tensor]:
-    """Normal numbers of standard deviation sigma that are cut at half a gray step, and their density.
+    """Normal numbers of standard deviation sigma that are cut at half a gray step, and the logarithm of their density.
 
-    Args:
-        u: Uniform numbers in (0, 1).
-        sigma: In units of pixels in [0, 1].
-
-    Returns:
-        Numbers of u's shape in +-1/512, and the logarithm of their density, float64.
+    They come from uniform numbers u in (0, 1), and are float64 of u's shape in +-1/512; pixels are in [0, 1].
     """
     cut = 1 / (2 * GRAYS * sigma)
     inside = math.erf(cut / math.sqrt(2))  # the mass within

@@ -185,13 +185,8 @@ class SlicedScoreMatching:
     num_projections: int = 1
 
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
-        """See `Loss`.
-
-        Raises:
-            ValueError: There are no projections.
-        """
-        if batch.v is None:
-            raise ValueError("sliced score matching needs projections v [P, B, C, H, W], got none")
+        """See `Loss`."""
+        assert batch.v is not None
         x = batch.x
         sigma = batch.sigma.to(x.dtype)
         noisy = torch.addcmul(x, batch.z, _per_pixel(sigma, x)).requires_grad_()

@@ -26,12 +26,9 @@ _EPSILON_CANDIDATES = 200_000
 
 
 def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
-    """The geometric sequence from `sigma_1` down to `sigma_L`, in pixel units of [0, 1].
+    """The geometric sequence from `sigma_1` down to `sigma_L`, in pixel units of [0, 1], float32 [L].
 
-    A single level needs sigma_1 = sigma_L.
-
-    Returns:
-        float32 [L], descending, computed in float64; both ends are exact.
+    It is computed in float64, and both ends are exact. A single level needs sigma_1 = sigma_L.
     """
     if num_levels == 1 and 0 < sigma_L == sigma_1 < float("inf"):
         return torch.tensor([sigma_1], dtype=torch.float32)
@@ -54,12 +51,10 @@ class PairDistances:
 
 
 def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) -> PairDistances:
-    """Distances between all pairs of images, block by block.
+    """Distances between all pairs of images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2, block by block.
 
-    Args:
-        x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
-        flips: Whether training mirrors images, so that mirrored ones count too.
-        max_images: With more images, a random sample of 10,000 is compared.
+    With `flips`, as training mirrors images, mirrored ones count too. Of more than `max_images` a random sample of
+    10,000 is compared.
     """
     if len(x) < 2:
         raise ValueError(f"distances need at least 2 images, got {len(x)}")
@@ -103,17 +98,15 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
     """Largest distance between two images, without comparing all of them.
 
     The distance of two images is at most the sum of their distances from the mean image. So images are taken in the
-    order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped.
+    order of these, farthest first, and a pair that cannot exceed the largest distance so far is skipped. The images and
+    `flips` are as for `pair_distances`.
 
     Args:
-        x: Images, float [N, C, H, W] or uint8 [N, H, W, C], N >= 2.
-        flips: Whether training mirrors images, so that mirrored ones count too.
         most_work: Multiplications, about, after which the search ends with the largest distance so far.
 
     Returns:
         The distance in pixel units of [0, 1], and whether there is no larger one.
     """
-    variants = (False, True)[: 1 + flips]
     center, radii = _mean_and_radii(x, flips=flips)
     order = radii.argsort(descending=True)
     starts = torch.split(order, min(_SMALL_BLOCK, _block_size(x)))
@@ -129,7 +122,7 @@ def largest_distance(x: Tensor, *, flips: bool = False, most_work: float = math.
             continue
         if work > most_work:
             return best, False
-        for mirrored in variants:
+        for mirrored in (False, True)[: 1 + flips]:
             distances = torch.cdist(rows(row), rows(column, mirrored=mirrored))
             best, work = max(best, float(distances.max())), work + distances.numel() * len(center)
     return best, True
@@ -167,12 +160,8 @@ def _rows(x: Tensor, *, mirrored: bool = False) -> Tensor:
 def level_overlap(ratio: float, *, dimension: int) -> float:
     """Technique 2's C: the share of one level's shell of radii that lies in the 3-sigma shell of the next.
 
-    Args:
-        ratio: gamma = sigma_i / sigma_{i+1} > 1.
-        dimension: D, number of pixels times channels.
-
-    Returns:
-        Phi(sqrt(2D) (gamma - 1) + 3 gamma) - Phi(sqrt(2D) (gamma - 1) - 3 gamma), falling from about 1 to 0.
+    For gamma = sigma_i / sigma_{i+1} > 1 and D pixels times channels, it is
+    Phi(sqrt(2D) (gamma - 1) + 3 gamma) - Phi(sqrt(2D) (gamma - 1) - 3 gamma), falling from about 1 to 0.
     """
     gap = math.sqrt(2 * dimension) * (ratio - 1)
     # Upper tails, because both arguments are far above zero where the overlap is small.
@@ -200,14 +189,8 @@ def num_levels_for(sigma_1: float, sigma_L: float, *, ratio: float) -> int:
 def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_level: int) -> float:
     """Technique 4: variance after T Langevin steps at a level over its sigma^2, for a point mass as data.
 
-    Args:
-        epsilon: Step size at the last level, in the convention of `ncsn.core.samplers.langevin`.
-        sigma_L: Smallest sigma.
-        ratio: gamma, by which the level before has a larger sigma.
-        steps_per_level: T.
-
-    Returns:
-        (1 - r)^{2T} (gamma^2 - b) + b with r = epsilon / sigma_L^2 and b = 2 / (2 - r); above 1, and 1 is ideal.
+    It is (1 - r)^{2T} (gamma^2 - b) + b with r = epsilon / sigma_L^2, b = 2 / (2 - r), and the ratio gamma of the level
+    before to this one; above 1, and 1 is ideal. Epsilon is in the convention of `ncsn.core.samplers.langevin`.
     """
     r = epsilon / sigma_L**2
     if not 0 < r < 2:
@@ -255,12 +238,9 @@ class NoiseSuggestion:
 def suggest_noise(
     distances: PairDistances, *, dimension: int, sigma_L: float = 0.01, overlap: float = 0.5, steps_per_level: int = 5
 ) -> NoiseSuggestion:
-    """Techniques 1, 2 and 4 of NCSNv2 in turn.
+    """Techniques 1, 2 and 4 of NCSNv2 in turn, for D = `dimension` pixels times channels.
 
-    Args:
-        dimension: D, number of pixels times channels.
-        overlap: C of neighboring levels; the published settings have 0.567.
-        steps_per_level: Langevin steps per level T that the sampler can afford.
+    The published settings have an overlap of 0.567.
     """
     sigma_1 = float(f"{distances.maximum:.4g}")
     if sigma_1 <= sigma_L:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from ncsn.core.ema import Ema
-    from ncsn.core.losses import Batch, Loss, Uncertainty
+from ncsn.core.ema import Ema
+from ncsn.core.losses import Batch, Loss, Uncertainty
 
 
 @dataclass
@@ -70,14 +68,10 @@ class StepReport:
 
 
 def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions) -> StepReport:
-    """One optimizer step, and the update of the running average.
+    """One optimizer step on this worker's share of the global batch, and the update of the running averages.
 
-    The gradient is that of the mean over the images of all workers, also if their shares differ.
-
-    Args:
-        network: `state.network` in train mode, wrapped in DistributedDataParallel or not.
-        batch: This worker's share of the global batch.
-        state: Its weights, optimizer and average are updated; the caller counts `images_seen`.
+    The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
+    `state.network` in train mode, wrapped in DistributedDataParallel or not; the caller counts `images_seen`.
     """
     dtype, scaler, optimizer = options.autocast_dtype, state.scaler, state.optimizer
 
@@ -90,7 +84,9 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
     count, per_image = len(batch), []
     global_batch = options.batch_size or count * options.world_size
     for part in _parts(count, options.microbatch):
-        with _exchange(network, now=part.stop == count):
+        # Workers average their gradients in the last backward pass, and until then add up their own.
+        last = part.stop == count
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             value = loss(score, batch[part])
             weighted = value.loss * ((part.stop - part.start) / (global_batch / options.world_size))
             torch.autograd.backward(weighted if scaler is None else scaler.scale(weighted))
@@ -117,13 +113,6 @@ def _parts(count: int, size: int | None) -> Iterator[slice]:
     number = 1 if size is None else math.ceil(count / size)
     for index in range(number):
         yield slice(count * index // number, count * (index + 1) // number)
-
-
-def _exchange(network: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """Context in which workers average their gradients in the backward pass, or only add up their own."""
-    if now or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()
 
 
 def _average_over_workers(module: nn.Module) -> None:

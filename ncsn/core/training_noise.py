@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ncsn.core.keyed_random import Stream, keyed_permutations, keyed_uniform
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import Batch
+from ncsn.core.losses import Batch
 
 STRATA = 64  # consecutive draws that a stratified distribution spreads evenly
 LOGNORMAL_BINS = 10

@@ -85,14 +85,7 @@ def asked_classes(config: Config, dataset: str, images: ImageSet, *, extractor: 
 
 
 def class_scores(extracted: Extracted, asked: AskedClasses, *, reference: Features, seed: int) -> ClassScores | None:
-    """The scores of images [N], or None if none of them has a class.
-
-    Args:
-        extracted: Of the images.
-        asked: Their classes.
-        reference: Features of the reference images [M, D]; a memory map is fine.
-        seed: Of the subsets that are drawn.
-    """
+    """The scores of images [N] beside the features of the reference images [M, D]; None if none has a class."""
     known = np.flatnonzero(asked.labels >= 0)
     if not len(known):
         return None

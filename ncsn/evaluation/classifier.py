@@ -154,11 +154,9 @@ def train_classifier(
     """Train by cross-entropy with AdamW and a one-cycle learning rate; deterministic for a seed and a thread count.
 
     Args:
-        recipe: architecture, passes and seed.
         images: [N, H, W, C] uint8; a memory map is fine.
         labels: [N] class of each image; images of label -1 (no label) are left out.
-        device: torch device to train on.
-        on_progress: called with (images done, images in all).
+        on_progress: Called with (images done, images in all).
     """
     require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
     labeled = _labeled(labels, num_classes=recipe.num_classes)

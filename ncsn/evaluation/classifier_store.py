@@ -82,12 +82,7 @@ def ensure_classifier(
 
 
 def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
-    """The extractor of a stored classifier.
-
-    Raises:
-        NotFound: if there is none at `uri`.
-        UserError: if its weights are not those that were stored.
-    """
+    """The extractor of a stored classifier."""
     description: dict[str, Any] = storage.read_json(storage.join(uri, DESCRIPTION))
     weights = storage.read_bytes(storage.join(uri, WEIGHTS))
     digest = hashlib.sha256(weights).hexdigest()

@@ -30,12 +30,8 @@ def num_clusters(num_images: int) -> int:
 def cluster_labels(images: Images, *, count: int, seed: int) -> npt.NDArray[np.int64]:
     """The cluster of each image, [N], by k-means on the principal components of the pixels.
 
-    Components and centers are those of at most 10,000 images.
-
-    Args:
-        images: [N, H, W, C] uint8; a memory map is fine.
-        count: Number of clusters; some are empty if fewer images differ.
-        seed: Of the images that are fitted and of the first centers.
+    Components and centers are those of at most 10,000 images [N, H, W, C] uint8, which the seed chooses, as it does the
+    first centers. Some clusters are empty if fewer images differ.
     """
     generator = np.random.default_rng(seed)
     fitted = np.sort(generator.permutation(len(images))[:_FITTED_IMAGES])

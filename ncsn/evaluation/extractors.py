@@ -119,13 +119,7 @@ TIMEOUT_SECONDS = 60
 
 
 def obtain_weights(source: str, *, sha256: str) -> Path:
-    """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI.
-
-    Raises:
-        NotFound: if there is no file at `source`.
-        UserError: if its SHA-256 is another one; the file is not kept.
-        OSError: if the source cannot be reached.
-    """
+    """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI."""
     remote = source.startswith(("http://", "https://", storage.S3_SCHEME))
     if not remote:
         path = Path(storage.absolute(source))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from scipy.stats import linregress
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.errors import UserError
+from ncsn.evaluation.scores import Estimate
 
 Array = npt.NDArray[np.float64]
 
@@ -122,16 +122,9 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     return float(np.sqrt((len(groups) - 1) * distances.var()))
 
 
-class Extrapolated(NamedTuple):
-    """A distance and its standard deviation over other samples."""
-
-    value: float
-    std: float
-
-
 def frechet_infinity(
     features: npt.NDArray[np.floating], reference: FrechetStatistics, *, std: float, seed: int
-) -> Extrapolated:
+) -> Estimate:
     """The Frechet distance of infinitely many samples (Chong and Forsyth 2020), which may be negative.
 
     It is the intercept at 1/N = 0 of the distances of 15 random subsets of N samples, from a tenth of all, but at least
@@ -144,7 +137,6 @@ def frechet_infinity(
         features: [N, D] with N >= 4 D; a memory map is fine.
         reference: The exact distribution, or one of many images.
         std: Standard deviation of the distance of all N over other samples, by `frechet_jackknife`.
-        seed: Of the subsets.
     """
     count, size = features.shape
     if count < EXTRAPOLATE_RATIO * size:
@@ -156,7 +148,7 @@ def frechet_infinity(
         blocks = np.array_split(rows, math.ceil(chosen / BLOCK))
         distances.append(frechet_distance(merged(FrechetStatistics.of(features[block]) for block in blocks), reference))
     line = linregress(1 / counts, distances)
-    return Extrapolated(float(line.intercept), math.hypot(std, line.intercept_stderr))
+    return Estimate(float(line.intercept), math.hypot(std, line.intercept_stderr))
 
 
 def factor(matrix: Array) -> Array:

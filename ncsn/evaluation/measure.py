@@ -35,7 +35,6 @@ from ncsn.evaluation.pieces import (
     Spool,
     extract_piece,
     feature_pieces,
-    missing_pieces,
 )
 from ncsn.evaluation.reference import (
     SEED,
@@ -44,7 +43,7 @@ from ncsn.evaluation.reference import (
     class_histogram,
     extractor_of,
     load_reference,
-    store_piece,
+    store_pieces,
 )
 from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
 
@@ -107,20 +106,17 @@ def measure(
     """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
 
     Args:
-        extracted: features and probabilities of the images, in order, in pieces of any size.
-        count: number of images.
-        first_images: the first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
+        extracted: Features and probabilities of the `count` images, in order, in pieces of any size.
+        first_images: The first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
             many test images instead.
-        reference: the images to compare with, through the same extractor.
-        training_images: of the dataset, [N, H, W, C] uint8; a memory map is fine.
-        num_splits: of the score.
-        seed: of the subsets that are drawn.
-        classes: whether the extractor's classes mean something; without, there is no score.
-        asked: the classes of the images; None for a model without.
-        in_turn: how many classes the images show in turn.
-        extrapolate: whether to extrapolate the Frechet distance, if there are enough images.
-        by_features: whether the reference is the training images, so that the nearest by features are shown.
-        on_score: called with each running score.
+        training_images: Of the dataset, [N, H, W, C] uint8; a memory map is fine.
+        num_splits: Of the score.
+        seed: Of the subsets that are drawn.
+        classes: Whether the extractor's classes mean something; without, there is no score.
+        asked: The classes of the images; None for a model without.
+        in_turn: How many classes the images show in turn.
+        extrapolate: Whether to extrapolate the Frechet distance, if there are enough images.
+        by_features: Whether the reference is the training images, so that the nearest by features are shown.
     """
     running, scores = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn), []
     with storage.scratch_folder(str(cache_folder())) as folder:
@@ -170,15 +166,10 @@ def metrics_of(
     distance = frechet_distance(merged(groups), reference.statistics)
     std = frechet_jackknife(groups, reference.statistics)
     kernel = kernel_distance(extracted.features, reference.features, seed=seed)
-    values = {
-        "fid": distance,
-        "fid_std": std,
-        "kid": kernel.mean,
-        "kid_std": kernel.std,
-    }
+    values = {"fid": distance, "fid_std": std, "kid": kernel.mean, "kid_std": kernel.std}
     if extrapolate and count >= EXTRAPOLATE_RATIO * size:
         limit = frechet_infinity(extracted.features, reference.statistics, std=std, seed=seed)
-        values |= {"fid_infinity": limit.value, "fid_infinity_std": limit.std}
+        values |= {"fid_infinity": limit.mean, "fid_infinity_std": limit.std}
     return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
 
 
@@ -240,12 +231,7 @@ def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str
         return {}
     chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:count])
     shares = precision_recall(extracted.features[:count], reference.features[chosen])
-    return {
-        "precision": Metric(shares.precision, count),
-        "recall": Metric(shares.recall, count),
-        "density": Metric(shares.density, count),
-        "coverage": Metric(shares.coverage, count),
-    }
+    return {name: Metric(value, count) for name, value in vars(shares).items()}
 
 
 @dataclass(frozen=True)
@@ -272,17 +258,9 @@ def measure_sets(
 ) -> list[Measured]:
     """All metrics of each set.
 
-    The features stay below `near` until all sets are measured, so that a second call continues an interrupted one.
-
-    Args:
-        config: The experiment.
-        dataset: URI of the ingested dataset.
-        evaluator: Its extractor and reference.
-        sets: What to measure.
-        near: URI of the folder for the pieces.
-        runner: Computes, the features on GPUs if the config uses them.
-        on_images: Called with n after n more images.
-        on_score: Called with the running scores of the first set: at once where this process computes, else at the end.
+    The features stay below the folder `near` until all sets are measured, so that a second call continues an
+    interrupted one. `on_images(n)` follows n more images; `on_score` gets the running scores of the first set, at once
+    where this process computes, else at the end.
     """
     fingerprint = evaluator.extractor.fingerprint
     works = [
@@ -296,11 +274,7 @@ def measure_sets(
         for number, images in enumerate(sets)
     ]
     if runner.apart:
-        pieces = [piece for work in works for piece in work.pieces]
-        missing = [piece for work in works for piece in missing_pieces(work.pieces)]
-        on_images(sum(map(len, pieces)) - sum(map(len, missing)))
-        for piece, _ in runner.each(store_piece, missing, gpu=True):
-            on_images(len(piece))
+        store_pieces([piece for work in works for piece in work.pieces], runner=runner, on_images=on_images)
         found = {work.number: measured for work, measured in runner.each(_measure, works, gpu=False)}
         if on_score is not None:
             for score in found[0].running:

@@ -127,8 +127,8 @@ def feature_pieces(
 
 def missing_pieces(pieces: list[FeaturePiece]) -> list[FeaturePiece]:
     """The pieces that are not in the store yet."""
-    there = set(storage.list_names(pieces[0].folder))
-    return [piece for piece in pieces if piece.uri.rpartition("/")[2] not in there]
+    there = {folder: set(storage.list_names(folder)) for folder in {piece.folder for piece in pieces}}
+    return [piece for piece in pieces if piece.uri.rpartition("/")[2] not in there[piece.folder]]
 
 
 def extract_piece(

@@ -42,6 +42,9 @@ Progress = Callable[[int, int], None]
 _HERE = Here()
 
 
+def _silent(_done: int, _total: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Reference:
     """The reference images through an extractor."""
@@ -89,12 +92,10 @@ def publish_reference(
     """Store a reference, complete or not at all.
 
     Args:
-        dataset_uri: folder of the dataset, which holds the reference.
-        fingerprint: hash of what it depends on.
-        extracted: features of the images of the split in stored order, in pieces of whole batches.
+        extracted: Features of the images of the split in stored order, in pieces of whole batches.
         shape: (N, D).
-        batch_size: images whose moments are taken at once.
-        origin: the extractor and the images, for the description.
+        batch_size: Images whose moments are taken at once.
+        origin: The extractor and the images, for the description.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
         _write(folder, extracted, shape=shape, batch_size=batch_size)
@@ -125,8 +126,7 @@ def _write(folder: Path, extracted: Iterable[Extracted], *, shape: tuple[int, in
             statistics = part if statistics is None else statistics.merge(part)
             histogram = histogram + class_histogram(piece.log_probabilities[first : first + len(batch)]) * len(batch)
             done += len(batch)
-    if statistics is None:
-        raise ValueError("the reference split has no images")
+    assert statistics is not None, "the split has images"
     features.flush()
     tensors = {"mean": statistics.mean, "scatter": statistics.scatter, "class_histogram": np.asarray(histogram) / done}
     save_file(tensors, folder / STATISTICS)
@@ -147,25 +147,17 @@ class Evaluator:
 
 
 def open_evaluator(
-    config: Config, dataset: str, *, runner: Runner = _HERE, on_progress: Progress | None = None
+    config: Config, dataset: str, *, runner: Runner = _HERE, on_progress: Progress = _silent
 ) -> Evaluator:
     """The evaluator of `config.evaluation` for an ingested dataset; `runner` makes what the store lacks.
 
-    Args:
-        config: The experiment.
-        dataset: URI of the dataset.
-        runner: Makes what is missing.
-        on_progress: Called with (images done, `images_to_prepare`); pickled for the runner.
-
-    Raises:
-        UserError: if the dataset has too few test images or no labels, or weights are not those that were asked for.
+    `on_progress` is called with (images done, `images_to_prepare`), and pickled for the runner.
     """
     manifest = load_manifest(dataset)
     require_test_images(config, manifest)
-    report: Progress = on_progress or _silent
     found = _identify(config, dataset, manifest)
     if found is None:
-        runner.one(_train_classifier, config, dataset, report, gpu=True)
+        runner.one(_train_classifier, config, dataset, on_progress, gpu=True)
         found = _identify(config, dataset, manifest)
         assert found is not None, "its description is in the store"
     identity, facts = found
@@ -173,7 +165,7 @@ def open_evaluator(
     fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=split)
     reference = load_reference(dataset, fingerprint)
     if reference is None:
-        _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=report)
+        _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=on_progress)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
     return Evaluator(named_in_metrics(identity.name, config), identity, reference, facts)
@@ -185,12 +177,7 @@ def images_to_prepare(config: Config, manifest: Manifest) -> int:
 
 
 def extractor_of(config: Config, dataset: str) -> Extractor:
-    """The configured extractor, loaded in this process and kept for the next call.
-
-    Raises:
-        NotFound: if it is a classifier that is not trained yet.
-        UserError: if the weights are not those that were asked for.
-    """
+    """The configured extractor, loaded in this process and kept for the next call."""
     return _extractor(to_json(config), dataset)
 
 
@@ -217,6 +204,14 @@ def store_piece(piece: FeaturePiece) -> None:
     extract_piece(piece, partial(extractor_of, piece.config, piece.dataset))
 
 
+def store_pieces(pieces: list[FeaturePiece], *, runner: Runner, on_images: Callable[[int], None]) -> None:
+    """Put the features of all pieces into the store; `on_images(n)` after n more images."""
+    missing = missing_pieces(pieces)
+    on_images(sum(map(len, pieces)) - sum(map(len, missing)))
+    for piece, _ in runner.each(store_piece, missing, gpu=True):
+        on_images(len(piece))
+
+
 @lru_cache(maxsize=1)
 def _extractor(config_json: str, dataset: str) -> Extractor:
     keep_freed_memory()
@@ -228,14 +223,9 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
             "inception": extractors.InceptionExtractor,
             "dinov2": dinov2.Dinov2Extractor,
         }
-        open_ = kinds[settings.pretrained]
-        return open_(settings.weights, sha256=settings.weights_sha256, device=device_of(config))
+        return kinds[settings.pretrained](settings.weights, sha256=settings.weights_sha256, device=device_of(config))
     uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
     return classifier_store.load_classifier(uri, device=device_of(config))
-
-
-def _silent(_done: int, _total: int) -> None:
-    pass
 
 
 def _images_of_training(config: Config, manifest: Manifest) -> int:

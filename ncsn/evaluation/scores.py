@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from ncsn.errors import UserError
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
+Features = npt.NDArray[np.floating]
 
 BLOCK_VALUES = 1 << 23
 # A copy is this much nearer to its nearest training image than to the second nearest (Yoon et al. 2023).
@@ -39,8 +41,7 @@ def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int = 2, block
     Args:
         queries: [Q, ...] vectors, or images as the vectors of their values.
         reference: [N, ...] with N >= k; a memory map is read one block at a time.
-        k: neighbors per query, at least 2.
-        block_size: reference vectors in memory at a time; None = about 64 MB of them.
+        block_size: Reference vectors in memory at a time; None = about 64 MB of them.
     """
     if queries.shape[1:] != reference.shape[1:]:
         raise ValueError(f"queries of shape {list(queries.shape[1:])} have no distance to {list(reference.shape[1:])}")
@@ -90,16 +91,15 @@ def _distances(a: Array, b: Array) -> Array:
     return distances
 
 
-@dataclass(frozen=True)
-class Score:
-    """Mean and population standard deviation of the score over the splits, each in [1, K]."""
+class Estimate(NamedTuple):
+    """Mean and population standard deviation of a metric over splits or subsets of the images."""
 
     mean: float
     std: float
 
 
-def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -> Score:
-    """The exponential of the mean KL divergence between p(y|x) and p(y), the mean of p(y|x) within a split.
+def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -> Estimate:
+    """The exponential of the mean KL divergence between p(y|x) and p(y), the mean of p(y|x) within a split; in [1, K].
 
     The result is an *Inception score* only for the logits of the 2015 Inception graph without its last bias; with any
     other classifier it is that classifier's score.
@@ -116,7 +116,7 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     if missing := sum(int(np.isnan(rows).any(axis=1).sum()) for rows in splits):
         raise ValueError(f"{missing} of {count} rows of log probabilities hold NaN")
     scores = [_score_of_split(rows) for rows in splits]
-    return Score(mean=float(np.mean(scores)), std=float(np.std(scores)))
+    return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _score_of_split(log_p: npt.NDArray[np.float64]) -> float:
@@ -145,30 +145,18 @@ def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Mean and population standard deviation over the subsets. Being unbiased, the mean may be negative."""
-
-    mean: float
-    std: float
-
-
 def kernel_distance(
-    a: npt.NDArray[np.floating],
-    b: npt.NDArray[np.floating],
-    *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 0,
-) -> KernelDistance:
+    a: Features, b: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Estimate:
     """Mean squared MMD over random subsets, with the kernel k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
+
+    Being unbiased, it may be negative. Of memory maps one subset at a time is read.
 
     Args:
         a: [N, D] features.
-        b: [M, D] features; a memory map is read one subset at a time.
-        num_subsets: pairs of subsets, each drawn without replacement.
-        subset_size: feature vectors per subset; fewer if N or M is smaller.
-        seed: of the subsets.
+        b: [M, D] features.
+        num_subsets: Pairs of subsets, each drawn without replacement.
+        subset_size: Feature vectors per subset; fewer if N or M is smaller.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
@@ -182,7 +170,7 @@ def kernel_distance(
     mean = float(np.mean(estimates))
     if not np.isfinite(mean):
         raise ValueError("features hold NaN or infinity; check the samples for them")
-    return KernelDistance(mean=mean, std=float(np.std(estimates)))
+    return Estimate(mean, float(np.std(estimates)))
 
 
 def squared_mmd(x: Array, y: Array) -> float:
@@ -201,13 +189,10 @@ def _kernel(x: Array, y: Array) -> Array:
     return cube
 
 
-def _draw(features: npt.NDArray[np.floating], size: int, generator: np.random.Generator) -> Array:
+def _draw(features: Features, size: int, generator: np.random.Generator) -> Array:
     # Sorted, because a memory map is read faster in order and the estimate does not depend on the order.
     rows = np.sort(generator.choice(len(features), size, replace=False))
     return np.asarray(features[rows], dtype=np.float64)
-
-
-Features = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -230,14 +215,8 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Compare two sets of features; a ball reaches to its center's k-th nearest neighbor in the same set.
 
-    All four depend on the number of images: compare only values of equal counts, and give both sets as many.
-
-    Args:
-        generated: [N, D].
-        real: [M, D].
-        neighborhood: k of precision and recall.
-        density_neighborhood: k of density and coverage.
-        block_size: rows of the distance matrix in memory at a time.
+    All four depend on the number of images: compare only values of equal counts, and give both sets as many, [N, D] and
+    [M, D]. `neighborhood` is the k of precision and recall, `density_neighborhood` that of density and coverage.
     """
     largest = max(neighborhood, density_neighborhood)
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:

@@ -9,8 +9,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.evaluation.measure import Metric
-from ncsn.evaluation.pieces import FeaturePiece, ImageSet, Runner, extract_piece, feature_pieces, missing_pieces
-from ncsn.evaluation.reference import Evaluator, extractor_of, load_reference, store_piece
+from ncsn.evaluation.pieces import FeaturePiece, ImageSet, Runner, extract_piece, feature_pieces
+from ncsn.evaluation.reference import Evaluator, extractor_of, load_reference, store_pieces
 
 
 def set_distances(
@@ -27,10 +27,7 @@ def set_distances(
     distances = []
     for images in sets:
         pieces = feature_pieces(config, dataset, images, near=near, fingerprint=evaluator.extractor.fingerprint)
-        missing = missing_pieces(pieces)
-        on_images(images.count - sum(map(len, missing)))
-        for piece, _ in runner.each(store_piece, missing, gpu=True):
-            on_images(len(piece))
+        store_pieces(pieces, runner=runner, on_images=on_images)
         distances.append(runner.one(_distance, pieces, evaluator.reference.fingerprint, gpu=False))
         storage.delete_folder(pieces[0].folder)
     return distances

@@ -26,8 +26,7 @@ from ncsn.core.posthoc import Profile, Reconstruction, exponent_of, reconstructi
 from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import FOLDER_NAME, folder_name, images_seen_at
-from ncsn.model.derived import write_derived
-from ncsn.model.index import INDEX, DamagedError, verify, write_index
+from ncsn.model.index import INDEX, DamagedError, verify, write_derived, write_index
 
 WIDTHS = "widths"
 MOST_FLOAT16 = 6e4  # of a weight; float16 ends at 65,504
@@ -76,16 +75,15 @@ def publish(uri: str, taken: AverageSnapshot) -> None:
 
 def snapshots(uri: str) -> list[int]:
     """Images seen of the complete snapshots below the folder `uri`, ascending."""
-    found = [name for name in storage.list_names(uri) if FOLDER_NAME.fullmatch(name)]
-    return sorted(images_seen_at(name) for name in found if storage.exists(storage.join(uri, name, INDEX)))
+    return sorted(
+        images_seen_at(name)
+        for name in storage.list_names(uri)
+        if FOLDER_NAME.fullmatch(name) and storage.exists(storage.join(uri, name, INDEX))
+    )
 
 
 def sampled_checkpoint(checkpoint: str, config: Config) -> str:
-    """The checkpoint that the config samples from: the one at the URI, or one with the average of another width.
-
-    Raises:
-        UserError: as `build_average`.
-    """
+    """The checkpoint that the config samples from: the one at the URI, or one with the average of another width."""
     width, key = config.sampling.relative_width, "sampling.relative_width"
     if width is None:
         return checkpoint
@@ -102,15 +100,8 @@ def build_average(
 ) -> BuiltAverage:
     """Put the average of a relative width together from the snapshots of a run, unless it is there already.
 
-    Args:
-        checkpoint: URI of a checkpoint of the run, which gives everything but the weights.
-        config: Of the run.
-        relative_width: Standard deviation of the weights over time, as a share of the training so far.
-        at_images: When the average ends, by training images; None for the checkpoint's.
-        key: The setting to name in errors.
-
-    Raises:
-        UserError: The run has no snapshots, or none at that many images.
+    It ends at `at_images` training images, or at those of the checkpoint, which gives everything but the weights.
+    `key` is the setting to name in errors.
     """
     settings = _settings(config, key=key)
     run, _, name = checkpoint.rpartition("/")
@@ -174,9 +165,8 @@ def _file(width: float) -> str:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    fits = float(tensor.detach().abs().max()) < MOST_FLOAT16 if tensor.numel() else True
-    kind = torch.float16 if fits else torch.float32
-    return torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
+    fits = tensor.numel() == 0 or float(tensor.detach().abs().max()) < MOST_FLOAT16
+    return torch.empty(tensor.shape, dtype=torch.float16 if fits else torch.float32).copy_(tensor.detach())
 
 
 def _whole(folder: str, times: Sequence[int], widths: Sequence[float]) -> Iterator[tuple[int, float]]:

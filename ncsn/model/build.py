@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
+from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.noise import (
     DsmLossConfig,
     LevelsConfig,
@@ -47,18 +46,9 @@ from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
 from ncsn.errors import UserError
 
+_STOCHASTIC = (AnnealedLangevin, Langevin, ConsistentAnnealed, PredictorCorrector)
 _SAMPLERS: dict[str, type[Sampler]] = {
-    each.kind: each
-    for each in (
-        AnnealedLangevin,
-        Langevin,
-        ConsistentAnnealed,
-        PredictorCorrector,
-        ProbabilityFlow,
-        KarrasHeun,
-        DpmSolver,
-        UniPC,
-    )
+    each.kind: each for each in (*_STOCHASTIC, ProbabilityFlow, KarrasHeun, DpmSolver, UniPC)
 }
 
 
@@ -115,32 +105,21 @@ def network(config: Config) -> nn.Module:
     """The score network with its initial weights, which `config.seed` alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if isinstance(config.network, NcsnNetworkConfig):
-            return NcsnNetwork(
-                num_features=config.network.num_features,
-                channels=config.data.channels,
-                num_levels=config.levels.num_levels,
-                rescale=not config.data.logit_transform,
-            )
-        if isinstance(config.network, NcsnV2NetworkConfig):
-            return NcsnV2Network(
-                config.network.num_features,
-                channels=config.data.channels,
-                sigmas=sigmas(config),
-                depth=config.network.depth,
-                rescale=not config.data.logit_transform,
-            )
-        if isinstance(config.network, UnetNetworkConfig | DdpmppNetworkConfig):
-            kind = UnetNetwork if isinstance(config.network, UnetNetworkConfig) else DdpmppNetwork
-            return kind(
-                channels=config.data.channels,
-                image_size=config.data.image_size,
-                sigmas=sigmas(config),
-                num_classes=config.data.num_classes,
-                augmentation=config.data.augmentation is not None,
-                **config.network.model_dump(exclude={"kind"}),
-            )
-        assert_never(config.network)
+        settings, channels, rescale = config.network, config.data.channels, not config.data.logit_transform
+        own = settings.model_dump(exclude={"kind"})
+        if isinstance(settings, NcsnNetworkConfig):
+            return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, rescale=rescale, **own)
+        if isinstance(settings, NcsnV2NetworkConfig):
+            return NcsnV2Network(channels=channels, sigmas=sigmas(config), rescale=rescale, **own)
+        kind = UnetNetwork if isinstance(settings, UnetNetworkConfig) else DdpmppNetwork
+        return kind(
+            channels=channels,
+            image_size=config.data.image_size,
+            sigmas=sigmas(config),
+            num_classes=config.data.num_classes,
+            augmentation=config.data.augmentation is not None,
+            **own,
+        )
 
 
 def sampler(settings: SamplerConfig) -> Sampler:
@@ -156,32 +135,21 @@ def sampler_section(sampler: Sampler) -> SamplerConfig:
 def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:
     """The training loss, with the `TrainState.uncertainty` that it learns."""
     settings = config.loss
-    if isinstance(settings, DsmLossConfig):
-        return DenoisingScoreMatching(_weight(config, settings), settings.antithetic, uncertainty)
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
-    if isinstance(settings, SingleSigmaLossConfig):
-        return DenoisingScoreMatching(weight=_power_weight(settings))
-    assert_never(settings)
-
-
-def _power_weight(settings: SsmLossConfig | SingleSigmaLossConfig) -> PowerWeight:
-    # The baseline of one sigma is equation 2, without weight.
-    return PowerWeight(settings.anneal_power if isinstance(settings, SsmLossConfig) else 0.0)
-
-
-def _weight(config: Config, settings: DsmLossConfig) -> Weight:
-    if settings.weighting == "power":
-        return PowerWeight(settings.anneal_power)
-    weight = edm_weight(config)
-    assert weight is not None
-    return weight
+    antithetic = isinstance(settings, DsmLossConfig) and settings.antithetic
+    return DenoisingScoreMatching(loss_weight(config), antithetic, uncertainty)
 
 
 def loss_weight(config: Config) -> Weight:
     """The weight of |sigma s + z|^2 at each sigma, for any loss; a learned one is left out."""
     settings = config.loss
-    return _weight(config, settings) if isinstance(settings, DsmLossConfig) else _power_weight(settings)
+    if isinstance(settings, DsmLossConfig) and settings.weighting != "power":
+        weight = edm_weight(config)
+        assert weight is not None
+        return weight
+    # The baseline of one sigma is equation 2, without weight.
+    return PowerWeight(0.0 if isinstance(settings, SingleSigmaLossConfig) else settings.anneal_power)
 
 
 def edm_weight(config: Config) -> EdmWeight | None:
@@ -220,11 +188,7 @@ def memory_format(config: Config) -> torch.memory_format:
 
 
 def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | None:
-    """Type of the convolutions in training, or None for that of the weights.
-
-    Raises:
-        UserError: if `device` cannot train in it.
-    """
+    """Type of the convolutions in training, or None for that of the weights."""
     precision = config.train.precision
     if precision == "float16" and torch.device(device).type == "cpu":
         raise UserError(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
+from ncsn.core.networks.transfer import misfits
 from ncsn.core.training import TrainState
 from ncsn.model import build
 from ncsn.model.classes import Classes
@@ -121,19 +122,6 @@ def snapshot(
     return Snapshot(tensors, {"state.json": json.dumps(facts), "config.yaml": to_yaml(config)})
 
 
-def save(
-    folder: Path,
-    *,
-    config: Config,
-    state: TrainState,
-    moments: DataMoments,
-    dataset_digest: str,
-    classes: Classes | None = None,
-) -> None:
-    """Write a complete checkpoint into the existing, empty `folder`."""
-    snapshot(config=config, state=state, moments=moments, dataset_digest=dataset_digest, classes=classes).write(folder)
-
-
 def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str) -> dict[str, Any] | None:
     """Restore everything into `state`, strictly, and return the `curves` that were saved.
 
@@ -170,7 +158,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
     """Read the EMA weights and the config of the checkpoint at `uri`.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint, or it does not fit the network of its config.
+        CheckpointError: There is no whole checkpoint, or it does not fit the network of its config.
     """
     try:
         with storage.local_copy(uri) as folder:
@@ -202,11 +190,7 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origin: str) -> nn.Module:
-    """The network of `config` with these parameters, in eval mode; buffers come from the config.
-
-    Raises:
-        CheckpointError: naming missing, extra and misshapen tensors.
-    """
+    """The network of `config` with these parameters, in eval mode; buffers come from the config."""
     network = build.network(config)
     parameters = dict(network.named_parameters())
     buffers = {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
@@ -215,34 +199,16 @@ def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origi
 
 
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
-    """`wanted`, with the checkpoint's noise levels if it leaves them to the images.
-
-    Raises:
-        CheckpointError: naming the first settings that differ.
-    """
-    changed = changed_settings(saved, wanted)
-    if changed:
+    """`wanted`, with the checkpoint's noise levels if it leaves them to the images; refuses another training."""
+    if changed := changed_settings(saved, wanted):
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         raise CheckpointError(origin, f"was trained with another config: {shown}")
     return wanted.model_copy(update={"noise": saved.noise})
 
 
 def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
-    wanted = network.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {list(tensors[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in wanted.keys() & tensors.keys()
-        if tensors[name].shape != wanted[name].shape
-    ]
-    problems = [
-        f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for label, names in (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes)))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(origin, f"does not fit this network: tensors {'; '.join(problems)}")
+    if found := misfits(tensors, network.state_dict()):
+        raise CheckpointError(origin, f"does not fit this network: tensors {found}")
     network.load_state_dict(dict(tensors), strict=True)
 
 
@@ -256,28 +222,21 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     found: dict[int, dict[str, Any]] = {}
-    for index, (name, parameter) in enumerate(state.trained()):
-        moments = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        if moments:
-            found[index] = {key: _laid_out_like(parameter, value) for key, value in moments.items()}
+    trained = {name: (index, parameter) for index, (name, parameter) in enumerate(state.trained())}
+    for path, moment in tensors.items():
+        name, _, key = path.rpartition("/")
+        index, parameter = trained[name]
+        # Fused Adam needs moments with the memory format of their parameters; its step is a number.
+        like = moment.shape == parameter.shape
+        found.setdefault(index, {})[key] = torch.empty_like(parameter).copy_(moment) if like else moment
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": found, "param_groups": groups})
-
-
-def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
-    # Fused Adam needs moments with the memory format of their parameters.
-    return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
 
 
 def load_moments(path: Path) -> DataMoments:
     """Inverse of saving `moment_tensors`."""
     tensors = load_file(path)
-    return DataMoments(
-        mean=tensors["mean"],
-        directions=tensors["directions"],
-        variances=tensors["variances"],
-        rest=float(tensors["rest"]),
-    )
+    return DataMoments(tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["rest"]))
 
 
 def moment_tensors(moments: DataMoments) -> dict[str, Tensor]:

@@ -70,9 +70,6 @@ class CheckpointStore:
         """The newest whole checkpoint. Damaged ones are deleted with a warning: training makes them again.
 
         For one process at a time, before it publishes.
-
-        Raises:
-            CheckpointError: if another version of the program wrote it.
         """
         if storage.is_local(self.uri):
             storage.remove_scratch(self.uri)
@@ -100,11 +97,7 @@ class CheckpointStore:
         """Begin to store what `write` writes into an empty local folder.
 
         Waits for the checkpoint before, so that a slow store does not fill this machine's memory, and raises its error.
-
-        Args:
-            write: Writes a complete checkpoint; called in a thread.
-            name: Name of the checkpoint.
-            loss: Loss by which the best one is chosen; None keeps this one out of the choice.
+        Without a loss this checkpoint is no candidate for the best one.
         """
         self.later(partial(self._store, write, name, loss))
 
@@ -115,8 +108,8 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Wait until everything is stored. Raises what went wrong; the checkpoints before are still there."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        if pending is not None:
             pending.result()
 
     def _store(self, write: Callable[[Path], None], name: str, loss: float | None) -> None:

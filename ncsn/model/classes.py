@@ -39,11 +39,7 @@ class Classes:
 
 
 def require_same_classes(num_classes: int | None, names: Sequence[str], *, where: str) -> None:
-    """Refuse data with another number of classes than the network's.
-
-    Raises:
-        UserError: naming `data.num_classes`.
-    """
+    """Refuse data with another number of classes than the network's."""
     if num_classes is None or num_classes == len(names):
         return
     found = f"{len(names)}: {_shown(names)}" if names else "0"
@@ -54,20 +50,13 @@ def require_same_classes(num_classes: int | None, names: Sequence[str], *, where
 def labels_of_images(
     label: str, *, num_classes: int, classes: Classes | None, seed: int, first: int, count: int
 ) -> Tensor:
-    """Labels of images `first .. first + count` of a seed, int64 [count]; a function of (seed, image).
+    """Labels of images `first .. first + count` of a seed by `sampling.label`, int64 [count].
 
-    Args:
-        label: Of `sampling.label`.
-        num_classes: Of the network.
-        classes: Only balanced classes need no facts about them.
-        seed: Of the images.
-        first: Number of the first image.
-        count: Number of images.
+    They are a function of (seed, image). Only balanced classes need no facts about them.
     """
     if label == BALANCED:
         return balanced_labels(num_classes, first=first, count=count)
-    if classes is None:
-        raise ValueError("the classes of the network are not known")
+    assert classes is not None
     if label == AS_DATA:
         return drawn_labels(classes.counts, seed=seed, first=first, count=count)
     return full((count,), classes.index(label, key="sampling.label"), dtype=int64)

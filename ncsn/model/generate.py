@@ -42,7 +42,7 @@ def generate(
             visited level.
 
     Raises:
-        UserError: if an image is not finite, or the sampler does not fit the network or its levels.
+        UserError: An image is not finite.
     """
     noise = KeyedNoise(sampling.seed, first=first, count=count, shape=image_shape(trained.config), device=device)
     labels = image_labels(trained, sampling, first=first, count=count)
@@ -62,16 +62,8 @@ def interpolate(
     """Images from image `first` to image `second` of a seed, by mixing their noise (NCSNv2, interpolation).
 
     The first is that of `generate`, and so is the last if the start is a normal draw and both have one class: all
-    images have that of `first`. A chain that starts from uniform pixels takes those of `first` for all images.
-
-    Args:
-        count: Number of images, both ends included; at least 2.
-
-    Returns:
-        uint8 `[count, H, W, C]`.
-
-    Raises:
-        UserError: as `generate`.
+    images have that of `first`. A chain that starts from uniform pixels takes those of `first` for all images. They are
+    uint8 `[count, H, W, C]`, of which `count` >= 2 includes both ends.
     """
     one, other = (
         KeyedNoise(sampling.seed, first=index, count=1, shape=image_shape(trained.config), device=device)
@@ -98,15 +90,11 @@ def complete(
     Args:
         images: `[N, H, W, C]` uint8; their unknown pixels are not used.
         known: `[H, W]` or `[N, H, W]`, True for a known pixel, which does not change.
-        sampling: Its sampler is annealed Langevin dynamics.
         labels: Class of each image, int64 [N], for a network of classes; None for those of `generate`.
         first: Index of the first image: image i draws the noise that `generate` gives image i.
 
     Returns:
         `[N, H, W, C]` uint8.
-
-    Raises:
-        UserError: for another sampler, images or a mask of another shape, or an image that is not finite.
     """
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
     levels = build.sampled_sigmas(config, sampling)
@@ -125,7 +113,7 @@ def complete(
         labels = image_labels(trained, sampling, first=first, count=len(images))
     with inference(sampling, device):
         x = inpaint(
-            score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
+            score_function(trained, sampling, sampler, labels=labels),
             x=space.transform(noise.uniform(0)),
             reference=reference,
             mask=mask if mask.ndim == 2 else mask[:, None],
@@ -140,11 +128,7 @@ def complete(
 
 
 def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, count: int) -> Tensor | None:
-    """Classes of images `first .. first + count` of the seed, int64 [count]; None for a network without classes.
-
-    Raises:
-        UserError: `sampling.label` is not one of them.
-    """
+    """Classes of images `first .. first + count` of the seed, int64 [count]; None for a network without classes."""
     num_classes = trained.config.data.num_classes
     if num_classes is None:
         return None
@@ -181,7 +165,7 @@ def _sampled(
         if on_level is not None:
             on_level(0, space.invert(x))
         return sampler(
-            score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
+            score_function(trained, sampling, sampler, labels=labels),
             x=x,
             sigmas=levels.to(device),
             noise=noise,
@@ -195,13 +179,8 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) -> NDArray[np.uint8]:
-    """The images of a sampler's last state, uint8 `[N, H, W, C]`; `what` they are for a message.
-
-    Raises:
-        UserError: if an image is not finite.
-    """
-    broken = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    if broken:
+    """The images of a sampler's last state, uint8 `[N, H, W, C]`; `what` they are for a message."""
+    if broken := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
         raise UserError(
             "sampling.sampler",
             f"{broken} of {what} are not finite",
@@ -218,11 +197,7 @@ def _grays(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.ui
 
 
 def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.uint8]:
-    """The images of a state that `on_level` receives, uint8 `[N, H, W, C]`.
-
-    Raises:
-        UserError: if a pixel is not finite.
-    """
+    """The images of a state that `on_level` receives, uint8 `[N, H, W, C]`."""
     try:
         return _grays(x, sampling, config)
     except ValueError as error:
@@ -235,11 +210,7 @@ def evaluations_per_image(config: Config) -> int:
 
 
 def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int, key: str = "nfe") -> SamplerConfig:
-    """The sampler's section with a chain of exactly `nfe` evaluations.
-
-    Raises:
-        UserError: There is none; names the nearest.
-    """
+    """The sampler's section with a chain of exactly `nfe` evaluations; an error names the nearest."""
     try:
         return build.sampler_section(build.sampler(section).with_evaluations(nfe, num_levels=num_levels))
     except ValueError as error:

@@ -25,11 +25,8 @@ CHECKPOINT = "sampling.guidance.checkpoint"
 def score_function(
     trained: TrainedNetwork, sampling: SamplingConfig, sampler: Sampler, *, labels: Tensor | None
 ) -> ScoreFunction:
-    """The score function for images of these labels, int64 [B] on the network's device; None without classes.
-
-    Raises:
-        UserError: the network of autoguidance is missing, or makes other images.
-    """
+    """The score function for images of these labels, int64 [B]; None without classes."""
+    labels = None if labels is None else labels.to(_device(trained))
     levels, guidance = build.sampled_sigmas(trained.config, sampling), sampling.guidance
     network = trained.network if sampling.levels is None else AtLevels(trained.network, levels)
     score = network if labels is None else Labeled(network, labels)
@@ -70,11 +67,7 @@ class _Zero:
 
 
 def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwork | None:
-    """The worse network of autoguidance, which a registered model has with it; None for other settings.
-
-    Raises:
-        UserError: it is missing, or does not fit.
-    """
+    """The worse network of autoguidance, which a registered model has with it; None for other settings."""
     guidance, own = sampling.guidance, trained.config.sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):
         return None
@@ -85,7 +78,7 @@ def guide_of(trained: TrainedNetwork, sampling: SamplingConfig) -> TrainedNetwor
         raise UserError(
             CHECKPOINT, "a registered model is copied by the steps of a run only", value=guidance.checkpoint
         )
-    guide = _load(guidance.checkpoint, str(next(trained.network.parameters()).device))
+    guide = _load(guidance.checkpoint, str(_device(trained)))
     _require_fitting(trained, guide, guidance.checkpoint, sampling)
     return guide
 
@@ -97,6 +90,10 @@ def sampling_facts(sampling: SamplingConfig, guide: TrainedNetwork | None) -> di
     if guide is not None:
         facts["guidance"] = {**facts["guidance"], "checkpoint": weights_digest(guide.network)}
     return facts
+
+
+def _device(trained: TrainedNetwork) -> torch.device:
+    return next(trained.network.parameters()).device
 
 
 @lru_cache(maxsize=1)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ncsn import storage
 from ncsn.errors import UserError
@@ -40,12 +43,28 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
+def write_derived(
+    target: str, checkpoint: str, weights: Mapping[str, Tensor], *, images_seen: int, facts: Mapping[str, Any]
+) -> None:
+    """Publish a checkpoint at the URI `target` to sample from, with all but the weights from the one at `checkpoint`.
+
+    The weights, float32 on the CPU, were computed after training; `facts` say how, by a name in `state.json`.
+    """
+    with storage.local_copy(checkpoint) as source, storage.staged_folder(target, marker=INDEX) as folder:
+        for name in ("moments.safetensors", "config.yaml"):
+            (folder / name).write_bytes((source / name).read_bytes())
+        known = json.loads((source / "state.json").read_text())
+        kept = {name: known[name] for name in ("dataset_digest", "classes") if name in known}
+        (folder / "state.json").write_text(json.dumps({**kept, "images_seen": images_seen, **facts}))
+        save_file(dict(weights), folder / "ema.safetensors")
+        write_index(folder, SAMPLING_FILES)
+
+
 def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> None:
     """Check that every file is there and unchanged.
 
     Raises:
         DamagedError: naming the file that is not.
-        CheckpointError: if another version of the program wrote it.
     """
     listed = _listed(folder)
     for name in dict.fromkeys((*needs, *listed)):

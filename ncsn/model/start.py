@@ -20,11 +20,7 @@ SELF_RATE = 0.1  # of the learning rate, where a network is trained on its own s
 
 
 def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
-    """Give a new training the weights of the trained network at `uri`, in the network and its running average.
-
-    Raises:
-        UserError: The weights do not fit the network of the config.
-    """
+    """Give a new training the weights of the trained network at `uri`, in the network and its running average."""
     found = adapted(load_for_generation(uri), state.network, config=config, classes=classes)
     state.network.load_state_dict(found.weights, strict=False)  # buffers are those of the config
     state.ema, state.second_ema = build.running_averages(config, state.network)
@@ -34,7 +30,7 @@ def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, class
     """The source's weights for the network of the config, which learns `classes`.
 
     Raises:
-        UserError: They do not fit; it names `train.init_from`.
+        UserError: They do not fit.
     """
     kept = None
     if source.classes is not None and classes is not None:

@@ -44,11 +44,7 @@ def save_trained(trained: TrainedNetwork, folder: Path) -> None:
 
 
 def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the files of a registered model.
-
-    Raises:
-        CheckpointError: if the weights do not fit the network of the config.
-    """
+    """Read the files of a registered model."""
     file = folder / _CLASSES
     classes = Classes.of(json.loads(file.read_text())) if file.exists() else None
     moments = load_moments(folder / _MOMENTS)
@@ -63,11 +59,7 @@ def load_trained(folder: Path, *, origin: str, device: str | torch.device = "cpu
 
 
 def load_for_generation(uri: str, *, device: str | torch.device = "cpu") -> TrainedNetwork:
-    """Read the checkpoint at `uri`, or the files of `save_trained` there.
-
-    Raises:
-        CheckpointError: if it is neither.
-    """
+    """Read the checkpoint at `uri`, or the files of `save_trained` there."""
     if storage.exists(storage.join(uri, INDEX)) or not storage.exists(storage.join(uri, TRAINED_CONFIG)):
         return load_for_sampling(uri, device=device)
     with storage.local_copy(uri) as folder:

@@ -149,13 +149,12 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
     state.images_seen = released.num_steps * config.train.batch_size
     uri = storage.join(folder.checkpoints, checkpoint.folder_name(state.images_seen))
     with storage.staged_folder(uri, marker=INDEX) as staging:
-        checkpoint.save(
-            staging,
+        checkpoint.snapshot(
             config=config,
             state=state,
             moments=image_moments(config, open_cache(dataset, "train")),
             dataset_digest=load_manifest(dataset).digest,
-        )
+        ).write(staging)
     return TrainResult(
         checkpoint=uri,
         images_seen=state.images_seen,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ncsn.errors import UserError
 
 
 class WorkerContext(ABC):
@@ -82,3 +86,18 @@ class StepTimer:
         self._steps = self._left = max(1, min(2 * self._steps, round(self._seconds / max(step_seconds, 1e-9))))
         self._since = now
         return True
+
+
+def compile_network(network: nn.Module, context: WorkerContext) -> None:
+    """Compile the network's forward and backward pass in place; the names of its tensors stay. A collective call."""
+    on_cpu = context.device.type == "cpu"
+    compilers = [os.environ.get("CXX", "g++"), "clang++"] if on_cpu else ["cc", "gcc", "clang"]
+    lacks = torch.tensor([float(not any(map(shutil.which, compilers)))], device=context.device)
+    if context.sum_over_workers(lacks) > 0:
+        raise UserError(
+            "compute.compile",
+            f"needs a compiler on each worker, one of {', '.join(compilers)}",
+            hint="install one, or set it to false",
+            value=True,
+        )
+    network.compile()

@@ -142,11 +142,7 @@ def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
 
 
 def open_probe(config: Config, dataset: str, *, training: TrainingImages, context: WorkerContext) -> Probe | None:
-    """The probe of a training, with this worker's share of the images; None if it would take too long.
-
-    Raises:
-        UserError: if the held-out images are damaged.
-    """
+    """The probe of a training, with this worker's share of the images; None if it would take too long."""
     count = load_manifest(dataset).counts.get("test", 0)
     effort = effort_of(config, held_out=count, training=len(training))
     if effort is None:

@@ -33,8 +33,7 @@ from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training.batches import augmented, classes_of, crossed, draw_batch, image_moments
-from ncsn.training.compilation import compile_network
-from ncsn.training.context import StepTimer, WorkerContext
+from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
 from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
@@ -99,6 +98,7 @@ class Training:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
         self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
         self.curves = Curves(self.config, context)
+        self.sink = job.sink if context.rank == 0 else None
         self.saved, self.pauses = "", list[float]()
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
@@ -179,11 +179,7 @@ class Training:
         self.curves.add(batch, report, images=config.train.batch_size)
 
     def report(self) -> None:
-        """Add a point to the curves, with what is to be measured of the EMA weights. A collective call.
-
-        Raises:
-            DivergedError: if a loss or a gradient is not finite.
-        """
+        """Add a point to the curves, with what is to be measured of the EMA weights. A collective call."""
         point, images_seen = self.curves.take(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -199,8 +195,8 @@ class Training:
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
         system = self.usage.read() if self.context.rank == 0 else {}
-        if self.context.rank == 0 and self.job.sink:
-            self.job.sink.log(system | self.point, images_seen, self.reported)
+        if self.sink:
+            self.sink.log(system | self.point, images_seen, self.reported)
         if self.history is not None:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
         if measured:
@@ -209,8 +205,8 @@ class Training:
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         began = time.perf_counter()
-        if self.context.rank == 0 and self.job.sink:
-            self._preview(self.job.sink)
+        if self.sink:
+            self._preview(self.sink)
         loss = self.curves.take_checkpoint_loss()
         self._publish(loss=self.validation.loss_of_checkpoint(self.point, training=loss))
         self.pauses.append(time.perf_counter() - began)
@@ -285,9 +281,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches, or to a plateau.
 
     Raises:
-        DivergedError: if the loss or a gradient is not finite; on every worker, and nothing is saved.
-        CheckpointError: if the checkpoint to resume from is damaged or of another config.
-        LeaseExpired: if the launcher is gone; the state is saved.
+        DivergedError: The loss or a gradient is not finite; on every worker, and nothing is saved.
+        LeaseExpired: The launcher is gone; the state is saved.
     """
     train = job.config.train
     torch.set_num_threads(job.config.compute.cpus_per_worker)
@@ -320,8 +315,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
                 training.history.publish()
         raise
     finally:
-        if context.rank == 0 and job.sink:
-            job.sink.close()
+        if training.sink:
+            training.sink.close()
         checkpoints.wait()
     seconds = time.perf_counter() - started
     return TrainOutcome(

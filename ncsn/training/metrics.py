@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -48,10 +49,8 @@ class MachineUsage:
             f"{gpu}_memory_usage_percentage": 100 * (total - free) / total,
             f"{gpu}_memory_peak_megabytes": torch.cuda.max_memory_allocated(self._device) / 1e6,
         }
-        try:
+        with suppress(Exception):  # NVIDIA's library is missing, or this is a part of a GPU
             usage[f"{gpu}_utilization_percentage"] = float(torch.cuda.utilization(self._device))
-        except Exception:  # noqa: BLE001 - NVIDIA's library is missing, or this is a part of a GPU
-            return usage
         return usage
 
 
@@ -119,7 +118,7 @@ def preview(config: Config, state: TrainState, moments: DataMoments, *, evaluati
     Draws from no generator, so that training goes on as without it.
 
     Raises:
-        UserError: if an image is not finite.
+        UserError: An image is not finite.
     """
     network, rows = state.averaged(), preview_rows(config)
     sampler = ProbabilityFlowConfig(kind="probability_flow", method="euler", num_levels=evaluations)

@@ -22,12 +22,7 @@ Distance = Callable[[TrainedNetwork, WorkerContext], float | None]
 class Validation:
     """The measurements of a training. All workers call the same methods in the same order.
 
-    Args:
-        config: The experiment.
-        probe: Measures the held-out loss, if it is wanted.
-        distance: Measures samples, if that is wanted.
-        last_image: Images seen at which training ends, when everything is measured once more.
-        context: This worker.
+    At `last_image`, where training ends, everything is measured once more.
     """
 
     def __init__(
@@ -61,10 +56,7 @@ class Validation:
     ) -> dict[str, float]:
         """What is due, as metrics `val/...` of the EMA weights. A collective call.
 
-        Args:
-            state: Of training.
-            dtype: In which the convolutions of the held-out loss compute.
-            trained: Gives the network with these weights, to sample from.
+        The convolutions of the held-out loss compute in `dtype`; `trained` gives the network to sample from.
         """
         point: dict[str, float] = {}
         if self._probe is not None and self._loss_due(state.images_seen):

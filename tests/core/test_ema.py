@@ -57,17 +57,11 @@ def test_restored_average_goes_on_bitwise():
         assert torch.equal(parameter, ema.weights[name]) and parameter.requires_grad
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        StepDecay(decay)
-
-
 def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), StepDecay(0.9))
-    with pytest.raises(ValueError, match=r"\['bias'\].*\['scale'\]"):
+    with pytest.raises(ValueError, match=r"missing \(bias\).*\(scale\)"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
-    with pytest.raises(ValueError, match=r"bias .*\[2\].*\[3\]"):
+    with pytest.raises(ValueError, match=r"bias \[2\] instead of \[3\]"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "num_updates": 1})
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
     with pytest.raises(ValueError, match="parameters"):

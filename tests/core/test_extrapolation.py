@@ -91,7 +91,7 @@ class DigitsNetwork(PreconditionedNetwork):
         self.out = nn.Linear(WIDTH, 64)
         nn.init.zeros_(self.out.weight)
 
-    def _raw(self, x: Tensor, c_noise: Tensor, *_: object) -> Tensor:
+    def _raw(self, x: Tensor, c_noise: Tensor, *_: object, **__: object) -> Tensor:
         angles = c_noise[:, None] * torch.logspace(-0.3, 1.3, FREQUENCIES)
         h = nn.functional.silu(self.into(torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)))
         for layer in self.inner:

@@ -154,11 +154,6 @@ def test_bad_addresses_are_refused(arguments, message):
         keyed_normal(good.pop("seed"), **good)
 
 
-def test_a_negative_draw_number_is_refused():
-    with pytest.raises(ValueError, match="step = -1"):
-        KeyedNoise(0, first=0, count=1, shape=(1, 2, 2))(-1)
-
-
 SIGMAS = geometric_sigmas(1.0, 0.01, 4)
 
 
@@ -199,13 +194,3 @@ def test_ends_of_the_interpolation_are_the_images_themselves():
 def test_uniform_draws_are_shared():
     x = InterpolatedNoise(source(0), source(1), count=3).uniform(0)
     assert x.shape == (3, 1, 3, 3) and all(torch.equal(image, source(0).uniform(0)[0]) for image in x)
-
-
-def test_bad_interpolations_are_refused():
-    with pytest.raises(ValueError, match="count = 1"):
-        InterpolatedNoise(source(0), source(1), count=1)
-    two = KeyedNoise(0, first=0, count=2, shape=(1, 3, 3))
-    with pytest.raises(ValueError, match=r"\[2, 1, 3, 3\] .*\[1, 1, 3, 3\]"):
-        InterpolatedNoise(two, source(1), count=2)
-    with pytest.raises(ValueError, match=r"\[1, 1, 3, 3\] .*\[1, 1, 3, 4\]"):
-        InterpolatedNoise(source(0), source(1, (1, 3, 4)), count=2)

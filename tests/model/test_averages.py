@@ -58,7 +58,7 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         averages.publish(str(run / "ema"), taken)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
-    checkpoint.save(folder, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
     return folder, wanted.weights
 
 
@@ -130,7 +130,7 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
         averages.publish(str(tmp_path / "ema"), averages.snapshot(config, state))
     folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
-    checkpoint.save(folder, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
     storage.delete_folder(str(tmp_path / "ema" / checkpoint.folder_name(200)))
     (tmp_path / "ema" / checkpoint.folder_name(400) / "0.050.safetensors").write_bytes(b"torn")
     built = build_average(str(folder), config, relative_width=0.06, key=KEY)
@@ -158,7 +158,7 @@ def test_what_cannot_be_built_is_refused(
 def test_a_checkpoint_of_version_1_is_read(config: Config, tmp_path: Path) -> None:
     plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
     state = build.train_state(plain)
-    checkpoint.save(tmp_path, config=plain, state=state, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=plain, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     written = json.loads((tmp_path / index.INDEX).read_text())
     assert written["version"] == 2 and "ema_2.safetensors" not in written["sha256"]
     (tmp_path / index.INDEX).write_text(json.dumps(written | {"version": 1}))
@@ -170,7 +170,7 @@ def test_a_checkpoint_without_the_second_average_is_damaged(
     config: Config, trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     state = build.train_state(config)
-    checkpoint.save(tmp_path, config=config, state=state, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     checkpoint.load(tmp_path, config=config, state=build.train_state(config), dataset_digest="d1")
     (tmp_path / index.SECOND_EMA).unlink()
     with refused(str(tmp_path), error=index.DamagedError):

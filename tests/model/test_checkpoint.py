@@ -47,13 +47,13 @@ def config() -> Config:
 
 @pytest.fixture
 def saved(config: Config, tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path, config=config, state=trained(config), moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=trained(config), moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     return tmp_path
 
 
 def test_restores_every_part_exactly(config: Config, tmp_path: Path) -> None:
     before, after = trained(config), build.train_state(config)
-    checkpoint.save(tmp_path, config=config, state=before, moments=MOMENTS, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=before, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     checkpoint.load(tmp_path, config=config, state=after, dataset_digest="d1")
     assert after.images_seen == 32 and after.ema.num_updates == 1
     for name, tensor in before.network.state_dict().items():

@@ -142,14 +142,13 @@ def save_checkpoint(trained: TrainedNetwork, folder: Path) -> str:
     state.network.load_state_dict(trained.network.state_dict())
     for name, parameter in trained.network.named_parameters():
         state.ema.weights[name].copy_(parameter)
-    checkpoint.save(
-        folder,
+    checkpoint.snapshot(
         config=trained.config,
         state=state,
         moments=trained.moments,
         dataset_digest="d1",
         classes=trained.classes,
-    )
+    ).write(folder)
     return str(folder)
 
 

@@ -6,14 +6,13 @@ Modules are registered in the order of the released code, because its optimizer 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from ncsn.core.networks.normalization import NormFactory
+from ncsn.core.networks.normalization import NormFactory
 
 
 def elu(x: Tensor) -> Tensor:

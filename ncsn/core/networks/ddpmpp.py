@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.normalization import KeyedDropout
-from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, num_groups
+from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
 
 _EPS = 1e-6  # of all group norms
 _LOWEST_FREQUENCY = 1e-4
@@ -78,13 +78,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        batch, width, height, columns = x.shape
-        heads = self.query_key_value(self.norm(x).to(x.dtype)).reshape(batch, 3, 1, width, height * columns)
-        heads = heads.transpose(3, 4)
-        # A GPU's fused kernels need contiguous heads; a CPU's kernel is slower with them on small maps.
-        query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        h: Tensor = self.output(mixed.transpose(2, 3).reshape(x.shape))
+        h: Tensor = self.output(attend(self.query_key_value(self.norm(x).to(x.dtype)), num_heads=1))
         return (x + h) * math.sqrt(0.5)
 
 
@@ -166,7 +160,6 @@ class DdpmppNetwork(PreconditionedNetwork):
     pixels, it has 55,733,891 parameters; with multipliers (1, 2, 2, 2), for 64 pixels, 61,805,571.
 
     Args:
-        channels: Of the images.
         image_size: Height and width in pixels, divisible by 2 for each resolution but the first.
         sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
         base_width: Channels of the first maps; also features of the noise level.
@@ -175,13 +168,6 @@ class DdpmppNetwork(PreconditionedNetwork):
         attention_sizes: Map sizes in pixels with self-attention, in each block of the encoder and in the last of the
             decoder. The first block of the decoder always has it.
         embedding_multiplier: Features of the embedding in units of base_width.
-        dropout: Probability inside the residual blocks in training, in [0, 1).
-        sigma_data: Standard deviation of the pixels in [0, 1].
-        num_classes: Classes that it takes as `labels`; None for none.
-        augmentation: Whether it takes augmentation labels.
-
-    Raises:
-        ValueError: If image_size is not divisible, or attention_sizes has a size that does not occur.
     """
 
     condition_reader = "map_layer0"
@@ -233,18 +219,10 @@ class DdpmppNetwork(PreconditionedNetwork):
         self.dec[f"{self._whole}_aux_conv"] = _conv(width, channels, gain=_NEARLY_ZERO)
         self._number_dropout_layers()
 
-    def _raw(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        keys: Tensor | None = None,
-        labels: Tensor | None = None,
-        augmentation: Tensor | None = None,
-    ) -> Tensor:
-        """See `PreconditionedNetwork`."""
+    def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:
         # In bfloat16 the features would tell noise levels apart to a percent only.
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            embedding = self._embedding(c_noise, labels, augmentation)
+            embedding = self._embedding(c_noise, **conditions)
         h = self.enc[f"{self._whole}_conv"](x)
         skips = [h]
         for place in self._encoder:
@@ -257,11 +235,10 @@ class DdpmppNetwork(PreconditionedNetwork):
         raw: Tensor = self.dec[f"{self._whole}_aux_conv"](h)
         return raw
 
-    def _embedding(self, c_noise: Tensor, labels: Tensor | None, augmentation: Tensor | None) -> Tensor:
+    def _embedding(self, c_noise: Tensor, **conditions: Tensor | None) -> Tensor:
         """[B] to [B, features], after the activation that every reader would apply."""
         angles = c_noise[:, None] * self.frequencies
-        h = torch.cat([angles.cos(), angles.sin()], dim=1)
-        h = self.condition_terms(h, labels, augmentation)
+        h = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), **conditions)
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(h))))
 
 

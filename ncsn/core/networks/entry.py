@@ -26,21 +26,14 @@ class ContinuousNetwork(nn.Module):
         labels: Tensor | None = None,
         augmentation: Tensor | None = None,
     ) -> Tensor:
-        """Score of noisy images.
+        """Score [B, C, H, W] of noisy images, in 1 / pixel units, by exactly one of level and sigma.
 
         Args:
             x: [B, C, H, W] noisy images, clean pixels in [0, 1].
-            level: int64 [B] in 0..L-1, 0 = most noise; or None.
-            sigma: [B] positive noise standard deviations in units of pixels in [0, 1]; or None.
+            level: int64 [B] in 0..L-1, 0 = most noise.
+            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
             labels: int64 [B], -1 = no class; None for no classes.
-            augmentation: [B, 9], what was done to each image; None for nothing.
-
-        Returns:
-            [B, C, H, W] score, in 1 / pixel units.
-
-        Raises:
-            ValueError: Not exactly one of level and sigma is given, it is out of range, or the network does not take
-                labels or augmentation.
+            augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
         """
         given = {"labels": labels, "augmentation": augmentation}
         conditions = {name: value for name, value in given.items() if value is not None}

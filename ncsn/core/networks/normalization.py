@@ -28,12 +28,8 @@ def instance_norm_plus(x: Tensor, *, gamma: Tensor, alpha: Tensor, beta: Tensor)
     channels (with divisor C - 1): it restores the relative brightness of the channels, which IN removes. The paper
     prints gamma IN + beta + alpha m.
 
-    Args:
-        x: Feature maps [B, C, H, W] of any floating type.
-        gamma: [B, C] or [C], like alpha and beta.
-
-    Returns:
-        [B, C, H, W] in the type of x, computed in float32, or wider if x is.
+    Feature maps x [B, C, H, W] keep their floating type; the result is computed in float32, or wider if x is. gamma,
+    alpha and beta are [B, C] or [C].
     """
     channels, height, width = x.shape[1:]
     # A sum over a number, since the backward pass of a mean divides maps instead of numbers.

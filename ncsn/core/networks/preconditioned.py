@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ncsn.core.augmentation import NUM_LABELS
 from ncsn.core.networks.entry import ContinuousNetwork
@@ -18,15 +19,20 @@ def num_groups(width: int) -> int:
     return math.gcd(width, max(1, min(32, width // 4)))
 
 
+def attend(query_key_value: Tensor, *, num_heads: int) -> Tensor:
+    """Attention over all pixels of maps [B, 3 C, H, W] in heads of C / num_heads channels, [B, C, H, W]."""
+    batch, width, height, columns = query_key_value.shape
+    heads = query_key_value.reshape(batch, 3, num_heads, -1, height * columns).transpose(3, 4)
+    # A GPU's fused kernels need contiguous heads; a CPU's kernel is slower with them on small maps.
+    query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
+    mixed = functional.scaled_dot_product_attention(query, key, value)
+    return mixed.transpose(2, 3).reshape(batch, width // 3, height, columns)
+
+
 class ConditionTerms(nn.Module):
     """What class and augmentation add to the features of the noise level, for the conditions that a network takes.
 
-    A class k adds W e_k sqrt(K) + b, no class b alone. Augmentation labels a add V a, so none add nothing.
-
-    Args:
-        features: Width of the features.
-        num_classes: K; None for a network without classes.
-        augmentation: Whether the network takes augmentation labels.
+    Of K classes, class k adds W e_k sqrt(K) + b, no class b alone. Augmentation labels a add V a, so none add nothing.
     """
 
     def __init__(self, features: int, *, num_classes: int | None, augmentation: bool) -> None:
@@ -45,7 +51,7 @@ class ConditionTerms(nn.Module):
         parts = {"labels": self.map_label, "augmentation": self.map_augment}
         return frozenset(name for name, part in parts.items() if part is not None)
 
-    def forward(self, h: Tensor, labels: Tensor | None, augmentation: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         """Features [B, features], labels int64 [B] and augmentation [B, 9] to features. None is no class, or zeros."""
         # Without labels the terms are computed too: each parameter must have a gradient where workers exchange them.
         if self.map_label is not None:
@@ -65,11 +71,6 @@ class PreconditionedNetwork(ContinuousNetwork):
     The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma stand in for x and sigma.
     Where the network F of a subclass, `_raw`, predicts zero, the score is that of a Gaussian around mid-gray with
     standard deviation `sigma_data` per pixel.
-
-    Args:
-        sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
-        sigma_data: Standard deviation of the pixels in [0, 1].
-        dropout: Probability in training, in [0, 1).
     """
 
     condition_reader: ClassVar[str]  # name of the linear layer that takes the features with the terms of conditions
@@ -82,34 +83,18 @@ class PreconditionedNetwork(ContinuousNetwork):
     def score_at(
         self, x: Tensor, sigma: Tensor, *, labels: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
-        """Score at any noise level.
-
-        Args:
-            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
-            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
-            labels: int64 [B], -1 = no class; None for no classes.
-            augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
-
-        Returns:
-            [B, C, H, W] score, in 1 / pixel units, float32 also under autocast.
-        """
+        """Score at any noise level, float32 also under autocast; see `ContinuousNetwork.forward`."""
         sigma2x = 2 * sigma
         variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
         x2x = 2 * x - 1
         keys = image_keys(x) if self.training and self.dropout > 0 else None
-        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys, labels, augmentation).to(x.dtype)
+        raw = self._raw(x2x * variance.rsqrt(), sigma2x.log() / 4, keys, labels=labels, augmentation=augmentation)
+        raw = raw.to(x.dtype)
         # D' - x' with c_skip - 1 in closed form: the difference of D and x cancels at small sigma.
         gain = (2 * self.sigma_data) * variance.rsqrt() / sigma2x[:, None, None, None]
         return 2 * (gain * raw - x2x / variance)
 
-    def _raw(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        keys: Tensor | None = None,
-        labels: Tensor | None = None,
-        augmentation: Tensor | None = None,
-    ) -> Tensor:
+    def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:
         """The network F before preconditioning: of scaled images, ln(sigma') / 4 [B], keys for dropout, conditions."""
         raise NotImplementedError
 

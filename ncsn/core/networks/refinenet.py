@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ncsn.core.networks.blocks import (
-    RefineBlock,
-    ResidualStage,
-    average_pool,
-    check_size,
-    conv3x3,
-    elu,
-    max_pool,
-)
+from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_size, conv3x3, elu, max_pool
 from ncsn.core.networks.entry import ContinuousNetwork, check_conditions, check_levels
-from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus
-
-if TYPE_CHECKING:
-    from ncsn.core.networks.normalization import NormFactory
+from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
 
 
 class NcsnNetwork(nn.Module):
@@ -50,32 +39,17 @@ class NcsnNetwork(nn.Module):
         self.refine3 = refine([2 * n, 2 * n], n)
         self.refine4 = refine([n, n], n, end=True)
 
-    def forward(
-        self,
-        x: Tensor,
-        level: Tensor | None = None,
-        *,
-        sigma: Tensor | None = None,
-        labels: Tensor | None = None,
-        augmentation: Tensor | None = None,
-    ) -> Tensor:
-        """Score of noisy images.
+    def forward(self, x: Tensor, level: Tensor | None = None, **others: Tensor | None) -> Tensor:
+        """Score of noisy images at their levels; `others`, sigma and conditions, must be None.
 
         Args:
             x: [B, C, H, W] around [0, 1], H and W even.
             level: int64 [B], 0 = most noise.
-            sigma: None, since the network knows its levels only.
-            labels: None, as for the next.
-            augmentation: None, since the network does not take it.
 
         Returns:
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
-
-        Raises:
-            ValueError: There is no level, it is out of range, or something is given that must be None.
         """
-        given = {"sigma": sigma, "labels": labels, "augmentation": augmentation}
-        check_conditions(self, [name for name, value in given.items() if value is not None])
+        check_conditions(self, [name for name, value in others.items() if value is not None])
         if level is None:
             raise ValueError("this network needs a level")
         check_levels(level, batch=len(x), num_levels=self.num_levels)
@@ -108,6 +82,9 @@ class _Stage(NamedTuple):
 
 
 # From the image down. The first stage keeps the size; of the others those without dilation halve it.
+_FIRST, _SECOND = _Stage("1", 1, 1, None, "5", (1, 1), 1), _Stage("2", 1, 2, None, "4", (2, 2), 1)
+_THIRD, _FOURTH = _Stage("3", 2, 2, None, "3", (2, 2), 2), _Stage("4", 2, 4, 2, "2", (4, 4), 2)
+_FIFTH = _Stage("5", 4, 4, 4, "1", (4,), 4)
 _STAGES: dict[Depth, tuple[_Stage, ...]] = {
     "standard": (
         _Stage("1", 1, 1, None, "4", (1, 1), 1),
@@ -115,21 +92,8 @@ _STAGES: dict[Depth, tuple[_Stage, ...]] = {
         _Stage("3", 2, 2, 2, "2", (2, 2), 2),
         _Stage("4", 2, 2, 4, "1", (2,), 2),
     ),
-    "deeper": (
-        _Stage("1", 1, 1, None, "5", (1, 1), 1),
-        _Stage("2", 1, 2, None, "4", (2, 2), 1),
-        _Stage("3", 2, 2, None, "3", (2, 2), 2),
-        _Stage("4", 2, 4, 2, "2", (4, 4), 2),
-        _Stage("5", 4, 4, 4, "1", (4,), 4),
-    ),
-    "deepest": (
-        _Stage("1", 1, 1, None, "5", (1, 1), 1),
-        _Stage("2", 1, 2, None, "4", (2, 2), 1),
-        _Stage("3", 2, 2, None, "3", (2, 2), 2),
-        _Stage("31", 2, 2, None, "31", (2, 2), 2),
-        _Stage("4", 2, 4, 2, "2", (4, 4), 2),
-        _Stage("5", 4, 4, 4, "1", (4,), 4),
-    ),
+    "deeper": (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH),
+    "deepest": (_FIRST, _SECOND, _THIRD, _Stage("31", 2, 2, None, "31", (2, 2), 2), _FOURTH, _FIFTH),
 }
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ncsn.core.ema import Ema
-
+from ncsn.core.ema import Ema
+from ncsn.core.networks.transfer import misfits
 
 _PREFIX = "module."
 
@@ -28,12 +28,7 @@ class ReleasedCheckpoint:
 
 
 def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
-    """Read a file: the list [weights, optimizer] of NCSN or [weights, optimizer, epoch, step, (EMA)] of NCSNv2.
-
-    Raises:
-        ValueError: The file is not such a list of tensors.
-        OSError: The file cannot be read.
-    """
+    """Read a file: the list [weights, optimizer] of NCSN or [weights, optimizer, epoch, step, (EMA)] of NCSNv2."""
     with Path(path).open("rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -69,11 +64,10 @@ def load_released_checkpoint(
     Raises:
         ValueError: Names, shapes or the optimizer's states do not fit the network.
     """
-    _check_weights(released.weights, {name: tensor.shape for name, tensor in network.state_dict().items()}, "weights")
     parameters = dict(network.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    _check_weights(released.weights, network.state_dict(), "weights")
     if released.ema is not None:
-        _check_weights(released.ema, shapes, "EMA")
+        _check_weights(released.ema, parameters, "EMA")
     state = _adam_state(released.optimizer, list(parameters.values()))
     network.load_state_dict(released.weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -84,10 +78,8 @@ def load_released_checkpoint(
 def _tensors(content: Any, *, path: str | Path, part: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: the {part} are not a state dict of tensors")
-    prefixed = {name.startswith(_PREFIX) for name in content}
-    if prefixed == {True}:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in content.items()}
-    return dict(content)
+    prefixed = all(name.startswith(_PREFIX) for name in content)
+    return {name.removeprefix(_PREFIX) if prefixed else name: tensor for name, tensor in content.items()}
 
 
 def _optimizer(content: Any, *, path: str | Path) -> dict[str, Any]:
@@ -98,25 +90,12 @@ def _optimizer(content: Any, *, path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(weights: dict[str, Tensor], expected: dict[str, torch.Size], part: str) -> None:
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or extra:
+def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], part: str) -> None:
+    if found := misfits(weights, expected):
         raise ValueError(
-            f"the {part} are of another network: {len(missing)} names missing{_some(missing)}, "
-            f"{len(extra)} unknown{_some(extra)}; check network.kind"
+            f"the {part} are of another network: {found}; check network.kind, network.num_features, data.channels and "
+            "noise.num_levels"
         )
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise ValueError(
-                f"the {part} are of another network: {name} has shape {list(weights[name].shape)}, the config's "
-                f"network has {list(shape)}; check network.num_features, data.channels and noise.num_levels"
-            )
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return ""
-    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _adam_state(optimizer: dict[str, Any], parameters: list[nn.Parameter]) -> dict[int, dict[str, Tensor]]:

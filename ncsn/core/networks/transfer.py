@@ -15,7 +15,24 @@ from torch import Tensor, nn
 
 _LABEL, _LABEL_BIAS, _AUGMENT = "map_label.weight", "map_label.bias", "map_augment.weight"
 _CHANNELS = {(1, 3), (3, 1)}
-_SHOWN = 3
+
+
+def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The tensors that are missing, not wanted or of another shape, with the names of some; empty if there is none."""
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "not in this network": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name].shape != wanted[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 @dataclass(frozen=True)
@@ -38,33 +55,20 @@ def transfer(
 
     Args:
         weights: All parameters of the source.
-        network: With its own parameters, whose values do not matter.
         classes: Label in the source of each class of the network; None for a new class. By default the source's own.
 
     Raises:
         ValueError: Other tensors are missing, superfluous or of another shape; it names the first.
     """
     wanted = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    adapted, changes = dict(weights), list[str]()
-    changes += _adapt_classes(adapted, wanted, network, classes)
-    changes += _adapt_augmentation(adapted, wanted)
-    changes += _adapt_channels(adapted, wanted)
-    misfits = {
-        "missing": sorted(wanted.keys() - adapted.keys()),
-        "not in this network": sorted(adapted.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {list(adapted[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & adapted.keys())
-            if adapted[name].shape != wanted[name].shape
-        ],
-    }
-    found = [
-        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-        for what, names in misfits.items()
-        if names
+    adapted = dict(weights)
+    changes = [
+        *_adapt_classes(adapted, wanted, network, classes),
+        *_adapt_augmentation(adapted, wanted),
+        *_adapt_channels(adapted, wanted),
     ]
-    if found:
-        raise ValueError(f"tensors {'; '.join(found)}")
+    if found := misfits(adapted, wanted):
+        raise ValueError(f"tensors {found}")
     return Transferred({name: adapted[name].to(tensor.dtype) for name, tensor in wanted.items()}, tuple(changes))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image
-from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, num_groups
+from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # separates large from small, the highest separates levels that differ by a few percent.
@@ -46,10 +46,10 @@ class NoiseEmbedding(nn.Module):
         self.linear2 = nn.Linear(features, features)
         self.condition_terms = ConditionTerms(2 * half, num_classes=num_classes, augmentation=augmentation)
 
-    def forward(self, c_noise: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
+    def forward(self, c_noise: Tensor, **conditions: Tensor | None) -> Tensor:
         """[B] to [B, features], after the activation that every reader would apply."""
         angles = c_noise[:, None] * self.frequencies
-        h = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), labels, augmentation)
+        h = self.condition_terms(torch.cat([angles.cos(), angles.sin()], dim=1), **conditions)
         return functional.silu(self.linear2(functional.silu(self.linear1(h))))
 
 
@@ -79,14 +79,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        batch, width, height, columns = x.shape
-        normed = self.norm(x).to(x.dtype)
-        heads = self.query_key_value(normed).reshape(batch, 3, self.num_heads, -1, height * columns)
-        heads = heads.transpose(3, 4)
-        # A GPU's fused kernels need contiguous heads; a CPU's kernel is slower with them on small maps.
-        query, key, value = (heads.contiguous() if heads.is_cuda else heads).unbind(1)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        y: Tensor = x + self.output(mixed.transpose(2, 3).reshape(batch, width, height, columns))
+        query_key_value = self.query_key_value(self.norm(x).to(x.dtype))
+        y: Tensor = x + self.output(attend(query_key_value, num_heads=self.num_heads))
         return y
 
 
@@ -120,16 +114,14 @@ class ResidualStage(nn.Module):
         self, in_width: int, *, width: int, num_blocks: int, embedding_features: int, dropout: float, attention: bool
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            ResidualBlock(
-                block_width,
-                out_width=width,
-                embedding_features=embedding_features,
-                dropout=dropout,
-                attention=attention,
-            )
-            for block_width in [in_width] + [width] * (num_blocks - 1)
+        block = partial(
+            ResidualBlock,
+            out_width=width,
+            embedding_features=embedding_features,
+            dropout=dropout,
+            attention=attention,
         )
+        self.blocks = nn.ModuleList(map(block, [in_width] + [width] * (num_blocks - 1)))
 
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """[B, in_width, H, W], [B, features] and the keys [B] for dropout to [B, width, H, W]."""
@@ -159,15 +151,7 @@ class UnetNetwork(PreconditionedNetwork):
         image_size: Height and width in pixels. Decides where attention goes; other sizes are accepted too.
         sigmas: Noise levels [L] in units of pixels in [0, 1], descending.
         widths: Channels at each resolution, from that of the image; each next one has half the size, rounded up.
-        blocks_per_resolution: Residual blocks at each resolution on the way down, and on the way up.
         attention_sizes: Feature map sizes in pixels with self-attention after each residual block.
-        dropout: Probability inside the residual blocks in training, in [0, 1).
-        sigma_data: Standard deviation of the pixels in [0, 1].
-        num_classes: Classes that it takes as `labels`; None for none.
-        augmentation: Whether it takes augmentation labels.
-
-    Raises:
-        ValueError: If image_size cannot be halved for every width, or attention_sizes has a size that does not occur.
     """
 
     condition_reader = "embedding.linear1"
@@ -221,17 +205,9 @@ class UnetNetwork(PreconditionedNetwork):
         self.output = _zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
         self._number_dropout_layers()
 
-    def _raw(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        keys: Tensor | None = None,
-        labels: Tensor | None = None,
-        augmentation: Tensor | None = None,
-    ) -> Tensor:
-        """See `PreconditionedNetwork`."""
+    def _raw(self, x: Tensor, c_noise: Tensor, keys: Tensor | None = None, **conditions: Tensor | None) -> Tensor:
         # On a GPU autocast computes norms and interpolations in float32; their results return to the maps' type.
-        embedding = self.embedding(c_noise, labels, augmentation)
+        embedding = self.embedding(c_noise, **conditions)
         h = self.input(x)
         skips: list[Tensor] = []
         for depth, stage in enumerate(self.down):

@@ -13,17 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from ncsn.core.images import moment_matched
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ncsn.core.images import DataMoments, PixelSpace
-    from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
-    from ncsn.core.losses import ScoreFunction
-    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.images import DataMoments, PixelSpace, moment_matched
+from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.losses import ScoreFunction
+from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.level_grid import LevelGrid, Levels
 
 _LONGEST_CHAIN = 100_000
 _START_DRAW = 2**31  # far beyond the draws of any chain
@@ -46,23 +45,28 @@ class Sampler(ABC):
     def num_evaluations(self, num_levels: int) -> int:
         """NFE per image for a network of `num_levels` levels."""
 
-    @abstractmethod
     def visited(self, sigmas: Tensor) -> list[float]:
         """The sigma of each level that `on_level` is called for, given the network's levels [L]."""
+        return self._levels(sigmas)[0]
 
     @abstractmethod
+    def _levels(self, sigmas: Tensor) -> Levels: ...
+
+    @torch.no_grad()
     def __call__(
         self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
     ) -> Tensor:
-        """Run the chain.
+        """Run the chain of a network in eval mode, whose levels [L] descend.
 
         Args:
-            network: The score network, in eval mode.
             x: Start [B, C, H, W]; it is not changed.
-            sigmas: The network's noise levels [L], descending.
             noise: Number of a draw -> standard normal tensor of x's shape.
             on_level: Called with (k, x) when the k-th visited level is done.
         """
+        return self._run(LevelGrid(network, *self._levels(sigmas)), x, noise=noise, on_level=on_level or _ignored)
+
+    @abstractmethod
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor: ...
 
     def start(
         self, space: PixelSpace, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
@@ -73,11 +77,7 @@ class Sampler(ABC):
         return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
 
     def with_evaluations(self, nfe: int, *, num_levels: int) -> Self:
-        """The sampler with a chain of exactly `nfe` evaluations.
-
-        Raises:
-            ValueError: There is none; names the nearest.
-        """
+        """The sampler with a chain of exactly `nfe` evaluations; else a ValueError names the nearest."""
         near = {chain.num_evaluations(num_levels): chain for chain in self._near(nfe, num_levels)}
         if nfe in near:
             return near[nfe]
@@ -109,3 +109,6 @@ class Sampler(ABC):
         assert self.length is not None
         changes: dict[str, Any] = {self.length: length}
         return replace(self, **changes)
+
+
+def _ignored(_level: int, _x: Tensor) -> None: ...

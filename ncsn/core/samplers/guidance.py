@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf, sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.level_grid import floats, score_at_sigma
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
 
 
 class Labeled:
@@ -54,17 +51,11 @@ class AtLevels:
 
 
 class Guided:
-    """A score function with guidance; samplers take it for a network.
+    """A score function with guidance; samplers take it for a network with levels `sigmas` [L].
 
-    It is another function of x inside the band than outside, so samplers ask for the one that holds at a noise level,
-    `field_at`, and a step of theirs stays with that of the level where it starts.
-
-    Args:
-        network: s_1.
-        guide: s_0, at any sigma or at the same levels as the network.
-        weight: w.
-        band: The guidance acts where low < sigma <= high, see `band_on_grid`.
-        sigmas: The network's levels [L].
+    It is another function of x inside the band low < sigma <= high than outside, so samplers ask for the one that holds
+    at a noise level, `field_at`, and a step of theirs stays with that of the level where it starts. The guide takes any
+    sigma, or has the same levels as the network.
     """
 
     def __init__(
@@ -72,7 +63,7 @@ class Guided:
     ) -> None:
         self.network, self.guide, self.weight, self.band = network, guide, weight, band
         self.evaluations = 0  # of either network
-        self._levels = floats(sigmas)
+        self.levels = floats(sigmas)
         self._outside, self._inside = _Field(self, guided=False), _Field(self, guided=True)
 
     def field_at(self, sigma: float) -> ScoreFunction:
@@ -82,48 +73,38 @@ class Guided:
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         """Score of a batch that is at one level."""
-        return self.field_at(self._levels[int(level[0])])(x, level)
+        return self.field_at(self.levels[int(level[0])])(x, level)
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Score of a batch that is at one sigma."""
         score: Tensor = self.field_at(float(sigma[0])).score_at(x, sigma)  # type: ignore[attr-defined]
         return score
 
-    def at_level(self, x: Tensor, level: Tensor, *, guided: bool) -> Tensor:
-        """Score at a level, whether or not it is in the band."""
-        score = self._counted(self.network(x, level))
-        if not guided:
-            return score
-        if hasattr(self.guide, "score_at"):  # its levels may be others
-            return self._combined(score, score_at_sigma(self.guide, x, sigma=self._levels[int(level[0])]))
-        return self._combined(score, self.guide(x, level))
-
-    def at_sigma(self, x: Tensor, sigma: Tensor, *, guided: bool) -> Tensor:
-        """Score at any sigma, whether or not it is in the band."""
-        score = self._counted(self.network.score_at(x, sigma))  # type: ignore[attr-defined]
-        if not guided:
-            return score
-        return self._combined(score, self.guide.score_at(x, sigma))  # type: ignore[attr-defined]
-
-    def _combined(self, score: Tensor, guide: Tensor) -> Tensor:
-        return torch.lerp(self._counted(guide), score, self.weight)
-
-    def _counted(self, score: Tensor) -> Tensor:
-        self.evaluations += 1
-        return score
+    def combined(self, score: Tensor, guide: Tensor | None) -> Tensor:
+        """The guided score of both, or the score alone; counts the evaluations behind them."""
+        self.evaluations += 1 if guide is None else 2
+        return score if guide is None else torch.lerp(guide, score, self.weight)
 
 
 class _Field:
     """A guided score function with or without the guidance, at all noise levels."""
 
-    def __init__(self, score: Guided, *, guided: bool) -> None:
-        self._score, self._guided = score, guided
+    def __init__(self, whole: Guided, *, guided: bool) -> None:
+        self._whole, self._guide = whole, whole.guide if guided else None
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        return self._score.at_level(x, level, guided=self._guided)
+        whole, guide = self._whole, self._guide
+        score = whole.network(x, level)
+        if guide is None:
+            return whole.combined(score, None)
+        if hasattr(guide, "score_at"):  # its levels may be others
+            return whole.combined(score, score_at_sigma(guide, x, sigma=whole.levels[int(level[0])]))
+        return whole.combined(score, guide(x, level))
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self._score.at_sigma(x, sigma, guided=self._guided)
+        score = self._whole.network.score_at(x, sigma)  # type: ignore[attr-defined]
+        guide = None if self._guide is None else self._guide.score_at(x, sigma)  # type: ignore[attr-defined]
+        return self._whole.combined(score, guide)
 
 
 def band_on_grid(low: float, high: float, grid: Sequence[float]) -> tuple[float, float]:

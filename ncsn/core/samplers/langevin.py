@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
+from ncsn.core.losses import ScoreFunction
 
 # Number of a draw (0, 1, ...) -> standard normal tensor of the state's shape.
 NoiseSource = Callable[[int], Tensor]
@@ -27,9 +25,6 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
 
     The deviation is sqrt(2 a), or with `consistent` sqrt(2 a - (a / sigma)^2), with which a point mass under noise of
     sigma stays so: steps of size a alone leave more, 2 / (2 - a / sigma^2) of its variance.
-
-    Raises:
-        ValueError: epsilon is not positive, or too large for consistent steps.
     """
     if not epsilon > 0:
         raise ValueError(f"the step size must be positive, got epsilon = {epsilon}")
@@ -47,9 +42,7 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
 def langevin_step(x: Tensor, *, score: Tensor, step_size: float, z: Tensor, noise_std: float | None = None) -> Tensor:
     """One update x + a s + sqrt(2 a) z (equation 4 in the form of the released code), a new tensor.
 
-    Args:
-        step_size: a.
-        noise_std: Takes the place of sqrt(2 a), see `level_steps`.
+    `noise_std` takes the place of sqrt(2 a), see `level_steps`.
     """
     return torch.add(x, score, alpha=step_size).add_(z, alpha=noise_std or math.sqrt(2 * step_size))
 
@@ -78,25 +71,19 @@ def annealed_langevin(
     on_level: OnLevel | None = None,
     hold: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
-    """Annealed Langevin dynamics (Algorithm 1; the step convention is this module's).
+    """Annealed Langevin dynamics (Algorithm 1; the step convention is this module's), not clamped to [0, 1].
 
-    An image's result depends on its own state and noise only, so with a keyed noise source it is the same in every
-    batch. NFE is L * steps_per_level, and one more with `denoise`.
+    NFE is L * steps_per_level, and one more with `denoise`.
 
     Args:
-        network: In eval mode.
         x: Initial state [B, C, H, W]; the paper draws it uniformly from [0, 1).
         sigmas: Noise levels [L], descending.
         epsilon: Step size at the last level.
-        steps_per_level: T.
         noise: Draw number level * T + t is used at step t of a level.
         denoise: End with x + sigma_L^2 s(x, L), which removes the noise of the last level.
         consistent: Scale the noise so that the steps keep a level's sigma, see `level_steps`.
         on_level: Receives the state after the last step of a level, before the denoising.
         hold: Level -> function that is applied to the state after each of its steps.
-
-    Returns:
-        The final state, not clamped to [0, 1].
     """
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
@@ -138,9 +125,6 @@ def inpaint(
         noise: Numbers 0 to L T - 1 for the steps, then L T + i for the known pixels of level i.
         restore: Restore the known pixels exactly at the end. The paper leaves them with noise of sigma_L.
         consistent: Without it unknown pixels carry more noise than known ones.
-
-    Raises:
-        ValueError: The mask's shape or type does not fit, or the reference's shape is not x's.
     """
     known = _expanded_mask(mask, x)
     if reference.shape != x.shape:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import score_at_level
 
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
-
 Spacing = Literal["geometric", "karras"]
+Levels = tuple[list[float], list[int] | None]  # sigmas, descending, and their indices if they are the network's own
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,6 @@ class LevelGrid:
     network: ScoreFunction
     sigmas: list[float]  # descending
     indices: list[int] | None
-
-    @classmethod
-    def subset(
-        cls, network: ScoreFunction, sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric"
-    ) -> LevelGrid:
-        """`count` of the network's own levels, see `choose_levels`."""
-        indices, values = choose_levels(sigmas, count, spacing=spacing), floats(sigmas)
-        return cls(network, [values[i] for i in indices], indices)
 
     def score(self, x: Tensor, k: int, *, field: int | None = None) -> Tensor:
         """Score of a batch at grid position k, by the function that holds there or at the position `field`."""
@@ -55,10 +46,14 @@ def field_of(network: ScoreFunction, sigma: float) -> ScoreFunction:
     Then it has a method `field_at(sigma)`, as guidance has. A step must stay with one function to keep its order.
     """
     field_at = getattr(network, "field_at", None)
-    if field_at is None:
-        return network
-    field: ScoreFunction = field_at(sigma)
+    field: ScoreFunction = network if field_at is None else field_at(sigma)
     return field
+
+
+def own_levels(sigmas: Tensor, count: int | None = None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> Levels:
+    """`count` of the network's own levels [L], see `choose_levels`."""
+    indices, values = choose_levels(sigmas, count, spacing=spacing, rho=rho), floats(sigmas)
+    return [values[i] for i in indices], indices
 
 
 def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geometric", rho: float = 7.0) -> list[int]:
@@ -75,8 +70,7 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
         raise ValueError(f"at least the first and the last level must be used, got num_levels = {count}")
     logs = sigmas.detach().cpu().double().log()
     if spacing == "karras":
-        points = karras_sigmas(float(sigmas[0]), float(sigmas[-1]), count, rho=rho)
-        grid = torch.tensor(points, dtype=torch.float64).log()
+        grid = torch.tensor(spaced_sigmas(sigmas, count, spacing=spacing, rho=rho), dtype=torch.float64).log()
     else:
         grid = torch.linspace(float(logs[0]), float(logs[-1]), count, dtype=torch.float64)
     nearest: list[int] = (grid[:, None] - logs).abs().argmin(dim=1).tolist()
@@ -87,20 +81,11 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
     return nearest
 
 
-def refined_sigmas(sigmas: Tensor, refine: int) -> list[float]:
-    """A geometric grid over the range of the levels [L] with `refine` times as many steps."""
-    return _geometric(sigmas, (len(sigmas) - 1) * refine + 1)
-
-
 def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing, rho: float = 7.0) -> list[float]:
     """A grid of `num_steps` points over the range of the levels [L], which need not be among them."""
     if spacing == "karras":
         return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), num_steps, rho=rho)
-    return _geometric(sigmas, num_steps)
-
-
-def _geometric(sigmas: Tensor, count: int) -> list[float]:
-    return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), count, dtype=torch.float64).exp())
+    return floats(torch.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), num_steps, dtype=torch.float64).exp())
 
 
 def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int, *, rho: float = 7.0) -> list[float]:
@@ -113,11 +98,7 @@ def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int, *, rho: float 
 
 
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
-    """Score of a batch at any sigma, in x's type.
-
-    Raises:
-        ValueError: The network knows its own levels only.
-    """
+    """Score of a batch at any sigma, in x's type; a ValueError if the network knows its own levels only."""
     score_at = getattr(network, "score_at", None)
     if score_at is None:
         raise ValueError(

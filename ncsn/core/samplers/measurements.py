@@ -57,36 +57,28 @@ class KnownPixels:
 
 
 class Separable:
-    """A x = L x R^T for each channel, by one matrix for columns of pixels and one for rows.
-
-    Args:
-        left: L [h, H].
-        right: R [w, W].
-    """
+    """A x = M x M^T for each channel of square images, by a matrix M [h, H]."""
 
     blind = False
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self._left, self._right = left, right
-        self._left_svd, self._right_svd = (
-            tuple(torch.linalg.svd(each.double(), full_matrices=False)) for each in (left, right)
-        )
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self._svd = matrix, torch.linalg.svd(matrix.double(), full_matrices=False)
 
     def apply(self, x: Tensor) -> Tensor:
         """See `Operator`."""
-        return self._left.to(x) @ x @ self._right.to(x).T
+        return self._matrix.to(x) @ x @ self._matrix.to(x).T
 
     def adjoint(self, y: Tensor) -> Tensor:
         """See `Operator`."""
-        return self._left.to(y).T @ y @ self._right.to(y)
+        return self._matrix.to(y).T @ y @ self._matrix.to(y)
 
     def explain(self, residual: Tensor, *, noise: float, spread: float) -> Tensor:
         """See `Operator`."""
-        (u, s, v), (p, t, q) = self._left_svd, self._right_svd
-        gains = s[:, None] * t
+        u, s, v = self._svd
+        gains = s[:, None] * s
         factors = (gains / (noise + spread * gains.square())).to(residual)
-        inner = (u.T.to(residual) @ residual @ p.to(residual)) * factors
-        change: Tensor = v.T.to(residual) @ inner @ q.to(residual)
+        u, v = u.to(residual), v.to(residual)
+        change: Tensor = v.T @ ((u.T @ residual @ u) * factors) @ v
         return change
 
 
@@ -94,8 +86,7 @@ def means(size: int, factor: int) -> Separable:
     """The means over squares of `factor` x `factor` pixels of square images; `factor` divides `size`."""
     if size % factor:
         raise ValueError(f"the factor must divide {size}, got {factor}")
-    matrix = torch.eye(size // factor).repeat_interleave(factor, dim=1) / factor
-    return Separable(matrix, matrix)
+    return Separable(torch.eye(size // factor).repeat_interleave(factor, dim=1) / factor)
 
 
 def blur(size: int, width: float) -> Separable:
@@ -108,7 +99,7 @@ def blur(size: int, width: float) -> Separable:
     places = torch.where(places < size, places, 2 * size - 1 - places)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix.scatter_add_(1, places, (kernel / kernel.sum()).expand(size, -1))
-    return Separable(matrix, matrix)
+    return Separable(matrix)
 
 
 def peak_signal_to_noise(x: Tensor, truth: Tensor) -> float:

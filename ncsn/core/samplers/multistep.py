@@ -14,19 +14,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.level_grid import LevelGrid, Spacing, choose_levels, spaced_sigmas
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
-    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.level_grid import LevelGrid, Levels, Spacing, own_levels, spaced_sigmas
 
 # Exact to rounding for the weight e^(u - h) with h up to 40, beyond every schedule.
 _POINTS, _LENGTHS = np.polynomial.legendre.leggauss(32)
@@ -49,18 +45,10 @@ class _Multistep(Sampler):
         """See `Sampler`."""
         return "num_steps" if self.num_levels is None else "num_levels"
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
+    def _levels(self, sigmas: Tensor) -> Levels:
         if self.num_levels is None:
-            return spaced_sigmas(sigmas, self.num_steps, spacing=self.spacing, rho=self.rho)
-        return [float(sigmas[i]) for i in self._levels(sigmas)]
-
-    def _levels(self, sigmas: Tensor) -> list[int]:
-        return choose_levels(sigmas, self.num_levels, spacing=self.spacing, rho=self.rho)
-
-    def _grid(self, network: ScoreFunction, sigmas: Tensor) -> LevelGrid:
-        indices = None if self.num_levels is None else self._levels(sigmas)
-        return LevelGrid(network, self.visited(sigmas), indices)
+            return spaced_sigmas(sigmas, self.num_steps, spacing=self.spacing, rho=self.rho), None
+        return own_levels(sigmas, self.num_levels, spacing=self.spacing, rho=self.rho)
 
     def _points(self, num_levels: int) -> int:
         """Grid points; an upper bound with `karras` spacing of the network's own levels."""
@@ -80,29 +68,20 @@ class DpmSolver(_Multistep):
         """See `Sampler`."""
         return self._points(num_levels) - (not self.denoise)
 
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
-        grid = self._grid(network, sigmas)
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
         older: list[tuple[float, Tensor]] = []  # the last denoised image, and its place from the current point
         for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
-            if on_level is not None:
-                on_level(k, x)
+            on_level(k, x)
             h = math.log(sigma / lower)
             values = [(0.0, grid.denoised(x, k)), *older]
             total = -math.expm1(-(1 + self.eta) * h)
-            x = _weighted(
-                x, lower / sigma * math.exp(-self.eta * h), values, midpoint_weights(h, _places(values), total)
-            )
+            weights = midpoint_weights(h, _places(values), total)
+            x = _weighted(x, lower / sigma * math.exp(-self.eta * h), values, weights)
             if self.eta > 0:
                 x.add_(noise(k), alpha=lower * math.sqrt(-math.expm1(-2 * self.eta * h)))
             older = [(-h, values[0][1])] if self.order == 2 and grid.continues(k) else []
-        last = len(grid.sigmas) - 1
-        if on_level is not None:
-            on_level(last, x)
-        return grid.denoised(x, last) if self.denoise else x
+        on_level(len(grid.sigmas) - 1, x)
+        return grid.denoised(x, -1) if self.denoise else x
 
 
 @dataclass(frozen=True)
@@ -122,21 +101,9 @@ class UniPC(_Multistep):
         """See `Sampler`."""
         return self._points(num_levels)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        network: ScoreFunction,
-        *,
-        x: Tensor,
-        sigmas: Tensor,
-        noise: NoiseSource,  # noqa: ARG002 - an ODE draws none
-        on_level: OnLevel | None = None,
-    ) -> Tensor:
-        """See `Sampler`."""
-        grid = self._grid(network, sigmas)
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:  # noqa: ARG002
         values = [(0.0, grid.denoised(x, 0))]  # newest first, with their places from the current point
-        if on_level is not None:
-            on_level(0, x)
+        on_level(0, x)
         for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
             h = math.log(sigma / lower)
             predicted = _weighted(x, lower / sigma, values, step_weights(h, _places(values)))
@@ -147,8 +114,7 @@ class UniPC(_Multistep):
             else:
                 x, values = predicted, [ahead]
             values = [(place - h, value) for place, value in values[: self.order]]
-            if on_level is not None:
-                on_level(k + 1, x)
+            on_level(k + 1, x)
         return values[0][1] if self.denoise else x
 
 

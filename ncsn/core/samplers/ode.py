@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.level_grid import LevelGrid, Spacing, choose_levels, field_of, karras_sigmas, score_at_sigma
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
-    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.level_grid import (
+    LevelGrid,
+    Levels,
+    Spacing,
+    field_of,
+    own_levels,
+    score_at_sigma,
+    spaced_sigmas,
+)
 
 
 @dataclass(frozen=True)
@@ -38,35 +44,19 @@ class ProbabilityFlow(Sampler):
         steps = min(self.num_levels or num_levels, num_levels) - 1
         return steps * (2 if self.method == "heun" else 1) + self.denoise
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
-        return [float(sigmas[level]) for level in choose_levels(sigmas, self.num_levels, spacing=self.spacing)]
+    def _levels(self, sigmas: Tensor) -> Levels:
+        return own_levels(sigmas, self.num_levels, spacing=self.spacing)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        network: ScoreFunction,
-        *,
-        x: Tensor,
-        sigmas: Tensor,
-        noise: NoiseSource,  # noqa: ARG002 - an ODE draws none
-        on_level: OnLevel | None = None,
-    ) -> Tensor:
-        """See `Sampler`."""
-        grid = LevelGrid.subset(network, sigmas, self.num_levels, spacing=self.spacing)
-        last = len(grid.sigmas) - 1
-        for k, sigma in enumerate(grid.sigmas):
-            if on_level is not None:
-                on_level(k, x)
-            if k == last:
-                break
-            lower = grid.sigmas[k + 1]
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:  # noqa: ARG002
+        for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
+            on_level(k, x)
             slope = grid.score(x, k).mul_(-sigma)
             if self.method == "heun":
                 ahead = grid.score(torch.add(x, slope, alpha=lower - sigma), k + 1, field=k)
                 slope = slope.add_(ahead, alpha=-lower).mul_(0.5)
             x = torch.add(x, slope, alpha=lower - sigma)
-        return grid.denoised(x, last) if self.denoise else x
+        on_level(len(grid.sigmas) - 1, x)
+        return grid.denoised(x, -1) if self.denoise else x
 
 
 @dataclass(frozen=True)
@@ -92,30 +82,20 @@ class KarrasHeun(Sampler):
         """See `Sampler`."""
         return 2 * (self.num_steps - 1) + self.denoise
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
-        return karras_sigmas(float(sigmas[0]), float(sigmas[-1]), self.num_steps, rho=self.rho)
+    def _levels(self, sigmas: Tensor) -> Levels:
+        return spaced_sigmas(sigmas, self.num_steps, spacing="karras", rho=self.rho), None
 
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
-        levels = self.visited(sigmas)
-        for k, sigma in enumerate(levels):
-            if on_level is not None:
-                on_level(k, x)
-            if k == len(levels) - 1:
-                break
-            field, raised = field_of(network, sigma), sigma * (1 + self._share(sigma))
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
+        for k, (sigma, lower) in enumerate(pairwise(grid.sigmas)):
+            on_level(k, x)
+            field, raised = field_of(grid.network, sigma), sigma * (1 + self._share(sigma))
             if raised > sigma:
                 x = x.add(noise(k), alpha=self.churn_noise * math.sqrt(raised**2 - sigma**2))
-            lower = levels[k + 1]
             slope = score_at_sigma(field, x, sigma=raised).mul_(-raised)
             ahead = score_at_sigma(field, torch.add(x, slope, alpha=lower - raised), sigma=lower)
             x = torch.add(x, slope.add_(ahead, alpha=-lower), alpha=0.5 * (lower - raised))
-        last = levels[-1]
-        return torch.add(x, score_at_sigma(network, x, sigma=last), alpha=last**2) if self.denoise else x
+        on_level(len(grid.sigmas) - 1, x)
+        return grid.denoised(x, -1) if self.denoise else x
 
     def _share(self, sigma: float) -> float:
         if not self.churn_min <= sigma <= self.churn_max:

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ncsn.core.losses import ScoreFunction
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.langevin import NoiseSource
 from ncsn.core.samplers.level_grid import field_of, floats
 from ncsn.core.samplers.measurements import KnownPixels, Operator
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
-    from ncsn.core.samplers.base import Sampler
-    from ncsn.core.samplers.langevin import NoiseSource
 
 _FARTHEST = 20.0  # from zero, in standard deviations of data plus noise; a diverging chain soon goes beyond
 
@@ -90,14 +88,9 @@ def gaussian_variance(sigma_data: float) -> Callable[[float], float]:
 
 
 class Conditioned:
-    """A score function that a measurement guides; samplers take it for a network.
+    """A score function that a measurement of a batch guides; samplers take it for a network with levels `sigmas`.
 
-    Args:
-        network: Score function without the measurement.
-        measured: Of all images of a batch.
-        guidance: The method.
-        sigmas: The network's levels [L].
-        scale: Root mean square of the data, by which divergence is noticed.
+    `scale` is the root mean square of the data, by which divergence is noticed.
     """
 
     def __init__(
@@ -161,13 +154,9 @@ def restored(
     A measurement of nothing gives what the sampler gives alone, bit by bit.
 
     Args:
-        network: Score function, in eval mode.
-        measured: What is known of them.
-        guidance: The method.
         sampler: On a grid from the largest to the smallest sigma.
         x: Start [B, C, H, W].
         sigmas: The network's levels [L], descending.
-        noise: For the sampler.
         scale: Root mean square of the data, by which divergence is noticed.
 
     Raises:

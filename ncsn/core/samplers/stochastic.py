@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from itertools import count, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ncsn.core.samplers.base import Sampler
-from ncsn.core.samplers.langevin import annealed_langevin, denoise_step, langevin_step, score_at_level
-from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, floats, refined_sigmas
-
-if TYPE_CHECKING:
-    from ncsn.core.losses import ScoreFunction
-    from ncsn.core.samplers.langevin import NoiseSource, OnLevel
+from ncsn.core.samplers.langevin import NoiseSource, OnLevel, annealed_langevin, langevin_step
+from ncsn.core.samplers.level_grid import LevelGrid, Levels, own_levels, spaced_sigmas
 
 
 @dataclass(frozen=True)
@@ -36,18 +32,14 @@ class AnnealedLangevin(Sampler):
         """See `Sampler`."""
         return num_levels * self.steps_per_level + self.denoise
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
-        return floats(sigmas)
+    def _levels(self, sigmas: Tensor) -> Levels:
+        return own_levels(sigmas)
 
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
         return annealed_langevin(
-            network,
+            grid.network,
             x=x,
-            sigmas=sigmas,
+            sigmas=torch.tensor(grid.sigmas, dtype=torch.float64),
             epsilon=self.epsilon,
             steps_per_level=self.steps_per_level,
             noise=noise,
@@ -74,24 +66,16 @@ class Langevin(Sampler):
         """See `Sampler`."""
         return self.num_steps + self.denoise
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
-        return [float(sigmas[self.level])]
-
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
+    def _levels(self, sigmas: Tensor) -> Levels:
         if not -len(sigmas) <= self.level < len(sigmas):
             raise ValueError(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {self.level}")
-        level = self.level % len(sigmas)
+        return [float(sigmas[self.level])], [self.level % len(sigmas)]
+
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
         for step in range(self.num_steps):
-            score = score_at_level(network, x, level=level)
-            x = langevin_step(x, score=score, step_size=self.step_size, z=noise(step))
-        if on_level is not None:
-            on_level(0, x)
-        return denoise_step(network, x, level=level, sigma=float(sigmas[level])) if self.denoise else x
+            x = langevin_step(x, score=grid.score(x, 0), step_size=self.step_size, z=noise(step))
+        on_level(0, x)
+        return grid.denoised(x, 0) if self.denoise else x
 
 
 @dataclass(frozen=True)
@@ -112,28 +96,20 @@ class ConsistentAnnealed(Sampler):
         """See `Sampler`."""
         return (num_levels - 1) * self.refine + 1 + self.denoise
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
+    def _levels(self, sigmas: Tensor) -> Levels:
         if self.refine == 1:
-            return floats(sigmas)
-        return refined_sigmas(sigmas, self.refine)
+            return own_levels(sigmas)
+        return spaced_sigmas(sigmas, (len(sigmas) - 1) * self.refine + 1, spacing="geometric"), None
 
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
-        indices = list(range(len(sigmas))) if self.refine == 1 else None
-        grid = LevelGrid(network, self.visited(sigmas), indices)
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
         eta, beta = self._coefficients(grid.sigmas)
         last = len(grid.sigmas) - 1
         for k, sigma in enumerate(grid.sigmas):
             x = torch.add(x, grid.score(x, k), alpha=eta * sigma**2)
             if k < last:
                 x.add_(noise(k), alpha=beta * grid.sigmas[k + 1])
-            if on_level is not None:
-                on_level(k, x)
-        return grid.denoised(x, last) if self.denoise else x
+            on_level(k, x)
+        return grid.denoised(x, -1) if self.denoise else x
 
     def _coefficients(self, sigmas: list[float]) -> tuple[float, float]:
         q = (sigmas[-1] / sigmas[0]) ** (1 / (len(sigmas) - 1))
@@ -169,28 +145,19 @@ class PredictorCorrector(Sampler):
         levels = min(self.num_levels or num_levels, num_levels)
         return levels * (self.corrector_steps + 1) - (not self.denoise)
 
-    def visited(self, sigmas: Tensor) -> list[float]:
-        """See `Sampler`."""
-        return [float(sigmas[level]) for level in choose_levels(sigmas, self.num_levels)]
+    def _levels(self, sigmas: Tensor) -> Levels:
+        return own_levels(sigmas, self.num_levels)
 
-    @torch.no_grad()
-    def __call__(
-        self, network: ScoreFunction, *, x: Tensor, sigmas: Tensor, noise: NoiseSource, on_level: OnLevel | None = None
-    ) -> Tensor:
-        """See `Sampler`."""
-        grid = LevelGrid.subset(network, sigmas, self.num_levels)
-        last, draws = len(grid.sigmas) - 1, 0
+    def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
+        last, draws = len(grid.sigmas) - 1, map(noise, count())
         for k in range(len(grid.sigmas)):
             for _ in range(self.corrector_steps):
-                x = self._correct(x, score=grid.score(x, k), z=noise(draws))
-                draws += 1
-            if on_level is not None:
-                on_level(k, x)
+                x = self._correct(x, score=grid.score(x, k), z=next(draws))
+            on_level(k, x)
             if k < last:
-                x = self._predict(x, score=grid.score(x, k), sigmas=grid.sigmas[k : k + 2], z=noise(draws))
-                draws += 1
+                x = self._predict(x, score=grid.score(x, k), sigmas=grid.sigmas[k : k + 2], z=next(draws))
         # The predictor's last step, to sigma = 0 without noise, is the denoising.
-        return grid.denoised(x, last) if self.denoise else x
+        return grid.denoised(x, -1) if self.denoise else x
 
     def _correct(self, x: Tensor, *, score: Tensor, z: Tensor) -> Tensor:
         ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)

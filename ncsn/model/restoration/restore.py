@@ -68,19 +68,14 @@ def restore(
     """Images that fit a measurement, as one batch; the same in any batch.
 
     Args:
-        trained: Its network is on `device`.
         y: The measurement [N, C, h, w], see `ncsn.model.restoration.tasks`.
         operator: What it measures, on the CPU.
-        settings: Valid for the network.
         sampling: That of `restoring`, or with another sampler of an ODE.
         labels: Class of each image, int64 [N], for a network of classes; None for those of `generate`.
         first: Index of the first image: image i draws the noise that `generate` gives image i.
 
     Returns:
         uint8 [N, H, W, C].
-
-    Raises:
-        UserError: The sampler cannot be guided, the guidance diverges, or an image is not finite.
     """
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
     if not isinstance(sampler, _USABLE):
@@ -90,16 +85,15 @@ def restore(
     if labels is None:
         labels = image_labels(trained, sampling, first=first, count=len(y))
     sigmas = build.sampled_sigmas(config, sampling).to(device)
+    sigma_1 = build.sampled_levels(config, sampling).sigma_1
     with inference(sampling, device, derivatives=True):
         try:
             x = restored(
-                score_function(trained, sampling, sampler, labels=None if labels is None else labels.to(device)),
+                score_function(trained, sampling, sampler, labels=labels),
                 Measured(operator, y.to(device), settings.assumed_noise),
                 _guidance(trained, settings, sampler.visited(sigmas)),
                 sampler=sampler,
-                x=sampler.start(
-                    space, trained.moments, sigma_1=build.sampled_levels(config, sampling).sigma_1, noise=noise
-                ),
+                x=sampler.start(space, trained.moments, sigma_1=sigma_1, noise=noise),
                 sigmas=sigmas,
                 noise=noise,
                 scale=_scale(trained.moments),

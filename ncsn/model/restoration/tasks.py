@@ -50,11 +50,7 @@ class Restoration:
         return {name: value for name, value in asdict(self).items() if name != "keys"}
 
     def require_valid(self, config: Config) -> None:
-        """Refuse what is out of range, or not for this network.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Refuse what is out of range, or not for this network."""
         for name, allowed in (("task", TASKS), ("solver", SOLVERS), ("method", METHODS)):
             value = getattr(self, name)
             if value not in allowed:
@@ -133,12 +129,12 @@ def pictures(y: Tensor, operator: Operator, config: Config) -> NDArray[np.uint8]
 
 def simple_restoration(y: Tensor, operator: Operator, moments: DataMoments, config: Config) -> NDArray[np.uint8]:
     """What needs no network, [N, H, W, C]: the mean of all images, bicubic enlargement, or the blurred image."""
-    space, size = build.pixel_space(config.data), config.data.image_size
+    size = config.data.image_size
     if isinstance(operator, KnownPixels):
-        return _grays(space.invert(torch.where(operator.mask, y, moments.mean)), config)
-    if y.shape[-1] == size:
-        return _grays(space.invert(y), config)
-    return _grays(space.invert(interpolate(y, size=(size, size), mode="bicubic", align_corners=False)), config)
+        y = torch.where(operator.mask, y, moments.mean)
+    elif y.shape[-1] != size:
+        y = interpolate(y, size=(size, size), mode="bicubic", align_corners=False)
+    return _grays(build.pixel_space(config.data).invert(y), config)
 
 
 def _grays(values: Tensor, config: Config) -> NDArray[np.uint8]:

@@ -31,7 +31,7 @@ from ncsn.errors import UserError
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, folder_name, load_for_sampling, require_same_training
 from ncsn.model.classes import labels_of_images
-from ncsn.model.derived import write_derived
+from ncsn.model.index import write_derived
 from ncsn.model.start import self_training
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_result, while_leased, write_result

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, karras_sigmas, refined_sigmas, score_at_sigma
+from ncsn.core.samplers.level_grid import LevelGrid, choose_levels, karras_sigmas, score_at_sigma, spaced_sigmas
 
 V2 = geometric_sigmas(50.0, 0.01, 232)
 
@@ -57,7 +57,7 @@ def test_one_level_is_too_few():
 
 def test_refined_grid_keeps_the_old_levels(analytic):
     sigmas = geometric_sigmas(1.0, 0.01, 5).double()
-    grid = LevelGrid(analytic.GaussianScore(sigmas, s2=0.3), refined_sigmas(sigmas, 4), None)
+    grid = LevelGrid(analytic.GaussianScore(sigmas, s2=0.3), spaced_sigmas(sigmas, 17, spacing="geometric"), None)
     assert len(grid.sigmas) == 17
     torch.testing.assert_close(torch.tensor(grid.sigmas[::4], dtype=torch.float64), sigmas, rtol=1e-6, atol=0)
 
