@@ -9,8 +9,8 @@ except where two mathematical libraries differ by more than a float64 rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -88,12 +88,6 @@ def keyed_permutations(seed: int, *, stream: int, first: int, count: int, size: 
     return words.argsort(dim=1, stable=True)
 
 
-class _Draw(Protocol):
-    def __call__(
-        self, seed: int, *, stream: int, first: int, count: int, size: int, device: torch.device | str = "cpu"
-    ) -> Tensor: ...
-
-
 class KeyedNoise:
     """The random draws of images `first .. first + count` of shape (channels, height, width), the same in any batch."""
 
@@ -110,7 +104,7 @@ class KeyedNoise:
         """Uniform (0, 1) draw number `step` >= 0, float32 [count, *shape]; independent of the normal draws."""
         return self._draw(keyed_uniform, step)
 
-    def _draw(self, draw: _Draw, step: int) -> Tensor:
+    def _draw(self, draw: Callable[..., Tensor], step: int) -> Tensor:
         values = draw(
             self.seed,
             stream=Stream.SAMPLING + step,

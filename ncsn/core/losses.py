@@ -83,11 +83,8 @@ class Loss(Protocol):
         """Loss of a batch."""
 
 
-class Weight(Protocol):
-    """Weight of |sigma s + z|^2 in a loss."""
-
-    def __call__(self, sigma: Tensor) -> Tensor:
-        """The weight at each sigma [B], in its shape and type."""
+# The weight of |sigma s + z|^2 in a loss at each sigma [B], in its shape and type.
+Weight = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class PowerWeight:
     anneal_power: float = 2.0  # p; the paper's lambda(sigma) = sigma^2 is p = 2
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """See `Weight`."""
+        """The weight at each sigma."""
         return sigma ** (self.anneal_power - 2.0)
 
 
@@ -112,7 +109,7 @@ class EdmWeight:
     sigma_data: float
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """See `Weight`."""
+        """The weight at each sigma."""
         return 1 + (sigma / self.sigma_data).square()
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.core.networks.transfer import misfits
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import (
     NOT_A_CHECKPOINT,
@@ -193,21 +193,11 @@ def _read(path: Path, source: str) -> dict[str, Tensor]:
         raise _refusal(source, "is not a checkpoint of tensors") from None
     if not isinstance(state, dict):
         raise _refusal(source, f"holds a {type(state).__name__}, not tensors by name")
-    expected = layout(VIT_L)
-    for name in sorted(expected.keys() | state.keys(), key=str):
-        if _shape(state.get(name)) != expected.get(name):
-            raise _refusal(
-                source, f"has {_told(_shape(state.get(name)))} {name}, and ViT-L/14 has {_told(expected.get(name))}"
-            )
-    return {name: state[name].float() for name in expected}
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _told(shape: tuple[int, ...] | None) -> str:
-    return "no" if shape is None else f"{list(shape)}"
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    expected = {name: torch.empty(shape, device="meta") for name, shape in layout(VIT_L).items()}
+    if found := misfits(tensors, expected):
+        raise _refusal(source, f"does not hold the tensors of ViT-L/14: {found}")
+    return {name: tensors[name].float() for name in expected}
 
 
 def _refusal(source: str, reason: str) -> UserError:

@@ -17,7 +17,7 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import cache_folder, open_cache
 from ncsn.evaluation.choice import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
-from ncsn.evaluation.extractors import Extracted, Images
+from ncsn.evaluation.extractors import Extracted, Identity, Images
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
     RunningDistance,
@@ -241,8 +241,7 @@ class _Work:
     number: int
     pieces: list[FeaturePiece]
     fingerprint: str  # of the reference
-    classes: bool  # whether there are metrics of classes
-    extractor: str  # its name
+    extractor: Identity
 
 
 def measure_sets(
@@ -268,8 +267,7 @@ def measure_sets(
             number,
             feature_pieces(config, dataset, images, near=near, fingerprint=fingerprint),
             evaluator.reference.fingerprint,
-            evaluator.extractor.knows_classes,
-            evaluator.extractor.name,
+            evaluator.extractor,
         )
         for number, images in enumerate(sets)
     ]
@@ -314,8 +312,8 @@ def _measure(
         training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
         seed=SEED,
-        classes=work.classes,
-        asked=asked_classes(config, dataset, images, extractor=work.extractor),
+        classes=work.extractor.knows_classes,
+        asked=asked_classes(config, dataset, images, extractor=work.extractor.name),
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
         extrapolate=config.evaluation.extrapolate,
         by_features=config.evaluation.reference_split == "train",

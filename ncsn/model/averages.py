@@ -36,14 +36,6 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AverageSnapshot:
-    """Both averages at one moment."""
-
-    name: str  # of the folder
-    files: Mapping[str, Mapping[str, Tensor]]  # by file, on the CPU
-
-
-@dataclass(frozen=True)
 class BuiltAverage:
     """An average of the weights that was put together after training."""
 
@@ -54,23 +46,22 @@ class BuiltAverage:
     coefficients: Mapping[str, float]  # of each snapshot, `<folder>/<file>`
 
 
-def snapshot(config: Config, state: TrainState) -> AverageSnapshot:
-    """Copy both averages, so that training can go on while they are written."""
+def snapshot(config: Config, state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Copies of both averages by file, on the CPU, so that training can go on while they are written."""
     widths = _settings(config, key="train.ema").relative_widths
-    files = {
+    return {
         _file(width): {name: _compact(tensor) for name, tensor in ema.weights.items()}
         for width, ema in zip(widths, state.averages, strict=True)
     }
-    return AverageSnapshot(folder_name(state.images_seen), files)
 
 
-def publish(uri: str, taken: AverageSnapshot) -> None:
+def publish(uri: str, taken: Mapping[str, dict[str, Tensor]], *, images_seen: int) -> None:
     """Store a snapshot below the folder `uri`; a resumed training stores the same ones again."""
     with storage.scratch_folder(uri) as folder:
-        for name, tensors in taken.files.items():
-            save_file(dict(tensors), folder / name)
-        write_index(folder, taken.files)
-        storage.publish_folder(folder, storage.join(uri, taken.name), marker=INDEX, replace=True)
+        for name, tensors in taken.items():
+            save_file(tensors, folder / name)
+        write_index(folder, taken)
+        storage.publish_folder(folder, storage.join(uri, folder_name(images_seen)), marker=INDEX, replace=True)
 
 
 def snapshots(uri: str) -> list[int]:

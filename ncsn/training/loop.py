@@ -226,7 +226,8 @@ class Training:
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return
         if self.ended() or crossed(seen, train.batch_size, train.snapshot_every):
-            self.checkpoints.later(partial(averages.publish, uri, averages.snapshot(self.config, self.state)))
+            taken = averages.snapshot(self.config, self.state)
+            self.checkpoints.later(partial(averages.publish, uri, taken, images_seen=seen))
 
     def save_in_time(self) -> None:
         """Publish a checkpoint, once, if a machine is about to be preempted. A collective call."""

@@ -55,7 +55,7 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     for images in range(100, 801, 100):
         walk(state, images, wanted)
         taken = averages.snapshot(config, state)
-        averages.publish(str(run / "ema"), taken)
+        averages.publish(str(run / "ema"), taken, images_seen=state.images_seen)
     folder = run / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
@@ -82,7 +82,7 @@ def test_weights_that_float16_cannot_hold_stay_in_float32(config: Config) -> Non
     state = build.train_state(config)
     name, weight = next(iter(state.ema.weights.items()))
     weight.view(-1)[0] = 6.1e4
-    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(config, state).files["0.050.safetensors"].items()}
+    kinds = {key: tensor.dtype for key, tensor in averages.snapshot(config, state)["0.050.safetensors"].items()}
     assert kinds.pop(name) == torch.float32 and set(kinds.values()) == {torch.float16}
 
 
@@ -127,7 +127,7 @@ def test_the_others_do_without_a_lost_or_damaged_snapshot(config: Config, tmp_pa
     state = build.train_state(config)
     for images in (200, 400, 600, 800):
         walk(state, images)
-        averages.publish(str(tmp_path / "ema"), averages.snapshot(config, state))
+        averages.publish(str(tmp_path / "ema"), averages.snapshot(config, state), images_seen=state.images_seen)
     folder = tmp_path / "checkpoints" / checkpoint.folder_name(800)
     folder.mkdir(parents=True)
     checkpoint.snapshot(config=config, state=state, moments=MOMENTS, dataset_digest="d1").write(folder)
