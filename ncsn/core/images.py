@@ -61,11 +61,6 @@ def logit(x: Tensor) -> Tensor:
     return y.log() - torch.log1p(-y)
 
 
-def unlogit(y: Tensor) -> Tensor:
-    """Invert `logit` up to its margin: the sigmoid, in (0, 1)."""
-    return torch.sigmoid(y)
-
-
 # The only place that knows pixels or logits, so no sampler transforms twice.
 @dataclass(frozen=True)
 class PixelSpace:
@@ -88,8 +83,8 @@ class PixelSpace:
         return logit(x) if self.logit else x
 
     def invert(self, y: Tensor) -> Tensor:
-        """Undo `transform`."""
-        return unlogit(y) if self.logit else y
+        """Undo `transform`, up to the margin of `logit`."""
+        return torch.sigmoid(y) if self.logit else y
 
 
 # Part of every checkpoint, so that samplers that remember their start need no dataset.

@@ -77,11 +77,11 @@ class LikelihoodOde:
         return -gain * raw.detach(), -gain * trace
 
 
-def sigma_data_of(moments: DataMoments) -> float:
+def sigma_data_of(moments: DataMoments, *, center: float = 0.5) -> float:
     """Root mean square of the pixels around mid-gray, for networks that do not have it among their settings."""
     count = moments.mean.numel()
     spread = float(moments.variances.sum()) + moments.rest * (count - len(moments.variances))
-    return math.sqrt(float((moments.mean - 0.5).square().mean()) + spread / count)
+    return math.sqrt(float((moments.mean - center).square().mean()) + spread / count)
 
 
 def hutchinson_probes(seed: int, *, first: int, count: int, number: int, shape: tuple[int, ...]) -> Tensor:

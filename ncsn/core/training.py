@@ -95,7 +95,9 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
         _average_over_workers(state.uncertainty)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    grad_norm = clip_gradient(network, max_norm=math.inf if options.grad_clip_norm is None else options.grad_clip_norm)
+    grad_norm = nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
+    if options.grad_clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(network.parameters(), options.grad_clip_norm, grad_norm)
     if scaler is None:
         optimizer.step()
     else:
@@ -121,12 +123,3 @@ def _average_over_workers(module: nn.Module) -> None:
         assert parameter.grad is not None
         torch.distributed.all_reduce(parameter.grad)
         parameter.grad /= torch.distributed.get_world_size()
-
-
-def clip_gradient(network: nn.Module, *, max_norm: float) -> Tensor:
-    """Scale the gradient down to `max_norm` if it is longer, and return its norm before."""
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if max_norm < math.inf:
-        nn.utils.clip_grads_with_norm_(network.parameters(), max_norm, norm)
-    return norm

@@ -163,7 +163,10 @@ def train_classifier(
     # Small sets need small batches to take enough steps in a few passes.
     batch_size = 32 if len(labeled) < SMALL_SET else 128
     steps = recipe.epochs * -(-len(labeled) // batch_size)
-    with _seeded(recipe.seed, device), _threads(small=len(labeled) < SMALL_SET):
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    # Dropout and initialization use the global generators.
+    with torch.random.fork_rng(devices), _threads(small=len(labeled) < SMALL_SET):
+        torch.manual_seed(recipe.seed)
         network = ClassifierNetwork(
             image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes
         )
@@ -239,15 +242,6 @@ def _set_pixel_statistics(network: ClassifierNetwork, images: Images) -> None:
     std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
     network.pixel_mean.copy_(torch.from_numpy(mean))
     network.pixel_std.copy_(torch.from_numpy(std))
-
-
-@contextmanager
-def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Seed the global generators, which dropout and initialization use, and restore them."""
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ncsn.data.format import Images, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.runs.held_out import held_out_point
-from ncsn.training.batches import crossed, encoded
+from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
@@ -81,17 +81,16 @@ class ImageShare:
 
 
 class Probe:
-    """Measures the loss of held-out and of training images. All workers call the same methods in the same order."""
+    """Measures the loss of held-out and of training images, after each `every` training images.
+
+    All workers call the same methods in the same order.
+    """
 
     def __init__(
         self, config: Config, held_out: ImageShare, training: ImageShare, *, every: int, context: WorkerContext
     ) -> None:
-        self._config, self._sets, self._every, self._context = config, (held_out, training), every, context
+        self._config, self._sets, self.every, self._context = config, (held_out, training), every, context
         self._sigmas, self._levels = _measured_at(config)
-
-    def due(self, images_seen: int, *, last_image: int) -> bool:
-        """Whether it is time."""
-        return images_seen >= last_image or crossed(images_seen, self._config.train.batch_size, self._every)
 
     def measure(self, state: TrainState, *, dtype: torch.dtype | None) -> dict[str, float]:
         """Metrics `val/...` of the EMA weights, whose convolutions compute in `dtype`. A collective call.

@@ -44,12 +44,13 @@ class Validation:
         return self._loss_due(images_seen) or self._distance_due(images_seen)
 
     def _loss_due(self, images_seen: int) -> bool:
-        return self._probe is not None and self._probe.due(images_seen, last_image=self._last_image)
+        return self._probe is not None and self._reached(images_seen, self._probe.every)
 
     def _distance_due(self, images_seen: int) -> bool:
-        train = self._config.train
-        due = images_seen >= self._last_image or crossed(images_seen, train.batch_size, train.validate_every)
-        return self._distance is not None and due
+        return self._distance is not None and self._reached(images_seen, self._config.train.validate_every)
+
+    def _reached(self, images_seen: int, every: int) -> bool:
+        return images_seen >= self._last_image or crossed(images_seen, self._config.train.batch_size, every)
 
     def measure(
         self, state: TrainState, *, dtype: torch.dtype | None, trained: Callable[[], TrainedNetwork]

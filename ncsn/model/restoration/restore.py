@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import DataMoments
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.likelihood import sigma_data_of
 from ncsn.core.samplers.base import Sampler
@@ -96,7 +94,7 @@ def restore(
                 x=sampler.start(space, trained.moments, sigma_1=sigma_1, noise=noise),
                 sigmas=sigmas,
                 noise=noise,
-                scale=_scale(trained.moments),
+                scale=sigma_data_of(trained.moments, center=0.0),
             )
         except Diverged as error:
             hint = f"raise {settings.key('steps')} or {settings.key('sigma_y')}"
@@ -109,9 +107,3 @@ def _guidance(trained: TrainedNetwork, settings: Restoration, sigmas: list[float
         return Residual(STEP_OF_RESIDUAL, sigmas)
     known = getattr(trained.network, "sigma_data", None)
     return Covariance(gaussian_variance(known or sigma_data_of(trained.moments)))
-
-
-def _scale(moments: DataMoments) -> float:
-    count = moments.mean.numel()
-    spread = float(moments.variances.sum()) + moments.rest * (count - len(moments.variances))
-    return math.sqrt(float(moments.mean.square().mean()) + spread / count)
