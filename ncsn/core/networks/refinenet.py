@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -11,60 +12,6 @@ from torch import Tensor, nn
 from ncsn.core.networks.blocks import RefineBlock, ResidualStage, average_pool, check_size, conv3x3, elu, max_pool
 from ncsn.core.networks.entry import ContinuousNetwork, check_conditions, check_levels
 from ncsn.core.networks.normalization import ConditionalInstanceNormPlus, InstanceNormPlus, NormFactory
-
-
-class NcsnNetwork(nn.Module):
-    """Score network s(x, level) with instance normalization++ conditioned on the level.
-
-    Parameters and their names are those of the released weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657
-    for 28x28x1 (num_features 64), with 10 levels. `rescale` feeds 2x - 1 to the first layer, for images in [0, 1].
-    """
-
-    def __init__(self, num_features: int, *, channels: int, num_levels: int, rescale: bool = True) -> None:
-        super().__init__()
-        n = num_features
-        norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
-        refine = partial(RefineBlock, norm=norm, pool=average_pool)
-        self.num_levels = num_levels
-        self.rescale = rescale
-        self.begin_conv = conv3x3(channels, n)
-        self.normalizer = norm(n)
-        self.end_conv = conv3x3(n, channels)
-        self.res1 = ResidualStage(n, n, norm=norm)
-        self.res2 = ResidualStage(n, 2 * n, norm=norm, down=True)
-        self.res3 = ResidualStage(2 * n, 2 * n, norm=norm, down=True, dilation=2)
-        self.res4 = ResidualStage(2 * n, 2 * n, norm=norm, down=True, dilation=4)
-        self.refine1 = refine([2 * n], 2 * n)
-        self.refine2 = refine([2 * n, 2 * n], 2 * n)
-        self.refine3 = refine([2 * n, 2 * n], n)
-        self.refine4 = refine([n, n], n, end=True)
-
-    def forward(self, x: Tensor, level: Tensor | None = None, **others: Tensor | None) -> Tensor:
-        """Score of noisy images at their levels; `others`, sigma and conditions, must be None.
-
-        Args:
-            x: [B, C, H, W] around [0, 1], H and W even.
-            level: int64 [B], 0 = most noise.
-
-        Returns:
-            Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
-        """
-        check_conditions(self, [name for name, value in others.items() if value is not None])
-        if level is None:
-            raise ValueError("this network needs a level")
-        check_levels(level, batch=len(x), num_levels=self.num_levels)
-        check_size(x, halvings=1)
-        stage1 = self.res1(self.begin_conv(2 * x - 1 if self.rescale else x), level)
-        stage2 = self.res2(stage1, level)
-        stage3 = self.res3(stage2, level)
-        stage4 = self.res4(stage3, level)
-        h = self.refine1([stage4], level)
-        h = self.refine2([stage3, h], level)
-        h = self.refine3([stage2, h], level)
-        h = self.refine4([stage1, h], level)
-        score: Tensor = self.end_conv(elu(self.normalizer(h, level)))
-        return score
-
 
 Depth = Literal["standard", "deeper", "deepest"]
 
@@ -97,7 +44,83 @@ _STAGES: dict[Depth, tuple[_Stage, ...]] = {
 }
 
 
-class NcsnV2Network(ContinuousNetwork):
+class _RefineNet(nn.Module):
+    """What both networks share: an encoder of residual stages and a decoder of refine blocks, without scaling."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        channels: int,
+        depth: Depth,
+        rescale: bool,
+        norm: NormFactory,
+        refine: Callable[..., RefineBlock],
+    ) -> None:
+        super().__init__()
+        n, stages = num_features, _STAGES[depth]
+        self.rescale = rescale
+        self.begin_conv = conv3x3(channels, n)
+        self.normalizer = norm(n)
+        self.end_conv = conv3x3(n, channels)
+        for index, stage in enumerate(stages):
+            module = ResidualStage(n * stage.inside, n * stage.out, norm=norm, down=index > 0, dilation=stage.dilation)
+            self.add_module(f"res{stage.suffix}", module)
+        # By name, as in the released code: refine31 is registered after refine3, though it is used before it.
+        for stage in sorted(stages, key=lambda stage: stage.refine_suffix):
+            inputs = [n * width for width in stage.refine_in]
+            self.add_module(
+                f"refine{stage.refine_suffix}", refine(inputs, n * stage.refine_out, end=stage is stages[0])
+            )
+        self._encoder = [f"res{stage.suffix}" for stage in stages]
+        self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
+        self._halvings = sum(stage.dilation is None for stage in stages[1:])
+
+    def _unscaled(self, x: Tensor, level: Tensor) -> Tensor:
+        check_size(x, halvings=self._halvings)
+        h: Tensor = self.begin_conv(2 * x - 1 if self.rescale else x)
+        features = []
+        for name in self._encoder:
+            h = self.get_submodule(name)(h, level)
+            features.append(h)
+        for index, name in enumerate(self._decoder):
+            skip = features.pop()
+            h = self.get_submodule(name)([skip] if index == 0 else [skip, h], level)
+        out: Tensor = self.end_conv(elu(self.normalizer(h, level)))
+        return out
+
+
+class NcsnNetwork(_RefineNet):
+    """Score network s(x, level) with instance normalization++ conditioned on the level.
+
+    Parameters and their names are those of the released weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657
+    for 28x28x1 (num_features 64), with 10 levels. `rescale` feeds 2x - 1 to the first layer, for images in [0, 1].
+    """
+
+    def __init__(self, num_features: int, *, channels: int, num_levels: int, rescale: bool = True) -> None:
+        norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
+        refine = partial(RefineBlock, norm=norm, pool=average_pool)
+        super().__init__(num_features, channels=channels, depth="standard", rescale=rescale, norm=norm, refine=refine)
+        self.num_levels = num_levels
+
+    def forward(self, x: Tensor, level: Tensor | None = None, **others: Tensor | None) -> Tensor:
+        """Score of noisy images at their levels; `others`, sigma and conditions, must be None.
+
+        Args:
+            x: [B, C, H, W] around [0, 1], H and W even.
+            level: int64 [B], 0 = most noise.
+
+        Returns:
+            Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
+        """
+        check_conditions(self, [name for name, value in others.items() if value is not None])
+        if level is None:
+            raise ValueError("this network needs a level")
+        check_levels(level, batch=len(x), num_levels=self.num_levels)
+        return self._unscaled(x, level)
+
+
+class NcsnV2Network(_RefineNet, ContinuousNetwork):
     """Score network s(x, sigma) = f(x) / sigma with an unconditional f (technique 3).
 
     Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
@@ -109,41 +132,13 @@ class NcsnV2Network(ContinuousNetwork):
     def __init__(
         self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard", rescale: bool = True
     ) -> None:
-        super().__init__()
-        n, stages = num_features, _STAGES[depth]
-        self.rescale = rescale
+        refine = partial(RefineBlock, norm=None, pool=max_pool)
+        super().__init__(
+            num_features, channels=channels, depth=depth, rescale=rescale, norm=InstanceNormPlus, refine=refine
+        )
         self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))
-        self.begin_conv = conv3x3(channels, n)
-        self.normalizer = InstanceNormPlus(n)
-        self.end_conv = conv3x3(n, channels)
-        encode = partial(ResidualStage, norm=InstanceNormPlus)
-        for index, stage in enumerate(stages):
-            module = encode(n * stage.inside, n * stage.out, down=index > 0, dilation=stage.dilation)
-            self.add_module(f"res{stage.suffix}", module)
-        # By name, as in the released code: refine31 is registered after refine3, though it is used before it.
-        for stage in sorted(stages, key=lambda stage: stage.refine_suffix):
-            inputs = [n * width for width in stage.refine_in]
-            block = RefineBlock(inputs, n * stage.refine_out, norm=None, pool=max_pool, end=stage is stages[0])
-            self.add_module(f"refine{stage.refine_suffix}", block)
-        self._encoder = [f"res{stage.suffix}" for stage in stages]
-        self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
-        self._halvings = sum(stage.dilation is None for stage in stages[1:])
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Score [B, C, H, W] per pixel unit of x at sigma [B]; H, W divisible by 2, 4 or 8 according to the depth."""
-        return self._unscaled(x) / sigma.to(x.dtype).view(-1, 1, 1, 1)
-
-    def _unscaled(self, x: Tensor) -> Tensor:
-        check_size(x, halvings=self._halvings)
         # The blocks pass a level to their norms, which do not use it here.
-        level = torch.empty(0)
-        h: Tensor = self.begin_conv(2 * x - 1 if self.rescale else x)
-        features = []
-        for name in self._encoder:
-            h = self.get_submodule(name)(h, level)
-            features.append(h)
-        for index, name in enumerate(self._decoder):
-            skip = features.pop()
-            h = self.get_submodule(name)([skip] if index == 0 else [skip, h], level)
-        out: Tensor = self.end_conv(elu(self.normalizer(h, level)))
-        return out
+        return self._unscaled(x, torch.empty(0)) / sigma.to(x.dtype).view(-1, 1, 1, 1)
