@@ -6,6 +6,9 @@ import itertools
 import json
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main
-from benchmarks import gpu
+from benchmarks import gpu, training_step
 from benchmarks.edm_loss import held_out_losses
-from benchmarks.measure import Row, in_turns, ratio, table
+from benchmarks.measure import Row, in_turns, own_process, ratio, table
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
@@ -36,6 +39,8 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
 
 def test_a_candidate_may_time_itself() -> None:
     assert in_turns({"own": lambda: 7.0}, rounds=2)["own"] == [7.0, 7.0]
+    with own_process(partial, time.sleep, 0.01) as elsewhere:
+        assert 0.01 <= elsewhere() < 10
 
 
 @pytest.mark.parametrize(("value", "higher", "reached"), [(2.0, True, True), (1.9, True, False), (1.9, False, True)])
@@ -93,12 +98,15 @@ def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
     assert far.limit(MACHINES) == "gradients"
 
 
-def test_the_gpu_parts_run_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
+def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, since three others would each import torch."""
+    monkeypatch.setattr(training_step, "own_process", lambda prepare, *args, clock: nullcontext(prepare(*args)))
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
     assert gpu.sampling(cpu, images=2, steps_per_level=1, num_features=8).value > 0
     found = loss_curves(device=cpu, batch=2, steps=10, num_features=8)
     assert found.value == pytest.approx(1, abs=0.1)
     step, use = measure(device=cpu, batch=1, rounds=1, compiled=False, speedup=1.0, share_of_peak=1.0)
+    torch.set_num_threads(threads)
     assert step.value > 0 and 0 < use.value < 200
 
 

@@ -19,7 +19,9 @@ from ncsn.runs.folder import claim_run
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
 
-def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
+def test_a_step_prints_its_result_and_the_second_call_finds_it(
+    run_command, run_in_process, config_file: Path, store: Path
+) -> None:
     first = run_command("ingest", "--config", str(config_file), "--json")
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
@@ -34,14 +36,14 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     assert second.stdout == f"ingest: 64 train + 64 test images, digest {result['digest'][:12]}\nuri: {result['uri']}\n"
     assert (folder / "result.json").stat().st_mtime_ns == written
 
-    account = json.loads(run_command("plan", "--config", str(config_file), "--actual", "--json").stdout)
+    account = json.loads(run_in_process("plan", "--config", str(config_file), "--actual", "--json").stdout)
     spent = json.loads((folder / "spent.json").read_text())["seconds"]
     assert account["actual"]["steps"]["ingest"]["seconds"] == spent > 0
     assert account["plan"] is None
 
 
-def test_show_config_as_json_is_the_canonical_form(run_command, config_file: Path) -> None:
-    shown = run_command("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
+def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: Path) -> None:
+    shown = run_in_process("show-config", "--config", str(config_file), "--set", "noise.num_levels=7", "--json")
     assert from_json(shown.stdout) == Experiment(str(config_file), ("noise.num_levels=7",)).resolve().config
 
 

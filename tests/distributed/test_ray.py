@@ -52,7 +52,8 @@ def cluster(tiny: str, cache_dir: Path) -> Iterator[Cluster]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
         patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_driver(from_yaml(tiny, overrides=["compute.num_workers=2"])) as (driver, joining):
+        config = from_yaml(tiny, overrides=["compute.num_workers=2"])
+        with ray_driver(config, dashboard=True) as (driver, joining):
             yield Cluster(driver, joining["RAY_ADDRESS"])
 
 

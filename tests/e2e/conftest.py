@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
+
+from ncsn.cli import app
 
 TINY = """
 name: tiny
@@ -59,6 +62,10 @@ class Workplace:
         process = self.start(*args)
         stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+    def call(self, *args: str) -> Result:
+        """Run a command that starts no process, in this one."""
+        return CliRunner().invoke(app, [*args, "--config", str(self.config)])
 
     def processes(self) -> dict[int, str]:
         """Living processes that descend from the commands, in whatever session or group they are."""

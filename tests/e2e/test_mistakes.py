@@ -17,7 +17,9 @@ DIVERGE = (
     ("run", "settings", "step", "subject"),
     [
         ("nowhere", ("data.source=image_folder", "data.root=/no/such/folder"), "ingest", "/no/such/folder"),
-        ("diverged", DIVERGE, "train", "step train: optimizer.learning_rate = 1.0: "),
+        pytest.param(
+            "diverged", DIVERGE, "train", "step train: optimizer.learning_rate = 1.0: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_line_through_the_whole_stack(

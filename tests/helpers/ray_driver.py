@@ -7,12 +7,14 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 from ncsn.config import Config
 from ncsn.distributed.cluster import ray_cluster
+
+import ray  # isort: skip  # after ncsn.distributed, which sets its environment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,17 +31,26 @@ class RayDriver:
 
 
 @contextmanager
-def ray_driver(config: Config) -> Iterator[tuple[RayDriver, dict[str, str]]]:
+def ray_driver(config: Config, *, dashboard: bool = False) -> Iterator[tuple[RayDriver, dict[str, str]]]:
     """A driver in this process's environment, and the variables with which others join its cluster meanwhile."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         driver = RayDriver(pool)
-        yield driver, driver(_join, config)
+        yield driver, driver(_join, config, dashboard=dashboard)
 
 
-def _join(config: Config) -> dict[str, str]:
+@contextmanager
+def without_dashboard() -> Iterator[None]:
+    """A cluster that this process starts in the block has no dashboard, which is ten processes more."""
+    init = ray.init
+    with patch.object(ray, "init", lambda **settings: init(**settings | {"include_dashboard": False})):
+        yield
+
+
+def _join(config: Config, *, dashboard: bool) -> dict[str, str]:
     stack = ExitStack()
     atexit.register(stack.close)
-    stack.enter_context(ray_cluster(config))
+    with nullcontext() if dashboard else without_dashboard():
+        stack.enter_context(ray_cluster(config))
     return {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from local_training import train_locally
+from ray_driver import without_dashboard
 from refused import refused
 
 from ncsn import storage
@@ -86,7 +87,8 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     config: Config, dataset: str, trained: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    result = select.run(config, run="mine", dataset=dataset)
+    with without_dashboard():
+        result = select.run(config, run="mine", dataset=dataset)
     values = [row["value"] for row in result.candidates]
     assert len(values) == 7 and result.value == min(values) and result.figure == "eval/classifier_fid_n24"
     best = result.candidates[values.index(min(values))]

@@ -159,6 +159,8 @@ def make_server(tmp_path: Path) -> Iterator[Callable[[list[str]], Server]]:
     """Command of a tracking server -> the server, started."""
     started: list[Server] = []
 
+    client_at(f"sqlite:///{tmp_path}/server.db")  # which a server may have named, and would take long to create
+
     def start(command: list[str]) -> Server:
         started.append(Server(command, health=API, folder=tmp_path))
         started[-1].start()
