@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from mlflow_server import tracking_server
 from ray_nodes import RayNodes
 from same_run import assert_same_training, assert_told_once, checkpoints
 
@@ -176,45 +175,16 @@ def samples(run: str, *, whole: bool = False) -> dict[str, bytes]:
     return found
 
 
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    """A server of the same database each time, which answers."""
-    options = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri")
-    options += (f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"))
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *options], stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        give_up = time.monotonic() + 240
-        while not answers(port):
-            assert process.poll() is None and time.monotonic() < give_up
-            time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
 def test_mlflow_is_away_for_a_minute(workplace, whole: str, dataset, tmp_path: Path, monkeypatch) -> None:
     uri = str(workplace.folder("unheard"))
-    port = free_port()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    with mlflow_server(tmp_path, port):
+    with tracking_server(tmp_path) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         process = workplace.start(*command("train", "unheard", *dataset))
         reached(workplace, process, lambda: checkpoints(uri))
-    assert process.poll() is None
-    time.sleep(60)
-    with mlflow_server(tmp_path, port):
+        with server.away():
+            assert process.poll() is None
+            time.sleep(60)
         finished(process)
         finished(workplace.start(*command("sample", "unheard")))  # which sends what training could not
     assert_same_training(whole, uri)
-    assert_told_once(client_at(f"sqlite:///{tmp_path}/mlflow.db"), "unheard", uri)
+    assert_told_once(client_at(f"sqlite:///{tmp_path}/server.db"), "unheard", uri)

@@ -3,78 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from ports import free_port
+from mlflow_server import Server, tracking_server
 
 from ncsn.runs.folder import STEPS
-from ncsn.tracking.client import client_at
 
 RUN = "outage"
 AWAY_SECONDS = 60
 IMAGES, EVERY = 19200, 320
 
 
-class TrackingServer:
-    """A real MLflow server on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        database = f"sqlite:///{folder}/server.db"
-        client_at(database)  # the server takes long to create it
-        places = ("--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts"))
-        address = ("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1")
-        self._command = [sys.executable, "-m", "mlflow", "server", *places, *address]
-        self._log = folder / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[TrackingServer]:
-    server = TrackingServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
+def server(tmp_path: Path) -> Iterator[Server]:
+    with tracking_server(tmp_path) as server:
+        yield server
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_minute_without_the_tracking_server_loses_nothing(
-    workplace, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+    workplace, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    workplace.wait_until(server.answers, what="the tracking server answers")
     settings = (f"train.num_images={IMAGES}", f"train.checkpoint_every_images={IMAGES // 2}")
     settings += (f"train.report_every_images={EVERY}",)
     process = workplace.start("run", "--run", RUN, "--json", *(part for one in settings for part in ("--set", one)))

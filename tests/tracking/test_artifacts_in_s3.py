@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 import torch
 from mlflow.entities.model_registry import ModelVersion
+from mlflow_server import tracking_server
 from refused import refused
 
 from ncsn.model.trained import load_trained
@@ -19,16 +21,14 @@ from ncsn.tracking.client import TrackingError
 from ncsn.tracking.mlflow_runs import step_run
 from ncsn.tracking.registry import Candidate, fetch_weights
 
-SERVER = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", "sqlite:///server.db"]
-
 
 @pytest.fixture
-def url(s3_root: str, make_server) -> str:
+def url(s3_root: str, tmp_path: Path) -> Iterator[str]:
     """Address of a server that advertises presigned downloads, as MLflow 3.17.2 does for every store in S3."""
-    address: str = make_server([*SERVER, "--artifacts-destination", f"{s3_root}/mlflow"]).url
-    info = requests.get(f"{address}/api/3.0/mlflow/server-info", timeout=30).json()
-    assert info["multipart_downloads_enabled"] is True, info
-    return address
+    with tracking_server(tmp_path, artifacts=f"{s3_root}/mlflow") as server:
+        info = requests.get(f"{server.url}/api/3.0/mlflow/server-info", timeout=30).json()
+        assert info["multipart_downloads_enabled"] is True, info
+        yield server.url
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def test_weights_go_up_and_down_through_the_server(url, make_config, checkpoint,
         assert torch.equal(dict(fetched.network.named_parameters())[name], tensor)
 
 
-def test_a_store_that_refuses_the_server_is_named_within_a_minute(s3_root, make_server, monkeypatch, tmp_path):
+def test_a_store_that_refuses_the_server_is_named_within_a_minute(s3_root, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    url = make_server([*SERVER, "--artifacts-destination", f"{s3_root}/mlflow"]).url
     version = ModelVersion("digits", "7", 0, source="mlflow-artifacts:/1/models/m-1/artifacts")
-    started = time.monotonic()
-    with refused("models:/digits/7", error=TrackingError) as caught:
-        fetch_weights(url, version, tmp_path)
+    with tracking_server(tmp_path, artifacts=f"{s3_root}/mlflow") as server:
+        started = time.monotonic()
+        with refused("models:/digits/7", error=TrackingError) as caught:
+            fetch_weights(server.url, version, tmp_path)
     assert "signature" in str(caught.value)
     assert time.monotonic() - started < 60

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow_server import MLFLOW, Server
 from PIL import Image
 
 from ncsn.model.generate import complete, generate
@@ -231,21 +232,23 @@ def test_requirements_are_this_projects_ranges_without_its_cluster():
     assert not any(line.startswith(("ray", "kfp", "ncsn")) for line in lines)
 
 
-def test_serves_images_over_http(folder, checkpoint, serve_model):
-    url = serve_model(str(folder))
-    answer = _post(f"{url}/invocations", {"inputs": [], "params": {"n_images": 2, "seed": 7}})
-    images = np.array(answer["predictions"])
-    expected = images_one_by_one(checkpoint, count=2, seed=7)
-    np.testing.assert_allclose(images, expected.astype(int), atol=1)
-    completed = _post(f"{url}/invocations", {"inputs": [], "params": {**INPAINTING, "n_images": 1}})
-    assert (np.array(completed["predictions"])[1, KNOWN] == 200).all()
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        _post(f"{url}/invocations", {"inputs": [], "params": {"n_images": 0}})
-    assert refused.value.code == 400
-    assert "n_images = 0" in refused.value.read().decode()
+def test_serves_images_over_http(folder, checkpoint, tmp_path):
+    command = [*MLFLOW, "models", "serve", "--env-manager", "local", "--model-uri", str(folder)]
+    with Server(command, folder=tmp_path, health="/ping") as server:
+        answer = _predict(server, n_images=2, seed=7)
+        images = np.array(answer["predictions"])
+        expected = images_one_by_one(checkpoint, count=2, seed=7)
+        np.testing.assert_allclose(images, expected.astype(int), atol=1)
+        completed = _predict(server, **INPAINTING | {"n_images": 1})
+        assert (np.array(completed["predictions"])[1, KNOWN] == 200).all()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _predict(server, n_images=0)
+        assert refused.value.code == 400
+        assert "n_images = 0" in refused.value.read().decode()
 
 
-def _post(url: str, body: object) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def _predict(server: Server, **params: object) -> dict:
+    body = json.dumps({"inputs": [], "params": params}).encode()
+    request = urllib.request.Request(f"{server.url}/invocations", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)

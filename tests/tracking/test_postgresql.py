@@ -19,6 +19,7 @@ import pytest
 import yaml
 from live_worker import DEAD, Worker
 from mlflow.entities import Metric
+from mlflow_server import Server, tracking_server
 from ports import free_port
 
 from ncsn import storage
@@ -101,18 +102,19 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             server.wait(60)
 
 
-@pytest.mark.slow
-def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(
-    database, s3_root, make_server, make_config, monkeypatch
-):
-    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
+@pytest.fixture
+def server(database: str, s3_root: str, tmp_path: Path) -> Iterator[Server]:
     upgrade = _manifest("upgrade-schema")
     assert upgrade["args"] == [each["value"] for each in _manifest("mlflow")["env"] if "BACKEND_STORE" in each["name"]]
     for _ in range(2):  # of an empty database, and of a current one
         subprocess.run([sys.executable, "-m", *upgrade["command"], database], check=True, capture_output=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-    command += ["--backend-store-uri", database, "--artifacts-destination", f"{s3_root}/mlflow"]
-    server = make_server(command)
+    with tracking_server(tmp_path, database=database, artifacts=f"{s3_root}/mlflow") as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_record_on_postgresql_with_artifacts_in_s3_survives_an_outage(server, s3_root, make_config, monkeypatch):
+    monkeypatch.setattr(live, "SEND_EVERY", 0.1)
     config = make_config(f"tracking.uri={server.url}")
     with step_run(config, run="postgresql", step="train") as tracked:
         tracked.log_dataset("digits", digest="d" * 64, uri="/data/digits")
