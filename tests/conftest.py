@@ -24,7 +24,6 @@ from patient_ray import PATIENT_RAY
 if TYPE_CHECKING:
     from kfp_api import KfpServer
     from playwright.sync_api import Browser
-    from ray_nodes import RayNodes
     from s3_server import S3Server
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -128,24 +127,6 @@ def kfp_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpS
 
     with KfpServer(tmp_path / "kfp") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def two_node_cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """A Ray cluster of two nodes with two CPUs each, for the session's S3 server."""
-    from ray_nodes import RayNodes
-
-    with RayNodes(tmp_path_factory.mktemp("nodes"), count=2, cpus=2, environment=s3_server.environment) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def three_node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """A Ray cluster of three nodes with one CPU each, so that a second worker needs a second node."""
-    from ray_nodes import RayNodes
-
-    with RayNodes(tmp_path_factory.mktemp("nodes"), count=3, cpus=1) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="session")

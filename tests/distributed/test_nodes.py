@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def ncsn(cluster: RayNodes, step: str, config: Path, *options: str) -> dict[str,
 
 
 @pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """One CPU on each node, so that a second worker needs a second node."""
+    with RayNodes(tmp_path_factory.mktemp("nodes"), count=3, cpus=1) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
 def config(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The experiment with two workers, in a store that every node sees."""
     folder = tmp_path_factory.mktemp("shared")
@@ -40,8 +48,8 @@ def config(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(three_node_cluster: RayNodes, config: Path, dataset: str) -> dict[str, Any]:
-    return ncsn(three_node_cluster, "train", config, "--dataset", dataset, "--run", "spread")
+def trained(cluster: RayNodes, config: Path, dataset: str) -> dict[str, Any]:
+    return ncsn(cluster, "train", config, "--dataset", dataset, "--run", "spread")
 
 
 def filled_caches(cluster: RayNodes) -> dict[str, int]:
@@ -52,9 +60,9 @@ def filled_caches(cluster: RayNodes) -> dict[str, int]:
 
 
 def test_two_workers_on_two_nodes_follow_one(
-    three_node_cluster: RayNodes, trained: dict[str, Any], tiny: str, dataset: str, tmp_path: Path
+    cluster: RayNodes, trained: dict[str, Any], tiny: str, dataset: str, tmp_path: Path
 ) -> None:
-    workers = [actor for actor in three_node_cluster.listed("actors") if actor["class_name"] == "RayTrainWorker"]
+    workers = [actor for actor in cluster.listed("actors") if actor["class_name"] == "RayTrainWorker"]
     assert len({worker["node_id"] for worker in workers}) == len(workers) == 2
     train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     for name in ("weights", "ema"):
@@ -65,23 +73,21 @@ def test_two_workers_on_two_nodes_follow_one(
 
 
 def test_each_node_that_trains_makes_its_copy_of_the_data_once(
-    three_node_cluster: RayNodes, trained: dict[str, Any], config: Path, dataset: str
+    cluster: RayNodes, trained: dict[str, Any], config: Path, dataset: str
 ) -> None:
-    workers = {a["node_id"] for a in three_node_cluster.listed("actors") if a["class_name"] == "RayTrainWorker"}
-    copies = filled_caches(three_node_cluster)
+    workers = {a["node_id"] for a in cluster.listed("actors") if a["class_name"] == "RayTrainWorker"}
+    copies = filled_caches(cluster)
     assert copies.keys() == workers
-    ncsn(three_node_cluster, "train", config, "--dataset", dataset, "--run", "again")
-    assert copies.items() <= filled_caches(three_node_cluster).items()
+    ncsn(cluster, "train", config, "--dataset", dataset, "--run", "again")
+    assert copies.items() <= filled_caches(cluster).items()
 
 
-def test_images_made_on_three_nodes_are_those_of_one(
-    three_node_cluster: RayNodes, trained: dict[str, Any], config: Path
-) -> None:
+def test_images_made_on_three_nodes_are_those_of_one(cluster: RayNodes, trained: dict[str, Any], config: Path) -> None:
     options = ("--run", "spread", "--checkpoint", trained["checkpoint"], "--set", "sampling.batch_size=1")
-    made = ncsn(three_node_cluster, "sample", config, *options)
-    tasks = [task for task in three_node_cluster.listed("tasks") if task["name"] == "_sample_shard"]
+    made = ncsn(cluster, "sample", config, *options)
+    tasks = [task for task in cluster.listed("tasks") if task["name"] == "_sample_shard"]
     assert len(tasks) == 10
-    assert {task["node_id"] for task in tasks} == {node.id for node in three_node_cluster.nodes}
+    assert {task["node_id"] for task in tasks} == {node.id for node in cluster.nodes}
     images = np.concatenate(list(read_samples(made["uri"], num_images=10, batch_size=10)))
     loaded = load_for_sampling(trained["checkpoint"])
     alone = generate(loaded, sampling=loaded.config.sampling, first=0, count=10, device="cpu")

@@ -18,7 +18,6 @@ from ncsn.remote.backend import TERMINATED, RemoteLost, ended_on_sigterm
 pytestmark = pytest.mark.timeout(600)
 
 both = pytest.mark.parametrize("place", ["kuberay", pytest.param("ray-jobs", marks=pytest.mark.slow)], indirect=True)
-both_always = pytest.mark.parametrize("place", ["kuberay", "ray-jobs"], indirect=True)
 
 COUNTED = [f"line {n}" for n in range(10)]
 
@@ -51,7 +50,7 @@ def waiting(release: Path) -> str:
     )
 
 
-@both_always
+@both
 def test_a_step_runs_with_its_lease_and_shows_and_keeps_its_log(place: Place, run: str) -> None:
     """The lease is renewed while it runs, and the command is told where it is."""
     code = (

@@ -88,6 +88,7 @@ def test_training_runs_as_a_job_and_a_fault_is_injected_there(jobs: Jobs, config
     assert (known["mlflow.experiment"], known["mlflow.run_name"]) == ("ncsn", "mine/train")
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
+    assert storage.read_json(f"{step}/lease.json")["renewed_at"] > 0
     log = storage.read_text(f"{step}/driver.log")
     assert "images_seen" in log and "store-down at image 32" in log
     from ncsn.tracking.client import client_at
