@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# Set before ray or mlflow is imported, and inherited by the processes that tests start.
+# Set before torch, ray or mlflow is imported, and inherited by the processes that tests start.
 os.environ.update(
     PATIENT_RAY,
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # keeps all of Ray's listeners on 127.0.0.1
@@ -36,6 +36,7 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="1",
     MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",  # over tensors as small as those of tests, threads only wait for each other
 )
 for _inherited in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "NCSN_CACHE_DIR"):
     os.environ.pop(_inherited, None)

@@ -1,7 +1,4 @@
-"""Score networks that are known in closed form.
-
-Tests here run on one thread: over tensors as small as theirs, threads only wait for each other.
-"""
+"""Score networks that are known in closed form."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-torch.set_num_threads(1)
 
 
 class GaussianScore:

@@ -1,22 +1,8 @@
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-import torch
 from sklearn.datasets import load_digits
-from threadpoolctl import threadpool_limits
 
 from ncsn.data.format import Images
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that share one busy core are slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,15 +50,6 @@ def network_of(config: Config, *, seed: int = 0) -> TrainedNetwork:
 def images(trained: TrainedNetwork, *overrides: str, first: int = 0, count: int = 4) -> np.ndarray:
     sampling = from_yaml(TEXT, overrides=overrides).sampling
     return generate(trained, sampling=sampling, first=first, count=count)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Over tensors as small as these, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """The evaluate step on real digits: real images score as real, noise does not, and a second call does nothing."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from refused import refused
-from threadpoolctl import threadpool_limits
 
 from ncsn.config import Config, ConfigError, from_yaml, to_yaml
 from ncsn.data.format import Images, to_table
@@ -30,16 +27,6 @@ from ncsn.tracking.gate import Measurement, Memorization
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that share one busy core are slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
 
 
 def make_config(store: Path, **sections: dict[str, object]) -> Config:

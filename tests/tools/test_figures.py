@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from local_training import train_locally
 from PIL import Image
 from refused import refused
-from threadpoolctl import threadpool_limits
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
@@ -62,15 +59,6 @@ class FinishedRun:
     def figures(self, config: Config | None = None, **settings: object) -> step.FiguresResult:
         chosen = {"nfe": [9, 17], "num_images": 24} | settings
         return step.run(config or self.config, run="mine", **self.inputs, **chosen)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
