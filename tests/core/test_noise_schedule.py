@@ -43,7 +43,7 @@ def test_a_single_level():
         ((0.01, 1.0, 10), r"sigma_1 = 0\.01 .*sigma_L = 1\.0"),
         ((1.0, 0.0, 10), "sigma_L"),
         ((float("nan"), 0.01, 10), "sigma_1"),
-        ((1.0, 0.01, 1), "levels"),
+        ((1.0, 0.01, 1), "num_levels = 1"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, message):

@@ -105,15 +105,15 @@ def refused(path, make, match):
 def test_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path):
     network, optimizer = trained(first)
     torch.save(released_list(network, optimizer), tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", second, r"missing \(normalizer.alpha, .*network \(normalizer.embed.weight, ")
-    refused(tmp_path / "a.pth", lambda: first(16), r"begin_conv.weight \[8, 1, 3, 3\] instead of \[16, 1, 3, 3\]")
+    refused(tmp_path / "a.pth", second, r"\(normalizer\.alpha, .*\(normalizer\.embed\.weight, ")
+    refused(tmp_path / "a.pth", lambda: first(16), r"begin_conv\.weight .*\[8, 1, 3, 3\].*\[16, 1, 3, 3\]")
 
 
 def test_missing_and_extra_names_are_told(tmp_path):
     content = released_list(*trained(first))
     content[0]["module.extra"] = content[0].pop("module.end_conv.bias")
     torch.save(content, tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", first, r"1 missing \(end_conv.bias\); 1 not in this network \(extra\)")
+    refused(tmp_path / "a.pth", first, r"\(end_conv\.bias\).*\(extra\)")
 
 
 def test_optimizer_of_another_network_or_kind_is_refused(tmp_path):
@@ -121,16 +121,16 @@ def test_optimizer_of_another_network_or_kind_is_refused(tmp_path):
     weights, state = released_list(network, optimizer)
     state["state"][4]["exp_avg"] = torch.zeros(2)
     torch.save([weights, state], tmp_path / "moments.pth")
-    refused(tmp_path / "moments.pth", first, r"moments of parameter 4 have shape \[2\]")
+    refused(tmp_path / "moments.pth", first, r"\b4\b.*\[2\]")
     state["param_groups"][0]["params"].pop()
     torch.save([weights, state], tmp_path / "count.pth")
-    refused(tmp_path / "count.pth", first, "the optimizer has 172 parameters, the network has 173")
+    refused(tmp_path / "count.pth", first, r"\b172\b.*\b173\b")
     state["state"] = {0: {"momentum_buffer": torch.zeros(1)}}
     torch.save([weights, state], tmp_path / "sgd.pth")
     with pytest.raises(ValueError, match="Adam"):
         read_released_checkpoint(tmp_path / "sgd.pth")
     torch.save([weights, {}], tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="optimizer"):
+    with pytest.raises(ValueError, match=r"none\.pth"):
         read_released_checkpoint(tmp_path / "none.pth")
 
 
