@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from image_folders import rows_of
 from PIL import Image
 from refused import refused
 
@@ -60,14 +61,6 @@ def published(uri: str | Path, values: Sequence[int], **options: Any) -> str:
     """A file as on the Hub, whose image of value v has the label v % 3."""
     columns = {"image": pictures(values), "label": pa.array([value % 3 for value in values], pa.int64())}
     return write(uri, columns, features=FEATURES, **options)
-
-
-def rows_of(source) -> dict[str, list[tuple[int, int]]]:
-    """Split -> (value, label) of each image that decodes."""
-    return {
-        split: [(int(row.image[0, 0, 0]), row.label) for row in part.stream() if not isinstance(row, SkippedImage)]
-        for split, part in source.splits.items()
-    }
 
 
 def labeled(values: Sequence[int]) -> list[tuple[int, int]]:

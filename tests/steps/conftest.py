@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncsn.config import Config
+from ncsn.config import Config, from_yaml
 from ncsn.core.ema import Ema, StepDecay
 from ncsn.core.images import fit_moments, to_unit
 from ncsn.core.training import TrainState
@@ -18,6 +18,16 @@ from ncsn.model import build, checkpoint
 from ncsn.runs import records
 from ncsn.training.batches import classes_of
 
+EXPERIMENT = """
+name: tiny
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
+noise: {num_levels: 2, sigma_L: 0.1}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
+sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+evaluation: {num_splits: 2}
+"""
+
 SaveUntrained = Callable[[Config, str, Path], None]
 
 
@@ -25,6 +35,17 @@ SaveUntrained = Callable[[Config, str, Path], None]
 def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last progress is waited for however long a busy machine's disk takes."""
     monkeypatch.setattr(records, "_LAST_SECONDS", 120.0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a module's tests."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> Config:
+    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
 
 
 @pytest.fixture(scope="session")

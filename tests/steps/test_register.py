@@ -10,32 +10,12 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint, index
 from ncsn.report.images import grid_png
 from ncsn.steps import ingest, register
 from ncsn.tracking.client import connect
-
-EXPERIMENT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {num_splits: 2}
-"""
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def config(root) -> Config:
-    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +92,7 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
 
 def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved, evaluate):
     register.run(config, run="one", checkpoint=saved, evaluation=evaluate(5.0))
-    longer = from_yaml(
-        EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "sampling.sampler.steps_per_level=3"]
-    )
+    longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=3"])
     result = register.run(longer, run="longer", checkpoint=saved, evaluation=evaluate(6.0, of=longer))
     assert (result.version, result.promoted, result.aliases) == ("2", False, ["challenger"])
     for part in ("eval/classifier_fid_n4 = 6 ± 0.25", " 0.35 ", "5 ± 0.25", "version 1"):
@@ -122,9 +100,7 @@ def test_other_sampler_is_a_version_that_has_to_beat_the_champion(config, saved,
 
 
 def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
-    longer = from_yaml(
-        EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "sampling.sampler.steps_per_level=4"]
-    )
+    longer = from_yaml(to_yaml(config), overrides=["sampling.sampler.steps_per_level=4"])
     evaluation = evaluate(5.0)
     with refused(evaluation) as caught:
         register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluation)
@@ -175,14 +151,14 @@ def test_version_that_was_deleted_is_registered_anew(config, saved, evaluate):
 
 
 def test_checkpoint_of_another_config_is_refused(config, saved, evaluate):
-    other = from_yaml(EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "noise.num_levels=3"])
+    other = from_yaml(to_yaml(config), overrides=["noise.num_levels=3"])
     with refused(saved, error=index.CheckpointError) as caught:
         register.run(other, run="other", checkpoint=saved, evaluation=evaluate(5.0))
     assert "noise.num_levels" in str(caught.value)
 
 
 def test_evaluation_against_other_images_is_refused(config, saved, evaluate):
-    fewer = from_yaml(EXPERIMENT, overrides=[f"storage.root={config.storage.root}", "data.max_images=10"])
+    fewer = from_yaml(to_yaml(config), overrides=["data.max_images=10"])
     evaluation = evaluate(4.0, dataset=ingest.run(fewer, run="fewer").uri)
     with refused(evaluation):
         register.run(config, run="one", checkpoint=saved, evaluation=evaluation)

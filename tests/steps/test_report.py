@@ -11,7 +11,6 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
 from ncsn.core.held_out import Gaps
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
@@ -27,26 +26,7 @@ from ncsn.steps.report import SMALL_WORK, quick_work
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.client import connect
 
-EXPERIMENT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 20}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {num_images: 4, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {num_splits: 2}
-"""
 RUN = "mine"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def config(root) -> Config:
-    return from_yaml(EXPERIMENT, overrides=[f"storage.root={root}"])
 
 
 @pytest.fixture(scope="module")
