@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.errors import NotFound, UserError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 IMAGE = "image"
 LABEL = "label"
@@ -45,12 +49,8 @@ class Images:
 
 def schema(height: int, width: int, channels: int) -> pa.Schema:
     """The Parquet columns of images of this size."""
-    pixels = pa.field(
-        IMAGE,
-        pa.binary(height * width * channels),
-        nullable=False,
-        metadata={_SHAPE: json.dumps([height, width, channels])},
-    )
+    shape = {_SHAPE: json.dumps([height, width, channels])}
+    pixels = pa.field(IMAGE, pa.binary(height * width * channels), nullable=False, metadata=shape)
     return pa.schema([pixels, pa.field(LABEL, pa.int64(), nullable=False)])
 
 
@@ -71,11 +71,7 @@ def pixel_shape(field: pa.Field) -> tuple[int, ...] | None:
 
 
 def image_shape_of(columns: pa.Schema) -> tuple[int, ...]:
-    """(H, W, C) of the images of a file of ours.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """(H, W, C) of the images of a file of ours; `ValueError` if it is none."""
     shape = pixel_shape(columns.field(IMAGE)) if IMAGE in columns.names else None
     if shape is None:
         raise ValueError(f"has no images among its columns {', '.join(f'{one.name}: {one.type}' for one in columns)}")
@@ -106,6 +102,25 @@ def _pixels(chunk: pa.Array, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(-1, *shape)
 
 
+def group_lengths(file: pq.ParquetFile) -> list[int]:
+    """Rows of each row group of an open file."""
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+
+def pieces_of(rows: NDArray[np.int64], lengths: Iterable[int]) -> Iterator[tuple[int, slice, NDArray[np.int64]]]:
+    """Of consecutive pieces of these lengths those that hold any of `rows`, ascending.
+
+    Yields:
+        Number of the piece, which of the rows it holds, and their places in it.
+    """
+    before = 0
+    for number, count in enumerate(lengths):
+        first, last = np.searchsorted(rows, [before, before + count])
+        if first < last:
+            yield number, slice(first, last), rows[first:last] - before
+        before += count
+
+
 @dataclass
 class SplitDigest:
     """Running SHA-256 of a split's rows in their order, independent of how they are cut into blocks."""
@@ -127,12 +142,7 @@ class SplitDigest:
 
 def dataset_digest(*, shape: Sequence[int], class_names: Sequence[str], splits: Mapping[str, str]) -> str:
     """Digest of a dataset's content, given the `SplitDigest.hexdigest()` of each split."""
-    content = {
-        "version": DIGEST_VERSION,
-        "shape": list(shape),
-        "class_names": list(class_names),
-        "splits": dict(splits),
-    }
+    content = {"version": DIGEST_VERSION, "shape": shape, "class_names": class_names, "splits": splits}
     return storage.digest(content, DIGEST_LENGTH)
 
 
@@ -199,12 +209,7 @@ class Manifest:
 
 
 def load_manifest(uri: str) -> Manifest:
-    """The manifest of the dataset at `uri`.
-
-    Raises:
-        NotFound: if there is no complete dataset.
-        UserError: if it was written by another version of the format.
-    """
+    """The manifest of the dataset at `uri`; `NotFound` if there is no complete one."""
     try:
         fields = storage.read_json(storage.join(uri, MANIFEST))
     except FileNotFoundError:

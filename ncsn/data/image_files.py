@@ -78,15 +78,8 @@ class Index(NamedTuple):
 
 
 def index_archive(uri: str) -> Index:
-    """The images and labels of a `.tar` or `.zip`.
-
-    Hidden files do not count.
-
-    Raises:
-        UserError: if the archive is damaged, compressed as a whole, or has a member that points outside of it.
-    """
-    filesystem, path = storage.filesystem(uri)
-    with filesystem.open_input_file(path) as stream:
+    """The images and labels of a `.tar` or `.zip`. Hidden files do not count."""
+    with _opened(uri) as stream:
         found = _zip_members(stream, uri) if uri.lower().endswith(".zip") else _tar_members(stream, uri)
         images: list[Member] = []
         words: dict[str, str] = {}
@@ -107,11 +100,7 @@ def index_archive(uri: str) -> Index:
 
 
 def read_member(stream: Any, member: Member) -> bytes:
-    """The bytes of a member.
-
-    Raises:
-        BadImageError: if the archive is cut or damaged there, or packs the member in a way that is not supported.
-    """
+    """The bytes of a member; `BadImageError` if they are damaged or packed in a way that is not supported."""
     if member.span > _LARGEST_IMAGE or (member.zipped and member.zipped.size > _LARGEST_IMAGE):
         raise BadImageError(_TOO_LARGE)
     data: bytes = stream.read_at(member.span, member.offset)
@@ -231,54 +220,46 @@ class EncodedImages:
         """Each image; see `Split`."""
         # A bucket is asked for several images at a time on any number of cores.
         cores = cores if storage.is_local(self.root) else _LARGEST_POOL
-        with _Reader(self.root) as reader:
+        with _Reader() as reader:
 
-            def load(image: ImageFile) -> Picture:
-                return decode(reader.read(image), least_side=self.fit.least_side)
+            def load(file: str, member: Member | None) -> Picture:
+                return decode(reader.read(file, member), least_side=self.fit.least_side)
 
-            images = (
-                Encoded(self._name(image), label, partial(load, image))
-                for image, label in zip(self.images, self.labels, strict=True)
-            )
-            yield from fit_in_order(images, self.fit, cores=cores)
+            def encoded(image: ImageFile, label: int) -> Encoded:
+                file = storage.join(self.root, image.file) if image.file else self.root
+                name = file if image.member is None else f"{file}:{image.member.path}"
+                return Encoded(name, label, partial(load, file, image.member))
 
-    def _name(self, image: ImageFile) -> str:
-        file = storage.join(self.root, image.file) if image.file else self.root
-        return file if image.member is None else f"{file}:{image.member.path}"
+            yield from fit_in_order(map(encoded, self.images, self.labels), self.fit, cores=cores)
 
 
-class _Reader:
+class _Reader(ExitStack):
     """Reads images for several threads and opens each local archive once."""
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self) -> None:
+        super().__init__()
         self._lock = Lock()
         self._archives: dict[str, Any] = {}
-        self._open = ExitStack()
 
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def read(self, image: ImageFile) -> bytes:
-        uri = storage.join(self._root, image.file) if image.file else self._root
-        if image.member is None:
+    def read(self, uri: str, member: Member | None) -> bytes:
+        if member is None:
             return _read_file(uri)
         if storage.is_local(uri):
-            return read_member(self._archive(uri), image.member)
+            return read_member(self._archive(uri), member)
         # An open S3 file has one position, so threads cannot share it.
-        filesystem, path = storage.filesystem(uri)
-        with filesystem.open_input_file(path) as stream:
-            return read_member(stream, image.member)
+        with _opened(uri) as stream:
+            return read_member(stream, member)
 
     def _archive(self, uri: str) -> Any:
         with self._lock:
             if uri not in self._archives:
-                filesystem, path = storage.filesystem(uri)
-                self._archives[uri] = self._open.enter_context(filesystem.open_input_file(path))
+                self._archives[uri] = self.enter_context(_opened(uri))
             return self._archives[uri]
+
+
+def _opened(uri: str) -> Any:
+    filesystem, path = storage.filesystem(uri)
+    return filesystem.open_input_file(path)
 
 
 def _read_file(uri: str) -> bytes:
@@ -313,17 +294,13 @@ def fit_in_order(images: Iterable[Encoded], fit: Fit, *, cores: int | None) -> I
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             while some := list(islice(images, _TOGETHER)):
-                waiting.append(pool.submit(_fit_some, some, fit))
+                waiting.append(pool.submit(lambda some: [_fit_one(image, fit) for image in some], some))
                 if len(waiting) >= threads * _WAITING_PER_THREAD:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _fit_some(images: Sequence[Encoded], fit: Fit) -> list[Example | SkippedImage]:
-    return [_fit_one(image, fit) for image in images]
 
 
 def _fit_one(image: Encoded, fit: Fit) -> Example | SkippedImage:

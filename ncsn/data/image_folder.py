@@ -41,18 +41,15 @@ class _Found(NamedTuple):
 
 
 def open_image_folder(data: DataConfig) -> Source:
-    """The images below data.root: a folder or `s3://bucket/prefix` of images or archives, or one archive.
+    """The images below data.root, a folder or `s3://bucket/prefix` of images or archives, or one archive.
 
-    Folders `train` and `test`, if there are just these two, are the splits. Otherwise data.test_fraction of each class
-    is held out. Within a split the order is shuffled but fixed, so that its first N images are a fair sample. A folder,
-    its zip and its tar give the same rows.
+    Folders `train` and `test`, if there are just these two, are the splits. A folder, its zip and its tar give the same
+    rows, in a shuffled but fixed order, so that the first N images of a split are a fair sample.
     """
     root = storage.absolute(required_root(data))
     found, from_tables = _find(root)
     found = sorted(found, key=lambda one: name_hash(one.path))
-    own_splits = {one.path.partition("/")[0] for one in found if "/" in one.path} == set(SPLITS) and all(
-        "/" in one.path for one in found
-    )
+    own_splits = {one.path.partition("/")[0] if "/" in one.path else "" for one in found} == set(SPLITS)
     class_names, labels = _label(
         root, found, depth=1 if own_splits else 0, from_tables=from_tables, refuse=data.unlabelled == "refuse"
     )
@@ -85,7 +82,11 @@ def _find(root: str) -> tuple[Sequence[_Found], bool]:
         raise UserError(
             "data.root", "is a file", hint=f"data.source image_folder needs a folder of images, a {kinds}", value=root
         )
-    tables = [_read_table(root, path) for path in files if path.rpartition("/")[2] in LABEL_TABLES]
+    tables = [
+        read_table(storage.read_bytes(uri := storage.join(root, path)), origin=uri, path=path)
+        for path in files
+        if path.rpartition("/")[2] in LABEL_TABLES
+    ]
     if images:
         return _with_tables([_Found(path, ImageFile(path), None) for path in images], tables)
     if archives:
@@ -101,11 +102,6 @@ def _find(root: str) -> tuple[Sequence[_Found], bool]:
         )
     held = f"holds {len(files)} other files (such as {files[0]!r}) but" if files else "is empty:"
     raise UserError("data.root", f"{held} no image that ends in {', '.join(IMAGE_SUFFIXES)}", value=root)
-
-
-def _read_table(root: str, path: str) -> LabelTable | None:
-    uri = storage.join(root, path)
-    return read_table(storage.read_bytes(uri), origin=uri, path=path)
 
 
 def _with_tables(found: list[_Found], tables: Iterable[LabelTable | None]) -> tuple[list[_Found], bool]:
@@ -181,11 +177,7 @@ def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
 
 
 def open_celeba(data: DataConfig) -> Source:
-    """CelebA from data.root, the zip or its folder.
-
-    With `list_eval_partition.txt` next to the zip, its train and test images are taken and its validation images are
-    left out; without it data.test_fraction of all images are held out.
-    """
+    """CelebA from data.root, the zip or its folder; `list_eval_partition.txt` decides the splits if it is there."""
     root = root_of(data)
     archive = root / _CELEBA if root.is_dir() else root
     if not archive.is_file():

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,7 @@ class LabelTable:
 
 
 def read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> LabelTable | None:
-    """A label table; None if it says nothing of labels, as a table of captions does.
-
-    Raises:
-        UserError: if it is damaged, or names an image twice.
-    """
+    """A label table; None if it says nothing of labels, as a table of captions does."""
     folder, _, name = path.rpartition("/")
     try:
         rows = _ROWS[name](content.decode("utf-8-sig"))
@@ -53,12 +49,7 @@ def read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> 
 def words_of(tables: Iterable[LabelTable], images: Sequence[tuple[str, str, str]]) -> list[str | None]:
     """The label of each image in words; None for none.
 
-    Args:
-        tables: What is known of them.
-        images: For each its path below the root, as if archives were unpacked, its archive, and its path in there.
-
-    Raises:
-        UserError: for an image that is not there, and one that two tables name.
+    `images` has the path of each below the root, as if archives were unpacked, its archive, and its path in there.
     """
     places: dict[tuple[str, str], int] = {}
     for number, (path, archive, inside) in enumerate(images):
@@ -104,27 +95,20 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> _Rows:
     column = next((name for name in _FILE_COLUMNS if any(name in row for row in rows)), None)
     if column is None or not any(_LABEL_COLUMN in row for row in rows):
         return None
-    return _named(rows, column)
-
-
-def _named(rows: Sequence[Mapping[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
-    for row in rows:
-        if isinstance(row.get(column), str):
-            yield row[column], row.get(_LABEL_COLUMN)
+    return [(row[column], row.get(_LABEL_COLUMN)) for row in rows if isinstance(row.get(column), str)]
 
 
 def _edm(text: str) -> _Rows:
     content = json.loads(text)
     pairs = content.get("labels") if isinstance(content, dict) else None
     # StyleGAN's tools also write vectors there, which are no classes.
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and _is_pair(*pair) for pair in pairs
-    ):
-        return None
-    return [(file, label) for file, label in pairs]
+    return pairs if isinstance(pairs, list) and all(map(_is_pair, pairs)) else None
 
 
-def _is_pair(file: Any, label: Any) -> bool:
+def _is_pair(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    file, label = pair
     return isinstance(file, str) and (label is None or type(label) is int)
 
 

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,13 +25,15 @@ from ncsn.data.format import (
     Part,
     SkippedImage,
     from_table,
+    group_lengths,
     image_shape_of,
     load_manifest,
+    pieces_of,
     schema,
     to_table,
 )
 from ncsn.data.source import BadImages, Example, Source, Split, image_shape
-from ncsn.data.statistics import Dataset, Progress, publish_dataset, summarize
+from ncsn.data.statistics import Dataset, Progress, publish_dataset
 from ncsn.errors import UserError
 
 _BLOCK_BYTES = 2 << 20
@@ -57,9 +58,7 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._settle()
         finally:
@@ -105,8 +104,7 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
     with _open_part(uri, part, shape=shape) as file:
         wanted = range(part.rows) if rows is None else rows
         place = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
+        for group, count in enumerate(group_lengths(file)):
             low, high = max(wanted.start - place, 0), min(wanted.stop - place, count)
             if low < high:
                 yield from_table(file.read_row_group(group).slice(low, high - low))
@@ -149,13 +147,7 @@ def _open(part_uri: str) -> pq.ParquetFile:
 def read_blocks(
     uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None
 ) -> Iterator[Images]:
-    """The rows of a split in their order, or a range of them, a few megabytes at a time.
-
-    Raises:
-        NotFound: if there is no complete dataset at `uri`.
-        UserError: if a part does not hold what the manifest says.
-        ValueError: if there is no such split.
-    """
+    """The rows of a split in their order, or a range of them, a few megabytes at a time."""
     manifest = manifest or load_manifest(uri)
     wanted = range(manifest.count(split)) if rows is None else rows
     place = 0
@@ -167,7 +159,7 @@ def read_blocks(
 
 
 def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Images:
-    """The rows of a split, or a range of them, as arrays; raises like `read_blocks`."""
+    """The rows of a split, or a range of them, as arrays."""
     manifest = manifest or load_manifest(uri)
     every = range(manifest.count(split))
     count = len(every if rows is None else every[rows.start : rows.stop])
@@ -181,56 +173,38 @@ def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Man
 
 
 def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> Images:
-    """The images at `rows` [N] of a split, in any order, with their labels; raises like `read_blocks`."""
+    """The images at `rows` [N] of a split, in any order, with their labels."""
     images, labels = np.empty((len(rows), *manifest.shape), np.uint8), np.empty(len(rows), np.int64)
-    order = np.argsort(rows)
-    ascending, place = rows[order], 0
-    for part in manifest.parts[split]:
-        if np.diff(np.searchsorted(ascending, [place, place + part.rows])) > 0:
-            with _open_part(uri, part, shape=manifest.shape) as file:
-                start = place
-                for group in range(file.num_row_groups):
-                    stop = start + file.metadata.row_group(group).num_rows
-                    low, high = np.searchsorted(ascending, [start, stop])
-                    if low < high:
-                        held, within = from_table(file.read_row_group(group)), ascending[low:high] - start
-                        images[order[low:high]], labels[order[low:high]] = held.images[within], held.labels[within]
-                    start = stop
-        place += part.rows
+    order, parts = np.argsort(rows), manifest.parts[split]
+    for number, of_part, in_part in pieces_of(rows[order], (part.rows for part in parts)):
+        with _open_part(uri, parts[number], shape=manifest.shape) as file:
+            for group, of_group, within in pieces_of(in_part, group_lengths(file)):
+                held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
+                images[places], labels[places] = held.images[within], held.labels[within]
     return Images(images, labels)
 
 
 def write_dataset(
     source: Source, folder: str, *, name: str, data: DataConfig, on_progress: Progress | None = None
 ) -> Dataset:
-    """Write a source as Parquet parts, or find that its content is in the store already.
+    """Write a source as Parquet parts, or find that its content is in the store already; see `publish_dataset`.
 
     The rows go to a scratch folder on the same disk while their digest is computed, so the source is read once; the
     dataset appears at `<folder>/<digest>` whole or not at all.
-
-    Args:
-        source: The images.
-        folder: URI of the folder that holds all versions of this dataset.
-        name: Name of the dataset.
-        data: The settings that the source was opened with.
-        on_progress: Called with (images read, images offered).
-
-    Raises:
-        UserError: if an image cannot be used, or a split has fewer than 2 images.
-        OSError: if the disk is full.
     """
     bad = BadImages(skip=data.on_bad_image == "skip")
     with storage.scratch_folder(folder) as scratch:
 
-        def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+        def write(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
             return _write_parts(bad.filter(images.stream()), scratch, split, parts, data=data)
 
         def publish(manifest: Manifest, uri: str) -> bool:
             (scratch / MANIFEST).write_text(manifest.to_json())
             return storage.publish_folder(scratch, uri, marker=MANIFEST)
 
-        splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
-        return publish_dataset(source, splits, folder, name=name, data=data, bad=bad, publish=publish)
+        return publish_dataset(
+            source, folder, name=name, data=data, bad=bad, write=write, publish=publish, on_progress=on_progress
+        )
 
 
 def _write_parts(

@@ -52,24 +52,19 @@ def missing_ranges(names: Sequence[str], *, num_images: int) -> list[tuple[int, 
 def samples_shape(uri: str, *, num_images: int) -> tuple[int, ...]:
     """(H, W, C) of the images in the folder `uri`, which must hold images `0 .. num_images`."""
     _, _, name = _shards(uri, num_images=num_images)[0]
-    shard = storage.join(uri, name)
-    with _shard_errors(shard):
-        filesystem, path = storage.filesystem(shard)
-        return image_shape_of(pq.read_schema(path, filesystem=filesystem))
+    with _open_shard(storage.join(uri, name)) as shard:
+        return image_shape_of(shard.schema_arrow)
 
 
 def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
     """Images `start .. num_images` of the folder `uri` as [n, H, W, C] uint8 batches, one shard in memory at a time.
 
     Shards may overlap. No batch holds images of two shards.
-
-    Raises:
-        NotFound: if there is no such folder.
-        UserError: if an image of the range is in no shard, or a shard does not hold what its name says.
     """
     position = start
     for first, last, name in _shards(uri, num_images=num_images, start=start):
-        images = _read_shard(storage.join(uri, name), count=last - first)
+        with _open_shard(storage.join(uri, name), count=last - first) as shard:
+            images = from_table(shard.read([IMAGE, LABEL])).images
         wanted = images[position - first : num_images - first]
         for offset in range(0, len(wanted), batch_size):
             yield wanted[offset : offset + batch_size]
@@ -77,18 +72,11 @@ def read_samples(uri: str, *, num_images: int, batch_size: int, start: int = 0) 
 
 
 def read_labels(uri: str, *, num_images: int) -> NDArray[np.int64]:
-    """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none.
-
-    Raises:
-        As `read_samples`.
-    """
+    """Class of each of images `0 .. num_images` of the folder `uri`, int64 [num_images], -1 for none."""
     labels, position = np.empty(num_images, np.int64), 0
     for first, last, name in _shards(uri, num_images=num_images):
-        shard = storage.join(uri, name)
-        with _shard_errors(shard):
-            filesystem, path = storage.filesystem(shard)
-            column = pq.read_table(path, filesystem=filesystem, columns=[LABEL]).column(LABEL).to_numpy()
-        _require_count(shard, len(column), named=last - first)
+        with _open_shard(storage.join(uri, name), count=last - first) as shard:
+            column = shard.read([LABEL]).column(LABEL).to_numpy()
         held = column[position - first : num_images - first]
         labels[position : position + len(held)] = held
         position += len(held)
@@ -127,23 +115,17 @@ def _shards(uri: str, *, num_images: int, start: int = 0) -> list[tuple[int, int
     return useful
 
 
-def _read_shard(uri: str, *, count: int) -> NDArray[np.uint8]:
-    filesystem, path = storage.filesystem(uri)
-    with _shard_errors(uri):
-        images = from_table(pq.read_table(path, filesystem=filesystem, columns=[IMAGE, LABEL])).images
-    _require_count(uri, len(images), named=count)
-    return images
-
-
-def _require_count(uri: str, found: int, *, named: int) -> None:
-    if found != named:
-        raise UserError(uri, f"holds {found} images, its name says {named}", hint="delete it and sample again")
-
-
 @contextmanager
-def _shard_errors(uri: str) -> Iterator[None]:
+def _open_shard(uri: str, *, count: int | None = None) -> Iterator[pq.ParquetFile]:
+    filesystem, path = storage.filesystem(uri)
     try:
-        yield
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as shard:
+            found = shard.metadata.num_rows
+            if count not in (None, found):
+                raise UserError(uri, f"holds {found} images, its name says {count}", hint="delete it and sample again")
+            yield shard
+    except UserError:
+        raise
     except (KeyError, ValueError) as error:
         raise UserError(
             uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
@@ -178,14 +160,9 @@ class GeneratedSplit:
 def generated_source(
     folder: str, labels: NDArray[np.int64], *, class_names: Sequence[str], model: str, terms: str
 ) -> Source:
-    """The samples in a folder, all for training.
+    """The samples `0 .. N` in a folder, all for training, with their `labels` [N], -1 for none.
 
-    Args:
-        folder: URI of the shards of images `0 .. N`.
-        labels: Class of each image [N], -1 for none.
-        class_names: Of label 0, 1, ...
-        model: What generated them, in words.
-        terms: The license of the images that the model was trained on.
+    `model` says in words what generated them, `terms` is the license of the images that it was trained on.
     """
     split = GeneratedSplit(folder, labels, 0, len(labels))
     return Source(f"{len(labels):,} images generated by {model}", terms, tuple(class_names), {"train": split})

@@ -25,6 +25,21 @@ _IDX_PREFIXES = {"train": "train", "test": "t10k"}
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+# Data sets in IDX files: description, license, class names, and their class in torchvision.
+_IDX = {
+    "mnist": (
+        "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray",
+        "CC BY-SA 3.0",
+        tuple("0123456789"),
+        "MNIST",
+    ),
+    "fashion_mnist": (
+        "Fashion-MNIST articles of clothing, H. Xiao, K. Rasul and R. Vollgraf 2017, 28x28 gray",
+        "MIT",
+        _FASHION,
+        "FashionMNIST",
+    ),
+}
 # What share of a photograph's training columns is left of its test strip, so that the strip has its share of sky, roof,
 # petals and leaves.
 _PHOTOGRAPHS = {"china": 0.5, "flower": 0.2}
@@ -156,24 +171,10 @@ def _columns(width: int, test_fraction: float, name: str) -> dict[str, list[tupl
     return {"train": [(0, left), (left + strip, width)], "test": [(left, left + strip)]}
 
 
-def open_mnist(data: DataConfig) -> Source:
-    """MNIST from the folder data.root."""
-    return Source(
-        description="MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray",
-        license="CC BY-SA 3.0",
-        class_names=tuple("0123456789"),
-        splits=_idx_splits(data, torchvision_class="MNIST"),
-    )
-
-
-def open_fashion_mnist(data: DataConfig) -> Source:
-    """Fashion-MNIST from the folder data.root."""
-    return Source(
-        description="Fashion-MNIST articles of clothing, H. Xiao, K. Rasul and R. Vollgraf 2017, 28x28 gray",
-        license="MIT",
-        class_names=_FASHION,
-        splits=_idx_splits(data, torchvision_class="FashionMNIST"),
-    )
+def open_idx(data: DataConfig) -> Source:
+    """MNIST or Fashion-MNIST from the folder data.root."""
+    description, terms, class_names, torchvision_class = _IDX[data.source]
+    return Source(description, terms, class_names, _idx_splits(data, torchvision_class=torchvision_class))
 
 
 def require_labels(labels: np.ndarray, *, num_classes: int, name: str) -> None:

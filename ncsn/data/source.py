@@ -67,11 +67,7 @@ class BadImages:
     conversions: Counter[str] = field(default_factory=Counter)
 
     def filter(self, rows: Iterable[Example | SkippedImage]) -> Iterator[Example]:
-        """The images that can be used.
-
-        Raises:
-            UserError: naming the first that cannot, unless bad images are skipped.
-        """
+        """The images that can be used."""
         for row in rows:
             if isinstance(row, Example):
                 if row.conversions:
@@ -115,13 +111,9 @@ def root_of(data: DataConfig) -> Path:
 def hold_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> dict[str, list[int]]:
     """Indices of the images of the train and the test split, ascending.
 
-    The choice depends on names and labels only, never on a seed or the order, so every experiment on the same images
-    tests on the same ones. Each class gives its share.
-
-    Args:
-        keys: A name of each image, all different.
-        labels: Label of each image, -1 for none.
-        fraction: Share to hold out, in (0, 1): floor(N * fraction) images, but at least 1 of 2 or more.
+    The choice depends on names (`keys`, all different) and labels only, never on a seed or the order, so every
+    experiment on the same images tests on the same ones. Each class gives its share; floor(N * fraction) images in all,
+    but at least 1 of 2 or more.
     """
     share = Fraction(str(fraction))
     order = sorted(range(len(keys)), key=lambda index: (labels[index], name_hash(keys[index])))
@@ -164,13 +156,7 @@ class Listed(NamedTuple):
 
 
 def list_files(root: str) -> list[Listed]:
-    """All files below `root` but hidden ones, sorted by path; `root` itself, by its name, if it is a file.
-
-    Raises:
-        NotFound: if there is nothing at `root`.
-        UserError: if the bucket refuses the keys of the environment.
-        OSError: if the bucket cannot be reached.
-    """
+    """All files below `root` but hidden ones, sorted by path; `root` itself, by its name, if it is a file."""
     return sorted(_local_files(Path(root)) if storage.is_local(root) else _objects(root))
 
 
@@ -180,10 +166,8 @@ def source_fingerprint(data: DataConfig) -> str:
         files = [] if data.root is None else list_files(storage.absolute(data.root))
     except FileNotFoundError:
         files = []  # opening the source says so
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.path}\0{file.size}\0{file.changed}\n".encode())
-    return digest.hexdigest()[:16]
+    lines = (f"{file.path}\0{file.size}\0{file.changed}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def _local_files(root: Path) -> Iterator[Listed]:

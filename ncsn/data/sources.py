@@ -9,14 +9,14 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.cifar10 import open_cifar10
 from ncsn.data.image_folder import open_celeba, open_image_folder
 from ncsn.data.published.source import open_parquet
-from ncsn.data.small_sets import open_digits, open_fashion_mnist, open_mnist, open_photos
+from ncsn.data.small_sets import open_digits, open_idx, open_photos
 from ncsn.data.source import Source
 
 _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
     "sklearn_digits": open_digits,
     "sklearn_photos": open_photos,
-    "fashion_mnist": open_fashion_mnist,
-    "mnist": open_mnist,
+    "fashion_mnist": open_idx,
+    "mnist": open_idx,
     "cifar10": open_cifar10,
     "celeba": open_celeba,
     "image_folder": open_image_folder,
@@ -25,12 +25,7 @@ _OPENERS: dict[str, Callable[[DataConfig], Source]] = {
 
 
 def open_source(data: DataConfig) -> Source:
-    """Find and check the files of the configured source.
-
-    Raises:
-        NotFound: if data.root or a file that belongs below it is missing.
-        UserError: if data.root is not set, or a file is not what it should be.
-    """
+    """Find and check the files of the configured source."""
     source = _OPENERS[data.source](data)
     if data.max_images is None:
         return source

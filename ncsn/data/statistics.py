@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from ncsn.data.format import (
     Images,
     Manifest,
     Part,
-    SkippedImage,
     SplitDigest,
     dataset_digest,
     load_manifest,
@@ -161,20 +160,12 @@ def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
 
 
 def resolve_noise(config: Config, manifest: Manifest) -> Config:
-    """The config with the levels that `noise: auto` stands for; any other config as it is.
-
-    Raises:
-        UserError: if the manifest has no distances, or the chosen levels do not fit the rest of the config.
-    """
+    """The config with the levels that `noise: auto` stands for; any other config as it is."""
     noise = config.noise
     if not isinstance(noise, AutoNoiseConfig):
         return config
-    suggestion = suggest_noise(
-        _distances(config, manifest),
-        dimension=math.prod(manifest.shape),
-        sigma_L=noise.sigma_L,
-        overlap=noise.overlap,
-    )
+    distances, dimension = _distances(config, manifest), math.prod(manifest.shape)
+    suggestion = suggest_noise(distances, dimension=dimension, sigma_L=noise.sigma_L, overlap=noise.overlap)
     training = noise.training.model_dump(mode="json")
     tree = config.model_dump(mode="json") | {"noise": {**noise_section(suggestion), "training": training}}
     return from_yaml(json.dumps(tree), origin="the config with the levels of noise: auto")
@@ -233,72 +224,30 @@ class SplitSummary:
         self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
 
 
-def summarize(
-    source: Source,
-    data: DataConfig,
-    written: Callable[[str, Split, list[Part]], Iterator[Images]],
-    *,
-    skipped: Sequence[SkippedImage],
-    on_progress: Progress | None,
-) -> dict[str, SplitSummary]:
-    """Take every split's rows block by block from `written`, which writes them and adds its parts to the list.
-
-    Args:
-        source: The images.
-        data: The settings that the source was opened with.
-        written: Called with a split's name, the split and the list of its parts.
-        skipped: The images that were left out so far.
-        on_progress: Called with (images read, images offered).
-    """
-    done, total = 0, sum(map(len, source.splits.values()))
-    report: Progress = on_progress or (lambda _done, _total: None)
-    report(0, total)
-    summaries = {}
-    for name, split in source.splits.items():
-        sample = ImageSample(sample_size(math.prod(image_shape(data)))) if name == "train" else None
-        summary = SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
-        for block in written(name, split, summary.parts):
-            summary.update(block)
-            done += len(block)
-            report(done, total)
-        _require_images(summary.digest.count, name, data, num_skipped=len(skipped))
-        summaries[name] = summary
-    report(total, total)
-    return summaries
-
-
-def _require_images(count: int, split: str, data: DataConfig, *, num_skipped: int) -> None:
-    if count < LEAST_IMAGES:
-        skipped = f" ({num_skipped} could not be used)" if num_skipped else ""
-        raise UserError(
-            "data.source",
-            f"gives {count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are needed",
-            hint="add images, or change data.test_fraction",
-            value=data.source,
-        )
-
-
 def publish_dataset(
     source: Source,
-    splits: Mapping[str, SplitSummary],
     folder: str,
     *,
     name: str,
     data: DataConfig,
     bad: BadImages,
+    write: Callable[[str, Split, list[Part]], Iterator[Images]],
     publish: Callable[[Manifest, str], bool],
+    on_progress: Progress | None,
 ) -> Dataset:
-    """Publish the written rows at `<folder>/<digest>`, unless the store holds them already.
+    """Write a source's rows and publish them at `<folder>/<digest>`, unless the store holds them already.
 
     Args:
-        source: Where they come from.
-        splits: What was learned of them.
+        source: The images.
         folder: URI of the folder that holds all versions of this dataset.
         name: Name of the dataset.
         data: The settings that the source was opened with.
-        bad: The images that were left out or converted.
+        bad: The images that `write` leaves out or converts.
+        write: Gives the rows of a split block by block while it writes them, and adds its parts to the list.
         publish: Publishes parts and manifest at a URI; False if a complete dataset was there first.
+        on_progress: Called with (images read, images offered).
     """
+    splits = _summarize(source, data, write, bad=bad, on_progress=on_progress)
     manifest = _describe(source, splits, name=name, data=data, bad=bad)
     uri = storage.join(folder, manifest.digest)
     there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
@@ -316,13 +265,41 @@ def publish_dataset(
     return Dataset(uri, manifest if created else load_manifest(uri), created)
 
 
-def _describe(
+def _summarize(
     source: Source,
-    splits: Mapping[str, SplitSummary],
-    *,
-    name: str,
     data: DataConfig,
+    write: Callable[[str, Split, list[Part]], Iterator[Images]],
+    *,
     bad: BadImages,
+    on_progress: Progress | None,
+) -> dict[str, SplitSummary]:
+    done, total = 0, sum(map(len, source.splits.values()))
+    report: Progress = on_progress or (lambda _done, _total: None)
+    report(0, total)
+    summaries = {}
+    for name, split in source.splits.items():
+        sample = ImageSample(sample_size(math.prod(image_shape(data)))) if name == "train" else None
+        summary = SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
+        for block in write(name, split, summary.parts):
+            summary.update(block)
+            done += len(block)
+            report(done, total)
+        if summary.digest.count < LEAST_IMAGES:
+            skipped = f" ({len(bad.skipped)} could not be used)" if bad.skipped else ""
+            raise UserError(
+                "data.source",
+                f"gives {summary.digest.count} image(s) for the {name} split{skipped}; at least {LEAST_IMAGES} are "
+                "needed",
+                hint="add images, or change data.test_fraction",
+                value=data.source,
+            )
+        summaries[name] = summary
+    report(total, total)
+    return summaries
+
+
+def _describe(
+    source: Source, splits: Mapping[str, SplitSummary], *, name: str, data: DataConfig, bad: BadImages
 ) -> Manifest:
     shape = image_shape(data)
     content = {split: summary.digest.hexdigest() for split, summary in splits.items()}

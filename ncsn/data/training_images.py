@@ -48,7 +48,7 @@ class TrainingImages(Protocol):
 
 
 def open_training_images(dataset_uri: str, data: DataConfig, split: str = "train") -> TrainingImages:
-    """A split as `data.loader` says; raises like `open_cache`."""
+    """A split as `data.loader` says."""
     if data.loader == "cache":
         return open_cache(dataset_uri, split)
     return StreamedSplit(dataset_uri, split, window_images=data.window_images)
@@ -89,15 +89,7 @@ class CachedSplit:
 
 
 def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None) -> CachedSplit:
-    """Open the node's copy of a split below `cache_dir`, by default `cache_folder()`.
-
-    The first process that asks makes the copy, others wait.
-
-    Raises:
-        NotFound: if there is no complete dataset at `dataset_uri`.
-        UserError: if the dataset or the copy is damaged.
-        OSError: if the local disk is full; nothing is left behind.
-    """
+    """The node's copy of a split. The first process that asks makes it, others wait."""
     manifest = load_manifest(dataset_uri)
     manifest.count(split)
     base = Path(cache_dir).expanduser() if cache_dir else cache_folder()
@@ -155,10 +147,6 @@ def image_indices(seed: int, *, first: int, count: int, size: int) -> np.ndarray
     The order is one random permutation of all rows after another, each a function of (seed, epoch), so which images
     a step sees does not depend on batch sizes.
     """
-    if first < 0 or count < 0 or size < 1:
-        raise ValueError(
-            f"need first >= 0, count >= 0 and size >= 1, got first = {first}, count = {count}, size = {size}"
-        )
     indices = np.empty(count, np.int64)
     filled = 0
     while filled < count:

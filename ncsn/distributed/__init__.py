@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-
-def _prepare_environment() -> None:
-    """Settings that Ray reads when it is imported, for a cluster that this process may start; the user's come first."""
-    # There is no other switch for loopback only and for clients that show a token.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
 # Ray Train takes at most one report per interval and sees the end of training at the next; its default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 if "ray" not in sys.modules:
-    if "RAY_ADDRESS" not in os.environ:
-        _prepare_environment()
+    # Settings that Ray reads when it is imported; the user's come first.
+    if "RAY_ADDRESS" not in os.environ:  # for a cluster that this process may start
+        # There is no other switch for loopback only and for clients that show a token.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default does not send a token that is there

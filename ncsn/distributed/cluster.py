@@ -40,16 +40,8 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
-    Args:
-        config: The experiment; it decides the size of a cluster that is started.
-        metadata: What Ray's pages show of this process's job.
-
-    Yields:
-        The address of the cluster.
-
-    Raises:
-        ConnectionError: RAY_ADDRESS is set and no cluster answers there.
-        RuntimeError: A started cluster would listen beyond loopback.
+    The config decides the size of a cluster that is started. Ray's pages show the `metadata` of this process's job.
+    Yields the address of the cluster.
     """
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
@@ -83,14 +75,7 @@ def cluster_for(
 ) -> Iterator[None]:
     """A cluster for this many tasks, or none for a single one: starting Ray takes longer than a small task.
 
-    Args:
-        config: As for `ray_cluster`.
-        tasks: How many there are to do.
-        join: Whether a single one goes to the cluster at RAY_ADDRESS, if there is one.
-        metadata: As for `ray_cluster`.
-
-    Raises:
-        ConnectionError, RuntimeError, UserError: As `ray_cluster` and `require_resources`.
+    With `join`, a single one goes to the cluster at RAY_ADDRESS, if there is one.
     """
     if tasks <= 1 and not ray.is_initialized() and not (join and os.environ.get("RAY_ADDRESS")):
         if config.compute.use_gpu:
@@ -164,12 +149,7 @@ def cluster_memory() -> float:
 
 
 def require_resources(config: Config) -> None:
-    """Refuse work that the cluster can never start, instead of waiting forever.
-
-    Raises:
-        UserError: This machine is too small.
-        TooFewResources: Another cluster stays too small for `JOIN_SECONDS`.
-    """
+    """Refuse work that the cluster can never start, instead of waiting forever."""
     if autoscales() or (lack := _lack(config)) is None:
         return
     if os.environ.get(_OWN) == ray.get_runtime_context().gcs_address:

@@ -50,6 +50,7 @@ FULL_DEVICE = Path("/dev/full")  # the kernel answers every write to it with ENO
 
 _FAULT = re.compile(r"(?P<kind>[a-z-]+)@images=(?P<images>\d+)(:(?P<argument>.+))?")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(s|m)")
+_SHARE = re.compile(r"0?\.\d+|1(\.0*)?")
 _TIMED = ("store-down", "tracking-down")
 _BY_RANK_0 = (*_TIMED, "store-errors", "disk-full", "cut-checkpoint")  # only rank 0 uses what they take away
 
@@ -72,44 +73,24 @@ class Fault:
 
 
 def parse(text: str, *, step: str) -> Fault:
-    """Read `KIND@images=N`, followed by `:TIME` or `:SHARE` where the kind has one.
-
-    Raises:
-        UserError: if the text is no fault of the step.
-    """
-    kinds = KINDS[step]
+    """Read `KIND@images=N`, followed by `:TIME` or `:SHARE` where the kind has one."""
     found = _FAULT.fullmatch(text)
-    if found is None or found["kind"] not in kinds:
-        raise UserError(
-            "--inject", f"not a fault of {step}", hint=f"use {', '.join(FORMS[kind] for kind in kinds)}", value=text
-        )
+    if found is None or found["kind"] not in KINDS[step]:
+        forms = ", ".join(FORMS[kind] for kind in KINDS[step])
+        raise UserError("--inject", f"not a fault of {step}", hint=f"use {forms}", value=text)
     kind, images, argument = found["kind"], int(found["images"]), found["argument"]
-    wrong = UserError(
-        "--inject",
-        f"not of the form {FORMS[kind]}",
-        hint="a TIME is like 30s or 2m, a SHARE is in (0, 1]",
-        value=text,
-    )
-    if kind in _TIMED:
-        duration = _TIME.fullmatch(argument or "")
-        if duration is None:
-            raise wrong
+    if kind in _TIMED and (duration := _TIME.fullmatch(argument or "")):
         return Fault(kind, images, seconds=float(duration[1]) * {"s": 1, "m": 60}[duration[2]])
-    if kind == "store-errors":
-        if not re.fullmatch(r"0?\.\d+|1(\.0*)?", argument or "") or not float(argument) > 0:
-            raise wrong
+    if kind == "store-errors" and _SHARE.fullmatch(argument or "") and float(argument) > 0:
         return Fault(kind, images, seconds=ERRORS_SECONDS, share=float(argument))
-    if argument is not None:
-        raise wrong
-    return Fault(kind, images)
+    if argument is None and kind not in (*_TIMED, "store-errors"):
+        return Fault(kind, images)
+    hint = "a TIME is like 30s or 2m, a SHARE is in (0, 1]"
+    raise UserError("--inject", f"not of the form {FORMS[kind]}", hint=hint, value=text)
 
 
 def parse_faults(texts: Sequence[str], *, step: str, run_uri: str) -> FaultInjector:
-    """The injector of the faults that `--inject` asks for.
-
-    Raises:
-        UserError: if a text is no fault, a fault is given twice, or a store fault is for a local folder.
-    """
+    """The injector of the faults that `--inject` asks for."""
     faults = [parse(text, step=step) for text in texts]
     for fault, text in zip(faults, texts, strict=True):
         if [other.name for other in faults].count(fault.name) > 1:
@@ -162,13 +143,9 @@ class FaultInjector(LoopHooks):
     def trigger(
         self, images: range, *, share: range | None = None, rank: int = 0, training: Training | None = None
     ) -> None:
-        """Trigger the faults due in these images.
+        """Trigger the faults due in these `images` of all workers, of which this one draws its `share`, by default all.
 
-        Args:
-            images: Places of the images of all workers.
-            share: Which of them this worker draws, all by default. The worker that would draw the image dies.
-            rank: Of this worker; rank 0 takes servers away.
-            training: What a NaN gets into, and whose checkpoint is cut.
+        The worker that would draw the image dies; rank 0 takes servers away.
         """
         own = images if share is None else images[share.start : share.stop]
         for fault in self.faults:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ray
@@ -20,7 +20,7 @@ from ncsn.data.format import MANIFEST, Images, Manifest, Part, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.source import BadImages, Source, Split, image_shape
-from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings, summarize
+from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.distributed.tasks import run_tasks
 
@@ -57,53 +57,36 @@ def write_dataset_in_parts(
 ) -> Dataset:
     """What `ncsn.data.parquet.write_dataset` does, but an ingestion that was stopped goes on where it was.
 
-    Args:
-        source: The images.
-        folder: URI of the folder that holds all versions of this dataset; every node reaches it.
-        name: Name of the dataset.
-        data: The settings that the source was opened with.
-        fingerprint: Digest of the source's files. Parts of an earlier attempt are used if it was the same.
-        here: Whether this process writes the parts, and not tasks on the connected Ray cluster.
-        on_progress: Called with (images written and read back, images offered).
-
-    Raises:
-        UserError: if an image cannot be used, or a split has fewer than 2 images.
-        ray.exceptions.RayError: if the same part was lost four times.
+    Every node reaches `folder`. Parts of an earlier attempt are used if the `fingerprint` of the source's files was the
+    same. Either this process writes the parts (`here`), or tasks on the connected Ray cluster.
     """
-    key = _key(data, fingerprint)
+    content = shaping_settings(data) | {"rows_per_part": data.rows_per_part, "root": data.root}
+    key = storage.digest([fingerprint, content, PIXELS_VERSION], 16)
     receipt = storage.join(folder, f".ingested-{key}.json")
-    known = _known(folder, receipt)
-    if known is not None:
+    if (known := _known(folder, receipt)) is not None:
         return known
     staging = storage.join(folder, f".parts-{key}")
     bad = BadImages(skip=True)
 
-    def written(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
-        blocks = _blocks_here if here else _written_blocks
-        return blocks(images, staging, split, parts, bad, data=data)
+    def write(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+        return _blocks(_tasks(images, staging, split, data=data), staging, split, parts, bad, here=here)
+
+    def publish(manifest: Manifest, uri: str) -> bool:
+        storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
+        return storage.publish_staged(staging, uri, marker=MANIFEST)
 
     try:
-        splits = summarize(source, data, written, skipped=bad.skipped, on_progress=on_progress)
-
-        def publish(manifest: Manifest, uri: str) -> bool:
-            storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
-            return storage.publish_staged(staging, uri, marker=MANIFEST)
-
-        dataset = publish_dataset(source, splits, folder, name=name, data=data, bad=bad, publish=publish)
+        dataset = publish_dataset(
+            source, folder, name=name, data=data, bad=bad, write=write, publish=publish, on_progress=on_progress
+        )
     except FileNotFoundError:
         # Another process that ingests the same images was faster and moved the parts to their place.
-        known = _known(folder, receipt)
-        if known is None:
+        if (known := _known(folder, receipt)) is None:
             raise
         return known
     storage.write_text(receipt, json.dumps({"digest": dataset.manifest.digest}))
     storage.delete_folder(staging)
     return dataset
-
-
-def _key(data: DataConfig, fingerprint: str) -> str:
-    content = shaping_settings(data) | {"rows_per_part": data.rows_per_part, "root": data.root}
-    return storage.digest([fingerprint, content, PIXELS_VERSION], 16)
 
 
 def _known(folder: str, receipt: str) -> Dataset | None:
@@ -115,46 +98,30 @@ def _known(folder: str, receipt: str) -> Dataset | None:
         return None
 
 
-def _written_blocks(
-    images: Split, staging: str, split: str, parts: list[Part], bad: BadImages, *, data: DataConfig
+def _blocks(
+    tasks: Mapping[str, _Task], staging: str, split: str, parts: list[Part], bad: BadImages, *, here: bool
 ) -> Iterator[Images]:
-    """The rows of a split, read back from its parts while tasks write later ones."""
-    for path in _written_parts(images, staging, split, data=data):
-        yield from _blocks_of_part(staging, path, parts, bad, data=data)
-
-
-def _blocks_here(
-    images: Split, staging: str, split: str, parts: list[Part], bad: BadImages, *, data: DataConfig
-) -> Iterator[Images]:
-    """The rows of a split while this process writes its parts; those of an earlier attempt are read back."""
-    there = _parts_there(staging, split)
-    for path, task in _tasks(images, staging, split, data=data).items():
-        if path in there:
-            yield from _blocks_of_part(staging, path, parts, bad, data=data)
-            continue
-        rows, of_part = 0, BadImages(skip=data.on_bad_image == "skip")
-        for block in _write_blocks(task, of_part, cores=None):
-            rows += len(block)
-            yield block
-        _count(Part(path, rows), of_part, staging, parts, bad)
-
-
-def _blocks_of_part(
-    staging: str, path: str, parts: list[Part], bad: BadImages, *, data: DataConfig
-) -> Iterator[Images]:
-    rows, of_part = inspect_part(storage.join(staging, path))
-    part = Part(path, rows)
-    yield from read_part(staging, part, shape=image_shape(data))
-    _count(part, of_part, staging, parts, bad)
-
-
-def _count(part: Part, of_part: BadImages, staging: str, parts: list[Part], bad: BadImages) -> None:
-    bad.skipped.extend(of_part.skipped)
-    bad.conversions.update(of_part.conversions)
-    if part.rows:
-        parts.append(part)
-    else:
-        storage.delete_file(storage.join(staging, part.path))
+    """The rows of a split: of the parts that this process writes, and of others as soon as they are in the store."""
+    there = {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
+    missing = {path: task for path, task in tasks.items() if path not in there}
+    written: Iterator[object] = iter(()) if here else _written(missing.values())
+    for path, task in tasks.items():
+        rows, of_part = 0, BadImages(skip=task.data.on_bad_image == "skip")
+        if here and path in missing:
+            for block in _write_blocks(task, of_part, cores=None):
+                rows += len(block)
+                yield block
+        else:
+            if path in missing:
+                next(written)
+            rows, of_part = inspect_part(task.uri)
+            yield from read_part(staging, Part(path, rows), shape=image_shape(task.data))
+        bad.skipped.extend(of_part.skipped)
+        bad.conversions.update(of_part.conversions)
+        if rows:
+            parts.append(Part(path, rows))
+        else:
+            storage.delete_file(task.uri)
 
 
 def _tasks(images: Split, staging: str, split: str, *, data: DataConfig) -> dict[str, _Task]:
@@ -167,21 +134,10 @@ def _tasks(images: Split, staging: str, split: str, *, data: DataConfig) -> dict
     }
 
 
-def _parts_there(staging: str, split: str) -> set[str]:
-    return {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
-
-
-def _written_parts(images: Split, staging: str, split: str, *, data: DataConfig) -> Iterator[str]:
-    """Paths of the parts in their order, each as soon as it is in the store."""
-    tasks = _tasks(images, staging, split, data=data)
-    there = _parts_there(staging, split)
+def _written(tasks: Iterable[_Task]) -> Iterator[object]:
+    """Write parts as Ray tasks; yields in their order, each time that one is in the store."""
     most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    missing = [task for path, task in tasks.items() if path not in there]
-    made = run_tasks(_write_part, missing, cpus=1, in_flight=most, ordered=True)
-    for path in tasks:
-        if path not in there:
-            next(made)
-        yield path
+    return run_tasks(_write_part, tasks, cpus=1, in_flight=most, ordered=True)
 
 
 def _write_part(task: _Task) -> None:

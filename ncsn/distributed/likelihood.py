@@ -73,11 +73,7 @@ class LikelihoodPlan:
     shards: list[Shard]  # each of at most `sampling.batch_size` images
 
     def measure(self, *, on_images: Callable[[int], None]) -> Likelihood:
-        """Measure on the connected Ray cluster, or here if there is none; `on_images(n)` follows n more images.
-
-        Raises:
-            UserError: An image has no finite likelihood.
-        """
+        """Measure on the connected Ray cluster, or here if there is none; `on_images(n)` follows n more images."""
         found = dict[int, NDArray[np.float64]]()
         compute = self.config.compute
         for shard, part in run_tasks(bits_of, self.shards, cpus=compute.cpus_per_worker, gpu=compute.use_gpu):
@@ -105,11 +101,7 @@ class LikelihoodPlan:
 
 
 def plan_likelihood(config: Config, *, checkpoint: str, dataset: str, images: int | None = None) -> LikelihoodPlan:
-    """Plan to measure test images of the dataset, `images` instead of the config's number, under a checkpoint.
-
-    Raises:
-        UserError: The checkpoint is of another config, or the images do not fit or are missing.
-    """
+    """Plan to measure test images of the dataset, `images` instead of the config's number, under a checkpoint."""
     trained = load_for_sampling(checkpoint)
     config = require_same_training(trained.config, config, origin=checkpoint)
     manifest = load_manifest(dataset)
@@ -156,7 +148,7 @@ def _notes(config: Config, settings: LikelihoodConfig) -> list[str]:
 
 def bits_of(shard: Shard) -> NDArray[np.float64]:
     """Bits per dimension of each image of the shard."""
-    trained, settings = _load(shard.checkpoint, shard.device), shard.settings
+    trained, settings = _load(shard.checkpoint, device=shard.device), shard.settings
     split = open_cache(shard.dataset, "test")
     # A random choice, because a split may be sorted by class.
     chosen = keyed_permutation(SEED, epoch=0, size=len(split))[shard.first : shard.first + shard.count]
@@ -184,6 +176,4 @@ def bits_of(shard: Shard) -> NDArray[np.float64]:
     return values
 
 
-@lru_cache(maxsize=1)
-def _load(uri: str, device: str) -> SamplingCheckpoint:
-    return load_for_sampling(uri, device=device)
+_load = lru_cache(maxsize=1)(load_for_sampling)

@@ -61,12 +61,8 @@ class Shard:
 def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
     """The shards of the config's images that are still missing, each of `sampling.batch_size` images.
 
-    Args:
-        config: The experiment.
-        checkpoint: URI of a checkpoint, or of the files of a registered model.
-        folder: URI of the folder of the shards.
-        dataset: URI of the dataset with the extractor, if the features of all images are wanted. Then the images that
-            exist come first: they take little time, and no score is known before the first images are.
+    With a `dataset`, which has the extractor, the features of all images are wanted. Then the images that exist come
+    first: they take little time, and no score is known before the first images are.
     """
     sampling = config.sampling
     gaps = missing_ranges(storage.list_names(folder), num_images=sampling.num_images)
@@ -93,19 +89,10 @@ def make_shards(
     progress: Callable[[int, int], None],
     on_features: Callable[[int, Features], None] | None = None,
 ) -> int:
-    """Make the planned shards on the connected Ray cluster, or here if there is none.
+    """Make the planned shards on the connected Ray cluster, or here if there is none; how many images were made.
 
-    Args:
-        config: The experiment.
-        shards: Of `plan_shards`.
-        progress: Called with (images that exist, images in all).
-        on_features: Called here with the index of a first image and the features [n, D] of n images, in any order.
-
-    Returns:
-        How many images were made.
-
-    Raises:
-        UserError: An image is not finite.
+    `progress` is called with (images that exist, images in all), and `on_features` with the index of a first image and
+    the features [n, D] of n images, in any order.
     """
     compute, total = config.compute, config.sampling.num_images
     made = sum(shard.count for shard in shards if not shard.exists)
@@ -123,9 +110,8 @@ def _sample_shard(shard: Shard) -> Features | None:
     """Publish the shard unless it exists; the features of its images if they are wanted."""
     if shard.exists:
         last = shard.first + shard.count
-        images = np.concatenate(
-            list(read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count))
-        )
+        read = read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count)
+        images = np.concatenate(list(read))
     else:
         images = _generate(shard)
         labels = image_labels(_trained(shard), shard.sampling, first=shard.first, count=shard.count)
@@ -174,20 +160,21 @@ def sample_features(
 ) -> Iterator[tuple[int, Features | None]]:
     """Number of a candidate, and the features [N, D] of `num_images` of its samples; None if one is not finite.
 
-    They come as they are done. As many tasks run at a time as training has workers, so that no more than its resources
-    are taken. `on_images` is called with the number of images of each task that is done.
+    They come as they are done, and `on_images` is called with the number of images of each task that is done.
     """
     compute = config.compute
     found: list[dict[int, Features]] = [{} for _ in candidates]
     broken: set[int] = set()
+    templates = (
+        Shard(config, each.sampling, each.checkpoint, "", 0, each.sampling.batch_size, dataset) for each in candidates
+    )
     parts = (
         (index, shard)
-        for index, each in enumerate(candidates)
-        for shard in _cut(
-            Shard(config, each.sampling, each.checkpoint, "", 0, each.sampling.batch_size, dataset), [(0, num_images)]
-        )
+        for index, template in enumerate(templates)
+        for shard in _cut(template, [(0, num_images)])
         if index not in broken  # asked when a task begins
     )
+    # As many tasks at a time as training has workers, so that no more than its resources are taken.
     for (index, shard), features in run_tasks(
         _score_shard, parts, cpus=compute.cpus_per_worker, gpu=compute.use_gpu, in_flight=compute.max_workers
     ):
@@ -211,17 +198,13 @@ def score_samples(
     *,
     dataset: str,
     num_images: int,
-    on_scored: Callable[[int], None] | None = None,
+    on_images: Callable[[int], None] | None = None,
 ) -> list[float | None]:
-    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite.
-
-    `on_scored` is called with the number of images of each task that is done.
-    """
+    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite."""
     evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
     distances: list[float | None] = [None] * len(candidates)
-    for index, features in sample_features(
-        config, candidates, dataset=dataset, num_images=num_images, on_images=on_scored
-    ):
+    made = sample_features(config, candidates, dataset=dataset, num_images=num_images, on_images=on_images)
+    for index, features in made:
         distances[index] = None if features is None else evaluator.distance(features)
     return distances
 
@@ -238,24 +221,17 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
 
 
 def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
-    return generate(
-        _trained(shard),
-        sampling=shard.sampling,
-        first=shard.first,
-        count=shard.count,
-        device=_device(shard),
-        on_level=on_level,
-    )
+    sampling, first, count = shard.sampling, shard.first, shard.count
+    trained, device = _trained(shard), _device(shard)
+    return generate(trained, sampling=sampling, first=first, count=count, device=device, on_level=on_level)
 
 
 def _trained(shard: Shard) -> TrainedNetwork:
-    return _load(shard.checkpoint, _device(shard))
+    return _load(shard.checkpoint, device=_device(shard))
 
 
 def _device(shard: Shard) -> str:
     return "cuda" if shard.config.compute.use_gpu else "cpu"
 
 
-@lru_cache(maxsize=1)
-def _load(uri: str, device: str) -> TrainedNetwork:
-    return load_for_generation(uri, device=device)
+_load = lru_cache(maxsize=1)(load_for_generation)

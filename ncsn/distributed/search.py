@@ -52,22 +52,16 @@ class Observer(Protocol):
 
 
 def search(plan: SearchPlan, observer: Observer) -> None:
-    """Run the remaining trials of a search on the connected cluster; their folders hold the results.
-
-    Raises:
-        UserError: The cluster is too small for one trial.
-    """
-    settings, compute = plan.config.search, plan.config.compute
-    assert settings is not None
+    """Run the remaining trials of a search on the connected cluster; their folders hold the results."""
+    settings, compute = plan.settings, plan.config.compute
     before = read_trials(plan.trials, last_rung=plan.rungs[-1])
     done = [trial for trial in before if trial.status != "unfinished"]
     left = settings.num_trials - len(done)
     if left <= 0:
         return
-    if autoscales() and settings.max_concurrent:
-        at_once = settings.max_concurrent
-    else:
-        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=settings.max_concurrent)
+    at_once = settings.max_concurrent
+    if not (autoscales() and at_once):
+        at_once = trials_at_once(ray.cluster_resources(), compute, wanted=at_once)
     filesystem, path = storage.filesystem(storage.join(plan.trials, ".tune"))
     tuner = tune.Tuner(
         # A driver that holds a CPU can deadlock with the workers it waits for.
@@ -96,15 +90,9 @@ def _trainable(point: dict[str, Any], *, plan: SearchPlan) -> None:
 
 
 def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wanted: int | None) -> int:
-    """How many trials the cluster can hold without any waiting for what another holds.
+    """How many trials, at most `wanted`, a cluster can hold without any waiting for what another holds.
 
-    Args:
-        resources: Of the cluster, as Ray names them: CPU, GPU, memory in bytes.
-        compute: What the workers of one trial take.
-        wanted: An upper limit, or None.
-
-    Raises:
-        UserError: It cannot hold one.
+    Ray names its resources: CPU, GPU, memory in bytes.
     """
     each = {
         "CPU": float(compute.min_workers * compute.cpus_per_worker),
@@ -125,8 +113,7 @@ def trials_at_once(resources: Mapping[str, float], compute: ComputeConfig, *, wa
 
 def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions:
     """The points of a search: first those that were interrupted and the config's own, then new ones."""
-    settings = plan.config.search
-    assert settings is not None
+    settings = plan.settings
     space = searched_space(plan.config)
     unfinished = [trial.values for trial in before if trial.status == "unfinished"]
     found = Suggestions(
@@ -145,12 +132,8 @@ def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions
 class Suggestions(Searcher):
     """Points of a search space by an Optuna sampler, as Ray Tune asks for them; each is suggested once.
 
-    Args:
-        space: Dotted path -> range.
-        whole: The paths whose settings are whole numbers.
-        algorithm: `optuna` or `random`.
-        seed: Of the draws. The same seed and the same results give the same draws.
-        first: Points to suggest before any draw.
+    The same seed and the same results give the same draws. Settings at the paths `whole` are whole numbers. The points
+    `first` are suggested before any draw.
     """
 
     # Not OptunaSearch of Ray: given the earlier trials, it draws the seed's first points again, so a resumed search
@@ -200,8 +183,7 @@ class Suggestions(Searcher):
     def next(self) -> dict[str, Any] | None:
         """A point that was neither given nor learned before; None if there seem to be no more."""
         while self._first:
-            values = self._first.pop(0)
-            if self._is_new(values):
+            if self._is_new(values := self._first.pop(0)):
                 return values
         for _ in range(_TRIES + len(self._given)):
             drawn = self._study.ask(self._distributions)
@@ -263,14 +245,11 @@ def _plain(value: Any) -> Any:
 class Halving(ASHAScheduler):
     """Asynchronous successive halving that trains the config's own values to the end, to compare with.
 
-    Args:
-        plan: The search.
-        earlier: Trials of earlier attempts, which count without being run again.
+    The trials of `earlier` attempts count without being run again.
     """
 
     def __init__(self, plan: SearchPlan, *, earlier: Sequence[TrialRecord]) -> None:
-        settings = plan.config.search
-        assert settings is not None
+        settings = plan.settings
         super().__init__(
             time_attr="images_seen",
             metric="objective",

@@ -69,16 +69,9 @@ def run_task(
 ) -> R:
     """`function(*arguments)`, in a process that ends with the call if it has a GPU; without a cluster here.
 
-    Args:
-        function: Importable on every node.
-        arguments: Pickled.
-        cpus: CPUs and torch threads.
-        gpu: Whether it has a GPU.
-        retries: Times that the call is made again after its process or node was lost.
-        retry_on: Errors of the function after which it is made again too.
-
-    Raises:
-        ValueError, OSError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
+    It takes `cpus` CPUs and torch threads. The call is made again `retries` times after its process or node was lost,
+    and after the errors `retry_on` of the function. Of the function's errors ValueError, OSError and LeaseExpired are
+    raised as they are, others as `ray.exceptions.RayTaskError`.
     """
     if not ray.is_initialized():
         ((_, here),) = _here(lambda given: function(*given), [arguments], cpus=cpus)
@@ -98,19 +91,10 @@ def run_tasks(
 ) -> Iterator[tuple[T, R]]:
     """Each item with its result, as they finish; what still runs when the caller stops is canceled.
 
-    Without a cluster the calls are made here, one after the other.
-
-    Args:
-        function: Importable on every node.
-        items: Taken one by one as calls begin.
-        cpus: CPUs and torch threads of each call.
-        gpu: Whether each has a GPU.
-        in_flight: Calls at a time at most; None = as many as the cluster has room for.
-        ordered: Give the results in the order of the items; on CPUs only.
-
-    Raises:
-        ValueError, OSError, LeaseExpired: as the function raises it; any other error as `ray.exceptions.RayTaskError`.
-        ray.exceptions.RayError: if processes are lost again and again.
+    Without a cluster the calls are made here, one after the other. The items are taken one by one as calls begin, at
+    most `in_flight` at a time (None: as many as the cluster has room for). `ordered` results, on CPUs only, come in the
+    order of the items. Errors are those of `run_task`, and `ray.exceptions.RayError` if processes are lost again and
+    again.
     """
     if not ray.is_initialized():
         return _here(function, items, cpus=cpus)

@@ -67,11 +67,7 @@ _logger = logging.getLogger(__name__)
 def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
     """Train on the connected Ray cluster; the same `run_uri` resumes from its newest whole checkpoint.
 
-    Raises:
-        ValueError: if a retry would only repeat it (divergence, a checkpoint of another config, too few CPUs).
-        LeaseExpired: if the launcher is gone; the state is saved.
-        KeyboardInterrupt: on Ctrl-C.
-        RuntimeError: if workers failed more often than `compute.max_failures`, or could not be started.
+    `RuntimeError` if workers failed more often than `compute.max_failures`, or could not be started.
     """
     require_resources(job.config)
     compute = job.config.compute
@@ -102,12 +98,7 @@ def train(job: TrainingJob, *, run_uri: str) -> TrainOutcome:
 
 
 def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
-    """Train with one worker on the connected Ray cluster; the same folder `checkpoints` resumes from the newest.
-
-    Raises:
-        ValueError: if a retry would only repeat it, such as a divergence.
-        ray.exceptions.RayError: if the worker was lost more often than `compute.max_failures`.
-    """
+    """Train with one worker on the connected Ray cluster; the same folder `checkpoints` resumes from the newest."""
     compute = job.config.compute
     assert compute.num_workers == 1, "several workers are Ray Train's"
     return run_task(

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.samplers import SamplerConfig
-from ncsn.config.schema import SamplingConfig
+from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import Candidate, score_samples
@@ -100,22 +100,20 @@ class TrialFolder:
     @property
     def failure(self) -> str | None:
         """Why the trial cannot go on, if it cannot."""
-        return str(self._read(_FAILED)["reason"]) if storage.exists(storage.join(self.uri, _FAILED)) else None
+        record = storage.find_json(storage.join(self.uri, _FAILED))
+        return None if record is None else str(record["reason"])
 
     def rung(self, images_seen: int) -> Rung | None:
         """The record of a rung, if the trial has reached it."""
-        name = f"rung-{images_seen:09d}.json"
-        if not storage.exists(storage.join(self.uri, name)):
-            return None
-        record = self._read(name)
-        return Rung(**{**record, "sweep": [Scored(**scored) for scored in record["sweep"]]})
+        record = storage.find_json(storage.join(self.uri, f"rung-{images_seen:09d}.json"))
+        return None if record is None else Rung(**{**record, "sweep": [Scored(**scored) for scored in record["sweep"]]})
 
     def record(self, *, last_rung: int) -> TrialRecord | None:
         """The trial as it is now; None if none was started in the folder."""
         names = storage.list_names(self.uri)
         if _TRIAL not in names:
             return None
-        started = self._read(_TRIAL)
+        started = storage.read_json(storage.join(self.uri, _TRIAL))
         reached = [self.rung(int(match[1])) for match in map(_RUNG.fullmatch, names) if match]
         return TrialRecord(
             uri=self.uri,
@@ -126,10 +124,6 @@ class TrialFolder:
             stopped=_STOPPED in names,
             last_rung=last_rung,
         )
-
-    def _read(self, name: str) -> dict[str, Any]:
-        record: dict[str, Any] = storage.read_json(storage.join(self.uri, name))
-        return record
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         storage.publish_once(storage.join(self.uri, name), json.dumps(record, indent=1).encode())
@@ -178,6 +172,12 @@ class SearchPlan:
     trials: str  # URI of the folder of all trials
     start: str | None = None  # URI of the trained network that each trial starts from; see `TrainingJob`
 
+    @property
+    def settings(self) -> SearchConfig:
+        """The section `search`."""
+        assert self.config.search is not None
+        return self.config.search
+
     @cached_property
     def rungs(self) -> list[int]:
         """Training images at which a trial is scored."""
@@ -189,11 +189,7 @@ class SearchPlan:
         return {path: setting(self.config, path) for path in searched_space(self.config)}
 
     def trial_config(self, values: Mapping[str, Any]) -> Config:
-        """The experiment of one trial.
-
-        Raises:
-            UserError: The values do not go together.
-        """
+        """The experiment of one trial."""
         changed = variant(self.config, values)
         # Samples score the latest checkpoint, so the best is not kept. The scheduler stops trials, and nothing else.
         kept = {"keep_checkpoints": 1, "keep_every_images": None, "keep_best": False, "best_by": "training"}
@@ -201,16 +197,10 @@ class SearchPlan:
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:
-        """The samplers that score a checkpoint of the trial, all of one NFE.
-
-        Raises:
-            UserError: No chain of the sampler has that NFE.
-        """
-        search = self.config.search
-        assert search is not None
-        own = dict(values) == self.baseline
+        """The samplers that score a checkpoint of the trial, all of one NFE."""
+        own, seed = dict(values) == self.baseline, self.settings.seed
         return [
-            config.sampling.model_copy(update={"sampler": self._of_equal_length(config), "seed": search.seed})
+            config.sampling.model_copy(update={"sampler": self._of_equal_length(config), "seed": seed})
             for config in swept(self.config, variant(self.config, values), with_own=own)
         ]
 
@@ -219,10 +209,8 @@ class SearchPlan:
         return self._of_equal_length(self.config)
 
     def _of_equal_length(self, config: Config) -> SamplerConfig:
-        search = self.config.search
-        assert search is not None
         own = build.sampler(self.config.sampling.sampler)
-        nfe = search.nfe or own.num_evaluations(self.config.sampled_levels.num_levels)
+        nfe = self.settings.nfe or own.num_evaluations(self.config.sampled_levels.num_levels)
         num_levels = config.sampled_levels.num_levels
         return with_evaluations(config.sampling.sampler, nfe, num_levels=num_levels, key="search.nfe")
 
@@ -230,10 +218,7 @@ class SearchPlan:
 def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) -> None:
     """Take a trial from rung to rung as far as `report` returns; rungs on record are only reported.
 
-    Args:
-        plan: The search.
-        values: By dotted path.
-        report: Takes `images_seen` and `objective` of a rung. Does not return if the trial is stopped.
+    `report` takes `images_seen` and `objective` of a rung, and does not return if the trial is stopped.
     """
     folder = TrialFolder.of(plan.trials, values)
     for images in plan.rungs:
@@ -254,19 +239,13 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
 
 
 def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, images: int) -> Rung:
-    search = plan.config.search
-    assert search is not None
     started = time.monotonic()
     samplings = plan.samplings(values)
     checkpoints = storage.join(folder.uri, CHECKPOINTS)
     outcome = _train(plan, values, folder, checkpoints, images)
     checkpoint = storage.join(checkpoints, outcome.checkpoint)
-    found = score_samples(
-        plan.config,
-        [Candidate(checkpoint, sampling) for sampling in samplings],
-        dataset=plan.dataset,
-        num_images=search.num_samples,
-    )
+    candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
+    found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
     sweep = [
         Scored(sampler=sampling.sampler.model_dump(mode="json"), objective=distance)
         for sampling, distance in zip(samplings, found, strict=True)

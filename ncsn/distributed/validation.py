@@ -59,9 +59,6 @@ def sample_distance(config: Config, dataset: str) -> SampleDistance | None:
     """The measurement that `train.stop` or `train.best_by` asks for; None if they do not.
 
     Its extractor and reference are made on the connected cluster if the dataset lacks them.
-
-    Raises:
-        UserError: as `open_evaluator`.
     """
     if "fid" not in config.train.judges.values():
         return None

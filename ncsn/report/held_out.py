@@ -11,7 +11,7 @@ from ncsn.report.page import Plot, Section
 from ncsn.report.plots import held_out_losses
 from ncsn.report.style import to_svg
 from ncsn.report.words import Reading
-from ncsn.runs.held_out import HeldOutCurves
+from ncsn.runs.curves import HeldOutCurves
 
 # Of the median distance to the nearest training image, generated over real. Images of a good model are a little nearer
 # than real ones, because they lack rare detail.

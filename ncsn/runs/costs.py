@@ -110,19 +110,12 @@ def step_costs(
 
 
 def account(config: Config, *, run: str) -> dict[str, Any]:
-    """The plan of a run next to the actual costs of its steps so far, as plain values.
-
-    Returns:
-        `plan`, or None; `actual`: `steps`, with `images_per_second` where a step counts images, and `total`; `prices`.
-    """
+    """As plain values `plan`, or None; `actual`: the `steps` so far and their `total`; `prices`."""
     folder = run_folder(config, run)
     plan = read_plan(folder.uri)
     prices = prices_of(plan)
-    costs = {
-        step: cost_of(config, step, seconds, prices)
-        for step, seconds in ((step, spent_seconds(folder, step)) for step in STEPS)
-        if seconds is not None
-    }
+    spent = {step: spent_seconds(folder, step) for step in STEPS}
+    costs = {step: cost_of(config, step, seconds, prices) for step, seconds in spent.items() if seconds is not None}
     steps = {step: asdict(cost) | _speed(folder, step) for step, cost in costs.items()}
     return {"plan": plan, "actual": {"steps": steps, "total": asdict(total(costs))}, "prices": asdict(prices)}
 

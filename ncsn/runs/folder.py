@@ -18,6 +18,16 @@ class ForeignRun(UserError):
     """The run belongs to another config."""
 
 
+class _Below:
+    """The URI of what has this name in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> str:
+        return storage.join(folder.uri, self._name)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The URIs of a run's files."""
@@ -25,69 +35,26 @@ class RunFolder:
     root: str
     run: str
 
+    config = _Below("config.yaml")  # owns the name of the run
+    checkpoints = _Below("checkpoints")
+    averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
+    history = _Below("history.json")  # the training curves
+    previews = _Below("previews")  # images that training made of itself
+    start = _Below("start")  # the weights that training starts from, if it starts from a trained network
+    report = _Below("report")
+    evaluation = _Below("evaluation")  # the metrics
+    selection = _Below("selection")  # the scores of checkpoints and the choice among them
+    selected = _Below("selected")  # copies of the checkpoints that were chosen
+    search = _Below("search")  # a search and its result
+
     @property
     def uri(self) -> str:
         """The folder itself."""
         return storage.join(self.root, "runs", self.run)
 
-    @property
-    def config(self) -> str:
-        """The config that owns the name of the run."""
-        return storage.join(self.uri, "config.yaml")
-
-    @property
-    def checkpoints(self) -> str:
-        """Folder of the checkpoints."""
-        return storage.join(self.uri, "checkpoints")
-
-    @property
-    def averages(self) -> str:
-        """Folder of the snapshots of two running averages, and of averages put together from them."""
-        return storage.join(self.uri, "ema")
-
-    @property
-    def history(self) -> str:
-        """The file of the training curves."""
-        return storage.join(self.uri, "history.json")
-
-    @property
-    def previews(self) -> str:
-        """Folder of the images that training made of itself."""
-        return storage.join(self.uri, "previews")
-
     def preview(self, images_seen: int) -> str:
         """The preview at this many training images, a PNG file."""
         return storage.join(self.previews, f"images-{images_seen:09d}.png")
-
-    @property
-    def start(self) -> str:
-        """Folder of the weights that training starts from, if it starts from a trained network."""
-        return storage.join(self.uri, "start")
-
-    @property
-    def report(self) -> str:
-        """Folder of the report."""
-        return storage.join(self.uri, "report")
-
-    @property
-    def evaluation(self) -> str:
-        """Folder of the metrics."""
-        return storage.join(self.uri, "evaluation")
-
-    @property
-    def selection(self) -> str:
-        """Folder of the scores of checkpoints and the choice among them."""
-        return storage.join(self.uri, "selection")
-
-    @property
-    def selected(self) -> str:
-        """Folder of copies of the checkpoints that were chosen."""
-        return storage.join(self.uri, "selected")
-
-    @property
-    def search(self) -> str:
-        """Folder of a search and its result."""
-        return storage.join(self.uri, "search")
 
     def samples(self, checkpoint_digest: str, sampler_digest: str) -> str:
         """Folder of the images of one sampler and one checkpoint."""
@@ -116,15 +83,13 @@ def claim_run(config: Config, run: str) -> RunFolder:
     folder = run_folder(config, run)
     if storage.publish_once(folder.config, to_yaml(config).encode()):
         return folder
-    owner = from_yaml(storage.read_text(folder.config), origin=folder.config)
-    require_owner(owner, config, run)
+    require_owner(from_yaml(storage.read_text(folder.config), origin=folder.config), config, run)
     return folder
 
 
 def require_owner(owner: Config, config: Config, run: str) -> None:
     """Raise `ForeignRun`, with the first settings that differ, if the two configs train different weights."""
-    changed = changed_settings(owner, config)
-    if changed:
+    if changed := changed_settings(owner, config):
         shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         hint = "choose another --run NAME"

@@ -113,11 +113,9 @@ def read_mistake(folder: RunFolder, step: str) -> UserError | None:
 
 @contextmanager
 def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
-    """Record an error in the block as that of `step`, in place of the error of an earlier attempt.
-
-    `ForeignRun` if the run belongs to another config; its records stay as they are.
-    """
+    """Record an error in the block as that of `step`, in place of the error of an earlier attempt."""
     # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
+    # The records of a run that belongs to another config stay as they are.
     folder = claim_run(config, run)
     storage.delete_file(folder.step(step, "error.json"))
     try:
@@ -239,8 +237,7 @@ class TrainingHistory:
 
 def load_history(uri: str, *, until: int | None = None) -> TrainingHistory:
     """The stored points up to and including `until` images seen; none if there is no file."""
-    stored = storage.find_json(uri)
-    if stored is None:
+    if (stored := storage.find_json(uri)) is None:
         return TrainingHistory(uri)
     count = sum(1 for seen in stored["images_seen"] if until is None or seen <= until)
     return TrainingHistory(
@@ -317,10 +314,7 @@ def _is_last(record: dict[str, Any] | None) -> bool:
 
 
 def while_leased(progress: Callable[[int, int], None], lease: str | None, *, kept: str) -> Callable[[int, int], None]:
-    """`progress`, which raises `LeaseExpired` when the launcher that renews `lease` is gone.
-
-    `kept` says in the message what is saved then, with `{done}` and `{total}`.
-    """
+    """`progress`, which raises `LeaseExpired` with `kept` when the launcher that renews `lease` is gone."""
     if lease is None:
         return progress
     watched = Lease(lease)

@@ -66,18 +66,14 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     """Measure the first `config.sampling.num_images` images of a samples folder.
 
     The features are made in pieces that stay in the store until the metrics are there, so a second call continues an
-    interrupted one.
-
-    Args:
-        config: The experiment; its evaluation section decides how.
-        run: Name of the run that keeps the metrics.
-        samples: URI of the samples folder.
-        dataset: URI of the ingested dataset.
-        lease: URI of the launcher's heartbeat. When it stops, evaluation ends; the features that are done stay.
+    interrupted one. When the launcher's heartbeat at the URI `lease` stops, evaluation ends.
     """
     step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
-    _check_inputs(samples, dataset)
+    if not storage.exists(storage.join(dataset, MANIFEST)):
+        raise NotFound(dataset, "no dataset", hint="run `ncsn ingest` first")
+    if not storage.exists(samples):
+        raise NotFound(samples, "no folder of samples", hint="run `ncsn sample` first")
     manifest = load_manifest(dataset)
     evaluation = evaluation_of(config, manifest)
     inputs = {
@@ -129,10 +125,10 @@ def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: s
     for point in result.running:
         score = RunningScore(**point)
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+    tags = {"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri}
     if result.likelihood is not None:
-        tracked.set_tags({"likelihood.fingerprint": result.likelihood["fingerprint"]})
-    tracked.set_tags({"eval.fingerprint": result.fingerprint})
-    tracked.set_tags({"samples.uri": samples, "evaluation.uri": result.uri})
+        tags["likelihood.fingerprint"] = result.likelihood["fingerprint"]
+    tracked.set_tags(tags)
     tracked.log_file(result.uri)
 
 
@@ -148,12 +144,14 @@ def evaluate(
     """Compute the metrics and write them below `folder`; `run` without its bookkeeping."""
     count = config.sampling.num_images
     manifest = load_manifest(dataset)
+    made = storage.find_json(storage.join(samples, MANIFEST)) or {}
     _check_shape(samples_shape(samples, num_images=count), manifest, samples)
-    _check_classes(config, samples, manifest)
+    _check_classes(config, samples, manifest, made.get("classes"))
     evaluation = evaluation_of(config, manifest)
-    num_real, others = min(count, manifest.count(evaluation.other_split)), _other_sets(samples, evaluation.seeds, count)
+    num_real = min(count, manifest.count(evaluation.other_split))
+    others = _other_sets(made.get("others", []), evaluation.seeds, count)
     done = images_to_prepare(config, manifest)
-    likelihood = _plan_likelihood(config, samples, dataset)
+    likelihood = _plan_likelihood(config, samples, dataset, made.get("checkpoint"))
     total = done + count * (1 + len(others)) + num_real + (0 if likelihood is None else likelihood.settings.images)
     runner = runner_of(config.compute)
     evaluator = open_evaluator(
@@ -193,13 +191,18 @@ def evaluate(
         likelihood=None if bits is None else asdict(bits),
         classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
     )
-    _write(result, samples, dataset, split=evaluation.reference_split, nearest=generated.nearest)
+    evidence = {
+        "samples": samples,
+        "dataset": dataset,
+        "reference_split": evaluation.reference_split,
+        "nearest_training_images": generated.nearest,
+    }
+    storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
     return result
 
 
-def _other_sets(samples: str, seeds: int, count: int) -> list[SampleSet]:
+def _other_sets(others: list[str], seeds: int, count: int) -> list[SampleSet]:
     """The sets of samples with other seeds that lie beside the first one."""
-    others = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("others", [])
     if len(others) < seeds - 1:
         raise UserError(
             "evaluation.seeds",
@@ -210,24 +213,13 @@ def _other_sets(samples: str, seeds: int, count: int) -> list[SampleSet]:
     return [SampleSet(uri, count) for uri in others[: seeds - 1]]
 
 
-def _plan_likelihood(config: Config, samples: str, dataset: str) -> LikelihoodPlan | None:
+def _plan_likelihood(config: Config, samples: str, dataset: str, checkpoint: str | None) -> LikelihoodPlan | None:
     """To measure the network that made the samples, if the config asks for it."""
     if not config.evaluation.bits_per_dim:
         return None
-    checkpoint = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("checkpoint")
     if checkpoint is None:
         raise UserError("evaluation.bits_per_dim", f"{samples} does not name its checkpoint", value=True)
     return plan_likelihood(config, checkpoint=checkpoint, dataset=dataset)
-
-
-def _write(result: EvaluateResult, samples: str, dataset: str, *, split: str, nearest: list[dict[str, Any]]) -> None:
-    evidence = {
-        "samples": samples,
-        "dataset": dataset,
-        "reference_split": split,
-        "nearest_training_images": nearest,
-    }
-    storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
 
 
 def _tasks(config: Config, dataset: str) -> int:
@@ -236,13 +228,6 @@ def _tasks(config: Config, dataset: str) -> int:
         return 1  # this process has all cores: starting Ray would take longer than most evaluations
     images = max(load_manifest(dataset).count("train"), config.sampling.num_images)
     return 1 if config.compute.max_workers == 1 else math.ceil(images / PIECE_IMAGES)
-
-
-def _check_inputs(samples: str, dataset: str) -> None:
-    if not storage.exists(storage.join(dataset, MANIFEST)):
-        raise NotFound(dataset, "no dataset", hint="run `ncsn ingest` first")
-    if not storage.exists(samples):
-        raise NotFound(samples, "no folder of samples", hint="run `ncsn sample` first")
 
 
 def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> None:
@@ -254,14 +239,12 @@ def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> No
         )
 
 
-def _check_classes(config: Config, samples: str, manifest: Manifest) -> None:
+def _check_classes(config: Config, samples: str, manifest: Manifest, known: list[str] | None) -> None:
     """Refuse to judge images by other classes than those that they were asked for."""
     if config.data.num_classes is None:
         return
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")
-    made = storage.join(samples, MANIFEST)
-    known = storage.read_json(made).get("classes") if storage.exists(made) else None
-    if known is not None and list(known) != list(manifest.class_names):
+    if known is not None and known != list(manifest.class_names):
         changed = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
         raise UserError(
             "data.num_classes",

@@ -48,19 +48,10 @@ def run(
 ) -> FinishResult:
     """Cancel what still runs, and write the outcome to the run's `status.json` and its MLflow run.
 
-    Args:
-        config: The experiment.
-        run: Name of the run. If it belongs to another config, the page says so, and only what this pipeline run has
-            started is touched.
-        state: KFP's state of the steps together: one of `SUCCEEDED`, FAILED or CANCELED.
-        message: KFP's reason.
-        kfp: The pipeline run, whose pods tell why a step left no error. Only its jobs are canceled then, because
-            another pipeline run may have resumed the run.
-        namespace: That of the pipeline run; None for this pod's, or that of the kubeconfig.
-
-    Raises:
-        UserError: if MLflow could not be updated.
-        PermissionError, ConnectionError: if the cluster could not be asked. Store and MLflow are updated nevertheless.
+    KFP's `state` of the steps together is one of `SUCCEEDED`, FAILED or CANCELED. If the run belongs to another config,
+    the page says so, and only what this pipeline run has started is touched. The pods of the pipeline run `kfp` tell
+    why a step left no error; only its jobs are canceled then, because another pipeline run may have resumed the run. If
+    the cluster cannot be asked, the error is raised after store and MLflow are updated.
     """
     try:
         folders = _folders(claim_run(config, run))
@@ -78,13 +69,15 @@ def run(
         for folder in runs.values():
             write_outcome(folder, outcome)
         closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
+    decision = _result(folders["register"], "register")
+    gate = [f"The gate: {decision['reason']}"] if decision else []
     facts = RunFacts(
         run=run,
         status=outcome.status,
         reason=str(outcome),
         steps={step: _standing(folder, step, outcome.failed_step) for step, folder in folders.items()},
         places=_places(folders, [tracked for tracked in closed if tracked]),
-        notes=[*_notes(folders), *seen.notes, *_stopped(cancelled)],
+        notes=[*gate, *seen.notes, *_stopped(cancelled)],
     )
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, run_page(facts))
 
@@ -195,11 +188,6 @@ def _places(
         "KFP run": kfp_run().get("kfp.pipeline_run_id", ""),
         "store": folders["register"].uri,
     }
-
-
-def _notes(folders: Mapping[str, RunFolder]) -> list[str]:
-    registered = _result(folders["register"], "register")
-    return [f"The gate: {registered['reason']}"] if registered else []
 
 
 def _result(folder: RunFolder, step: str) -> dict[str, Any]:

@@ -54,14 +54,7 @@ def _notes(manifest: Manifest) -> list[str]:
 def write_images(
     config: Config, folder: str, *, fingerprint: str | None = None, on_progress: Progress | None = None
 ) -> Dataset:
-    """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster.
-
-    Args:
-        config: The experiment.
-        folder: Holds all versions of the dataset.
-        fingerprint: Of the source's files, if it is known.
-        on_progress: Called with (images read, images offered).
-    """
+    """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
     data = config.data
     fingerprint = fingerprint or source_fingerprint(data)
     source = open_source(data)
@@ -71,14 +64,8 @@ def write_images(
     from ncsn.distributed.cluster import ray_cluster
     from ncsn.distributed.ingest import few_cores, write_dataset_in_parts
 
-    here = few_cores()
+    here, name = few_cores(), data.source
     with nullcontext() if here else ray_cluster(config):
         return write_dataset_in_parts(
-            source,
-            folder,
-            name=data.source,
-            data=data,
-            fingerprint=fingerprint,
-            here=here,
-            on_progress=on_progress,
+            source, folder, name=name, data=data, fingerprint=fingerprint, here=here, on_progress=on_progress
         )

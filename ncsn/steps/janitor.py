@@ -35,17 +35,10 @@ class Action:
 def clean_up(
     api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False, dry_run: bool = False
 ) -> Iterator[Action]:
-    """Delete RayJobs without a launcher, and close runs whose pipeline ended without closing them.
+    """Delete RayJobs whose launcher is silent for `older_than` seconds, and close runs that their pipeline left open.
 
-    Args:
-        api: The cluster and the namespace.
-        older_than: Seconds of a launcher's silence after which its RayJob is deleted.
-        run: Only what belongs to this run.
-        at_work: Leave RayJobs that have ended.
-        dry_run: Change nothing.
-
-    Yields:
-        The actions; one that fails does not stop the others.
+    Only what belongs to `run`, if it is given; with `at_work`, RayJobs that have ended stay. An action that fails does
+    not stop the others.
     """
 
     def do(verb: str, what: str, action: Callable[[], None]) -> Action:

@@ -23,12 +23,7 @@ _NOTE_SECONDS = 10.0
 
 @contextmanager
 def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) -> Iterator[None]:
-    """Run a task's step; its failure, or the end of the `last` step, becomes the outcome of the run.
-
-    Raises:
-        ForeignRun: The run belongs to another config.
-        UserError: A mistake, perhaps found by an earlier try of this task.
-    """
+    """Run a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
     mistake = _mistake_before(run_folder(config, run), step)
     with recorded(config, run, step) as folder:

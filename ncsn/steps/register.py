@@ -25,8 +25,8 @@ from ncsn.report.held_out import copying_hints, overfitting_hints
 from ncsn.report.images import neighbors_png
 from ncsn.report.words import read_figures
 from ncsn.runs.costs import account
+from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
-from ncsn.runs.held_out import held_out_curves
 from ncsn.runs.records import load_history, read_result
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
@@ -55,12 +55,7 @@ class RegisterResult:
 
 
 def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> RegisterResult:
-    """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples.
-
-    Raises:
-        NotFound: if there is no evaluation.
-        UserError: if the checkpoint is damaged or of another config, or the registry refuses or does not answer.
-    """
+    """Register the checkpoint at the URI `checkpoint` once, judged by the `evaluation` of its samples."""
     step = Step.claim("register", config, run, RegisterResult, unit="stages")
     checkpoint = sampled_checkpoint(checkpoint, config)
     loaded = checkpoints.load_for_sampling(checkpoint)

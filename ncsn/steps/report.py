@@ -30,9 +30,8 @@ from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Sectio
 from ncsn.report.selection import selection_section
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
+from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.held_out import held_out_curves
-from ncsn.runs.loss_names import loss_names, loss_unit
 from ncsn.runs.records import StepRecord, load_history, read_result, read_results
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.sample import LEVELS
@@ -61,11 +60,7 @@ class ReportResult:
 
 
 def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
-    """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing.
-
-    Raises:
-        NotFound: if there is no evaluation, or its samples are gone.
-    """
+    """Write `<run>/report/report.html` from the results of the run's other steps; some of them may be missing."""
     step = Step.claim("report", config, run, ReportResult, unit="images")
     sources = Sources.read(config, step.folder, storage.absolute(evaluation))
     inputs = {
@@ -243,7 +238,7 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
     if (held_out := held_out_curves(history)) is not None:
         yield held_out_section(held_out)
     if history.images_seen:
-        noise = build.training_noise(config)
+        noise, stopped = build.training_noise(config), (sources.result("train") or {}).get("stopped")
         bins = noise.bins.tolist()
         linear = diagnostics.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         yield diagnostics.training_section(
@@ -253,16 +248,11 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
             linear=linear.reshape(len(bins), -1).mean(axis=1),
             unit=loss_unit(config),
             hints=[
-                *_stopped(sources),
+                *([f"Training {stopped}, as train.stop asks."] if stopped else []),
                 *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
             ],
         )
-
-
-def _stopped(sources: Sources) -> list[str]:
-    stopped = (sources.result("train") or {}).get("stopped", "")
-    return [f"Training {stopped}, as train.stop asks."] if stopped else []
 
 
 def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:

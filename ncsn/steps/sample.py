@@ -70,19 +70,8 @@ def run(
 ) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
-    Args:
-        config: The experiment; its sampling section decides how.
-        run: Name of the run that keeps the samples.
-        checkpoint: URI of the checkpoint to sample from.
-        score: URI of a dataset. The Frechet distance so far to its training images is published while images are made.
-        lease: URI of the launcher's heartbeat. When it stops, sampling ends and keeps the finished shards.
-        inject: Faults to inject; see `ncsn.distributed.faults`.
-
-    Raises:
-        LeaseExpired: The launcher is gone.
-        RemoteFailure: The step failed on the cluster of `compute.backend`.
-        UserError: The run or the checkpoint belongs to another config, the checkpoint is damaged, the sampler
-            diverges, or `inject` names no fault.
+    With the URI of a dataset as `score`, the Frechet distance so far to its training images is published meanwhile.
+    When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
     faults = parse_faults(inject, step="sample", run_uri=run_folder(config, run).uri)
     step = Step.claim("sample", config, run, SampleResult, unit="images")

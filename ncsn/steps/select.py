@@ -59,17 +59,7 @@ class SelectResult:
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> SelectResult:
     """Score every checkpoint of the run, and every average that `ncsn ema` put together, by a few samples.
 
-    Args:
-        config: The experiment; its section select decides how.
-        run: Name of the run.
-        dataset: URI of the ingested dataset.
-        lease: URI of the launcher's heartbeat. When it stops, the step ends; the scores that are known stay.
-
-    Raises:
-        NotFound: The run has no checkpoint.
-        LeaseExpired: The launcher is gone.
-        RemoteFailure: The step failed on the cluster of `compute.backend`.
-        UserError: The run belongs to another config, or no candidate gives finite images.
+    When the launcher's heartbeat at the URI `lease` stops, the step ends; the scores that are known stay.
     """
     step = Step.claim("select", config, run, SelectResult, unit="candidates")
     manifest = load_manifest(dataset)
@@ -149,15 +139,11 @@ def conclude(
     """Choose, copy the best candidates, and write the table and its plot."""
     settings = config.select
     rows = [{**asdict(each), "value": values[each.digest]} for each in found]
-    ranked = sorted(
-        (row for row in rows if row["value"] is not None), key=lambda row: (row["value"], row["images_seen"])
-    )
+    finite = (row for row in rows if row["value"] is not None)
+    ranked = sorted(finite, key=lambda row: (row["value"], row["images_seen"]))
     if not ranked:
-        raise UserError(
-            "sampling.sampler",
-            f"all {len(rows)} candidates give images that are not finite",
-            hint="lower its step size",
-        )
+        wrong = f"all {len(rows)} candidates give images that are not finite"
+        raise UserError("sampling.sampler", wrong, hint="lower its step size")
     figure = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
     kept = [keep_copy(row["uri"], folder.selected) for row in ranked[: settings.keep]]
     result = SelectResult(

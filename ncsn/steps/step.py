@@ -60,12 +60,7 @@ class Step(Generic[R]):
 
     @classmethod
     def claim(cls, name: str, config: Config, run: str, result: type[R], *, unit: str) -> Step[R]:
-        """The step of a run, whose name belongs to this config from now on.
-
-        Raises:
-            ForeignRun: The name belongs to another config.
-            UserError: No run can have this name.
-        """
+        """The step of a run, whose name belongs to this config from now on; `ForeignRun` if it is another's."""
         return cls(name, claim_run(config, run), result, unit=unit)
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
@@ -80,11 +75,9 @@ class Step(Generic[R]):
         return settled
 
     def found(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
-        """The stored result for these inputs; None if the work is to be done.
+        """The stored result for these plain values that decide it; None if the work is to be done.
 
-        Args:
-            inputs: Plain values that decide the result.
-            needs: URIs without which the result is of no use.
+        `needs` gives the URIs without which a result is of no use.
         """
         self._inputs = json.loads(json.dumps(inputs))
         stored = self._stored()
@@ -99,14 +92,7 @@ class Step(Generic[R]):
         return result if all(storage.exists(uri) for uri in needs(result)) else None
 
     def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
-        """The result from where `compute.backend` says; None if the work is to be done here.
-
-        `options` are the URIs of the step's options.
-
-        Raises:
-            UserError: The step reported a mistake there.
-            RemoteFailure: The step failed there.
-        """
+        """The result from where `compute.backend` says; None if the work is to be done here."""
         assert self.name in STEPS_ELSEWHERE
         if config.compute.backend == "local":
             return None

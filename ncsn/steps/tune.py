@@ -25,9 +25,8 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work
-from ncsn.steps.train import require_classes
+from ncsn.steps.train import require_classes, start_of
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
@@ -59,18 +58,8 @@ class TuneResult:
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
     """Search, or go on with a search that was interrupted, or return its result.
 
-    Args:
-        config: The experiment, with a section `search`.
-        run: Name of the run that keeps the search. What it finds is trained under another.
-        dataset: URI of the ingested dataset.
-        lease: URI of the launcher's heartbeat. When it has stopped by a rung, the search ends and keeps what it has.
-
-    Raises:
-        NotFound: There is no dataset at `dataset`.
-        LeaseExpired: The launcher is gone.
-        RemoteFailure: The step failed on the cluster of `compute.backend`.
-        UserError: The config has no search, the run belongs to another config, the cluster is too small for a trial,
-            or no trial reached its first rung.
+    What the search finds is trained under another name. When the launcher's heartbeat at the URI `lease` has stopped by
+    a rung, the search ends and keeps what it has.
     """
     require_search(config)
     step = Step.claim("tune", config, run, TuneResult, unit="trials")
@@ -79,15 +68,13 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     manifest = load_manifest(dataset)
     config = settle_guide(_of_fixed_size(step.settle_noise(config, manifest)), near=step.folder.uri)
     require_classes(config, manifest, dataset)
-    settings = config.search
-    assert settings is not None
     evaluation = evaluation_of(config, manifest).model_dump(mode="json")
     trials_folder = _trials_folder(config, step.folder, dataset, evaluation)
     start = start_of(config, step.folder, manifest)
     plan = SearchPlan(config=config, dataset=dataset, trials=trials_folder, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
     _warn_of_untrained_weights(config)
-    inputs = {"trials": plan.trials, "search": settings.model_dump(mode="json", exclude={"max_concurrent"})}
+    inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json", exclude={"max_concurrent"})}
     if result := step.found(inputs, needs=lambda result: [result.config, result.table, *result.plots]):
         return result
     if result := step.dispatched(config, {"dataset": dataset}):
@@ -96,7 +83,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         require_resources(config)
         work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        objective = metric_name("fid", extractor=evaluator.name, num_images=settings.num_samples)
+        objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
         follower = _Follower(work, plan, objective, Lease(lease) if lease else None)
         search(plan, follower)
         trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
@@ -169,9 +156,8 @@ class _Follower:
             self.accidents[trial.uri] = error
         self.close(trial)
         trials = read_trials(self._plan.trials, last_rung=self._plan.rungs[-1])
-        assert self._plan.config.search is not None
         over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
-        self._work.progress(over, self._plan.config.search.num_trials)
+        self._work.progress(over, self._plan.settings.num_trials)
 
     def close(self, trial: TrialRecord) -> None:
         """Log what is missing and close the trial's run, unless it is closed."""
@@ -241,15 +227,7 @@ def _conclude(
 
 
 def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> TrialRecord:
-    """Of the trials that got furthest the one with the least objective, the earlier one of equals.
-
-    Args:
-        trials: All of a search.
-        accidents: URI of a trial's folder -> what ended it from outside.
-
-    Raises:
-        UserError: None reached a rung.
-    """
+    """Of the trials that got furthest the one with the least objective, the earlier one of equals."""
     sound = [trial for trial in trials if trial.failure is None and trial.rungs]
     if not sound:
         reasons = [trial.failure or accidents.get(trial.uri) or "it reached no rung" for trial in trials]

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TypeVar
 
 from ncsn.storage import files
@@ -61,18 +60,15 @@ class Lease:
             self._seen, self._changed_at = content, now
         self._looked = True
         if content != self._given_up and now - self._changed_at > LEASE_SECONDS:
-            self._give_up()
+            self._given_up = self._seen
+            with suppress(OSError), limited(0):
+                files.write_bytes(self.uri + _GIVEN_UP, self._seen)
         return content == self._given_up
 
     def require(self, kept: str) -> None:
         """Raise `LeaseExpired` if it has expired; `kept` says in the message what is saved."""
         if self.expired():
             raise LeaseExpired(f"the launcher has not renewed {self.uri} for {LEASE_SECONDS:g} s: stopped; {kept}")
-
-    def _give_up(self) -> None:
-        self._given_up = self._seen
-        with suppress(OSError), limited(0):
-            files.write_bytes(self.uri + _GIVEN_UP, self._seen)
 
 
 class Heartbeat:
@@ -88,9 +84,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5)
 

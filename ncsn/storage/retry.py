@@ -134,8 +134,5 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    if any(
-        kind.__module__ == "botocore.exceptions" and kind.__name__ in _TRANSIENT_KINDS for kind in type(error).__mro__
-    ):
-        return True
-    return isinstance(error, OSError) and _TRANSIENT.search(str(error)) is not None
+    kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
+    return bool(kinds & _TRANSIENT_KINDS) or (isinstance(error, OSError) and bool(_TRANSIENT.search(str(error))))

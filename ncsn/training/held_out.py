@@ -19,7 +19,7 @@ from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import Images, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
-from ncsn.runs.held_out import held_out_point
+from ncsn.runs.curves import held_out_point
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
 from ncsn.training.metrics import EVALUATIONS_PER_STEP

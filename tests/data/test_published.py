@@ -21,7 +21,7 @@ from ncsn import storage
 from ncsn.data.format import SkippedImage
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.published import files
-from ncsn.data.published.source import split_of
+from ncsn.data.published.source import place_of
 from ncsn.data.sources import open_source
 from ncsn.errors import NotFound
 
@@ -104,7 +104,7 @@ def test_files_of_the_hub_need_no_settings(request, tmp_path, source_of, place):
     ],
 )
 def test_names_tell_the_splits(path, split):
-    assert split_of(path) == split
+    assert place_of(path)[1] == split
 
 
 def test_validation_stands_in_for_a_test_split(tmp_path, source_of):

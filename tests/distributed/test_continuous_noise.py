@@ -14,9 +14,7 @@ from ncsn.config.noise import DsmLossConfig
 from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
-from ncsn.runs.held_out import EDM_LOSS as HELD_OUT_EDM
-from ncsn.runs.held_out import held_out_curves
-from ncsn.runs.loss_names import EDM_LOSS, loss_names
+from ncsn.runs.curves import EDM_LOSS, HELD_OUT_EDM, held_out_curves, loss_names
 from ncsn.runs.records import TrainingHistory, load_history
 from ncsn.training import held_out
 from ncsn.training.batches import draw_batch

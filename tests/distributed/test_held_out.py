@@ -13,7 +13,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
 from ncsn.data.training_images import open_training_images
 from ncsn.model import build
-from ncsn.runs.held_out import held_out_curves
+from ncsn.runs.curves import held_out_curves
 from ncsn.runs.records import TrainingHistory, load_history
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext

@@ -18,11 +18,11 @@ from ncsn.model import build
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
+from ncsn.runs.curves import HELD_OUT_EDM
 from ncsn.runs.folder import run_folder
-from ncsn.runs.held_out import EDM_LOSS as HELD_OUT_EDM
 from ncsn.runs.records import load_history
 from ncsn.steps import train
-from ncsn.steps.start import start_of
+from ncsn.steps.train import start_of
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob

@@ -23,7 +23,7 @@ from ncsn.core.training import StepOptions, train_step
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.runs.loss_names import level_names
+from ncsn.runs.curves import level_names
 from ncsn.runs.records import TrainingHistory, load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired

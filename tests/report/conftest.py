@@ -11,7 +11,7 @@ from ncsn.report.held_out import held_out_section
 from ncsn.report.images import film, grid_png, neighbors
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
-from ncsn.runs.held_out import HeldOutCurves
+from ncsn.runs.curves import HeldOutCurves
 
 METRICS = {
     "eval/classifier_score_n64": 1.23,

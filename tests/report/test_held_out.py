@@ -9,7 +9,7 @@ from ncsn.report.held_out import NEAR, copying_hints, held_out_section, overfitt
 from ncsn.report.plots import held_out_losses
 from ncsn.report.style import PALETTE
 from ncsn.report.words import read_figures
-from ncsn.runs.held_out import HeldOutCurves
+from ncsn.runs.curves import HeldOutCurves
 
 SIGMAS = np.array([1.0, 0.3, 0.1, 0.03])
 

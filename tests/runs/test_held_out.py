@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ncsn.core.held_out import Gaps
-from ncsn.runs.held_out import held_out_curves, held_out_point
+from ncsn.runs.curves import held_out_curves, held_out_point
 from ncsn.runs.records import TrainingHistory
 
 SIGMAS = np.array([1.0, 0.1, 0.01])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ncsn.runs.loss_names import level_names
+from ncsn.runs.curves import level_names
 from ncsn.runs.records import TrainingHistory, load_history
 
 

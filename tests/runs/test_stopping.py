@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ncsn.config.training import StopConfig
-from ncsn.runs.stopping import plateau
+from ncsn.runs.curves import plateau
 
 SEEN = [10, 20, 30, 40, 50, 60]
 

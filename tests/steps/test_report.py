@@ -17,9 +17,8 @@ from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
+from ncsn.runs.curves import held_out_point, level_names
 from ncsn.runs.folder import run_folder
-from ncsn.runs.held_out import held_out_point
-from ncsn.runs.loss_names import level_names
 from ncsn.runs.records import TrainingHistory
 from ncsn.steps import ingest, report
 from ncsn.steps.report import SMALL_WORK, quick_work

@@ -22,8 +22,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.report.finished_run import inpainting_chain
+from ncsn.runs.curves import level_names
 from ncsn.runs.folder import claim_run
-from ncsn.runs.loss_names import level_names
 from ncsn.runs.records import load_history
 from ncsn.tools.finished import figures as step
 from ncsn.training.loop import TrainingJob

@@ -87,11 +87,7 @@ def classes_of(columns: Columns, found: Sequence[FoundLabels]) -> tuple[str, ...
 def labels_of(
     found: FoundLabels, columns: Columns, class_names: Sequence[str], *, file: ParquetFile
 ) -> NDArray[np.int64]:
-    """The label of each row of a file; -1 for none.
-
-    Raises:
-        UserError: naming the row, for one that is no class.
-    """
+    """The label of each row of a file; -1 for none."""
     if columns.label is None:
         return found.places
     classes = map(str, range(len(class_names))) if columns.label.numbers else class_names
@@ -168,8 +164,6 @@ def _shown(schema: pa.Schema) -> str:
 def _is_label(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_integer(kind) or _is_text(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    types = pa.types
+    checks = (types.is_integer, types.is_string, types.is_large_string, types.is_string_view)
+    return any(check(kind) for check in checks)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn import storage
-from ncsn.data.format import SkippedImage, pixel_shape
+from ncsn.data.format import SkippedImage, group_lengths, pieces_of, pixel_shape
 from ncsn.data.image_files import Encoded, fit_in_order
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
 from ncsn.data.source import Example, Listed
@@ -79,15 +79,9 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 @contextmanager
 def opened(file: ParquetFile, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
-    """The open file.
+    """The open file, which must be the one that was listed until the block ends.
 
-    Args:
-        file: As it was listed.
-        ahead: Ask for all that a call reads at once, and keep it; else read and forget it piece by piece.
-
-    Raises:
-        UserError: if it is damaged, or is no longer the file that was listed, also at the end of the block.
-        OSError: if it cannot be read.
+    With `ahead`, all that a call reads is asked for at once, and kept; else it is read and forgotten piece by piece.
     """
     filesystem, path = storage.filesystem(file.uri)
     _require_unchanged(file)
@@ -143,26 +137,17 @@ class ParquetImages:
 
     def _encoded(self) -> Iterator[Encoded]:
         labels = iter(self.labels.tolist())
-        before = 0
-        for file in self.files:
-            first, last = np.searchsorted(self.rows, [before, before + file.rows])
-            rows = self.rows[first:last] - before
-            if len(rows):
-                for row, value in zip(rows.tolist(), _values(file, self.column, rows), strict=True):
-                    yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
-            before += file.rows
+        for number, _, rows in pieces_of(self.rows, (file.rows for file in self.files)):
+            file = self.files[number]
+            for row, value in zip(rows.tolist(), _values(file, self.column, rows), strict=True):
+                yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
 
 
 def _values(file: ParquetFile, column: ImageColumn, rows: NDArray[np.int64]) -> Iterator[Any]:
     """The values in these rows of a file, ascending. Row groups without any of them are not read."""
     with opened(file) as parquet:
-        before = 0
-        for group in range(parquet.num_row_groups):
-            count = parquet.metadata.row_group(group).num_rows
-            first, last = np.searchsorted(rows, [before, before + count])
-            if first < last:
-                yield from _group_values(parquet, group, column, rows[first:last] - before)
-            before += count
+        for group, _, within in pieces_of(rows, group_lengths(parquet)):
+            yield from _group_values(parquet, group, column, within)
 
 
 def _group_values(parquet: pq.ParquetFile, group: int, column: ImageColumn, rows: NDArray[np.int64]) -> Iterator[Any]:

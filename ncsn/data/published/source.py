@@ -39,10 +39,10 @@ class _Found(NamedTuple):
 
 
 def open_parquet(data: DataConfig) -> Source:
-    """The images in the Parquet files of data.root, a folder or `s3://bucket/prefix`, or in one file.
+    """The images in the Parquet files of data.root, a folder or `s3://bucket/prefix`, or in one file, in their order.
 
     The names of the files or of their folders tell the splits. Without a test split the validation images are it, and
-    without these data.test_fraction of each class is held out. Images keep the order of the files.
+    without these data.test_fraction of each class is held out.
     """
     root = storage.absolute(required_root(data))
     files = _find(root)
@@ -116,7 +116,7 @@ def _splits(
 
     named: dict[str | None, list[_Found]] = {}
     for path, one in found.items():
-        named.setdefault(split_of(path), []).append(one)
+        named.setdefault(place_of(path)[1], []).append(one)
     if len(named) == 1:
         every = images(found.values())
         # Named by their places, so that the choice does not depend on how the rows are cut into files.
@@ -130,13 +130,8 @@ def _splits(
     return {"train": images(named["train"]), "test": images(named.get("test") or named["validation"])}
 
 
-def split_of(path: str) -> str | None:
-    """`train`, `validation` or `test`, by a word in the file's name, else by one in the nearest folder's."""
-    return _place_and_split(path)[1]
-
-
-def _place_and_split(path: str) -> tuple[str, str | None]:
-    """The folder that holds the split, and the split."""
+def place_of(path: str) -> tuple[str, str | None]:
+    """The folder that holds the split, and the split, by a word in the file's name, else in the nearest folder's."""
     parts = path.removesuffix(_SUFFIX).split("/")
     for depth in reversed(range(len(parts))):
         words = re.findall("[a-z]+", parts[depth].lower())
@@ -150,7 +145,7 @@ def _require_one_set(found: Mapping[str, _Found]) -> None:
     """Refuse several configurations or folds, which share images: one's test images would train another."""
     places: dict[str, dict[str | None, ParquetFile]] = {}
     for path, one in found.items():
-        place, split = _place_and_split(path)
+        place, split = place_of(path)
         places.setdefault(place, {})[split] = one.file
     whole = [place for place, splits in places.items() if len(splits) > 1]
     if len(whole) > 1:

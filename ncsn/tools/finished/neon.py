@@ -245,7 +245,7 @@ def _choose(plan: _Plan, self_trained: SamplingCheckpoint, progress: Callable[[i
     def score(multiples: Sequence[float]) -> None:
         sampling = plan.sampling(2, plan.scored)
         candidates = [Candidate(_merged(plan, self_trained, w), sampling) for w in multiples]
-        found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.scored, on_scored=count)
+        found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.scored, on_images=count)
         distances.update({w: math.inf if d is None else d for w, d in zip(multiples, found, strict=True)})
 
     score((0.0, *plan.multiples))
