@@ -154,9 +154,7 @@ def evaluate(
     likelihood = _plan_likelihood(config, samples, dataset, made.get("checkpoint"))
     total = done + count * (1 + len(others)) + num_real + (0 if likelihood is None else likelihood.settings.images)
     runner = runner_of(config.compute)
-    evaluator = open_evaluator(
-        config, dataset, runner=runner, on_progress=lambda prepared, _: progress(prepared, total)
-    )
+    evaluator = open_evaluator(config, dataset, runner=runner, on_progress=lambda ready, _: progress(ready, total))
 
     def on_images(number: int) -> None:
         nonlocal done
@@ -165,11 +163,9 @@ def evaluate(
 
     name, fingerprint = evaluator.name, evaluator.reference.fingerprint
     sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=SEED))
-    measured = measure_sets(
-        config, dataset, evaluator, sets, near=folder, runner=runner, on_images=on_images, on_score=on_score
-    )
-    generated, real = measured
-    distances = set_distances(config, dataset, evaluator, others, near=folder, runner=runner, on_images=on_images)
+    how: dict[str, Any] = {"near": folder, "runner": runner, "on_images": on_images}
+    generated, real = measure_sets(config, dataset, evaluator, sets, **how, on_score=on_score)
+    distances = set_distances(config, dataset, evaluator, others, **how)
     generated.metrics.update(seed_metrics([generated.value("fid"), *distances], count))
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
@@ -191,13 +187,9 @@ def evaluate(
         likelihood=None if bits is None else asdict(bits),
         classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
     )
-    evidence = {
-        "samples": samples,
-        "dataset": dataset,
-        "reference_split": evaluation.reference_split,
-        "nearest_training_images": generated.nearest,
-    }
-    storage.write_text(result.uri, json.dumps(asdict(result) | evidence, indent=1))
+    evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
+    everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
+    storage.write_text(result.uri, json.dumps(everything, indent=1))
     return result
 
 

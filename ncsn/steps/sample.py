@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -100,28 +100,25 @@ def run(
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
         made, seconds = _make(sets, _watched(work.progress, lease, faults), scores)
-        result = _result(config, uri, checkpoint=checkpoint, made=made, seconds=seconds)
-        result = replace(result, others=[*others], notes=build.noise_notes(config, images=trained.images_seen))
+        result = SampleResult(
+            uri=uri,
+            grid=storage.join(uri, "grid.png"),
+            strip=storage.join(uri, "strip.png"),
+            gif=storage.join(uri, "denoising.gif"),
+            num_images=config.sampling.num_images,
+            nfe=evaluations_per_image(config),
+            seconds=round(seconds, 3),
+            checkpoint=checkpoint,
+            others=[*others],
+            images_per_second=round(made / seconds, 3) if made else None,
+            notes=build.noise_notes(config, images=trained.images_seen),
+        )
         _publish_pictures(result, config)
         _publish_manifest(result, facts, trained)
         _log(work.tracked, result, trained)
         if scores is not None:
             scores.log(work.tracked)
     return step.done(result)
-
-
-def _result(config: Config, uri: str, *, checkpoint: str, made: int, seconds: float) -> SampleResult:
-    return SampleResult(
-        uri=uri,
-        grid=storage.join(uri, "grid.png"),
-        strip=storage.join(uri, "strip.png"),
-        gif=storage.join(uri, "denoising.gif"),
-        num_images=config.sampling.num_images,
-        nfe=evaluations_per_image(config),
-        seconds=round(seconds, 3),
-        checkpoint=checkpoint,
-        images_per_second=round(made / seconds, 3) if made else None,
-    )
 
 
 def _other_seeds(
