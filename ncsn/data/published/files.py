@@ -139,15 +139,11 @@ class ParquetImages:
         labels = iter(self.labels.tolist())
         for number, _, rows in pieces_of(self.rows, (file.rows for file in self.files)):
             file = self.files[number]
-            for row, value in zip(rows.tolist(), _values(file, self.column, rows), strict=True):
-                yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
-
-
-def _values(file: ParquetFile, column: ImageColumn, rows: NDArray[np.int64]) -> Iterator[Any]:
-    """The values in these rows of a file, ascending. Row groups without any of them are not read."""
-    with opened(file) as parquet:
-        for group, _, within in pieces_of(rows, group_lengths(parquet)):
-            yield from _group_values(parquet, group, column, within)
+            with opened(file) as parquet:
+                for group, of_group, within in pieces_of(rows, group_lengths(parquet)):  # others are not read
+                    values = _group_values(parquet, group, self.column, within)
+                    for row, value in zip(rows[of_group].tolist(), values, strict=True):
+                        yield Encoded(file.name(row), next(labels), partial(_load, value, self.fit))
 
 
 def _group_values(parquet: pq.ParquetFile, group: int, column: ImageColumn, rows: NDArray[np.int64]) -> Iterator[Any]:
