@@ -65,31 +65,13 @@ class PixelStatistics:
             # Pillow counts bytes as they are; np.bincount makes an int64 of each first, which takes six times as long.
             counts += np.array(Image.fromarray(plane).histogram(), np.int64)
 
-    @property
-    def mean(self) -> list[float]:
-        """Mean of each channel, of pixels scaled to [0, 1]."""
-        return [float(value) for value in self._moment(1)]
-
-    @property
-    def std(self) -> list[float]:
-        """Standard deviation (of the population) of each channel, of pixels scaled to [0, 1]."""
-        variance = self._moment(2) - self._moment(1) ** 2
-        return [float(value) for value in np.sqrt(np.maximum(variance, 0.0))]
-
-    @property
-    def minimum(self) -> int:
-        """Smallest pixel value, 0..255."""
-        return int(np.flatnonzero(self.counts.sum(axis=0))[0])
-
-    @property
-    def maximum(self) -> int:
-        """Largest pixel value, 0..255."""
-        return int(np.flatnonzero(self.counts.sum(axis=0))[-1])
-
-    def _moment(self, power: int) -> np.ndarray:
-        values = (np.arange(_GRAY_STEPS, dtype=np.float64) / (_GRAY_STEPS - 1)) ** power
-        moments: np.ndarray = self.counts @ values / self.counts.sum(axis=1)
-        return moments
+    def facts(self) -> dict[str, Any]:
+        """Fields of a manifest; `std` is the standard deviation of the population."""
+        values = np.arange(_GRAY_STEPS, dtype=np.float64) / (_GRAY_STEPS - 1)
+        pixels, found = self.counts.sum(axis=1), np.flatnonzero(self.counts.sum(axis=0))
+        mean = self.counts @ values / pixels
+        std = np.sqrt(np.maximum(self.counts @ values**2 / pixels - mean**2, 0.0))
+        return {"mean": mean.tolist(), "std": std.tolist(), "minimum": int(found[0]), "maximum": int(found[-1])}
 
 
 class ImageSample:
@@ -303,7 +285,6 @@ def _describe(
 ) -> Manifest:
     shape = image_shape(data)
     content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
-    train = splits["train"].statistics
     return Manifest(
         name=name,
         digest=dataset_digest(shape=shape, class_names=source.class_names, splits=content),
@@ -312,10 +293,7 @@ def _describe(
         counts={split: summary.digest.count for split, summary in splits.items()},
         class_names=list(source.class_names),
         class_counts={split: summary.class_counts.tolist() for split, summary in splits.items()},
-        mean=train.mean,
-        std=train.std,
-        minimum=train.minimum,
-        maximum=train.maximum,
+        **splits["train"].statistics.facts(),
         skipped=list(bad.skipped),
         parts={split: summary.parts for split, summary in splits.items()},
         content=content,
