@@ -7,7 +7,6 @@ tasks write later ones: digest, statistics and sample are those of one pass over
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def write_dataset_in_parts(
         if (known := _known(folder, receipt)) is None:
             raise
         return known
-    storage.write_text(receipt, json.dumps({"digest": dataset.manifest.digest}))
+    storage.write_json(receipt, {"digest": dataset.manifest.digest})
     storage.delete_folder(staging)
     return dataset
 

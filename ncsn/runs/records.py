@@ -6,7 +6,6 @@ through the store.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -87,7 +86,7 @@ def write_result(
         "seconds": round(seconds, 3),
         "finished_at": utc_now(),
     }
-    storage.write_text(folder.step(step, "result.json"), json.dumps(record, indent=1))
+    storage.write_json(folder.step(step, "result.json"), record, indent=1)
 
 
 def read_results(folder: RunFolder) -> dict[str, StepRecord]:
@@ -135,7 +134,7 @@ def _write_error(folder: RunFolder, step: str, error: BaseException) -> None:
         "kfp_run": os.environ.get(KFP_RUN_ID, ""),
     }
     try:
-        storage.write_text(folder.step(step, "error.json"), json.dumps(record))
+        storage.write_json(folder.step(step, "error.json"), record)
     except OSError as failure:  # a full disk must not hide the first error
         error.add_note(f"(the error could not be recorded in the store: {failure})")
 
@@ -167,7 +166,7 @@ def add_seconds(folder: RunFolder, step: str, seconds: float) -> None:
     """Add the seconds of an attempt of `step`."""
     with suppress(OSError):  # a full disk must not hide the first error
         whole = (spent_seconds(folder, step) or 0.0) + seconds
-        storage.write_text(folder.step(step, "spent.json"), json.dumps({"seconds": round(whole, 3)}))
+        storage.write_json(folder.step(step, "spent.json"), {"seconds": round(whole, 3)})
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Outcome:
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
     """Publish how the run ended."""
     record = asdict(outcome) | {"finished_at": utc_now()}
-    storage.write_text(storage.join(folder.uri, STATUS_FILE), json.dumps(record, indent=1))
+    storage.write_json(storage.join(folder.uri, STATUS_FILE), record, indent=1)
 
 
 def clear_outcome(folder: RunFolder) -> None:
@@ -223,7 +222,7 @@ class TrainingHistory:
     def publish(self) -> None:
         """Write all points."""
         stored = {"images_seen": self.images_seen, "points": self.points, "system": self.system, "times": self.times}
-        storage.write_text(self.uri, json.dumps(stored))
+        storage.write_json(self.uri, stored)
 
     def curve(self, name: str) -> NDArray[np.float64]:
         """Values [P] of one curve, NaN where a point lacks it."""
@@ -296,7 +295,7 @@ class ProgressFile:
             pause = self.interval
             try:
                 with limited(0):
-                    storage.write_text(self.uri, json.dumps(record))
+                    storage.write_json(self.uri, record)
             except OSError:
                 pause *= 30
             with self._news:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -189,7 +188,7 @@ def evaluate(
     )
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
     everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
-    storage.write_text(result.uri, json.dumps(everything, indent=1))
+    storage.write_json(result.uri, everything, indent=1)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -225,7 +224,7 @@ def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: chec
         **({} if trained.classes is None else {"classes": trained.classes.names}),
         **({"others": result.others} if result.others else {}),
     }
-    storage.write_text(storage.join(result.uri, "manifest.json"), json.dumps(manifest, indent=1))
+    storage.write_json(storage.join(result.uri, "manifest.json"), manifest, indent=1)
 
 
 def _log(tracked: StepRun, result: SampleResult, trained: checkpoints.SamplingCheckpoint) -> None:

@@ -10,7 +10,6 @@ stored as it is known, so that a second call continues an interrupted one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -129,7 +128,7 @@ def scores(
             value = evaluator.distance(features)
         elif features is not None:
             value = kernel_distance(features, evaluator.reference.features, seed=SEED).mean
-        storage.write_text(places[missing[index]], json.dumps({"value": value}))
+        storage.write_json(places[missing[index]], {"value": value})
         yield found[missing[index]], value
 
 
@@ -158,7 +157,7 @@ def conclude(
         kept=kept,
         notes=_notes(rows, figure),
     )
-    storage.write_text(result.uri, json.dumps(asdict(result), indent=1))
+    storage.write_json(result.uri, asdict(result), indent=1)
     storage.write_bytes(result.plot, selection_png(rows, figure=figure))
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -216,7 +215,7 @@ def _conclude(
         trials=table(trials, accidents=accidents),
     )
     everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
-    storage.write_text(result.table, json.dumps(everything, indent=1))
+    storage.write_json(result.table, everything, indent=1)
     before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
     header = (
         f"# Trial {best.number} of {len(result.trials)} found by `ncsn tune`: {result.objective_name} = "

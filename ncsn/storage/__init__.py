@@ -30,6 +30,7 @@ from ncsn.storage.files import (
     staged_folder,
     write_array,
     write_bytes,
+    write_json,
     write_text,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "S3_SCHEME", "UnreadableError", "absolute", "delete_file", "delete_folder", "digest", "exists", "filesystem",
     "find_json", "is_file", "is_local", "join", "list_names", "local_copy", "local_file", "new_scratch",
     "publish_file", "publish_folder", "publish_once", "publish_staged", "read_array", "read_bytes", "read_json",
-    "read_text", "remove_scratch", "scratch_folder", "staged_folder", "write_array", "write_bytes", "write_text",
+    "read_text", "remove_scratch", "scratch_folder", "staged_folder", "write_array", "write_bytes", "write_json",
+    "write_text",
 ]  # fmt: skip

@@ -140,6 +140,11 @@ def write_text(uri: str, text: str) -> None:
     write_bytes(uri, text.encode())
 
 
+def write_json(uri: str, values: Any, *, indent: int | None = None) -> None:
+    """Publish plain values as a JSON file atomically."""
+    write_text(uri, json.dumps(values, indent=indent))
+
+
 def write_array(uri: str, array: npt.NDArray[Any]) -> None:
     """Publish an array of numbers as a `.npy` file atomically."""
     buffer = io.BytesIO()

@@ -7,7 +7,6 @@ by the cluster, whose clock starts again, ends at once.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -97,7 +96,7 @@ class Heartbeat:
             self._also()
 
     def _renew(self) -> None:
-        files.write_text(self._uri, json.dumps({"renewed_at": time.time()}))
+        files.write_json(self._uri, {"renewed_at": time.time()})
 
 
 def _read(uri: str, *, missing: T) -> bytes | T:

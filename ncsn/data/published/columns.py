@@ -112,11 +112,7 @@ def _features(schema: pa.Schema) -> Mapping[str, Mapping[str, Any]]:
 def _image_column(schema: pa.Schema, features: Mapping[str, Mapping[str, Any]], given: str | None, *, uri: str) -> str:
     possible = [field.name for field in schema if image_kind(field)]
     if given is not None:
-        if given not in possible:
-            raise UserError(
-                "data.image_column", f"is not a column of images of {uri}, which has {_shown(schema)}", value=given
-            )
-        return given
+        return _given(given, possible, schema, key="data.image_column", what="images", uri=uri)
     kinds = {name: features.get(name, {}).get("_type") for name in possible}
     marked = [name for name in possible if kinds[name] == "Image"]
     found = marked or [name for name in possible if kinds[name] not in _OTHER_MEDIA]
@@ -136,16 +132,16 @@ def _label_column(
         return None
     possible = [field.name for field in schema if _is_label(field.type)]
     if given is not None:
-        if given not in possible:
-            raise UserError(
-                "data.label_column",
-                f"is not a column of whole numbers or words of {uri}, which has {_shown(schema)}",
-                value=given,
-            )
-        return given
+        return _given(given, possible, schema, key="data.label_column", what="whole numbers or words", uri=uri)
     marked = [name for name in possible if features.get(name, {}).get("_type") == "ClassLabel"]
     found = marked or [name for name in possible if name.lower() in _LABEL_NAMES]
     return _the_one(found, _LABEL_NAMES, key="data.label_column", uri=uri) if found else None
+
+
+def _given(name: str, possible: Sequence[str], schema: pa.Schema, *, key: str, what: str, uri: str) -> str:
+    if name not in possible:
+        raise UserError(key, f"is not a column of {what} of {uri}, which has {_shown(schema)}", value=name)
+    return name
 
 
 def _the_one(found: Sequence[str], usual: Sequence[str], *, key: str, uri: str) -> str:

@@ -36,14 +36,8 @@ class ParquetFile:
     """A file as it was when the source was opened."""
 
     uri: str
-    size: int  # bytes
-    changed: int  # nanoseconds
-    rows: int = 0
-
-    @classmethod
-    def at(cls, uri: str, listed: Listed) -> ParquetFile:
-        """The file of a listing, its rows not yet known."""
-        return cls(uri, listed.size, listed.changed)
+    listed: Listed
+    rows: int = 0  # until it is opened
 
     def name(self, row: int) -> str:
         """A row, counted from 0, for messages."""
@@ -109,7 +103,7 @@ def opened(file: ParquetFile, *, ahead: bool = False) -> Iterator[pq.ParquetFile
 def _require_unchanged(file: ParquetFile) -> None:
     filesystem, path = storage.filesystem(file.uri)
     info = filesystem.get_file_info(path)
-    if not info.is_file or (info.size, info.mtime_ns or 0) != (file.size, file.changed):
+    if not info.is_file or (info.size, info.mtime_ns or 0) != (file.listed.size, file.listed.changed):
         raise UserError(file.uri, "changed while it was read", hint="ingest again when nothing writes there")
 
 

@@ -66,8 +66,8 @@ def _find(root: str) -> dict[str, ParquetFile]:
     """Path below the root -> file, in the order of the paths."""
     listed = list_files(root)
     if root.lower().endswith(_SUFFIX) and storage.is_file(root):
-        return {one.path: ParquetFile.at(root, one) for one in listed}
-    files = {one.path: ParquetFile.at(storage.join(root, one.path), one) for one in listed}
+        return {one.path: ParquetFile(root, one) for one in listed}
+    files = {one.path: ParquetFile(storage.join(root, one.path), one) for one in listed}
     parquet = {path: file for path, file in files.items() if path.lower().endswith(_SUFFIX)}
     if not parquet:
         held = f"holds {len(files)} other files (such as {next(iter(files))!r}) but" if files else "is empty:"
