@@ -33,8 +33,7 @@ from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.candidates import log_candidates
-from ncsn.tracking.registry import settle_guide
+from ncsn.tracking.registry import log_candidates, settle_guide
 
 LEAST_OF_A_PARABOLA = 5  # points
 

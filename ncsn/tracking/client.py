@@ -10,8 +10,8 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,11 +61,7 @@ class Connection:
 
 
 def tracking_uri(config: Config) -> str:
-    """Absolute URI: `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file below a local `storage.root`.
-
-    Raises:
-        TrackingError: if there is none, or for a folder of run files, which MLflow no longer supports.
-    """
+    """Absolute URI: `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file below a local `storage.root`."""
     return server_uri(config.tracking.uri, root=config.storage.root)
 
 
@@ -101,28 +97,15 @@ def server_uri(named: str | None, *, root: str) -> str:
 
 
 def connect(config: Config, *, patience: float = 0.0) -> Connection:
-    """A client of a server that has answered within `patience` seconds, and the experiment, created if it is new.
-
-    Raises:
-        TrackingError: if the server does not answer, refuses the credentials, or the experiment is deleted.
-    """
+    """A client of a server that has answered within `patience` seconds, and the experiment, created if it is new."""
     retry = Retry("MLflow", patience, _unavailable, pauses=(1.0, 1.0))
     client, uri = retry(partial(open_client, config))
-    from mlflow.exceptions import MlflowException
-
-    try:
-        experiment_id = _experiment_id(client, uri, config.tracking.experiment)
-    except MlflowException as error:
-        raise TrackingError(shown(uri), one_line(error)) from error
-    return Connection(client=client, uri=uri, experiment_id=experiment_id)
+    with mlflow_errors(uri):
+        return Connection(client, uri, _experiment_id(client, uri, config.tracking.experiment))
 
 
 def open_client(config: Config) -> tuple[MlflowClient, str]:
-    """A client for reading, and its server's URI; creates no experiment.
-
-    Raises:
-        TrackingError: if the server does not answer.
-    """
+    """A client for reading, and its server's URI; creates no experiment."""
     uri = tracking_uri(config)
     return open_client_at(uri, experiment=config.tracking.experiment), uri
 
@@ -148,11 +131,7 @@ def client_at(uri: str) -> MlflowClient:
 
 
 def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves MLflow's pages for a local database.
-
-    Raises:
-        TrackingError: if the runs are on a server already; the hint has its address.
-    """
+    """The command that serves MLflow's pages for a local database."""
     uri = tracking_uri(config)
     if uri.startswith((*REMOTE, "databricks")):
         raise TrackingError(
@@ -191,18 +170,34 @@ def one_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+@contextmanager
+def mlflow_errors(uri: str, prefix: str = "") -> Iterator[None]:
+    """Turn an error of MLflow in the block into a `TrackingError` that names the server."""
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(shown(uri), f"{prefix}{one_line(error)}") from error
+
+
+@contextmanager
+def ignoring(*codes: str) -> Iterator[None]:
+    """Leave the block at an error of MLflow that has one of these codes."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in codes:
+            raise
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    while (experiment := client.get_experiment_by_name(name)) is None:
         location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
-        try:
+        with ignoring("RESOURCE_ALREADY_EXISTS"):
             return client.create_experiment(name, artifact_location=location)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        return _experiment_id(client, uri, name)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name
@@ -279,8 +274,12 @@ BATCH = 100  # parameters, or tags, per request: MLflow's limit
 
 def tag_filter(tags: Mapping[str, str]) -> str:
     """MLflow's search expression for these tags."""
-    quoted = {key: f'"{value}"' if "'" in value else f"'{value}'" for key, value in tags.items()}
-    return " and ".join(f"tags.`{key}` = {value}" for key, value in quoted.items())
+    return " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
+
+
+def quoted(value: str) -> str:
+    """A text in a search expression."""
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

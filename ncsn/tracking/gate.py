@@ -48,7 +48,7 @@ class Measurement:
         """Whether this one is better by more than the combined uncertainty; NaN is never better.
 
         Raises:
-            FingerprintMismatchError: if the two were not measured in the same way.
+            FingerprintMismatchError: The two were not measured in the same way.
         """
         if (self.name, self.num_images) != (other.name, other.num_images):
             raise FingerprintMismatchError(

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.errors import UserError
-from ncsn.tracking.client import shown
+from ncsn.tracking.client import quoted, shown, tag_filter
+from ncsn.tracking.recorded import search_runs
 from ncsn.tracking.versions import LEDGER_SUFFIX, is_model_address, resolve_version
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
 class Link:
     """One thing in the chain."""
 
-    kind: (
-        str  # KFP run, MLflow run, step, Ray job, config, dataset, checkpoint, samples, evaluation, model version, ...
-    )
+    kind: str  # KFP run, MLflow run, step, Ray job, config, dataset, checkpoint, samples, model version, ...
     id: str
     facts: Mapping[str, str] = field(default_factory=dict)
     links: tuple[Link, ...] = ()  # what it led to
@@ -61,18 +60,15 @@ class Link:
 
 
 def trace(client: MlflowClient, identifier: str) -> list[Link]:
-    """The chains that something is part of, oldest first: several where runs share a dataset or a name.
-
-    Raises:
-        UserError: if nothing on the server has this identifier; see `ACCEPTED`.
-    """
+    """The chains that something is part of, oldest first: several where runs share a dataset or a name."""
     names = {identifier}
     if is_model_address(identifier):
         version = resolve_version(client, identifier)
         names = {f"models:/{version.name}/{version.version}"}
         found = [client.get_run(version.run_id)] if version.run_id else []
     else:
-        found = _find_runs(client, identifier)
+        # By the first kind of name that finds any.
+        found = next(filter(None, (_search(client, query) for query in _queries(identifier))), [])
     tops = {top.info.run_id: top for top in (_top(client, run) for run in found)}
     if not tops:
         uri = shown(client.tracking_uri)
@@ -101,46 +97,32 @@ def _sources(client: MlflowClient, step: Run) -> Iterator[Run]:
     """Runs that made the weights that a step started from."""
     uri, _, digest = step.data.tags.get(INIT_FROM, "").rpartition("/")
     if digest:
-        yield from _search(client, f"tags.`checkpoint.digest` = {_quoted(digest)}")
-        yield from _search(client, f"tags.`checkpoint.uri` = {_quoted(uri)}")
+        yield from _search(client, tag_filter({"checkpoint.digest": digest}))
+        yield from _search(client, tag_filter({"checkpoint.uri": uri}))
 
 
 def _heirs(client: MlflowClient, step: Run) -> Iterator[Run]:
     """Runs that started from the weights of a step."""
     for tag, pattern in (("checkpoint.digest", "%/{}"), ("checkpoint.uri", "{}/%")):
         if value := step.data.tags.get(tag):
-            yield from _search(client, f"tags.`{INIT_FROM}` LIKE {_quoted(pattern.format(value))}")
-
-
-def _find_runs(client: MlflowClient, identifier: str) -> list[Run]:
-    """The runs that an identifier names, by the first kind of name that finds any."""
-    for query in _queries(identifier):
-        found = _search(client, query)
-        if found:
-            return found
-    return []
+            yield from _search(client, f"tags.`{INIT_FROM}` LIKE {quoted(pattern.format(value))}")
 
 
 def _queries(identifier: str) -> Iterator[str]:
-    value = _quoted(identifier)
     if re.fullmatch(r"[0-9a-f]{32}", identifier):
-        yield f"attributes.run_id = {value}"
+        yield f"attributes.run_id = '{identifier}'"
     for tag in IDS:
-        yield f"tags.`{tag}` = {value}"
-    yield f"attributes.run_name = {value}"
+        yield tag_filter({tag: identifier})
+    yield f"attributes.run_name = {quoted(identifier)}"
     if _DIGEST_PREFIX.fullmatch(identifier):
         for tag in ("dataset.digest", "checkpoint.digest"):
             yield f"tags.`{tag}` LIKE '{identifier}%'"
     if "/" in identifier and ("://" not in identifier or identifier.startswith((storage.S3_SCHEME, "file://"))):
         uri = storage.absolute(identifier)
         for tag in URIS:
-            yield f"tags.`{tag}` = {_quoted(uri)}"
+            yield tag_filter({tag: uri})
         if place := _RUN_FOLDER.fullmatch(uri):
-            yield f"tags.`ncsn.root` = {_quoted(place['root'])} and tags.`ncsn.run` = {_quoted(place['run'])}"
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else f"'{value}'"
+            yield tag_filter({"ncsn.root": place["root"], "ncsn.run": place["run"]})
 
 
 def _search(client: MlflowClient, query: str) -> list[Run]:
@@ -172,13 +154,14 @@ def _inputs(top: Run) -> Iterator[Link]:
         uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
         yield Link("config", uri, _known(experiment=params.get("name"), seed=params.get("seed")))
     if "dataset.digest" in tags:
-        source = _known(source=params.get("data.source"), root=_none(params.get("data.root")))
-        yield Link("dataset", tags["dataset.digest"], {**source, **_known(uri=tags.get("dataset.uri"))})
+        root = params.get("data.root")
+        root = None if root == "None" else root  # MLflow's text for an empty parameter
+        facts = _known(source=params.get("data.source"), root=root, uri=tags.get("dataset.uri"))
+        yield Link("dataset", tags["dataset.digest"], facts)
 
 
 def _children(client: MlflowClient, parent: Run) -> list[Run]:
-    query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
-    return list(client.search_runs([parent.info.experiment_id], query, order_by=["attributes.start_time ASC"]))
+    return search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
 
 
 def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
@@ -259,11 +242,6 @@ def _circumstances(run: Run) -> dict[str, str]:
 
 def _known(**facts: str | None) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _none(value: str | None) -> str | None:
-    """MLflow's text for an empty parameter as None."""
-    return None if value == "None" else value
 
 
 def _marked(link: Link, names: set[str]) -> Link:

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,15 +65,17 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StepRun:
+class StepRun(Connection):
     """The MLflow run of one step."""
 
-    client: MlflowClient
-    uri: str
-    experiment_id: str
     run_id: str
     parent_run_id: str
     folder: RunFolder
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """What `mlflow.json` says of a step that runs."""
+        return {"run_id": self.run_id, "parent_run_id": self.parent_run_id}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings that the run does not have yet; MLflow's parameters do not change."""
@@ -105,17 +107,14 @@ class StepRun:
         if storage.is_local(uri):
             self.client.log_artifact(run_id, uri, folder)
         else:
-            self._log_bytes(storage.read_bytes(uri), uri.rsplit("/", 1)[-1], run_id=run_id, folder=folder)
+            self.log_bytes(storage.read_bytes(uri), uri.rsplit("/", 1)[-1], run_id=run_id, folder=folder)
 
-    def log_bytes(self, content: bytes, name: str) -> None:
-        """Record the artifact `name`."""
-        self._log_bytes(content, name, run_id=self.run_id, folder=None)
-
-    def _log_bytes(self, content: bytes, name: str, *, run_id: str, folder: str | None) -> None:
+    def log_bytes(self, content: bytes, name: str, *, run_id: str | None = None, folder: str | None = None) -> None:
+        """Record the artifact `name`, below `folder`; of this run, unless `run_id` names another."""
         with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
             local = Path(temporary) / name
             local.write_bytes(content)
-            self.client.log_artifact(run_id, str(local), folder)
+            self.client.log_artifact(run_id or self.run_id, str(local), folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Record the artifact `name`."""
@@ -149,9 +148,8 @@ class StepRun:
 
     def nested(self, name: str, *, key: str) -> StepRun:
         """The run below this one with this `key`, such as that of a trial; a new one if there is none."""
-        connection = Connection(client=self.client, uri=self.uri, experiment_id=self.experiment_id)
         identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
-        found = find_or_create(connection, identity, tags={}, name=name, claims=_claims(self.folder))
+        found = find_or_create(self, identity, tags={}, name=name, claims=_claims(self.folder))
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
@@ -170,9 +168,6 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
     It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses;
     `tags` are the ids of its Ray job and KFP run. If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is
     the parent. What MLflow lacks of earlier steps is sent first.
-
-    Raises:
-        TrackingError: if the tracking server cannot be used, or is unreachable for minutes during the block.
     """
     from mlflow.exceptions import MlflowException
 
@@ -187,16 +182,10 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         set_tags(connection.client, parent.info.run_id, {PLANNED: plan["made_at"]})
     child = _child(connection, parent, config, folder, step)
     set_tags(connection.client, child.info.run_id, tags or {})
-    tracked = StepRun(
-        client=connection.client,
-        uri=connection.uri,
-        experiment_id=child.info.experiment_id,
-        run_id=child.info.run_id,
-        parent_run_id=parent.info.run_id,
-        folder=folder,
-    )
-    write_record(folder, step, {"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
-    send_missing(tracked.client, folder, step, {"run_id": tracked.run_id})
+    place = connection.client, connection.uri, child.info.experiment_id
+    tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
+    write_record(folder, step, tracked.run_ids)
+    send_missing(tracked.client, folder, step, tracked.run_ids)
     started = time.monotonic()
     try:
         yield tracked
@@ -209,38 +198,24 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
             ) from error
         raise
     costs = step_costs(config, plan, step=step, seconds=time.monotonic() - started)
-    _end(tracked, step, "FINISHED", adopted=adopted, costs=costs)
+    _end(tracked, step, "FINISHED", costs, adopted=adopted)
 
 
 def _end(
-    tracked: StepRun,
-    step: str,
-    status: str,
-    *,
-    adopted: bool,
-    costs: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+    tracked: StepRun, step: str, status: str, costs: Sequence[Mapping[str, float]] = ({}, {}), *, adopted: bool
 ) -> None:
-    """End the step's run and, unless it was adopted, the parent.
-
-    The work itself is done, so what the server does not take now is left to the next command of the run.
-    """
+    """End the step's run and, unless it was adopted, the parent."""
     from mlflow.exceptions import MlflowException
 
-    record = {
-        "run_id": tracked.run_id,
-        "parent_run_id": tracked.parent_run_id,
-        "status": status,
-        "ended": now_ms(),
-        "cost": costs[0],
-        "run_cost": costs[1],
-    }
+    cost, run_cost = costs
+    record = {**tracked.run_ids, "status": status, "ended": now_ms(), "cost": cost, "run_cost": run_cost}
     try:
         with suppress(OSError):  # a full disk or an unreachable store
             write_record(tracked.folder, step, record)
         with request_limits(retries=RETRIES, seconds=TIMEOUT):
             send_missing(tracked.client, tracked.folder, step, record, parent=not adopted)
         mark_sent(tracked.folder, step, record)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError) as error:  # the work itself is done: the next command of the run sends the rest
         _logger.warning("the MLflow run of the step %s is not complete: %s", step, one_line(error))
 
 
@@ -270,9 +245,7 @@ def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[
     """The run of the whole pipeline, and whether it was opened by others and adopted."""
     from mlflow.exceptions import MlflowException
 
-    client = connection.client
-    run = folder.run
-    identity = run_identity(config, run)
+    client, identity = connection.client, run_identity(config, folder.run)
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         try:
             found = client.get_run(adopted)
@@ -282,25 +255,18 @@ def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[
             ) from error
         set_tags(client, adopted, identity)
         return found, True
-    parent = find_or_create(
-        connection,
-        {**identity, "ncsn.part": "run"},
-        tags=provenance("ncsn run"),
-        name=run,
-        claims=_claims(folder),
-    )
+    identity |= {"ncsn.part": "run"}
+    tags = provenance("ncsn run")
+    parent = find_or_create(connection, identity, tags=tags, name=folder.run, claims=_claims(folder))
     _describe(client, parent, config)
     return parent, False
 
 
 def _child(connection: Connection, parent: Run, config: Config, folder: RunFolder, step: str) -> Run:
-    child = find_or_create(
-        replace(connection, experiment_id=parent.info.experiment_id),
-        {**run_identity(config, folder.run), "ncsn.step": step, "ncsn.config": _result_digest(config, step)},
-        tags={"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")},
-        name=step,
-        claims=_claims(folder),
-    )
+    connection = replace(connection, experiment_id=parent.info.experiment_id)
+    identity = run_identity(config, folder.run) | {"ncsn.step": step, "ncsn.config": _result_digest(config, step)}
+    tags = {"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")}
+    child = find_or_create(connection, identity, tags=tags, name=step, claims=_claims(folder))
     _describe(connection.client, child, config)
     return child
 

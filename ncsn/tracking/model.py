@@ -74,9 +74,6 @@ class ScoreModel(PythonModel):
 
         Returns:
             uint8 [n_images, H, W, C]; with given images [len(images) * n_images, H, W, C], grouped by image.
-
-        Raises:
-            MlflowException: for a param out of range.
         """
         try:
             return self._predict(params or {})
@@ -86,8 +83,7 @@ class ScoreModel(PythonModel):
     def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:
         settings = _restoration(self.trained.config, params)
         config = _chosen(self.trained, params, settings)
-        if self.trained.classes is not None:
-            require_label(config.sampling.label, self.trained.classes, key="label")
+        require_label(config.sampling.label, self.trained.classes, key="label")
         n_images = int(params.get("n_images", DEFAULT_IMAGES))
         given, mask = list(params.get("images", [])), str(params.get("mask", ""))
         _require_given(given, mask, settings)
@@ -102,30 +98,23 @@ class ScoreModel(PythonModel):
                 for first, count in _batches(total, config.sampling)
             ]
         else:
-            labels = None if params.get("label") else _no_labels(config, total)
-            parts = list(self._from_given(config, given, mask, settings, labels=labels, each=n_images))
+            parts = list(self._from_given(config, params, settings, each=n_images))
         return np.concatenate(parts)
 
     def _from_given(
-        self,
-        config: Config,
-        given: list[str],
-        mask: str,
-        settings: Restoration | None,
-        *,
-        labels: torch.Tensor | None,
-        each: int,
+        self, config: Config, params: dict[str, Any], settings: Restoration | None, *, each: int
     ) -> Iterator[NDArray[np.uint8]]:
         """Batches of images from given ones, `each` of every one."""
-        trained, sampling, device = self.trained, config.sampling, self.device
+        trained, sampling, device, mask = self.trained, config.sampling, self.device, str(params.get("mask", ""))
         size = config.data.image_size if settings is None else settings.given_size(config)
-        images = np.stack([_pixels(text, config, size) for text in given]).repeat(each, axis=0)
+        images = np.stack([_pixels(text, config, size) for text in params["images"]]).repeat(each, axis=0)
+        unlabeled = config.train.label_dropout and not params.get("label")
         known = _decoded(mask, "mask", mode="L", size=size) >= _KNOWN if mask else None
         operator = None if settings is None else settings.operator(config, known)
         for first, count in _batches(len(images), sampling):
             part = slice(first, first + count)
-            classes = None if labels is None else labels[part]
-            options: dict[str, Any] = {"sampling": sampling, "labels": classes, "first": first, "device": device}
+            labels = torch.full((count,), NO_CLASS) if unlabeled else None
+            options: dict[str, Any] = {"sampling": sampling, "labels": labels, "first": first, "device": device}
             if operator is not None and settings is not None:
                 y = given_images(images[part], operator, config)
                 yield restore(trained, y, operator, settings, **options)
@@ -175,11 +164,7 @@ def _chosen(trained: TrainedNetwork, params: dict[str, Any], settings: Restorati
 
 
 def _with_classes(config: Config, label: str, weight: float) -> dict[str, Any]:
-    """The changes of the section `sampling` by a label and a weight of guidance, where they are given.
-
-    Raises:
-        UserError: the network knows no classes, or has learned no images without.
-    """
+    """The changes of the section `sampling` by a label and a weight of guidance, where they are given."""
     changes: dict[str, Any] = {}
     if label:
         if config.data.num_classes is None:
@@ -193,10 +178,6 @@ def _with_classes(config: Config, label: str, weight: float) -> dict[str, Any]:
         guidance = config.sampling.guidance or ClassifierFreeConfig(kind="classifier_free")
         changes["guidance"] = guidance.model_copy(update={"weight": weight})
     return changes
-
-
-def _no_labels(config: Config, count: int) -> torch.Tensor | None:
-    return torch.full((count,), NO_CLASS) if config.train.label_dropout else None
 
 
 def _batches(total: int, sampling: SamplingConfig) -> Sequence[tuple[int, int]]:

@@ -10,9 +10,8 @@ last promotion. There is no lock, so a killed process leaves none behind: the ne
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from ncsn.errors import UserError
 from ncsn.process import utc_now
@@ -53,6 +52,9 @@ class Promotion:
     at: str = ""  # ISO 8601
     decision: str = ""  # the gate's, as JSON; empty if it was not asked
     applied: bool = True  # whether the alias has pointed there
+
+
+_WRITTEN = ("version", "replaced", "by", "reason", "at", "decision")  # tags of an entry
 
 
 def history(client: MlflowClient, name: str) -> list[Promotion]:
@@ -97,10 +99,17 @@ def apply_last(client: MlflowClient, name: str) -> Promotion:
 
 
 def promote(
-    client: MlflowClient, name: str, version: str, *, after: Promotion, by: Author, reason: str, decision: str = ""
+    client: MlflowClient, name: str, version: str, decision: Decision | str, *, after: Promotion, by: Author
 ) -> bool:
-    """Make a version champion after the promotion `after`, which `apply_last` gave; False if another came between."""
-    entry = replace(after, version=version, replaced=after.version, by=by, reason=reason, decision=decision)
+    """Make a version champion after the promotion `after`, which `apply_last` gave; False if another came between.
+
+    `decision` is the gate's, or the reason if it was not asked.
+    """
+    if isinstance(decision, Decision):
+        reason, written = decision.reason, json.dumps(asdict(decision))
+    else:
+        reason, written = decision, ""
+    entry = replace(after, version=version, replaced=after.version, by=by, reason=reason, decision=written)
     if not _append(client, name, entry):
         return False
     apply_last(client, name)
@@ -124,18 +133,11 @@ def _append(client: MlflowClient, name: str, entry: Promotion) -> bool:
     """Write `entry` to follow the promotion that has its number; False if another one followed that first."""
     ledger = f"{name}{LEDGER_SUFFIX}"
     ensure_model(client, ledger, description=_LEDGER_DESCRIPTION.format(name=name))
+    written = asdict(replace(entry, at=utc_now()))
     created = client.create_model_version(
         ledger,
         f"models:/{name}/{entry.version}",
-        tags={
-            "promotion.after": str(entry.number),
-            "promotion.version": entry.version,
-            "promotion.replaced": entry.replaced,
-            "promotion.by": entry.by,
-            "promotion.reason": entry.reason,
-            "promotion.at": utc_now(),
-            "promotion.decision": entry.decision,
-        },
+        tags={"promotion.after": str(entry.number), **{f"promotion.{field}": written[field] for field in _WRITTEN}},
         description=f"Version {entry.version} of {name}: {entry.reason}",
     )
     holds = any(held.number == int(created.version) for held in history(client, name))
@@ -148,30 +150,16 @@ def _finish(client: MlflowClient, name: str, last: Promotion) -> None:
     """Tag the version and the entry, once the alias points there."""
     if last.applied:
         return
-    tags: Mapping[str, str] = {
-        "promoted_at": last.at,
-        "promoted_from": last.replaced,
-        "promoted_by": last.by,
-        "promotion.reason": last.reason,
-    }
     found_as_it_is = last.by == "alias" and not last.replaced  # promoted before there was a ledger
     if has_version(client, name, last.version) and not found_as_it_is:
-        tag_version(client, name, last.version, tags)
+        tags = {"promoted_at": last.at, "promoted_from": last.replaced, "promoted_by": last.by}
+        tag_version(client, name, last.version, tags | {"promotion.reason": last.reason})
     tag_version(client, f"{name}{LEDGER_SUFFIX}", str(last.number), {"promotion.applied": "true"})
 
 
 def _from_entry(entry: ModelVersion) -> Promotion:
-    tags = entry.tags
-    return Promotion(
-        number=int(entry.version),
-        version=tags["promotion.version"],
-        replaced=tags["promotion.replaced"],
-        by=cast("Author", tags["promotion.by"]),
-        reason=tags["promotion.reason"],
-        at=tags["promotion.at"],
-        decision=tags["promotion.decision"],
-        applied="promotion.applied" in tags,
-    )
+    written: dict[str, Any] = {field: entry.tags[f"promotion.{field}"] for field in _WRITTEN}
+    return Promotion(number=int(entry.version), applied="promotion.applied" in entry.tags, **written)
 
 
 def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Evidence) -> Decision:
@@ -189,11 +177,9 @@ def pass_gate(client: MlflowClient, *, name: str, version: str, evidence: Eviden
     while decision is None:
         last = apply_last(client, name)
         made = decide(evidence, version=version, champion=known_champion(client, name, last.version))
-        if made.promoted and last.version != version:
-            written = json.dumps(asdict(made))
-            if not promote(client, name, version, after=last, by="gate", reason=made.reason, decision=written):
-                continue  # another pipeline promoted at the same moment: compare with its version
-        decision = made
+        stays = not made.promoted or last.version == version
+        if stays or promote(client, name, version, made, after=last, by="gate"):
+            decision = made  # else another pipeline promoted at the same moment: compare with its version
     apply_last(client, name)  # an interrupted promotion may lack its alias
     tag_version(client, name, version, decision_tags(decision))
     return decision
@@ -240,9 +226,6 @@ def promote_version(
 
     With `force` it becomes champion whatever the gate says. The decision leaves the same tags and the same artifact
     `gate.json` as one of the register step.
-
-    Raises:
-        UserError: for an unknown model or version, or if the gate refuses.
     """
     require_model(client, name)
     chosen = version or _challenger(client, name)
@@ -262,19 +245,14 @@ def promote_version(
         if not decision.promoted:
             decision = replace(decision, promoted=True, reason=f"promoted by hand although {decision.reason}")
         if last is not None:
-            written = json.dumps(asdict(decision))
-            if not promote(client, name, chosen, after=last, by="hand", reason=decision.reason, decision=written):
+            if not promote(client, name, chosen, decision, after=last, by="hand"):
                 continue  # another promotion came between
             _record(client, name, chosen, decision)
         return AliasChange(name, chosen, champion, decision.reason, changed=True, dry_run=dry_run)
 
 
 def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> AliasChange:
-    """Make the champion before the present one champion again.
-
-    Raises:
-        UserError: for an unknown model, or if no earlier champion is on record.
-    """
+    """Make the champion before the present one champion again."""
     require_model(client, name)
     while True:
         last = None if dry_run else apply_last(client, name)
@@ -289,7 +267,7 @@ def roll_back(client: MlflowClient, name: str, *, dry_run: bool = False) -> Alia
             )
         reason = f"rolled back from version {champion}"
         if last is not None:
-            if not promote(client, name, previous, after=last, by="rollback", reason=reason):
+            if not promote(client, name, previous, reason, after=last, by="rollback"):
                 continue
             now = utc_now()
             tag_version(client, name, champion, {"rolled_back_at": now, "rolled_back_to": previous})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import PREVIEW, load_history
-from ncsn.tracking.client import one_line
+from ncsn.tracking.client import ignoring, one_line
 from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 
 if TYPE_CHECKING:
@@ -32,10 +32,8 @@ _logger = logging.getLogger(__name__)
 def reconcile(client: MlflowClient, folder: RunFolder, *, parent: bool = False) -> str:
     """Send what the steps' MLflow runs lack of what the run folder has: points, previews, the end and the cost.
 
-    With `parent`, the run of the whole pipeline ends with a step whose end is sent.
-
-    Returns:
-        Why something cannot be sent now; empty if MLflow has everything.
+    With `parent`, the run of the whole pipeline ends with a step whose end is sent. Returns why something cannot be
+    sent now; empty if MLflow has everything.
     """
     from mlflow.exceptions import MlflowException
 
@@ -67,14 +65,9 @@ def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _find(client: MlflowClient, run_id: str) -> Run | None:
     """The run, or None if the step was recorded on another server."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with ignoring(*PERMANENT):
         return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in PERMANENT:
-            raise
-        return None
+    return None
 
 
 def _is_open(run: Run) -> bool:
@@ -87,8 +80,8 @@ def send_missing(
     """`reconcile` for one step, of which `record` is the content of `mlflow.json`; with `parent` ends that run too.
 
     Raises:
-        MlflowException: if the server does not take it now.
-        OSError: if it does not take a picture, or the store cannot be read.
+        MlflowException: The server does not take it now.
+        OSError: It does not take a picture, or the store cannot be read.
     """
     run_id, status = record["run_id"], record.get("status", "")
     if step == CURVES:
@@ -106,10 +99,7 @@ def send_missing(
         with _ignoring_permanent(each):
             # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
             log_metrics(client, each, [Entry("cost", ended // 1000, ended, costs)])
-    runs = [run_id]
-    if parent:
-        runs.insert(0, record["parent_run_id"])
-    for each in runs:
+    for each in (record["parent_run_id"], run_id) if parent else (run_id,):
         with _ignoring_permanent(each):
             client.set_terminated(each, status, end_time=ended)
 

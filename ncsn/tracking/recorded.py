@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.runs.folder import RunFolder
-from ncsn.tracking.client import Connection, TrackingError, one_line, open_client, page, set_tags, shown, tag_filter
+from ncsn.tracking.client import Connection, mlflow_errors, open_client, page, set_tags, shown, tag_filter
 from ncsn.tracking.reconcile import reconcile
 
 if TYPE_CHECKING:
@@ -54,14 +54,12 @@ def find_or_create(
     found = _first(connection, query)
     run = found or client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
     first = _first_claimed(connection, query, run, claims)
-    if first is not None:
-        if found is None:
-            client.delete_run(run.info.run_id)
-        run = first
-    if first is not None or found is not None:
-        set_tags(client, run.info.run_id, {**identity, **tags})
-        client.update_run(run.info.run_id, status="RUNNING")
-    return run
+    if first is not None and found is None:
+        client.delete_run(run.info.run_id)
+    if known := first or found:
+        set_tags(client, known.info.run_id, {**identity, **tags})
+        client.update_run(known.info.run_id, status="RUNNING")
+    return known or run
 
 
 def _first_claimed(connection: Connection, query: str, run: Run, claims: str) -> Run | None:
@@ -89,14 +87,9 @@ def close_run(
     """Give the run, and steps that ended without reporting, a status of MLflow; the run and its steps.
 
     None if MLflow has no such run. An adopted run, such as that of KFP's MLflow plugin, stays open.
-
-    Raises:
-        TrackingError: if the tracking server cannot be used.
     """
-    from mlflow.exceptions import MlflowException
-
     client, uri = open_client(config)
-    try:
+    with mlflow_errors(uri):
         parent = _parent(client, config, run)
         if parent is None:
             return None
@@ -107,8 +100,6 @@ def close_run(
         dead = [step for step in steps if step.info.status == "RUNNING"]
         for each in dead if os.environ.get("MLFLOW_RUN_ID") else [*dead, parent]:
             client.set_terminated(each.info.run_id, "KILLED" if each in dead and status == "FINISHED" else status)
-    except MlflowException as error:
-        raise TrackingError(shown(uri), one_line(error)) from error
     return RecordedRun.of(parent, uri=uri), by_step(steps, uri=uri)
 
 

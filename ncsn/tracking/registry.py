@@ -6,11 +6,10 @@ import importlib.metadata
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ncsn
 from ncsn import storage
@@ -20,6 +19,7 @@ from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
 from ncsn.model.restoration.tasks import Restoration
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
+from ncsn.runs.records import now_ms
 from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
 from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun
@@ -39,10 +39,8 @@ EXAMPLE_IMAGES = 2
 
 def requirements() -> list[str]:
     """`NEEDED` with the version ranges of this project."""
-    own = importlib.metadata.requires("ncsn") or []
-    by_name = {
-        re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own if "extra ==" not in line
-    }
+    own = [line for line in importlib.metadata.requires("ncsn") or [] if "extra ==" not in line]
+    by_name = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower(): line for line in own}
     return [by_name[name] for name in NEEDED]
 
 
@@ -189,43 +187,79 @@ def find_version(client: MlflowClient, name: str, *, digest: str) -> ModelVersio
 
 def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     """Upload the model's folder as a logged model of the run."""
-    from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
 
     client, checkpoint = tracked.client, candidate.checkpoint
     logged = client.create_logged_model(
         tracked.experiment_id, name=candidate.name, source_run_id=tracked.run_id, tags=dict(candidate.tags)
     )
-    origin = Model(
-        artifact_path=logged.artifact_location,
-        run_id=tracked.run_id,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
-    )
+    model_id = logged.model_id
+    origin = Model(logged.artifact_location, tracked.run_id, model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary:
         folder = Path(temporary) / "model"
         metadata = {"images_seen": checkpoint.images_seen, "checkpoint_digest": checkpoint.digest}
         metadata |= checkpoint.average or {}
         files = {**candidate.files, "model_card.md": candidate.card.encode()}
         write_model(folder, checkpoint, metadata=metadata, files=files, origin=origin)
-        client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(tracked.run_id, [LoggedModelOutput(logged.model_id, step=checkpoint.images_seen)])
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(name, value, now, checkpoint.images_seen, model_id=logged.model_id)
-        for name, value in candidate.metrics.items()
-    ]
-    client.log_batch(tracked.run_id, metrics=metrics, synchronous=True)
+        client.log_model_artifacts(model_id, str(folder))
+    finish_model(tracked, model_id, checkpoint.images_seen, metrics=candidate.metrics)
     return logged
 
 
-def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
-    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_trained`.
+def finish_model(
+    tracked: StepRun,
+    model_id: str,
+    images_seen: int,
+    *,
+    metrics: Mapping[str, float],
+    status: Literal["READY", "FAILED"] = "READY",
+) -> None:
+    """Finish a logged model of the run, with its metrics."""
+    from mlflow.entities import LoggedModelOutput, Metric
 
-    Raises:
-        TrackingError: if they cannot be downloaded, with the reason.
+    client, run_id, now = tracked.client, tracked.run_id, now_ms()
+    client.finalize_logged_model(model_id, status)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=images_seen)])
+    values = [Metric(name, value, now, images_seen, model_id=model_id) for name, value in metrics.items()]
+    if values:
+        client.log_batch(run_id, metrics=values, synchronous=True)
+
+
+CANDIDATE_KEY = "ncsn.candidate"  # tag with the digest of the weights and the figure
+
+
+def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any]], *, figure: str) -> None:
+    """Log each candidate of `ncsn select` that this run does not have yet; the weights stay in the store.
+
+    Args:
+        tracked: The run of the step.
+        model: Name of the registered model.
+        rows: Candidates: uri, digest, images_seen, relative_width, and value, None if an image is not finite.
+        figure: Name of the metric.
     """
+    client = tracked.client
+    query = f"source_run_id = '{tracked.run_id}'"
+    known = client.search_logged_models([tracked.experiment_id], filter_string=query, max_results=1000)
+    logged = {each.tags.get(CANDIDATE_KEY) for each in known}
+    for row in rows:
+        key, value = f"{row['digest']} {figure}", row["value"]
+        if key in logged:
+            continue
+        width = {} if row["relative_width"] is None else {"relative_width": f"{row['relative_width']:g}"}
+        created = client.create_logged_model(
+            tracked.experiment_id,
+            name=f"{model}-candidate",
+            source_run_id=tracked.run_id,
+            tags={CANDIDATE_KEY: key, "ncsn.checkpoint": row["digest"], "ncsn.checkpoint_uri": row["uri"]},
+            params={"images_seen": str(row["images_seen"]), **width},
+        )
+        status: Literal["READY", "FAILED"] = "FAILED" if value is None else "READY"
+        metrics = {} if value is None else {figure: value}
+        finish_model(tracked, created.model_id, row["images_seen"], metrics=metrics, status=status)
+
+
+def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
+    """Download the weights and config of a version into an existing folder; see `ncsn.model.trained.save_trained`."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -250,10 +284,6 @@ def settle_guide(config: Config, *, near: str, registry: str | None = None) -> C
     """The config with an address of the network of autoguidance that needs no registry.
 
     A registered model is copied to `<near>/guides`; `registry` is by default that of the config.
-
-    Raises:
-        UserError: there is no such model.
-        TrackingError: its weights cannot be downloaded.
     """
     guidance = config.sampling.guidance
     if not isinstance(guidance, AutoguidanceConfig):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
-from ncsn.tracking.client import TrackingError, insert_or_find, one_line, shown
+from ncsn.tracking.client import ignoring, insert_or_find, mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -20,19 +19,9 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 LEDGER_SUFFIX = ".promotions"  # of the name of the companion model that `ncsn.tracking.promotion` keeps
 SCHEME = "models:/"
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _NAMES_SHOWN = 5
 
-
-@contextmanager
-def registry_errors(uri: str) -> Iterator[None]:
-    """Turn an error of MLflow in the block into a `TrackingError` that names the registry."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        raise TrackingError(shown(uri), f"the registry refuses: {one_line(error)}") from error
+registry_errors = partial(mlflow_errors, prefix="the registry refuses: ")
 
 
 def require_model_name(name: str) -> None:
@@ -51,11 +40,7 @@ def is_model_address(text: str) -> bool:
 
 
 def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
-    """The version that an address names: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or without the scheme.
-
-    Raises:
-        UserError: for a malformed address, a reserved alias, or an unknown model, version or alias.
-    """
+    """The version that an address names: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or without the scheme."""
     match = re.fullmatch(r"(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))", address.removeprefix(SCHEME))
     if match is None:
         raise UserError(address, "not a model version", hint=f"use {SCHEME}NAME@{CHAMPION} or {SCHEME}NAME/VERSION")
@@ -96,14 +81,9 @@ def has_version(client: MlflowClient, name: str, version: str) -> bool:
 
 def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version that an alias points to, or None."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
         return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in _ABSENT:
-            return None
-        raise
+    return None
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> list[str]:
@@ -125,13 +105,8 @@ def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str
 
 def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
     """Create a registered model unless there is one."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with ignoring("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _require_alias(name: str, alias: str) -> None:
