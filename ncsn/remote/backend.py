@@ -26,8 +26,6 @@ MAX_NAME = 47  # KubeRay adds up to 6 characters to a RayJob's name, and a name 
 CHECK_SECONDS = 5.0  # a person waits for `ncsn doctor`
 PATIENCE_SECONDS = 900.0  # a head node or an API server is replaced within this time
 
-_DIGEST_CHARACTERS = 8
-
 T = TypeVar("T")
 
 
@@ -93,9 +91,7 @@ class Backend(Protocol):
 
         Raises:
             RemoteFailure: It failed.
-            PermissionError: A right or a token is missing.
-            ConnectionError: The other side did not answer in time.
-            UserError: A setting is wrong, or the name is taken by other work.
+            RemoteLost: The backend no longer knows it.
         """
 
     def stop(self, *, run: str | None, kfp_run: str | None) -> list[str]:
@@ -146,7 +142,7 @@ def attach_or_start(request: str, *, start: Callable[[], T], find: Callable[[], 
 
 def job_name(run: str, step: str, uri: str) -> str:
     """`ncsn-<run>-<step>-<digest>`, a DNS-1035 label of at most 47 characters; the same for every attempt."""
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
     readable = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     room = MAX_NAME - len(f"ncsn--{step}-{digest}")
     return f"ncsn-{readable[:room].strip('-')}-{step}-{digest}"
@@ -195,13 +191,13 @@ class Unavailable(ConnectionError):
 
 
 def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
-    """The result of `call`, repeated while it raises `Unavailable`.
+    """The result of `call`, repeated while it raises `Unavailable`; a `ConnectionError` after `seconds`."""
 
-    Raises:
-        ConnectionError: The server did not answer within `seconds`.
-    """
+    def reason(error: Exception) -> str | None:
+        return str(error) if isinstance(error, Unavailable) else None
+
     try:
-        return Retry(server, seconds, _reason, say=say)(call)
+        return Retry(server, seconds, reason, say=say)(call)
     except Unavailable as error:
         if not seconds:
             raise ConnectionError(f"{server} does not answer ({error})") from None
@@ -209,7 +205,3 @@ def keep_asking(call: Callable[[], T], *, server: str, seconds: float) -> T:
             f"{server} has not answered for {seconds:g} s ({error}); what runs there continues for a while, and the "
             "same command attaches to it again"
         ) from None
-
-
-def _reason(error: Exception) -> str | None:
-    return str(error) if isinstance(error, Unavailable) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,12 @@ class Job:
     message: str
     exit_code: int | None  # of its driver
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Self:
+        """The job as JSON says it."""
+        labels, started, message = found["metadata"] or {}, found["start_time"] or 0, found["message"] or ""
+        return cls(found["submission_id"], found["status"], labels, started, message, found["driver_exit_code"])
+
     @property
     def ended(self) -> bool:
         """Whether its status is final."""
@@ -55,13 +62,8 @@ class Job:
 class JobsApi:
     """The Jobs API of the cluster whose dashboard is at `address`; None = RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
-    Ray's own client waits for ever or gives up at once. This one repeats a request for `patience` seconds, once the
+    Ray's own client waits forever or gives up at once. This one repeats a request for `patience` seconds, once the
     cluster has answered.
-
-    Raises:
-        ConnectionError: The cluster does not answer.
-        PermissionError: The token is missing or wrong.
-        UserError: Nothing names a cluster, or it has another version of Ray.
     """
 
     def __init__(self, address: str | None = None, *, patience: float = PATIENCE_SECONDS) -> None:
@@ -91,13 +93,9 @@ class JobsApi:
         return other
 
     def submit(self, name: str, *, entrypoint: str, metadata: dict[str, str], env: dict[str, str]) -> None:
-        """Start a job with the code that is installed on the cluster.
+        """Start a job with the code that is installed on the cluster; `entrypoint` is for the head's shell.
 
-        Args:
-            name: Submission id.
-            entrypoint: Command line for the head's shell.
-            metadata: Shown with the job and handed to its driver.
-            env: Variables for the driver and its workers. All who may see the dashboard see them.
+        All who may see the dashboard see `metadata` and `env`, the variables of the driver and its workers.
 
         Raises:
             Conflict: There is, or was, a job of that name.
@@ -107,33 +105,25 @@ class JobsApi:
             self._request("POST", "/api/jobs/", job)
         except Refused:
             # Of two submissions at the same moment Ray may refuse one without the reason.
-            try:
+            with suppress(NoSuchJob):
                 self.job(name)
-            except NoSuchJob:
-                pass
-            else:
                 raise Conflict from None
             raise
 
     def job(self, name: str) -> Job:
-        """What is known of a job.
-
-        Raises:
-            NoSuchJob: The cluster knows none of that name.
-        """
-        return _job(self._request("GET", f"/api/jobs/{name}"))
+        """What is known of a job; raises `NoSuchJob` if that is nothing."""
+        return Job.of(self._request("GET", f"/api/jobs/{name}"))
 
     def jobs(self) -> list[Job]:
         """All submitted jobs that the cluster remembers, oldest first."""
-        submitted = [_job(each) for each in self._request("GET", "/api/jobs/") if each["submission_id"] is not None]
+        listed = self._request("GET", "/api/jobs/")
+        submitted = [Job.of(each) for each in listed if each["submission_id"] is not None]
         return sorted(submitted, key=lambda job: job.started)
 
     def stop(self, name: str) -> None:
         """Ask a job to end; without effect if it has ended or is unknown."""
-        try:
+        with suppress(NoSuchJob):
             self._request("POST", f"/api/jobs/{name}/stop")
-        except NoSuchJob:
-            return
 
     async def tail(self, name: str) -> AsyncIterator[str]:
         """Pieces of the driver's output, from its beginning to its end.
@@ -157,11 +147,8 @@ class JobsApi:
 
     def _request(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of the answer."""
-        return keep_asking(
-            lambda: self._answer(method, path, body),
-            server=f"the Ray cluster at {self.address}",
-            seconds=self._patience,
-        )
+        server = f"the Ray cluster at {self.address}"
+        return keep_asking(lambda: self._answer(method, path, body), server=server, seconds=self._patience)
 
     def _answer(self, method: str, path: str, body: Any) -> Any:
         try:
@@ -194,17 +181,6 @@ class JobsApi:
 
     def _no_dashboard(self, why: str) -> Refused:
         return Refused(f"the server at {self.address} is no Ray dashboard ({why})")
-
-
-def _job(found: Mapping[str, Any]) -> Job:
-    return Job(
-        name=found["submission_id"],
-        status=found["status"],
-        metadata=found["metadata"] or {},
-        started=found["start_time"] or 0,
-        message=found["message"] or "",
-        exit_code=found["driver_exit_code"],
-    )
 
 
 def _last_line(text: str) -> str:

@@ -92,12 +92,6 @@ class KubeRay:
 
         Ctrl-C deletes the RayJob. So does SIGTERM, unless it is meant for the pod of this process and not for its
         pipeline; then the next attempt attaches. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
-
-        Raises:
-            RemoteFailure: It failed or cannot start; one line with the reason.
-            PermissionError: The account lacks a verb.
-            ConnectionError: The API server did not answer in time.
-            UserError: The cluster has no KubeRay, refuses the manifest, or other work has the name.
         """
         # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
         _ = self._heart, self._impatient, self._home
@@ -183,7 +177,8 @@ class KubeRay:
 
         def clear() -> None:
             self._api.delete_rayjob(name)
-            self._wait_until_gone(name)
+            while (left := self._api.rayjob(name)) is not None:
+                self._api.wait_for_change(name, since=left["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
 
         return Found(
             kind="RayJob",
@@ -206,13 +201,9 @@ class KubeRay:
             return is_ending(self._api.workflow(workflow))
         return False
 
-    def _wait_until_gone(self, name: str) -> None:
-        while (found := self._api.rayjob(name)) is not None:
-            self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
-
     def _watch(self, name: str, step: RemoteStep, pods: PodWatch) -> JobState:
         """Wait for the end of the RayJob: its status is read, not derived from events."""
-        shown, start = "", _Start(self._compute.kuberay.max_start_minutes)
+        shown, start, queue = "", _Start(self._compute.kuberay.max_start_minutes), self._compute.kuberay.queue
         while True:
             found = self._api.rayjob(name)
             if found is None:
@@ -220,7 +211,8 @@ class KubeRay:
             state = state_of(found)
             if state.describe() != shown:
                 shown = state.describe()
-                say(f"RayJob {name}: {shown}{self._reason_to_wait(state)}")
+                suspended = queue and state.deployment == "Suspended"
+                say(f"RayJob {name}: {shown}" + (f", waiting for quota in Kueue's queue {queue}" if suspended else ""))
             if state.finished:
                 return state
             if state.failed and step.mistaken():
@@ -231,10 +223,6 @@ class KubeRay:
             if hopeless and state.starting:
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
             self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
-
-    def _reason_to_wait(self, state: JobState) -> str:
-        queue = self._compute.kuberay.queue
-        return f", waiting for quota in Kueue's queue {queue}" if queue and state.deployment == "Suspended" else ""
 
     def _annotate(self, name: str) -> None:
         """Renew the lease in the cluster too, where `ncsn cleanup` looks."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import urllib3
 from kubernetes import client, config, watch
@@ -35,9 +35,6 @@ class KubernetesApi:
     """One namespace of one cluster; None = that of this pod, or of the current kubeconfig context.
 
     A call is repeated for `patience` seconds. `timeouts` are the seconds to connect and to answer, of one request.
-
-    Raises:
-        UserError: Neither a pod's service account nor a kubeconfig names a cluster.
     """
 
     def __init__(
@@ -67,8 +64,7 @@ class KubernetesApi:
         for schema in (document or {}).get("components", {}).get("schemas", {}).values():
             kinds = schema.get("x-kubernetes-group-version-kind", [])
             if {"group": GROUP, "version": VERSION, "kind": "RayJob"} in kinds:
-                found: Resource = schema
-                return found
+                return cast("Resource", schema)
         raise UserError(
             self.server,
             f"the cluster knows no RayJob {GROUP}/{VERSION}",
@@ -174,18 +170,11 @@ class KubernetesApi:
     @contextmanager
     def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[Iterator[bytes]]:
         """Pieces of the pod's log, each line with its time, until the container ends or the stream is cut."""
-        response = self._call(
-            "get",
-            "pods/log",
-            self._core.read_namespaced_pod_log,
-            pod,
-            self.namespace,
-            follow=True,
-            timestamps=True,
-            _preload_content=False,
-            _request_timeout=(self._timeouts[0], 300),
-            **({} if since_seconds is None else {"since_seconds": since_seconds}),
-        )
+        options: dict[str, Any] = {"follow": True, "timestamps": True, "_preload_content": False}
+        options |= {"_request_timeout": (self._timeouts[0], 300)}
+        options |= {} if since_seconds is None else {"since_seconds": since_seconds}
+        read = self._core.read_namespaced_pod_log
+        response = self._call("get", "pods/log", read, pod, self.namespace, **options)
         try:
             yield response.stream(amt=None, decode_content=True)
         finally:
@@ -207,10 +196,8 @@ class KubernetesApi:
         plural, _, subresource = name.partition("/")
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
         body = {"spec": {"resourceAttributes": attributes | ({"subresource": subresource} if subresource else {})}}
-        review = self._call(
-            "create", "selfsubjectaccessreviews", self._authorization.create_self_subject_access_review, body
-        )
-        return bool(review.status.allowed)
+        create = self._authorization.create_self_subject_access_review
+        return bool(self._call("create", "selfsubjectaccessreviews", create, body).status.allowed)
 
     def _raw(self, path: str, method: str, body: Any = None, **options: Any) -> Any:
         headers = {"Accept": "application/json", "Content-Type": "application/merge-patch+json"}
@@ -226,13 +213,11 @@ class KubernetesApi:
         )
 
     def _get(self, resource: str, function: Callable[..., Any], *args: Any) -> Resource | None:
-        found: Resource | None = self._read("get", resource, function, *args, missing=None)
-        return found
+        return cast("Resource | None", self._read("get", resource, function, *args, missing=None))
 
     def _list(self, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> list[Resource]:
         listed = self._read("list", resource, function, *args, **options)
-        items: list[Resource] = listed["items"] if listed else []
-        return items
+        return cast("list[Resource]", listed["items"] if listed else [])
 
     def _read(self, verb: str, resource: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The JSON of the answer: the client's own models refuse what they do not expect."""

@@ -59,12 +59,11 @@ def find_launcher(api: KubernetesApi) -> Launcher:
     pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
     if pod is None:
         return Launcher()
-    owner = _owner(pod)
-    images = [container["image"] for container in pod["spec"]["containers"] if container["name"] == "main"]
-    run = pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
+    owner, run = _owner(pod), pod["metadata"].get("labels", {}).get(RUN_ID_LABEL)
+    images = (container["image"] for container in pod["spec"]["containers"] if container["name"] == "main")
     return Launcher(
-        image=images[0] if images else None,
-        workflow=owner["name"] if owner else None,
+        image=next(images, None),
+        workflow=workflow_of(pod),
         owner=_reference(owner) if owner and at_home else None,
         labels={KFP_RUN_LABEL: run} if run else {},
     )
@@ -72,8 +71,7 @@ def find_launcher(api: KubernetesApi) -> Launcher:
 
 def workflow_of(owned: Resource) -> str | None:
     """Name of the Argo Workflow that owns it."""
-    owner = _owner(owned)
-    return owner["name"] if owner else None
+    return (_owner(owned) or {}).get("name")
 
 
 def was_stopped(workflow: Resource | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -41,10 +42,8 @@ class Orphan:
 
     def describe(self) -> str:
         """One line: what it is, and why it is abandoned."""
-        minutes = round(self.silent_seconds / 60)
-        silence = (
-            f"{self.silent_seconds:.0f} s" if self.silent_seconds < 120 else f"{minutes // 60} h {minutes % 60} min"
-        )
+        seconds, minutes = self.silent_seconds, round(self.silent_seconds / 60)
+        silence = f"{seconds:.0f} s" if seconds < 120 else f"{minutes // 60} h {minutes % 60} min"
         why = "its pipeline run has ended" if self.pipeline_ended else f"no sign of its launcher for {silence}"
         return f"{self.name}: run {self.run}, step {self.step}, {self.state}, {why}"
 
@@ -54,11 +53,8 @@ def find_orphans(
 ) -> list[Orphan]:
     """RayJobs whose launcher has been silent for `older_than` seconds, or whose pipeline run has ended.
 
-    Args:
-        api: The cluster, and the namespace to search.
-        older_than: Seconds; 0 includes those with a living launcher.
-        run: Only those of this run.
-        at_work: Only those that still run.
+    With 0 seconds also those with a living launcher; with `run` only those of this run, and with `at_work` only those
+    that still run.
     """
     now = datetime.now(UTC)
     rayjobs = api.list_rayjobs(selector(run=run))
@@ -97,10 +93,8 @@ def note_run(api: KubernetesApi, noted: NotedRun) -> None:
     """Note the run until `forget_run`. The note of its first task stays."""
     labels = {MANAGED_BY: "ncsn", KFP_RUN_LABEL: noted.id, "app.kubernetes.io/part-of": "ncsn"}
     data = {"workflow": noted.workflow, "run": noted.run, "config": noted.config}
-    try:
+    with suppress(Conflict):
         api.create_config_map({"metadata": {"name": _note(noted), "labels": labels}, "data": data})
-    except Conflict:
-        return
 
 
 def noted_runs(api: KubernetesApi) -> list[NotedRun]:
@@ -131,11 +125,10 @@ def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -
 
     `run_id` is KFP's.
     """
-    pods = {_task_of(pod): pod for pod in api.pods(f"{RUN_ID_LABEL}={run_id}")}
-    looked_at = {
-        task: pod for task, pod in pods.items() if task and (not pending or pod["status"].get("phase") == "Pending")
-    }
-    found = {task: trouble_of(pod, api.events(pod["metadata"]["name"])) for task, pod in looked_at.items()}
+    found = {}
+    for task, pod in {_task_of(pod): pod for pod in api.pods(f"{RUN_ID_LABEL}={run_id}")}.items():
+        if task and (not pending or pod["status"].get("phase") == "Pending"):
+            found[task] = trouble_of(pod, api.events(pod["metadata"]["name"]))
     return {task: trouble for task, trouble in found.items() if trouble is not None}
 
 

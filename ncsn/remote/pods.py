@@ -52,7 +52,7 @@ def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
     """What is wrong with a pod, by its status and its events, oldest first; None if it starts, runs or succeeded."""
     status = pod.get("status", {})
     if status.get("phase") == "Failed" and status.get("reason"):
-        return Trouble(status["reason"], _one_line(status.get("message", "")), final=True)
+        return Trouble(status["reason"], _message(status), final=True)
     for container in (each for kind in _STATUSES.values() for each in status.get(kind, [])):
         if trouble := _trouble_of_container(container, pod["spec"], events):
             return trouble
@@ -68,7 +68,7 @@ def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
         if _CREATED_POD.match(event.get("reason", "")):
             return None
         if _REFUSED_POD.match(event.get("reason", "")):
-            message = _one_line(event.get("message", ""))
+            message = _message(event)
             passing = _PASSING_REFUSAL.search(message) and not _UNUSED_QUOTA.search(message)
             return Trouble(event["reason"], message, final=not passing)
     return None
@@ -78,7 +78,7 @@ def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[
     name = container["name"]
     image = next(each["image"] for kind in _STATUSES for each in spec.get(kind, []) if each["name"] == name)
     waiting = container.get("state", {}).get("waiting", {})
-    reason, said = waiting.get("reason", ""), _one_line(waiting.get("message", ""))
+    reason, said = waiting.get("reason", ""), _message(waiting)
     if reason in _IMAGE:
         why = _REPEATED_NAME.sub("", _pull_failure(said, events))
         # ErrImagePull is the first try; the back-off means that it failed again.
@@ -86,9 +86,8 @@ def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[
         final = refused or reason in {"InvalidImageName", "ErrImageNeverPull"}
         return Trouble(reason, f"image {image}: {why}" if why else f"image {image}", final=final)
     if reason in _CONFIG:
-        return Trouble(
-            reason, f"container {name}: {said}", final=reason == "CreateContainerConfigError", container=name
-        )
+        final = reason == "CreateContainerConfigError"
+        return Trouble(reason, f"container {name}: {said}", final=final, container=name)
     ended = container.get("state", {}).get("terminated", {})
     if ended.get("exitCode", 0) != 0:
         return _trouble_of_end(name, ended, restarts=0, final=spec.get("restartPolicy") == "Never")
@@ -101,13 +100,12 @@ def _trouble_of_container(container: Resource, spec: Resource, events: Sequence[
 
 def _trouble_of_end(name: str, ended: Resource, *, restarts: int, final: bool) -> Trouble:
     reason = ended.get("reason", "Error")
-    code = ended.get("exitCode")
-    how = f"container {name} ended with exit code {code}"
+    how = f"container {name} ended with exit code {ended.get('exitCode')}"
     if restarts:
         how += f" and was restarted {restarts} times"
     if reason == "OOMKilled":
         how += "; it needs more memory than its limit"
-    if message := _one_line(ended.get("message", "")):
+    if message := _message(ended):
         how += f": {message}"
     crash_loop = restarts and reason in {"Error", "Completed"}
     return Trouble("CrashLoopBackOff" if crash_loop else reason, how, final=final, container=name)
@@ -118,12 +116,10 @@ def _trouble_of_pending(status: Resource, events: Sequence[Resource]) -> Trouble
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             if condition.get("reason") == "SchedulingGated":  # a queue holds it back on purpose
                 return None
-            return Trouble(
-                condition.get("reason", "Unschedulable"), _one_line(condition.get("message", "")), final=False
-            )
+            return Trouble(condition.get("reason", "Unschedulable"), _message(condition), final=False)
     warnings = [event for event in events if event.get("type") == "Warning"]
     if warnings and warnings[-1].get("reason") in _VOLUMES_AND_SANDBOX:
-        return Trouble(warnings[-1]["reason"], _one_line(warnings[-1].get("message", "")), final=False)
+        return Trouble(warnings[-1]["reason"], _message(warnings[-1]), final=False)
     return None
 
 
@@ -131,13 +127,13 @@ def _pull_failure(said: str, events: Sequence[Resource]) -> str:
     """The registry's message. Before Kubernetes 1.32 a back-off does not repeat it, and only an event has it."""
     if "Back-off" not in said or "Err" in said:
         return said.partition("ErrImagePull: ")[2] or said
-    failures = [_one_line(event.get("message", "")) for event in events if event.get("reason") == "Failed"]
-    pulls = [failure for failure in failures if failure.startswith("Failed to pull image")]
-    return pulls[-1] if pulls else said
+    failures = [_message(event) for event in reversed(events) if event.get("reason") == "Failed"]
+    return next((failure for failure in failures if failure.startswith("Failed to pull image")), said)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _message(said: Resource) -> str:
+    """The message of an event, a status or a state, in one line."""
+    return " ".join(said.get("message", "").split())
 
 
 # Trouble that waiting does not cure must last for this long: a Secret, say, may come a moment after its pod.
@@ -194,10 +190,8 @@ class PodWatch:
         made = rayjob["metadata"].get("creationTimestamp", "")[:_SECONDS]
         for owner in (rayjob["metadata"]["name"], rayjob.get("status", {}).get("rayClusterName")):
             # Events outlive what they are about: an earlier RayJob of this name may have left some.
-            events = (
-                [event for event in self._events(owner) if time_of_event(event)[:_SECONDS] >= made] if owner else []
-            )
-            if owner and (trouble := trouble_of_owner(events)):
+            events = [each for each in self._events(owner) if time_of_event(each)[:_SECONDS] >= made] if owner else []
+            if trouble := trouble_of_owner(events):
                 yield owner, ({}, trouble)
 
     def _events(self, name: str) -> list[Resource]:

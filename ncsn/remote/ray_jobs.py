@@ -69,12 +69,6 @@ class RayJobs:
 
         SIGTERM and Ctrl-C stop the job. If this process is killed or cut off, the job ends when the lease is stale,
         unless the same command is given again before.
-
-        Raises:
-            RemoteFailure: The job failed; one line with the reason.
-            PermissionError: The token is missing or wrong.
-            ConnectionError: The cluster did not answer in time.
-            UserError: The step runs there on other inputs.
         """
         base, request = job_name(step.run, step.step, step.uri), command_digest(step.command)
         beat = Heartbeat(step.lease, also=lambda: None, every=self._renew_seconds)
@@ -142,6 +136,11 @@ class RayJobs:
         _, job = self._latest(base)
         if job is None:
             return None
+
+        def attach() -> str:
+            self._running = job.name
+            return job.name
+
         return Found(
             kind="Ray job",
             name=job.name,
@@ -149,21 +148,15 @@ class RayJobs:
             request=job.metadata.get(REQUEST, ""),
             attachable=not job.ended,
             running=not job.ended,
-            attach=lambda: self._attach(job.name),
+            attach=attach,
             clear=lambda: None,  # the next attempt has another name
             how_to_end=f"ray job stop {job.name} --address {self._api.address}",
         )
 
-    def _attach(self, name: str) -> str:
-        self._running = name
-        return name
-
     def _latest(self, base: str) -> tuple[int, Job | None]:
         """The number of the last attempt, 0 = none, and its job."""
         attempt = re.compile(rf"{re.escape(base)}(?:-(\d+))?")
-        jobs = {
-            int(match[1] or 1): job for job in self._api.jobs() if (match := attempt.fullmatch(job.name)) is not None
-        }
+        jobs = {int(match[1] or 1): job for job in self._api.jobs() if (match := attempt.fullmatch(job.name))}
         number = max(jobs, default=0)
         return number, jobs.get(number)
 

@@ -29,8 +29,6 @@ LIMITS = (
     "Inception Scores or FID only if the extractor is the 2015 Inception network, and with published FD-DINOv2 only if "
     "it is DINOv2.",
 )
-
-
 MOST_NAMES, MOST_ROWS = 20, 12  # of classes, so that the card stays short
 
 
@@ -101,57 +99,31 @@ def _data(manifest: Manifest) -> str:
 
 
 def _settings(facts: ModelFacts, config: Config) -> list[tuple[str, str]]:
-    noise, sampler, optimizer = config.levels, config.sampling.sampler, config.optimizer
+    noise, optimizer, train, sampling = config.levels, config.optimizer, config.train, config.sampling
     clip = f", gradient norm at most {optimizer.grad_clip_norm:g}" if optimizer.grad_clip_norm else ""
     width = facts.relative_width
-    average = ema_setting(config.train) if width is None else f"relative width {width:g}"
-    settings = [
-        ("network", f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {average}"),
-        (
-            "training",
-            f"{facts.images_seen:,} images, batch {config.train.batch_size}, Adam at {optimizer.learning_rate:g} "
-            f"({optimizer.decay}){clip}",
-        ),
-        *_start(config),
-        ("noise", f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}{_trained_at(config)}"),
-        (
-            "sampler",
-            ", ".join(f"{name} {value}" for name, value in sampler.model_dump().items()) + f": NFE {facts.nfe}",
-        ),
-        *_guidance(config),
-        *_class(config),
-        ("seed", str(config.seed)),
-    ]
-    return [*settings, ("cost", facts.cost)] if facts.cost else settings
-
-
-def _start(config: Config) -> list[tuple[str, str]]:
-    source = config.train.init_from
-    if source is None:
-        return []
-    return [
-        ("start", f"the weights of {source}, which derive from its data; train.trainable = {config.train.trainable}")
-    ]
-
-
-def _class(config: Config) -> list[tuple[str, str]]:
-    label = config.sampling.label
-    return [] if config.data.num_classes is None or label == "balanced" else [("classes of the samples", label)]
-
-
-def _guidance(config: Config) -> list[tuple[str, str]]:
-    guidance = config.sampling.guidance
-    if guidance is None:
-        return []
-    band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"
-    return [("guidance", f"{guidance.kind}, weight {guidance.weight:g}, {band}")]
-
-
-def _trained_at(config: Config) -> str:
-    noise = config.noise.training
-    if not isinstance(noise, LognormalTraining):
-        return ""
-    return f"; trained at any sigma, ln sigma ~ N({noise.mean:.4g}, {noise.std:.4g}²)"
+    average = ema_setting(train) if width is None else f"relative width {width:g}"
+    settings = {
+        "network": f"{config.network.kind}, {facts.num_parameters:,} parameters, EMA of {average}",
+        "training": f"{facts.images_seen:,} images, batch {train.batch_size}, Adam at {optimizer.learning_rate:g} "
+        f"({optimizer.decay}){clip}",
+    }
+    if train.init_from is not None:
+        settings["start"] = (
+            f"the weights of {train.init_from}, which derive from its data; train.trainable = {train.trainable}"
+        )
+    settings["noise"] = f"{noise.num_levels} levels, sigma {noise.sigma_1:g} to {noise.sigma_L:g}"
+    if isinstance(any_sigma := config.noise.training, LognormalTraining):
+        settings["noise"] += f"; trained at any sigma, ln sigma ~ N({any_sigma.mean:.4g}, {any_sigma.std:.4g}²)"
+    chosen = ", ".join(f"{name} {value}" for name, value in sampling.sampler.model_dump().items())
+    settings["sampler"] = f"{chosen}: NFE {facts.nfe}"
+    if guidance := sampling.guidance:
+        band = f"above sigma {guidance.sigma_min:g} up to {guidance.sigma_max:g}"
+        settings["guidance"] = f"{guidance.kind}, weight {guidance.weight:g}, {band}"
+    if config.data.num_classes is not None and sampling.label != "balanced":
+        settings["classes of the samples"] = sampling.label
+    settings["seed"] = str(config.seed)
+    return [*settings.items(), *([("cost", facts.cost)] if facts.cost else [])]
 
 
 def _scores(evaluation: Mapping[str, Any], *, num_splits: int) -> str:

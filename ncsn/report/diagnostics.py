@@ -92,12 +92,12 @@ def sampler_hints(sampler: SamplerConfig, sigmas: Sequence[float]) -> list[str]:
 
 def _numbered(unit: str, numbers: Sequence[int]) -> str:
     """`Level 3`, `Levels 0 to 4`, `Levels 1, 3 and 7`."""
-    name = unit.capitalize()
+    name, first, last = unit.capitalize(), numbers[0], numbers[-1]
     if len(numbers) == 1:
-        return f"{name} {numbers[0]}"
-    if numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{name}s {numbers[0]} to {numbers[-1]}"
-    return f"{name}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+        return f"{name} {first}"
+    if last - first == len(numbers) - 1:
+        return f"{name}s {first} to {last}"
+    return f"{name}s {', '.join(map(str, numbers[:-1]))} and {last}"
 
 
 MOST_POINTS = 150  # of a curve; more are not visible and make the page large
@@ -157,18 +157,13 @@ Measured = Mapping[str, Any]
 def quality_plot(measured: Measured, prices: Prices) -> Figure:
     """Quality over evaluations per image, with seconds and money per 1,000 images at each point."""
     points, real = measured["points"], measured["real"]
-    curves = {}
-    for kind in dict.fromkeys(point["sampler"]["kind"] for point in points):
-        own = [point for point in points if point["sampler"]["kind"] == kind]
-        curves[kind.replace("_", " ")] = NfeCurve(
-            nfe=[point["nfe"] for point in own],
-            quality=[point["fid"] for point in own],
-            labels=[
-                f"{_short(point['seconds_per_1000_images'])} s · {_short(_money(point, measured, prices))} "
-                f"{prices.currency}"
-                for point in own
-            ],
-        )
+    curves: dict[str, NfeCurve] = {}
+    for point in points:
+        curve = curves.setdefault(point["sampler"]["kind"].replace("_", " "), NfeCurve([], [], []))
+        curve.nfe.append(point["nfe"])
+        curve.quality.append(point["fid"])
+        seconds, money = _short(point["seconds_per_1000_images"]), _short(_money(point, measured, prices))
+        curve.labels.append(f"{seconds} s · {money} {prices.currency}")
     return quality_versus_nfe(
         curves,
         quality_label=f"Fréchet distance, {points[0]['num_images']:,} images",

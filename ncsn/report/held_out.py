@@ -40,14 +40,10 @@ def overfitting_hints(curves: HeldOutCurves) -> list[str]:
             f"chance explains but not by more than {HARMFUL:.0%}: {example}. The model begins to overfit."
         ]
     best = int(np.argmin(curves.loss))
-    sooner = (
-        f" The held-out loss was lowest at {curves.images_seen[best]:,.0f} images."
-        if best < len(curves.loss) - 1
-        else ""
-    )
+    sooner = f" The held-out loss was lowest at {curves.images_seen[best]:,.0f} images."
     return [
         f"The model overfits. {_where(curves, alarm)} its loss is clearly higher on images that it has not seen than "
-        f"on its training images: {example}.{sooner} {ADVICE}"
+        f"on its training images: {example}.{sooner if best < len(curves.loss) - 1 else ''} {ADVICE}"
     ]
 
 
@@ -59,10 +55,8 @@ def _where(curves: HeldOutCurves, alarm: Alarm) -> str:
 def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading], *, copies: str) -> list[str]:
     """Warnings that generated images are nearer to the training images than held-out images are.
 
-    Args:
-        generated: Metrics of the samples, from `ncsn.report.words.read_figures`.
-        real: The same of real test images.
-        copies: The numbers of copies, if they are more than chance explains; else empty.
+    `generated` and `real` are metrics of the samples and of real test images; `copies` says how many copies there are,
+    if they are more than chance explains.
     """
     hints = [f"The model memorizes training images. {copies}. {ADVICE}"] if copies else []
     if "nn_distance" in generated and "nn_distance" in real:

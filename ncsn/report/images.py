@@ -75,10 +75,9 @@ def images_in_gif(image_size: int) -> int:
 
 
 def denoising_gif(frames: Images) -> bytes:
-    """A GIF of less than 1 MB for images up to 256 x 256; it leaves out stages to stay that small.
+    """A GIF of `[stages, N, H, W, C]` uint8, most noise first.
 
-    Args:
-        frames: `[stages, N, H, W, C]` uint8, most noise first.
+    For images up to 256 x 256 it has less than 1 MB, for which it leaves out stages.
     """
     columns = math.isqrt(frames.shape[1])
     size = image_grid(frames[-1], columns=columns).shape
@@ -143,13 +142,10 @@ def neighbors_panel(
         memorized: [N], marks the copies.
     """
     count = neighbors.shape[1]
-    header = ["sample", "nearest", *(str(place) for place in range(2, count + 1))]
-    figure, axes = _panel(
-        [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)],
-        header=header,
-        captions=None if distances is None else [["", *map(_digits, row)] for row in distances],
-        apart=1,
-    )
+    header = ["sample", "nearest", *map(str, range(2, count + 1))]
+    rows = [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)]
+    captions = None if distances is None else [["", *map(_digits, row)] for row in distances]
+    figure, axes = _panel(rows, header=header, captions=captions, apart=1)
     for row in np.flatnonzero(memorized):
         place = (0.5, row * _pitch(captions=distances is not None) + 0.98)
         box = {"facecolor": PALETTE[1], "edgecolor": "none", "pad": 1}
@@ -169,7 +165,7 @@ def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np
     given = [np.where(mask[..., None], image, np.uint8(128)) for image in originals]
     rows = [[image, part, *made] for image, part, made in zip(originals, given, completions, strict=True)]
     count = completions.shape[1]
-    return _panel(rows, header=["original", "given", *(f"{number}" for number in range(1, count + 1))], apart=2)[0]
+    return _panel(rows, header=["original", "given", *map(str, range(1, count + 1))], apart=2)[0]
 
 
 @styled
@@ -265,9 +261,8 @@ FEWEST_FILM_FRAMES = 8
 def film(frames: Images, *, sigmas: Sequence[float]) -> Film:
     """A film of at most 48 frames; it shows fewer images where they are large.
 
-    Args:
-        frames: `[stages, N, H, W, C]` uint8: the start, the images after each level, and last the finished ones.
-        sigmas: Sigma of each level; if their number does not fit, the labels number the stages.
+    `frames` are `[stages, N, H, W, C]` uint8: the start, the images after each level, and last the finished ones.
+    `sigmas` are those of the levels; if their number does not fit, the labels number the stages.
     """
     frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FILM_FRAMES * frames[0, 0].size))]
     stages, count = frames.shape[:2]
@@ -297,31 +292,20 @@ def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_i
         samples: `[N, H, W, C]` from image 0 on.
         training_images: `[M, H, W, C]`, all rows of the train split.
     """
-    return [
-        Neighbor(
-            picture=_beside_nearest(line, samples, training_images),
-            distance=" · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"]),
-            memorized=bool(line["memorised"]),
-        )
-        for line in table
-        if line["image"] < len(samples)
-    ]
+    found = []
+    for line in (line for line in table if line["image"] < len(samples)):
+        images = _with_nearest(line, samples, training_images)
+        grid = png_bytes(image_grid(images, columns=len(images)), enlarge=False)
+        alt = f"sample {line['image']} and the training images that are nearest in {' and in '.join(_spaces(line))}"
+        distance = " · ".join(f"{distance:,.0f}" for distance in line["pixels_distances"])
+        found.append(Neighbor(Picture(grid, alt=alt, width=420), distance, memorized=bool(line["memorised"])))
+    return found
 
 
 def neighbors_png(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> bytes:
     """The same as one PNG file with two samples per row."""
     lines = [_with_nearest(line, samples, training_images) for line in table]
     return grid_png(np.concatenate(lines), columns=2 * len(lines[0]))
-
-
-def _beside_nearest(line: Mapping[str, Any], samples: Images, training_images: Images) -> Picture:
-    images = _with_nearest(line, samples, training_images)
-    grid = image_grid(images, columns=len(images))
-    return Picture(
-        png_bytes(grid, enlarge=False),
-        alt=f"sample {line['image']} and the training images that are nearest in " + " and in ".join(_spaces(line)),
-        width=420,
-    )
 
 
 def _with_nearest(line: Mapping[str, Any], samples: Images, training_images: Images) -> Images:

@@ -28,11 +28,7 @@ NFE_LABEL = "NFE (network evaluations per image)"
 
 
 def under_trained_levels(losses: ArrayLike) -> list[int]:
-    """Levels whose loss is well above what their neighbors suggest.
-
-    Args:
-        losses: Normalized loss of each level [L], most noise first; NaN where it is unknown.
-    """
+    """Levels whose normalized loss [L], most noise first, is well above what its neighbors suggest; NaN is unknown."""
     values = np.asarray(losses, np.float64)
     if len(values) < 3:
         return []
@@ -89,9 +85,8 @@ def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLik
     edges = np.concatenate([[0.0], seen])
     finite = values[np.isfinite(values) & (values > 0)]
     norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.01))
-    mesh = axes.pcolormesh(
-        edges, np.arange(len(levels) + 1) - 0.5, values.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True
-    )
+    rows = np.arange(len(levels) + 1) - 0.5
+    mesh = axes.pcolormesh(edges, rows, values.T, norm=norm, cmap=HEAT, linewidth=0, rasterized=True)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -142,10 +137,8 @@ def held_out_losses(
     left.legend(loc="best")
     marked = np.isin(np.arange(len(shares)), alarmed)
     for chosen, color in ((~marked, INK), (marked, PALETTE[1])):
-        spread = 200 * np.nan_to_num(errors[chosen])
-        right.errorbar(
-            np.asarray(sigmas)[chosen], 100 * shares[chosen], yerr=spread, fmt="o", color=color, markersize=5
-        )
+        at, spread = np.asarray(sigmas)[chosen], 200 * np.nan_to_num(errors[chosen])
+        right.errorbar(at, 100 * shares[chosen], yerr=spread, fmt="o", color=color, markersize=5)
     right.axhline(0, color=INK, linewidth=0.8)
     right.set(xlabel=SIGMA_LABEL, ylabel="gap (% of the held-out loss)", xscale="log")
     _plain_numbers(right.xaxis)
@@ -156,39 +149,34 @@ def held_out_losses(
 class NfeCurve(NamedTuple):
     """One sampler at several numbers of evaluations per image."""
 
-    nfe: Sequence[int]
-    quality: Sequence[float]
-    labels: Sequence[str] = ()  # next to each point
+    nfe: list[int]
+    quality: list[float]
+    labels: list[str]  # next to each point
 
 
 @styled
 def quality_versus_nfe(
-    curves: Mapping[str, NfeCurve], *, quality_label: str, real: float | None = None, real_label: str = "real images"
+    curves: Mapping[str, NfeCurve], *, quality_label: str, real: float, real_label: str = "real images"
 ) -> Figure:
-    """Quality over evaluations per image, one line per sampler; real images are a dashed line.
-
-    Raises:
-        ValueError: if a number is not finite, because matplotlib would leave it out.
-    """
+    """Quality over evaluations per image, one line per sampler; real images are a dashed line."""
     figure = new_figure(7, 3.8)
     axes = figure.subplots()
+    # matplotlib would leave out what is not finite.
     for number, (name, curve) in enumerate(curves.items()):
         if not np.isfinite(curve.quality).all():
             raise ValueError(f"quality of {name} must be finite, got {list(curve.quality)}")
         order = np.argsort(curve.nfe, kind="stable")
         x, y = np.asarray(curve.nfe)[order], np.asarray(curve.quality)[order]
         axes.plot(x, y, "o-", color=PALETTE[number % len(PALETTE)], markersize=5, label=name)
-        for nfe, quality, label in zip(curve.nfe, curve.quality, curve.labels, strict=False):
+        for nfe, quality, label in zip(curve.nfe, curve.quality, curve.labels, strict=True):
             offset = {"xytext": (4, 5), "textcoords": "offset points"}
             axes.annotate(label, (nfe, quality), fontsize=7, **offset)  # type: ignore[arg-type]
-    if real is not None:
-        if not math.isfinite(real):
-            raise ValueError(f"quality of {real_label} must be finite, got {real}")
-        axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
+    if not math.isfinite(real):
+        raise ValueError(f"quality of {real_label} must be finite, got {real}")
+    axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
     axes.set(xlabel=NFE_LABEL, ylabel=quality_label, xscale="log")
-    _log_scale_where_positive(
-        axes, [*(value for curve in curves.values() for value in curve.quality), real or math.inf]
-    )
+    measured = [value for curve in curves.values() for value in curve.quality]
+    _log_scale_where_positive(axes, [*measured, real or math.inf])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks(sorted({nfe for curve in curves.values() for nfe in curve.nfe}), minor=False)
     axes.xaxis.minorticks_off()
@@ -258,26 +246,22 @@ def epsilon_versus_quality(
 
 @styled
 def search_coordinates(
-    settings: Mapping[str, Sequence[Any]], quality: Sequence[float], *, quality_label: str, lower_is_better: bool = True
+    settings: Mapping[str, Sequence[Any]], quality: Sequence[float], *, quality_label: str
 ) -> Figure:
-    """A search in parallel coordinates: one line per trial through its settings to its quality.
+    """A search in parallel coordinates: one line per trial through its settings to its quality, where lower is better.
 
-    Args:
-        settings: Dotted path -> the value in each trial [P], numbers or words.
-        quality: [P]; trials without a finite one get a thin line, and the best one the thickest.
-        quality_label: Name of the last axis.
-        lower_is_better: Which end of it is the best.
+    `settings` are dotted path -> the value in each trial [P], numbers or words. Of the trials [P] those without a
+    finite quality get a thin line, and the best one the thickest.
     """
     scores = np.asarray(quality, np.float64)
     columns = [*(_Column.of(name, values) for name, values in settings.items()), _Column.of(quality_label, scores)]
     figure = new_figure(max(5.0, 1.7 * len(columns)), 3.8)
     axes = figure.subplots()
     finite = np.isfinite(scores)
-    norm = (
-        Normalize(*(columns[-1].positions[finite].min(), columns[-1].positions[finite].max())) if finite.any() else None
-    )
-    best = int(np.nanargmin(scores if lower_is_better else -scores)) if finite.any() else -1
-    for trial in np.argsort(np.where(finite, -scores if lower_is_better else scores, -math.inf), kind="stable"):
+    reached = columns[-1].positions[finite]
+    norm = Normalize(reached.min(), reached.max()) if finite.any() else None
+    best = int(np.nanargmin(scores)) if finite.any() else -1
+    for trial in np.argsort(np.where(finite, -scores, -math.inf), kind="stable"):
         heights = [column.positions[trial] for column in columns if np.isfinite(column.positions[trial])]
         color = LEVEL_COLORS(norm(heights[-1])) if norm is not None and finite[trial] else INK
         width = 3.0 if trial == best else 1.2 if finite[trial] else 0.6
@@ -300,9 +284,8 @@ class _Column:
             return cls._of_numbers(name, np.array(values, np.float64))
         words = sorted({str(value) for value in values})
         places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
-        return cls(
-            name, np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
-        )
+        ticks = [(at, word) for word, at in places.items()]
+        return cls(name, np.array([places[str(value)] for value in values]), ticks)
 
     @classmethod
     def _of_numbers(cls, name: str, values: Array) -> _Column:
@@ -328,9 +311,7 @@ def _draw_columns(axes: Axes, columns: Sequence[_Column]) -> None:
     axes.set(xlim=(-0.3, len(columns) - 0.4), ylim=(-0.08, 1.16))
     for index, column in enumerate(columns):
         axes.axvline(index, ymin=0.06, ymax=0.875, color=INK, linewidth=0.8)
-        section, _, setting = column.name.rpartition(".")
-        axes.annotate(
-            f"{section}\n{setting}" if section else setting, (index, 1.06), ha="center", va="bottom", fontsize=8
-        )
+        label = "\n".join(filter(None, column.name.rpartition(".")[::2]))
+        axes.annotate(label, (index, 1.06), ha="center", va="bottom", fontsize=8)
         for height, text in column.ticks:
             axes.annotate(text, (index, height), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)

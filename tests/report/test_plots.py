@@ -94,7 +94,7 @@ def test_quality_is_drawn_in_order_of_nfe() -> None:
 
 def test_a_quality_that_is_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="heun"):
-        quality_versus_nfe({"heun": NfeCurve([10, 20], [5.0, float("nan")])}, quality_label=FID)
+        quality_versus_nfe({"heun": NfeCurve([10, 20], [5.0, float("nan")], ["", ""])}, quality_label=FID, real=2.0)
 
 
 def test_a_diverged_epsilon_is_marked_apart() -> None:
