@@ -6,15 +6,15 @@ a mistake.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig, bytes_of
 from ncsn.model.memory import worker_memory
+from ncsn.remote.manifest import GPU
 
-GPU = "nvidia.com/gpu"
 # For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is retried; a mistake, which the
 # task finds recorded, costs seconds.
 RETRIES = {
@@ -66,9 +66,10 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
 
     `platforms` are its documents for Kubernetes, if any; `config` is the experiment, None if it is not known yet.
     """
-    for task in _tasks(spec):
-        if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
-            task["retryPolicy"] = dict(RETRIES)
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+                task["retryPolicy"] = dict(RETRIES)
     for component in spec["components"].values():
         if "executorLabel" not in component:
             continue
@@ -81,11 +82,6 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
             component.pop("taskConfigPassthroughs", None)
             for platform in platforms:
                 _place(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label], config.compute)
-
-
-def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for component in (spec["root"], *spec["components"].values()):
-        yield from component.get("dag", {}).get("tasks", {}).values()
 
 
 def _size(step: str, config: Config | None) -> Size:

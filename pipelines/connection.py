@@ -17,6 +17,7 @@ import urllib3
 from kfp.client import Client, ServiceAccountTokenVolumeCredentials
 
 from ncsn.errors import UserError
+from ncsn.remote.backend import message_of
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
@@ -61,16 +62,9 @@ class Connection:
     namespace: str | None  # the user's; None where the server knows no users
     version: str
 
-    def run_url(self, run_id: str) -> str:
-        """The page of a run."""
-        return f"{self._pages()}/#/runs/details/{run_id}"
-
-    def recurring_url(self, recurring_run_id: str) -> str:
-        """The page of a schedule."""
-        return f"{self._pages()}/#/recurringrun/details/{recurring_run_id}"
-
-    def _pages(self) -> str:
-        return os.environ.get(UI_ENDPOINT, self.host).rstrip("/")
+    def run_url(self, run_id: str, *, kind: str = "runs") -> str:
+        """The page of a run, or of a schedule, whose `kind` is `recurringrun`."""
+        return f"{os.environ.get(UI_ENDPOINT, self.host).rstrip('/')}/#/{kind}/details/{run_id}"
 
 
 def endpoint(host: str | None) -> str:
@@ -102,9 +96,8 @@ def credentials() -> Credentials:
         return Credentials(COOKIE, cookie=cookie)
     if named := os.environ.get(TOKEN_PATH):
         if not os.access(named, os.R_OK):
-            raise KfpError(
-                TOKEN_PATH, "cannot be read", hint="mount the token of the service account there", value=named
-            )
+            hint = "mount the token of the service account there"
+            raise KfpError(TOKEN_PATH, "cannot be read", hint=hint, value=named)
         return Credentials(TOKEN_PATH, token_path=Path(named))
     if os.access(POD_TOKEN, os.R_OK):
         return Credentials(str(POD_TOKEN), token_path=POD_TOKEN)
@@ -115,9 +108,6 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
     """A client of the server at `host`, None = KF_PIPELINES_ENDPOINT, after it has answered.
 
     A Kubeflow of several users needs a namespace; None = that of this pod.
-
-    Raises:
-        KfpError: It does not answer, refuses, or needs a namespace.
     """
     address, who = endpoint(host), credentials()
     health = _health(address, who)
@@ -126,9 +116,8 @@ def connect(host: str | None, *, namespace: str | None = None) -> Connection:
         if namespace is None:
             raise KfpError("--namespace", f"missing, and {address} serves several users", hint="pass your profile")
     elif namespace is not None:
-        raise KfpError(
-            "--namespace", f"{address} serves one user and has no namespaces", hint="leave it out", value=namespace
-        )
+        reason = f"{address} serves one user and has no namespaces"
+        raise KfpError("--namespace", reason, hint="leave it out", value=namespace)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it needs a server of version 2
         client = Client(
@@ -146,11 +135,7 @@ def reason_of(error: Exception) -> str:
     """The server's message, or how the connection failed."""
     if not isinstance(error, kfp_server_api.ApiException):
         return f"no answer ({str(error).rpartition(': ')[2]})"
-    try:
-        message = json.loads(error.body)["message"]
-    except (TypeError, ValueError, KeyError):
-        message = error.reason
-    return f"{' '.join(str(message).split())} ({error.status})"
+    return f"{message_of(error)} ({error.status})"
 
 
 def _health(address: str, who: Credentials) -> dict[str, object]:
@@ -177,12 +162,9 @@ def _health(address: str, who: Credentials) -> dict[str, object]:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise KfpError(
-            address,
-            f"not a Kubeflow Pipelines API: {url} answers HTTP {response.status} "
-            f"{response.headers.get('Content-Type', '')}",
-            hint="check the address and its path",
-        )
+        said = f"HTTP {response.status} {response.headers.get('Content-Type', '')}"
+        reason = f"not a Kubeflow Pipelines API: {url} answers {said}"
+        raise KfpError(address, reason, hint="check the address and its path")
     if answer.get("apiServerReady") is False:  # what ml-pipeline-ui says of the API behind it, with status 200
         raise KfpError(address, "answers, but the API behind it does not", hint="check the Deployment ml-pipeline")
     return answer

@@ -86,8 +86,8 @@ def schedule(connection: Connection, submission: Submission, *, every: str) -> S
             pipeline_package_path=str(file),
             service_account=submission.service_account,
         )
-    run_id = recurring.recurring_run_id
-    return Submitted(run_id, connection.recurring_url(run_id), submission.experiment)
+    url = connection.run_url(recurring.recurring_run_id, kind="recurringrun")
+    return Submitted(recurring.recurring_run_id, url, submission.experiment)
 
 
 @contextlib.contextmanager
@@ -109,12 +109,11 @@ def package(submission: Submission) -> Iterator[tuple[Path, dict[str, Any]]]:
 def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in the types of the parameters of a compiled pipeline."""
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            hint = f"{meant}the pipeline takes: {', '.join(sorted(known))}"
-            raise UserError("--param", "unknown parameter", hint=hint, value=name)
+    for name in (name for name in given if name not in known):
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        hint = f"{meant}the pipeline takes: {', '.join(sorted(known))}"
+        raise UserError("--param", "unknown parameter", hint=hint, value=name)
     for name, parameter in known.items():
         if name not in given and "defaultValue" not in parameter and not parameter.get("isOptional"):
             hint = f"pass --param {name}=VALUE: {parameter.get('description', '')}"
@@ -155,8 +154,7 @@ def _refusals(connection: Connection, doing: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # KFP's client prints links
             yield
-    except kfp_server_api.ApiException as error:
-        hint = {401: "renew the token or cookie", 403: "ask for the right to create runs there"}.get(error.status, "")
+    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+        hints = {401: "renew the token or cookie", 403: "ask for the right to create runs there"}
+        hint = hints.get(getattr(error, "status", None), "")
         raise KfpError(connection.host, f"cannot {doing}: {reason_of(error)}", hint=hint) from None
-    except urllib3.exceptions.HTTPError as error:
-        raise KfpError(connection.host, f"cannot {doing}: {reason_of(error)}") from None

@@ -40,18 +40,12 @@ def wait(
 ) -> None:
     """Return when the run has succeeded.
 
-    KFP's own wait does not notice that a canceled run has ended, and KFP does not notice that a pod cannot start.
-
-    Args:
-        connection: The server.
-        run_id: KFP's.
-        say: Gets each new state of the run and of its tasks, and what keeps a pod from starting.
-        why: Gives the reason of a failure, which KFP does not know.
-        poll_seconds: Time between two requests.
+    KFP's own wait does not notice that a canceled run has ended, and KFP does not notice that a pod cannot start. `say`
+    gets each new state of the run and of its tasks, and what keeps a pod from starting; `why` gives the reason of a
+    failure, which KFP does not know.
 
     Raises:
         RunFailed: It failed, its Workflow was deleted, or a pod will never start. Then the run is terminated.
-        KfpError: The server did not answer in time, or does not know the run.
     """
     pods = _Pods(connection, run_id, say)
     retry = Retry("Kubeflow Pipelines", PATIENCE_SECONDS, _unavailable, pauses=(poll_seconds, poll_seconds), say=say)
@@ -67,7 +61,8 @@ def wait(
             return
         if run.state in ENDED:
             failed = [titles[name] for name, state in _tasks(run, titles).items() if state == "FAILED"]
-            raise RunFailed(_words(connection, run, failed, why() or _said(run)))
+            said = run.error.message if run.error and run.error.message else ""
+            raise RunFailed(_words(connection, run, failed, why() or " ".join(said.split())))
         hopeless = pods.look(titles)
         if hopeless:
             how = "was terminated"
@@ -167,10 +162,9 @@ def _titles(run: Any) -> dict[str, str]:
 def _tasks(run: Any, titles: Mapping[str, str]) -> dict[str, str]:
     """Task -> state. KFP lists Argo's nodes: each task once as itself and once for each try, as `train(0)`."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    named = [(_ARGO_SUFFIX.sub("", task.display_name or ""), task.state) for task in details]
     order = {"FAILED": 2, "RUNNING": 1}
     found: dict[str, str] = {}
-    for name, state in named:
+    for name, state in ((_ARGO_SUFFIX.sub("", task.display_name or ""), task.state) for task in details):
         if name in titles and state and order.get(state, 0) >= order.get(found.get(name, ""), 0):
             found[name] = state
     return found
@@ -180,7 +174,3 @@ def _words(connection: Connection, run: Any, failed: list[str], reason: str) -> 
     tasks = f" ({', '.join(failed)})" if failed else ""
     how = f"ended {run.state}" if run.state in ENDED else "is over"
     return f"run {run.run_id} {how}{tasks}{f': {reason}' if reason else ''}; see " + connection.run_url(run.run_id)
-
-
-def _said(run: Any) -> str:
-    return " ".join(run.error.message.split()) if run.error and run.error.message else ""

@@ -7,6 +7,7 @@ through the store, so a backend carries only the command.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import signal
 import sys
@@ -184,6 +185,15 @@ def say(line: str) -> None:
     """Print a line for the person who waits; the log of a KFP task is its stderr."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def message_of(error: Any) -> str:
+    """The message in the JSON of a refusal, or its reason, in one line."""
+    try:
+        message = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        message = error.reason
+    return " ".join(str(message).split())
 
 
 class Unavailable(ConnectionError):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.remote.kubernetes import KubernetesApi, Resource
-from ncsn.remote.manifest import TEMPLATE_VARIABLE, fit_to_schema, load_template
+from ncsn.remote.manifest import GPU, TEMPLATE_VARIABLE, fit_to_schema, load_template
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
 IMAGE_VARIABLE = "NCSN_IMAGE"
-GPU = "nvidia.com/gpu"
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),
@@ -31,8 +30,8 @@ def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
     settings = compute.kuberay
     try:
         api = KubernetesApi(settings.namespace, patience=CHECK_SECONDS)
-    except ValueError as error:
-        yield Check("kubernetes", _raising(error), "export KUBECONFIG=FILE")
+    except ValueError:
+        yield Check("kubernetes", lambda: KubernetesApi(settings.namespace).server, "export KUBECONFIG=FILE")
         return
     grant = f"kubectl apply --kustomize infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"
     operator = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
@@ -89,7 +88,8 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
         raise NotConfigured("this account may not list nodes, so it cannot tell")
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
-    each = [_gpus(node) for node in nodes if not node.get("spec", {}).get("unschedulable")]
+    usable = [node.get("status", {}) for node in nodes if not node.get("spec", {}).get("unschedulable")]
+    each = [int(status.get("allocatable", {}).get(GPU, 0)) for status in usable]
     have, size = sum(each), compute.kuberay.workers_per_pod
     room = sum(gpus // size for gpus in each)
     if room < compute.min_pods:
@@ -119,16 +119,5 @@ def check_queue(api: KubernetesApi, name: str | None) -> str:
 
 def _has_image(node: Resource, image: str) -> bool:
     """Whether the node lists the image, perhaps with the registry that a short name stands for."""
-    names = [name for each in node.get("status", {}).get("images", []) for name in each.get("names") or []]
-    return any(name == image or name in {f"docker.io/{image}", f"docker.io/library/{image}"} for name in names)
-
-
-def _gpus(node: Resource) -> int:
-    return int(node.get("status", {}).get("allocatable", {}).get(GPU, 0))
-
-
-def _raising(error: Exception) -> Callable[[], str]:
-    def probe() -> str:
-        raise error
-
-    return probe
+    names = {name for each in node.get("status", {}).get("images", []) for name in each.get("names") or []}
+    return not names.isdisjoint({image, f"docker.io/{image}", f"docker.io/library/{image}"})

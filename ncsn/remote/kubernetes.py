@@ -18,7 +18,7 @@ from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
 from ncsn.errors import UserError
-from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, Unavailable, keep_asking
+from ncsn.remote.backend import PATIENCE_SECONDS, Conflict, Unavailable, keep_asking, message_of
 
 Resource = dict[str, Any]
 
@@ -249,7 +249,7 @@ class KubernetesApi:
         return keep_asking(call, server=f"the Kubernetes API at {self.server}", seconds=self.patience)
 
     def _refusal(self, verb: str, resource: str, error: ApiException) -> Exception:
-        message = _message_of(error)
+        message = message_of(error)
         if error.status == 403:
             return PermissionError(
                 f"forbidden: this account lacks the verb {verb!r} on {resource} in namespace {self.namespace!r}; "
@@ -287,11 +287,3 @@ def time_of_event(event: Resource) -> str:
     """When it was last seen, in ISO 8601; a recorder fills either the older field or the newer ones."""
     seen = event.get("lastTimestamp") or (event.get("series") or {}).get("lastObservedTime")
     return str(seen or event.get("eventTime") or "")
-
-
-def _message_of(error: ApiException) -> str:
-    try:
-        message = str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        message = str(error.reason)
-    return " ".join(message.split())

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -29,6 +29,7 @@ from ncsn.remote.backend import command_digest, job_name
 
 Manifest = dict[str, Any]
 
+GPU = "nvidia.com/gpu"
 TEMPLATE_VARIABLE = "NCSN_RAYJOB_TEMPLATE"
 MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_LABEL = "ncsn.dev/run"
@@ -42,11 +43,7 @@ TASK_CONFIG = "NCSN_TASK_CONFIG"  # variable with KFP's parts as JSON; the keys 
 
 # Where one of these is unknown, there are no deletion rules, or (KubeRay 1.5) they are behind a gate that is closed and
 # the operator refuses a RayJob that has them. 1.6 opened the gate and brought preRunningDeadlineSeconds.
-_WITHOUT_RULES = (
-    "spec.deletionStrategy",
-    "spec.deletionStrategy.deletionRules",
-    "spec.preRunningDeadlineSeconds",
-)
+_WITHOUT_RULES = {"spec.deletionStrategy", "spec.deletionStrategy.deletionRules", "spec.preRunningDeadlineSeconds"}
 _OBJECT_STORE_SHARE, _SMALLEST_STORE = 0.9, 75 * 2**20
 _RAY_AUTH = "RAY_AUTH_"
 
@@ -88,12 +85,8 @@ def load_template() -> Manifest:
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
     template = yaml.safe_load(file.read_text())
     if not isinstance(template, dict) or template.get("kind") != "RayJob":
-        raise UserError(
-            TEMPLATE_VARIABLE,
-            "not a RayJob",
-            hint="set it to a copy of infra/base/kuberay/rayjob.yaml",
-            value=str(file),
-        )
+        hint = "set it to a copy of infra/base/kuberay/rayjob.yaml"
+        raise UserError(TEMPLATE_VARIABLE, "not a RayJob", hint=hint, value=str(file))
     return template
 
 
@@ -102,22 +95,28 @@ def render(template: Manifest, request: JobRequest, *, compute: ComputeConfig, n
     manifest = copy.deepcopy(template)
     settings = compute.kuberay
     labels = {RUN_LABEL: request.run, STEP_LABEL: request.step, **request.labels}
-    _fill_metadata(manifest["metadata"], request, labels=labels, namespace=namespace)
+    node = manifest["metadata"]
+    node |= {"name": request.name, "namespace": namespace, "labels": node.get("labels", {}) | labels}
+    node.setdefault("annotations", {})[REQUEST_ANNOTATION] = request.digest
+    if request.owner is not None:
+        node["ownerReferences"] = [request.owner]
     spec = manifest["spec"]
     spec["entrypoint"] = shlex.join(request.entrypoint)
     spec["activeDeadlineSeconds"] = max(1, round(settings.max_hours * 3600))
     spec["preRunningDeadlineSeconds"] = max(1, round(settings.max_start_minutes * 60))
-    _fill_deletion_rules(spec, settings)
+    for rule in spec["deletionStrategy"]["deletionRules"]:
+        if rule["policy"] == "DeleteSelf" and rule["condition"].get("jobStatus") != "SUCCEEDED":
+            rule["condition"]["ttlSeconds"] = round(settings.keep_failed_minutes * 60)
     cluster = spec["rayClusterSpec"]
     cluster["rayVersion"] = metadata.version("ray")
     (workers,) = cluster["workerGroupSpecs"]
     workers |= {"replicas": compute.max_pods, "minReplicas": compute.min_pods, "maxReplicas": compute.max_pods}
     head, submitter = cluster["headGroupSpec"]["template"], spec["submitterPodTemplate"]
-    for template_ in (head, workers["template"], submitter):
-        template_["metadata"]["labels"] |= labels
-        (container,) = template_["spec"]["containers"]
+    for pod in (head, workers["template"], submitter):
+        pod["metadata"]["labels"] |= labels
+        (container,) = pod["spec"]["containers"]
         container["image"] = request.image
-        if template_ is not submitter:
+        if pod is not submitter:
             container["env"] += [{"name": name, "value": value} for name, value in sorted(request.env.items())]
     _fill_head_pod(head["spec"], settings)
     _fill_worker_pod(workers["template"]["spec"], compute)
@@ -135,26 +134,11 @@ def fit_to_schema(manifest: Manifest, schema: Manifest) -> tuple[Manifest, list[
     """The manifest without fields that the OpenAPI schema of the installed RayJob lacks, and their dotted paths."""
     unknown: list[str] = []
     fitted = _known_part(manifest, schema, "", unknown)
-    if "deletionStrategy" in manifest["spec"] and any(path in unknown for path in _WITHOUT_RULES):
+    if "deletionStrategy" in manifest["spec"] and not _WITHOUT_RULES.isdisjoint(unknown):
         fitted["spec"]["deletionStrategy"] = manifest["spec"]["deletionStrategy"]
         _shut_down_by_time(fitted["spec"])
         unknown = [path for path in unknown if not path.startswith("spec.deletionStrategy")] + ["spec.deletionStrategy"]
     return fitted, unknown
-
-
-def _fill_metadata(node: Manifest, request: JobRequest, *, labels: Mapping[str, str], namespace: str) -> None:
-    node["name"], node["namespace"] = request.name, namespace
-    node.setdefault("labels", {}).update(labels)
-    node.setdefault("annotations", {})[REQUEST_ANNOTATION] = request.digest
-    if request.owner is not None:
-        node["ownerReferences"] = [request.owner]
-
-
-def _fill_deletion_rules(spec: Manifest, settings: KubeRayConfig) -> None:
-    for rule in spec["deletionStrategy"]["deletionRules"]:
-        condition = rule["condition"]
-        if rule["policy"] == "DeleteSelf" and condition.get("jobStatus") != "SUCCEEDED":
-            condition["ttlSeconds"] = round(settings.keep_failed_minutes * 60)
 
 
 def _fill_head_pod(pod: Manifest, settings: KubeRayConfig) -> None:
@@ -169,7 +153,7 @@ def _fill_worker_pod(pod: Manifest, compute: ComputeConfig) -> None:
     number, memory = settings.workers_per_pod, settings.memory_per_worker or LEAST_MEMORY
     resources = {"cpu": str(number * compute.cpus_per_worker), "memory": _times(number, memory)}
     if compute.use_gpu:
-        resources["nvidia.com/gpu"] = str(number)
+        resources[GPU] = str(number)
     pod["containers"][0]["resources"] = {"requests": dict(resources), "limits": dict(resources)}
     (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
     shm["emptyDir"]["sizeLimit"] = _times(number, settings.shm_per_worker)
@@ -188,17 +172,14 @@ def _times(count: int, quantity: str) -> str:
 def _shut_down_by_time(spec: Manifest) -> None:
     """Replace the deletion rules by the older pair of fields, which Kueue insists on."""
     rules = spec.pop("deletionStrategy")["deletionRules"]
-    spec["shutdownAfterJobFinishes"] = True
-    spec["ttlSecondsAfterFinished"] = max(
-        rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteSelf"
-    )
+    waits = [rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteSelf"]
+    spec["shutdownAfterJobFinishes"], spec["ttlSecondsAfterFinished"] = True, max(waits)
 
 
 def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> Any:
     if isinstance(node, list):
-        return [
-            _known_part(item, schema.get("items", {}), f"{path}[{index}]", unknown) for index, item in enumerate(node)
-        ]
+        items = schema.get("items", {})
+        return [_known_part(item, items, f"{path}[{index}]", unknown) for index, item in enumerate(node)]
     known = schema.get("properties")
     if not isinstance(node, dict) or known is None or schema.get("x-kubernetes-preserve-unknown-fields"):
         return node
@@ -214,8 +195,7 @@ def _known_part(node: Any, schema: Manifest, path: str, unknown: list[str]) -> A
 
 def task_config() -> dict[str, Any]:
     """The parts of a pod that KFP holds for this task; empty outside of KFP."""
-    found: dict[str, Any] = json.loads(os.environ.get(TASK_CONFIG) or "{}")
-    return found
+    return cast("dict[str, Any]", json.loads(os.environ.get(TASK_CONFIG) or "{}"))
 
 
 def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
@@ -241,12 +221,11 @@ def with_task_config(manifest: Manifest, task: Mapping[str, Any]) -> Manifest:
 
 
 def _place(pod: Manifest, task: Mapping[str, Any]) -> None:
-    if selector := task.get("node_selector"):
-        pod["nodeSelector"] = pod.get("nodeSelector", {}) | selector
+    for place, key in (("nodeSelector", "node_selector"), ("affinity", "affinity")):
+        if task.get(key):
+            pod[place] = pod.get(place, {}) | task[key]
     if tolerations := task.get("tolerations"):
         pod["tolerations"] = [*pod.get("tolerations", []), *tolerations]
-    if affinity := task.get("affinity"):
-        pod["affinity"] = pod.get("affinity", {}) | affinity
 
 
 def _add_new(node: Manifest, field: str, items: list[Manifest] | None, *, key: str) -> None:

@@ -231,37 +231,25 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """How a run ended, and where its parts are."""
+def run_page(
+    run: str,
+    *,
+    status: str,
+    reason: str,
+    steps: Mapping[str, str],
+    places: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> str:
+    """The page that KFP shows for a run. Its viewer knows tables and links, but no HTML.
 
-    run: str
-    status: str  # FINISHED, FAILED or KILLED
-    reason: str  # empty if it finished
-    steps: Mapping[str, str]  # step -> its state
-    places: Mapping[str, str]  # name -> address, URI or digest; an empty one is left out
-    notes: Sequence[str] = ()
-
-
-def run_page(facts: RunFacts) -> str:
-    """The page that KFP shows for a run. Its viewer knows tables and links, but no HTML."""
-    lines = [f"# {facts.run}: {facts.status}", ""]
-    if facts.reason:
-        lines += [*(f"> {_plain(line)}" for line in facts.reason.splitlines() if line.strip()), ""]
-    lines += [
-        "| step | state |",
-        "|---|---|",
-        *(f"| {step} | {_plain(state)} |" for step, state in facts.steps.items()),
-        "",
-    ]
-    shown = {name: place for name, place in facts.places.items() if place}
-    lines += [
-        "| name | location |",
-        "|---|---|",
-        *(f"| {name} | {_place(place)} |" for name, place in shown.items()),
-        "",
-    ]
-    lines += [f"- {_plain(note)}" for note in facts.notes]
+    `steps` are step -> its state, `places` are name -> address, URI or digest; an empty one is left out.
+    """
+    lines = [f"# {run}: {status}", ""]
+    if reason:
+        lines += [*(f"> {_plain(line)}" for line in reason.splitlines() if line.strip()), ""]
+    lines += ["| step | state |", "|---|---|", *(f"| {step} | {_plain(state)} |" for step, state in steps.items()), ""]
+    shown = [f"| {name} | {_place(place)} |" for name, place in places.items() if place]
+    lines += ["| name | location |", "|---|---|", *shown, "", *(f"- {_plain(note)}" for note in notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 

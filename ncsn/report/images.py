@@ -34,20 +34,17 @@ def evenly_spread(count: int, *, most: int) -> list[int]:
 
 
 class Stages:
-    """Keeps the images of at most `limit` stages, evenly spread, and always those of the last."""
+    """Keeps the images of at most `limit` stages, 3 or more, evenly spread, and always those of the last."""
 
     # When it is full, it drops every second stage and keeps half as many from then on. So their number may be unknown.
     def __init__(self, limit: int) -> None:
-        if limit < 3:
-            raise ValueError(f"limit must be at least 3 stages, got {limit}")
-        self._limit = limit
-        self._every = 1
+        self._limit, self._every = limit, 1
         self._kept: dict[int, Images] = {}
-        self._last: tuple[int, Images] | None = None
+        self._last: dict[int, Images] = {}
 
     def add(self, stage: int, images: Images) -> None:
         """Take `[N, H, W, C]` uint8 of a stage, counted from 0."""
-        self._last = stage, images
+        self._last = {stage: images}
         if stage % self._every == 0:
             self._kept[stage] = images
         if len(self._kept) == self._limit:
@@ -57,14 +54,12 @@ class Stages:
     @property
     def numbers(self) -> list[int]:
         """The kept stages, ascending."""
-        return sorted({*self._kept, *([self._last[0]] if self._last else [])})
+        return sorted(self._kept | self._last)
 
     @property
     def frames(self) -> Images:
         """`[stages, N, H, W, C]` uint8 of the kept stages, at least one."""
-        if self._last is None:
-            raise ValueError("there are no stages")
-        kept = self._kept | dict([self._last])
+        kept = self._kept | self._last
         return np.stack([kept[number] for number in self.numbers])
 
 
@@ -120,8 +115,6 @@ def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
         frames: [stages, N, H, W, C], the start and then one per visited level.
         sigmas: Sigma of each visited level, one fewer than the stages.
     """
-    if len(sigmas) != len(frames) - 1:
-        raise ValueError(f"expected one sigma for each of {len(frames) - 1} levels after the start, got {len(sigmas)}")
     shown = evenly_spread(len(frames), most=MAX_STAGES)
     names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
     figure, axes = _panel([list(row) for row in frames[shown].swapaxes(0, 1)], header=names)
@@ -131,7 +124,7 @@ def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
 
 @styled
 def neighbors_panel(
-    samples: Images, neighbors: Images, *, distances: NDArray[np.float64] | None = None, memorized: Sequence[bool] = ()
+    samples: Images, neighbors: Images, *, distances: NDArray[np.float64], memorized: Sequence[bool]
 ) -> Figure:
     """Samples and their nearest training images.
 
@@ -144,10 +137,10 @@ def neighbors_panel(
     count = neighbors.shape[1]
     header = ["sample", "nearest", *map(str, range(2, count + 1))]
     rows = [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)]
-    captions = None if distances is None else [["", *map(_digits, row)] for row in distances]
+    captions = [["", *map(_digits, row)] for row in distances]
     figure, axes = _panel(rows, header=header, captions=captions, apart=1)
     for row in np.flatnonzero(memorized):
-        place = (0.5, row * _pitch(captions=distances is not None) + 0.98)
+        place = (0.5, row * _pitch(captions=True) + 0.98)
         box = {"facecolor": PALETTE[1], "edgecolor": "none", "pad": 1}
         axes.annotate("copy", place, color="white", fontsize=6, ha="center", va="bottom", bbox=box)
     return figure

@@ -25,7 +25,7 @@ from ncsn.evaluation.reference import SEED, images_to_prepare, open_evaluator
 from ncsn.evaluation.seeds import seed_metrics, set_distances
 from ncsn.model.classes import require_same_classes
 from ncsn.report.cards import few_samples
-from ncsn.report.classes import confusion_matrix
+from ncsn.report.scores import confusion_matrix
 from ncsn.report.style import to_png
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step

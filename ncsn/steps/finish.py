@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
-from ncsn.report.cards import RunFacts, run_page
+from ncsn.report.cards import run_page
 from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
 from ncsn.tracking.lineage import container_image, kfp_run
@@ -71,23 +71,23 @@ def run(
         closed = [close_run(config, run=each, status=outcome.status, tags=tags) for each in runs]
     decision = _result(folders["register"], "register")
     gate = [f"The gate: {decision['reason']}"] if decision else []
-    facts = RunFacts(
-        run=run,
+    page = run_page(
+        run,
         status=outcome.status,
         reason=str(outcome),
         steps={step: _standing(folder, step, outcome.failed_step) for step, folder in folders.items()},
         places=_places(folders, [tracked for tracked in closed if tracked]),
         notes=[*gate, *seen.notes, *_stopped(cancelled)],
     )
-    return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, run_page(facts))
+    return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, page)
 
 
 def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespace: str | None) -> FinishResult:
     """End a pipeline run whose run name belongs to another config: store and MLflow run stay as they are."""
     cancelled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
     places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
-    facts = RunFacts(run=run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
-    return FinishResult("FAILED", reason, None, cancelled, run_page(facts))
+    page = run_page(run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
+    return FinishResult("FAILED", reason, None, cancelled, page)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report import diagnostics, facts, words
-from ncsn.report.classes import classes_section
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
 from ncsn.report.held_out import copying_hints, held_out_section
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES, film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
-from ncsn.report.selection import selection_section
+from ncsn.report.scores import classes_section, selection_section
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.curves import held_out_curves, loss_names, loss_unit

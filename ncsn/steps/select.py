@@ -28,7 +28,7 @@ from ncsn.evaluation.reference import SEED, Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
 from ncsn.report.cards import few_samples
-from ncsn.report.selection import selection_png
+from ncsn.report.scores import selection_png
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import while_leased
 from ncsn.steps.step import Step

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -259,10 +260,8 @@ def provenance(command: str) -> dict[str, str]:
     """The tags of a run that `command` opened."""
     tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "python.version": platform.python_version()}
     for package in VERSIONS:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             tags[f"{package}.version"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     tags |= kfp_run()
     if image := container_image():
         tags["mlflow.docker.image.uri"] = image

@@ -8,6 +8,7 @@ MLflow stores equal (name, time, step, value) once.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import re
@@ -192,15 +193,9 @@ class LiveMetrics:
 
     def _oldest(self) -> list[Entry]:
         """The first entries, with about as many metrics as a request takes."""
-        batch: list[Entry] = []
-        count = 0
         with self._wake:
-            for entry in self._waiting:
-                count += entry.count
-                if batch and count > BATCH:
-                    break
-                batch.append(entry)
-        return batch
+            fitting = sum(count <= BATCH for count in itertools.accumulate(entry.count for entry in self._waiting))
+            return self._waiting[: max(fitting, 1)]
 
 
 class Sender:

@@ -162,12 +162,12 @@ class StepRun(Connection):
 
 
 @contextmanager
-def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | None = None) -> Iterator[StepRun]:
+def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     """The MLflow run of one step, which ends with the block.
 
-    It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses;
-    `tags` are the ids of its Ray job and KFP run. If `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is
-    the parent. What MLflow lacks of earlier steps is sent first.
+    It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
+    `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent. What MLflow lacks of earlier steps is
+    sent first.
     """
     from mlflow.exceptions import MlflowException
 
@@ -181,7 +181,6 @@ def step_run(config: Config, *, run: str, step: str, tags: Mapping[str, str] | N
         connection.client.log_text(parent.info.run_id, json.dumps(plan, indent=1), PLAN)
         set_tags(connection.client, parent.info.run_id, {PLANNED: plan["made_at"]})
     child = _child(connection, parent, config, folder, step)
-    set_tags(connection.client, child.info.run_id, tags or {})
     place = connection.client, connection.uri, child.info.experiment_id
     tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
     write_record(folder, step, tracked.run_ids)

@@ -9,8 +9,8 @@ import numpy as np
 
 from ncsn.config import from_yaml
 from ncsn.data.format import Manifest
-from ncsn.report.cards import ModelFacts, RunFacts, model_card, run_page
-from ncsn.report.classes import classes_section
+from ncsn.report.cards import ModelFacts, model_card, run_page
+from ncsn.report.scores import classes_section
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 CONFIG = """
@@ -133,14 +133,12 @@ def test_warnings_stand_first_among_the_limits() -> None:
 
 def test_the_run_page_links_addresses_and_escapes_the_rest() -> None:
     page = run_page(
-        RunFacts(
-            run="mine",
-            status="FAILED",
-            reason="train: a <b>bad</b> thing\nsecond line",
-            steps={"ingest": "done", "train": "failed | late"},
-            places={"MLflow run": "http://mlflow/#/runs/1", "dataset digest": "abc", "image": ""},
-            notes=["The gate: better"],
-        )
+        "mine",
+        status="FAILED",
+        reason="train: a <b>bad</b> thing\nsecond line",
+        steps={"ingest": "done", "train": "failed | late"},
+        places={"MLflow run": "http://mlflow/#/runs/1", "dataset digest": "abc", "image": ""},
+        notes=["The gate: better"],
     )
     assert "| MLflow run | <http://mlflow/#/runs/1> |" in page
     assert "| dataset digest | `abc` |" in page

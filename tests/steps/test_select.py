@@ -25,7 +25,7 @@ from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import build_average
 from ncsn.model.candidates import Weights, find_weights, parabola_minimum
 from ncsn.model.checkpoint import load_for_sampling
-from ncsn.report.selection import selection_section
+from ncsn.report.scores import selection_section
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
 from ncsn.tracking.client import connect

@@ -25,8 +25,8 @@ from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
 def test_steps_of_a_run_are_children_of_one_parent(config):
     with step_run(config, run="family", step="ingest") as ingest:
         pass
-    with step_run(config, run="family", step="train", tags={"ray.submission_id": "raysubmit_1"}) as train:
-        pass
+    with step_run(config, run="family", step="train") as train:
+        train.set_tags({"ray.submission_id": "raysubmit_1"})
     assert ingest.parent_run_id == train.parent_run_id
     assert ingest.run_id != train.run_id
     child = train.client.get_run(train.run_id)

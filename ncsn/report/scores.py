@@ -1,4 +1,4 @@
-"""The choice among the checkpoints of a run: its plot, and its section in the report."""
+"""Sections about scores, with their plots: by class, and of the candidates that the checkpoint is chosen from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,51 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ncsn.report.cards import candidate_rows, few_samples
+from ncsn.report.cards import CLASS_HEAD, candidate_rows, class_rows, few_samples
 from ncsn.report.page import Plot, Section
 from ncsn.report.plots import SEEN_LABEL
-from ncsn.report.style import INK, PALETTE, new_figure, styled, to_png, to_svg
+from ncsn.report.style import HEAT, INK, PALETTE, bare, new_figure, styled, to_png, to_svg
 from ncsn.report.words import read_figures
+
+MOST_CLASSES = 20  # in the table, and with names beside the matrix
+
+
+def classes_section(classes: Mapping[str, Any]) -> Section:
+    """The section of an evaluation's `classes`."""
+    table = class_rows(classes, most=MOST_CLASSES)
+    agreement, real = classes["agreement"], classes["real_agreement"]
+    compared = "" if real is None else f" It sees the class of {real:.1%} of the real test images."
+    observer = "A linear probe of the extractor's features" if classes["by_probe"] else "The classifier"
+    asked, total = sum(line["num_images"] > 0 for line in classes["table"]), len(classes["table"])
+    some = f"{total} classes" if asked == total else f"{asked} of its {total} classes"
+    shown = f" The table has the {len(table)} of them that agree least." if len(table) < total else ""
+    return Section(
+        heading="Classes",
+        text=f"The model was asked for images of {some}. {observer} sees "
+        f"the class that was asked for in {agreement:.1%} of them.{compared} The kernel distance is to the training "
+        f"images of the class: near zero, or negative, where they are alike.{shown}",
+        plots=[Plot(to_svg(confusion_matrix(classes), salt="classes"), alt="Classes asked for and classes seen")],
+        table=[CLASS_HEAD, *table],
+    )
+
+
+@styled
+def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
+    """Shares of the images of each class, rows, that are seen as each class, columns."""
+    counts, names = np.array(classes["confusion"], np.float64), [line["name"] for line in classes["table"]]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.3 * min(len(names), MOST_CLASSES)
+    figure = new_figure(side + 0.8, side)
+    axes = bare(figure.subplots())
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap=HEAT, interpolation="none")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
+    axes.set(xlabel="class seen", ylabel="class asked for")
+    if len(names) <= MOST_CLASSES:
+        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), short)
+    return figure
+
 
 MOST_ROWS = 20
 
@@ -21,12 +61,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @styled
 def selection_figure(rows: Rows, *, figure: str) -> Figure:
-    """The figure of each candidate over images seen, and over the relative widths of those that have one.
-
-    Args:
-        rows: Candidates: images_seen, relative_width, and value, None if an image is not finite.
-        figure: Name of the metric.
-    """
+    """The metric `figure` of each candidate over images seen, and over the relative widths of those that have one."""
     scored = [row for row in rows if row["value"] is not None]
     best = min(scored, key=lambda row: row["value"])
     plain = [row for row in scored if row["relative_width"] is None]
