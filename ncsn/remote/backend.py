@@ -150,7 +150,7 @@ def job_name(run: str, step: str, uri: str) -> str:
 
 
 def command_digest(command: tuple[str, ...]) -> str:
-    """Tells another attempt at the same work from other work under the same name."""
+    """Distinguishes another attempt at the same work from other work under the same name."""
     return hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
 
 

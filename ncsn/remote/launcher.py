@@ -54,7 +54,7 @@ class Launcher:
 
 
 def find_launcher(api: KubernetesApi) -> Launcher:
-    """What is known of this pod. `api` is for the namespace of the RayJobs."""
+    """What is known of the pod of this process. `api` is for the namespace of the RayJobs."""
     name, at_home = os.environ.get(_POD_VARIABLE), api.namespace == api.own_namespace
     pod = (api if at_home else type(api)(api.own_namespace)).pod(name) if name else None
     if pod is None:

@@ -184,7 +184,7 @@ class RayJobs:
             say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when the lease is stale")
 
     def _wait_for_end(self) -> None:
-        """So that the same command, given again at once, does not attach to a job that is ending."""
+        """Wait, so that the same command, given again at once, does not attach to a job that is ending."""
         ends = time.monotonic() + _STOP_WAIT_SECONDS
         with suppress(OSError, RuntimeError, NoSuchJob):
             while self._running and time.monotonic() < ends and not self._impatient.job(self._running).ended:

@@ -113,15 +113,10 @@ def training_section(
     unit: str = "level",
     hints: Sequence[str] = (),
 ) -> Section:
-    """The losses of training.
+    """The normalized losses of training [P, L], P >= 1, NaN where no image had that level; `hints` join its own.
 
-    Args:
-        images_seen: [P] with P >= 1.
-        level_losses: Normalized losses [P, L]; NaN where no image had that level.
-        sigmas: The levels [L], descending; or the middles of bins of sigma.
-        linear: Normalized loss of the best linear denoiser at each level [L].
-        unit: What the losses are of, level or bin.
-        hints: Added to those about the losses.
+    `sigmas` [L] are the levels, descending, or the middles of bins, as `unit` says; `linear` [L] is the loss there of
+    the best linear denoiser.
     """
     seen, losses = thinned(np.asarray(images_seen, np.float64), level_losses)
     shown = evenly_spread(len(sigmas), most=MOST_CURVES)

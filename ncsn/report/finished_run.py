@@ -133,9 +133,7 @@ def quality(
 ) -> dict[str, Any]:
     """The run's sampler and the probability flow at several NFE, each measured over `num_images` new images.
 
-    Returns:
-        Plain values for JSON: `metric`, `fingerprint`, `points`, `real` (the same metric of up to `num_images` real
-        images of its `split`), and the `cores` and `gpus` in use.
+    The plain values for JSON have in `real` the same metric of up to `num_images` real images of its `split`.
     """
     samplers, points = list(_samplers(run, nfe)), []
     for number, sampler in enumerate(samplers):

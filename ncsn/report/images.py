@@ -111,9 +111,7 @@ MAX_STAGES = 12
 def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
     """Images after each level: one row per image, one column per stage, at most 12 of them.
 
-    Args:
-        frames: [stages, N, H, W, C], the start and then one per visited level.
-        sigmas: Sigma of each visited level, one fewer than the stages.
+    `frames` are [stages, N, H, W, C], the start and then one per visited level, whose sigmas are one fewer.
     """
     shown = evenly_spread(len(frames), most=MAX_STAGES)
     names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
@@ -126,14 +124,7 @@ def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
 def neighbors_panel(
     samples: Images, neighbors: Images, *, distances: NDArray[np.float64], memorized: Sequence[bool]
 ) -> Figure:
-    """Samples and their nearest training images.
-
-    Args:
-        samples: [N, H, W, C].
-        neighbors: [N, k, H, W, C], nearest first.
-        distances: [N, k], below each neighbor.
-        memorized: [N], marks the copies.
-    """
+    """Samples [N, H, W, C] and their neighbors [N, k, H, W, C], nearest first, over the distances [N, k]."""
     count = neighbors.shape[1]
     header = ["sample", "nearest", *map(str, range(2, count + 1))]
     rows = [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)]
@@ -148,13 +139,7 @@ def neighbors_panel(
 
 @styled
 def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np.bool_]) -> Figure:
-    """Test images, their given part, and its completions.
-
-    Args:
-        originals: [N, H, W, C].
-        completions: [N, k, H, W, C].
-        mask: [H, W], true where a pixel was given.
-    """
+    """Test images [N, H, W, C], the part that the mask [H, W] gives, and its completions [N, k, H, W, C]."""
     given = [np.where(mask[..., None], image, np.uint8(128)) for image in originals]
     rows = [[image, part, *made] for image, part, made in zip(originals, given, completions, strict=True)]
     count = completions.shape[1]
@@ -280,10 +265,7 @@ def _label(stage: int, stages: int, sigmas: Sequence[float]) -> str:
 def neighbors(table: Sequence[Mapping[str, Any]], *, samples: Images, training_images: Images) -> list[Neighbor]:
     """One entry per line of an evaluation's table of nearest training images.
 
-    Args:
-        table: Lines with `image`, `memorised`, `pixels_rows`, `features_rows` and `pixels_distances`.
-        samples: `[N, H, W, C]` from image 0 on.
-        training_images: `[M, H, W, C]`, all rows of the train split.
+    `samples` are `[N, H, W, C]` from image 0 on, `training_images` `[M, H, W, C]` all rows of the train split.
     """
     found = []
     for line in (line for line in table if line["image"] < len(samples)):

@@ -54,10 +54,7 @@ def last_losses(losses: ArrayLike) -> Array:
 def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
     """One line per level, colored by sigma.
 
-    Args:
-        images_seen: [P], at least one point.
-        losses: [P, L]; NaN where no image had that level.
-        sigmas: [L], descending.
+    `losses` are [P, L] at P >= 1 points, NaN where no image had that level; `sigmas` [L] descend.
     """
     seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
@@ -115,16 +112,10 @@ def held_out_losses(
     error: ArrayLike,
     alarmed: Sequence[int] = (),
 ) -> Figure:
-    """Held-out and training loss over training, and beside them the gap at each noise level at the end.
+    """Held-out and training loss [P] over training, and beside them the gap [S] at each noise level at the end.
 
-    Args:
-        images_seen: [P], at least one point.
-        held_out: Loss of held-out images [P].
-        training: Loss of training images [P].
-        sigmas: [S].
-        gap: Share of the held-out loss by which it exceeds the training loss [S].
-        error: Standard error of that share [S]; NaN for no error bar.
-        alarmed: Positions in `sigmas` to mark.
+    The gap is the share of the held-out loss by which it exceeds the training loss, with its standard error, NaN for no
+    error bar. `alarmed` are the positions in `sigmas` to mark.
     """
     seen, shares, errors = (np.asarray(part, np.float64) for part in (images_seen, gap, error))
     figure = new_figure(7.6, 3.4)

@@ -181,22 +181,25 @@ def mlflow_errors(uri: str, prefix: str = "") -> Iterator[None]:
         raise TrackingError(shown(uri), f"{prefix}{one_line(error)}") from error
 
 
-@contextmanager
-def ignoring(*codes: str) -> Iterator[None]:
-    """Leave the block at an error of MLflow that has one of these codes."""
-    from mlflow.exceptions import MlflowException
+class Ignoring:
+    """A block that an error of MLflow with one of these codes leaves."""
 
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code not in codes:
-            raise
+    def __init__(self, *codes: str) -> None:
+        self._codes = codes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        return isinstance(error, MlflowException) and error.error_code in self._codes
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     while (experiment := client.get_experiment_by_name(name)) is None:
         location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
-        with ignoring("RESOURCE_ALREADY_EXISTS"):
+        with Ignoring("RESOURCE_ALREADY_EXISTS"):
             return client.create_experiment(name, artifact_location=location)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(

@@ -266,7 +266,7 @@ def log_metrics(client: MlflowClient, run_id: str, entries: Iterable[Entry]) -> 
 
 @contextmanager
 def request_limits(*, retries: int, seconds: int) -> Iterator[None]:
-    """How often, and how long each time, this process waits for MLflow's server; MLflow reads it per request."""
+    """Limit this process's retries and timeouts for MLflow's server, which MLflow reads for each request."""
     limits = {_RETRIES: str(retries), _TIMEOUT: str(seconds)}
     with _environment:
         if not _limits:

@@ -1,4 +1,4 @@
-"""Sends MLflow what it lacks of what a run folder has.
+"""Sends MLflow what it lacks from a run folder.
 
 What a killed process had not sent is either before its last checkpoint, and in the run folder, or after it, and is
 trained again.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn import storage
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import PREVIEW, load_history
-from ncsn.tracking.client import ignoring, one_line
+from ncsn.tracking.client import Ignoring, one_line
 from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _find(client: MlflowClient, run_id: str) -> Run | None:
     """The run, or None if the step was recorded on another server."""
-    with ignoring(*PERMANENT):
+    with Ignoring(*PERMANENT):
         return client.get_run(run_id)
     return None
 
@@ -105,14 +105,14 @@ def send_missing(
 
 
 def write_record(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
-    """Keep which MLflow run the step has, and, when it has ended, how and at what cost."""
+    """Record which MLflow run the step has and, when it has ended, how and at what cost."""
     storage.write_text(folder.step(step, RECORD), json.dumps(record))
 
 
 def mark_sent(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
-    """Keep that MLflow has the end of the step, so that no later command asks it."""
+    """Record that MLflow has the end of the step, so that no later command checks again."""
     if "status" in record:
-        with suppress(OSError):  # then a later command asks
+        with suppress(OSError):  # then a later command checks again
             write_record(folder, step, {**record, "sent": True})
 
 
@@ -129,7 +129,7 @@ def _send_curves(client: MlflowClient, run_id: str, folder: RunFolder) -> None:
 
 @contextmanager
 def _ignoring_permanent(run_id: str) -> Iterator[None]:
-    """Let a run that is gone not keep the others from being completed."""
+    """Only warn about a run that is gone, so that the others are completed."""
     from mlflow.exceptions import MlflowException
 
     try:

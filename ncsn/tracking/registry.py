@@ -231,11 +231,7 @@ CANDIDATE_KEY = "ncsn.candidate"  # tag with the digest of the weights and the f
 def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any]], *, figure: str) -> None:
     """Log each candidate of `ncsn select` that this run does not have yet; the weights stay in the store.
 
-    Args:
-        tracked: The run of the step.
-        model: Name of the registered model.
-        rows: Candidates: uri, digest, images_seen, relative_width, and value, None if an image is not finite.
-        figure: Name of the metric.
+    `rows` have uri, digest, images_seen, relative_width, and value of `figure`, None if an image is not finite.
     """
     client = tracked.client
     query = f"source_run_id = '{tracked.run_id}'"

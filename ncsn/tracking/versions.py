@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
-from ncsn.tracking.client import ignoring, insert_or_find, mlflow_errors
+from ncsn.tracking.client import Ignoring, insert_or_find, mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -81,7 +81,7 @@ def has_version(client: MlflowClient, name: str, version: str) -> bool:
 
 def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version that an alias points to, or None."""
-    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    with Ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
         return client.get_model_version_by_alias(name, alias)
     return None
 
@@ -105,7 +105,7 @@ def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str
 
 def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
     """Create a registered model unless there is one."""
-    with ignoring("RESOURCE_ALREADY_EXISTS"):
+    with Ignoring("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name, description=description)
 
 
