@@ -7,21 +7,14 @@ from kfp import dsl
 
 # Addresses and volumes are for the task's own pod too, resources for it alone: the config sizes the others.
 # kfp.local passes an empty TaskConfig, so one component serves both runners.
-PASSED_ON = (
-    *(
-        dsl.TaskConfigPassthrough(field=field, apply_to_task=False)
-        for field in (
-            dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
-            dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
-            dsl.TaskConfigField.KUBERNETES_AFFINITY,
-        )
-    ),
-    *(
-        dsl.TaskConfigPassthrough(field=field, apply_to_task=True)
-        for field in (
-            dsl.TaskConfigField.RESOURCES,
-            dsl.TaskConfigField.ENV,
-            dsl.TaskConfigField.KUBERNETES_VOLUMES,
-        )
-    ),
+PASSED_ON = tuple(
+    dsl.TaskConfigPassthrough(field=field, apply_to_task=own)
+    for field, own in (
+        (dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR, False),
+        (dsl.TaskConfigField.KUBERNETES_TOLERATIONS, False),
+        (dsl.TaskConfigField.KUBERNETES_AFFINITY, False),
+        (dsl.TaskConfigField.RESOURCES, True),
+        (dsl.TaskConfigField.ENV, True),
+        (dsl.TaskConfigField.KUBERNETES_VOLUMES, True),
+    )
 )

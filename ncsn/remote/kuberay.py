@@ -178,7 +178,7 @@ class KubeRay:
         def clear() -> None:
             self._api.delete_rayjob(name)
             while (left := self._api.rayjob(name)) is not None:
-                self._api.wait_for_change(name, since=left["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
+                self._api.wait_for_change(left, seconds=WATCH_SECONDS)
 
         return Found(
             kind="RayJob",
@@ -222,7 +222,7 @@ class KubeRay:
             hopeless = pods.look(found)
             if hopeless and state.starting:
                 raise RemoteFailure(f"RayJob {name} cannot start: {hopeless}")
-            self._api.wait_for_change(name, since=found["metadata"]["resourceVersion"], seconds=WATCH_SECONDS)
+            self._api.wait_for_change(found, seconds=WATCH_SECONDS)
 
     def _annotate(self, name: str) -> None:
         """Renew the lease in the cluster too, where `ncsn cleanup` looks."""

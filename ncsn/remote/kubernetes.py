@@ -96,8 +96,8 @@ class KubernetesApi:
         delete = self._custom.delete_namespaced_custom_object
         self._call("delete", RAYJOBS, delete, *self._rayjobs, name, body=body, missing=None)
 
-    def wait_for_change(self, name: str, *, since: str, seconds: float) -> None:
-        """Return when the RayJob changes after resource version `since`, and after `seconds` at the latest.
+    def wait_for_change(self, rayjob: Resource, *, seconds: float) -> None:
+        """Return when the RayJob is no longer as it was read, and after `seconds` at the latest.
 
         The caller reads the RayJob again: a watch only says when to look. So a version that is gone (410), a watch that
         the server cuts, and a server that is unavailable are not handled here.
@@ -107,8 +107,8 @@ class KubernetesApi:
             events = watch.Watch().stream(
                 self._custom.list_namespaced_custom_object,
                 *self._rayjobs,
-                field_selector=f"metadata.name={name}",
-                resource_version=since,
+                field_selector=f"metadata.name={rayjob['metadata']['name']}",
+                resource_version=rayjob["metadata"]["resourceVersion"],
                 timeout_seconds=max(1, round(seconds)),
                 _request_timeout=(self._timeouts[0], seconds + 5),
             )

@@ -149,7 +149,7 @@ class StepRun(Connection):
     def nested(self, name: str, *, key: str) -> StepRun:
         """The run below this one with this `key`, such as that of a trial; a new one if there is none."""
         identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
-        found = find_or_create(self, identity, tags={}, name=name, claims=_claims(self.folder))
+        found = find_or_create(self, self.folder, identity, tags={}, name=name)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
@@ -235,16 +235,11 @@ def send_ends(config: Config, folder: RunFolder) -> None:
         _logger.warning("MLflow may lack the end of the run %s: %s", folder.run, reason)
 
 
-def _claims(folder: RunFolder) -> str:
-    """Folder in which processes that open one MLflow run at once agree on which."""
-    return storage.join(folder.uri, "tracking")
-
-
 def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[Run, bool]:
     """The run of the whole pipeline, and whether it was opened by others and adopted."""
     from mlflow.exceptions import MlflowException
 
-    client, identity = connection.client, run_identity(config, folder.run)
+    client, identity = connection.client, run_identity(folder)
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         try:
             found = client.get_run(adopted)
@@ -255,17 +250,16 @@ def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[
         set_tags(client, adopted, identity)
         return found, True
     identity |= {"ncsn.part": "run"}
-    tags = provenance("ncsn run")
-    parent = find_or_create(connection, identity, tags=tags, name=folder.run, claims=_claims(folder))
+    parent = find_or_create(connection, folder, identity, tags=provenance("ncsn run"), name=folder.run)
     _describe(client, parent, config)
     return parent, False
 
 
 def _child(connection: Connection, parent: Run, config: Config, folder: RunFolder, step: str) -> Run:
     connection = replace(connection, experiment_id=parent.info.experiment_id)
-    identity = run_identity(config, folder.run) | {"ncsn.step": step, "ncsn.config": _result_digest(config, step)}
+    identity = run_identity(folder) | {"ncsn.step": step, "ncsn.config": _result_digest(config, step)}
     tags = {"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")}
-    child = find_or_create(connection, identity, tags=tags, name=step, claims=_claims(folder))
+    child = find_or_create(connection, folder, identity, tags=tags, name=step)
     _describe(connection.client, child, config)
     return child
 

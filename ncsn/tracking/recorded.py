@@ -38,22 +38,22 @@ class RecordedRun:
         return cls(run.info.run_id, dict(run.data.tags), address, address or shown(uri))
 
 
-def run_identity(config: Config, run: str) -> dict[str, str]:
+def run_identity(folder: RunFolder) -> dict[str, str]:
     """The tags that all MLflow runs of a pipeline run share."""
-    return {"ncsn.run": run, "ncsn.root": storage.absolute(config.storage.root)}
+    return {"ncsn.run": folder.run, "ncsn.root": folder.root}
 
 
 def find_or_create(
-    connection: Connection, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str, claims: str
+    connection: Connection, folder: RunFolder, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str
 ) -> Run:
-    """The run with the tags `identity`, set to running, or a new one; `claims` is a folder in the store.
+    """The run with the tags `identity`, set to running, or a new one.
 
     MLflow has no condition on creating a run, so the store decides between two processes that create one at once.
     """
     client, query = connection.client, tag_filter(identity)
     found = _first(connection, query)
     run = found or client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
-    first = _first_claimed(connection, query, run, claims)
+    first = _first_claimed(connection, query, run, storage.join(folder.uri, "tracking"))
     if first is not None and found is None:
         client.delete_run(run.info.run_id)
     if known := first or found:
@@ -89,12 +89,13 @@ def close_run(
     None if MLflow has no such run. An adopted run, such as that of KFP's MLflow plugin, stays open.
     """
     client, uri = open_client(config)
+    folder = RunFolder(storage.absolute(config.storage.root), run)
     with mlflow_errors(uri):
-        parent = _parent(client, config, run)
+        parent = _parent(client, config.tracking.experiment, folder)
         if parent is None:
             return None
         set_tags(client, parent.info.run_id, tags)
-        if reason := reconcile(client, RunFolder(storage.absolute(config.storage.root), run)):
+        if reason := reconcile(client, folder):
             _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
         steps = search_runs(client, parent.info.experiment_id, {"mlflow.parentRunId": parent.info.run_id})
         dead = [step for step in steps if step.info.status == "RUNNING"]
@@ -103,13 +104,13 @@ def close_run(
     return RecordedRun.of(parent, uri=uri), by_step(steps, uri=uri)
 
 
-def _parent(client: MlflowClient, config: Config, run: str) -> Run | None:
+def _parent(client: MlflowClient, experiment_name: str, folder: RunFolder) -> Run | None:
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         return client.get_run(adopted)
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
         return None
-    found = search_runs(client, experiment.experiment_id, {**run_identity(config, run), "ncsn.part": "run"})
+    found = search_runs(client, experiment.experiment_id, {**run_identity(folder), "ncsn.part": "run"})
     return found[-1] if found else None
 
 

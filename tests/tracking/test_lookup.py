@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import Connection, connect
-from ncsn.tracking.recorded import find_or_create
+from ncsn.tracking.recorded import find_or_create, run_identity
 
 
 class Interrupted(MlflowClient):
@@ -31,9 +32,9 @@ def connection(config) -> Connection:
     return connect(config)
 
 
-def opened(connection: Connection, name: str, claims: Path) -> str:
-    identity = {"ncsn.run": name, "ncsn.root": str(claims)}
-    return str(find_or_create(connection, identity, tags={}, name=name, claims=str(claims)).info.run_id)
+def opened(connection: Connection, name: str, root: Path) -> str:
+    folder = RunFolder(str(root), name)
+    return str(find_or_create(connection, folder, run_identity(folder), tags={}, name=name).info.run_id)
 
 
 def living(connection: Connection, name: str) -> list[str]:
