@@ -156,5 +156,5 @@ def _refusals(connection: Connection, doing: str) -> Iterator[None]:
             yield
     except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
         hints = {401: "renew the token or cookie", 403: "ask for the right to create runs there"}
-        hint = hints.get(getattr(error, "status", None), "")
+        hint = hints.get(getattr(error, "status", 0), "")
         raise KfpError(connection.host, f"cannot {doing}: {reason_of(error)}", hint=hint) from None
