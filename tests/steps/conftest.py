@@ -59,6 +59,8 @@ def save_untrained() -> SaveUntrained:
         moments = fit_moments(to_unit(torch.from_numpy(read_split(dataset, "train").images)))
         digest = load_manifest(dataset).digest
         classes = classes_of(config, load_manifest(dataset))
-        checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest=digest, classes=classes)
+        checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest=digest, classes=classes).write(
+            folder
+        )
 
     return save

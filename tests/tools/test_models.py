@@ -34,7 +34,7 @@ def test_exported_weights_are_the_ema_and_build_the_network_again(tmp_path: Path
     with torch.no_grad():
         next(network.parameters()).add_(1)  # the last weights, which are not exported
     moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    checkpoint.save(folder, config=config, state=state, moments=moments, dataset_digest="d1")
+    checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest="d1").write(folder)
     result = models.from_checkpoint(str(folder), out=str(tmp_path / "new" / "ema.safetensors"))
     assert (result.source, result.parameters) == (str(folder), sum(each.numel() for each in network.parameters()))
     with safe_open(result.uri, "pt") as weights:
