@@ -179,6 +179,11 @@ class ComputeConfig(Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
+    def device(self) -> str:
+        """Where torch computes, as it names it."""
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
     def min_pods(self) -> int:
         """Worker pods that training needs."""
         return self.min_workers // self.kuberay.workers_per_pod

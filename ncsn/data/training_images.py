@@ -88,12 +88,11 @@ class CachedSplit:
         return Images(self.images[indices], self.labels[indices])
 
 
-def open_cache(dataset_uri: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None) -> CachedSplit:
+def open_cache(dataset_uri: str, split: str) -> CachedSplit:
     """The node's copy of a split. The first process that asks makes it, others wait."""
     manifest = load_manifest(dataset_uri)
     manifest.count(split)
-    base = Path(cache_dir).expanduser() if cache_dir else cache_folder()
-    folder = base / manifest.digest / split
+    folder = cache_folder() / manifest.digest / split
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -210,14 +209,12 @@ class StreamedSplit:
     The workers of a node share the chunks, which are plain arrays of images and labels in memory-mapped files.
     """
 
-    def __init__(
-        self, dataset_uri: str, split: str, *, window_images: int, cache_dir: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, dataset_uri: str, split: str, *, window_images: int) -> None:
         self._uri, self._split, self._window_images = dataset_uri, split, window_images
         self._manifest = load_manifest(dataset_uri)
         self._size = self._manifest.count(split)
-        base = Path(cache_dir).expanduser() if cache_dir else cache_folder()
-        self._folder = base / self._manifest.digest / f"{split}-labeled-{rows_per_chunk(window_images)}"
+        folder = cache_folder() / self._manifest.digest
+        self._folder = folder / f"{split}-labeled-{rows_per_chunk(window_images)}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._ahead: Future[None] | None = None

@@ -111,7 +111,7 @@ def plan_likelihood(config: Config, *, checkpoint: str, dataset: str, images: in
     if count == 0:
         raise UserError("--dataset", "has no test images", value=dataset)
     settings = settings.model_copy(update={"images": count})
-    size, device = min(config.sampling.batch_size, count), "cuda" if config.compute.use_gpu else "cpu"
+    size, device = min(config.sampling.batch_size, count), config.compute.device
     shards = [
         Shard(checkpoint, dataset, settings, first, min(size, count - first), device) for first in range(0, count, size)
     ]

@@ -222,16 +222,12 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
 
 def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = None) -> NDArray[np.uint8]:
     sampling, first, count = shard.sampling, shard.first, shard.count
-    trained, device = _trained(shard), _device(shard)
+    trained, device = _trained(shard), shard.config.compute.device
     return generate(trained, sampling=sampling, first=first, count=count, device=device, on_level=on_level)
 
 
 def _trained(shard: Shard) -> TrainedNetwork:
-    return _load(shard.checkpoint, device=_device(shard))
-
-
-def _device(shard: Shard) -> str:
-    return "cuda" if shard.config.compute.use_gpu else "cpu"
+    return _load(shard.checkpoint, device=shard.config.compute.device)
 
 
 _load = lru_cache(maxsize=1)(load_for_generation)

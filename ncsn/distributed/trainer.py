@@ -147,8 +147,7 @@ def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpir
 
 
 def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
-    device = "cuda" if job.config.compute.use_gpu else "cpu"
-    return train_loop(job, LocalContext(device), _checkpoint_store(job, checkpoints))
+    return train_loop(job, LocalContext(job.config.compute.device), _checkpoint_store(job, checkpoints))
 
 
 def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:

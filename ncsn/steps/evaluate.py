@@ -69,11 +69,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     """
     step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
-    if not storage.exists(storage.join(dataset, MANIFEST)):
-        raise NotFound(dataset, "no dataset", hint="run `ncsn ingest` first")
+    manifest = load_manifest(dataset)
     if not storage.exists(samples):
         raise NotFound(samples, "no folder of samples", hint="run `ncsn sample` first")
-    manifest = load_manifest(dataset)
     evaluation = evaluation_of(config, manifest)
     inputs = {
         "figures": METRICS_VERSION,

@@ -117,7 +117,7 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
         )
     require_classes(config, manifest, dataset)
     _require_held_out(config, manifest, dataset)
-    build.autocast_dtype(config, "cuda" if config.compute.use_gpu else "cpu")
+    build.autocast_dtype(config, config.compute.device)
 
 
 def _require_held_out(config: Config, manifest: Manifest, dataset: str) -> None:

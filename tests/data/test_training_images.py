@@ -23,6 +23,11 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, window_at
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def dataset(tmp_path, data_config) -> str:
     config = data_config("sklearn_digits", rows_per_part=500)
@@ -35,7 +40,7 @@ def files_below(folder: Path) -> list[str]:
 
 def test_the_copy_equals_the_dataset(dataset, tmp_path):
     for split in ("train", "test"):
-        copy, rows = open_cache(dataset, split, cache_dir=tmp_path / "cache"), read_split(dataset, split)
+        copy, rows = open_cache(dataset, split), read_split(dataset, split)
         assert type(copy.images) is np.ndarray and isinstance(copy.images.base, np.memmap)
         assert (copy.images.dtype, copy.labels.dtype) == (np.uint8, np.int64)
         assert np.array_equal(copy.images, rows.images)
@@ -48,10 +53,10 @@ def test_the_copy_equals_the_dataset(dataset, tmp_path):
 def test_the_copy_is_made_once_from_a_bucket(s3_root, tmp_path, data_config, monkeypatch):
     config = data_config("sklearn_digits", max_images=50)
     uri = write_dataset(open_source(config), f"{s3_root}/digits", name="digits", data=config).uri
-    first = open_cache(uri, "train", cache_dir=tmp_path)
+    first = open_cache(uri, "train")
     for name in ("train", "test"):
         storage.delete_file(f"{uri}/{name}/part-00000.parquet")
-    assert np.array_equal(open_cache(uri, "train", cache_dir=tmp_path).images, first.images)
+    assert np.array_equal(open_cache(uri, "train").images, first.images)
 
 
 def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monkeypatch):
@@ -64,7 +69,7 @@ def test_of_workers_that_ask_at_once_one_makes_the_copy(dataset, tmp_path, monke
 
     def ask(_: int) -> int:
         barrier.wait()
-        return int(open_cache(dataset, "train", cache_dir=tmp_path / "cache").images.sum())
+        return int(open_cache(dataset, "train").images.sum())
 
     with ThreadPoolExecutor(6) as pool:
         sums = set(pool.map(ask, range(6)))
@@ -85,23 +90,24 @@ def test_a_dataset_of_other_content_is_noticed_and_not_kept(dataset, tmp_path):
     part = Path(dataset) / "train" / "part-00001.parquet"
     part.write_bytes((Path(dataset) / "train" / "part-00000.parquet").read_bytes())  # whole, but the wrong rows
     with refused(dataset):
-        open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+        open_cache(dataset, "train")
     assert [name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")] == []
 
 
 def test_a_damaged_copy_is_named(dataset, tmp_path):
-    open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+    open_cache(dataset, "train")
     path = next((tmp_path / "cache").rglob("images.npy"))
     path.write_bytes(path.read_bytes()[:1000])
     with refused(str(path.parent)):
-        open_cache(dataset, "train", cache_dir=tmp_path / "cache")
+        open_cache(dataset, "train")
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_config):
+def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_config, monkeypatch):
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(small_disk.folder))
     config = data_config("sklearn_digits", image_size=64, rows_per_part=100)
     uri = write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
     with pytest.raises(OSError, match=r"No space left|File too large") as failure:
-        open_cache(uri, "train", cache_dir=small_disk.folder)
+        open_cache(uri, "train")
     assert failure.value.errno == small_disk.full
     assert [name for name in files_below(small_disk.folder) if not name.endswith(".lock")] == []
 
@@ -195,11 +201,12 @@ def test_a_range_of_rows_is_read_over_parts_and_row_groups(numbered, monkeypatch
         assert rows.labels.tolist() == [number % 10 for number in range(first, first + count)]
 
 
-def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path):
+def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path, monkeypatch):
     uri = numbered(30)
 
     def open_stream(name: str, uri: str = uri) -> StreamedSplit:
-        return StreamedSplit(uri, "train", window_images=64, cache_dir=tmp_path / name)
+        monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / name))
+        return StreamedSplit(uri, "train", window_images=64)
 
     places = [window_at(3, place, size=500, window_images=64) for place in range(1200)]
     expected = [int(window.rows[place - window.first]) for place, window in enumerate(places)]
@@ -221,7 +228,7 @@ def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path):
 
 
 def test_only_windows_are_on_the_disk(numbered, tmp_path):
-    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    stream = StreamedSplit(numbered(30), "train", window_images=64)
     most = 0
     for first in range(0, 1000, 10):
         stream.ordered(0, first=first, count=10)
@@ -230,21 +237,22 @@ def test_only_windows_are_on_the_disk(numbered, tmp_path):
 
 
 def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
-    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    stream = StreamedSplit(numbered(30), "train", window_images=64)
     whole = numbers(stream.ordered(0, first=0, count=200).images)
-    stream = StreamedSplit(numbered(30), "train", window_images=64, cache_dir=tmp_path / "cache")
+    stream = StreamedSplit(numbered(30), "train", window_images=64)
     read = numbers(stream.ordered(0, first=0, count=32).images)
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.unlink()
     assert read + numbers(stream.ordered(0, first=32, count=168).images) == whole
 
 
-def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, rng):
+def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, rng, monkeypatch):
+    monkeypatch.setenv("NCSN_CACHE_DIR", str(small_disk.folder))
     noise = rng.integers(0, 256, (400, 64, 64, 3), np.uint8)  # a chunk of 3 MB
     splits = {name: GeneratedSplit(400, lambda: (Example(image, 0) for image in noise)) for name in ("train", "test")}
     data = data_config("image_folder", image_size=64, channels=3)
     uri = write_dataset(Source("noise", "none", ("a",), splits), str(tmp_path), name="noise", data=data).uri
-    stream = StreamedSplit(uri, "train", window_images=4096, cache_dir=small_disk.folder)
+    stream = StreamedSplit(uri, "train", window_images=4096)
     with pytest.raises(OSError, match=r"No space left|File too large|requested and .* written"):
         stream.ordered(0, first=0, count=1)
     assert not list(small_disk.folder.rglob("*.tmp-*"))
@@ -255,14 +263,14 @@ import sys
 import numpy as np
 from ncsn.data.training_images import StreamedSplit
 
-stream = StreamedSplit(sys.argv[1], "train", window_images=64, cache_dir=sys.argv[2])
+stream = StreamedSplit(sys.argv[1], "train", window_images=64)
 images = np.concatenate([stream.ordered(3, first=first, count=50).images for first in range(0, 1000, 50)])
 print((images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 1, 0]).sum(), len(set(images[:500, 0, 1, 0].tolist())))
 """
 
 
 def test_processes_of_a_node_share_the_chunks(numbered, tmp_path):
-    command = [sys.executable, "-c", READER, numbered(30), str(tmp_path / "cache")]
+    command = [sys.executable, "-c", READER, numbered(30)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
     assert outputs == [[str(2 * sum(range(500))), "256"]] * 2
