@@ -121,10 +121,7 @@ def has_workflow(api: KubernetesApi, run_id: str) -> bool:
 
 
 def troubles_of_run(api: KubernetesApi, run_id: str, *, pending: bool = False) -> Mapping[str, Trouble]:
-    """Task of the pipeline -> what keeps its last pod from running, or ended it; `pending`: only what has not started.
-
-    `run_id` is KFP's.
-    """
+    """Task of KFP's run -> what keeps its last pod from running, or ended it; `pending`: only what has not started."""
     found = {}
     for task, pod in {_task_of(pod): pod for pod in api.pods(f"{RUN_ID_LABEL}={run_id}")}.items():
         if task and (not pending or pod["status"].get("phase") == "Pending"):

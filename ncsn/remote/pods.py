@@ -60,10 +60,7 @@ def trouble_of(pod: Resource, events: Sequence[Resource]) -> Trouble | None:
 
 
 def trouble_of_owner(events: Sequence[Resource]) -> Trouble | None:
-    """Why an object that owns pods (a Job, a RayCluster) gets none; None if its last one was created.
-
-    `events` are those of the object, oldest first.
-    """
+    """Why an owner of pods (a Job, a RayCluster) gets none, by events, oldest first; None if the last was created."""
     for event in reversed(events):
         if _CREATED_POD.match(event.get("reason", "")):
             return None

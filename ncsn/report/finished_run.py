@@ -22,8 +22,7 @@ from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, Langevin
 from ncsn.data.training_images import CachedSplit, open_cache
 from ncsn.evaluation.extractors import Extractor, batches
-from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.reference import Reference, extractor_of, open_evaluator
+from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.generate import complete, evaluations_per_image, generate
@@ -46,8 +45,7 @@ class FinishedRun:
     train: CachedSplit
     test: CachedSplit
     extractor: Extractor
-    extractor_name: str  # in metrics
-    reference: Reference  # the images to compare with, through the extractor
+    evaluator: Evaluator  # with the images to compare with
     real_split: str  # of real images that are measured for comparison
     samples: str  # URI
     device: str
@@ -75,15 +73,13 @@ class FinishedRun:
 
 def open_run(config: Config, trained: SamplingCheckpoint, *, samples: str, dataset: str, device: str) -> FinishedRun:
     """Open a run from its checkpoint and the URIs of its samples and dataset."""
-    evaluator = open_evaluator(config, dataset)  # trains the extractor first if it is missing
     return FinishedRun(
         sampling=config.sampling,
         trained=trained,
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
+        evaluator=open_evaluator(config, dataset),  # trains the extractor first if it is missing
         extractor=extractor_of(config, dataset),
-        extractor_name=evaluator.name,
-        reference=evaluator.reference,
         real_split=config.evaluation.other_split,
         samples=samples,
         device=device,
@@ -156,8 +152,8 @@ def quality(
         )
     real = run.real_images(num_images)
     return {
-        "metric": f"{run.extractor_name}_fid_n{num_images}",
-        "fingerprint": run.reference.fingerprint,
+        "metric": f"{run.evaluator.name}_fid_n{num_images}",
+        "fingerprint": run.evaluator.reference.fingerprint,
         "points": points,
         "real": {"fid": _fid(run, real), "num_images": len(real), "split": run.real_split},
         "cores": torch.get_num_threads(),
@@ -180,4 +176,4 @@ def _samplers(run: FinishedRun, nfe: Sequence[int]) -> Iterator[Sampler]:
 
 def _fid(run: FinishedRun, images: Images) -> float:
     features = [run.extractor.extract(batch).features for batch in batches(images, batch_size=run.sampling.batch_size)]
-    return frechet_distance(FrechetStatistics.of(np.concatenate(features)), run.reference.statistics)
+    return run.evaluator.distance(np.concatenate(features))

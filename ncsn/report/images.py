@@ -70,10 +70,7 @@ def images_in_gif(image_size: int) -> int:
 
 
 def denoising_gif(frames: Images) -> bytes:
-    """A GIF of `[stages, N, H, W, C]` uint8, most noise first.
-
-    For images up to 256 x 256 it has less than 1 MB, for which it leaves out stages.
-    """
+    """A GIF of `[stages, N, H, W, C]` uint8, most noise first; leaves out stages to stay below 1 MB up to 256 x 256."""
     columns = math.isqrt(frames.shape[1])
     size = image_grid(frames[-1], columns=columns).shape
     factor = max(1, math.isqrt(GIF_PIXELS) // max(size[:2]))

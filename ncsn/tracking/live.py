@@ -206,11 +206,7 @@ class Sender:
         self._known: dict[str, set[int]] = {}
 
     def send(self, entries: Iterable[Entry]) -> int:
-        """How many metrics and pictures were sent.
-
-        Raises:
-            MlflowException: if the server does not take them now.
-        """
+        """How many metrics and pictures were sent; an `MlflowException` if the server does not take them now."""
         new: dict[tuple[str, int], Entry] = {}
         for entry in entries:
             if not self.has(entry.series, entry.step, picture=bool(entry.png)):

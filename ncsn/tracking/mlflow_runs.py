@@ -219,11 +219,8 @@ def _end(
 
 
 def send_ends(config: Config, folder: RunFolder) -> None:
-    """Send the ends of steps that MLflow did not take when they ended, for a run that has no step left to do.
-
-    Loads MLflow only if there are any.
-    """
-    if not lacks_ends(folder):
+    """Send the ends of steps that MLflow did not take when they ended, for a run that has no step left to do."""
+    if not lacks_ends(folder):  # then MLflow is not even loaded
         return
     try:
         with request_limits(retries=RETRIES, seconds=TIMEOUT):

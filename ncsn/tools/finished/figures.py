@@ -193,7 +193,7 @@ def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
         found, unit = nearest_neighbors(samples, run.train.images, k=NEIGHBORS), "grey levels, 0 to 255"
     else:
         features = run.extractor.extract(samples).features
-        found, unit = nearest_neighbors(features, run.reference.features, k=NEIGHBORS), "features"
+        found, unit = nearest_neighbors(features, run.evaluator.reference.features, k=NEIGHBORS), "features"
     rows = [
         {
             "image": image,
