@@ -71,18 +71,6 @@ class KubeRay:
     def _api(self) -> KubernetesApi:
         return KubernetesApi(self._namespace, patience=self._patience)
 
-    @cached_property
-    def _heart(self) -> KubernetesApi:
-        return KubernetesApi(self._api.namespace, patience=0)
-
-    @cached_property
-    def _impatient(self) -> KubernetesApi:
-        return KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
-
-    @cached_property
-    def _home(self) -> KubernetesApi:
-        return KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
-
     def connect(self) -> None:
         """Find the cluster in the environment."""
         _ = self._api
@@ -94,7 +82,9 @@ class KubeRay:
         pipeline; then the next attempt attaches. A RayJob that failed stays for `compute.kuberay.keep_failed_minutes`.
         """
         # Separate clients, made now: the signal handler must not wait for a lock of the client that it interrupts.
-        _ = self._heart, self._impatient, self._home
+        self._heart = KubernetesApi(self._api.namespace, patience=0)
+        self._impatient = KubernetesApi(self._api.namespace, patience=0, timeouts=_AT_ONCE)
+        self._home = KubernetesApi(self._api.own_namespace, patience=0, timeouts=_AT_ONCE)
         self._launcher = find_launcher(self._api)
         manifest = self._manifest(step)
         name, request = manifest["metadata"]["name"], manifest["metadata"]["annotations"][REQUEST_ANNOTATION]

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
@@ -193,14 +193,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _count_axis(axes: Axes) -> None:
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short_count(count)))
-
-
-def _short_count(count: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:g}{letter}"
-    return f"{count:g}"
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _level_name(level: float, sigmas: Array) -> str:
