@@ -187,7 +187,7 @@ class Manifest:
     # A `NoiseSuggestion` as plain values, so that reading a manifest does not load torch: for the images as they are
     # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike, None before it was kept.
     suggested_noise: Mapping[str, Any] | None = None
-    conversions: Mapping[str, int] = field(default_factory=dict)  # what pixels lost, as of `Picture`: images of each
+    conversions: Mapping[str, int] = field(default_factory=dict)  # what pixels lost (see `Picture`) -> number of images
 
     @property
     def shape(self) -> tuple[int, int, int]:

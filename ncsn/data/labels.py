@@ -30,7 +30,7 @@ class LabelTable:
 
 
 def read_table(content: bytes, *, origin: str, path: str, archive: str = "") -> LabelTable | None:
-    """A label table; None if it says nothing of labels, as a table of captions does."""
+    """A label table; None if it says nothing about labels, as a table of captions does."""
     folder, _, name = path.rpartition("/")
     try:
         rows = _ROWS[name](content.decode("utf-8-sig"))

@@ -105,7 +105,7 @@ class Fit:
         return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)), name=name).image
 
     def picture(self, picture: Picture, *, name: str) -> Fitted:
-        """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, and too few of them."""
+        """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, or too few for the crop."""
         plain = self._plain(picture)
         square = self._square(plain._replace(image=self._to_channels(plain.image, name=name)))
         pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
@@ -195,7 +195,7 @@ def _resized(picture: Picture, size: tuple[int, int], box: tuple[int, int, int, 
 def decode(data: bytes, *, least_side: int | None = None) -> Picture:
     """Decode a picture, the first of several frames, and turn it upright by its EXIF orientation.
 
-    `least_side` pixels suffice of the shorter side, where decoding fewer takes less time. `BadImageError` if it cannot
+    `least_side` pixels of the shorter side suffice, where decoding fewer takes less time. `BadImageError` if it cannot
     be decoded.
     """
     try:

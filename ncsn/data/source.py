@@ -209,7 +209,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what a folder's entry links to; None if it was deleted meanwhile, or links to nothing or to itself."""
+    """Status of what an entry of a folder links to; None if it is deleted meanwhile, or links to nothing or itself."""
     try:
         return entry.stat()
     except OSError as error:

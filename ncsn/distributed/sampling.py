@@ -61,8 +61,8 @@ class Shard:
 def plan_shards(config: Config, *, checkpoint: str, folder: str, dataset: str | None = None) -> list[Shard]:
     """The shards of the config's images that are still missing, each of `sampling.batch_size` images.
 
-    With a `dataset`, which has the extractor, the features of all images are wanted. Then the images that exist come
-    first: they take little time, and no score is known before the first images are.
+    With a `dataset`, whose extractor is used, the features of all images are wanted too. Then the images that exist
+    come first: they take little time, and there is no score before the first images.
     """
     sampling = config.sampling
     gaps = missing_ranges(storage.list_names(folder), num_images=sampling.num_images)
@@ -89,7 +89,7 @@ def make_shards(
     progress: Callable[[int, int], None],
     on_features: Callable[[int, Features], None] | None = None,
 ) -> int:
-    """Make the planned shards on the connected Ray cluster, or here if there is none; how many images were made.
+    """Make the planned shards on the connected Ray cluster, or here if there is none, and return how many images.
 
     `progress` is called with (images that exist, images in all), and `on_features` with the index of a first image and
     the features [n, D] of n images, in any order.

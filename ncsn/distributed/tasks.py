@@ -1,6 +1,6 @@
 """Function calls on the connected Ray cluster: as tasks on CPUs, and in one process per GPU.
 
-A process that has computed on a GPU keeps its CUDA context there, some hundred megabytes, as long as it lives, and Ray
+A process that has computed on a GPU keeps its CUDA context there, a few hundred megabytes, as long as it lives, and Ray
 may lend the process another GPU for its next task. So a process here has one GPU for its whole life: it makes call
 after call, with its network loaded once, or ends after a single one.
 """

@@ -313,7 +313,7 @@ def _is_last(record: dict[str, Any] | None) -> bool:
 
 
 def while_leased(progress: Callable[[int, int], None], lease: str | None, *, kept: str) -> Callable[[int, int], None]:
-    """`progress`, which raises `LeaseExpired` with `kept` when the launcher that renews `lease` is gone."""
+    """`progress`, which raises `LeaseExpired` when the launcher is gone, with `kept` about `{done}` of `{total}`."""
     if lease is None:
         return progress
     watched = Lease(lease)

@@ -135,7 +135,7 @@ def _other_seeds(
 def _make(
     sets: Sequence[tuple[Config, list[Shard]]], progress: Callable[[int, int], None], scores: _Scores | None
 ) -> tuple[int, float]:
-    """Make sets of as many images each; how many of the first were made, in how many seconds."""
+    """Make sets of equal size; return how many images of the first were made, and in how many seconds."""
     found = list[tuple[int, float]]()
 
     def progress_of_all(done: int, total: int) -> None:

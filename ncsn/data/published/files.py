@@ -73,7 +73,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 @contextmanager
 def opened(file: ParquetFile, *, ahead: bool = False) -> Iterator[pq.ParquetFile]:
-    """The open file, which must be the one that was listed until the block ends.
+    """The open file; until the block ends it must stay the one that was listed.
 
     With `ahead`, all that a call reads is asked for at once, and kept; else it is read and forgotten piece by piece.
     """
