@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
 
+MOST_WEIGHT = 100
+
 
 class _Guidance(Section):
     """Weight and band of noise levels."""
@@ -16,7 +18,7 @@ class _Guidance(Section):
     weight: float = Field(
         1.5,
         ge=0,
-        le=100,
+        le=MOST_WEIGHT,
         description="The score is s_0 + weight (s_1 - s_0). 1 = no guidance; Ho & Salimans count from there, so theirs "
         "is this minus 1.",
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.config import Config
-from ncsn.config.guidance import ClassifierFreeConfig
+from ncsn.config.guidance import MOST_WEIGHT, ClassifierFreeConfig
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.classes import NO_CLASS
@@ -170,8 +170,8 @@ def _with_classes(config: Config, label: str, weight: float) -> dict[str, Any]:
         if config.data.num_classes is None:
             raise UserError("label", "this model knows no classes", value=label)
         changes["label"] = label
-    if weight < 0:
-        raise UserError("guidance", "must be 0 (as configured) or more", value=weight)
+    if not 0 <= weight <= MOST_WEIGHT:  # as NaN is not
+        raise UserError("guidance", f"must be 0 (as configured) to {MOST_WEIGHT}", value=weight)
     if weight and weight != 1 and config.sampling.guidance is None and not config.train.label_dropout:
         raise UserError("guidance", "this model has none; it was trained without train.label_dropout", value=weight)
     if weight:

@@ -99,6 +99,15 @@ def test_an_unknown_class_is_told_all_names(model):
         assert "label" in str(caught.value) and caught.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e6, -1.0])
+def test_a_weight_of_guidance_out_of_range_is_refused(model, weight):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match="guidance.*0 .as configured. to 100") as caught:
+        model.predict(None, params={"n_images": 1, "guidance": weight})
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE" and "\n" not in str(caught.value)
+
+
 def test_configured_guidance_keeps_its_band_where_the_weight_is_another(known, make_config, tmp_path):
     import mlflow.pyfunc
 
