@@ -33,6 +33,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.tasks import run_tasks
 from ncsn.errors import UserError
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling, require_same_training
+from ncsn.model.memory import likelihood_batch
 
 SEED = 0  # of the choice of images and of all draws, so that two networks are measured on the same numbers
 
@@ -70,7 +71,7 @@ class LikelihoodPlan:
     weights: str  # their digest
     dataset: str  # digest of its content
     settings: LikelihoodConfig  # with the number of images that there are
-    shards: list[Shard]  # each of at most `sampling.batch_size` images
+    shards: list[Shard]  # each of at most `likelihood_batch` images
 
     def measure(self, *, on_images: Callable[[int], None]) -> Likelihood:
         """Measure on the connected Ray cluster, or here if there is none; `on_images(n)` follows n more images."""
@@ -105,21 +106,21 @@ def plan_likelihood(config: Config, *, checkpoint: str, dataset: str, images: in
     trained = load_for_sampling(checkpoint)
     config = require_same_training(trained.config, config, origin=checkpoint)
     manifest = load_manifest(dataset)
-    _require_fitting(trained, manifest, dataset)
+    require_fitting(trained, manifest, dataset)
     settings = config.evaluation.likelihood or LikelihoodConfig()
     count = min(images or settings.images, manifest.counts.get("test", 0))
     if count == 0:
         raise UserError("--dataset", "has no test images", value=dataset)
     settings = settings.model_copy(update={"images": count})
-    size, device = min(config.sampling.batch_size, count), config.compute.device
+    size, device = min(likelihood_batch(config), count), config.compute.device
     shards = [
         Shard(checkpoint, dataset, settings, first, min(size, count - first), device) for first in range(0, count, size)
     ]
     return LikelihoodPlan(config, trained.digest, manifest.digest, settings, shards)
 
 
-def _require_fitting(trained: SamplingCheckpoint, manifest: Manifest, dataset: str) -> None:
-    """Refuse images of another shape or of other classes than the network's."""
+def require_fitting(trained: SamplingCheckpoint, manifest: Manifest, dataset: str) -> None:
+    """Refuse the images of `--dataset` if they have another shape or other classes than the network's."""
     data = trained.config.data
     wanted: dict[str, object] = {"shape": (data.image_size, data.image_size, data.channels)}
     if trained.classes is not None:

@@ -19,6 +19,7 @@ _NODE = 0.5e9  # Ray's other processes on a node
 _CUDA = 3e9  # CUDA's libraries and context in the host's memory
 _STATE, _SNAPSHOT = 5, 6  # copies of the weights: gradients, moments and average included; for a checkpoint
 _SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampling (measured: 8 to 11 %)
+_LIKELIHOOD = 16e9  # of feature maps that a likelihood keeps at once, for its gradients
 _FLOAT, _DOUBLE = 4, 8
 # Extractor -> bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
 _PRETRAINED = {"inception": (0.0, 20e6), "dinov2": (1.9e9, 20e6)}
@@ -55,6 +56,13 @@ def kept_bytes(network: nn.Module, config: Config) -> int:
     return kept
 
 
+def likelihood_batch(config: Config) -> int:
+    """Images whose likelihood is computed at once: a batch of samples, or as many as memory holds."""
+    with torch.device("meta"):
+        network = build.network(config).to("meta")
+    return max(1, min(config.sampling.batch_size, int(_LIKELIHOOD // kept_bytes(network, config))))
+
+
 def _network(config: Config, step: str) -> float:
     with torch.device("meta"):
         network = build.network(config).to("meta")
@@ -66,7 +74,7 @@ def _network(config: Config, step: str) -> float:
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
-    likelihood = weights + kept * config.sampling.batch_size  # the trace needs a backward pass
+    likelihood = weights + kept * likelihood_batch(config)  # the trace needs a backward pass
     by_step = {"sample": sampling, "select": sampling, "train": training, "evaluate": likelihood}
     return by_step.get(step, max(sampling, training))
 

@@ -127,6 +127,13 @@ def test_values_out_of_range_are_refused(finished: Run) -> None:
             finished.neon(**{option: value})
 
 
+def test_real_images_that_do_not_fit_are_refused_before_any_are_made(finished: Run) -> None:
+    larger = variant(finished.config, {"data.image_size": 16})
+    other = Run(finished.config, finished.inputs | {"dataset": ingest.run(larger, run="larger").uri})
+    with refused("--dataset"):
+        other.neon(samples=41)
+
+
 def test_other_options_train_another_run_and_a_registered_model_may_guide(
     finished: Run, result: neon.NeonResult
 ) -> None:

@@ -26,6 +26,7 @@ from ncsn.data.format import NO_LABEL, load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.shards import generated_source
 from ncsn.distributed.cluster import ray_cluster
+from ncsn.distributed.likelihood import require_fitting
 from ncsn.distributed.sampling import Candidate, make_shards, plan_shards, score_samples
 from ncsn.errors import UserError
 from ncsn.model.averages import sampled_checkpoint
@@ -121,14 +122,16 @@ def run(
         lease: URI of the launcher's heartbeat.
 
     Raises:
-        UserError: A value is out of range, or the checkpoint is of another config.
+        UserError: A value is out of range, the checkpoint is of another config, or the images do not fit it.
     """
     step = Step.claim("neon", config, run, NeonResult, unit="images")
     checkpoint = sampled_checkpoint(checkpoint, config)
     base = load_for_sampling(checkpoint)
     config = require_same_training(base.config, config, origin=checkpoint)
     config = settle_guide(config, near=step.folder.uri)
-    real = load_manifest(dataset).count("train")
+    manifest = load_manifest(dataset)
+    require_fitting(base, manifest, dataset)
+    real = manifest.count("train")
     plan = _Plan(
         config=variant(config, {"sampling.relative_width": None}),
         base=base,
