@@ -20,9 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
+from ncsn.config.evaluation import EXTRAPOLATE_RATIO, LikelihoodConfig
 from ncsn.core.held_out import MOST_BINS
 from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.extractors import Extractor, Images
+from ncsn.evaluation.frechet import NUM_SUBSETS, FrechetStatistics, frechet_distance
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
 from ncsn.model import build
 from ncsn.model.checkpoint_store import NEWEST
@@ -35,6 +37,7 @@ from ncsn.training.metrics import EVALUATIONS_PER_STEP
 STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 GIGABYTE = 1e9
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
+EVALUATIONS_PER_RUNGE_KUTTA_STEP = 4  # of a likelihood
 _BACKWARD = 2  # FLOP over those of the forward pass
 NEIGHBOR_SEARCHES = 2  # of an evaluation in the training images: for the samples and for real test images
 
@@ -68,6 +71,7 @@ class Rates:
     dataset_image_bytes: float  # stored
     checkpoint_bytes: float
     sample_bytes: float  # of one stored image
+    extrapolation: float = 0.0  # to infinitely many images of one set, if it is asked for
 
 
 def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, float]:
@@ -88,7 +92,10 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
         + num_checkpoints(config) * rates.checkpoint
         + _validation_seconds(config, counts, rates),
         "sample": evaluation.seeds * waves * counts.nfe * rates.sample_evaluation,
-        "evaluate": counts.train_images * of_training_image + measured * rates.extract_image / extractors,
+        "evaluate": counts.train_images * of_training_image
+        + measured * rates.extract_image / extractors
+        + _likelihood_seconds(config, counts, rates)
+        + sum(_extrapolated(config, images) for images in (sampling.num_images, others)) * rates.extrapolation,
         "register": 0.0,
         "report": 0.0,
     }
@@ -109,6 +116,21 @@ def _validation_seconds(config: Config, counts: Counts, rates: Rates) -> float:
         batches = math.ceil(samples / config.sampling.batch_size)
         seconds += batches * counts.nfe * rates.sample_evaluation + samples * rates.extract_image
     return math.ceil(train.num_images / train.validate_every) * seconds
+
+
+def _likelihood_seconds(config: Config, counts: Counts, rates: Rates) -> float:
+    if not config.evaluation.bits_per_dim:
+        return 0.0
+    settings = config.evaluation.likelihood or LikelihoodConfig()
+    images = min(settings.images, counts.test_images)
+    # A trace takes a backward pass to the image, without those to the weights.
+    passes = EVALUATIONS_PER_RUNGE_KUTTA_STEP * settings.steps * (1 + settings.probes)
+    return images * passes * rates.train_image / EVALUATIONS_PER_STEP
+
+
+def _extrapolated(config: Config, images: int) -> bool:
+    evaluation, count = config.evaluation, min(images, config.sampling.num_images)
+    return evaluation.extrapolate and count >= EXTRAPOLATE_RATIO * evaluation.num_features
 
 
 def num_checkpoints(config: Config) -> int:
@@ -277,6 +299,19 @@ def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labe
         train_classifier(recipe, images=many, labels=np.tile(labels, tiles), on_progress=watch)
     (first, done), (last, more) = ticks[0], ticks[-1]
     return (last - first) / max(more - done, 1)
+
+
+def extrapolation_seconds(config: Config) -> float:
+    """Seconds of an extrapolation of the Frechet distance of the samples, by one part of it."""
+    features, images = config.evaluation.num_features, config.sampling.num_images
+    rows = 2 * features
+    values = np.random.default_rng(0).standard_normal((rows, features), np.float32)
+    started = time.perf_counter()
+    moments = FrechetStatistics.of(values)
+    summed = time.perf_counter()
+    frechet_distance(moments, moments)
+    distance, per_image = time.perf_counter() - summed, (summed - started) / rows
+    return NUM_SUBSETS * (distance + per_image * (max(images / 10, rows) + images) / 2)
 
 
 class _EnoughError(Exception):

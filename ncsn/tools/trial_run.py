@@ -45,6 +45,7 @@ from ncsn.tools.planning import (
     Counts,
     Rates,
     estimate,
+    extrapolation_seconds,
     search_seconds_per_image,
     seconds_per_image,
     training_seconds_per_image,
@@ -99,11 +100,7 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
             cluster_start = time.perf_counter() - started
             connect(small)  # creates the database, which a store does once
             rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
-    plan = {
-        "run": run,
-        "made_at": utc_now(),
-        **estimate(config, counts, rates, prices or load_prices()),
-    }
+    plan = {"run": run, "made_at": utc_now(), **estimate(config, counts, rates, prices or load_prices())}
     storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
     return plan
 
@@ -165,7 +162,7 @@ def scaled_down(config: Config, root: Path) -> Config:
             "train.best_by": "training",
             "sampling.num_images": config.sampling.batch_size * config.compute.max_workers,
             **dict.fromkeys(("evaluation.classifier_epochs", "evaluation.num_splits", "evaluation.seeds"), 1),
-            "evaluation.extrapolate": False,
+            **dict.fromkeys(("evaluation.extrapolate", "evaluation.bits_per_dim"), False),
         },
     )
 
@@ -234,6 +231,7 @@ class _TrialRun:
             dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(data.counts.values()),
             checkpoint_bytes=_bytes(trained.checkpoint, "*"),
             sample_bytes=_bytes(made.uri, "shard-*.parquet") / made.num_images,
+            extrapolation=extrapolation_seconds(config) if config.evaluation.extrapolate else 0.0,
         )
 
     def _worker_bytes(self) -> float:
