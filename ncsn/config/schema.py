@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig, SelectConfig
-from ncsn.config.guidance import GuidanceConfig
+from ncsn.config.guidance import MOST_WEIGHT, GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig, Width
@@ -206,6 +206,7 @@ class SamplingConfig(Section):
 class SearchConfig(Section):
     """A search for better settings, judged by samples, since losses at different noise levels are not comparable."""
 
+    ADDED: ClassVar[frozenset[str]] = frozenset({"guidance_weights"})
     space: dict[str, Domain] | None = Field(
         None,
         description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
@@ -217,6 +218,9 @@ class SearchConfig(Section):
         min_length=1,
         description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; trying them needs no "
         "training. null = half, one and two times the config's. For samplers with an epsilon.",
+    )
+    guidance_weights: tuple[Annotated[float, Field(ge=0, le=MOST_WEIGHT)], ...] | None = Field(
+        None, min_length=1, description="Weights of guidance to sample every checkpoint with; null = the config's."
     )
     num_trials: int = Field(16, ge=1, le=10000, description="Number of trials.")
     algorithm: Literal["optuna", "random"] = Field(

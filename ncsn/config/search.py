@@ -14,6 +14,7 @@ from ncsn.config.schema import Config
 from ncsn.errors import ConfigError, Problem, UserError
 
 EPSILON = "sampling.sampler.epsilon"
+GUIDANCE = "sampling.guidance.weight"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.", "sampling.guidance.")
 _AND = ("data.dequantize", "data.horizontal_flip", "data.augmentation.")
 # Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
@@ -106,17 +107,22 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
-    """A variant of the config with each epsilon of the search, ascending; `with_own` adds the variant's epsilon."""
+    """A variant of the config with each epsilon and weight of guidance of the search, ascending.
+
+    `with_own` adds the variant's own epsilon and weight.
+    """
     search, own = config.search, getattr(variant_.sampling.sampler, "epsilon", None)
     assert search is not None
-    if own is None:
-        return [variant_]
-    unit = variant_.levels.sigma_L**2
-    if search.epsilons is None:
-        steps = {significant(own * factor) for factor in _EPSILON_FACTORS} - {significant(own)} | {own}
-    else:
-        steps = {significant(ratio * unit) for ratio in search.epsilons} | ({own} if with_own else set())
-    return [variant(variant_, {EPSILON: step}) for step in sorted(steps)]
+    choices: dict[str, set[float]] = {}
+    if own is not None and search.epsilons is None:
+        choices[EPSILON] = {significant(own * factor) for factor in _EPSILON_FACTORS} - {significant(own)} | {own}
+    elif own is not None and search.epsilons is not None:
+        unit = variant_.levels.sigma_L**2
+        choices[EPSILON] = {significant(ratio * unit) for ratio in search.epsilons} | ({own} if with_own else set())
+    if search.guidance_weights is not None and (guidance := variant_.sampling.guidance) is not None:
+        choices[GUIDANCE] = {*search.guidance_weights} | ({guidance.weight} if with_own else set())
+    points = product(*(sorted(values) for values in choices.values()))
+    return [variant(variant_, dict(zip(choices, point, strict=True))) if choices else variant_ for point in points]
 
 
 def significant(value: float) -> float:
@@ -139,6 +145,11 @@ def space_problems(config: Config) -> list[Problem]:
         found.append(
             Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove this setting")
         )
+    if search.guidance_weights is not None and config.sampling.guidance is None:
+        hint = "set it, such as to {kind: classifier_free}, or remove this setting"
+        found.append(Problem("search.guidance_weights", "sampling.guidance is not set", hint))
+    if search.guidance_weights is not None and GUIDANCE in space:
+        found.append(Problem(f"search.space.{GUIDANCE}", "searched by search.guidance_weights too", "remove one"))
     if found:
         return found
     for values in _corners(space):

@@ -55,6 +55,7 @@ class Scored:
 
     sampler: dict[str, Any]
     objective: float | None  # less is better; None if a sample is not finite
+    guidance_weight: float | None = None  # where the search tries several
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Rung:
     loss: float | None  # mean normalized training loss since the last report
     seconds: float  # training and sampling since the rung before, in this attempt
     checkpoint: str  # name of its folder
+    guidance_weight: float | None = None  # of the least, where the search tries several
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
     found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
     sweep = [
-        Scored(sampler=sampling.sampler.model_dump(mode="json"), objective=distance)
+        Scored(sampling.sampler.model_dump(mode="json"), distance, _weight(plan.settings, sampling))
         for sampling, distance in zip(samplings, found, strict=True)
     ]
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
@@ -264,7 +266,12 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
         loss=outcome.loss,
         seconds=round(time.monotonic() - started, 1),
         checkpoint=outcome.checkpoint,
+        guidance_weight=best.guidance_weight,
     )
+
+
+def _weight(search: SearchConfig, sampling: SamplingConfig) -> float | None:
+    return None if search.guidance_weights is None or sampling.guidance is None else sampling.guidance.weight
 
 
 def _train(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import EPSILON, require_search, rungs, untrained_share, variant
+from ncsn.config.search import EPSILON, GUIDANCE, require_search, rungs, untrained_share, variant
 from ncsn.config.training import ema_setting
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
@@ -51,7 +51,9 @@ class TuneResult:
     values: dict[str, Any]  # of the best trial, by dotted path
     sampler: dict[str, Any]  # reached the objective
     images_seen: int  # training images of the best trial
-    trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
+    # Rows: trial, values, status, images_seen, objective, sampler, guidance_weight, seconds, reason.
+    trials: list[dict[str, Any]]
+    guidance_weight: float | None = None  # reached the objective, where several were tried
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
@@ -115,7 +117,7 @@ def _trials_folder(config: Config, folder: RunFolder, dataset: str, evaluation: 
         "rungs": rungs(config),
         "evaluation": evaluation,
         "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
-        **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "seed"}),
+        **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "guidance_weights", "seed"}),
     }
     digest = storage.digest(scored_by, 12)
     return storage.join(folder.search, "trials", digest)
@@ -175,7 +177,11 @@ class _Follower:
         run, logged = self._runs[trial.uri], self._logged[trial.uri]
         for rung in trial.rungs:
             if rung.images_seen not in logged:
-                known = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
+                known = {
+                    "train/loss": rung.loss,
+                    "sample/epsilon": rung.sampler.get("epsilon"),
+                    "sample/guidance_weight": rung.guidance_weight,
+                }
                 metrics = {name: value for name, value in known.items() if value is not None}
                 run.log_metrics({**metrics, self._objective: rung.objective}, rung.images_seen)
                 logged.add(rung.images_seen)
@@ -213,6 +219,7 @@ def _conclude(
         sampler=rung.sampler,
         images_seen=rung.images_seen,
         trials=table(trials, accidents=accidents),
+        guidance_weight=rung.guidance_weight,
     )
     everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
     storage.write_json(result.table, everything, indent=1)
@@ -242,17 +249,21 @@ def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -
 
 def best_config(config: Config, best: TrialRecord) -> Config:
     """The experiment with the best trial's settings and sampler, ready to train, without a search."""
-    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
+    rung = best.rungs[-1]
+    weight = {} if rung.guidance_weight is None else {GUIDANCE: rung.guidance_weight}
+    return variant(variant(config, best.values), {"sampling.sampler": rung.sampler, **weight})
 
 
 def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
     """What the config as it stands, with its own sampler, reached at that many images; None if it was not tried."""
-    sampler = plan.own_sampler().model_dump(mode="json")
+    sampler, guidance = plan.own_sampler().model_dump(mode="json"), plan.config.sampling.guidance
+    own = (None, None if guidance is None else guidance.weight)
     for trial in trials:
         if trial.values == plan.baseline:
             for rung in trial.rungs:
                 if rung.images_seen == images_seen:
-                    return next((scored.objective for scored in rung.sweep if scored.sampler == sampler), None)
+                    tried = (each for each in rung.sweep if each.sampler == sampler and each.guidance_weight in own)
+                    return next((scored.objective for scored in tried), None)
     return None
 
 
@@ -269,6 +280,7 @@ def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> lis
                 "images_seen": rung.images_seen if rung else 0,
                 "objective": rung.objective if rung else None,
                 "sampler": rung.sampler if rung else None,
+                "guidance_weight": rung.guidance_weight if rung else None,
                 "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
                 "reason": trial.failure or accidents.get(trial.uri, ""),
             }
@@ -282,6 +294,8 @@ def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
     last = [trial.rungs[-1] if trial.rungs else None for trial in trials]
     if any(rung and "epsilon" in rung.sampler for rung in last):
         settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
+    if any(rung and rung.guidance_weight is not None for rung in last):
+        settings[GUIDANCE] = [math.nan if not rung else rung.guidance_weight or 0.0 for rung in last]
     settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
     quality = [
         rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
@@ -294,9 +308,10 @@ def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
     rung = best.rungs[-1]
     if "epsilon" not in rung.sampler:
         return None
+    sweep = [scored for scored in rung.sweep if scored.guidance_weight == rung.guidance_weight]
     figure = epsilon_versus_quality(
-        [scored.sampler["epsilon"] for scored in rung.sweep],
-        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
+        [scored.sampler["epsilon"] for scored in sweep],
+        [math.nan if scored.objective is None else scored.objective for scored in sweep],
         quality_label=objective,
         chosen=rung.sampler["epsilon"],
     )

@@ -129,6 +129,28 @@ def test_the_sweep_is_in_units_of_the_least_noise() -> None:
     assert epsilons(digits("search={}"), 0.03) == pytest.approx([4.5e-5, 9e-5, 1.8e-4])
 
 
+CLASSES = ("data.num_classes=10", "train.label_dropout=0.1", "network={kind: unet, widths: [8]}")
+FREE = (*CLASSES, "sampling.guidance={kind: classifier_free, weight: 1.5}")
+
+
+def test_weights_of_guidance_are_swept_with_each_epsilon() -> None:
+    config = digits("search={guidance_weights: [2.0, 1.0], epsilons: [0.2]}", *FREE)
+    for with_own, weights in ((False, [1.0, 2.0]), (True, [1.0, 1.5, 2.0])):
+        found = [each.sampling for each in swept(config, variant(config, {}), with_own=with_own)]
+        steps = 2 if with_own else 1
+        assert [each.guidance.weight for each in found] == weights * steps  # type: ignore[union-attr]
+        assert len({each.sampler.epsilon for each in found}) == steps  # type: ignore[union-attr]
+    assert "guidance_weights" not in digits("search={}").model_dump()["search"], "digests are as before"
+
+
+def test_weights_without_guidance_or_twice_are_refused() -> None:
+    with refused("search.guidance_weights", error=ConfigError):
+        digits("search={guidance_weights: [1.0]}", *CLASSES)
+    twice = "search={guidance_weights: [1.0], space: {sampling.guidance.weight: {kind: uniform, low: 1, high: 3}}}"
+    with refused("search.space.sampling.guidance.weight", error=ConfigError):
+        digits(twice, *FREE)
+
+
 def test_a_sampler_without_epsilon_is_not_swept() -> None:
     config = digits("search={}", "sampling.sampler={kind: probability_flow}")
     assert [each.sampling for each in swept(config, variant(config, {}), with_own=True)] == [config.sampling]
