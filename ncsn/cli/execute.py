@@ -59,7 +59,7 @@ def perform_step(
     """Run one step in this process; the plain values of its result."""
     folder = run_folder(target.config, target.run)
     settings = settings or {}
-    _require_valid(step, target.config, settings, run_uri=folder.uri)
+    _require_valid(step, target.config, settings, folder)
     inputs = find_inputs(folder, step, given)
     lease = given.get("lease")
     leased = {"lease": lease} if lease else {}
@@ -100,8 +100,9 @@ def select_best(target: Target, *, given: Mapping[str, str | None], as_json: boo
         click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
 
 
-def _require_valid(step: str, config: Config, settings: Mapping[str, Any], *, run_uri: str) -> None:
+def _require_valid(step: str, config: Config, settings: Mapping[str, Any], folder: RunFolder) -> None:
     """What the step refuses too, but before its inputs are looked for and the run's name is claimed."""
+    _require_start(config, folder)
     if step == "tune":
         from ncsn.config.search import require_search
 
@@ -109,7 +110,14 @@ def _require_valid(step: str, config: Config, settings: Mapping[str, Any], *, ru
     if "inject" in settings:
         from ncsn.distributed.faults import parse_faults
 
-        parse_faults(settings["inject"], step=step, run_uri=run_uri)
+        parse_faults(settings["inject"], step=step, run_uri=folder.uri)
+
+
+def _require_start(config: Config, folder: RunFolder) -> None:
+    if config.train.init_from is not None:
+        from ncsn.steps.train import require_start
+
+        require_start(config, folder)
 
 
 def run_pipeline(target: Target, *, as_json: bool) -> None:
@@ -126,6 +134,7 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
             "or leave the search out with --set search=null",
         )
     tracking_uri(config)  # raises now, not in the second step
+    _require_start(config, run_folder(config, target.run))
     folder = claim_run(config, target.run)
     before = read_results(folder)
     records = complete_records(folder, config)

@@ -11,6 +11,7 @@ import torch
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.config.noise import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
@@ -18,7 +19,7 @@ from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import load_for_sampling
+from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.model.start import adapted, start_notes
 from ncsn.model.trained import TRAINED_CONFIG, load_for_generation, save_trained
@@ -156,21 +157,39 @@ class Start:
 
 def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
-    address, uri = config.train.init_from, folder.start
-    if address is None:
+    uri = folder.start
+    if config.train.init_from is None:
         return Start()
-    if not storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        try:
-            _fetch(config, address, uri)
-        except (UserError, FileNotFoundError) as error:
-            raise UserError("train.init_from", str(error), value=address) from None
-    source = load_for_generation(uri)
+    source = _source(config, config.train.init_from, uri)
     with torch.device("meta"):
         network = build.network(config)
     changes = adapted(source, network, config=config, classes=classes_of(config, manifest)).changes
     record = storage.read_json(storage.join(uri, _SOURCE))
     tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
     return Start(uri, tags, tuple(start_notes(source, config, changes)))
+
+
+def require_start(config: Config, folder: RunFolder) -> None:
+    """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
+    address = config.train.init_from
+    if address is None or storage.exists(folder.config):
+        return
+    if config.noise.kind == "auto":
+        config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
+    with torch.device("meta"):
+        network = build.network(config)
+    with storage.scratch_folder(folder.root) as scratch:
+        adapted(_source(config, address, str(scratch / "start")), network, config=config, classes=None)
+
+
+def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
+    """The trained network at an address, of which a copy is kept at `uri`."""
+    if not storage.exists(storage.join(uri, TRAINED_CONFIG)):
+        try:
+            _fetch(config, address, uri)
+        except (UserError, FileNotFoundError) as error:
+            raise UserError("train.init_from", str(error), value=address) from None
+    return load_for_generation(uri)
 
 
 def _fetch(config: Config, address: str, uri: str) -> None:

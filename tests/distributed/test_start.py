@@ -22,7 +22,7 @@ from ncsn.runs.curves import HELD_OUT_EDM
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import load_history
 from ncsn.steps import train
-from ncsn.steps.train import start_of
+from ncsn.steps.train import require_start, start_of
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
@@ -125,6 +125,9 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
 )
 def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: list[str]) -> None:
     config = experiment(tiny, tmp_path, source, *overrides)
+    with refused("train.init_from"):
+        require_start(config, run_folder(config, "tuned"))
+    assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
     with refused("train.init_from"):
         train.run(config, run="tuned", dataset=dataset)
 
