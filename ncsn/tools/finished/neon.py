@@ -32,7 +32,7 @@ from ncsn.errors import UserError
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, folder_name, load_for_sampling, require_same_training
 from ncsn.model.classes import labels_of_images
-from ncsn.model.index import write_derived
+from ncsn.model.index import INDEX, write_derived
 from ncsn.model.start import self_training
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_result, while_leased, write_result
@@ -266,7 +266,7 @@ def _merged(plan: _Plan, self_trained: SamplingCheckpoint, w: float) -> str:
     if w == 0:
         return plan.checkpoint
     uri = storage.join(plan.uri, "candidates", f"{w:g}")
-    if not storage.exists(uri):
+    if not storage.exists(storage.join(uri, INDEX)):  # a killed upload may have left a part
         write_derived(
             uri,
             plan.checkpoint,
