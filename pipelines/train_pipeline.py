@@ -46,9 +46,11 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         trained = configure_task(
             train(config=config, run=run, dataset=dataset), title="Train score network", cached=True
         )
-        checkpoint = trained.outputs["checkpoint"]
+        # Not cached: `ncsn select` may have chosen another checkpoint since. The store has the images of this one.
         sampled = configure_task(
-            sample(config=config, run=run, checkpoint=checkpoint), title="Sample images", cached=True
+            sample(config=config, run=run, checkpoint=trained.outputs["checkpoint"]),
+            title="Sample images",
+            cached=False,
         )
         evaluated = configure_task(
             evaluate(config=config, run=run, dataset=dataset, samples=sampled.outputs["samples"]),
@@ -57,7 +59,12 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         )
         # Not cached: the gate compares with the present champion.
         registered = configure_task(
-            register(config=config, run=run, checkpoint=checkpoint, evaluation=evaluated.outputs["evaluation"]),
+            register(
+                config=config,
+                run=run,
+                checkpoint=sampled.outputs["sampled"],
+                evaluation=evaluated.outputs["evaluation"],
+            ),
             title="Register model",
             cached=False,
         )

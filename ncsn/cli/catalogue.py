@@ -19,6 +19,7 @@ class Source:
     step: str
     field: str
     what: str
+    selectable: bool = False  # instead, the checkpoint that `ncsn select` chose, if it did
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class StepInfo:
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
 _CHECKPOINT = Source("train", "checkpoint", "checkpoint")
+_CHOSEN = Source("train", "checkpoint", "checkpoint", selectable=True)
 _SAMPLED = Source("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
 _SAMPLES = Source("sample", "uri", "folder of samples")
 
@@ -47,7 +49,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
     "train": StepInfo("Train the score network, or resume it.", inputs={"dataset": _DATASET}, leased=True, faults=True),
     "sample": StepInfo(
         "Generate images with the configured sampler.",
-        inputs={"checkpoint": _CHECKPOINT},
+        inputs={"checkpoint": _CHOSEN},
         on_demand={"score": _DATASET},
         leased=True,
         faults=True,
@@ -60,7 +62,7 @@ CATALOGUE: Mapping[str, StepInfo] = {
     "register": StepInfo(
         "Register the model in MLflow.",
         inputs={
-            "checkpoint": _CHECKPOINT,
+            "checkpoint": _SAMPLED,
             "evaluation": Source("evaluate", "uri", "evaluation that decides whether it becomes champion"),
         },
     ),
@@ -90,7 +92,7 @@ STEP_INFO: Mapping[str, StepInfo] = {
     ),
     "likelihood": StepInfo(
         "Measure bits per dimension of test images under a trained network.",
-        inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},
+        inputs={"checkpoint": _CHOSEN, "dataset": _DATASET},
         package="tools.finished",
     ),
     "neon": StepInfo(
@@ -101,7 +103,7 @@ STEP_INFO: Mapping[str, StepInfo] = {
     ),
     "restore": StepInfo(
         "Restore incomplete, small or blurred images with a trained network.",
-        inputs={"checkpoint": _CHECKPOINT},
+        inputs={"checkpoint": _CHOSEN},
         on_demand={"dataset": _DATASET},
         package="tools.finished",
     ),

@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from ncsn import storage
 from ncsn.cli.catalogue import CHECKPOINTED, STEP_INFO
@@ -32,7 +33,15 @@ from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import require_same_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.records import StepRecord, forget_attempts, read_progress, read_results, recorded
+from ncsn.runs.records import (
+    StepRecord,
+    default_checkpoint,
+    forget_attempts,
+    read_progress,
+    read_result,
+    read_results,
+    recorded,
+)
 from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
@@ -60,13 +69,15 @@ def perform_step(
     folder = run_folder(target.config, target.run)
     settings = settings or {}
     _require_valid(step, target.config, settings, folder)
-    inputs = find_inputs(folder, step, given)
+    inputs = find_inputs(folder, step, given, config=target.config)
     lease = given.get("lease")
     leased = {"lease": lease} if lease else {}
     log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
     # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
     with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
         console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
+        if "checkpoint" in inputs and not given.get("checkpoint"):
+            _say_if_selected(console, folder, inputs["checkpoint"])
         storage.delete_file(folder.step(step, "progress.json"))
         # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
@@ -98,6 +109,12 @@ def select_best(target: Target, *, given: Mapping[str, str | None], as_json: boo
                 click.echo(describe_result(step, found[step]))
     if as_json:
         click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
+
+
+def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None) -> None:
+    chosen = read_result(folder, "select")
+    if chosen is not None and chosen.result["checkpoint"] == checkpoint:
+        console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 
 def _require_valid(step: str, config: Config, settings: Mapping[str, Any], folder: RunFolder) -> None:
@@ -157,6 +174,7 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
     with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
         supervisor = Supervisor(folder, work, view)
         console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
+        _say_if_selected(console, folder, _sampled_next(folder, config))
         with _cluster(config) as address:
             # Ray has installed a handler that aborts the process after three seconds.
             stop_cleanly_on_sigterm()
@@ -165,11 +183,17 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
     return mark_complete(folder, config)
 
 
+def _sampled_next(folder: RunFolder, config: Config) -> str | None:
+    """The checkpoint of the run to sample from; None while it is not trained."""
+    trained = read_result(folder, "train")
+    return None if trained is None else default_checkpoint(folder, config, last=str(trained.result["checkpoint"]))
+
+
 def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
     """Record that the whole pipeline of this config is done; returns the records of its steps."""
     records = read_results(folder)
     mark = {
-        "of": _circumstances(config),
+        "of": _circumstances(folder, config),
         "finished_at": {step: record.finished_at for step, record in records.items()},
     }
     storage.write_text(storage.join(folder.uri, _COMPLETE), json.dumps(mark, indent=1))
@@ -179,7 +203,7 @@ def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
 def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord] | None:
     """The records of the steps if the pipeline is done for this config and nothing was changed or lost since."""
     mark = storage.find_json(storage.join(folder.uri, _COMPLETE))
-    if mark is None or mark["of"] != _circumstances(config):
+    if mark is None or mark["of"] != _circumstances(folder, config):
         return None
     records = read_results(folder)
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
@@ -188,15 +212,17 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
     return records if all(storage.exists(uri) for uri in outputs) else None
 
 
-def _circumstances(config: Config) -> dict[str, str]:
+def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     """The inputs of a run other than the results of its steps."""
     from ncsn.data.source import source_fingerprint
     from ncsn.tracking.client import shown, tracking_uri
 
+    selected = _sampled_next(folder, config) if read_result(folder, "select") else None
     return {
         "config": to_json(config),
         "files": source_fingerprint(config.data),
         "registry": shown(tracking_uri(config)),
+        **({"checkpoint": selected} if selected else {}),
     }
 
 

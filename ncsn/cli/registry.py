@@ -120,11 +120,12 @@ def export_command(
 ) -> None:
     """Write EMA weights as one safetensors file, with the config as its metadata.
 
-    They come from --checkpoint, from --model, or from the last checkpoint of --run.
+    They come from --checkpoint, from --model, or from --run: the checkpoint that `ncsn select`
+    chose, else the last.
     """
     from ncsn import storage
     from ncsn.runs.folder import run_folder
-    from ncsn.runs.records import read_result
+    from ncsn.runs.records import default_checkpoint, read_result
     from ncsn.tools import models
 
     if checkpoint is not None and model is not None:
@@ -135,14 +136,16 @@ def export_command(
         result = models.from_checkpoint(storage.absolute(checkpoint), out=out)
     else:
         target = experiment.resolve()
-        trained = read_result(run_folder(target.config, target.run), "train")
+        folder = run_folder(target.config, target.run)
+        trained = read_result(folder, "train")
         if trained is None:
             raise UserError(
                 "--checkpoint",
                 f"run {target.run!r} is not trained yet",
                 hint="run `ncsn train` first, or pass --checkpoint URI",
             )
-        result = models.from_checkpoint(str(trained.result["checkpoint"]), out=out)
+        chosen = default_checkpoint(folder, target.config, last=str(trained.result["checkpoint"]))
+        result = models.from_checkpoint(chosen, out=out)
     text = f"{result.parameters:,} EMA weights: {result.uri}"
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
 

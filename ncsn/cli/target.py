@@ -14,7 +14,7 @@ from ncsn.cli.catalogue import OWN, STEP_INFO, Source
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import read_result
+from ncsn.runs.records import default_checkpoint, read_result
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
@@ -98,7 +98,7 @@ def default_run(config: Config) -> str:
     return f"{config.name}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
 
 
-def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -> dict[str, str]:
+def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
     """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
     info = STEP_INFO[step]
     asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
@@ -106,6 +106,8 @@ def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None]) -
     for name, source in {**info.inputs, **asked}.items():
         uri = given.get(name)
         found[name] = storage.absolute(uri) if uri and uri != OWN else _from_run(folder, step, name, source)
+        if source.selectable and not uri:
+            found[name] = default_checkpoint(folder, config, last=found[name])
     return found
 
 

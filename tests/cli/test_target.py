@@ -105,15 +105,40 @@ def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at:
     storage.write_text(folder.step(step, "result.json"), json.dumps(record))
 
 
-def test_inputs_are_the_given_ones_else_those_of_the_run(folder: RunFolder) -> None:
+def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder: RunFolder) -> None:
     store_result(folder, "ingest", {"uri": "/data/set"})
     store_result(folder, "sample", {"uri": "/samples", "checkpoint": "/selected"})
-    assert find_inputs(folder, "figures", {})["checkpoint"] == "/selected"
-    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None})
+    assert find_inputs(folder, "figures", {}, config=config)["checkpoint"] == "/selected"
+    found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None}, config=config)
     assert found == {"samples": "/other", "dataset": "/data/set"}
     with refused("--checkpoint") as caught:
-        find_inputs(folder, "sample", {"checkpoint": None})
+        find_inputs(folder, "sample", {"checkpoint": None}, config=config)
     assert "`ncsn train`" in caught.value.problems[0].hint
+
+
+def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trained_again(
+    config: Config, folder: RunFolder
+) -> None:
+    last, best = (storage.join(folder.uri, place) for place in ("checkpoints/images-9", "selected/images-5"))
+    store_result(folder, "train", {"checkpoint": last})
+    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
+    for step in STEPS:
+        store_result(folder, step, {"checkpoint": last})
+    storage.write_text(last, "x")
+    mark_complete(folder, config)
+    store_result(folder, "select", {"checkpoint": best}, at="2026-01-02")
+    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}, "the copy is gone"
+    storage.write_text(best, "x")
+    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": best}
+    assert find_inputs(folder, "sample", {"checkpoint": last}, config=config) == {"checkpoint": last}
+    assert find_inputs(folder, "ema", {}, config=config) == {"checkpoint": last}
+    assert complete_records(folder, config) is None, "its samples are of the last checkpoint"
+    mark_complete(folder, config)
+    assert complete_records(folder, config) is not None
+    average = config.model_copy(update={"sampling": config.sampling.model_copy(update={"relative_width": 0.1})})
+    assert find_inputs(folder, "sample", {}, config=average) == {"checkpoint": last}
+    store_result(folder, "train", {"checkpoint": last}, at="2026-01-03")
+    assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
 
 
 def test_the_catalogue_follows_the_pipeline() -> None:

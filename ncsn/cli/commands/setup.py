@@ -200,7 +200,7 @@ def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str
     from ncsn.tools import preparation
 
     target = experiment.resolve()
-    inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset})
+    inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset}, config=target.config)
     result = preparation.import_checkpoint(target.config, run=target.run, file=file, **inputs)
     text = describe_import(target.run, result.checkpoint, result.images_seen, target.config.train.num_images)
     click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
