@@ -189,15 +189,12 @@ CLASS_HEAD = ("class", "images", "seen as asked for", "real test images", "kerne
 def class_rows(classes: Mapping[str, Any], *, most: int) -> list[list[str]]:
     """A row for each class of the `classes` of an evaluation, or for the `most` that agree least; see `CLASS_HEAD`."""
 
-    def agreement(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
-        return 2.0 if pair[0]["agreement"] is None else float(pair[0]["agreement"])
-
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     lines = list(zip(classes["table"], classes["real_table"], strict=True))
     if len(lines) > most:
-        lines = sorted(lines, key=agreement)[:most]
+        lines = sorted(lines, key=lambda pair: (pair[0]["agreement"] is None, pair[0]["agreement"] or 0.0))[:most]
     return [
         [
             line["name"].replace("|", "/")[:30],
@@ -232,13 +229,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def run_page(
-    run: str,
-    *,
-    status: str,
-    reason: str,
-    steps: Mapping[str, str],
-    places: Mapping[str, str],
-    notes: Sequence[str] = (),
+    run: str, *, status: str, reason: str, steps: Mapping[str, str], places: Mapping[str, str], notes: Sequence[str]
 ) -> str:
     """The page that KFP shows for a run. Its viewer knows tables and links, but no HTML.
 
