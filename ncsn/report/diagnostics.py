@@ -1,4 +1,4 @@
-"""Sections that explain a run: training, quality against cost, search; and hints about its settings."""
+"""Sections that explain a run: training, held-out loss, quality against cost, search; and hints about its settings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 
 from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
+from ncsn.core.held_out import HARMFUL, Alarm
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.report.cards import few_samples
 from ncsn.report.images import evenly_spread
 from ncsn.report.page import Picture, Plot, Section
-from ncsn.report.plots import NfeCurve, last_losses, loss_curves, loss_heat_map, quality_versus_nfe
+from ncsn.report.plots import NfeCurve, held_out_losses, last_losses, loss_curves, loss_heat_map, quality_versus_nfe
 from ncsn.report.style import to_svg
-from ncsn.report.words import reference_images
+from ncsn.report.words import Reading, reference_images
 from ncsn.runs.costs import Prices, cost
+from ncsn.runs.curves import HeldOutCurves
 
 Array = NDArray[np.float64]
 
@@ -143,6 +145,85 @@ def thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
     counts = np.stack([known[part].sum(axis=0) for part in parts])
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     return seen[[part[-1] for part in parts]], means
+
+
+# Of the median distance to the nearest training image, generated over real. Images of a good model are a little nearer
+# than real ones, because they lack rare detail.
+NEAR = 0.7
+
+ADVICE = (
+    "Add images, train with data.augmentation, or set data.horizontal_flip if mirrored images are as good; or train a "
+    "smaller network, or for fewer train.num_images."
+)
+
+
+def overfitting_hints(curves: HeldOutCurves) -> list[str]:
+    """A sentence if the held-out loss at the end says that the model overfits, or begins to."""
+    alarm, last = curves.last.alarm(), curves.last
+    if alarm is None:
+        return []
+    bins = list(alarm.bins)
+    worst = bins[int(np.argmax(last.gap[bins] / last.held_out[bins]))]
+    example = (
+        f"at sigma {curves.sigmas[worst]:.3g} it is {last.held_out[worst]:.3g} on held-out images and "
+        f"{last.held_out[worst] - last.gap[worst]:.3g} on training images"
+    )
+    if not alarm.harmful:
+        return [
+            f"{_where(curves, alarm)} the loss is higher on held-out images than on training images, by more than "
+            f"chance explains but not by more than {HARMFUL:.0%}: {example}. The model begins to overfit."
+        ]
+    best = int(np.argmin(curves.loss))
+    sooner = f" The held-out loss was lowest at {curves.images_seen[best]:,.0f} images."
+    return [
+        f"The model overfits. {_where(curves, alarm)} its loss is clearly higher on images that it has not seen than "
+        f"on its training images: {example}.{sooner if best < len(curves.loss) - 1 else ''} {ADVICE}"
+    ]
+
+
+def _where(curves: HeldOutCurves, alarm: Alarm) -> str:
+    first, last = curves.sigmas[alarm.bins[0]], curves.sigmas[alarm.bins[-1]]
+    return f"At sigma {first:.3g}" if first == last else f"At sigma {last:.3g} to {first:.3g}"
+
+
+def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading], *, copies: str) -> list[str]:
+    """Warnings that generated images are nearer to the training images than held-out images are.
+
+    `generated` and `real` are metrics of the samples and of real test images; `copies` says how many copies there are,
+    if they are more than chance explains.
+    """
+    hints = [f"The model memorizes training images. {copies}. {ADVICE}"] if copies else []
+    if "nn_distance" in generated and "nn_distance" in real:
+        own, others = generated["nn_distance"].value, real["nn_distance"].value
+        if own < NEAR * others:
+            hints.append(
+                "The generated images are nearer to the training images than held-out images are: the median distance "
+                f"to the nearest one is {own:,.0f}, and {others:,.0f} for held-out images."
+            )
+    return hints
+
+
+def held_out_section(curves: HeldOutCurves) -> Section:
+    """The curves of both losses, and the gap at each noise level at the end."""
+    last, alarm = curves.last, curves.last.alarm()
+    figure = held_out_losses(
+        curves.images_seen,
+        curves.loss,
+        curves.loss - curves.gap,
+        sigmas=curves.sigmas,
+        gap=last.gap / last.held_out,
+        error=last.error / last.held_out,
+        alarmed=() if alarm is None else alarm.bins,
+    )
+    return Section(
+        heading="Held-out loss",
+        text="The loss on test images, which training never uses, and on training images, both with the EMA weights "
+        "and without augmentation. A model of the distribution has the same loss on both. One that learns its training "
+        "images by heart has a growing gap between the two, and in the end its held-out loss rises. The gap at each "
+        "noise level is that of the last checkpoint, with two standard errors.",
+        plots=[Plot(to_svg(figure, salt="held-out"), alt="Loss of held-out and of training images over training")],
+        hints=overfitting_hints(curves),
+    )
 
 
 # A measured quality is the plain values that `ncsn.report.finished_run.quality` returns and `figures.json` keeps.

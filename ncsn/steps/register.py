@@ -20,8 +20,8 @@ from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of
 from ncsn.report.cards import ModelFacts, model_card
+from ncsn.report.diagnostics import copying_hints, overfitting_hints
 from ncsn.report.facts import cost_line
-from ncsn.report.held_out import copying_hints, overfitting_hints
 from ncsn.report.images import neighbors_png
 from ncsn.report.words import read_figures
 from ncsn.runs.costs import account

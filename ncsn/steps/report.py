@@ -21,8 +21,8 @@ from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.model.generate import evaluations_per_image
 from ncsn.report import diagnostics, facts, words
+from ncsn.report.diagnostics import copying_hints, held_out_section
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
-from ncsn.report.held_out import copying_hints, held_out_section
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES, film, neighbors
 from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from ncsn.core.held_out import Gaps
-from ncsn.report.diagnostics import training_section
-from ncsn.report.held_out import held_out_section
+from ncsn.report.diagnostics import held_out_section, training_section
 from ncsn.report.images import film, grid_png, neighbors
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows

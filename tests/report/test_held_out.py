@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ncsn.core.held_out import Gaps
-from ncsn.report.held_out import NEAR, copying_hints, held_out_section, overfitting_hints
+from ncsn.report.diagnostics import NEAR, copying_hints, held_out_section, overfitting_hints
 from ncsn.report.plots import held_out_losses
 from ncsn.report.style import PALETTE
 from ncsn.report.words import read_figures
