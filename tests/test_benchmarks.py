@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from benchmarks import __main__ as main
 from benchmarks import gpu, training_step
 from benchmarks.edm_loss import held_out_losses
-from benchmarks.measure import Row, in_turns, own_process, ratio, table
+from benchmarks.measure import Clock, Row, in_turns, own_process, ratio, table
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
@@ -100,7 +101,19 @@ def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
 
 def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, since three others would each import torch."""
-    monkeypatch.setattr(training_step, "own_process", lambda prepare, *args, clock: nullcontext(prepare(*args)))
+
+    @contextmanager
+    def here(prepare: Callable[..., Callable[[], None]], *args: object, clock: Clock) -> Iterator[Callable[[], float]]:
+        call = prepare(*args)
+
+        def seconds() -> float:
+            began = clock()
+            call()
+            return clock() - began
+
+        yield seconds
+
+    monkeypatch.setattr(training_step, "own_process", here)
     cpu = torch.device("cpu")
     assert gpu.sampling(cpu, images=2, steps_per_level=1, num_features=8).value > 0
     found = loss_curves(device=cpu, batch=2, steps=10, num_features=8)
