@@ -1,8 +1,8 @@
-"""Neon: away from what training on a network's own samples does to its weights (2510.03597).
+"""Neon: weights that are moved away from those of training on the network's own samples (2510.03597).
 
-A sampler of few steps draws too little of the distribution that the network knows. A network that is trained on such
-samples moves toward them, so its weights minus the first ones point away from the data, and the first ones minus a
-multiple of that difference are nearer to the data.
+A sampler of few steps misses a part of the distribution that the network knows. A network that is trained on such
+samples moves toward them, so the change of its weights points away from the data, and the first weights minus a
+multiple of that change are nearer to the data.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
 def moment_matched(moments: DataMoments, *, sigma: float, z: Tensor) -> Tensor:
     """A draw from N(mean, covariance + sigma^2 I), the normal distribution nearest to the data plus noise of sigma.
 
-    It comes close to that data also where sigma is far below the spread of the data. z: standard normal [B, C, H, W].
+    It is close to that data even where sigma is far below the spread of the data. z: standard normal [B, C, H, W].
     """
     flat = z.flatten(1)
     directions = moments.directions.to(flat)

@@ -117,7 +117,8 @@ class Uncertainty(nn.Module):
     """u(sigma), the logarithm of the weighted loss per pixel that is expected there (Karras et al. 2024).
 
     A linear layer on fixed random Fourier features of ln(sigma) / 4. It starts at 0, and training learns it with the
-    network: the least of l e^-u + u over u is at u = ln l. So no sigma's gradient is larger only for its larger loss.
+    network: the least of l e^-u + u over u is at u = ln l. So no sigma dominates the gradient because its loss is
+    larger.
     """
 
     frequencies: Tensor

@@ -19,7 +19,7 @@ def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
 
 
 def extractor_name(config: Config, manifest: Manifest) -> str:
-    """The extractor as metrics name it, without a look at its weights."""
+    """The extractor as metrics name it, without reading its weights."""
     known = pretrained_identity(config.evaluation)
     return named_in_metrics(evaluation_of(config, manifest).extractor if known is None else known.name, config)
 

@@ -108,7 +108,7 @@ def _publish(
         "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
         "training_seconds": round(seconds, 2),
     }
-    # Of two writers the first one's stays.
+    # The first of two writers wins.
     with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
         (folder / WEIGHTS).write_bytes(weights)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -135,7 +135,7 @@ def extract_piece(
     piece: FeaturePiece, extractor: Callable[[], Extractor], *, on_images: Callable[[int], None] | None = None
 ) -> Extracted:
     """The features of a piece, from the store or extracted and stored now; `on_images(n)` follows each batch."""
-    # Read without a look whether it is there: another process that is done with the set removes its pieces.
+    # Read without a check first: another process that has finished the set removes its pieces.
     with suppress(FileNotFoundError):
         extracted = Extracted(**load(storage.read_bytes(piece.uri)))
         if on_images is not None:

@@ -161,7 +161,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def _whole(folder: str, times: Sequence[int], widths: Sequence[float]) -> Iterator[tuple[int, float]]:
-    """Time and width of each stored average; a damaged snapshot is left out, since the others can do without."""
+    """Time and width of each stored average; a damaged snapshot is left out, since the others suffice."""
     for time in times:
         with storage.local_copy(storage.join(folder, folder_name(time))) as local:
             try:

@@ -77,7 +77,7 @@ class Restoration:
 
     @property
     def assumed_noise(self) -> float:
-        """The deviation of the noise that is reckoned with."""
+        """The standard deviation of the noise that the method assumes."""
         return self.sigma_y if self.task == "inpaint" else max(self.sigma_y, ROUNDING)
 
     def operator(self, config: Config, known: NDArray[np.bool_] | None = None) -> Operator:
