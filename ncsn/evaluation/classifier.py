@@ -74,9 +74,10 @@ class ClassifierNetwork(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, *, image_size: int, channels: int, num_classes: int) -> None:
+    def __init__(self, recipe: ClassifierRecipe) -> None:
         super().__init__()
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        image_size, channels = recipe.image_size, recipe.channels
+        self.image_size, self.channels = image_size, channels
         self.reduction = _reduction(image_size)
         side = image_size // self.reduction
         kernel, stride = (5, 2) if side >= 16 else (3, 1)  # stride 2 makes the network four times cheaper
@@ -88,7 +89,7 @@ class ClassifierNetwork(nn.Module):
         self.conv_2 = nn.Conv2d(32, 64, 3, padding=1)
         self.norm_2 = nn.BatchNorm2d(64)
         self.hidden = nn.Linear(64 * pooled * pooled, NUM_FEATURES)
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
+        self.head = nn.Linear(NUM_FEATURES, recipe.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 128] of [B, C, H, W] pixels in [0, 255]."""
@@ -167,9 +168,7 @@ def train_classifier(
     # Dropout and initialization use the global generators.
     with torch.random.fork_rng(devices), _threads(small=len(labeled) < SMALL_SET):
         torch.manual_seed(recipe.seed)
-        network = ClassifierNetwork(
-            image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes
-        )
+        network = ClassifierNetwork(recipe)
         _set_pixel_statistics(network, images)
         network.to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)

@@ -48,9 +48,8 @@ def classifier_uri(dataset_uri: str, recipe: ClassifierRecipe) -> str:
 
 def describe_classifier(uri: str) -> StoredClassifier | None:
     """The classifier in the folder `uri`; None if there is none."""
-    try:
-        description = storage.read_json(storage.join(uri, DESCRIPTION))
-    except FileNotFoundError:
+    description = storage.find_json(storage.join(uri, DESCRIPTION))
+    if description is None:
         return None
     recipe = ClassifierRecipe(**description["recipe"])
     return StoredClassifier(
@@ -70,14 +69,25 @@ def ensure_classifier(
 ) -> str:
     """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
     uri = classifier_uri(dataset_uri, recipe)
-    if not storage.exists(storage.join(uri, DESCRIPTION)):
-        started = time.monotonic()
-        labels = train.labels
-        if recipe.clustered:
-            labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
-        network = train_classifier(recipe, images=train.images, labels=labels, device=device, on_progress=on_progress)
-        test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
-        _publish(uri, network, recipe, test_accuracy=test_accuracy, seconds=time.monotonic() - started)
+    if storage.exists(storage.join(uri, DESCRIPTION)):
+        return uri
+    started = time.monotonic()
+    labels = train.labels
+    if recipe.clustered:
+        labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
+    network = train_classifier(recipe, images=train.images, labels=labels, device=device, on_progress=on_progress)
+    test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
+    weights = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    description = {
+        "recipe": asdict(recipe),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
+        "training_seconds": round(time.monotonic() - started, 2),
+    }
+    # The first of two writers wins.
+    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
     return uri
 
 
@@ -93,22 +103,6 @@ def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
             hint="delete the folder to train the classifier again",
         )
     recipe = ClassifierRecipe(**description["recipe"])
-    network = ClassifierNetwork(image_size=recipe.image_size, channels=recipe.channels, num_classes=recipe.num_classes)
+    network = ClassifierNetwork(recipe)
     network.load_state_dict(load(weights))
     return ClassifierExtractor(network.to(device), identity(recipe, weights_sha256=digest))
-
-
-def _publish(
-    uri: str, network: ClassifierNetwork, recipe: ClassifierRecipe, *, test_accuracy: float, seconds: float
-) -> None:
-    weights = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
-    description = {
-        "recipe": asdict(recipe),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "test_accuracy": None if math.isnan(test_accuracy) else test_accuracy,
-        "training_seconds": round(seconds, 2),
-    }
-    # The first of two writers wins.
-    with storage.staged_folder(uri, marker=DESCRIPTION) as folder:
-        (folder / WEIGHTS).write_bytes(weights)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))

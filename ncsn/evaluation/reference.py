@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -67,9 +66,8 @@ class Reference:
 def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
     """The stored reference with this fingerprint, or None if there is none."""
     uri = _reference_uri(dataset_uri, fingerprint)
-    try:
-        description = json.loads(storage.read_text(storage.join(uri, DESCRIPTION)))
-    except FileNotFoundError:
+    description = storage.find_json(storage.join(uri, DESCRIPTION))
+    if description is None:
         return None
     tensors = load(storage.read_bytes(storage.join(uri, STATISTICS)))
     return Reference(
@@ -98,7 +96,23 @@ def publish_reference(
         origin: The extractor and the images, for the description.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
-        _write(folder, extracted, shape=shape, batch_size=batch_size)
+        features = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=np.float32, shape=shape)
+        histogram: npt.NDArray[np.float64] | float = 0.0
+        statistics: FrechetStatistics | None = None
+        done = 0
+        for piece in extracted:
+            for first in range(0, len(piece.features), batch_size):
+                batch = piece.features[first : first + batch_size]
+                features[done : done + len(batch)] = batch
+                part = FrechetStatistics.of(batch)
+                statistics = part if statistics is None else statistics.merge(part)
+                shares = class_histogram(piece.log_probabilities[first : first + len(batch)])
+                histogram = histogram + shares * len(batch)
+                done += len(batch)
+        assert statistics is not None, "the split has images"
+        features.flush()
+        moments = {"mean": statistics.mean, "scatter": statistics.scatter}
+        save_file({**moments, "class_histogram": np.asarray(histogram) / done}, folder / STATISTICS)
         description = {"fingerprint": fingerprint, **origin, "images": shape[0]}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
@@ -111,25 +125,6 @@ def class_histogram(log_probabilities: npt.NDArray[np.float64]) -> npt.NDArray[n
 
 def _reference_uri(dataset_uri: str, fingerprint: str) -> str:
     return storage.join(dataset_uri, FOLDER, fingerprint[:16])
-
-
-def _write(folder: Path, extracted: Iterable[Extracted], *, shape: tuple[int, int], batch_size: int) -> None:
-    features = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=np.float32, shape=shape)
-    histogram: npt.NDArray[np.float64] | float = 0.0
-    statistics: FrechetStatistics | None = None
-    done = 0
-    for piece in extracted:
-        for first in range(0, len(piece.features), batch_size):
-            batch = piece.features[first : first + batch_size]
-            features[done : done + len(batch)] = batch
-            part = FrechetStatistics.of(batch)
-            statistics = part if statistics is None else statistics.merge(part)
-            histogram = histogram + class_histogram(piece.log_probabilities[first : first + len(batch)]) * len(batch)
-            done += len(batch)
-    assert statistics is not None, "the split has images"
-    features.flush()
-    tensors = {"mean": statistics.mean, "scatter": statistics.scatter, "class_histogram": np.asarray(histogram) / done}
-    save_file(tensors, folder / STATISTICS)
 
 
 @dataclass(frozen=True)

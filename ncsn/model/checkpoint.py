@@ -115,7 +115,13 @@ def snapshot(
         "weights.safetensors": _copies(state.network.state_dict()),
         "ema.safetensors": _copies(state.ema.weights),
         "moments.safetensors": moment_tensors(moments),
-        "optimizer.safetensors": _copies(_optimizer_tensors(state)),
+        "optimizer.safetensors": _copies(
+            {
+                f"{name}/{key}": value
+                for name, parameter in state.trained()
+                for key, value in state.optimizer.state.get(parameter, {}).items()
+            }
+        ),
     }
     if state.second_ema is not None:
         tensors[SECOND_EMA] = _copies(state.second_ema.weights)
@@ -210,14 +216,6 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], *, origin:
     if found := misfits(tensors, network.state_dict()):
         raise CheckpointError(origin, f"does not fit this network: tensors {found}")
     network.load_state_dict(dict(tensors), strict=True)
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in state.trained()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:

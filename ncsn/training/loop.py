@@ -27,7 +27,6 @@ from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.model.classes import Classes
 from ncsn.model.start import start_from
 from ncsn.process import keep_freed_memory
 from ncsn.runs.records import PREVIEW, load_history, now_ms
@@ -104,6 +103,7 @@ class Training:
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
             self.split = open_training_images(job.dataset, self.config.data)
             self.manifest = load_manifest(job.dataset)
+            self.classes = classes_of(self.config, self.manifest)
             recorded = job.sink is not None or job.history is not None
             probe = open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
             self.state = build.train_state(self.config, device=context.device)
@@ -147,11 +147,6 @@ class Training:
         if curves is not None:
             self.curves.restore(curves)
         self.saved = name
-
-    @property
-    def classes(self) -> Classes | None:
-        """The classes that the network learns."""
-        return classes_of(self.config, self.manifest)
 
     @cached_property
     def moments(self) -> DataMoments:

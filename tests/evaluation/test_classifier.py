@@ -87,7 +87,7 @@ def test_any_number_of_steps_has_a_learning_rate(epochs: int) -> None:
 
 
 def test_layers_are_those_of_the_domain_classifier_for_mnist_sized_images() -> None:
-    network = ClassifierNetwork(image_size=28, channels=1, num_classes=10)
+    network = ClassifierNetwork(ClassifierRecipe(image_size=28, channels=1, num_classes=10, epochs=1, seed=0))
     assert network.features(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
     shapes = {name: tuple(weight.shape) for name, weight in network.named_parameters() if weight.ndim > 1}
     assert shapes == {
@@ -109,7 +109,7 @@ def test_features_do_not_depend_on_the_batch(digits: Splits) -> None:
 
 def test_a_gpu_would_see_what_a_cpu_sees(digits: Splits) -> None:
     """Its convolutions take no TF32 meanwhile, which PyTorch's default lets them."""
-    network = ClassifierNetwork(image_size=8, channels=1, num_classes=10)
+    network = ClassifierNetwork(ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=1, seed=0))
     seen: list[bool] = []
     network.conv_1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     ClassifierExtractor(network, identity(RECIPE, weights_sha256="0")).extract(digits[1].images[:4])
@@ -148,7 +148,7 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
 
 
 def test_images_of_another_shape_or_type_are_refused() -> None:
-    network = ClassifierNetwork(image_size=8, channels=1, num_classes=2)
+    network = ClassifierNetwork(ClassifierRecipe(image_size=8, channels=1, num_classes=2, epochs=1, seed=0))
     extractor = ClassifierExtractor(network, identity(RECIPE, weights_sha256="0"))
     with pytest.raises(ValueError, match="28"):
         extractor.extract(np.zeros((2, 28, 28, 1), np.uint8))
