@@ -264,7 +264,7 @@ class _Column:
 
     @classmethod
     def of(cls, name: str, values: Sequence[Any] | Array) -> _Column:
-        if all(_is_number(value) for value in values):
+        if all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values):
             return cls._of_numbers(name, np.array(values, np.float64))
         words = sorted({str(value) for value in values})
         places = {word: index / (len(words) - 1) if len(words) > 1 else 0.5 for index, word in enumerate(words)}
@@ -284,10 +284,6 @@ class _Column:
         middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
         ticks = [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")]
         return cls(name, (scaled - ends[0]) / (ends[1] - ends[0]), ticks)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _draw_columns(axes: Axes, columns: Sequence[_Column]) -> None:

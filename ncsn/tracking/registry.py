@@ -266,7 +266,9 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
             folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
     except (MlflowException, OSError) as error:
-        cause = _first_failure(error)
+        # The reason for the first file; MLflow puts headings before it.
+        lines = (line.strip() for line in str(error).splitlines())
+        cause = next((line for line in lines if line and not line.startswith(_HEADINGS)), one_line(error))
     if cause:
         raise TrackingError(
             f"models:/{version.name}/{version.version}",
@@ -301,9 +303,3 @@ def _copied(config: Config, address: str, near: str, registry: str | None) -> st
                 weights = fetch_weights(uri, version, scratch)
                 storage.publish_folder(weights, place, marker=TRAINED_CONFIG)
     return place
-
-
-def _first_failure(error: Exception) -> str:
-    """The reason for the first file; MLflow puts headings before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(_HEADINGS)), one_line(error))

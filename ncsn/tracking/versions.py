@@ -51,7 +51,9 @@ def resolve_version(client: MlflowClient, address: str) -> ModelVersion:
     _require_alias(name, alias)
     found = aliased_version(client, name, alias)
     if found is None:
-        raise UserError(f"{SCHEME}{name}@{alias}", f"no such alias; the model has: {_shown_aliases(client, name)}")
+        (model,) = client.search_registered_models(f"name = '{name}'")
+        aliases = ", ".join(sorted(model.aliases)) or "none"
+        raise UserError(f"{SCHEME}{name}@{alias}", f"no such alias; the model has: {aliases}")
     return found
 
 
@@ -117,8 +119,3 @@ def _require_alias(name: str, alias: str) -> None:
         )
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,254}", alias):
         raise UserError(address, "not a valid alias", hint="use lower-case letters, digits, '-' and '_'")
-
-
-def _shown_aliases(client: MlflowClient, name: str) -> str:
-    (model,) = client.search_registered_models(f"name = '{name}'")
-    return ", ".join(sorted(model.aliases)) or "none"
