@@ -3,9 +3,10 @@
     python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml --out samplers.json
 
 SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and optionally
-`precision`, `num_images` and `batch_size`. Images stay below --work by what they depend on, so a second call makes only
-the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the new batches, so other load on
-the machine changes them little.
+`precision`, `num_images`, `batch_size`, `label`, `guidance` and `levels`. Images stay below --work by what they depend
+on, so a second call makes only the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the
+new batches, so other load on the machine changes them little. For a model with classes, `agreement` is the share of the
+images that the classifier sees as the class that was asked for.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import torch
 import yaml
 
 from ncsn.config.schema import SamplingConfig
+from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
+from ncsn.evaluation.classes import AskedClasses
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
-from ncsn.model.generate import generate
+from ncsn.model.generate import generate, image_labels
 
 QUOTED = 64  # the table has the seconds for this many images
 
@@ -65,6 +68,7 @@ class Row:
     kid: float
     score: float
     recall: float
+    agreement: float | None  # None without classes
     sampler: dict[str, Any]
     precision: str
 
@@ -78,12 +82,13 @@ def main() -> None:
     settings = settings_of(entries, checkpoint, common=common, work=options.work)
     make_images(options.checkpoint, settings, processes=options.processes)
     rows = measured(options.dataset, checkpoint, settings, num_images=options.num_images)
-    print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | images |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | agreement | images |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
+        agreement = "" if row.agreement is None else f"{row.agreement:.3f}"
         print(
             f"| {row.name} | {row.nfe} | {row.seconds_per_64:.2f} | {row.fid:.2f} | {1000 * row.kid:.1f} "
-            f"| {row.score:.2f} | {row.recall:.3f} | {row.num_images:,} |"
+            f"| {row.score:.2f} | {row.recall:.3f} | {agreement} | {row.num_images:,} |"
         )
     if options.out is not None:
         options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -109,7 +114,7 @@ def settings_of(
     settings = []
     for entry in entries:
         sampling = SamplingConfig.model_validate(common | {key: value for key, value in entry.items() if key != "name"})
-        kept_by = {"sampler", "seed", "precision", "batch_size"}
+        kept_by = {"sampler", "seed", "precision", "batch_size", "label", "guidance", "levels"}
         key = sampling.model_dump_json(include=kept_by) + checkpoint.digest
         settings.append(Setting(entry["name"], sampling, work / hashlib.sha256(key.encode()).hexdigest()[:16]))
     return settings
@@ -132,9 +137,10 @@ def _make_batch(checkpoint: str, sampling: SamplingConfig, first: int, count: in
     began = time.process_time()
     images = generate(trained, sampling=sampling, first=first, count=count)
     seconds = time.process_time() - began
+    labels = image_labels(trained, sampling, first=first, count=count)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part.npz")
-    np.savez(part, images=images, seconds=seconds)
+    np.savez(part, images=images, seconds=seconds, labels=np.full(count, -1) if labels is None else labels.numpy())
     part.replace(target)
 
 
@@ -146,10 +152,12 @@ def _load(uri: str) -> SamplingCheckpoint:
 def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Setting], *, num_images: int) -> list[Row]:
     """Quality and speed of the images, and the quality of as many real test images."""
     train, test = open_cache(dataset, "train"), open_cache(dataset, "test")
+    names = load_manifest(dataset).class_names
+    own = checkpoint.config.evaluation.extractor == "classifier"
     reference = open_evaluator(checkpoint.config, dataset).reference
     extractor = extractor_of(checkpoint.config, dataset)
 
-    def row(name: str, images: list[np.ndarray], **known: Any) -> Row:
+    def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
         figures = measure(
             map(extractor.extract, images),
             count=sum(map(len, images)),
@@ -158,36 +166,41 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
             training_images=train.images,
             num_splits=10,
             seed=0,
+            asked=AskedClasses(labels, train.labels, names, own=own),
         ).metrics
         values = {key: figures[key].value for key in ("fid", "kid", "score", "recall")}
+        values["agreement"] = figures["class_agreement"].value if "class_agreement" in figures else None
         return Row(name=name, num_images=sum(map(len, images)), **values, **known)
 
     rows = [
         row(
             setting.name,
             images,
+            labels,
             nfe=build.sampler(setting.sampling.sampler).num_evaluations(checkpoint.config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
             sampler=setting.sampling.sampler.model_dump(),
             precision=setting.sampling.precision,
         )
         for setting in settings
-        for images, seconds in [_kept(setting)]
+        for images, labels, seconds in [_kept(setting)]
     ]
     real = test.images[:num_images]
     batches = [real[first : first + QUOTED] for first in range(0, len(real), QUOTED)]
-    return [*rows, row("real test images", batches, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
+    labels = test.labels[:num_images]
+    return [*rows, row("real test images", batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
 
 
-def _kept(setting: Setting) -> tuple[list[np.ndarray], list[float]]:
-    """The images of a setting, and of each whole batch the seconds for 64."""
-    images, seconds = [], []
+def _kept(setting: Setting) -> tuple[list[np.ndarray], np.ndarray, list[float]]:
+    """The images of a setting, their classes (-1: none), and of each whole batch the seconds for 64."""
+    images, labels, seconds = [], [], []
     for _, count, file in setting.batches:
         with np.load(file) as stored:
             images.append(stored["images"])
+            labels.append(stored["labels"])
             if count == setting.sampling.batch_size:
                 seconds.append(float(stored["seconds"]) * QUOTED / count)
-    return images, seconds
+    return images, np.concatenate(labels), seconds
 
 
 if __name__ == "__main__":
