@@ -16,10 +16,7 @@ NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
 SEED_STRIDE = 2**32
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.
-PUBLISHED_FILES = {
-    "inception": "weights-inception-2015-12-05-6726825d.pth",
-    "dinov2": "dinov2_vitl14_pretrain.pth",
-}
+PUBLISHED_FILES = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}
 PUBLISHED_SHA256 = {
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
@@ -57,8 +54,7 @@ class EvaluationConfig(Section):
         "set, else classifier if the images have at least two classes, else clusters.",
     )
     weights: str | None = Field(
-        None,
-        description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI.",
+        None, description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI."
     )
     weights_sha256: str = Field(
         PUBLISHED_SHA256["inception"],
@@ -169,5 +165,5 @@ class SelectConfig(Section):
         "are of samples that the choice has not seen.",
     )
     keep: int = Field(
-        3, ge=1, description="Copy the EMA weights of the best candidates, so many, to the run's folder selected/."
+        3, ge=1, description="How many of the best candidates keep their EMA weights, in the run's folder selected/."
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
+from ncsn.config.problems import leaves, set_value
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
@@ -77,30 +79,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(path.strip().split(".")):
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     try:
-        return path.strip(), _number(yaml.safe_load(raw))
+        value = yaml.safe_load(raw)
     except yaml.YAMLError:
         raise ConfigError("--set", "the value is not valid YAML", value=override) from None
-
-
-def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path, making its sections; `ConfigError` if one of them is a value."""
-    *sections, last = path.split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError("--set", f"{section!r} is a value, not a section", value=path)
-    node[last] = value
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3, without a dot, as text.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
+        with suppress(ValueError):
+            value = float(value)
+    return path.strip(), value
 
 
 _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
@@ -126,7 +111,7 @@ _DECIDING_STOP = (
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted path -> plain value; lists stay lists."""
-    return dict(_walk(config.model_dump(mode="json"), ""))
+    return dict(leaves(config.model_dump(mode="json")))
 
 
 def training_settings(config: Config) -> dict[str, Any]:
@@ -150,12 +135,3 @@ def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
         for path in sorted(left.keys() | right.keys())
         if left.get(path) != right.get(path) and not (chosen_later and path.startswith("noise."))
     }
-
-
-def _walk(node: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in node.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _walk(value, f"{path}.")
-        else:
-            yield path, value

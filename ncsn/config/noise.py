@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -43,19 +43,17 @@ class LognormalTraining(Section):
 
 
 TrainingNoise = Annotated[LevelsTraining | LognormalTraining, Field(discriminator="kind")]
-
-
 _TRAINING = Field(LevelsTraining(), description="The noise that training adds to its images.")
-
-
 _SIGMA_1 = Field(1.0, gt=0, le=1e4, description="Largest noise standard deviation, in units of pixels in [0, 1].")
 _SIGMA_L = Field(0.01, gt=0, le=1e3, description="Smallest noise standard deviation, same unit.")
 _NUM_LEVELS = Field(
     10, ge=1, le=10000, description="Number of levels L. One level, with sigma_1 = sigma_L, means no annealing."
 )
 
+L = TypeVar("L", "NoiseConfig", "LevelsConfig")
 
-def _require_descending(levels: LevelsConfig | NoiseConfig) -> None:
+
+def _descending(levels: L) -> L:
     if levels.num_levels == 1 and levels.sigma_1 != levels.sigma_L:
         raise UserError(
             "sigma_1", f"num_levels = 1 needs sigma_1 = sigma_L, which is {levels.sigma_L}", value=levels.sigma_1
@@ -66,6 +64,7 @@ def _require_descending(levels: LevelsConfig | NoiseConfig) -> None:
             f"must be larger than sigma_L = {levels.sigma_L}, since the levels go from most to least noise",
             value=levels.sigma_1,
         )
+    return levels
 
 
 class NoiseConfig(Section):
@@ -79,10 +78,7 @@ class NoiseConfig(Section):
     num_levels: int = _NUM_LEVELS
     training: TrainingNoise = _TRAINING
 
-    @model_validator(mode="after")
-    def _descending(self) -> NoiseConfig:
-        _require_descending(self)
-        return self
+    _in_order = model_validator(mode="after")(_descending)
 
 
 class LevelsConfig(Section):
@@ -92,10 +88,7 @@ class LevelsConfig(Section):
     sigma_L: float = _SIGMA_L
     num_levels: int = _NUM_LEVELS
 
-    @model_validator(mode="after")
-    def _descending(self) -> LevelsConfig:
-        _require_descending(self)
-        return self
+    _in_order = model_validator(mode="after")(_descending)
 
 
 class AutoNoiseConfig(Section):
@@ -114,7 +107,6 @@ class AutoNoiseConfig(Section):
 
 
 NoiseChoice = Annotated[NoiseConfig | AutoNoiseConfig, Field(discriminator="kind")]
-
 
 _ANNEAL_POWER = Field(2.0, ge=0, le=4, description="The weight at sigma is sigma ** anneal_power; the paper uses 2.")
 

@@ -1,16 +1,36 @@
-"""Pydantic's errors as problems with dotted paths."""
+"""Dotted paths: of values in a tree of settings, and of pydantic's errors as problems."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ncsn.errors import Problem, problems_of
+from ncsn.errors import ConfigError, Problem, problems_of
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted path of each value of a tree, and the value; lists stay lists."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path, making its sections; `ConfigError` if one of them is a value."""
+    *sections, last = path.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError("--set", f"{section!r} is a value, not a section", value=path)
+    node[last] = value
 
 
 def problems(error: ValidationError, tree: dict[str, Any], *, model: type[BaseModel]) -> list[Problem]:
@@ -20,14 +40,20 @@ def problems(error: ValidationError, tree: dict[str, Any], *, model: type[BaseMo
 
 def section_models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
     """The section classes that a field may hold, alone or in a mapping; none for a value."""
-    return list(_sections_in(model.model_fields[field].annotation))
+
+    def within(annotation: Any) -> Iterator[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        for arm in get_args(annotation):
+            yield from within(arm)
+
+    return list(within(model.model_fields[field].annotation))
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for arm in get_args(annotation):
-        yield from _sections_in(arm)
+def kinds_of(models: Iterable[type[BaseModel]]) -> list[str]:
+    """The values of `kind` that these sections have; none for a section without it."""
+    fields = [model.model_fields.get("kind") for model in models]
+    return [kind for field in fields if field is not None for kind in get_args(field.annotation)]
 
 
 def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
@@ -35,14 +61,15 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
     path = ".".join(parts)
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        valid = _valid_keys(parts, tree, model)
+        valid = sorted({key for section in _models(parts, tree, model) for key in section.model_fields})
         close = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]!r}? " if close else _other_kinds(parts, model)
         return [Problem(path, "unknown key", f"{hint}valid keys: {', '.join(valid)}")]
     if kind == "missing":
         return [Problem(path, "missing", "set it; it has no default")]
     if kind == "union_tag_not_found":
-        return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(_valid_kinds([*parts, 'kind'], tree, model))}")]
+        kinds = kinds_of(_models([*parts, "kind"], tree, model))
+        return [Problem(f"{path}.kind", "missing", f"valid: {', '.join(kinds)}")]
     if kind == "union_tag_invalid":
         return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
     if kind == "literal_error":
@@ -55,26 +82,15 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
     return [Problem(path, f"{detail['msg'][0].lower()}{detail['msg'][1:]}", value=value)]
 
 
-def _valid_keys(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
-    """Keys of the section of the last of `parts`, for the kind that the tree has there."""
-    return sorted({key for model in _models(parts, tree, root) for key in model.model_fields})
-
-
 def _other_kinds(parts: Sequence[str], root: type[BaseModel]) -> str:
     """A hint if the last of `parts` is a key of the same section with another `kind`; else nothing."""
     *section, key = parts
     # An empty tree has no kinds, so that the section may have any.
-    arms = [arm for arm in _models(parts, {}, root) if key in arm.model_fields]
-    kinds = [kind for arm in arms for kind in get_args(arm.model_fields["kind"].annotation)]
+    kinds = kinds_of(arm for arm in _models(parts, {}, root) if key in arm.model_fields)
     if not kinds:
         return ""
     path = ".".join(section)
     return f"it is for kind {' or '.join(kinds)}; to change the kind, replace the section: {path}={{kind: ...}}; "
-
-
-def _valid_kinds(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
-    """Kinds that the section of the last of `parts` can have."""
-    return [kind for model in _models(parts, tree, root) for kind in get_args(model.model_fields["kind"].annotation)]
 
 
 def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -> list[type[BaseModel]]:
@@ -90,9 +106,7 @@ def _models(parts: Sequence[str], tree: dict[str, Any], root: type[BaseModel]) -
         named = [model for model in models if part in model.model_fields]
         # A part that is not a field is a key of a mapping of sections.
         arms = [arm for model in named for arm in section_models(model, part)] if named else models
-        models = [
-            arm for arm in arms if "kind" in arm.model_fields and kind in get_args(arm.model_fields["kind"].annotation)
-        ] or arms
+        models = [arm for arm in arms if kind in kinds_of([arm])] or arms
     return models
 
 

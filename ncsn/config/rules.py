@@ -7,23 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ncsn.config.choices import (
-    DdpmppNetworkConfig,
-    NcsnNetworkConfig,
-    NcsnV2NetworkConfig,
-    UnetNetworkConfig,
-)
+from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.config.guidance import ClassifierFreeConfig
-from ncsn.config.noise import (
-    AutoNoiseConfig,
-    DsmLossConfig,
-    LevelsConfig,
-    LognormalTraining,
-    NoiseConfig,
-    SingleSigmaLossConfig,
-    SsmLossConfig,
-)
+from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SingleSigmaLossConfig, SsmLossConfig
 from ncsn.config.problems import problems
 from ncsn.config.samplers import level_problems
 from ncsn.config.schema import Config
@@ -31,6 +18,7 @@ from ncsn.config.training import PowerEmaConfig
 from ncsn.errors import ConfigError, Problem
 
 _HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
+_ANY_SIGMA = "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels"
 
 
 def checked(tree: dict[str, Any]) -> Config:
@@ -46,32 +34,30 @@ def checked(tree: dict[str, Any]) -> Config:
 
 def check(config: Config) -> list[Problem]:
     """A problem for each broken rule, with the key to change."""
-    checks = (
-        _augmentation,
-        _averages,
-        _batch,
-        _classes,
-        _compiled_loss,
-        _guidance,
-        _likelihood,
-        _logits,
-        _network_size,
-        _one_level,
-        _start,
-        _training_noise,
-        _sampler_network,
-        _sampler_levels,
-        _extrapolation,
-        _splits,
-    )
-    return [problem for check in checks for problem in check(config)]
+    rules = (_images, _network_size, _noise, _training, _classes, _guidance, _sampling, _levels, _evaluation)
+    return [problem for rule in rules for problem in rule(config)]
 
 
-def _augmentation(config: Config) -> Iterator[Problem]:
+def _images(config: Config) -> Iterator[Problem]:
     data, network = config.data, config.network
+    told = isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig)
+    if data.num_classes is not None and not told:
+        yield Problem(
+            "data.num_classes",
+            f"needs a network that takes classes, but network.kind = {network.kind} does not",
+            "use network.kind = unet or ddpmpp, or null",
+            data.num_classes,
+        )
+    if data.logit_transform and config.noise.kind == "auto":
+        yield Problem(
+            "noise",
+            "measured on pixels, but data.logit_transform = true trains on their logits",
+            "use the section noise that `ncsn suggest-noise --config` prints",
+            "auto",
+        )
     if data.augmentation is None:
         return
-    if not isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
+    if not told:
         yield Problem(
             "data.augmentation",
             f"needs a network that is told of it, but network.kind = {network.kind} cannot be",
@@ -85,71 +71,8 @@ def _augmentation(config: Config) -> Iterator[Problem]:
             value=True,
         )
     if data.logit_transform:
-        yield Problem(
-            "data.augmentation", "interpolates pixels, but data.logit_transform = true has logits", "use one of them"
-        )
-
-
-def _averages(config: Config) -> Iterator[Problem]:
-    width = config.sampling.relative_width
-    if width is not None and not isinstance(config.train.averaging, PowerEmaConfig):
-        yield Problem(
-            "sampling.relative_width",
-            f"needs snapshots of two averages, which train.ema.kind = {config.train.averaging.kind} does not store",
-            "use train.ema.kind = power, or null",
-            width,
-        )
-
-
-def _batch(config: Config) -> Iterator[Problem]:
-    batch, workers = config.train.batch_size, config.compute.max_workers
-    if batch < workers:
-        yield Problem(
-            "train.batch_size",
-            f"less than one image for each of compute.num_workers = {workers}",
-            "raise it, or lower compute.num_workers",
-            batch,
-        )
-
-
-def _classes(config: Config) -> Iterator[Problem]:
-    network, label = config.network, config.sampling.label
-    if config.data.num_classes is not None:
-        if not isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
-            yield Problem(
-                "data.num_classes",
-                f"needs a network that takes classes, but network.kind = {network.kind} does not",
-                "use network.kind = unet or ddpmpp, or null",
-                config.data.num_classes,
-            )
-        return
-    if config.train.label_dropout:
-        yield Problem(
-            "train.label_dropout", "needs classes", "set data.num_classes, or use 0", config.train.label_dropout
-        )
-    if label != "balanced":
-        yield Problem("sampling.label", "needs a network of classes", "set data.num_classes before training", label)
-
-
-def _guidance(config: Config) -> Iterator[Problem]:
-    if not isinstance(config.sampling.guidance, ClassifierFreeConfig):
-        return
-    key, kind, instead = "sampling.guidance.kind", "classifier_free", "before training, or use null or autoguidance"
-    if config.data.num_classes is None:
-        yield Problem(key, "needs a network of classes", f"set data.num_classes {instead}", kind)
-    elif not config.train.label_dropout:
-        reason = "with train.label_dropout = 0 the network has never seen an image without its class"
-        yield Problem(key, reason, f"set it to 0.1 {instead}", kind)
-
-
-def _compiled_loss(config: Config) -> Iterator[Problem]:
-    if config.compute.compile and isinstance(config.loss, SsmLossConfig):
-        yield Problem(
-            "compute.compile",
-            "not possible with loss.kind = ssm, which differentiates the network twice",
-            "use compute.compile = false",
-            value=True,
-        )
+        reason = "interpolates pixels, but data.logit_transform = true has logits"
+        yield Problem("data.augmentation", reason, "use one of them")
 
 
 def _network_size(config: Config) -> Iterator[Problem]:
@@ -167,8 +90,7 @@ def _network_size(config: Config) -> Iterator[Problem]:
             )
         else:
             yield from _attention_sizes(network, sizes)
-        return
-    if isinstance(network, DdpmppNetworkConfig):
+    elif isinstance(network, DdpmppNetworkConfig):
         sizes = [size >> depth for depth in range(len(network.multipliers))]
         most = (size & -size).bit_length()
         if len(sizes) > most:
@@ -180,9 +102,7 @@ def _network_size(config: Config) -> Iterator[Problem]:
             )
         else:
             yield from _attention_sizes(network, sizes)
-        return
-    step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
-    if size % step:
+    elif size % (step := 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)):
         yield Problem(
             "data.image_size",
             f"not divisible by {step}, which network.kind = {network.kind} needs",
@@ -201,88 +121,25 @@ def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: li
         )
 
 
-def _likelihood(config: Config) -> Iterator[Problem]:
-    if config.evaluation.likelihood is not None or config.evaluation.bits_per_dim:
-        yield from likelihood_problems(config)
-
-
-def likelihood_problems(config: Config) -> Iterator[Problem]:
-    """Why images have no likelihood under a network of this config."""
-    key = f"evaluation.{'bits_per_dim' if config.evaluation.bits_per_dim else 'likelihood'}"
-    if isinstance(config.network, NcsnNetworkConfig):
-        yield Problem(key, "needs a network that takes any sigma, but network.kind = ncsn knows only its own levels")
-    if config.data.logit_transform:
-        yield Problem(key, "is that of pixels, but data.logit_transform = true trains on their logits")
-    if not config.data.dequantize:
+def _noise(config: Config) -> Iterator[Problem]:
+    loss, network, num_levels = config.loss, config.network, getattr(config.noise, "num_levels", "auto")
+    any_sigma = isinstance(config.noise.training, LognormalTraining)
+    if any_sigma and isinstance(network, NcsnNetworkConfig):
+        yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
+    if any_sigma and isinstance(loss, SingleSigmaLossConfig):
         yield Problem(
-            key,
-            "needs data.dequantize = true in training: 256 gray values on a line have no density, and the number falls "
-            "without limit with sigma_min",
+            "noise.training.kind",
+            "draws any sigma, but loss.kind = single_sigma trains at one noise level",
+            "use levels, or loss.kind = dsm",
+            "lognormal",
         )
-
-
-def _logits(config: Config) -> Iterator[Problem]:
-    if config.data.logit_transform and config.noise.kind == "auto":
-        yield Problem(
-            "noise",
-            "measured on pixels, but data.logit_transform = true trains on their logits",
-            "use the section noise that `ncsn suggest-noise --config` prints",
-            "auto",
-        )
-
-
-def _sampled(config: Config) -> tuple[str, NoiseConfig | AutoNoiseConfig | LevelsConfig]:
-    """The section that has the sampler's levels."""
-    levels = config.sampling.levels
-    return ("noise", config.noise) if levels is None else ("sampling.levels", levels)
-
-
-def _one_level(config: Config) -> Iterator[Problem]:
-    sampler, num_levels = config.sampling.sampler, getattr(config.noise, "num_levels", "auto")
-    key, levels = _sampled(config)
-    if isinstance(config.loss, SingleSigmaLossConfig) and num_levels != 1:
+    if isinstance(loss, SingleSigmaLossConfig) and num_levels != 1:
         yield Problem(
             "noise.num_levels",
             "loss.kind = single_sigma trains at one noise level",
             "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L",
             num_levels,
         )
-    if getattr(levels, "num_levels", None) == 1 and sampler.several_levels:
-        yield Problem(
-            "sampling.sampler.kind",
-            f"uses several noise levels, but {key}.num_levels = 1",
-            "use sampling.sampler.kind = langevin",
-            sampler.kind,
-        )
-
-
-def _start(config: Config) -> Iterator[Problem]:
-    if config.train.trainable == "light" and config.train.init_from is None:
-        yield Problem(
-            "train.trainable",
-            "leaves convolutions as they start, and without train.init_from they start at random",
-            "set train.init_from, or use all",
-            "light",
-        )
-
-
-def _training_noise(config: Config) -> Iterator[Problem]:
-    loss, network = config.loss, config.network
-    if isinstance(config.noise.training, LognormalTraining):
-        if isinstance(network, NcsnNetworkConfig):
-            yield Problem(
-                "noise.training.kind",
-                "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",
-                "use levels, or another network.kind",
-                "lognormal",
-            )
-        if isinstance(loss, SingleSigmaLossConfig):
-            yield Problem(
-                "noise.training.kind",
-                "draws any sigma, but loss.kind = single_sigma trains at one noise level",
-                "use levels, or loss.kind = dsm",
-                "lognormal",
-            )
     if isinstance(loss, DsmLossConfig) and loss.weighting != "power" and not hasattr(network, "sigma_data"):
         yield Problem(
             "loss.weighting",
@@ -292,47 +149,118 @@ def _training_noise(config: Config) -> Iterator[Problem]:
         )
 
 
-def _sampler_network(config: Config) -> Iterator[Problem]:
-    sampler = config.sampling.sampler
-    if sampler.any_sigma is None or not isinstance(config.network, NcsnNetworkConfig):
-        return
-    setting, instead = sampler.any_sigma
-    yield Problem(
-        f"sampling.sampler.{setting}",
-        "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels",
-        f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp",
-        getattr(sampler, setting),
-    )
-
-
-def _sampler_levels(config: Config) -> Iterator[Problem]:
-    key, levels = _sampled(config)
-    if isinstance(levels, LevelsConfig) and not isinstance(config.noise.training, LognormalTraining):
+def _training(config: Config) -> Iterator[Problem]:
+    train, workers = config.train, config.compute.max_workers
+    if train.batch_size < workers:
         yield Problem(
-            key,
-            f"needs a network trained at any sigma, but noise.training.kind = {config.noise.training.kind}",
-            "use null, or train with lognormal",
+            "train.batch_size",
+            f"less than one image for each of compute.num_workers = {workers}",
+            "raise it, or lower compute.num_workers",
+            train.batch_size,
         )
-    if not isinstance(levels, AutoNoiseConfig):
-        yield from level_problems(config.sampling.sampler, levels, key=key)
-
-
-def _extrapolation(config: Config) -> Iterator[Problem]:
-    least = EXTRAPOLATE_RATIO * config.evaluation.num_features
-    if config.evaluation.extrapolate and config.sampling.num_images < least:
+    if train.trainable == "light" and train.init_from is None:
         yield Problem(
-            "evaluation.extrapolate",
-            f"needs {least:,} samples with this extractor, not sampling.num_images = {config.sampling.num_images}",
-            "raise it, or use false",
+            "train.trainable",
+            "leaves convolutions as they start, and without train.init_from they start at random",
+            "set train.init_from, or use all",
+            "light",
+        )
+    if config.compute.compile and isinstance(config.loss, SsmLossConfig):
+        yield Problem(
+            "compute.compile",
+            "not possible with loss.kind = ssm, which differentiates the network twice",
+            "use compute.compile = false",
             value=True,
         )
 
 
-def _splits(config: Config) -> Iterator[Problem]:
-    if config.evaluation.num_splits > config.sampling.num_images:
+def _classes(config: Config) -> Iterator[Problem]:
+    if config.data.num_classes is not None:
+        return
+    dropout, label = config.train.label_dropout, config.sampling.label
+    if dropout:
+        yield Problem("train.label_dropout", "needs classes", "set data.num_classes, or use 0", dropout)
+    if label != "balanced":
+        yield Problem("sampling.label", "needs a network of classes", "set data.num_classes before training", label)
+
+
+def _guidance(config: Config) -> Iterator[Problem]:
+    if not isinstance(config.sampling.guidance, ClassifierFreeConfig):
+        return
+    key, kind, instead = "sampling.guidance.kind", "classifier_free", "before training, or use null or autoguidance"
+    if config.data.num_classes is None:
+        yield Problem(key, "needs a network of classes", f"set data.num_classes {instead}", kind)
+    elif not config.train.label_dropout:
+        reason = "with train.label_dropout = 0 the network has never seen an image without its class"
+        yield Problem(key, reason, f"set it to 0.1 {instead}", kind)
+
+
+def _sampling(config: Config) -> Iterator[Problem]:
+    sampler, width, averaging = config.sampling.sampler, config.sampling.relative_width, config.train.averaging
+    if width is not None and not isinstance(averaging, PowerEmaConfig):
+        yield Problem(
+            "sampling.relative_width",
+            f"needs snapshots of two averages, which train.ema.kind = {averaging.kind} does not store",
+            "use train.ema.kind = power, or null",
+            width,
+        )
+    if sampler.any_sigma is not None and isinstance(config.network, NcsnNetworkConfig):
+        setting, instead = sampler.any_sigma
+        hint = f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp"
+        yield Problem(f"sampling.sampler.{setting}", _ANY_SIGMA, hint, getattr(sampler, setting))
+
+
+def _levels(config: Config) -> Iterator[Problem]:
+    """Of the noise levels that the sampler visits."""
+    other, sampler, training = config.sampling.levels, config.sampling.sampler, config.noise.training
+    key = "noise" if other is None else "sampling.levels"
+    if other is not None and not isinstance(training, LognormalTraining):
+        reason = f"needs a network trained at any sigma, but noise.training.kind = {training.kind}"
+        yield Problem(key, reason, "use null, or train with lognormal")
+    levels = other or config.noise
+    if isinstance(levels, AutoNoiseConfig):
+        return
+    if levels.num_levels == 1 and sampler.several_levels:
+        yield Problem(
+            "sampling.sampler.kind",
+            f"uses several noise levels, but {key}.num_levels = 1",
+            "use sampling.sampler.kind = langevin",
+            sampler.kind,
+        )
+    yield from level_problems(sampler, levels, key=key)
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    evaluation, count = config.evaluation, config.sampling.num_images
+    if evaluation.likelihood is not None or evaluation.bits_per_dim:
+        yield from likelihood_problems(config)
+    least = EXTRAPOLATE_RATIO * evaluation.num_features
+    if evaluation.extrapolate and count < least:
+        yield Problem(
+            "evaluation.extrapolate",
+            f"needs {least:,} samples with this extractor, not sampling.num_images = {count}",
+            "raise it, or use false",
+            value=True,
+        )
+    if evaluation.num_splits > count:
         yield Problem(
             "sampling.num_images",
-            f"less than one for each of evaluation.num_splits = {config.evaluation.num_splits}",
+            f"less than one for each of evaluation.num_splits = {evaluation.num_splits}",
             "raise it, or lower evaluation.num_splits",
-            config.sampling.num_images,
+            count,
+        )
+
+
+def likelihood_problems(config: Config) -> Iterator[Problem]:
+    """Why images have no likelihood under a network of this config."""
+    key = f"evaluation.{'bits_per_dim' if config.evaluation.bits_per_dim else 'likelihood'}"
+    if isinstance(config.network, NcsnNetworkConfig):
+        yield Problem(key, _ANY_SIGMA)
+    if config.data.logit_transform:
+        yield Problem(key, "is that of pixels, but data.logit_transform = true trains on their logits")
+    if not config.data.dequantize:
+        yield Problem(
+            key,
+            "needs data.dequantize = true in training: 256 gray values on a line have no density, and the number falls "
+            "without limit with sigma_min",
         )

@@ -88,10 +88,7 @@ class DataConfig(Section):
         description="Color behind transparent pixels: white, black or [r, g, b]; none = they make an image a bad one.",
     )
     test_fraction: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="Share of the images to hold out as test split, for sources without one.",
+        0.1, gt=0, lt=1, description="Share of the images to hold out as test split, for sources without one."
     )
     max_images: int | None = Field(None, ge=2, description="Keep only the first N images of each split; null = all.")
     on_bad_image: Literal["fail", "skip"] = Field(
@@ -118,9 +115,7 @@ class DataConfig(Section):
         "from windows of images, for datasets that do not fit on the disk; the shuffle is weaker.",
     )
     window_images: int = Field(
-        65536,
-        ge=16,
-        description="Images per window of loader: stream; two or three windows must fit on a node's disk.",
+        65536, ge=16, description="Images per window of loader: stream; two or three windows must fit on a node's disk."
     )
     dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
     logit_transform: bool = Field(

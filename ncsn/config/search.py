@@ -9,6 +9,7 @@ from itertools import islice, product
 from typing import Any
 
 from ncsn.config.choices import ChoiceDomain, Domain, LogDomain
+from ncsn.config.problems import leaves, set_value
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.errors import ConfigError, Problem, UserError
@@ -94,11 +95,7 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
     tree = config.model_dump(mode="json")
     tree["search"] = None
     for path, value in values.items():
-        *sections, key = path.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[key] = value
+        set_value(tree, path, value)
     sigma_L = tree["noise"]["sigma_L"]
     epsilon = tree["sampling"]["sampler"].get("epsilon")
     if epsilon is not None and EPSILON not in values and sigma_L != config.noise.sigma_L:
@@ -125,9 +122,9 @@ def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
     return [variant(variant_, dict(zip(choices, point, strict=True))) if choices else variant_ for point in points]
 
 
-def significant(value: float) -> float:
-    """The value rounded to six digits, to be readable in a config."""
-    return float(f"{value:.6g}")
+def significant(value: float, digits: int = 6) -> float:
+    """The value rounded to significant digits, to be readable in a config."""
+    return float(f"{value:.{digits}g}")
 
 
 def space_problems(config: Config) -> list[Problem]:
@@ -180,17 +177,9 @@ def _path_problems(config: Config, path: str) -> Iterator[Problem]:
 
 
 def _searchable(config: Config) -> list[str]:
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}"
-
-    paths = walk(config.model_dump(mode="json", exclude={"search"}), "")
     return [
         path
-        for path in paths
+        for path, _ in leaves(config.model_dump(mode="json"))
         if path.startswith((*_SEARCHED, *_AND)) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
     ]
 

@@ -43,7 +43,7 @@ class DecayEmaConfig(Section):
     per_step: float = Field(0.999, ge=0, lt=1, description="Factor of the average at each step.")
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
-        """Share in [0, 1] of the initial weights in the average after training on so many images."""
+        """Share in [0, 1] of the initial weights in the average after training on this many images."""
         return float(self.per_step ** (images_seen // batch_size))
 
 
@@ -61,7 +61,7 @@ class HalfLifeEmaConfig(Section):
     )
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
-        """Share in [0, 1] of the initial weights in the average after training on so many images, about."""
+        """Share in [0, 1] of the initial weights in the average after training on this many images, about."""
         if self.ramp_up is None:
             return float(0.5 ** (images_seen / self.images))
         ramp = min(images_seen, self.images / self.ramp_up)
@@ -132,7 +132,7 @@ class StopConfig(Section):
         description="What must fall: validation = the held-out loss; fid = the Frechet distance of a few samples."
     )
     patience_images: int = Field(
-        ge=1, description="Stop when it has not fallen for this many training images; the learning rate does not know."
+        ge=1, description="Stop when it has not fallen for this many training images; the learning-rate schedule stays."
     )
     tolerance: float = Field(0.001, ge=0, lt=1, description="A fall by less than this share of it does not count.")
 
@@ -185,18 +185,16 @@ class TrainConfig(Section):
     )
     report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
     keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        3,
-        description="How many of the latest checkpoints to keep; all = of the older ones what images need: the EMA.",
+        3, description="How many of the latest checkpoints to keep; all = of the older ones what images need: the EMA."
     )
     keep_every_images: int | None = Field(
         None,
         ge=1,
-        description="Of the older checkpoints, keep the first one after each so many training images, with what images "
+        description="Of the older checkpoints, keep the first one after each N training images, with what images "
         "need: the EMA; for `ncsn select`. null = none.",
     )
     keep_best: bool = Field(
-        True,
-        description="Also keep a copy of the best checkpoint by best_by, in the run's folder best/.",
+        True, description="Also keep a copy of the best checkpoint by best_by, in the run's folder best/."
     )
     best_by: Literal["training", "validation", "fid"] = Field(
         "training",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -11,10 +12,11 @@ import annotated_types
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
-from ncsn.config import Config
-from ncsn.config.load import parse_override, set_value
-from ncsn.config.problems import section_models
+from ncsn.config import Config, from_yaml
+from ncsn.config.load import parse_override
+from ncsn.config.problems import kinds_of, section_models, set_value
 
 _WIDTH = 118
 _INDENT = "  "
@@ -58,32 +60,36 @@ class Draft:
     def to_yaml(self, heading: Iterable[str] = ()) -> str:
         """The file: sections and their settings in the order of the schema, reasons as comments."""
         comments = [line for text in heading for line in _comment(text)]
-        return "\n".join([*comments, *[""] * bool(comments), *self._lines(self.tree, "", _order(Config)), ""])
+        return "\n".join([*comments, *[""] * bool(comments), *self._lines(self.tree, "", Config), ""])
 
     def _is_given(self, path: str) -> bool:
         return any(path == given or path.startswith(f"{given}.") for given in self._given)
 
-    def _lines(self, node: dict[str, Any], prefix: str, order: Sequence[str]) -> Iterator[str]:
-        places = {key: place for place, key in enumerate(order)}
+    def _lines(self, node: dict[str, Any], prefix: str, model: Any) -> Iterator[str]:
+        # A section of several kinds has no one order.
+        fields = getattr(model, "model_fields", {})
+        places = {key: place for place, key in enumerate(fields)}
         indent = _INDENT * prefix.count(".")
         for key in sorted(node, key=lambda key: places.get(key, len(places))):
             path, value = f"{prefix}{key}", node[key]
             yield from _comment(self.reasons.get(path, ""), indent)
             if isinstance(value, dict) and value:
                 yield f"{indent}{key}:"
-                yield from self._lines(value, f"{path}.", _order(_model(path)))
+                yield from self._lines(value, f"{path}.", fields[key].annotation if key in fields else None)
             else:
                 yield f"{indent}{key}: {_scalar(value)}"
 
 
-def _model(path: str) -> Any:
-    """The class of a section of the config; None for one of several kinds."""
-    field = Config.model_fields.get(path)
-    return field.annotation if field else None
-
-
-def _order(model: Any) -> list[str]:
-    return list(getattr(model, "model_fields", ()))
+def any_config(*, overrides: Sequence[str] = (), train: Mapping[str, Any] | None = None, **sections: Any) -> Config:
+    """A valid config with these sections; the others are a small network, a long training and some sampler."""
+    never = dict.fromkeys(("num_images", "checkpoint_every_images", "report_every_images"), 10**9)
+    others = {
+        "name": "any",
+        "network": {"kind": "unet", "widths": [8]},
+        "train": {**never, **(train or {})},
+        "sampling": {"sampler": {"kind": "annealed_langevin"}},
+    }
+    return from_yaml(json.dumps({**others, **sections}), overrides=overrides, origin="--set")
 
 
 def _comment(text: str, indent: str = "") -> list[str]:
@@ -100,12 +106,7 @@ def _scalar(value: Any) -> str:
 
 
 def overridden(text: str, overrides: Sequence[str]) -> str:
-    """The YAML text of a config with other values, its comments kept.
-
-    Args:
-        text: One line per setting, two spaces per level.
-        overrides: `a.b=value`.
-    """
+    """The YAML text of a config, one line per setting and two spaces per level, with other values; comments stay."""
     lines = text.splitlines()
     for override in overrides:
         path, value = parse_override(override)
@@ -162,22 +163,12 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _other_kinds(section: type[BaseModel], name: str, value: BaseModel) -> str:
-    fields = [model.model_fields.get("kind") for model in section_models(section, name)]
-    kinds = [kind for field in fields if field is not None for kind in get_args(field.annotation)]
-    others = [kind for kind in kinds if kind != getattr(value, "kind", None)]
+    others = [kind for kind in kinds_of(section_models(section, name)) if kind != getattr(value, "kind", None)]
     return f" Other kinds, with other settings: {', '.join(others)}." if others else ""
 
 
 def _shown(value: Any) -> str:
-    return _scalar(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return _scalar(to_jsonable_python(value))
 
 
 def _meaning(field: FieldInfo) -> str:
