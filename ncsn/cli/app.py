@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ncsn.cli import kubeflow, registry
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.commands.finished import (
-    ema_command,
-    figures_command,
-    likelihood_command,
-    neon_command,
-    restore_command,
-    select_command,
-)
-from ncsn.cli.commands.setup import (
-    import_checkpoint_command,
-    init_command,
-    plan_command,
-    suggest_noise_command,
-    toy_command,
-)
-from ncsn.cli.kubeflow import cleanup_command, compile_command, doctor_command, submit_command
+from ncsn.cli.commands import finished, setup
 from ncsn.cli.options import (
     Decorated,
     ReportingCommand,
@@ -35,14 +21,6 @@ from ncsn.cli.options import (
     json_option,
     lease_option,
     score_option,
-)
-from ncsn.cli.registry import (
-    export_command,
-    model_options,
-    promote_command,
-    rollback_command,
-    sample_from_model,
-    trace_command,
 )
 from ncsn.process import reduce_gc
 
@@ -80,7 +58,7 @@ def main() -> None:
     app(prog_name="ncsn")
 
 
-app.add_command(init_command)
+app.add_command(setup.init_command)
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
@@ -103,7 +81,7 @@ def _add_step_command(step: str) -> None:
         from ncsn.cli.execute import run_step
 
         if given.get("model") or given.get("out"):
-            sample_from_model(experiment, given, inject=inject, as_json=as_json)
+            registry.sample_from_model(experiment, given, inject=inject, as_json=as_json)
             return
         target = experiment.resolve(checkpoint=given.get("checkpoint"))
         run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
@@ -117,7 +95,7 @@ def _add_step_command(step: str) -> None:
         decorated = score_option(decorated)
     decorated = input_options(step)(decorated)
     if step == "sample":
-        decorated = model_options(decorated)
+        decorated = registry.model_options(decorated)
     app.command(step, cls=ReportingCommand, help=info.summary)(experiment_options(decorated))
 
 
@@ -148,31 +126,14 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
     serve_ui(experiment.resolve_any().config, host=host, port=port)
 
 
-def _hidden(command: click.Command) -> click.Command:
-    alias = copy.copy(command)
-    alias.hidden = True
-    return alias
-
-
 for _command in (
-    plan_command,
-    suggest_noise_command,
-    import_checkpoint_command,
-    select_command,
-    ema_command,
-    figures_command,
-    likelihood_command,
-    neon_command,
-    restore_command,
-    toy_command,
-    submit_command,
-    compile_command,
-    doctor_command,
-    cleanup_command,
-    promote_command,
-    rollback_command,
-    trace_command,
-    export_command,
+    *(setup.plan_command, setup.suggest_noise_command, setup.import_checkpoint_command),
+    *(finished.select_command, finished.ema_command, finished.figures_command, finished.likelihood_command),
+    *(finished.neon_command, finished.restore_command, setup.toy_command),
+    *(kubeflow.submit_command, kubeflow.compile_command, kubeflow.doctor_command, kubeflow.cleanup_command),
+    *(registry.promote_command, registry.rollback_command, registry.trace_command, registry.export_command),
 ):
     app.add_command(_command)
-app.add_command(_hidden(cleanup_command), "reap")  # its first name, which installed janitors call
+_reap = copy.copy(kubeflow.cleanup_command)
+_reap.hidden = True
+app.add_command(_reap, "reap")  # its first name, which installed janitors call

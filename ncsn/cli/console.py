@@ -114,23 +114,19 @@ def console_on(stream: TextIO) -> Console:
 def quiet_libraries(log: Path | None) -> Iterator[Console]:
     """Send all output of the block to `log`, or to stderr without one; yields a console on the stderr from before."""
     with ExitStack() as stack:
-        own = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1)) if _is_process_stderr() else sys.stderr
-        target = stack.enter_context(_open_log(log)) if log is not None else own
+        own = sys.stderr
+        if own is sys.__stderr__:
+            own = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
+        target = own
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            target = stack.enter_context(log.open("a", buffering=1))
         # Threads of Ray and Arrow write to the descriptors, not through sys.stdout.
         stack.enter_context(_moved(1, target))
         stack.enter_context(_moved(2, target))
         stack.enter_context(redirect_stdout(target))
         stack.enter_context(redirect_stderr(target))
         yield console_on(own)
-
-
-def _is_process_stderr() -> bool:
-    return sys.stderr is sys.__stderr__
-
-
-def _open_log(log: Path) -> TextIO:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return log.open("a", buffering=1)
 
 
 @contextmanager

@@ -95,15 +95,11 @@ def _check_store(root: str) -> str:
     """Read, write, and the conditional write that run names and checkpoints rely on."""
     probe = storage.join(root, f".doctor-{uuid.uuid4().hex}")
     with limited(CHECK_SECONDS):
-        return _probe_store(root, probe)
-
-
-def _probe_store(root: str, probe: str) -> str:
-    try:
-        first, second = (storage.publish_once(probe, content) for content in (b"first", b"second"))
-        content = storage.read_bytes(probe)
-    finally:
-        storage.delete_file(probe)
+        try:
+            first, second = (storage.publish_once(probe, content) for content in (b"first", b"second"))
+            content = storage.read_bytes(probe)
+        finally:
+            storage.delete_file(probe)
     if not first or second or content != b"first":
         raise UserError(
             "storage.root",

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,8 +208,9 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
     records = read_results(folder)
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
         return None
-    outputs = (uri for record in records.values() for uri in _uris(record.result, folder.root))
-    return records if all(storage.exists(uri) for uri in outputs) else None
+    values = [value for record in records.values() for value in record.result.values()]
+    outputs = [value for value in values if isinstance(value, str) and value.startswith(f"{folder.root}/")]
+    return records if all(map(storage.exists, outputs)) else None
 
 
 def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
@@ -226,20 +227,13 @@ def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     }
 
 
-def _uris(result: Mapping[str, Any], root: str) -> Iterator[str]:
-    return (value for value in result.values() if isinstance(value, str) and value.startswith(f"{root}/"))
-
-
-@contextmanager
-def _cluster(config: Config) -> Iterator[str]:
+def _cluster(config: Config) -> AbstractContextManager[str]:
     """The Ray cluster that the steps join; none where each step is a job."""
     if config.compute.backend != "local":
-        yield f"one job per step ({config.compute.backend})"
-        return
+        return nullcontext(f"one job per step ({config.compute.backend})")
     from ncsn.distributed.cluster import ray_cluster
 
-    with ray_cluster(config) as address:
-        yield address
+    return ray_cluster(config)
 
 
 @contextmanager
@@ -287,17 +281,14 @@ def _alone(folder: RunFolder, step: str) -> Iterator[None]:
         return
     path = Path(folder.uri) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=0)
     except Timeout:
         raise UserError(
             "--run", "running in another process", hint="wait for it, or choose another --run NAME", value=folder.run
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def serve_ui(config: Config, *, host: str, port: int) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -65,10 +65,7 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
     help="Which pipeline.",
 )
 @click.option(
-    "--experiment",
-    "kfp_experiment",
-    metavar="NAME",
-    help="KFP experiment; default: tracking.experiment of the config.",
+    "--experiment", "kfp_experiment", metavar="NAME", help="KFP experiment; default: tracking.experiment of the config."
 )
 @click.option("--namespace", metavar="PROFILE", help="Your profile, where Kubeflow serves several users.")
 @click.option("--service-account", metavar="NAME", help="Service account of the pods; default: the cluster's.")
@@ -81,14 +78,11 @@ def submit_command(
     experiment: Experiment,
     as_json: bool,
     host: str | None,
-    pipeline: str,
-    kfp_experiment: str | None,
     namespace: str | None,
-    service_account: str | None,
-    params: tuple[str, ...],
     every: str | None,
     waits: bool,
     no_cache: bool,
+    **options: Any,
 ) -> None:
     """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
 
@@ -104,15 +98,7 @@ def submit_command(
 
     if every and waits:
         raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
-    submission = prepare(
-        pipeline,
-        experiment,
-        params=params,
-        scheduled=every is not None,
-        kfp_experiment=kfp_experiment,
-        service_account=service_account,
-        cache=not no_cache,
-    )
+    submission = prepare(experiment, scheduled=every is not None, cache=not no_cache, **options)
     click.echo(f"cache: {explain_cache(submission)}", err=True)
     connection = connect(host, namespace=namespace)
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)
@@ -147,7 +133,7 @@ def doctor_command(
 @click.option(
     "--namespace", metavar="NAME", help="Default: the namespace of this pod, or of the current kubeconfig context."
 )
-@click.option("--run", "run_name", metavar="NAME", help="Only what belongs to this run.")
+@click.option("--run", metavar="NAME", help="Only what belongs to this run.")
 @click.option(
     "--older-than",
     default="2h",
@@ -158,15 +144,13 @@ def doctor_command(
 @click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
 @click.pass_context
-def cleanup_command(
-    ctx: click.Context, *, namespace: str | None, run_name: str | None, older_than: str, at_work: bool, dry_run: bool
-) -> None:
+def cleanup_command(ctx: click.Context, **options: Any) -> None:
     """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
 
     The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
     infra/base/janitor does this every minute.
     """
-    if not clean_up_orphans(namespace=namespace, run=run_name, older_than=older_than, at_work=at_work, dry_run=dry_run):
+    if not clean_up_orphans(**options):
         ctx.exit(FAILURE)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -113,7 +112,7 @@ class ReportingCommand(click.Command):
 
 def stop_cleanly_on_sigterm() -> None:
     """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started."""
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
@@ -142,10 +141,6 @@ def _as_json(error: Exception) -> dict[str, Any]:
 
 def _remember_traceback(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order
     ctx.meta[_TRACEBACK_KEY] = value
-
-
-def _exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
 
 
 Decorated = Callable[..., Any]
@@ -187,9 +182,7 @@ def backend_options(command: Decorated) -> Decorated:
         "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to, such as http://HEAD:8265."
     )(command)
     return click.option(
-        "--backend",
-        type=click.Choice(BACKENDS),
-        help="Where the work runs; short for --set compute.backend=...",
+        "--backend", type=click.Choice(BACKENDS), help="Where the work runs; short for --set compute.backend=..."
     )(decorated)
 
 
@@ -206,9 +199,8 @@ def input_options(step: str) -> Callable[[Decorated], Decorated]:
 
     def decorate(command: Decorated) -> Decorated:
         for name, source in reversed([*STEP_INFO[step].inputs.items()]):
-            command = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")(
-                command
-            )
+            option = click.option(f"--{name}", metavar="URI", help=f"The {source.what}; default: the run's own.")
+            command = option(command)
         return command
 
     return decorate

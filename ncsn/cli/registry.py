@@ -6,8 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,34 +31,31 @@ def _change_options(command: Decorated) -> Decorated:
 @click.option("--version", metavar="N", help="Which version; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
 @_change_options
-def promote_command(
-    *, model: str, version: str | None, force: bool, dry_run: bool, experiment: Experiment, as_json: bool
-) -> None:
+def promote_command(*, model: str, **options: Any) -> None:
     """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
     from ncsn.tracking.promotion import promote_version
 
-    change = partial(promote_version, name=model, version=version, force=force, dry_run=dry_run)
-    _change(change, experiment, as_json=as_json)
+    _change(promote_version, name=model, **options)
 
 
 @click.command("rollback", cls=ReportingCommand, short_help="Restore the previous champion.")
 @click.argument("model")
 @_change_options
-def rollback_command(*, model: str, dry_run: bool, experiment: Experiment, as_json: bool) -> None:
+def rollback_command(*, model: str, **options: Any) -> None:
     """Restore the previous champion of MODEL. Run again, it goes further back."""
     from ncsn.tracking.promotion import roll_back
 
-    _change(partial(roll_back, name=model, dry_run=dry_run), experiment, as_json=as_json)
+    _change(roll_back, name=model, **options)
 
 
-def _change(change: Callable[..., AliasChange], experiment: Experiment, *, as_json: bool) -> None:
-    """Call `change` with a client of the registry, and print the result."""
+def _change(change: Callable[..., AliasChange], experiment: Experiment, *, as_json: bool, **options: Any) -> None:
+    """Call `change` with a client of the registry and these options, and print the result."""
     from ncsn.tracking.client import open_client_at
     from ncsn.tracking.versions import registry_errors
 
     uri = experiment.registry
     with registry_errors(uri):
-        done = change(open_client_at(uri))
+        done = change(open_client_at(uri), **options)
     verb = "would become" if done.dry_run and done.changed else "is"
     instead = f" in place of version {done.replaced}" if done.changed and done.replaced else ""
     text = f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}"

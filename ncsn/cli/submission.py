@@ -24,9 +24,9 @@ _LOOK_SECONDS = 5.0
 
 
 def prepare(
-    pipeline: str,
     experiment: Experiment,
     *,
+    pipeline: str,
     params: Sequence[str],
     scheduled: bool,
     kfp_experiment: str | None,

@@ -36,6 +36,7 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
 def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> str:
     """YAML for a config, under comments with the numbers that it comes from."""
     from ncsn.config.noise import edm_mean
+    from ncsn.config.search import significant
     from ncsn.data.statistics import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
@@ -45,7 +46,7 @@ def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> st
             "sampler": {
                 "kind": "annealed_langevin",
                 "steps_per_level": steps,
-                "epsilon": float(f"{suggestion.epsilon:.3g}"),
+                "epsilon": significant(suggestion.epsilon, 3),
             }
         },
     }
@@ -204,31 +205,25 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(table)
     memory, store = plan["memory"], plan["storage"]
     verdict = "fits" if memory["fits"] else "[bold]does not fit[/]: lower train.batch_size or compute.num_workers"
-    console.print(
+    lines = [
         f"memory   {memory['worker_gb']:.2f} GB per worker, {memory['workers_gb']:.2f} of "
-        f"{memory['machine_gb']:.1f} GB: {verdict}",
-        soft_wrap=True,
-    )
+        f"{memory['machine_gb']:.1f} GB: {verdict}"
+    ]
     if pods := plan["pods"]:
-        console.print(
+        lines.append(
             f"pods     {pods['count']} of {pods['workers']} workers: {pods['cpus']} CPUs, {pods['gpus']} GPUs and "
-            f"{pods['memory_gb']:.1f} GB each",
-            soft_wrap=True,
+            f"{pods['memory_gb']:.1f} GB each"
         )
-    console.print(
+    rates = plan["rates"]
+    lines += [
         f"storage  {store['store_gb']:.3f} GB: images {store['dataset_gb']:.3f}, checkpoints "
         f"{store['checkpoints_gb']:.3f}, samples {store['samples_gb']:.3f}; {store['money_per_month']:.4f} "
         f"{currency} a month; {store['node_cache_gb']:.3f} GB in each node's cache",
-        soft_wrap=True,
-    )
-    rates = plan["rates"]
-    console.print(
         f"rates    {1 / rates['train_image']:,.0f} training images/s; one network evaluation of a batch of samples "
         f"{1000 * rates['sample_evaluation']:,.1f} ms",
-        soft_wrap=True,
-    )
-    for note in plan.get("notes", ()):
-        console.print(f"note     {note}", soft_wrap=True)
+        *(f"note     {note}" for note in plan.get("notes", ())),
+    ]
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def print_prediction(console: Console, found: Mapping[str, Any]) -> None:

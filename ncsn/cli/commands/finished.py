@@ -29,13 +29,15 @@ TASKS, SOLVERS, METHODS = ("inpaint", "superres", "deblur"), ("heun", "2m"), ("c
 _MASK_HELP = "Of inpaint: a picture that is white where a pixel is known, or all but a square in the middle."
 
 
-def _run(step: str, experiment: Experiment, *, as_json: bool, given: dict[str, str | None], **settings: object) -> None:
-    """Run the command like a step, with the settings that are given."""
+def _run(step: str, experiment: Experiment, *, as_json: bool, **options: Any) -> None:
+    """Run the command like a step, with its inputs and those of its settings that are given."""
     from ncsn.cli.execute import run_step
 
+    info = STEP_INFO[step]
+    given = {name: options.pop(name, None) for name in (*info.inputs, *info.on_demand, "lease")}
+    settings = {name: value for name, value in options.items() if value is not None}
     target = experiment.resolve(checkpoint=given.get("checkpoint"))
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    run_step(step, target, given=given, settings=chosen, as_json=as_json)
+    run_step(step, target, given=given, settings=settings, as_json=as_json)
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], N], *, example: str) -> list[N] | None:
@@ -60,21 +62,12 @@ def _command(step: str, short_help: str) -> Callable[[Decorated], click.Command]
 @click.option("--num-images", type=int, help="Images for each of its points; default: 256.")
 @click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: report in the run's folder.")
 @json_option
-def figures_command(
-    *,
-    experiment: Experiment,
-    nfe: str | None,
-    num_images: int | None,
-    out: str | None,
-    as_json: bool,
-    **given: str | None,
-) -> None:
+def figures_command(*, nfe: str | None, **options: Any) -> None:
     """Draw a finished run."""
-    lengths = _numbers("--nfe", nfe, int, example="10,20,50,100")
-    _run("figures", experiment, as_json=as_json, given=given, nfe=lengths, num_images=num_images, out=out)
+    _run("figures", nfe=_numbers("--nfe", nfe, int, example="10,20,50,100"), **options)
 
 
-@click.command("ema", cls=ReportingCommand, short_help="Average the weights otherwise, after training.")
+@click.command("ema", cls=ReportingCommand, short_help="Average the weights differently, after training.")
 @experiment_options
 @input_options("ema")
 @click.option(
@@ -86,21 +79,12 @@ def figures_command(
 )
 @click.option("--at-images", type=click.IntRange(1), help="When the averages end; default: at the checkpoint.")
 @json_option
-def ema_command(
-    *, experiment: Experiment, widths: str, at_images: int | None, as_json: bool, **given: str | None
-) -> None:
+def ema_command(*, widths: str, **options: Any) -> None:
     """Put averages of the weights of any relative width together, from the snapshots of train.ema.kind: power.
 
     `ncsn select` then finds the best of them; --set sampling.relative_width=W samples with one.
     """
-    from ncsn.cli.execute import run_step
-
-    target = experiment.resolve(checkpoint=given.get("checkpoint"))
-    settings = {
-        "relative_widths": _numbers("--relative-width", widths, float, example="0.05,0.1"),
-        "at_images": at_images,
-    }
-    run_step("ema", target, given=given, settings=settings, as_json=as_json)
+    _run("ema", relative_widths=_numbers("--relative-width", widths, float, example="0.05,0.1"), **options)
 
 
 @click.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
@@ -127,9 +111,9 @@ def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, 
 @input_options("likelihood")
 @click.option("--images", type=click.IntRange(1), help="Test images; default: evaluation.likelihood.images, or 1000.")
 @json_option
-def likelihood_command(*, experiment: Experiment, images: int | None, as_json: bool, **given: str | None) -> None:
+def likelihood_command(**options: Any) -> None:
     """Measure the likelihood."""
-    _run("likelihood", experiment, as_json=as_json, given=given, images=images)
+    _run("likelihood", **options)
 
 
 @_command("neon", "Improve a finished run by training on its own samples.")
@@ -142,20 +126,9 @@ def likelihood_command(*, experiment: Experiment, images: int | None, as_json: b
 @click.option("--multiples", metavar="W,W,...", help="Multiples w to try; default: 0.5,1,1.5,2,3.")
 @click.option("--scored", type=int, help="Samples that choose w; default: 10000.")
 @json_option
-def neon_command(
-    *,
-    experiment: Experiment,
-    samples: int | None,
-    images: int | None,
-    multiples: str | None,
-    scored: int | None,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def neon_command(*, multiples: str | None, **options: Any) -> None:
     """Extrapolate a finished run."""
-    tried = _numbers("--multiples", multiples, float, example="0.5,1,2")
-    settings = {"samples": samples, "images": images, "multiples": tried, "scored": scored}
-    _run("neon", experiment, as_json=as_json, given=given, **settings)
+    _run("neon", multiples=_numbers("--multiples", multiples, float, example="0.5,1,2"), **options)
 
 
 @_command("restore", "Restore incomplete, small or blurred images.")
@@ -189,11 +162,10 @@ def neon_command(
 @click.option("--num-images", type=click.IntRange(1), help="Default: 16 test images, or all of --images.")
 @click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: in the run's folder.")
 @json_option
-def restore_command(*, experiment: Experiment, as_json: bool, **options: Any) -> None:
+def restore_command(**options: Any) -> None:
     """Restore images."""
-    given = {name: options.pop(name) for name in ("checkpoint", "dataset")}
     if options["images"] is None:
-        given["dataset"] = given["dataset"] or OWN
-    elif given["dataset"] is not None:
+        options["dataset"] = options["dataset"] or OWN
+    elif options["dataset"] is not None:
         raise UserError("--dataset", "is for test images only", hint="leave out --images or --dataset")
-    _run("restore", experiment, as_json=as_json, given=given, **options)
+    _run("restore", **options)

@@ -65,7 +65,7 @@ def init_command(
 
 
 def _ask_mirrored() -> bool:
-    """On a terminal only."""
+    """Ask, but only on a terminal."""
     asked = sys.stdin.isatty() and sys.stdout.isatty()
     return asked and click.confirm("Are the images as good mirrored? Text is not, faces are", default=False)
 
@@ -77,7 +77,7 @@ def _ask_mirrored() -> bool:
 @click.option(
     "--tflops",
     type=click.FloatRange(0, min_open=True),
-    help="Predict training and sampling on workers that achieve so many TFLOP/s each, without a trial run. 40 % of "
+    help="Predict training and sampling on workers that achieve this many TFLOP/s each, without a trial run. 40 % of "
     "an H100's peak are 396.",
 )
 @json_option
@@ -141,7 +141,7 @@ def _estimated(target: Target, prices_uri: str | None) -> dict[str, Any]:
 @click.option(
     "--mirrored", is_flag=True, help="Count mirrored images too; with --config, data.horizontal_flip decides."
 )
-@click.option("--sigma-L", "sigma_last", default=0.01, show_default=True, help="Smallest sigma, pixels in [0, 1].")
+@click.option("--sigma-L", "sigma_L", default=0.01, show_default=True, help="Smallest sigma, pixels in [0, 1].")
 @click.option("--overlap", default=0.5, show_default=True, help="Overlap C of neighboring levels; published: 0.567.")
 @click.option("--steps-per-level", default=5, show_default=True, type=click.IntRange(1), help="Langevin steps T.")
 @json_option
@@ -151,10 +151,8 @@ def suggest_noise_command(
     overrides: tuple[str, ...],
     dataset: str | None,
     mirrored: bool,
-    sigma_last: float,
-    overlap: float,
-    steps_per_level: int,
     as_json: bool,
+    **levels: Any,
 ) -> None:
     """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
 
@@ -176,9 +174,7 @@ def suggest_noise_command(
         data = Experiment(config_uri, overrides).resolve().config.data
         space = build.pixel_space(data)
         sample, mirrored = preparation.images_of_source(data), mirrored or data.horizontal_flip
-    found = preparation.suggest_levels(
-        sample, mirrored=mirrored, sigma_L=sigma_last, overlap=overlap, steps_per_level=steps_per_level, space=space
-    )
+    found = preparation.suggest_levels(sample, mirrored=mirrored, space=space, **levels)
     sigma_data = preparation.spread_around_gray(sample, space=space)
     shown = asdict(found) | {"sigma_data": sigma_data}
     click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))
