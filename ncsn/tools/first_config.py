@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,9 +14,8 @@ from ncsn.config import Config, ConfigError, from_yaml
 from ncsn.errors import UserError
 from ncsn.evaluation.choice import LEAST_TEST_IMAGES
 from ncsn.report.facts import duration
-from ncsn.tools.draft import Draft
-from ncsn.tools.first_network import NETWORKS, unet
-from ncsn.tools.first_training import NFE, choose_noise, choose_sampling, choose_training
+from ncsn.tools.draft import Draft, any_config
+from ncsn.tools.first_training import NETWORKS, NFE, choose_noise, choose_sampling, choose_training, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
 
@@ -49,23 +47,12 @@ class FirstConfig:
 def choose(
     found: Survey,
     *,
-    seconds: float,
-    overrides: Sequence[str] = (),
+    seconds: float,  # wanted length of a run of all steps
+    overrides: Sequence[str] = (),  # `a.b=value`
     machine: Machine,
-    ask_mirrored: Callable[[], bool] = lambda: False,
+    ask_mirrored: Callable[[], bool] = lambda: False,  # called where there are too few images to tell
 ) -> FirstConfig:
-    """Choose every setting.
-
-    Args:
-        found: What the images are like.
-        seconds: Wanted length of a run of all steps.
-        overrides: Values like `a.b=value` that are given; the others are chosen to fit.
-        machine: Where the run will be.
-        ask_mirrored: Called if there are too few images to tell: whether they are as good mirrored.
-
-    Raises:
-        UserError: if there are too few images, or a given value is wrong.
-    """
+    """Choose every setting that is not given to fit the images, the machine and the given settings."""
     _require_valid(overrides, found)
     draft = Draft(overrides)
     draft.choose("name", slug(found.root), "The registered model will be ncsn-<name>.")
@@ -90,17 +77,11 @@ def choose(
 
 def _require_valid(overrides: Sequence[str], found: Survey) -> None:
     """Refuse given values that no choice of the others would save."""
-    never = dict.fromkeys(("num_images", "checkpoint_every_images", "report_every_images"), 10**9)
-    typical = {
-        "name": "typical",
-        "data": {"source": found.source, "root": found.root, "image_size": 64, "channels": 3},
-        "noise": {"kind": "auto"},
-        "network": {"kind": "unet", **unet(64, scale=1)},
-        "train": never,
-        "sampling": {"sampler": {"kind": "karras_heun"}},
-    }
+    data = {"source": found.source, "root": found.root, "image_size": 64, "channels": 3}
+    network = {"kind": "unet", **unet(64, scale=1)}
+    sampling = {"sampler": {"kind": "karras_heun"}}
     try:
-        from_yaml(json.dumps(typical), overrides=overrides, origin="--set")
+        any_config(data=data, noise={"kind": "auto"}, network=network, sampling=sampling, overrides=overrides)
     except ConfigError as error:
         # Other problems are of values that will be chosen to fit.
         given = tuple(override.partition("=")[0].strip() for override in overrides)
@@ -164,11 +145,7 @@ def _choose_background(draft: Draft, found: Survey) -> None:
 
 
 def held_out(num_images: int) -> float:
-    """A share for testing: a tenth, of few images so much that there are ten, and never more than half.
-
-    Raises:
-        UserError: for less than six images.
-    """
+    """A share for testing: a tenth, of few images so much that there are ten, and never more than half."""
     _require_enough((num_images + 1) // 2, num_images // 2)
     return min(0.5, max(0.1, math.ceil(1000 / num_images) / 100))
 
@@ -221,9 +198,7 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
     best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
     reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
     size = draft.choose(
-        "data.image_size",
-        best,
-        f"Half of the images have a shorter side of {found.side} or more. {reason}",
+        "data.image_size", best, f"Half of the images have a shorter side of {found.side} or more. {reason}"
     )
     scale = 1.0 if seconds >= FEW_IMAGES * cost * size**2 else 0.5
     while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
@@ -253,17 +228,12 @@ def _trial(draft: Draft, *, size: int | None = None, precision: str = "bfloat16"
     """The draft's images and network, or the least network, as a config whose speed can be measured."""
     data = {**draft.tree["data"], **({"image_size": size} if size else {})}
     network, least = draft.get("network", {}), {"kind": "unet", **unet(data["image_size"], scale=1)}
-    never = 10**9
-    train = {"num_images": never, "checkpoint_every_images": never, "report_every_images": never}
-    values = {
-        "name": "trial",
-        "data": data,
-        "network": network if "kind" in network else {**least, **network},
-        "train": {**train, "batch_size": draft.get("train.batch_size"), "precision": precision},
-        "sampling": {"sampler": {"kind": "annealed_langevin"}},
-        "compute": draft.tree["compute"],
-    }
-    return from_yaml(json.dumps(values), origin="--set")
+    return any_config(
+        data=data,
+        network=network if "kind" in network else {**least, **network},
+        train={"batch_size": draft.get("train.batch_size"), "precision": precision},
+        compute=draft.tree["compute"],
+    )
 
 
 def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Callable[[], bool]) -> None:

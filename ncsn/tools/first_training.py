@@ -1,19 +1,25 @@
-"""Noise, schedule and sampler of the first config: those of Karras et al. 2022 if the network takes any sigma."""
+"""Network, noise, schedule and sampler of the first config.
+
+The networks with preconditioning cost about the same for every size of images. Noise, schedule and sampler are those of
+Karras et al. 2022 if the network takes any sigma.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ncsn.config.choices import UnetNetworkConfig
 from ncsn.config.noise import LognormalTraining, edm_mean
+from ncsn.config.search import significant
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.data.statistics import ImageSample
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft
-from ncsn.tools.first_network import NETWORKS, is_wide
 from ncsn.tools.preparation import spread_around_gray
 from ncsn.tools.speed import Speed
 
@@ -22,6 +28,48 @@ NFE = 35  # of the sampler
 _STD = 1.2  # of ln sigma
 _LARGEST = 160  # sigma_1 of Karras et al. over sigma_data: 80 over 0.5
 _LEAST = 1.0  # of sigma_1: less would start within the images
+_SMALLEST_MAP = 8  # where the network stops halving, and attends
+_WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of more pixels a side
+_BASE_WIDTHS = ((40, 8), (20, 16), (0, 32))  # of images of more pixels a side
+
+
+def unet(size: int, *, scale: float) -> dict[str, Any]:
+    """A U-Net for images of this size, of `scale` times the usual width; its resolutions cost about the same."""
+    maps = [size]
+    while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
+        maps.append((maps[-1] + 1) // 2)
+    return {
+        "widths": [int(scale * _at(_WIDTHS, side)) for side in maps],
+        "blocks_per_resolution": 1 if scale <= 1 else 2,
+        "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
+    }
+
+
+def ddpmpp(size: int, *, scale: float) -> dict[str, Any]:
+    """A DDPM++ network for images of this size, of `scale` times the usual width."""
+    maps = [size]
+    while maps[-1] % 2 == 0 and (maps[-1] > _SMALLEST_MAP or len(maps) < 2):
+        maps.append(maps[-1] // 2)
+    return {
+        "base_width": max(8, int(scale * _at(_BASE_WIDTHS, size))),
+        "multipliers": [1, *[2] * (len(maps) - 1)],
+        "blocks_per_resolution": 1 if scale <= 1 else 2,
+        "attention_sizes": [],  # the lowest resolution has it anyway
+        "dropout": 0.1,
+    }
+
+
+NETWORKS: dict[str, Callable[..., dict[str, Any]]] = {"unet": unet, "ddpmpp": ddpmpp}
+
+
+def is_wide(network: Mapping[str, Any]) -> bool:
+    """Whether these settings of a network have more than the usual channels, which needs a lower learning rate."""
+    widths = network.get("widths") or [network.get("base_width", 0) * each for each in network.get("multipliers", [])]
+    return max(widths, default=0) > _WIDTHS[-1][1]
+
+
+def _at(table: tuple[tuple[int, int], ...], side: int) -> int:
+    return next(width for least, width in table if side > least)
 
 
 def choose_noise(draft: Draft, images: npt.NDArray[np.uint8]) -> None:
@@ -71,7 +119,7 @@ def _sigma_data(draft: Draft) -> float:
 def choose_training(draft: Draft, *, train_images: int, seconds: float, speed: Speed) -> int:
     """Length and schedule; the number of images."""
     affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
-    every = int(max(_rounded(min(affordable, most) / 8), 8 * draft.get("train.batch_size")))
+    every = int(max(significant(min(affordable, most) / 8, 2), 8 * draft.get("train.batch_size")))
     length = 8 * every
     why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."
     if affordable > most:
@@ -81,9 +129,9 @@ def choose_training(draft: Draft, *, train_images: int, seconds: float, speed: S
         why = "Half is forgotten over 5 % of the images seen so far, or over 500,000; batch size does not matter."
         draft.section("train.ema", "half_life", why)
     draft.choose("train.checkpoint_every_images", every)
-    draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(_rounded(length / 100))))
+    draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(significant(length / 100, 2))))
     draft.choose("optimizer.learning_rate", 1e-3 if is_wide(draft.get("network")) else 2e-3)
-    draft.choose("optimizer.warmup_images", int(_rounded(length / 50)))
+    draft.choose("optimizer.warmup_images", int(significant(length / 50, 2)))
     draft.choose("optimizer.decay", "cosine")
     if draft.get("noise.kind") == "geometric" and _draws_any(draft):
         _choose_levels(draft, length)
@@ -104,11 +152,6 @@ def _choose_levels(draft: Draft, images: int) -> None:
     draft.choose("noise.sigma_1", round(math.floor(start / magnitude + 1e-9) * magnitude, 6), why)
     draft.choose("noise.sigma_L", 0.01, "Where they end: less than the eye sees.")
     draft.choose("noise.num_levels", (NFE + 1) // 2, "For samplers of levels; karras_heun has its own grid.")
-
-
-def _rounded(value: float) -> float:
-    """To two digits."""
-    return float(f"{value:.2g}")
 
 
 def choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:

@@ -61,7 +61,7 @@ class Written:
 
 
 def is_example(place: str) -> bool:
-    """Whether this is the name of an example, or of nothing, and not a place."""
+    """Whether nothing is at `place`, so that it can only name an example."""
     if "://" in place:
         return False
     try:
@@ -71,11 +71,7 @@ def is_example(place: str) -> bool:
 
 
 def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Written:
-    """Write an example to `out`, by default its name.
-
-    Raises:
-        UserError: if there is no such example, a value is wrong, or the file exists.
-    """
+    """Write an example to `out`, by default its name."""
     examples = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
     if name not in examples:
         raise NotFound(
@@ -91,17 +87,9 @@ def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Writte
 def from_images(
     place: str, out: str | None, *, seconds: float, overrides: Sequence[str], ask_mirrored: Callable[[], bool]
 ) -> Written:
-    """Look at images, choose every setting, and write the config and a picture of the images.
+    """Look at images, choose every setting for a run of about `seconds`, and write the config and a picture.
 
-    Args:
-        place: Path or URI.
-        out: The file; default: the name of the experiment.
-        seconds: Wanted length of the run.
-        overrides: Values like `a.b=value` that are given.
-        ask_mirrored: Called if there are too few images to tell: whether they are as good mirrored.
-
-    Raises:
-        UserError: if the images or a value cannot be used, or a file exists.
+    The default of `out` is the name of the experiment.
     """
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
     file = _config_file(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
@@ -124,7 +112,7 @@ def from_images(
 
 @contextmanager
 def _about_place() -> Iterator[None]:
-    """Say PLACE where an error names data.root, which no one has set."""
+    """Say PLACE where an error names data.root, which the user did not set."""
     try:
         yield
     except UserError as error:

@@ -48,25 +48,13 @@ class ModelSamples:
 def sample_model(
     address: str,
     *,
-    registry: str,
-    root: str,
+    registry: str,  # URI of the tracking server
+    root: str,  # without `out`, the images go to `<root>/generated/<name>/<version>/<settings>`
     out: str | None = None,
-    overrides: Sequence[str] = (),
-    progress: Callable[[int, int], None],
+    overrides: Sequence[str] = (),  # of the sampling and compute sections of the registered config
+    progress: Callable[[int, int], None],  # called with (existing images, wanted images)
 ) -> ModelSamples:
-    """Generate the images that are missing in the folder.
-
-    Args:
-        address: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        registry: URI of the tracking server.
-        root: Without `out`, the images go to `<root>/generated/<name>/<version>/<settings>`.
-        out: Folder for the images.
-        overrides: Changes of the registered config, in its sampling and compute sections.
-        progress: Called with (existing images, wanted images).
-
-    Raises:
-        UserError: for an unknown model, settings of another network, or a folder with other images.
-    """
+    """Generate the images of `models:/NAME@ALIAS` or `models:/NAME/VERSION` that are missing in the folder."""
     with registry_errors(registry):
         version = resolve_version(open_client_at(registry), address)
     model = f"models:/{version.name}/{version.version}"

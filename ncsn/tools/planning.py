@@ -31,10 +31,10 @@ from ncsn.model.checkpoint_store import NEWEST
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes, worker_memory
 from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
+from ncsn.runs.folder import STEPS
 from ncsn.training.held_out import effort_of
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
-STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 GIGABYTE = 1e9
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 EVALUATIONS_PER_RUNGE_KUTTA_STEP = 4  # of a likelihood
@@ -174,14 +174,14 @@ def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
     if compute.backend != "kuberay":
         return None
     size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
-    if given is None:
-        worker = max(worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
+    estimates = (worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
+    worker = max(estimates) if given is None else bytes_of(given)
     return {
         "count": compute.max_pods,
         "workers": size,
         "cpus": size * compute.cpus_per_worker,
         "gpus": size if compute.use_gpu else 0,
-        "memory_gb": size * (worker if given is None else bytes_of(given)) / GIGABYTE,
+        "memory_gb": size * worker / GIGABYTE,
     }
 
 
@@ -212,10 +212,7 @@ def forward_flop(network: nn.Module, config: Config) -> int:
 def predict(config: Config, prices: Prices, *, tflops: float) -> dict[str, Any]:
     """Time and cost of training and sampling, and the memory of a worker, as plain values.
 
-    Args:
-        config: The experiment, with given noise levels.
-        prices: The price table.
-        tflops: TFLOP/s that each worker achieves; all of them together achieve as many times more.
+    The config has noise levels; `tflops` is the rate of each worker.
     """
     network = build.network(config).to("meta")  # on a CPU it takes shortcuts
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -249,10 +246,9 @@ def _checkpoints(config: Config) -> float:
     if train.snapshot_every is not None:
         snapshots, ema = train.num_images // train.snapshot_every, 1 / 5
     whole = min(NEWEST if train.keep_checkpoints == "all" else train.keep_checkpoints, made)
-    if train.keep_checkpoints == "all":
-        thin = made - whole
-    else:
-        thin = min(made - whole, train.num_images // train.keep_every_images) if train.keep_every_images else 0
+    thin = made - whole
+    if train.keep_checkpoints != "all":
+        thin = min(thin, train.num_images // train.keep_every_images) if train.keep_every_images else 0
     return whole + train.keep_best + (thin + snapshots) * ema
 
 
@@ -280,11 +276,7 @@ def search_seconds_per_image(images: Images) -> float:
 def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labels: Labels, seconds: float) -> float:
     """Seconds of one image in one epoch over a large set, which has other batches and threads than a small one.
 
-    Args:
-        recipe: The classifier.
-        images: [N, H, W, C] uint8, repeated until they are a large set.
-        labels: [N] classes.
-        seconds: How long to train, about.
+    The images [N, H, W, C] and their labels [N] are repeated until they are a large set.
     """
     tiles = min(math.ceil(SMALL_SET / len(images)), max(1, _TILED_BYTES // images.nbytes))
     ticks: list[tuple[float, int]] = []

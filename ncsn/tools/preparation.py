@@ -38,6 +38,7 @@ UNIT = PixelSpace()
 MOST_IMAGES = 60_000
 _MOST_VALUES = 2**31  # uint8 of all images
 _BLOCK = 1024
+_SIGMA_TOLERANCE = 1e-4
 
 
 def images_of_dataset(uri: str) -> ImageSample:
@@ -60,22 +61,13 @@ def images_of_source(data: DataConfig) -> ImageSample:
 def suggest_levels(
     sample: ImageSample,
     *,
-    mirrored: bool,
+    mirrored: bool,  # by training
     sigma_L: float,
-    overlap: float,
-    steps_per_level: int,
-    space: PixelSpace = UNIT,
+    overlap: float,  # C of neighboring levels
+    steps_per_level: int,  # T, which sampling can afford
+    space: PixelSpace,
 ) -> NoiseSuggestion:
-    """Apply techniques 1, 2 and 4 of NCSNv2 to at least two different images.
-
-    Args:
-        sample: The images.
-        mirrored: Whether training mirrors images.
-        sigma_L: Smallest sigma.
-        overlap: C of neighboring levels.
-        steps_per_level: T, the Langevin steps per level that sampling can afford.
-        space: In which the network sees the images.
-    """
+    """Apply techniques 1, 2 and 4 of NCSNv2 to at least two different images, as the network sees them."""
     images = torch.from_numpy(sample.images)
     if space.logit:
         count, height, width, channels = images.shape
@@ -100,23 +92,11 @@ def _empty_sample(values_per_image: int) -> ImageSample:
     return ImageSample(max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image)))
 
 
-_SIGMA_TOLERANCE = 1e-4
-
-
 def import_checkpoint(config: Config, *, run: str, file: str, dataset: str) -> TrainResult:
     """Write a released file (weights, Adam's moments and step, EMA) as a checkpoint of the run.
 
-    It becomes the result of the run's train step: sampling finds it, and training continues from it.
-
-    Args:
-        config: The experiment, with the network and the noise levels of the file.
-        run: Name of a run without checkpoints.
-        file: Path on this machine.
-        dataset: URI; the moments of its images are part of a checkpoint.
-
-    Raises:
-        FileNotFoundError: if the file or the dataset does not exist.
-        UserError: if the file is not a released checkpoint or does not fit the config, or the run has checkpoints.
+    It becomes the result of the run's train step: sampling finds it, and training continues from it. The config has
+    the network and the noise levels of the file; the moments of the dataset's images are part of a checkpoint.
     """
     step = Step.claim("train", config, run, TrainResult, unit="images")
     config = step.settle_noise(config, load_manifest(dataset))
@@ -155,14 +135,7 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
             moments=image_moments(config, open_cache(dataset, "train")),
             dataset_digest=load_manifest(dataset).digest,
         ).write(staging)
-    return TrainResult(
-        checkpoint=uri,
-        images_seen=state.images_seen,
-        loss=None,
-        images_per_second=0.0,
-        seconds=0.0,
-        dataset=dataset,
-    )
+    return TrainResult(uri, state.images_seen, loss=None, images_per_second=0.0, seconds=0.0, dataset=dataset)
 
 
 @contextmanager

@@ -60,15 +60,10 @@ class Speed:
 
 
 def measure_speed(config: Config, machine: Machine) -> Speed:
-    """Time a few training steps, and a few evaluations, of one worker's share.
-
-    Args:
-        config: With noise levels.
-        machine: Its workers.
-    """
+    """Time a few training steps and evaluations of one worker's share; the config has noise levels."""
     device = torch.device("cuda" if config.compute.use_gpu and machine.gpus else "cpu")
     count = max(1, config.train.batch_size // machine.workers)
-    with _threads(machine.cores_per_worker):
+    with torch_threads(machine.cores_per_worker):
         state = build.train_state(config, device=device)
         options = build.step_options(config, device=device, world_size=1)
         loss = build.loss(config, state.uncertainty)
@@ -114,7 +109,8 @@ def _finish(device: torch.device) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

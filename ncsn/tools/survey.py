@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from ncsn import storage
-from ncsn.config import from_yaml
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS, SkippedImage
 from ncsn.data.image_files import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES
@@ -25,6 +23,7 @@ from ncsn.data.pixels import BadImageError, Fit, Fitted, Picture
 from ncsn.data.source import BadImages, Example, Source, Split, list_files
 from ncsn.data.sources import open_source
 from ncsn.errors import UserError
+from ncsn.tools.draft import any_config
 
 MOST_LOOKED_AT = 1024
 FEWEST_LOOKED_AT = 32
@@ -155,11 +154,7 @@ class Survey:
         return [(name, original) for name, original in pairs if name != original]
 
     def fitted(self, data: DataConfig) -> npt.NDArray[np.uint8]:
-        """The sample as training would see it, [N, H, W, C].
-
-        Raises:
-            UserError: naming an image that cannot be used with these settings, unless they skip it.
-        """
+        """The sample as training would see it, [N, H, W, C]."""
         fit = Fit.of(data)
         usable = BadImages(skip=data.on_bad_image == "skip").filter(look.fitted(fit) for look in self.looks)
         images = [example.image for example in usable]
@@ -195,12 +190,7 @@ class _Looking(Fit):
 def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
     """Look at the images of a folder, an archive, an S3 prefix or Parquet files.
 
-    Args:
-        place: Path or URI.
-        overrides: Values like `data.label_column=none`, of which those count that say what images and labels are.
-
-    Raises:
-        UserError: if there are no images, none of the sample can be used, or they teach nothing.
+    Of the overrides, those count that say what images and labels are.
     """
     root = storage.absolute(place)
     root = os.path.normpath(root) if storage.is_local(root) else root
@@ -246,14 +236,7 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
 
 def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
     data = {"source": source, "root": root, "image_size": 8, "channels": 3, "unlabelled": "keep"}
-    data["test_fraction"] = _HELD_OUT
-    any_other = {
-        "name": "survey",
-        "network": {"kind": "unet", "widths": [8]},
-        "train": {"num_images": 1000, "checkpoint_every_images": 1000, "report_every_images": 1000},
-        "sampling": {"sampler": {"kind": "annealed_langevin"}},
-    }
-    return from_yaml(json.dumps({**any_other, "data": data}), overrides=given, origin="--set").data
+    return any_config(data={**data, "test_fraction": _HELD_OUT}, overrides=given).data
 
 
 def _sample(source: Source, looking: _Looking, *, total: int) -> Iterator[SkippedImage]:
@@ -302,13 +285,10 @@ def percent(share: float) -> str:
 
 
 def told_from_mirror(images: npt.NDArray[np.uint8]) -> float | None:
-    """Share of images that a linear classifier tells from their mirror images; None if there are too few to learn it.
+    """Share of images [N, H, W, C] that a linear classifier tells from their mirror images; None if they are too few.
 
     0.5 is chance, and so is the result where mirrored images look like the others. It is the mean over five folds, each
     told by a classifier of the rest: 0.84 for digits, 0.96 for letters, 0.87 for Fashion-MNIST, 0.56 for photographs.
-
-    Args:
-        images: [N, H, W, C].
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +30,7 @@ from ncsn.tools.mixture import (
     mode_report,
     plain_langevin,
 )
+from ncsn.tools.speed import torch_threads
 
 PLAIN_STEPS = 10_000
 CONDITIONAL_STEPS = 2000  # enough for the weights of the modes, not for the last digits of the score
@@ -57,7 +57,8 @@ class ToyResult:
 
 def run(folder: str, *, seed: int = 0) -> ToyResult:
     """Learn the score of the mixture, sample with it and with the exact one, and draw both figures in `folder`."""
-    with _one_thread():
+    # The networks are too small to share, and one thread adds in the same order on every machine.
+    with torch_threads(1):
         network = fit_figure_2(seed=seed, num_steps=PLAIN_STEPS)
         reports = _reports(network, seed=seed)
     folder = storage.absolute(folder)
@@ -77,17 +78,6 @@ def run(folder: str, *, seed: int = 0) -> ToyResult:
     spread = {name: {"mean": report.mean.tolist(), "variance": report.variance} for name, report in reports.items()}
     storage.write_text(result.uri, json.dumps(asdict(result) | {"at_mode_5_5": spread}, indent=1))
     return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # The networks are too small to share, and one thread adds in the same order on every machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _reports(network: PlainScoreMlp, *, seed: int) -> dict[str, ModeReport]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config import Config, to_json
+from ncsn.config.search import variant
 from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
@@ -35,7 +36,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
 from ncsn.process import utc_now
-from ncsn.runs.costs import PLAN, Prices, load_prices
+from ncsn.runs.costs import PLAN, Prices
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import load_history
 from ncsn.steps import evaluate, ingest, register, sample, train
@@ -77,17 +78,10 @@ with ray_cluster(config):
 """
 
 
-def run(config: Config, *, run: str, prices: Prices | None = None, report: Callable[[str], None]) -> dict[str, Any]:
-    """Estimate the whole pipeline by a trial run, and store the plan in the run's folder.
+def run(config: Config, *, run: str, prices: Prices, report: Callable[[str], None]) -> dict[str, Any]:
+    """Estimate the whole pipeline by a trial run, and store the plan in the run's folder; its name is not claimed.
 
-    Args:
-        config: The experiment.
-        run: Name of the planned run, which is not claimed.
-        prices: The default is the package's table.
-        report: Called with the name of each part of the trial run as it begins.
-
-    Returns:
-        The plan as plain values, see `ncsn.tools.planning.estimate`.
+    `report` gets the name of each part of the trial run as it begins.
     """
     folder = run_folder(config, run)
     config = settle(config)
@@ -100,7 +94,7 @@ def run(config: Config, *, run: str, prices: Prices | None = None, report: Calla
             cluster_start = time.perf_counter() - started
             connect(small)  # creates the database, which a store does once
             rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
-    plan = {"run": run, "made_at": utc_now(), **estimate(config, counts, rates, prices or load_prices())}
+    plan = {"run": run, "made_at": utc_now(), **estimate(config, counts, rates, prices)}
     storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
     return plan
 
@@ -110,7 +104,7 @@ def settle(config: Config) -> Config:
     if config.noise.kind != "auto":
         return config
     with tempfile.TemporaryDirectory(prefix="ncsn-plan-") as folder:
-        data = with_values(config, **{"data.max_images": _at_most(IMAGES, config)}).data
+        data = variant(config, {"data.max_images": _at_most(IMAGES, config)}).data
         return resolve_noise(config, write_dataset(open_source(data), folder, name=RUN, data=data).manifest)
 
 
@@ -138,24 +132,23 @@ def own_cache(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[CACHE_DIR_VARIABLE]
-        else:
+        del os.environ[CACHE_DIR_VARIABLE]
+        if before is not None:
             os.environ[CACHE_DIR_VARIABLE] = before
 
 
 def scaled_down(config: Config, root: Path) -> Config:
     """The experiment on a few images, with its store and tracking below `root`."""
     images = {None: IMAGES, "inception": FEW_IMAGES, "dinov2": LEAST_IMAGES}[config.evaluation.pretrained]
-    return with_values(
+    return variant(
         config,
-        **{
+        {
             "compute.backend": "local",
             "compute.num_workers": config.compute.max_workers,
             "storage.root": str(root),
             "tracking.uri": f"sqlite:///{root}/mlflow.db",
             "data.max_images": _at_most(images, config),
-            # They take the same time, and networks that they name may not be there yet. It ends at its own length.
+            # They take no more time, and may name networks that do not exist yet. The trial has its own length.
             **dict.fromkeys(("train.init_from", "sampling.guidance", "train.stop")),
             "train.trainable": "all",
             "train.validation": {},  # `planning` knows what it takes
@@ -165,12 +158,6 @@ def scaled_down(config: Config, root: Path) -> Config:
             **dict.fromkeys(("evaluation.extrapolate", "evaluation.bits_per_dim"), False),
         },
     )
-
-
-def with_values(config: Config, **values: Any) -> Config:
-    """The config with other values at these dotted paths."""
-    overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
-    return from_yaml(to_yaml(config), overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -193,7 +180,7 @@ class _TrialRun:
         """Run every step."""
         report("ingest")
         ingest_image, images = self._seconds_per_image(config)
-        self.config = with_values(self.config, **train_length(self.config, images))
+        self.config = variant(self.config, train_length(self.config, images))
         data = ingest.run(self.config, run=RUN)
         read = sum(data.counts.values()) * ingest_image
         fixed = {"ingest": max(self._seconds("ingest") - read, 0.0) + self.start.tracking}
@@ -226,16 +213,13 @@ class _TrialRun:
             classifier_image=classifier_image,
             extract_image=extract_image,
             neighbour_image=neighbour_image,
-            worker_bytes=self._worker_bytes(),
+            worker_bytes=1e6 * max(value for _, value in self._curve("system/worker_memory_megabytes")),
             machine_bytes=cluster_memory(),
             dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(data.counts.values()),
             checkpoint_bytes=_bytes(trained.checkpoint, "*"),
             sample_bytes=_bytes(made.uri, "shard-*.parquet") / made.num_images,
             extrapolation=extrapolation_seconds(config) if config.evaluation.extrapolate else 0.0,
         )
-
-    def _worker_bytes(self) -> float:
-        return 1e6 * max(value for _, value in self._curve("system/worker_memory_megabytes"))
 
     def _curve(self, name: str) -> list[tuple[int, float]]:
         history = load_history(self.folder.history)
@@ -248,7 +232,7 @@ class _TrialRun:
         """From the difference between few and more images, without opening the source; and the URI of the more."""
         taken, images, uri = [], [], ""
         for limit in (FEW_IMAGES, IMAGES):
-            data = with_values(self.config, **{"data.max_images": _at_most(limit, config)}).data
+            data = variant(self.config, {"data.max_images": _at_most(limit, config)}).data
             started = time.perf_counter()
             dataset = write_dataset(open_source(data), f"{self.folder.root}/{limit}", name=RUN, data=data)
             taken.append(time.perf_counter() - started)
@@ -269,7 +253,7 @@ class _TrialRun:
         cold = sample.run(self.config, run=RUN, checkpoint=checkpoint)
         seconds = self._seconds("sample")
         # The second call finds started workers, so its time is that of the evaluations.
-        more = with_values(self.config, **{"sampling.num_images": 2 * self.config.sampling.num_images})
+        more = variant(self.config, {"sampling.num_images": 2 * self.config.sampling.num_images})
         warm = sample.run(more, run=RUN, checkpoint=checkpoint)
         evaluation = warm.seconds / cold.nfe
         strip = sample.STRIP_IMAGES / self.config.sampling.batch_size * (self.counts.nfe - cold.nfe) * evaluation
@@ -303,10 +287,8 @@ class _TrialRun:
 def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: float) -> tuple[float, float, float]:
     """Seconds of an image, of a checkpoint, and the other seconds of the step.
 
-    Args:
-        points: Images seen at the end of each report interval, and its images per second; the first one warms up.
-        loop: Seconds of the loop, which saves one checkpoint.
-        step: Seconds of the whole step.
+    A point is the images seen at the end of a report interval, and the images per second in it; the first interval
+    warms up. `loop` and `step` are the seconds of the loop, which saves one checkpoint, and of the whole step.
     """
     ends = [0, *(images for images, _ in points)]
     lengths = [after - before for before, after in itertools.pairwise(ends)]

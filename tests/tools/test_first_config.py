@@ -15,7 +15,7 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.tools import first_config
 from ncsn.tools.first_config import FirstConfig, held_out, sizes_for, slug
-from ncsn.tools.first_network import ddpmpp, unet
+from ncsn.tools.first_training import ddpmpp, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import survey
 

@@ -14,12 +14,11 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.runs import costs
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import STEPS, run_folder
 from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
 from ncsn.tools import trial_run
 from ncsn.tools.planning import (
-    STEPS,
     Counts,
     Rates,
     estimate,
@@ -238,7 +237,7 @@ def test_a_trial_run_measures_each_step_and_leaves_only_the_plan(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     parts: list[str] = []
-    made = trial_run.run(tiny(tmp_path), run="planned", report=parts.append)
+    made = trial_run.run(tiny(tmp_path), run="planned", prices=load_prices(), report=parts.append)
     assert parts == ["start", *STEPS]
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
         "runs/planned/plan.json"

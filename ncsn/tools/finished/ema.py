@@ -27,17 +27,10 @@ class EmaResult:
 def run(
     config: Config, *, run: str, checkpoint: str, relative_widths: Sequence[float], at_images: int | None = None
 ) -> EmaResult:
-    """Put one average together for each relative width; those that are there already stay.
+    """Put one average together for each relative width, which ends at the checkpoint or after `at_images` images.
 
-    Args:
-        config: The experiment.
-        run: Name of the run.
-        checkpoint: URI of a checkpoint of the run.
-        relative_widths: Standard deviation of the weights over time, as a share of the training so far.
-        at_images: When the averages end, by training images; None for the checkpoint's.
-
-    Raises:
-        UserError: The run has no snapshots, none at that many images, or a width is out of range.
+    A relative width is the standard deviation of the weights over time, as a share of the training so far. Averages
+    that are there already stay.
     """
     step = Step.claim("ema", config, run, EmaResult, unit="averages")
     for width in relative_widths:

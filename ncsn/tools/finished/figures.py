@@ -57,27 +57,16 @@ def run(
     checkpoint: str,
     samples: str,
     dataset: str,
-    nfe: Sequence[int] = DEFAULT_NFE,
-    num_images: int = DEFAULT_IMAGES,
-    out: str | None = None,
+    nfe: Sequence[int] = DEFAULT_NFE,  # of the plot of quality over NFE; each sampler takes the nearest it can have
+    num_images: int = DEFAULT_IMAGES,  # at each point of that plot
+    out: str | None = None,  # folder for the files; None is `report` in the run's folder
 ) -> FiguresResult:
-    """Draw a finished run; a second call with the same inputs returns the figures of the first.
-
-    Args:
-        config: The experiment.
-        run: Name of the run.
-        checkpoint: URI.
-        samples: URI.
-        dataset: URI.
-        nfe: Evaluations per image in the plot of quality over NFE; each sampler takes the nearest that it can have.
-        num_images: Images at each point of that plot.
-        out: URI of the folder for the files; None is `report` in the run's folder.
-
-    Raises:
-        UserError: if the checkpoint belongs to another config, or a sampler diverges.
-    """
+    """Draw a finished run; a second call with the same inputs returns the figures of the first."""
     step = Step.claim("figures", config, run, FiguresResult, unit="images")
-    _check(nfe, num_images)
+    if not nfe or min(nfe) < 1:
+        raise UserError("--nfe", "must be numbers of evaluations per image, each at least 1", value=list(nfe))
+    if num_images < 2:
+        raise UserError("--num-images", "must be at least 2, since a single image has no spread", value=num_images)
     device = device_of(config)
     trained = checkpoints.load_for_sampling(sampled_checkpoint(checkpoint, config), device=device)
     config = checkpoints.require_same_training(trained.config, config, origin=checkpoint)
@@ -108,13 +97,6 @@ def run(
         for uri in (result.uri, *result.figures.values()):
             work.tracked.log_file(uri, "figures")
     return step.done(result)
-
-
-def _check(nfe: Sequence[int], num_images: int) -> None:
-    if not nfe or min(nfe) < 1:
-        raise UserError("--nfe", "must be numbers of evaluations per image, each at least 1", value=list(nfe))
-    if num_images < 2:
-        raise UserError("--num-images", "must be at least 2, since a single image has no spread", value=num_images)
 
 
 @dataclass
@@ -172,14 +154,9 @@ def _interpolations(run: FinishedRun) -> tuple[Figure, dict[str, Any]]:
     images = np.stack(
         [
             interpolate(
-                run.trained,
-                sampling=run.sampling,
-                first=2 * pair,
-                second=2 * pair + 1,
-                count=INTERPOLATED,
-                device=run.device,
+                run.trained, sampling=run.sampling, first=n, second=n + 1, count=INTERPOLATED, device=run.device
             )
-            for pair in range(INTERPOLATIONS)
+            for n in range(0, 2 * INTERPOLATIONS, 2)
         ]
     )
     steps = np.diff(images / 255.0, axis=1)
@@ -194,16 +171,10 @@ def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
     else:
         features = run.extractor.extract(samples).features
         found, unit = nearest_neighbors(features, run.evaluator.reference.features, k=NEIGHBORS), "features"
+    each = zip(found.indices.tolist(), np.round(found.distances, 4).tolist(), found.memorized.tolist(), strict=True)
     rows = [
-        {
-            "image": image,
-            "rows": indices.tolist(),
-            "distances": np.round(distances, 4).tolist(),
-            "memorised": bool(copy),
-        }
-        for image, (indices, distances, copy) in enumerate(
-            zip(found.indices, found.distances, found.memorized, strict=True)
-        )
+        {"image": image, "rows": indices, "distances": distances, "memorised": copy}
+        for image, (indices, distances, copy) in enumerate(each)
     ]
     panel = neighbors_panel(
         samples, run.train.images[found.indices], distances=found.distances, memorized=found.memorized.tolist()

@@ -21,18 +21,7 @@ class LikelihoodResult(Likelihood):
 
 
 def run(config: Config, *, run: str, checkpoint: str, dataset: str, images: int | None = None) -> LikelihoodResult:
-    """Measure the test images of the dataset under the EMA weights of a checkpoint.
-
-    Args:
-        config: Of the run; `evaluation.likelihood` says how.
-        run: Name of the run.
-        checkpoint: URI.
-        dataset: URI of the ingested dataset.
-        images: How many, instead of the config's.
-
-    Raises:
-        UserError: The network has no likelihood, the checkpoint is of another config, or there are no test images.
-    """
+    """Measure the test images of the dataset under the EMA weights of a checkpoint, as `evaluation.likelihood` says."""
     if problems := list(likelihood_problems(config)):
         raise UserError.of(problems)
     step = Step.claim("likelihood", config, run, LikelihoodResult, unit="images")

@@ -65,7 +65,7 @@ class NeonResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all parts know."""
+    """The settings and inputs of one extrapolation."""
 
     config: Config
     base: SamplingCheckpoint
@@ -102,36 +102,20 @@ def run(
     run: str,
     checkpoint: str,
     dataset: str,
-    samples: int | None = None,
-    images: int | None = None,
-    multiples: Sequence[float] = MULTIPLES,
-    scored: int = SCORED,
+    samples: int | None = None,  # to train on; None for 6,000, or as many as there are training images
+    images: int | None = None,  # length of that training; None for 6 % of the base's, at most 3.5 million
+    multiples: Sequence[float] = MULTIPLES,  # values of w to try, in (0, 10]
+    scored: int = SCORED,  # samples that choose w
     lease: str | None = None,
 ) -> NeonResult:
-    """Extrapolate the weights of a trained run.
-
-    Args:
-        config: Of the run; its sampler makes all samples.
-        run: Name of the run.
-        checkpoint: URI of the base.
-        dataset: URI of the real images, which the samples are compared with.
-        samples: Images to train on; None for 6,000, or as many as there are training images.
-        images: Length of that training; None for 6 % of the base's, at most 3.5 million.
-        multiples: Values of w to try, in (0, 10].
-        scored: Samples that choose w.
-        lease: URI of the launcher's heartbeat.
-
-    Raises:
-        UserError: A value is out of range, the checkpoint is of another config, or the images do not fit it.
-    """
+    """Extrapolate the weights of a trained run, whose sampler makes all samples."""
     step = Step.claim("neon", config, run, NeonResult, unit="images")
     checkpoint = sampled_checkpoint(checkpoint, config)
     base = load_for_sampling(checkpoint)
-    config = require_same_training(base.config, config, origin=checkpoint)
-    config = settle_guide(config, near=step.folder.uri)
+    config = settle_guide(require_same_training(base.config, config, origin=checkpoint), near=step.folder.uri)
     manifest = load_manifest(dataset)
     require_fitting(base, manifest, dataset)
-    real = manifest.count("train")
+    real, share = manifest.count("train"), min(MOST_IMAGES, round(SHARE * base.images_seen))
     plan = _Plan(
         config=variant(config, {"sampling.relative_width": None}),
         base=base,
@@ -139,7 +123,7 @@ def run(
         dataset=dataset,
         folder=step.folder,
         samples=min(SAMPLES, real) if samples is None else samples,
-        images=_length(config, base) if images is None else images,
+        images=max(config.train.batch_size, share) if images is None else images,
         multiples=tuple(sorted(set(multiples))),
         scored=scored,
         lease=lease,
@@ -154,10 +138,6 @@ def run(
         return result
     with ray_cluster(config):
         return step.done(_extrapolate(plan, step))
-
-
-def _length(config: Config, base: SamplingCheckpoint) -> int:
-    return max(config.train.batch_size, min(MOST_IMAGES, round(SHARE * base.images_seen)))
 
 
 def _check(plan: _Plan) -> None:

@@ -32,14 +32,7 @@ from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling, require_same_training
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.restoration.restore import restore, restoring
-from ncsn.model.restoration.tasks import (
-    Restoration,
-    degraded,
-    given_images,
-    outside_box,
-    pictures,
-    simple_restoration,
-)
+from ncsn.model.restoration.tasks import Restoration, degraded, given_images, outside_box, pictures, simple_restoration
 from ncsn.report.images import grid_png, png_bytes
 from ncsn.steps.step import Step
 from ncsn.tracking.registry import settle_guide
@@ -81,30 +74,17 @@ def run(
     *,
     run: str,
     checkpoint: str,
-    dataset: str | None = None,
-    images: str | None = None,
-    mask: str = BOX,
-    label: str | None = None,
-    num_images: int | None = None,
-    out: str | None = None,
-    **settings: Any,
+    dataset: str | None = None,  # whose test images are degraded, where `images` is None
+    images: str | None = None,  # folder with what is given: images with unknown pixels, small or blurred ones
+    mask: str = BOX,  # PNG that is white where a pixel is known, or `box` for an unknown square in the middle
+    label: str | None = None,  # of all images; None for that of each test image, and for no class of other images
+    num_images: int | None = None,  # by default 16 test images, or all of `images`
+    out: str | None = None,  # folder for the files; None is in the run's folder
+    **settings: Any,  # of `Restoration`
 ) -> RestoreResult:
     """Restore images; a second call with the same inputs returns the result of the first.
 
-    Args:
-        config: Of the run; its seed, classes and guidance hold.
-        run: Name of the run.
-        checkpoint: URI.
-        dataset: URI of the ingested dataset whose test images are degraded, where `images` is None.
-        images: Folder with what is given: images with unknown pixels, small or blurred ones.
-        mask: URI of a PNG that is white where a pixel is known, or `box` for an unknown square in the middle.
-        label: Class of all images; None for that of each test image, and for no class of other images.
-        num_images: Test images, by default 16; of `images` by default all.
-        out: URI of the folder for the files; None is in the run's folder.
-        settings: Of `Restoration`.
-
-    Raises:
-        UserError: A setting or an image does not fit the network, or the images diverge.
+    The seed, classes and guidance are the config's.
     """
     step = Step.claim("restore", config, run, RestoreResult, unit="images")
     checkpoint = sampled_checkpoint(checkpoint, config)
@@ -115,7 +95,11 @@ def run(
     known = None if chosen.task != "inpaint" else _mask(mask, config.data.image_size)
     operator, sampling = chosen.operator(config, known), restoring(trained, config.sampling, chosen)
     config = config.model_copy(update={"sampling": sampling})
-    given = _given(config, operator, chosen, dataset=dataset, images=images, count=num_images)
+    if images is not None:
+        given = _own_images(config, storage.absolute(images), operator, chosen, count=num_images)
+    else:
+        assert dataset is not None
+        given = _test_images(config, dataset, operator, chosen, count=num_images or DEFAULT_IMAGES)
     labels = _labels(trained, label, given)
     inputs: dict[str, Any] = {
         "checkpoint": trained.digest,
@@ -160,21 +144,6 @@ def _decoded(uri: str, *, key: str, size: int) -> Picture:
         width, height = picture.size
         raise UserError(key, f"has {width}x{height} pixels, but {size}x{size} are needed", value=uri)
     return picture
-
-
-def _given(
-    config: Config,
-    operator: Operator,
-    settings: Restoration,
-    *,
-    dataset: str | None,
-    images: str | None,
-    count: int | None,
-) -> _Given:
-    if images is not None:
-        return _own_images(config, storage.absolute(images), operator, settings, count=count)
-    assert dataset is not None
-    return _test_images(config, dataset, operator, settings, count=count or DEFAULT_IMAGES)
 
 
 def _test_images(config: Config, dataset: str, operator: Operator, settings: Restoration, *, count: int) -> _Given:
@@ -246,18 +215,8 @@ def _restored(
     made = []
     for first in range(0, total, size):
         part = slice(first, first + size)
-        made.append(
-            restore(
-                trained,
-                given.y[part],
-                operator,
-                settings,
-                sampling=sampling,
-                labels=None if labels is None else labels[part],
-                first=first,
-                device=device,
-            )
-        )
+        own, y = None if labels is None else labels[part], given.y[part]
+        made.append(restore(trained, y, operator, settings, sampling=sampling, labels=own, first=first, device=device))
         progress(min(first + size, total), total)
     return np.concatenate(made)
 
