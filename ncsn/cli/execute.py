@@ -196,7 +196,7 @@ def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
         "of": _circumstances(folder, config),
         "finished_at": {step: record.finished_at for step, record in records.items()},
     }
-    storage.write_text(storage.join(folder.uri, _COMPLETE), json.dumps(mark, indent=1))
+    storage.write_json(storage.join(folder.uri, _COMPLETE), mark, indent=1)
     return records
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -76,7 +75,7 @@ def run(folder: str, *, seed: int = 0) -> ToyResult:
     storage.write_bytes(result.figure_2, to_png(_figure_2(network)))
     storage.write_bytes(result.figure_3, to_png(_figure_3(reports)))
     spread = {name: {"mean": report.mean.tolist(), "variance": report.variance} for name, report in reports.items()}
-    storage.write_text(result.uri, json.dumps(asdict(result) | {"at_mode_5_5": spread}, indent=1))
+    storage.write_json(result.uri, asdict(result) | {"at_mode_5_5": spread}, indent=1)
     return result
 
 

@@ -95,7 +95,7 @@ def run(config: Config, *, run: str, prices: Prices, report: Callable[[str], Non
             connect(small)  # creates the database, which a store does once
             rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
     plan = {"run": run, "made_at": utc_now(), **estimate(config, counts, rates, prices)}
-    storage.write_text(storage.join(folder.uri, PLAN), json.dumps(plan, indent=1))
+    storage.write_json(storage.join(folder.uri, PLAN), plan, indent=1)
     return plan
 
 

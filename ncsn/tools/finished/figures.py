@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,5 +190,5 @@ def _publish(sheet: _Sheet, out: str) -> FiguresResult:
         figures={name: storage.join(out, f"{name}.png") for name in sheet.figures},
         notes=sheet.notes,
     )
-    storage.write_text(result.uri, json.dumps({"notes": sheet.notes, **sheet.numbers}, indent=1))
+    storage.write_json(result.uri, {"notes": sheet.notes, **sheet.numbers}, indent=1)
     return result
