@@ -276,7 +276,7 @@ def search_seconds_per_image(images: Images) -> float:
 def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labels: Labels, seconds: float) -> float:
     """Seconds of one image in one epoch over a large set, which has other batches and threads than a small one.
 
-    The images [N, H, W, C] and their labels [N] are repeated until they are a large set.
+    The images [N, H, W, C] and their labels [N] are repeated until they are a large set. It takes about `seconds`.
     """
     tiles = min(math.ceil(SMALL_SET / len(images)), max(1, _TILED_BYTES // images.nbytes))
     ticks: list[tuple[float, int]] = []

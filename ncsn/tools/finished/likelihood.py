@@ -21,7 +21,10 @@ class LikelihoodResult(Likelihood):
 
 
 def run(config: Config, *, run: str, checkpoint: str, dataset: str, images: int | None = None) -> LikelihoodResult:
-    """Measure the test images of the dataset under the EMA weights of a checkpoint, as `evaluation.likelihood` says."""
+    """Measure test images under the EMA weights of a checkpoint, as `evaluation.likelihood` says.
+
+    `images` replaces its number of images.
+    """
     if problems := list(likelihood_problems(config)):
         raise UserError.of(problems)
     step = Step.claim("likelihood", config, run, LikelihoodResult, unit="images")
