@@ -144,7 +144,7 @@ def doctor_command(
 @click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
 @click.pass_context
-def cleanup_command(ctx: click.Context, **options: Any) -> None:
+def cleanup_command(ctx: click.Context, /, **options: Any) -> None:
     """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
 
     The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
