@@ -18,7 +18,7 @@ UPSTREAM = {
     "train": {"ingest", "tune"},
     "sample": {"train", "tune"},
     "evaluate": {"ingest", "sample", "tune"},
-    "register": {"train", "evaluate", "tune"},
+    "register": {"sample", "evaluate", "tune"},
     "report": {"evaluate", "register", "tune"},
 }
 
