@@ -1,4 +1,4 @@
-"""Evaluation against torch-fidelity with the same Inception graph, and the Frechet distance against scipy's root."""
+"""Evaluation against torch-fidelity with the same Inception graph, and the Fréchet distance against scipy's root."""
 
 from __future__ import annotations
 

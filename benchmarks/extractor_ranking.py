@@ -3,7 +3,7 @@
     python -m benchmarks.extractor_ranking CHECKPOINTS DATASET [--out ranking.json]
 
 CHECKPOINTS is the folder of a run's checkpoints (trained with a large train.keep_checkpoints), DATASET the URI of its
-dataset, whose images have labels. The Frechet distance of the images of every checkpoint is taken by each extractor;
+dataset, whose images have labels. The Fréchet distance of the images of every checkpoint is taken by each extractor;
 Spearman's coefficient compares the two rankings. Then real test images are damaged more and more: the distance should
 grow with each step.
 """

@@ -1,4 +1,4 @@
-"""Time to quality: the Frechet distance of annealed Langevin dynamics at 1,000 evaluations, by faster samplers."""
+"""Time to quality: the Fréchet distance of annealed Langevin dynamics at 1,000 evaluations, by faster samplers."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Frechet distance by the config's classifier of a dataset."""
+    """Fréchet distance by the config's classifier of a dataset."""
 
     dataset: str
 
@@ -272,7 +272,7 @@ def main() -> None:
     """Measure both rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each side")
-    parser.add_argument("--images", type=int, default=512, help="samples for the Frechet distance")
+    parser.add_argument("--images", type=int, default=512, help="samples for the Fréchet distance")
     parser.add_argument("--evaluations", type=int, default=1000, help="of the DDPM sampler, an image")
     options = parser.parse_args()
     for row in rows(minutes=options.minutes, images=options.images, evaluations=options.evaluations):

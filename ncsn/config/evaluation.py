@@ -82,11 +82,11 @@ class EvaluationConfig(Section):
         ge=1,
         le=10,
         description="Sets of sampling.num_images samples, with seeds that are 2^32 apart from sampling.seed on, "
-        "for the mean, the least and the largest Frechet distance. All other metrics are of the first set.",
+        "for the mean, the least and the largest Fréchet distance. All other metrics are of the first set.",
     )
     extrapolate: bool = Field(
         False,
-        description="Also extrapolate the Frechet distance to infinitely many samples, for models of different "
+        description="Also extrapolate the Fréchet distance to infinitely many samples, for models of different "
         f"diversity. Needs {EXTRAPOLATE_RATIO} samples per feature.",
     )
     reference_split: Literal["train", "test"] = Field(
@@ -154,7 +154,7 @@ class SelectConfig(Section):
     num_images: int = Field(1000, ge=2, description="Samples of each candidate, all from the same noise.")
     figure: Literal["fid", "kid"] = Field(
         "fid",
-        description="What decides: fid = the Frechet distance, as in the paper of 2019; kid = the kernel distance, "
+        description="What decides: fid = the Fréchet distance, as in the paper of 2019; kid = the kernel distance, "
         "which does not favor candidates of little diversity where samples are few.",
     )
     seed: int = Field(

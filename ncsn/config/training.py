@@ -118,7 +118,7 @@ class ValidationConfig(Section):
         "the time, up to 1,000; 0 = none.",
     )
     samples: int = Field(
-        512, ge=2, description="Samples whose Frechet distance is measured, where train.stop or train.best_by asks it."
+        512, ge=2, description="Samples whose Fréchet distance is measured, where train.stop or train.best_by asks it."
     )
 
 
@@ -129,7 +129,7 @@ class StopConfig(Section):
     """When training ends before `train.num_images`."""
 
     by: Judge = Field(
-        description="What must fall: validation = the held-out loss; fid = the Frechet distance of a few samples."
+        description="What must fall: validation = the held-out loss; fid = the Fréchet distance of a few samples."
     )
     patience_images: int = Field(
         ge=1, description="Stop when it has not fallen for this many training images; the learning-rate schedule stays."
@@ -199,7 +199,7 @@ class TrainConfig(Section):
     best_by: Literal["training", "validation", "fid"] = Field(
         "training",
         description="The best checkpoint has the lowest: training = training loss, which does not always mean the best "
-        "images; validation = held-out loss; fid = Frechet distance of a few samples.",
+        "images; validation = held-out loss; fid = Fréchet distance of a few samples.",
     )
     validation: ValidationConfig = Field(
         ValidationConfig(), description="What training measures of its EMA weights as it goes."

@@ -200,7 +200,7 @@ def score_samples(
     num_images: int,
     on_images: Callable[[int], None] | None = None,
 ) -> list[float | None]:
-    """Frechet distance of `num_images` samples of each candidate; None if an image is not finite."""
+    """Fréchet distance of `num_images` samples of each candidate; None if an image is not finite."""
     evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
     distances: list[float | None] = [None] * len(candidates)
     made = sample_features(config, candidates, dataset=dataset, num_images=num_images, on_images=on_images)

@@ -1,4 +1,4 @@
-"""The Frechet distance of a few samples during training, made by its workers together."""
+"""The Fréchet distance of a few samples during training, made by its workers together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SEED = 2
 
 @dataclass(frozen=True)
 class SampleDistance:
-    """Frechet distance of the first samples of a seed to the training images; see `ncsn.training.loop.Distance`."""
+    """Fréchet distance of the first samples of a seed to the training images; see `ncsn.training.loop.Distance`."""
 
     config: Config
     dataset: str  # URI

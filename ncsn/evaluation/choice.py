@@ -10,7 +10,7 @@ from ncsn.evaluation import dinov2, extractors
 from ncsn.evaluation.extractors import Identity
 from ncsn.model.classes import BALANCED
 
-LEAST_TEST_IMAGES = 3  # for the uncertainty of a Frechet distance
+LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
 
 
 def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:

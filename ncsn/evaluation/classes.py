@@ -46,7 +46,7 @@ class ClassScores:
     """Agreement with the classes that were asked for, over the N images that have one."""
 
     count: int  # N
-    agreement: float  # share of the images that are seen as the class that was asked for
+    agreement: float  # share of the images that are classified as the requested class
     kid: float  # mean over the classes of their kernel distance to training images of the class; NaN if there is none
     confusion: npt.NDArray[np.int64]  # [K, K] images by the class asked for and the class seen
     kids: npt.NDArray[np.float64]  # [K], NaN for a class with too few images

@@ -1,6 +1,6 @@
 """The domain classifier: a small convolutional network trained on the ingested images themselves.
 
-Its softmax gives the classifier score and its last hidden layer the features of the classifier's Frechet distance.
+Its softmax gives the classifier score and its last hidden layer the features of the classifier's Fréchet distance.
 Neither compares with values from the 2015 Inception graph. Images without labels take clusters for classes: then only
 the features count.
 """

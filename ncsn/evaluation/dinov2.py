@@ -1,6 +1,6 @@
 """DINOv2 ViT-L/14 as an extractor: torchvision's vision transformer with the published weights.
 
-FD-DINOv2 is the Frechet distance of its features. The interpolation of the position embeddings is that of the original
+FD-DINOv2 is the Fréchet distance of its features. The interpolation of the position embeddings is that of the original
 code, and the resize that of EDM2's metrics (arXiv:2312.02696), so that values compare with published ones.
 """
 

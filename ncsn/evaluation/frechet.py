@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to features (Heusel et al. 2017), in float64."""
+"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017), in float64."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
 
 def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
-    """Frechet distance of N(mean_a, covariance_a) and N(mean_b, covariance_b)."""
+    """Fréchet distance of N(mean_a, covariance_a) and N(mean_b, covariance_b)."""
     # With S = F F^T, Tr (S_a S_b)^(1/2) = Tr (G G^T)^(1/2) for G = F_a^T F_b: nothing complex appears, and directions
     # in which a set of few images has no variance drop out instead of adding their rounding error.
     g = factor(covariance_a).T @ factor(covariance_b)
@@ -100,7 +100,7 @@ def frechet_distance_of_gaussians(mean_a: Array, covariance_a: Array, mean_b: Ar
 
 
 def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetStatistics) -> float:
-    """Standard deviation of the Frechet distance of the union of K disjoint groups over other samples of its size.
+    """Standard deviation of the Fréchet distance of the union of K disjoint groups over other samples of its size.
 
     Delete-a-group jackknife (Kott 2001; Shao and Wu 1989): each group is left out once, and the variance is
     (K - 1) / K times the sum of squares of the K distances about their mean. The reference counts as known, because
@@ -109,7 +109,7 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     whole = merged(groups)
     if whole.count < 3:
         raise UserError(
-            "sampling.num_images", "the uncertainty of a Frechet distance needs at least 3 images", value=whole.count
+            "sampling.num_images", "the uncertainty of a Fréchet distance needs at least 3 images", value=whole.count
         )
     reference_factor = factor(reference.covariance)
     distances = np.empty(len(groups))
@@ -125,7 +125,7 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
 def frechet_infinity(
     features: npt.NDArray[np.floating], reference: FrechetStatistics, *, std: float, seed: int
 ) -> Estimate:
-    """The Frechet distance of infinitely many samples (Chong and Forsyth 2020), which may be negative.
+    """The Fréchet distance of infinitely many samples (Chong and Forsyth 2020), which may be negative.
 
     It is the intercept at 1/N = 0 of the distances of 15 random subsets of N samples, from a tenth of all, but at least
     twice as many as features, because with fewer the bias is no line in 1/N. That removes bias, and no variance.
@@ -174,7 +174,7 @@ def _require_same_dimension(a: FrechetStatistics, b: FrechetStatistics) -> None:
 
 @dataclass(frozen=True)
 class RunningScore:
-    """The Frechet distance of the first images, which falls with their number (its bias is about 1/N)."""
+    """The Fréchet distance of the first images, which falls with their number (its bias is about 1/N)."""
 
     num_images: int
     fid: float
@@ -191,7 +191,7 @@ class RunningScore:
 
 
 class RunningDistance:
-    """Frechet distance to `reference` of the first images, at more and more of `count` images.
+    """Fréchet distance to `reference` of the first images, at more and more of `count` images.
 
     It keeps the moments of the images in K groups, image i in group i mod K. Where the images show classes in turn,
     each group has all classes alike, because the jackknife would see the distance between them else.

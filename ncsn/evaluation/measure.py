@@ -115,7 +115,7 @@ def measure(
         classes: Whether the extractor's classes mean something; without, there is no score.
         asked: The classes of the images; None for a model without.
         in_turn: How many classes the images show in turn.
-        extrapolate: Whether to extrapolate the Frechet distance, if there are enough images.
+        extrapolate: Whether to extrapolate the Fréchet distance, if there are enough images.
         by_features: Whether the reference is the training images, so that the nearest by features are shown.
     """
     running, scores = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn), []
@@ -156,7 +156,7 @@ def metrics_of(
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
-    - `fid`, `fid_std`: Frechet distance to all reference images, and its uncertainty by the jackknife over `groups`,
+    - `fid`, `fid_std`: Fréchet distance to all reference images, and its uncertainty by the jackknife over `groups`,
       the moments of the features in disjoint groups.
     - `fid_infinity`, `fid_infinity_std`: of infinitely many images, if asked for and there are enough.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.

@@ -137,7 +137,7 @@ class Evaluator:
     facts: dict[str, float]  # the quality of the extractor, as metrics
 
     def distance(self, features: npt.NDArray[np.floating]) -> float:
-        """Frechet distance of features [N, D] to the reference."""
+        """Fréchet distance of features [N, D] to the reference."""
         return frechet_distance(FrechetStatistics.of(features), self.reference.statistics)
 
 

@@ -1,4 +1,4 @@
-"""The Frechet distance of several sets of samples, which differ in their seeds alone."""
+"""The Fréchet distance of several sets of samples, which differ in their seeds alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def set_distances(
     runner: Runner,
     on_images: Callable[[int], None],
 ) -> list[float]:
-    """Frechet distance of each set to the reference; the arguments are those of `measure_sets`."""
+    """Fréchet distance of each set to the reference; the arguments are those of `measure_sets`."""
     distances = []
     for images in sets:
         pieces = feature_pieces(config, dataset, images, near=near, fingerprint=evaluator.extractor.fingerprint)

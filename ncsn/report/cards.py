@@ -87,8 +87,8 @@ def _selection(result: Mapping[str, Any] | None) -> list[str]:
     return [
         "## Choice of the checkpoint",
         _table(("images seen", "relative width", f"`{result['figure']}`", "weights"), rows),
-        f"The best of {len(rows) + more} candidates by this metric, which is therefore too good; the scores above are "
-        f"of other samples. {few_samples(result['figure'])}",
+        f"The best of {len(rows) + more} candidates. This score is optimistic because it was selected; the scores "
+        f"above use new samples. {few_samples(result['figure'])}",
     ]
 
 
@@ -157,11 +157,11 @@ def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tup
     return rows, len(ranked) - len(rows)
 
 
-ENOUGH_IMAGES = 10_000  # for a Frechet distance to compare models of different diversity
+ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
 
 
 def few_samples(figure: str) -> str:
-    """What this metric cannot compare, in a sentence, if it is a Frechet distance of few samples; else empty."""
+    """What this metric cannot compare, in a sentence, if it is a Fréchet distance of few samples; else empty."""
     metric, reading = read_figures({figure: 0.0}).popitem()
     if metric != "fid" or reading.num_images >= ENOUGH_IMAGES:
         return ""

@@ -218,8 +218,8 @@ def held_out_section(curves: HeldOutCurves) -> Section:
     return Section(
         heading="Held-out loss",
         text="The loss on test images, which training never uses, and on training images, both with the EMA weights "
-        "and without augmentation. A model of the distribution has the same loss on both. One that learns its training "
-        "images by heart has a growing gap between the two, and in the end its held-out loss rises. The gap at each "
+        "and without augmentation. A model of the distribution has the same loss on both. One that memorizes its "
+        "training images has a growing gap between the two, and in the end its held-out loss rises. The gap at each "
         "noise level is that of the last checkpoint, with two standard errors.",
         plots=[Plot(to_svg(figure, salt="held-out"), alt="Loss of held-out and of training images over training")],
         hints=overfitting_hints(curves),

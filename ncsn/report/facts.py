@@ -92,7 +92,7 @@ def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
         case "likelihood":
             return f"{result['bits_per_dim']:.4f} +- {result['error']:.4f} bits/dim, {result['num_images']:,} images"
         case "neon":
-            return f"w = {result['multiple']:g}, Frechet distance {min(result['distances'].values()):.4g}"
+            return f"w = {result['multiple']:g}, Fréchet distance {min(result['distances'].values()):.4g}"
         case "select":
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"

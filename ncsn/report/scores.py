@@ -95,8 +95,8 @@ def selection_section(result: Mapping[str, Any]) -> Section:
     return Section(
         heading="Choice of the checkpoint",
         text=f"Each of {len(rows)} candidates generated {reading.num_images:,} images from the same noise, and the one "
-        f"with the least {figure} was chosen. It was chosen by this metric, so its value here is too good; the scores "
-        f"above are of other samples.{left}",
+        f"with the lowest {figure} was chosen. Its score here is optimistic because it was selected; the scores "
+        f"above use new samples.{left}",
         plots=[Plot(to_svg(selection_figure(rows, figure=figure), salt="selection"), alt="Candidates and scores")],
         hints=[few] if (few := few_samples(figure)) else [],
         table=[("images seen", "relative width", figure, "checkpoint"), *table],

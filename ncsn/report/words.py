@@ -71,7 +71,7 @@ MEANINGS: Mapping[str, Meaning] = {
         "How many bits the model needs for a color value of a test image, at most. It says nothing of how images look.",
         "lower",
     ),
-    "class_agreement": Meaning("Class agreement", "Share of the images seen as the class asked for.", "higher"),
+    "class_agreement": Meaning("Class agreement", "Share of the images classified as the requested class.", "higher"),
     "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
     "class_tv": Meaning(
         "Class imbalance",

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
 HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
-FID = "val/fid"  # Frechet distance of a few samples
+FID = "val/fid"  # Fréchet distance of a few samples
 # Before the number of a level, or sigma, in the name of a curve.
 _LEVEL, _SIGMA = "train/loss_level_", "train/loss_sigma_"
 _LOSS, _GAP, _ERROR = "val/loss_sigma_", "val/gap_sigma_", "val/gap_error_sigma_"

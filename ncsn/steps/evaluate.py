@@ -36,7 +36,7 @@ from ncsn.tracking.mlflow_runs import StepRun
 METRICS_VERSION = 2
 
 # Extractor -> its metrics in papers, and the number of samples that they are over.
-PUBLISHED_METRICS = {"inception": "Inception scores and Frechet distances", "dinov2": "FD-DINOv2 values"}
+PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
 PUBLISHED_IMAGES = 50_000
 MOST_CLASSES = 100  # with metrics of their own in MLflow
 
@@ -302,7 +302,7 @@ def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str = 
     if num_real != num_images:
         notes.append(
             f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
-            f"the samples over {num_images}: fewer images alone give a larger Frechet distance and a smaller score"
+            f"the samples over {num_images}: fewer images alone give a larger Fréchet distance and a smaller score"
         )
     if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
         notes.append(

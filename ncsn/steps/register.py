@@ -187,7 +187,7 @@ def _neon_notes(loaded: SamplingCheckpoint, measured: Mapping[str, Any]) -> list
         return []
     before, after = (facts["distances"][f"{w:g}"] for w in (0, facts["multiple"]))
     notes = [
-        f"Extrapolated from self-training (Neon) with w = {facts['multiple']:g}, chosen by the Frechet distance of "
+        f"Extrapolated from self-training (Neon) with w = {facts['multiple']:g}, chosen by the Fréchet distance of "
         f"{facts['scored']:,} other samples ({before:.4g} before, {after:.4g} after), so that distance is not a fair "
         "comparison with models that were not tuned on it. Precision usually falls where recall rises."
     ]

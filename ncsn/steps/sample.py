@@ -69,7 +69,7 @@ def run(
 ) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
-    With the URI of a dataset as `score`, the Frechet distance so far to its training images is published meanwhile.
+    With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
     faults = parse_faults(inject, step="sample", run_uri=run_folder(config, run).uri)

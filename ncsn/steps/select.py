@@ -162,7 +162,9 @@ def conclude(
 
 
 def _notes(rows: Sequence[dict[str, Any]], figure: str) -> list[str]:
-    notes = [f"{figure} chose among {len(rows)} candidates, so it is too good; the metrics are of other samples"]
+    notes = [
+        f"{figure} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
+    ]
     if few := few_samples(figure):
         notes.append(few)
     last = max(row["images_seen"] for row in rows)

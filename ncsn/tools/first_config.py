@@ -241,11 +241,11 @@ def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Call
         return
     told = told_from_mirror(images)
     if told is None:
-        why = "Too few images to tell by themselves. true, if they are as good mirrored, makes twice as many of them."
+        why = "Too few images to tell. Set true if mirrored images are still realistic: it doubles their number."
         draft.choose("data.horizontal_flip", ask_mirrored(), why)
     else:
         share = f"A linear classifier tells {told:.0%} of the images from their mirror images"
-        alike = "they are as good mirrored" if told <= MIRRORED else "mirrored, they would be others"
+        alike = "mirroring is safe" if told <= MIRRORED else "mirrored images would look different"
         draft.choose(
             "data.horizontal_flip", told <= MIRRORED, f"{share} (chance: 50%, limit: {MIRRORED:.0%}): {alike}."
         )

@@ -24,6 +24,12 @@ from ncsn.tools.survey import Survey, percent, survey
 _EXAMPLES = Path(__file__).parents[1] / "configs"
 _SHOWN = 32  # images in the picture
 _NAMED = 3  # classes
+_CONVERTED = {  # what is said of a kind of conversion; of others that they become RGB
+    "16-bit": "images with 16 bits per channel, converted to 8",
+    "float": "images of floating-point values, converted to 8 bits",
+    "animated": "animated, of which the first frame is used",
+    "transparent": "transparent, put on the background",
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,9 @@ def _details(found: Survey) -> Iterator[str]:
     if clear:
         yield f"{percent(clear)} with transparent pixels"
     if converted := found.conversions:
-        yield ", ".join(f"{count:,} {kind}" for kind, count in converted.items()) + ", converted as docs/data.md says"
+        yield "; ".join(
+            f"{count:,} {_CONVERTED.get(kind, f'{kind} images, converted to RGB')}" for kind, count in converted.items()
+        )
     if found.duplicates:
         yield f"{len(found.duplicates)} the same as another, such as {found.duplicates[0][0]}"
     if found.bad:

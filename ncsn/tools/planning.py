@@ -294,7 +294,7 @@ def training_seconds_per_image(recipe: ClassifierRecipe, *, images: Images, labe
 
 
 def extrapolation_seconds(config: Config) -> float:
-    """Seconds of an extrapolation of the Frechet distance of the samples, by one part of it."""
+    """Seconds of an extrapolation of the Fréchet distance of the samples, by one part of it."""
     features, images = config.evaluation.num_features, config.sampling.num_images
     rows = 2 * features
     values = np.random.default_rng(0).standard_normal((rows, features), np.float32)

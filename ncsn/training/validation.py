@@ -15,7 +15,7 @@ from ncsn.training.batches import crossed
 from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import Probe
 
-# Frechet distance of a few samples of the present weights; None if an image is not finite. A collective call.
+# Fréchet distance of a few samples of the present weights; None if an image is not finite. A collective call.
 Distance = Callable[[TrainedNetwork, WorkerContext], float | None]
 
 

@@ -1,4 +1,4 @@
-"""A tiny experiment and its data set, shared by the tests of training and sampling."""
+"""A tiny experiment and its dataset, shared by the tests of training and sampling."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def whole(workplace) -> str:
 
 @pytest.fixture(scope="module")
 def dataset(workplace, whole: str) -> tuple[str, str]:
-    """The option that names the data set."""
+    """The option that names the dataset."""
     return "--dataset", workplace.result("whole", "ingest")["uri"]
 
 

@@ -1,4 +1,4 @@
-"""Known values of the Frechet distance (spec, oracle 19), agreement with scipy, uncertainty, and running scores."""
+"""Known values of the Fréchet distance (spec, oracle 19), agreement with scipy, uncertainty, and running scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bias of the Frechet distance, and its extrapolation: the oracles of chapter 2's section 8.3."""
+"""Bias of the Fréchet distance, and its extrapolation: the oracles of chapter 2's section 8.3."""
 
 from __future__ import annotations
 

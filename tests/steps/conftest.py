@@ -50,7 +50,7 @@ def config(root: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def save_untrained() -> SaveUntrained:
-    """Writes a checkpoint of a network that was never trained: config, URI of the data set, folder."""
+    """Writes a checkpoint of a network that was never trained: config, URI of the dataset, folder."""
 
     def save(config: Config, dataset: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)

@@ -67,7 +67,7 @@ def init_command(
 def _ask_mirrored() -> bool:
     """Ask, but only on a terminal."""
     asked = sys.stdin.isatty() and sys.stdout.isatty()
-    return asked and click.confirm("Are the images as good mirrored? Text is not, faces are", default=False)
+    return asked and click.confirm("Are mirrored images still realistic? (faces yes, text no)", default=False)
 
 
 @click.command("plan", cls=ReportingCommand, short_help="Estimate what a run will take.")

@@ -94,7 +94,7 @@ def _require_alike(found: Sequence[_Found]) -> None:
             raise UserError(
                 one.file.uri,
                 f"has another {what} than {first.file.uri}",
-                hint="set data.root to the files of one data set",
+                hint="set data.root to the files of one dataset",
             )
 
 
@@ -151,7 +151,7 @@ def _require_one_set(found: Mapping[str, _Found]) -> None:
     if len(whole) > 1:
         raise UserError(
             next(iter(places[whole[1]].values())).uri,
-            f"is of another data set than those in {whole[0] or 'the folder itself'!r}: both have splits",
+            f"is of another dataset than those in {whole[0] or 'the folder itself'!r}: both have splits",
             hint="set data.root to the folder of one of them",
         )
 

@@ -1,7 +1,7 @@
 """`ncsn neon`: weights extrapolated away from what training on the network's own samples does to them (2510.03597).
 
 The run's samples become a dataset. A second run starts from the run's weights and trains on that dataset for a short
-time. The weights then move away from its result, by the multiple w whose samples have the least Frechet distance, and
+time. The weights then move away from its result, by the multiple w whose samples have the least Fréchet distance, and
 become the checkpoint of the run `<run>-neon`, which is sampled and evaluated. Three seeds keep apart the samples that
 are trained on, those that choose w, and those that are measured.
 """
@@ -54,7 +54,7 @@ class NeonResult:
     run: str  # that has the weights: the base's own if none of the multiples is better
     checkpoint: str  # URI
     multiple: float  # w; 0 for the base
-    distances: dict[str, float]  # w -> Frechet distance of the samples that chose it
+    distances: dict[str, float]  # w -> Fréchet distance of the samples that chose it
     metrics: dict[str, float]  # of other samples with these weights
     base_metrics: dict[str, float]  # of the base's, where its evaluation is of as many images
     self_trained: str  # URI of the checkpoint after training on samples
@@ -216,7 +216,7 @@ def _labels(plan: _Plan, sampling: SamplingConfig) -> NDArray[np.int64]:
 
 
 def _choose(plan: _Plan, self_trained: SamplingCheckpoint, progress: Callable[[int, int], None]) -> dict[float, float]:
-    """Frechet distance for each w, 0 included, and for the w where a parabola through the best three is least."""
+    """Fréchet distance for each w, 0 included, and for the w where a parabola through the best three is least."""
     distances, total = dict[float, float](), (len(plan.multiples) + 2) * plan.scored
     done = 0
 
@@ -305,7 +305,7 @@ def _compared(metrics: Mapping[str, float]) -> dict[str, float]:
 def _notes(plan: _Plan, w: float, metrics: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
     if w == 0:
         return ["none of the multiples is better than the base (w = 0): it may not be trained to the end"]
-    notes = [f"w = {w:g} was chosen by the Frechet distance of {plan.scored:,} samples with another seed"]
+    notes = [f"w = {w:g} was chosen by the Fréchet distance of {plan.scored:,} samples with another seed"]
     for name, value in metrics.items():
         if name in base and "_precision_n" in name and value < base[name]:
             notes.append(f"precision fell from {base[name]:.3f} to {value:.3f}, as it does where recall rises")
