@@ -34,10 +34,12 @@ from ncsn.errors import UserError
 
 Progress = Callable[[int, int], None]
 
-_SHAPING = (
-    "source", "image_column", "label_column", "image_size", "channels", "convert_channels", "fit", "background",
-    "test_fraction", "max_images", "on_bad_image", "unlabelled",
-)  # fmt: skip
+# All other settings of `data`, also those to come, decide which images a dataset has. A setting that a config may lack
+# (`ADDED`) counts only if it is given, so that datasets written before it are found.
+_WITHOUT_EFFECT = {
+    "root", "download", "rows_per_part", "loader", "window_images", "dequantize", "logit_transform", "horizontal_flip",
+    "augmentation", "num_classes",
+}  # fmt: skip
 LEAST_IMAGES = 2
 
 MOST_IMAGES = 60_000
@@ -49,7 +51,7 @@ _GRAY_STEPS = 256
 
 def shaping_settings(data: DataConfig) -> dict[str, Any]:
     """The settings that decide the content of a dataset, as plain values."""
-    return {name: value for name, value in data.model_dump(mode="json").items() if name in _SHAPING}
+    return {name: value for name, value in data.model_dump(mode="json").items() if name not in _WITHOUT_EFFECT}
 
 
 class PixelStatistics:

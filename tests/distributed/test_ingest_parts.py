@@ -22,9 +22,11 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import from_yaml
+from ncsn.config.schema import DataConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources import open_source
+from ncsn.data.statistics import shaping_settings
 from ncsn.distributed.ingest import write_dataset_in_parts
 
 ON_RAY = """
@@ -159,6 +161,30 @@ def test_one_process_goes_on_where_it_was(tmp_path):
     assert sum(part.rows for part in dataset.manifest.parts["train"]) == dataset.manifest.counts["train"]
     again = ingest(None)
     assert (again.uri, again.created) == (dataset.uri, False)
+
+
+def test_another_crop_is_another_dataset(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(number, side=24))
+    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", rows=20, store=tmp_path)
+    whole = from_yaml(text).data
+
+    def digest(data: DataConfig) -> str:
+        source = open_source(data)
+        return write_dataset_in_parts(
+            source, str(tmp_path / "store"), name="image_folder", data=data, fingerprint="x", here=True
+        ).manifest.digest
+
+    assert digest(whole) != digest(whole.model_copy(update={"crop": 12}))
+
+
+def test_settings_that_decide_the_images_are_known():
+    """Receipts of datasets written before would be missed with others."""
+    data = from_yaml(EXPERIMENT.format(source="image_folder", root=".", rows=20, store=".")).data
+    assert set(shaping_settings(data)) == {
+        "source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
