@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 OWN = "own"  # instead of a URI: the run's own
 
-BACKENDS = ("local", "ray-jobs", "kuberay")  # those of `ComputeConfig`, which --help does not import
+# Those of `ComputeConfig`, which --help does not import, and what `ncsn doctor` checks of each.
+BACKENDS = {
+    "local": (),
+    "ray-jobs": ("ray jobs",),
+    "kuberay": ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"),
+}
 
 CHECKPOINTED = ("run", "tune", "train", "neon")  # the commands that save checkpoints, and continue from the last one
 

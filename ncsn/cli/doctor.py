@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from ncsn import storage
+from ncsn.cli.catalogue import BACKENDS
 from ncsn.cli.options import describe
 from ncsn.config import Config
 from ncsn.errors import UserError
@@ -27,10 +28,6 @@ from ncsn.storage.retry import limited
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 SOURCE_TREE = Path(__file__).parents[2]
 IMAGE_VARIABLE = "NCSN_IMAGE"
-BACKEND_CHECKS = {
-    "ray-jobs": ("ray jobs",),
-    "kuberay": ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def look(check: Check) -> Finding:
 def examine(config: Config, *, host: str | None, namespace: str | None) -> list[Finding]:
     """All findings, in the order in which a run would fail."""
     findings = [look(check) for check in _base_checks(config, host, namespace)]
-    for name, checks in BACKEND_CHECKS.items():
+    for name, checks in BACKENDS.items():
         backend = open_backend(config.compute) if config.compute.backend == name else None
         if backend is None:
             findings += [Finding(check, SKIPPED, f"compute.backend is {config.compute.backend}") for check in checks]

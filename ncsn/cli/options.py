@@ -182,7 +182,7 @@ def backend_options(command: Decorated) -> Decorated:
         "--address", metavar="URL", help="Dashboard of the Ray cluster to submit to, such as http://HEAD:8265."
     )(command)
     return click.option(
-        "--backend", type=click.Choice(BACKENDS), help="Where the work runs; short for --set compute.backend=..."
+        "--backend", type=click.Choice(list(BACKENDS)), help="Where the work runs; short for --set compute.backend=..."
     )(decorated)
 
 

@@ -71,7 +71,7 @@ class RayJobs:
         unless the same command is given again before.
         """
         base, request = job_name(step.run, step.step, step.uri), command_digest(step.command)
-        beat = Heartbeat(step.lease, also=lambda: None, every=self._renew_seconds)
+        beat = Heartbeat(step.lease, every=self._renew_seconds)
         with beat, ended_on_sigterm(self._stop_running):
             try:
                 name = attach_or_start(

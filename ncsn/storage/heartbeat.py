@@ -73,7 +73,7 @@ class Lease:
 class Heartbeat:
     """The launcher's side: a context in which a thread renews the lease at `uri` and calls `also` at each beat."""
 
-    def __init__(self, uri: str, *, also: Callable[[], None], every: float = RENEW_SECONDS) -> None:
+    def __init__(self, uri: str, *, also: Callable[[], None] | None = None, every: float = RENEW_SECONDS) -> None:
         self._uri, self._also, self._every = uri, also, every
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -93,7 +93,8 @@ class Heartbeat:
             # that cannot reach the store is not gone.
             with suppress(OSError), limited(self._every):
                 self._renew()
-            self._also()
+            if self._also is not None:
+                self._also()
 
     def _renew(self) -> None:
         files.write_json(self._uri, {"renewed_at": time.time()})

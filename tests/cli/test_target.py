@@ -10,8 +10,7 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.catalogue import BACKENDS, CATALOGUE
-from ncsn.cli.doctor import BACKEND_CHECKS
+from ncsn.cli.catalogue import BACKENDS, CATALOGUE, STEP_INFO
 from ncsn.cli.execute import complete_records, mark_complete
 from ncsn.cli.target import Experiment, default_run, find_inputs
 from ncsn.config import Config, from_yaml
@@ -19,6 +18,7 @@ from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound, Problem
 from ncsn.runs.folder import RUN_PATTERN, STEPS, RunFolder, claim_run
 from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, read_results
+from ncsn.steps.step import STEPS_ELSEWHERE
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def test_the_catalogue_follows_the_pipeline() -> None:
 
 
 def test_every_backend_of_the_config_is_offered_and_checked() -> None:
-    assert get_args(ComputeConfig.model_fields["backend"].annotation) == BACKENDS
-    assert {"local", *BACKEND_CHECKS} == set(BACKENDS)
+    assert get_args(ComputeConfig.model_fields["backend"].annotation) == tuple(BACKENDS)
+    assert {name for name, info in STEP_INFO.items() if info.leased} == set(STEPS_ELSEWHERE)
 
 
 def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:

@@ -4,6 +4,9 @@ The state never leaves [B, C, H, W], an image depends only on its own start and 
 `denoise` means the same everywhere: the result is x + sigma_L^2 s(x) at the last level, or still carries its noise.
 Annealed Langevin forgets its start. The others need an x distributed as the data plus noise of sigma_1.
 
+Under guidance in a band of sigma the score jumps at the band's ends. A sampler that combines scores of several sigmas
+takes them of one field (`ncsn.core.samplers.level_grid.field_of`), or loses its order.
+
 A new sampler is a subclass of `Sampler`, a section in `ncsn.config.samplers.SamplerConfig` with the same fields, and an
 entry in `_SAMPLERS` of `ncsn.model.build`.
 """
@@ -33,7 +36,7 @@ class Sampler(ABC):
     """A sampler; a subclass's fields are those of the config section of its `kind`."""
 
     kind: ClassVar[str]
-    least: ClassVar[int] = 1  # its smallest value
+    smallest_length: ClassVar[int] = 1
     uniform_start: ClassVar[bool] = False
 
     @property
@@ -61,7 +64,7 @@ class Sampler(ABC):
         Args:
             x: Start [B, C, H, W]; it is not changed.
             noise: Number of a draw -> standard normal tensor of x's shape.
-            on_level: Called with (k, x) when the k-th visited level is done.
+            on_level: Called with (k, x) when the chain is done with the k-th visited level, or, in an ODE solver, reaches it.
         """
         return self._run(LevelGrid(network, *self._levels(sigmas)), x, noise=noise, on_level=on_level or _ignored)
 
@@ -101,9 +104,12 @@ class Sampler(ABC):
         """The chains, one or two, with the numbers of evaluations next to `nfe`."""
         if self.length is None or self.num_evaluations(num_levels) == nfe:
             return [self]
-        lengths = range(self.least, min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN) + 1)
+        lengths = range(
+            self.smallest_length, min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN) + 1
+        )
         index = bisect_left(lengths, nfe, key=lambda n: self._with(n).num_evaluations(num_levels))
-        return [self._with(lengths[i]) for i in (index - 1, index) if 0 <= i < len(lengths)] or [self._with(self.least)]
+        near = [lengths[i] for i in (index - 1, index) if 0 <= i < len(lengths)]
+        return [self._with(length) for length in near or [self.smallest_length]]
 
     def _with(self, length: int) -> Self:
         assert self.length is not None

@@ -38,7 +38,7 @@ class _Multistep(Sampler):
     rho: float = 7.0  # exponent of the karras grid
     denoise: bool = True
 
-    least = 2
+    smallest_length = 2
 
     @property
     def length(self) -> str:

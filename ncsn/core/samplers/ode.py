@@ -37,7 +37,7 @@ class ProbabilityFlow(Sampler):
 
     kind = "probability_flow"
     length = "num_levels"
-    least = 2
+    smallest_length = 2
 
     def num_evaluations(self, num_levels: int) -> int:
         """See `Sampler`; an upper bound with `karras` spacing."""
@@ -76,7 +76,7 @@ class KarrasHeun(Sampler):
 
     kind = "karras_heun"
     length = "num_steps"
-    least = 2
+    smallest_length = 2
 
     def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - a grid of its own
         """See `Sampler`."""
