@@ -19,15 +19,33 @@ from ncsn.errors import ConfigError
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found = set()
+    for key, _ in node.value:
+        if key.value in found:
+            raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+        found.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config") -> Config:
     """The config in a YAML or JSON text, after `overrides` like `a.b=value`, whose values are YAML.
 
     `ConfigError` with each wrong key or value; `origin` says there where the text comes from.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(origin, f"not valid YAML: {error}") from None
+    if tree is None:
+        raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
     if not isinstance(tree, dict):
         raise ConfigError(origin, f"expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:

@@ -74,6 +74,10 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
         return [Problem(f"{path}.kind", f"not one of {detail['ctx']['expected_tags']}", value=detail["ctx"]["tag"])]
     if kind == "literal_error":
         return [Problem(path, f"not one of {detail['ctx']['expected'].replace(' or ', ', ')}", value=value)]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        kinds = kinds_of(_models([*parts, "kind"], tree, model))
+        example = f", such as {{kind: {kinds[0]}, ...}}" if kinds else ""
+        return [Problem(path, f"expected a mapping{example}", value=value)]
     if kind == "value_error":  # the keys of a validator's UserError are relative to its section
         return [
             replace(problem, key=".".join(filter(None, (path, problem.key))))

@@ -175,9 +175,14 @@ def copies_beyond_chance(measured: Mapping[str, Any]) -> str:
 
 
 def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any] | None:
-    """The result of `ncsn select`, if it chose this checkpoint; None else."""
+    """The result of `ncsn select`, if it chose this checkpoint or the one that it copied; None else."""
     record = read_result(run_folder(config, run), "select")
-    return record.result if record is not None and record.result["checkpoint"] == checkpoint else None
+    if record is None:
+        return None
+    chosen = record.result
+    best = chosen["images_seen"], chosen["relative_width"]
+    copied = [row["uri"] for row in chosen["candidates"] if (row["images_seen"], row["relative_width"]) == best]
+    return chosen if checkpoint in (chosen["checkpoint"], *copied) else None
 
 
 def _neon_notes(loaded: SamplingCheckpoint, measured: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,17 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
     assert {unknown.origin, wrong.origin} == {"digits.yaml"}
 
 
+@pytest.mark.parametrize("text", ["", DIGITS + "name: again\n", DIGITS + "data: {}\n", "- 1"])
+def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
+    with refused("digits.yaml", error=ConfigError):
+        from_yaml(text, origin="digits.yaml")
+
+
+def test_a_value_in_place_of_a_section_is_refused_by_its_key() -> None:
+    with refused("noise", "train.ema", "storage"):
+        from_yaml(DIGITS, overrides=["noise=autoo", "train.ema=half_life", "storage=.ncsn"])
+
+
 def test_a_key_that_another_kind_left_is_told_how_to_replace_the_section() -> None:
     with refused("sampling.sampler.steps_per_level", "sampling.sampler.epsilon") as caught:
         from_yaml(DIGITS, overrides=["sampling.sampler.kind=probability_flow"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +73,16 @@ def test_what_is_written_reads_back(request, tmp_path, images, config, place):
     assert storage.list_names(f"{dataset.uri}/train") == [f"part-0000{part}.parquet" for part in range(4)]
     assert not write(images, folder, config).created
     assert storage.list_names(folder) == [dataset.manifest.digest]
+
+
+def test_the_lines_of_the_docs_read_a_part(tmp_path, images, config, monkeypatch):
+    dataset = write(images, tmp_path, config)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(Path(dataset.uri) / "train")
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert np.array_equal(names["images"], images["train"].images)
 
 
 def test_the_manifest_describes_the_dataset(tmp_path, images, config):

@@ -28,6 +28,7 @@ from ncsn.model.checkpoint import load_for_sampling
 from ncsn.report.scores import selection_section
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.steps import select
+from ncsn.steps.register import selection_of
 from ncsn.tracking.client import connect
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -95,6 +96,9 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     assert (result.images_seen, result.relative_width) == (best["images_seen"], best["relative_width"])
     assert load_for_sampling(result.checkpoint).digest == best["digest"] and len(result.kept) == 2
     assert json.loads(Path(result.uri).read_text())["candidates"] == result.candidates
+    # Samples of the checkpoint that was copied are samples of the choice; those of others are not.
+    chosen = {row["uri"] for row in result.candidates if selection_of(config, "mine", row["uri"])}
+    assert chosen == {best["uri"]} and selection_of(config, "mine", result.checkpoint)
     section = selection_section(storage.read_json(result.uri))
     assert len(section.table) == 8 and len(section.plots) == 1 and section.hints
 

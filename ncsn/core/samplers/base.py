@@ -64,7 +64,7 @@ class Sampler(ABC):
         Args:
             x: Start [B, C, H, W]; it is not changed.
             noise: Number of a draw -> standard normal tensor of x's shape.
-            on_level: Called with (k, x) when the chain is done with the k-th visited level, or, in an ODE solver, reaches it.
+            on_level: Called with (k, x) when the k-th visited level is done; by ODE solvers, when it is reached.
         """
         return self._run(LevelGrid(network, *self._levels(sigmas)), x, noise=noise, on_level=on_level or _ignored)
 
@@ -104,9 +104,8 @@ class Sampler(ABC):
         """The chains, one or two, with the numbers of evaluations next to `nfe`."""
         if self.length is None or self.num_evaluations(num_levels) == nfe:
             return [self]
-        lengths = range(
-            self.smallest_length, min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN) + 1
-        )
+        longest = min(num_levels if self.length == "num_levels" else nfe, _LONGEST_CHAIN)
+        lengths = range(self.smallest_length, longest + 1)
         index = bisect_left(lengths, nfe, key=lambda n: self._with(n).num_evaluations(num_levels))
         near = [lengths[i] for i in (index - 1, index) if 0 <= i < len(lengths)]
         return [self._with(length) for length in near or [self.smallest_length]]
