@@ -110,14 +110,21 @@ def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
-        address="local",  # without, Ray would join a cluster that another process started on this machine
-        job_config=JobConfig(metadata=dict(metadata or {})),
-        num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
-        include_dashboard=True,
-        dashboard_host=LOOPBACK,
-        logging_level=logging.WARNING,
-    )
+    try:
+        ray.init(
+            address="local",  # without, Ray would join a cluster that another process started on this machine
+            job_config=JobConfig(metadata=dict(metadata or {})),
+            num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
+            include_dashboard=True,
+            dashboard_host=LOOPBACK,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray raises these of any class, with a page of its logs as the message
+        load = f"{os.getloadavg()[0]:.0f} processes want {os.cpu_count()} cores"
+        raise RuntimeError(
+            f"Ray did not start on this machine, where {load}: run the same command again when it is less busy, or see "
+            "Ray's own words with --traceback"
+        ) from error
     if ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()
         raise RuntimeError(

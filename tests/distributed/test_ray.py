@@ -313,6 +313,20 @@ def test_a_single_shard_is_the_same_without_a_cluster(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_words = Exception("The last 20 lines of dashboard.log:\n1\n2")
+
+    def init(**_: object) -> None:
+        raise own_words
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), tasks=2):
+        pass
+    assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
+
+
 def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
