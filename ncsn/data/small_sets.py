@@ -25,7 +25,7 @@ _IDX_PREFIXES = {"train": "train", "test": "t10k"}
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-# Data sets in IDX files: description, license, class names, and their class in torchvision.
+# Datasets in IDX files: description, license, class names, and their class in torchvision.
 _IDX = {
     "mnist": (
         "MNIST handwritten digits, Y. LeCun, C. Cortes and C. Burges, 28x28 gray",

@@ -174,7 +174,7 @@ def few_samples(figure: str) -> str:
 
 
 def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]:
-    """The classes that can be asked for, and a table of those that are seen least."""
+    """The classes that can be requested, and a table of those that agree least."""
     if classes is None:
         return []
     names = ", ".join(f"`{name}`" for name in manifest.class_names[:MOST_NAMES])
@@ -183,7 +183,7 @@ def _classes(classes: Mapping[str, Any] | None, manifest: Manifest) -> list[str]
     return ["## Classes", f"It makes images of these on demand: {names}{more}.", table]
 
 
-CLASS_HEAD = ("class", "images", "seen as asked for", "real test images", "kernel distance")
+CLASS_HEAD = ("class", "images", "classified as requested", "real test images", "kernel distance")
 
 
 def class_rows(classes: Mapping[str, Any], *, most: int) -> list[list[str]]:

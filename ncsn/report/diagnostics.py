@@ -152,8 +152,8 @@ def thinned(seen: Array, losses: Array) -> tuple[Array, Array]:
 NEAR = 0.7
 
 ADVICE = (
-    "Add images, train with data.augmentation, or set data.horizontal_flip if mirrored images are as good; or train a "
-    "smaller network, or for fewer train.num_images."
+    "Add images, train with data.augmentation, or set data.horizontal_flip if mirrored images are still realistic; or "
+    "train a smaller network, or for fewer train.num_images."
 )
 
 

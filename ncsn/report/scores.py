@@ -21,24 +21,24 @@ def classes_section(classes: Mapping[str, Any]) -> Section:
     """The section of an evaluation's `classes`."""
     table = class_rows(classes, most=MOST_CLASSES)
     agreement, real = classes["agreement"], classes["real_agreement"]
-    compared = "" if real is None else f" It sees the class of {real:.1%} of the real test images."
+    compared = "" if real is None else f" Of the real test images it classifies {real:.1%} correctly."
     observer = "A linear probe of the extractor's features" if classes["by_probe"] else "The classifier"
     asked, total = sum(line["num_images"] > 0 for line in classes["table"]), len(classes["table"])
     some = f"{total} classes" if asked == total else f"{asked} of its {total} classes"
     shown = f" The table has the {len(table)} of them that agree least." if len(table) < total else ""
     return Section(
         heading="Classes",
-        text=f"The model was asked for images of {some}. {observer} sees "
-        f"the class that was asked for in {agreement:.1%} of them.{compared} The kernel distance is to the training "
+        text=f"The model generated images of {some}. {observer} "
+        f"assigns {agreement:.1%} of them to the requested class.{compared} The kernel distance is to the training "
         f"images of the class: near zero, or negative, where they are alike.{shown}",
-        plots=[Plot(to_svg(confusion_matrix(classes), salt="classes"), alt="Classes asked for and classes seen")],
+        plots=[Plot(to_svg(confusion_matrix(classes), salt="classes"), alt="Requested and predicted classes")],
         table=[CLASS_HEAD, *table],
     )
 
 
 @styled
 def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
-    """Shares of the images of each class, rows, that are seen as each class, columns."""
+    """Shares of the images of each class, rows, that are classified as each class, columns."""
     counts, names = np.array(classes["confusion"], np.float64), [line["name"] for line in classes["table"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.3 * min(len(names), MOST_CLASSES)
@@ -46,7 +46,7 @@ def confusion_matrix(classes: Mapping[str, Any]) -> Figure:
     axes = bare(figure.subplots())
     image = axes.imshow(shares, vmin=0, vmax=1, cmap=HEAT, interpolation="none")
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images")
-    axes.set(xlabel="class seen", ylabel="class asked for")
+    axes.set(xlabel="predicted class", ylabel="requested class")
     if len(names) <= MOST_CLASSES:
         short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
         axes.set_xticks(range(len(names)), short, rotation=60, ha="right")

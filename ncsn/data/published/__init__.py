@@ -1,1 +1,1 @@
-"""Data sets that others publish as Parquet files of encoded images."""
+"""Datasets that others publish as Parquet files of encoded images."""

@@ -1,4 +1,4 @@
-"""Data sets that are published as Parquet files of encoded images, as on the Hugging Face Hub."""
+"""Datasets that are published as Parquet files of encoded images, as on the Hugging Face Hub."""
 
 from __future__ import annotations
 
