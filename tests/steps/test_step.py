@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from refused import refused
@@ -177,20 +178,20 @@ def test_progress_is_published_and_throttled(tmp_path: Path) -> None:
 
 def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for a write that hangs: what is written in the end is the last record."""
-    uri, allowed, written = str(tmp_path / "progress.json"), threading.Event(), list[str]()
+    uri, allowed, written = str(tmp_path / "progress.json"), threading.Event(), list[dict[str, Any]]()
 
-    def slow(_uri: str, text: str) -> None:
+    def slow(_uri: str, record: dict[str, Any]) -> None:
         assert allowed.wait(60)
-        written.append(text)
+        written.append(record)
 
-    monkeypatch.setattr(storage, "write_text", slow)
+    monkeypatch.setattr(storage, "write_json", slow)
     progress = ProgressFile(uri, "images", interval=0)
     for done in range(1, 1000):
         progress(done, 1000)
     assert written == []
     allowed.set()
     progress(1000, 1000)
-    assert json.loads(written[-1])["done"] == 1000
+    assert written[-1]["done"] == 1000
     assert len(written) < 1000
 
 
