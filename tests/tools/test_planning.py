@@ -132,7 +132,9 @@ def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
     lognormal = "noise={sigma_1: %s, sigma_L: 0.01, training: {kind: lognormal}}"
     (note,) = estimate(config(lognormal % 8, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"]
     assert note.startswith("noise.sigma_1 = 8 ") and " 5.67" in note
-    assert estimate(config(lognormal % 5, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"] == []
+    # Up to that of Karras et al., 1.33 times.
+    for known in (5, 7.5):
+        assert estimate(config(lognormal % known, "train.num_images=800000"), COUNTS, RATES, PRICES)["notes"] == []
     # The source of another start has seen more, and a training too short to know anything says nothing.
     continued = config(lognormal % 8, "train.num_images=800000", "train.init_from=models:/digits@champion")
     assert estimate(continued, COUNTS, RATES, PRICES)["notes"] == []
