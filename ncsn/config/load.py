@@ -20,15 +20,16 @@ _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `k
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
+    """Refuses a key that appears twice, of which YAML would silently take the last."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     found = set()
     for key, _ in node.value:
-        if key.value in found:
-            raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
-        found.add(key.value)
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in found:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+            found.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 

@@ -132,7 +132,9 @@ class StopConfig(Section):
         description="What must fall: validation = the held-out loss; fid = the Fréchet distance of a few samples."
     )
     patience_images: int = Field(
-        ge=1, description="Stop when it has not fallen for this many training images; the learning-rate schedule stays."
+        ge=1,
+        description="Stop when it has not fallen for this many training images. The learning-rate schedule stays as "
+        "train.num_images sets it.",
     )
     tolerance: float = Field(0.001, ge=0, lt=1, description="A fall by less than this share of it does not count.")
 

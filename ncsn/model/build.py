@@ -84,8 +84,8 @@ def training_noise(config: Config) -> TrainingNoise:
     return LevelNoise(sigmas(config))
 
 
-# That of Karras et al. 2022, which works, is 1.3 times what their training shows often.
-_SLIGHTLY = 1.35
+# How far above the sigmas of training sampling may start: that of Karras et al. 2022, which works, is at 1.33 times.
+_TOLERANCE = 1.35
 
 
 def noise_notes(config: Config, *, images: int) -> list[str]:
@@ -96,7 +96,7 @@ def noise_notes(config: Config, *, images: int) -> list[str]:
     noise, sigma_1 = training_noise(config), config.sampled_levels.sigma_1
     if not isinstance(noise, LognormalNoise) or config.train.init_from is not None or images < FEW_DRAWS:
         return []
-    if sigma_1 <= _SLIGHTLY * (seen := noise.largest_seen(images)):
+    if sigma_1 <= _TOLERANCE * (seen := noise.largest_seen(images)):
         return []
     section = "sampling.levels" if config.sampling.levels else "noise"
     return [

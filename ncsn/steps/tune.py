@@ -59,8 +59,8 @@ class TuneResult:
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
     """Search, or go on with a search that was interrupted, or return its result.
 
-    What the search finds is trained under another name. When the launcher's heartbeat at the URI `lease` has stopped by
-    a rung, the search ends and keeps what it has.
+    What the search finds is trained under another name. If the launcher's heartbeat at the URI `lease` has stopped when
+    a trial is scored, the search ends; its results so far are kept.
     """
     require_search(config)
     step = Step.claim("tune", config, run, TuneResult, unit="trials")

@@ -36,7 +36,7 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
     assert {unknown.origin, wrong.origin} == {"digits.yaml"}
 
 
-@pytest.mark.parametrize("text", ["", DIGITS + "name: again\n", DIGITS + "data: {}\n", "- 1"])
+@pytest.mark.parametrize("text", ["", DIGITS + "name: again\n", DIGITS + "data: {}\n", "- 1", "[1, 2]: 3\n"])
 def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(text, origin="digits.yaml")

@@ -23,7 +23,7 @@ API = "/api/2.0/mlflow/experiments/search?max_results=1"
 
 
 class Server:
-    """A command that serves HTTP at a port of its own while the context is open."""
+    """A command that serves HTTP at a free port while the context is open."""
 
     def __init__(self, command: list[str], *, folder: Path, health: str = API) -> None:
         port = free_port()

@@ -10,30 +10,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import read_split
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.steps import evaluate, ingest, register, report
 
-EXPERIMENT = """
-name: tiny
-data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 64}
-noise: {num_levels: 2, sigma_L: 0.1}
-network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
-train: {batch_size: 4, num_images: 8, checkpoint_every_images: 8, report_every_images: 4}
-sampling: {num_images: 16, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
-evaluation: {classifier_epochs: 1, num_splits: 2}
-"""
 RUN = "inbucket"
 
 
 @pytest.fixture
-def config(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def config(in_store, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path / "cache"))
-    return from_yaml(EXPERIMENT, overrides=[f"storage.root={s3_root}"])
+    enough = ("data.max_images=64", "sampling.num_images=16", "evaluation.classifier_epochs=1")
+    return in_store(s3_root, *enough)
 
 
 def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
