@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 
 from ncsn.errors import UserError
 
+IMAGE_VARIABLE = "NCSN_IMAGE"  # variable with the image for pods that are to be started
+CONTAINER_IMAGE = "NCSN_CONTAINER_IMAGE"  # variable with the image of this pod, in the pods of a RayJob
 KFP_RUN_ID = "NCSN_KFP_RUN_ID"  # variable with the id of the pipeline run, in all pods of a cluster
 KFP_WORKFLOW = "NCSN_KFP_WORKFLOW"  # variable with its Argo Workflow, only in the pods of its tasks
 PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job

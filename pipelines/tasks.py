@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfp import dsl, kubernetes
 
 from components import IMAGE
-from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
+from ncsn.process import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
 ADDRESSES = (
@@ -35,7 +35,7 @@ def configure_task(task: dsl.PipelineTask, *, title: str, cached: bool) -> dsl.P
     """
     task.set_display_name(title)
     task.set_caching_options(cached)
-    task.set_env_variable("NCSN_IMAGE", IMAGE)
+    task.set_env_variable(IMAGE_VARIABLE, IMAGE)
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)
     # Not arguments, which would give every run another cache key.

@@ -198,6 +198,18 @@ def test_constants_are_explained_by_comments() -> None:
         assert not [each.lineno for each in constants if isinstance(each, ast.Constant)], name
 
 
+def test_the_package_names_each_variable_of_its_own_once() -> None:
+    """Other modules import the name of the environment variable."""
+    names = [
+        node.value
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if name.startswith("ncsn.") and isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node.value.startswith("NCSN_") and node.value.isupper()
+    ]
+    assert len(names) == len(set(names)), sorted(names)
+
+
 def test_files_and_functions_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in SOURCES.values()}
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}

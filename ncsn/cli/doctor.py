@@ -21,13 +21,13 @@ from ncsn.cli.catalogue import BACKENDS
 from ncsn.cli.options import describe
 from ncsn.config import Config
 from ncsn.errors import UserError
+from ncsn.process import IMAGE_VARIABLE
 from ncsn.remote import open_backend
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.storage.retry import limited
 
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
 SOURCE_TREE = Path(__file__).parents[2]
-IMAGE_VARIABLE = "NCSN_IMAGE"
 
 
 @dataclass(frozen=True)

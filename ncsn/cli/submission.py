@@ -13,12 +13,12 @@ from ncsn.config import Config, from_json, from_yaml, to_json
 from ncsn.config.schema import TrackingConfig
 from ncsn.data.source import source_fingerprint
 from ncsn.errors import UserError
+from ncsn.process import IMAGE_VARIABLE
 from ncsn.runs.folder import require_owner, run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 
-IMAGE = "NCSN_IMAGE"
 DEFAULT_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
 _LOOK_SECONDS = 5.0
 
@@ -34,11 +34,12 @@ def prepare(
     cache: bool,
 ) -> Submission:
     """What to submit; refuses now what a task would refuse later."""
-    if not os.environ.get(IMAGE):
+    if not os.environ.get(IMAGE_VARIABLE):
         raise UserError(
-            IMAGE,
+            IMAGE_VARIABLE,
             "not set",
-            hint=f"export {IMAGE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed to that registry",
+            hint=f"export {IMAGE_VARIABLE}=REGISTRY/ncsn-python:TAG, an image built by `make image` and pushed to that "
+            "registry",
         )
     given = _given(params)
     config = None

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
+from ncsn.process import IMAGE_VARIABLE
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.manifest import GPU, TEMPLATE_VARIABLE, fit_to_schema, load_template
 
 STANDALONE = "kubeflow"  # namespace of the runs where Kubeflow Pipelines serves one user
-IMAGE_VARIABLE = "NCSN_IMAGE"
 NEEDED = (  # what infra/base/rbac/launcher-role.yaml grants
     *((verb, "rayjobs.ray.io") for verb in ("create", "get", "list", "watch", "patch", "delete")),
     *((verb, "pods") for verb in ("get", "list")),

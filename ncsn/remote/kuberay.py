@@ -14,6 +14,7 @@ from functools import cached_property
 from ncsn import storage
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import UserError
+from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE
 from ncsn.remote.backend import (
     PATIENCE_SECONDS,
     Check,
@@ -26,7 +27,7 @@ from ncsn.remote.backend import (
     ended_on_sigterm,
     say,
 )
-from ncsn.remote.checks import IMAGE_VARIABLE, kuberay_checks
+from ncsn.remote.checks import kuberay_checks
 from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.launcher import Launcher, environment_for_pods, find_launcher, is_ending, workflow_of
 from ncsn.remote.manifest import (
@@ -129,7 +130,7 @@ class KubeRay:
             uri=step.uri,
             entrypoint=step.leased_command,
             image=image,
-            env=environment_for_pods() | {"NCSN_CONTAINER_IMAGE": image},
+            env=environment_for_pods() | {CONTAINER_IMAGE: image},
             labels={ATTEMPT_LABEL: uuid.uuid4().hex, **self._launcher.labels},
             owner=self._launcher.owner,
         )

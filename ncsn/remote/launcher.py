@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import KFP_RUN_LABEL
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _FORWARDED = (
     "MLFLOW_EXPERIMENT_NAME",
     "MLFLOW_WORKSPACE",
     "MLFLOW_TRACKING_AUTH",
-    "NCSN_KFP_RUN_ID",
+    KFP_RUN_ID,
 )
 _LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)")
 _ENDED = {"Succeeded", "Failed", "Error"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ncsn import storage
 from ncsn.errors import UserError
+from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.tracking.client import quoted, shown, tag_filter
 from ncsn.tracking.recorded import search_runs
 from ncsn.tracking.versions import LEDGER_SUFFIX, is_model_address, resolve_version
@@ -279,14 +280,14 @@ def container_image() -> str:
     """The image that this process runs in; empty if none is known."""
     # NCSN_IMAGE alone does not say so: a task that KFP runs on this machine has it too, and so has a shell that
     # submits pipelines. /.dockerenv and KUBERNETES_SERVICE_HOST also exist on build servers.
-    image = os.environ.get("NCSN_CONTAINER_IMAGE", "")
-    return image or (os.environ.get("NCSN_IMAGE", "") if os.environ.get("NCSN_KFP_RUN_ID") else "")
+    image = os.environ.get(CONTAINER_IMAGE, "")
+    return image or (os.environ.get(IMAGE_VARIABLE, "") if os.environ.get(KFP_RUN_ID) else "")
 
 
 def kfp_run() -> dict[str, str]:
     """Tags of the KFP run that this process is a task of, as KFP's MLflow plugin names them; empty if it is none."""
     # The pod knows the run's id; the address of its page is known if the namespace has that of KFP's pages.
-    run, pages = os.environ.get("NCSN_KFP_RUN_ID"), os.environ.get("NCSN_KFP_UI")
+    run, pages = os.environ.get(KFP_RUN_ID), os.environ.get("NCSN_KFP_UI")
     if not run:
         return {}
     page = {"kfp.pipeline_run_url": f"{pages.rstrip('/')}/#/runs/details/{run}"} if pages else {}
