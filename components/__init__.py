@@ -68,7 +68,7 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
 
     given = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
     for_other_pods = sorted(given.keys() & {"node_selector", "tolerations", "affinity"})
-    if for_other_pods and settings.compute.backend != "kuberay":
+    if for_other_pods and not settings.compute.starts_pods:
         raise UserError(
             "compute.backend",
             f"starts no pods, which {', '.join(for_other_pods)} of this task are for",

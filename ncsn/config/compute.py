@@ -154,7 +154,7 @@ class ComputeConfig(Section):
     @model_validator(mode="after")
     def _fills_pods(self) -> ComputeConfig:
         size = self.kuberay.workers_per_pod
-        for count in (self.min_workers, self.max_workers) if self.backend == "kuberay" else ():
+        for count in (self.min_workers, self.max_workers) if self.starts_pods else ():
             if count % size:
                 raise UserError(
                     "num_workers",
@@ -163,6 +163,11 @@ class ComputeConfig(Section):
                     value=self.num_workers if isinstance(self.num_workers, int) else list(self.num_workers),
                 )
         return self
+
+    @property
+    def starts_pods(self) -> bool:
+        """Whether a step runs in pods of its own, with an image and a size that `kuberay` decides."""
+        return self.backend == "kuberay"
 
     @property
     def elastic(self) -> bool:

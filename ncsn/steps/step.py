@@ -101,7 +101,7 @@ class Step(Generic[R]):
         self._execute(config, arguments, options)
         stored = self._stored()
         if stored is None:
-            where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
+            where = "compute.kuberay.image" if config.compute.starts_pods else "the cluster"
             raise RuntimeError(
                 f"step {self.name} ended on the cluster without a result for these inputs in "
                 f"{self.folder.uri}/steps/{self.name}; does {where} have this version of ncsn, and does the cluster "
@@ -141,7 +141,7 @@ class Step(Generic[R]):
     def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
         """Run the same command on the cluster, with the local backend and the same store."""
         folder, step = self.folder, self.name
-        if config.compute.backend == "kuberay" and storage.is_local(folder.uri):
+        if config.compute.starts_pods and storage.is_local(folder.uri):
             raise UserError(
                 "storage.root",
                 f"is a folder of this machine, which the pods of compute.backend {config.compute.backend} cannot reach",
@@ -181,7 +181,7 @@ class Step(Generic[R]):
 def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
     """The config with memory for its workers."""
     compute = config.compute
-    if compute.backend != "kuberay" or compute.kuberay.memory_per_worker is not None:
+    if not compute.starts_pods or compute.kuberay.memory_per_worker is not None:
         return config
     from ncsn.model.memory import worker_memory
 

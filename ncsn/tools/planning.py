@@ -171,7 +171,7 @@ def _memory(config: Config, rates: Rates) -> dict[str, Any]:
 def _pods(config: Config, counts: Counts) -> dict[str, float] | None:
     """The worker pods of the RayJobs by the step with the most memory; None for another backend."""
     compute = config.compute
-    if compute.backend != "kuberay":
+    if not compute.starts_pods:
         return None
     size, given = compute.kuberay.workers_per_pod, compute.kuberay.memory_per_worker
     estimates = (worker_memory(config, step, reference_images=counts.train_images) for step in STEPS_BY_WORKERS)
