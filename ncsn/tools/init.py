@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncsn.config import from_yaml
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.facts import duration
 from ncsn.report.images import evenly_spread, grid_png
 from ncsn.tools import first_config
@@ -122,8 +122,12 @@ def _about_place() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        problems = [replace(each, key="PLACE") if each.key == "data.root" else each for each in error.problems]
-        raise type(error).of(problems) from error
+        raise type(error).of(map(_of_place, error.problems)) from error
+
+
+def _of_place(problem: Problem) -> Problem:
+    words = {name: getattr(problem, name).replace("data.root", "PLACE") for name in ("key", "reason", "hint")}
+    return replace(problem, **words)
 
 
 def _config_file(name: str) -> Path:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -93,3 +95,20 @@ def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, argumen
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {subject.format(place=place)}") and result.stderr.count("\n") == 1
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.csv", "x.tar.gz", "x.parquet", "x.zip"])
+def test_a_file_without_images_is_told_in_the_words_of_the_command(place, run_in_process, name) -> None:
+    (place / name).write_bytes(b"no images")
+    result = run_in_process("init", str(place / name))
+    assert result.exit_code == 2 and str(place / name) in result.stderr
+    assert "data." not in result.stderr and ("a .tar, a .zip, a .parquet" in result.stderr) == (name in ("x.npz", "x.csv"))
+
+
+def test_hints_about_the_place_name_it(place, run_in_process) -> None:
+    for file in place.glob("*.png"):
+        file.unlink()
+    pq.write_table(pa.table({"image": [b"x"]}), place / "validation.parquet")
+    pq.write_table(pa.table({"image": [b"x"]}), place / "test.parquet")
+    result = run_in_process("init", str(place))
+    assert result.exit_code == 2 and "point PLACE at one of the splits" in result.stderr
