@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
@@ -79,7 +80,9 @@ def sample_model(
 def _config(trained: TrainedNetwork, overrides: Sequence[str], *, origin: str) -> Config:
     """The registered config with the changes; refuses those that the model cannot follow."""
     registered = trained.config
-    config = from_yaml(to_yaml(registered), overrides=overrides, origin=origin)
+    # Nothing is measured here, so that rules of the evaluation do not matter, such as its least number of images.
+    unmeasured = ("evaluation.num_splits=1", "evaluation.extrapolate=false")
+    config = from_yaml(to_yaml(registered), overrides=[*unmeasured, *overrides], origin=origin)
     checkpoints.require_same_training(registered, config, origin=origin)
     require_label(config.sampling.label, trained.classes)
     if (width := config.sampling.relative_width) != registered.sampling.relative_width:
@@ -160,9 +163,17 @@ def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
 
 
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
-    """The config to evaluate the images with, in the store `root`, and a run name that no other images have."""
+    """The config to evaluate the images with, in the store `root`, and a run name that no other images have.
+
+    What the registered evaluation measures of more images than there are is left out, unless `overrides` ask for it.
+    """
     origin = storage.join(images.uri, MODEL_FOLDER, TRAINED_CONFIG)
+    text, count = storage.read_text(origin), images.num_images
+    registered = from_yaml(text, origin=images.model).evaluation
+    fitting = [f"evaluation.num_splits={min(registered.num_splits, count)}"]
+    if count < EXTRAPOLATE_RATIO * registered.num_features:
+        fitting.append("evaluation.extrapolate=false")
     own = [f"storage.root={root}", "evaluation.seeds=1", "evaluation.bits_per_dim=false"]  # one set, and no run's
-    config = from_yaml(storage.read_text(origin), overrides=[*overrides, *own], origin=images.model)
+    config = from_yaml(text, overrides=[*fitting, *overrides, *own], origin=images.model)
     model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:40]
     return config, f"{model.strip('-')}-{images.uri.rpartition('/')[2]}"

@@ -102,7 +102,8 @@ def test_a_file_without_images_is_told_in_the_words_of_the_command(place, run_in
     (place / name).write_bytes(b"no images")
     result = run_in_process("init", str(place / name))
     assert result.exit_code == 2 and str(place / name) in result.stderr
-    assert "data." not in result.stderr and ("a .tar, a .zip, a .parquet" in result.stderr) == (name in ("x.npz", "x.csv"))
+    assert "data." not in result.stderr
+    assert ("a .tar, a .zip, a .parquet" in result.stderr) == (name in ("x.npz", "x.csv"))
 
 
 def test_hints_about_the_place_name_it(place, run_in_process) -> None:

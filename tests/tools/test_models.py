@@ -99,3 +99,21 @@ def test_images_are_evaluated_with_the_registered_config_in_their_own_run(tmp_pa
     assert run == "ncsn-digits-3-0123456789ab" and RUN_PATTERN.fullmatch(run)
     assert (config.sampling.num_images, config.storage.root) == (16, "/elsewhere")
     assert training_settings(config) == training_settings(from_yaml(DIGITS))
+
+
+def test_few_images_need_no_settings_of_the_evaluation(tmp_path: Path) -> None:
+    many = ["sampling.num_images=512", "evaluation.num_splits=10", "evaluation.extrapolate=true"]
+    registered = from_yaml(DIGITS, overrides=[*many, "network.widths=[8]", "network.blocks_per_resolution=1"])
+    moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    trained = TrainedNetwork(config=registered, network=build.network(registered), moments=moments)
+    few = ["sampling.num_images=4"]
+    assert models._config(trained, few, origin="m").sampling.num_images == 4
+    with refused("sampling.num_images"):
+        models._config(trained, [*few, "evaluation.num_splits=8"], origin="m")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(to_json(registered))
+    images = ModelSamples(str(tmp_path), "grid.png", 4, 9, 1.0, "models:/digits/3")
+    evaluation = run_of_images(images, root="/elsewhere", overrides=few)[0].evaluation
+    assert (evaluation.num_splits, evaluation.extrapolate) == (4, False)
+    images = ModelSamples(str(tmp_path), "grid.png", 512, 9, 1.0, "models:/digits/3")
+    assert run_of_images(images, root="/elsewhere")[0].evaluation == registered.evaluation
