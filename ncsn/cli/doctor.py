@@ -20,7 +20,7 @@ from ncsn import storage
 from ncsn.cli.catalogue import BACKENDS
 from ncsn.cli.options import describe
 from ncsn.config import Config
-from ncsn.errors import UserError
+from ncsn.errors import NotFound, UserError
 from ncsn.process import IMAGE_VARIABLE
 from ncsn.remote import open_backend
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
@@ -82,6 +82,7 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
     yield Check("store", lambda: _check_store(root), f"mkdir -p {root}" if storage.is_local(root) else keys)
     yield Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT")
     yield Check("ray", _check_ray, "unset RAY_ADDRESS")
+    yield Check("data", lambda: _check_data(config, host), *_data_fixes(config, keys))
     yield Check("image", _check_image, "make image  # or, here: make")
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
     away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
@@ -127,6 +128,31 @@ def _check_ray() -> str:
         with socket.create_connection((host, int(port)), timeout=CHECK_SECONDS):
             pass
     return f"Ray {version}, joins {address}"
+
+
+def _data_fixes(config: Config, keys: str) -> tuple[str, dict[type[Exception], str]]:
+    from ncsn.data.source import DOWNLOADED
+
+    root, source = config.data.root, config.data.source
+    if source.startswith("sklearn_"):
+        return "pip install scikit-learn", {}
+    elsewhere = f"--set data.root=FOLDER{' --set data.download=true' if source in DOWNLOADED else ''}"
+    in_bucket = root is not None and not storage.is_local(root)
+    return keys if in_bucket else elsewhere, {NotFound: elsewhere}
+
+
+def _check_data(config: Config, host: str | None) -> str:
+    from ncsn.data.sources import locate_source
+    from pipelines.connection import ENDPOINT
+
+    try:
+        with limited(CHECK_SECONDS):
+            return locate_source(config.data)
+    except NotFound as missing:
+        root = config.data.root
+        if root is not None and storage.is_local(root) and (host or os.environ.get(ENDPOINT)):
+            raise NotConfigured(f"{missing.problems[0].statement}; on Kubeflow a pod reads it") from None
+        raise
 
 
 def _check_image() -> str:

@@ -112,7 +112,7 @@ def submit_command(
         wait(connection, started.id, say=say, why=lambda: why_it_failed(submission))
 
 
-@click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, Kubeflow and cluster.")
+@click.command("doctor", cls=ReportingCommand, short_help="Check store, MLflow, Ray, images, Kubeflow and cluster.")
 @existing_run_options
 @backend_options
 @json_option

@@ -53,15 +53,27 @@ def open_cifar10(data: DataConfig) -> Source:
     )
 
 
+def locate_cifar10(data: DataConfig) -> str:
+    """The archive, or the unpacked folder."""
+    return str(_place(root_of(data)))
+
+
 def _read_batches(root: Path) -> dict[str, _Batch]:
+    place = _place(root)
+    if place.is_file():
+        return _batches_of_archive(place)
+    return {name: (str(path), path.read_bytes()) for name, path in _batch_files(place).items()}
+
+
+def _place(root: Path) -> Path:
     if root.is_file():
-        return _batches_of_archive(root)
+        return root
     for name in _FOLDERS:
-        if paths := _batch_files(root / name):
-            return {name: (str(path), path.read_bytes()) for name, path in paths.items()}
+        if _batch_files(root / name):
+            return root / name
     for name in _ARCHIVES:
         if (root / name).is_file():
-            return _batches_of_archive(root / name)
+            return root / name
     raise NotFound(
         "data.root",
         f"expected {_ARCHIVES[0]} or {_ARCHIVES[1]}, or their folder with data_batch_1 to 5 and test_batch",

@@ -21,7 +21,7 @@ from ncsn.data.image_files import (
 )
 from ncsn.data.labels import LABEL_TABLES, LabelTable, read_table, words_of
 from ncsn.data.pixels import Fit
-from ncsn.data.source import Source, hold_out, list_files, name_hash, required_root, root_of
+from ncsn.data.source import Source, first_file, hold_out, list_files, name_hash, required_root, root_of
 from ncsn.errors import NotFound, UserError
 
 _INDEX_THREADS = 16
@@ -69,6 +69,16 @@ def open_image_folder(data: DataConfig) -> Source:
             for split, rows in chosen.items()
         },
     )
+
+
+def locate_images(data: DataConfig) -> str:
+    """The folder and an image or archive in it, or the archive."""
+    root = storage.absolute(required_root(data))
+    path = first_file(root, (*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES))
+    alone = storage.is_file(root)
+    if path is None or (alone and not root.lower().endswith(ARCHIVE_SUFFIXES)):
+        _find(root)  # says what is wrong
+    return root if alone else f"{root}, such as {path}"
 
 
 def _find(root: str) -> tuple[Sequence[_Found], bool]:
@@ -178,12 +188,7 @@ def class_names_of(words: set[str], *, numbers: bool) -> tuple[str, ...]:
 
 def open_celeba(data: DataConfig) -> Source:
     """CelebA from data.root, the zip or its folder; `list_eval_partition.txt` decides the splits if it is there."""
-    root = root_of(data)
-    archive = root / _CELEBA if root.is_dir() else root
-    if not archive.is_file():
-        raise NotFound(
-            "data.root", f"has no {_CELEBA}", hint="put it there (CelebA is not downloaded)", value=data.root
-        )
+    archive = _celeba_archive(data)
     members = {member.path: member for member, _ in index_archive(str(archive)).images}
     if not members:
         raise UserError(str(archive), f"holds no .jpg or .png images; it is not {_CELEBA}")
@@ -205,6 +210,21 @@ def open_celeba(data: DataConfig) -> Source:
             for split, taken in chosen.items()
         },
     )
+
+
+def locate_celeba(data: DataConfig) -> str:
+    """The zip."""
+    return str(_celeba_archive(data))
+
+
+def _celeba_archive(data: DataConfig) -> Path:
+    root = root_of(data)
+    archive = root / _CELEBA if root.is_dir() else root
+    if not archive.is_file():
+        raise NotFound(
+            "data.root", f"has no {_CELEBA}", hint="put it there (CelebA is not downloaded)", value=data.root
+        )
+    return archive
 
 
 def _official_splits(names: Sequence[str], partition: Path) -> Mapping[str, list[str]]:

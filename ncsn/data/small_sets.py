@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -106,6 +107,11 @@ class Patches:
             yield Example(self.fit.array(pixels, name="a patch of sklearn_photos"), photograph)
 
 
+def locate_package(_data: DataConfig) -> str:
+    """The package that the images come with."""
+    return f"comes with scikit-learn {metadata.version('scikit-learn')}"
+
+
 def open_digits(data: DataConfig) -> Source:
     """The digits of scikit-learn, their ink 0..16 spread over 0..255, with a share held out for testing."""
     from sklearn.datasets import load_digits
@@ -175,6 +181,12 @@ def open_idx(data: DataConfig) -> Source:
     """MNIST or Fashion-MNIST from the folder data.root."""
     description, terms, class_names, torchvision_class = _IDX[data.source]
     return Source(description, terms, class_names, _idx_splits(data, torchvision_class=torchvision_class))
+
+
+def locate_idx(data: DataConfig) -> str:
+    """The folder of the files."""
+    _, _, _, torchvision_class = _IDX[data.source]
+    return str(_idx_files(data, torchvision_class)["train", "images"].parent)
 
 
 def require_labels(labels: np.ndarray, *, num_classes: int, name: str) -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -160,6 +161,12 @@ def list_files(root: str) -> list[Listed]:
     return sorted(_local_files(Path(root)) if storage.is_local(root) else _objects(root))
 
 
+def first_file(root: str, suffixes: tuple[str, ...]) -> str | None:
+    """The path of one of the files of `list_files` with such an ending, without listing all; None if there is none."""
+    files = _local_files(Path(root)) if storage.is_local(root) else _objects(root, at_once=False)
+    return next((file.path for file in files if file.path.lower().endswith(suffixes)), None)
+
+
 def source_fingerprint(data: DataConfig) -> str:
     """Digest of the names, sizes and dates of the source's files: it changes when the images may have changed."""
     try:
@@ -223,22 +230,37 @@ def _listed(name: str, status: os.stat_result) -> Listed:
     return Listed(name, status.st_size, status.st_mtime_ns)
 
 
-def _objects(root: str) -> Iterator[Listed]:
-    try:
+def _objects(root: str, *, at_once: bool = True) -> Iterator[Listed]:
+    """The objects, asked for at once, which takes the fewest requests, or folder by folder."""
+    with _told(root):
         filesystem, path = storage.filesystem(root)
         (info,) = filesystem.get_file_info([path])
-        if info.type == fs.FileType.File:
-            yield Listed(info.base_name, info.size, info.mtime_ns or 0)
-            return
-        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    if info.type == fs.FileType.File:
+        yield Listed(info.base_name, info.size, info.mtime_ns or 0)
+        return
+    folders = [path]
+    while folders:
+        with _told(root):
+            infos = filesystem.get_file_info(fs.FileSelector(folders.pop(), recursive=at_once))
+        for info in infos:
+            name = info.path.removeprefix(f"{path}/")
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
+            if info.type == fs.FileType.File:
+                yield Listed(name, info.size, info.mtime_ns or 0)
+            elif not at_once:
+                folders.append(info.path)
+
+
+@contextmanager
+def _told(root: str) -> Iterator[None]:
+    """Say in the words of data.root what a bucket answers."""
+    try:
+        yield
     except FileNotFoundError:
         raise _missing(root) from None
     except OSError as error:
         raise _unreadable(root, error) from error
-    for info in infos:
-        name = info.path.removeprefix(f"{path}/")
-        if info.type == fs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
-            yield Listed(name, info.size, info.mtime_ns or 0)
 
 
 def _missing(root: object) -> NotFound:

@@ -1,35 +1,63 @@
-"""The table of sources. A new source is a function that returns a `Source`, and a line here and in `DataConfig`."""
+"""The table of sources.
+
+A new source is a function that opens it, one that says where its files are, and a line here and in `DataConfig`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.cifar10 import open_cifar10
-from ncsn.data.image_folder import open_celeba, open_image_folder
-from ncsn.data.published.source import open_parquet
-from ncsn.data.small_sets import open_digits, open_idx, open_photos
-from ncsn.data.source import Source
+from ncsn.data.cifar10 import locate_cifar10, open_cifar10
+from ncsn.data.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
+from ncsn.data.published.source import locate_files, open_parquet
+from ncsn.data.small_sets import locate_idx, locate_package, open_digits, open_idx, open_photos
+from ncsn.data.source import DOWNLOADED, Source
+from ncsn.errors import NotFound
 
-_OPENERS: dict[str, Callable[[DataConfig], Source]] = {
-    "sklearn_digits": open_digits,
-    "sklearn_photos": open_photos,
-    "fashion_mnist": open_idx,
-    "mnist": open_idx,
-    "cifar10": open_cifar10,
-    "celeba": open_celeba,
-    "image_folder": open_image_folder,
-    "parquet": open_parquet,
+
+class _Known(NamedTuple):
+    """What can be done with a source."""
+
+    open: Callable[[DataConfig], Source]
+    locate: Callable[[DataConfig], str]  # as `locate_source` does
+
+
+_SOURCES = {
+    "sklearn_digits": _Known(open_digits, locate_package),
+    "sklearn_photos": _Known(open_photos, locate_package),
+    "fashion_mnist": _Known(open_idx, locate_idx),
+    "mnist": _Known(open_idx, locate_idx),
+    "cifar10": _Known(open_cifar10, locate_cifar10),
+    "celeba": _Known(open_celeba, locate_celeba),
+    "image_folder": _Known(open_image_folder, locate_images),
+    "parquet": _Known(open_parquet, locate_files),
 }
 
 
 def open_source(data: DataConfig) -> Source:
     """Find and check the files of the configured source."""
-    source = _OPENERS[data.source](data)
+    source = _SOURCES[data.source].open(data)
     if data.max_images is None:
         return source
     return replace(source, splits={name: split.section(0, data.max_images) for name, split in source.splits.items()})
+
+
+def locate_source(data: DataConfig) -> str:
+    """Where the images of the configured source are; reads no image and downloads none.
+
+    Raises:
+        UserError: They are not there, as `open_source` would say.
+    """
+    try:
+        place = _SOURCES[data.source].locate(data.model_copy(update={"download": False}))
+    except NotFound as missing:
+        if not data.download or data.source not in DOWNLOADED or data.root is None or missing.keys != ["data.root"]:
+            raise
+        place = f"not in {data.root} yet, where ingest downloads it to"
+    return f"{data.source}: {place}"
 
 
 def fills_several_parts(source: Source, data: DataConfig) -> bool:

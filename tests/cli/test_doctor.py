@@ -27,7 +27,7 @@ def test_a_machine_that_is_well(config_file: Path, store: Path, monkeypatch: pyt
     states = {name: finding["state"] for name, finding in findings.items()}
     names = ("kfp", "ray jobs", "kubernetes", "rights", "kuberay", "pod image", "gpus", "queue")
     cluster = dict.fromkeys(names, "not configured")
-    assert states == dict.fromkeys(("store", "mlflow", "ray", "image"), "ok") | cluster
+    assert states == dict.fromkeys(("store", "mlflow", "ray", "data", "image"), "ok") | cluster
     assert list(store.iterdir()) == [], "what it writes it removes"
     assert not any(finding["fix"] for finding in findings.values())
 
@@ -45,6 +45,20 @@ def test_what_is_ill_comes_with_a_command(config_file: Path, store: Path, monkey
     assert findings["store"]["fix"] == f"mkdir -p {store}"
     assert findings["mlflow"]["detail"].startswith(f"http://{nobody}: ")
     assert "kubectl port-forward" in findings["kfp"]["fix"]
+
+
+def test_images_that_are_not_here(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    nowhere = ("--set", "data.source=mnist", "--set", f"data.root={tmp_path}/nowhere", "--set", "data.image_size=28")
+    done, findings = examine(config_file, *nowhere)
+    assert (done.exit_code, findings["data"]["state"]) == (1, "failed")
+    assert f"data.root = '{tmp_path}/nowhere': does not exist" in findings["data"]["detail"]
+    assert findings["data"]["fix"] == "--set data.root=FOLDER --set data.download=true"
+    done, findings = examine(config_file, *nowhere, "--set", "data.download=true")
+    assert (done.exit_code, findings["data"]["state"]) == (0, "ok")
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:9")
+    _, findings = examine(config_file, *nowhere)
+    assert findings["data"]["state"] == "not configured" and findings["data"]["fix"] == ""
 
 
 def test_kfp_must_know_who_asks(config_file: Path, kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:

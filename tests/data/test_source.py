@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from image_folders import put
 from refused import refused
 
 from ncsn.config.schema import DataConfig
@@ -61,16 +62,65 @@ def test_ordinary_names_pass():
     assert safe_member("a..b/c...jpg", archive=Path("a.zip")).name == "c...jpg"
 
 
+@pytest.mark.parametrize("find", [sources.open_source, sources.locate_source])
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
-def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source):
+def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source, find):
     with refused("data.root") as caught:
-        sources.open_source(data_config(source))
+        find(data_config(source))
     assert ("data.download" in caught.value.problems[0].hint) == (source not in ("image_folder", "parquet", "celeba"))
     with refused("data.root", error=NotFound) as caught:
-        sources.open_source(data_config(source, tmp_path / "nowhere"))
+        find(data_config(source, tmp_path / "nowhere"))
     assert caught.value.problems[0].value == str(tmp_path / "nowhere")
     with refused("data.root"):
-        sources.open_source(data_config(source, tmp_path))
+        find(data_config(source, tmp_path))
+
+
+IDX = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "below", "found"),
+    [
+        ("mnist", [f"MNIST/raw/{name}" for name in IDX], "", "{root}/MNIST/raw"),
+        ("cifar10", ["cifar-10-binary.tar.gz"], "", "{root}/cifar-10-binary.tar.gz"),
+        ("celeba", ["img_align_celeba.zip"], "", "{root}/img_align_celeba.zip"),
+        ("celeba", ["x.zip"], "/x.zip", "{root}/x.zip"),
+        ("image_folder", ["notes.txt", "cat/1.png"], "", "{root}, such as cat/1.png"),
+        ("image_folder", ["x.tar"], "", "{root}, such as x.tar"),
+        ("image_folder", ["x.tar"], "/x.tar", "{root}/x.tar"),
+        ("parquet", ["data/train.parquet"], "", "{root}, such as data/train.parquet"),
+        ("parquet", ["train.parquet"], "/train.parquet", "{root}/train.parquet"),
+    ],
+)
+def test_where_images_are_is_known_without_a_read(tmp_path, data_config, source, files, below, found):
+    root = put(tmp_path / "root", dict.fromkeys(files, b""))
+    assert sources.locate_source(data_config(source, f"{root}{below}")) == f"{source}: {found.format(root=root)}"
+
+
+def test_images_that_come_with_a_package_or_are_downloaded_later(tmp_path, data_config):
+    assert "scikit-learn 1." in sources.locate_source(data_config("sklearn_digits"))
+    for source in ("mnist", "cifar10"):
+        assert "not in" in sources.locate_source(data_config(source, tmp_path / "new", download=True))
+    put(tmp_path, {"data_batch_1": b""})
+    with refused(f"{tmp_path}/data_batch_2", error=NotFound):
+        sources.locate_source(data_config("cifar10", tmp_path, download=True))
+    with refused("data.root"):
+        sources.locate_source(data_config("image_folder", f"{put(tmp_path, {'a.png': b''})}/a.png"))
+
+
+def test_a_bucket_is_looked_at_folder_by_folder(s3_root, data_config):
+    def find() -> str:
+        return sources.locate_source(data_config("image_folder", s3_root))
+
+    with refused("data.root"):
+        find()
+    with refused("data.root", error=NotFound):
+        sources.locate_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
+    put(s3_root, {"a/notes.txt": b"x", ".hidden/1.png": b"x"})
+    with refused("data.root"):
+        find()
+    put(s3_root, {"a/b/1.PNG": b"x"})
+    assert find() == f"image_folder: {s3_root}, such as a/b/1.PNG"
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
@@ -106,4 +156,4 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_every_source_of_the_config_can_be_opened():
-    assert set(sources._OPENERS) == set(get_args(DataConfig.model_fields["source"].annotation))
+    assert set(sources._SOURCES) == set(get_args(DataConfig.model_fields["source"].annotation))

@@ -17,7 +17,7 @@ from ncsn.data.format import NO_LABEL, Manifest, load_manifest
 from ncsn.data.pixels import Fit
 from ncsn.data.published.columns import Columns, FoundLabels, choose_columns, classes_of, labels_of, read_labels
 from ncsn.data.published.files import ParquetFile, ParquetImages, opened
-from ncsn.data.source import Source, hold_out, list_files, required_root
+from ncsn.data.source import Source, first_file, hold_out, list_files, required_root
 from ncsn.errors import UserError
 
 _SUFFIX = ".parquet"
@@ -60,6 +60,15 @@ def open_parquet(data: DataConfig) -> Source:
         class_names=class_names,
         splits=_splits(dict(zip(files, found, strict=True)), columns, class_names, data),
     )
+
+
+def locate_files(data: DataConfig) -> str:
+    """The folder and a file in it, or the file."""
+    root = storage.absolute(required_root(data))
+    path = first_file(root, (_SUFFIX,))
+    if path is None:
+        _find(root)  # says what is wrong
+    return root if storage.is_file(root) else f"{root}, such as {path}"
 
 
 def _find(root: str) -> dict[str, ParquetFile]:
