@@ -13,9 +13,11 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from ncsn.report.labels import place_labels
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
 
 Array = NDArray[np.float64]
@@ -152,16 +154,18 @@ def quality_versus_nfe(
     """Quality over evaluations per image, one line per sampler; real images are a dashed line."""
     figure = new_figure(7, 3.8)
     axes = figure.subplots()
+    labels: list[Annotation] = []
     # matplotlib would leave out what is not finite.
     for number, (name, curve) in enumerate(curves.items()):
         if not np.isfinite(curve.quality).all():
             raise ValueError(f"quality of {name} must be finite, got {list(curve.quality)}")
         order = np.argsort(curve.nfe, kind="stable")
         x, y = np.asarray(curve.nfe)[order], np.asarray(curve.quality)[order]
-        axes.plot(x, y, "o-", color=PALETTE[number % len(PALETTE)], markersize=5, label=name)
-        for nfe, quality, label in zip(curve.nfe, curve.quality, curve.labels, strict=True):
-            offset = {"xytext": (4, 5), "textcoords": "offset points"}
-            axes.annotate(label, (nfe, quality), fontsize=7, **offset)  # type: ignore[arg-type]
+        color = PALETTE[number % len(PALETTE)]
+        axes.plot(x, y, "o-", color=color, markersize=5, label=name)
+        for place, label in zip(zip(curve.nfe, curve.quality, strict=True), curve.labels, strict=True):
+            offset: dict[str, Any] = {"xytext": (0, 0), "textcoords": "offset points", "in_layout": False}
+            labels.append(axes.annotate(label, place, fontsize=7, color=color, **offset))
     if not math.isfinite(real):
         raise ValueError(f"quality of {real_label} must be finite, got {real}")
     axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
@@ -169,10 +173,23 @@ def quality_versus_nfe(
     measured = [value for curve in curves.values() for value in curve.quality]
     _log_scale_where_positive(axes, [*measured, real or math.inf])
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xticks(sorted({nfe for curve in curves.values() for nfe in curve.nfe}), minor=False)
+    ticks = sorted({nfe for curve in curves.values() for nfe in curve.nfe})
+    axes.set_xticks(ticks, _apart(ticks), minor=False)
     axes.xaxis.minorticks_off()
+    axes.margins(x=0.09, y=0.12)
     figure.legend(loc="outside upper left", ncols=3)
+    place_labels(axes, labels)
     return figure
+
+
+def _apart(ticks: Sequence[int]) -> list[str]:
+    """Numbers for a logarithmic axis, empty where one would cover that to its left."""
+    room = (ticks[-1] / ticks[0]) ** 0.04
+    names, last = [], 0.0
+    for tick in ticks:
+        names.append(f"{tick}" if tick >= last * room else "")
+        last = tick if names[-1] else last
+    return names
 
 
 def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 
 import matplotlib as mpl
 import numpy as np
@@ -90,6 +91,19 @@ def test_quality_is_drawn_in_order_of_nfe() -> None:
     assert axes.get_lines()[0].get_xydata().tolist() == [[10, 30], [50, 8], [100, 5]]
     assert {text.get_text(): text.xy for text in axes.texts} == {"1 s": (100, 5.0), "2 s": (10, 30.0), "3 s": (50, 8.0)}
     assert axes.get_ylabel() == FID
+
+
+def test_labels_of_close_points_do_not_overlap() -> None:
+    one, two = (NfeCurve([9, 17, 34], [30.0, 22.0, last], ["5 s · 0.0002 EUR"] * 3) for last in (21.9, 22.0))
+    three = NfeCurve([33, 35, 993], [22.0, 22.0, 24.9], ["20 s · 0.00079 EUR"] * 3)
+    figure = quality_versus_nfe({"heun": one, "2m": two, "flow": three}, quality_label=FID, real=21.0)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])] == []
+    whole = figure.bbox
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 for box in boxes)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["9", "17", "33", "", "", "993"]
 
 
 def test_a_quality_that_is_nan_is_refused() -> None:
