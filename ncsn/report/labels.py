@@ -56,7 +56,7 @@ def _samples(axes: Axes) -> NDArray[np.float64]:
 
 def _cost(box: Bbox, taken: Sequence[Bbox], curves: NDArray[np.float64], inside: Bbox) -> float:
     overlaps = sum(bool(box.overlaps(other)) for other in taken)
-    outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+    outside = bool(box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1)
     low, high = np.asarray(box.min), np.asarray(box.max)
     covered = bool(((curves > low - 2) & (curves < high + 2)).all(axis=1).any())
     return overlaps + outside + _ON_A_CURVE * covered
