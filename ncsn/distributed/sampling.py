@@ -18,7 +18,7 @@ from torch import Tensor
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
-from ncsn.data.shards import missing_ranges, read_samples, shard_name, write_shard
+from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import run_task, run_tasks, runner_of
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.reference import extractor_of, open_evaluator

@@ -11,7 +11,7 @@ from typing import Any
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
-from ncsn.data.shards import samples_shape
+from ncsn.data.samples import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.likelihood import LikelihoodPlan, plan_likelihood
 from ncsn.distributed.tasks import runner_of

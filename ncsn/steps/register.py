@@ -11,7 +11,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.model import checkpoint as checkpoints

@@ -13,7 +13,7 @@ import numpy as np
 from ncsn import storage
 from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints

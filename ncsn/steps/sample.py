@@ -13,7 +13,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.evaluation import SEED_STRIDE
 from ncsn.data.format import load_manifest
-from ncsn.data.shards import read_labels, read_samples
+from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels

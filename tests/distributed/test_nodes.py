@@ -16,7 +16,7 @@ from ray_nodes import RayNodes
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.generate import generate
 from ncsn.training.loop import TrainingJob

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ncsn.config import from_json, from_yaml
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.runs.folder import STEPS
 

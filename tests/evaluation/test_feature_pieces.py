@@ -11,7 +11,7 @@ import pytest
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import Images, to_table
 from ncsn.data.parquet import write_dataset
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import pieces as module

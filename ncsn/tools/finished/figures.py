@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.shards import read_samples
+from ncsn.data.samples import read_samples
 from ncsn.errors import UserError
 from ncsn.evaluation.reference import device_of
 from ncsn.evaluation.scores import nearest_neighbors

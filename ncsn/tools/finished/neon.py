@@ -24,7 +24,7 @@ from ncsn.config.search import variant
 from ncsn.core.extrapolation import extrapolated, lowest_point
 from ncsn.data.format import NO_LABEL, load_manifest
 from ncsn.data.parquet import write_dataset
-from ncsn.data.shards import generated_source
+from ncsn.data.samples import generated_source
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.distributed.likelihood import require_fitting
 from ncsn.distributed.sampling import Candidate, make_shards, plan_shards, score_samples

@@ -9,7 +9,7 @@ import pytest
 from refused import refused
 
 from ncsn.data.format import Images, to_table
-from ncsn.data.shards import missing_ranges, read_samples, samples_shape, shard_name
+from ncsn.data.samples import missing_ranges, read_samples, samples_shape, shard_name
 from ncsn.errors import NotFound
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
