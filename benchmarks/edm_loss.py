@@ -20,7 +20,7 @@ from ncsn.core.held_out import SEED, losses_at
 from ncsn.core.keyed_random import Stream
 from ncsn.core.losses import EdmWeight
 from ncsn.core.training_noise import LognormalNoise
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.data.parquet import read_split
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.trained import load_for_generation
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     options = parser.parse_args()
     test = read_split(options.dataset, "test")
-    rows = Images(test.images[: options.images], test.labels[: options.images])
+    rows = Rows(test.images[: options.images], test.labels[: options.images])
     sigmas, weight = LognormalNoise(options.mean, options.std).bins, EdmWeight(options.sigma_data)
     print("loss_edm ± error  " + " ".join(f"{sigma:>7.3g}" for sigma in sigmas.tolist()) + "  checkpoint")
     for checkpoint in options.checkpoints:
@@ -52,7 +52,7 @@ def main() -> None:
         print(f"{edm.mean():.4f} ± {edm.std() / len(edm) ** 0.5:.4f}   {values}  {checkpoint}", flush=True)
 
 
-def held_out_losses(trained: TrainedNetwork, rows: Images, *, sigmas: torch.Tensor) -> NDArray[np.float64]:
+def held_out_losses(trained: TrainedNetwork, rows: Rows, *, sigmas: torch.Tensor) -> NDArray[np.float64]:
     """Normalized loss of each image at each sigma [S, N]; the noise is that of the held-out loss of a training."""
     parts = []
     for first in range(0, len(rows.images), BATCH):

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from ncsn.config import Config
 from ncsn.config.samplers import parse_sampler
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.data.parquet import read_split
 from ncsn.evaluation.extractors import batches, extract_all
 from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
@@ -61,7 +61,7 @@ def main() -> None:
         options.out.write_text(json.dumps(distances, indent=1) + "\n")
 
 
-def damages(test: Images, *, count: int) -> dict[str, list[np.ndarray]]:
+def damages(test: Rows, *, count: int) -> dict[str, list[np.ndarray]]:
     """Kind of damage -> sets of `count` test images, each damaged more than the one before; the first is not."""
     rng = np.random.default_rng(0)
     images, size = test.images[:count], test.images.shape[1]

@@ -23,7 +23,7 @@ from benchmarks.measure import Clock, Row, in_turns, own_process, ratio, table
 from benchmarks.scale import Machines, Work, step_on
 from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 
@@ -145,13 +145,11 @@ def test_the_held_out_loss_of_an_image_is_its_own_and_that_of_a_fresh_network_is
     config = from_yaml((Path(__file__).parents[1] / "configs/digits.yaml").read_text())
     trained = TrainedNetwork(config=config, network=build.network(config).eval(), moments=None)  # type: ignore[arg-type]
     grays = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
-    rows = Images(grays, np.zeros(300, np.int64))
+    rows = Rows(grays, np.zeros(300, np.int64))
     sigmas = torch.tensor([1.0, 0.1])
     losses = held_out_losses(trained, rows, sigmas=sigmas)
     assert losses.shape == (2, 300)
-    np.testing.assert_allclose(
-        held_out_losses(trained, Images(grays[:7], rows.labels[:7]), sigmas=sigmas), losses[:, :7]
-    )
+    np.testing.assert_allclose(held_out_losses(trained, Rows(grays[:7], rows.labels[:7]), sigmas=sigmas), losses[:, :7])
     # Its score is that of a Gaussian of deviation d = 0.35 around mid-gray; uniform grays have a variance of 1/12.
     for sigma, loss in zip((1.0, 0.1), losses.mean(axis=1), strict=True):
         total = sigma**2 + 0.35**2

@@ -37,8 +37,8 @@ PARQUET_OPTIONS = {"compression": "zstd", "use_dictionary": False, "write_statis
 
 
 @dataclass(frozen=True)
-class Images:
-    """Rows of a dataset."""
+class Rows:
+    """Images of a dataset, with their labels."""
 
     images: np.ndarray  # uint8 [N, H, W, C], 0..255
     labels: np.ndarray  # int64 [N], index into the class names, or -1 for none
@@ -78,7 +78,7 @@ def image_shape_of(columns: pa.Schema) -> tuple[int, ...]:
     return shape
 
 
-def to_table(rows: Images) -> pa.Table:
+def to_table(rows: Rows) -> pa.Table:
     """Rows as an Arrow table with the dataset's schema."""
     columns = schema(*rows.images.shape[1:])
     buffers = [None, pa.py_buffer(np.ascontiguousarray(rows.images))]
@@ -86,12 +86,12 @@ def to_table(rows: Images) -> pa.Table:
     return pa.Table.from_arrays([pixels, pa.array(rows.labels)], schema=columns)
 
 
-def from_table(table: pa.Table) -> Images:
+def from_table(table: pa.Table) -> Rows:
     """Inverse of `to_table`, also for the tensors of format version 1. The result may share the table's memory."""
     shape = image_shape_of(table.schema)
     pieces = [_pixels(chunk, shape) for chunk in table.column(IMAGE).chunks]
     images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, *shape), np.uint8)])
-    return Images(images, table.column(LABEL).to_numpy())
+    return Rows(images, table.column(LABEL).to_numpy())
 
 
 def _pixels(chunk: pa.Array, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,7 +129,7 @@ class SplitDigest:
     _images: Any = field(default_factory=hashlib.sha256, repr=False)
     _labels: Any = field(default_factory=hashlib.sha256, repr=False)
 
-    def update(self, rows: Images) -> None:
+    def update(self, rows: Rows) -> None:
         """Append rows."""
         self.count += len(rows)
         self._images.update(np.ascontiguousarray(rows.images, np.uint8))

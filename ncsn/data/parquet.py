@@ -20,9 +20,9 @@ from ncsn.config.schema import DataConfig
 from ncsn.data.format import (
     MANIFEST,
     PARQUET_OPTIONS,
-    Images,
     Manifest,
     Part,
+    Rows,
     SkippedImage,
     from_table,
     group_lengths,
@@ -65,7 +65,7 @@ class PartWriter:
             self._thread.shutdown()
             self._writer.close()
 
-    def write(self, rows: Images) -> None:
+    def write(self, rows: Rows) -> None:
         """Append a block."""
         self._settle()
         self._pending = self._thread.submit(self._writer.write_table, to_table(rows), row_group_size=len(rows))
@@ -89,17 +89,15 @@ def block_rows(shape: Sequence[int]) -> int:
     return max(1, _BLOCK_BYTES // math.prod(shape))
 
 
-def take(examples: Iterator[Example], count: int) -> Images | None:
+def take(examples: Iterator[Example], count: int) -> Rows | None:
     """The next `count` rows, or as many as are left; None for none."""
     rows = list(itertools.islice(examples, count))
     if not rows:
         return None
-    return Images(
-        np.stack([example.image for example in rows]), np.array([example.label for example in rows], np.int64)
-    )
+    return Rows(np.stack([example.image for example in rows]), np.array([example.label for example in rows], np.int64))
 
 
-def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Images]:
+def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Rows]:
     """The rows of a part of the dataset at `uri`, or a range of them, row group by row group."""
     with _open_part(uri, part, shape=shape) as file:
         wanted = range(part.rows) if rows is None else rows
@@ -144,9 +142,7 @@ def _open(part_uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
-def read_blocks(
-    uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None
-) -> Iterator[Images]:
+def read_blocks(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Iterator[Rows]:
     """The rows of a split in their order, or a range of them, a few megabytes at a time."""
     manifest = manifest or load_manifest(uri)
     wanted = range(manifest.count(split)) if rows is None else rows
@@ -158,7 +154,7 @@ def read_blocks(
         place += part.rows
 
 
-def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Images:
+def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Manifest | None = None) -> Rows:
     """The rows of a split, or a range of them, as arrays."""
     manifest = manifest or load_manifest(uri)
     every = range(manifest.count(split))
@@ -169,10 +165,10 @@ def read_split(uri: str, split: str, *, rows: range | None = None, manifest: Man
         last = first + len(block)
         images[first:last], labels[first:last] = block.images, block.labels
         first = last
-    return Images(images, labels)
+    return Rows(images, labels)
 
 
-def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> Images:
+def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> Rows:
     """The images at `rows` [N] of a split, in any order, with their labels."""
     images, labels = np.empty((len(rows), *manifest.shape), np.uint8), np.empty(len(rows), np.int64)
     order, parts = np.argsort(rows), manifest.parts[split]
@@ -181,7 +177,7 @@ def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> 
             for group, of_group, within in pieces_of(in_part, group_lengths(file)):
                 held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
                 images[places], labels[places] = held.images[within], held.labels[within]
-    return Images(images, labels)
+    return Rows(images, labels)
 
 
 def write_dataset(
@@ -195,7 +191,7 @@ def write_dataset(
     bad = BadImages(skip=data.on_bad_image == "skip")
     with storage.scratch_folder(folder) as scratch:
 
-        def write(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+        def write(split: str, images: Split, parts: list[Part]) -> Iterator[Rows]:
             return _write_parts(bad.filter(images.stream()), scratch, split, parts, data=data)
 
         def publish(manifest: Manifest, uri: str) -> bool:
@@ -209,7 +205,7 @@ def write_dataset(
 
 def _write_parts(
     examples: Iterator[Example], scratch: Path, split: str, parts: list[Part], *, data: DataConfig
-) -> Iterator[Images]:
+) -> Iterator[Rows]:
     """Write the parts of a split and add them to `parts`; each block, while it is being written."""
     shape = image_shape(data)
     most = min(block_rows(shape), data.rows_per_part)

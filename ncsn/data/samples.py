@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Images, from_table, image_shape_of, to_table
+from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Rows, from_table, image_shape_of, to_table
 from ncsn.data.source import Example, Source
 from ncsn.errors import NotFound, UserError
 
@@ -35,7 +35,7 @@ def write_shard(uri: str, images: NDArray[np.uint8], *, labels: NDArray[np.int64
     """Publish images [N, H, W, C] as one shard, with their classes [N] if they have some."""
     buffer = io.BytesIO()
     known = np.full(len(images), NO_LABEL, np.int64) if labels is None else labels
-    pq.write_table(to_table(Images(images, known)), buffer, **PARQUET_OPTIONS)
+    pq.write_table(to_table(Rows(images, known)), buffer, **PARQUET_OPTIONS)
     storage.write_bytes(uri, buffer.getvalue())
 
 

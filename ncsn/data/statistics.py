@@ -21,9 +21,9 @@ from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
 from ncsn.data.format import (
     MANIFEST,
-    Images,
     Manifest,
     Part,
+    Rows,
     SplitDigest,
     dataset_digest,
     load_manifest,
@@ -199,7 +199,7 @@ class SplitSummary:
     digest: SplitDigest = field(default_factory=SplitDigest)
     parts: list[Part] = field(default_factory=list)
 
-    def update(self, rows: Images) -> None:
+    def update(self, rows: Rows) -> None:
         """Append rows."""
         self.digest.update(rows)
         self.statistics.update(rows.images)
@@ -215,7 +215,7 @@ def publish_dataset(
     name: str,
     data: DataConfig,
     bad: BadImages,
-    write: Callable[[str, Split, list[Part]], Iterator[Images]],
+    write: Callable[[str, Split, list[Part]], Iterator[Rows]],
     publish: Callable[[Manifest, str], bool],
     on_progress: Progress | None,
 ) -> Dataset:
@@ -252,7 +252,7 @@ def publish_dataset(
 def _summarize(
     source: Source,
     data: DataConfig,
-    write: Callable[[str, Split, list[Part]], Iterator[Images]],
+    write: Callable[[str, Split, list[Part]], Iterator[Rows]],
     *,
     bad: BadImages,
     on_progress: Progress | None,

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.format import Images, Manifest, SplitDigest, load_manifest
+from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest
 from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
 
@@ -37,13 +37,13 @@ class TrainingImages(Protocol):
     def __len__(self) -> int:
         """Images of the split."""
 
-    def ordered(self, seed: int, *, first: int, count: int) -> Images:
+    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """The images at places `first .. first + count` of the order of `seed`, with their labels."""
 
     def head(self, count: int) -> np.ndarray:
         """The first `count` images as they are stored, or all if there are fewer."""
 
-    def rows(self, indices: np.ndarray) -> Images:
+    def rows(self, indices: np.ndarray) -> Rows:
         """The images that are stored at `indices` [N], with their labels."""
 
 
@@ -75,7 +75,7 @@ class CachedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def ordered(self, seed: int, *, first: int, count: int) -> Images:
+    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """See `TrainingImages`."""
         return self.rows(image_indices(seed, first=first, count=count, size=len(self)))
 
@@ -83,9 +83,9 @@ class CachedSplit:
         """See `TrainingImages`."""
         return self.images[:count]
 
-    def rows(self, indices: np.ndarray) -> Images:
+    def rows(self, indices: np.ndarray) -> Rows:
         """See `TrainingImages`."""
-        return Images(self.images[indices], self.labels[indices])
+        return Rows(self.images[indices], self.labels[indices])
 
 
 def open_cache(dataset_uri: str, split: str) -> CachedSplit:
@@ -229,11 +229,11 @@ class StreamedSplit:
         """See `TrainingImages`."""
         return read_split(self._uri, self._split, rows=range(count), manifest=self._manifest).images
 
-    def rows(self, indices: np.ndarray) -> Images:
+    def rows(self, indices: np.ndarray) -> Rows:
         """See `TrainingImages`; reads each row group that holds one of them."""
         return read_rows(self._uri, self._split, indices, manifest=self._manifest)
 
-    def ordered(self, seed: int, *, first: int, count: int) -> Images:
+    def ordered(self, seed: int, *, first: int, count: int) -> Rows:
         """See `TrainingImages`; fast where `first` grows from call to call."""
         images, labels = np.empty((count, *self._manifest.shape), np.uint8), np.empty(count, np.int64)
         chunk_rows, filled = rows_per_chunk(self._window_images), 0
@@ -246,7 +246,7 @@ class StreamedSplit:
                 chunk, within = divmod(row, chunk_rows)
                 images[filled], labels[filled] = self._chunks[chunk][within]
                 filled += 1
-        return Images(images, labels)
+        return Rows(images, labels)
 
     def _enter(self, seed: int, place: int) -> None:
         """Move to the window of `place`, delete the chunks of earlier ones and fetch the next."""

@@ -15,7 +15,7 @@ import ray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import MANIFEST, Images, Manifest, Part, load_manifest
+from ncsn.data.format import MANIFEST, Manifest, Part, Rows, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.source import BadImages, Source, Split, image_shape
@@ -67,7 +67,7 @@ def write_dataset_in_parts(
     staging = storage.join(folder, f".parts-{key}")
     bad = BadImages(skip=True)
 
-    def write(split: str, images: Split, parts: list[Part]) -> Iterator[Images]:
+    def write(split: str, images: Split, parts: list[Part]) -> Iterator[Rows]:
         return _blocks(_tasks(images, staging, split, data=data), staging, split, parts, bad, here=here)
 
     def publish(manifest: Manifest, uri: str) -> bool:
@@ -99,7 +99,7 @@ def _known(folder: str, receipt: str) -> Dataset | None:
 
 def _blocks(
     tasks: Mapping[str, _Task], staging: str, split: str, parts: list[Part], bad: BadImages, *, here: bool
-) -> Iterator[Images]:
+) -> Iterator[Rows]:
     """The rows of a split: of the parts that this process writes, and of others as soon as they are in the store."""
     there = {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
     missing = {path: task for path, task in tasks.items() if path not in there}
@@ -144,7 +144,7 @@ def _write_part(task: _Task) -> None:
         pass
 
 
-def _write_blocks(task: _Task, bad: BadImages, *, cores: int | None) -> Iterator[Images]:
+def _write_blocks(task: _Task, bad: BadImages, *, cores: int | None) -> Iterator[Rows]:
     """Write a part, and publish it after its last block."""
     shape = image_shape(task.data)
     examples = bad.filter(task.images.stream(cores=cores))

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load, save
 
 from ncsn import storage
-from ncsn.data.format import Images as Rows
+from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
 from ncsn.evaluation.classifier import (

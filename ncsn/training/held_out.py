@@ -16,7 +16,7 @@ from ncsn.core.keyed_random import Stream, keyed_permutation
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import TrainState
 from ncsn.core.training_noise import LevelNoise
-from ncsn.data.format import Images, load_manifest
+from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.runs.curves import held_out_point
@@ -65,7 +65,7 @@ def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
 class ImageShare:
     """This worker's share of a set of images."""
 
-    rows: Images
+    rows: Rows
     places: range  # in the set
     whole: int  # images of the set
     noise: int  # stream

@@ -19,7 +19,7 @@ from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
-from ncsn.data.format import Images, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
+from ncsn.data.format import Rows, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
 from ncsn.data.parquet import read_blocks, read_rows, read_split, write_dataset
 from ncsn.data.source import Example, Source
 from ncsn.errors import NotFound
@@ -29,7 +29,7 @@ from ncsn.errors import NotFound
 def images(rng):
     """Split -> 50 and 20 random RGB images."""
     return {
-        split: Images(rng.integers(0, 256, (count, 8, 8, 3), np.uint8), rng.integers(0, 3, count))
+        split: Rows(rng.integers(0, 256, (count, 8, 8, 3), np.uint8), rng.integers(0, 3, count))
         for split, count in (("train", 50), ("test", 20))
     }
 
@@ -40,7 +40,7 @@ def config(data_config):
 
 
 def source_of(images, **fields) -> Source:
-    def split(rows: Images) -> GeneratedSplit:
+    def split(rows: Rows) -> GeneratedSplit:
         return GeneratedSplit(len(rows), lambda: map(Example, rows.images, rows.labels.tolist()))
 
     splits = {name: split(rows) for name, rows in images.items()}
@@ -111,7 +111,7 @@ def test_any_parquet_reader_sees_the_bytes(tmp_path, images, config):
     assert np.array_equal(rows, images["train"].images[: len(rows)])
 
 
-def as_tensors(rows: Images) -> pa.Table:
+def as_tensors(rows: Rows) -> pa.Table:
     """Rows as format version 1 has them."""
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows.images))
     return pa.table({"image": tensors, "label": rows.labels})
@@ -146,13 +146,13 @@ def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, c
 
 def test_any_change_of_the_content_changes_the_digest(tmp_path, images, config):
     def changed(split, *, pixel=0, label=0):
-        rows = Images(images[split].images.copy(), images[split].labels.copy())
+        rows = Rows(images[split].images.copy(), images[split].labels.copy())
         rows.images[3, 4, 5, 1] ^= pixel
         rows.labels[2] = (rows.labels[2] + label) % 3
         return {**images, split: rows}
 
-    backwards = {**images, "train": Images(images["train"].images[::-1], images["train"].labels[::-1])}
-    shorter = {**images, "train": Images(images["train"].images[:-1], images["train"].labels[:-1])}
+    backwards = {**images, "train": Rows(images["train"].images[::-1], images["train"].labels[::-1])}
+    shorter = {**images, "train": Rows(images["train"].images[:-1], images["train"].labels[:-1])}
     variants = [
         images,
         changed("train", pixel=1),
@@ -255,7 +255,7 @@ def test_a_source_that_fails_half_way_leaves_nothing(tmp_path, images, config):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_are_refused(tmp_path, images, config, count):
-    few = {**images, "test": Images(images["test"].images[:count], images["test"].labels[:count])}
+    few = {**images, "test": Rows(images["test"].images[:count], images["test"].labels[:count])}
     with refused("data.source") as caught:
         write(few, tmp_path, config)
     assert f"{count} image" in caught.value.problems[0].reason
@@ -264,7 +264,7 @@ def test_too_few_images_are_refused(tmp_path, images, config, count):
 
 def test_a_full_disk_leaves_nothing_behind(small_disk, data_config, rng):
     noise = rng.integers(0, 256, (1500, 64, 64, 1), np.uint8)  # 6 MB that do not compress
-    rows = Images(noise, np.zeros(len(noise), np.int64))
+    rows = Rows(noise, np.zeros(len(noise), np.int64))
     with pytest.raises(OSError, match=r"No space left|File too large") as failure:
         write({"train": rows, "test": rows}, small_disk.folder, data_config("image_folder", image_size=64))
     assert failure.value.errno == small_disk.full
@@ -278,7 +278,7 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with pytest.raises(ValueError, match="valid"):
         read_split(uri, "valid")
     part = f"{uri}/train/part-00000.parquet"
-    pq.write_table(to_table(Images(images["train"].images[:9], images["train"].labels[:9])), part)
+    pq.write_table(to_table(Rows(images["train"].images[:9], images["train"].labels[:9])), part)
     with refused(part):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
@@ -331,6 +331,6 @@ def test_a_split_digest_does_not_depend_on_the_blocks(images):
     whole.update(rows)
     for first in (0, 1, 30):
         last = {0: 1, 1: 30, 30: 50}[first]
-        pieces.update(Images(rows.images[first:last], rows.labels[first:last]))
+        pieces.update(Rows(rows.images[first:last], rows.labels[first:last]))
     assert pieces.hexdigest() == whole.hexdigest()
     assert pieces.count == 50

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from refused import refused
 
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.samples import missing_ranges, read_samples, samples_shape, shard_name
 from ncsn.errors import NotFound
 
@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8
 
 def write_shard(folder: Path, first: int, last: int, *, named: tuple[int, int] | None = None) -> None:
     start, end = named or (first, last)
-    rows = Images(IMAGES[first:last], np.full(last - first, -1))
+    rows = Rows(IMAGES[first:last], np.full(last - first, -1))
     pq.write_table(to_table(rows), folder / f"shard-{start:09d}-{end:09d}.parquet")
 
 

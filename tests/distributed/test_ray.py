@@ -24,7 +24,7 @@ from ray_driver import RayDriver, ray_driver, with_environment, with_progress
 from refused import refused
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.format import Images, from_table, to_table
+from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import _lack, cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import parse_faults
@@ -248,9 +248,7 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
     samples.mkdir()
     for first in range(0, 2100, 700):
         part = noise[first : first + 700]
-        pq.write_table(
-            to_table(Images(part, np.full(700, -1))), samples / f"shard-{first:09d}-{first + 700:09d}.parquet"
-        )
+        pq.write_table(to_table(Rows(part, np.full(700, -1))), samples / f"shard-{first:09d}-{first + 700:09d}.parquet")
     overrides = ["sampling.num_images=2100", "evaluation={classifier_epochs: 1, num_splits: 2, batch_size: 64}"]
     config = from_yaml(tiny, overrides=overrides)
     noted: list[str] = []

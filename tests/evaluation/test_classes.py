@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.evaluation.classes import AskedClasses, LinearProbe, class_scores
 from ncsn.evaluation.extractors import Extracted
 
@@ -63,7 +63,7 @@ def test_without_a_class_there_is_no_score() -> None:
     assert scores is not None and math.isnan(scores.kid) and scores.metrics.keys() == {"class_agreement"}
 
 
-def test_a_probe_of_pixels_sees_real_digits(digits: tuple[Images, Images]) -> None:
+def test_a_probe_of_pixels_sees_real_digits(digits: tuple[Rows, Rows]) -> None:
     train, test = digits
     features = train.images.reshape(len(train), -1).astype(np.float32)
     held_out = test.images.reshape(len(test), -1).astype(np.float32)

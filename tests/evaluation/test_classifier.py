@@ -8,7 +8,7 @@ import pytest
 import torch
 from refused import refused
 
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.errors import NotFound
 from ncsn.evaluation.classifier import (
     ClassifierExtractor,
@@ -30,7 +30,7 @@ from ncsn.evaluation.clusters import cluster_labels, num_clusters
 RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
 QUICK = replace(RECIPE, epochs=1)
 
-Splits = tuple[Images, Images]
+Splits = tuple[Rows, Rows]
 
 
 def test_reads_real_digits_and_is_stored_once_with_its_accuracy(digits: Splits, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_images_that_are_all_alike_are_one_cluster() -> None:
 
 def test_an_extractor_by_clusters_needs_no_labels(digits: Splits, tmp_path: Path) -> None:
     train, test = digits
-    unlabeled = Images(train.images, np.full(len(train), -1))
+    unlabeled = Rows(train.images, np.full(len(train), -1))
     recipe = replace(QUICK, num_classes=16, clustered=True)
     uri = ensure_classifier(str(tmp_path), recipe, train=unlabeled, test=test)
     stored, extractor = describe_classifier(uri), load_classifier(uri)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_samples
 from ncsn.data.sources import open_source
@@ -60,7 +60,7 @@ def samples(dataset: str, tmp_path: Path) -> SampleSet:
     images, first = open_cache(dataset, "train").images, 0
     for count in (20, 13, 20, 17):
         part = np.ascontiguousarray(images[first : first + count])
-        table = to_table(Images(part, np.full(count, -1)))
+        table = to_table(Rows(part, np.full(count, -1)))
         pq.write_table(table, tmp_path / f"shard-{first:09d}-{first + count:09d}.parquet")
         first += count
     return SampleSet(str(tmp_path), 61)

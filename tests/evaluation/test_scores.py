@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from refused import refused
 
-from ncsn.data.format import Images
+from ncsn.data.format import Rows
 from ncsn.evaluation.scores import (
     inception_score,
     kernel_distance,
@@ -137,7 +137,7 @@ def test_agrees_with_the_full_matrix_in_any_blocks() -> None:
         np.testing.assert_allclose(found.distances, np.sort(full, axis=1)[:, :4], atol=1e-12)
 
 
-def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: tuple[Images, Images]) -> None:
+def test_a_copied_training_image_is_found_at_distance_zero_and_flagged(digits: tuple[Rows, Rows]) -> None:
     train, test = digits
     nudged = train.images[7].copy()
     nudged[0, 0, 0] += 1

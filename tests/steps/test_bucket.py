@@ -11,7 +11,7 @@ import pytest
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import read_split
 from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
@@ -35,7 +35,7 @@ def save_samples(config: Config, images: np.ndarray, trained: str) -> str:
     manifest = {"checkpoint": trained, "checkpoint_digest": digest, "sampler": sampler, "nfe": 5, "seed": 0}
     uri = f"{config.storage.root}/runs/{RUN}/samples/some"
     with storage.staged_folder(uri, marker="manifest.json") as folder:
-        pq.write_table(to_table(Images(images, np.full(16, -1))), folder / "shard-000000000-000000016.parquet")
+        pq.write_table(to_table(Rows(images, np.full(16, -1))), folder / "shard-000000000-000000016.parquet")
         (folder / "grid.png").write_bytes(grid_png(images))
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return uri

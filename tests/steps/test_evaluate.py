@@ -10,7 +10,7 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config, ConfigError, from_yaml, to_yaml
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
@@ -49,7 +49,7 @@ def dataset(store: Path) -> str:
 
 def write_samples(folder: Path, images: np.ndarray, labels: np.ndarray | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = Images(np.ascontiguousarray(images), np.full(len(images), -1) if labels is None else labels)
+    rows = Rows(np.ascontiguousarray(images), np.full(len(images), -1) if labels is None else labels)
     pq.write_table(to_table(rows), folder / f"shard-{0:09d}-{len(images):09d}.parquet")
     return str(folder)
 
@@ -118,7 +118,7 @@ def test_an_interrupted_evaluation_looks_at_what_is_missing(
     folder = tmp_path / "samples"
     folder.mkdir()
     for first in range(0, 500, 100):
-        rows = Images(np.ascontiguousarray(images[first : first + 100]), np.full(100, -1))
+        rows = Rows(np.ascontiguousarray(images[first : first + 100]), np.full(100, -1))
         pq.write_table(to_table(rows), folder / f"shard-{first:09d}-{first + 100:09d}.parquet")
     config = make_config(store)
     whole = evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "whole")

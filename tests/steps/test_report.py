@@ -12,7 +12,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.core.held_out import Gaps
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
 from ncsn.model import checkpoint
@@ -39,7 +39,7 @@ def evaluation(config, root, save_untrained) -> str:
     samples = root / "samples"
     samples.mkdir()
     made = training[:4].copy()
-    pq.write_table(to_table(Images(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
+    pq.write_table(to_table(Rows(made, np.full(4, -1))), samples / "shard-000000000-000000004.parquet")
     (samples / "grid.png").write_bytes(grid_png(made))
     storage.write_array(str(samples / LEVELS), np.stack([made] * 3))
     manifest = {"checkpoint": str(folder), "nfe": 5, "seed": 0, "sampler": config.sampling.sampler.model_dump()}

@@ -17,7 +17,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas
-from ncsn.data.format import Images, to_table
+from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
@@ -73,7 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     samples.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
     images[0] = open_cache(dataset, "train").images[7]
-    pq.write_table(to_table(Images(images, np.full(16, -1))), samples / "shard-000000000-000000016.parquet")
+    pq.write_table(to_table(Rows(images, np.full(16, -1))), samples / "shard-000000000-000000016.parquet")
     checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
     return FinishedRun(config, {"checkpoint": checkpoint, "samples": str(samples), "dataset": dataset})
 
