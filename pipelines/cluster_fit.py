@@ -12,7 +12,6 @@ from typing import Any
 
 from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig, bytes_of
-from ncsn.model.memory import worker_memory
 from ncsn.remote.manifest import GPU
 
 # For pods that are evicted or lost. KFP leaves it to Argo's configuration what else is retried; a mistake, which the
@@ -90,6 +89,8 @@ def _size(step: str, config: Config | None) -> Size:
     compute, idle = config.compute, step == "tune" and config.search is None
     if idle or compute.backend != "local":
         return LAUNCHER
+    from ncsn.model.memory import worker_memory
+
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, given = compute.max_workers, compute.kuberay.memory_per_worker
     memory = bytes_of(given) if given else worker_memory(config, step, reference_images=REFERENCE_IMAGES)
