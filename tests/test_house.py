@@ -27,6 +27,7 @@ LIGHT = (
     "ncsn.config",
     "ncsn.storage",
     "ncsn.runs.costs",
+    "ncsn.runs.curves",
     "ncsn.runs.folder",
     "ncsn.runs.records",
     "ncsn.data.format",

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
-from ncsn.core.held_out import HARMFUL, Alarm
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
 from ncsn.report.cards import few_samples
@@ -22,6 +21,7 @@ from ncsn.report.style import to_svg
 from ncsn.report.words import Reading, reference_images
 from ncsn.runs.costs import Prices, cost
 from ncsn.runs.curves import HeldOutCurves
+from ncsn.runs.gaps import HARMFUL, Alarm
 
 Array = NDArray[np.float64]
 

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ncsn.config import Config
 from ncsn.config.training import StopConfig
-from ncsn.core.held_out import Gaps
+from ncsn.runs.gaps import Array, Gaps
 from ncsn.runs.records import TrainingHistory
-
-Array = NDArray[np.float64]
 
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training

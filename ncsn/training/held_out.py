@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.config import Config
-from ncsn.core.held_out import MOST_BINS, SEED, Array, Gaps, losses_at
+from ncsn.core.held_out import MOST_BINS, SEED, losses_at
 from ncsn.core.keyed_random import Stream, keyed_permutation
 from ncsn.core.samplers.level_grid import choose_levels
 from ncsn.core.training import TrainState
@@ -20,6 +20,7 @@ from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
 from ncsn.runs.curves import held_out_point
+from ncsn.runs.gaps import Array, Gaps
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
 from ncsn.training.metrics import EVALUATIONS_PER_STEP

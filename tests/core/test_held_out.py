@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
-from ncsn.core.held_out import FEWEST_IMAGES, Alarm, Gaps, losses_at
+from ncsn.core.held_out import losses_at
 from ncsn.core.keyed_random import Stream
+from ncsn.runs.gaps import Alarm, Gaps
 
 SIGMAS = torch.tensor([2, 1, 0.5, 0.25, 0.1, 0.03], dtype=torch.float64)
 SPREAD, SIDE = 0.25, 8  # standard deviation of a pixel, and pixels of a side
@@ -72,26 +72,3 @@ def test_an_image_has_its_loss_in_any_batch() -> None:
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1).double().numpy(), losses(optimal, x), rtol=1e-6, atol=0)
     assert len({round(value, 9) for value in losses(optimal, x[:1].repeat(7, 1, 1, 1))[0]}) == 7, "each has its noise"
-
-
-@pytest.mark.parametrize(
-    ("gap", "error", "alarm"),
-    [
-        ([0.1, 0.5, 0.5, 0.1], 0.1, Alarm((1, 2), harmful=True)),
-        ([0.5, 0.1, 0.5, 0.1], 0.1, None),  # not neighbors
-        ([0.04, 0.04, 0.5, 0.04], 0.005, Alarm((0, 1, 2, 3), harmful=False)),  # only one is large
-        ([0.04, 0.5, 0.5, 0.5], 0.005, Alarm((1, 2, 3), harmful=True)),
-        ([0.5], 0.1, Alarm((0,), harmful=True)),
-        ([-0.5, -0.5], 0.1, None),
-        ([0.5, 0.5], np.nan, None),
-    ],
-)
-def test_the_alarm_needs_neighbors(gap: list[float], error: float, alarm: Alarm | None) -> None:
-    size = len(gap)
-    assert Gaps(np.ones(size), np.array(gap), np.full(size, error)).alarm() == alarm
-
-
-def test_few_images_have_no_standard_error() -> None:
-    rows = np.random.default_rng(0).random((3, FEWEST_IMAGES))
-    assert np.isfinite(Gaps.of(rows, rows).error).all()
-    assert np.isnan(Gaps.of(rows[:, 1:], rows).error).all()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ncsn.core.held_out import Gaps
 from ncsn.report.diagnostics import held_out_section, training_section
 from ncsn.report.images import film, grid_png, neighbors
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
 from ncsn.runs.curves import HeldOutCurves
+from ncsn.runs.gaps import Gaps
 
 METRICS = {
     "eval/classifier_score_n64": 1.23,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ncsn.core.held_out import Gaps
 from ncsn.report.diagnostics import NEAR, copying_hints, held_out_section, overfitting_hints
 from ncsn.report.plots import held_out_losses
 from ncsn.report.style import PALETTE
 from ncsn.report.words import read_figures
 from ncsn.runs.curves import HeldOutCurves
+from ncsn.runs.gaps import Gaps
 
 SIGMAS = np.array([1.0, 0.3, 0.1, 0.03])
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ncsn.core.held_out import Gaps
 from ncsn.runs.curves import held_out_curves, held_out_point
+from ncsn.runs.gaps import Gaps
 from ncsn.runs.records import TrainingHistory
 
 SIGMAS = np.array([1.0, 0.1, 0.01])

@@ -11,7 +11,6 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.core.held_out import Gaps
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
@@ -19,6 +18,7 @@ from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.runs.curves import held_out_point, level_names
 from ncsn.runs.folder import run_folder
+from ncsn.runs.gaps import Gaps
 from ncsn.runs.records import TrainingHistory
 from ncsn.steps import ingest, report
 from ncsn.steps.report import SMALL_WORK, quick_work
