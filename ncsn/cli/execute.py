@@ -46,7 +46,6 @@ from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _POLL_SECONDS = 0.5
-_COMPLETE = "complete.json"
 
 
 def run_step(
@@ -196,13 +195,13 @@ def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
         "of": _circumstances(folder, config),
         "finished_at": {step: record.finished_at for step, record in records.items()},
     }
-    storage.write_json(storage.join(folder.uri, _COMPLETE), mark, indent=1)
+    storage.write_json(folder.complete, mark, indent=1)
     return records
 
 
 def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord] | None:
     """The records of the steps if the pipeline is done for this config and nothing was changed or lost since."""
-    mark = storage.find_json(storage.join(folder.uri, _COMPLETE))
+    mark = storage.find_json(folder.complete)
     if mark is None or mark["of"] != _circumstances(folder, config):
         return None
     records = read_results(folder)

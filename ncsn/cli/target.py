@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +16,6 @@ from ncsn.runs.records import default_checkpoint, read_result
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
-_WITH_CHECKPOINTS = ("checkpoints", "best", "selected", "ema")  # folders of a run
 DEFAULT_ROOT: str = Config.model_fields["storage"].default.root  # the store if no option names one
 
 
@@ -94,8 +91,7 @@ class Experiment:
 
 def default_run(config: Config) -> str:
     """`<name>-<8 hex digits>` of what decides the weights: the same experiment resumes, another one starts."""
-    deciding = json.dumps(training_settings(config), sort_keys=True)
-    return f"{config.name}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
+    return f"{config.name}-{storage.digest(training_settings(config), 8)}"
 
 
 def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
@@ -140,6 +136,7 @@ def _read_of_run(origin: str, run: str) -> str:
 
 
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
-    runs = storage.join(storage.absolute(config.storage.root), "runs")
-    parts = storage.absolute(checkpoint).removeprefix(f"{runs}/").split("/")
-    return parts[0] if len(parts) >= 3 and parts[1] in _WITH_CHECKPOINTS else None
+    root, uri = storage.absolute(config.storage.root), storage.absolute(checkpoint)
+    folder = RunFolder(root, uri.removeprefix(f"{storage.join(root, 'runs')}/").partition("/")[0])
+    places = (folder.checkpoints, folder.best, folder.selected, folder.averages)
+    return folder.run if uri.startswith(tuple(f"{place}/" for place in places)) else None

@@ -16,7 +16,6 @@ from ncsn.errors import UserError
 from ncsn.runs.folder import STEPS, RunFolder, run_folder
 from ncsn.runs.records import read_result, spent_seconds
 
-PLAN = "plan.json"  # in the folder of its run
 STEPS_BY_WORKERS = ("train", "select", "sample", "evaluate")  # they reserve all workers, other steps one
 
 
@@ -88,9 +87,9 @@ def total(costs: Mapping[str, Cost]) -> Cost:
     return Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs.values()) for field in fields(Cost)})
 
 
-def read_plan(run_uri: str) -> dict[str, Any] | None:
+def read_plan(folder: RunFolder) -> dict[str, Any] | None:
     """The plan of a run as plain values, or None if there is none."""
-    plan: dict[str, Any] | None = storage.find_json(storage.join(run_uri, PLAN))
+    plan: dict[str, Any] | None = storage.find_json(folder.plan)
     return plan
 
 
@@ -112,7 +111,7 @@ def step_costs(
 def account(config: Config, *, run: str) -> dict[str, Any]:
     """As plain values `plan`, or None; `actual`: the `steps` so far and their `total`; `prices`."""
     folder = run_folder(config, run)
-    plan = read_plan(folder.uri)
+    plan = read_plan(folder)
     prices = prices_of(plan)
     spent = {step: spent_seconds(folder, step) for step in STEPS}
     costs = {step: cost_of(config, step, seconds, prices) for step, seconds in spent.items() if seconds is not None}

@@ -36,7 +36,13 @@ class RunFolder:
     run: str
 
     config = _Below("config.yaml")  # owns the name of the run
+    plan = _Below("plan.json")  # estimated seconds and costs
+    status = _Below("status.json")  # how the run ended
+    complete = _Below("complete.json")  # what the whole pipeline was done for
+    steps = _Below("steps")  # the records of each step
+    tracking = _Below("tracking")  # which process opened an MLflow run
     checkpoints = _Below("checkpoints")
+    best = _Below("best")  # a copy of the best checkpoint
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself
@@ -46,6 +52,8 @@ class RunFolder:
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
     selected = _Below("selected")  # copies of the checkpoints that were chosen
     search = _Below("search")  # a search and its result
+    neon = _Below("neon")  # samples that weights are extrapolated from
+    restored = _Below("restored")  # restored images
 
     @property
     def uri(self) -> str:
@@ -62,7 +70,7 @@ class RunFolder:
 
     def step(self, step: str, file: str) -> str:
         """A file of one step: `result.json`, `error.json`, `progress.json` or `spent.json`."""
-        return storage.join(self.uri, "steps", step, file)
+        return storage.join(self.steps, step, file)
 
 
 def run_folder(config: Config, run: str) -> RunFolder:

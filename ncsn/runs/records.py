@@ -26,7 +26,6 @@ from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
 
 PREVIEW = "train/preview"  # name of the series of previews
-STATUS_FILE = "status.json"
 _LAST_SECONDS = 5.0  # longest wait for the last progress to be written
 
 
@@ -194,17 +193,17 @@ class Outcome:
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
     """Publish how the run ended."""
     record = asdict(outcome) | {"finished_at": utc_now()}
-    storage.write_json(storage.join(folder.uri, STATUS_FILE), record, indent=1)
+    storage.write_json(folder.status, record, indent=1)
 
 
 def clear_outcome(folder: RunFolder) -> None:
     """Mark the run as not ended."""
-    storage.delete_file(storage.join(folder.uri, STATUS_FILE))
+    storage.delete_file(folder.status)
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:
     """How the run ended; None if it has not ended or never started."""
-    record = storage.find_json(storage.join(folder.uri, STATUS_FILE))
+    record = storage.find_json(folder.status)
     return None if record is None else Outcome(record["status"], record["reason"], record["failed_step"])
 
 

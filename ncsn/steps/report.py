@@ -256,7 +256,7 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
 
 def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
     """Quality and inpainting: as `ncsn figures` measured them, or measured here if that takes seconds."""
-    prices, folder = prices_of(read_plan(sources.folder.uri)), sources.folder.report
+    prices, folder = prices_of(read_plan(sources.folder)), sources.folder.report
     if storage.exists(storage.join(folder, FIGURES)):
         yield diagnostics.quality_section(storage.read_json(storage.join(folder, FIGURES))["quality"], prices)
         yield diagnostics.inpainting_section(storage.read_bytes(storage.join(folder, "inpainting.png")))

@@ -157,7 +157,7 @@ class Step(Generic[R]):
         remote = RemoteStep(
             run=folder.run,
             step=step,
-            uri=storage.join(folder.uri, "steps", step),
+            uri=storage.join(folder.steps, step),
             command=("ncsn", step, "--config", uri, "--run", folder.run, *arguments, "--json"),
             facts={
                 "ncsn.config": digest,

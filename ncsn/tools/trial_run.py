@@ -36,9 +36,9 @@ from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import evaluations_per_image
 from ncsn.process import utc_now
-from ncsn.runs.costs import PLAN, Prices
+from ncsn.runs.costs import Prices
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import load_history
+from ncsn.runs.records import load_history, read_result
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.tools.planning import (
@@ -95,7 +95,7 @@ def run(config: Config, *, run: str, prices: Prices, report: Callable[[str], Non
             connect(small)  # creates the database, which a store does once
             rates = _TrialRun(small, counts, start=_process_start(small)).rates(config, report, cluster_start)
     plan = {"run": run, "made_at": utc_now(), **estimate(config, counts, rates, prices)}
-    storage.write_json(storage.join(folder.uri, PLAN), plan, indent=1)
+    storage.write_json(folder.plan, plan, indent=1)
     return plan
 
 
@@ -226,7 +226,9 @@ class _TrialRun:
         return list(zip(history.images_seen, history.curve(name).tolist(), strict=True))
 
     def _seconds(self, step: str) -> float:
-        return float(storage.read_json(self.folder.step(step, "result.json"))["seconds"])
+        record = read_result(self.folder, step)
+        assert record is not None, step
+        return record.seconds
 
     def _seconds_per_image(self, config: Config) -> tuple[float, str]:
         """From the difference between few and more images, without opening the source; and the URI of the more."""

@@ -231,9 +231,8 @@ def _create_database(path: Path) -> None:
             # With it readers and the writer do not wait for each other, and a commit waits for the disk once.
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
-            temporary = path.with_name(f".{path.name}.tmp")
-            shutil.copyfile(database, temporary)
-            os.replace(temporary, path)
+            with storage.local_file(path) as temporary:
+                shutil.copyfile(database, temporary)
 
 
 def _probe(uri: str, experiment: str) -> None:

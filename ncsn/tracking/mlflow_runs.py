@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
-from ncsn.runs.costs import PLAN, read_plan, step_costs
+from ncsn.runs.costs import read_plan, step_costs
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import now_ms
 from ncsn.storage.retry import limited
@@ -176,9 +176,9 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     if reason := reconcile(connection.client, folder):
         _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
     parent, adopted = _parent(connection, config, folder)
-    plan = read_plan(folder.uri)
+    plan = read_plan(folder)
     if plan is not None and parent.data.tags.get(PLANNED) != plan["made_at"]:
-        connection.client.log_text(parent.info.run_id, json.dumps(plan, indent=1), PLAN)
+        connection.client.log_text(parent.info.run_id, json.dumps(plan, indent=1), "plan.json")
         set_tags(connection.client, parent.info.run_id, {PLANNED: plan["made_at"]})
     child = _child(connection, parent, config, folder, step)
     place = connection.client, connection.uri, child.info.experiment_id

@@ -57,7 +57,7 @@ def lacks_ends(folder: RunFolder) -> bool:
 
 
 def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    for step in storage.list_names(storage.join(folder.uri, "steps")):
+    for step in storage.list_names(folder.steps):
         record = storage.find_json(folder.step(step, RECORD))
         if record is not None:
             yield step, record

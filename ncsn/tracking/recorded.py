@@ -53,7 +53,7 @@ def find_or_create(
     client, query = connection.client, tag_filter(identity)
     found = _first(connection, query)
     run = found or client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
-    first = _first_claimed(connection, query, run, storage.join(folder.uri, "tracking"))
+    first = _first_claimed(connection, query, run, folder.tracking)
     if first is not None and found is None:
         client.delete_run(run.info.run_id)
     if known := first or found:

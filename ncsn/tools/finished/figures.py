@@ -89,7 +89,7 @@ def run(
         _draw_losses(sheet, opened, history=step.folder.history)
         _draw_images(sheet, opened)
         measured = quality(opened, nfe=nfe, num_images=num_images, progress=work.progress)
-        prices = prices_of(read_plan(step.folder.uri))
+        prices = prices_of(read_plan(step.folder))
         sheet.figures["quality_nfe"], sheet.numbers["quality"] = quality_plot(measured, prices), measured
         sheet.notes.append(f"{_POINTS_SHOW} {price_note(measured, prices)}")
         result = _publish(sheet, out)

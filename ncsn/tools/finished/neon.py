@@ -88,7 +88,7 @@ class _Plan:
         """Folder of this extrapolation."""
         recipe = {"base": self.base.digest, "samples": self.samples, "images": self.images}
         recipe["sampling"] = self.sampling(1, self.samples).model_dump(mode="json", exclude={"batch_size"})
-        return storage.join(self.folder.uri, "neon", storage.digest(recipe, 12))
+        return storage.join(self.folder.neon, storage.digest(recipe, 12))
 
     @property
     def self_run(self) -> str:

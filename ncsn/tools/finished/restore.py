@@ -108,7 +108,7 @@ def run(
         "labels": None if labels is None else labels.tolist(),
         "sampling": sampling.model_dump(mode="json"),
     }
-    folder = storage.absolute(out or storage.join(step.folder.uri, "restored", storage.digest(inputs, 12)))
+    folder = storage.absolute(out or storage.join(step.folder.restored, storage.digest(inputs, 12)))
     if result := step.found({**inputs, "out": folder}, needs=lambda result: [result.uri, result.grid]):
         return result
     with step.work(config) as work:
