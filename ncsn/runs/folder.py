@@ -69,7 +69,7 @@ class RunFolder:
         return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step: `result.json`, `error.json`, `progress.json` or `spent.json`."""
+        """A file of one step, such as `result.json`; docs/architecture.md lists them."""
         return storage.join(self.steps, step, file)
 
 

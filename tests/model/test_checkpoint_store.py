@@ -57,7 +57,7 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write, tmp_path: P
     uri = storage.join(root, "checkpoints")
     store = CheckpointStore(uri, keep=2)
     assert store.newest() is None and list(store.names()) == []
-    storage.write_text(storage.join(uri, "checkpoint_manager_snapshot.json"), "{}")  # of an earlier version
+    storage.write_text(storage.join(uri, "notes.json"), "{}")  # not a checkpoint
     storage.write_bytes(storage.join(uri, NAMES[3], "weights.safetensors"), b"the rest of an upload")
     publish(store, write, *NAMES[:3])
     again = CheckpointStore(uri)
@@ -67,7 +67,7 @@ def test_the_newest_ones_are_kept_and_found(root: str, write: Write, tmp_path: P
         index.verify(folder)
     publish(again, write, NAMES[3])
     assert again.newest() == NAMES[3]
-    assert storage.list_names(uri) == ["checkpoint_manager_snapshot.json", *NAMES[1:]]
+    assert storage.list_names(uri) == [*NAMES[1:], "notes.json"]
     assert again.notes == []
 
 
