@@ -131,7 +131,7 @@ def _require_valid(step: str, config: Config, settings: Mapping[str, Any], folde
 
 def _require_start(config: Config, folder: RunFolder) -> None:
     if config.train.init_from is not None:
-        from ncsn.steps.train import require_start
+        from ncsn.steps.start import require_start
 
         require_start(config, folder)
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.noise import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
@@ -19,22 +14,14 @@ from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.errors import UserError
 from ncsn.model import build
-from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.model.start import adapted, start_notes
-from ncsn.model.trained import TRAINED_CONFIG, load_for_generation, save_trained
-from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.folder import run_folder
+from ncsn.steps.start import start_of
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.client import open_client
-from ncsn.tracking.lineage import INIT_FROM
-from ncsn.tracking.registry import fetch_weights
-from ncsn.tracking.versions import SCHEME, registry_errors, resolve_version
 from ncsn.training.batches import classes_of
 from ncsn.training.held_out import effort_of
 from ncsn.training.loop import TrainingJob
-
-_SOURCE = "source.json"  # in the folder of the network that training starts from: where it is from
 
 
 @dataclass(frozen=True)
@@ -144,73 +131,3 @@ def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {dataset}")
     if (classes := classes_of(config, manifest)) is not None:
         require_label(config.sampling.label, classes)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from."""
-
-    uri: str | None = None  # of the files of a trained network; None for random weights
-    tags: Mapping[str, str] = field(default_factory=dict)  # for the MLflow run
-    notes: tuple[str, ...] = ()  # what is not as in the source, for people
-
-
-def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
-    """What `train.init_from` names, kept in the run's folder, so that training can start there anywhere."""
-    uri = folder.start
-    if config.train.init_from is None:
-        return Start()
-    source = _source(config, config.train.init_from, uri)
-    with torch.device("meta"):
-        network = build.network(config)
-    changes = adapted(source, network, config=config, classes=classes_of(config, manifest)).changes
-    record = storage.read_json(storage.join(uri, _SOURCE))
-    tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
-    return Start(uri, tags, tuple(start_notes(source, config, changes)))
-
-
-def require_start(config: Config, folder: RunFolder) -> None:
-    """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
-    address = config.train.init_from
-    if address is None or storage.exists(folder.config):
-        return
-    if config.noise.kind == "auto":
-        config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
-    with torch.device("meta"):
-        network = build.network(config)
-    with storage.scratch_folder(folder.root) as scratch:
-        adapted(_source(config, address, str(scratch / "start")), network, config=config, classes=None)
-
-
-def _source(config: Config, address: str, uri: str) -> TrainedNetwork:
-    """The trained network at an address, of which a copy is kept at `uri`."""
-    if not storage.exists(storage.join(uri, TRAINED_CONFIG)):
-        try:
-            _fetch(config, address, uri)
-        except (UserError, FileNotFoundError) as error:
-            raise UserError("train.init_from", str(error), value=address) from None
-    return load_for_generation(uri)
-
-
-def _fetch(config: Config, address: str, uri: str) -> None:
-    """Publish the trained network at an address below `uri`, with where it is from."""
-    with storage.scratch_folder(uri.rpartition("/")[0]) as scratch:
-        if address.startswith(SCHEME):
-            folder, source, digest = _registered(config, address, scratch)
-        else:
-            folder, source = scratch / "trained", storage.absolute(address)
-            folder.mkdir()
-            trained = load_for_sampling(source)
-            save_trained(trained, folder)
-            digest = trained.digest
-        (folder / _SOURCE).write_text(json.dumps({"source": source, "digest": digest}))
-        storage.publish_folder(folder, uri, marker=TRAINED_CONFIG)
-
-
-def _registered(config: Config, address: str, scratch: Path) -> tuple[Path, str, str]:
-    """Folder, address by number and digest of the weights of a registered model."""
-    client, registry = open_client(config)
-    with registry_errors(registry):
-        version = resolve_version(client, address)
-        folder = fetch_weights(registry, version, scratch)
-    return folder, f"{SCHEME}{version.name}/{version.version}", version.tags["ncsn.checkpoint"]

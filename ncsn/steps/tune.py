@@ -24,8 +24,9 @@ from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
 from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work
-from ncsn.steps.train import require_classes, start_of
+from ncsn.steps.train import require_classes
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide

@@ -22,7 +22,7 @@ from ncsn.runs.curves import HELD_OUT_EDM
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import load_history
 from ncsn.steps import train
-from ncsn.steps.train import require_start, start_of
+from ncsn.steps.start import require_start, start_of
 from ncsn.training import held_out
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
