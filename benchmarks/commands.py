@@ -9,7 +9,7 @@ import subprocess
 from benchmarks.digits_run import NCSN, RUN, digits_run, seconds_of
 from benchmarks.measure import Row
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 
 
 def rows(*, rounds: int = 3) -> list[Row]:

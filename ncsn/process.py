@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,6 +64,11 @@ def require_same_python() -> None:
             f"the cluster has {here}, but the launcher {there}",
             hint="use one image or environment for both; `ncsn doctor` shows the launcher's",
         )
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 def utc_now() -> str:

@@ -29,6 +29,8 @@ LIGHT = (
     "ncsn.runs.costs",
     "ncsn.runs.curves",
     "ncsn.runs.folder",
+    "ncsn.runs.history",
+    "ncsn.runs.progress",
     "ncsn.runs.records",
     "ncsn.data.format",
     "ncsn.data.source",

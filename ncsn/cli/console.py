@@ -14,7 +14,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ncsn.runs.records import StepProgress
+from ncsn.runs.progress import StepProgress
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SHARE = 0.25

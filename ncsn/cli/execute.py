@@ -33,15 +33,8 @@ from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import require_same_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.records import (
-    StepRecord,
-    default_checkpoint,
-    forget_attempts,
-    read_progress,
-    read_result,
-    read_results,
-    recorded,
-)
+from ncsn.runs.progress import read_progress
+from ncsn.runs.records import StepRecord, default_checkpoint, forget_attempts, read_result, read_results, recorded
 from ncsn.steps.step import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 

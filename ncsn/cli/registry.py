@@ -158,7 +158,7 @@ def sample_from_model(
 ) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
     from ncsn.cli.console import ProgressView, quiet_libraries
-    from ncsn.runs.records import StepProgress
+    from ncsn.runs.progress import StepProgress
     from ncsn.tools import models
 
     if inject:

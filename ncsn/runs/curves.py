@@ -11,12 +11,13 @@ import numpy as np
 from ncsn.config import Config
 from ncsn.config.training import StopConfig
 from ncsn.runs.gaps import Array, Gaps
-from ncsn.runs.records import TrainingHistory
+from ncsn.runs.history import TrainingHistory
 
 EDM_LOSS = "train/loss_edm"  # mean of the weight of Karras et al. times the normalized loss
 LOSS, GAP = "val/loss", "val/gap"  # means over the noise levels, weighted as in training
 HELD_OUT_EDM = "val/loss_edm"  # their mean with the weight of Karras et al.: that objective on held-out images
 FID = "val/fid"  # Fréchet distance of a few samples
+PREVIEW = "train/preview"  # no curve but a series of images that training made of itself
 # Before the number of a level, or sigma, in the name of a curve.
 _LEVEL, _SIGMA = "train/loss_level_", "train/loss_sigma_"
 _LOSS, _GAP, _ERROR = "val/loss_sigma_", "val/gap_sigma_", "val/gap_error_sigma_"

@@ -27,7 +27,7 @@ from ncsn.model.classes import require_same_classes
 from ncsn.report.cards import few_samples
 from ncsn.report.scores import confusion_matrix
 from ncsn.report.style import to_png
-from ncsn.runs.records import while_leased
+from ncsn.runs.progress import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import StepRun

@@ -27,7 +27,8 @@ from ncsn.report.words import read_figures
 from ncsn.runs.costs import account
 from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import load_history, read_result
+from ncsn.runs.history import load_history
+from ncsn.runs.records import read_result
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri

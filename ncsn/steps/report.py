@@ -31,7 +31,8 @@ from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
 from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import StepRecord, load_history, read_result, read_results
+from ncsn.runs.history import load_history
+from ncsn.runs.records import StepRecord, read_result, read_results
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step

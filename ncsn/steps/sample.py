@@ -29,7 +29,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import ProgressFile, while_leased
+from ncsn.runs.progress import ProgressFile, while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide

@@ -30,7 +30,7 @@ from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_min
 from ncsn.report.cards import few_samples
 from ncsn.report.scores import selection_png
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import while_leased
+from ncsn.runs.progress import while_leased
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.registry import log_candidates, settle_guide

@@ -22,7 +22,8 @@ from ncsn.errors import UserError
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
-from ncsn.runs.records import ProgressFile, add_seconds, clear_outcome, read_mistake, read_result, write_result
+from ncsn.runs.progress import ProgressFile
+from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, write_result
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun

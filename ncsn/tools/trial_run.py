@@ -38,7 +38,8 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.process import utc_now
 from ncsn.runs.costs import Prices
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import load_history, read_result
+from ncsn.runs.history import load_history
+from ncsn.runs.records import read_result
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
 from ncsn.tools.planning import (

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ncsn.runs.records import now_ms
+from ncsn.process import now_ms
 from ncsn.storage import retry
 from ncsn.tracking.client import client_at, one_line, set_tags, shown
 

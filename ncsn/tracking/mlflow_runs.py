@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
+from ncsn.process import now_ms
 from ncsn.runs.costs import read_plan, step_costs
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import now_ms
 from ncsn.storage.retry import limited
 from ncsn.tracking.client import (
     PARAM_LENGTH,

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
+from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import PREVIEW, load_history
+from ncsn.runs.history import load_history
 from ncsn.tracking.client import Ignoring, one_line
 from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 

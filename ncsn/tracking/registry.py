@@ -19,7 +19,7 @@ from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
 from ncsn.model.restoration.tasks import Restoration
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
-from ncsn.runs.records import now_ms
+from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
 from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun

@@ -10,7 +10,7 @@ from ncsn.config import Config
 from ncsn.core.training import TrainState
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.runs.curves import FID, Plateau, judged_by, plateau_of
-from ncsn.runs.records import TrainingHistory
+from ncsn.runs.history import TrainingHistory
 from ncsn.training.batches import crossed
 from ncsn.training.context import WorkerContext
 from ncsn.training.held_out import Probe

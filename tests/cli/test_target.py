@@ -17,7 +17,8 @@ from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound, Problem
 from ncsn.runs.folder import RUN_PATTERN, STEPS, RunFolder, claim_run
-from ncsn.runs.records import StepError, forget_attempts, read_error, read_progress, read_results
+from ncsn.runs.progress import read_progress
+from ncsn.runs.records import StepError, forget_attempts, read_error, read_results
 from ncsn.steps.step import STEPS_ELSEWHERE
 
 

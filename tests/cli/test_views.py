@@ -31,7 +31,8 @@ from ncsn.cli.views import (
 from ncsn.config import Config, flatten, from_yaml
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import StepProgress, StepRecord
+from ncsn.runs.progress import StepProgress
+from ncsn.runs.records import StepRecord
 from ncsn.tools.draft import documented_yaml
 from ncsn.tracking.lineage import Link
 

@@ -15,7 +15,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.curves import EDM_LOSS, HELD_OUT_EDM, held_out_curves, loss_names
-from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.training import held_out
 from ncsn.training.batches import draw_batch
 from ncsn.training.loop import TrainingJob

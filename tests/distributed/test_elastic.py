@@ -19,7 +19,7 @@ from local_training import train_locally
 from safetensors.torch import load_file
 
 from ncsn.config import from_yaml
-from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.training.loop import TrainingJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,7 +17,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.distributed.faults import FORMS, Fault, FaultInjector, parse, parse_faults
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.storage import retry
 from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome
 

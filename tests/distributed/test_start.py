@@ -20,7 +20,7 @@ from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.runs.curves import HELD_OUT_EDM
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.steps.start import require_start, start_of
 from ncsn.training import held_out

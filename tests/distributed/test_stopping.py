@@ -19,7 +19,7 @@ from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.curves import FID
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.tracking.client import connect
 from ncsn.training.context import LocalContext

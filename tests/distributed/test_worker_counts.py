@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ncsn.config import from_yaml
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.curves import level_names
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.training.loop import TrainingJob
 
 

@@ -24,7 +24,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.curves import level_names
-from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.training import metrics as previews

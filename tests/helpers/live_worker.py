@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image
 
 from ncsn import storage
+from ncsn.process import now_ms
+from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import PREVIEW, load_history, now_ms
+from ncsn.runs.history import load_history
 from ncsn.tracking.live import LiveMetrics
 
 DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here

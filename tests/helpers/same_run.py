@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ncsn import storage
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 

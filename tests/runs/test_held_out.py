@@ -7,7 +7,7 @@ import pytest
 
 from ncsn.runs.curves import held_out_curves, held_out_point
 from ncsn.runs.gaps import Gaps
-from ncsn.runs.records import TrainingHistory
+from ncsn.runs.history import TrainingHistory
 
 SIGMAS = np.array([1.0, 0.1, 0.01])
 GAPS = Gaps(np.array([0.1, 0.5, 0.9]), np.array([0.0, 0.2, 0.1]), np.array([0.01, 0.02, 0.03]))

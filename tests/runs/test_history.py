@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ncsn.runs.curves import level_names
-from ncsn.runs.records import TrainingHistory, load_history
+from ncsn.runs.history import TrainingHistory, load_history
 
 
 def test_points_come_back_up_to_a_place(tmp_path: Path) -> None:

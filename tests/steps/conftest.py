@@ -15,7 +15,7 @@ from ncsn.core.training import TrainState
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split
 from ncsn.model import build, checkpoint
-from ncsn.runs import records
+from ncsn.runs import progress
 from ncsn.training.batches import classes_of
 
 EXPERIMENT = """
@@ -34,7 +34,7 @@ SaveUntrained = Callable[[Config, str, Path], None]
 @pytest.fixture(autouse=True)
 def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last progress is waited for however long a busy machine's disk takes."""
-    monkeypatch.setattr(records, "_LAST_SECONDS", 120.0)
+    monkeypatch.setattr(progress, "_LAST_SECONDS", 120.0)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ncsn.report.images import grid_png
 from ncsn.runs.curves import held_out_point, level_names
 from ncsn.runs.folder import run_folder
 from ncsn.runs.gaps import Gaps
-from ncsn.runs.records import TrainingHistory
+from ncsn.runs.history import TrainingHistory
 from ncsn.steps import ingest, report
 from ncsn.steps.report import SMALL_WORK, quick_work
 from ncsn.steps.sample import LEVELS

@@ -20,7 +20,8 @@ from ncsn.errors import UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
-from ncsn.runs.records import ProgressFile, read_error, read_mistake, read_result, recorded
+from ncsn.runs.progress import ProgressFile
+from ncsn.runs.records import read_error, read_mistake, read_result, recorded
 from ncsn.steps.step import Step
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()

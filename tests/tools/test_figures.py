@@ -24,7 +24,7 @@ from ncsn.data.training_images import open_cache
 from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.curves import level_names
 from ncsn.runs.folder import claim_run
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.tools.finished import figures as step
 from ncsn.training.loop import TrainingJob
 

@@ -28,8 +28,9 @@ from ncsn.cli.target import Target
 from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
+from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.records import PREVIEW, load_history
+from ncsn.runs.history import load_history
 from ncsn.tracking import live, mlflow_runs
 from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run

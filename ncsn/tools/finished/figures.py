@@ -27,7 +27,7 @@ from ncsn.report.plots import last_losses, loss_curves, loss_heat_map, under_tra
 from ncsn.report.style import to_png, to_svg
 from ncsn.runs.costs import prices_of, read_plan
 from ncsn.runs.curves import loss_names, loss_unit
-from ncsn.runs.records import load_history
+from ncsn.runs.history import load_history
 from ncsn.steps.step import Step
 from ncsn.tracking.registry import settle_guide
 

@@ -35,7 +35,8 @@ from ncsn.model.classes import labels_of_images
 from ncsn.model.index import INDEX, write_derived
 from ncsn.model.start import self_training
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import read_result, while_leased, write_result
+from ncsn.runs.progress import while_leased
+from ncsn.runs.records import read_result, write_result
 from ncsn.steps import evaluate, sample, train
 from ncsn.steps.step import Step
 from ncsn.tracking.lineage import INIT_FROM
