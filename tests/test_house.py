@@ -32,6 +32,7 @@ LIGHT = (
     "ncsn.runs.history",
     "ncsn.runs.progress",
     "ncsn.runs.records",
+    "ncsn.runs.steps",
     "ncsn.data.format",
     "ncsn.data.source",
     "ncsn.remote.backend",

@@ -23,6 +23,7 @@ from ncsn.cli.options import (
     score_option,
 )
 from ncsn.process import reduce_gc
+from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
     from ncsn.cli.target import Experiment
@@ -87,7 +88,7 @@ def _add_step_command(step: str) -> None:
         run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
 
     decorated: Decorated = json_option(command)
-    if info.leased:
+    if step in STEPS_ELSEWHERE:
         decorated = backend_options(lease_option(decorated))
     if info.faults:
         decorated = inject_option(decorated)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ncsn.runs.steps import CHECKPOINTED
+
 OWN = "own"  # instead of a URI: the run's own
 
 # Those of `ComputeConfig`, which --help does not import, and what `ncsn doctor` checks of each.
@@ -13,8 +15,7 @@ BACKENDS = {
     "ray-jobs": ("ray jobs",),
     "kuberay": ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"),
 }
-
-CHECKPOINTED = ("run", "tune", "train", "neon")  # the commands that save checkpoints, and continue from the last one
+CONTINUING = ("run", *CHECKPOINTED)  # the commands that save checkpoints, and continue from the last one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class StepInfo:
     summary: str
     inputs: Mapping[str, Source] = field(default_factory=dict)
     on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if an option of that name is given
-    leased: bool = False  # may run on another machine, under its launcher's lease
     faults: bool = False  # takes --inject
     package: str = "steps"  # of the module with its name
 
@@ -48,21 +48,17 @@ _SAMPLES = Source("sample", "uri", "folder of samples")
 # The steps of the pipeline, in its order.
 CATALOGUE: Mapping[str, StepInfo] = {
     "ingest": StepInfo("Read the images into the store, once."),
-    "tune": StepInfo(
-        "Search for better settings, if the config has a search.", inputs={"dataset": _DATASET}, leased=True
-    ),
-    "train": StepInfo("Train the score network, or resume it.", inputs={"dataset": _DATASET}, leased=True, faults=True),
+    "tune": StepInfo("Search for better settings, if the config has a search.", inputs={"dataset": _DATASET}),
+    "train": StepInfo("Train the score network, or resume it.", inputs={"dataset": _DATASET}, faults=True),
     "sample": StepInfo(
         "Generate images with the configured sampler.",
         inputs={"checkpoint": _CHOSEN},
         on_demand={"score": _DATASET},
-        leased=True,
         faults=True,
     ),
     "evaluate": StepInfo(
         "Measure the samples, and real images for comparison.",
         inputs={"samples": _SAMPLES, "dataset": _DATASET},
-        leased=True,
     ),
     "register": StepInfo(
         "Register the model in MLflow.",
@@ -83,7 +79,6 @@ STEP_INFO: Mapping[str, StepInfo] = {
     "select": StepInfo(
         "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
         inputs={"dataset": _DATASET},
-        leased=True,
     ),
     "ema": StepInfo(
         "Put averages of the weights of other widths together, from the snapshots of train.ema.kind: power.",
@@ -103,7 +98,6 @@ STEP_INFO: Mapping[str, StepInfo] = {
     "neon": StepInfo(
         "Train on a finished run's own samples, and extrapolate its weights away from the result.",
         inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},
-        leased=True,
         package="tools.finished",
     ),
     "restore": StepInfo(

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ncsn import storage
-from ncsn.cli.catalogue import CHECKPOINTED, STEP_INFO
+from ncsn.cli.catalogue import CONTINUING, STEP_INFO
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
 from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.supervisor import Supervisor
@@ -35,7 +35,7 @@ from ncsn.process import require_same_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.progress import read_progress
 from ncsn.runs.records import StepRecord, default_checkpoint, forget_attempts, read_result, read_results, recorded
-from ncsn.steps.step import STEPS_ELSEWHERE
+from ncsn.runs.steps import STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _POLL_SECONDS = 0.5
@@ -268,7 +268,7 @@ def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched
 def _alone(folder: RunFolder, step: str) -> Iterator[None]:
     """Refuse to train one run twice at once: both would write the same checkpoints."""
     # The kernel frees the lock when its process ends, however it ends. A store that is not local has no lock.
-    if step not in CHECKPOINTED or not storage.is_local(folder.uri):
+    if step not in CONTINUING or not storage.is_local(folder.uri):
         yield
         return
     path = Path(folder.uri) / ".lock"

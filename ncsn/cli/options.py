@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ncsn.cli.catalogue import BACKENDS, CHECKPOINTED, OWN, STEP_INFO
+from ncsn.cli.catalogue import BACKENDS, CONTINUING, OWN, STEP_INFO
 from ncsn.errors import Problem, UserError, problems_of
 
 FAILURE = 1
@@ -103,7 +103,7 @@ class ReportingCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo(f"interrupted{_CONTINUES if self.name in CHECKPOINTED else ''}", err=True)
+            click.echo(f"interrupted{_CONTINUES if self.name in CONTINUING else ''}", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and a code
             as_json = bool(ctx.params.get("as_json"))

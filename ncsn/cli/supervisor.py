@@ -17,9 +17,10 @@ from pathlib import Path
 from ncsn.cli.console import ProgressView
 from ncsn.cli.options import StepFailed
 from ncsn.errors import Problem
-from ncsn.runs.folder import STEPS, RunFolder
+from ncsn.runs.folder import RunFolder
 from ncsn.runs.progress import read_progress
 from ncsn.runs.records import StepError, StepRecord, read_error, read_result, read_results
+from ncsn.runs.steps import STEPS
 
 _POLL_SECONDS = 0.5
 _PATIENCE = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))

@@ -13,10 +13,9 @@ import yaml
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import UserError
-from ncsn.runs.folder import STEPS, RunFolder, run_folder
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_result, spent_seconds
-
-STEPS_BY_WORKERS = ("train", "select", "sample", "evaluate")  # they reserve all workers, other steps one
+from ncsn.runs.steps import STEPS, STEPS_BY_WORKERS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from ncsn import storage
 from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.errors import UserError
 
-STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
 _LEVELS = {"noise.sigma_1", "noise.sigma_L", "noise.num_levels"}
 

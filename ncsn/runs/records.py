@@ -16,7 +16,8 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID, utc_now
-from ncsn.runs.folder import STEPS, RunFolder, claim_run
+from ncsn.runs.folder import RunFolder, claim_run
+from ncsn.runs.steps import STEPS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from ncsn.config import Config
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
-from ncsn.runs.folder import STEPS, ForeignRun, RunFolder, claim_run
+from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
+from ncsn.runs.steps import STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.recorded import RecordedRun, close_run
 

@@ -24,12 +24,10 @@ from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
 from ncsn.runs.progress import ProgressFile
 from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, write_result
+from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
     from ncsn.tracking.mlflow_runs import StepRun
-
-# Steps that run where `compute.backend` says; the others are too small for a cluster.
-STEPS_ELSEWHERE = ("tune", "train", "select", "sample", "evaluate", "neon")
 
 R = TypeVar("R")
 

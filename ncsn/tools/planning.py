@@ -30,8 +30,8 @@ from ncsn.model import build
 from ncsn.model.checkpoint_store import NEWEST
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes, worker_memory
-from ncsn.runs.costs import STEPS_BY_WORKERS, Prices, cost_of, total
-from ncsn.runs.folder import STEPS
+from ncsn.runs.costs import Prices, cost_of, total
+from ncsn.runs.steps import STEPS, STEPS_BY_WORKERS
 from ncsn.training.held_out import effort_of
 from ncsn.training.metrics import EVALUATIONS_PER_STEP
 

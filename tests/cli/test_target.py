@@ -16,10 +16,10 @@ from ncsn.cli.target import Experiment, default_run, find_inputs
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound, Problem
-from ncsn.runs.folder import RUN_PATTERN, STEPS, RunFolder, claim_run
+from ncsn.runs.folder import RUN_PATTERN, RunFolder, claim_run
 from ncsn.runs.progress import read_progress
 from ncsn.runs.records import StepError, forget_attempts, read_error, read_results
-from ncsn.steps.step import STEPS_ELSEWHERE
+from ncsn.runs.steps import STEPS, TRAITS
 
 
 @pytest.fixture
@@ -144,11 +144,11 @@ def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trai
 
 def test_the_catalogue_follows_the_pipeline() -> None:
     assert tuple(step for step in CATALOGUE if step != "tune") == STEPS
+    assert list(STEP_INFO) == [step.name for step in TRAITS]
 
 
-def test_every_backend_of_the_config_is_offered_and_checked() -> None:
+def test_every_backend_of_the_config_is_offered() -> None:
     assert get_args(ComputeConfig.model_fields["backend"].annotation) == tuple(BACKENDS)
-    assert {name for name, info in STEP_INFO.items() if info.leased} == set(STEPS_ELSEWHERE)
 
 
 def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Config, folder: RunFolder) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server, tracking_server
 
-from ncsn.runs.folder import STEPS
+from ncsn.runs.steps import STEPS
 
 RUN = "outage"
 AWAY_SECONDS = 60

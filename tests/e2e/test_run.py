@@ -16,7 +16,7 @@ from safetensors import safe_open
 from ncsn.config import from_json, from_yaml
 from ncsn.data.samples import read_samples
 from ncsn.model.checkpoint import load_for_sampling
-from ncsn.runs.folder import STEPS
+from ncsn.runs.steps import STEPS
 
 RUN = "mine"
 

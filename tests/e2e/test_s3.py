@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ncsn import storage
-from ncsn.runs.folder import STEPS
+from ncsn.runs.steps import STEPS
 
 
 @pytest.mark.slow

@@ -10,6 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli.app import app
+from ncsn.cli.catalogue import BACKENDS
+from ncsn.config import from_yaml
+from ncsn.remote import open_backend
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 GPUS = [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
@@ -39,6 +42,12 @@ def test_a_cluster_that_is_well(emulation: Any, tmp_path: Path) -> None:
     assert seen["rights"][1].startswith("13 ") and "kubeflow" in seen["rights"][1]
     for check, setting in (("gpus", "compute.use_gpu"), ("queue", "compute.kuberay.queue")):
         assert seen[check][0] == "not configured" and setting in seen[check][1]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_catalogue_lists_the_checks_of_each_backend(emulation: Any, name: str) -> None:
+    backend = open_backend(from_yaml(DIGITS.read_text(), overrides=[f"compute.backend={name}"]).compute)
+    assert tuple(check.name for check in (backend.checks() if backend else ())) == BACKENDS[name]
 
 
 def test_missing_verbs_are_named(emulation: Any, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.runs import costs
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
-from ncsn.runs.folder import STEPS, run_folder
+from ncsn.runs.folder import run_folder
+from ncsn.runs.steps import STEPS
 from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
 from ncsn.tools import trial_run
