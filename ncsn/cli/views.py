@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.cli.target import DEFAULT_ROOT
 from ncsn.config import Config
 from ncsn.report.facts import duration, result_line
-from ncsn.report.words import ERRORS, read_figures
+from ncsn.report.words import ERRORS, read_metrics
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
@@ -155,7 +155,7 @@ def _scores_table(evaluated: Mapping[str, Any]) -> Table:
     for name, value in evaluated["metrics"].items():
         metric = _metric(name)
         of_real = real.get(metric)
-        if metric.endswith(ERRORS) or not read_figures({name: value}):
+        if metric.endswith(ERRORS) or not read_metrics({name: value}):
             continue
         ratio = f"{value / of_real:.3g}" if of_real is not None and value > 0 and of_real > 0 else ""
         table.add_row(name, _with_std(metrics, metric), "" if of_real is None else _with_std(real, metric), ratio)
@@ -246,10 +246,10 @@ def print_prediction(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"note     {note}", soft_wrap=True)
 
 
-def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
+def print_account(console: Console, account: Mapping[str, Any]) -> None:
     """Time and cost that each step took, next to its plan."""
-    plan, actual = ledger["plan"], ledger["actual"]
-    table = _table(ledger["prices"]["currency"])
+    plan, actual = account["plan"], account["actual"]
+    table = _table(account["prices"]["currency"])
     table.add_column("planned", justify="right")
     table.add_column("actual / planned", justify="right")
     for step, cost in actual["steps"].items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ncsn.config import Config
 from ncsn.config.noise import LognormalTraining
 from ncsn.config.training import ema_setting
-from ncsn.report.words import ERRORS, read_figures
+from ncsn.report.words import ERRORS, read_metrics
 
 if TYPE_CHECKING:
     from ncsn.data.format import Manifest
@@ -160,10 +160,10 @@ def candidate_rows(candidates: Sequence[Mapping[str, Any]], *, most: int) -> tup
 ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
 
 
-def few_samples(figure: str) -> str:
+def few_samples(metric: str) -> str:
     """What this metric cannot compare, in a sentence, if it is a Fréchet distance of few samples; else empty."""
-    metric, reading = read_figures({figure: 0.0}).popitem()
-    if metric != "fid" or reading.num_images >= ENOUGH_IMAGES:
+    kind, reading = read_metrics({metric: 0.0}).popitem()
+    if kind != "fid" or reading.num_images >= ENOUGH_IMAGES:
         return ""
     return (
         f"The Fréchet distance of {reading.num_images:,} samples favors models of little diversity. It may rank "

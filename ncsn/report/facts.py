@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ncsn.report.page import Fact
-from ncsn.report.words import read_figures
+from ncsn.report.words import read_metrics
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
@@ -20,21 +20,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
 
 
-def cost_line(ledger: Mapping[str, Any]) -> str:
+def cost_line(account: Mapping[str, Any]) -> str:
     """The cost of the whole run, from `ncsn.runs.costs.account`; empty if no step has recorded its time."""
-    actual = ledger["actual"]
-    return _cost(actual["total"], ledger["prices"]["currency"]) if actual["steps"] else ""
+    actual = account["actual"]
+    return _cost(actual["total"], account["prices"]["currency"]) if actual["steps"] else ""
 
 
-def cost_facts(ledger: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
+def cost_facts(account: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
     """The cost of the run, its plan, and the cost of 1,000 more images; `num_images` are those of the sample step."""
-    currency, steps = ledger["prices"]["currency"], ledger["actual"]["steps"]
+    currency, steps = account["prices"]["currency"], account["actual"]["steps"]
     if not steps:
         return
     # The times of the steps above are those of their last attempt, without its startup.
-    yield Fact("Actual cost, including startup and earlier attempts", _cost(ledger["actual"]["total"], currency))
-    if ledger["plan"] is not None:
-        yield Fact("Planned cost", _cost(ledger["plan"]["total"], currency))
+    yield Fact("Actual cost, including startup and earlier attempts", _cost(account["actual"]["total"], currency))
+    if account["plan"] is not None:
+        yield Fact("Planned cost", _cost(account["plan"]["total"], currency))
     if "sample" in steps and num_images:
         share = 1000 / num_images
         per_thousand = {name: share * value for name, value in steps["sample"].items()}
@@ -77,13 +77,13 @@ def result_line(step: str, result: Mapping[str, Any]) -> str:
 
 
 def _further_distances(metrics: Mapping[str, float]) -> str:
-    figures = read_figures(metrics)
+    known = read_metrics(metrics)
     found = ""
-    if "fid_mean" in figures:
-        least, largest = figures["fid_min"].value, figures["fid_max"].value
-        found += f", over seeds {figures['fid_mean'].value:.4g} ({least:.4g} to {largest:.4g})"
-    if "fid_infinity" in figures:
-        found += f", without bias {figures['fid_infinity'].value:.4g}"
+    if "fid_mean" in known:
+        least, largest = known["fid_min"].value, known["fid_max"].value
+        found += f", over seeds {known['fid_mean'].value:.4g} ({least:.4g} to {largest:.4g})"
+    if "fid_infinity" in known:
+        found += f", without bias {known['fid_infinity'].value:.4g}"
     return found
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.core.images import image_grid
-from ncsn.report.page import Film, Neighbor, Picture
+from ncsn.report.page import Animation, Neighbor, Picture
 from ncsn.report.style import PALETTE, bare, new_figure, styled
 
 Images = NDArray[np.uint8]
@@ -230,16 +230,16 @@ def png_bytes(picture: Images, *, enlarge: bool = True) -> bytes:
 
 MOST_PIXEL_BYTES = 1_000_000  # of all frames together, because noise does not compress
 MOST_FRAMES = 48
-FEWEST_FILM_FRAMES = 8
+FEWEST_FRAMES = 8
 
 
-def film(frames: Images, *, sigmas: Sequence[float]) -> Film:
-    """A film of at most 48 frames; it shows fewer images where they are large.
+def animation(frames: Images, *, sigmas: Sequence[float]) -> Animation:
+    """An animation of at most 48 frames; it shows fewer images where they are large.
 
     `frames` are `[stages, N, H, W, C]` uint8: the start, the images after each level, and last the finished ones.
     `sigmas` are those of the levels; if their number does not fit, the labels number the stages.
     """
-    frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FILM_FRAMES * frames[0, 0].size))]
+    frames = frames[:, : max(1, MOST_PIXEL_BYTES // (FEWEST_FRAMES * frames[0, 0].size))]
     stages, count = frames.shape[:2]
     chosen = evenly_spread(stages, most=max(2, min(MOST_FRAMES, MOST_PIXEL_BYTES // frames[0].size)))
     rows = [image_grid(frames[stage], columns=count) for stage in chosen]
@@ -248,7 +248,7 @@ def film(frames: Images, *, sigmas: Sequence[float]) -> Film:
         png_bytes(np.concatenate(rows), enlarge=False),
         alt=f"{count} images at {len(chosen)} stages, from noise at the top to the finished images at the bottom",
     )
-    return Film(picture, size=(width, height), labels=[_label(stage, stages, sigmas) for stage in chosen])
+    return Animation(picture, size=(width, height), labels=[_label(stage, stages, sigmas) for stage in chosen])
 
 
 def _label(stage: int, stages: int, sigmas: Sequence[float]) -> str:

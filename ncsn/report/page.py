@@ -34,7 +34,7 @@ class Plot(NamedTuple):
     alt: str
 
 
-class Film(NamedTuple):
+class Animation(NamedTuple):
     """Images on their way from noise, to play."""
 
     frames: Picture  # one below the other
@@ -121,7 +121,7 @@ class Page:
     lead: Sequence[str] = ()
     tiles: Sequence[Tile] = ()
     samples: Picture | None = None
-    film: Film | None = None
+    animation: Animation | None = None
     scores: Scores | None = None
     neighbors: Sequence[Neighbor] = ()
     neighbors_text: str = ""
@@ -138,7 +138,7 @@ class Page:
         """The sections that the page has, in order."""
         parts = {
             "samples": self.samples,
-            "film": self.film,
+            "film": self.animation,
             "scores": self.scores,
             "neighbours": self.neighbors,
             **{section.heading.lower(): section for section in self.sections},

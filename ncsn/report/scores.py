@@ -12,7 +12,7 @@ from ncsn.report.cards import CLASS_HEAD, candidate_rows, class_rows, few_sample
 from ncsn.report.page import Plot, Section
 from ncsn.report.plots import SEEN_LABEL
 from ncsn.report.style import HEAT, INK, PALETTE, bare, new_figure, styled, to_png, to_svg
-from ncsn.report.words import read_figures
+from ncsn.report.words import read_metrics
 
 MOST_CLASSES = 20  # in the table, and with names beside the matrix
 
@@ -60,8 +60,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @styled
-def selection_figure(rows: Rows, *, figure: str) -> Figure:
-    """The metric `figure` of each candidate over images seen, and over the relative widths of those that have one."""
+def selection_figure(rows: Rows, *, metric: str) -> Figure:
+    """The `metric` of each candidate over images seen, and over the relative widths of those that have one."""
     scored = [row for row in rows if row["value"] is not None]
     best = min(scored, key=lambda row: row["value"])
     plain = [row for row in scored if row["relative_width"] is None]
@@ -77,27 +77,27 @@ def selection_figure(rows: Rows, *, figure: str) -> Figure:
         axes.set(xlabel=SEEN_LABEL if key == "images_seen" else "relative width")
         if key == "relative_width":
             axes.legend(title=SEEN_LABEL, fontsize=7)
-    drawn.axes[0].set(ylabel=figure.removeprefix("eval/"))
+    drawn.axes[0].set(ylabel=metric.removeprefix("eval/"))
     return drawn
 
 
-def selection_png(rows: Rows, *, figure: str) -> bytes:
+def selection_png(rows: Rows, *, metric: str) -> bytes:
     """The same as a PNG file."""
-    return to_png(selection_figure(rows, figure=figure))
+    return to_png(selection_figure(rows, metric=metric))
 
 
 def selection_section(result: Mapping[str, Any]) -> Section:
     """The candidates, by the result of the step select."""
-    rows, figure = result["candidates"], result["figure"]
-    reading = next(iter(read_figures({figure: result["value"]}).values()))
+    rows, metric = result["candidates"], result["figure"]
+    reading = next(iter(read_metrics({metric: result["value"]}).values()))
     table, more = candidate_rows(rows, most=MOST_ROWS)
     left = f" The table has the best {MOST_ROWS}; {more} more are in {result['uri']}." if more else ""
     return Section(
         heading="Choice of the checkpoint",
         text=f"Each of {len(rows)} candidates generated {reading.num_images:,} images from the same noise, and the one "
-        f"with the lowest {figure} was chosen. Its score here is optimistic because it was selected; the scores "
+        f"with the lowest {metric} was chosen. Its score here is optimistic because it was selected; the scores "
         f"above use new samples.{left}",
-        plots=[Plot(to_svg(selection_figure(rows, figure=figure), salt="selection"), alt="Candidates and scores")],
-        hints=[few] if (few := few_samples(figure)) else [],
-        table=[("images seen", "relative width", figure, "checkpoint"), *table],
+        plots=[Plot(to_svg(selection_figure(rows, metric=metric), salt="selection"), alt="Candidates and scores")],
+        hints=[few] if (few := few_samples(metric)) else [],
+        table=[("images seen", "relative width", metric, "checkpoint"), *table],
     )

@@ -102,7 +102,7 @@ class Reading(NamedTuple):
     split: str = "train"  # of the images that it compares with
 
 
-def read_figures(metrics: Mapping[str, float]) -> dict[str, Reading]:
+def read_metrics(metrics: Mapping[str, float]) -> dict[str, Reading]:
     """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out."""
     readings = {}
     for name, value in metrics.items():
@@ -118,7 +118,7 @@ def score_rows(
     metrics: Mapping[str, float], real_metrics: Mapping[str, float]
 ) -> tuple[list[ScoreRow], list[ScoreRow]]:
     """A row for each metric that has a meaning: those to see first, and the others."""
-    generated, real = read_figures(metrics), read_figures(real_metrics)
+    generated, real = read_metrics(metrics), read_metrics(real_metrics)
     rows = {metric: _row(metric, generated, real) for metric in MEANINGS if metric in generated}
     return (
         [row for metric, row in rows.items() if metric in FIRST],

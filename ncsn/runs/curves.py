@@ -110,19 +110,19 @@ def judged_by(config: Config, judge: str) -> str:
 class Plateau:
     """A measurement that shows no fall for long enough."""
 
-    figure: str  # name of the curve
+    metric: str  # name of the curve
     images_seen: int
     best: float  # the lowest value before, by more than the tolerance
     best_at: int  # images seen at it
 
     def __str__(self) -> str:
         return (
-            f"stopped at {self.images_seen:,} training images: {self.figure} has not fallen for "
+            f"stopped at {self.images_seen:,} training images: {self.metric} has not fallen for "
             f"{self.images_seen - self.best_at:,} images, from {self.best:.4g} at {self.best_at:,}"
         )
 
 
-def plateau(images_seen: Sequence[int], values: Sequence[float], *, figure: str, stop: StopConfig) -> Plateau | None:
+def plateau(images_seen: Sequence[int], values: Sequence[float], *, metric: str, stop: StopConfig) -> Plateau | None:
     """The first of the measured `values`, less is better, at which training stops; None if it goes on."""
     # A function of the history alone, so that a resumed training agrees.
     best, best_at = float("inf"), 0
@@ -130,7 +130,7 @@ def plateau(images_seen: Sequence[int], values: Sequence[float], *, figure: str,
         if value < best * (1 - stop.tolerance):
             best, best_at = value, seen
         elif seen - best_at >= stop.patience_images:
-            return Plateau(figure, seen, best, best_at)
+            return Plateau(metric, seen, best, best_at)
     return None
 
 
@@ -138,8 +138,8 @@ def plateau_of(history: TrainingHistory, config: Config) -> Plateau | None:
     """The measurement at which the training of this history stops; None if it goes on."""
     if config.train.stop is None:
         return None
-    figure = judged_by(config, config.train.stop.by)
+    metric = judged_by(config, config.train.stop.by)
     pairs = zip(history.images_seen, history.points, strict=True)
-    measured = [(seen, point[figure]) for seen, point in pairs if figure in point]
+    measured = [(seen, point[metric]) for seen, point in pairs if metric in point]
     images_seen, values = zip(*measured, strict=True) if measured else ((), ())
-    return plateau(images_seen, values, figure=figure, stop=config.train.stop)
+    return plateau(images_seen, values, metric=metric, stop=config.train.stop)

@@ -23,7 +23,7 @@ from ncsn.report.cards import ModelFacts, model_card
 from ncsn.report.diagnostics import copying_hints, overfitting_hints
 from ncsn.report.facts import cost_line
 from ncsn.report.images import neighbors_png
-from ncsn.report.words import read_figures
+from ncsn.report.words import read_metrics
 from ncsn.runs.costs import account
 from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
@@ -205,7 +205,7 @@ def _neon_notes(loaded: SamplingCheckpoint, measured: Mapping[str, Any]) -> list
 
 def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str]:
     held_out = held_out_curves(load_history(run_folder(config, run).history))
-    generated, real = read_figures(measured["metrics"]), read_figures(measured["real_metrics"])
+    generated, real = read_metrics(measured["metrics"]), read_metrics(measured["real_metrics"])
     return [
         *([] if held_out is None else overfitting_hints(held_out)),
         *copying_hints(generated, real, copies=copies_beyond_chance(measured)),

@@ -24,8 +24,8 @@ from ncsn.report import diagnostics, facts, words
 from ncsn.report.diagnostics import copying_hints, held_out_section
 from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
 from ncsn.report.html import look, render
-from ncsn.report.images import GRID_CLASSES, film, neighbors
-from ncsn.report.page import Fact, Film, Neighbor, Page, Picture, Scores, Section, Timing
+from ncsn.report.images import GRID_CLASSES, animation, neighbors
+from ncsn.report.page import Animation, Fact, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.scores import classes_section, selection_section
 from ncsn.report.style import to_png
 from ncsn.runs.costs import account, prices_of, read_plan
@@ -45,7 +45,7 @@ FIGURES = "figures.json"  # the numbers of `ncsn figures`, in the folder of the 
 BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
 # `ncsn figures` draws two of the sections for any model. The report draws them over fewer images if that is not more
 # than this many evaluations x parameters x pixels, about five seconds on two cores.
-SMALL_WORK = 1e12
+QUICK_WORK = 1e12
 QUICK_NFE = (10, 40)
 QUICK_IMAGES = 64
 
@@ -131,8 +131,8 @@ class Sources:
 def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int], None]) -> Page:
     """The whole report; `progress` counts the images that are generated for it."""
     config, records = sources.config, sources.records
-    generated = words.read_figures(sources.evaluation["metrics"])
-    real = words.read_figures(sources.evaluation["real_metrics"])
+    generated = words.read_metrics(sources.evaluation["metrics"])
+    real = words.read_metrics(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
     seconds = sum(record.seconds for record in records.values())
     costs = account(config, run=sources.folder.run)
@@ -152,7 +152,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
         ),
         tiles=words.tiles(sources.samples["nfe"], generated, real),
         samples=_grid(sources),
-        film=_film(sources),
+        animation=_animation(sources),
         scores=_scores(sources, generated),
         neighbors=_neighbors(sources),
         neighbors_text=_neighbors_text(generated),
@@ -179,9 +179,9 @@ def _grid(sources: Sources) -> Picture | None:
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
-def _film(sources: Sources) -> Film | None:
+def _animation(sources: Sources) -> Animation | None:
     uri = storage.join(sources.evaluation["samples"], LEVELS)
-    return film(storage.read_array(uri), sigmas=sources.sigmas) if storage.exists(uri) else None
+    return animation(storage.read_array(uri), sigmas=sources.sigmas) if storage.exists(uri) else None
 
 
 def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
@@ -261,7 +261,7 @@ def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> It
     if storage.exists(storage.join(folder, FIGURES)):
         yield diagnostics.quality_section(storage.read_json(storage.join(folder, FIGURES))["quality"], prices)
         yield diagnostics.inpainting_section(storage.read_bytes(storage.join(folder, "inpainting.png")))
-    elif quick_work(sources.config, sources.checkpoint) <= SMALL_WORK:
+    elif estimated_work(sources.config, sources.checkpoint) <= QUICK_WORK:
         opened = open_run(
             sources.config,
             sources.checkpoint,
@@ -279,11 +279,11 @@ def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> It
         yield diagnostics.inpainting_section(to_png(panel))
 
 
-def quick_work(config: Config, trained: SamplingCheckpoint) -> float:
+def estimated_work(config: Config, trained: SamplingCheckpoint) -> float:
     """The work of measuring quality and inpainting, in evaluations x parameters x pixels."""
     num_levels = config.sampled_levels.num_levels
     chains = 2 * sum(max(nfe, num_levels) for nfe in QUICK_NFE) * QUICK_IMAGES
-    # Estimated with half of the completions that `inpainting` makes; SMALL_WORK is chosen for this sum.
+    # Estimated with half of the completions that `inpainting` makes; QUICK_WORK is chosen for this sum.
     completions = INPAINTED // 2 * COMPLETIONS * evaluations_per_image(config)
     parameters = sum(parameter.numel() for parameter in trained.network.parameters())
     return float(chains + completions) * parameters * config.data.image_size**2

@@ -86,7 +86,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             values[weights.digest] = value
             progress(len(values), len(found))
         result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
-        log_candidates(work.tracked, config.registered_model, result.candidates, figure=result.figure)
+        log_candidates(work.tracked, config.registered_model, result.candidates, metric=result.figure)
         work.tracked.log_metrics({result.figure: result.value}, result.images_seen)
         for uri in (result.uri, result.plot):
             work.tracked.log_file(uri)
@@ -108,7 +108,7 @@ def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:
 def scores(
     config: Config, found: Sequence[Weights], evaluator: Evaluator, *, folder: RunFolder, dataset: str
 ) -> Iterator[tuple[Weights, float | None]]:
-    """Each candidate with its figure, as they are known; None if an image is not finite."""
+    """Each candidate with its score, as they are known; None if an image is not finite."""
     how = storage.digest(_scored_by(config, load_manifest(dataset)), 12)
     places = [storage.join(folder.selection, how, f"{each.digest}.json") for each in found]
     missing = []
@@ -142,30 +142,30 @@ def conclude(
     if not ranked:
         wrong = f"all {len(rows)} candidates give images that are not finite"
         raise UserError("sampling.sampler", wrong, hint="lower its step size")
-    figure = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
+    metric = metric_name(settings.figure, extractor=extractor, num_images=settings.num_images)
     kept = [keep_copy(row["uri"], folder.selected) for row in ranked[: settings.keep]]
     result = SelectResult(
         uri=storage.join(folder.selection, "candidates.json"),
         plot=storage.join(folder.selection, "candidates.png"),
         checkpoint=kept[0],
-        figure=figure,
+        figure=metric,
         value=ranked[0]["value"],
         images_seen=ranked[0]["images_seen"],
         relative_width=ranked[0]["relative_width"],
         candidates=rows,
         kept=kept,
-        notes=_notes(rows, figure),
+        notes=_notes(rows, metric),
     )
     storage.write_json(result.uri, asdict(result), indent=1)
-    storage.write_bytes(result.plot, selection_png(rows, figure=figure))
+    storage.write_bytes(result.plot, selection_png(rows, metric=metric))
     return result
 
 
-def _notes(rows: Sequence[dict[str, Any]], figure: str) -> list[str]:
+def _notes(rows: Sequence[dict[str, Any]], metric: str) -> list[str]:
     notes = [
-        f"{figure} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
+        f"{metric} chose among {len(rows)} candidates, so the winning score is optimistic; the metrics use new samples"
     ]
-    if few := few_samples(figure):
+    if few := few_samples(metric):
         notes.append(few)
     last = max(row["images_seen"] for row in rows)
     widths = [

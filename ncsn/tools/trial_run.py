@@ -194,14 +194,14 @@ class _TrialRun:
         made, sample_evaluation, around = self._sampling(trained.checkpoint, train_image)
         fixed["sample"] = around + self.start.tracking + self.start.joining
         report("evaluate")
-        figures = evaluate.run(self.config, run=RUN, samples=made.uri, dataset=data.uri)
-        classifier_image, extract_image, neighbour_image, around = self._evaluation(data.uri, figures)
+        evaluation = evaluate.run(self.config, run=RUN, samples=made.uri, dataset=data.uri)
+        classifier_image, extract_image, neighbor_image, around = self._evaluation(data.uri, evaluation)
         fixed["evaluate"] = around + self.start.tracking
         report("register")
-        register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=figures.uri)
+        register.run(self.config, run=RUN, checkpoint=trained.checkpoint, evaluation=evaluation.uri)
         fixed["register"] = self._seconds("register") + self.start.tracking
         report("report")
-        page.run(self.config, run=RUN, evaluation=figures.uri)
+        page.run(self.config, run=RUN, evaluation=evaluation.uri)
         fixed["report"] = self._seconds("report") + self.start.tracking
         return Rates(
             cluster_start=cluster_start,
@@ -213,7 +213,7 @@ class _TrialRun:
             sample_evaluation=sample_evaluation,
             classifier_image=classifier_image,
             extract_image=extract_image,
-            neighbour_image=neighbour_image,
+            neighbour_image=neighbor_image,
             worker_bytes=1e6 * max(value for _, value in self._curve("system/worker_memory_megabytes")),
             machine_bytes=cluster_memory(),
             dataset_image_bytes=_bytes(data.uri, "*/part-*.parquet") / sum(data.counts.values()),
@@ -271,11 +271,11 @@ class _TrialRun:
             json.loads(path.read_text())["training_seconds"] for path in Path(dataset).glob("classifier/*/*.json")
         ]
         measured = len(split) + result.num_images + result.num_real_images
-        neighbour_image = search_seconds_per_image(split.images)
-        searching = NEIGHBOR_SEARCHES * len(split) * neighbour_image
+        neighbor_image = search_seconds_per_image(split.images)
+        searching = NEIGHBOR_SEARCHES * len(split) * neighbor_image
         fixed = max(self._seconds("evaluate") - sum(trained) - measured * extract_image - searching, 0.0)
         if not trained:
-            return 0.0, extract_image, neighbour_image, fixed
+            return 0.0, extract_image, neighbor_image, fixed
         own = sum(trained) / len(split)
         as_large = (self.counts.train_images < SMALL_SET) == (len(split) < SMALL_SET)
         if not as_large:
@@ -284,7 +284,7 @@ class _TrialRun:
             if recipe.clustered:
                 labels = cluster_labels(split.images, count=recipe.num_classes, seed=recipe.seed)
             own = training_seconds_per_image(recipe, images=split.images, labels=labels, seconds=SECONDS / 2)
-        return own, extract_image, neighbour_image, fixed
+        return own, extract_image, neighbor_image, fixed
 
 
 def training_seconds(points: Sequence[tuple[int, float]], *, loop: float, step: float) -> tuple[float, float, float]:

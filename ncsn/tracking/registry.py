@@ -225,20 +225,20 @@ def finish_model(
         client.log_batch(run_id, metrics=values, synchronous=True)
 
 
-CANDIDATE_KEY = "ncsn.candidate"  # tag with the digest of the weights and the figure
+CANDIDATE_KEY = "ncsn.candidate"  # tag with the digest of the weights and the metric
 
 
-def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any]], *, figure: str) -> None:
+def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any]], *, metric: str) -> None:
     """Log each candidate of `ncsn select` that this run does not have yet; the weights stay in the store.
 
-    `rows` have uri, digest, images_seen, relative_width, and value of `figure`, None if an image is not finite.
+    `rows` have uri, digest, images_seen, relative_width, and value of `metric`, None if an image is not finite.
     """
     client = tracked.client
     query = f"source_run_id = '{tracked.run_id}'"
     known = client.search_logged_models([tracked.experiment_id], filter_string=query, max_results=1000)
     logged = {each.tags.get(CANDIDATE_KEY) for each in known}
     for row in rows:
-        key, value = f"{row['digest']} {figure}", row["value"]
+        key, value = f"{row['digest']} {metric}", row["value"]
         if key in logged:
             continue
         width = {} if row["relative_width"] is None else {"relative_width": f"{row['relative_width']:g}"}
@@ -250,7 +250,7 @@ def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any
             params={"images_seen": str(row["images_seen"]), **width},
         )
         status: Literal["READY", "FAILED"] = "FAILED" if value is None else "READY"
-        metrics = {} if value is None else {figure: value}
+        metrics = {} if value is None else {metric: value}
         finish_model(tracked, created.model_id, row["images_seen"], metrics=metrics, status=status)
 
 

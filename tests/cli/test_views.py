@@ -23,7 +23,7 @@ from ncsn.cli.views import (
     describe_result,
     describe_suggestion,
     describe_toy,
-    print_ledger,
+    print_account,
     print_plan,
     print_prediction,
     print_summary,
@@ -173,10 +173,10 @@ def test_plan_and_ledger(snapshot) -> None:
         "rates": {"train_image": 1 / 1311, "sample_evaluation": 0.0123},
     }
     actual = {"steps": {"train": cost(13_000.0), "sample": cost(400_000.0)}, "total": cost(413_000.0)}
-    ledger = {"plan": plan, "actual": actual, "prices": plan["prices"]}
+    account = {"plan": plan, "actual": actual, "prices": plan["prices"]}
     nothing = {"plan": None, "actual": {"steps": {}}, "prices": plan["prices"]}
     snapshot("plan", printed(lambda console: print_plan(console, plan)))
-    snapshot("ledger", printed(lambda console: [print_ledger(console, each) for each in (ledger, nothing)]))
+    snapshot("account", printed(lambda console: [print_account(console, each) for each in (account, nothing)]))
 
 
 def test_trace(snapshot) -> None:

@@ -29,7 +29,7 @@ from ncsn.evaluation.choice import extractor_name
 from ncsn.evaluation.dinov2 import MEAN, STD, VIT_L, Dinov2Extractor, Shape, layout, network_of, normalized, positions
 from ncsn.evaluation.reference import load_manifest
 from ncsn.model.memory import worker_memory
-from ncsn.report.words import extractor_phrase, read_figures
+from ncsn.report.words import extractor_phrase, read_metrics
 from ncsn.steps import evaluate
 
 SMALL = Shape(width=64, depth=2, heads=4, grid=37)
@@ -196,7 +196,7 @@ def test_only_the_published_weights_give_dinov2_figures(weights: tuple[str, str]
         Dinov2Extractor(path, sha256=PUBLISHED_SHA256["dinov2"])
     phrases = {extractor_phrase(name) for name in ("dinov2", "dinov2-unpinned", "inception", "other")}
     assert len(phrases) == 4 and all("DINOv2" in extractor_phrase(known.name) for known in (published, other))
-    assert read_figures({"eval/dinov2-unpinned_fid_std_n20": 1.0})["fid_std"].extractor == "dinov2-unpinned"
+    assert read_metrics({"eval/dinov2-unpinned_fid_std_n20": 1.0})["fid_std"].extractor == "dinov2-unpinned"
 
 
 CONFIG = """

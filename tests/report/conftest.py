@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ncsn.report.diagnostics import held_out_section, training_section
-from ncsn.report.images import film, grid_png, neighbors
+from ncsn.report.images import animation, grid_png, neighbors
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
 from ncsn.runs.curves import HeldOutCurves
@@ -70,7 +70,7 @@ def page(images: np.ndarray) -> Page:
             real="real images",
             notes=["only 60 real images"],
         ),
-        film=film(np.stack([images[:8]] * 5), sigmas=sigmas),
+        animation=animation(np.stack([images[:8]] * 5), sigmas=sigmas),
         neighbors=neighbors([line, {**line, "image": 1, "memorised": False}], samples=images, training_images=images),
         neighbors_text="The numbers are pixel distances.",
         neighbors_hints=["The generated images are nearer to the training images than held-out images are."],

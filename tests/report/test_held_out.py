@@ -7,7 +7,7 @@ import numpy as np
 from ncsn.report.diagnostics import NEAR, copying_hints, held_out_section, overfitting_hints
 from ncsn.report.plots import held_out_losses
 from ncsn.report.style import PALETTE
-from ncsn.report.words import read_figures
+from ncsn.report.words import read_metrics
 from ncsn.runs.curves import HeldOutCurves
 from ncsn.runs.gaps import Gaps
 
@@ -56,7 +56,7 @@ def test_the_plot_holds_both_losses_and_marks_the_alarm() -> None:
 
 def test_copies_and_nearness_are_warnings() -> None:
     def figures(distance: float, real: str = "") -> dict:
-        return read_figures({f"eval/{real}classifier_nn_distance_n256": distance})
+        return read_metrics({f"eval/{real}classifier_nn_distance_n256": distance})
 
     real, copies = figures(300.0, "real_"), "12 of 256 samples copy a training image"
     assert copying_hints(figures(290.0), real, copies="") == []

@@ -1,4 +1,4 @@
-"""Panels, animations and films hold the images that they are given."""
+"""Panels and animations hold the images that they are given."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ncsn.report.images import (
     MAX_STAGES,
     MOST_PIXEL_BYTES,
     Stages,
+    animation,
     denoising_gif,
-    film,
     images_in_gif,
     inpainting_panel,
     interpolation_panel,
@@ -133,15 +133,15 @@ def test_a_gif_of_pure_noise_stays_below_a_megabyte(size: int, channels: int, co
         assert gif.n_frames >= 5 and gif.size[0] >= size
 
 
-def test_the_film_has_every_stage_of_small_images_and_few_of_large_ones() -> None:
+def test_the_animation_has_every_stage_of_small_images_and_few_of_large_ones() -> None:
     small = np.arange(5, dtype=np.uint8).repeat(3 * 8 * 8).reshape(5, 3, 8, 8, 1)
-    played = film(small, sigmas=[1.0, 0.3, 0.1, 0.03])
+    played = animation(small, sigmas=[1.0, 0.3, 0.1, 0.03])
     assert played.labels == ["start", "sigma 1", "sigma 0.3", "sigma 0.1", "finished"]
     picture = np.asarray(Image.open(io.BytesIO(played.frames.content)))
     width, height = played.size
     assert picture.shape == (5 * height, width) == (5 * 10, 3 * 9 + 1)
     assert [picture[stage * height + 4, 4] for stage in range(5)] == [0, 1, 2, 3, 4]
-    large = film(np.zeros((100, 8, 128, 128, 3), np.uint8), sigmas=[1.0])
+    large = animation(np.zeros((100, 8, 128, 128, 3), np.uint8), sigmas=[1.0])
     assert math.prod(large.size) * 3 * len(large.labels) < 1.1 * MOST_PIXEL_BYTES
     assert len(large.labels) >= 8 and large.labels[1].startswith("stage ")
 

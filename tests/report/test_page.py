@@ -38,7 +38,7 @@ def test_hostile_names_stay_text(page: Page) -> None:
             lead=[HOSTILE],
             tiles=[Tile(HOSTILE, HOSTILE, HOSTILE)],
             config=HOSTILE,
-            film=page.film._replace(labels=[HOSTILE, *page.film.labels[1:]]),
+            animation=page.animation._replace(labels=[HOSTILE, *page.animation.labels[1:]]),
             timings=[page.timings[0]._replace(step=HOSTILE, result=HOSTILE)],
         )
     )

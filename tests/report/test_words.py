@@ -20,7 +20,7 @@ from ncsn.report.diagnostics import (
     training_hints,
 )
 from ncsn.report.facts import cost_facts, cost_line, tag_facts
-from ncsn.report.words import read_figures, score_rows
+from ncsn.report.words import read_metrics, score_rows
 
 METRICS = {
     "eval/classifier_score_n512": 8.0,
@@ -33,11 +33,11 @@ REAL = {"eval/real_classifier_score_n500": 10.0, "eval/real_classifier_kid_n500"
 
 
 def test_metrics_are_read_from_their_names() -> None:
-    readings = read_figures(METRICS)
+    readings = read_metrics(METRICS)
     assert set(readings) == {"score", "score_std", "kid", "class_tv"}
     assert (readings["class_tv"].extractor, readings["class_tv"].num_images) == ("classifier", 512)
-    assert read_figures(REAL)["kid"].value == -0.1
-    assert read_figures({"eval/custom_graph_fid_n2": 1.0})["fid"].extractor == "custom_graph"
+    assert read_metrics(REAL)["kid"].value == -0.1
+    assert read_metrics({"eval/custom_graph_fid_n2": 1.0})["fid"].extractor == "custom_graph"
 
 
 def test_scores_are_next_to_the_real_ones() -> None:
@@ -133,15 +133,15 @@ def test_a_search_shows_what_it_gained() -> None:
 
 def test_costs_are_next_to_the_plan() -> None:
     cost = {"seconds": 360.0, "cpu_hours": 0.2, "gpu_hours": 0.0, "money": 0.009, "kwh": 0.0016}
-    ledger = {
+    account = {
         "plan": {"total": {**cost, "seconds": 300.0}},
         "actual": {"steps": {"sample": cost}, "total": cost},
         "prices": {"currency": "USD"},
     }
-    actual, planned, thousand = cost_facts(ledger, num_images=500)
-    assert actual.value == cost_line(ledger) == "6.0 min · 0.2 CPU hours · 0.009 USD · 0.0016 kWh"
+    actual, planned, thousand = cost_facts(account, num_images=500)
+    assert actual.value == cost_line(account) == "6.0 min · 0.2 CPU hours · 0.009 USD · 0.0016 kWh"
     assert [fact.value.split(" · ")[0] for fact in (planned, thousand)] == ["5.0 min", "12.0 min"]
-    nothing = {**ledger, "plan": None, "actual": {"steps": {}, "total": cost}}
+    nothing = {**account, "plan": None, "actual": {"steps": {}, "total": cost}}
     assert (cost_line(nothing), list(cost_facts(nothing, num_images=500))) == ("", [])
 
 

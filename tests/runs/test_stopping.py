@@ -27,19 +27,19 @@ def test_it_stops_where_nothing_has_fallen_for_long_enough(
     values: list[float], patience: int, tolerance: float, stops: int | None, best_at: int | None
 ) -> None:
     found = plateau(
-        SEEN, values, figure="val/loss", stop=StopConfig(by="fid", patience_images=patience, tolerance=tolerance)
+        SEEN, values, metric="val/loss", stop=StopConfig(by="fid", patience_images=patience, tolerance=tolerance)
     )
     assert (found and found.images_seen, found and found.best_at) == (stops, best_at)
     for later in range(1, len(SEEN)):  # the same while it goes on, and after a resume
         cut = plateau(
             SEEN[:later],
             values[:later],
-            figure="val/loss",
+            metric="val/loss",
             stop=StopConfig(by="fid", patience_images=patience, tolerance=tolerance),
         )
         assert cut == (found if stops is not None and SEEN[later - 1] >= stops else None)
 
 
 def test_the_reason_has_the_numbers() -> None:
-    text = str(plateau(SEEN, [1.5] * 6, figure="val/fid", stop=StopConfig(by="fid", patience_images=30)))
+    text = str(plateau(SEEN, [1.5] * 6, metric="val/fid", stop=StopConfig(by="fid", patience_images=30)))
     assert "val/fid" in text and "1.5" in text and "40" in text and "30" in text

@@ -21,7 +21,7 @@ from ncsn.runs.folder import run_folder
 from ncsn.runs.gaps import Gaps
 from ncsn.runs.history import TrainingHistory
 from ncsn.steps import ingest, report
-from ncsn.steps.report import SMALL_WORK, quick_work
+from ncsn.steps.report import QUICK_WORK, estimated_work
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.client import connect
 
@@ -134,9 +134,9 @@ def test_images_are_generated_for_a_small_model_only(config, evaluation):
     trained = checkpoint.load_for_sampling(
         json.loads((Path(evaluation).parent / "samples/manifest.json").read_text())["checkpoint"]
     )
-    assert quick_work(config, trained) < SMALL_WORK
+    assert estimated_work(config, trained) < QUICK_WORK
     large = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 512})})
-    assert quick_work(large, trained) > SMALL_WORK
+    assert estimated_work(large, trained) > QUICK_WORK
 
 
 def test_a_missing_evaluation_is_refused(config, root):

@@ -20,7 +20,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources import open_source
 from ncsn.report.images import grid_png
-from ncsn.report.words import read_figures
+from ncsn.report.words import read_metrics
 from ncsn.runs.costs import account
 from ncsn.runs.folder import run_folder
 from ncsn.steps import evaluate, sample
@@ -185,6 +185,6 @@ def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoi
         real = train.real_metrics[f"eval/real_classifier_{name}_n10"]
         assert test.real_metrics[f"eval/real_classifier_vs_test_{name}_n10"] == real
     assert train.memorisation == test.memorisation
-    assert {reading.split for reading in read_figures(test.metrics).values()} == {"test"}
+    assert {reading.split for reading in read_metrics(test.metrics).values()} == {"test"}
     written = storage.read_json(test.uri)
     assert written["reference_split"] == "test" and "features_rows" not in written["nearest_training_images"][0]

@@ -89,7 +89,7 @@ def plan_command(
     It tries every step on a few images in a temporary store, which takes about a minute.
     """
     from ncsn.cli.console import console_on
-    from ncsn.cli.views import print_ledger, print_plan, print_prediction
+    from ncsn.cli.views import print_account, print_plan, print_prediction
 
     if actual and tflops is not None:
         raise UserError("--tflops", "predicts, and --actual shows what a run took", hint="leave one of them out")
@@ -105,7 +105,7 @@ def plan_command(
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        show = print_ledger if actual else print_plan if tflops is None else print_prediction
+        show = print_account if actual else print_plan if tflops is None else print_prediction
         show(console_on(sys.stdout), found)
 
 

@@ -1,10 +1,10 @@
-document.querySelectorAll(".film").forEach(function (film) {
-  var labels = film.dataset.labels.split("|");
-  var slider = film.querySelector("input"), button = film.querySelector("button"), output = film.querySelector("output");
+document.querySelectorAll(".animation").forEach(function (figure) {
+  var labels = figure.dataset.labels.split("|");
+  var slider = figure.querySelector("input"), button = figure.querySelector("button"), output = figure.querySelector("output");
   var timer = 0, touched = false;
   function show(frame) {
     slider.value = frame;
-    film.style.setProperty("--frame", frame);
+    figure.style.setProperty("--frame", frame);
     output.textContent = labels[frame];
   }
   function stop() {
@@ -22,14 +22,14 @@ document.querySelectorAll(".film").forEach(function (film) {
       else if (++rest > 10) { frame = rest = 0; show(0); }
     }, 180);
   }
-  film.classList.add("live");
-  film.querySelector(".controls").hidden = false;
+  figure.classList.add("live");
+  figure.querySelector(".controls").hidden = false;
   slider.addEventListener("input", function () { touched = true; stop(); show(Number(slider.value)); });
   button.addEventListener("click", function () { touched = true; timer ? stop() : play(); });
   show(labels.length - 1);
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches && window.IntersectionObserver) {
     new IntersectionObserver(function (entries, observer) {
       if (entries[0].isIntersecting) { observer.disconnect(); if (!touched) play(); }
-    }, { threshold: 0.5 }).observe(film);
+    }, { threshold: 0.5 }).observe(figure);
   }
 });

@@ -45,7 +45,7 @@ from ncsn.tracking.registry import settle_guide
 MULTIPLES = (0.5, 1.0, 1.5, 2.0, 3.0)
 SAMPLES, SCORED = 6000, 10_000
 MOST_IMAGES, SHARE = 3_500_000, 0.06  # of the self-training: at most, and of the images that the base has seen
-COMPARED = ("fid", "precision", "recall")  # figures of the base and of the result
+COMPARED = ("fid", "precision", "recall")  # metrics of the base and of the result
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _publish(plan: _Plan, self_trained: SamplingCheckpoint, w: float, facts: Map
 
 
 def _measured(plan: _Plan, run: str, checkpoint: str) -> dict[str, float]:
-    """Figures of samples that did not choose w."""
+    """Metrics of samples that did not choose w."""
     if run == plan.folder.run:
         return _base_metrics(plan)
     made = sample.run(plan.config, run=run, checkpoint=checkpoint, lease=plan.lease)
@@ -300,7 +300,7 @@ def _base_metrics(plan: _Plan) -> dict[str, float]:
 
 
 def _compared(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if any(f"_{figure}_n" in name for figure in COMPARED)}
+    return {name: value for name, value in metrics.items() if any(f"_{metric}_n" in name for metric in COMPARED)}
 
 
 def _notes(plan: _Plan, w: float, metrics: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
