@@ -160,7 +160,7 @@ def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str,
     from ncsn.steps.janitor import clean_up
 
     api, well, actions = KubernetesApi(namespace, patience=_PATIENCE_SECONDS), True, 0
-    for action in clean_up(api, older_than=_seconds(older_than), run=run, at_work=at_work, dry_run=dry_run):
+    for action in clean_up(api, older_than=_seconds(older_than), run=run, running=at_work, dry_run=dry_run):
         actions += 1
         if action.error is None:
             click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")

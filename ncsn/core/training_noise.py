@@ -110,6 +110,6 @@ class LognormalNoise:
         return LOGNORMAL_BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
 
     def largest_seen(self, images: int) -> float:
-        """The sigma above which a training on so many images has about `FEW_DRAWS` draws; 0 if it has fewer in all."""
+        """The sigma above which a training of this many `images` draws about `FEW_DRAWS` times; 0 if it draws less."""
         share = torch.tensor(max(0.0, 1 - FEW_DRAWS / images), dtype=torch.float64)
         return float(self.quantile(share))

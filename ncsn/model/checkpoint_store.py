@@ -39,7 +39,7 @@ class CheckpointStore:
     Args:
         uri: Folder of the checkpoints.
         keep: How many of the newest stay whole, or None for all.
-        thin_every: Of the older ones, the first after each so many training images keeps what images need; None for
+        thin_every: Training images. Of the older ones, the first after each multiple keeps what images need; None for
             none.
         best: Folder that keeps a copy of the one with the least loss, or None.
         best_by: Which loss that is; the loss of a checkpoint that another one chose is not compared.

@@ -87,7 +87,7 @@ def was_stopped(workflow: Resource | None) -> bool:
 
 
 def is_over(workflow: Resource | None) -> bool:
-    """Whether none of the Workflow's pods runs any more."""
+    """Whether no pod of the Workflow still runs."""
     return workflow is None or workflow.get("status", {}).get("phase") in _ENDED
 
 

@@ -49,16 +49,16 @@ class Orphan:
 
 
 def find_orphans(
-    api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False
+    api: KubernetesApi, *, older_than: float, run: str | None = None, running: bool = False
 ) -> list[Orphan]:
     """RayJobs whose launcher has been silent for `older_than` seconds, or whose pipeline run has ended.
 
-    With 0 seconds also those with a living launcher; with `run` only those of this run, and with `at_work` only those
+    With 0 seconds also those with a living launcher; with `run` only those of this run, and with `running` only those
     that still run.
     """
     now = datetime.now(UTC)
     rayjobs = api.list_rayjobs(selector(run=run))
-    found = [_orphan(api, each, now) for each in rayjobs if not (at_work and state_of(each).finished)]
+    found = [_orphan(api, each, now) for each in rayjobs if not (running and state_of(each).finished)]
     return [orphan for orphan in found if orphan.pipeline_ended or orphan.silent_seconds >= older_than]
 
 

@@ -65,7 +65,7 @@ def run(
     tags = kfp_run()
     try:
         ours = kfp.id if kfp else None
-        cancelled = [name for each in runs for name in _cancel(config, namespace, run=each, kfp_run=ours)]
+        canceled = [name for each in runs for name in _cancel(config, namespace, run=each, kfp_run=ours)]
     finally:
         for folder in runs.values():
             write_outcome(folder, outcome)
@@ -78,17 +78,17 @@ def run(
         reason=str(outcome),
         steps={step: _standing(folder, step, outcome.failed_step) for step, folder in folders.items()},
         places=_places(folders, [tracked for tracked in closed if tracked]),
-        notes=[*gate, *seen.notes, *_stopped(cancelled)],
+        notes=[*gate, *seen.notes, *_stopped(canceled)],
     )
-    return FinishResult(outcome.status, outcome.reason, outcome.failed_step, cancelled, page)
+    return FinishResult(outcome.status, outcome.reason, outcome.failed_step, canceled, page)
 
 
 def _refused(config: Config, run: str, reason: str, kfp: KfpRun | None, namespace: str | None) -> FinishResult:
     """End a pipeline run whose run name belongs to another config: store and MLflow run stay as they are."""
-    cancelled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
+    canceled = _cancel(config, namespace, kfp_run=kfp.id) if kfp else []
     places = {"KFP run": kfp.id if kfp else "", "image": container_image()}
-    page = run_page(run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(cancelled))
-    return FinishResult("FAILED", reason, None, cancelled, page)
+    page = run_page(run, status="FAILED", reason=reason, steps={}, places=places, notes=_stopped(canceled))
+    return FinishResult("FAILED", reason, None, canceled, page)
 
 
 @dataclass(frozen=True)

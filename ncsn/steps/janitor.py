@@ -33,11 +33,11 @@ class Action:
 
 
 def clean_up(
-    api: KubernetesApi, *, older_than: float, run: str | None = None, at_work: bool = False, dry_run: bool = False
+    api: KubernetesApi, *, older_than: float, run: str | None = None, running: bool = False, dry_run: bool = False
 ) -> Iterator[Action]:
     """Delete RayJobs whose launcher is silent for `older_than` seconds, and close runs that their pipeline left open.
 
-    Only what belongs to `run`, if it is given; with `at_work`, RayJobs that have ended stay. An action that fails does
+    Only what belongs to `run`, if it is given; with `running`, RayJobs that have ended stay. An action that fails does
     not stop the others.
     """
 
@@ -53,7 +53,7 @@ def clean_up(
     workflows = {each.id: api.workflow(each.workflow) for each in notes}
     resumed = {_place(each) for each in notes if not is_ending(workflows[each.id])}
     noted = {each.id: each for each in notes if run in (None, each.run)}
-    for orphan in find_orphans(api, older_than=older_than, run=run, at_work=at_work):
+    for orphan in find_orphans(api, older_than=older_than, run=run, running=running):
         yield do("delete", orphan.describe(), lambda name=orphan.name: api.delete_rayjob(name))  # type: ignore[misc]
         if orphan.config and not orphan.finished and orphan.kfp_run not in noted:
             yield do("close", f"run {orphan.run}: KILLED", lambda each=orphan: _close_orphan(each))  # type: ignore[misc]
@@ -86,12 +86,12 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
             forget_run(api, noted)
             return
     try:
-        cancelled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
+        canceled = _finish(config, noted.run, state, kfp=KfpRun(noted.id, noted.workflow), namespace=api.namespace)
     except PermissionError:
         if config.compute.kuberay.namespace in (None, api.namespace):
             raise
-        cancelled = []  # RayJobs of another namespace end by that one's janitor or by their lease
-    if is_over(workflow) and not cancelled:
+        canceled = []  # RayJobs of another namespace end by that one's janitor or by their lease
+    if is_over(workflow) and not canceled:
         forget_run(api, noted)
 
 

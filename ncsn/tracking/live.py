@@ -40,7 +40,7 @@ MOST_WAITING = 1000  # entries kept while the server is unreachable; older ones 
 BATCH = 1000  # metrics per request: MLflow's limit
 THUMBNAIL = 256  # side in pixels of the small copy of a picture that MLflow shows in a series
 NAME = re.compile(r"[/\w.\- :]{1,250}")  # names that MLflow accepts: one bad name would cost the whole batch
-# Error codes that waiting does not change, such as that of a deleted run.
+# Error codes that waiting does not change, for example for a deleted run.
 PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
 
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"

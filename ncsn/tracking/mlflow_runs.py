@@ -147,7 +147,7 @@ class StepRun(Connection):
         set_tags(self.client, self.run_id, tags)
 
     def nested(self, name: str, *, key: str) -> StepRun:
-        """The run below this one with this `key`, such as that of a trial; a new one if there is none."""
+        """The run below this one with this `key`, for example of a trial; a new one if there is none."""
         identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
         found = find_or_create(self, self.folder, identity, tags={}, name=name)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)

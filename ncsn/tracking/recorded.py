@@ -86,7 +86,7 @@ def close_run(
 ) -> tuple[RecordedRun, dict[str, RecordedRun]] | None:
     """Give the run, and steps that ended without reporting, a status of MLflow; the run and its steps.
 
-    None if MLflow has no such run. An adopted run, such as that of KFP's MLflow plugin, stays open.
+    None if MLflow has no such run. An adopted run, for example of KFP's MLflow plugin, stays open.
     """
     client, uri = open_client(config)
     folder = RunFolder(storage.absolute(config.storage.root), run)

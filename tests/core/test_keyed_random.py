@@ -89,7 +89,7 @@ def test_normal_distribution():
     assert abs((z**3).mean()) < 4 * math.sqrt(15 / n)
     assert abs((z**4).mean() - 3) < 4 * math.sqrt(96 / n)
     assert stats.kstest(z, "norm").pvalue > 1e-3
-    # The cosine and the sine of one angle are independent, as are neighbouring rows.
+    # The cosine and the sine of one angle are independent, as are neighboring rows.
     rows = z.reshape(400, 500)
     assert abs(np.corrcoef(rows[:, :250].ravel(), rows[:, 250:].ravel())[0, 1]) < 4 / math.sqrt(n / 2)
     assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 4 / math.sqrt(n)

@@ -53,7 +53,7 @@ def sampler_with(kind: str) -> Sampler:
 
 
 def trained(config: Config) -> TrainedNetwork:
-    """A network that has learnt nothing but gives a score, and moments of noise."""
+    """A network that has learned nothing but gives a score, and moments of noise."""
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     network = build.network(config).eval().requires_grad_(False)
     return TrainedNetwork(config=config, network=network, moments=fit_moments(images))

@@ -80,7 +80,7 @@ def test_a_failed_run_names_its_task_and_page(kfp_server: KfpServer, tmp_path: P
     assert (tmp_path / "ended").read_text() == "FAILED"
 
 
-def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) -> None:
+def test_a_canceled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) -> None:
     connection = connect(kfp_server.url)
     started = submit(connection, submission(tmp_path, count=1000))
 
@@ -89,11 +89,11 @@ def test_a_cancelled_run_ends_the_wait(kfp_server: KfpServer, tmp_path: Path) ->
             time.sleep(0.05)
         connection.client.terminate_run(started.id)
 
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
+    canceling = threading.Thread(target=cancel)
+    canceling.start()
     with pytest.raises(RunFailed, match="FAILED"):
         wait(connection, started.id, say=lambda _: None, poll_seconds=0.1)
-    canceller.join()
+    canceling.join()
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for(kfp_server: KfpServer, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def rayjob(cluster: Any, name: str, *, run: str, state: str) -> None:
     cluster.create("rayjobs", {"metadata": {"name": name, "labels": labels}, "status": {"jobDeploymentStatus": state}})
 
 
-def test_what_is_at_work_is_cancelled(emulation: Any, config: Config) -> None:
+def test_what_still_runs_is_canceled(emulation: Any, config: Config) -> None:
     cluster = emulation.cluster
     rayjob(cluster, "working", run="mine", state="Running")
     rayjob(cluster, "failed", run="mine", state="Failed")

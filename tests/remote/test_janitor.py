@@ -43,7 +43,7 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
 
     def call() -> list[str]:
         emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-        actions = list(clean_up(KubernetesApi(), older_than=600, at_work=True))
+        actions = list(clean_up(KubernetesApi(), older_than=600, running=True))
         assert [action.error for action in actions] == [None] * len(actions)
         return [f"{action.verb} {action.what}" for action in actions]
 
@@ -111,7 +111,7 @@ def test_a_terminated_or_deleted_run_is_killed(
     assert janitor() == []
 
 
-def test_a_run_at_work_is_left_alone(
+def test_a_running_pipeline_is_left_alone(
     emulation: Any, config: Config, janitor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(config, monkeypatch)

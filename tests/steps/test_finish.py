@@ -93,9 +93,7 @@ def test_a_failed_step_gives_the_reason(config: Config) -> None:
 @pytest.mark.parametrize(
     ("state", "message"), [("CANCELLED", ""), ("Failed", "Step exceeded its deadline")], ids=["state", "deadline"]
 )
-def test_a_cancelled_run_is_killed_with_the_step_that_could_not_say_so(
-    config: Config, state: str, message: str
-) -> None:
+def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Config, state: str, message: str) -> None:
     run = f"stopped-{bool(message):d}"
     with step_run(config, run=run, step="train") as tracked:
         client, run_id, parent_id = tracked.client, tracked.run_id, tracked.parent_run_id

@@ -103,7 +103,7 @@ def test_a_local_file_appears_whole_or_not_at_all(tmp_path):
     assert names_below(tmp_path) == ["folder", "folder/file"]
 
 
-def test_deleting_is_idempotent_and_leaves_the_neighbours(root):
+def test_deleting_is_idempotent_and_leaves_the_neighbors(root):
     for name in ("a", "b"):
         files.write_text(files.join(root, name), name)
     files.delete_file(files.join(root, "a"))

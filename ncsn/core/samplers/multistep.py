@@ -30,7 +30,7 @@ _POINTS, _LENGTHS = np.polynomial.legendre.leggauss(32)
 
 @dataclass(frozen=True)
 class _Multistep(Sampler):
-    """A sampler on a grid of its own over the range of the levels, or on some of the network's own levels."""
+    """A sampler on its own grid over the range of the levels, or on some of the network's own levels."""
 
     num_steps: int = 18  # grid points, the last of which is the smallest level
     num_levels: int | None = None  # instead: how many of the network's own levels to visit

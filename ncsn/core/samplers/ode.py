@@ -78,7 +78,7 @@ class KarrasHeun(Sampler):
     length = "num_steps"
     smallest_length = 2
 
-    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - a grid of its own
+    def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own grid
         """See `Sampler`."""
         return 2 * (self.num_steps - 1) + self.denoise
 

@@ -166,7 +166,7 @@ def _neighbors(run: FinishedRun, space: str) -> tuple[Figure, dict[str, Any]]:
     """The training images nearest to the run's first samples, in pixels or in the features of the extractor."""
     samples = np.concatenate(list(read_samples(run.samples, num_images=ROWS, batch_size=ROWS)))
     if space == "pixels":
-        found, unit = nearest_neighbors(samples, run.train.images, k=NEIGHBORS), "grey levels, 0 to 255"
+        found, unit = nearest_neighbors(samples, run.train.images, k=NEIGHBORS), "gray levels, 0 to 255"
     else:
         features = run.extractor.extract(samples).features
         found, unit = nearest_neighbors(features, run.evaluator.reference.features, k=NEIGHBORS), "features"

@@ -77,7 +77,7 @@ def test_single_precision_holds_where_the_mean_dwarfs_the_deviation():
     torch.testing.assert_close(instance_norm_plus(x, gamma=one, alpha=one, beta=one).double(), exact, rtol=0, atol=2e-3)
 
 
-def test_low_precision_input_is_normalised_in_float32():
+def test_low_precision_input_is_normalized_in_float32():
     x = random(2, 3, 4, 4).bfloat16()
     norm = InstanceNormPlus(3)
     out = norm(x, torch.zeros(2, dtype=torch.int64))
@@ -86,7 +86,7 @@ def test_low_precision_input_is_normalised_in_float32():
     torch.testing.assert_close(out, once_rounded, rtol=2**-8, atol=0)
 
 
-def test_more_groups_than_one_call_takes_are_normalised_in_parts(monkeypatch):
+def test_more_groups_than_one_call_takes_are_normalized_in_parts(monkeypatch):
     scale, shift = random(5, 6, seed=1), random(5, 6, seed=2)
     found = []
     for most in (65_535, 7):  # 3 groups an image: 5 images at once, or 2, 2 and 1
