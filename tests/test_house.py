@@ -66,6 +66,7 @@ LIGHT = (
 )
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 350, 60, 15
+LEAST_MODULES, MOST_MODULES = 2, 13  # of a package
 
 
 def _name(path: Path) -> str:
@@ -228,5 +229,7 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_packages_are_of_a_size_to_look_through() -> None:
-    counts = {path.parent.name: len(list(path.parent.glob("*.py"))) for path in (ROOT / "ncsn").glob("*/__init__.py")}
-    assert {name: count for name, count in counts.items() if not 4 <= count <= 14} == {}
+    """Modules of each, nested ones too, without `__init__`."""
+    packages = [path.parent for path in (ROOT / "ncsn").rglob("__init__.py")]
+    counts = {str(package.relative_to(ROOT)): len(list(package.glob("*.py"))) - 1 for package in packages}
+    assert {name: count for name, count in counts.items() if not LEAST_MODULES <= count <= MOST_MODULES} == {}
