@@ -119,7 +119,7 @@ def _require_valid(step: str, config: Config, settings: Mapping[str, Any], folde
     if "inject" in settings:
         from ncsn.distributed.faults import parse_faults
 
-        parse_faults(settings["inject"], step=step, run_uri=folder.uri)
+        parse_faults(settings["inject"], step=step, folder=folder)
 
 
 def _require_start(config: Config, folder: RunFolder) -> None:

@@ -29,6 +29,7 @@ from ncsn import storage
 from ncsn.data.training_images import cache_folder
 from ncsn.errors import UserError
 from ncsn.model.checkpoint_store import CheckpointStore
+from ncsn.runs.folder import RunFolder
 from ncsn.storage import retry
 from ncsn.training.loop import LoopHooks, Training
 
@@ -89,20 +90,20 @@ def parse(text: str, *, step: str) -> Fault:
     raise UserError("--inject", f"not of the form {FORMS[kind]}", hint=hint, value=text)
 
 
-def parse_faults(texts: Sequence[str], *, step: str, run_uri: str) -> FaultInjector:
+def parse_faults(texts: Sequence[str], *, step: str, folder: RunFolder) -> FaultInjector:
     """The injector of the faults that `--inject` asks for."""
     faults = [parse(text, step=step) for text in texts]
     for fault, text in zip(faults, texts, strict=True):
         if [other.name for other in faults].count(fault.name) > 1:
             raise UserError("--inject", "given twice; each fault happens once", value=text)
-        if fault.kind.startswith("store-") and storage.is_local(run_uri):
+        if fault.kind.startswith("store-") and storage.is_local(folder.uri):
             raise UserError(
                 "--inject",
-                f"needs a store on a server, but {run_uri} is a folder",
+                f"needs a store on a server, but {folder.uri} is a folder",
                 hint="set storage.root to s3://BUCKET/PREFIX",
                 value=text,
             )
-    return FaultInjector(tuple(faults), run_uri)
+    return FaultInjector(tuple(faults), folder)
 
 
 @dataclass
@@ -112,8 +113,8 @@ class FaultInjector(LoopHooks):
     The run remembers below `faults/` what has happened: a retried worker, and the same command again, are spared.
     """
 
-    faults: tuple[Fault, ...] = ()
-    run_uri: str = ""
+    faults: tuple[Fault, ...]
+    folder: RunFolder
     _disk_full: bool = field(default=False, repr=False)
 
     @contextmanager
@@ -122,7 +123,7 @@ class FaultInjector(LoopHooks):
         if not self.faults:
             yield
             return
-        digest = hashlib.sha256(self.run_uri.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(self.folder.uri.encode()).hexdigest()[:12]
         os.environ[retry.OUTAGE_VARIABLE] = str(cache_folder() / "outages" / digest)
         try:
             yield
@@ -150,7 +151,7 @@ class FaultInjector(LoopHooks):
         own = images if share is None else images[share.start : share.stop]
         for fault in self.faults:
             due = rank == 0 and fault.images in images if fault.kind in _BY_RANK_0 else fault.images in own
-            if due and storage.publish_once(storage.join(self.run_uri, "faults", fault.name), b""):
+            if due and storage.publish_once(storage.join(self.folder.faults, fault.name), b""):
                 _logger.warning("injected: %s at image %d", fault.kind, fault.images)
                 self._trigger(fault, training)
 

@@ -72,7 +72,7 @@ def run(
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
-    faults = parse_faults(inject, step="sample", run_uri=run_folder(config, run).uri)
+    faults = parse_faults(inject, step="sample", folder=run_folder(config, run))
     step = Step.claim("sample", config, run, SampleResult, unit="images")
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)

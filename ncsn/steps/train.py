@@ -43,7 +43,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends.
     """
-    faults = parse_faults(inject, step="train", run_uri=run_folder(config, run).uri)
+    faults = parse_faults(inject, step="train", folder=run_folder(config, run))
     step = Step.claim("train", config, run, TrainResult, unit="images")
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)

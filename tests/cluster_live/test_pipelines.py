@@ -9,13 +9,14 @@ import pytest
 from kubeflow_pipelines import ENDED, Kubeflow
 from real_cluster import eventually
 
+from ncsn.runs.steps import STEPS
+
 if TYPE_CHECKING:
     from live_place import Place
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 LONG = {"train.num_images": 192_000, "train.checkpoint_every_images": 6400}
 JANITOR_SECONDS = 60
-STEPS = ("ingest", "train", "sample", "evaluate", "register", "report")
 
 
 @pytest.mark.timeout(3600)

@@ -17,6 +17,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.distributed.faults import FORMS, Fault, FaultInjector, parse, parse_faults
+from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.storage import retry
 from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome
@@ -61,11 +62,11 @@ def test_what_is_no_fault_is_refused_in_one_line(text: str, step: str, form: str
 
 
 def test_faults_that_cannot_happen_are_refused() -> None:
-    assert parse_faults([], step="train", run_uri="/run").faults == ()
+    assert parse_faults([], step="train", folder=RunFolder("/store", "mine")).faults == ()
     with refused("--inject"):
-        parse_faults(["nan@images=3", "nan@images=3"], step="train", run_uri="s3://b/run")
+        parse_faults(["nan@images=3", "nan@images=3"], step="train", folder=RunFolder("s3://b", "mine"))
     with refused("--inject") as caught:
-        parse_faults(["store-down@images=3:1s"], step="train", run_uri="/run")
+        parse_faults(["store-down@images=3:1s"], step="train", folder=RunFolder("/store", "mine"))
     assert "storage.root" in caught.value.problems[0].hint
     assert all(
         parse(form.replace("N", "1").replace("TIME", "1s").replace("SHARE", "1"), step="train")
@@ -78,7 +79,7 @@ def run(folder: Path, config: Config, dataset: str, *inject: str) -> TrainOutcom
         config=config,
         dataset=dataset,
         history=str(folder / "history.json"),
-        hooks=parse_faults(inject, step="train", run_uri=str(folder)),
+        hooks=parse_faults(inject, step="train", folder=RunFolder(str(folder), "mine")),
     )
     return train_locally(job, folder / "checkpoints")
 
@@ -128,7 +129,8 @@ def test_a_kill_is_a_kill_of_the_worker_that_would_draw_the_image(tmp_path: Path
     code = """
 import os, sys
 from ncsn.distributed.faults import parse_faults
-faults = parse_faults(["kill-worker@images=24"], step="train", run_uri=sys.argv[1])
+from ncsn.runs.folder import RunFolder
+faults = parse_faults(["kill-worker@images=24"], step="train", folder=RunFolder(sys.argv[1], "mine"))
 for rank in (0, 1, 1):
     worker = os.fork()
     if not worker:
@@ -171,7 +173,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_made_again(
 def test_outages_are_shared_by_the_processes_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCSN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(retry, "time", Clock())
-    faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), str(tmp_path / "run"))
+    faults = FaultInjector((Fault("tracking-down", 3, seconds=60),), RunFolder(str(tmp_path), "mine"))
     retry.simulate_outage("tracking")
     with faults.outages_shared():
         faults.trigger(range(8), share=range(4, 8), rank=1)

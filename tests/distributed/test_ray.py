@@ -31,6 +31,7 @@ from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
 from ncsn.model.index import CheckpointError
 from ncsn.report.images import Stages
+from ncsn.runs.folder import RunFolder
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob
 
@@ -136,12 +137,12 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path
 ) -> None:
     """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
-    faults = parse_faults(["cut-checkpoint@images=120"], step="train", run_uri=str(tmp_path))
+    faults = parse_faults(["cut-checkpoint@images=120"], step="train", folder=RunFolder(str(tmp_path), "mine"))
     job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, hooks=faults)
     outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
-    assert [path.name for path in (tmp_path / "faults").iterdir()] == ["cut-checkpoint-120"]
+    assert [path.name for path in (tmp_path / "runs" / "mine" / "faults").iterdir()] == ["cut-checkpoint-120"]
     assert_same_tensors(*(run / "checkpoints" / "images-000000160" for run in (trained, tmp_path)))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]

@@ -19,6 +19,7 @@ from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.curves import FID
+from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.tracking.client import connect
@@ -100,7 +101,7 @@ def test_a_kill_on_ray_does_not_move_the_stop(
     """By samples of two workers, of which one is killed between the second measurement and the third."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     config = from_yaml(tiny, overrides=[*SAMPLES, "compute.num_workers=2"])
-    faults = parse_faults(["kill-worker@images=80"], step="train", run_uri=str(tmp_path))
+    faults = parse_faults(["kill-worker@images=80"], step="train", folder=RunFolder(str(tmp_path), "mine"))
     job = TrainingJob(
         config=config,
         dataset=dataset,
@@ -111,7 +112,7 @@ def test_a_kill_on_ray_does_not_move_the_stop(
     with ray_driver(config) as (driver, _):
         outcome = driver(trainer.train, job, run_uri=str(tmp_path))
     assert (outcome.images_seen, outcome.checkpoint) == (96, "images-000000096") and FID in outcome.stopped
-    assert [path.name for path in (tmp_path / "faults").iterdir()] == ["kill-worker-80"]
+    assert [path.name for path in (tmp_path / "runs" / "mine" / "faults").iterdir()] == ["kill-worker-80"]
     found, losses = (measured(str(job.history), name) for name in (FID, "val/loss"))
     assert list(found) == list(losses) == [32, 64, 96]
     best = json.loads((tmp_path / "best" / "best.json").read_text())
