@@ -36,7 +36,7 @@ from benchmarks.measure import Row, in_turns, own_process, ratio
 from ncsn.config import Config, from_yaml
 from ncsn.core.images import to_uint8
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.evaluation.extractors import batches
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure

@@ -131,7 +131,7 @@ def _check_ray() -> str:
 
 
 def _data_fixes(config: Config, keys: str) -> tuple[str, dict[type[Exception], str]]:
-    from ncsn.data.source import DOWNLOADED
+    from ncsn.data.sources.listing import DOWNLOADED
 
     root, source = config.data.root, config.data.source
     if source.startswith("sklearn_"):
@@ -142,7 +142,7 @@ def _data_fixes(config: Config, keys: str) -> tuple[str, dict[type[Exception], s
 
 
 def _check_data(config: Config, host: str | None) -> str:
-    from ncsn.data.sources import locate_source
+    from ncsn.data.sources.known import locate_source
     from pipelines.connection import ENDPOINT
 
     try:

@@ -207,7 +207,7 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
 
 def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     """The inputs of a run other than the results of its steps."""
-    from ncsn.data.source import source_fingerprint
+    from ncsn.data.sources.listing import source_fingerprint
     from ncsn.tracking.client import shown, tracking_uri
 
     selected = _sampled_next(folder, config) if read_result(folder, "select") else None

@@ -32,7 +32,7 @@ from ncsn.data.format import (
     schema,
     to_table,
 )
-from ncsn.data.source import BadImages, Example, Source, Split, image_shape
+from ncsn.data.sources.base import BadImages, Example, Source, Split, image_shape
 from ncsn.data.statistics import Dataset, Progress, publish_dataset
 from ncsn.errors import UserError
 

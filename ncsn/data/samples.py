@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Rows, from_table, image_shape_of, to_table
-from ncsn.data.source import Example, Source
+from ncsn.data.sources.base import Example, Source
 from ncsn.errors import NotFound, UserError
 
 _BLOCK_IMAGES = 1024

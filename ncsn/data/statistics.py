@@ -29,7 +29,7 @@ from ncsn.data.format import (
     load_manifest,
     schema_words,
 )
-from ncsn.data.source import BadImages, Source, Split, image_shape
+from ncsn.data.sources.base import BadImages, Source, Split, image_shape
 from ncsn.errors import UserError
 
 Progress = Callable[[int, int], None]

@@ -22,8 +22,8 @@ from ncsn.core.networks.released import ReleasedCheckpoint, load_released_checkp
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_blocks
-from ncsn.data.source import BadImages
-from ncsn.data.sources import open_source
+from ncsn.data.sources.base import BadImages
+from ncsn.data.sources.known import open_source
 from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError

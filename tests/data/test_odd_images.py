@@ -15,11 +15,11 @@ from image_folders import put, rows_of, skipped_of
 from PIL import Image
 from refused import refused
 
-from ncsn.data import image_files
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
-from ncsn.data.source import source_fingerprint
-from ncsn.data.sources import open_source
+from ncsn.data.sources import image_files
+from ncsn.data.sources.known import open_source
+from ncsn.data.sources.listing import source_fingerprint
 
 
 def test_the_same_images_and_settings_stay_the_same_dataset(tmp_path, members, data_config):

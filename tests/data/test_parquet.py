@@ -21,7 +21,7 @@ from refused import refused
 from ncsn import storage
 from ncsn.data.format import Rows, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
 from ncsn.data.parquet import read_blocks, read_rows, read_split, write_dataset
-from ncsn.data.source import Example, Source
+from ncsn.data.sources.base import Example, Source
 from ncsn.errors import NotFound
 
 
@@ -291,7 +291,7 @@ WRITER = """
 import sys
 from ncsn.config.schema import DataConfig
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 
 config = DataConfig(source="sklearn_digits", image_size=8, channels=1, max_images=100)
 source = open_source(config)

@@ -20,9 +20,9 @@ from refused import refused
 from ncsn import storage
 from ncsn.data.format import SkippedImage
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.published import files
-from ncsn.data.published.source import place_of
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
+from ncsn.data.sources.published import files
+from ncsn.data.sources.published.source import place_of
 from ncsn.errors import NotFound
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -14,8 +14,8 @@ import pytest
 from refused import refused
 from sklearn.datasets import load_digits, load_sample_image
 
-from ncsn.data.cifar10 import parse_binary, parse_pickle
-from ncsn.data.sources import open_source
+from ncsn.data.sources.cifar10 import parse_binary, parse_pickle
+from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -12,9 +12,10 @@ from image_folders import put
 from refused import refused
 
 from ncsn.config.schema import DataConfig
-from ncsn.data import sources
 from ncsn.data.format import SkippedImage
-from ncsn.data.source import BadImages, Example, hold_out, list_files, safe_member
+from ncsn.data.sources import known
+from ncsn.data.sources.base import BadImages, Example, hold_out
+from ncsn.data.sources.listing import list_files, safe_member
 from ncsn.errors import NotFound
 
 
@@ -62,7 +63,7 @@ def test_ordinary_names_pass():
     assert safe_member("a..b/c...jpg", archive=Path("a.zip")).name == "c...jpg"
 
 
-@pytest.mark.parametrize("find", [sources.open_source, sources.locate_source])
+@pytest.mark.parametrize("find", [known.open_source, known.locate_source])
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "cifar10", "celeba", "mnist", "fashion_mnist"])
 def test_no_root_a_missing_and_an_empty_one_are_refused(tmp_path, data_config, source, find):
     with refused("data.root") as caught:
@@ -94,28 +95,28 @@ IDX = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("imag
 )
 def test_where_images_are_is_known_without_a_read(tmp_path, data_config, source, files, below, found):
     root = put(tmp_path / "root", dict.fromkeys(files, b""))
-    assert sources.locate_source(data_config(source, f"{root}{below}")) == f"{source}: {found.format(root=root)}"
+    assert known.locate_source(data_config(source, f"{root}{below}")) == f"{source}: {found.format(root=root)}"
 
 
 def test_images_that_come_with_a_package_or_are_downloaded_later(tmp_path, data_config):
-    assert "scikit-learn 1." in sources.locate_source(data_config("sklearn_digits"))
+    assert "scikit-learn 1." in known.locate_source(data_config("sklearn_digits"))
     for source in ("mnist", "cifar10"):
-        assert "not in" in sources.locate_source(data_config(source, tmp_path / "new", download=True))
+        assert "not in" in known.locate_source(data_config(source, tmp_path / "new", download=True))
     put(tmp_path, {"data_batch_1": b""})
     with refused(f"{tmp_path}/data_batch_2", error=NotFound):
-        sources.locate_source(data_config("cifar10", tmp_path, download=True))
+        known.locate_source(data_config("cifar10", tmp_path, download=True))
     with refused("data.root"):
-        sources.locate_source(data_config("image_folder", f"{put(tmp_path, {'a.png': b''})}/a.png"))
+        known.locate_source(data_config("image_folder", f"{put(tmp_path, {'a.png': b''})}/a.png"))
 
 
 def test_a_bucket_is_looked_at_folder_by_folder(s3_root, data_config):
     def find() -> str:
-        return sources.locate_source(data_config("image_folder", s3_root))
+        return known.locate_source(data_config("image_folder", s3_root))
 
     with refused("data.root"):
         find()
     with refused("data.root", error=NotFound):
-        sources.locate_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
+        known.locate_source(data_config("image_folder", "s3://no-such-bucket-here/x"))
     put(s3_root, {"a/notes.txt": b"x", ".hidden/1.png": b"x"})
     with refused("data.root"):
         find()
@@ -156,4 +157,4 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_every_source_of_the_config_can_be_opened():
-    assert set(sources._SOURCES) == set(get_args(DataConfig.model_fields["source"].annotation))
+    assert set(known._SOURCES) == set(get_args(DataConfig.model_fields["source"].annotation))

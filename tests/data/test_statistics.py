@@ -16,7 +16,7 @@ from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yam
 from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.statistics import ImageSample, PixelStatistics, resolve_noise, sample_size, suggestions
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run

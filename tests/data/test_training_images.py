@@ -18,8 +18,8 @@ from refused import refused
 from ncsn import storage
 from ncsn.data import training_images
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.source import Example, Source
-from ncsn.data.sources import open_source
+from ncsn.data.sources.base import Example, Source
+from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, window_at
 
 

@@ -25,7 +25,7 @@ from ncsn.config import from_yaml
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.statistics import shaping_settings
 from ncsn.distributed.ingest import write_dataset_in_parts
 

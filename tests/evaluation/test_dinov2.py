@@ -22,7 +22,7 @@ from ncsn.config import Config, ConfigError, from_yaml, to_yaml
 from ncsn.config.evaluation import PUBLISHED_SHA256
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation import dinov2
 from ncsn.evaluation.choice import extractor_name

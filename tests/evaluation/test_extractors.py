@@ -28,7 +28,7 @@ from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors import InceptionExtractor, obtain_weights
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance

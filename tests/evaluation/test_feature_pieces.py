@@ -12,7 +12,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_samples
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import pieces as module
 from ncsn.evaluation.extractors import Extracted

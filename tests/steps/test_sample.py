@@ -18,7 +18,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_labels, read_samples
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
 from ncsn.runs.costs import account

@@ -19,7 +19,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.noise_schedule import consistent_epsilon, geometric_sigmas
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.report.finished_run import inpainting_chain
 from ncsn.runs.curves import level_names

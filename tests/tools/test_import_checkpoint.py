@@ -15,7 +15,7 @@ from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.model import build, checkpoint
 from ncsn.model.generate import generate
 from ncsn.runs.folder import run_folder

@@ -11,7 +11,7 @@ from refused import refused
 
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.runs import costs
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
 from ncsn.runs.folder import run_folder

@@ -21,7 +21,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.noise import LevelsConfig
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, load_for_sampling

@@ -27,7 +27,7 @@ from ncsn.cli.execute import mark_complete, run_pipeline
 from ncsn.cli.target import Target
 from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
-from ncsn.data.sources import open_source
+from ncsn.data.sources.known import open_source
 from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.history import load_history

@@ -21,9 +21,9 @@ from ncsn.core.classes import NO_CLASS
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.core.samplers.measurements import KnownPixels, Operator, peak_signal_to_noise
 from ncsn.data.format import load_manifest
-from ncsn.data.image_files import IMAGE_SUFFIXES
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
-from ncsn.data.source import list_files
+from ncsn.data.sources.image_files import IMAGE_SUFFIXES
+from ncsn.data.sources.listing import list_files
 from ncsn.data.training_images import open_cache
 from ncsn.errors import UserError
 from ncsn.evaluation.reference import device_of

@@ -1,4 +1,4 @@
-"""What a source of images is, the files that it reads, and the choice of test images. Loads no torch."""
+"""The files of a source: where they are, their names, sizes and dates. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,87 +6,19 @@ import errno
 import hashlib
 import os
 import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 from pyarrow import fs
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
-from ncsn.data.format import SkippedImage
 from ncsn.errors import NotFound, UserError
 
 DOWNLOADED = ("fashion_mnist", "mnist", "cifar10")  # what data.download fetches
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "CREDENTIALS", "FORBIDDEN")
-
-
-class Example(NamedTuple):
-    """One image, uint8 [H, W, C], and its label, -1 for none."""
-
-    image: np.ndarray
-    label: int
-    conversions: tuple[str, ...] = ()  # as of `Picture`
-
-
-class Split(Protocol):
-    """The images of a split in their order. Picklable, so that any process can read a section of them."""
-
-    in_tasks: ClassVar[bool]  # whether reading them takes long enough to share the work between processes
-
-    def __len__(self) -> int:
-        """Images that it offers; some of them may be bad."""
-
-    def section(self, first: int, last: int) -> Split:
-        """Images `first .. last`."""
-
-    def stream(self, *, cores: int | None = None) -> Iterator[Example | SkippedImage]:
-        """Each image, or why it cannot be used; read on `cores` cores, None = all of this machine."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened source."""
-
-    description: str
-    license: str
-    class_names: tuple[str, ...]  # of label 0, 1, ...; empty if there are no labels
-    splits: Mapping[str, Split]  # `train` and `test`
-
-
-@dataclass
-class BadImages:
-    """Images that cannot be used: stop at the first, or leave them out. Counts those that are converted too."""
-
-    skip: bool
-    skipped: list[SkippedImage] = field(default_factory=list)
-    conversions: Counter[str] = field(default_factory=Counter)
-
-    def filter(self, rows: Iterable[Example | SkippedImage]) -> Iterator[Example]:
-        """The images that can be used."""
-        for row in rows:
-            if isinstance(row, Example):
-                if row.conversions:
-                    self.conversions.update(row.conversions)
-                yield row
-            elif self.skip:
-                self.skipped.append(row)
-            else:
-                raise UserError(
-                    row.name,
-                    f"cannot be used: {row.reason}",
-                    hint="repair or remove it, or set data.on_bad_image to skip",
-                )
-
-
-def image_shape(data: DataConfig) -> tuple[int, int, int]:
-    """(H, W, C) of every image of the dataset."""
-    return data.image_size, data.image_size, data.channels
 
 
 def required_root(data: DataConfig) -> str:
@@ -107,26 +39,6 @@ def root_of(data: DataConfig) -> Path:
     if not root.exists():
         raise _missing(data.root)
     return root
-
-
-def hold_out(keys: Sequence[str], labels: Sequence[int], fraction: float) -> dict[str, list[int]]:
-    """Indices of the images of the train and the test split, ascending.
-
-    The choice depends on names (`keys`, all different) and labels only, never on a seed or the order, so every
-    experiment on the same images tests on the same ones. Each class gives its share; floor(N * fraction) images in all,
-    but at least 1 of 2 or more.
-    """
-    share = Fraction(str(fraction))
-    order = sorted(range(len(keys)), key=lambda index: (labels[index], name_hash(keys[index])))
-    test = {index for place, index in enumerate(order) if int((place + 1) * share) > int(place * share)}
-    if len(keys) >= 2 and not test:
-        test = {order[-1]}
-    return {"train": [index for index in range(len(keys)) if index not in test], "test": sorted(test)}
-
-
-def name_hash(key: str) -> bytes:
-    """A fixed pseudo-random rank of a name."""
-    return hashlib.sha256(key.encode()).digest()
 
 
 def safe_member(name: str, *, archive: Path | str) -> PurePosixPath:

@@ -25,9 +25,10 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage
-from ncsn.data.labels import LABEL_TABLES
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
-from ncsn.data.source import Example, require_utf8, safe_member
+from ncsn.data.sources.base import Example
+from ncsn.data.sources.labels import LABEL_TABLES
+from ncsn.data.sources.listing import require_utf8, safe_member
 from ncsn.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")

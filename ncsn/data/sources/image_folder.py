@@ -11,7 +11,9 @@ from typing import NamedTuple
 from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, SPLITS
-from ncsn.data.image_files import (
+from ncsn.data.pixels import Fit
+from ncsn.data.sources.base import Source, hold_out, name_hash
+from ncsn.data.sources.image_files import (
     ARCHIVE_SUFFIXES,
     COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -19,9 +21,8 @@ from ncsn.data.image_files import (
     ImageFile,
     index_archive,
 )
-from ncsn.data.labels import LABEL_TABLES, LabelTable, read_table, words_of
-from ncsn.data.pixels import Fit
-from ncsn.data.source import Source, first_file, hold_out, list_files, name_hash, required_root, root_of
+from ncsn.data.sources.labels import LABEL_TABLES, LabelTable, read_table, words_of
+from ncsn.data.sources.listing import first_file, list_files, required_root, root_of
 from ncsn.errors import NotFound, UserError
 
 _INDEX_THREADS = 16

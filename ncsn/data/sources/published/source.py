@@ -15,9 +15,10 @@ from ncsn import storage
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL, Manifest, load_manifest
 from ncsn.data.pixels import Fit
-from ncsn.data.published.columns import Columns, FoundLabels, choose_columns, classes_of, labels_of, read_labels
-from ncsn.data.published.files import ParquetFile, ParquetImages, opened
-from ncsn.data.source import Source, first_file, hold_out, list_files, required_root
+from ncsn.data.sources.base import Source, hold_out
+from ncsn.data.sources.listing import first_file, list_files, required_root
+from ncsn.data.sources.published.columns import Columns, FoundLabels, choose_columns, classes_of, labels_of, read_labels
+from ncsn.data.sources.published.files import ParquetFile, ParquetImages, opened
 from ncsn.errors import UserError
 
 _SUFFIX = ".parquet"

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.cifar10 import locate_cifar10, open_cifar10
-from ncsn.data.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
-from ncsn.data.published.source import locate_files, open_parquet
-from ncsn.data.small_sets import locate_idx, locate_package, open_digits, open_idx, open_photos
-from ncsn.data.source import DOWNLOADED, Source
+from ncsn.data.sources.base import Source
+from ncsn.data.sources.cifar10 import locate_cifar10, open_cifar10
+from ncsn.data.sources.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
+from ncsn.data.sources.listing import DOWNLOADED
+from ncsn.data.sources.published.source import locate_files, open_parquet
+from ncsn.data.sources.small_sets import locate_idx, locate_package, open_digits, open_idx, open_photos
 from ncsn.errors import NotFound
 
 

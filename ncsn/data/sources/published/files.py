@@ -19,9 +19,10 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.data.format import SkippedImage, group_lengths, pieces_of, pixel_shape
-from ncsn.data.image_files import Encoded, fit_in_order
 from ncsn.data.pixels import BadImageError, Fit, Picture, decode
-from ncsn.data.source import Example, Listed
+from ncsn.data.sources.base import Example
+from ncsn.data.sources.image_files import Encoded, fit_in_order
+from ncsn.data.sources.listing import Listed
 from ncsn.errors import UserError
 
 _BATCH_ROWS = 32  # values in memory at a time, of a page that may hold more

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import NO_LABEL
-from ncsn.data.image_folder import class_names_of
-from ncsn.data.published.files import ImageColumn, ParquetFile, image_kind
+from ncsn.data.sources.image_folder import class_names_of
+from ncsn.data.sources.published.files import ImageColumn, ParquetFile, image_kind
 from ncsn.errors import UserError
 
 _NO_LABELS = "none"  # data.label_column of images without labels

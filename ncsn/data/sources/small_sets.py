@@ -17,7 +17,8 @@ import numpy as np
 
 from ncsn.config.schema import DataConfig
 from ncsn.data.pixels import Fit
-from ncsn.data.source import Example, Source, hold_out, name_hash, root_of
+from ncsn.data.sources.base import Example, Source, hold_out, name_hash
+from ncsn.data.sources.listing import root_of
 from ncsn.errors import NotFound, UserError
 
 _GZIP_MAGIC = b"\x1f\x8b"
