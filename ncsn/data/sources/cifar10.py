@@ -16,8 +16,8 @@ import numpy as np
 from ncsn.config.schema import DataConfig
 from ncsn.data.pixels import Fit
 from ncsn.data.sources.base import Source
+from ncsn.data.sources.in_memory import Arrays, downloading, require_labels
 from ncsn.data.sources.listing import root_of, safe_member
-from ncsn.data.sources.small_sets import Arrays, downloading, require_labels
 from ncsn.errors import NotFound, UserError
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
