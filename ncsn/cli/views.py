@@ -37,7 +37,7 @@ def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> st
     """YAML for a config, under comments with the numbers that it comes from."""
     from ncsn.config.noise import edm_mean
     from ncsn.config.search import significant
-    from ncsn.data.statistics import noise_section
+    from ncsn.data.noise_levels import noise_section
 
     distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
     section = {

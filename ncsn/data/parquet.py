@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.data.dataset import Dataset, Progress, publish_dataset
 from ncsn.data.format import (
     MANIFEST,
     PARQUET_OPTIONS,
@@ -33,7 +34,6 @@ from ncsn.data.format import (
     to_table,
 )
 from ncsn.data.sources.base import BadImages, Example, Source, Split, image_shape
-from ncsn.data.statistics import Dataset, Progress, publish_dataset
 from ncsn.errors import UserError
 
 _BLOCK_BYTES = 2 << 20

@@ -15,11 +15,11 @@ import ray
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
+from ncsn.data.dataset import Dataset, Progress, publish_dataset, shaping_settings
 from ncsn.data.format import MANIFEST, Manifest, Part, Rows, load_manifest
 from ncsn.data.parquet import PartWriter, block_rows, inspect_part, part_name, read_part, take
 from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split, image_shape
-from ncsn.data.statistics import Dataset, Progress, publish_dataset, shaping_settings
 from ncsn.distributed.cluster import on_this_machine
 from ncsn.distributed.tasks import run_tasks
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
+from ncsn.data.dataset import Dataset, Progress
 from ncsn.data.format import MANIFEST, Manifest
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import fills_several_parts, open_source
 from ncsn.data.sources.listing import source_fingerprint
-from ncsn.data.statistics import Dataset, Progress
 from ncsn.steps.step import Step
 
 

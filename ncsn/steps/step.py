@@ -64,7 +64,7 @@ class Step(Generic[R]):
 
     def settle_noise(self, config: Config, manifest: Manifest) -> Config:
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
-        from ncsn.data.statistics import resolve_noise
+        from ncsn.data.noise_levels import resolve_noise
 
         uri = self.folder.config
         settled, owner = resolve_noise(config, manifest), from_yaml(storage.read_text(uri), origin=uri)

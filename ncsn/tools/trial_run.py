@@ -24,9 +24,9 @@ from ncsn.config import Config, to_json
 from ncsn.config.search import variant
 from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.data.format import load_manifest
+from ncsn.data.noise_levels import resolve_noise
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.data.statistics import resolve_noise
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.classifier import SMALL_SET

@@ -23,10 +23,10 @@ from PIL import Image
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.config.schema import DataConfig
+from ncsn.data.dataset import shaping_settings
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.data.statistics import shaping_settings
 from ncsn.distributed.ingest import write_dataset_in_parts
 
 ON_RAY = """

@@ -1,0 +1,128 @@
+"""The noise levels of `noise: auto`, from the images that ingest compares."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refused import refused
+
+from ncsn import storage
+from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
+from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
+from ncsn.data.format import load_manifest
+from ncsn.data.noise_levels import resolve_noise, suggestions
+from ncsn.data.parquet import write_dataset
+from ncsn.data.sources.known import open_source
+from ncsn.data.statistics import ImageSample
+from ncsn.data.training_images import open_cache
+from ncsn.runs.folder import claim_run
+from ncsn.steps.step import Step
+from ncsn.steps.train import TrainResult
+
+AUTO = """
+name: auto
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3}
+noise: auto
+network: {kind: unet, widths: [8]}
+train: {batch_size: 16, num_images: 160, checkpoint_every_images: 80, report_every_images: 32}
+sampling: {sampler: {kind: annealed_langevin, steps_per_level: 2}}
+"""
+
+
+def auto(root: Path, *overrides: str) -> Config:
+    return from_yaml(AUTO, overrides=[f"storage.root={root}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("store")
+    data = from_yaml(AUTO).data
+    return write_dataset(open_source(data), str(root), name="digits", data=data).uri
+
+
+def test_auto_is_the_largest_distance_and_the_overlap(dataset: str, tmp_path: Path) -> None:
+    manifest, images = load_manifest(dataset), np.asarray(open_cache(dataset, "train").images)
+    flat = images.reshape(len(images), -1) / 255
+    squared = (flat**2).sum(1)
+    largest = np.sqrt((squared[:, None] + squared - 2 * flat @ flat.T).max())
+    levels = resolve_noise(auto(tmp_path), manifest).levels
+    assert levels.sigma_1 == pytest.approx(largest, rel=1e-3) and levels.sigma_L == 0.01
+    assert levels.num_levels == num_levels_for(levels.sigma_1, 0.01, ratio=ratio_for_overlap(64))
+    wider = resolve_noise(auto(tmp_path, "noise={kind: auto, sigma_L: 0.1, overlap: 0.2}"), manifest).levels
+    assert wider.sigma_L == 0.1
+    assert wider.num_levels == num_levels_for(levels.sigma_1, 0.1, ratio=ratio_for_overlap(64, overlap=0.2))
+    mirrored = resolve_noise(auto(tmp_path, "data.horizontal_flip=true"), manifest).levels
+    assert mirrored.sigma_1 >= levels.sigma_1
+    assert manifest.suggested_noise is not None and manifest.suggested_noise["plain"]["distances"]["exact"]
+
+
+def test_given_levels_stay(dataset: str, tmp_path: Path) -> None:
+    given = auto(tmp_path, "noise={num_levels: 3}")
+    assert resolve_noise(given, load_manifest(dataset)) is given
+
+
+def test_auto_has_no_levels_before_it_is_resolved(tmp_path: Path) -> None:
+    with refused("noise"):
+        _ = auto(tmp_path).levels
+
+
+def test_levels_that_do_not_fit_the_sampler_are_refused_before_training(dataset: str, tmp_path: Path) -> None:
+    config = auto(tmp_path, "sampling.sampler={kind: langevin, level: 500}")
+    with refused("sampling.sampler.level", error=ConfigError):
+        resolve_noise(config, load_manifest(dataset))
+
+
+def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) -> None:
+    manifest, config = load_manifest(dataset), auto(tmp_path)
+    folder = claim_run(config, "mine")
+    step = Step("train", folder, TrainResult, unit="images")
+    settled = step.settle_noise(config, manifest)
+    assert from_yaml(storage.read_text(folder.config)) == settled
+    assert claim_run(config, "mine") == claim_run(settled, "mine") == folder
+    assert changed_settings(config, settled) == {}
+    assert step.settle_noise(config, manifest) == settled
+    with pytest.raises(ValueError, match=r"noise\.num_levels"):
+        step.settle_noise(auto(tmp_path, "noise={num_levels: 3}"), manifest)
+    with pytest.raises(ValueError, match=r"noise\.num_levels"):
+        step.settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), manifest)
+
+
+def test_a_dataset_of_an_earlier_version_is_named_and_completed(dataset: str, tmp_path: Path) -> None:
+    data = from_yaml(AUTO).data
+    uri = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
+    path = Path(uri) / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["suggested_noise"]
+    path.write_text(json.dumps(fields))
+    with refused("noise"):
+        resolve_noise(auto(tmp_path), load_manifest(uri))
+    again = write_dataset(open_source(data), str(tmp_path), name="digits", data=data)
+    assert (again.uri, again.created) == (uri, False)
+    assert load_manifest(uri).suggested_noise == load_manifest(dataset).suggested_noise
+
+
+def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:
+    sample = ImageSample(4)
+    sample.update(np.full((3, 8, 8, 1), 7, np.uint8))
+    assert suggestions(sample) == {}
+    with refused("noise"):
+        resolve_noise(auto(tmp_path), replace(load_manifest(dataset), suggested_noise={}))
+
+
+def test_a_sample_says_that_it_is_one() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 1), np.uint8)
+    sample = ImageSample(20)
+    sample.update(images)
+    found = suggestions(sample)["plain"].distances
+    assert (found.num_images, found.exact) == (20, False)
+    assert found.maximum == pytest.approx(pair_distances(torch.from_numpy(sample.images)).maximum, rel=1e-6)
+
+
+def test_yaml_keeps_auto(tmp_path: Path) -> None:
+    assert "noise:\n  kind: auto\n" in to_yaml(auto(tmp_path))
+    assert from_yaml(to_yaml(auto(tmp_path))) == auto(tmp_path)
