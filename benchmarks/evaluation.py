@@ -18,7 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from benchmarks.measure import Row, in_turns, own_process, ratio
-from ncsn.evaluation.extractors import InceptionExtractor, extract_all
+from ncsn.evaluation.extractors.base import extract_all
+from ncsn.evaluation.extractors.inception import InceptionExtractor
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.process import keep_freed_memory
 

@@ -23,7 +23,7 @@ from ncsn.config import Config
 from ncsn.config.samplers import parse_sampler
 from ncsn.data.format import Rows
 from ncsn.data.parquet import read_split
-from ncsn.evaluation.extractors import batches, extract_all
+from ncsn.evaluation.extractors.base import batches, extract_all
 from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore

@@ -38,7 +38,7 @@ from ncsn.core.images import to_uint8
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
-from ncsn.evaluation.extractors import batches
+from ncsn.evaluation.extractors.base import batches
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import load_for_sampling

@@ -20,7 +20,7 @@ from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import run_task, run_tasks, runner_of
-from ncsn.evaluation.extractors import batches, extract_all
+from ncsn.evaluation.extractors.base import batches, extract_all
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.generate import generate, image_labels, level_images

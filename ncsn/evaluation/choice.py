@@ -6,8 +6,8 @@ from ncsn.config import Config
 from ncsn.config.evaluation import VERSUS, EvaluationConfig
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
-from ncsn.evaluation import dinov2, extractors
-from ncsn.evaluation.extractors import Identity
+from ncsn.evaluation.extractors import dinov2, inception
+from ncsn.evaluation.extractors.base import Identity
 from ncsn.model.classes import BALANCED
 
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
@@ -32,7 +32,7 @@ def named_in_metrics(extractor: str, config: Config) -> str:
 
 def pretrained_identity(evaluation: EvaluationConfig) -> Identity | None:
     """The extractor whose weights come from a file; None for one that is trained on the images."""
-    identify = {"inception": extractors.identity, "dinov2": dinov2.identity}
+    identify = {"inception": inception.identity, "dinov2": dinov2.identity}
     return identify[evaluation.pretrained](evaluation.weights_sha256) if evaluation.pretrained else None
 
 

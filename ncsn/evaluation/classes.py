@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.extractors.base import Extracted
 from ncsn.evaluation.pieces import ImageSet
 from ncsn.evaluation.scores import kernel_distance
 

@@ -17,7 +17,7 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import cache_folder, open_cache
 from ncsn.evaluation.choice import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
-from ncsn.evaluation.extractors import Extracted, Identity, Images
+from ncsn.evaluation.extractors.base import Extracted, Identity, Images
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
     RunningDistance,

@@ -21,7 +21,7 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.extractors import Extracted, Extractor, Images, batches, extract_all, fingerprint_of
+from ncsn.evaluation.extractors.base import Extracted, Extractor, Images, batches, extract_all, fingerprint_of
 
 Labels = NDArray[np.int64]
 

@@ -21,11 +21,11 @@ from ncsn import storage
 from ncsn.config import Config, from_json, to_json
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import classifier_store, dinov2, extractors
 from ncsn.evaluation.choice import evaluation_of, named_in_metrics, pretrained_identity, require_test_images
-from ncsn.evaluation.classifier import ClassifierRecipe
-from ncsn.evaluation.clusters import num_clusters
-from ncsn.evaluation.extractors import Extracted, Extractor, Identity, fingerprint_of
+from ncsn.evaluation.extractors import classifier_store, dinov2, inception
+from ncsn.evaluation.extractors.base import Extracted, Extractor, Identity, fingerprint_of
+from ncsn.evaluation.extractors.classifier import ClassifierRecipe
+from ncsn.evaluation.extractors.clusters import num_clusters
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.pieces import FeaturePiece, Here, Runner, SplitSet, extract_piece, feature_pieces, missing_pieces
 from ncsn.process import keep_freed_memory
@@ -215,7 +215,7 @@ def _extractor(config_json: str, dataset: str) -> Extractor:
     if settings.pretrained is not None:
         assert settings.weights is not None, "the schema asks for weights"
         kinds: dict[str, Callable[..., Extractor]] = {
-            "inception": extractors.InceptionExtractor,
+            "inception": inception.InceptionExtractor,
             "dinov2": dinov2.Dinov2Extractor,
         }
         return kinds[settings.pretrained](settings.weights, sha256=settings.weights_sha256, device=device_of(config))

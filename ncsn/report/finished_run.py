@@ -21,7 +21,7 @@ from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.ode import ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, Langevin
 from ncsn.data.training_images import CachedSplit, open_cache
-from ncsn.evaluation.extractors import Extractor, batches
+from ncsn.evaluation.extractors.base import Extractor, batches
 from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint

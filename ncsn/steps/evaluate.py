@@ -17,7 +17,7 @@ from ncsn.distributed.likelihood import LikelihoodPlan, plan_likelihood
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.choice import classes_in_turn, evaluation_of, extractor_name
-from ncsn.evaluation.extractors import fingerprint_of
+from ncsn.evaluation.extractors.base import fingerprint_of
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet

@@ -22,8 +22,8 @@ from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO, LikelihoodConfig
 from ncsn.core.held_out import MOST_BINS
-from ncsn.evaluation.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
-from ncsn.evaluation.extractors import Extractor, Images
+from ncsn.evaluation.extractors.base import Extractor, Images
+from ncsn.evaluation.extractors.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.frechet import NUM_SUBSETS, FrechetStatistics, frechet_distance
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, pixel_neighbors
 from ncsn.model import build

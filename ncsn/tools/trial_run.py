@@ -29,8 +29,8 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
-from ncsn.evaluation.classifier import SMALL_SET
-from ncsn.evaluation.clusters import cluster_labels
+from ncsn.evaluation.extractors.classifier import SMALL_SET
+from ncsn.evaluation.extractors.clusters import cluster_labels
 from ncsn.evaluation.reference import extractor_of, recipe_of
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore

@@ -9,7 +9,7 @@ import pytest
 
 from ncsn.data.format import Rows
 from ncsn.evaluation.classes import AskedClasses, LinearProbe, class_scores
-from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.extractors.base import Extracted
 
 NAMES = ("cat", "dog", "bird")
 

@@ -10,7 +10,7 @@ from refused import refused
 
 from ncsn.data.format import Rows
 from ncsn.errors import NotFound
-from ncsn.evaluation.classifier import (
+from ncsn.evaluation.extractors.classifier import (
     ClassifierExtractor,
     ClassifierNetwork,
     ClassifierRecipe,
@@ -18,14 +18,14 @@ from ncsn.evaluation.classifier import (
     identity,
     train_classifier,
 )
-from ncsn.evaluation.classifier_store import (
+from ncsn.evaluation.extractors.classifier_store import (
     DESCRIPTION,
     WEIGHTS,
     describe_classifier,
     ensure_classifier,
     load_classifier,
 )
-from ncsn.evaluation.clusters import cluster_labels, num_clusters
+from ncsn.evaluation.extractors.clusters import cluster_labels, num_clusters
 
 RECIPE = ClassifierRecipe(image_size=8, channels=1, num_classes=10, epochs=10, seed=0)
 QUICK = replace(RECIPE, epochs=1)

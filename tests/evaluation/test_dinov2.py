@@ -24,9 +24,19 @@ from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
-from ncsn.evaluation import dinov2
 from ncsn.evaluation.choice import extractor_name
-from ncsn.evaluation.dinov2 import MEAN, STD, VIT_L, Dinov2Extractor, Shape, layout, network_of, normalized, positions
+from ncsn.evaluation.extractors import dinov2
+from ncsn.evaluation.extractors.dinov2 import (
+    MEAN,
+    STD,
+    VIT_L,
+    Dinov2Extractor,
+    Shape,
+    layout,
+    network_of,
+    normalized,
+    positions,
+)
 from ncsn.evaluation.reference import load_manifest
 from ncsn.model.memory import worker_memory
 from ncsn.report.words import extractor_phrase, read_metrics

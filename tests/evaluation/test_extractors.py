@@ -30,7 +30,8 @@ from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
-from ncsn.evaluation.extractors import InceptionExtractor, obtain_weights
+from ncsn.evaluation.extractors.inception import InceptionExtractor
+from ncsn.evaluation.extractors.weights import obtain_weights
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.scores import inception_score, kernel_distance, precision_recall
 from ncsn.steps import evaluate

@@ -15,7 +15,7 @@ from ncsn.data.samples import read_samples
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation import pieces as module
-from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.extractors.base import Extracted
 from ncsn.evaluation.pieces import FeaturePiece, SampleSet, SplitSet, extract_piece, feature_pieces, missing_pieces
 
 CONFIG = """

@@ -9,7 +9,7 @@ import pytest
 from scipy.integrate import quad
 
 from ncsn.config.evaluation import EvaluationConfig
-from ncsn.evaluation import classifier, dinov2, extractors
+from ncsn.evaluation.extractors import classifier, dinov2, inception
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, frechet_infinity, frechet_jackknife
 
 
@@ -93,7 +93,7 @@ def test_the_extrapolation_removes_the_bias() -> None:
     ("extractor", "count"),
     [
         ("classifier", classifier.NUM_FEATURES),
-        ("inception", extractors.NUM_FEATURES),
+        ("inception", inception.NUM_FEATURES),
         ("dinov2", dinov2.VIT_L.width),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ncsn.evaluation.extractors import Extracted, extract_all, fingerprint_of
+from ncsn.evaluation.extractors.base import Extracted, extract_all, fingerprint_of
 from ncsn.evaluation.frechet import FrechetStatistics, RunningDistance
 from ncsn.evaluation.pieces import Spool
 from ncsn.evaluation.reference import Reference, load_reference, publish_reference

@@ -16,8 +16,8 @@ from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
 from ncsn.evaluation import pieces
-from ncsn.evaluation.classifier import ClassifierExtractor
-from ncsn.evaluation.extractors import Extracted
+from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.extractors.classifier import ClassifierExtractor
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect

@@ -19,7 +19,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.distributed.trainer import _checkpoint_store
 from ncsn.errors import NotFound
-from ncsn.evaluation.extractors import Identity
+from ncsn.evaluation.extractors.base import Identity
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.averages import build_average

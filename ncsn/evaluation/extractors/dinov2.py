@@ -20,16 +20,8 @@ from torch import Tensor, nn
 from ncsn.config.evaluation import PUBLISHED_SHA256
 from ncsn.core.networks.transfer import misfits
 from ncsn.errors import UserError
-from ncsn.evaluation.extractors import (
-    NOT_A_CHECKPOINT,
-    Extracted,
-    Identity,
-    Images,
-    fingerprint_of,
-    full_float32,
-    obtain_weights,
-    require_images,
-)
+from ncsn.evaluation.extractors.base import Extracted, Identity, Images, fingerprint_of, full_float32, require_images
+from ncsn.evaluation.extractors.weights import NOT_A_CHECKPOINT, obtain_weights
 
 PATCH = 14  # pixels
 SIDE = 224  # pixels of the resized images

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncsn.errors import UserError
-from ncsn.evaluation.extractors import (
+from ncsn.evaluation.extractors.base import (
     Extracted,
     Identity,
     Images,

@@ -16,7 +16,8 @@ from ncsn import storage
 from ncsn.data.format import Rows
 from ncsn.data.training_images import CachedSplit
 from ncsn.errors import UserError
-from ncsn.evaluation.classifier import (
+from ncsn.evaluation.extractors.base import Identity
+from ncsn.evaluation.extractors.classifier import (
     ClassifierExtractor,
     ClassifierNetwork,
     ClassifierRecipe,
@@ -24,8 +25,7 @@ from ncsn.evaluation.classifier import (
     identity,
     train_classifier,
 )
-from ncsn.evaluation.clusters import cluster_labels
-from ncsn.evaluation.extractors import Identity
+from ncsn.evaluation.extractors.clusters import cluster_labels
 
 LabeledImages = CachedSplit | Rows
 

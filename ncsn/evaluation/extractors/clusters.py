@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 
-from ncsn.evaluation.extractors import Images, batches
+from ncsn.evaluation.extractors.base import Images, batches
 
 NUM_CLUSTERS = 16
 IMAGES_PER_CLUSTER = 8  # on average, at least; fewer images have fewer clusters

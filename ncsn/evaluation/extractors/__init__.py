@@ -1,0 +1,1 @@
+"""From images to features and class probabilities: one module for each kind of extractor."""

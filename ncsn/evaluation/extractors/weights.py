@@ -1,0 +1,72 @@
+"""Published weights of extractors, from a path, a URL or a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+
+from ncsn import storage
+from ncsn.data.training_images import cache_folder
+from ncsn.errors import NotFound, UserError
+
+# What torch.load raises for a file that is no checkpoint of tensors.
+NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError)
+
+TIMEOUT_SECONDS = 60
+
+
+def obtain_weights(source: str, *, sha256: str) -> Path:
+    """A local file with the weights at `source`: a local path, an http(s) URL or an s3 URI."""
+    remote = source.startswith(("http://", "https://", storage.S3_SCHEME))
+    if not remote:
+        path = Path(storage.absolute(source))
+        if not path.is_file():
+            raise NotFound("evaluation.weights", "no file here", value=str(path))
+        _check(path, source, sha256)
+        return path
+    cached = cache_folder() / "weights" / sha256
+    if not cached.is_file():
+        _fetch(source, cached, sha256)
+    return cached
+
+
+def _fetch(source: str, cached: Path, sha256: str) -> None:
+    with storage.local_file(cached) as temporary:
+        with _open(source) as stream, temporary.open("wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        _check(temporary, source, sha256)
+
+
+def _open(source: str) -> BinaryIO:
+    if source.startswith(storage.S3_SCHEME):
+        filesystem, path = storage.filesystem(source)
+        try:
+            return cast("BinaryIO", filesystem.open_input_stream(path))
+        except FileNotFoundError:
+            raise NotFound("evaluation.weights", "no file here", value=source) from None
+        except pa.ArrowException as error:
+            raise OSError(f"evaluation.weights: cannot read {source}: {error}") from None
+    try:
+        # Scheme and source come from the config, which the user of this machine wrote.
+        return cast("BinaryIO", urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS))  # noqa: S310
+    except urllib.error.URLError as error:
+        raise OSError(f"evaluation.weights: cannot fetch {source}: {error.reason}") from None
+
+
+def _check(path: Path, source: str, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise UserError(
+            "evaluation.weights",
+            f"has SHA-256 {found}, expected {sha256}",
+            hint="get the right file, or set evaluation.weights_sha256 if you mean this one",
+            value=source,
+        )
