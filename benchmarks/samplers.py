@@ -31,7 +31,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.classes import AskedClasses
-from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
@@ -158,7 +158,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
     extractor = extractor_of(checkpoint.config, dataset)
 
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
-        figures = measure(
+        figures = measure_extracted(
             map(extractor.extract, images),
             count=sum(map(len, images)),
             first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],

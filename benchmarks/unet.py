@@ -39,7 +39,7 @@ from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
 from ncsn.evaluation.extractors.base import batches
-from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure
+from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -172,7 +172,7 @@ class Scorer:
         """Of uint8 images [N, H, W, C]."""
         reference = open_evaluator(_config(), self.dataset).reference
         extractor = extractor_of(_config(), self.dataset)
-        measured = measure(
+        measured = measure_extracted(
             map(extractor.extract, batches(images, batch_size=SAMPLE_BATCH)),
             count=len(images),
             first_images=images[:NEIGHBOR_IMAGES],

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.evaluation.pieces import Here, Runner
+from ncsn.evaluation.runner import Here, Runner
 from ncsn.storage.heartbeat import LeaseExpired
 
 T = TypeVar("T")

@@ -27,15 +27,7 @@ from ncsn.evaluation.frechet import (
     frechet_jackknife,
     merged,
 )
-from ncsn.evaluation.pieces import (
-    FeaturePiece,
-    ImageSet,
-    Runner,
-    SplitSet,
-    Spool,
-    extract_piece,
-    feature_pieces,
-)
+from ncsn.evaluation.pieces import FeaturePiece, ImageSet, SplitSet, Spool, extract_piece, feature_pieces
 from ncsn.evaluation.reference import (
     SEED,
     Evaluator,
@@ -45,6 +37,7 @@ from ncsn.evaluation.reference import (
     load_reference,
     store_pieces,
 )
+from ncsn.evaluation.runner import Runner
 from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
@@ -87,7 +80,7 @@ def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = Fa
     return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
 
 
-def measure(
+def measure_extracted(
     extracted: Iterable[Extracted],
     *,
     count: int,
@@ -131,7 +124,7 @@ def measure(
                     if on_score is not None:
                         on_score(score)
         whole = spool.extracted
-        metrics = metrics_of(whole, reference, groups=running.groups, seed=seed, extrapolate=extrapolate)
+        metrics = feature_metrics(whole, reference, groups=running.groups, seed=seed, extrapolate=extrapolate)
         if classes:
             metrics |= class_metrics(whole.log_probabilities, reference, num_splits=num_splits)
         found = None if asked is None else class_scores(whole, asked, reference=reference.features, seed=seed)
@@ -146,7 +139,7 @@ def measure(
     return Measured(metrics=metrics, nearest=nearest, running=scores, classes=found)
 
 
-def metrics_of(
+def feature_metrics(
     extracted: Extracted,
     reference: Reference,
     *,
@@ -273,13 +266,13 @@ def measure_sets(
     ]
     if runner.apart:
         store_pieces([piece for work in works for piece in work.pieces], runner=runner, on_images=on_images)
-        found = {work.number: measured for work, measured in runner.each(_measure, works, gpu=False)}
+        found = {work.number: measured for work, measured in runner.each(_measure_set, works, gpu=False)}
         if on_score is not None:
             for score in found[0].running:
                 on_score(score)
     else:
         found = {
-            work.number: _measure(work, on_images=on_images, on_score=None if work.number else on_score)
+            work.number: _measure_set(work, on_images=on_images, on_score=None if work.number else on_score)
             for work in works
         }
     for work in works:
@@ -294,7 +287,7 @@ def _compared_in_pixels(images: ImageSet) -> ImageSet:
     return images
 
 
-def _measure(
+def _measure_set(
     work: _Work,
     *,
     on_images: Callable[[int], None] | None = None,
@@ -304,7 +297,7 @@ def _measure(
     config, dataset, images = first.config, first.dataset, first.images
     reference = load_reference(dataset, work.fingerprint)
     assert reference is not None, "the evaluator has it"
-    return measure(
+    return measure_extracted(
         (extract_piece(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
         count=images.count,
         first_images=_compared_in_pixels(images).head(NEIGHBOR_IMAGES),

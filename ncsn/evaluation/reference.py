@@ -27,7 +27,8 @@ from ncsn.evaluation.extractors.base import Extracted, Extractor, Identity, fing
 from ncsn.evaluation.extractors.classifier import ClassifierRecipe
 from ncsn.evaluation.extractors.clusters import num_clusters
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.pieces import FeaturePiece, Here, Runner, SplitSet, extract_piece, feature_pieces, missing_pieces
+from ncsn.evaluation.pieces import FeaturePiece, SplitSet, extract_piece, feature_pieces, missing_pieces
+from ncsn.evaluation.runner import Here, Runner
 from ncsn.process import keep_freed_memory
 
 FOLDER = "reference"  # below that of the dataset

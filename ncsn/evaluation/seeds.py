@@ -9,8 +9,9 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.evaluation.measure import Metric
-from ncsn.evaluation.pieces import FeaturePiece, ImageSet, Runner, extract_piece, feature_pieces
+from ncsn.evaluation.pieces import FeaturePiece, ImageSet, extract_piece, feature_pieces
 from ncsn.evaluation.reference import Evaluator, extractor_of, load_reference, store_pieces
+from ncsn.evaluation.runner import Runner
 
 
 def set_distances(
