@@ -1,1 +1,1 @@
-"""Metrics on feature extractors, and the extractors."""
+"""Metrics of images by the features of an extractor, and the extractors."""

@@ -96,7 +96,7 @@ def measure_extracted(
     by_features: bool = True,
     on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All metrics of some images. Features go to files on the node's disk, so memory does not grow with their number.
+    """All metrics of images, given their features, which go to files so that memory does not grow with their number.
 
     Args:
         extracted: Features and probabilities of the `count` images, in order, in pieces of any size.
