@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli import kubeflow, registry
 from ncsn.cli.catalogue import CATALOGUE
-from ncsn.cli.commands import finished, setup
+from ncsn.cli.commands import finished, kubeflow, registry, setup
 from ncsn.cli.options import (
     Decorated,
     ReportingCommand,

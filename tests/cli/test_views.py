@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from ncsn.cli import app
+from ncsn.cli.commands.registry import _tree
 from ncsn.cli.console import ProgressView
 from ncsn.cli.doctor import Finding, report
-from ncsn.cli.registry import _tree
 from ncsn.cli.target import Experiment
 from ncsn.cli.views import (
     describe_import,

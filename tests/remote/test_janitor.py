@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.kubeflow import clean_up_orphans
+from ncsn.cli.commands.kubeflow import clean_up_orphans
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi

@@ -1,4 +1,4 @@
-"""The commands for registered models: promote, rollback, trace, export, sample. Imports are inside, as in `app`."""
+"""The commands for registered models, also as a source of samples. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 

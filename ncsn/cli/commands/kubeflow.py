@@ -1,4 +1,4 @@
-"""The commands for a Kubeflow cluster. Imports are inside, as in `app`."""
+"""The commands for a Kubeflow cluster. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
