@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ncsn.core.ema import Ema
 from ncsn.core.losses import Batch, Loss, Uncertainty
 
+EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
+
 
 @dataclass
 class TrainState:

@@ -22,6 +22,7 @@ from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO, LikelihoodConfig
 from ncsn.core.held_out import MOST_BINS
+from ncsn.core.training import EVALUATIONS_PER_STEP
 from ncsn.evaluation.extractors.base import Extractor, Images
 from ncsn.evaluation.extractors.classifier import SMALL_SET, ClassifierRecipe, Labels, train_classifier
 from ncsn.evaluation.frechet import NUM_SUBSETS, FrechetStatistics, frechet_distance
@@ -33,7 +34,6 @@ from ncsn.model.memory import kept_bytes, worker_memory
 from ncsn.runs.costs import Prices, cost_of, total
 from ncsn.runs.steps import STEPS, STEPS_BY_WORKERS
 from ncsn.training.held_out import effort_of
-from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 GIGABYTE = 1e9
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments

@@ -23,6 +23,7 @@ from ncsn import storage
 from ncsn.config import Config, to_json
 from ncsn.config.search import variant
 from ncsn.core.samplers.ode import ProbabilityFlow
+from ncsn.core.training import EVALUATIONS_PER_STEP
 from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.data.parquet import write_dataset
@@ -55,7 +56,6 @@ from ncsn.tools.planning import (
 from ncsn.tracking.client import connect
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
-from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 RUN = "trial"
 IMAGES, FEW_IMAGES = 2048, 256  # of each split; the few where an image takes long, and to measure what one takes

@@ -14,7 +14,7 @@ from ncsn.config import Config
 from ncsn.core.held_out import MOST_BINS, SEED, losses_at
 from ncsn.core.keyed_random import Stream, keyed_permutation
 from ncsn.core.samplers.level_grid import choose_levels
-from ncsn.core.training import TrainState
+from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
 from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
@@ -23,7 +23,6 @@ from ncsn.runs.curves import held_out_point
 from ncsn.runs.gaps import Array, Gaps
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
-from ncsn.training.metrics import EVALUATIONS_PER_STEP
 
 SHARE = 0.02  # of the training time that the held-out loss may take
 MOST_IMAGES = 1000  # of each set

@@ -36,7 +36,8 @@ from ncsn.training.batches import augmented, classes_of, crossed, draw_batch, im
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
-from ncsn.training.metrics import LiveSink, MachineUsage, preview_png
+from ncsn.training.live import LiveSink, MachineUsage
+from ncsn.training.previews import preview_png
 from ncsn.training.validation import Distance, Validation
 
 

@@ -27,7 +27,7 @@ from ncsn.runs.curves import level_names
 from ncsn.runs.history import TrainingHistory, load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training import metrics as previews
+from ncsn.training import previews
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext, StepTimer
 from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome, train_loop

@@ -36,8 +36,7 @@ from ncsn.tracking.live import LiveMetrics, LiveReport
 from ncsn.tracking.mlflow_runs import StepRun, step_run
 from ncsn.tracking.reconcile import lacks_ends, reconcile, send_missing
 from ncsn.tracking.recorded import close_run
-from ncsn.training import held_out
-from ncsn.training import metrics as previews
+from ncsn.training import held_out, previews
 from ncsn.training.loop import TrainingJob
 
 HELPERS = Path(live_worker.__file__).parent
