@@ -37,7 +37,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import to_uint8
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors.base import batches
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
 from ncsn.evaluation.reference import extractor_of, open_evaluator
@@ -45,6 +45,7 @@ from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
 from ncsn.process import keep_freed_memory
+from ncsn.storage.cache import CACHE_DIR_VARIABLE
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 

@@ -23,9 +23,8 @@ from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest
 from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
+from ncsn.storage.cache import cache_folder
 
-CACHE_DIR_VARIABLE = "NCSN_CACHE_DIR"
-DEFAULT_CACHE_DIR = "~/.cache/ncsn"
 CHUNKS_PER_WINDOW = 16
 
 _IMAGES, _LABELS = "images.npy", "labels.npy"
@@ -52,11 +51,6 @@ def open_training_images(dataset_uri: str, data: DataConfig, split: str = "train
     if data.loader == "cache":
         return open_cache(dataset_uri, split)
     return StreamedSplit(dataset_uri, split, window_images=data.window_images)
-
-
-def cache_folder() -> Path:
-    """This node's folder for what can be made again: `NCSN_CACHE_DIR`, else `~/.cache/ncsn`."""
-    return Path(os.environ.get(CACHE_DIR_VARIABLE) or DEFAULT_CACHE_DIR).expanduser()
 
 
 def mapped(path: Path) -> np.ndarray:

@@ -26,11 +26,11 @@ import ray
 import torch
 
 from ncsn import storage
-from ncsn.data.training_images import cache_folder
 from ncsn.errors import UserError
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.folder import RunFolder
 from ncsn.storage import retry
+from ncsn.storage.cache import cache_folder
 from ncsn.training.loop import LoopHooks, Training
 
 FORMS = {

@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.data.training_images import cache_folder, open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.evaluation.choice import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors.base import Extracted, Identity, Images
@@ -39,6 +39,7 @@ from ncsn.evaluation.reference import (
 )
 from ncsn.evaluation.runner import Runner
 from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
+from ncsn.storage.cache import cache_folder
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000

@@ -28,7 +28,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
-from ncsn.data.training_images import CACHE_DIR_VARIABLE, open_cache
+from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_memory, ray_cluster
 from ncsn.evaluation.extractors.classifier import SMALL_SET
 from ncsn.evaluation.extractors.clusters import cluster_labels
@@ -43,6 +43,7 @@ from ncsn.runs.history import load_history
 from ncsn.runs.records import read_result
 from ncsn.steps import evaluate, ingest, register, sample, train
 from ncsn.steps import report as page
+from ncsn.storage.cache import CACHE_DIR_VARIABLE
 from ncsn.tools.planning import (
     NEIGHBOR_SEARCHES,
     Counts,

@@ -13,8 +13,8 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from ncsn import storage
-from ncsn.data.training_images import cache_folder
 from ncsn.errors import NotFound, UserError
+from ncsn.storage.cache import cache_folder
 
 # What torch.load raises for a file that is no checkpoint of tensors.
 NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError)
