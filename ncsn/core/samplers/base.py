@@ -38,6 +38,7 @@ class Sampler(ABC):
     kind: ClassVar[str]
     smallest_length: ClassVar[int] = 1
     uniform_start: ClassVar[bool] = False
+    descends: ClassVar[bool] = False  # from the largest to the smallest sigma, without a corrector, as restoring needs
 
     @property
     def length(self) -> str | None:

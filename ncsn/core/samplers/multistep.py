@@ -39,6 +39,7 @@ class _Multistep(Sampler):
     denoise: bool = True
 
     smallest_length = 2
+    descends = True
 
     @property
     def length(self) -> str:

@@ -38,6 +38,7 @@ class ProbabilityFlow(Sampler):
     kind = "probability_flow"
     length = "num_levels"
     smallest_length = 2
+    descends = True
 
     def num_evaluations(self, num_levels: int) -> int:
         """See `Sampler`; an upper bound with `karras` spacing."""
@@ -77,6 +78,7 @@ class KarrasHeun(Sampler):
     kind = "karras_heun"
     length = "num_steps"
     smallest_length = 2
+    descends = True
 
     def num_evaluations(self, num_levels: int) -> int:  # noqa: ARG002 - its own grid
         """See `Sampler`."""

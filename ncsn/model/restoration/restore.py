@@ -14,7 +14,7 @@ from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.likelihood import sigma_data_of
 from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.measurements import Operator
-from ncsn.core.samplers.multistep import DpmSolver, UniPC
+from ncsn.core.samplers.multistep import DpmSolver
 from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.restoration import (
     Covariance,
@@ -33,7 +33,6 @@ from ncsn.model.guidance import score_function
 from ncsn.model.restoration.tasks import Restoration
 
 STEP_OF_RESIDUAL = 0.5  # zeta
-_USABLE = (KarrasHeun, DpmSolver, UniPC, ProbabilityFlow)  # from the largest to the smallest sigma, without a corrector
 
 
 def restoring(trained: TrainedNetwork, sampling: SamplingConfig, settings: Restoration) -> SamplingConfig:
@@ -76,9 +75,9 @@ def restore(
         uint8 [N, H, W, C].
     """
     config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
-    if not isinstance(sampler, _USABLE):
-        kinds = " or ".join(each.kind for each in _USABLE)
-        raise UserError("sampling.sampler.kind", f"restoring images needs {kinds}", value=sampler.kind)
+    if not sampler.descends:
+        reason = "restoring images needs a sampler from the largest to the smallest sigma, without a corrector"
+        raise UserError("sampling.sampler.kind", reason, hint="use karras_heun or dpm_solver", value=sampler.kind)
     noise = KeyedNoise(sampling.seed, first=first, count=len(y), shape=image_shape(config), device=device)
     if labels is None:
         labels = image_labels(trained, sampling, first=first, count=len(y))
