@@ -55,7 +55,14 @@ class Problem:
         return cls(**record)
 
 
-class UserError(ValueError):
+class InvalidValue(ValueError):
+    """A value that a user may have given and that cannot be used, where it is not known how: exit code 2.
+
+    Any other ValueError is a bug, of this project or of a library, and so a failure.
+    """
+
+
+class UserError(InvalidValue):
     """A user's mistake, exit code 2. `UserError.of` takes several problems."""
 
     problems: tuple[Problem, ...]

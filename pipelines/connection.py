@@ -77,7 +77,10 @@ def endpoint(host: str | None) -> str:
             hint=f"pass it or set {ENDPOINT}, for example http://localhost:8080 after "
             "`kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`",
         )
-    parts = urlsplit(address if "://" in address else f"https://{address}")
+    try:
+        parts = urlsplit(address if "://" in address else f"https://{address}")
+    except ValueError as error:
+        raise KfpError("--host" if host else ENDPOINT, f"not an address: {error}", value=address) from None
     if parts.username or parts.password:
         raise KfpError(
             "--host" if host else ENDPOINT,
@@ -152,6 +155,8 @@ def _health(address: str, who: Credentials) -> dict[str, object]:
             f"does not answer ({reason})",
             hint=f"check --host or {ENDPOINT}, and that a port-forward is still running",
         ) from None
+    except ValueError:
+        raise KfpError(who.source, "holds what no header of a request may hold", hint="set it again") from None
     set_one = f"set {TOKEN} or {COOKIE} in the environment, or {TOKEN_PATH} inside a cluster"
     if response.status in (401, 403):
         raise KfpRefusalError(address, f"refuses {who.source} (HTTP {response.status})", hint=set_one)

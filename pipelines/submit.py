@@ -15,7 +15,7 @@ import kfp_server_api
 import urllib3
 import yaml
 
-from ncsn.config import Config
+from ncsn.config import NOT_YAML, Config
 from ncsn.errors import UserError
 from pipelines.compile import PIPELINES, compile_one
 from pipelines.connection import Connection, KfpError, reason_of
@@ -126,7 +126,7 @@ def _typed(name: str, value: Any, wanted: str) -> Any:
         return str(value)
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
+    except NOT_YAML:
         parsed = None
     is_flag = isinstance(parsed, bool) and wanted != "BOOLEAN"
     if is_flag or not isinstance(parsed, _TYPES[wanted]):

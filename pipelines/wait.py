@@ -12,6 +12,7 @@ from typing import Any
 import kfp_server_api
 import urllib3
 
+from ncsn.errors import UserError
 from ncsn.remote.checks import STANDALONE
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.orphans import has_workflow, troubles_of_run
@@ -87,7 +88,7 @@ class _Pods:
         self._next = 0.0
         try:
             self._api: KubernetesApi | None = KubernetesApi(connection.namespace or STANDALONE, patience=LOOK_SECONDS)
-        except ValueError as error:
+        except UserError as error:
             self._give_up(error)
 
     def look(self, titles: Mapping[str, str]) -> str:
@@ -97,7 +98,7 @@ class _Pods:
         self._next = time.monotonic() + LOOK_SECONDS
         try:
             troubles = troubles_of_run(self._api, self._run_id, pending=True)
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             self._give_up(error)
             return ""
         self._look_for_workflow()
@@ -118,7 +119,7 @@ class _Pods:
 
     def _look_for_workflow(self) -> None:
         assert self._api is not None
-        with suppress(OSError, ValueError):  # pods may be read by more accounts than Workflows
+        with suppress(OSError, UserError):  # pods may be read by more accounts than Workflows
             if has_workflow(self._api, self._run_id):
                 self._absent = 0
             elif self._absent is not None:

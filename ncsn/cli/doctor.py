@@ -124,6 +124,8 @@ def _check_ray() -> str:
     if not address:
         return f"Ray {version}, a cluster on this machine for each command"
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if address != "auto" and not port.isdecimal():
+        raise UserError("RAY_ADDRESS", "not the address of a cluster", hint="use HOST:PORT", value=address)
     if address != "auto":
         with socket.create_connection((host, int(port)), timeout=CHECK_SECONDS):
             pass

@@ -1,10 +1,20 @@
 """The one typed configuration: schema, parsing and flattening. Imports nothing else of this package."""
 
-from ncsn.config.load import changed_settings, flatten, from_json, from_yaml, to_json, to_yaml, training_settings
+from ncsn.config.load import (
+    NOT_YAML,
+    changed_settings,
+    flatten,
+    from_json,
+    from_yaml,
+    to_json,
+    to_yaml,
+    training_settings,
+)
 from ncsn.config.schema import Config
 from ncsn.errors import ConfigError
 
 __all__ = [
+    "NOT_YAML",
     "Config",
     "ConfigError",
     "changed_settings",

@@ -16,6 +16,9 @@ from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
 from ncsn.errors import ConfigError
 
+# Of a number or a date that does not exist PyYAML says so with Python's own errors.
+NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
+
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
 
 
@@ -43,7 +46,7 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     """
     try:
         tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigError(origin, f"not valid YAML: {error}") from None
     if tree is None:
         raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
@@ -99,7 +102,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError("--set", "expected a.b=value", hint="for example noise.num_levels=50", value=override)
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise ConfigError("--set", "the value is not valid YAML", value=override) from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
         with suppress(ValueError):

@@ -78,11 +78,12 @@ def _explain(detail: ErrorDetails, tree: dict[str, Any], model: type[BaseModel])
         kinds = kinds_of(_models([*parts, "kind"], tree, model))
         example = f", such as {{kind: {kinds[0]}, ...}}" if kinds else ""
         return [Problem(path, f"expected a mapping{example}", value=value)]
-    if kind == "value_error":  # the keys of a validator's UserError are relative to its section
-        return [
-            replace(problem, key=".".join(filter(None, (path, problem.key))))
-            for problem in problems_of(detail["ctx"]["error"])
-        ]
+    if kind == "value_error":
+        raised: ValueError = detail["ctx"]["error"]
+        if not (found := problems_of(raised)):  # a bug
+            raise raised
+        # The keys of a validator's UserError are relative to its section.
+        return [replace(problem, key=".".join(filter(None, (path, problem.key)))) for problem in found]
     return [Problem(path, f"{detail['msg'][0].lower()}{detail['msg'][1:]}", value=value)]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from ncsn.config.choices import Section
 from ncsn.config.noise import LevelsConfig, NoiseConfig
-from ncsn.errors import Problem, UserError
+from ncsn.errors import InvalidValue, Problem, UserError
 
 
 class SamplerSection(Section):
@@ -183,8 +183,12 @@ _SECTION: TypeAdapter[SamplerConfig] = TypeAdapter(SamplerConfig)
 
 
 def parse_sampler(values: Mapping[str, Any]) -> SamplerConfig:
-    """The section of a sampler from plain values."""
-    return _SECTION.validate_python(values)
+    """The section of a sampler from plain values; `InvalidValue` with the first that is out of range."""
+    try:
+        return _SECTION.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidValue(f"{first['loc'][-1]} = {first['input']}: {first['msg'].lower()}") from None
 
 
 def level_problems(sampler: SamplerConfig, levels: NoiseConfig | LevelsConfig, *, key: str) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.core.networks.transfer import misfits
+from ncsn.errors import InvalidValue
 
 
 class EmaProfile(Protocol):
@@ -100,7 +101,7 @@ class Ema:
         """Restore a `state_dict`, on this object's devices and in its types."""
         weights: Mapping[str, Tensor] = state["weights"]
         if found := misfits(weights, self.weights):
-            raise ValueError(f"these EMA weights belong to another network: {found}")
+            raise InvalidValue(f"these EMA weights belong to another network: {found}")
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
         self.num_updates = int(state["num_updates"])

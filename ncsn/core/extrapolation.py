@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.networks.transfer import misfits
+from ncsn.errors import InvalidValue
 
 
 def extrapolated(weights: Mapping[str, Tensor], self_trained: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
@@ -21,7 +22,7 @@ def extrapolated(weights: Mapping[str, Tensor], self_trained: Mapping[str, Tenso
     theta_r are the float32 parameters of a network, theta_s those after a short training on its own samples.
     """
     if found := misfits(self_trained, weights):
-        raise ValueError(f"the weights are of two different networks: {found}")
+        raise InvalidValue(f"the weights are of two different networks: {found}")
     return {name: torch.lerp(tensor, self_trained[name], -w) for name, tensor in weights.items()}
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncsn.errors import InvalidValue
+
 LOGIT_MARGIN = 1e-6
 
 
@@ -39,10 +41,10 @@ def to_uint8(x: Tensor, *, dequantized: bool = False) -> Tensor:
     value is what `dequantize` spreads it over, floor(256 x).
 
     Raises:
-        ValueError: A value is NaN or infinite, which would otherwise become a plausible gray.
+        InvalidValue: A value is NaN or infinite, which would otherwise become a plausible gray.
     """
     if bad := int((~torch.isfinite(x)).sum()):
-        raise ValueError(
+        raise InvalidValue(
             f"{bad} of {x.numel()} pixel values are NaN or infinite: the sampler diverged, lower its epsilon"
         )
     unit = x.float().clamp(0, 1)
@@ -104,7 +106,7 @@ def fit_moments(x: Tensor, *, num_components: int = 64) -> DataMoments:
     The components are fewer if N - 1 or D is smaller; the total variance is that of the data for any number.
     """
     if len(x) < 2:
-        raise ValueError(f"moments need at least 2 images, got {len(x)}")
+        raise InvalidValue(f"moments need at least 2 images, got {len(x)}")
     flat = x.detach().cpu().flatten(1).to(torch.float64)
     mean = flat.mean(dim=0)
     flat = flat - mean

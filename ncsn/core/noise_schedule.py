@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.keyed_random import keyed_permutation
+from ncsn.errors import InvalidValue
 
 _BLOCK = 2048
 _BLOCK_VALUES = 2**22  # of a block, which has fewer images if they are large
@@ -33,9 +34,9 @@ def geometric_sigmas(sigma_1: float, sigma_L: float, num_levels: int) -> Tensor:
     if num_levels == 1 and 0 < sigma_L == sigma_1 < float("inf"):
         return torch.tensor([sigma_1], dtype=torch.float32)
     if not 0 < sigma_L < sigma_1 < float("inf"):
-        raise ValueError(f"need 0 < sigma_L < sigma_1, got sigma_1 = {sigma_1} and sigma_L = {sigma_L}")
+        raise InvalidValue(f"need 0 < sigma_L < sigma_1, got sigma_1 = {sigma_1} and sigma_L = {sigma_L}")
     if num_levels < 2:
-        raise ValueError(f"a geometric sequence needs at least 2 levels, got num_levels = {num_levels}")
+        raise InvalidValue(f"a geometric sequence needs at least 2 levels, got num_levels = {num_levels}")
     return torch.from_numpy(np.geomspace(sigma_1, sigma_L, num_levels)).to(torch.float32)
 
 
@@ -57,7 +58,7 @@ def pair_distances(x: Tensor, *, flips: bool = False, max_images: int = 60_000) 
     10,000 is compared.
     """
     if len(x) < 2:
-        raise ValueError(f"distances need at least 2 images, got {len(x)}")
+        raise InvalidValue(f"distances need at least 2 images, got {len(x)}")
     exact = len(x) <= max_images
     if not exact:
         x = x[torch.from_numpy(np.sort(keyed_permutation(0, epoch=0, size=len(x))[:10_000]))]
@@ -171,10 +172,10 @@ def level_overlap(ratio: float, *, dimension: int) -> float:
 def ratio_for_overlap(dimension: int, *, overlap: float = 0.5) -> float:
     """The ratio gamma in (1, 3) of neighboring levels at which `level_overlap` is `overlap` (technique 2)."""
     if dimension < 1 or not 0 < overlap < 0.99:
-        raise ValueError(f"need dimension >= 1 and 0 < overlap < 0.99, got {dimension} and {overlap}")
+        raise InvalidValue(f"need dimension >= 1 and 0 < overlap < 0.99, got {dimension} and {overlap}")
     low, high = 1.0, 3.0
     if level_overlap(high, dimension=dimension) > overlap:
-        raise ValueError(f"with {dimension} dimensions levels a factor 3 apart still overlap by more than {overlap}")
+        raise InvalidValue(f"with {dimension} dimensions levels a factor 3 apart still overlap by more than {overlap}")
     for _ in range(60):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if level_overlap(middle, dimension=dimension) > overlap else (low, middle)
@@ -194,7 +195,7 @@ def variance_ratio(epsilon: float, *, sigma_L: float, ratio: float, steps_per_le
     """
     r = epsilon / sigma_L**2
     if not 0 < r < 2:
-        raise ValueError(f"epsilon must be within 0 and 2 sigma_L^2 = {2 * sigma_L**2:g}, got {epsilon:g}")
+        raise InvalidValue(f"epsilon must be within 0 and 2 sigma_L^2 = {2 * sigma_L**2:g}, got {epsilon:g}")
     stationary = 2 / (2 - r)
     return (1 - r) ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
 
@@ -243,8 +244,10 @@ def suggest_noise(
     The published settings have an overlap of 0.567.
     """
     sigma_1 = float(f"{distances.maximum:.4g}")
+    if not sigma_L > 0:
+        raise InvalidValue(f"sigma_L must be positive, got {sigma_L}")
     if sigma_1 <= sigma_L:
-        raise ValueError(
+        raise InvalidValue(
             f"the largest distance between images is {sigma_1:g}, not above sigma_L = {sigma_L:g}: "
             "the images are all alike; lower sigma_L"
         )

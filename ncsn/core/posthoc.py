@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ncsn.errors import InvalidValue
+
 Array = NDArray[np.float64]
 
 WIDEST = math.sqrt(1 / 12)  # relative width of the plain mean, whose exponent is 0
@@ -26,7 +28,7 @@ def relative_width(exponent: float) -> float:
 def exponent_of(width: float) -> float:
     """The exponent g >= 0 of the profile with this relative width, in (0, `WIDEST`]."""
     if not 0 < width <= WIDEST:
-        raise ValueError(f"a relative width is more than 0 and at most {WIDEST:.4f}, got {width}")
+        raise InvalidValue(f"a relative width is more than 0 and at most {WIDEST:.4f}, got {width}")
     square = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - square, 12.0 - square])
     return max(0.0, float(roots.real.max()))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ncsn import storage
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -66,15 +66,18 @@ def pixel_shape(field: pa.Field) -> tuple[int, ...] | None:
     """(H, W, C) of the images of a column: the bytes of our datasets, or tensors of Arrow; None for another column."""
     if isinstance(field.type, pa.FixedShapeTensorType):
         return tuple(field.type.shape) if field.type.value_type == pa.uint8() else None
-    shape = tuple(json.loads((field.metadata or {}).get(_SHAPE, b"[]")))
+    try:
+        shape = tuple(json.loads((field.metadata or {}).get(_SHAPE, b"[]")))
+    except (ValueError, TypeError):
+        return None
     return shape if len(shape) == 3 and field.type == pa.binary(math.prod(shape)) else None
 
 
 def image_shape_of(columns: pa.Schema) -> tuple[int, ...]:
-    """(H, W, C) of the images of a file of ours; `ValueError` if it is none."""
+    """(H, W, C) of the images of a file of ours; `InvalidValue` if it is none."""
     shape = pixel_shape(columns.field(IMAGE)) if IMAGE in columns.names else None
     if shape is None:
-        raise ValueError(f"has no images among its columns {', '.join(f'{one.name}: {one.type}' for one in columns)}")
+        raise InvalidValue(f"has no images among its columns {', '.join(f'{one.name}: {one.type}' for one in columns)}")
     return shape
 
 
@@ -204,7 +207,7 @@ class Manifest:
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
         if split not in self.counts:
-            raise ValueError(f"dataset {self.name} has no split {split!r}; it has {', '.join(self.counts)}")
+            raise InvalidValue(f"dataset {self.name} has no split {split!r}; it has {', '.join(self.counts)}")
         return self.counts[split]
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncsn import storage
@@ -34,7 +35,7 @@ from ncsn.data.format import (
     to_table,
 )
 from ncsn.data.sources.base import BadImages, Example, Source, Split, image_shape
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 
 _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
@@ -111,19 +112,24 @@ def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range 
 
 @contextmanager
 def _open_part(uri: str, part: Part, *, shape: tuple[int, int, int]) -> Iterator[pq.ParquetFile]:
-    part_uri = storage.join(uri, part.path)
-    with _open(part_uri) as file:
-        try:
-            found = image_shape_of(file.schema_arrow)
-        except ValueError as error:
-            raise UserError(part_uri, str(error), hint=f"delete {uri} and ingest again") from error
-        if (file.metadata.num_rows, found) != (part.rows, shape):
-            raise UserError(
-                part_uri,
-                f"holds {file.metadata.num_rows} images of {found}, but the manifest says {part.rows} of {shape}",
-                hint=f"delete {uri} and ingest again",
-            )
-        yield file
+    part_uri, again = storage.join(uri, part.path), f"delete {uri} and ingest again"
+    try:
+        with _open(part_uri) as file:
+            try:
+                found = image_shape_of(file.schema_arrow)
+            except InvalidValue as error:
+                raise UserError(part_uri, str(error), hint=again) from error
+            if (file.metadata.num_rows, found) != (part.rows, shape):
+                raise UserError(
+                    part_uri,
+                    f"holds {file.metadata.num_rows} images of {found}, but the manifest says {part.rows} of {shape}",
+                    hint=again,
+                )
+            yield file
+    except FileNotFoundError:
+        raise NotFound(part_uri, "no file here", hint=again) from None
+    except pa.ArrowInvalid as error:
+        raise UserError(part_uri, f"is not a whole Parquet file: {str(error)[:200]}", hint=again) from error
 
 
 def inspect_part(part_uri: str) -> tuple[int, BadImages]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ncsn.config.schema import DataConfig
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
 _FILTER = Image.Resampling.BILINEAR
@@ -41,7 +41,7 @@ _NOT_DECODED = (
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class BadImageError(ValueError):
+class BadImageError(InvalidValue):
     """An image that cannot be used; the message is the reason."""
 
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
 from ncsn.data.format import IMAGE, LABEL, NO_LABEL, PARQUET_OPTIONS, Rows, from_table, image_shape_of, to_table
 from ncsn.data.sources.base import Example, Source
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 
 _BLOCK_IMAGES = 1024
 _NAME = re.compile(r"shard-(\d{9})-(\d{9})\.parquet")
@@ -126,7 +127,7 @@ def _open_shard(uri: str, *, count: int | None = None) -> Iterator[pq.ParquetFil
             yield shard
     except UserError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, pa.ArrowInvalid, InvalidValue) as error:
         raise UserError(
             uri, f"is not a readable shard of samples: {error}", hint="delete it and sample again"
         ) from None

@@ -270,6 +270,9 @@ class StreamedSplit:
                 array = mapped(self._file(chunk))
             except FileNotFoundError:
                 self._make(chunk, timeout=-1)
+            except ValueError:
+                hint = "delete that file"
+                raise UserError(str(self._file(chunk)), "this local copy of images is damaged", hint=hint) from None
             else:
                 return array
 

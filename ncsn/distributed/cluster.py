@@ -46,14 +46,8 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
-        inherited = retry.outage_environment()
         with _own_sigterm():
-            ray.init(
-                address=address,
-                job_config=JobConfig(metadata=dict(metadata or {})),
-                logging_level=logging.WARNING,
-                runtime_env={"env_vars": inherited} if inherited else None,
-            )
+            _join(address, metadata)
         try:
             yield address
         finally:
@@ -104,6 +98,20 @@ def _own_sigterm() -> Iterator[None]:
     yield
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _join(address: str, metadata: Mapping[str, str] | None) -> None:
+    inherited = retry.outage_environment()
+    try:
+        ray.init(
+            address=address,
+            job_config=JobConfig(metadata=dict(metadata or {})),
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": inherited} if inherited else None,
+        )
+    except ValueError as error:
+        hint = "use HOST:PORT of the cluster, or unset it"
+        raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
 
 
 def _start(config: Config, metadata: Mapping[str, str] | None) -> str:

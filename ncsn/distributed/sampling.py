@@ -20,6 +20,7 @@ from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
 from ncsn.distributed.tasks import run_task, run_tasks, runner_of
+from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors.base import batches, extract_all
 from ncsn.evaluation.reference import extractor_of, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
@@ -215,7 +216,7 @@ def _score_shard(part: tuple[int, Shard]) -> Features | None:
     _trained(shard)  # an error of the checkpoint is not the sampler's
     try:
         images = _generate(shard)
-    except ValueError:  # not finite
+    except InvalidValue:  # not finite
         return None
     return extractor_of(shard.config, shard.dataset).extract(images).features
 

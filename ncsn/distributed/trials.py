@@ -32,7 +32,7 @@ from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import Candidate, score_samples
-from ncsn.errors import NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CHECKPOINTS
 from ncsn.model.generate import with_evaluations
@@ -230,7 +230,7 @@ def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) ->
                 rung = _reach(plan, values, folder, images)
             except (NotFound, CheckpointError):  # not the fault of the trial's settings
                 raise
-            except ValueError as error:
+            except InvalidValue as error:
                 folder.fail(str(error))
             else:
                 folder.reach(rung)

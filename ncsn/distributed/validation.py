@@ -8,6 +8,7 @@ import torch
 
 from ncsn.config import Config
 from ncsn.distributed.tasks import runner_of
+from ncsn.errors import InvalidValue
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.reference import extractor_of, load_reference, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
@@ -44,7 +45,7 @@ class SampleDistance:
             count = min(sampling.batch_size, share.stop - first)
             try:
                 images = generate(trained, sampling=sampling, first=first, count=count, device=context.device)
-            except ValueError:  # not finite, as early weights may be
+            except InvalidValue:  # not finite, as early weights may be
                 broken += 1
                 break
             features[first : first + count] = torch.from_numpy(extractor.extract(images).features)

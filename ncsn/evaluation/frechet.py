@@ -14,7 +14,7 @@ from scipy.stats import linregress
 
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.evaluation.scores import Estimate
 
 Array = npt.NDArray[np.float64]
@@ -41,7 +41,9 @@ class FrechetStatistics:
             raise ValueError(f"features must be [images, dimensions] with at least one image, got {list(values.shape)}")
         bad = int((~np.isfinite(values)).any(axis=1).sum())
         if bad:
-            raise ValueError(f"{bad} of {len(values)} feature vectors hold NaN or infinity; check the samples for them")
+            raise InvalidValue(
+                f"{bad} of {len(values)} feature vectors hold NaN or infinity; check the samples for them"
+            )
         mean = values.mean(axis=0)
         centered = values - mean
         return cls(count=len(values), mean=mean, scatter=centered.T @ centered)
@@ -140,7 +142,7 @@ def frechet_infinity(
     """
     count, size = features.shape
     if count < EXTRAPOLATE_RATIO * size:
-        raise ValueError(f"{size} features need at least {EXTRAPOLATE_RATIO * size} images, got {count}")
+        raise InvalidValue(f"{size} features need at least {EXTRAPOLATE_RATIO * size} images, got {count}")
     counts = np.linspace(max(count / 10, 2 * size), count, NUM_SUBSETS).round().astype(int)
     distances = []
     for number, chosen in enumerate(counts):
@@ -166,7 +168,7 @@ def _trace_of_root(matrix: Array) -> float:
 
 def _require_same_dimension(a: FrechetStatistics, b: FrechetStatistics) -> None:
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
+        raise InvalidValue(
             f"features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions cannot be compared; "
             "use one extractor for both"
         )

@@ -20,6 +20,7 @@ from ncsn.config import Config
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.samples import batch_starts, read_labels, read_samples
 from ncsn.data.training_images import open_cache
+from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors.base import Extracted, Extractor, Images, batches, extract_all, fingerprint_of
 
 Labels = NDArray[np.int64]
@@ -171,7 +172,7 @@ class Spool:
     def extracted(self) -> Extracted:
         """All that was appended; at least one image."""
         if not self.done:
-            raise ValueError("there are no images to evaluate")
+            raise InvalidValue("there are no images to evaluate")
         return Extracted(
             features=self._files["features"][: self.done],
             log_probabilities=self._files["log_probabilities"][: self.done],

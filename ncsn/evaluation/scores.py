@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.number]
@@ -46,7 +46,7 @@ def nearest_neighbors(queries: Vectors, reference: Vectors, *, k: int = 2, block
     if queries.shape[1:] != reference.shape[1:]:
         raise ValueError(f"queries of shape {list(queries.shape[1:])} have no distance to {list(reference.shape[1:])}")
     if not 2 <= k <= len(reference):
-        raise ValueError(f"k = {k} neighbors among {len(reference)}; use 2 to {len(reference)}")
+        raise InvalidValue(f"k = {k} neighbors among {len(reference)}; use 2 to {len(reference)}")
     flat = _rows(queries)
     block_size = block_size or max(BLOCK_VALUES // flat.shape[1], 1)
     distances, indices = np.full((len(flat), k), np.inf), np.zeros((len(flat), k), np.int64)
@@ -114,7 +114,7 @@ def inception_score(log_probabilities: npt.ArrayLike, *, num_splits: int = 10) -
     # Split by split, so that of a memory map no more than a split is in memory.
     splits = [log_p[split * count // num_splits : (split + 1) * count // num_splits] for split in range(num_splits)]
     if missing := sum(int(np.isnan(rows).any(axis=1).sum()) for rows in splits):
-        raise ValueError(f"{missing} of {count} rows of log probabilities hold NaN")
+        raise InvalidValue(f"{missing} of {count} rows of log probabilities hold NaN")
     scores = [_score_of_split(rows) for rows in splits]
     return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
@@ -135,7 +135,7 @@ def _check(log_p: npt.NDArray[np.float64], num_splits: int) -> None:
     if log_p.ndim != 2 or log_p.shape[1] < 1:
         raise ValueError(f"log probabilities must be [images, classes], got shape {list(log_p.shape)}")
     if num_splits < 1:
-        raise ValueError(f"num_splits = {num_splits}; use 1 or more")
+        raise InvalidValue(f"num_splits = {num_splits}; use 1 or more")
     if len(log_p) < num_splits:
         raise UserError(
             "sampling.num_images",
@@ -162,14 +162,16 @@ def kernel_distance(
         raise ValueError(f"features must be [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     size = min(subset_size, len(a), len(b))
     if size < 2 or num_subsets < 1:
-        raise ValueError(f"{num_subsets} subsets of {size} images give no estimate; use at least 1 subset of 2 images")
+        raise InvalidValue(
+            f"{num_subsets} subsets of {size} images give no estimate; use at least 1 subset of 2 images"
+        )
     generator = np.random.Generator(np.random.Philox(seed))
     # Subsets that are all of both sets do not differ: one is enough.
     repeats = 1 if size == len(a) == len(b) else num_subsets
     estimates = [squared_mmd(_draw(a, size, generator), _draw(b, size, generator)) for _ in range(repeats)]
     mean = float(np.mean(estimates))
     if not np.isfinite(mean):
-        raise ValueError("features hold NaN or infinity; check the samples for them")
+        raise InvalidValue("features hold NaN or infinity; check the samples for them")
     return Estimate(mean, float(np.std(estimates)))
 
 

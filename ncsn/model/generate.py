@@ -17,7 +17,7 @@ from ncsn.core.images import to_uint8
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.stochastic import AnnealedLangevin
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import labels_of_images
@@ -200,7 +200,7 @@ def level_images(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray
     """The images of a state that `on_level` receives, uint8 `[N, H, W, C]`."""
     try:
         return _grays(x, sampling, config)
-    except ValueError as error:
+    except InvalidValue as error:
         raise UserError("sampling.sampler", str(error), value=sampling.sampler.model_dump()) from None
 
 
@@ -213,5 +213,5 @@ def with_evaluations(section: SamplerConfig, nfe: int, *, num_levels: int, key: 
     """The sampler's section with a chain of exactly `nfe` evaluations; an error names the nearest."""
     try:
         return build.sampler_section(build.sampler(section).with_evaluations(nfe, num_levels=num_levels))
-    except ValueError as error:
+    except InvalidValue as error:
         raise UserError(key, str(error), value=nfe) from None

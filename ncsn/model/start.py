@@ -9,7 +9,7 @@ from ncsn.config.search import variant
 from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
@@ -38,7 +38,7 @@ def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, class
         kept = [labels.get(name) for name in classes.names]
     try:
         return transfer(dict(source.network.named_parameters()), network, classes=kept)
-    except ValueError as error:
+    except InvalidValue as error:
         raise UserError(
             "train.init_from",
             f"does not fit this network: {error}",

@@ -30,7 +30,7 @@ def kuberay_checks(compute: ComputeConfig) -> Iterator[Check]:
     settings = compute.kuberay
     try:
         api = KubernetesApi(settings.namespace, patience=CHECK_SECONDS)
-    except ValueError:
+    except UserError:
         yield Check("kubernetes", lambda: KubernetesApi(settings.namespace).server, "export KUBECONFIG=FILE")
         return
     grant = f"kubectl apply --kustomize infra/{'base/rbac' if api.namespace == STANDALONE else 'overlays/multi-user'}"

@@ -148,7 +148,7 @@ class KubeRay:
         self._ours = True  # before it exists, because this process may be killed meanwhile
         try:
             self._api.create_rayjob(manifest)
-        except (Conflict, PermissionError, ValueError):
+        except (Conflict, PermissionError, UserError):
             self._ours = False
             raise
         say(f"RayJob {name} created in namespace {self._api.namespace}")
@@ -217,7 +217,7 @@ class KubeRay:
 
     def _annotate(self, name: str) -> None:
         """Renew the lease in the cluster too, where `ncsn cleanup` looks."""
-        with suppress(ConnectionError, PermissionError, ValueError):
+        with suppress(ConnectionError, PermissionError, UserError):
             self._heart.annotate_rayjob(name, {RENEWED_ANNOTATION: _now()})
 
     def _end_at_once(self, name: str) -> None:
@@ -252,7 +252,7 @@ class KubeRay:
                 f"RayJob {name} could not be deleted ({why}); its driver ends when the lease is stale, or: "
                 f"kubectl delete rayjob {name} --namespace {api.namespace}"
             )
-            if not isinstance(error, (ConnectionError, PermissionError, ValueError)):
+            if not isinstance(error, (ConnectionError, PermissionError, UserError)):
                 raise
         else:
             say(f"RayJob {name} deleted")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import urllib3
+import yaml
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
@@ -273,7 +274,7 @@ def _load_configuration() -> tuple[client.Configuration, str]:
     try:
         config.load_kube_config(config_file=file, client_configuration=configuration)
         _, context = config.list_kube_config_contexts(config_file=file)
-    except config.ConfigException as error:
+    except (config.ConfigException, yaml.YAMLError, ValueError) as error:
         raise UserError(
             "KUBECONFIG",
             f"no Kubernetes cluster: this is not a pod, and the kubeconfig is not usable ({error})",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import KFP_RUN_LABEL
 
@@ -50,7 +51,7 @@ class Launcher:
             return True
         try:
             return is_ending(home.workflow(self.workflow))
-        except (ConnectionError, PermissionError, ValueError):
+        except (ConnectionError, PermissionError, UserError):
             return False
 
 

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import yaml
 
+from ncsn.config import NOT_YAML
 from ncsn.config.compute import LEAST_MEMORY, ComputeConfig, KubeRayConfig, bytes_of
 from ncsn.errors import NotFound, UserError
 from ncsn.remote.backend import command_digest, job_name
@@ -83,7 +84,10 @@ def load_template() -> Manifest:
     file = Path(os.environ.get(TEMPLATE_VARIABLE) or Path(__file__).with_name("rayjob.yaml"))
     if not file.is_file():
         raise NotFound(TEMPLATE_VARIABLE, "no such file", hint="set it to a copy of rayjob.yaml", value=str(file))
-    template = yaml.safe_load(file.read_text())
+    try:
+        template = yaml.safe_load(file.read_text())
+    except NOT_YAML as error:
+        raise UserError(TEMPLATE_VARIABLE, f"not valid YAML: {error}", value=str(file)) from None
     if not isinstance(template, dict) or template.get("kind") != "RayJob":
         hint = "set it to a copy of infra/base/kuberay/rayjob.yaml"
         raise UserError(TEMPLATE_VARIABLE, "not a RayJob", hint=hint, value=str(file))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import urllib3
 
+from ncsn.errors import UserError
 from ncsn.remote.backend import say
 from ncsn.remote.driver_log import DriverLog, first_error
 from ncsn.remote.kubernetes import KubernetesApi, Resource, time_of_event
@@ -259,7 +260,7 @@ class PodLog(DriverLog):
                 self._pod, self._begins, self._last_time = name, sum(1 for _ in self.lines()), b""
             before, silent = self._last_time, time.monotonic() - self._last_read
             self._read(name, since_seconds=round(silent) + _OVERLAP_SECONDS if before else None)
-        except (ValueError, urllib3.exceptions.HTTPError) as error:  # not started yet, or cut
+        except (UserError, urllib3.exceptions.HTTPError) as error:  # not started yet, or cut
             raise ConnectionError(str(error)) from error
         return self._last_time != before
 

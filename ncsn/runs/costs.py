@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ncsn import storage
-from ncsn.config import Config
+from ncsn.config import NOT_YAML, Config
 from ncsn.errors import UserError
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_result, spent_seconds
@@ -45,10 +45,10 @@ class Cost:
 def load_prices(uri: str | None = None) -> Prices:
     """The price table at `uri`, by default the one in the package."""
     own = resources.files("ncsn").joinpath("prices.yaml")
-    text, origin = (storage.read_text(storage.absolute(uri)), uri) if uri else (own.read_text(), own.name)
+    content, origin = (storage.read_bytes(storage.absolute(uri)), uri) if uri else (own.read_bytes(), own.name)
     try:
-        table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        table = yaml.safe_load(content.decode())
+    except NOT_YAML as error:
         raise UserError(origin, f"not valid YAML: {error}") from None
     names = [field.name for field in fields(Prices)]
     if not isinstance(table, dict) or set(table) != set(names):

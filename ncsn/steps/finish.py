@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
+from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
@@ -109,7 +110,7 @@ def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
         api = KubernetesApi(namespace, patience=_LOOK_SECONDS)
         stopped, troubles = was_stopped(api.workflow(kfp.workflow)), troubles_of_run(api, kfp.id)
         return _Seen(stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)})
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
 
 

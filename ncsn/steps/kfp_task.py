@@ -75,5 +75,5 @@ def _tell(call: Callable[[KubernetesApi], None]) -> None:
 
     try:
         call(KubernetesApi(patience=_NOTE_SECONDS))
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         say(f"could not register this run with the janitor: {error}")

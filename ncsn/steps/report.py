@@ -15,6 +15,7 @@ from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import read_samples
 from ncsn.data.training_images import open_cache
+from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
@@ -272,7 +273,7 @@ def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> It
         try:
             measured = quality(opened, nfe=QUICK_NFE, num_images=QUICK_IMAGES, progress=progress)
             panel, _ = inpainting(opened)
-        except ValueError as error:  # a shorter chain may diverge where the run's own does not
+        except InvalidValue as error:  # a shorter chain may diverge where the run's own does not
             yield Section("Quality against cost", "", hints=[f"Not drawn: {error}."])
             return
         yield diagnostics.quality_section(measured, prices)

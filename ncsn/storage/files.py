@@ -40,6 +40,8 @@ class UnreadableError(OSError):
 
 def absolute(uri: str) -> str:
     """A local path or an S3 URI in absolute form, without a trailing slash."""
+    if "\0" in uri:
+        raise UserError(repr(uri), "contains a null character", hint="use a local path or s3://bucket/prefix")
     if uri.startswith(S3_SCHEME):
         if not uri.removeprefix(S3_SCHEME).strip("/"):
             raise UserError(uri, "names no bucket", hint="use s3://bucket/prefix")
@@ -153,8 +155,12 @@ def write_array(uri: str, array: npt.NDArray[Any]) -> None:
 
 
 def read_array(uri: str) -> npt.NDArray[Any]:
-    """The array in a `.npy` file; one that would need unpickling is a `ValueError`."""
-    array: npt.NDArray[Any] = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+    """The array in a `.npy` file; `UnreadableError` if it is none, or would need unpickling."""
+    content = read_bytes(uri)
+    try:
+        array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UnreadableError(f"{uri} is not an array: {error}") from error
     return array
 
 

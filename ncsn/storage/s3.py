@@ -12,17 +12,19 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
+from ncsn.errors import UserError
 from ncsn.storage.retry import call_store
 
 SCHEME = "s3://"
 IN_MEMORY = 8 << 20  # bytes of a file that is being written; a longer one is spooled to the local disk
 PART = 8 << 20  # bytes of a part of an upload; S3 takes 10,000 parts
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
+_AN_ADDRESS = "use one such as http://HOST:PORT"
 
 T = TypeVar("T")
 
@@ -31,9 +33,12 @@ def s3_filesystem(bucket: str) -> fs.FileSystem:
     """The file system of a bucket; the environment says where it is."""
     # from_uri honors AWS_ENDPOINT_URL and finds a bucket's region; only the constructor can turn off writes in the
     # background, for which Arrow takes the same few threads that wait for them when several files are copied.
-    found = call_store(partial(fs.FileSystem.from_uri, f"s3://{bucket}"))[0]
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
+    endpoint = _endpoint()
+    try:
+        found = call_store(partial(fs.FileSystem.from_uri, f"{SCHEME}{bucket}"))[0]
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{SCHEME}{bucket}", f"names no bucket: {error}", hint="use s3://bucket/prefix") from None
+    where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint else {}
     return fs.PyFileSystem(_Retrying(fs.S3FileSystem(region=found.region, background_writes=False, **where)))
 
 
@@ -199,7 +204,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     """Write an object unless there is one; whether this call wrote it."""
     bucket, key = _place(uri)
     try:
-        _request(uri, partial(client().put_object, Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
+        _request(uri, lambda: client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
     except FileExistsError:
         return False
     return True
@@ -210,6 +215,7 @@ def client() -> Any:
     """boto3's client, which threads share; address and keys come from the environment."""
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import InvalidRegionError
 
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker's log says where it found the keys
 
@@ -219,8 +225,31 @@ def client() -> Any:
         read_timeout=_ANSWER_SECONDS,
         request_checksum_calculation="when_required",  # some servers refuse parts with one that the upload did not name
     )
-    # boto3's shared session must not make clients in two threads at once, so this is new.
-    return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=once)
+    _endpoint()  # so that both clients refuse the same addresses
+    region = os.environ.get("AWS_REGION")
+    try:
+        # boto3's shared session must not make clients in two threads at once, so this is new.
+        return boto3.session.Session().client("s3", region_name=region, config=once)
+    except InvalidRegionError:
+        raise UserError("AWS_REGION", "not a region", hint="use one such as us-east-1", value=region) from None
+    except ValueError as error:
+        raise UserError("AWS_ENDPOINT_URL", f"cannot be used: {error}", hint=_AN_ADDRESS) from None
+
+
+def _endpoint() -> SplitResult | None:
+    """The address of the server in the environment; None for Amazon's."""
+    variable = "AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
+    given = os.environ.get(variable)
+    if not given:
+        return None
+    try:
+        parts = urlsplit(given)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(variable, "not an address", hint=_AN_ADDRESS, value=given)
+    return parts
 
 
 def _place(uri: str) -> tuple[str, str]:

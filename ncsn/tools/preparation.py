@@ -26,7 +26,7 @@ from ncsn.data.sources.base import BadImages
 from ncsn.data.sources.known import open_source
 from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model import build, checkpoint
 from ncsn.model.index import INDEX
 from ncsn.runs.folder import RunFolder
@@ -140,10 +140,10 @@ def _import(config: Config, released: ReleasedCheckpoint, folder: RunFolder, *, 
 
 @contextmanager
 def _wrong_in(file: str) -> Iterator[None]:
-    """Turn a ValueError of `ncsn.core` into an error about the file."""
+    """Turn an InvalidValue of `ncsn.core` into an error about the file."""
     try:
         yield
-    except ValueError as error:
+    except InvalidValue as error:
         raise UserError(file, str(error).removeprefix(file).lstrip(": ")) from None
 
 

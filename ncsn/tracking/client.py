@@ -40,6 +40,7 @@ UI = "NCSN_MLFLOW_UI"  # variable with the address of MLflow's pages, if that is
 _VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
 
 PROBE_SECONDS = 4
+_EXAMPLES = "use http://HOST:PORT or sqlite:////absolute/path/mlflow.db"
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  (only the parent of a private temporary folder)
 
 
@@ -76,7 +77,13 @@ def server_uri(named: str | None, *, root: str) -> str:
             hint="set it or MLFLOW_TRACKING_URI to a tracking server",
         )
     uri = uri or f"{SQLITE}{root}/mlflow.db"
-    if named and urlsplit(named).password:
+    key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
+    try:
+        password = named and urlsplit(named).password
+        _ = uri.startswith(REMOTE) and urlsplit(uri).port
+    except ValueError as error:
+        raise TrackingError(key, f"not an address: {error}", hint=_EXAMPLES) from None
+    if password:
         raise TrackingError(
             "tracking.uri",
             "contains a password, and the config is recorded with every run",
@@ -85,9 +92,9 @@ def server_uri(named: str | None, *, root: str) -> str:
         )
     if not uri.startswith(SERVERS):
         raise TrackingError(
-            "tracking.uri" if named else "MLFLOW_TRACKING_URI",
+            key,
             "not a server or database",
-            hint="use http://HOST:PORT or sqlite:////absolute/path/mlflow.db",
+            hint=_EXAMPLES,
             value=shown(uri),
         )
     if uri.startswith(SQLITE):
@@ -127,7 +134,10 @@ def client_at(uri: str) -> MlflowClient:
 
     if uri.startswith(SQLITE):
         _create_database(Path(uri.removeprefix(SQLITE)))
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except ValueError as error:
+        raise TrackingError("MLFLOW_TRACKING_URI", f"not the address of a database: {error}", hint=_EXAMPLES) from None
 
 
 def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:

@@ -28,7 +28,7 @@ class WorkerContext(ABC):
 
     @contextmanager
     def mistakes_shared(self) -> Iterator[None]:
-        """Context manager: a ValueError that one worker raises in the block is raised by all. A barrier at its end."""
+        """Context manager: an InvalidValue of one worker in the block is raised by all. A barrier at its end."""
         # Such an error is no failure for Ray, so the others would wait for this worker forever.
         yield
 

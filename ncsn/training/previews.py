@@ -13,6 +13,7 @@ from ncsn.config import Config
 from ncsn.config.samplers import ProbabilityFlowConfig
 from ncsn.core.images import DataMoments, image_grid
 from ncsn.core.training import EVALUATIONS_PER_STEP, TrainState
+from ncsn.errors import InvalidValue
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import generate
@@ -31,7 +32,7 @@ def preview_png(*, config: Config, state: TrainState, moments: DataMoments) -> b
         return None
     try:
         picture = preview(config, state, moments, evaluations=evaluations)
-    except ValueError as error:  # early weights may not make finite images yet
+    except InvalidValue as error:  # early weights may not make finite images yet
         _logger.warning("no preview at images_seen = %d: %s", state.images_seen, error)
         return None
     buffer = io.BytesIO()

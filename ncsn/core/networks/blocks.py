@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ncsn.core.networks.normalization import NormFactory
+from ncsn.errors import InvalidValue
 
 
 def elu(x: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: boo
 
 
 def check_size(x: Tensor, *, halvings: int) -> None:
-    """Raise ValueError unless height and width can be halved `halvings` times."""
+    """Raise InvalidValue unless height and width can be halved `halvings` times."""
     step = 2**halvings
     if x.shape[2] % step or x.shape[3] % step:
-        raise ValueError(
+        raise InvalidValue(
             f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
         )
 

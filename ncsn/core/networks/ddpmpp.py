@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ncsn.core.networks.normalization import KeyedDropout
 from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
+from ncsn.errors import InvalidValue
 
 _EPS = 1e-6  # of all group norms
 _LOWEST_FREQUENCY = 1e-4
@@ -244,10 +245,10 @@ class DdpmppNetwork(PreconditionedNetwork):
 
 def _check_sizes(image_size: int, *, num_resolutions: int, attention_sizes: Sequence[int]) -> None:
     if image_size % 2 ** (num_resolutions - 1):
-        raise ValueError(
+        raise InvalidValue(
             f"{num_resolutions} resolutions need an image size divisible by {2 ** (num_resolutions - 1)}, "
             f"got {image_size}"
         )
     sizes = [image_size >> depth for depth in range(num_resolutions)]
     if missing := sorted(set(attention_sizes) - set(sizes)):
-        raise ValueError(f"attention_sizes = {missing} do not occur: feature maps have sizes {sizes}")
+        raise InvalidValue(f"attention_sizes = {missing} do not occur: feature maps have sizes {sizes}")

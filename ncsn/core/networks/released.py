@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ncsn.core.ema import Ema
 from ncsn.core.networks.transfer import misfits
+from ncsn.errors import InvalidValue
 
 _PREFIX = "module."
 
@@ -33,12 +34,12 @@ def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         # A truncated archive is an OSError to PyTorch's reader.
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-            raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+            raise InvalidValue(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     if not isinstance(content, list) or len(content) not in (2, 4, 5):
         kind = f"a list of {len(content)}" if isinstance(content, list) else type(content).__name__
-        raise ValueError(
+        raise InvalidValue(
             f"{path} holds {kind}; expected the list [weights, optimizer] of NCSN, "
             "or [weights, optimizer, epoch, step] with or without EMA of NCSNv2"
         )
@@ -62,7 +63,7 @@ def load_released_checkpoint(
     learning rate and other settings. Everything is checked before anything is changed.
 
     Raises:
-        ValueError: Names, shapes or the optimizer's states do not fit the network.
+        InvalidValue: Names, shapes or the optimizer's states do not fit the network.
     """
     parameters = dict(network.named_parameters())
     _check_weights(released.weights, network.state_dict(), "weights")
@@ -77,22 +78,22 @@ def load_released_checkpoint(
 
 def _tensors(content: Any, *, path: str | Path, part: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: the {part} are not a state dict of tensors")
+        raise InvalidValue(f"{path}: the {part} are not a state dict of tensors")
     prefixed = all(name.startswith(_PREFIX) for name in content)
     return {name.removeprefix(_PREFIX) if prefixed else name: tensor for name, tensor in content.items()}
 
 
 def _optimizer(content: Any, *, path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != {"state", "param_groups"}:
-        raise ValueError(f"{path}: the second entry is not the state of an optimizer")
+        raise InvalidValue(f"{path}: the second entry is not the state of an optimizer")
     if any(not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() for state in content["state"].values()):
-        raise ValueError(f"{path}: the optimizer is not Adam, its states lack step, exp_avg or exp_avg_sq")
+        raise InvalidValue(f"{path}: the optimizer is not Adam, its states lack step, exp_avg or exp_avg_sq")
     return content
 
 
 def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], part: str) -> None:
     if found := misfits(weights, expected):
-        raise ValueError(
+        raise InvalidValue(
             f"the {part} are of another network: {found}; check network.kind, network.num_features, data.channels and "
             "noise.num_levels"
         )
@@ -102,14 +103,14 @@ def _adam_state(optimizer: dict[str, Any], parameters: list[nn.Parameter]) -> di
     """Adam's states by index. They are numbered by order of registration, which these networks share."""
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     if len(numbers) != len(parameters):
-        raise ValueError(f"the optimizer has {len(numbers)} parameters, the network has {len(parameters)}")
+        raise InvalidValue(f"the optimizer has {len(numbers)} parameters, the network has {len(parameters)}")
     states: dict[int, dict[str, Tensor]] = {}
     for index, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
         if number not in optimizer["state"]:
             continue
         state = optimizer["state"][number]
         if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-            raise ValueError(
+            raise InvalidValue(
                 f"Adam's moments of parameter {index} have shape {list(state['exp_avg'].shape)}, "
                 f"the network's parameter has {list(parameter.shape)}"
             )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ncsn.errors import InvalidValue
+
 _LABEL, _LABEL_BIAS, _AUGMENT = "map_label.weight", "map_label.bias", "map_augment.weight"
 _CHANNELS = {(1, 3), (3, 1)}
 
@@ -58,7 +60,7 @@ def transfer(
         classes: Label in the source of each class of the network; None for a new class. By default the source's own.
 
     Raises:
-        ValueError: Other tensors are missing, superfluous or of another shape; it names the first.
+        InvalidValue: Other tensors are missing, superfluous or of another shape; it names the first.
     """
     wanted = {name: parameter.detach() for name, parameter in network.named_parameters()}
     adapted = dict(weights)
@@ -68,7 +70,7 @@ def transfer(
         *_adapt_channels(adapted, wanted),
     ]
     if found := misfits(adapted, wanted):
-        raise ValueError(f"tensors {found}")
+        raise InvalidValue(f"tensors {found}")
     return Transferred({name: adapted[name].to(tensor.dtype) for name, tensor in wanted.items()}, tuple(changes))
 
 

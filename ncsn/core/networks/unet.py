@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ncsn.core.networks.normalization import KeyedDropout, group_norm_by_image
 from ncsn.core.networks.preconditioned import ConditionTerms, PreconditionedNetwork, attend, num_groups
+from ncsn.errors import InvalidValue
 
 # The embedding's frequencies per unit of ln(sigma) / 4, which spans about two units over a useful schedule: the lowest
 # separates large from small, the highest separates levels that differ by a few percent.
@@ -174,7 +175,7 @@ class UnetNetwork(PreconditionedNetwork):
         super().__init__(sigmas=sigmas, sigma_data=sigma_data, dropout=dropout)
         sizes = _feature_map_sizes(image_size, num_resolutions=len(widths))
         if missing := sorted(set(attention_sizes) - set(sizes)):
-            raise ValueError(
+            raise InvalidValue(
                 f"attention_sizes = {missing} do not occur: feature maps of a {image_size}-pixel image with "
                 f"{len(widths)} widths have sizes {sizes}; choose among these"
             )
@@ -226,7 +227,7 @@ def _feature_map_sizes(image_size: int, *, num_resolutions: int) -> list[int]:
     sizes = [image_size]
     while len(sizes) < num_resolutions:
         if sizes[-1] < 2:
-            raise ValueError(
+            raise InvalidValue(
                 f"widths has {num_resolutions} entries, but a {image_size}-pixel image can be halved only "
                 f"{len(sizes) - 1} times; use at most {len(sizes)} widths"
             )

@@ -26,6 +26,7 @@ from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import NoiseSource, OnLevel
 from ncsn.core.samplers.level_grid import LevelGrid, Levels
+from ncsn.errors import InvalidValue
 
 _LONGEST_CHAIN = 100_000
 _START_DRAW = 2**31  # far beyond the draws of any chain
@@ -81,14 +82,14 @@ class Sampler(ABC):
         return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
 
     def with_evaluations(self, nfe: int, *, num_levels: int) -> Self:
-        """The sampler with a chain of exactly `nfe` evaluations; else a ValueError names the nearest."""
+        """The sampler with a chain of exactly `nfe` evaluations; else an InvalidValue names the nearest."""
         near = {chain.num_evaluations(num_levels): chain for chain in self._near(nfe, num_levels)}
         if nfe in near:
             return near[nfe]
         if self.length is None:
-            raise ValueError(f"cannot be chosen for the sampler {self.kind!r}")
+            raise InvalidValue(f"cannot be chosen for the sampler {self.kind!r}")
         nearest = " or ".join(map(str, sorted(near)))
-        raise ValueError(f"cannot be reached by sampling.sampler.{self.length}; use {nearest}")
+        raise InvalidValue(f"cannot be reached by sampling.sampler.{self.length}; use {nearest}")
 
     def nearest(self, nfe: int, *, num_levels: int) -> Self:
         """The sampler with the chain closest to `nfe` evaluations; itself if it has no `length`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
+from ncsn.errors import InvalidValue
 
 # Number of a draw (0, 1, ...) -> standard normal tensor of the state's shape.
 NoiseSource = Callable[[int], Tensor]
@@ -27,7 +28,7 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
     sigma stays so: steps of size a alone leave more, 2 / (2 - a / sigma^2) of its variance.
     """
     if not epsilon > 0:
-        raise ValueError(f"the step size must be positive, got epsilon = {epsilon}")
+        raise InvalidValue(f"the step size must be positive, got epsilon = {epsilon}")
     squares = sigmas.detach().to("cpu", torch.float64).square().tolist()
     steps = [epsilon * square / squares[-1] for square in squares]
     # Off by default: large consistent steps lose spread in directions where the data has much. Inpainting uses them,
@@ -35,7 +36,7 @@ def level_steps(sigmas: Tensor, epsilon: float, *, consistent: bool) -> list[tup
     if not consistent:
         return [(a, math.sqrt(2 * a)) for a in steps]
     if epsilon > squares[-1] * (1 + 1e-6):
-        raise ValueError(f"consistent steps need epsilon of at most sigma_L^2 = {squares[-1]:.4g}, got {epsilon:g}")
+        raise InvalidValue(f"consistent steps need epsilon of at most sigma_L^2 = {squares[-1]:.4g}, got {epsilon:g}")
     return [(a, math.sqrt(2 * a - a * a / square)) for a, square in zip(steps, squares, strict=True)]
 
 
@@ -86,7 +87,7 @@ def annealed_langevin(
         hold: Level -> function that is applied to the state after each of its steps.
     """
     if steps_per_level < 1:
-        raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}")
+        raise InvalidValue(f"steps_per_level must be at least 1, got {steps_per_level}")
     for level, (step_size, noise_std) in enumerate(level_steps(sigmas, epsilon, consistent=consistent)):
         held = hold(level) if hold is not None else None
         for step in range(level * steps_per_level, (level + 1) * steps_per_level):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import score_at_level
+from ncsn.errors import InvalidValue
 
 Spacing = Literal["geometric", "karras"]
 Levels = tuple[list[float], list[int] | None]  # sigmas, descending, and their indices if they are the network's own
@@ -67,7 +68,7 @@ def choose_levels(sigmas: Tensor, count: int | None, *, spacing: Spacing = "geom
     if count is None or count >= total:
         return list(range(total))
     if count < 2:
-        raise ValueError(f"at least the first and the last level must be used, got num_levels = {count}")
+        raise InvalidValue(f"at least the first and the last level must be used, got num_levels = {count}")
     logs = sigmas.detach().cpu().double().log()
     if spacing == "karras":
         grid = torch.tensor(spaced_sigmas(sigmas, count, spacing=spacing, rho=rho), dtype=torch.float64).log()
@@ -91,17 +92,17 @@ def spaced_sigmas(sigmas: Tensor, num_steps: int, *, spacing: Spacing, rho: floa
 def karras_sigmas(sigma_1: float, sigma_L: float, num_steps: int, *, rho: float = 7.0) -> list[float]:
     """The grid of Karras et al. 2022, equation 5, without the 0 at its end; both ends are exact."""
     if num_steps < 2:
-        raise ValueError(f"the grid needs at least 2 steps, got {num_steps}")
+        raise InvalidValue(f"the grid needs at least 2 steps, got {num_steps}")
     high, low = sigma_1 ** (1 / rho), sigma_L ** (1 / rho)
     inner = [(high + k / (num_steps - 1) * (low - high)) ** rho for k in range(1, num_steps - 1)]
     return [sigma_1, *inner, sigma_L]
 
 
 def score_at_sigma(network: ScoreFunction, x: Tensor, *, sigma: float) -> Tensor:
-    """Score of a batch at any sigma, in x's type; a ValueError if the network knows its own levels only."""
+    """Score of a batch at any sigma, in x's type; InvalidValue if the network knows its own levels only."""
     score_at = getattr(network, "score_at", None)
     if score_at is None:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(network).__name__} knows its own noise levels only; "
             "this sampler needs a network that takes any sigma: kind ncsnv2, unet or ddpmpp"
         )

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ncsn.errors import InvalidValue
+
 _WIDEST = 4.0  # where the kernel of a blur ends, in standard deviations
 
 
@@ -85,14 +87,14 @@ class Separable:
 def means(size: int, factor: int) -> Separable:
     """The means over squares of `factor` x `factor` pixels of square images; `factor` divides `size`."""
     if size % factor:
-        raise ValueError(f"the factor must divide {size}, got {factor}")
+        raise InvalidValue(f"the factor must divide {size}, got {factor}")
     return Separable(torch.eye(size // factor).repeat_interleave(factor, dim=1) / factor)
 
 
 def blur(size: int, width: float) -> Separable:
     """Blur of square images by a normal kernel of standard deviation `width` in pixels, mirrored at the edges."""
     if not width > 0:
-        raise ValueError(f"the width of a blur must be positive, got {width}")
+        raise InvalidValue(f"the width of a blur must be positive, got {width}")
     offsets = torch.arange(-(radius := int(_WIDEST * width + 0.5)), radius + 1)
     kernel = torch.exp(-0.5 * (offsets.double() / width).square())
     places = (torch.arange(size)[:, None] + offsets) % (2 * size)

@@ -23,11 +23,12 @@ from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.langevin import NoiseSource
 from ncsn.core.samplers.level_grid import field_of, floats
 from ncsn.core.samplers.measurements import KnownPixels, Operator
+from ncsn.errors import InvalidValue
 
 _FARTHEST = 20.0  # from zero, in standard deviations of data plus noise; a diverging chain soon goes beyond
 
 
-class Diverged(ValueError):
+class Diverged(InvalidValue):
     """The guidance drove an image away from all data."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.langevin import NoiseSource, OnLevel, annealed_langevin, langevin_step
 from ncsn.core.samplers.level_grid import LevelGrid, Levels, own_levels, spaced_sigmas
+from ncsn.errors import InvalidValue
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Langevin(Sampler):
 
     def _levels(self, sigmas: Tensor) -> Levels:
         if not -len(sigmas) <= self.level < len(sigmas):
-            raise ValueError(f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {self.level}")
+            raise InvalidValue(
+                f"level must be within the {len(sigmas)} levels 0 to {len(sigmas) - 1}, got {self.level}"
+            )
         return [float(sigmas[self.level])], [self.level % len(sigmas)]
 
     def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor:
@@ -114,11 +117,13 @@ class ConsistentAnnealed(Sampler):
     def _coefficients(self, sigmas: list[float]) -> tuple[float, float]:
         q = (sigmas[-1] / sigmas[0]) ** (1 / (len(sigmas) - 1))
         if any(abs(b / a / q - 1) > 1e-3 for a, b in pairwise(sigmas)):
-            raise ValueError("consistent annealed sampling needs noise levels of constant ratio (a geometric schedule)")
+            raise InvalidValue(
+                "consistent annealed sampling needs noise levels of constant ratio (a geometric schedule)"
+            )
         eta = self.epsilon / sigmas[-1] ** 2
         if not 1 - q <= eta <= 1 + q:
             low, high = ((1 + sign * q) * sigmas[-1] ** 2 for sign in (-1, 1))
-            raise ValueError(
+            raise InvalidValue(
                 f"epsilon must be within {low:.4g} and {high:.4g} for these noise levels, got {self.epsilon:g}"
             )
         return eta, math.sqrt(max(0.0, 1 - ((1 - eta) / q) ** 2))

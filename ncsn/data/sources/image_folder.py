@@ -230,7 +230,7 @@ def _celeba_archive(data: DataConfig) -> Path:
 
 def _official_splits(names: Sequence[str], partition: Path) -> Mapping[str, list[str]]:
     numbers = {}
-    for number, line in enumerate(partition.read_text().splitlines(), start=1):
+    for number, line in enumerate(partition.read_text(errors="replace").splitlines(), start=1):
         words = line.split()
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise UserError(f"{partition}:{number}", "expected a file name and 0, 1 or 2", value=line)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ncsn import storage
+from ncsn.errors import InvalidValue
 
 Images = npt.NDArray[np.uint8]
 
@@ -77,7 +78,7 @@ def extract_all(
         if on_images is not None:
             on_images(len(batch))
     if not features:
-        raise ValueError("there are no images to evaluate")
+        raise InvalidValue("there are no images to evaluate")
     return Extracted(features=np.concatenate(features), log_probabilities=np.concatenate(log_probabilities))
 
 
@@ -101,4 +102,4 @@ def require_images(images: Images, *, height: int | None, width: int | None, cha
         want in (None, got) for want, got in zip((height, width, channels), images.shape[1:], strict=True)
     )
     if not fits:
-        raise ValueError(f"images must be {['N', *expected]}, got {list(images.shape)}".replace("'", ""))
+        raise InvalidValue(f"images must be {['N', *expected]}, got {list(images.shape)}".replace("'", ""))

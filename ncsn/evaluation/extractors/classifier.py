@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.evaluation.extractors.base import (
     Extracted,
     Identity,
@@ -218,7 +218,7 @@ def _labeled(labels: Labels, *, num_classes: int) -> Labels:
         )
     largest = int(labels[indices].max())
     if largest >= num_classes:
-        raise ValueError(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")
+        raise InvalidValue(f"label {largest} is out of range for {num_classes} classes (0 to {num_classes - 1})")
     return indices
 
 

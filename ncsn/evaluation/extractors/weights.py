@@ -17,7 +17,7 @@ from ncsn.errors import NotFound, UserError
 from ncsn.storage.cache import cache_folder
 
 # What torch.load raises for a file that is no checkpoint of tensors.
-NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError)
+NOT_A_CHECKPOINT = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError)
 
 TIMEOUT_SECONDS = 60
 
@@ -58,6 +58,8 @@ def _open(source: str) -> BinaryIO:
         return cast("BinaryIO", urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS))  # noqa: S310
     except urllib.error.URLError as error:
         raise OSError(f"evaluation.weights: cannot fetch {source}: {error.reason}") from None
+    except ValueError as error:
+        raise UserError("evaluation.weights", f"not an address: {error}", value=source) from None
 
 
 def _check(path: Path, source: str, sha256: str) -> None:
