@@ -108,7 +108,7 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
     """The problems of a user's mistake; none for a failure."""
     if isinstance(error, UserError):
         return error.problems
-    if isinstance(error, (ValueError, FileNotFoundError)):
+    if isinstance(error, InvalidValue):
         lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
         return tuple(Problem("", line) for line in lines or [type(error).__name__])
     return ()

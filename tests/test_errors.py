@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from refused import fail, refused
 
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
-from ncsn.errors import ConfigError, NotFound, Problem, UserError, problems_of
+from ncsn.errors import ConfigError, InvalidValue, NotFound, Problem, UserError, problems_of
 
 TWO = (
     Problem("train.batch_size", "is less than 1", "raise it", value=0, origin="a.yaml"),
@@ -97,12 +97,23 @@ def test_an_error_leaves_a_ray_task_whole(error: UserError) -> None:
     assert pickle.loads(pickle.dumps(raised.cause)).problems == error.problems
 
 
+def test_a_value_without_a_key_leaves_a_ray_task_as_the_mistake_it_is() -> None:
+    from ray.exceptions import RayTaskError
+
+    raised = RayTaskError("task", "Traceback ...", InvalidValue("2 is too much"), "ray::task", 1, "127.0.0.1")
+    sent = pickle.loads(pickle.dumps(raised.as_instanceof_cause().cause))
+    assert (type(sent), problems_of(sent)) == (InvalidValue, (Problem("", "2 is too much"),))
+
+
 @pytest.mark.parametrize(
     ("error", "problems"),
     [
         (ConfigError.of(TWO), TWO),
-        (ValueError("one\n\ntwo"), (Problem("", "one"), Problem("", "two"))),
-        (FileNotFoundError(), (Problem("", "FileNotFoundError"),)),
+        (InvalidValue("one\n\ntwo"), (Problem("", "one"), Problem("", "two"))),
+        (InvalidValue(), (Problem("", "InvalidValue"),)),
+        (ValueError("a bug"), ()),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), ()),
+        (FileNotFoundError("of ours"), ()),
         (OSError("disk"), ()),
         (RuntimeError("broke"), ()),
     ],

@@ -53,7 +53,7 @@ class Failure:
 
 
 def describe(error: BaseException) -> Failure:
-    """The problems and the exit code of an error: any `ValueError` and `FileNotFoundError` is a mistake of the user."""
+    """The problems and the exit code of an error: a `UserError` or `InvalidValue` is a mistake of the user."""
     message = str(error).strip()
     first_line = next((line.rstrip() for line in message.splitlines() if line.strip()), "")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _DISK_FULL in message:

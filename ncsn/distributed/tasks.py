@@ -71,7 +71,7 @@ def run_task(
 
     It takes `cpus` CPUs and torch threads. The call is made again `retries` times after its process or node was lost,
     and after the errors `retry_on` of the function. Of the function's errors ValueError, OSError and LeaseExpired are
-    raised as they are, others as `ray.exceptions.RayTaskError`.
+    raised as they are, caused by the `ray.exceptions.RayTaskError` with their traceback; others as that.
     """
     if not ray.is_initialized():
         ((_, here),) = _here(lambda given: function(*given), [arguments], cpus=cpus)
@@ -232,4 +232,6 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (ValueError, OSError, LeaseExpired)) else error from None
+        if isinstance(error.cause, (ValueError, OSError, LeaseExpired)):
+            raise error.cause from error
+        raise

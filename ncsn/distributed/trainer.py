@@ -40,7 +40,7 @@ from ncsn import storage
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import require_resources
 from ncsn.distributed.tasks import run_task
-from ncsn.errors import NotFound
+from ncsn.errors import InvalidValue, NotFound
 from ncsn.model.checkpoint_store import BEST, CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.model.index import DamagedError
 from ncsn.storage.heartbeat import LeaseExpired
@@ -112,7 +112,7 @@ def train_single_worker(job: TrainingJob, *, checkpoints: str) -> TrainOutcome:
     )
 
 
-def _fit(trainer: TorchTrainer, *, max_failures: int) -> TrainOutcome | ValueError | LeaseExpired:
+def _fit(trainer: TorchTrainer, *, max_failures: int) -> TrainOutcome | InvalidValue | LeaseExpired:
     try:
         result = trainer.fit()
     except SystemExit as stop:
@@ -123,7 +123,7 @@ def _fit(trainer: TorchTrainer, *, max_failures: int) -> TrainOutcome | ValueErr
         _logger.error("%s", failure)  # noqa: TRY400 - the workers' tracebacks are in its text
         raise RuntimeError(f"{reason(failure)}; compute.max_failures = {max_failures}") from failure
     outcome = result.return_value
-    assert isinstance(outcome, (TrainOutcome, ValueError, LeaseExpired))
+    assert isinstance(outcome, (TrainOutcome, InvalidValue, LeaseExpired))
     return outcome
 
 
@@ -134,7 +134,7 @@ def _timeout(dataset: str) -> int:
     return round(TIMEOUT_SECONDS + size / SLOWEST_READ)
 
 
-def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpired:
+def _worker(arguments: dict[str, Any]) -> TrainOutcome | InvalidValue | LeaseExpired:
     job, run_uri = arguments["job"], arguments["run_uri"]
     checkpoints = _checkpoint_store(job, storage.join(run_uri, CHECKPOINTS))
     # Ray Train retries what a worker raises, so a mistake that would only repeat, and an order to end, is returned.
@@ -142,7 +142,7 @@ def _worker(arguments: dict[str, Any]) -> TrainOutcome | ValueError | LeaseExpir
         return train_loop(job, RayContext(), checkpoints)
     except _TRANSIENT:
         raise
-    except (ValueError, LeaseExpired) as end:
+    except (InvalidValue, LeaseExpired) as end:
         return end
 
 
@@ -170,10 +170,10 @@ class RayContext(WorkerContext):
     @contextmanager
     def mistakes_shared(self) -> Iterator[None]:
         """Context manager: of several workers' errors that of the lowest rank is raised."""
-        own: ValueError | None = None
+        own: InvalidValue | None = None
         try:
             yield
-        except ValueError as mistake:
+        except InvalidValue as mistake:
             own = mistake
         mistakes = [own] * self.world_size
         if self.world_size > 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ncsn.errors import InvalidValue
 from ncsn.report.page import Page
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -44,5 +45,5 @@ def render(page: Page) -> str:
     )
     size = len(text.encode())
     if size > MAX_BYTES:
-        raise ValueError(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
+        raise InvalidValue(f"the report of run {page.run!r} has {size:,} bytes, more than {MAX_BYTES:,}")
     return text

@@ -35,7 +35,7 @@ _SCRATCH = ".tmp-"
 
 
 class UnreadableError(OSError):
-    """A damaged file of this project. Not the user's mistake, so never a `ValueError`."""
+    """A damaged file of this project. Not the user's mistake."""
 
 
 def absolute(uri: str) -> str:

@@ -25,7 +25,7 @@ from ncsn.config.guidance import MOST_WEIGHT, ClassifierFreeConfig
 from ncsn.config.load import with_sampler
 from ncsn.config.schema import SamplingConfig
 from ncsn.core.classes import NO_CLASS
-from ncsn.errors import UserError
+from ncsn.errors import InvalidValue, UserError
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import require_label
 from ncsn.model.generate import complete, generate, with_evaluations
@@ -77,7 +77,7 @@ class ScoreModel(PythonModel):
         """
         try:
             return self._predict(params or {})
-        except ValueError as error:
+        except InvalidValue as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _predict(self, params: dict[str, Any]) -> NDArray[np.uint8]:

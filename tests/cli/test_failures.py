@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from ncsn.cli import app
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
-from ncsn.errors import Problem
+from ncsn.errors import InvalidValue, NotFound, Problem, UserError
 
 SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)\n"
 
@@ -30,9 +32,12 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
-        (ValueError("bad value"), 2, ("bad value",)),
-        (ValueError("one\ntwo"), 2, ("one", "two")),
-        (FileNotFoundError("no file at /x"), 2, ("no file at /x",)),
+        (UserError("a.b", "is negative", value=-1), 2, ("a.b = -1: is negative",)),
+        (NotFound("/x", "no file here"), 2, ("/x: no file here",)),
+        (InvalidValue("bad value"), 2, ("bad value",)),
+        (InvalidValue("one\ntwo"), 2, ("one", "two")),
+        (ValueError("a bug"), 1, ("ValueError: a bug",)),
+        (FileNotFoundError("no file at /x"), 1, ("FileNotFoundError: no file at /x",)),
         (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
         (KeyError("missing"), 1, ("KeyError: 'missing'",)),
         (TimeoutError(), 1, ("TimeoutError",)),
@@ -62,7 +67,8 @@ def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Co
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (ValueError("bad value"), 2, "error: bad value\n"),
+        (InvalidValue("bad value"), 2, "error: bad value\n"),
+        (ValueError("a bug"), 1, f"error: ValueError: a bug\n{SHOWS_WHERE}"),
         (RuntimeError("broke"), 1, f"error: RuntimeError: broke\n{SHOWS_WHERE}"),
         (step_failed("x"), 1, "error: step train: x\n(/p.log says more)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -82,7 +88,38 @@ def test_an_interruption_says_how_to_continue(name: str) -> None:
 
 @pytest.mark.parametrize(("args", "env"), [(["--traceback"], {}), ([], {"NCSN_TRACEBACK": "1"})])
 def test_the_traceback_on_request(args: list[str], env: dict[str, str]) -> None:
-    result = CliRunner().invoke(command_that_raises(ValueError("bad value")), args, env=env)
+    result = CliRunner().invoke(command_that_raises(InvalidValue("bad value")), args, env=env)
     assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.endswith("error: bad value\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("operands could not be broadcast"), 1, "error: ValueError: operands could not be broadcast"),
+        (InvalidValue("2 is too much"), 2, "error: 2 is too much"),
+        (UserError("data.root", "is empty", value="/x"), 2, "error: data.root = '/x': is empty"),
+    ],
+    ids=["bug", "value", "mistake"],
+)
+def test_of_what_a_step_raises_only_mistakes_are_the_users(
+    config_file: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: ValueError,
+    code: int,
+    line: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ncsn.steps.ingest.run", fail)
+    with pytest.raises(SystemExit) as ended:
+        app(["ingest", "--config", str(config_file), "--run", "mine", "--json"])
+    printed = capfd.readouterr()
+    assert ended.value.code == code and line in printed.err.splitlines()
+    record = json.loads((store / "runs/mine/steps/ingest/error.json").read_text())
+    assert (record["type"], record["user"], bool(record["problems"])) == (type(error).__name__, code == 2, code == 2)
+    assert ("error" in json.loads(printed.out or "{}")) == (code == 2)

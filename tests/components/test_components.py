@@ -30,7 +30,7 @@ from components.sample import sample
 from components.train import train
 from components.tune import tune
 from ncsn.config import from_yaml, to_json
-from ncsn.errors import NotFound
+from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import run_folder
@@ -111,9 +111,9 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(RuntimeError):
         attempt("0", RuntimeError("a node is gone"))
-    with pytest.raises(ValueError, match="too large"):
-        attempt("1", ValueError("too large"))
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(InvalidValue, match="too large"):
+        attempt("1", InvalidValue("too large"))
+    with pytest.raises(UserError, match="too large"):
         attempt("2", RuntimeError("nobody comes here"))
     assert tried == ["0", "1"]
     with pytest.raises(RuntimeError):  # KFP's Retry, after the cause was mended

@@ -10,7 +10,9 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
+from ncsn.distributed import trainer
 from ncsn.distributed.trainer import LostWorkers, describe, reason
+from ncsn.errors import InvalidValue, NotFound, UserError
 
 
 def died(*, preempted: bool = False) -> Exception:
@@ -59,3 +61,29 @@ def test_why_training_failed_is_one_line() -> None:
     errors = {1: RuntimeError("connection closed by peer"), 0: ValueError()}
     assert reason(WorkerGroupError("[Rank 0 Error Snippet]: ...", errors)) == describe(errors)
     assert "\n" not in describe({0: died()})
+
+
+@pytest.mark.parametrize(
+    ("error", "returned"),
+    [
+        (InvalidValue("2 is too much"), True),
+        (UserError("a.b", "is negative"), True),
+        (ValueError("a bug"), False),
+        (NotFound("/x", "no file here"), False),
+    ],
+)
+def test_ray_train_repeats_what_a_worker_raises_but_not_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, error: ValueError, returned: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train_loop", fail)
+    monkeypatch.setattr(trainer, "RayContext", lambda: None)
+    monkeypatch.setattr(trainer, "_checkpoint_store", lambda *_: None)
+    arguments = {"job": None, "run_uri": "/runs/mine"}
+    if returned:
+        assert trainer._worker(arguments) is error
+    else:
+        with pytest.raises(type(error)):
+            trainer._worker(arguments)

@@ -16,7 +16,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.errors import UserError, problems_of
+from ncsn.errors import InvalidValue, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
@@ -125,11 +125,12 @@ def test_a_lost_step_counts_only_with_a_result_of_the_same_inputs(
             UserError("a.b", "too small", hint="raise it", value=1),
             [{"key": "a.b", "reason": "too small", "hint": "raise it", "value": 1}],
         ),
-        (ValueError("too small"), [{"key": "", "reason": "too small", "hint": ""}]),
+        (InvalidValue("too small"), [{"key": "", "reason": "too small", "hint": ""}]),
+        (ValueError("a bug"), []),
         (RuntimeError("lost"), []),
         (SystemExit(143), []),
     ],
-    ids=["mistake", "sentence", "failure", "stop"],
+    ids=["mistake", "sentence", "bug", "failure", "stop"],
 )
 def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, problems: list[dict[str, str]]
