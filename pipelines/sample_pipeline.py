@@ -43,5 +43,5 @@ def sample_pipeline(
         configure_task(
             evaluate(config=config, run=run, dataset=ingested.outputs["dataset"], samples=sampled.outputs["samples"]),
             title="Evaluate samples",
-            cached=True,
+            cached=False,
         )
