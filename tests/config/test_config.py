@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from refused import refused
 
 from ncsn.config import Config, ConfigError, changed_settings, flatten, from_json, from_yaml, to_json, to_yaml
-from ncsn.config.problems import section_models
+from ncsn.config.problems import problems, section_models
 from ncsn.config.schema import DataConfig
+from ncsn.errors import problems_of
 from ncsn.storage import digest
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -40,6 +42,25 @@ def test_a_misspelled_key_is_told_its_neighbor_and_a_wrong_value_itself() -> Non
 def test_a_text_that_is_no_config_is_refused_by_its_name(text: str) -> None:
     with refused("digits.yaml", error=ConfigError):
         from_yaml(text, origin="digits.yaml")
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "!!int x", "!!timestamp x", "9" * 5000])
+def test_a_value_that_does_not_exist_is_no_yaml(value: str) -> None:
+    with refused("digits.yaml", error=ConfigError):
+        from_yaml(f"name: {value}", origin="digits.yaml")
+    with refused("--set", error=ConfigError):
+        from_yaml(DIGITS, overrides=[f"name={value}"])
+
+
+def test_a_bug_in_a_validator_is_raised_as_it_is() -> None:
+    class Buggy(BaseModel):
+        text: Annotated[str, AfterValidator(int)] = ""
+
+    with pytest.raises(ValidationError) as wrong:
+        Buggy.model_validate({"text": "a bug"})
+    with pytest.raises(ValueError, match="a bug") as caught:
+        problems(wrong.value, {"text": "a bug"}, model=Buggy)
+    assert problems_of(caught.value) == ()
 
 
 def test_a_value_in_place_of_a_section_is_refused_by_its_key() -> None:

@@ -22,7 +22,7 @@ from ncsn import storage
 from ncsn.data.format import Rows, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
 from ncsn.data.parquet import read_blocks, read_rows, read_split, write_dataset
 from ncsn.data.sources.base import Example, Source
-from ncsn.errors import NotFound
+from ncsn.errors import InvalidValue, NotFound
 
 
 @pytest.fixture
@@ -275,11 +275,17 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(str(tmp_path), error=NotFound):
         load_manifest(str(tmp_path))
     uri = write(images, tmp_path, config).uri
-    with pytest.raises(ValueError, match="valid"):
+    with pytest.raises(InvalidValue, match="valid"):
         read_split(uri, "valid")
     part = f"{uri}/train/part-00000.parquet"
     pq.write_table(to_table(Rows(images["train"].images[:9], images["train"].labels[:9])), part)
     with refused(part):
+        read_split(uri, "train")
+    Path(part).write_bytes(Path(part).read_bytes()[:-9])
+    with refused(part):
+        read_split(uri, "train")
+    Path(part).unlink()
+    with refused(part, error=NotFound):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
     path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))

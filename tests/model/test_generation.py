@@ -185,6 +185,7 @@ def test_the_length_of_a_chain_can_be_chosen(kind: str, nfe: int, field: str, va
         ("probability_flow", 40, "use 11"),
         ("predictor_corrector", 3, ""),
         ("unipc", 9, "use 6"),
+        ("karras_heun", 40_001, "num_steps = 20001: input should be less than or equal to 10000"),
     ],
 )
 def test_lengths_out_of_reach_name_the_nearest(kind: str, nfe: int, hint: str) -> None:

@@ -86,6 +86,19 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_what_is_no_address_is_named() -> None:
+    with refused("--host", error=KfpError):
+        connect("http://[")
+
+
+def test_a_token_that_no_header_holds_is_not_repeated(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("hunter2\n3", "hunter2 \N{SNOWMAN}"):
+        monkeypatch.setenv("NCSN_KFP_TOKEN", token)
+        with refused("NCSN_KFP_TOKEN", error=KfpError) as caught:
+            connect(kfp_server.url)
+        assert "hunter2" not in str(caught.value)
+
+
 def test_a_token_file_that_is_not_there(kfp_server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", "/no/such/token")
     with refused("KF_PIPELINES_SA_TOKEN_PATH", error=KfpError) as caught:

@@ -335,4 +335,8 @@ def test_no_cluster_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with refused("KUBECONFIG") as caught:
         KubernetesApi()
+    for content in (b"\xff", b"a: [1", b"a: 2020-13-45"):
+        (tmp_path / "none").write_bytes(content)
+        with refused("KUBECONFIG"):
+            KubernetesApi()
     assert "compute." not in caught.value.problems[0].hint  # `ncsn cleanup` has no config

@@ -287,9 +287,10 @@ def test_a_template_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("NCSN_RAYJOB_TEMPLATE", str(other))
     with refused("NCSN_RAYJOB_TEMPLATE", error=NotFound):
         load_template()
-    other.write_text("kind: Pod")
-    with refused("NCSN_RAYJOB_TEMPLATE"):
-        load_template()
+    for text in ("kind: Pod", "kind: [RayJob", "kind: 2020-13-45"):
+        other.write_text(text)
+        with refused("NCSN_RAYJOB_TEMPLATE"):
+            load_template()
 
 
 def test_a_wheel_carries_the_template(tmp_path: Path) -> None:

@@ -42,6 +42,37 @@ def test_absolute_refuses_what_it_cannot_reach(uri):
         files.absolute(uri)
 
 
+def test_absolute_refuses_what_no_file_is_called():
+    with refused(repr("/a\0b")):
+        files.absolute("/a\0b")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "nonsense"),
+        ("AWS_ENDPOINT_URL", "http://"),
+        ("AWS_ENDPOINT_URL", "http://["),
+        ("AWS_ENDPOINT_URL", "http://host:port"),
+        ("AWS_ENDPOINT_URL", "http://a b"),
+        ("AWS_ENDPOINT_URL_S3", "ftp://host"),
+        ("AWS_REGION", "no region!"),
+    ],
+)
+def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    for call in (files.read_bytes, lambda uri: files.publish_once(uri, b"")):
+        s3.client.cache_clear()
+        with refused(variable):
+            call("s3://bucket/file")
+    s3.client.cache_clear()
+
+
+def test_a_name_that_no_bucket_has_is_refused():
+    with refused("s3://no bucket!"):
+        files.exists("s3://no bucket!/file")
+
+
 def test_join_puts_single_slashes():
     assert files.join("s3://bucket/", "/a/", "b/c") == "s3://bucket/a/b/c"
     assert files.join("/folder", "a") == "/folder/a"
@@ -78,6 +109,13 @@ def test_json_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
     with pytest.raises(files.UnreadableError) as failure:
         files.read_json(uri)
     assert not isinstance(failure.value, (ValueError, FileNotFoundError))
+
+
+@pytest.mark.parametrize("damaged", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_an_array_that_does_not_parse_is_no_mistake_of_the_user(root, damaged):
+    files.write_bytes(files.join(root, "a.npy"), damaged)
+    with pytest.raises(files.UnreadableError):
+        files.read_array(files.join(root, "a.npy"))
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():

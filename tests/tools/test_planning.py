@@ -210,6 +210,7 @@ def test_prices_come_from_a_file_or_from_the_package(tmp_path: Path) -> None:
         ("{currency: EUR}", ""),
         ("[1, 2]", ""),
         ("{a: [", ""),
+        ("{currency: 2020-13-45}", ""),
         (TABLE.replace("cpu_core_hour: 0.1", "cpu_core_hour: -1"), ":cpu_core_hour"),
     ],
 )

@@ -47,6 +47,7 @@ def test_relative_database_does_not_depend_on_the_working_folder(make_config, tm
     [
         ("storage.root=s3://bucket/prefix", MISSING),
         ("tracking.uri=./mlruns", "./mlruns"),
+        ("tracking.uri=http://me:secret@[", MISSING),
         ("tracking.uri=http://me:secret@host:5000", "http://host:5000"),
     ],
 )
@@ -57,8 +58,9 @@ def test_unusable_place_is_refused_in_one_line_without_secrets(make_config, over
     assert "secret" not in str(caught.value)
 
 
-def test_a_variable_that_names_no_server_is_named(make_config, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense")
+@pytest.mark.parametrize("value", ["nonsense", "http://[", "http://host:port"])
+def test_a_variable_that_names_no_server_is_named(make_config, monkeypatch, value):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
     with refused("MLFLOW_TRACKING_URI", error=TrackingError):
         tracking_uri(make_config())
 
