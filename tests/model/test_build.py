@@ -32,6 +32,11 @@ def test_every_sampler_of_the_config_can_be_built() -> None:
     assert set(build._SAMPLERS) == set(SAMPLERS)
 
 
+def test_the_samplers_that_restore_images_say_so() -> None:
+    restoring = {kind for kind, sampler in build._SAMPLERS.items() if sampler.descends}
+    assert restoring == {"probability_flow", "karras_heun", "dpm_solver", "unipc"}
+
+
 @pytest.mark.parametrize(
     ("section", "built", "others"),
     [
