@@ -25,6 +25,7 @@ _TIMEOUTS = (5, 60)
 _VERSION = "/api/version"
 _UNAVAILABLE = {429, 502, 503, 504}
 _NO_AGENT = "No available agent"
+_LAST_OF_HEADERS = 255  # code of the last character that a header may hold
 _KUBERNETES_TOKEN = Path("/var/run/secrets/ray.io/serviceaccount/token")
 
 
@@ -208,13 +209,16 @@ def _token_headers(address: str) -> dict[str, str]:
     mode = os.environ.get("RAY_AUTH_MODE", "token" if token or path else "disabled")
     if mode.lower() != "token":
         return {}
+    source = "RAY_AUTH_TOKEN"
     if not token:
         in_pod = os.environ.get("RAY_ENABLE_K8S_TOKEN_AUTH", "").lower() in {"1", "true"}
         file = Path(path) if path else _KUBERNETES_TOKEN if in_pod else Path.home() / ".ray" / "auth_token"
-        token = file.read_text() if os.access(file, os.R_OK) else ""
-    if not token.strip():
+        source, token = str(file), file.read_text(errors="replace") if os.access(file, os.R_OK) else ""
+    if not (token := token.strip()):
         raise _refusal(address, "is to be asked with a token, and there is none")
-    return {"Authorization": f"Bearer {token.strip()}"}
+    if not token.isprintable() or ord(max(token)) > _LAST_OF_HEADERS:
+        raise UserError(source, "holds what no header of a request may hold", hint="set the token again")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _refusal(address: str, what: str) -> PermissionError:

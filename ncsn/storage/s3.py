@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from ncsn.errors import UserError
+from ncsn.errors import NotFound, UserError
 from ncsn.storage.retry import call_store
 
 SCHEME = "s3://"
@@ -264,11 +264,10 @@ def _request(uri: str, call: Callable[[], T]) -> T:
     try:
         return call_store(call)
     except ClientError as error:
-        kind = {
-            "NoSuchKey": FileNotFoundError,
-            "NoSuchBucket": FileNotFoundError,
-            "PreconditionFailed": FileExistsError,
-        }.get(error.response["Error"]["Code"], OSError)
+        code = error.response["Error"]["Code"]
+        if code == "NoSuchBucket":
+            raise NotFound(uri, "is in a bucket that does not exist", hint="create the bucket") from error
+        kind = {"NoSuchKey": FileNotFoundError, "PreconditionFailed": FileExistsError}.get(code, OSError)
         raise kind(f"{uri}: {error}") from error
     except BotoCoreError as error:
         raise OSError(f"{uri}: {error}") from error

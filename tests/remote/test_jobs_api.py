@@ -287,6 +287,20 @@ def test_the_token_comes_from_where_ray_looks_for_it(
     assert dashboard.seen[-1][1] == (f"Bearer {token}" if token else None)
 
 
+@pytest.mark.parametrize("token", ["hunter2\n3", "hunter2 \N{SNOWMAN}", b"hunter2\xff"])
+def test_a_token_that_no_header_holds_is_not_repeated(
+    dashboard: Dashboard, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | bytes
+) -> None:
+    if isinstance(token, str):
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    else:
+        (home / "token").write_bytes(token)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+    with refused("RAY_AUTH_TOKEN" if isinstance(token, str) else str(home / "token")) as caught:
+        JobsApi(dashboard.url)
+    assert "hunter2" not in str(caught.value) and dashboard.seen == []
+
+
 @pytest.mark.slow
 def test_rays_own_client_sends_the_same_token(home: Path) -> None:
     code = (
