@@ -26,7 +26,7 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
-from ncsn.distributed.cluster import _lack, cluster_for, ray_tags, require_resources
+from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
 from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
 from ncsn.model.index import CheckpointError
@@ -158,16 +158,6 @@ def test_a_mistake_is_not_retried(cluster: Cluster, trained: Path, tiny: str, da
 def test_more_workers_than_the_cluster_has_are_refused(cluster: Cluster, tiny: str) -> None:
     with refused("compute.num_workers"):
         cluster.driver(require_resources, from_yaml(tiny, overrides=["compute.num_workers=8", "train.batch_size=16"]))
-
-
-@pytest.mark.parametrize(("use_gpu", "named"), [("true", "compute.use_gpu"), ("false", "compute.cpus_per_worker")])
-def test_too_few_resources_name_the_setting_to_change(
-    tiny: str, use_gpu: str, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0 if use_gpu == "true" else 1.0})
-    config = from_yaml(tiny, overrides=[f"compute.use_gpu={use_gpu}", "compute.num_workers=2"])
-    lack = _lack(config)
-    assert lack is not None and named in lack.problems[0].hint
 
 
 class Sampled(NamedTuple):
@@ -309,31 +299,6 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     assert [(shard.first, shard.count, shard.exists) for shard in scored] == [(0, 4, True), (4, 4, True), (8, 2, True)]
     assert np.array_equal(from_table(pq.read_table(shard.uri)).images, images)
     assert np.array_equal(stages.frames[-1], images)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_words = Exception("The last 20 lines of dashboard.log:\n1\n2")
-
-    def init(**_: object) -> None:
-        raise own_words
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", init)
-    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), tasks=2):
-        pass
-    assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
-
-
-def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
-    with (
-        refused("compute.use_gpu"),
-        cluster_for(config, tasks=1),
-    ):
-        pass
 
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:

@@ -1,67 +1,37 @@
-"""The training loop without Ray: determinism, resume, divergence, and its reports."""
+"""The training loop without Ray: determinism, resume, divergence, and how it is stopped."""
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clock import Clock
-from local_training import assert_same_tensors, tensors, train_locally
-from PIL import Image
+from local_training import Recorder, assert_same_tensors, tensors, train_for_tensors, train_locally
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import from_yaml
 from ncsn.core.training import StepOptions, train_step
 from ncsn.data.training_images import open_cache
 from ncsn.model import build
 from ncsn.model.checkpoint_store import CheckpointStore
-from ncsn.runs.curves import level_names
-from ncsn.runs.history import TrainingHistory, load_history
+from ncsn.runs.history import load_history
 from ncsn.storage import heartbeat
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training import previews
 from ncsn.training.batches import draw_batch
 from ncsn.training.context import LocalContext, StepTimer
 from ncsn.training.loop import DivergedError, TrainingJob, TrainOutcome, train_loop
-
-
-@dataclass
-class Recorder:
-    """A sink that remembers."""
-
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
-    closed: bool = False
-
-    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
-        self.points.append((images_seen, metrics))
-
-    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
-        self.pictures.append((name, images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def train(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint."""
-    outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder)
-    return tensors(folder / outcome.checkpoint)
 
 
 @pytest.mark.oracle(22)
 def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
     """10 steps = 5 + resume + 5 (spec 7.22)."""
     config, halves = from_yaml(tiny), from_yaml(tiny)
-    whole = train(config, dataset, tmp_path / "whole")
+    whole = train_for_tensors(config, dataset, tmp_path / "whole")
     sink = Recorder()
 
     class Killed(Exception):
@@ -77,73 +47,24 @@ def test_resume_is_bitwise(tiny: str, dataset: str, tmp_path: Path) -> None:
         train_loop(job, LocalContext(), DiesAfterFirstCheckpoint(str(tmp_path / "halves")))
     assert sink.closed
     resumed = Recorder()
-    second = train(halves, dataset, tmp_path / "halves", resumed)
+    second = train_for_tensors(halves, dataset, tmp_path / "halves", resumed)
     assert [seen for seen, _ in resumed.points] == [96, 128, 160]
     assert whole.keys() == second.keys()
     assert all(torch.equal(whole[key], second[key]) for key in whole)
 
 
-def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
-    tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(previews, "SHARE", 1.0)  # so short a training would have none
-    with_previews, without = Recorder(), Recorder()
-    seen = train(from_yaml(tiny), dataset, tmp_path / "with", with_previews)
-    unseen = train(from_yaml(tiny, overrides=["tracking.preview_images=0"]), dataset, tmp_path / "without", without)
-    assert [(name, images) for name, images, _ in with_previews.pictures] == [
-        ("train/preview", 80),
-        ("train/preview", 160),
-    ]
-    assert without.pictures == []
-    first, second = (picture for _, _, picture in with_previews.pictures)
-    assert first.dtype == np.uint8 and first.shape == second.shape == (6 * 37, 6 * 37, 1)
-    assert not np.array_equal(first, second)
-    assert all(torch.equal(seen[key], unseen[key]) for key in seen)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "evaluations"),
-    [
-        ([], 0),  # 16 images x 3 between two checkpoints of 80: more than a hundredth
-        (["train.num_images=100000", "train.checkpoint_every_images=100000", "noise.num_levels=50"], 20),
-        (["train.num_images=100000", "train.checkpoint_every_images=100000", "noise.num_levels=4"], 4),
-        (["train.num_images=100000", "train.checkpoint_every_images=4000", "noise.num_levels=50"], 7),
-        (["train.num_images=100000", "train.checkpoint_every_images=100000", "tracking.preview_images=0"], 0),
-        (
-            [
-                "loss.kind=single_sigma",
-                "noise={num_levels: 1, sigma_1: 0.1, sigma_L: 0.1}",
-                "sampling.sampler={kind: langevin}",
-            ],
-            0,
-        ),
-    ],
-)
-def test_previews_take_a_hundredth_of_the_time(tiny: str, overrides: list[str], evaluations: int) -> None:
-    assert previews.preview_evaluations(from_yaml(tiny, overrides=overrides)) == evaluations
-
-
-def test_load_of_the_machine_comes_with_the_curves(tiny: str, dataset: str, tmp_path: Path) -> None:
-    sink = Recorder()
-    train(from_yaml(tiny), dataset, tmp_path, sink)
-    for _, point in sink.points:
-        assert 0 <= point["system/cpu_utilization_percentage"] <= 100
-        assert 50 < point["system/worker_memory_megabytes"] < point["system/system_memory_usage_megabytes"] + 1e5
-        assert list(point)[-1] == "train/learning_rate", "names the series, so it must be in every point"
-
-
 def test_the_same_config_gives_the_same_weights_and_another_seed_others(
     tiny: str, dataset: str, tmp_path: Path
 ) -> None:
-    one = train(from_yaml(tiny), dataset, tmp_path / "one")
-    same = train(from_yaml(tiny), dataset, tmp_path / "same")
-    other = train(from_yaml(tiny, overrides=["seed=1"]), dataset, tmp_path / "other")
+    one = train_for_tensors(from_yaml(tiny), dataset, tmp_path / "one")
+    same = train_for_tensors(from_yaml(tiny), dataset, tmp_path / "same")
+    other = train_for_tensors(from_yaml(tiny, overrides=["seed=1"]), dataset, tmp_path / "other")
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_complete_run_has_nothing_left_to_do(tiny: str, dataset: str, tmp_path: Path) -> None:
-    train(from_yaml(tiny), dataset, tmp_path)
+    train_for_tensors(from_yaml(tiny), dataset, tmp_path)
     again = train_locally(TrainingJob(config=from_yaml(tiny), dataset=dataset), tmp_path)
     assert again.images_seen == 160 and again.loss is None and again.checkpoint == "images-000000160"
 
@@ -225,7 +146,7 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
 
 def test_float16_is_refused_on_a_cpu(tiny: str, dataset: str, tmp_path: Path) -> None:
     with refused("train.precision"):
-        train(from_yaml(tiny, overrides=["train.precision=float16"]), dataset, tmp_path)
+        train_for_tensors(from_yaml(tiny, overrides=["train.precision=float16"]), dataset, tmp_path)
 
 
 def test_compiling_without_a_compiler_is_a_mistake(
@@ -233,45 +154,8 @@ def test_compiling_without_a_compiler_is_a_mistake(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     with refused("compute.compile") as caught:
-        train(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
+        train_for_tensors(from_yaml(tiny, overrides=["compute.compile=true"]), dataset, tmp_path)
     assert "g++" in str(caught.value)
-
-
-def test_curves_have_a_point_per_report_and_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:
-    sink = Recorder()
-    train(from_yaml(tiny), dataset, tmp_path, sink)
-    assert [seen for seen, _ in sink.points] == [32, 64, 80, 96, 128, 160]
-    for _, point in sink.points:
-        assert {"train/loss", "train/grad_norm_max", "train/images_per_second", "train/learning_rate"} <= point.keys()
-        levels = [point[key] for key in point if key.startswith("train/loss_level_")]
-        assert levels and min(levels) <= point["train/loss"] <= max(levels)
-    assert sink.points[0][1]["train/loss"] == pytest.approx(1.0, abs=0.25)  # a fresh U-Net gives a score near zero
-
-
-def test_history_of_a_resumed_run_is_that_of_a_whole_one(tiny: str, dataset: str, tmp_path: Path) -> None:
-    def history(folder: Path, store: type[CheckpointStore] = CheckpointStore) -> TrainingHistory:
-        uri = str(folder / "history.json")
-        with suppress(KeyboardInterrupt):
-            train_loop(
-                TrainingJob(config=from_yaml(tiny), dataset=dataset, history=uri), LocalContext(), store(str(folder))
-            )
-        return load_history(uri)
-
-    class DiesBeforeSecondCheckpoint(CheckpointStore):
-        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
-            if name > "images-000000080":
-                raise KeyboardInterrupt
-            super().publish(write, name=name, loss=loss)
-
-    whole = history(tmp_path / "whole")
-    assert whole.images_seen == [32, 64, 80, 96, 128, 160]
-    cut = history(tmp_path / "cut", DiesBeforeSecondCheckpoint)
-    assert cut.images_seen == whole.images_seen  # published, though the checkpoint that goes with it was not
-    resumed = history(tmp_path / "cut")
-    assert resumed.images_seen == whole.images_seen
-    np.testing.assert_array_equal(resumed.losses(level_names(4)), whole.losses(level_names(4)))
-    np.testing.assert_array_equal(resumed.curve("train/loss"), whole.curve("train/loss"))
-    assert np.nanmin(whole.losses(level_names(4))) > 0
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tiny: str, dataset: str, tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
-"""A training worker that sends curves, without training."""
+"""A training worker that sends curves, without training, and what MLflow has of them."""
 
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,6 +18,7 @@ from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import StepRun
 
 DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here
 LEVEL, LOSS = "train/loss_level_1", "train/loss"
@@ -42,3 +48,28 @@ class Worker:
         self.history.publish()
         storage.write_bytes(self.folder.preview(self.history.images_seen[-1]), png())
         self.sink.log_picture(png(), PREVIEW, self.history.images_seen[-1], self.history.times[-1])
+
+
+def killed(program: str, *arguments: object) -> None:
+    """Run Python code that kills its own process; its first argument is the folder of this module."""
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), *map(str, arguments)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+def history(tracked: StepRun, name: str = LOSS) -> list[tuple[int, float]]:
+    """Steps and values of a curve."""
+    return [(metric.step, metric.value) for metric in tracked.client.get_metric_history(tracked.run_id, name)]
+
+
+def pictures(tracked: StepRun) -> Counter[int]:
+    """Step -> files of its picture."""
+    names = [Path(file.path).name for file in tracked.client.list_artifacts(tracked.run_id, "images")]
+    return Counter(int(name.removeprefix("train~preview+step+").partition("+")[0]) for name in names)
+
+
+def assert_once(tracked: StepRun, count: int, *, previews: set[int]) -> None:
+    """Each of the points 0, 1, ... of each curve, and each picture with its small copy, is there once."""
+    assert sorted(history(tracked, LOSS)) == [(step, float(step)) for step in range(count)]
+    assert sorted(history(tracked, LEVEL)) == [(step, -float(step)) for step in range(count)]
+    assert Counter(step for step, _ in history(tracked, "system/cpu")) == dict.fromkeys(range(count), 1)
+    assert pictures(tracked) == dict.fromkeys(previews, 2)

@@ -1,16 +1,39 @@
-"""Training by one worker in this process, and the tensors of its checkpoints."""
+"""Training by one worker in this process, the tensors of its checkpoints, and what it logs."""
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
 from ncsn import storage
+from ncsn.config import Config
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
+
+
+@dataclass
+class Recorder:
+    """A sink that remembers."""
+
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    pictures: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
+    closed: bool = False
+
+    def log(self, metrics: dict[str, float], images_seen: int, when: int) -> None:
+        self.points.append((images_seen, metrics))
+
+    def log_picture(self, png: bytes, name: str, images_seen: int, when: int) -> None:
+        self.pictures.append((name, images_seen, np.array(Image.open(io.BytesIO(png)))[..., None]))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def train_locally(job: TrainingJob, folder: Path | str) -> TrainOutcome:
@@ -25,6 +48,12 @@ def tensors(checkpoint: Path | str) -> dict[str, Tensor]:
         for file in ("weights", "ema", "optimizer")
         for name, tensor in load(storage.read_bytes(storage.join(str(checkpoint), f"{file}.safetensors"))).items()
     }
+
+
+def train_for_tensors(config: Config, dataset: str, folder: Path, sink: Recorder | None = None) -> dict[str, Tensor]:
+    """Train; every tensor of the last checkpoint."""
+    outcome = train_locally(TrainingJob(config=config, dataset=dataset, sink=sink), folder)
+    return tensors(folder / outcome.checkpoint)
 
 
 def assert_same_tensors(one: Path | str, other: Path | str) -> None:

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import live_worker
 import pytest
 import torch
-from live_worker import DEAD, LEVEL, LOSS, Worker, png
+from live_worker import DEAD, LEVEL, LOSS, Worker, assert_once, history, killed, pictures, png
 from local_training import train_locally
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 from ncsn import storage
-from ncsn.cli.execute import mark_complete, run_pipeline
-from ncsn.cli.target import Target
-from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.runs.curves import PREVIEW
-from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.history import load_history
-from ncsn.tracking import live, mlflow_runs
+from ncsn.tracking import live
 from ncsn.tracking.live import LiveMetrics, LiveReport
-from ncsn.tracking.mlflow_runs import StepRun, step_run
-from ncsn.tracking.reconcile import lacks_ends, reconcile, send_missing
-from ncsn.tracking.recorded import close_run
+from ncsn.tracking.mlflow_runs import step_run
 from ncsn.training import held_out, previews
 from ncsn.training.loop import TrainingJob
 
-HELPERS = Path(live_worker.__file__).parent
 DIES = """
 import os, pickle, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -51,43 +35,6 @@ worker.save()
 worker.train(range(8, 10))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-DRIVER_DIES = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from live_worker import DEAD, Worker
-from ncsn.config import from_yaml
-from ncsn.tracking.live import LiveMetrics
-from ncsn.tracking.mlflow_runs import step_run
-with step_run(from_yaml(open(sys.argv[2]).read()), run="driver", step="train") as tracked:
-    worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
-    worker.train(range(3))
-    worker.save()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def killed(program: str, *arguments: object) -> None:
-    command = [sys.executable, "-c", program, str(HELPERS), *map(str, arguments)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-
-
-def history(tracked: StepRun, name: str = LOSS) -> list[tuple[int, float]]:
-    return [(metric.step, metric.value) for metric in tracked.client.get_metric_history(tracked.run_id, name)]
-
-
-def pictures(tracked: StepRun) -> Counter[int]:
-    """Step -> files of its picture."""
-    names = [Path(file.path).name for file in tracked.client.list_artifacts(tracked.run_id, "images")]
-    return Counter(int(name.removeprefix("train~preview+step+").partition("+")[0]) for name in names)
-
-
-def assert_once(tracked: StepRun, count: int, *, previews: set[int]) -> None:
-    """Each of the points 0, 1, ... of each curve, and each picture with its small copy, is there once."""
-    assert sorted(history(tracked, LOSS)) == [(step, float(step)) for step in range(count)]
-    assert sorted(history(tracked, LEVEL)) == [(step, -float(step)) for step in range(count)]
-    assert Counter(step for step, _ in history(tracked, "system/cpu")) == dict.fromkeys(range(count), 1)
-    assert pictures(tracked) == dict.fromkeys(previews, 2)
 
 
 def until(condition) -> None:
@@ -162,27 +109,6 @@ def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server
     assert_once(tracked, 4, previews={3})
 
 
-def test_a_killed_driver_loses_nothing(config, tmp_path):
-    """The finish step sends what the run folder has, and ends the run."""
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    killed(DRIVER_DIES, tmp_path / "config.yaml")
-    closed = close_run(config, run="driver", status="FAILED", tags={})
-    assert closed is not None
-    with step_run(config, run="driver", step="train") as tracked:
-        assert tracked.parent_run_id == closed[0].run_id
-        assert_once(tracked, 3, previews={2})
-
-
-def test_two_that_reconcile_at_once_double_nothing(make_config, server):
-    with step_run(make_config(f"tracking.uri={server.url}"), run="twice", step="train") as tracked:
-        worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
-        worker.train(range(300))
-        worker.save()
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(lambda _: reconcile(tracked.client, tracked.folder), range(4))) == [""] * 4
-    assert_once(tracked, 300, previews={299})
-
-
 @pytest.mark.usefixtures("quick")
 def test_training_does_not_notice_that_the_server_is_killed(make_config, server, monkeypatch, tmp_path):
     """The same curves and weights as a training that sends nothing, and every point of it once on the server."""
@@ -236,62 +162,6 @@ def test_a_training_that_fails_keeps_its_last_points(config, tmp_path):
     assert load_history(str(tmp_path / "history.json")).images_seen == [4]
 
 
-def test_the_next_step_sends_the_end_of_the_one_before(make_config, server):
-    config = make_config(f"tracking.uri={server.url}")
-    with ExitStack() as outage:
-        with step_run(config, run="later", step="train") as tracked:
-            worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
-            worker.train(range(2))
-            worker.save()
-            outage.enter_context(server.away())
-        ended = time.time()
-    assert tracked.client.get_run(tracked.run_id).info.status == "RUNNING"
-    with step_run(config, run="later", step="sample"):
-        run = tracked.client.get_run(tracked.run_id)
-        assert run.info.status == "FINISHED"
-        assert run.info.end_time <= 1000 * ended
-        assert {"cost/seconds", "cost/money"} <= run.data.metrics.keys()
-        assert tracked.client.get_run(tracked.parent_run_id).info.status == "RUNNING"
-    parent = tracked.client.get_run(tracked.parent_run_id)
-    assert {"cost/train_seconds", "cost/sample_seconds"} <= parent.data.metrics.keys()
-    assert parent.info.status == "FINISHED"
-    assert_once(tracked, 2, previews={1})
-
-
-def test_a_complete_run_sends_the_end_of_its_last_step(config, monkeypatch):
-    def unreachable(*_args: object, **_more: object) -> None:
-        raise MlflowException("gone", TEMPORARILY_UNAVAILABLE)
-
-    with step_run(config, run="last", step="report") as tracked:
-        send = mlflow_runs.send_missing
-        monkeypatch.setattr(mlflow_runs, "send_missing", unreachable)
-    monkeypatch.setattr(mlflow_runs, "send_missing", send)
-    runs = (tracked.run_id, tracked.parent_run_id)
-    assert [tracked.client.get_run(each).info.status for each in runs] == ["RUNNING"] * 2
-    folder = claim_run(config, "last")
-    mark_complete(folder, config)
-    assert lacks_ends(folder)
-    run_pipeline(Target(config, "last"), as_json=True)
-    assert [tracked.client.get_run(each).info.status for each in runs] == ["FINISHED"] * 2
-    monkeypatch.setattr(mlflow_runs, "open_client", unreachable)  # MLflow is not asked again
-    run_pipeline(Target(config, "last"), as_json=True)
-
-
-def test_a_run_of_an_earlier_version_ends_well(config, root):
-    """Its history has no times, and its curves are in MLflow."""
-    with step_run(config, run="old", step="train") as tracked:
-        for step in range(3):
-            tracked.log_metrics({LOSS: float(step)}, step)
-    points = [{LOSS: float(step)} for step in range(4)]
-    (root / "runs" / "old" / "history.json").write_text(json.dumps({"images_seen": [0, 1, 2, 3], "points": points}))
-    (root / "runs" / "old" / "steps" / "train" / "mlflow.json").unlink()
-    with step_run(config, run="old", step="sample"):
-        assert [step for step, _ in history(tracked)] == [0, 1, 2]
-    with step_run(config, run="old", step="train") as again:
-        assert again.run_id == tracked.run_id
-    assert history(tracked) == [(step, float(step)) for step in range(4)]
-
-
 def test_pictures_are_a_series_that_the_page_shows(config):
     with step_run(config, run="pictures", step="train") as tracked, closing(tracked.live_metrics()) as sink:
         for step in (5, 10, 10):
@@ -339,33 +209,3 @@ def test_nothing_logged_nothing_started():
     sink = LiveMetrics(DEAD, "0" * 32)
     assert sink.close() == LiveReport(sent=0, unsent=0)
     assert sink._thread is None
-
-
-class Refuses:
-    """A client whose requests fail."""
-
-    def __init__(self, code: int) -> None:
-        self.code, self.asked = code, 0
-
-    def log_batch(self, *_: object, **__: object) -> None:
-        self.asked += 1
-        raise MlflowException("no", self.code)
-
-    set_terminated = log_batch
-
-
-END = {"run_id": "child", "parent_run_id": "parent", "status": "FINISHED", "ended": 1000}
-END |= {"cost": {"cost/seconds": 1.0}, "run_cost": {"cost/sample_seconds": 1.0}}
-
-
-def test_an_unreachable_server_is_asked_once_at_the_end(tmp_path):
-    client = Refuses(TEMPORARILY_UNAVAILABLE)
-    with pytest.raises(MlflowException):
-        send_missing(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
-    assert client.asked == 1
-
-
-def test_a_run_that_refuses_does_not_keep_the_others_from_ending(tmp_path):
-    client = Refuses(INVALID_PARAMETER_VALUE)
-    send_missing(client, RunFolder(str(tmp_path), "any"), "sample", END, parent=True)
-    assert client.asked == 4

@@ -1,0 +1,42 @@
+"""A cluster that lacks something, or does not start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from refused import refused
+
+from ncsn.config import from_yaml
+from ncsn.distributed.cluster import _lack, cluster_for
+
+
+@pytest.mark.parametrize(("use_gpu", "named"), [("true", "compute.use_gpu"), ("false", "compute.cpus_per_worker")])
+def test_too_few_resources_name_the_setting_to_change(
+    tiny: str, use_gpu: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0 if use_gpu == "true" else 1.0})
+    config = from_yaml(tiny, overrides=[f"compute.use_gpu={use_gpu}", "compute.num_workers=2"])
+    lack = _lack(config)
+    assert lack is not None and named in lack.problems[0].hint
+
+
+def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_words = Exception("The last 20 lines of dashboard.log:\n1\n2")
+
+    def init(**_: object) -> None:
+        raise own_words
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), tasks=2):
+        pass
+    assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_mistake(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = from_yaml(tiny, overrides=["compute.use_gpu=true"])
+    with refused("compute.use_gpu"), cluster_for(config, tasks=1):
+        pass
