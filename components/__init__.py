@@ -71,7 +71,7 @@ def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:
     if for_other_pods and not settings.compute.starts_pods:
         raise UserError(
             "compute.backend",
-            f"starts no pods, which {', '.join(for_other_pods)} of this task are for",
+            f"starts no pods, so it has no use for the task's {', '.join(for_other_pods)}",
             hint="set it to kuberay",
             value=settings.compute.backend,
         )

@@ -36,7 +36,7 @@ class Problem:
     def statement(self) -> str:
         """`ORIGIN: KEY = VALUE: REASON`, for an option `--key VALUE: REASON`."""
         equals = " " if self.key.startswith("--") else " = "
-        subject = self.key if self.value is MISSING else f"{self.key}{equals}{_shown(self.value)}"
+        subject = self.key if self.value is MISSING else f"{self.key}{equals}{shown_value(self.value)}"
         return _one_line(": ".join(part for part in (self.origin, subject, self.reason) if part))
 
     def __str__(self) -> str:
@@ -114,19 +114,23 @@ def problems_of(error: BaseException) -> tuple[Problem, ...]:
     return ()
 
 
+def shown_value(value: object) -> str:
+    """A value as in YAML, in one line, with text in quotes, since it may be empty."""
+    if value is None or isinstance(value, bool):
+        return _WORDS[value]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {shown_value(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown_value, value))}]"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
 def _restore(kind: type[E], problems: tuple[Problem, ...], attributes: Mapping[str, Any]) -> E:
     # Without its constructor, which may take other arguments in a subclass.
     error = kind.__new__(kind)
     error._set(problems)
     error.__dict__.update(attributes)
     return error
-
-
-def _shown(value: object) -> str:
-    # As in YAML, but text in quotes, since it may be empty.
-    if value is None or isinstance(value, bool):
-        return _WORDS[value]
-    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _one_line(text: str) -> str:

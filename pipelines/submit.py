@@ -20,12 +20,13 @@ from ncsn.errors import UserError
 from pipelines.compile import PIPELINES, compile_one
 from pipelines.connection import Connection, KfpError, reason_of
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "NUMBER_INTEGER": (int,),
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": (bool,),
-    "LIST": (list,),
-    "STRUCT": (dict,),
+# Of parameters, with what to call a value of each.
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "NUMBER_INTEGER": ("an integer", (int,)),
+    "NUMBER_DOUBLE": ("a number", (int, float)),
+    "BOOLEAN": ("true or false", (bool,)),
+    "LIST": ("a list", (list,)),
+    "STRUCT": ("a mapping", (dict,)),
 }
 _FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
 
@@ -128,9 +129,10 @@ def _typed(name: str, value: Any, wanted: str) -> Any:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
     except NOT_YAML:
         parsed = None
+    what, types = _TYPES[wanted]
     is_flag = isinstance(parsed, bool) and wanted != "BOOLEAN"
-    if is_flag or not isinstance(parsed, _TYPES[wanted]):
-        raise UserError("--param", f"expected a {wanted.lower().replace('_', ' ')}", value=f"{name}={value}")
+    if is_flag or not isinstance(parsed, types):
+        raise UserError("--param", f"expected {what}", value=f"{name}={value}")
     return parsed
 
 

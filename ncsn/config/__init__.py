@@ -3,6 +3,7 @@
 from ncsn.config.load import (
     NOT_YAML,
     changed_settings,
+    explain_changes,
     flatten,
     from_json,
     from_yaml,
@@ -18,6 +19,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "changed_settings",
+    "explain_changes",
     "flatten",
     "from_json",
     "from_yaml",

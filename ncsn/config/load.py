@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from ncsn.config.problems import leaves, set_value
 from ncsn.config.rules import checked
 from ncsn.config.schema import Config
 from ncsn.config.search import space_problems
-from ncsn.errors import ConfigError
+from ncsn.errors import ConfigError, shown_value
 
 # Of a number or a date that does not exist PyYAML says so with Python's own errors.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
@@ -51,7 +51,7 @@ def from_yaml(text: str, *, overrides: Sequence[str] = (), origin: str = "config
     if tree is None:
         raise ConfigError(origin, "the file is empty" if origin != "config" else "the config is empty")
     if not isinstance(tree, dict):
-        raise ConfigError(origin, f"expected a mapping of sections, got {type(tree).__name__}")
+        raise ConfigError(origin, "expected a mapping of sections")
     for override in overrides:
         set_value(tree, *parse_override(override))
     if tree.get("noise") == "auto":
@@ -157,3 +157,15 @@ def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
         for path in sorted(left.keys() | right.keys())
         if left.get(path) != right.get(path) and not (chosen_later and path.startswith("noise."))
     }
+
+
+def explain_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The first of the `changed_settings` in words; `there` is one, `here` the other."""
+
+    def words(value: Any) -> str:
+        return "not set" if value is None else shown_value(value)
+
+    first = "; ".join(
+        f"{path} is {words(old)} there and {words(new)} here" for path, (old, new) in list(changed.items())[:3]
+    )
+    return first + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")

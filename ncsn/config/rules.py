@@ -60,7 +60,7 @@ def _images(config: Config) -> Iterator[Problem]:
     if not told:
         yield Problem(
             "data.augmentation",
-            f"needs a network that is told of it, but network.kind = {network.kind} cannot be",
+            f"needs a network that takes it as an input, but network.kind = {network.kind} does not",
             "use network.kind = unet or ddpmpp, or null",
         )
     if data.horizontal_flip:
@@ -161,7 +161,7 @@ def _training(config: Config) -> Iterator[Problem]:
     if train.trainable == "light" and train.init_from is None:
         yield Problem(
             "train.trainable",
-            "leaves convolutions as they start, and without train.init_from they start at random",
+            "leaves convolutions as they are, and without train.init_from they are random",
             "set train.init_from, or use all",
             "light",
         )
@@ -181,7 +181,9 @@ def _classes(config: Config) -> Iterator[Problem]:
     if dropout:
         yield Problem("train.label_dropout", "needs classes", "set data.num_classes, or use 0", dropout)
     if label != "balanced":
-        yield Problem("sampling.label", "needs a network of classes", "set data.num_classes before training", label)
+        yield Problem(
+            "sampling.label", "needs a class-conditional network", "set data.num_classes before training", label
+        )
 
 
 def _guidance(config: Config) -> Iterator[Problem]:
@@ -189,7 +191,7 @@ def _guidance(config: Config) -> Iterator[Problem]:
         return
     key, kind, instead = "sampling.guidance.kind", "classifier_free", "before training, or use null or autoguidance"
     if config.data.num_classes is None:
-        yield Problem(key, "needs a network of classes", f"set data.num_classes {instead}", kind)
+        yield Problem(key, "needs a class-conditional network", f"set data.num_classes {instead}", kind)
     elif not config.train.label_dropout:
         reason = "with train.label_dropout = 0 the network has never seen an image without its class"
         yield Problem(key, reason, f"set it to 0.1 {instead}", kind)
@@ -257,7 +259,7 @@ def likelihood_problems(config: Config) -> Iterator[Problem]:
     if isinstance(config.network, NcsnNetworkConfig):
         yield Problem(key, _ANY_SIGMA)
     if config.data.logit_transform:
-        yield Problem(key, "is that of pixels, but data.logit_transform = true trains on their logits")
+        yield Problem(key, "measured on pixels, but data.logit_transform = true trains on their logits")
     if not config.data.dequantize:
         yield Problem(
             key,

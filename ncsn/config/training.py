@@ -90,7 +90,7 @@ class PowerEmaConfig(Section):
         if abs(one - other) < ALIKE:
             raise UserError(
                 "relative_widths",
-                f"two that are nearly the same span little; they must differ by {ALIKE:g}",
+                f"two that are nearly the same add little; they must differ by {ALIKE:g}",
                 hint="use [0.05, 0.1]",
                 value=[one, other],
             )
@@ -247,12 +247,12 @@ class TrainConfig(Section):
             return self
         if not self.keep_best:
             raise UserError(
-                "best_by", "keeps nothing with keep_best = false", hint="use training, or true", value=self.best_by
+                "best_by", "has no effect with keep_best = false", hint="use training, or true", value=self.best_by
             )
         if every is not None and every % between and between % every:
             raise UserError(
                 "validation.every_images",
-                f"misses checkpoints, which best_by = {self.best_by} compares: checkpoint_every_images = {between}",
+                f"misses checkpoints that best_by = {self.best_by} compares: checkpoint_every_images = {between}",
                 hint="use a multiple or a divisor of that",
                 value=every,
             )

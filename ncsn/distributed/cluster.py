@@ -130,8 +130,8 @@ def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
     except Exception as error:  # Ray raises these of any class, with a page of its logs as the message
         load = f"{os.getloadavg()[0]:.0f} processes want {os.cpu_count()} cores"
         raise RuntimeError(
-            f"Ray did not start on this machine, where {load}: run the same command again when it is less busy, or see "
-            "Ray's own words with --traceback"
+            f"Ray did not start on this machine, where {load}: run the same command again when it is less busy, or add "
+            "--traceback to see Ray's own message"
         ) from error
     if ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()

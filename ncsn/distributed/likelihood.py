@@ -31,7 +31,7 @@ from ncsn.core.likelihood import (
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.distributed.tasks import run_tasks
-from ncsn.errors import UserError
+from ncsn.errors import UserError, shown_value
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling, require_same_training
 from ncsn.model.memory import likelihood_batch
 
@@ -85,7 +85,7 @@ class LikelihoodPlan:
             raise UserError(
                 "evaluation.likelihood",
                 f"{int((~np.isfinite(bits)).sum())} of {len(bits)} images have no finite likelihood",
-                hint="raise its steps",
+                hint="raise evaluation.likelihood.steps",
             )
         facts = self.settings.model_dump(mode="json")
         mean, error = float(bits.mean()), float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else 0.0
@@ -127,7 +127,11 @@ def require_fitting(trained: SamplingCheckpoint, manifest: Manifest, dataset: st
         wanted["class_names"] = trained.classes.names
     for name, value in wanted.items():
         if (found := tuple(getattr(manifest, name))) != value:
-            raise UserError("--dataset", f"its {name} is {found}, but the network's is {value}", value=dataset)
+            raise UserError(
+                "--dataset",
+                f"its {name} is {shown_value(found)}, but the network's is {shown_value(value)}",
+                value=dataset,
+            )
 
 
 def _notes(config: Config, settings: LikelihoodConfig) -> list[str]:

@@ -29,7 +29,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.core.images import DataMoments
 from ncsn.core.networks.transfer import misfits
 from ncsn.core.training import TrainState
@@ -175,7 +175,7 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
             moments = load_moments(folder / "moments.safetensors")
             digest = sha256(folder / "ema.safetensors")[:16]
     except FileNotFoundError:
-        raise CheckpointError(uri, "is not a checkpoint: there is no folder") from None
+        raise CheckpointError(uri, "no such checkpoint") from None
     network = network_from_weights(config, weights, origin=uri).to(device)
     return SamplingCheckpoint(
         config=config,
@@ -207,8 +207,7 @@ def network_from_weights(config: Config, weights: Mapping[str, Tensor], *, origi
 def require_same_training(saved: Config, wanted: Config, *, origin: str) -> Config:
     """`wanted`, with the checkpoint's noise levels if it leaves them to the images; refuses another training."""
     if changed := changed_settings(saved, wanted):
-        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
-        raise CheckpointError(origin, f"was trained with another config: {shown}")
+        raise CheckpointError(origin, f"was trained with another config: {explain_changes(changed)}")
     return wanted.model_copy(update={"noise": saved.noise})
 
 

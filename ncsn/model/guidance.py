@@ -14,7 +14,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.base import Sampler
 from ncsn.core.samplers.guidance import AtLevels, Guided, Labeled, band_on_grid
-from ncsn.errors import UserError
+from ncsn.errors import UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, weights_digest
 from ncsn.model.trained import load_for_generation
@@ -118,4 +118,8 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
         wanted["noise"], found["noise"] = build.sampled_levels(trained.config, sampling), guide.config.levels
     for name, value in wanted.items():
         if found[name] != value:
-            raise UserError(CHECKPOINT, f"its {name} is {found[name]!r}, but the network's is {value!r}", value=uri)
+            raise UserError(
+                CHECKPOINT,
+                f"its {name} is {shown_value(found[name])}, but the network's is {shown_value(value)}",
+                value=uri,
+            )

@@ -9,7 +9,7 @@ from ncsn.config.search import variant
 from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
-from ncsn.errors import InvalidValue, UserError
+from ncsn.errors import InvalidValue, UserError, shown_value
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
@@ -42,7 +42,7 @@ def adapted(source: TrainedNetwork, network: nn.Module, *, config: Config, class
         raise UserError(
             "train.init_from",
             f"does not fit this network: {error}",
-            hint=f"use the section network of its config: {source.config.network.model_dump()}",
+            hint=f"use the section network of its config: {shown_value(source.config.network.model_dump())}",
             value=config.train.init_from,
         ) from None
 

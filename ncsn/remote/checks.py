@@ -85,7 +85,7 @@ def check_gpus(api: KubernetesApi, compute: ComputeConfig) -> str:
     if not compute.use_gpu:
         raise NotConfigured("compute.use_gpu is false")
     if not api.allowed("list", "nodes"):
-        raise NotConfigured("this account may not list nodes, so it cannot tell")
+        raise NotConfigured("this account may not list nodes")
     wanted = compute.kuberay.node_selector.items()
     nodes = [node for node in api.nodes() if wanted <= node["metadata"].get("labels", {}).items()]
     usable = [node.get("status", {}) for node in nodes if not node.get("spec", {}).get("unschedulable")]
@@ -108,7 +108,7 @@ def check_queue(api: KubernetesApi, name: str | None) -> str:
         raise NotConfigured("compute.kuberay.queue is null")
     queue = api.local_queue(name)
     if queue is None:
-        raise UserError("compute.kuberay.queue", f"namespace {api.namespace} has no such LocalQueue", value=name)
+        raise UserError("compute.kuberay.queue", f"no such LocalQueue in namespace {api.namespace}", value=name)
     conditions = queue.get("status", {}).get("conditions", [])
     active = next((each for each in conditions if each["type"] == "Active"), {"status": "True"})
     if active["status"] != "True":

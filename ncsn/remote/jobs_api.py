@@ -215,7 +215,7 @@ def _token_headers(address: str) -> dict[str, str]:
         file = Path(path) if path else _KUBERNETES_TOKEN if in_pod else Path.home() / ".ray" / "auth_token"
         source, token = str(file), file.read_text(errors="replace") if os.access(file, os.R_OK) else ""
     if not (token := token.strip()):
-        raise _refusal(address, "is to be asked with a token, and there is none")
+        raise _refusal(address, "requires a token, and none is set")
     if not token.isprintable() or ord(max(token)) > _LAST_OF_HEADERS:
         raise UserError(source, "holds what no header of a request may hold", hint="set the token again")
     return {"Authorization": f"Bearer {token}"}

@@ -139,7 +139,7 @@ class KubeRay:
         manifest["metadata"]["annotations"][RENEWED_ANNOTATION] = _now()
         fitted, unknown = fit_to_schema(manifest, self._api.rayjob_schema())
         if unknown:
-            say(f"left out, because this cluster's KubeRay does not know it: {', '.join(unknown)}")
+            say(f"not in the RayJob, because this cluster's KubeRay does not have it: {', '.join(unknown)}")
         return fitted
 
     def _create(self, manifest: Resource) -> str:
@@ -224,7 +224,7 @@ class KubeRay:
         if not self._ours:
             return
         if not self._launcher.is_told_to_end(self._home):
-            say(f"RayJob {name} continues; the next attempt attaches to it, else it ends when the lease is stale")
+            say(f"RayJob {name} keeps running: the next attempt attaches to it; with none, it ends with its lease")
             return
         self._delete(name, self._impatient)
 
@@ -249,7 +249,7 @@ class KubeRay:
         except BaseException as error:
             why = f"{type(error).__name__}: {error}".partition(";")[0]
             say(
-                f"RayJob {name} could not be deleted ({why}); its driver ends when the lease is stale, or: "
+                f"RayJob {name} could not be deleted ({why}); its driver ends when its lease expires; to end it now: "
                 f"kubectl delete rayjob {name} --namespace {api.namespace}"
             )
             if not isinstance(error, (ConnectionError, PermissionError, UserError)):

@@ -181,7 +181,7 @@ class RayJobs:
         try:
             self._impatient.stop(self._running)
         except (OSError, RuntimeError) as error:
-            say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when the lease is stale")
+            say(f"Ray job {self._running} could not be stopped ({error}); its driver ends when its lease expires")
 
     def _wait_for_end(self) -> None:
         """Wait, so that the same command, given again at once, does not attach to a job that is ending."""

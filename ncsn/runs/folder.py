@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ncsn import storage
-from ncsn.config import Config, changed_settings, from_yaml, to_yaml
+from ncsn.config import Config, changed_settings, explain_changes, from_yaml, to_yaml
 from ncsn.errors import UserError
 
 RUN_PATTERN = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
@@ -79,7 +79,7 @@ def run_folder(config: Config, run: str) -> RunFolder:
     if not RUN_PATTERN.fullmatch(run):
         raise UserError(
             "--run",
-            "is not a valid name",
+            "not a valid name",
             hint="use 1 to 63 lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit",
             value=run,
         )
@@ -98,9 +98,7 @@ def claim_run(config: Config, run: str) -> RunFolder:
 def require_owner(owner: Config, config: Config, run: str) -> None:
     """Raise `ForeignRun`, with the first settings that differ, if the two configs train different weights."""
     if changed := changed_settings(owner, config):
-        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in list(changed.items())[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         hint = "choose another --run NAME"
         if owner.noise.training.kind == "lognormal" and changed.keys() <= _LEVELS:
             hint += ", or sample at other levels with sampling.levels"
-        raise ForeignRun("--run", f"belongs to another config: {shown}{more}", hint=hint, value=run)
+        raise ForeignRun("--run", f"belongs to another config: {explain_changes(changed)}", hint=hint, value=run)

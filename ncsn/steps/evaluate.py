@@ -71,7 +71,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
     manifest = load_manifest(dataset)
     if not storage.exists(samples):
-        raise NotFound(samples, "no folder of samples", hint="run `ncsn sample` first")
+        raise NotFound(samples, "no samples", hint="run `ncsn sample` first")
     evaluation = evaluation_of(config, manifest)
     inputs = {
         "figures": METRICS_VERSION,
@@ -195,7 +195,7 @@ def _other_sets(others: list[str], seeds: int, count: int) -> list[SampleSet]:
     if len(others) < seeds - 1:
         raise UserError(
             "evaluation.seeds",
-            f"there are samples of {1 + len(others)} seed{'s' if others else ''} only",
+            f"only {1 + len(others)} of them {'have' if others else 'has'} samples",
             hint="run `ncsn sample` with the same setting first",
             value=seeds,
         )
@@ -237,7 +237,7 @@ def _check_classes(config: Config, samples: str, manifest: Manifest, known: list
         changed = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
         raise UserError(
             "data.num_classes",
-            f"the samples {samples} are of other classes than the dataset {manifest.name}, such as {changed[0]!r} "
+            f"the samples {samples} have other classes than the dataset {manifest.name}, such as {changed[0]!r} "
             f"instead of {changed[1]!r}",
             hint="evaluate them against the dataset that their model was trained on",
             value=config.data.num_classes,

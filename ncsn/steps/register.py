@@ -13,7 +13,7 @@ from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import read_samples
 from ncsn.data.training_images import open_cache
-from ncsn.errors import UserError
+from ncsn.errors import UserError, shown_value
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.checkpoint import SamplingCheckpoint, weights_digest
@@ -101,7 +101,7 @@ def _require_own_samples(measured: dict[str, Any], loaded: SamplingCheckpoint) -
         if manifest.get(key) != value:
             raise UserError(
                 measured["uri"],
-                f"measures samples of {key} {manifest.get(key)}, not of {value}",
+                f"measures samples with {key} = {shown_value(manifest.get(key))}, not {shown_value(value)}",
                 hint="sample and evaluate with the checkpoint and settings to be registered",
             )
 

@@ -143,7 +143,7 @@ class Step(Generic[R]):
         if config.compute.starts_pods and storage.is_local(folder.uri):
             raise UserError(
                 "storage.root",
-                f"is a folder of this machine, which the pods of compute.backend {config.compute.backend} cannot reach",
+                "a folder of this machine, which the pods of a cluster cannot reach",
                 hint="use s3://BUCKET/PREFIX",
                 value=config.storage.root,
             )

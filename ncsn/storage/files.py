@@ -97,7 +97,7 @@ def read_bytes(uri: str) -> bytes:
     try:
         return Path(absolute(uri)).read_bytes() if is_local(uri) else s3.get(uri)
     except FileNotFoundError:
-        raise NotFound(uri, "no file here") from None
+        raise NotFound(uri, "no such file") from None
 
 
 def read_text(uri: str) -> str:
@@ -284,11 +284,11 @@ def local_copy(uri: str) -> Iterator[Path]:
     """The folder `uri` as a local folder: itself if it is local, else a temporary download."""
     if is_local(uri):
         if not Path(uri).is_dir():
-            raise NotFound(uri, "no folder here")
+            raise NotFound(uri, "no such folder")
         yield Path(uri)
         return
     if not list_names(uri):
-        raise NotFound(uri, "no folder here")
+        raise NotFound(uri, "no such folder")
     with tempfile.TemporaryDirectory(prefix="ncsn-") as name:
         filesystem_, path = filesystem(uri)
         fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())

@@ -194,7 +194,9 @@ def _decoded(text: str, param: str, *, mode: str, size: int) -> NDArray[np.uint8
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
             if picture.size != (size, size):
-                raise UserError(param, f"a picture has {picture.size} pixels, but {(size, size)} are needed")
+                raise UserError(
+                    param, f"a picture has {picture.width} x {picture.height} pixels, but {size} x {size} are needed"
+                )
             return np.asarray(picture.convert(mode))
     except (binascii.Error, OSError, SyntaxError):
         raise UserError(param, "not a PNG file in base64", hint="encode it with `base64 -w0 FILE`") from None

@@ -104,7 +104,7 @@ def test_figures_of_another_sampler_are_refused(config, saved, evaluate):
     evaluation = evaluate(5.0)
     with refused(evaluation) as caught:
         register.run(longer, run="mixed", checkpoint=saved, evaluation=evaluation)
-    assert "'steps_per_level': 2" in str(caught.value) and "'steps_per_level': 4" in str(caught.value)
+    assert "steps_per_level: 2" in str(caught.value) and "steps_per_level: 4" in str(caught.value)
 
 
 def test_a_new_figure_at_the_same_place_is_decided_on(config, saved, evaluate):
