@@ -68,7 +68,7 @@ class UnetNetworkConfig(Section):
 class DdpmppNetworkConfig(Section):
     """The DDPM++ network as Karras et al. 2022 train it; the defaults are those of their CIFAR-10 network."""
 
-    kind: Literal["ddpmpp"] = Field(description="The network of the best published figures for 32 and 64 pixels.")
+    kind: Literal["ddpmpp"] = Field(description="The network with the best published results for 32 and 64 pixels.")
     base_width: int = Field(
         128, ge=8, le=1024, multiple_of=4, description="Channels of the first feature maps; a multiple of 4."
     )
@@ -80,12 +80,12 @@ class DdpmppNetworkConfig(Section):
         "before. The paper has [2, 2, 2] for 32 pixels and [1, 2, 2, 2] for 64.",
     )
     blocks_per_resolution: int = Field(
-        4, ge=1, le=8, description="Residual blocks at each resolution on the way down; on the way up one more."
+        4, ge=1, le=8, description="Residual blocks at each resolution of the encoder; the decoder has one more."
     )
     attention_sizes: tuple[int, ...] = Field(
         (16,),
-        description="Sizes in pixels of the feature maps that get self-attention; the lowest resolution has it anyway "
-        "once.",
+        description="Sizes in pixels of the feature maps that get self-attention; the lowest resolution always has "
+        "one such block.",
     )
     embedding_multiplier: int = Field(
         4, ge=1, le=16, description="Width of the embedding of sigma in units of base_width."

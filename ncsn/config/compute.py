@@ -41,7 +41,7 @@ class KubeRayConfig(Section):
         None, description="Namespace of the RayJobs; null = this pod's, or that of the current kubeconfig context."
     )
     image: str | None = Field(
-        None, description="Image of all pods; null = this pod's, or outside a pod the one that NCSN_IMAGE names."
+        None, description="Image of all pods; null = this pod's, or outside a pod that of NCSN_IMAGE."
     )
     queue: str | None = Field(None, min_length=1, description="Kueue LocalQueue that admits the RayJobs; null = none.")
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that worker pods run on.")
@@ -118,7 +118,7 @@ class ComputeConfig(Section):
     microbatch: int | None = Field(
         None,
         ge=1,
-        description="Images that a worker puts through the network at once; it accumulates gradients over its share of "
+        description="Images per pass of a worker through the network; it accumulates gradients over its share of "
         "train.batch_size. null = the whole share. Fewer need less memory; the result is the same except for rounding.",
     )
     channels_last: bool = Field(

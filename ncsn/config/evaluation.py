@@ -26,16 +26,21 @@ PUBLISHED_SHA256 = {
 class LikelihoodConfig(Section):
     """The likelihood of test images, by the probability-flow ODE."""
 
-    images: int = Field(1000, ge=1, description="Test images; at most those there are.")
-    steps: int = Field(36, ge=1, le=10_000, description="Runge-Kutta steps, each of four evaluations and their traces.")
-    probes: int = Field(1, ge=1, le=1000, description="Random vectors for the trace of each evaluation.")
+    images: int = Field(1000, ge=1, description="Number of test images; all of them if there are fewer.")
+    steps: int = Field(
+        36,
+        ge=1,
+        le=10_000,
+        description="Runge-Kutta steps, each with four network evaluations and their traces.",
+    )
+    probes: int = Field(1, ge=1, le=1000, description="Random vectors that estimate each trace.")
     sigma_min: float = Field(
-        0.0005, gt=0, lt=1, description="The density is that of the images plus noise of this standard deviation."
+        0.0005, gt=0, lt=1, description="The density is that of images with noise of this standard deviation."
     )
     dequantization: Literal["uniform", "truncated_normal"] = Field(
         "uniform",
-        description="What spreads gray values: uniform = over their step, as training does; truncated_normal = noise "
-        "of sigma_min around its middle, as the density has.",
+        description="Dequantization of gray values: uniform = over the width of a gray level, as in training; "
+        "truncated_normal = noise of sigma_min around its middle, as the density has.",
     )
 
 
@@ -68,21 +73,22 @@ class EvaluationConfig(Section):
         10,
         ge=1,
         le=100,
-        description="Consecutive splits of the samples, over which the score has its mean and standard deviation.",
+        description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
     likelihood: LikelihoodConfig | None = Field(
         None, description="How `ncsn likelihood` measures bits per dimension; null = with the defaults."
     )
     bits_per_dim: bool = Field(
-        False, description="Whether the evaluation measures them too, of the network that made the samples."
+        False, description="Also measure bits per dimension in the evaluation, of the network that made the samples."
     )
     seeds: int = Field(
         1,
         ge=1,
         le=10,
-        description="Sets of sampling.num_images samples, with seeds that are 2^32 apart from sampling.seed on, "
-        "for the mean, the least and the largest Fréchet distance. All other metrics are of the first set.",
+        description="Number of sets of sampling.num_images samples, for the mean, minimum and maximum Fréchet "
+        "distance. Their seeds are sampling.seed, sampling.seed + 2^32 and so on. All other metrics are of the first "
+        "set.",
     )
     extrapolate: bool = Field(
         False,
@@ -91,7 +97,7 @@ class EvaluationConfig(Section):
     )
     reference_split: Literal["train", "test"] = Field(
         "train",
-        description="Split that the samples are compared with. Metrics against test images carry it in their names.",
+        description="Split that the samples are compared with. Metrics against test images say so in their names.",
     )
 
     @property
@@ -151,17 +157,17 @@ class EvaluationConfig(Section):
 class SelectConfig(Section):
     """How `ncsn select` chooses among the checkpoints of a run."""
 
-    num_images: int = Field(1000, ge=2, description="Samples of each candidate, all from the same noise.")
+    num_images: int = Field(1000, ge=2, description="Samples per candidate, all from the same noise.")
     figure: Literal["fid", "kid"] = Field(
         "fid",
-        description="What decides: fid = the Fréchet distance, as in the paper of 2019; kid = the kernel distance, "
-        "which does not favor candidates of little diversity where samples are few.",
+        description="What decides: fid = the Fréchet distance, as in the 2019 paper; kid = the kernel distance, which "
+        "does not favor candidates of little diversity when there are few samples.",
     )
     seed: int = Field(
         1,
         ge=0,
         lt=2**63,
-        description="Seed of the candidates' samples. Use another one than sampling.seed, so that the final metrics "
+        description="Seed of the candidates' samples. It should differ from sampling.seed, so that the final metrics "
         "are of samples that the choice has not seen.",
     )
     keep: int = Field(

@@ -19,16 +19,16 @@ class _Guidance(Section):
         1.5,
         ge=0,
         le=MOST_WEIGHT,
-        description="The score is s_0 + weight (s_1 - s_0). 1 = no guidance; Ho & Salimans count from there, so theirs "
-        "is this minus 1.",
+        description="The score is s_0 + weight (s_1 - s_0); 1 = no guidance. The weight of Ho & Salimans is this one "
+        "minus 1.",
     )
     sigma_min: float = Field(
         0.0,
         ge=0,
-        description="No guidance at or below this sigma, which moves to the nearest noise level of the sampler.",
+        description="No guidance at or below this sigma, rounded to the sampler's nearest noise level.",
     )
     sigma_max: float = Field(
-        1e4, gt=0, description="No guidance above this sigma, which moves to the nearest noise level of the sampler."
+        1e4, gt=0, description="No guidance above this sigma, rounded to the sampler's nearest noise level."
     )
 
     @model_validator(mode="after")

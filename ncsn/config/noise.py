@@ -38,7 +38,8 @@ class LognormalTraining(Section):
     )
     std: float = Field(1.2, gt=0, le=5, description="Standard deviation of ln sigma.")
     stratified: bool = Field(
-        True, description="Spread each 64 consecutive draws evenly over the distribution: less noise in the gradient."
+        True,
+        description="Spread every 64 consecutive draws evenly over the distribution, for less noise in the gradient.",
     )
 
 
@@ -120,13 +121,13 @@ class DsmLossConfig(Section):
     weighting: Literal["power", "edm", "learned"] = Field(
         "power",
         description="Weight of the loss at sigma: power = sigma ** anneal_power; edm = sigma^2 + sigma^4 / "
-        "network.sigma_data^2 (Karras et al. 2022); learned = that over the loss that a linear layer learns to expect "
-        "(Karras et al. 2024).",
+        "network.sigma_data^2 (Karras et al. 2022); learned = edm divided by the loss that a linear layer learns to "
+        "predict (Karras et al. 2024).",
     )
     anneal_power: float = _ANNEAL_POWER
     antithetic: bool = Field(
         False,
-        description="Average each image's loss over the noise z and -z: less variance at low noise, for twice the "
+        description="Average each image's loss over the noise z and -z, for less variance at low noise at twice the "
         "cost.",
     )
 

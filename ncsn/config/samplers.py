@@ -138,8 +138,8 @@ class _MultistepConfig(SamplerSection):
     num_levels: int | None = Field(
         None,
         ge=2,
-        description="Visit this many of the network's own levels, instead of a grid of num_steps points; for the "
-        "network ncsn, which knows no others.",
+        description="Visit this many of the network's own levels instead of a grid of num_steps points; for "
+        "network.kind = ncsn, which takes no other sigma.",
     )
     spacing: Literal["geometric", "karras"] = Field("karras", description="Spacing of the grid.")
     rho: float = Field(7.0, gt=0, le=100, description="Exponent of the karras grid.")
@@ -157,7 +157,7 @@ class DpmSolverConfig(_MultistepConfig):
     kind: Literal["dpm_solver"] = Field(description="Multistep; as accurate as Heun at half the NFE.")
     num_steps: int = Field(18, ge=2, le=10000, description="Grid points N; NFE = N.")
     order: Literal[1, 2] = Field(2, description="1 = DDIM (or ancestral, with eta = 1), 2 = the multistep method 2M.")
-    eta: float = Field(0.0, ge=0, le=1, description="Noise added on the way: 0 = the ODE, 1 = the reverse SDE.")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise added at each step: 0 = the ODE, 1 = the reverse SDE.")
 
 
 class UniPCConfig(_MultistepConfig):

@@ -34,10 +34,10 @@ class AugmentationConfig(Section):
         0.12,
         gt=0,
         le=1,
-        description="Probability of each transform but the mirror image, which half of the images are. Karras et al. "
-        "have 0.12 for CIFAR-10 and 0.15 for faces.",
+        description="Probability of each transform except mirroring, which has 1/2. Karras et al. use 0.12 for "
+        "CIFAR-10 and 0.15 for faces.",
     )
-    y_flip: bool = Field(True, description="Turn images upside down too, at half of the probability.")
+    y_flip: bool = Field(True, description="Also turn images upside down, with half of the probability.")
 
 
 class DataConfig(Section):
@@ -59,11 +59,12 @@ class DataConfig(Section):
         False, description="Download fashion_mnist, mnist or cifar10 into data.root with torchvision."
     )
     image_column: str | None = Field(
-        None, description="Column of the images in the files of parquet; null = by type and usual names."
+        None, description="Column of the images in parquet files; null = found by its type or a common name."
     )
     label_column: str | None = Field(
         None,
-        description="Column of the labels in the files of parquet; none = no labels, null = by type and usual names.",
+        description="Column of the labels in parquet files; none = no labels, null = found by its type or a common "
+        "name.",
     )
     image_size: int = Field(ge=8, le=1024, description="Height and width in pixels, after center crop and resize.")
     channels: Literal[1, 3] = Field(
@@ -74,18 +75,19 @@ class DataConfig(Section):
     )
     fit: Literal["crop", "pad", "stretch"] = Field(
         "crop",
-        description="How an image becomes square: crop = its center; pad = borders in the color of background, or "
-        "black; stretch = another aspect ratio.",
+        description="How an image becomes square: crop = keep its center; pad = add borders in the color of "
+        "background, or black; stretch = change the aspect ratio.",
     )
     crop: int | None = Field(
         None,
         ge=8,
-        description="Side in pixels of the square that fit: crop takes from the center, such as 140 to leave only the "
-        "faces of CelebA; null = the shorter side, for celeba 140.",
+        description="Side in pixels of the square that fit: crop keeps; null = the shorter side, or 140 for celeba, "
+        "which keeps the face.",
     )
     background: Literal["none", "white", "black"] | tuple[int, int, int] = Field(
         "none",
-        description="Color behind transparent pixels: white, black or [r, g, b]; none = they make an image a bad one.",
+        description="Color behind transparent pixels: white, black or [r, g, b]; none = an image with such pixels is "
+        "a bad one.",
     )
     test_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the images to hold out as test split, for sources without one."
@@ -98,21 +100,21 @@ class DataConfig(Section):
     )
     unlabelled: Literal["refuse", "keep", "drop"] = Field(
         "refuse",
-        description="For an image_folder in which some images have a label and others none: refuse = stop, keep = "
-        "with label -1, which the classifier leaves out, drop = without these images.",
+        description="What to do with images without a label in an image_folder where others have one: refuse = stop; "
+        "keep = use label -1, which the classifier leaves out; drop = leave them out.",
     )
     num_classes: int | None = Field(
         None,
         ge=1,
         le=100_000,
-        description="Classes that the network learns to tell apart, all those of the images, so that it can draw a "
-        "given one; null = it does not know classes.",
+        description="Number of classes of a class-conditional network, which must be that of the images; null = "
+        "unconditional.",
     )
     rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
     loader: Literal["cache", "stream"] = Field(
         "cache",
         description="How training reads the images: cache = from a copy of all images on each node's disk; stream = "
-        "from windows of images, for datasets that do not fit on the disk; the shuffle is weaker.",
+        "from windows of images, for datasets that do not fit on the disk, with a weaker shuffle.",
     )
     window_images: int = Field(
         65536, ge=16, description="Images per window of loader: stream; two or three windows must fit on a node's disk."
@@ -120,14 +122,14 @@ class DataConfig(Section):
     dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
     logit_transform: bool = Field(
         False,
-        description="Train on the logits of the pixels, from -13.8 to 13.8. Every sigma, step sizes and "
-        "network.sigma_data are then in units of logits.",
+        description="Train on the logits of the pixels, from -13.8 to 13.8. Every sigma, step size and "
+        "network.sigma_data is then in units of logits.",
     )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
     augmentation: AugmentationConfig | None = Field(
         None,
-        description="Augment training images, and tell the network, so that it draws images as they are (Karras et "
-        "al. 2022); against memorizing where each image is seen a hundred times and more. null = no.",
+        description="Augment training images and tell the network how, so that its samples are not augmented (Karras "
+        "et al. 2022). This reduces memorization where each image is seen a hundred times or more. null = off.",
     )
 
     @field_validator("background", mode="before")
@@ -178,17 +180,17 @@ class SamplingConfig(Section):
         "training images; or the name or number of one class.",
     )
     guidance: GuidanceConfig | None = Field(
-        None, description="What moves samples away from those of a worse score; null = nothing."
+        None, description="Guidance of the samples away from those of a worse score; null = none."
     )
     relative_width: Width | None = Field(
         None,
-        description="Sample with the average of the weights of this relative width, put together from the snapshots "
-        "of train.ema.kind: power; of eight or more, they give 0.03 to 0.2. null = the EMA of the checkpoint.",
+        description="Sample with the average of the weights of this relative width, computed from the snapshots of "
+        "train.ema.kind: power; eight or more snapshots give 0.03 to 0.2. null = the EMA of the checkpoint.",
     )
     levels: LevelsConfig | None = Field(
         None,
-        description="Levels that the sampler visits, for a network trained with noise.training.kind = lognormal, which "
-        "takes any; null = those of noise.",
+        description="Noise levels that the sampler visits, for a network trained at any sigma (noise.training.kind = "
+        "lognormal); null = those of noise.",
     )
     sampler: SamplerConfig = Field(description="The sampler and its settings.")
 
@@ -225,7 +227,7 @@ class SearchConfig(Section):
         1,
         ge=0,
         lt=2**32,
-        description="Seed of the trials and their samples. Use another one than sampling.seed, so that the final "
+        description="Seed of the trials and their samples. It should differ from sampling.seed, so that the final "
         "metrics are of samples that the search has not seen.",
     )
     first_rung_images: int | None = Field(
@@ -249,7 +251,7 @@ class SearchConfig(Section):
         True, description="Train the unchanged config to the end, as the first trial, for comparison."
     )
     max_concurrent: int | None = Field(
-        None, ge=1, description="Most trials at a time; null = as many as the cluster has room for."
+        None, ge=1, description="Maximum number of trials at a time; null = as many as the cluster has room for."
     )
 
 
@@ -270,7 +272,7 @@ class TrackingConfig(Section):
         16,
         ge=0,
         le=256,
-        description="Images to generate at each checkpoint for MLflow; 0 = none. They are left out where they would "
+        description="Images to generate at each checkpoint for MLflow; 0 = none. They are skipped where they would "
         "take more than 1 % of the time.",
     )
     registered_model: str | None = Field(

@@ -50,14 +50,16 @@ class DecayEmaConfig(Section):
 class HalfLifeEmaConfig(Section):
     """An average that forgets half over a number of training images (Karras et al. 2022)."""
 
-    kind: Literal["half_life"] = Field(description="Half is forgotten over a number of images, for any batch size.")
+    kind: Literal["half_life"] = Field(
+        description="Half is forgotten over a number of images, whatever the batch size.",
+    )
     images: int = Field(500_000, ge=1, description="Training images over which the average forgets half.")
     ramp_up: float | None = Field(
         0.05,
         gt=0,
         le=1,
-        description="At first it forgets half over this share of the images seen so far; null = off, as it always is "
-        "with train.init_from.",
+        description="Upper limit of images, as a share of the images seen so far; null = off, as it always is with "
+        "train.init_from.",
     )
 
     def untrained_share(self, images_seen: int, *, batch_size: int) -> float:
@@ -118,7 +120,7 @@ class ValidationConfig(Section):
         "the time, up to 1,000; 0 = none.",
     )
     samples: int = Field(
-        512, ge=2, description="Samples whose Fréchet distance is measured, where train.stop or train.best_by asks it."
+        512, ge=2, description="Samples for the Fréchet distance, if train.stop or train.best_by uses it."
     )
 
 
@@ -136,7 +138,7 @@ class StopConfig(Section):
         description="Stop when it has not fallen for this many training images. The learning-rate schedule stays as "
         "train.num_images sets it.",
     )
-    tolerance: float = Field(0.001, ge=0, lt=1, description="A fall by less than this share of it does not count.")
+    tolerance: float = Field(0.001, ge=0, lt=1, description="A decrease of less than this share does not count.")
 
 
 class TrainConfig(Section):
@@ -156,21 +158,21 @@ class TrainConfig(Section):
         "per_step: ...}. Not used if ema is set.",
     )
     ema: EmaConfig | None = Field(
-        None, description="The moving average of the weights, which generates the images; null = by ema_decay."
+        None, description="The moving average of the weights, which generates the images; null = as ema_decay says."
     )
     label_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Probability that the network is not told the class of an image, so that it learns all images "
-        "together too, as sampling.guidance.kind = classifier_free needs. 0.1 is usual.",
+        description="Probability that the network is not told the class of an image, so that it also learns the "
+        "unconditional score, which sampling.guidance.kind = classifier_free needs. 0.1 is usual.",
     )
     init_from: str | None = Field(
         None,
         min_length=1,
         description="Start from the EMA weights of this checkpoint (a URI) or registered model (models:/NAME@ALIAS or "
-        "models:/NAME/VERSION), with a learning rate of a fifth to a tenth of what it had; null = from random weights. "
-        "The networks are of one kind and size; classes, augmentation and gray or RGB may differ.",
+        "models:/NAME/VERSION); null = from random weights. Use a fifth to a tenth of its learning rate. Both "
+        "networks must have the same kind and size; classes, augmentation and gray or RGB may differ.",
     )
     trainable: Literal["all", "light"] = Field(
         "all",
@@ -187,13 +189,13 @@ class TrainConfig(Section):
     )
     report_every_images: int = Field(ge=1, description="Training images between points of the loss curves.")
     keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        3, description="How many of the latest checkpoints to keep; all = of the older ones what images need: the EMA."
+        3, description="How many of the latest checkpoints to keep; all = also the EMA weights of all older ones."
     )
     keep_every_images: int | None = Field(
         None,
         ge=1,
-        description="Of the older checkpoints, keep the first one after each N training images, with what images "
-        "need: the EMA; for `ncsn select`. null = none.",
+        description="Of the older checkpoints, keep the EMA weights of the first one after every N training images, "
+        "for `ncsn select`; null = none.",
     )
     keep_best: bool = Field(
         True, description="Also keep a copy of the best checkpoint by best_by, in the run's folder best/."
