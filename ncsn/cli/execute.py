@@ -7,7 +7,6 @@ import errno
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -75,7 +74,7 @@ def perform_step(
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
             module = importlib.import_module(f"ncsn.{STEP_INFO[step].package}.{step}")
-            with _interruption_by_ray(), recorded(target.config, target.run, step):
+            with recorded(target.config, target.run, step), _interruption_by_ray():
                 if lease:  # the cluster may retry a job whose launcher is gone
                     Lease(lease).require("nothing was started")
                 require_same_python()
@@ -167,9 +166,7 @@ def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
         supervisor = Supervisor(folder, work, view)
         console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
         _say_if_selected(console, folder, _sampled_next(folder, config))
-        with _cluster(config) as address:
-            # Ray has installed a handler that aborts the process after three seconds.
-            stop_cleanly_on_sigterm()
+        with _interruption_by_ray(), _cluster(config) as address:
             console.print(f"ray    {address}", soft_wrap=True)
             supervisor.run(to_json(config))
     return mark_complete(folder, config)
@@ -230,11 +227,13 @@ def _cluster(config: Config) -> AbstractContextManager[str]:
 
 @contextmanager
 def _interruption_by_ray() -> Iterator[None]:
-    """On Ctrl-C, Ray Train aborts the training and exits with 0 or 1; make that 130."""
+    """End with `TERMINATED` after SIGTERM and with KeyboardInterrupt after Ctrl-C, whatever Ray makes of them."""
+    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code.
+    told = stop_cleanly_on_sigterm()
     try:
         yield
-    except SystemExit as stop:
-        if stop.code in (TERMINATED, signal.SIGTERM):
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if told.is_set():
             sys.exit(TERMINATED)
         raise KeyboardInterrupt from stop
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import click
@@ -110,9 +111,16 @@ class ReportingCommand(click.Command):
             ctx.exit(_report(error, with_traceback=ctx.meta.get(_TRACEBACK_KEY, False), as_json=as_json))
 
 
-def stop_cleanly_on_sigterm() -> None:
-    """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+def stop_cleanly_on_sigterm() -> Event:
+    """Make SIGTERM raise SystemExit, so that `finally` blocks stop what this process started; set once it arrives."""
+    told = Event()
+
+    def handle(*_: object) -> None:
+        told.set()
+        sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, handle)
+    return told
 
 
 def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:

@@ -95,8 +95,17 @@ def on_this_machine() -> bool:
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's answer to SIGTERM: Ray installs one that aborts the process before it can clean up."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if handler is not None and threading.current_thread() is threading.main_thread():
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit:  # with an exit code of Ray's, since only its answer to SIGTERM raises this
+        if callable(handler):
+            signal.signal(signal.SIGTERM, handler)
+            signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -150,7 +159,9 @@ def ray_tags() -> dict[str, str]:
     context = ray.get_runtime_context()
     tags = {"ray.job_id": context.get_job_id(), "ray.session": context.get_session_name()}
     # A second `init` only returns what this process is connected to.
-    if dashboard := ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url:
+    with _own_sigterm():
+        dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
+    if dashboard:
         tags["ray.dashboard_url"] = dashboard if "://" in dashboard else f"http://{dashboard}"
     metadata = job_metadata()  # of the Jobs API; empty if the process was not submitted there
     names = {"ray.submission_id": "job_submission_id", "ray.job_name": "job_name"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -10,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli import app
+from ncsn.cli.execute import _interruption_by_ray
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
 from ncsn.errors import InvalidValue, NotFound, Problem, UserError
 
@@ -123,3 +127,23 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
     record = json.loads((store / "runs/mine/steps/ingest/error.json").read_text())
     assert (record["type"], record["user"], bool(record["problems"])) == (type(error).__name__, code == 2, code == 2)
     assert ("error" in json.loads(printed.out or "{}")) == (code == 2)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_sigterm_and_ctrl_c_have_their_exit_codes_whatever_ray_makes_of_them(code: int) -> None:
+    """A wait for Ray makes 1 of any exit code, and Ray Train makes 0 or 1 of Ctrl-C."""
+
+    def wait_for_ray() -> None:
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        sys.exit(code)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended, _interruption_by_ray():
+            wait_for_ray()
+        assert ended.value.code == 143
+        with pytest.raises(KeyboardInterrupt), _interruption_by_ray():
+            sys.exit(code)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import pytest
 import torch
 from refused import refused
@@ -32,6 +35,29 @@ def test_a_cluster_that_does_not_start_is_one_line(tiny: str, monkeypatch: pytes
     with pytest.raises(RuntimeError) as caught, cluster_for(from_yaml(tiny), tasks=2):
         pass
     assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is own_words
+
+
+@pytest.mark.parametrize("code", [1, signal.SIGTERM])
+def test_sigterm_while_ray_starts_is_answered_as_before(tiny: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own answer exits with 15, or with 1 if a wait for Ray is interrupted."""
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+        signal.raise_signal(signal.SIGTERM)
+
+    def answer(*_: object) -> None:
+        sys.exit("ours")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", init)
+    before = signal.signal(signal.SIGTERM, answer)
+    try:
+        with pytest.raises(SystemExit) as ended, cluster_for(from_yaml(tiny), tasks=2):
+            pass
+        assert ended.value.code == "ours"
+        assert signal.getsignal(signal.SIGTERM) is answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
