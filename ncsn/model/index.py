@@ -102,7 +102,7 @@ def _listed(folder: Path) -> dict[str, Any]:
         raise DamagedError(str(folder), f"{INDEX} is missing")
     try:
         index = json.loads((folder / INDEX).read_text())
-    except json.JSONDecodeError:
+    except ValueError:  # no text, or no JSON
         raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
     if index.get("version") not in READ_VERSIONS:
         raise CheckpointError(

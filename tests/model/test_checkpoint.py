@@ -104,6 +104,14 @@ def test_a_truncated_file_is_named(config: Config, saved: Path, name: str) -> No
     assert name in caught.value.problems[0].reason
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_an_index_that_does_not_parse_is_named(saved: Path, content: bytes) -> None:
+    (saved / index.INDEX).write_bytes(content)
+    with refused(str(saved), error=index.DamagedError) as caught:
+        checkpoint.load_for_sampling(str(saved))
+    assert index.INDEX in caught.value.problems[0].reason
+
+
 def test_a_missing_file_is_named(saved: Path) -> None:
     (saved / "ema.safetensors").unlink()
     with refused(str(saved), error=index.DamagedError) as caught:
