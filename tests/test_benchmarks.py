@@ -59,7 +59,7 @@ def test_the_other_parts_run_after_one_fails(
 
     monkeypatch.setattr(main, "_measures", lambda _: [broken, lambda: [Row("part", "measure", 2.0)]])
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path / "b.json")])
-    with pytest.raises(SystemExit, match="1 part"):
+    with pytest.raises(SystemExit, match=r"\b1\b"):
         main.main()
     said = capsys.readouterr()
     assert "no compiler" in said.err and "| part | measure |" in said.out
@@ -72,7 +72,7 @@ def test_the_other_parts_run_after_one_cannot_be_imported(
     monkeypatch.setattr(main, "PARTS", {"missing": "benchmarks.missing", "there": "benchmarks.commands"})
     monkeypatch.setattr("benchmarks.commands.rows", lambda: [Row("part", "measure", 2.0)])
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
-    with pytest.raises(SystemExit, match="1 part"):
+    with pytest.raises(SystemExit, match=r"\b1\b"):
         main.main()
     assert "No module named 'benchmarks.missing'" in capsys.readouterr().err
 

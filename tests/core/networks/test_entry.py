@@ -82,10 +82,10 @@ def test_networks_take_one_noise_level_for_each_image(kind: str, level: Tensor |
 @pytest.mark.parametrize(
     ("level", "message"),
     [
-        (torch.tensor([0, 3]), "2, got 0 to 3"),
-        (torch.tensor([-1, 0]), "got -1 to 0"),
-        (torch.tensor([0]), r"int64 of shape \[2\]"),
-        (torch.tensor([0.0, 1.0]), "got torch.float32"),
+        (torch.tensor([0, 3]), r"\b2\b.*\b0\b.*\b3\b"),
+        (torch.tensor([-1, 0]), "-1"),
+        (torch.tensor([0]), r"int64 .*\[2\]"),
+        (torch.tensor([0.0, 1.0]), "float32"),
     ],
 )
 def test_levels_out_of_range_are_refused(level, message):
