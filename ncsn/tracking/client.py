@@ -137,7 +137,7 @@ def client_at(uri: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ValueError as error:
-        raise TrackingError("MLFLOW_TRACKING_URI", f"not the address of a database: {error}", hint=_EXAMPLES) from None
+        raise TrackingError(shown(uri), f"not the address of a database: {error}", hint=_EXAMPLES) from None
 
 
 def server_command(config: Config, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:

@@ -65,6 +65,12 @@ def test_a_variable_that_names_no_server_is_named(make_config, monkeypatch, valu
         tracking_uri(make_config())
 
 
+def test_an_address_that_no_database_has_is_named_without_secrets():
+    with refused("postgresql://host:port/mlflow", error=TrackingError) as caught:
+        client_at("postgresql://me:secret@host:port/mlflow")
+    assert "secret" not in str(caught.value)
+
+
 def test_shown_drops_credentials():
     assert shown("http://me:secret@host:5000/a") == "http://host:5000/a"
     assert shown("sqlite:////folder/with@sign/mlflow.db") == "sqlite:////folder/with@sign/mlflow.db"
