@@ -1,0 +1,156 @@
+"""What only a store in S3 does: large files, refusals, and uploads that fail or stay open."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from botocore.exceptions import ClientError
+from refused import refused
+
+from ncsn.errors import NotFound
+from ncsn.storage import files, s3
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "nonsense"),
+        ("AWS_ENDPOINT_URL", "http://"),
+        ("AWS_ENDPOINT_URL", "http://["),
+        ("AWS_ENDPOINT_URL", "http://host:port"),
+        ("AWS_ENDPOINT_URL", "http://a b"),
+        ("AWS_ENDPOINT_URL_S3", "ftp://host"),
+        ("AWS_REGION", "no region!"),
+    ],
+)
+def test_a_variable_that_leads_to_no_server_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    for call in (files.read_bytes, lambda uri: files.publish_once(uri, b"")):
+        s3.client.cache_clear()
+        with refused(variable):
+            call("s3://bucket/file")
+    s3.client.cache_clear()
+
+
+def test_a_name_that_no_bucket_has_is_refused():
+    with refused("s3://no bucket!"):
+        files.exists("s3://no bucket!/file")
+
+
+def test_the_marker_is_published_last(s3_root, monkeypatch):
+    seen = []
+    publish_once = files.publish_once
+
+    def watch(uri: str, data: bytes) -> bool:
+        seen.append((uri, files.list_names(f"{s3_root}/dataset")))
+        return publish_once(uri, data)
+
+    monkeypatch.setattr(files, "publish_once", watch)
+    with files.staged_folder(f"{s3_root}/dataset", marker="a-marker") as folder:
+        for name in ("a-marker", "b", "z"):
+            (folder / name).write_text(name)
+    assert seen == [(f"{s3_root}/dataset/a-marker", ["b", "z"])]
+
+
+def test_a_large_file_reaches_the_bucket_whole(s3_root, tmp_path):
+    content = os.urandom(12 << 20)  # above the size from which uploads go in several parts
+    with files.staged_folder(f"{s3_root}/dataset", marker="done") as folder:
+        (folder / "part").write_bytes(content)
+        (folder / "done").write_text("")
+    assert files.read_bytes(f"{s3_root}/dataset/part") == content
+
+
+def test_wrong_keys_are_an_error_and_not_an_absent_file(s3_root, monkeypatch):
+    files.write_text(f"{s3_root}/file", "text")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    files._s3_filesystem.cache_clear()
+    s3.client.cache_clear()
+    with pytest.raises(OSError, match=r"(?i)access|signature|forbidden"):
+        files.exists(f"{s3_root}/file")
+
+
+def test_a_bucket_that_does_not_exist_is_named(monkeypatch):
+    """The test server makes a bucket with the first file; Amazon's refuses."""
+
+    def refuse(**request):
+        raise ClientError({"Error": {"Code": "NoSuchBucket"}}, "PutObject")
+
+    monkeypatch.setattr(s3, "client", lambda: SimpleNamespace(put_object=refuse, get_object=refuse))
+    uri = "s3://bucket/file"
+    for call in (files.read_bytes, lambda uri: files.write_bytes(uri, b""), lambda uri: files.publish_once(uri, b"")):
+        with refused(uri, error=NotFound):
+            call(uri)
+
+
+def test_a_reader_sees_whole_objects_during_writes(s3_root):
+    """Objects of different lengths replace each other as fast as possible, while thousands are read."""
+    uri, stop, writes = f"{s3_root}/progress.json", threading.Event(), 0
+    contents = [json.dumps({"done": 10**size, "note": "x" * 7 * size}).encode() for size in range(30)]
+    files.write_bytes(uri, contents[0])
+
+    def write() -> None:
+        nonlocal writes
+        while not stop.is_set():
+            writes += 1
+            files.write_bytes(uri, contents[writes * 7 % len(contents)])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            read = list(pool.map(files.read_bytes, [uri] * 3000))
+    finally:
+        stop.set()
+        writer.join()
+    assert [content for content in read if content not in contents] == []
+    assert len(set(read)) > 10, "the object did not change while it was read"
+    assert writes > 100
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+@pytest.mark.parametrize("size", [100, 20 << 20], ids=["whole", "in parts"])
+def test_an_upload_that_fails_is_an_error_and_publishes_nothing(s3_root, tmp_path, monkeypatch, size, error):
+    (tmp_path / "file").write_bytes(bytes(size))
+    sent, client = 0, s3.client()
+
+    class Failing:
+        def __getattr__(self, name):
+            def send(**arguments):
+                nonlocal sent
+                sent += 1
+                if name == "put_object" or sent % 2 == 0:
+                    raise error
+                return client.upload_part(**arguments)
+
+            return send if name in ("put_object", "upload_part") else getattr(client, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "client", Failing)
+        with pytest.raises(error):
+            files.write_bytes(f"{s3_root}/folder/bytes", bytes(size))
+        with pytest.raises(error):
+            files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+        assert sent == (4 if size > s3.PART else 2)
+    assert files.list_names(f"{s3_root}/folder") == []
+    bucket = s3_root.removeprefix("s3://").partition("/")[0]
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    files.publish_file(tmp_path / "file", f"{s3_root}/folder/file")
+    assert files.read_bytes(f"{s3_root}/folder/file") == bytes(size)
+
+
+def test_a_stream_that_is_left_open_publishes_nothing(s3_root):
+    filesystem, path = files.filesystem(f"{s3_root}/folder/file")
+    stream = filesystem.open_output_stream(path)
+    stream.write(b"half")
+    del stream
+    gc.collect()
+    assert files.list_names(f"{s3_root}/folder") == []
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(b"whole")
+    assert files.read_bytes(f"{s3_root}/folder/file") == b"whole"
