@@ -81,7 +81,7 @@ STEP_INFO: Mapping[str, StepInfo] = {
         inputs={"dataset": _DATASET},
     ),
     "ema": StepInfo(
-        "Put averages of the weights of other widths together, from the snapshots of train.ema.kind: power.",
+        "Compute averages of the weights of other widths from the snapshots of train.ema.kind: power.",
         inputs={"checkpoint": _CHECKPOINT},
         package="tools.finished",
     ),

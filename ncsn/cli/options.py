@@ -228,7 +228,7 @@ score_option = click.option(
     is_flag=False,
     flag_value=OWN,
     metavar="[URI]",
-    help="While images are made, show the Fréchet distance so far and its interval; URI: a dataset other than the "
+    help="Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than the "
     "run's.",
 )
 lease_option = click.option(

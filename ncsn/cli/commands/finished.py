@@ -26,7 +26,7 @@ N = TypeVar("N", int, float)
 
 # Those of `ncsn.model.restoration.tasks`, which --help does not import.
 TASKS, SOLVERS, METHODS = ("inpaint", "superres", "deblur"), ("heun", "2m"), ("covariance", "dps")
-_MASK_HELP = "Of inpaint: a picture that is white where a pixel is known, or all but a square in the middle."
+_MASK_HELP = "For inpaint: a picture that is white where a pixel is known, or all but a square in the middle."
 
 
 def _run(step: str, experiment: Experiment, *, as_json: bool, **options: Any) -> None:
@@ -75,12 +75,14 @@ def figures_command(*, nfe: str | None, **options: Any) -> None:
     "widths",
     metavar="W,W,...",
     required=True,
-    help="Memory as a share of the training: 0.03 to 0.2.",
+    help="Widths of the averages, as shares of the training: 0.03 to 0.2.",
 )
-@click.option("--at-images", type=click.IntRange(1), help="When the averages end; default: at the checkpoint.")
+@click.option(
+    "--at-images", type=click.IntRange(1), help="Images seen where the averages end; default: at the checkpoint."
+)
 @json_option
 def ema_command(*, widths: str, **options: Any) -> None:
-    """Put averages of the weights of any relative width together, from the snapshots of train.ema.kind: power.
+    """Compute averages of the weights of any relative width from the snapshots of train.ema.kind: power.
 
     `ncsn select` then finds the best of them; --set sampling.relative_width=W samples with one.
     """
@@ -122,9 +124,11 @@ def likelihood_command(**options: Any) -> None:
 @lease_option
 @input_options("neon")
 @click.option("--samples", type=int, help="Samples to train on; default: 6000, at most as many as training images.")
-@click.option("--images", type=int, help="Training images on them; default: 6 % of the run's, at most 3,500,000.")
+@click.option(
+    "--images", type=int, help="Length of training on them, in images; default: 6 % of the run's, at most 3,500,000."
+)
 @click.option("--multiples", metavar="W,W,...", help="Multiples w to try; default: 0.5,1,1.5,2,3.")
-@click.option("--scored", type=int, help="Samples that choose w; default: 10000.")
+@click.option("--scored", type=int, help="Samples for the choice of w; default: 10000.")
 @json_option
 def neon_command(*, multiples: str | None, **options: Any) -> None:
     """Extrapolate a finished run."""
@@ -135,21 +139,27 @@ def neon_command(*, multiples: str | None, **options: Any) -> None:
 @experiment_options
 @input_options("restore")
 @click.option("--dataset", metavar="URI", help="Dataset whose test images are degraded; default: the run's own.")
-@click.option(
-    "--images", metavar="FOLDER", help="Restore these images instead, which are incomplete, small or blurred."
-)
-@click.option("--task", type=click.Choice(TASKS), default="inpaint", show_default=True, help="What is to be restored.")
+@click.option("--images", metavar="FOLDER", help="Folder of incomplete, small or blurred images to restore instead.")
+@click.option("--task", type=click.Choice(TASKS), default="inpaint", show_default=True, help="What to restore.")
 @click.option("--mask", metavar="FILE|box", default="box", show_default=True, help=_MASK_HELP)
-@click.option("--factor", type=int, default=4, show_default=True, help="Of superres: how much larger images become.")
+@click.option(
+    "--factor", type=int, default=4, show_default=True, help="For superres: how many times larger images become."
+)
 @click.option(
     "--blur-width",
     type=float,
     default=1.5,
     show_default=True,
-    help="Of deblur: deviation of the normal kernel, in pixels.",
+    help="For deblur: standard deviation of the Gaussian kernel, in pixels.",
 )
-@click.option("--sigma-y", type=float, default=0.0, show_default=True, help="Deviation of the noise, pixels in [0, 1].")
-@click.option("--steps", type=int, default=50, show_default=True, help="Noise levels that are visited.")
+@click.option(
+    "--sigma-y",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Standard deviation of the noise; pixels are in [0, 1].",
+)
+@click.option("--steps", type=int, default=50, show_default=True, help="Number of noise levels to visit.")
 @click.option("--solver", type=click.Choice(SOLVERS), default="heun", show_default=True, help="Method of integration.")
 @click.option(
     "--method",
@@ -159,7 +169,9 @@ def neon_command(*, multiples: str | None, **options: Any) -> None:
     help="Guidance; dps needs 200 steps or more.",
 )
 @click.option("--label", metavar="CLASS", help="Class of all images; default: that of each test image, else none.")
-@click.option("--num-images", type=click.IntRange(1), help="Default: 16 test images, or all of --images.")
+@click.option(
+    "--num-images", type=click.IntRange(1), help="How many images; default: 16 test images, or all of --images."
+)
 @click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: in the run's folder.")
 @json_option
 def restore_command(**options: Any) -> None:

@@ -38,7 +38,9 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
     help="Folder for the files; default: pipelines/compiled of the code.",
 )
 @click.option("--config", "config_uri", metavar="PATH|URI", help="Size the pods for this experiment.")
-@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of it; repeatable.")
+@click.option(
+    "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
+)
 def compile_command(*, folder: Path | None, config_uri: str | None, overrides: tuple[str, ...]) -> None:
     """Write the pipelines as the YAML that KFP runs, and print the paths.
 
@@ -62,7 +64,7 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
     default="train",
     show_default=True,
     type=click.Choice(["train", "search", "sample"]),
-    help="Which pipeline.",
+    help="Pipeline to start.",
 )
 @click.option(
     "--experiment", "kfp_experiment", metavar="NAME", help="KFP experiment; default: tracking.experiment of the config."
@@ -131,7 +133,9 @@ def doctor_command(
 
 @click.command("cleanup", cls=ReportingCommand, short_help="Delete abandoned RayJobs and close their runs.")
 @click.option(
-    "--namespace", metavar="NAME", help="Default: the namespace of this pod, or of the current kubeconfig context."
+    "--namespace",
+    metavar="NAME",
+    help="Namespace of the RayJobs; default: that of this pod, or of the current kubeconfig context.",
 )
 @click.option("--run", metavar="NAME", help="Only what belongs to this run.")
 @click.option(

@@ -28,7 +28,7 @@ def _change_options(command: Decorated) -> Decorated:
 
 @click.command("promote", cls=ReportingCommand, short_help="Make a registered version the champion.")
 @click.argument("model")
-@click.option("--version", metavar="N", help="Which version; default: the challenger.")
+@click.option("--version", metavar="N", help="Version to promote; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
 @_change_options
 def promote_command(*, model: str, **options: Any) -> None:

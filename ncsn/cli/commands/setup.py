@@ -23,11 +23,9 @@ _MINUTES = 20.0  # of a run that `init` plans
 @click.command("init", cls=ReportingCommand, short_help="Write a config for your own images.")
 @click.argument("place", metavar="PLACE")
 @click.option("--out", metavar="FILE", help="The file to write; default: NAME.yaml here. It must not exist.")
-@click.option("--minutes", type=click.FloatRange(min=1), help=f"Wanted length of the run; default: {_MINUTES:.0f}.")
+@click.option("--minutes", type=click.FloatRange(min=1), help=f"Target length of the run; default: {_MINUTES:.0f}.")
 @click.option("--hours", type=click.FloatRange(min=0.02), help="The same in hours.")
-@click.option(
-    "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Give one value of the config; repeatable."
-)
+@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Set one value of the config; repeatable.")
 @json_option
 def init_command(
     *,
@@ -41,7 +39,7 @@ def init_command(
     """Look at the images in PLACE, choose every setting, and write a config that `ncsn run` takes.
 
     PLACE is a folder, an s3:// prefix, a .tar, .zip or .parquet file, or the name of an example, such as digits. The
-    choices fit the images, this machine and the length of the run. Of many images a sample is looked at. The reasons
+    choices fit the images, this machine and the length of the run. Of many images it looks at a sample. The reasons
     are in the file, and a picture next to it shows what training will see.
     """
     from ncsn.tools import init
@@ -78,7 +76,7 @@ def _ask_mirrored() -> bool:
     "--tflops",
     type=click.FloatRange(0, min_open=True),
     help="Predict training and sampling on workers that achieve this many TFLOP/s each, without a trial run. 40 % of "
-    "an H100's peak are 396.",
+    "an H100's peak is 396.",
 )
 @json_option
 def plan_command(
