@@ -228,12 +228,13 @@ def _cluster(config: Config) -> AbstractContextManager[str]:
 @contextmanager
 def _interruption_by_ray() -> Iterator[None]:
     """End with `TERMINATED` after SIGTERM and with KeyboardInterrupt after Ctrl-C, whatever Ray makes of them."""
-    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code.
+    # Ray Train answers Ctrl-C with exit code 0 or 1, and a wait for Ray makes 1 of any exit code. During the work of a
+    # cluster its backend answers SIGTERM, with the same code.
     told = stop_cleanly_on_sigterm()
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as stop:
-        if told.is_set():
+        if told.is_set() or (isinstance(stop, SystemExit) and stop.code == TERMINATED):
             sys.exit(TERMINATED)
         raise KeyboardInterrupt from stop
 

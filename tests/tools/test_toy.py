@@ -178,7 +178,7 @@ def test_denoising_score_matching_learns_the_exact_score():
     assert max(averaged) < 0.05 and max(averaged[:8]) < 0.01
     assert averaged[9] < raw[9]
     for level, minimum in ((0, 0.1216), (5, 0.6268), (9, 0.9888)):
-        exact = losses(lambda x, i: noisy_score(x, TEN_TO_TENTH[i]), level)
+        exact = losses(lambda x, level: noisy_score(x, TEN_TO_TENTH[level]), level)
         assert exact == pytest.approx(minimum, rel=0.01)
         assert losses(network, level) == pytest.approx(exact, rel=0.006)
 
