@@ -52,7 +52,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
             title="Sample images",
             cached=False,
         )
-        # Not cached: KFP takes the images of each run for new ones. The store has the figures of the same images.
+        # Not cached: KFP takes the images of each run for new ones. The store has the results of the same images.
         evaluated = configure_task(
             evaluate(config=config, run=run, dataset=dataset, samples=sampled.outputs["samples"]),
             title="Evaluate samples",

@@ -166,7 +166,7 @@ class ComputeConfig(Section):
 
     @property
     def starts_pods(self) -> bool:
-        """Whether a step runs in pods of its own, with an image and a size that `kuberay` decides."""
+        """Whether a step starts its own pods, whose image and size `kuberay` decides."""
         return self.backend == "kuberay"
 
     @property

@@ -23,12 +23,12 @@ from ncsn.data.sources.base import BadImages, Example, Source, Split
 from ncsn.data.sources.image_files import ARCHIVE_SUFFIXES, COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
 from ncsn.data.sources.known import open_source
 from ncsn.data.sources.listing import list_files
+from ncsn.data.sources.published.source import SUFFIX
 from ncsn.errors import UserError
 from ncsn.tools.draft import any_config
 
 MOST_LOOKED_AT = 1024
 FEWEST_LOOKED_AT = 32
-PARQUET = ".parquet"
 SECONDS = 5.0  # after which no more images are looked at
 THUMBNAIL = 128  # pixels, longer side
 _OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.unlabelled")
@@ -228,14 +228,14 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
     try:
         return data, open_source(data)
     except UserError:
-        if storage.is_file(root) and not root.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_SUFFIXES, PARQUET)):
-            kinds = ", a ".join((*ARCHIVE_SUFFIXES, PARQUET))
+        if storage.is_file(root) and not root.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_SUFFIXES, SUFFIX)):
+            kinds = ", a ".join((*ARCHIVE_SUFFIXES, SUFFIX))
             raise UserError(
                 "data.root", "is a file of another kind", hint=f"give a folder of images, a {kinds}", value=root
             ) from None
         names = [listed.path.lower() for listed in list_files(root)]
         images = any(name.endswith((*IMAGE_SUFFIXES, *ARCHIVE_SUFFIXES)) for name in names)
-        if images or not any(name.endswith(PARQUET) for name in names):
+        if images or not any(name.endswith(SUFFIX) for name in names):
             raise
     data = _read_as("parquet", root, given)
     return data, open_source(data)

@@ -21,7 +21,7 @@ from ncsn.data.sources.published.columns import Columns, FoundLabels, choose_col
 from ncsn.data.sources.published.files import ParquetFile, ParquetImages, opened
 from ncsn.errors import UserError
 
-_SUFFIX = ".parquet"
+SUFFIX = ".parquet"
 _THREADS = 16
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -66,7 +66,7 @@ def open_parquet(data: DataConfig) -> Source:
 def locate_files(data: DataConfig) -> str:
     """The folder and a file in it, or the file."""
     root = storage.absolute(required_root(data))
-    path = first_file(root, (_SUFFIX,))
+    path = first_file(root, (SUFFIX,))
     if path is None:
         _find(root)  # says what is wrong
     return root if storage.is_file(root) else f"{root}, such as {path}"
@@ -75,13 +75,13 @@ def locate_files(data: DataConfig) -> str:
 def _find(root: str) -> dict[str, ParquetFile]:
     """Path below the root -> file, in the order of the paths."""
     listed = list_files(root)
-    if root.lower().endswith(_SUFFIX) and storage.is_file(root):
+    if root.lower().endswith(SUFFIX) and storage.is_file(root):
         return {one.path: ParquetFile(root, one) for one in listed}
     files = {one.path: ParquetFile(storage.join(root, one.path), one) for one in listed}
-    parquet = {path: file for path, file in files.items() if path.lower().endswith(_SUFFIX)}
+    parquet = {path: file for path, file in files.items() if path.lower().endswith(SUFFIX)}
     if not parquet:
         held = f"holds {len(files)} other files (such as {next(iter(files))!r}) but" if files else "is empty:"
-        raise UserError("data.root", f"{held} no file that ends in {_SUFFIX}", value=root)
+        raise UserError("data.root", f"{held} no file that ends in {SUFFIX}", value=root)
     return parquet
 
 
@@ -142,7 +142,7 @@ def _splits(
 
 def place_of(path: str) -> tuple[str, str | None]:
     """The folder that holds the split, and the split, by a word in the file's name, else in the nearest folder's."""
-    parts = path.removesuffix(_SUFFIX).split("/")
+    parts = path.removesuffix(SUFFIX).split("/")
     for depth in reversed(range(len(parts))):
         words = re.findall("[a-z]+", parts[depth].lower())
         splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
