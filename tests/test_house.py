@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import itertools
 import json
 import subprocess
 import sys
@@ -66,7 +67,7 @@ LIGHT = (
     "ncsn.cli.views",
 )
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 350, 60, 15
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_COMPONENT = 500, 80, 15
 LEAST_MODULES, MOST_MODULES = 2, 13  # of a package
 
 
@@ -199,11 +200,16 @@ def test_a_component_is_one_short_function(name: str) -> None:
 
 
 def test_constants_are_explained_by_comments() -> None:
-    """Not by strings below them."""
+    """Strings stand only below the fields of a class, which `ncsn show-config` prints."""
     for name, tree in TREES.items():
         bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        constants = [each.value for body in bodies for each in body[1:] if isinstance(each, ast.Expr)]
-        assert not [each.lineno for each in constants if isinstance(each, ast.Constant)], name
+        pairs = [pair for body in bodies for pair in itertools.pairwise(body)]
+        strings = [
+            each.value
+            for before, each in pairs
+            if isinstance(each, ast.Expr) and not isinstance(before, ast.AnnAssign)
+        ]
+        assert not [each.lineno for each in strings if isinstance(each, ast.Constant)], name
 
 
 def test_the_package_names_each_variable_of_its_own_once() -> None:
