@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ncsn import storage
+from ncsn.progress import Progress
 from ncsn.runs.folder import RunFolder
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
@@ -35,42 +35,49 @@ def read_progress(folder: RunFolder, step: str) -> StepProgress | None:
     return None if record is None else StepProgress(**record)
 
 
-@dataclass
-class ProgressFile:
-    """Publishes how much of the work is done at `uri`, at most once per `interval` seconds. Picklable."""
+class PublishedProgress(Progress):
+    """Publishes the progress at `uri`, at most once per `interval` seconds.
+
+    With the URI of a launcher's lease, `advance` raises `LeaseExpired` when that launcher is gone.
+    """
 
     # A thread writes, so that the work waits for the store only at the end, and then not for long. An error of the
     # store stops nothing.
 
-    uri: str
-    unit: str
-    interval: float = 1.0
-    _note: str = field(default="", repr=False)
-    _told: tuple[int, int] | None = field(default=None, init=False, repr=False)
-    _record: dict[str, Any] | None = field(default=None, init=False, repr=False)
-    _news: threading.Condition = field(default_factory=threading.Condition, init=False, repr=False)
-    _writer: threading.Thread | None = field(default=None, init=False, repr=False)
+    def __init__(self, uri: str, *, lease: str | None = None, interval: float = 1.0) -> None:
+        super().__init__()
+        self._uri, self._lease, self._interval = uri, Lease(lease) if lease else None, interval
+        self._record: dict[str, Any] | None = None
+        self._news = threading.Condition()
+        self._writer: threading.Thread | None = None
 
-    def __reduce__(self) -> tuple[type[ProgressFile], tuple[str, str, float, str]]:
-        return ProgressFile, (self.uri, self.unit, self.interval, self._note)
+    def __reduce__(self) -> tuple[Any, ...]:
+        count = {"done": self.done, "total": self.total, "unit": self.unit, "text": self.text}
+        return _restored, (self._uri, self._lease.uri if self._lease else None, self._interval, count)
 
-    def say(self, note: str) -> None:
-        """Add a note to the numbers from now on."""
-        self._note = note
-        if self._told is not None:
-            self(*self._told)
+    def advance(self, n: int = 1) -> None:
+        super().advance(n)
+        self._require_launcher()
 
     def __call__(self, done: int, total: int) -> None:
-        """Publish that `done` of `total` units are done."""
-        self._told = (done, total)
-        record = {"done": done, "total": total, "unit": self.unit} | ({"note": self._note} if self._note else {})
+        super().__call__(done, total)
+        self._require_launcher()
+
+    def _require_launcher(self) -> None:
+        if self._lease is not None and self.done < self.total:
+            self._lease.require(f"{self.done:,} of {self.total:,} {self.unit} are done and stay")
+
+    def _changed(self) -> None:
+        if not self.total:
+            return
+        record = {"done": self.done, "total": self.total, "unit": self.unit, "note": self.text}
         with self._news:
             self._record = record
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="progress", daemon=True)
                 self._writer.start()
             self._news.notify_all()
-            if done >= total:
+            if _is_last(record):
                 self._news.wait_for(lambda: self._record is None, _LAST_SECONDS)
 
     def _write(self) -> None:
@@ -78,10 +85,10 @@ class ProgressFile:
             with self._news:
                 self._news.wait_for(lambda: self._record is not None)
                 record = self._record
-            pause = self.interval
+            pause = self._interval
             try:
                 with limited(0):
-                    storage.write_json(self.uri, record)
+                    storage.write_json(self._uri, record)
             except OSError:
                 pause *= 30
             with self._news:
@@ -98,15 +105,7 @@ def _is_last(record: dict[str, Any] | None) -> bool:
     return record is not None and record["done"] >= record["total"]
 
 
-def while_leased(progress: Callable[[int, int], None], lease: str | None, *, kept: str) -> Callable[[int, int], None]:
-    """`progress`, which raises `LeaseExpired` when the launcher is gone, with `kept` about `{done}` of `{total}`."""
-    if lease is None:
-        return progress
-    watched = Lease(lease)
-
-    def update(done: int, total: int) -> None:
-        progress(done, total)
-        if done < total:
-            watched.require(kept.format(done=done, total=total))
-
-    return update
+def _restored(uri: str, lease: str | None, interval: float, count: dict[str, Any]) -> PublishedProgress:
+    progress = PublishedProgress(uri, lease=lease, interval=interval)
+    progress.__dict__.update(count)
+    return progress

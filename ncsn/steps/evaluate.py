@@ -27,7 +27,6 @@ from ncsn.model.classes import require_same_classes
 from ncsn.report.cards import few_samples
 from ncsn.report.scores import confusion_matrix
 from ncsn.report.style import to_png
-from ncsn.runs.progress import while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import StepRun
@@ -87,7 +86,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
         return result
     with (
-        step.work(config) as work,
+        step.work(config, lease=lease) as work,
         cluster_for(
             config,
             tasks=_tasks(config, dataset),
@@ -98,7 +97,7 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
     ):
         work.tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
-            work.progress.say("DINOv2 takes about two seconds per image and core without a GPU")
+            work.progress.note("DINOv2 takes about two seconds per image and core without a GPU")
         work.tracked.log_dataset(
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
@@ -107,8 +106,8 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
             samples=samples,
             dataset=dataset,
             folder=step.folder.evaluation,
-            progress=while_leased(work.progress, lease, kept="the features of {done} of {total} images stay"),
-            on_score=lambda score: work.progress.say(str(score)),
+            progress=work.progress,
+            on_score=lambda score: work.progress.note(str(score)),
         )
         _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)

@@ -37,7 +37,6 @@ from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
 
-STAGES = 3
 # Name -> what it shows, of the pictures of the card.
 PICTURES = {"grid.png": "samples", "neighbours.png": "samples and their nearest training images"}
 CARD_NEIGHBORS = 8
@@ -77,10 +76,12 @@ def run(config: Config, *, run: str, checkpoint: str, evaluation: str) -> Regist
     if (result := step.found(inputs, needs=lambda _: [])) and _is_registered(config, result):
         return result
     with step.work(config) as work, registry_errors(work.tracked.uri):
+        work.progress.start(3, "stages")
+        work.progress.start(3, "stages")
         candidate = _candidate(work.tracked, loaded, measured, run=run, checkpoint=checkpoint)
-        work.progress(1, STAGES)
+        work.progress.advance()
         version = registry.register(work.tracked, candidate)
-        work.progress(2, STAGES)
+        work.progress.advance()
         result = _decide(work.tracked, candidate.name, str(version.version), evidence)
     return step.done(result)
 

@@ -27,9 +27,9 @@ from ncsn.model.averages import sampled_checkpoint
 from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
+from ncsn.progress import Progress
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.progress import ProgressFile, while_leased
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
@@ -92,13 +92,13 @@ def run(
     sets = [(config, plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score))]
     sets += [(other, plan_shards(other, checkpoint=checkpoint, folder=place)) for place, other in others.items()]
     with (
-        step.work(config) as work,
+        step.work(config, lease=lease) as work,
         faults.outages_shared(),
         cluster_for(config, tasks=sum(len(shards) for _, shards in sets), metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
-        made, seconds = _make(sets, _watched(work.progress, lease, faults), scores)
+        made, seconds = _make(sets, _watched(work.progress, faults), scores)
         result = SampleResult(
             uri=uri,
             grid=storage.join(uri, "grid.png"),
@@ -152,7 +152,7 @@ def _make(
 class _Scores:
     """Shows the running score while images are made, and keeps its points for MLflow."""
 
-    def __init__(self, config: Config, dataset: str, progress: ProgressFile) -> None:
+    def __init__(self, config: Config, dataset: str, progress: Progress) -> None:
         reference = open_evaluator(config, dataset, runner=runner_of(config.compute)).reference
         self._extractor = extractor_name(config, load_manifest(dataset))
         self._fingerprint = reference.fingerprint
@@ -166,7 +166,7 @@ class _Scores:
         """Take the features of images `first ..`."""
         for score in self._running.add(first, features):
             self._points.append(score)
-            self._progress.say(str(score))
+            self._progress.note(str(score))
 
     def log(self, tracked: StepRun) -> None:
         """Log the curve to MLflow."""
@@ -175,16 +175,15 @@ class _Scores:
         tracked.set_tags({"eval.fingerprint": self._fingerprint})
 
 
-def _watched(progress: ProgressFile, lease: str | None, faults: FaultInjector) -> Callable[[int, int], None]:
-    """Publish progress, end the work if the launcher is gone, and inject the faults that are due."""
-    watched = while_leased(progress, lease, kept="{done} of {total} images are sampled and stay")
+def _watched(progress: Progress, faults: FaultInjector) -> Callable[[int, int], None]:
+    """Publish progress, and inject the faults that are due."""
     before = 0
 
     def update(done: int, total: int) -> None:
         nonlocal before
         faults.trigger(range(before, done))
         before = done
-        watched(done, total)
+        progress(done, total)
 
     return update
 

@@ -30,7 +30,6 @@ from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_min
 from ncsn.report.cards import few_samples
 from ncsn.report.scores import selection_png
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.progress import while_leased
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.registry import log_candidates, settle_guide
@@ -75,16 +74,16 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
     tasks = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
-    with step.work(config) as work, cluster_for(config, tasks=tasks, metadata=work.job_metadata()):
+    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks, metadata=work.job_metadata()):
         work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        progress = while_leased(work.progress, lease, kept="{done} of {total} candidates are scored and stay")
         if lease:
             Lease(lease).require("nothing was started")
         values = {}
+        work.progress.start(len(found), "candidates")
         for weights, value in scores(config, found, evaluator, folder=step.folder, dataset=dataset):
             values[weights.digest] = value
-            progress(len(values), len(found))
+            work.progress.advance()
         result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
         log_candidates(work.tracked, config.registered_model, result.candidates, metric=result.figure)
         work.tracked.log_metrics({result.figure: result.value}, result.images_seen)

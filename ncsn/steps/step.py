@@ -22,7 +22,7 @@ from ncsn.errors import UserError
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
-from ncsn.runs.progress import ProgressFile
+from ncsn.runs.progress import PublishedProgress
 from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, write_result
 from ncsn.runs.steps import STEPS_ELSEWHERE
 
@@ -38,7 +38,7 @@ class Work:
 
     step: str
     run: str
-    progress: ProgressFile
+    progress: PublishedProgress
     tracked: StepRun
 
     def job_metadata(self) -> dict[str, str]:
@@ -109,20 +109,22 @@ class Step(Generic[R]):
         return self._type(**stored)
 
     @contextmanager
-    def timed(self) -> Iterator[ProgressFile]:
-        """Publish progress, and add the block's seconds to those of the step."""
+    def timed(self, *, lease: str | None = None) -> Iterator[PublishedProgress]:
+        """Publish progress, which ends the work without the launcher of `lease`; add the seconds to the step's."""
         self._started = time.time()
         try:
-            yield ProgressFile(self.folder.step(self.name, "progress.json"), self._unit)
+            progress = PublishedProgress(self.folder.step(self.name, "progress.json"), lease=lease)
+            progress.unit = self._unit
+            yield progress
         finally:
             add_seconds(self.folder, self.name, time.time() - self._started)
 
     @contextmanager
-    def work(self, config: Config) -> Iterator[Work]:
+    def work(self, config: Config, *, lease: str | None = None) -> Iterator[Work]:
         """As `timed`, with the step's MLflow run, which ends with the block."""
         from ncsn.tracking.mlflow_runs import step_run
 
-        with self.timed() as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
+        with self.timed(lease=lease) as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
             yield Work(self.name, self.folder.run, progress, tracked)
 
     def done(self, result: R) -> R:

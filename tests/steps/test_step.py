@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from refused import refused
@@ -20,7 +16,6 @@ from ncsn.errors import InvalidValue, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
-from ncsn.runs.progress import ProgressFile
 from ncsn.runs.records import read_error, read_mistake, read_result, recorded
 from ncsn.steps.step import Step
 
@@ -160,57 +155,3 @@ def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ForeignRun), recorded(config.model_copy(update={"seed": 9}), "theirs", "train"):
         pass
     assert read_error(folder, "train").message == "theirs"
-
-
-def test_progress_is_published_and_throttled(tmp_path: Path) -> None:
-    uri = str(tmp_path / "steps" / "train" / "progress.json")
-    progress = ProgressFile(uri, "images", interval=3600)
-    progress(1, 10)
-    deadline = time.monotonic() + 60
-    while not Path(uri).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    progress(2, 10)
-    assert json.loads(Path(uri).read_text()) == {"done": 1, "total": 10, "unit": "images"}
-    progress(10, 10)
-    assert json.loads(Path(uri).read_text())["done"] == 10
-    progress.say("and that is that")
-    assert json.loads(Path(uri).read_text())["note"] == "and that is that"
-
-
-def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither for a write that hangs: what is written in the end is the last record."""
-    uri, allowed, written = str(tmp_path / "progress.json"), threading.Event(), list[dict[str, Any]]()
-
-    def slow(_uri: str, record: dict[str, Any]) -> None:
-        assert allowed.wait(60)
-        written.append(record)
-
-    monkeypatch.setattr(storage, "write_json", slow)
-    progress = ProgressFile(uri, "images", interval=0)
-    for done in range(1, 1000):
-        progress(done, 1000)
-    assert written == []
-    allowed.set()
-    progress(1000, 1000)
-    assert written[-1]["done"] == 1000
-    assert len(written) < 1000
-
-
-def test_progress_travels_to_another_process(tmp_path: Path) -> None:
-    progress = ProgressFile(str(tmp_path / "progress.json"), "images")
-    progress.say("on the way")
-    sent = pickle.loads(pickle.dumps(progress))
-    sent(2, 2)
-    assert json.loads((tmp_path / "progress.json").read_text()) == {
-        "done": 2,
-        "total": 2,
-        "unit": "images",
-        "note": "on the way",
-    }
-
-
-def test_progress_never_stops_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    ProgressFile(str(tmp_path / "file" / "progress.json"), "images")(1, 2)
-    assert (tmp_path / "file").read_text() == ""

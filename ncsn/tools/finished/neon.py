@@ -35,7 +35,6 @@ from ncsn.model.classes import labels_of_images
 from ncsn.model.index import INDEX, write_derived
 from ncsn.model.start import self_training
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.progress import while_leased
 from ncsn.runs.records import read_result, write_result
 from ncsn.steps import evaluate, sample, train
 from ncsn.steps.step import Step
@@ -153,13 +152,13 @@ def _check(plan: _Plan) -> None:
 
 
 def _extrapolate(plan: _Plan, step: Step[NeonResult]) -> NeonResult:
-    with step.timed() as progress:
-        own = _own_samples(plan, while_leased(progress, plan.lease, kept="{done} of {total} samples stay"))
+    with step.timed(lease=plan.lease) as progress:
+        own = _own_samples(plan, progress)
     settings = self_training(plan.config, plan.checkpoint, images=plan.images)
     tuned = train.run(settings, run=plan.self_run, dataset=own, lease=plan.lease)
     self_trained = load_for_sampling(tuned.checkpoint)
-    with step.timed() as progress:
-        distances = _choose(plan, self_trained, while_leased(progress, plan.lease, kept="the training stays"))
+    with step.timed(lease=plan.lease) as progress:
+        distances = _choose(plan, self_trained, progress)
     best = min(distances, key=distances.__getitem__)
     facts: dict[str, Any] = {
         "multiple": best,

@@ -1,0 +1,78 @@
+"""The progress of a step: published by a thread, throttled, never in the way of the work."""
+
+import json
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ncsn import storage
+from ncsn.progress import Progress
+from ncsn.runs.progress import PublishedProgress
+from ncsn.storage import heartbeat
+from ncsn.storage.heartbeat import LeaseExpired
+
+
+def started(progress: Progress, total: int) -> Progress:
+    progress.start(total, "images")
+    return progress
+
+
+def test_it_is_published_and_throttled(tmp_path: Path) -> None:
+    file = tmp_path / "steps" / "train" / "progress.json"
+    progress = started(PublishedProgress(str(file), interval=3600), 10)
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    progress.advance(2)
+    assert json.loads(file.read_text()) == {"done": 0, "total": 10, "unit": "images", "note": ""}
+    progress.advance(8)
+    assert json.loads(file.read_text())["done"] == 10
+    progress.note("and that is that")
+    assert json.loads(file.read_text())["note"] == "and that is that"
+
+
+def test_the_work_does_not_wait_for_a_slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a write that hangs: what is written in the end is the last record."""
+    allowed, written = threading.Event(), list[dict[str, Any]]()
+
+    def slow(_uri: str, record: dict[str, Any]) -> None:
+        assert allowed.wait(60)
+        written.append(record)
+
+    monkeypatch.setattr(storage, "write_json", slow)
+    progress = started(PublishedProgress(str(tmp_path / "progress.json"), interval=0), 1000)
+    for _ in range(999):
+        progress.advance()
+    assert written == []
+    allowed.set()
+    progress.advance()
+    assert written[-1]["done"] == 1000
+    assert len(written) < 1000
+
+
+def test_a_copy_in_another_process_goes_on_from_the_same_count(tmp_path: Path) -> None:
+    progress = started(PublishedProgress(str(tmp_path / "progress.json")), 5)
+    progress.advance(3)
+    progress.note("on the way")
+    pickle.loads(pickle.dumps(progress)).advance(2)
+    published = json.loads((tmp_path / "progress.json").read_text())
+    assert published == {"done": 5, "total": 5, "unit": "images", "note": "on the way"}
+    assert progress.done == 3
+
+
+def test_a_store_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    started(PublishedProgress(str(tmp_path / "file" / "progress.json")), 2).advance()
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_work_ends_when_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "LEASE_SECONDS", -1.0)
+    progress = started(PublishedProgress(str(tmp_path / "progress.json"), lease=str(tmp_path / "lease.json")), 2)
+    with pytest.raises(LeaseExpired, match="1 of 2 images"):
+        progress.advance()
