@@ -205,9 +205,7 @@ def test_constants_are_explained_by_comments() -> None:
         bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
         pairs = [pair for body in bodies for pair in itertools.pairwise(body)]
         strings = [
-            each.value
-            for before, each in pairs
-            if isinstance(each, ast.Expr) and not isinstance(before, ast.AnnAssign)
+            each.value for before, each in pairs if isinstance(each, ast.Expr) and not isinstance(before, ast.AnnAssign)
         ]
         assert not [each.lineno for each in strings if isinstance(each, ast.Constant)], name
 
