@@ -22,13 +22,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
 from torch.nn import functional
 
@@ -49,6 +46,9 @@ from ncsn.storage.cache import CACHE_DIR_VARIABLE
 from ncsn.training.context import LocalContext
 from ncsn.training.loop import Training, TrainingJob
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
 THEIR_BATCH, SAMPLE_BATCH = 16, 64
 SPEED_IMAGES = 128
@@ -56,6 +56,8 @@ SPEED_IMAGES = 128
 
 def their_network() -> UNet2DModel:
     """UNet2DModel with 0.66 million parameters; ours has 0.70."""
+    from diffusers import UNet2DModel
+
     return UNet2DModel(
         sample_size=28,
         in_channels=1,
@@ -78,6 +80,10 @@ class Theirs:
         self.images = open_cache(dataset, "train").images
         self.draw = np.random.default_rng(0)
         self.network = their_network()
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_cosine_schedule_with_warmup
+        from diffusers.training_utils import EMAModel
+
         self.ddpm = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
