@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import click
@@ -127,13 +126,9 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
 
 
 for _command in (
-    *(setup.plan_command, setup.suggest_noise_command, setup.import_checkpoint_command),
-    *(finished.select_command, finished.ema_command, finished.figures_command, finished.likelihood_command),
-    *(finished.neon_command, finished.restore_command, setup.toy_command),
+    *(setup.plan_command, setup.suggest_noise_command),
+    finished.select_command,
     *(kubeflow.submit_command, kubeflow.compile_command, kubeflow.doctor_command, kubeflow.cleanup_command),
     *(registry.promote_command, registry.rollback_command, registry.trace_command, registry.export_command),
 ):
     app.add_command(_command)
-_reap = copy.copy(kubeflow.cleanup_command)
-_reap.hidden = True
-app.add_command(_reap, "reap")  # its first name, which installed janitors call

@@ -36,11 +36,9 @@ class StepInfo:
     inputs: Mapping[str, Source] = field(default_factory=dict)
     on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if an option of that name is given
     faults: bool = False  # takes --inject
-    package: str = "steps"  # of the module with its name
 
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
-_CHECKPOINT = Source("train", "checkpoint", "checkpoint")
 _CHOSEN = Source("train", "checkpoint", "checkpoint", selectable=True)
 _SAMPLED = Source("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
 _SAMPLES = Source("sample", "uri", "folder of samples")
@@ -79,31 +77,5 @@ STEP_INFO: Mapping[str, StepInfo] = {
     "select": StepInfo(
         "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
         inputs={"dataset": _DATASET},
-    ),
-    "ema": StepInfo(
-        "Compute averages of the weights of other widths from the snapshots of train.ema.kind: power.",
-        inputs={"checkpoint": _CHECKPOINT},
-        package="tools.finished",
-    ),
-    "figures": StepInfo(
-        "Draw figures of a finished run: losses, levels, inpainting, interpolation, neighbors, quality over NFE.",
-        inputs={"checkpoint": _SAMPLED, "samples": _SAMPLES, "dataset": _DATASET},
-        package="tools.finished",
-    ),
-    "likelihood": StepInfo(
-        "Measure bits per dimension of test images under a trained network.",
-        inputs={"checkpoint": _CHOSEN, "dataset": _DATASET},
-        package="tools.finished",
-    ),
-    "neon": StepInfo(
-        "Train on a finished run's own samples, and extrapolate its weights away from the result.",
-        inputs={"checkpoint": _CHECKPOINT, "dataset": _DATASET},
-        package="tools.finished",
-    ),
-    "restore": StepInfo(
-        "Restore incomplete, small or blurred images with a trained network.",
-        inputs={"checkpoint": _CHOSEN},
-        on_demand={"dataset": _DATASET},
-        package="tools.finished",
     ),
 }

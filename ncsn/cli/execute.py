@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ncsn import storage
-from ncsn.cli.catalogue import CONTINUING, STEP_INFO
+from ncsn.cli.catalogue import CONTINUING
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
 from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.supervisor import Supervisor
@@ -73,7 +73,7 @@ def perform_step(
         # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
         in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
         with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.{STEP_INFO[step].package}.{step}")
+            module = importlib.import_module(f"ncsn.steps.{step}")
             with recorded(target.config, target.run, step), _interruption_by_ray():
                 if lease:  # the cluster may retry a job whose launcher is gone
                     Lease(lease).require("nothing was started")

@@ -61,34 +61,6 @@ def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> st
     return "\n".join([*(f"# {line}" for line in lines), yaml.safe_dump(section, sort_keys=False).rstrip()])
 
 
-def describe_import(run: str, checkpoint: str, images_seen: int, num_images: int) -> str:
-    """The imported checkpoint, and the commands that use it."""
-    training = f"ncsn train --run {run}, to train.num_images = {num_images:,}"
-    if num_images <= images_seen:
-        training = f"(done: train.num_images = {num_images:,} is reached; import with a larger one to continue)"
-    lines = (
-        f"checkpoint: {checkpoint}",
-        f"seen:       {images_seen:,} images",
-        f"train:      {training}",
-        f"sample:     ncsn sample --run {run}",
-    )
-    return "\n".join(lines)
-
-
-def describe_toy(result: Mapping[str, Any]) -> str:
-    """The two-dimensional experiments: the mode weights of each sampler, and the error of the learned score."""
-    width = max(map(len, result["weights"]))
-    return "\n".join(
-        [
-            f"share of the points at (5, 5), where the mixture has {result['true_weight']:.2f}:",
-            *(f"  {name:<{width}}  {weight:.3f}" for name, weight in result["weights"].items()),
-            f"learned score: relative error {result['score_error_near']:.3g} near the modes, "
-            f"{result['score_error_elsewhere']:.3g} elsewhere",
-            *(f"{key}: {result[key]}" for key in ("figure_2", "figure_3", "uri")),
-        ]
-    )
-
-
 def print_summary(
     console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord], *, earlier: Collection[str]
 ) -> None:

@@ -102,7 +102,7 @@ class ComputeConfig(Section):
 
     backend: Literal["local", "ray-jobs", "kuberay"] = Field(
         "local",
-        description="Where tune, train, select, sample, evaluate and neon run: local = in this process, on a Ray "
+        description="Where tune, train, select, sample and evaluate run: local = in this process, on a Ray "
         "cluster that it starts or, with RAY_ADDRESS, joins; ray-jobs = as a job on an existing Ray cluster; kuberay = "
         "as a RayJob on Kubernetes. The last two need storage.root in S3; for ray-jobs a folder that the cluster "
         "shares works too.",

@@ -12,7 +12,7 @@ from ncsn.errors import UserError
 
 EXTRAPOLATE_RATIO = 4  # least number of samples per feature for `extrapolate`
 NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
-# Between the seeds of `seeds`: a search, `ncsn select`, `ncsn neon` and train.stop choose by samples of seeds nearby.
+# Between the seeds of `seeds`: a search, `ncsn select` and train.stop choose by samples of seeds nearby.
 SEED_STRIDE = 2**32
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.
@@ -23,33 +23,10 @@ PUBLISHED_SHA256 = {
 }
 
 
-class LikelihoodConfig(Section):
-    """The likelihood of test images, by the probability-flow ODE."""
-
-    images: int = Field(1000, ge=1, description="Number of test images; all of them if there are fewer.")
-    steps: int = Field(
-        36,
-        ge=1,
-        le=10_000,
-        description="Runge-Kutta steps, each with four network evaluations and their traces.",
-    )
-    probes: int = Field(1, ge=1, le=1000, description="Random vectors that estimate each trace.")
-    sigma_min: float = Field(
-        0.0005, gt=0, lt=1, description="The density is that of images with noise of this standard deviation."
-    )
-    dequantization: Literal["uniform", "truncated_normal"] = Field(
-        "uniform",
-        description="Dequantization of gray values: uniform = over the width of a gray level, as in training; "
-        "truncated_normal = noise of sigma_min around its middle, as the density has.",
-    )
-
-
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"bits_per_dim", "extrapolate", "likelihood", "reference_split", "seeds"}
-    )
+    ADDED: ClassVar[frozenset[str]] = frozenset({"extrapolate", "reference_split", "seeds"})
 
     extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
         "auto",
@@ -76,12 +53,6 @@ class EvaluationConfig(Section):
         description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
-    likelihood: LikelihoodConfig | None = Field(
-        None, description="How `ncsn likelihood` measures bits per dimension; null = with the defaults."
-    )
-    bits_per_dim: bool = Field(
-        False, description="Also measure bits per dimension in the evaluation, of the network that made the samples."
-    )
     seeds: int = Field(
         1,
         ge=1,

@@ -234,8 +234,6 @@ def _levels(config: Config) -> Iterator[Problem]:
 
 def _evaluation(config: Config) -> Iterator[Problem]:
     evaluation, count = config.evaluation, config.sampling.num_images
-    if evaluation.likelihood is not None or evaluation.bits_per_dim:
-        yield from likelihood_problems(config)
     least = EXTRAPOLATE_RATIO * evaluation.num_features
     if evaluation.extrapolate and count < least:
         yield Problem(
@@ -250,19 +248,4 @@ def _evaluation(config: Config) -> Iterator[Problem]:
             f"less than one for each of evaluation.num_splits = {evaluation.num_splits}",
             "raise it, or lower evaluation.num_splits",
             count,
-        )
-
-
-def likelihood_problems(config: Config) -> Iterator[Problem]:
-    """Why images have no likelihood under a network of this config."""
-    key = f"evaluation.{'bits_per_dim' if config.evaluation.bits_per_dim else 'likelihood'}"
-    if isinstance(config.network, NcsnNetworkConfig):
-        yield Problem(key, _ANY_SIGMA)
-    if config.data.logit_transform:
-        yield Problem(key, "measured on pixels, but data.logit_transform = true trains on their logits")
-    if not config.data.dequantize:
-        yield Problem(
-            key,
-            "needs data.dequantize = true in training: 256 gray values on a line have no density, and the number falls "
-            "without limit with sigma_min",
         )

@@ -59,7 +59,6 @@ class SamplingCheckpoint(TrainedNetwork):
     dataset_digest: str
     digest: str  # first 16 hex digits of the SHA-256 of the EMA weights
     average: Mapping[str, Any] | None = None  # how the weights were put together after training, if they were
-    neon: Mapping[str, Any] | None = None  # how they were extrapolated from self-training, if they were
 
 
 def folder_name(images_seen: int) -> str:
@@ -186,7 +185,6 @@ def load_for_sampling(uri: str, *, device: str | torch.device = "cpu") -> Sampli
         dataset_digest=facts["dataset_digest"],
         digest=digest,
         average=facts.get("average"),
-        neon=facts.get("neon"),
     )
 
 

@@ -19,7 +19,6 @@ _NODE = 0.5e9  # Ray's other processes on a node
 _CUDA = 3e9  # CUDA's libraries and context in the host's memory
 _STATE, _SNAPSHOT = 5, 6  # copies of the weights: gradients, moments and average included; for a checkpoint
 _SAMPLING_SHARE = 1 / 6  # of training's feature maps, alive at once while sampling (measured: 8 to 11 %)
-_LIKELIHOOD = 16e9  # of feature maps that a likelihood keeps at once, for its gradients
 _FLOAT, _DOUBLE = 4, 8
 # Extractor -> bytes to load its weights (measured: 1.86 GB), bytes of an image in it.
 _PRETRAINED = {"inception": (0.0, 20e6), "dinov2": (1.9e9, 20e6)}
@@ -29,13 +28,13 @@ _GROUPS = 20 + 10  # [D, D] matrices of the Fréchet distance's jackknife
 def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
     """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
 
-    Evaluate, tune and neon need the number of `reference_images`, the training images.
+    Evaluate, select and tune need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
-    need += 0.0 if step == "evaluate" and not config.evaluation.bits_per_dim else _network(config, step)
-    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune", "neon") else 0.0
+    need += 0.0 if step == "evaluate" else _network(config, step)
+    need += _evaluation(config, reference_images) if step in ("evaluate", "select", "tune") else 0.0
     whole = _MARGIN * (need + _NODE) + bytes_of(config.compute.kuberay.shm_per_worker)
     return max(round(bytes_of(LEAST_MEMORY)), math.ceil(whole / _UNIT) * _UNIT)
 
@@ -56,26 +55,18 @@ def kept_bytes(network: nn.Module, config: Config) -> int:
     return kept
 
 
-def likelihood_batch(config: Config) -> int:
-    """Images whose likelihood is computed at once: a batch of samples, or as many as memory holds."""
-    with torch.device("meta"):
-        network = build.network(config).to("meta")
-    return max(1, min(config.sampling.batch_size, int(_LIKELIHOOD // kept_bytes(network, config))))
-
-
 def _network(config: Config, step: str) -> float:
     with torch.device("meta"):
         network = build.network(config).to("meta")
     weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
     compute = config.compute
     if compute.use_gpu:
-        return (1 if step in ("sample", "evaluate") else _SNAPSHOT) * weights
+        return (1 if step == "sample" else _SNAPSHOT) * weights
     kept = kept_bytes(network, config)
     sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
     training = (_STATE + _SNAPSHOT) * weights + kept * min(share, compute.microbatch or share)
-    likelihood = weights + kept * likelihood_batch(config)  # the trace needs a backward pass
-    by_step = {"sample": sampling, "select": sampling, "train": training, "evaluate": likelihood}
+    by_step = {"sample": sampling, "select": sampling, "train": training}
     return by_step.get(step, max(sampling, training))
 
 

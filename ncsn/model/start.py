@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ncsn.config import Config
-from ncsn.config.search import variant
 from ncsn.config.training import ema_setting
 from ncsn.core.networks.transfer import Transferred, transfer
 from ncsn.core.training import TrainState
@@ -16,7 +15,6 @@ from ncsn.model.classes import Classes
 from ncsn.model.trained import load_for_generation
 
 MUCH_OF_THE_SOURCE = 0.05  # in the average after training
-SELF_RATE = 0.1  # of the learning rate, where a network is trained on its own samples
 
 
 def start_from(uri: str, *, state: TrainState, config: Config, classes: Classes | None) -> None:
@@ -64,29 +62,3 @@ def start_notes(source: TrainedNetwork, config: Config, changes: tuple[str, ...]
             f"source's weights; decrease {ema_setting(train)}, or train longer"
         )
     return notes
-
-
-def self_training(config: Config, checkpoint: str, *, images: int) -> Config:
-    """The experiment that trains the checkpoint's network on its own samples: as before, at a tenth of the rate."""
-    batch, share = config.train.batch_size, max(1, images // 20)
-    return variant(
-        config,
-        {
-            "train.init_from": checkpoint,
-            "train.trainable": "all",
-            "train.num_images": images,
-            "train.checkpoint_every_images": max(batch, images // 8),
-            "train.report_every_images": max(batch, images // 40),
-            "train.keep_best": False,
-            "train.best_by": "training",
-            "train.stop": None,
-            "train.ema": {"kind": "half_life", "images": min(500_000, share), "ramp_up": None},
-            "optimizer.learning_rate": SELF_RATE * config.optimizer.learning_rate,
-            "optimizer.decay": "constant",
-            "optimizer.warmup_images": min(100_000, share),
-            "data.loader": "cache",
-            # The samples may have no classes; nothing is evaluated there.
-            "evaluation": {},
-            "sampling.num_images": max(config.sampling.num_images, 10),
-        },
-    )

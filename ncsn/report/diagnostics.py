@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
-from ncsn.report.cards import few_samples
 from ncsn.report.images import evenly_spread
 from ncsn.report.page import Picture, Plot, Section
-from ncsn.report.plots import NfeCurve, held_out_losses, last_losses, loss_curves, loss_heat_map, quality_versus_nfe
+from ncsn.report.plots import held_out_losses, last_losses, loss_curves, loss_heat_map
 from ncsn.report.style import to_svg
-from ncsn.report.words import Reading, reference_images
-from ncsn.runs.costs import Prices, cost
+from ncsn.report.words import Reading
 from ncsn.runs.curves import HeldOutCurves
 from ncsn.runs.gaps import HARMFUL, Alarm
 
@@ -224,87 +221,6 @@ def held_out_section(curves: HeldOutCurves) -> Section:
         plots=[Plot(to_svg(figure, salt="held-out"), alt="Loss of held-out and of training images over training")],
         hints=overfitting_hints(curves),
     )
-
-
-# A measured quality is the plain values that `ncsn.report.finished_run.quality` returns and `figures.json` keeps.
-Measured = Mapping[str, Any]
-
-
-def quality_plot(measured: Measured, prices: Prices) -> Figure:
-    """Quality over evaluations per image, with seconds and money per 1,000 images at each point."""
-    points, real = measured["points"], measured["real"]
-    curves: dict[str, NfeCurve] = {}
-    for point in points:
-        curve = curves.setdefault(point["sampler"]["kind"].replace("_", " "), NfeCurve([], [], []))
-        curve.nfe.append(point["nfe"])
-        curve.quality.append(point["fid"])
-        seconds, money = _short(point["seconds_per_1000_images"]), _short(_money(point, measured, prices))
-        curve.labels.append(f"{seconds} s · {money} {prices.currency}")
-    return quality_versus_nfe(
-        curves,
-        quality_label=f"Fréchet distance, {points[0]['num_images']:,} images",
-        real=real["fid"],
-        real_label=f"{real['num_images']:,} real {real.get('split', 'test')} images",
-    )
-
-
-def quality_section(measured: Measured, prices: Prices) -> Section:
-    """The same as a section, with a table."""
-    points = measured["points"]
-    reference = "test" if measured["real"].get("split") == "train" else "train"
-    rows = [
-        (
-            point["sampler"]["kind"].replace("_", " "),
-            f"{point['nfe']:,}",
-            f"{point['fid']:.4g}",
-            _short(point["seconds_per_1000_images"]),
-            _short(_money(point, measured, prices)),
-        )
-        for point in points
-    ]
-    header = ("sampler", "NFE", measured["metric"], "seconds per 1,000 images", f"{prices.currency} per 1,000 images")
-    return Section(
-        heading="Quality against cost",
-        text="Sampling spends almost all of its time in network evaluations. The plot shows the Fréchet distance to "
-        f"{reference_images(reference)} over the number of evaluations per image (NFE); lower is better. The distance "
-        f"is measured on {points[0]['num_images']:,} images and depends on that number, so compare it only within this "
-        f"plot. The labels give the seconds and the price of 1,000 images. {price_note(measured, prices)}",
-        hints=[few] if (few := few_samples(measured["metric"])) else [],
-        plots=[Plot(to_svg(quality_plot(measured, prices), salt="quality"), alt="Fréchet distance over evaluations")],
-        table=[header, *rows],
-    )
-
-
-def price_note(measured: Measured, prices: Prices) -> str:
-    """The price assumptions, in a sentence."""
-    cores, gpus = measured["cores"], measured["gpus"]
-    priced = f"{cores} {'core' if cores == 1 else 'cores'} at {prices.cpu_core_hour:g} {prices.currency} per core-hour"
-    if gpus:
-        priced += f" and {gpus} GPU at {prices.gpu_hour:g}"
-    return f"The price is for {priced} during sampling, without startup; ncsn plan uses the same price table."
-
-
-def _money(point: Mapping[str, Any], measured: Measured, prices: Prices) -> float:
-    seconds = point["seconds_per_1000_images"]
-    return cost(seconds, cores=measured["cores"], gpus=measured["gpus"], prices=prices).money
-
-
-def _short(value: float) -> str:
-    """`0.00052`, `1.7`, `1,800`: two digits of a small number and all whole digits of a large one."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def inpainting_section(png: bytes) -> Section:
-    """Completions of test images."""
-    picture = Picture(
-        png,
-        alt="test images, their left halves, and completions",
-        caption="Each row: a test image that the model has not seen, its left half, and its completions.",
-        width=560,
-        pixelated=False,
-    )
-    text = "The same network fills in the missing half without being trained to. Each completion uses different noise."
-    return Section("Completing half an image", text, pictures=[picture])
 
 
 def search_section(result: Mapping[str, Any], plots: Sequence[bytes]) -> Section:

@@ -89,21 +89,9 @@ def _further_distances(metrics: Mapping[str, float]) -> str:
 
 def _line_of_command(step: str, result: Mapping[str, Any]) -> str:
     match step:
-        case "likelihood":
-            return f"{result['bits_per_dim']:.4f} +- {result['error']:.4f} bits/dim, {result['num_images']:,} images"
-        case "neon":
-            return f"w = {result['multiple']:g}, Fréchet distance {min(result['distances'].values()):.4g}"
         case "select":
             best = f"{result['figure']} = {result['value']:.4g} at {result['images_seen']:,} images"
             return f"{best}, the best of {len(result['candidates'])}"
-        case "ema":
-            built = [f"{each['relative_width']:g} (error {each['error']:.2g})" for each in result["averages"]]
-            return f"averages of relative width {', '.join(built)}"
-        case "figures":
-            return f"{len(result['figures'])} figures: {', '.join(result['figures'])}"
-        case "restore":
-            quality = ", ".join(f"{name} {value:.2f} dB" for name, value in result["psnr"].items() if value is not None)
-            return f"{result['num_images']:,} images, {result['nfe']:,} evaluations each; PSNR {quality or 'infinite'}"
     raise AssertionError(step)
 
 

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from ncsn.core.images import image_grid
 from ncsn.report.page import Animation, Neighbor, Picture
-from ncsn.report.style import PALETTE, bare, new_figure, styled
 
 Images = NDArray[np.uint8]
 
@@ -97,94 +94,6 @@ def _gif(pictures: list[Image.Image]) -> bytes:
     durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return buffer.getvalue()
-
-
-GAP = 1 / 14  # between images, as a share of their side
-CELL_INCHES = 0.62
-MAX_STAGES = 12
-
-
-@styled
-def samples_at_levels(frames: Images, *, sigmas: Sequence[float]) -> Figure:
-    """Images after each level: one row per image, one column per stage, at most 12 of them.
-
-    `frames` are [stages, N, H, W, C], the start and then one per visited level, whose sigmas are one fewer.
-    """
-    shown = evenly_spread(len(frames), most=MAX_STAGES)
-    names = ["start" if stage == 0 else f"{sigmas[stage - 1]:.2g}" for stage in shown]
-    figure, axes = _panel([list(row) for row in frames[shown].swapaxes(0, 1)], header=names)
-    axes.set_xlabel("sigma of the completed level (pixels in [0, 1])")
-    return figure
-
-
-@styled
-def neighbors_panel(
-    samples: Images, neighbors: Images, *, distances: NDArray[np.float64], memorized: Sequence[bool]
-) -> Figure:
-    """Samples [N, H, W, C] and their neighbors [N, k, H, W, C], nearest first, over the distances [N, k]."""
-    count = neighbors.shape[1]
-    header = ["sample", "nearest", *map(str, range(2, count + 1))]
-    rows = [[sample, *row] for sample, row in zip(samples, neighbors, strict=True)]
-    captions = [["", *map(_digits, row)] for row in distances]
-    figure, axes = _panel(rows, header=header, captions=captions, apart=1)
-    for row in np.flatnonzero(memorized):
-        place = (0.5, row * _pitch(captions=True) + 0.98)
-        box = {"facecolor": PALETTE[1], "edgecolor": "none", "pad": 1}
-        axes.annotate("copy", place, color="white", fontsize=6, ha="center", va="bottom", bbox=box)
-    return figure
-
-
-@styled
-def inpainting_panel(originals: Images, completions: Images, *, mask: NDArray[np.bool_]) -> Figure:
-    """Test images [N, H, W, C], the part that the mask [H, W] gives, and its completions [N, k, H, W, C]."""
-    given = [np.where(mask[..., None], image, np.uint8(128)) for image in originals]
-    rows = [[image, part, *made] for image, part, made in zip(originals, given, completions, strict=True)]
-    count = completions.shape[1]
-    return _panel(rows, header=["original", "given", *map(str, range(1, count + 1))], apart=2)[0]
-
-
-@styled
-def interpolation_panel(images: Images) -> Figure:
-    """Interpolations between two generated images, one row per pair: [pairs, N, H, W, C]."""
-    between = (f"{k / (images.shape[1] - 1):.2f}" for k in range(1, images.shape[1] - 1))
-    figure, axes = _panel([list(row) for row in images], header=["first", *between, "second"])
-    axes.set_xlabel("position between the noise of the first image and that of the second")
-    return figure
-
-
-def _panel(
-    rows: Sequence[Sequence[Images]],
-    *,
-    header: Sequence[str],
-    captions: Sequence[Sequence[str]] | None = None,
-    apart: int = 0,
-) -> tuple[Figure, Axes]:
-    """Equal images [H, W, C] in rows; one unit of the axes is one image, a gap follows the `apart` leftmost columns."""
-    pitch, shift = _pitch(captions=captions is not None), 0.25 if apart else 0.0
-    width, height = len(header) * (1 + GAP) + shift, len(rows) * pitch
-    figure = new_figure(CELL_INCHES * width + 0.2, CELL_INCHES * height + 0.5)
-    axes = bare(figure.subplots())
-    for column, word in enumerate(header):
-        left = column * (1 + GAP) + (shift if column >= apart else 0.0)
-        axes.annotate(word, (left + 0.5, -0.1), ha="center", va="bottom", fontsize=8, annotation_clip=False)
-        for row, images in enumerate(rows):
-            top = row * pitch
-            image = images[column][..., 0] if images[column].shape[-1] == 1 else images[column]
-            place = (left, left + 1, top + 1, top)
-            axes.imshow(image, extent=place, cmap="gray", vmin=0, vmax=255, interpolation="none")
-            if captions is not None:
-                axes.annotate(captions[row][column], (left + 0.5, top + 1.03), ha="center", va="top", fontsize=6)
-    axes.set(xlim=(0, width), ylim=(height, -0.05), aspect="equal")
-    return figure, axes
-
-
-def _digits(distance: float) -> str:
-    # 1.06e+03 is hard to compare with 998.
-    return f"{distance:.0f}" if distance >= 100 else f"{distance:.3g}"
-
-
-def _pitch(*, captions: bool) -> float:
-    return 1 + GAP + (0.22 if captions else 0.0)
 
 
 GRID_PIXELS = 960  # about the side of a picture; small images are enlarged by a whole factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +13,9 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ncsn.report.labels import place_labels
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
 
 Array = NDArray[np.float64]
@@ -26,7 +24,6 @@ UNDER_TRAINED = 1.25  # loss of a level over the loss that its neighbors suggest
 LOSS_LABEL = "normalized loss (1: predicting zero)"
 SEEN_LABEL = "images seen"
 SIGMA_LABEL = "sigma (pixels in [0, 1])"
-NFE_LABEL = "NFE (network evaluations per image)"
 
 
 def under_trained_levels(losses: ArrayLike) -> list[int]:
@@ -137,59 +134,6 @@ def held_out_losses(
     _plain_numbers(right.xaxis)
     right.xaxis.set_minor_formatter(NullFormatter())  # too close on half of the figure
     return figure
-
-
-class NfeCurve(NamedTuple):
-    """One sampler at several numbers of evaluations per image."""
-
-    nfe: list[int]
-    quality: list[float]
-    labels: list[str]  # next to each point
-
-
-@styled
-def quality_versus_nfe(
-    curves: Mapping[str, NfeCurve], *, quality_label: str, real: float, real_label: str = "real images"
-) -> Figure:
-    """Quality over evaluations per image, one line per sampler; real images are a dashed line."""
-    figure = new_figure(7, 3.8)
-    axes = figure.subplots()
-    labels: list[Annotation] = []
-    # matplotlib would leave out what is not finite.
-    for number, (name, curve) in enumerate(curves.items()):
-        if not np.isfinite(curve.quality).all():
-            raise ValueError(f"quality of {name} must be finite, got {list(curve.quality)}")
-        order = np.argsort(curve.nfe, kind="stable")
-        x, y = np.asarray(curve.nfe)[order], np.asarray(curve.quality)[order]
-        color = PALETTE[number % len(PALETTE)]
-        axes.plot(x, y, "o-", color=color, markersize=5, label=name)
-        for place, label in zip(zip(curve.nfe, curve.quality, strict=True), curve.labels, strict=True):
-            offset: dict[str, Any] = {"xytext": (0, 0), "textcoords": "offset points", "in_layout": False}
-            labels.append(axes.annotate(label, place, fontsize=7, color=color, **offset))
-    if not math.isfinite(real):
-        raise ValueError(f"quality of {real_label} must be finite, got {real}")
-    axes.axhline(real, color=INK, linestyle="--", linewidth=1, label=real_label)
-    axes.set(xlabel=NFE_LABEL, ylabel=quality_label, xscale="log")
-    measured = [value for curve in curves.values() for value in curve.quality]
-    _log_scale_where_positive(axes, [*measured, real or math.inf])
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    ticks = sorted({nfe for curve in curves.values() for nfe in curve.nfe})
-    axes.set_xticks(ticks, _apart(ticks), minor=False)
-    axes.xaxis.minorticks_off()
-    axes.margins(x=0.09, y=0.12)
-    figure.legend(loc="outside upper left", ncols=3)
-    place_labels(axes, labels)
-    return figure
-
-
-def _apart(ticks: Sequence[int]) -> list[str]:
-    """Numbers for a logarithmic axis, empty where one would cover that to its left."""
-    room = (ticks[-1] / ticks[0]) ** 0.04
-    names, last = [], 0.0
-    for tick in ticks:
-        names.append(f"{tick}" if tick >= last * room else "")
-        last = tick if names[-1] else last
-    return names
 
 
 def _log_scale_where_positive(axes: Axes, values: ArrayLike) -> None:

@@ -52,8 +52,6 @@ class RunFolder:
     selection = _Below("selection")  # the scores of checkpoints and the choice among them
     selected = _Below("selected")  # copies of the checkpoints that were chosen
     search = _Below("search")  # a search and its result
-    neon = _Below("neon")  # samples that weights are extrapolated from
-    restored = _Below("restored")  # restored images
 
     @property
     def uri(self) -> str:

@@ -26,11 +26,6 @@ TRAITS = (
     StepTraits("register", always=True),
     StepTraits("report", always=True),
     StepTraits("select", elsewhere=True, by_workers=True),
-    StepTraits("ema"),
-    StepTraits("figures"),
-    StepTraits("likelihood"),
-    StepTraits("neon", elsewhere=True, checkpointed=True),
-    StepTraits("restore"),
 )
 
 STEPS = tuple(step.name for step in TRAITS if step.always)

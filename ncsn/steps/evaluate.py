@@ -13,7 +13,6 @@ from ncsn.config import Config
 from ncsn.data.format import MANIFEST, Manifest, load_manifest
 from ncsn.data.samples import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
-from ncsn.distributed.likelihood import LikelihoodPlan, plan_likelihood
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.choice import classes_in_turn, evaluation_of, extractor_name
@@ -54,7 +53,6 @@ class EvaluateResult:
     memorisation: dict[str, Any]  # the `Memorization` that can forbid it, as plain values
     running: list[dict[str, Any]]  # `RunningScore`s as plain values
     notes: list[str]
-    likelihood: dict[str, Any] | None = None  # the `Likelihood` of test images as plain values, if it was asked for
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.classes`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
     classes: dict[str, Any] | None = None
@@ -121,10 +119,7 @@ def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: s
     for point in result.running:
         score = RunningScore(**point)
         tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
-    tags = {"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri}
-    if result.likelihood is not None:
-        tags["likelihood.fingerprint"] = result.likelihood["fingerprint"]
-    tracked.set_tags(tags)
+    tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})
     tracked.log_file(result.uri)
 
 
@@ -147,8 +142,7 @@ def evaluate(
     num_real = min(count, manifest.count(evaluation.other_split))
     others = _other_sets(made.get("others", []), evaluation.seeds, count)
     done = images_to_prepare(config, manifest)
-    likelihood = _plan_likelihood(config, samples, dataset, made.get("checkpoint"))
-    total = done + count * (1 + len(others)) + num_real + (0 if likelihood is None else likelihood.settings.images)
+    total = done + count * (1 + len(others)) + num_real
     runner = runner_of(config.compute)
     evaluator = open_evaluator(config, dataset, runner=runner, on_progress=lambda ready, _: progress(ready, total))
 
@@ -165,10 +159,9 @@ def evaluate(
     generated.metrics.update(seed_metrics([generated.value("fid"), *distances], count))
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
-    bits = None if likelihood is None else likelihood.measure(on_images=on_images)
     result = EvaluateResult(
         uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
-        metrics=evaluator.facts | generated.named(name) | ({} if bits is None else bits.metrics),
+        metrics=evaluator.facts | generated.named(name),
         real_metrics=real.named(name, real=True),
         fingerprint=fingerprint,
         num_images=count,
@@ -176,11 +169,7 @@ def evaluate(
         gate=asdict(_gate(generated, name, fingerprint)),
         memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
         running=[asdict(score) for score in generated.running],
-        notes=[
-            *_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
-            *([] if bits is None else (f"bits per dimension: {note}" for note in bits.notes)),
-        ],
-        likelihood=None if bits is None else asdict(bits),
+        notes=_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
         classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
     )
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
@@ -199,15 +188,6 @@ def _other_sets(others: list[str], seeds: int, count: int) -> list[SampleSet]:
             value=seeds,
         )
     return [SampleSet(uri, count) for uri in others[: seeds - 1]]
-
-
-def _plan_likelihood(config: Config, samples: str, dataset: str, checkpoint: str | None) -> LikelihoodPlan | None:
-    """To measure the network that made the samples, if the config asks for it."""
-    if not config.evaluation.bits_per_dim:
-        return None
-    if checkpoint is None:
-        raise UserError("evaluation.bits_per_dim", f"{samples} does not name its checkpoint", value=True)
-    return plan_likelihood(config, checkpoint=checkpoint, dataset=dataset)
 
 
 def _tasks(config: Config, dataset: str) -> int:

@@ -131,7 +131,7 @@ def _candidate(
         nfe=evaluations_per_image(loaded.config),
         cost=cost_line(account(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
-        warnings=[*_neon_notes(loaded, measured), *_warnings(measured, loaded.config, run)],
+        warnings=_warnings(measured, loaded.config, run),
         selection=selection_of(loaded.config, run, checkpoint),
         relative_width=None if loaded.average is None else loaded.average["relative_width"],
     )
@@ -185,23 +185,6 @@ def selection_of(config: Config, run: str, checkpoint: str) -> Mapping[str, Any]
     best = chosen["images_seen"], chosen["relative_width"]
     copied = [row["uri"] for row in chosen["candidates"] if (row["images_seen"], row["relative_width"]) == best]
     return chosen if checkpoint in (chosen["checkpoint"], *copied) else None
-
-
-def _neon_notes(loaded: SamplingCheckpoint, measured: Mapping[str, Any]) -> list[str]:
-    """How weights that were extrapolated came about, and what that costs."""
-    facts = loaded.neon
-    if facts is None:
-        return []
-    before, after = (facts["distances"][f"{w:g}"] for w in (0, facts["multiple"]))
-    notes = [
-        f"Extrapolated from self-training (Neon) with w = {facts['multiple']:g}, chosen by the Fréchet distance of "
-        f"{facts['scored']:,} other samples ({before:.4g} before, {after:.4g} after), so that distance is not a fair "
-        "comparison with models that were not tuned on it. Precision usually falls where recall rises."
-    ]
-    for name, value in facts["base_metrics"].items():
-        if "_precision_n" in name and name in measured["metrics"]:
-            notes.append(f"Precision was {value:.3f} before and is {measured['metrics'][name]:.3f}.")
-    return notes
 
 
 def _warnings(measured: Mapping[str, Any], config: Config, run: str) -> list[str]:

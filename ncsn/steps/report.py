@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,21 +14,17 @@ from ncsn.config import Config, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.samples import read_samples
 from ncsn.data.training_images import open_cache
-from ncsn.errors import InvalidValue
 from ncsn.model import build
 from ncsn.model import checkpoint as checkpoints
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import AS_DATA, BALANCED
-from ncsn.model.generate import evaluations_per_image
 from ncsn.report import diagnostics, facts, words
 from ncsn.report.diagnostics import copying_hints, held_out_section
-from ncsn.report.finished_run import COMPLETIONS, INPAINTED, inpainting, open_run, quality
 from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES, animation, neighbors
 from ncsn.report.page import Animation, Fact, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.scores import classes_section, selection_section
-from ncsn.report.style import to_png
-from ncsn.runs.costs import account, prices_of, read_plan
+from ncsn.runs.costs import account
 from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
@@ -42,13 +37,7 @@ from ncsn.tracking.registry import settle_guide
 
 REPORT = "report"
 FILE = "report.html"
-FIGURES = "figures.json"  # the numbers of `ncsn figures`, in the folder of the report
 BEST = "-best"  # ends the name of a run with the best settings of the search in the run without it
-# `ncsn figures` draws two of the sections for any model. The report draws them over fewer images if that is not more
-# than this many evaluations x parameters x pixels, about five seconds on two cores.
-QUICK_WORK = 1e12
-QUICK_NFE = (10, 40)
-QUICK_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,6 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
         "evaluation": sources.evaluation,
         "steps": {name: record.finished_at for name, record in sources.records.items()},
         "config": config.model_dump(mode="json"),
-        "figures": _digest(storage.join(step.folder.report, FIGURES)),
         "look": look(),
     }
     if (selection := read_result(step.folder, "select")) is not None:
@@ -76,17 +64,13 @@ def run(config: Config, *, run: str, evaluation: str) -> ReportResult:
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     with step.work(config) as work:
-        page = collect(sources, work.tracked, progress=work.progress)
+        page = collect(sources, work.tracked)
         text = render(page)
         uri = storage.join(step.folder.report, FILE)
         storage.write_text(uri, text)
         work.tracked.log_file(uri, to_parent=True)
         work.tracked.set_tags({"report.uri": uri})
     return step.done(ReportResult(uri=uri, size=len(text.encode()), sections=page.headings))
-
-
-def _digest(uri: str) -> str:
-    return hashlib.sha256(storage.read_bytes(uri)).hexdigest() if storage.exists(uri) else ""
 
 
 @dataclass(frozen=True)
@@ -129,8 +113,8 @@ class Sources:
         return levels
 
 
-def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int], None]) -> Page:
-    """The whole report; `progress` counts the images that are generated for it."""
+def collect(sources: Sources, tracked: StepRun) -> Page:
+    """The whole report."""
     config, records = sources.config, sources.records
     generated = words.read_metrics(sources.evaluation["metrics"])
     real = words.read_metrics(sources.evaluation["real_metrics"])
@@ -158,7 +142,7 @@ def collect(sources: Sources, tracked: StepRun, *, progress: Callable[[int, int]
         neighbors=_neighbors(sources),
         neighbors_text=_neighbors_text(generated),
         neighbors_hints=copying_hints(generated, real, copies=copies_beyond_chance(sources.evaluation)),
-        sections=list(_sections(sources, progress)),
+        sections=list(_sections(sources)),
         timings=_timings(records),
         total=f"{seconds:,.1f} s" if records else "",
         costs=list(facts.cost_facts(costs, num_images=0 if sampled is None else sampled["num_images"])),
@@ -227,10 +211,9 @@ def _neighbors_text(generated: Mapping[str, words.Reading]) -> str:
     return text if found is None else f"{text} {words.copies_sentence(found)}"
 
 
-def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
+def _sections(sources: Sources) -> Iterator[Section]:
     if (classes := sources.evaluation.get("classes")) is not None:
         yield classes_section(classes)
-    yield from _made_sections(sources, progress)
     if (chosen := selection_of(sources.config, sources.folder.run, sources.samples["checkpoint"])) is not None:
         yield selection_section(chosen)
     if (search := _search(sources.folder)) is not None:
@@ -254,40 +237,6 @@ def _sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterato
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
             ],
         )
-
-
-def _made_sections(sources: Sources, progress: Callable[[int, int], None]) -> Iterator[Section]:
-    """Quality and inpainting: as `ncsn figures` measured them, or measured here if that takes seconds."""
-    prices, folder = prices_of(read_plan(sources.folder)), sources.folder.report
-    if storage.exists(storage.join(folder, FIGURES)):
-        yield diagnostics.quality_section(storage.read_json(storage.join(folder, FIGURES))["quality"], prices)
-        yield diagnostics.inpainting_section(storage.read_bytes(storage.join(folder, "inpainting.png")))
-    elif estimated_work(sources.config, sources.checkpoint) <= QUICK_WORK:
-        opened = open_run(
-            sources.config,
-            sources.checkpoint,
-            samples=sources.evaluation["samples"],
-            dataset=sources.evaluation["dataset"],
-            device="cpu",
-        )
-        try:
-            measured = quality(opened, nfe=QUICK_NFE, num_images=QUICK_IMAGES, progress=progress)
-            panel, _ = inpainting(opened)
-        except InvalidValue as error:  # a shorter chain may diverge where the run's own does not
-            yield Section("Quality against cost", "", hints=[f"Not drawn: {error}."])
-            return
-        yield diagnostics.quality_section(measured, prices)
-        yield diagnostics.inpainting_section(to_png(panel))
-
-
-def estimated_work(config: Config, trained: SamplingCheckpoint) -> float:
-    """The work of measuring quality and inpainting, in evaluations x parameters x pixels."""
-    num_levels = config.sampled_levels.num_levels
-    chains = 2 * sum(max(nfe, num_levels) for nfe in QUICK_NFE) * QUICK_IMAGES
-    # Estimated with half of the completions that `inpainting` makes; QUICK_WORK is chosen for this sum.
-    completions = INPAINTED // 2 * COMPLETIONS * evaluations_per_image(config)
-    parameters = sum(parameter.numel() for parameter in trained.network.parameters())
-    return float(chains + completions) * parameters * config.data.image_size**2
 
 
 def _search(folder: RunFolder) -> Section | None:

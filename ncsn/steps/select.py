@@ -54,7 +54,7 @@ class SelectResult:
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> SelectResult:
-    """Score every checkpoint of the run, and every average that `ncsn ema` put together, by a few samples.
+    """Score every checkpoint of the run, and every average that was put together, by a few samples.
 
     When the launcher's heartbeat at the URI `lease` stops, the step ends; the scores that are known stay.
     """

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
 from ncsn.config.compute import bytes_of
-from ncsn.config.evaluation import EXTRAPOLATE_RATIO, LikelihoodConfig
+from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.held_out import MOST_BINS
 from ncsn.core.training import EVALUATIONS_PER_STEP
 from ncsn.evaluation.extractors.base import Extractor, Images
@@ -37,7 +37,6 @@ from ncsn.training.held_out import effort_of
 
 GIGABYTE = 1e9
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
-EVALUATIONS_PER_RUNGE_KUTTA_STEP = 4  # of a likelihood
 _BACKWARD = 2  # FLOP over those of the forward pass
 NEIGHBOR_SEARCHES = 2  # of an evaluation in the training images: for the samples and for real test images
 
@@ -94,7 +93,6 @@ def step_seconds(config: Config, counts: Counts, rates: Rates) -> dict[str, floa
         "sample": evaluation.seeds * waves * counts.nfe * rates.sample_evaluation,
         "evaluate": counts.train_images * of_training_image
         + measured * rates.extract_image / extractors
-        + _likelihood_seconds(config, counts, rates)
         + sum(_extrapolated(config, images) for images in (sampling.num_images, others)) * rates.extrapolation,
         "register": 0.0,
         "report": 0.0,
@@ -116,16 +114,6 @@ def _validation_seconds(config: Config, counts: Counts, rates: Rates) -> float:
         batches = math.ceil(samples / config.sampling.batch_size)
         seconds += batches * counts.nfe * rates.sample_evaluation + samples * rates.extract_image
     return math.ceil(train.num_images / train.validate_every) * seconds
-
-
-def _likelihood_seconds(config: Config, counts: Counts, rates: Rates) -> float:
-    if not config.evaluation.bits_per_dim:
-        return 0.0
-    settings = config.evaluation.likelihood or LikelihoodConfig()
-    images = min(settings.images, counts.test_images)
-    # A trace takes a backward pass to the image, without those to the weights.
-    passes = EVALUATIONS_PER_RUNGE_KUTTA_STEP * settings.steps * (1 + settings.probes)
-    return images * passes * rates.train_image / EVALUATIONS_PER_STEP
 
 
 def _extrapolated(config: Config, images: int) -> bool:

@@ -56,14 +56,9 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
         (["ingest", "--set", "nonsense"], "--set 'nonsense'"),
         (["ingest", "--run", "Not Valid"], "--run 'Not Valid'"),
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
-        (["figures", "--run", "mine", "--nfe", "10,few"], "--nfe '10,few'"),
-        (["figures", "--run", "mine"], "--checkpoint"),
-        (["ema", "--relative-width", "wide"], "--relative-width 'wide'"),
-        (["ema", "--relative-width", "0.1"], "--checkpoint"),
         (["select"], "--dataset"),
         (["tune"], "search"),
         (["train", "--inject", "kill@images=3"], "--inject 'kill@images=3'"),
-        (["import-checkpoint", "CONFIG"], "--dataset"),
         (["suggest-noise", "--data", "/d"], "--config"),
         (["plan", "--prices", "CONFIG"], "CONFIG"),
         (["plan", "--tflops", "1", "--actual"], "--tflops"),
@@ -96,7 +91,6 @@ def test_a_mistake_that_the_step_finds(
 @pytest.mark.parametrize(
     "args",
     [
-        ["toy", "--seed", "-1"],
         ["submit", "--pipeline", "cook"],
         ["sample", "--out", "folder"],
         ["sample", "--model", "digits/1", "--checkpoint", "folder"],

@@ -109,7 +109,7 @@ def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at:
 def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder: RunFolder) -> None:
     store_result(folder, "ingest", {"uri": "/data/set"})
     store_result(folder, "sample", {"uri": "/samples", "checkpoint": "/selected"})
-    assert find_inputs(folder, "figures", {}, config=config)["checkpoint"] == "/selected"
+    assert find_inputs(folder, "register", {"evaluation": "/e"}, config=config)["checkpoint"] == "/selected"
     found = find_inputs(folder, "evaluate", {"samples": "/other/", "dataset": None}, config=config)
     assert found == {"samples": "/other", "dataset": "/data/set"}
     with refused("--checkpoint") as caught:
@@ -132,7 +132,6 @@ def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trai
     storage.write_text(best, "x")
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": best}
     assert find_inputs(folder, "sample", {"checkpoint": last}, config=config) == {"checkpoint": last}
-    assert find_inputs(folder, "ema", {}, config=config) == {"checkpoint": last}
     assert complete_records(folder, config) is None, "its samples are of the last checkpoint"
     mark_complete(folder, config)
     assert complete_records(folder, config) is not None

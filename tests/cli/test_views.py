@@ -19,10 +19,8 @@ from ncsn.cli.console import ProgressView
 from ncsn.cli.doctor import Finding, report
 from ncsn.cli.target import Experiment
 from ncsn.cli.views import (
-    describe_import,
     describe_result,
     describe_suggestion,
-    describe_toy,
     print_account,
     print_plan,
     print_prediction,
@@ -85,7 +83,6 @@ def test_options_of_every_command(snapshot) -> None:
         name: " ".join(option for parameter in command.params for option in parameter.opts)
         for name, command in app.commands.items()
     }
-    assert options["reap"] == options["cleanup"]
     snapshot("options", "\n".join(f"{name}: {found}" for name, found in options.items()))
 
 
@@ -125,13 +122,6 @@ def test_suggestion(snapshot) -> None:
     text = describe_suggestion(suggestion, sigma_data=0.4128)
     assert yaml.safe_load(text)["noise"] == {"sigma_1": 4.8, "sigma_L": 0.03, "num_levels": 20}
     snapshot("suggestion", text)
-
-
-def test_import_and_toy(snapshot) -> None:
-    snapshot("import", "\n\n".join(describe_import("mine", "/c", 128, images) for images in (256, 128)))
-    toy = {"weights": {"plain": 0.5, "annealed": 0.79}, "true_weight": 0.8, "score_error_near": 0.0123}
-    toy |= {"score_error_elsewhere": 1.5, "figure_2": "/t/2.png", "figure_3": "/t/3.png", "uri": "/t"}
-    snapshot("toy", describe_toy(toy))
 
 
 def test_prediction(snapshot) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import Config, from_yaml
-from ncsn.model.memory import likelihood_batch, worker_memory
+from ncsn.model.memory import worker_memory
 
 CIFAR10 = (Path(__file__).parents[2] / "configs" / "cifar10_unet.yaml").read_text()
 GIB = 2**30
@@ -41,14 +41,6 @@ def test_evaluation_holds_the_reference() -> None:
     assert many - few > 990_000 * 2048 * 4
     batch = worker_memory(cifar10("evaluation.batch_size=1024"), "evaluate", reference_images=10**4)
     assert batch > worker_memory(cifar10("evaluation.batch_size=64"), "evaluate", reference_images=10**4)
-
-
-def test_a_likelihood_takes_fewer_images_at_once_than_a_batch_of_samples_where_they_are_large() -> None:
-    own = from_yaml((Path(__file__).parents[2] / "configs" / "cifar10_edm.yaml").read_text())
-    assert (own.sampling.batch_size, likelihood_batch(own)) == (500, 95), "84 GB would not fit on a GPU of 80 GB"
-    assert likelihood_batch(cifar10("sampling.batch_size=32")) == 32
-    asked = ("evaluation.bits_per_dim=true", "evaluation.weights=/weights.pth")
-    assert worker_memory(cifar10(*asked), "evaluate", reference_images=50_000) < 32 * GIB
 
 
 def test_a_small_experiment_gets_the_least() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import itertools
 
 import matplotlib as mpl
 import numpy as np
@@ -12,18 +10,14 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ncsn.report.diagnostics import quality_plot, quality_section
 from ncsn.report.plots import (
-    NfeCurve,
     epsilon_versus_quality,
     loss_curves,
     loss_heat_map,
-    quality_versus_nfe,
     search_coordinates,
     under_trained_levels,
 )
 from ncsn.report.style import INK, LEVEL_COLORS, PALETTE, to_png, to_svg
-from ncsn.runs.costs import load_prices
 
 SIGMAS = np.geomspace(1, 0.01, 10)
 SEEN = np.array([1000, 2000, 3000])
@@ -85,32 +79,6 @@ def test_one_point_and_one_level_are_drawn() -> None:
         assert to_png(plot([1000], [[0.5]], sigmas=[0.1]))
 
 
-def test_quality_is_drawn_in_order_of_nfe() -> None:
-    curve = NfeCurve(nfe=[100, 10, 50], quality=[5.0, 30.0, 8.0], labels=["1 s", "2 s", "3 s"])
-    axes = quality_versus_nfe({"heun": curve}, quality_label=FID, real=2.0).axes[0]
-    assert axes.get_lines()[0].get_xydata().tolist() == [[10, 30], [50, 8], [100, 5]]
-    assert {text.get_text(): text.xy for text in axes.texts} == {"1 s": (100, 5.0), "2 s": (10, 30.0), "3 s": (50, 8.0)}
-    assert axes.get_ylabel() == FID
-
-
-def test_labels_of_close_points_do_not_overlap() -> None:
-    one, two = (NfeCurve([9, 17, 34], [30.0, 22.0, last], ["5 s · 0.0002 EUR"] * 3) for last in (21.9, 22.0))
-    three = NfeCurve([33, 35, 993], [22.0, 22.0, 24.9], ["20 s · 0.00079 EUR"] * 3)
-    figure = quality_versus_nfe({"heun": one, "2m": two, "flow": three}, quality_label=FID, real=21.0)
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])] == []
-    whole = figure.bbox
-    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 for box in boxes)
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["9", "17", "33", "", "", "993"]
-
-
-def test_a_quality_that_is_nan_is_refused() -> None:
-    with pytest.raises(ValueError, match="heun"):
-        quality_versus_nfe({"heun": NfeCurve([10, 20], [5.0, float("nan")], ["", ""])}, quality_label=FID, real=2.0)
-
-
 def test_a_diverged_epsilon_is_marked_apart() -> None:
     axes = epsilon_versus_quality([1e-3, 1e-5, 1e-4], [np.nan, 9.0, 4.0], quality_label=FID, chosen=1e-4).axes[0]
     curve, diverged, chosen = axes.get_lines()
@@ -139,21 +107,3 @@ def test_files_depend_on_the_figure_alone_and_have_no_background() -> None:
     assert svg.startswith("<svg") and "currentColor" in svg and INK not in svg
     assert "<date>" not in svg and "dc:date" not in svg
     assert svg != files("two")[1], "the IDs of two plots in one page differ by their salt"
-
-
-def test_quality_costs_money_by_the_price_table() -> None:
-    """1,800 s per 1,000 images on two cores are an hour of a core; with a GPU also half an hour of that."""
-    prices = dataclasses.replace(load_prices(), currency="EUR", cpu_core_hour=0.5, gpu_hour=3.0)
-    points = [
-        {"sampler": {"kind": "karras_heun"}, "nfe": nfe, "fid": fid, "num_images": 99, "seconds_per_1000_images": 1800}
-        for nfe, fid in ((10, 9.0), (40, 4.0))
-    ]
-    measured = {"metric": "fid_n99", "points": points, "real": {"fid": 1.0, "num_images": 99}, "cores": 2, "gpus": 0}
-    section = quality_section(measured, prices)
-    assert section.table[0][-2:] == ("seconds per 1,000 images", "EUR per 1,000 images")
-    assert section.table[1] == ("karras heun", "10", "9", "1,800", "0.5")
-    assert "2 cores at 0.5 EUR per core-hour" in section.text
-    assert [text.get_text() for text in quality_plot(measured, prices).axes[0].texts] == ["1,800 s · 0.5 EUR"] * 2
-    on_gpu = quality_section({**measured, "cores": 1, "gpus": 1}, prices)
-    assert on_gpu.table[1][-1] == "1.8"
-    assert "1 core at 0.5 EUR" in on_gpu.text and "1 GPU at 3" in on_gpu.text

@@ -14,14 +14,12 @@ from ncsn import storage
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
-from ncsn.model import checkpoint
 from ncsn.report.images import grid_png
 from ncsn.runs.curves import held_out_point, level_names
 from ncsn.runs.folder import run_folder
 from ncsn.runs.gaps import Gaps
 from ncsn.runs.history import TrainingHistory
 from ncsn.steps import ingest, report
-from ncsn.steps.report import QUICK_WORK, estimated_work
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.client import connect
 
@@ -73,13 +71,10 @@ def test_each_result_has_a_section(config, root, made):
     text = Path(made.uri).read_text()
     assert Path(made.uri) == root / "runs" / RUN / "report" / "report.html"
     assert made.size == len(text.encode())
-    quality, inpainting = "quality against cost", "completing half an image"
-    first, last = ["samples", "film", "scores", "neighbours"], ["timings", "lineage", "config"]
-    assert made.sections == [*first, quality, inpainting, *last]
+    assert made.sections == ["samples", "film", "scores", "neighbours", "timings", "lineage", "config"]
     assert " 20 gray images" in text and " 8 training images" in text
     assert "a score of 2" in text and "Of 4 " in text
     assert "num_levels: 2" in text
-    assert "probability flow" in text and "classifier_fid_n64" in text
     assert "CPU hours" in text
     assert "4 of 4 samples copy a training image, 0 of 20 real ones do" in text
 
@@ -116,27 +111,6 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
     assert "Level 0" in text
     assert "The model overfits" in text and "sigma 0.1 to 1" in text
-
-
-def test_it_shows_what_ncsn_figures_measured(config, evaluation, made):
-    folder = run_folder(config, RUN)
-    point = {"sampler": {"kind": "karras_heun"}, "nfe": 35, "fid": 2.0, "num_images": 999, "seconds_per_1000_images": 7}
-    real = {"fid": 1.0, "num_images": 500}
-    measured = {"metric": "classifier_fid_n999", "points": [point], "real": real, "cores": 2, "gpus": 0}
-    storage.write_text(storage.join(folder.report, "figures.json"), json.dumps({"quality": measured}))
-    storage.write_bytes(storage.join(folder.report, "inpainting.png"), grid_png(np.zeros((4, 8, 8, 1), np.uint8)))
-    text = Path(report.run(config, run=RUN, evaluation=evaluation).uri).read_text()
-    assert "classifier_fid_n999" in text and "karras heun" in text
-    assert "classifier_fid_n64" not in text
-
-
-def test_images_are_generated_for_a_small_model_only(config, evaluation):
-    trained = checkpoint.load_for_sampling(
-        json.loads((Path(evaluation).parent / "samples/manifest.json").read_text())["checkpoint"]
-    )
-    assert estimated_work(config, trained) < QUICK_WORK
-    large = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 512})})
-    assert estimated_work(large, trained) > QUICK_WORK
 
 
 def test_a_missing_evaluation_is_refused(config, root):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,6 @@ from ncsn.tools.planning import (
     Counts,
     Rates,
     estimate,
-    extrapolation_seconds,
     num_checkpoints,
     predict,
     step_seconds,
@@ -90,19 +89,6 @@ def test_measurements_that_are_asked_for_take_time() -> None:
     assert by_loss == pytest.approx(10 + 1024 * 0.5 + 2 * 7 + 2 * 10 * 60 * 0.5 / 3)
     by_samples = step_seconds(config(*measured, "train.best_by=fid"), COUNTS, RATES)["train"]
     assert by_samples - by_loss == pytest.approx(2 * (3 * 21 * 0.1 + 50 * 0.001))
-
-
-def test_likelihood_and_extrapolation_take_time() -> None:
-    asked = config(
-        "sampling.num_images=600",
-        "evaluation={classifier_epochs: 3, bits_per_dim: true, extrapolate: true, likelihood: {images: 70, steps: 5}}",
-    )
-    rates = replace(RATES, extrapolation=2.0)
-    plain = config("sampling.num_images=600")
-    more = step_seconds(asked, COUNTS, rates)["evaluate"] - step_seconds(plain, COUNTS, rates)["evaluate"]
-    # Fifty test images are too few to extrapolate theirs. An evaluation and its trace are two of a step's three passes.
-    assert more == pytest.approx(50 * 5 * 4 * 2 * 0.5 / 3 + 2.0)
-    assert extrapolation_seconds(asked) > 0
 
 
 def test_checkpoints_are_counted_with_the_last() -> None:

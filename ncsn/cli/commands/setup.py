@@ -1,4 +1,4 @@
-"""The commands around the start of an experiment, and the toy. Imports are inside, as in `ncsn.cli.app`."""
+"""The commands around the start of an experiment. Imports are inside, as in `ncsn.cli.app`."""
 
 from __future__ import annotations
 
@@ -176,43 +176,3 @@ def suggest_noise_command(
     sigma_data = preparation.spread_around_gray(sample, space=space)
     shown = asdict(found) | {"sigma_data": sigma_data}
     click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))
-
-
-@click.command("import-checkpoint", cls=ReportingCommand, short_help="Start from a released checkpoint of NCSN(v2).")
-@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
-@experiment_options
-@click.option("--dataset", metavar="URI", help="The ingested dataset; default: the run's own.")
-@json_option
-def import_checkpoint_command(*, file: str, experiment: Experiment, dataset: str | None, as_json: bool) -> None:
-    """Import a checkpoint.pth of the authors' code as a run's training. No code in the file runs.
-
-    `ncsn sample` samples from it, and `ncsn train` continues it up to train.num_images.
-    """
-    from ncsn.cli.target import find_inputs
-    from ncsn.cli.views import describe_import
-    from ncsn.runs.folder import run_folder
-    from ncsn.tools import preparation
-
-    target = experiment.resolve()
-    inputs = find_inputs(run_folder(target.config, target.run), "train", {"dataset": dataset}, config=target.config)
-    result = preparation.import_checkpoint(target.config, run=target.run, file=file, **inputs)
-    text = describe_import(target.run, result.checkpoint, result.images_seen, target.config.train.num_images)
-    click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
-
-
-@click.command("toy", cls=ReportingCommand, short_help="Make the paper's two-dimensional Figures 2 and 3.")
-@click.option("--out", metavar="FOLDER", help="Folder or URI for the files; default: toy in the default store.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of data and noise.")
-@json_option
-def toy_command(*, out: str | None, seed: int, as_json: bool) -> None:
-    """Learn the score of a mixture of two Gaussians, and sample with plain and annealed Langevin dynamics.
-
-    Plain Langevin dynamics puts half of the points at each mode; annealed Langevin dynamics finds the weights.
-    """
-    from ncsn import storage
-    from ncsn.cli.target import DEFAULT_ROOT
-    from ncsn.cli.views import describe_toy
-    from ncsn.tools import toy
-
-    result = asdict(toy.run(out or storage.join(DEFAULT_ROOT, "toy"), seed=seed))
-    click.echo(json.dumps(result, indent=1) if as_json else describe_toy(result))

@@ -1,4 +1,4 @@
-"""A two-dimensional mixture with a known score: chains and networks of Song & Ermon (2019), Figures 2 and 3.
+"""The two-dimensional mixture of Song & Ermon (2019), Figure 3, with its exact score, chains and a small network.
 
 States are [N, 2] here, and functions of the core that are written for images take them as they are.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ncsn.core.ema import Ema, StepDecay
-from ncsn.core.losses import Batch, DenoisingScoreMatching, SlicedScoreMatching
+from ncsn.core.losses import Batch, DenoisingScoreMatching
 from ncsn.core.noise_schedule import geometric_sigmas
 from ncsn.core.samplers.langevin import annealed_langevin, langevin_step
 from ncsn.core.training import StepOptions, TrainState, train_step
@@ -123,31 +123,6 @@ def annealed_toy_langevin(
         noise=lambda _: torch.randn(x.shape, generator=generator),
         denoise=False,
     )
-
-
-class PlainScoreMlp(nn.Sequential):
-    """The unconditional network of Figure 2: 2-128-128-2 with softplus."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus(), nn.Linear(128, 2))
-
-
-def fit_figure_2(*, seed: int = 0, num_steps: int = 10_000, batch_size: int = 128) -> PlainScoreMlp:
-    """Figure 2: sliced score matching on the clean mixture. The score is right only where there is data."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = PlainScoreMlp()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    sigma, z = torch.zeros(batch_size), torch.zeros(batch_size, 2)
-    for _ in range(num_steps):
-        x = TWO_MODES.sample(batch_size, generator=generator)
-        v = torch.randn(1, batch_size, 2, generator=generator)
-        optimizer.zero_grad()
-        value = SlicedScoreMatching(anneal_power=0.0)(lambda x, **_: network(x), Batch(x, sigma, z, v=v))
-        torch.autograd.backward(value.loss)
-        optimizer.step()
-    return network
 
 
 class ConditionalScoreMlp(nn.Module):

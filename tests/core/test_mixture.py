@@ -1,32 +1,25 @@
-"""The two-dimensional experiments: spec oracles 1, 4, 5, 9 and 11 against closed forms, and `ncsn toy`."""
+"""The core on a two-dimensional mixture with a known score: spec oracles 1, 4, 5, 9 and 11."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from ncsn.core.losses import Batch, DenoisingScoreMatching
-from ncsn.core.noise_schedule import geometric_sigmas
-from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
-from ncsn.core.samplers.ode import ProbabilityFlow
-from ncsn.tools import toy
-from ncsn.tools.mixture import (
+from mixture import (
     TWO_MODES,
     GaussianMixture,
     annealed_toy_langevin,
     figure_3_start,
     fit_conditional,
-    fit_figure_2,
     mode_report,
     plain_langevin,
 )
+
+from ncsn.core.losses import Batch, DenoisingScoreMatching
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.langevin import annealed_langevin, denoise_step
+from ncsn.core.samplers.ode import ProbabilityFlow
 
 TEN_TO_TENTH = geometric_sigmas(10.0, 0.1, 10)
 
@@ -191,54 +184,7 @@ def test_denoising_score_matching_approaches_the_exact_score_quickly():
     assert max(relative_errors(network)[:8]) < 0.1 < min(fresh)
 
 
-@pytest.mark.slow
-def test_figure_2_score_is_right_near_the_modes_and_wrong_between():
-    network = fit_figure_2()
-    generator = torch.Generator().manual_seed(1)
-    near = TWO_MODES.sample(4000, generator=generator)
-    between = 2 * torch.rand(4000, 2, generator=generator) + torch.tensor([-4.0, 3.0])
-
-    def relative(x):
-        exact = TWO_MODES.score(x)
-        with torch.no_grad():
-            return ((network(x) - exact).square().sum() / exact.square().sum()).item()
-
-    assert relative(near) < 0.1
-    assert relative(between) > 5 * relative(near)
-
-
 def test_plain_langevin_follows_the_score_it_is_given():
     generator = torch.Generator().manual_seed(0)
     x = plain_langevin(torch.full((2000, 2), 3.0), generator=generator, score=lambda x: -x)
     assert x.mean().item() == pytest.approx(0, abs=0.05) and x.var().item() == pytest.approx(1.026, abs=0.08)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> toy.ToyResult:
-    """The experiments with networks trained for a short time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "PLAIN_STEPS", 300)
-        patch.setattr(toy, "CONDITIONAL_STEPS", 300)
-        return toy.run(str(tmp_path_factory.mktemp("toy")), seed=0)
-
-
-def test_shares_of_the_modes_by_sampler(small: toy.ToyResult) -> None:
-    assert small.weights["exact sampling"] == pytest.approx(0.8, abs=0.04)
-    assert small.weights["plain Langevin"] == pytest.approx(0.5, abs=0.06)
-    assert small.weights["annealed Langevin"] == pytest.approx(0.79, abs=0.05)
-    assert small.weights["annealed, learned score"] > small.weights["plain, learned score"] + 0.1
-    assert small.true_weight == 0.8
-
-
-def test_the_learned_score_is_right_where_there_is_data(small: toy.ToyResult) -> None:
-    assert small.score_error_near < 0.5 * small.score_error_elsewhere
-
-
-def test_the_files_hold_the_result(small: toy.ToyResult) -> None:
-    stored = json.loads(Path(small.uri).read_text())
-    assert stored["weights"] == small.weights
-    assert stored["at_mode_5_5"]["exact sampling"]["variance"] == pytest.approx(1, abs=0.15)
-    for uri in (small.figure_2, small.figure_3):
-        with Image.open(io.BytesIO(Path(uri).read_bytes())) as picture:
-            assert picture.size[0] > 800
-            assert np.asarray(picture.convert("RGBA"))[..., 3].any()
