@@ -22,7 +22,7 @@ def sample(
 
     with task("sample", config=config, run=run, task_config=task_config) as (settings, name):
         from ncsn.runs.folder import run_folder
-        from ncsn.runs.records import default_checkpoint
+        from ncsn.runs.inputs import default_checkpoint
         from ncsn.steps import sample
         from ncsn.storage import read_bytes
 

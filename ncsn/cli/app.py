@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.catalogue import CATALOGUE
 from ncsn.cli.commands import finished, kubeflow, registry, setup
 from ncsn.cli.options import (
     Decorated,
@@ -21,7 +20,7 @@ from ncsn.cli.options import (
     score_option,
 )
 from ncsn.process import reduce_gc
-from ncsn.runs.steps import STEPS_ELSEWHERE
+from ncsn.runs.steps import PIPELINE, STEP_INFO
 
 if TYPE_CHECKING:
     from ncsn.cli.target import Experiment
@@ -74,7 +73,7 @@ def run_command(*, experiment: Experiment, as_json: bool) -> None:
 
 
 def _add_step_command(step: str) -> None:
-    info = CATALOGUE[step]
+    info = STEP_INFO[step]
 
     def command(*, experiment: Experiment, as_json: bool, inject: tuple[str, ...] = (), **given: str | None) -> None:
         from ncsn.cli.execute import run_step
@@ -86,7 +85,7 @@ def _add_step_command(step: str) -> None:
         run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
 
     decorated: Decorated = json_option(command)
-    if step in STEPS_ELSEWHERE:
+    if info.elsewhere:
         decorated = backend_options(lease_option(decorated))
     if info.faults:
         decorated = inject_option(decorated)
@@ -98,7 +97,7 @@ def _add_step_command(step: str) -> None:
     app.command(step, cls=ReportingCommand, help=info.summary)(experiment_options(decorated))
 
 
-for _step in CATALOGUE:
+for _step in PIPELINE:
     _add_step_command(_step)
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import click
 
 from ncsn import storage
-from ncsn.cli.catalogue import BACKENDS
-from ncsn.cli.options import describe
+from ncsn.cli.options import BACKENDS, describe
 from ncsn.config import Config
 from ncsn.errors import NotFound, UserError
 from ncsn.process import IMAGE_VARIABLE

@@ -22,19 +22,19 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ncsn import storage
-from ncsn.cli.catalogue import CONTINUING
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
 from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
 from ncsn.cli.supervisor import Supervisor
-from ncsn.cli.target import Target, find_inputs
+from ncsn.cli.target import Target
 from ncsn.cli.views import describe_result, print_summary
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import require_same_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
+from ncsn.runs.inputs import default_checkpoint, find_inputs
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepRecord, default_checkpoint, forget_attempts, read_result, read_results, recorded
-from ncsn.runs.steps import STEPS_ELSEWHERE
+from ncsn.runs.records import StepRecord, forget_attempts, read_result, read_results, recorded
+from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _POLL_SECONDS = 0.5

@@ -17,9 +17,15 @@ from typing import Any
 
 import click
 
-from ncsn.cli.catalogue import BACKENDS, CONTINUING, OWN, STEP_INFO
 from ncsn.errors import Problem, UserError, problems_of
+from ncsn.runs.steps import CONTINUING, OWN, STEP_INFO
 
+# Those of `ComputeConfig`, which --help does not import, and what `ncsn doctor` checks of each.
+BACKENDS = {
+    "local": (),
+    "ray-jobs": ("ray jobs",),
+    "kuberay": ("kubernetes", "rights", "kuberay", "pod image", "gpus", "queue"),
+}
 FAILURE = 1
 MISTAKE = 2  # the user's
 INTERRUPTED = 130  # Ctrl-C

@@ -1,18 +1,15 @@
-"""From options to a config, a run and the inputs of a step."""
+"""From options to a config and a run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ncsn import storage
-from ncsn.cli.catalogue import OWN, STEP_INFO, Source
 from ncsn.config import Config, ConfigError, from_yaml, training_settings
 from ncsn.errors import NotFound, UserError
 from ncsn.runs.folder import RunFolder
-from ncsn.runs.records import default_checkpoint, read_result
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
@@ -92,30 +89,6 @@ class Experiment:
 def default_run(config: Config) -> str:
     """`<name>-<8 hex digits>` of what decides the weights: the same experiment resumes, another one starts."""
     return f"{config.name}-{storage.digest(training_settings(config), 8)}"
-
-
-def find_inputs(folder: RunFolder, step: str, given: Mapping[str, str | None], *, config: Config) -> dict[str, str]:
-    """URIs of the inputs of a step: as given, else from the run; those on demand only if given."""
-    info = STEP_INFO[step]
-    asked = {name: source for name, source in info.on_demand.items() if given.get(name)}
-    found = {}
-    for name, source in {**info.inputs, **asked}.items():
-        uri = given.get(name)
-        found[name] = storage.absolute(uri) if uri and uri != OWN else _from_run(folder, step, name, source)
-        if source.selectable and not uri:
-            found[name] = default_checkpoint(folder, config, last=found[name])
-    return found
-
-
-def _from_run(folder: RunFolder, step: str, name: str, source: Source) -> str:
-    record = read_result(folder, source.step)
-    if record is None:
-        raise UserError(
-            f"--{name}",
-            f"{step} needs the {source.what}, and run {folder.run!r} has none yet",
-            hint=f"run `ncsn {source.step}` with the same options first, or pass --{name} URI",
-        )
-    return str(record.result[source.field])
 
 
 def _read(uri: str) -> str:

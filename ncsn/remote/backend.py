@@ -5,7 +5,7 @@ through the store, so a backend carries only the command.
 
 A new one is a class with the methods of `Backend`, a branch of `ncsn.remote.open_backend`, a name in
 `ComputeConfig.backend` (and in `starts_pods`, if it does), and that name with its checks in
-`ncsn.cli.catalogue.BACKENDS`.
+`ncsn.cli.options.BACKENDS`.
 """
 
 from __future__ import annotations

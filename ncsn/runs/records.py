@@ -70,16 +70,6 @@ def read_results(folder: RunFolder) -> dict[str, StepRecord]:
     return {step: record for step, record in records.items() if record is not None}
 
 
-def default_checkpoint(folder: RunFolder, config: Config, *, last: str) -> str:
-    """The checkpoint that `ncsn select` chose since training reached the `last` one of the run, else that one."""
-    trained, chosen = read_result(folder, "train"), read_result(folder, "select")
-    if trained is None or chosen is None or config.sampling.relative_width is not None:  # which asks for an average
-        return last
-    uri = str(chosen.result["checkpoint"])
-    current = trained.result["checkpoint"] == last and trained.finished_at <= chosen.finished_at
-    return uri if current and storage.exists(uri) else last
-
-
 def read_error(folder: RunFolder, step: str) -> StepError | None:
     """The error that ended the last attempt of `step`, or None."""
     record = storage.find_json(folder.step(step, "error.json"))

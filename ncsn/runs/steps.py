@@ -1,34 +1,101 @@
-"""The steps of a run, and commands that run like a step on a finished one, with what sets them apart."""
+"""The steps of a run, and commands that run like a step on a finished one: one table of what sets them apart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OWN = "own"  # instead of a URI: the run's own
 
 
 @dataclass(frozen=True)
-class StepTraits:
-    """What sets a step apart from the others."""
+class Source:
+    """The field of an earlier step's result that an input comes from if nobody names it."""
 
-    name: str
+    step: str
+    field: str
+    what: str
+    selectable: bool = False  # instead, the checkpoint that `ncsn select` chose, if it did
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step does, where its inputs come from, and where and how it runs."""
+
+    summary: str
+    inputs: Mapping[str, Source] = field(default_factory=dict)
+    on_demand: Mapping[str, Source] = field(default_factory=dict)  # inputs only if they are asked for
     always: bool = False  # part of every run
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
     by_workers: bool = False  # reserves all workers; other steps one
     checkpointed: bool = False  # saves checkpoints, and continues from the last one
+    faults: bool = False  # takes --inject
 
 
-# Those of the pipeline are in its order.
-TRAITS = (
-    StepTraits("ingest", always=True),
-    StepTraits("tune", elsewhere=True, checkpointed=True),
-    StepTraits("train", always=True, elsewhere=True, by_workers=True, checkpointed=True),
-    StepTraits("sample", always=True, elsewhere=True, by_workers=True),
-    StepTraits("evaluate", always=True, elsewhere=True, by_workers=True),
-    StepTraits("register", always=True),
-    StepTraits("report", always=True),
-    StepTraits("select", elsewhere=True, by_workers=True),
-)
+_DATASET = Source("ingest", "uri", "ingested dataset")
+_CHOSEN = Source("train", "checkpoint", "checkpoint", selectable=True)
+_SAMPLED = Source("sample", "checkpoint", "checkpoint of the samples")  # not always the last, see `ncsn select`
+_SAMPLES = Source("sample", "uri", "folder of samples")
 
-STEPS = tuple(step.name for step in TRAITS if step.always)
-STEPS_ELSEWHERE = tuple(step.name for step in TRAITS if step.elsewhere)
-STEPS_BY_WORKERS = tuple(step.name for step in TRAITS if step.by_workers)
-CHECKPOINTED = tuple(step.name for step in TRAITS if step.checkpointed)
+STEP_INFO: Mapping[str, StepInfo] = {
+    # Those of the pipeline, in its order.
+    "ingest": StepInfo("Read the images into the store, once.", always=True),
+    "tune": StepInfo(
+        "Search for better settings, if the config has a search.",
+        inputs={"dataset": _DATASET},
+        elsewhere=True,
+        checkpointed=True,
+    ),
+    "train": StepInfo(
+        "Train the score network, or resume it.",
+        inputs={"dataset": _DATASET},
+        always=True,
+        elsewhere=True,
+        by_workers=True,
+        checkpointed=True,
+        faults=True,
+    ),
+    "sample": StepInfo(
+        "Generate images with the configured sampler.",
+        inputs={"checkpoint": _CHOSEN},
+        on_demand={"score": _DATASET},
+        always=True,
+        elsewhere=True,
+        by_workers=True,
+        faults=True,
+    ),
+    "evaluate": StepInfo(
+        "Measure the samples, and real images for comparison.",
+        inputs={"samples": _SAMPLES, "dataset": _DATASET},
+        always=True,
+        elsewhere=True,
+        by_workers=True,
+    ),
+    "register": StepInfo(
+        "Register the model in MLflow.",
+        inputs={
+            "checkpoint": _SAMPLED,
+            "evaluation": Source("evaluate", "uri", "evaluation that decides whether it becomes champion"),
+        },
+        always=True,
+    ),
+    "report": StepInfo(
+        "Write one HTML page about the run.",
+        inputs={"evaluation": Source("evaluate", "uri", "evaluation to report on")},
+        always=True,
+    ),
+    # Those on a finished run.
+    "select": StepInfo(
+        "Choose the best checkpoint of a run by samples of each; sample, evaluate and register it.",
+        inputs={"dataset": _DATASET},
+        elsewhere=True,
+        by_workers=True,
+    ),
+}
+
+STEPS = tuple(name for name, info in STEP_INFO.items() if info.always)
+SEARCH = "tune"  # the optional step of the pipeline, between the first and the second
+PIPELINE = (STEPS[0], SEARCH, *STEPS[1:])
+STEPS_ELSEWHERE = tuple(name for name, info in STEP_INFO.items() if info.elsewhere)
+STEPS_BY_WORKERS = tuple(name for name, info in STEP_INFO.items() if info.by_workers)
+CONTINUING = ("run", *(name for name, info in STEP_INFO.items() if info.checkpointed))  # commands

@@ -14,14 +14,13 @@ from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
-from ncsn.runs.steps import STEPS
+from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.recorded import RecordedRun, close_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble
 
-SEARCH = "tune"  # the optional step between the first and the second
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
 _STOPPED = ("KeyboardInterrupt", "SystemExit")

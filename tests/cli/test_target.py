@@ -10,16 +10,17 @@ import pytest
 from refused import refused
 
 from ncsn import storage
-from ncsn.cli.catalogue import BACKENDS, CATALOGUE, STEP_INFO
 from ncsn.cli.execute import complete_records, mark_complete
-from ncsn.cli.target import Experiment, default_run, find_inputs
+from ncsn.cli.options import BACKENDS
+from ncsn.cli.target import Experiment, default_run
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
 from ncsn.errors import ConfigError, NotFound, Problem
 from ncsn.runs.folder import RUN_PATTERN, RunFolder, claim_run
+from ncsn.runs.inputs import find_inputs
 from ncsn.runs.progress import read_progress
 from ncsn.runs.records import StepError, forget_attempts, read_error, read_results
-from ncsn.runs.steps import STEPS, TRAITS
+from ncsn.runs.steps import STEPS
 
 
 @pytest.fixture
@@ -139,11 +140,6 @@ def test_a_run_is_sampled_from_the_checkpoint_that_select_chose_until_it_is_trai
     assert find_inputs(folder, "sample", {}, config=average) == {"checkpoint": last}
     store_result(folder, "train", {"checkpoint": last}, at="2026-01-03")
     assert find_inputs(folder, "sample", {}, config=config) == {"checkpoint": last}
-
-
-def test_the_catalogue_follows_the_pipeline() -> None:
-    assert tuple(step for step in CATALOGUE if step != "tune") == STEPS
-    assert list(STEP_INFO) == [step.name for step in TRAITS]
 
 
 def test_every_backend_of_the_config_is_offered() -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from ncsn.cli.app import app
-from ncsn.cli.catalogue import BACKENDS
+from ncsn.cli.options import BACKENDS
 from ncsn.config import from_yaml
 from ncsn.remote import open_backend
 

@@ -121,7 +121,8 @@ def export_command(
     """
     from ncsn import storage
     from ncsn.runs.folder import run_folder
-    from ncsn.runs.records import default_checkpoint, read_result
+    from ncsn.runs.inputs import default_checkpoint
+    from ncsn.runs.records import read_result
     from ncsn.tools import models
 
     if checkpoint is not None and model is not None:
