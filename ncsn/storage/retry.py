@@ -25,15 +25,40 @@ STORE_SECONDS = 120.0
 Server = Literal["store", "tracking"]
 T = TypeVar("T")
 
-_TRANSIENT = re.compile(
+# Without importing the libraries: their names for a server that was not reached or broke off.
+_UNREACHED = {
+    "botocore.exceptions": {"ConnectionError", "HTTPClientError", "IncompleteReadError"},
+    "requests.exceptions": {"ConnectionError", "Timeout", "ChunkedEncodingError"},
+    "urllib3.exceptions": {"MaxRetryError", "NewConnectionError", "ProtocolError", "TimeoutError"},
+}
+# ConditionalRequestConflict: of two writers at the same moment S3 may refuse both.
+_BUSY_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "ConditionalRequestConflict"}
+_BUSY_STATUS = 429
+_ARROWS_WORDS = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIME|HTTP status 5\d\d"
 )
-# ConditionalRequestConflict: of two writers at the same moment S3 may refuse both.
-_TRANSIENT_CODES = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "ConditionalRequestConflict"}
-_TRANSIENT_KINDS = {"ConnectionError", "HTTPClientError", "IncompleteReadError"}
 
 _limit: ContextVar[float] = ContextVar("limit", default=math.inf)
 _logger = logging.getLogger(__name__)
+
+
+def unavailable(error: Exception) -> str | None:
+    """Why a server cannot answer for now, in a line; None if the same call would fail again.
+
+    Knows the errors of boto3, Arrow, requests, urllib3, and of clients that put an HTTP status into `error.status`.
+    """
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # boto3's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        away = response.get("Error", {}).get("Code") in _BUSY_CODES
+    else:
+        status = getattr(response, "status_code", None) or getattr(error, "status", None) or 0
+        away = isinstance(error, (ConnectionError, TimeoutError)) or any(
+            kind.__name__ in _UNREACHED.get(kind.__module__, ()) for kind in type(error).__mro__
+        )
+        away = away or (isinstance(error, OSError) and bool(_ARROWS_WORDS.search(str(error))))
+    away = away or (isinstance(status, int) and (status >= 500 or status == _BUSY_STATUS))
+    return (str(error).partition("\n")[0] or type(error).__name__) if away else None
 
 
 @dataclass(frozen=True)
@@ -42,8 +67,8 @@ class Retry:
 
     server: str
     seconds: float  # after which it gives up; with 0 there is one call
-    reason: Callable[[Exception], str | None]  # why the server is unavailable; None if another call would fail too
-    pauses: tuple[float, float] = (0.5, 10.0)  # seconds: the first and the longest
+    reason: Callable[[Exception], str | None] = unavailable
+    pauses: tuple[float, float] = (0.5, 5.0)  # seconds: the first and the longest
     say: Callable[[str], None] = _logger.warning
 
     def __call__(self, call: Callable[[], T]) -> T:
@@ -74,7 +99,12 @@ def call_store(call: Callable[[], T]) -> T:
         simulate_outage("store")
         return call()
 
-    return Retry("the store", min(_store_seconds(), _limit.get()), _reason, pauses=(0.2, 5.0))(attempt)
+    given = os.environ.get(STORE_VARIABLE)
+    try:
+        seconds = float(given or STORE_SECONDS)
+    except ValueError:
+        raise UserError(STORE_VARIABLE, "not a number of seconds", value=given) from None
+    return Retry("the store", min(seconds, _limit.get()))(attempt)
 
 
 @contextmanager
@@ -113,26 +143,3 @@ def simulate_outage(server: Server) -> None:
     left = outage["until"] - time.time()
     if left > 0 and random.random() < outage["share"]:  # noqa: S311 - no secret depends on it
         raise ConnectionRefusedError(f"simulated outage of the {server} server, for {left:.0f} s more")
-
-
-def _store_seconds() -> float:
-    given = os.environ.get(STORE_VARIABLE)
-    try:
-        return float(given or STORE_SECONDS)
-    except ValueError:
-        raise UserError(STORE_VARIABLE, "not a number of seconds", value=given) from None
-
-
-def _reason(error: Exception) -> str | None:
-    return str(error).partition("\n")[0] if _is_transient(error) else None
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    response = getattr(error, "response", None)  # boto3's, which is not imported for this
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
-    return bool(kinds & _TRANSIENT_KINDS) or (isinstance(error, OSError) and bool(_TRANSIENT.search(str(error))))
