@@ -13,7 +13,6 @@ from ncsn.cli.options import (
     backend_options,
     existing_run_options,
     experiment_options,
-    inject_option,
     input_options,
     json_option,
     lease_option,
@@ -75,20 +74,18 @@ def run_command(*, experiment: Experiment, as_json: bool) -> None:
 def _add_step_command(step: str) -> None:
     info = STEP_INFO[step]
 
-    def command(*, experiment: Experiment, as_json: bool, inject: tuple[str, ...] = (), **given: str | None) -> None:
+    def command(*, experiment: Experiment, as_json: bool, **given: str | None) -> None:
         from ncsn.cli.execute import run_step
 
         if given.get("model") or given.get("out"):
-            registry.sample_from_model(experiment, given, inject=inject, as_json=as_json)
+            registry.sample_from_model(experiment, given, as_json=as_json)
             return
         target = experiment.resolve(checkpoint=given.get("checkpoint"))
-        run_step(step, target, given=given, as_json=as_json, settings={"inject": inject} if inject else None)
+        run_step(step, target, given=given, as_json=as_json)
 
     decorated: Decorated = json_option(command)
     if info.elsewhere:
         decorated = backend_options(lease_option(decorated))
-    if info.faults:
-        decorated = inject_option(decorated)
     if info.on_demand:
         decorated = score_option(decorated)
     decorated = input_options(step)(decorated)

@@ -59,7 +59,7 @@ def perform_step(
     """Run one step in this process; the plain values of its result."""
     folder = run_folder(target.config, target.run)
     settings = settings or {}
-    _require_valid(step, target.config, settings, folder)
+    _require_valid(step, target.config, folder)
     inputs = find_inputs(folder, step, given, config=target.config)
     lease = given.get("lease")
     leased = {"lease": lease} if lease else {}
@@ -108,17 +108,13 @@ def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None
         console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 
-def _require_valid(step: str, config: Config, settings: Mapping[str, Any], folder: RunFolder) -> None:
+def _require_valid(step: str, config: Config, folder: RunFolder) -> None:
     """What the step refuses too, but before its inputs are looked for and the run's name is claimed."""
     _require_start(config, folder)
     if step == "tune":
         from ncsn.config.search import require_search
 
         require_search(config)
-    if "inject" in settings:
-        from ncsn.distributed.faults import parse_faults
-
-        parse_faults(settings["inject"], step=step, folder=folder)
 
 
 def _require_start(config: Config, folder: RunFolder) -> None:

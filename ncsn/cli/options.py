@@ -223,12 +223,6 @@ def input_options(step: str) -> Callable[[Decorated], Decorated]:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
-inject_option = click.option(
-    "--inject",
-    multiple=True,
-    metavar="FAULT@images=N",
-    help="Inject a failure, such as kill-worker@images=5000; repeatable; docs/guide.md lists them.",
-)
 score_option = click.option(
     "--score",
     is_flag=False,

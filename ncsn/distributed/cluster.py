@@ -17,7 +17,6 @@ from ray.job_config import JobConfig
 from ncsn.config import Config
 from ncsn.errors import UserError
 from ncsn.process import job_metadata
-from ncsn.storage import retry
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 180.0  # how long nodes may still join a cluster that another process started
@@ -110,13 +109,11 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _join(address: str, metadata: Mapping[str, str] | None) -> None:
-    inherited = retry.outage_environment()
     try:
         ray.init(
             address=address,
             job_config=JobConfig(metadata=dict(metadata or {})),
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": inherited} if inherited else None,
         )
     except ValueError as error:
         hint = "use HOST:PORT of the cluster, or unset it"

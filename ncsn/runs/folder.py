@@ -39,7 +39,6 @@ class RunFolder:
     status = _Below("status.json")  # how the run ended
     complete = _Below("complete.json")  # what the whole pipeline was done for
     steps = _Below("steps")  # the records of each step
-    faults = _Below("faults")  # which faults were injected
     tracking = _Below("tracking")  # which process opened an MLflow run
     checkpoints = _Below("checkpoints")
     best = _Below("best")  # a copy of the best checkpoint

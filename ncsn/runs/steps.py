@@ -29,7 +29,6 @@ class StepInfo:
     elsewhere: bool = False  # where `compute.backend` says, under its launcher's lease; others are too small
     by_workers: bool = False  # reserves all workers; other steps one
     checkpointed: bool = False  # saves checkpoints, and continues from the last one
-    faults: bool = False  # takes --inject
 
 
 _DATASET = Source("ingest", "uri", "ingested dataset")
@@ -53,7 +52,6 @@ STEP_INFO: Mapping[str, StepInfo] = {
         elsewhere=True,
         by_workers=True,
         checkpointed=True,
-        faults=True,
     ),
     "sample": StepInfo(
         "Generate images with the configured sampler.",
@@ -62,7 +60,6 @@ STEP_INFO: Mapping[str, StepInfo] = {
         always=True,
         elsewhere=True,
         by_workers=True,
-        faults=True,
     ),
     "evaluate": StepInfo(
         "Measure the samples, and real images for comparison.",

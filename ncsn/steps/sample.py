@@ -15,7 +15,6 @@ from ncsn.config.evaluation import SEED_STRIDE
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
-from ncsn.distributed.faults import FaultInjector, parse_faults
 from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.choice import classes_in_turn, extractor_name
@@ -29,7 +28,7 @@ from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.progress import Progress
 from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
-from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
@@ -65,14 +64,12 @@ def run(
     checkpoint: str,
     score: str | None = None,
     lease: str | None = None,
-    inject: Sequence[str] = (),
 ) -> SampleResult:
     """Generate `config.sampling.num_images` images; only those that are missing are made.
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     When the launcher's heartbeat at the URI `lease` stops, sampling ends and keeps the finished shards.
     """
-    faults = parse_faults(inject, step="sample", folder=run_folder(config, run))
     step = Step.claim("sample", config, run, SampleResult, unit="images")
     checkpoint = sampled_checkpoint(checkpoint, config)
     trained = checkpoints.load_for_sampling(checkpoint)
@@ -87,18 +84,17 @@ def run(
     if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif, *others]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
-    if result := step.dispatched(config, options, inject=inject):
+    if result := step.dispatched(config, options):
         return result
     sets = [(config, plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score))]
     sets += [(other, plan_shards(other, checkpoint=checkpoint, folder=place)) for place, other in others.items()]
     with (
         step.work(config, lease=lease) as work,
-        faults.outages_shared(),
         cluster_for(config, tasks=sum(len(shards) for _, shards in sets), metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
-        made, seconds = _make(sets, _watched(work.progress, faults), scores)
+        made, seconds = _make(sets, work.progress, scores)
         result = SampleResult(
             uri=uri,
             grid=storage.join(uri, "grid.png"),
@@ -173,19 +169,6 @@ class _Scores:
         for point in self._points:
             tracked.log_metrics(point.named("sample", extractor=self._extractor), step=point.num_images)
         tracked.set_tags({"eval.fingerprint": self._fingerprint})
-
-
-def _watched(progress: Progress, faults: FaultInjector) -> Callable[[int, int], None]:
-    """Publish progress, and inject the faults that are due."""
-    before = 0
-
-    def update(done: int, total: int) -> None:
-        nonlocal before
-        faults.trigger(range(before, done))
-        before = done
-        progress(done, total)
-
-    return update
 
 
 def samples_grid(uri: str, config: Config) -> bytes:

@@ -90,13 +90,12 @@ class Step(Generic[R]):
         result = self._type(**stored)
         return result if all(storage.exists(uri) for uri in needs(result)) else None
 
-    def dispatched(self, config: Config, options: Mapping[str, str], *, inject: Sequence[str] = ()) -> R | None:
+    def dispatched(self, config: Config, options: Mapping[str, str]) -> R | None:
         """The result from where `compute.backend` says; None if the work is to be done here."""
         assert self.name in STEPS_ELSEWHERE
         if config.compute.backend == "local":
             return None
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        arguments += [part for text in inject for part in ("--inject", text)]
         self._execute(config, arguments, options)
         stored = self._stored()
         if stored is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ncsn import storage
@@ -10,12 +9,10 @@ from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
-from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import require_label, require_same_classes
-from ncsn.runs.folder import run_folder
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
@@ -38,12 +35,11 @@ class TrainResult:
     stopped: str = ""  # why it ended before `train.num_images`, if `train.stop` ended it
 
 
-def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inject: Sequence[str] = ()) -> TrainResult:
+def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
     """Train, or resume the run from its newest checkpoint, or return the result if it is complete.
 
     `lease` is the URI of the launcher's heartbeat; when it stops, training saves a checkpoint and ends.
     """
-    faults = parse_faults(inject, step="train", folder=run_folder(config, run))
     step = Step.claim("train", config, run, TrainResult, unit="images")
     manifest = load_manifest(dataset)
     config = step.settle_noise(config, manifest)
@@ -52,11 +48,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
     if result := step.found(inputs, needs=lambda result: [result.checkpoint]):
         return result
     start = start_of(config, step.folder, manifest)
-    if result := step.dispatched(config, {"dataset": dataset}, inject=inject):
+    if result := step.dispatched(config, {"dataset": dataset}):
         return result
     with (
         step.work(config) as work,
-        faults.outages_shared(),
         ray_cluster(config, metadata=work.job_metadata()),
     ):
         tracked = work.tracked
@@ -71,7 +66,6 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None, inj
             preview=step.folder.preview,
             averages=step.folder.averages,
             lease=Lease(lease) if lease else None,
-            hooks=faults,
             start=start.uri,
             distance=sample_distance(config, dataset),
         )

@@ -1,8 +1,7 @@
-"""One retry policy for servers that are unavailable for a while, and the simulated outages of `--inject`."""
+"""One retry policy for servers that are unavailable for a while."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -13,16 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from ncsn.errors import UserError
 
-OUTAGE_VARIABLE = "NCSN_OUTAGES"  # names the folder of the declared outages; a run with `--inject` sets it
 STORE_VARIABLE = "NCSN_STORE_PATIENCE"  # seconds for which a call to the store is repeated
 STORE_SECONDS = 120.0
 
-Server = Literal["store", "tracking"]
 T = TypeVar("T")
 
 # Without importing the libraries: their names for a server that was not reached or broke off.
@@ -94,17 +90,12 @@ class Retry:
 
 def call_store(call: Callable[[], T]) -> T:
     """The result of a call to the store in S3, repeated while it is unavailable."""
-
-    def attempt() -> T:
-        simulate_outage("store")
-        return call()
-
     given = os.environ.get(STORE_VARIABLE)
     try:
         seconds = float(given or STORE_SECONDS)
     except ValueError:
         raise UserError(STORE_VARIABLE, "not a number of seconds", value=given) from None
-    return Retry("the store", min(seconds, _limit.get()))(attempt)
+    return Retry("the store", min(seconds, _limit.get()))(call)
 
 
 @contextmanager
@@ -115,31 +106,3 @@ def limited(seconds: float) -> Iterator[None]:
         yield
     finally:
         _limit.reset(token)
-
-
-def start_outage(server: Server, *, seconds: float, share: float = 1.0) -> None:
-    """Let a `share` of the calls to `server` fail for `seconds` from now on."""
-    path = Path(os.environ[OUTAGE_VARIABLE]) / server
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{server}.{os.getpid()}")
-    temporary.write_text(json.dumps({"until": time.time() + seconds, "share": share}))
-    temporary.replace(path)
-
-
-def outage_environment() -> dict[str, str]:
-    """The variable of the outages, for processes that do not inherit this process's environment."""
-    return {OUTAGE_VARIABLE: os.environ[OUTAGE_VARIABLE]} if OUTAGE_VARIABLE in os.environ else {}
-
-
-def simulate_outage(server: Server) -> None:
-    """Raise ConnectionRefusedError during a declared outage of `server`."""
-    folder = os.environ.get(OUTAGE_VARIABLE)
-    if folder is None:
-        return
-    try:
-        outage = json.loads((Path(folder) / server).read_text())
-    except FileNotFoundError:
-        return
-    left = outage["until"] - time.time()
-    if left > 0 and random.random() < outage["share"]:  # noqa: S311 - no secret depends on it
-        raise ConnectionRefusedError(f"simulated outage of the {server} server, for {left:.0f} s more")

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ncsn.process import now_ms
-from ncsn.storage import retry
 from ncsn.tracking.client import client_at, one_line, set_tags, shown
 
 if TYPE_CHECKING:
@@ -153,7 +152,6 @@ class LiveMetrics:
         with request_limits(retries=0, seconds=REQUEST_SECONDS):
             while self._wait():
                 try:
-                    retry.simulate_outage("tracking")
                     sender = sender or Sender(client_at(self.uri), self.run_id)
                     self._send(sender)
                     self._failures = 0
@@ -177,7 +175,6 @@ class LiveMetrics:
         from mlflow.exceptions import MlflowException
 
         while (batch := self._oldest()) and (self._deadline is None or time.monotonic() < self._deadline):
-            retry.simulate_outage("tracking")
             sent = refused = 0
             try:
                 sent = sender.send(batch)

@@ -10,9 +10,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,16 +44,6 @@ class DivergedError(UserError):
     """Training diverged: a loss or a gradient is not finite."""
 
 
-class LoopHooks:
-    """Calls that the loop makes on every worker; picklable. These do nothing."""
-
-    def before_step(self, training: Training) -> None:
-        """Before the next batch is drawn."""
-
-    def before_save(self, folder: Path) -> None:
-        """Before a checkpoint is written into the empty `folder`, in a thread of rank 0."""
-
-
 @dataclass(frozen=True)
 class TrainingJob:
     """The input of the loop; picklable."""
@@ -67,7 +56,6 @@ class TrainingJob:
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
     averages: str | None = None  # URI of the folder of snapshots of two running averages
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
-    hooks: LoopHooks = field(default_factory=LoopHooks)
     distance: Distance | None = None  # measured where `train.validation` says; picklable
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
@@ -255,24 +243,15 @@ class Training:
         if self.context.rank == 0:
             if self.history is not None:
                 self.history.publish()
-            self.checkpoints.publish(self._writer(curves), name=self.saved, loss=loss)
-
-    def _writer(self, curves: dict[str, Any] | None) -> Callable[[Path], None]:
-        """A function that writes the present state into a folder, also when training has gone on."""
-        snapshot = checkpoint.snapshot(
-            config=self.config,
-            state=self.state,
-            moments=self.moments,
-            dataset_digest=self.manifest.digest,
-            classes=self.classes,
-            curves=curves,
-        )
-
-        def write(folder: Path) -> None:
-            self.job.hooks.before_save(folder)
-            snapshot.write(folder)
-
-        return write
+            snapshot = checkpoint.snapshot(  # training goes on while it is written
+                config=self.config,
+                state=self.state,
+                moments=self.moments,
+                dataset_digest=self.manifest.digest,
+                classes=self.classes,
+                curves=curves,
+            )
+            self.checkpoints.publish(snapshot.write, name=self.saved, loss=loss)
 
 
 def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
@@ -289,7 +268,6 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     started, first = time.perf_counter(), training.state.images_seen
     try:
         while not training.ended():
-            job.hooks.before_step(training)
             training.step()
             seen = training.state.images_seen
             save = training.ended() or crossed(seen, train.batch_size, train.checkpoint_every_images)

@@ -58,7 +58,6 @@ def test_show_config_as_json_is_the_canonical_form(run_in_process, config_file: 
         (["run", "--set", "storage.root=s3://bucket/prefix"], "tracking.uri"),
         (["select"], "--dataset"),
         (["tune"], "search"),
-        (["train", "--inject", "kill@images=3"], "--inject 'kill@images=3'"),
         (["suggest-noise", "--data", "/d"], "--config"),
         (["plan", "--prices", "CONFIG"], "CONFIG"),
         (["plan", "--tflops", "1", "--actual"], "--tflops"),
@@ -77,7 +76,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     ("args", "subject"),
     [
         (["ingest", "--set", "data.source=fashion_mnist", "--set", "data.root=/no/folder"], "data.root = '/no/folder'"),
-        (["train", "--dataset", "x", "--inject", "kill@images=3"], "--inject 'kill@images=3'"),
     ],
 )
 def test_a_mistake_that_the_step_finds(
@@ -94,7 +92,6 @@ def test_a_mistake_that_the_step_finds(
         ["submit", "--pipeline", "cook"],
         ["sample", "--out", "folder"],
         ["sample", "--model", "digits/1", "--checkpoint", "folder"],
-        ["sample", "--model", "digits/1", "--inject", "store-down@images=3:1s"],
         ["sample", "--model", "digits/1", "--score"],
         ["sample", "--model", "digits/1", "--backend", "local"],
         ["export", "--model", "digits/1", "--checkpoint", "folder", "--out", "file"],

@@ -17,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills_worker import KillsWorker
 from live_scores import live_scores
 from local_training import assert_same_tensors, tensors, train_locally
 from obstacle import Obstacle
@@ -27,11 +28,9 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
-from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
 from ncsn.model.index import CheckpointError
 from ncsn.report.images import Stages
-from ncsn.runs.folder import RunFolder
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob
 
@@ -137,12 +136,12 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     cluster: Cluster, trained: Path, tiny: str, dataset: str, tmp_path: Path
 ) -> None:
     """Bit for bit the weights, EMA and optimizer of the run that nothing disturbed."""
-    faults = parse_faults(["cut-checkpoint@images=120"], step="train", folder=RunFolder(str(tmp_path), "mine"))
-    job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, hooks=faults)
+    kill = KillsWorker(128, tmp_path / "killed", cut=tmp_path / "checkpoints")
+    job = TrainingJob(config=two_workers(tiny, "train.checkpoint_every_images=48"), dataset=dataset, progress=kill)
     outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
-    assert [path.name for path in (tmp_path / "runs" / "mine" / "faults").iterdir()] == ["cut-checkpoint-120"]
+    assert kill.done.exists()
     assert_same_tensors(*(run / "checkpoints" / "images-000000160" for run in (trained, tmp_path)))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kills_worker import KillsWorker
 from local_training import assert_same_tensors, train_locally
 from ray_driver import ray_driver
 from refused import refused
@@ -15,16 +17,14 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer
-from ncsn.distributed.faults import parse_faults
 from ncsn.distributed.validation import sample_distance
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.runs.curves import FID
-from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.steps import train
 from ncsn.tracking.client import connect
 from ncsn.training.context import LocalContext
-from ncsn.training.loop import LoopHooks, TrainingJob, TrainOutcome, train_loop
+from ncsn.training.loop import TrainingJob, TrainOutcome, train_loop
 
 # Only a fall by nine tenths counts, so that the first measurement stays the best.
 STOP = "train.stop={by: %s, patience_images: 64, tolerance: 0.9}"
@@ -101,24 +101,25 @@ def test_a_kill_on_ray_does_not_move_the_stop(
     """By samples of two workers, of which one is killed between the second measurement and the third."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     config = from_yaml(tiny, overrides=[*SAMPLES, "compute.num_workers=2"])
-    faults = parse_faults(["kill-worker@images=80"], step="train", folder=RunFolder(str(tmp_path), "mine"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=os.pathsep)
+    kill = KillsWorker(80, tmp_path / "killed")
     job = TrainingJob(
         config=config,
         dataset=dataset,
-        hooks=faults,
+        progress=kill,
         history=str(tmp_path / "history.json"),
         distance=sample_distance(config, dataset),
     )
     with ray_driver(config) as (driver, _):
         outcome = driver(trainer.train, job, run_uri=str(tmp_path))
     assert (outcome.images_seen, outcome.checkpoint) == (96, "images-000000096") and FID in outcome.stopped
-    assert [path.name for path in (tmp_path / "runs" / "mine" / "faults").iterdir()] == ["kill-worker-80"]
+    assert kill.done.exists()
     found, losses = (measured(str(job.history), name) for name in (FID, "val/loss"))
     assert list(found) == list(losses) == [32, 64, 96]
     best = json.loads((tmp_path / "best" / "best.json").read_text())
     assert best["loss"] == min(losses.values()) and best["by"] == "validation"
 
-    alone = replace(job, config=from_yaml(tiny, overrides=SAMPLES), hooks=LoopHooks(), history=str(tmp_path / "1.json"))
+    alone = replace(job, config=from_yaml(tiny, overrides=SAMPLES), progress=None, history=str(tmp_path / "1.json"))
     assert train_locally(alone, tmp_path / "alone").images_seen == 96
     # A gray value may be rounded to its neighbor.
     assert measured(str(alone.history), FID) == pytest.approx(found, rel=0.02)

@@ -70,11 +70,11 @@ def config(ray_head: RayNodes, s3_root: str, tmp_path: Path, monkeypatch: pytest
     return file
 
 
-def test_training_runs_as_a_job_and_a_fault_is_injected_there(jobs: Jobs, config: Path) -> None:
+def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     settings = from_yaml(config.read_text())
     ingest.run(settings, run="mine")
     arguments = ("train", "--config", str(config), "--run", "mine", "--address", jobs.dashboard, "--json")
-    done = jobs.ncsn(*arguments, "--inject", "store-down@images=32:1s")
+    done = jobs.ncsn(*arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["images_seen"] == 160
@@ -89,8 +89,7 @@ def test_training_runs_as_a_job_and_a_fault_is_injected_there(jobs: Jobs, config
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
     assert storage.read_json(f"{step}/lease.json")["renewed_at"] > 0
-    log = storage.read_text(f"{step}/driver.log")
-    assert "images_seen" in log and "store-down at image 32" in log
+    assert "images_seen" in storage.read_text(f"{step}/driver.log")
     from ncsn.tracking.client import client_at
 
     client = client_at(jobs.head.nodes.environment["MLFLOW_TRACKING_URI"])

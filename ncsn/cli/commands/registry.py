@@ -154,16 +154,12 @@ def model_options(command: Decorated) -> Decorated:
     return model(out(command))
 
 
-def sample_from_model(
-    experiment: Experiment, given: Mapping[str, str | None], *, inject: tuple[str, ...], as_json: bool
-) -> None:
+def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *, as_json: bool) -> None:
     """`ncsn sample --model`: generate images from a registered model and print where they are."""
     from ncsn.cli.console import ProgressView, quiet_libraries
     from ncsn.runs.progress import StepProgress
     from ncsn.tools import models
 
-    if inject:
-        raise click.UsageError("--inject needs a run, not a registered model")
     if given.get("score"):
         raise click.UsageError("--score needs a run; `ncsn evaluate` scores the images of a registered model")
     if experiment.place:
