@@ -125,11 +125,6 @@ class DsmLossConfig(Section):
         "predict (Karras et al. 2024).",
     )
     anneal_power: float = _ANNEAL_POWER
-    antithetic: bool = Field(
-        False,
-        description="Average each image's loss over the noise z and -z, for less variance at low noise at twice the "
-        "cost.",
-    )
 
 
 class SsmLossConfig(Section):
@@ -140,12 +135,4 @@ class SsmLossConfig(Section):
     num_projections: int = Field(1, ge=1, le=64, description="Random directions v per image; the loss is their mean.")
 
 
-class SingleSigmaLossConfig(Section):
-    """The paper's negative control: denoising score matching at one sigma, unweighted (eq. 2)."""
-
-    kind: Literal["single_sigma"] = Field(
-        description="Needs noise.num_levels = 1 and noise.sigma_1 = noise.sigma_L (0.01 in the paper)."
-    )
-
-
-LossConfig = Annotated[DsmLossConfig | SsmLossConfig | SingleSigmaLossConfig, Field(discriminator="kind")]
+LossConfig = Annotated[DsmLossConfig | SsmLossConfig, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
 from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.config.guidance import ClassifierFreeConfig
-from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SingleSigmaLossConfig, SsmLossConfig
+from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.config.problems import problems
 from ncsn.config.samplers import level_problems
 from ncsn.config.schema import Config
@@ -48,13 +48,6 @@ def _images(config: Config) -> Iterator[Problem]:
             "use network.kind = unet or ddpmpp, or null",
             data.num_classes,
         )
-    if data.logit_transform and config.noise.kind == "auto":
-        yield Problem(
-            "noise",
-            "measured on pixels, but data.logit_transform = true trains on their logits",
-            "use the section noise that `ncsn suggest-noise --config` prints",
-            "auto",
-        )
     if data.augmentation is None:
         return
     if not told:
@@ -70,9 +63,6 @@ def _images(config: Config) -> Iterator[Problem]:
             "use one of them",
             value=True,
         )
-    if data.logit_transform:
-        reason = "interpolates pixels, but data.logit_transform = true has logits"
-        yield Problem("data.augmentation", reason, "use one of them")
 
 
 def _network_size(config: Config) -> Iterator[Problem]:
@@ -122,24 +112,10 @@ def _attention_sizes(network: UnetNetworkConfig | DdpmppNetworkConfig, sizes: li
 
 
 def _noise(config: Config) -> Iterator[Problem]:
-    loss, network, num_levels = config.loss, config.network, getattr(config.noise, "num_levels", "auto")
+    loss, network = config.loss, config.network
     any_sigma = isinstance(config.noise.training, LognormalTraining)
     if any_sigma and isinstance(network, NcsnNetworkConfig):
         yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
-    if any_sigma and isinstance(loss, SingleSigmaLossConfig):
-        yield Problem(
-            "noise.training.kind",
-            "draws any sigma, but loss.kind = single_sigma trains at one noise level",
-            "use levels, or loss.kind = dsm",
-            "lognormal",
-        )
-    if isinstance(loss, SingleSigmaLossConfig) and num_levels != 1:
-        yield Problem(
-            "noise.num_levels",
-            "loss.kind = single_sigma trains at one noise level",
-            "use noise.num_levels = 1 with noise.sigma_1 = noise.sigma_L",
-            num_levels,
-        )
     if isinstance(loss, DsmLossConfig) and loss.weighting != "power" and not hasattr(network, "sigma_data"):
         yield Problem(
             "loss.weighting",

@@ -120,11 +120,6 @@ class DataConfig(Section):
         65536, ge=16, description="Images per window of loader: stream; two or three windows must fit on a node's disk."
     )
     dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
-    logit_transform: bool = Field(
-        False,
-        description="Train on the logits of the pixels, from -13.8 to 13.8. Every sigma, step size and "
-        "network.sigma_data is then in units of logits.",
-    )
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
     augmentation: AugmentationConfig | None = Field(
         None,

@@ -179,10 +179,8 @@ class TrainConfig(Section):
         description="With init_from, what training changes: all = the whole network; light = norms, shifts, embeddings "
         "and attention, for fewer than about 1,000 images.",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="Precision of the network's convolutions; norms, loss and optimizer use float32. float16 scales "
-        "the loss and is for GPUs without bfloat16; CPUs refuse it.",
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the network's convolutions; norms, loss and optimizer use float32."
     )
     checkpoint_every_images: int = Field(
         ge=1, description="Training images between checkpoints; the last one is at the end."

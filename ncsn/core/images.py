@@ -1,4 +1,4 @@
-"""The owner of pixel ranges: uint8 NHWC outside, float32 NCHW in [0, 1] or its logits where a network sees it."""
+"""The owner of pixel ranges: uint8 NHWC outside, float32 NCHW in [0, 1] where a network sees it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from ncsn.errors import InvalidValue
-
-LOGIT_MARGIN = 1e-6
 
 
 def to_unit(images_u8: Tensor) -> Tensor:
@@ -57,36 +55,14 @@ def mirror(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
-def logit(x: Tensor) -> Tensor:
-    """Map [0, 1] to the real line: log y - log(1 - y) with y = margin + (1 - 2 margin) x, finite at 0 and 1."""
-    y = LOGIT_MARGIN + (1 - 2 * LOGIT_MARGIN) * x
-    return y.log() - torch.log1p(-y)
+def encode(images_u8: Tensor, u: Tensor | None = None, *, dequantized: bool) -> Tensor:
+    """Stored images uint8 [B, H, W, C] as a network sees them, float32 [B, C, H, W].
 
-
-# The only place that knows pixels or logits, so no sampler transforms twice.
-@dataclass(frozen=True)
-class PixelSpace:
-    """The space in which a network is trained and a sampler moves."""
-
-    dequantized: bool = False  # whether gray steps are spread evenly, see `dequantize`
-    logit: bool = False  # whether it is the real line, see `logit`; else [0, 1]
-
-    def encode(self, images_u8: Tensor, u: Tensor | None = None) -> Tensor:
-        """Stored images uint8 [B, H, W, C] in the space, float32 [B, C, H, W].
-
-        Dequantization takes uniform (0, 1) numbers u [B, C, H, W], or the middle of each gray step.
-        """
-        if not self.dequantized:
-            return self.transform(to_unit(images_u8))
-        return self.transform(dequantize(images_u8, torch.tensor(0.5) if u is None else u))
-
-    def transform(self, x: Tensor) -> Tensor:
-        """Bring values in [0, 1] to the space."""
-        return logit(x) if self.logit else x
-
-    def invert(self, y: Tensor) -> Tensor:
-        """Undo `transform`, up to the margin of `logit`."""
-        return torch.sigmoid(y) if self.logit else y
+    Dequantization takes uniform (0, 1) numbers u [B, C, H, W], or the middle of each gray step.
+    """
+    if not dequantized:
+        return to_unit(images_u8)
+    return dequantize(images_u8, torch.tensor(0.5) if u is None else u)
 
 
 # Part of every checkpoint, so that samplers that remember their start need no dataset.

@@ -94,21 +94,3 @@ def hutchinson_probes(seed: int, *, first: int, count: int, number: int, shape: 
 def uniform_bits(log_density: Tensor, *, size: int) -> Tensor:
     """Bits per dimension [B] of images (k + u) / 256 with uniform u, of `size` values each."""
     return math.log2(GRAYS) - log_density / (size * math.log(2))
-
-
-def truncated_noise(u: Tensor, *, sigma: float) -> tuple[Tensor, Tensor]:
-    """Normal numbers of standard deviation sigma that are cut at half a gray step, and the logarithm of their density.
-
-    They come from uniform numbers u in (0, 1), and are float64 of u's shape in +-1/512; pixels are in [0, 1].
-    """
-    cut = 1 / (2 * GRAYS * sigma)
-    inside = math.erf(cut / math.sqrt(2))  # the mass within
-    z = torch.special.ndtri(u.double() * inside + (1 - inside) / 2)
-    log_density = -0.5 * z.square() - math.log(sigma * math.sqrt(2 * math.pi) * inside)
-    return sigma * z, log_density
-
-
-def truncated_bits(log_density: Tensor, noise_density: Tensor) -> Tensor:
-    """Bits per dimension [B] of images (k + 1/2) / 256 plus `truncated_noise` with densities [B, C, H, W]."""
-    size = noise_density[0].numel()
-    return -(log_density - noise_density.flatten(1).sum(1)) / (size * math.log(2))

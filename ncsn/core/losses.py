@@ -148,9 +148,6 @@ class DenoisingScoreMatching:
     """
 
     weight: Weight = PowerWeight()
-    # Averages the loss over z and -z, at twice the cost. The term linear in z, whose variance grows as 1 / sigma^2
-    # before weighting, nearly cancels.
-    antithetic: bool = False
     uncertainty: Uncertainty | None = None
 
     num_projections: ClassVar[int] = 0
@@ -158,10 +155,10 @@ class DenoisingScoreMatching:
     def __call__(self, network: ScoreFunction, batch: Batch) -> LossValue:
         """See `Loss`."""
         sigma = batch.sigma.to(batch.x.dtype)
-        if self.antithetic:
-            squared = _squared_residual(network, _twice(batch, sigma=sigma)).view(2, -1).mean(dim=0)
-        else:
-            squared = _squared_residual(network, replace(batch, sigma=sigma))
+        batch = replace(batch, sigma=sigma)
+        scale = _per_pixel(sigma, batch.x)
+        score = network(torch.addcmul(batch.x, batch.z, scale), **batch.inputs).to(batch.x.dtype)
+        squared = torch.addcmul(batch.z, score, scale).square().flatten(1).sum(dim=1)  # |sigma s(x + sigma z) + z|^2
         weighted, size = squared * self.weight(sigma), batch.x[0].numel()
         if self.uncertainty is not None:
             u = self.uncertainty(sigma)
@@ -209,22 +206,3 @@ def bin_sums(values: Tensor, *, bins: Tensor, num_bins: int) -> Tensor:
 def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
     """Values [B] in a shape that broadcasts over images x [B, ...]."""
     return values.view(-1, *[1] * (x.ndim - 1))
-
-
-def _twice(batch: Batch, *, sigma: Tensor) -> Batch:
-    """The batch with its noise, and again with the negative noise."""
-
-    def both(values: Tensor) -> Tensor:
-        return torch.cat((values, values))
-
-    level = None if batch.level is None else both(batch.level)
-    conditions = {name: both(values) for name, values in batch.conditions.items()}
-    return Batch(both(batch.x), both(sigma), torch.cat((batch.z, -batch.z)), level, conditions=conditions)
-
-
-def _squared_residual(network: ScoreFunction, batch: Batch) -> Tensor:
-    """|sigma s(x + sigma z) + z|^2 of each image, [B]."""
-    x, z = batch.x, batch.z
-    scale = _per_pixel(batch.sigma, x)
-    score = network(torch.addcmul(x, z, scale), **batch.inputs).to(x.dtype)
-    return torch.addcmul(z, score, scale).square().flatten(1).sum(dim=1)

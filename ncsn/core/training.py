@@ -26,7 +26,6 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Ema
     images_seen: int = 0  # by all workers
-    scaler: torch.amp.GradScaler | None = None  # keeps float16 gradients in range; None for other types
     uncertainty: Uncertainty | None = None  # that the loss learns with the network; without an average
     second_ema: Ema | None = None  # with another memory, for averages that are put together after training
 
@@ -64,9 +63,7 @@ class StepReport:
     """Measurements of one optimizer step on this worker, on their device."""
 
     per_image: Tensor  # float32 [B], normalized so that a zero network reads 1.0
-    # Scalar, before clipping; after DDP's averaging if the network is wrapped; 0 where the scaler skipped the step
-    # because the gradient was out of float16's range.
-    grad_norm: Tensor
+    grad_norm: Tensor  # scalar, before clipping; after DDP's averaging if the network is wrapped
 
 
 def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Loss, options: StepOptions) -> StepReport:
@@ -75,7 +72,7 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
     The gradient is that of the mean over the images of all workers, also if their shares differ. The network is
     `state.network` in train mode, wrapped in DistributedDataParallel or not; the caller counts `images_seen`.
     """
-    dtype, scaler, optimizer = options.autocast_dtype, state.scaler, state.optimizer
+    dtype, optimizer = options.autocast_dtype, state.optimizer
 
     def score(noisy: Tensor, **inputs: Tensor) -> Tensor:
         with torch.autocast(noisy.device.type, dtype=dtype, enabled=dtype is not None):
@@ -90,22 +87,14 @@ def train_step(network: nn.Module, batch: Batch, *, state: TrainState, loss: Los
         last = part.stop == count
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             value = loss(score, batch[part])
-            weighted = value.loss * ((part.stop - part.start) / (global_batch / options.world_size))
-            torch.autograd.backward(weighted if scaler is None else scaler.scale(weighted))
+            torch.autograd.backward(value.loss * ((part.stop - part.start) / (global_batch / options.world_size)))
         per_image.append(value.per_image)
     if state.uncertainty is not None and isinstance(network, DistributedDataParallel):
         _average_over_workers(state.uncertainty)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
     grad_norm = nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
     if options.grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(network.parameters(), options.grad_clip_norm, grad_norm)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-        grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0)
+    optimizer.step()
     module = network.module if isinstance(network, DistributedDataParallel) else network
     for ema in state.averages:
         ema.update(module, images_seen=state.images_seen + global_batch, batch=global_batch)

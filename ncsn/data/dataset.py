@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 # All other settings of `data`, also those to come, decide which images a dataset has. A setting that a config may lack
 # (`ADDED`) counts only if it is given, so that datasets written before it are found.
 _WITHOUT_EFFECT = {
-    "root", "download", "rows_per_part", "loader", "window_images", "dequantize", "logit_transform", "horizontal_flip",
+    "root", "download", "rows_per_part", "loader", "window_images", "dequantize", "horizontal_flip",
     "augmentation", "num_classes",
 }  # fmt: skip
 LEAST_IMAGES = 2

@@ -10,19 +10,11 @@ from torch import Tensor, nn
 
 from ncsn.config import Config
 from ncsn.config.choices import NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.noise import (
-    DsmLossConfig,
-    LevelsConfig,
-    LognormalTraining,
-    NoiseConfig,
-    SingleSigmaLossConfig,
-    SsmLossConfig,
-)
+from ncsn.config.noise import DsmLossConfig, LevelsConfig, LognormalTraining, NoiseConfig, SsmLossConfig
 from ncsn.config.samplers import SamplerConfig, parse_sampler
-from ncsn.config.schema import DataConfig, SamplingConfig
+from ncsn.config.schema import SamplingConfig
 from ncsn.config.training import HalfLifeEmaConfig, PowerEmaConfig
 from ncsn.core.ema import Ema, HalfLife, PowerFunction, StepDecay
-from ncsn.core.images import PixelSpace
 from ncsn.core.losses import (
     DenoisingScoreMatching,
     EdmWeight,
@@ -44,17 +36,11 @@ from ncsn.core.samplers.ode import KarrasHeun, ProbabilityFlow
 from ncsn.core.samplers.stochastic import AnnealedLangevin, ConsistentAnnealed, Langevin, PredictorCorrector
 from ncsn.core.training import StepOptions, TrainState
 from ncsn.core.training_noise import FEW_DRAWS, LevelNoise, LognormalNoise, TrainingNoise
-from ncsn.errors import UserError
 
 _STOCHASTIC = (AnnealedLangevin, Langevin, ConsistentAnnealed, PredictorCorrector)
 _SAMPLERS: dict[str, type[Sampler]] = {
     each.kind: each for each in (*_STOCHASTIC, ProbabilityFlow, KarrasHeun, DpmSolver, UniPC)
 }
-
-
-def pixel_space(data: DataConfig) -> PixelSpace:
-    """The space in which the network sees the images."""
-    return PixelSpace(dequantized=data.dequantize, logit=data.logit_transform)
 
 
 def sigmas(config: Config) -> Tensor:
@@ -109,12 +95,12 @@ def network(config: Config) -> nn.Module:
     """The score network with its initial weights, which `config.seed` alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        settings, channels, rescale = config.network, config.data.channels, not config.data.logit_transform
+        settings, channels = config.network, config.data.channels
         own = settings.model_dump(exclude={"kind"})
         if isinstance(settings, NcsnNetworkConfig):
-            return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, rescale=rescale, **own)
+            return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, **own)
         if isinstance(settings, NcsnV2NetworkConfig):
-            return NcsnV2Network(channels=channels, sigmas=sigmas(config), rescale=rescale, **own)
+            return NcsnV2Network(channels=channels, sigmas=sigmas(config), **own)
         kind = UnetNetwork if isinstance(settings, UnetNetworkConfig) else DdpmppNetwork
         return kind(
             channels=channels,
@@ -141,8 +127,7 @@ def loss(config: Config, uncertainty: Uncertainty | None = None) -> Loss:
     settings = config.loss
     if isinstance(settings, SsmLossConfig):
         return SlicedScoreMatching(anneal_power=settings.anneal_power, num_projections=settings.num_projections)
-    antithetic = isinstance(settings, DsmLossConfig) and settings.antithetic
-    return DenoisingScoreMatching(loss_weight(config), antithetic, uncertainty)
+    return DenoisingScoreMatching(loss_weight(config), uncertainty)
 
 
 def loss_weight(config: Config) -> Weight:
@@ -152,8 +137,7 @@ def loss_weight(config: Config) -> Weight:
         weight = edm_weight(config)
         assert weight is not None
         return weight
-    # The baseline of one sigma is equation 2, without weight.
-    return PowerWeight(0.0 if isinstance(settings, SingleSigmaLossConfig) else settings.anneal_power)
+    return PowerWeight(settings.anneal_power)
 
 
 def edm_weight(config: Config) -> EdmWeight | None:
@@ -162,11 +146,11 @@ def edm_weight(config: Config) -> EdmWeight | None:
     return None if sigma_data is None else EdmWeight(sigma_data)
 
 
-def step_options(config: Config, *, device: str | torch.device, world_size: int) -> StepOptions:
-    """Options of a training step on `device`, for one of `world_size` workers."""
+def step_options(config: Config, *, world_size: int) -> StepOptions:
+    """Options of a training step for one of `world_size` workers."""
     return StepOptions(
         grad_clip_norm=config.optimizer.grad_clip_norm,
-        autocast_dtype=autocast_dtype(config, device),
+        autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
         microbatch=config.compute.microbatch,
         batch_size=config.train.batch_size,
         world_size=world_size,
@@ -191,19 +175,6 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
 
-def autocast_dtype(config: Config, device: str | torch.device) -> torch.dtype | None:
-    """Type of the convolutions in training, or None for that of the weights."""
-    precision = config.train.precision
-    if precision == "float16" and torch.device(device).type == "cpu":
-        raise UserError(
-            "train.precision",
-            "trains on GPUs only",
-            hint="set compute.use_gpu = true, or use bfloat16 or float32",
-            value="float16",
-        )
-    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-
-
 def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainState:
     """Everything that training changes, at its start."""
     score_network = network(config).to(device)
@@ -212,16 +183,13 @@ def train_state(config: Config, *, device: str | torch.device = "cpu") -> TrainS
         light = light_parameters(score_network)
         for name, parameter in score_network.named_parameters():
             parameter.requires_grad_(name in light)
-    # A CPU, which cannot train in float16, only imports checkpoints, which have no scaler.
     ema, second_ema = running_averages(config, score_network)
-    scaled = config.train.precision == "float16" and torch.device(device).type != "cpu"
     learned = getattr(config.loss, "weighting", None) == "learned"
     uncertainty = Uncertainty(seed=config.seed).to(device) if learned else None
     return TrainState(
         network=score_network,
         optimizer=optimizer(config, score_network, *([uncertainty] if uncertainty else [])),
         ema=ema,
-        scaler=torch.amp.GradScaler(torch.device(device).type) if scaled else None,
         uncertainty=uncertainty,
         second_ema=second_ema,
     )

@@ -5,8 +5,8 @@
     ema_2.safetensors      the second average, if training has two
     moments.safetensors    mean and covariance of the training images, from which some samplers start
     optimizer.safetensors  Adam's moments and step, keyed `<parameter>/<moment>`
-    state.json             images_seen, EMA counter, digest of the dataset, classes; float16's loss scale; what the
-                           loss learns; unreported curves
+    state.json             images_seen, EMA counter, digest of the dataset, classes; what the loss learns;
+                           unreported curves
     config.yaml            the experiment
     checkpoint.json        format version and the SHA-256 of each file above; written last
 
@@ -102,8 +102,6 @@ def snapshot(
         "ema_updates": state.ema.num_updates,
         "dataset_digest": dataset_digest,
     }
-    if state.scaler is not None:
-        facts["loss_scale"] = state.scaler.state_dict()
     if classes is not None:
         facts["classes"] = asdict(classes)
     if state.uncertainty is not None:
@@ -149,8 +147,6 @@ def load(folder: Path, *, config: Config, state: TrainState, dataset_digest: str
         ema.load_state_dict({"weights": load_file(folder / name), "num_updates": facts["ema_updates"]})
     _load_optimizer(state, load_file(folder / "optimizer.safetensors"))
     state.images_seen = int(facts["images_seen"])
-    if state.scaler is not None and "loss_scale" in facts:
-        state.scaler.load_state_dict(facts["loss_scale"])
     if state.uncertainty is not None:
         with torch.no_grad():
             for name, parameter in state.uncertainty.named_parameters():

@@ -13,7 +13,7 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.images import to_uint8
+from ncsn.core.images import encode, to_uint8
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.stochastic import AnnealedLangevin
@@ -96,7 +96,7 @@ def complete(
     Returns:
         `[N, H, W, C]` uint8.
     """
-    config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    config, sampler = trained.config, build.sampler(sampling.sampler)
     levels = build.sampled_sigmas(config, sampling)
     if not isinstance(sampler, AnnealedLangevin):
         raise UserError("sampling.sampler.kind", "inpainting needs annealed_langevin (Algorithm 2)", value=sampler.kind)
@@ -106,7 +106,7 @@ def complete(
         raise UserError("images", f"{found} {images.dtype}, but the model's are {needed} uint8")
     if known.shape not in ((height, width), (len(images), height, width)):
         raise UserError("mask", f"{list(known.shape)}, but the model's images are {[height, width]}")
-    reference = space.encode(torch.tensor(images)).to(device)
+    reference = encode(torch.tensor(images), dequantized=config.data.dequantize).to(device)
     noise = KeyedNoise(sampling.seed, first=first, count=len(images), shape=reference.shape[1:], device=device)
     mask = torch.from_numpy(known).to(device)
     if labels is None:
@@ -114,7 +114,7 @@ def complete(
     with inference(sampling, device):
         x = inpaint(
             score_function(trained, sampling, sampler, labels=labels),
-            x=space.transform(noise.uniform(0)),
+            x=noise.uniform(0),
             reference=reference,
             mask=mask if mask.ndim == 2 else mask[:, None],
             sigmas=levels.to(device),
@@ -158,18 +158,18 @@ def _sampled(
     on_level: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The chain of the configured sampler from its start to its end, in the network's space."""
-    config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    config, sampler = trained.config, build.sampler(sampling.sampler)
     levels = build.sampled_sigmas(config, sampling)
     with inference(sampling, device):
-        x = sampler.start(space, trained.moments, sigma_1=build.sampled_levels(config, sampling).sigma_1, noise=noise)
+        x = sampler.start(trained.moments, sigma_1=build.sampled_levels(config, sampling).sigma_1, noise=noise)
         if on_level is not None:
-            on_level(0, space.invert(x))
+            on_level(0, x)
         return sampler(
             score_function(trained, sampling, sampler, labels=labels),
             x=x,
             sigmas=levels.to(device),
             noise=noise,
-            on_level=None if on_level is None else lambda level, state: on_level(level + 1, space.invert(state)),
+            on_level=None if on_level is None else lambda level, state: on_level(level + 1, state),
         )
 
 
@@ -187,7 +187,7 @@ def finished(x: Tensor, sampling: SamplingConfig, config: Config, *, what: str) 
             hint="lower its step size, or train longer",
             value=sampling.sampler.model_dump(),
         )
-    return _grays(build.pixel_space(config.data).invert(x), sampling, config)
+    return _grays(x, sampling, config)
 
 
 def _grays(x: Tensor, sampling: SamplingConfig, config: Config) -> NDArray[np.uint8]:

@@ -109,7 +109,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
 
     def facts(network: TrainedNetwork) -> dict[str, object]:
         data = network.config.data
-        return {"image_size": data.image_size, "channels": data.channels, "logit_transform": data.logit_transform}
+        return {"image_size": data.image_size, "channels": data.channels}
 
     wanted, found = facts(trained), facts(guide)
     if None not in (trained.classes, guide.classes):

@@ -11,7 +11,6 @@ from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
 from ncsn.distributed.validation import sample_distance
 from ncsn.errors import UserError
-from ncsn.model import build
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step
@@ -99,7 +98,6 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
         )
     require_classes(config, manifest, dataset)
     _require_held_out(config, manifest, dataset)
-    build.autocast_dtype(config, config.compute.device)
 
 
 def _require_held_out(config: Config, manifest: Manifest, dataset: str) -> None:

@@ -161,7 +161,7 @@ def choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
     count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
     draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
     draft.choose("sampling.precision", "bfloat16" if draft.get("train.precision") != "float32" else "float32")
-    if draft.get("data.dequantize", True) and not draft.get("data.logit_transform"):
+    if draft.get("data.dequantize", True):
         why = "Gray values as training sees them: k is anything from k/256 to (k + 1)/256."
         draft.choose("sampling.grays", "exact", why)
     if draft.get("network.kind") not in NETWORKS:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from ncsn.config.schema import DataConfig
-from ncsn.core.images import PixelSpace, to_unit
-from ncsn.core.keyed_random import Stream, keyed_uniform
+from ncsn.core.images import to_unit
 from ncsn.core.noise_schedule import NoiseSuggestion, pair_distances, suggest_noise
 from ncsn.data.format import load_manifest
 from ncsn.data.parquet import read_blocks
@@ -19,7 +18,6 @@ from ncsn.data.sources.base import BadImages
 from ncsn.data.sources.known import open_source
 from ncsn.data.statistics import ImageSample
 
-UNIT = PixelSpace()
 MOST_IMAGES = 60_000
 _MOST_VALUES = 2**31  # uint8 of all images
 _BLOCK = 1024
@@ -50,26 +48,21 @@ def suggest_levels(
     sigma_L: float,
     overlap: float,  # C of neighboring levels
     steps_per_level: int,  # T, which sampling can afford
-    space: PixelSpace,
 ) -> NoiseSuggestion:
     """Apply techniques 1, 2 and 4 of NCSNv2 to at least two different images, as the network sees them."""
     images = torch.from_numpy(sample.images)
-    if space.logit:
-        count, height, width, channels = images.shape
-        u = keyed_uniform(0, stream=Stream.DEQUANTIZE, first=0, count=count, size=height * width * channels)
-        images = space.encode(images, u.view(count, channels, height, width))
     distances = replace(pair_distances(images, flips=mirrored), exact=sample.complete)
     return suggest_noise(
         distances, dimension=images[0].numel(), sigma_L=sigma_L, overlap=overlap, steps_per_level=steps_per_level
     )
 
 
-def spread_around_gray(sample: ImageSample, *, space: PixelSpace = UNIT) -> float:
+def spread_around_gray(sample: ImageSample) -> float:
     """Root mean square of the pixels around mid-gray, which is the `network.sigma_data` for these images."""
     images, total = sample.images, 0.0
     for first in range(0, len(images), _BLOCK):
         block = to_unit(torch.from_numpy(images[first : first + _BLOCK]))
-        total += float((space.transform(block).double() - 0.5).square().sum())
+        total += float((block.double() - 0.5).square().sum())
     return math.sqrt(total / images.size)
 
 

@@ -65,7 +65,7 @@ def measure_speed(config: Config, machine: Machine) -> Speed:
     count = max(1, config.train.batch_size // machine.workers)
     with torch_threads(machine.cores_per_worker):
         state = build.train_state(config, device=device)
-        options = build.step_options(config, device=device, world_size=1)
+        options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty)
         size = config.data.image_size
         generator = torch.Generator().manual_seed(0)

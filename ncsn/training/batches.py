@@ -10,7 +10,7 @@ from torch import Tensor
 from ncsn.config import Config
 from ncsn.core.augmentation import augmentation_labels, draw_transforms, transform
 from ncsn.core.classes import drop_labels
-from ncsn.core.images import DataMoments, fit_moments, mirror
+from ncsn.core.images import DataMoments, dequantize, fit_moments, mirror, to_unit
 from ncsn.core.keyed_random import Stream, keyed_normal, keyed_uniform
 from ncsn.core.losses import Batch
 from ncsn.data.format import Manifest
@@ -65,12 +65,12 @@ def image_moments(config: Config, split: TrainingImages) -> DataMoments:
 
 def encoded(config: Config, images: Tensor, *, seed: int, stream: int, first: int) -> Tensor:
     """Images uint8 [N, H, W, C] in the network's space, dequantized by rows `first .. first + N` of the stream."""
-    space, (count, height, width, channels) = build.pixel_space(config.data), images.shape
-    if not space.dequantized:
-        return space.encode(images)
+    count, height, width, channels = images.shape
+    if not config.data.dequantize:
+        return to_unit(images)
     size = height * width * channels
     u = keyed_uniform(seed, stream=stream, first=first, count=count, size=size)
-    return space.encode(images, u.view(count, channels, height, width))
+    return dequantize(images, u.view(count, channels, height, width))
 
 
 def classes_of(config: Config, manifest: Manifest) -> Classes | None:

@@ -85,7 +85,7 @@ class Training:
 
     def __init__(self, job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> None:
         self.job, self.config, self.context, self.checkpoints = job, job.config, context, checkpoints
-        self.options = build.step_options(self.config, device=context.device, world_size=context.world_size)
+        self.options = build.step_options(self.config, world_size=context.world_size)
         self.curves = Curves(self.config, context)
         self.sink = job.sink if context.rank == 0 else None
         self.saved, self.pauses = "", list[float]()

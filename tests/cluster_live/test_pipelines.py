@@ -72,13 +72,13 @@ def test_a_terminated_run_is_submitted_again(pipelines: Place, kubeflow: Kubeflo
 
 @pytest.mark.timeout(1800)
 def test_a_step_that_fails_is_named_with_its_reason(pipelines: Place, kubeflow: Kubeflow) -> None:
-    """Only the step train knows that CPUs cannot train in float16."""
-    run, precision = pipelines.folder, "float16"
-    options = pipelines.options({"train.precision": precision})
+    """Only the step train knows that the dataset has other classes than the config says."""
+    run, setting = pipelines.folder, "data.num_classes"
+    options = pipelines.options({setting: 7})
     command = pipelines.commands.run("submit", "--json", "--wait", *options, "--run", run, seconds=1500, code=1)
     assert kubeflow.run(command.result()["id"])["state"] == "FAILED"
     status = pipelines.stored(f"runs/{run}/status.json")
     assert (status["status"], status["failed_step"]) == ("FAILED", "train")
-    assert precision in status["reason"]
-    assert precision in command.said
+    assert setting in status["reason"]
+    assert setting in command.said
     assert pipelines.tracked(run) == {"FINISHED", "FAILED"}, "the step ingest finished, the run as a whole did not"

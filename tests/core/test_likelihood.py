@@ -15,8 +15,6 @@ from ncsn.core.likelihood import (
     ScoreAt,
     hutchinson_probes,
     sigma_data_of,
-    truncated_bits,
-    truncated_noise,
     uniform_bits,
 )
 
@@ -105,15 +103,6 @@ def test_units() -> None:
     ours = LikelihoodOde(0.25, 0.001, 9).log_density(gaussian(0.25), x, probes=basis(x))
     theirs = -0.5 * (2 * x.flatten() - 1).square() / (0.25 + 4e-6) - 0.5 * math.log(2 * math.pi * (0.25 + 4e-6))
     torch.testing.assert_close(ours - theirs, torch.full((2,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize(("sigma", "entropy"), [(0.0005, -6.182815), (0.00065, -5.935422), (0.001, -5.662838)])
-def test_entropy_of_truncated_noise(sigma: float, entropy: float) -> None:
-    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    noise, density = truncated_noise(u.view(-1, 1, 1, 1), sigma=sigma)
-    assert float(-density.mean()) == pytest.approx(entropy, abs=2e-6)
-    assert float(noise.abs().max()) < 1 / 512
-    assert float(truncated_bits(torch.zeros(len(u)), density).mean()) == pytest.approx(-entropy / math.log(2), abs=3e-6)
 
 
 def test_the_spread_of_data_is_that_around_mid_gray() -> None:

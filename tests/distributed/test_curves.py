@@ -50,7 +50,6 @@ def test_previews_come_with_checkpoints_and_do_not_disturb_the_training(
         (["train.num_images=100000", "train.checkpoint_every_images=100000", "tracking.preview_images=0"], 0),
         (
             [
-                "loss.kind=single_sigma",
                 "noise={num_levels: 1, sigma_1: 0.1, sigma_L: 0.1}",
                 "sampling.sampler={kind: langevin}",
             ],

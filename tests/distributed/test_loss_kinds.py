@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import changed_settings, from_json, from_yaml, to_json
 from ncsn.config.schema import SamplingConfig
-from ncsn.core.losses import DenoisingScoreMatching
 from ncsn.data.training_images import open_cache
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint_store import CheckpointStore
@@ -23,7 +21,7 @@ from ncsn.training.loop import TrainingJob, train_loop
 
 SSM = "loss={kind: ssm, num_projections: 2}"
 ONE_SIGMA = (
-    "loss={kind: single_sigma}",
+    "loss={kind: dsm, anneal_power: 0}",
     "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
     "network={kind: ncsn, num_features: 4}",
     "sampling.sampler={kind: langevin, num_steps: 3, step_size: 1.0e-4}",
@@ -35,7 +33,7 @@ AUGMENTED = (
     "data.augmentation={probability: 0.5}",
     "noise.training={kind: lognormal}",
     "network={kind: ddpmpp, base_width: 8, multipliers: [1, 1], blocks_per_resolution: 1, attention_sizes: []}",
-    "loss={weighting: edm, antithetic: true}",
+    "loss={weighting: edm}",
     "compute.microbatch=5",
 )
 
@@ -47,8 +45,8 @@ def checkpoint_after(tiny: str, dataset: str, folder: Path, *overrides: str) -> 
 
 @pytest.mark.parametrize(
     "overrides",
-    [(SSM,), ("loss.antithetic=true",), ONE_SIGMA, AUGMENTED],
-    ids=["ssm", "antithetic", "one", "augmented"],
+    [(SSM,), ONE_SIGMA, AUGMENTED],
+    ids=["ssm", "one", "augmented"],
 )
 def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, tmp_path: Path) -> None:
     """6 steps = 3 + resume + 3, for each loss."""
@@ -117,15 +115,6 @@ def test_augmentation_belongs_to_the_image_and_moves_no_other_draw(tiny: str, da
     assert torch.equal(whole[2:5].inputs["augmentation"], told[2:5])
 
 
-def test_the_antithetic_loss_is_the_mean_over_both_signs(tiny: str, dataset: str) -> None:
-    config = from_yaml(tiny, overrides=["loss.antithetic=true"])
-    batch = draw_batch(config, open_cache(dataset, "train"), first=0, count=8)
-    network = build.network(config)
-    pair = build.loss(config)(network, batch).loss
-    one, other = (DenoisingScoreMatching()(network, replace(batch, z=s * batch.z)).loss for s in (1, -1))
-    assert pair.item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-5)
-
-
 def test_the_negative_control_is_trained_and_sampled_at_its_one_sigma(tiny: str, dataset: str, tmp_path: Path) -> None:
     folder = checkpoint_after(tiny, dataset, tmp_path, *ONE_SIGMA)
     trained = checkpoint.load_for_sampling(str(folder))
@@ -139,11 +128,10 @@ def test_the_negative_control_is_trained_and_sampled_at_its_one_sigma(tiny: str,
 def test_the_loss_is_part_of_the_runs_identity(tiny: str) -> None:
     plain = from_yaml(tiny)
     assert changed_settings(plain, from_yaml(tiny, overrides=["loss={anneal_power: 2.0}"])) == {}
-    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={antithetic: true}"])) == {
-        "loss.antithetic": (False, True)
+    assert changed_settings(plain, from_yaml(tiny, overrides=["loss={anneal_power: 1}"])) == {
+        "loss.anneal_power": (2.0, 1.0)
     }
     assert changed_settings(plain, from_yaml(tiny, overrides=["loss={kind: ssm}"])).keys() == {
-        "loss.antithetic",
         "loss.kind",
         "loss.num_projections",
     }

@@ -144,11 +144,6 @@ def test_a_switch_changes_nothing_but_rounding(tiny: str, dataset: str, tmp_path
             assert torch.allclose(tensor, switched[key], rtol=1e-4, atol=1e-5), key
 
 
-def test_float16_is_refused_on_a_cpu(tiny: str, dataset: str, tmp_path: Path) -> None:
-    with refused("train.precision"):
-        train_for_tensors(from_yaml(tiny, overrides=["train.precision=float16"]), dataset, tmp_path)
-
-
 def test_compiling_without_a_compiler_is_a_mistake(
     tiny: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

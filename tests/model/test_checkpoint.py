@@ -35,7 +35,7 @@ def trained(config: Config) -> TrainState:
     state = build.train_state(config)
     levels = torch.arange(4)
     batch = Batch(torch.rand(4, 1, 8, 8), build.sigmas(config)[levels], torch.randn(4, 1, 8, 8), levels)
-    options = build.step_options(config, device="cpu", world_size=1)
+    options = build.step_options(config, world_size=1)
     train_step(state.network, batch, state=state, loss=build.loss(config), options=options)
     state.images_seen = 32
     return state

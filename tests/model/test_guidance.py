@@ -172,7 +172,6 @@ def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, over
     [
         ["data.image_size=16"],
         ["data.channels=3"],
-        ["data.logit_transform=true"],
         ["data.num_classes=null", "train.label_dropout=0", "network={kind: ncsn, num_features: 4}",
          "noise.num_levels=3", "sampling.sampler={kind: annealed_langevin}"],
     ],

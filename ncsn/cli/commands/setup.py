@@ -160,19 +160,16 @@ def suggest_noise_command(
     """
     from ncsn.cli.target import Experiment
     from ncsn.cli.views import describe_suggestion
-    from ncsn.model import build
     from ncsn.tools import preparation
 
     if (config_uri is None) == (dataset is None):
         raise UserError("--config", "pass either this or --data", hint="--data takes the URI of an ingested dataset")
-    space = preparation.UNIT
     if dataset is not None:
         sample = preparation.images_of_dataset(dataset)
     else:
         data = Experiment(config_uri, overrides).resolve().config.data
-        space = build.pixel_space(data)
         sample, mirrored = preparation.images_of_source(data), mirrored or data.horizontal_flip
-    found = preparation.suggest_levels(sample, mirrored=mirrored, space=space, **levels)
-    sigma_data = preparation.spread_around_gray(sample, space=space)
+    found = preparation.suggest_levels(sample, mirrored=mirrored, **levels)
+    sigma_data = preparation.spread_around_gray(sample)
     shown = asdict(found) | {"sigma_data": sigma_data}
     click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))

@@ -53,13 +53,11 @@ class _RefineNet(nn.Module):
         *,
         channels: int,
         depth: Depth,
-        rescale: bool,
         norm: NormFactory,
         refine: Callable[..., RefineBlock],
     ) -> None:
         super().__init__()
         n, stages = num_features, _STAGES[depth]
-        self.rescale = rescale
         self.begin_conv = conv3x3(channels, n)
         self.normalizer = norm(n)
         self.end_conv = conv3x3(n, channels)
@@ -78,7 +76,7 @@ class _RefineNet(nn.Module):
 
     def _unscaled(self, x: Tensor, level: Tensor) -> Tensor:
         check_size(x, halvings=self._halvings)
-        h: Tensor = self.begin_conv(2 * x - 1 if self.rescale else x)
+        h: Tensor = self.begin_conv(2 * x - 1)
         features = []
         for name in self._encoder:
             h = self.get_submodule(name)(h, level)
@@ -94,13 +92,13 @@ class NcsnNetwork(_RefineNet):
     """Score network s(x, level) with instance normalization++ conditioned on the level.
 
     Parameters and their names are those of the released weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657
-    for 28x28x1 (num_features 64), with 10 levels. `rescale` feeds 2x - 1 to the first layer, for images in [0, 1].
+    for 28x28x1 (num_features 64), with 10 levels. The first layer sees 2x - 1 of images in [0, 1].
     """
 
-    def __init__(self, num_features: int, *, channels: int, num_levels: int, rescale: bool = True) -> None:
+    def __init__(self, num_features: int, *, channels: int, num_levels: int) -> None:
         norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
         refine = partial(RefineBlock, norm=norm, pool=average_pool)
-        super().__init__(num_features, channels=channels, depth="standard", rescale=rescale, norm=norm, refine=refine)
+        super().__init__(num_features, channels=channels, depth="standard", norm=norm, refine=refine)
         self.num_levels = num_levels
 
     def forward(self, x: Tensor, level: Tensor | None = None, **others: Tensor | None) -> Tensor:
@@ -125,17 +123,13 @@ class NcsnV2Network(_RefineNet, ContinuousNetwork):
 
     Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
     depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256). These have 4,
-    5 and 6 stages, which halve the image 1, 2 and 3 times. `rescale` feeds 2x - 1 to the first layer, for images in
-    [0, 1].
+    5 and 6 stages, which halve the image 1, 2 and 3 times. The first layer sees 2x - 1 of
+    images in [0, 1].
     """
 
-    def __init__(
-        self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard", rescale: bool = True
-    ) -> None:
+    def __init__(self, num_features: int, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:
         refine = partial(RefineBlock, norm=None, pool=max_pool)
-        super().__init__(
-            num_features, channels=channels, depth=depth, rescale=rescale, norm=InstanceNormPlus, refine=refine
-        )
+        super().__init__(num_features, channels=channels, depth=depth, norm=InstanceNormPlus, refine=refine)
         self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))
 
     def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ncsn.core.images import DataMoments, PixelSpace, moment_matched
+from ncsn.core.images import DataMoments, moment_matched
 from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
 from ncsn.core.losses import ScoreFunction
 from ncsn.core.samplers.langevin import NoiseSource, OnLevel
@@ -73,12 +73,10 @@ class Sampler(ABC):
     @abstractmethod
     def _run(self, grid: LevelGrid, x: Tensor, *, noise: NoiseSource, on_level: OnLevel) -> Tensor: ...
 
-    def start(
-        self, space: PixelSpace, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise
-    ) -> Tensor:
+    def start(self, moments: DataMoments, *, sigma_1: float, noise: KeyedNoise | InterpolatedNoise) -> Tensor:
         """First state of the chain: uniform pixels, or a normal draw with the moments of the data plus noise."""
         if self.uniform_start:
-            return space.transform(noise.uniform(0))
+            return noise.uniform(0)
         return moment_matched(moments, sigma=sigma_1, z=noise(_START_DRAW))
 
     def with_evaluations(self, nfe: int, *, num_levels: int) -> Self:

@@ -74,7 +74,7 @@ def restore(
     Returns:
         uint8 [N, H, W, C].
     """
-    config, sampler, space = trained.config, build.sampler(sampling.sampler), build.pixel_space(trained.config.data)
+    config, sampler = trained.config, build.sampler(sampling.sampler)
     if not sampler.descends:
         reason = "restoring images needs a sampler from the largest to the smallest sigma, without a corrector"
         raise UserError("sampling.sampler.kind", reason, hint="use karras_heun or dpm_solver", value=sampler.kind)
@@ -90,7 +90,7 @@ def restore(
                 Measured(operator, y.to(device), settings.assumed_noise),
                 _guidance(trained, settings, sampler.visited(sigmas)),
                 sampler=sampler,
-                x=sampler.start(space, trained.moments, sigma_1=sigma_1, noise=noise),
+                x=sampler.start(trained.moments, sigma_1=sigma_1, noise=noise),
                 sigmas=sigmas,
                 noise=noise,
                 scale=sigma_data_of(trained.moments, center=0.0),

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ncsn.config import Config
-from ncsn.core.images import DataMoments, to_uint8
+from ncsn.core.images import DataMoments, encode, to_uint8
 from ncsn.core.keyed_random import KeyedNoise
 from ncsn.core.samplers.measurements import KnownPixels, Operator, blur, means
 from ncsn.errors import UserError
-from ncsn.model import build
 
 Task = Literal["inpaint", "superres", "deblur"]
 Method = Literal["covariance", "dps"]
@@ -66,9 +65,6 @@ class Restoration:
             raise UserError(self.key("steps"), "must be 2 to 10,000", value=self.steps)
         if config.sampled_levels.num_levels < 2:
             raise UserError("noise.num_levels", "restoring images needs several noise levels", value=1)
-        if config.data.logit_transform and (self.task != "inpaint" or self.sigma_y > 0):
-            reason = "restores images with known pixels without noise only, since its pixels are logits"
-            raise UserError("data.logit_transform", reason, value=True)
 
     def given_size(self, config: Config) -> int:
         """Side of a given image in pixels."""
@@ -102,7 +98,7 @@ def outside_box(size: int) -> NDArray[np.bool_]:
 
 def given_images(images: NDArray[np.uint8], operator: Operator, config: Config) -> Tensor:
     """The measurement [N, C, h, w] that images of the operator's output show, uint8 [N, h, w, C]."""
-    y = build.pixel_space(config.data).encode(torch.from_numpy(images))
+    y = encode(torch.from_numpy(images), dequantized=config.data.dequantize)
     return operator.apply(y) if isinstance(operator, KnownPixels) else y
 
 
@@ -110,7 +106,7 @@ def degraded(
     images: NDArray[np.uint8], operator: Operator, settings: Restoration, config: Config, *, seed: int, first: int
 ) -> Tensor:
     """The measurement [N, C, h, w] of whole images `first ..`, uint8 [N, H, W, C], with noise by (seed, image)."""
-    y = operator.apply(build.pixel_space(config.data).encode(torch.from_numpy(images)))
+    y = operator.apply(encode(torch.from_numpy(images), dequantized=config.data.dequantize))
     if settings.sigma_y == 0:
         return y
     noise = KeyedNoise(seed, first=first, count=len(y), shape=y.shape[1:])(_NOISE_DRAW)
@@ -120,7 +116,7 @@ def degraded(
 
 def pictures(y: Tensor, operator: Operator, config: Config) -> NDArray[np.uint8]:
     """A measurement as images [N, H, W, C]: unknown pixels are mid-gray, small images enlarged."""
-    values = build.pixel_space(config.data).invert(y)
+    values = y
     if isinstance(operator, KnownPixels):
         values = torch.where(operator.mask, values, 0.5)
     size = config.data.image_size
@@ -134,7 +130,7 @@ def simple_restoration(y: Tensor, operator: Operator, moments: DataMoments, conf
         y = torch.where(operator.mask, y, moments.mean)
     elif y.shape[-1] != size:
         y = interpolate(y, size=(size, size), mode="bicubic", align_corners=False)
-    return _grays(build.pixel_space(config.data).invert(y), config)
+    return _grays(y, config)
 
 
 def _grays(values: Tensor, config: Config) -> NDArray[np.uint8]:
