@@ -150,15 +150,8 @@ class TrainConfig(Section):
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
-    ema_decay: float = Field(
-        0.999,
-        ge=0,
-        lt=1,
-        description="Decay per step of the exponential moving average of the weights, the same as ema: {kind: decay, "
-        "per_step: ...}. Not used if ema is set.",
-    )
-    ema: EmaConfig | None = Field(
-        None, description="The moving average of the weights, which generates the images; null = as ema_decay says."
+    ema: EmaConfig = Field(
+        DecayEmaConfig(kind="decay"), description="The moving average of the weights, which generates the images."
     )
     label_dropout: float = Field(
         0.0,
@@ -213,7 +206,7 @@ class TrainConfig(Section):
         """The moving average of the weights. What starts from trained weights has no ramp, to keep them."""
         if isinstance(self.ema, HalfLifeEmaConfig) and self.init_from is not None:
             return self.ema.model_copy(update={"ramp_up": None})
-        return self.ema or DecayEmaConfig(kind="decay", per_step=self.ema_decay)
+        return self.ema
 
     @property
     def snapshot_every(self) -> int | None:
@@ -272,8 +265,6 @@ class TrainConfig(Section):
 
 def ema_setting(settings: TrainConfig) -> str:
     """The setting that says how long the moving average remembers, with its value."""
-    if settings.ema is None:
-        return f"train.ema_decay = {settings.ema_decay:g}"
     if isinstance(settings.ema, DecayEmaConfig):
         return f"train.ema.per_step = {settings.ema.per_step:g}"
     if isinstance(settings.ema, PowerEmaConfig):

@@ -125,9 +125,8 @@ def choose_training(draft: Draft, *, train_images: int, seconds: float, speed: S
     if affordable > most:
         why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
     length = int(draft.choose("train.num_images", length, why))
-    if draft.get("train.ema_decay") is None:
-        why = "Half is forgotten over 5 % of the images seen so far, or over 500,000; batch size does not matter."
-        draft.section("train.ema", "half_life", why)
+    why = "Half is forgotten over 5 % of the images seen so far, or over 500,000; batch size does not matter."
+    draft.section("train.ema", "half_life", why)
     draft.choose("train.checkpoint_every_images", every)
     draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(significant(length / 100, 2))))
     draft.choose("optimizer.learning_rate", 1e-3 if is_wide(draft.get("network")) else 2e-3)

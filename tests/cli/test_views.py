@@ -230,7 +230,7 @@ def test_documented_config_has_meaning_range_and_default(config_file: Path) -> N
         assert comment_above(text, f"{path.split('.')[-1]}:")
     assert Config.model_fields["seed"].description
     assert comment_above(text, "seed:").startswith(Config.model_fields["seed"].description)
-    assert comment_above(text, "ema_decay:").endswith("[>= 0; < 1; default 0.999]")
+    assert comment_above(text, "per_step:").endswith("[>= 0; < 1; default 0.999]")
     assert comment_above(text, "decay:").endswith("[one of constant, linear, cosine; default constant]")
     assert comment_above(text, "channels:").endswith("[one of 1, 3]")
     assert comment_above(text, "network:").endswith("ncsn, ncsnv2, ddpmpp.")

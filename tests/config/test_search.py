@@ -37,7 +37,9 @@ def test_the_first_rung_of_the_example_judges_trained_weights() -> None:
     """0.998 ^ 125 of them would not be: the average would still be mostly where it started."""
     example = DIGITS_SEARCH.read_text()
     assert untrained_share(from_yaml(example)) < 0.1
-    assert untrained_share(from_yaml(example, overrides=["train.ema_decay=0.998"])) == pytest.approx(0.7786, abs=1e-4)
+    assert untrained_share(from_yaml(example, overrides=["train.ema={kind: decay, per_step: 0.998}"])) == pytest.approx(
+        0.7786, abs=1e-4
+    )
 
 
 def test_a_search_does_not_change_whose_run_it_is() -> None:

@@ -23,7 +23,8 @@ name: tiny
 data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
 noise: {{num_levels: 4}}
 network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 32, num_images: 640, ema_decay: 0.9, checkpoint_every_images: 320, report_every_images: 160}}
+train: {{batch_size: 32, num_images: 640, ema: {{kind: decay, per_step: 0.9}},
+  checkpoint_every_images: 320, report_every_images: 160}}
 sampling: {{num_images: 16, batch_size: 8, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
 evaluation: {{classifier_epochs: 1, num_splits: 2}}
 compute: {{num_workers: 2}}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
+from ncsn.config.training import DecayEmaConfig
 from ncsn.core.ema import Ema, PowerFunction
 from ncsn.core.images import fit_moments
 from ncsn.core.posthoc import exponent_of
@@ -145,18 +146,18 @@ def test_what_cannot_be_built_is_refused(
         build_average(str(folder), config, relative_width=0.1, at_images=250, key=KEY)
     with refused(KEY):
         build_average(str(tmp_path / "checkpoints" / "images-000000800"), config, relative_width=0.1, key=KEY)
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": DecayEmaConfig(kind="decay")})})
     with refused("--relative-width"):
         build_average(str(folder), plain, relative_width=0.1, key="--relative-width")
     with refused(KEY):
-        from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema=null"])
+        from_yaml(TEXT, overrides=["sampling.relative_width=0.1", "train.ema={kind: decay}"])
     for widths, key in (("[0.05, 0.055]", ""), ("[0.05, 0.3]", ".1"), ("[0.05]", ".1")):
         with refused(f"train.ema.relative_widths{key}"):
             from_yaml(TEXT, overrides=[f"train.ema={{kind: power, relative_widths: {widths}}}"])
 
 
 def test_a_checkpoint_of_version_1_is_read(config: Config, tmp_path: Path) -> None:
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": DecayEmaConfig(kind="decay")})})
     state = build.train_state(plain)
     checkpoint.snapshot(config=plain, state=state, moments=MOMENTS, dataset_digest="d1").write(tmp_path)
     written = json.loads((tmp_path / index.INDEX).read_text())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ncsn.config.samplers import AnnealedLangevinConfig, ProbabilityFlowConfig
-from ncsn.config.training import TrainConfig
+from ncsn.config.training import DecayEmaConfig, TrainConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.report.diagnostics import (
@@ -95,7 +95,11 @@ def test_an_epsilon_that_does_not_fit_gets_the_one_that_does() -> None:
 
 def test_an_average_with_much_of_the_initial_weights_is_a_hint() -> None:
     settings = TrainConfig(
-        batch_size=64, num_images=640, ema_decay=0.998, checkpoint_every_images=640, report_every_images=640
+        batch_size=64,
+        num_images=640,
+        ema=DecayEmaConfig(kind="decay", per_step=0.998),
+        checkpoint_every_images=640,
+        report_every_images=640,
     )
     assert average_hints(settings, images_seen=140_032) == []
     (hint,) = average_hints(settings, images_seen=20_032)

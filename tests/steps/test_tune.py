@@ -28,7 +28,8 @@ name: tiny
 data: {{source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 256}}
 noise: {{num_levels: 4}}
 network: {{kind: unet, widths: [8, 8], blocks_per_resolution: 1, embedding_features: 8}}
-train: {{batch_size: 16, num_images: 128, ema_decay: 0.9, checkpoint_every_images: 1000, report_every_images: 64}}
+train: {{batch_size: 16, num_images: 128, ema: {{kind: decay, per_step: 0.9}},
+  checkpoint_every_images: 1000, report_every_images: 64}}
 sampling: {{num_images: 10, batch_size: 16, sampler: {{kind: annealed_langevin, steps_per_level: 2}}}}
 evaluation: {{classifier_epochs: 1, num_splits: 2}}
 search:

@@ -124,7 +124,7 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsnv2}"):
         config = choose(levels).config
         assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
-    assert choose("train.ema_decay=0.99").config.train.ema is None
+    assert choose("train.ema={kind: decay, per_step: 0.99}").config.train.ema.kind == "decay"
 
 
 def test_a_person_is_asked_about_mirroring_only_where_the_images_do_not_tell(choose, monkeypatch, tmp_path) -> None:
