@@ -32,7 +32,7 @@ from ncsn.runs.records import read_result
 from ncsn.steps.step import Step
 from ncsn.tracking import registry
 from ncsn.tracking.client import open_client, shown, tracking_uri
-from ncsn.tracking.gate import Evidence, Measurement, Memorization, decision_record, not_finite
+from ncsn.tracking.gate import Evidence, Measurement, Memorization, not_finite
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.promotion import pass_gate
 from ncsn.tracking.versions import aliases_of, has_version, registry_errors
@@ -215,7 +215,6 @@ def _decide(tracked: StepRun, name: str, version: str, evidence: Evidence) -> Re
         reason=decision.reason,
         uri=f"models:/{name}/{version}",
     )
-    tracked.log_json(decision_record(decision, name=name, version=version, by="gate"), "gate.json")
     tracked.set_tags(
         {"model.uri": result.uri, "gate.promoted": str(result.promoted).lower(), "gate.reason": result.reason}
     )

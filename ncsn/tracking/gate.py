@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ncsn.errors import UserError
-from ncsn.process import utc_now
-from ncsn.tracking.versions import CHAMPION
 
 COPY_ERRORS = 3  # standard errors by which the share of copies may exceed that of real images
-
-Author = Literal["gate", "hand", "alias", "rollback", ""]
 
 
 class FingerprintMismatchError(UserError):
@@ -132,17 +127,12 @@ class Decision:
     reason: str  # one sentence with the numbers
     evidence: Evidence | None  # None if the version was promoted by hand without any
     champion_version: str = ""  # the champion that it was compared with, and replaced if promoted
-    champion_measurement: Measurement | None = None
+    number: int = 0  # of the promotion; 0 if not promoted
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Decision:
         """Inverse of `dataclasses.asdict`."""
-        champion, evidence = values["champion_measurement"], values["evidence"]
-        parsed = {
-            "evidence": evidence and Evidence.from_plain(evidence),
-            "champion_measurement": champion and Measurement(**champion),
-        }
-        return cls(**{**values, **parsed})
+        return cls(**{**values, "evidence": values["evidence"] and Evidence.from_plain(values["evidence"])})
 
 
 def not_finite(values: Mapping[str, float]) -> list[str]:
@@ -150,59 +140,29 @@ def not_finite(values: Mapping[str, float]) -> list[str]:
     return [name for name, value in values.items() if not math.isfinite(value)]
 
 
-def decide(evidence: Evidence, *, version: str, champion: tuple[str, Measurement | None] | None) -> Decision:
-    """Compare a version with the champion, given as its version and measurement; None if there is none."""
-    number, other = champion or ("", None)
+def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evidence | None) -> Decision:
+    """Compare a version with the champion, given as its version and evidence; an empty version for no champion."""
     measured = evidence.measurement
-    decision = Decision(False, "", evidence, number, other)
+    decision = Decision(False, "", evidence, champion)
     shown = f"{measured.name} = {measured}"
     if objection := evidence.objection():
-        kept = "; it stays champion until `ncsn rollback`" if number == version else ""
+        kept = "; it stays champion until `ncsn promote --rollback`" if champion == version else ""
         return replace(decision, reason=objection + kept)
-    if champion is None:
+    if not champion:
         return replace(decision, promoted=True, reason=f"{shown}; there was no champion")
-    if number == version:
+    if champion == version:
         return Decision(True, f"{shown}; it was the champion already", evidence)
-    if other is None:
+    if of_champion is None:
         return replace(
             decision,
-            reason=f"champion version {number} has no measurement with an uncertainty to compare {shown} with; "
+            reason=f"champion version {champion} has no measurement with an uncertainty to compare {shown} with; "
             "evaluate and register its run again",
         )
+    other = of_champion.measurement
     try:
         better = measured.better_than(other)
     except FingerprintMismatchError as mismatch:
-        return replace(decision, reason=f"not comparable with champion version {number}: {mismatch}")
+        return replace(decision, reason=f"not comparable with champion version {champion}: {mismatch}")
     combined = f"the combined uncertainty {measured.combined_uncertainty(other):.2g}"
     verdict = f"is {'' if better else 'not '}better by more than {combined} than"
-    return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {number}")
-
-
-def decision_record(decision: Decision, *, name: str, version: str, by: Author) -> dict[str, Any]:
-    """Content of the artifact `gate.json` of the run that registered a version."""
-    return {"model": name, "version": version, "by": by, **asdict(decision)}
-
-
-def decision_tags(decision: Decision) -> dict[str, str]:
-    """Tags of the version that a decision is about."""
-    tags = {
-        "gate.promoted": str(decision.promoted).lower(),
-        "gate.reason": decision.reason,
-        f"gate.{CHAMPION}_version": decision.champion_version,
-        "gate.decided_at": utc_now(),
-    }
-    if decision.evidence is not None:
-        measured, champion = decision.evidence.measurement, decision.champion_measurement
-        tags |= {
-            "gate.metric": measured.name,
-            "gate.value": repr(measured.value),
-            "gate.uncertainty": repr(measured.uncertainty),
-            "gate.num_images": str(measured.num_images),
-            "gate.fingerprint": measured.fingerprint,
-            "gate.memorisation": str(decision.evidence.memorisation),
-        }
-        if champion is not None:
-            tags[f"gate.{CHAMPION}_value"] = repr(champion.value)
-            tags["gate.combined_uncertainty"] = repr(measured.combined_uncertainty(champion))
-    # Last: it says that the others are complete.
-    return tags | {"gate.decision": json.dumps(asdict(decision))}
+    return replace(decision, promoted=better, reason=f"{shown} {verdict} {other} of champion version {champion}")

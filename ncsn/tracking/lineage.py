@@ -20,7 +20,7 @@ from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.tracking.client import quoted, shown, tag_filter
 from ncsn.tracking.recorded import search_runs
-from ncsn.tracking.versions import LEDGER_SUFFIX, is_model_address, resolve_version
+from ncsn.tracking.versions import is_model_address, resolve_version
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -206,8 +206,7 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                if not version.name.endswith(LEDGER_SUFFIX):  # MLflow may give the ledger's entries this run
-                    yield _version(client.get_model_version(version.name, version.version), tags)
+                yield _version(client.get_model_version(version.name, version.version), tags)
 
 
 def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:

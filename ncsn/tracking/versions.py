@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-LEDGER_SUFFIX = ".promotions"  # of the name of the companion model that `ncsn.tracking.promotion` keeps
 SCHEME = "models:/"
 _NAMES_SHOWN = 5
 
@@ -62,8 +61,7 @@ def require_model(client: MlflowClient, name: str) -> None:
     require_model_name(name)
     if not client.search_registered_models(f"name = '{name}'"):
         models = [model.name for model in client.search_registered_models()]
-        known = [model for model in models if not model.endswith(LEDGER_SUFFIX)]
-        listed = ", ".join(known[:_NAMES_SHOWN]) or "none"
+        listed = ", ".join(models[:_NAMES_SHOWN]) or "none"
         raise UserError(f"{SCHEME}{name}", f"no such model; the registry has: {listed}")
 
 

@@ -10,7 +10,6 @@ from refused import refused
 from ncsn.tracking.client import connect
 from ncsn.tracking.lineage import Link, trace
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.versions import LEDGER_SUFFIX
 
 DIGEST = "5f" * 32
 SAMPLES = {
@@ -46,9 +45,6 @@ def chain(config) -> str:
         }
         client.create_model_version("traced-model", "file:///nowhere", run_id=tracked.run_id, tags=tags)
         client.set_registered_model_alias("traced-model", "champion", "1")
-        ledger = f"traced-model{LEDGER_SUFFIX}"  # as it may come out of a server, which adds the run
-        client.create_registered_model(ledger)
-        client.create_model_version(ledger, "file:///nowhere", run_id=tracked.run_id)
     with step_run(config, run="traced", step="report") as tracked:
         tracked.set_tags({"report.uri": "/store/report.html"})
     parent = tracked.parent_run_id

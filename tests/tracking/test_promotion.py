@@ -1,32 +1,210 @@
-"""The ledger of promotions: the gate, races, killed processes, earlier registries."""
+"""Who is champion: the gate, two registrations at once, killed processes, promotion and rollback by hand."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gated
 import pytest
 from gated import DiesAt, Killed, empty_versions, evidence
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.tracking import MlflowClient
+from refused import refused
 
 from ncsn.tracking.client import connect, open_client_at
-from ncsn.tracking.promotion import (
-    champion_version,
-    history,
-    pass_gate,
-    promote_version,
-    recorded_decision,
-)
-from ncsn.tracking.versions import LEDGER_SUFFIX, aliases_of, set_alias, tag_version
+from ncsn.tracking.promotion import champion_version, pass_gate, promote_version, read_promotions, roll_back
+from ncsn.tracking.versions import aliases_of, set_alias, tag_version
 
-HELPERS = str(Path(gated.__file__).parent)
+CHANGES = ("set_registered_model_alias", "set_model_version_tag", "delete_model_version_tag")
+
+
+@pytest.fixture(scope="module")
+def client(config) -> MlflowClient:
+    return connect(config).client
+
+
+def register(client: MlflowClient, name: str, *values: float) -> list[str]:
+    """Versions with these distances, which pass the gate one after the other."""
+    versions = empty_versions(client, name, len(values))
+    for version, value in zip(versions, values, strict=True):
+        pass_gate(client, name=name, version=version, evidence=evidence(value))
+    return versions
+
+
+def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
+    first, worse, better, foreign = empty_versions(client, "gate", 4)
+    seen = [evidence(9.0), evidence(8.9), evidence(8.0), evidence(1.0, fingerprint="e" * 64)]
+    decisions = [
+        pass_gate(client, name="gate", version=version, evidence=each)
+        for version, each in zip((first, worse, better, foreign), seen, strict=True)
+    ]
+    assert [decision.promoted for decision in decisions] == [True, False, True, False]
+    assert champion_version(client, "gate") == better
+    assert aliases_of(client, "gate", better) == ["champion"]
+    assert aliases_of(client, "gate", foreign) == ["challenger"]
+    tags = client.get_model_version("gate", better).tags
+    assert (tags["promoted_from"], tags["promoted_by"], tags["gate.promoted"]) == (first, "gate", "true")
+    assert tags["gate.reason"] == decisions[2].reason
+    assert json.loads(tags["gate.decision"])["evidence"]["measurement"]["uncertainty"] == 0.3
+    assert "promoted_at" not in client.get_model_version("gate", worse).tags
+    asked_again = pass_gate(client, name="gate", version=first, evidence=evidence(9.0))
+    assert asked_again == decisions[0], "whatever happened since"
+    assert (champion_version(client, "gate"), aliases_of(client, "gate", foreign)) == (better, ["challenger"])
+
+
+def test_new_figure_of_the_champion_replaces_the_old_one(client):
+    (only,) = register(client, "renewed", 9.0)
+    renewed = pass_gate(client, name="renewed", version=only, evidence=evidence(7.0, num_images=2048))
+    assert renewed.promoted
+    assert read_promotions(client, "renewed").evidence(only) == evidence(7.0, num_images=2048)
+    assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
+
+
+def test_killed_at_any_request_and_repeated_it_ends_the_same(client, config):
+    uri = connect(config).uri
+    for at in itertools.count():
+        name = f"killed-{at}"
+        (first,) = register(client, name, 9.0)
+        second = str(client.create_model_version(name, "file:///nowhere").version)
+        died = False
+        try:
+            pass_gate(DiesAt(uri, CHANGES, at=at), name=name, version=second, evidence=evidence(8.0))
+        except Killed:
+            died = True
+        decision = pass_gate(client, name=name, version=second, evidence=evidence(8.0))
+        assert (decision.promoted, decision.champion_version, champion_version(client, name)) == (True, first, second)
+        tags = client.get_model_version(name, second).tags
+        assert (tags["gate.reason"], tags["promoted_from"], tags["promotion"]) == (decision.reason, first, "2")
+        if not died:
+            break
+    assert at == 10
+
+
+class Registry:
+    """The requests of the gate on versions 1 to 4 in memory, where thousands of orders of them take seconds."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, dict[str, str]] = {version: {} for version in "1234"}
+        self.aliases: dict[str, str] = {}
+
+    def search_model_versions(self, _: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(version=version, tags=dict(tags)) for version, tags in self.tags.items()]
+
+    def get_model_version_by_alias(self, _: str, alias: str) -> SimpleNamespace:
+        if alias not in self.aliases:
+            raise MlflowException("no such alias", error_code=INVALID_PARAMETER_VALUE)
+        return SimpleNamespace(version=self.aliases[alias])
+
+    def set_registered_model_alias(self, _: str, alias: str, version: str) -> None:
+        self.aliases[alias] = version
+
+    def set_model_version_tag(self, _: str, version: str, key: str, value: str) -> None:
+        self.tags[version][key] = value
+
+    def delete_model_version_tag(self, _: str, version: str, key: str) -> None:
+        self.tags[version].pop(key, None)
+
+
+class Party(threading.Thread):
+    """A process that registers a version, one request at a time."""
+
+    def __init__(self, registry: Registry, version: str, value: float) -> None:
+        super().__init__(daemon=True)
+        self._registry, self._register = registry, lambda: gate(self, version, value)  # type: ignore[arg-type]
+        self._turn, self._rests = threading.Semaphore(0), threading.Semaphore(0)
+        self._killed = False
+        self.start()
+        self._rests.acquire()
+
+    def run(self) -> None:
+        try:
+            self._register()
+        except Killed:
+            pass
+        finally:
+            self.over = True
+            self._rests.release()
+
+    over = False
+
+    def __getattr__(self, request: str) -> Callable[..., Any]:
+        def answer(*args: Any) -> Any:
+            self._rests.release()
+            self._turn.acquire()
+            if self._killed:
+                raise Killed
+            return getattr(self._registry, request)(*args)
+
+        return answer
+
+    def go(self, requests: int = 1000) -> None:
+        """Make this many more requests, or all."""
+        for _ in range(requests):
+            if self.over:
+                return
+            self._turn.release()
+            self._rests.acquire()
+
+    def kill(self) -> None:
+        self._killed = True
+        self.go()
+
+
+def gate(client: Any, version: str, value: float) -> None:
+    pass_gate(client, name="m", version=version, evidence=evidence(value))
+
+
+REQUESTS = 18  # of one registration
+
+
+def schedules() -> Iterator[tuple[list[tuple[int, int]], set[int]]]:
+    """Which of two parties makes how many requests in turn, and which are killed after that."""
+    for killed in (set(), {0}, {1}, {0, 1}):
+        for first, second in itertools.product(range(REQUESTS + 1), repeat=2):
+            yield [(0, first), (1, second)], killed
+    chance = random.Random(0)
+    for _ in range(300):
+        turns = [(party, chance.randrange(1, 6)) for _ in range(4) for party in (0, 1)]
+        yield turns, {party for party in (0, 1) if chance.random() < 0.3}
+
+
+@pytest.mark.parametrize("values", [(8.0, 7.0), (7.0, 8.0), (7.0, 7.1)])
+def test_two_registrations_in_any_order_of_requests_end_with_the_better_one(values):
+    better = {version for version, value in zip("23", values, strict=True) if value < min(values) + 0.3}
+    for turns, killed in schedules():
+        registry = Registry()
+        gate(registry, "1", 9.0)
+        parties = [Party(registry, version, value) for version, value in zip("23", values, strict=True)]
+        for party, requests in turns:
+            parties[party].go(requests)
+        for party in killed:
+            parties[party].kill()
+        for party in parties:
+            party.go()
+            party.join()
+        if killed:
+            gate(registry, "4", 20.0)
+            standing = {version for version in "23" if "promotion" in registry.tags[version]}
+            assert registry.aliases["champion"] in (standing & better or standing or {"1"}), (turns, killed)
+            for version, value in zip("23", values, strict=True):
+                gate(registry, version, value)
+        assert registry.aliases["champion"] in better, (turns, killed)
+        for version in "23":
+            promoted = json.loads(registry.tags[version]["gate.decision"])["promoted"]
+            assert promoted is ("promotion" in registry.tags[version]), (turns, killed)
+
+
 PIPELINE = """
 import json, sys, time
 sys.path.insert(0, sys.argv[5])
@@ -39,156 +217,41 @@ from ncsn.tracking.promotion import pass_gate
 uri, version, value, meeting = sys.argv[1], sys.argv[2], float(sys.argv[3]), Path(sys.argv[4])
 
 class Meets(MlflowClient):
-    def create_model_version(self, *args, **kwargs):
+    def set_model_version_tag(self, *args, **kwargs):
         # Both have decided to promote; neither has yet.
         (meeting / version).touch()
         give_up = time.monotonic() + 60
         while len(list(meeting.iterdir())) < 2:
             assert time.monotonic() < give_up, "the other process never came"
             time.sleep(0.01)
-        return super().create_model_version(*args, **kwargs)
+        return super().set_model_version_tag(*args, **kwargs)
 
-decision = pass_gate(Meets(uri, uri), name="contested", version=version, evidence=evidence(value))
-print(json.dumps(asdict(decision)))
+pass_gate(Meets(uri, uri), name="contested", version=version, evidence=evidence(value))
 """
 
 
-@pytest.fixture(scope="module")
-def client(config) -> MlflowClient:
-    return connect(config).client
-
-
-def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
-    first, worse, better, foreign = empty_versions(client, "gate", 4)
-    results = [
-        pass_gate(client, name="gate", version=version, evidence=seen).promoted
-        for version, seen in (
-            (first, evidence(9.0)),
-            (worse, evidence(8.9)),
-            (better, evidence(8.0)),
-            (foreign, evidence(1.0, fingerprint="e" * 64)),
+def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_says_why(server, tmp_path):
+    client = open_client_at(server.url)
+    client.create_registered_model("contested")
+    for _ in range(2):
+        client.create_model_version("contested", "s3://nowhere/model")
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    helpers = str(Path(gated.__file__).parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PIPELINE, server.url, version, value, str(meeting), helpers],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
         )
+        for version, value in (("1", "8.0"), ("2", "8.1"))
     ]
-    assert results == [True, False, True, False]
-    assert champion_version(client, "gate") == better
-    assert aliases_of(client, "gate", better) == ["champion"]
-    assert aliases_of(client, "gate", foreign) == ["challenger"]
-    tags = client.get_model_version("gate", better).tags
-    assert (tags["promoted_from"], tags["gate.champion_version"], tags["promoted_by"]) == (first, first, "gate")
-    assert (tags["gate.metric"], tags["gate.value"], tags["gate.uncertainty"]) == (
-        "eval/classifier_fid_n512",
-        "8.0",
-        "0.3",
-    )
-    assert (tags["gate.num_images"], tags["gate.fingerprint"]) == ("512", "f" * 64)
-    assert (tags["gate.promoted"], tags["gate.reason"][:5]) == ("true", "eval/")
-    assert float(tags["gate.combined_uncertainty"]) == pytest.approx(0.3 * 2**0.5)
-    assert tags["gate.champion_value"] == "9.0"
-    assert tags["gate.memorisation"].startswith("1 of 256 samples")
-    assert tags["promoted_at"] <= tags["gate.decided_at"]
-    assert "promoted_at" not in client.get_model_version("gate", worse).tags
-
-
-def test_asked_again_the_gate_repeats_itself_whatever_happened_since(client):
-    first, second = empty_versions(client, "again", 2)
-    before = pass_gate(client, name="again", version=first, evidence=evidence(9.0))
-    pass_gate(client, name="again", version=second, evidence=evidence(8.0))
-    assert pass_gate(client, name="again", version=first, evidence=evidence(9.0)) == before
-    assert champion_version(client, "again") == second
-    assert aliases_of(client, "again", second) == ["challenger", "champion"]
-
-
-def test_new_figure_of_the_champion_replaces_the_old_one(client):
-    (only,) = empty_versions(client, "renewed", 1)
-    pass_gate(client, name="renewed", version=only, evidence=evidence(9.0))
-    renewed = pass_gate(client, name="renewed", version=only, evidence=evidence(7.0, num_images=2048))
-    assert renewed.promoted
-    assert client.get_model_version("renewed", only).tags["gate.num_images"] == "2048"
-    assert client.get_model_version("renewed", only).tags["promoted_from"] == ""
-
-
-def test_champion_of_an_earlier_version_asks_to_be_measured_again(client):
-    """Version 0.1.0 recorded figures without an uncertainty, and no ledger."""
-    old, new = empty_versions(client, "legacy", 2)
-    client.set_registered_model_alias("legacy", "champion", old)
-    client.set_model_version_tag("legacy", old, "gate.decision", json.dumps({"measurement": {"value": 9.0}}))
-    client.set_model_version_tag("legacy", old, "promoted_from", "0")
-    decision = pass_gate(client, name="legacy", version=new, evidence=evidence(1.0))
-    assert (decision.promoted, decision.champion_version) == (False, old)
-    assert "uncertainty" in decision.reason
-    pass_gate(client, name="legacy", version=old, evidence=evidence(9.0))
-    assert promote_version(client, "legacy", version=new).changed
-    assert client.get_model_version("legacy", old).tags["promoted_from"] == "0"
-
-
-CHANGES = ("create_registered_model", "create_model_version", "set_registered_model_alias", "set_model_version_tag")
-
-
-def counts(*args: str) -> bool:
-    """Of the gate's tags only the first and the last."""
-    return len(args) != 4 or not args[2].startswith("gate.") or args[2] in ("gate.metric", "gate.decision")
-
-
-def test_killed_at_any_request_and_repeated_it_ends_the_same(client, config):
-    uri = connect(config).uri
-    for at in itertools.count():
-        name = f"killed-{at}"
-        first, second = empty_versions(client, name, 2)
-        pass_gate(client, name=name, version=first, evidence=evidence(9.0))
-        try:
-            pass_gate(DiesAt(uri, CHANGES, at=at, counts=counts), name=name, version=second, evidence=evidence(8.0))
-        except Killed:
-            died = True
-        else:
-            died = False
-        decision = pass_gate(client, name=name, version=second, evidence=evidence(8.0))
-        assert (decision.promoted, decision.champion_version, champion_version(client, name)) == (True, first, second)
-        tags = client.get_model_version(name, second).tags
-        assert (tags["gate.promoted"], tags["promoted_from"], tags["promoted_by"]) == ("true", first, "gate")
-        assert [entry.version for entry in history(client, name)] == [first, second]
-        if not died:
-            break
-    assert at > 8, "the gate writes its decision, alias and ledger in more requests than that"
-
-
-@pytest.mark.parametrize(("value_of_rival", "winner", "promoted"), [(7.0, "rival", False), (8.5, "mine", True)])
-def test_of_two_that_promote_at_once_the_better_one_wins(client, config, value_of_rival, winner, promoted):
-    name = f"race-{winner}"
-    before, mine, rival = empty_versions(client, name, 3)
-    pass_gate(client, name=name, version=before, evidence=evidence(9.0))
-
-    class Overtaken(MlflowClient):
-        """The rival passes the gate between our decision and our promotion, once."""
-
-        rivals = 1
-
-        def create_model_version(self, *args, **kwargs):
-            if self.rivals:
-                self.rivals = 0
-                assert pass_gate(client, name=name, version=rival, evidence=evidence(value_of_rival)).promoted
-            return super().create_model_version(*args, **kwargs)
-
-    uri = connect(config).uri
-    decision = pass_gate(Overtaken(uri, uri), name=name, version=mine, evidence=evidence(8.0))
-    assert decision.promoted is promoted
-    assert decision.champion_version == rival
-    assert champion_version(client, name) == {"mine": mine, "rival": rival}[winner]
-    assert ("promoted_at" in client.get_model_version(name, mine).tags) is promoted
-    assert [entry.version for entry in history(client, name)] == [before, rival, *[mine] * promoted]
-
-
-def test_alias_moved_in_mlflow_is_a_promotion_of_its_own(client):
-    first, second, third = empty_versions(client, "moved", 3)
-    pass_gate(client, name="moved", version=first, evidence=evidence(9.0))
-    pass_gate(client, name="moved", version=second, evidence=evidence(10.0))
-    client.set_registered_model_alias("moved", "champion", second)
-    decision = pass_gate(client, name="moved", version=third, evidence=evidence(9.5))
-    assert (decision.promoted, decision.champion_version) == (True, second)
-    assert [(entry.version, entry.by) for entry in history(client, "moved")] == [
-        (first, "gate"),
-        (second, "alias"),
-        (third, "gate"),
-    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    promotions = read_promotions(client, "contested")
+    assert promotions.champions == ["1"] == [champion_version(client, "contested")]
+    refusal = promotions.decision("2")
+    assert (refusal.promoted, refusal.champion_version) == (False, "1")
 
 
 def test_of_many_that_set_one_tag_and_one_alias_at_once_none_is_refused(server):
@@ -211,34 +274,74 @@ def test_of_many_that_set_one_tag_and_one_alias_at_once_none_is_refused(server):
     assert sorted(version.aliases) == [f"alias{round_}" for round_ in range(5)]
 
 
-def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_says_why(server, tmp_path):
-    client = open_client_at(server.url)
-    client.create_registered_model("contested")
-    for _ in range(2):
-        client.create_model_version("contested", "s3://nowhere/model")
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PIPELINE, server.url, version, value, str(meeting), HELPERS],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        )
-        for version, value in (("1", "8.0"), ("2", "8.1"))
-    ]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    decisions = dict(zip("12", (json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs), strict=True))
-    (winner,) = [version for version, decision in decisions.items() if decision["promoted"]]
-    (loser,) = decisions.keys() - {winner}
-    assert champion_version(client, "contested") == winner
-    assert decisions[winner]["champion_version"] == ""
-    assert decisions[loser]["champion_version"] == winner
-    assert f"version {winner}" in decisions[loser]["reason"]
-    assert [entry.version for entry in history(client, "contested")] == [winner]
-    assert len(client.search_model_versions(f"name = 'contested{LEDGER_SUFFIX}'")) == 1, "the void entry is removed"
-    for version, decision in decisions.items():
-        recorded = recorded_decision(client, "contested", version)
-        assert recorded is not None and recorded.promoted is decision["promoted"]
+def test_an_alias_that_was_moved_or_removed_in_mlflow_moves_back(client):
+    first, second, third = empty_versions(client, "moved", 3)
+    pass_gate(client, name="moved", version=first, evidence=evidence(9.0))
+    client.set_registered_model_alias("moved", "champion", second)
+    assert not pass_gate(client, name="moved", version=second, evidence=evidence(10.0)).promoted
+    assert champion_version(client, "moved") == first
+    client.delete_registered_model_alias("moved", "champion")
+    assert not pass_gate(client, name="moved", version=third, evidence=evidence(9.5)).promoted
+    assert champion_version(client, "moved") == first
+
+
+def test_promote_asks_the_gate_and_force_overrides_it(client):
+    first, second = register(client, "by-hand", 9.0, 9.1)
+    with refused("models:/by-hand/2") as caught:
+        promote_version(client, "by-hand")
+    assert "9 ± 0.3" in str(caught.value)
+    assert "--force" in caught.value.problems[0].hint
+    planned = promote_version(client, "by-hand", force=True, dry_run=True)
+    assert (planned.version, planned.changed, planned.dry_run) == (second, True, True)
+    assert champion_version(client, "by-hand") == first
+    done = promote_version(client, "by-hand", force=True)
+    assert (done.version, done.replaced, champion_version(client, "by-hand")) == (second, first, second)
+    tags = client.get_model_version("by-hand", second).tags
+    assert (tags["promoted_by"], tags["gate.promoted"], tags["gate.reason"]) == ("hand", "true", done.reason)
+    assert "eval/classifier_fid_n512 = 9.1" in done.reason
+    assert not promote_version(client, "by-hand", version=second).changed
+    assert pass_gate(client, name="by-hand", version=second, evidence=evidence(9.1)).reason == done.reason
+    third = str(client.create_model_version("by-hand", "file:///nowhere").version)
+    with refused("models:/by-hand/3"):
+        promote_version(client, "by-hand", version=third)
+    assert promote_version(client, "by-hand", version=third, force=True).replaced == second
+
+
+def test_rollback_goes_back_one_champion_at_a_time_and_a_former_champion_can_return(client):
+    versions = register(client, "back", 9.0, 8.0, 7.0, 6.0)
+    client.delete_model_version("back", versions[2])
+    assert roll_back(client, "back", dry_run=True).version == versions[1]
+    assert champion_version(client, "back") == versions[3]
+    change = roll_back(client, "back")
+    assert (change.version, change.replaced, champion_version(client, "back")) == ("2", "4", "2")
+    assert "rolled_back_at" in client.get_model_version("back", "4").tags
+    promote_version(client, "back", version="1", force=True)
+    assert roll_back(client, "back").version == "2"
+    with refused("models:/back@champion"):
+        roll_back(client, "back")
+    assert promote_version(client, "back", version="4").replaced == "2"
+    assert "rolled_back_at" not in client.get_model_version("back", "4").tags
+    assert roll_back(client, "back").version == "2"
+
+
+def test_a_rollback_that_was_killed_goes_back_once(client, config):
+    register(client, "stopped", 9.0, 8.0, 7.0)
+    with pytest.raises(Killed):
+        roll_back(DiesAt(connect(config).uri, CHANGES, at=1), "stopped")
+    assert champion_version(client, "stopped") == "3"
+    done = roll_back(client, "stopped")
+    assert (done.version, done.replaced, champion_version(client, "stopped")) == ("2", "3", "2")
+
+
+def test_commands_name_what_is_unknown(client):
+    empty_versions(client, "known", 1)
+    for key, call in {
+        "models:/unknown": lambda: roll_back(client, "unknown"),
+        "models:/known@champion": lambda: roll_back(client, "known"),
+        "models:/known/7": lambda: promote_version(client, "known", version="7"),
+        "models:/known@challenger": lambda: promote_version(client, "known"),
+        "models:/known/1": lambda: promote_version(client, "known", version="1"),
+        "models:/my model": lambda: promote_version(client, "my model"),
+    }.items():
+        with refused(key):
+            call()
