@@ -14,7 +14,7 @@ from ncsn import storage
 from ncsn.config import NOT_YAML, Config
 from ncsn.errors import UserError
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import read_result, spent_seconds
+from ncsn.runs.records import StepRecord, read_step
 from ncsn.runs.steps import STEPS, STEPS_BY_WORKERS
 
 
@@ -112,13 +112,12 @@ def account(config: Config, *, run: str) -> dict[str, Any]:
     folder = run_folder(config, run)
     plan = read_plan(folder)
     prices = prices_of(plan)
-    spent = {step: spent_seconds(folder, step) for step in STEPS}
-    costs = {step: cost_of(config, step, seconds, prices) for step, seconds in spent.items() if seconds is not None}
-    steps = {step: asdict(cost) | _speed(folder, step) for step, cost in costs.items()}
+    records = {step: read_step(folder, step) for step in STEPS}
+    costs = {step: cost_of(config, step, each.seconds, prices) for step, each in records.items() if each.seconds}
+    steps = {step: asdict(cost) | _speed(records[step]) for step, cost in costs.items()}
     return {"plan": plan, "actual": {"steps": steps, "total": asdict(total(costs))}, "prices": asdict(prices)}
 
 
-def _speed(folder: RunFolder, step: str) -> dict[str, float]:
-    record = read_result(folder, step)
-    speed = record.result.get("images_per_second") if record else None
+def _speed(record: StepRecord) -> dict[str, float]:
+    speed = record.result.get("images_per_second")
     return {"images_per_second": speed} if speed else {}  # the last call may have made no image

@@ -66,7 +66,7 @@ class RunFolder:
         return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, such as `result.json`; docs/architecture.md lists them."""
+        """A file of one step, `step.json`, `progress.json`, `lease` or `log.txt`."""
         return storage.join(self.steps, step, file)
 
 

@@ -74,7 +74,7 @@ class StepRun(Connection):
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """What `mlflow.json` says of a step that runs."""
+        """What `step.json` says of a step that runs."""
         return {"run_id": self.run_id, "parent_run_id": self.parent_run_id}
 
     def log_params(self, params: Mapping[str, Any]) -> None:

@@ -29,15 +29,15 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(
     assert Path(result["uri"], "manifest.json").is_file()
     run = Experiment(str(config_file)).resolve().run
     folder = store / "runs" / run / "steps" / "ingest"
-    written = (folder / "result.json").stat().st_mtime_ns
+    written = (folder / "step.json").stat().st_mtime_ns
 
     second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
     assert second.stdout == f"ingest: 64 train + 64 test images, digest {result['digest'][:12]}\nuri: {result['uri']}\n"
-    assert (folder / "result.json").stat().st_mtime_ns == written
+    assert (folder / "step.json").stat().st_mtime_ns == written
 
     account = json.loads(run_in_process("plan", "--config", str(config_file), "--actual", "--json").stdout)
-    spent = json.loads((folder / "spent.json").read_text())["seconds"]
+    spent = json.loads((folder / "step.json").read_text())["seconds"]
     assert account["actual"]["steps"]["ingest"]["seconds"] == spent > 0
     assert account["plan"] is None
 

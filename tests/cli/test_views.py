@@ -89,7 +89,9 @@ def test_options_of_every_command(snapshot) -> None:
 def test_summary(snapshot, config_file: Path) -> None:
     config = Experiment(str(config_file), ("storage.root=/store",)).resolve().config
     folder = RunFolder("/store", "mine")
-    records = {step: StepRecord({}, result, 10.0, "2026-01-01") for step, result in RESULTS.items()}
+    records = {
+        step: StepRecord(result=result, seconds=10.0, finished_at="2026-01-01") for step, result in RESULTS.items()
+    }
     snapshot("summary", printed(lambda console: print_summary(console, folder, config, records, earlier=["ingest"])))
 
 

@@ -228,7 +228,7 @@ def test_results_of_an_explicit_extractor_are_those_of_auto(store: Path, dataset
     explicit = make_config(store, evaluation={"extractor": "classifier"})
     samples = write_samples(store / "explicit", open_cache(dataset, "test").images[:500])
     first = step.run(explicit, run="explicit", samples=samples, dataset=dataset)
-    record = store / "runs" / "explicit" / "steps" / "evaluate" / "result.json"
+    record = store / "runs" / "explicit" / "steps" / "evaluate" / "step.json"
     written = record.stat().st_mtime_ns
     assert step.run(make_config(store), run="explicit", samples=samples, dataset=dataset) == first
     assert record.stat().st_mtime_ns == written

@@ -19,6 +19,7 @@ from ncsn.runs.curves import held_out_point, level_names
 from ncsn.runs.folder import run_folder
 from ncsn.runs.gaps import Gaps
 from ncsn.runs.history import TrainingHistory
+from ncsn.runs.records import update_step
 from ncsn.steps import ingest, report
 from ncsn.steps.sample import LEVELS
 from ncsn.tracking.client import connect
@@ -103,8 +104,7 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
     history.add(dict(zip(level_names(2), (5.0, 0.01), strict=True)) | held_out, 8)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
-    record = {"result": {**decision, "uri": "models:/ncsn-tiny/7"}, "seconds": 1.0, "finished_at": "2026-01-01T00:00"}
-    storage.write_text(folder.step("register", "result.json"), json.dumps(record))
+    update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
     again = report.run(config, run=RUN, evaluation=evaluation)
     assert set(again.sections) - set(made.sections) == {"training", "held-out loss"}
     text = Path(again.uri).read_text()

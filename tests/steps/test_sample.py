@@ -22,7 +22,6 @@ from ncsn.data.sources.known import open_source
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
 from ncsn.runs.costs import account
-from ncsn.runs.folder import run_folder
 from ncsn.steps import evaluate, sample
 from ncsn.tracking.client import connect
 
@@ -74,16 +73,6 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert run.data.metrics["sample/running_classifier_fid"] > 0
     assert {"samples.uri": result.uri, "checkpoint.uri": checkpoint}.items() <= run.data.tags.items()
     assert sample.run(config, run="mine", checkpoint=checkpoint) == result, "its seconds too"
-
-
-def test_a_result_of_a_version_without_its_speed_is_found(config: Config, checkpoint: str) -> None:
-    sample.run(config, run="mine", checkpoint=checkpoint)
-    stored = run_folder(config, "mine").step("sample", "result.json")
-    record = storage.read_json(stored)
-    del record["result"]["images_per_second"]
-    storage.write_text(stored, json.dumps(record))
-    assert sample.run(config, run="mine", checkpoint=checkpoint).images_per_second is None
-    assert "images_per_second" not in storage.read_json(stored)["result"]
 
 
 def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:

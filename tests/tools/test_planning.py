@@ -15,6 +15,7 @@ from ncsn.data.sources.known import open_source
 from ncsn.runs import costs
 from ncsn.runs.costs import Prices, cost_of, load_prices, total
 from ncsn.runs.folder import run_folder
+from ncsn.runs.records import update_step
 from ncsn.runs.steps import STEPS
 from ncsn.steps.step import Step
 from ncsn.steps.train import TrainResult
@@ -277,8 +278,7 @@ def test_account_is_the_sum_of_all_calls_beside_the_plan(tmp_path: Path) -> None
     planned = {"prices": asdict(load_prices()) | {"currency": "EUR"}, "steps": {"train": {"seconds": 5.0}}}
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "plan.json").write_text(json.dumps(planned))
-    (tmp_path / "runs" / "run" / "steps" / "train").mkdir(parents=True)
-    (tmp_path / "runs" / "run" / "steps" / "train" / "spent.json").write_text('{"seconds": 1000.0}')
+    update_step(folder, "train", seconds=1000.0)
 
     with pytest.raises(RuntimeError), Step("train", folder, TrainResult, unit="images").timed():
         raise RuntimeError("lost a worker")
