@@ -35,7 +35,6 @@ class RunFolder:
     run: str
 
     config = _Below("config.yaml")  # owns the name of the run
-    plan = _Below("plan.json")  # estimated seconds and costs
     status = _Below("status.json")  # how the run ended
     complete = _Below("complete.json")  # what the whole pipeline was done for
     steps = _Below("steps")  # the records of each step

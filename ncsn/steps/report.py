@@ -24,7 +24,7 @@ from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES, animation, neighbors
 from ncsn.report.page import Animation, Fact, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.scores import classes_section, selection_section
-from ncsn.runs.costs import account
+from ncsn.runs.costs import spent
 from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
@@ -120,7 +120,7 @@ def collect(sources: Sources, tracked: StepRun) -> Page:
     real = words.read_metrics(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
     seconds = sum(record.seconds for record in records.values())
-    costs = account(config, run=sources.folder.run)
+    costs = spent(config, run=sources.folder.run)
     return Page(
         title=config.name,
         run=sources.folder.run,

@@ -81,7 +81,7 @@ def page(images: np.ndarray) -> Page:
         ],
         timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
         total="105.0 s",
-        costs=[Fact("Energy", "0.01 kWh")],
+        costs=[Fact("Reserved", "6.0 min · 0.2 CPU hours")],
         lineage=[
             Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
             Fact("MLflow run", "0123", link="http://127.0.0.1:5000/#/experiments/1/runs/0123"),

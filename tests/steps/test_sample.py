@@ -21,7 +21,6 @@ from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources.known import open_source
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
-from ncsn.runs.costs import account
 from ncsn.steps import evaluate, sample
 from ncsn.tracking.client import connect
 
@@ -82,10 +81,8 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
     Path(result.grid).unlink()
     written = shard.stat().st_mtime_ns
     assert result.images_per_second == pytest.approx(10 / result.seconds, rel=0.1)
-    assert account(config, run="mine")["actual"]["steps"]["sample"]["images_per_second"] == result.images_per_second
     again = sample.run(config, run="mine", checkpoint=checkpoint)
     assert again.images_per_second is None, "it made none"
-    assert "images_per_second" not in account(config, run="mine")["actual"]["steps"]["sample"]
     assert Path(result.grid).exists()
     assert shard.stat().st_mtime_ns == written
     Path(result.grid).unlink()
