@@ -12,7 +12,7 @@ from ncsn.errors import UserError
 
 EXTRAPOLATE_RATIO = 4  # least number of samples per feature for `extrapolate`
 NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
-# Between the seeds of `seeds`: a search, `ncsn select` and train.stop choose by samples of seeds nearby.
+# Between the seeds of `seeds`: a search and `ncsn select` choose by samples of seeds nearby.
 SEED_STRIDE = 2**32
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.

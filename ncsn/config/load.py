@@ -131,17 +131,9 @@ _NOT_DECIDING = (
     "data.rows_per_part",
     "train.report_every_images",
     "train.keep_checkpoints",
-    "train.keep_best",
-    "train.keep_every_images",
-    "train.best_by",
-    "train.ema.keep_every_images",
-)
-# What is measured during training decides only whether train.stop ends it.
-_DECIDING_STOP = (
     "train.checkpoint_every_images",
-    "train.validation.every_images",
-    "train.validation.images",
-    "train.validation.samples",
+    "train.keep_every_images",
+    "train.ema.keep_every_images",
 )
 
 
@@ -153,11 +145,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the weights, dotted path -> value. A run belongs to one choice of these."""
     # Not where data and work are, nor how often something is kept or reported.
-    without = _NOT_DECIDING if config.train.stop is not None else (*_NOT_DECIDING, *_DECIDING_STOP)
     return {
         path: value
         for path, value in flatten(config).items()
-        if path.split(".")[0] in _DECIDING and path not in without
+        if path.split(".")[0] in _DECIDING and path not in _NOT_DECIDING
     }
 
 

@@ -40,7 +40,6 @@ class RunFolder:
     steps = _Below("steps")  # the records of each step
     tracking = _Below("tracking")  # which process opened an MLflow run
     checkpoints = _Below("checkpoints")
-    best = _Below("best")  # a copy of the best checkpoint
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself

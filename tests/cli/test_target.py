@@ -65,7 +65,7 @@ def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
     own = Experiment(str(config_file)).resolve().run
-    of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "best", "selected", "ema/widths")]
+    of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
     for folder, run in (*of_run, (tmp_path / "a" / "checkpoints", own)):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())

@@ -66,9 +66,9 @@ def test_linear_loss_is_that_of_the_best_linear_denoiser() -> None:
     [
         ([0.9, 0.9, 0.9, 0.9], []),
         ([np.nan] * 4, []),
-        ([3.0, 1.2, 1.0, 1.0], ["Levels 0 to 1 "]),
-        ([1.0, 1.2, 1.0, 1.2], ["Levels 1 and 3 "]),
-        ([1.0, 1.0, 1.0, 1.2], ["Level 3 "]),
+        ([3.0, 1.2, 1.0, 1.0], ["Bins 0 to 1 "]),
+        ([1.0, 1.2, 1.0, 1.2], ["Bins 1 and 3 "]),
+        ([1.0, 1.0, 1.0, 1.2], ["Bin 3 "]),
     ],
 )
 def test_levels_that_a_linear_denoiser_beats_are_named(factors: list[float], hints: list[str]) -> None:
