@@ -24,7 +24,8 @@ from ncsn.config.samplers import parse_sampler
 from ncsn.data.format import Rows
 from ncsn.data.parquet import read_split
 from ncsn.evaluation.extractors.base import batches, extract_all
-from ncsn.evaluation.reference import Evaluator, extractor_of, open_evaluator
+from ncsn.evaluation.features import extractor_of
+from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate

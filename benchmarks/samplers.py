@@ -31,8 +31,10 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.classes import AskedClasses
+from ncsn.evaluation.extractors.base import extract_all
+from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
-from ncsn.evaluation.reference import extractor_of, open_evaluator
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint, load_for_sampling
 from ncsn.model.generate import generate, image_labels
@@ -159,8 +161,7 @@ def measured(dataset: str, checkpoint: SamplingCheckpoint, settings: list[Settin
 
     def row(name: str, images: list[np.ndarray], labels: np.ndarray, **known: Any) -> Row:
         figures = measure_extracted(
-            map(extractor.extract, images),
-            count=sum(map(len, images)),
+            extract_all(extractor, images),
             first_images=np.concatenate(images)[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=train.images,

@@ -35,9 +35,10 @@ from ncsn.core.images import to_uint8
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.extractors.base import batches
+from ncsn.evaluation.extractors.base import batches, extract_all
+from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import NEIGHBOR_IMAGES, measure_extracted
-from ncsn.evaluation.reference import extractor_of, open_evaluator
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import load_for_sampling
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.generate import generate
@@ -180,8 +181,7 @@ class Scorer:
         reference = open_evaluator(_config(), self.dataset).reference
         extractor = extractor_of(_config(), self.dataset)
         measured = measure_extracted(
-            map(extractor.extract, batches(images, batch_size=SAMPLE_BATCH)),
-            count=len(images),
+            extract_all(extractor, batches(images, batch_size=SAMPLE_BATCH)),
             first_images=images[:NEIGHBOR_IMAGES],
             reference=reference,
             training_images=open_cache(self.dataset, "train").images,

@@ -17,7 +17,7 @@ COLORS = 128  # enough for grays and plots, and a third of the bytes
 
 
 def main(report: str, picture: str) -> None:
-    """Save a screenshot of the top of the report in headless Chromium, with the animation at its end."""
+    """Save a screenshot of the top of the report in headless Chromium."""
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
         sys.exit(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
@@ -25,7 +25,7 @@ def main(report: str, picture: str) -> None:
         # Chromium's own sandbox does not work for root; the page is ours.
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=browser_path, args=arguments)
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(Path(report).resolve().as_uri())
         screenshot = page.screenshot()
         browser.close()

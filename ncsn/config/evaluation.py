@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ncsn.config.choices import Section
 from ncsn.errors import UserError
 
-EXTRAPOLATE_RATIO = 4  # least number of samples per feature for `extrapolate`
 NUM_FEATURES = {"inception": 2048, "dinov2": 1024}
-# Between the seeds of `seeds`: a search and `ncsn select` choose by samples of seeds nearby.
-SEED_STRIDE = 2**32
 VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 # Extractor with published weights -> their file and its SHA-256.
 PUBLISHED_FILES = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}
@@ -26,8 +22,6 @@ PUBLISHED_SHA256 = {
 class EvaluationConfig(Section):
     """How the samples are evaluated."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"extrapolate", "reference_split", "seeds"})
-
     extractor: Literal["auto", "classifier", "clusters", "inception", "dinov2"] = Field(
         "auto",
         description="Feature extractor: classifier = a small network trained on the dataset's labels; clusters = the "
@@ -36,12 +30,9 @@ class EvaluationConfig(Section):
         "set, else classifier if the images have at least two classes, else clusters.",
     )
     weights: str | None = Field(
-        None, description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI."
-    )
-    weights_sha256: str = Field(
-        PUBLISHED_SHA256["inception"],
-        description="SHA-256 of the weights. The default is that of the extractor's published file, "
-        f"{PUBLISHED_FILES['inception']} or {PUBLISHED_FILES['dinov2']}; metrics with other weights get other names.",
+        None,
+        description="Weights of inception or dinov2: local path, http(s) URL (cached) or S3 URI of the published file, "
+        f"{PUBLISHED_FILES['inception']} or {PUBLISHED_FILES['dinov2']}. Other files are refused.",
     )
     classifier_epochs: int = Field(
         10, ge=1, le=1000, description="Epochs of training for the classifier or the clusters network."
@@ -53,19 +44,6 @@ class EvaluationConfig(Section):
         description="Consecutive splits of the samples, for the mean and standard deviation of the score.",
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Images per pass of the extractor.")
-    seeds: int = Field(
-        1,
-        ge=1,
-        le=10,
-        description="Number of sets of sampling.num_images samples, for the mean, minimum and maximum Fréchet "
-        "distance. Their seeds are sampling.seed, sampling.seed + 2^32 and so on. All other metrics are of the first "
-        "set.",
-    )
-    extrapolate: bool = Field(
-        False,
-        description="Also extrapolate the Fréchet distance to infinitely many samples, for models of different "
-        f"diversity. Needs {EXTRAPOLATE_RATIO} samples per feature.",
-    )
     reference_split: Literal["train", "test"] = Field(
         "train",
         description="Split that the samples are compared with. Metrics against test images say so in their names.",
@@ -95,18 +73,6 @@ class EvaluationConfig(Section):
         learned = "classifier" if num_classes >= 2 else "clusters"
         return self.model_copy(update={"extractor": self.pretrained or learned})
 
-    @model_validator(mode="before")
-    @classmethod
-    def _own_published_file(cls, values: Any) -> Any:
-        """A config that was written out names the hash of one extractor's file when another extractor is chosen."""
-        if not isinstance(values, dict):
-            return values
-        kind = "dinov2" if values.get("extractor") == "dinov2" else "inception"
-        given = values.get("weights_sha256", PUBLISHED_SHA256["inception"])
-        if given not in PUBLISHED_SHA256.values() or given == PUBLISHED_SHA256[kind]:
-            return values
-        return {**values, "weights_sha256": PUBLISHED_SHA256[kind]}
-
     @model_validator(mode="after")
     def _weights_named(self) -> EvaluationConfig:
         if self.pretrained is not None and self.weights is None:
@@ -114,13 +80,6 @@ class EvaluationConfig(Section):
                 "weights",
                 f"missing, and extractor: {self.pretrained} needs them; there is no default download",
                 hint=f"set it to the path, URL or S3 URI of {PUBLISHED_FILES[self.pretrained]}",
-            )
-        if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
-            raise UserError(
-                "weights_sha256",
-                "not a SHA-256",
-                hint="use 64 lower-case hexadecimal digits, as `sha256sum FILE` prints them",
-                value=self.weights_sha256,
             )
         return self
 

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from ncsn.config.choices import DdpmppNetworkConfig, NcsnNetworkConfig, NcsnV2NetworkConfig, UnetNetworkConfig
-from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.config.guidance import ClassifierFreeConfig
 from ncsn.config.noise import AutoNoiseConfig, DsmLossConfig, LognormalTraining, SsmLossConfig
 from ncsn.config.problems import problems
@@ -210,14 +209,6 @@ def _levels(config: Config) -> Iterator[Problem]:
 
 def _evaluation(config: Config) -> Iterator[Problem]:
     evaluation, count = config.evaluation, config.sampling.num_images
-    least = EXTRAPOLATE_RATIO * evaluation.num_features
-    if evaluation.extrapolate and count < least:
-        yield Problem(
-            "evaluation.extrapolate",
-            f"needs {least:,} samples with this extractor, not sampling.num_images = {count}",
-            "raise it, or use false",
-            value=True,
-        )
     if evaluation.num_splits > count:
         yield Problem(
             "sampling.num_images",

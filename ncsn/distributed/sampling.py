@@ -6,10 +6,10 @@ second call makes only the ranges that are missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +19,45 @@ from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.samples import missing_ranges, read_samples, shard_name, write_shard
-from ncsn.distributed.tasks import run_task, run_tasks, runner_of
+from ncsn.distributed.tasks import run_tasks, runner_of
 from ncsn.errors import InvalidValue
 from ncsn.evaluation.extractors.base import batches, extract_all
-from ncsn.evaluation.reference import extractor_of, open_evaluator
+from ncsn.evaluation.features import extractor_of
+from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import TrainedNetwork
-from ncsn.model.generate import generate, image_labels, level_images
+from ncsn.model.generate import generate, image_labels, image_shape, level_images
 from ncsn.model.trained import load_for_generation
 
 Features = NDArray[np.float32]
 
 
-class OnLevels(Protocol):
-    """Sees images at every noise level. Picklable."""
+# Of the strip, which shows some images on their way from noise: `[stages, N, H, W, C]` uint8.
+LEVELS = "levels.npy"
+STRIP_IMAGES, STRIP_STAGES, STRIP_BYTES = 8, 12, 1_500_000
+
+
+class Stages:
+    """Keeps the images of at most `limit` stages, 3 or more, evenly spread, and always those of the last."""
+
+    # When it is full, it drops every second stage and keeps half as many from then on. So their number may be unknown.
+    def __init__(self, limit: int) -> None:
+        self._limit, self._every = limit, 1
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._last: dict[int, NDArray[np.uint8]] = {}
 
     def add(self, stage: int, images: NDArray[np.uint8]) -> None:
-        """Take `[N, H, W, C]` of a stage, 0 = the start; the last stage comes twice, the second time finished."""
+        """Take `[N, H, W, C]` of a stage, counted from 0."""
+        self._last = {stage: images}
+        if stage % self._every == 0:
+            self._kept[stage] = images
+        if len(self._kept) == self._limit:
+            self._every *= 2
+            self._kept = {number: kept for number, kept in self._kept.items() if number % self._every == 0}
 
-
-W = TypeVar("W", bound=OnLevels)
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """`[stages, N, H, W, C]` of the kept stages, at least one."""
+        return np.stack([images for _, images in sorted((self._kept | self._last).items())])
 
 
 @dataclass(frozen=True)
@@ -114,33 +134,13 @@ def _sample_shard(shard: Shard) -> Features | None:
         read = read_samples(shard.folder, start=shard.first, num_images=last, batch_size=shard.count)
         images = np.concatenate(list(read))
     else:
-        images = _generate(shard)
+        images = _generate(shard) if shard.first else _generate_with_strip(shard)
         labels = image_labels(_trained(shard), shard.sampling, first=shard.first, count=shard.count)
         write_shard(shard.uri, images, labels=None if labels is None else labels.numpy())
     if shard.dataset is None:
         return None
     extractor = extractor_of(shard.config, shard.dataset)
     return extract_all(extractor, batches(images, batch_size=shard.config.evaluation.batch_size)).features
-
-
-def watch_levels(shard: Shard, on_levels: W) -> W:
-    """Make the shard's images again without writing them, and return `on_levels`, which saw them at every level."""
-    compute = shard.config.compute
-    watched: W = run_task(_watch_levels, shard, on_levels, cpus=compute.cpus_per_worker, gpu=compute.use_gpu)
-    return watched
-
-
-def _watch_levels(shard: Shard, on_levels: W) -> W:
-    stages = 0
-
-    def on_level(stage: int, x: Tensor) -> None:
-        nonlocal stages
-        stages = stage
-        on_levels.add(stage, level_images(x, shard.sampling, shard.config))
-
-    final = _generate(shard, on_level)
-    on_levels.add(stages, final)
-    return on_levels
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,22 @@ def _generate(shard: Shard, on_level: Callable[[int, Tensor], None] | None = Non
     sampling, first, count = shard.sampling, shard.first, shard.count
     trained, device = _trained(shard), shard.config.compute.device
     return generate(trained, sampling=sampling, first=first, count=count, device=device, on_level=on_level)
+
+
+def _generate_with_strip(shard: Shard) -> NDArray[np.uint8]:
+    """The images of the shard; some of them are kept at some noise levels too."""
+    stages, last = Stages(STRIP_STAGES), 0
+    count = max(1, min(STRIP_IMAGES, STRIP_BYTES // (STRIP_STAGES * math.prod(image_shape(shard.config)))))
+
+    def on_level(stage: int, x: Tensor) -> None:
+        nonlocal last
+        last = stage
+        stages.add(stage, level_images(x[:count], shard.sampling, shard.config))
+
+    images = _generate(shard, on_level)
+    stages.add(last, images[:count])
+    storage.write_array(storage.join(shard.folder, LEVELS), stages.frames)
+    return images
 
 
 def _trained(shard: Shard) -> TrainedNetwork:

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from ncsn.config.compute import ComputeConfig
-from ncsn.evaluation.runner import Here, Runner
+from ncsn.evaluation.features import Runner, here
 from ncsn.storage.heartbeat import LeaseExpired
 
 T = TypeVar("T")
@@ -31,21 +31,9 @@ _LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exce
 
 
 def runner_of(compute: ComputeConfig) -> Runner:
-    """The connected cluster; this process if it is connected to none."""
-    return OnCluster(compute) if ray.is_initialized() else Here()
+    """Calls on the connected cluster, with `cpus_per_worker` CPUs and torch threads each; else in this process."""
 
-
-class OnCluster(Runner):
-    """The connected cluster, with `cpus_per_worker` CPUs and torch threads for each call."""
-
-    apart = True
-
-    def __init__(self, compute: ComputeConfig) -> None:
-        self._compute = compute
-
-    def each(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
-        """Each item with its result, as they finish."""
-        compute = self._compute
+    def each(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
         return run_tasks(
             function,
             items,
@@ -54,9 +42,7 @@ class OnCluster(Runner):
             in_flight=compute.max_workers,  # more would need more memory than is planned for
         )
 
-    def one(self, function: Callable[..., R], *arguments: Any, gpu: bool) -> R:
-        """`function(*arguments)`."""
-        return run_task(function, *arguments, cpus=self._compute.cpus_per_worker, gpu=gpu and self._compute.use_gpu)
+    return each if ray.is_initialized() else here
 
 
 def run_task(

@@ -33,7 +33,7 @@ def named_in_metrics(extractor: str, config: Config) -> str:
 def pretrained_identity(evaluation: EvaluationConfig) -> Identity | None:
     """The extractor whose weights come from a file; None for one that is trained on the images."""
     identify = {"inception": inception.identity, "dinov2": dinov2.identity}
-    return identify[evaluation.pretrained](evaluation.weights_sha256) if evaluation.pretrained else None
+    return identify[evaluation.pretrained]() if evaluation.pretrained else None
 
 
 def classes_in_turn(config: Config) -> int:

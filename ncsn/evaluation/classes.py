@@ -18,7 +18,7 @@ from ncsn.config import Config
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.extractors.base import Extracted
-from ncsn.evaluation.pieces import ImageSet
+from ncsn.evaluation.features import ImageSet
 from ncsn.evaluation.scores import kernel_distance
 
 Labels = npt.NDArray[np.int64]

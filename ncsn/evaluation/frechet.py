@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,18 +9,12 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg.lapack import dpstrf
-from scipy.stats import linregress
 
-from ncsn.config.evaluation import EXTRAPOLATE_RATIO
-from ncsn.core.keyed_random import keyed_permutation
 from ncsn.errors import InvalidValue, UserError
-from ncsn.evaluation.scores import Estimate
 
 Array = npt.NDArray[np.float64]
 
 JACKKNIFE_GROUPS = 20  # the jackknife's own relative error is about 1 / sqrt(2 K): 16 %
-NUM_SUBSETS = 15  # of an extrapolation
-BLOCK = 4096  # feature vectors in memory at a time
 NORMAL_95 = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
 
 
@@ -124,35 +117,6 @@ def frechet_jackknife(groups: Sequence[FrechetStatistics], reference: FrechetSta
     return float(np.sqrt((len(groups) - 1) * distances.var()))
 
 
-def frechet_infinity(
-    features: npt.NDArray[np.floating], reference: FrechetStatistics, *, std: float, seed: int
-) -> Estimate:
-    """The Fréchet distance of infinitely many samples (Chong and Forsyth 2020), which may be negative.
-
-    It is the intercept at 1/N = 0 of the distances of 15 random subsets of N samples, from a tenth of all, but at least
-    twice as many as features, because with fewer the bias is no line in 1/N. That removes bias, and no variance.
-
-    Given the samples, the subsets are independent, so the residuals of the line tell their part of the variance. The
-    rest is that of the samples, where a jackknife of the whole fit would take 20 times the eigenvalue decompositions.
-
-    Args:
-        features: [N, D] with N >= 4 D; a memory map is fine.
-        reference: The exact distribution, or one of many images.
-        std: Standard deviation of the distance of all N over other samples, by `frechet_jackknife`.
-    """
-    count, size = features.shape
-    if count < EXTRAPOLATE_RATIO * size:
-        raise InvalidValue(f"{size} features need at least {EXTRAPOLATE_RATIO * size} images, got {count}")
-    counts = np.linspace(max(count / 10, 2 * size), count, NUM_SUBSETS).round().astype(int)
-    distances = []
-    for number, chosen in enumerate(counts):
-        rows = np.sort(keyed_permutation(seed, epoch=number, size=count)[:chosen])
-        blocks = np.array_split(rows, math.ceil(chosen / BLOCK))
-        distances.append(frechet_distance(merged(FrechetStatistics.of(features[block]) for block in blocks), reference))
-    line = linregress(1 / counts, distances)
-    return Estimate(float(line.intercept), math.hypot(std, line.intercept_stderr))
-
-
 def factor(matrix: Array) -> Array:
     """F [D, rank] with F F^T = a symmetric positive semi-definite [D, D] matrix, by Cholesky with pivots."""
     lower, pivots, rank, _ = dpstrf(matrix, lower=1)
@@ -212,11 +176,6 @@ class RunningDistance:
         """The groups that have an image."""
         return [group for group in self._groups if group is not None]
 
-    @property
-    def next_mark(self) -> int:
-        """Number of images of the next score; that of the last image once all are there."""
-        return self._marks[0] if self._marks else self.count
-
     def add(self, first: int, features: npt.NDArray[np.floating]) -> list[RunningScore]:
         """Take the features [n, D] of images `first .. first + n`, in any order; the scores that are due now.
 
@@ -244,9 +203,8 @@ class RunningDistance:
         self.count += len(features)
 
     def _score(self) -> RunningScore:
-        groups = self.groups
-        distance = frechet_distance(merged(groups), self.reference)
-        margin = NORMAL_95 * frechet_jackknife(groups, self.reference)
+        distance = frechet_distance(merged(self.groups), self.reference)
+        margin = NORMAL_95 * frechet_jackknife(self.groups, self.reference)
         return RunningScore(self.count, distance, max(distance - margin, 0.0), distance + margin)
 
 

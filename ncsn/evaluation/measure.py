@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.evaluation import EXTRAPOLATE_RATIO
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.training_images import open_cache
 from ncsn.evaluation.choice import classes_in_turn
 from ncsn.evaluation.classes import AskedClasses, ClassScores, asked_classes, class_scores
 from ncsn.evaluation.extractors.base import Extracted, Identity, Images
+from ncsn.evaluation.features import SEED, ImageSet, Runner, SplitSet, extract_set
 from ncsn.evaluation.frechet import (
     FrechetStatistics,
     RunningDistance,
     RunningScore,
     frechet_distance,
-    frechet_infinity,
     frechet_jackknife,
     merged,
 )
-from ncsn.evaluation.pieces import FeaturePiece, ImageSet, SplitSet, Spool, extract_piece, feature_pieces
-from ncsn.evaluation.reference import (
-    SEED,
-    Evaluator,
-    Reference,
-    class_histogram,
-    extractor_of,
-    load_reference,
-    store_pieces,
-)
-from ncsn.evaluation.runner import Runner
+from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import Neighbors, inception_score, kernel_distance, nearest_neighbors, precision_recall
-from ncsn.storage.cache import cache_folder
+from ncsn.progress import Progress
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
@@ -82,9 +69,8 @@ def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = Fa
 
 
 def measure_extracted(
-    extracted: Iterable[Extracted],
+    extracted: Extracted,
     *,
-    count: int,
     first_images: Images,
     reference: Reference,
     training_images: Images,
@@ -93,14 +79,12 @@ def measure_extracted(
     classes: bool = True,
     asked: AskedClasses | None = None,
     in_turn: int = 1,
-    extrapolate: bool = False,
     by_features: bool = True,
-    on_score: Callable[[RunningScore], None] | None = None,
 ) -> Measured:
-    """All metrics of images, given their features, which go to files so that memory does not grow with their number.
+    """All metrics of images, given their features.
 
     Args:
-        extracted: Features and probabilities of the `count` images, in order, in pieces of any size.
+        extracted: Features and probabilities of the images, in order.
         first_images: The first 256 of them, or all if there are fewer, [n, H, W, C] uint8; for training images as
             many test images instead.
         training_images: Of the dataset, [N, H, W, C] uint8; a memory map is fine.
@@ -109,62 +93,48 @@ def measure_extracted(
         classes: Whether the extractor's classes mean something; without, there is no score.
         asked: The classes of the images; None for a model without.
         in_turn: How many classes the images show in turn.
-        extrapolate: Whether to extrapolate the Fréchet distance, if there are enough images.
         by_features: Whether the reference is the training images, so that the nearest by features are shown.
     """
-    running, scores = RunningDistance(reference.statistics, count=count, classes_in_turn=in_turn), []
-    with storage.scratch_folder(str(cache_folder())) as folder:
-        spool = Spool(folder, count=count)
-        for piece in extracted:
-            spool.add(piece)
-            # From mark to mark, so that the last bits do not depend on the pieces.
-            while running.count < running.next_mark <= spool.done:
-                block = spool.extracted.features[running.count : running.next_mark]
-                for score in running.add(running.count, block):
-                    scores.append(score)
-                    if on_score is not None:
-                        on_score(score)
-        whole = spool.extracted
-        metrics = feature_metrics(whole, reference, groups=running.groups, seed=seed, extrapolate=extrapolate)
-        if classes:
-            metrics |= class_metrics(whole.log_probabilities, reference, num_splits=num_splits)
-        found = None if asked is None else class_scores(whole, asked, reference=reference.features, seed=seed)
-        features = None
-        if by_features:
-            features = nearest_neighbors(whole.features[:SHOWN_NEIGHBORS], reference.features, k=2)
-    pixels = pixel_neighbors(first_images, training_images)
-    nearest = _neighbor_table(pixels=pixels, features=features)
-    metrics |= _neighbor_metrics(pixels)
+    running = RunningDistance(reference.statistics, count=len(extracted.features), classes_in_turn=in_turn)
+    scores = running.add(0, extracted.features)
+    metrics = feature_metrics(extracted, reference, groups=running.groups, seed=seed)
+    if classes:
+        metrics |= class_metrics(extracted.log_probabilities, reference, num_splits=num_splits)
+    found = None if asked is None else class_scores(extracted, asked, reference=reference.features, seed=seed)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
-    return Measured(metrics=metrics, nearest=nearest, running=scores, classes=found)
+    spaces = {"pixels": pixel_neighbors(first_images, training_images)}
+    if by_features:
+        spaces["features"] = nearest_neighbors(extracted.features[:SHOWN_NEIGHBORS], reference.features, k=2)
+    metrics |= _neighbor_metrics(spaces["pixels"])
+    return Measured(metrics=metrics, nearest=_neighbor_table(spaces), running=scores, classes=found)
 
 
 def feature_metrics(
-    extracted: Extracted,
-    reference: Reference,
-    *,
-    groups: Sequence[FrechetStatistics],
-    seed: int,
-    extrapolate: bool = False,
+    extracted: Extracted, reference: Reference, *, groups: Sequence[FrechetStatistics], seed: int
 ) -> dict[str, Metric]:
     """Metrics of features by short name.
 
     - `fid`, `fid_std`: Fréchet distance to all reference images, and its uncertainty by the jackknife over `groups`,
       the moments of the features in disjoint groups.
-    - `fid_infinity`, `fid_infinity_std`: of infinitely many images, if asked for and there are enough.
     - `kid`, `kid_std`: kernel distance, over 100 subsets of at most 1,000 images.
     - `precision`, `recall`, `density`, `coverage`: against as many reference images, at most 10,000.
     """
-    count, size = extracted.features.shape
-    distance = frechet_distance(merged(groups), reference.statistics)
-    std = frechet_jackknife(groups, reference.statistics)
+    count = len(extracted.features)
     kernel = kernel_distance(extracted.features, reference.features, seed=seed)
-    values = {"fid": distance, "fid_std": std, "kid": kernel.mean, "kid_std": kernel.std}
-    if extrapolate and count >= EXTRAPOLATE_RATIO * size:
-        limit = frechet_infinity(extracted.features, reference.statistics, std=std, seed=seed)
-        values |= {"fid_infinity": limit.mean, "fid_infinity_std": limit.std}
-    return {name: Metric(value, count) for name, value in values.items()} | _balls(extracted, reference, seed=seed)
+    values = {
+        "fid": frechet_distance(merged(groups), reference.statistics),
+        "fid_std": frechet_jackknife(groups, reference.statistics),
+        "kid": kernel.mean,
+        "kid_std": kernel.std,
+    }
+    metrics = {name: Metric(value, count) for name, value in values.items()}
+    balls = min(count, len(reference.features), BALL_IMAGES)
+    if balls >= FEWEST_BALLS:
+        chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:balls])
+        shares = precision_recall(extracted.features[:balls], reference.features[chosen])
+        metrics |= {name: Metric(value, balls) for name, value in vars(shares).items()}
+    return metrics
 
 
 def class_metrics(
@@ -205,9 +175,9 @@ def _neighbor_metrics(neighbors: Neighbors) -> dict[str, Metric]:
     }
 
 
-def _neighbor_table(*, pixels: Neighbors, features: Neighbors | None) -> list[dict[str, Any]]:
-    """Of the first 16 images: the nearest rows of the train split by pixels and by features, nearest first."""
-    spaces = {"pixels": pixels} if features is None else {"pixels": pixels, "features": features}
+def _neighbor_table(spaces: dict[str, Neighbors]) -> list[dict[str, Any]]:
+    """Of the first 16 images: the nearest rows of the train split by pixels and, if known, by features."""
+    pixels = spaces["pixels"]
     return [
         {
             "image": row,
@@ -219,21 +189,14 @@ def _neighbor_table(*, pixels: Neighbors, features: Neighbors | None) -> list[di
     ]
 
 
-def _balls(extracted: Extracted, reference: Reference, *, seed: int) -> dict[str, Metric]:
-    count = min(len(extracted.features), len(reference.features), BALL_IMAGES)
-    if count < FEWEST_BALLS:
-        return {}
-    chosen = np.sort(keyed_permutation(seed, epoch=0, size=len(reference.features))[:count])
-    shares = precision_recall(extracted.features[:count], reference.features[chosen])
-    return {name: Metric(value, count) for name, value in vars(shares).items()}
-
-
 @dataclass(frozen=True)
 class _Work:
     """One set to measure. Picklable."""
 
-    number: int
-    pieces: list[FeaturePiece]
+    config: Config
+    dataset: str
+    images: ImageSet
+    extracted: Extracted
     fingerprint: str  # of the reference
     extractor: Identity
 
@@ -244,64 +207,36 @@ def measure_sets(
     evaluator: Evaluator,
     sets: Sequence[ImageSet],
     *,
-    near: str,
     runner: Runner,
-    on_images: Callable[[int], None],
-    on_score: Callable[[RunningScore], None] | None = None,
+    progress: Progress,
 ) -> list[Measured]:
-    """All metrics of each set.
-
-    The features stay below the folder `near` until all sets are measured, so that a second call continues an
-    interrupted one. `on_images(n)` follows n more images; `on_score` gets the running scores of the first set, at once
-    where this process computes, else at the end.
-    """
-    fingerprint = evaluator.extractor.fingerprint
+    """All metrics of each set; `progress` counts the images."""
     works = [
         _Work(
-            number,
-            feature_pieces(config, dataset, images, near=near, fingerprint=fingerprint),
+            config,
+            dataset,
+            images,
+            extract_set(config, dataset, images, runner=runner, progress=progress),
             evaluator.reference.fingerprint,
             evaluator.extractor,
         )
-        for number, images in enumerate(sets)
+        for images in sets
     ]
-    if runner.apart:
-        store_pieces([piece for work in works for piece in work.pieces], runner=runner, on_images=on_images)
-        found = {work.number: measured for work, measured in runner.each(_measure_set, works, gpu=False)}
-        if on_score is not None:
-            for score in found[0].running:
-                on_score(score)
-    else:
-        found = {
-            work.number: _measure_set(work, on_images=on_images, on_score=None if work.number else on_score)
-            for work in works
-        }
-    for work in works:
-        storage.delete_folder(work.pieces[0].folder)
-    return [found[work.number] for work in works]
+    found = {work.images: measured for work, measured in runner(_measure_set, works, gpu=False)}
+    return [found[images] for images in sets]
 
 
-def _compared_in_pixels(images: ImageSet) -> ImageSet:
-    """The images whose nearest training images say how near unseen ones are: not training images themselves."""
-    if isinstance(images, SplitSet) and images.split == "train":
-        return SplitSet(images.dataset, "test", images.count, drawn=images.drawn)
-    return images
-
-
-def _measure_set(
-    work: _Work,
-    *,
-    on_images: Callable[[int], None] | None = None,
-    on_score: Callable[[RunningScore], None] | None = None,
-) -> Measured:
-    first = work.pieces[0]
-    config, dataset, images = first.config, first.dataset, first.images
+def _measure_set(work: _Work) -> Measured:
+    config, dataset, images = work.config, work.dataset, work.images
     reference = load_reference(dataset, work.fingerprint)
     assert reference is not None, "the evaluator has it"
+    compared = images
+    if isinstance(images, SplitSet) and images.split == "train":
+        # Training images are their own nearest: test images say how near unseen ones are.
+        compared = SplitSet(dataset, "test", images.count, drawn=images.drawn)
     return measure_extracted(
-        (extract_piece(piece, partial(extractor_of, config, dataset), on_images=on_images) for piece in work.pieces),
-        count=images.count,
-        first_images=_compared_in_pixels(images).head(NEIGHBOR_IMAGES),
+        work.extracted,
+        first_images=compared.read(0, min(images.count, NEIGHBOR_IMAGES)),
         reference=reference,
         training_images=open_cache(dataset, "train").images,
         num_splits=config.evaluation.num_splits,
@@ -309,7 +244,5 @@ def _measure_set(
         classes=work.extractor.knows_classes,
         asked=asked_classes(config, dataset, images, extractor=work.extractor.name),
         in_turn=1 if isinstance(images, SplitSet) else classes_in_turn(config),
-        extrapolate=config.evaluation.extrapolate,
         by_features=config.evaluation.reference_split == "train",
-        on_score=on_score,
     )

@@ -8,41 +8,29 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load, save_file
 
 from ncsn import storage
-from ncsn.config import Config, from_json, to_json
+from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.choice import evaluation_of, named_in_metrics, pretrained_identity, require_test_images
-from ncsn.evaluation.extractors import classifier_store, dinov2, inception
-from ncsn.evaluation.extractors.base import Extracted, Extractor, Identity, fingerprint_of
-from ncsn.evaluation.extractors.classifier import ClassifierRecipe
-from ncsn.evaluation.extractors.clusters import num_clusters
-from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
-from ncsn.evaluation.pieces import FeaturePiece, SplitSet, extract_piece, feature_pieces, missing_pieces
-from ncsn.evaluation.runner import Here, Runner
+from ncsn.evaluation.choice import named_in_metrics, pretrained_identity, require_test_images
+from ncsn.evaluation.extractors import classifier_store
+from ncsn.evaluation.extractors.base import Extracted, Identity, batches, fingerprint_of
+from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, here, recipe_of
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.process import keep_freed_memory
+from ncsn.progress import Progress
 
 FOLDER = "reference"  # below that of the dataset
 FEATURES = "features.npy"
 STATISTICS = "statistics.safetensors"
 DESCRIPTION = "reference.json"
-SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
-
-Progress = Callable[[int, int], None]
-
-_HERE = Here()
-
-
-def _silent(_done: int, _total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,41 +68,22 @@ def load_reference(dataset_uri: str, fingerprint: str) -> Reference | None:
 
 
 def publish_reference(
-    dataset_uri: str,
-    fingerprint: str,
-    extracted: Iterable[Extracted],
-    *,
-    shape: tuple[int, int],
-    batch_size: int,
-    origin: dict[str, str],
+    dataset_uri: str, fingerprint: str, extracted: Extracted, *, batch_size: int, origin: dict[str, str]
 ) -> None:
-    """Store a reference, complete or not at all.
+    """Store a reference, complete or not at all; the first of two writers wins.
 
-    Args:
-        extracted: Features of the images of the split in stored order, in pieces of whole batches.
-        shape: (N, D).
-        batch_size: Images whose moments are taken at once.
-        origin: The extractor and the images, for the description.
+    `extracted` is of the images of the split in stored order; the moments of `batch_size` of them are taken at once.
+    `origin` names the extractor and the images.
     """
     with storage.staged_folder(_reference_uri(dataset_uri, fingerprint), marker=DESCRIPTION) as folder:
-        features = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=np.float32, shape=shape)
+        np.save(folder / FEATURES, extracted.features)
+        statistics = merged(map(FrechetStatistics.of, batches(extracted.features, batch_size=batch_size)))
         histogram: npt.NDArray[np.float64] | float = 0.0
-        statistics: FrechetStatistics | None = None
-        done = 0
-        for piece in extracted:
-            for first in range(0, len(piece.features), batch_size):
-                batch = piece.features[first : first + batch_size]
-                features[done : done + len(batch)] = batch
-                part = FrechetStatistics.of(batch)
-                statistics = part if statistics is None else statistics.merge(part)
-                shares = class_histogram(piece.log_probabilities[first : first + len(batch)])
-                histogram = histogram + shares * len(batch)
-                done += len(batch)
-        assert statistics is not None, "the split has images"
-        features.flush()
+        for batch in batches(extracted.log_probabilities, batch_size=batch_size):
+            histogram = histogram + class_histogram(batch) * len(batch)
         moments = {"mean": statistics.mean, "scatter": statistics.scatter}
-        save_file({**moments, "class_histogram": np.asarray(histogram) / done}, folder / STATISTICS)
-        description = {"fingerprint": fingerprint, **origin, "images": shape[0]}
+        save_file({**moments, "class_histogram": np.asarray(histogram) / statistics.count}, folder / STATISTICS)
+        description = {"fingerprint": fingerprint, **origin, "images": statistics.count}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
@@ -143,85 +112,42 @@ class Evaluator:
 
 
 def open_evaluator(
-    config: Config, dataset: str, *, runner: Runner = _HERE, on_progress: Progress = _silent
+    config: Config, dataset: str, *, runner: Runner = here, progress: Progress | None = None
 ) -> Evaluator:
     """The evaluator of `config.evaluation` for an ingested dataset; `runner` makes what the store lacks.
 
-    `on_progress` is called with (images done, `images_to_prepare`), and pickled for the runner.
+    `progress` advances by `images_to_prepare`.
     """
+    progress = progress or Progress()
     manifest = load_manifest(dataset)
     require_test_images(config, manifest)
+    before, settings = progress.done, config.evaluation
     found = _identify(config, dataset, manifest)
     if found is None:
-        runner.one(_train_classifier, config, dataset, on_progress, gpu=True)
+        for _ in runner(_train_classifier, [(config, dataset, progress)], gpu=True):
+            # The copy of another process has advanced instead of this one.
+            progress.advance(before + _images_of_training(config, manifest) - progress.done)
         found = _identify(config, dataset, manifest)
         assert found is not None, "its description is in the store"
     identity, facts = found
-    split = config.evaluation.reference_split
-    fingerprint = fingerprint_of(extractor=identity.fingerprint, dataset=manifest.digest, split=split)
+    fingerprint = fingerprint_of(
+        extractor=identity.fingerprint, dataset=manifest.digest, split=settings.reference_split
+    )
     reference = load_reference(dataset, fingerprint)
     if reference is None:
-        _make_reference(config, dataset, identity, fingerprint, runner=runner, on_progress=on_progress)
+        images = SplitSet(dataset, settings.reference_split, manifest.count(settings.reference_split))
+        extracted = extract_set(config, dataset, images, runner=runner, progress=progress)
+        origin = {"extractor": identity.name, "dataset": manifest.digest, "split": settings.reference_split}
+        publish_reference(dataset, fingerprint, extracted, batch_size=settings.batch_size, origin=origin)
         reference = load_reference(dataset, fingerprint)
         assert reference is not None, "it was made now, or by another process"
+    progress.advance(before + images_to_prepare(config, manifest) - progress.done)
     return Evaluator(named_in_metrics(identity.name, config), identity, reference, facts)
 
 
 def images_to_prepare(config: Config, manifest: Manifest) -> int:
     """Images that are processed to train the extractor, if it is trained, and to make the reference."""
     return _images_of_training(config, manifest) + manifest.count(config.evaluation.reference_split)
-
-
-def extractor_of(config: Config, dataset: str) -> Extractor:
-    """The configured extractor, loaded in this process and kept for the next call."""
-    return _extractor(to_json(config), dataset)
-
-
-def device_of(config: Config) -> str:
-    """`cuda` if the config uses GPUs and this process has one, else `cpu`."""
-    return "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
-
-
-def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
-    """The classifier of the config for a dataset, by its labels or by clusters."""
-    clustered = evaluation_of(config, manifest).extractor == "clusters"
-    return ClassifierRecipe(
-        image_size=manifest.image_size,
-        channels=manifest.channels,
-        num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
-        epochs=config.evaluation.classifier_epochs,
-        seed=SEED,
-        clustered=clustered,
-    )
-
-
-def store_piece(piece: FeaturePiece) -> None:
-    """Put the features of a piece into the store."""
-    extract_piece(piece, partial(extractor_of, piece.config, piece.dataset))
-
-
-def store_pieces(pieces: list[FeaturePiece], *, runner: Runner, on_images: Callable[[int], None]) -> None:
-    """Put the features of all pieces into the store; `on_images(n)` after n more images."""
-    missing = missing_pieces(pieces)
-    on_images(sum(map(len, pieces)) - sum(map(len, missing)))
-    for piece, _ in runner.each(store_piece, missing, gpu=True):
-        on_images(len(piece))
-
-
-@lru_cache(maxsize=1)
-def _extractor(config_json: str, dataset: str) -> Extractor:
-    keep_freed_memory()
-    config = from_json(config_json)
-    settings = config.evaluation
-    if settings.pretrained is not None:
-        assert settings.weights is not None, "the schema asks for weights"
-        kinds: dict[str, Callable[..., Extractor]] = {
-            "inception": inception.InceptionExtractor,
-            "dinov2": dinov2.Dinov2Extractor,
-        }
-        return kinds[settings.pretrained](settings.weights, sha256=settings.weights_sha256, device=device_of(config))
-    uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
-    return classifier_store.load_classifier(uri, device=device_of(config))
 
 
 def _images_of_training(config: Config, manifest: Manifest) -> int:
@@ -241,53 +167,14 @@ def _identify(config: Config, dataset: str, manifest: Manifest) -> tuple[Identit
     return stored.identity, {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
 
 
-def _train_classifier(config: Config, dataset: str, on_progress: Progress) -> None:
+def _train_classifier(work: tuple[Config, str, Progress]) -> None:
+    config, dataset, progress = work
     keep_freed_memory()
-    manifest = load_manifest(dataset)
-    share, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
     classifier_store.ensure_classifier(
         dataset,
-        recipe_of(config, manifest),
+        recipe_of(config, load_manifest(dataset)),
         train=open_cache(dataset, "train"),
         test=open_cache(dataset, "test"),
         device=device_of(config),
-        on_progress=lambda done, total: on_progress(share * done // total, whole),
-    )
-
-
-def _make_reference(
-    config: Config,
-    dataset: str,
-    extractor: Identity,
-    fingerprint: str,
-    *,
-    runner: Runner,
-    on_progress: Progress,
-) -> None:
-    manifest = load_manifest(dataset)
-    before, whole = _images_of_training(config, manifest), images_to_prepare(config, manifest)
-    split = config.evaluation.reference_split
-    images = SplitSet(dataset, split, manifest.count(split))
-    near = storage.join(dataset, FOLDER)
-    pieces = feature_pieces(config, dataset, images, near=near, fingerprint=extractor.fingerprint)
-    missing = missing_pieces(pieces)
-    done = images.count - sum(map(len, missing))
-    for piece, _ in runner.each(store_piece, missing, gpu=True):
-        done += len(piece)
-        on_progress(before + done, whole)
-    if load_reference(dataset, fingerprint) is None:  # else another run on this dataset was faster
-        runner.one(_merge, pieces, extractor, fingerprint, gpu=False)
-    storage.delete_folder(pieces[0].folder)
-
-
-def _merge(pieces: list[FeaturePiece], extractor: Identity, fingerprint: str) -> None:
-    first = pieces[0]
-    manifest, split = load_manifest(first.dataset), first.config.evaluation.reference_split
-    publish_reference(
-        first.dataset,
-        fingerprint,
-        (extract_piece(piece, partial(extractor_of, piece.config, piece.dataset)) for piece in pieces),
-        shape=(first.images.count, extractor.num_features),
-        batch_size=first.config.evaluation.batch_size,
-        origin={"extractor": extractor.name, "dataset": manifest.digest, "split": split},
+        progress=progress,
     )

@@ -167,9 +167,8 @@ def few_samples(metric: str) -> str:
         return ""
     return (
         f"The Fréchet distance of {reading.num_images:,} samples favors models of little diversity. It may rank "
-        "checkpoints of one run, but not what changes diversity: guidance, churn, the length of the EMA, or "
-        f"extrapolated weights. For these use {ENOUGH_IMAGES:,} samples or more, the kernel distance, or "
-        "evaluation.extrapolate."
+        "checkpoints of one run, but not what changes diversity: guidance, churn, or the length of the EMA. For "
+        f"these use {ENOUGH_IMAGES:,} samples or more, or the kernel distance."
     )
 
 

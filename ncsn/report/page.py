@@ -34,14 +34,6 @@ class Plot(NamedTuple):
     alt: str
 
 
-class Animation(NamedTuple):
-    """Images on their way from noise, to play."""
-
-    frames: Picture  # one below the other
-    size: tuple[int, int]  # width and height of a frame in pixels
-    labels: Sequence[str]  # one for each frame
-
-
 class Tile(NamedTuple):
     """One of the numbers at the top."""
 
@@ -121,7 +113,7 @@ class Page:
     lead: Sequence[str] = ()
     tiles: Sequence[Tile] = ()
     samples: Picture | None = None
-    animation: Animation | None = None
+    strip: Picture | None = None
     scores: Scores | None = None
     neighbors: Sequence[Neighbor] = ()
     neighbors_text: str = ""
@@ -138,7 +130,7 @@ class Page:
         """The sections that the page has, in order."""
         parts = {
             "samples": self.samples,
-            "film": self.animation,
+            "strip": self.strip,
             "scores": self.scores,
             "neighbours": self.neighbors,
             **{section.heading.lower(): section for section in self.sections},

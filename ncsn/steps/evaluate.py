@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,14 +15,14 @@ from ncsn.data.samples import samples_shape
 from ncsn.distributed.cluster import cluster_for, on_this_machine, ray_tags
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
-from ncsn.evaluation.choice import classes_in_turn, evaluation_of, extractor_name
+from ncsn.evaluation.choice import evaluation_of, extractor_name
 from ncsn.evaluation.extractors.base import fingerprint_of
+from ncsn.evaluation.features import SampleSet, SplitSet
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
-from ncsn.evaluation.pieces import PIECE_IMAGES, SampleSet, SplitSet
-from ncsn.evaluation.reference import SEED, images_to_prepare, open_evaluator
-from ncsn.evaluation.seeds import seed_metrics, set_distances
+from ncsn.evaluation.reference import images_to_prepare, open_evaluator
 from ncsn.model.classes import require_same_classes
+from ncsn.progress import Progress
 from ncsn.report.cards import few_samples
 from ncsn.report.scores import confusion_matrix
 from ncsn.report.style import to_png
@@ -30,13 +30,11 @@ from ncsn.steps.step import Step
 from ncsn.tracking.gate import Measurement, Memorization
 from ncsn.tracking.mlflow_runs import StepRun
 
-# Raised when a metric is added or its meaning changes: samples that were measured before are measured again.
-METRICS_VERSION = 2
-
 # Extractor -> its metrics in papers, and the number of samples that they are over.
 PUBLISHED_METRICS = {"inception": "Inception scores and Fréchet distances", "dinov2": "FD-DINOv2 values"}
 PUBLISHED_IMAGES = 50_000
 MOST_CLASSES = 100  # with metrics of their own in MLflow
+TASK_IMAGES = 1024  # about as many are worth a worker
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,13 @@ class EvaluateResult:
     notes: list[str]
     # Of a model of classes: `agreement` and `real_agreement`, a line for each class in `table` and `real_table`, see
     # `ncsn.evaluation.classes`, the matrix `confusion`, and whether a probe saw the classes (`by_probe`).
-    classes: dict[str, Any] | None = None
+    classes: dict[str, Any] | None
 
 
 def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | None = None) -> EvaluateResult:
     """Measure the first `config.sampling.num_images` images of a samples folder.
 
-    The features are made in pieces that stay in the store until the metrics are there, so a second call continues an
-    interrupted one. When the launcher's heartbeat at the URI `lease` stops, evaluation ends.
+    When the launcher's heartbeat at the URI `lease` stops, evaluation ends.
     """
     step = Step.claim("evaluate", config, run, EvaluateResult, unit="images")
     samples, dataset = storage.absolute(samples), storage.absolute(dataset)
@@ -71,27 +68,20 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         raise NotFound(samples, "no samples", hint="run `ncsn sample` first")
     evaluation = evaluation_of(config, manifest)
     inputs = {
-        "figures": METRICS_VERSION,
         "samples": samples,
         "dataset": dataset,
         "num_images": config.sampling.num_images,
         "evaluation": evaluation.model_dump(mode="json"),
     }
-    if classes_in_turn(config) > 1:
-        inputs["groups"] = "of all classes"  # of the jackknife, which once had few classes in each
     if result := step.found(inputs, needs=lambda result: [result.uri]):
         return result
     if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
         return result
+    # The head of a cluster has no cores.
+    join, tasks = lease is not None or not on_this_machine(), _tasks(config, manifest)
     with (
         step.work(config, lease=lease) as work,
-        cluster_for(
-            config,
-            tasks=_tasks(config, dataset),
-            # The head of a cluster has no cores.
-            join=lease is not None or not on_this_machine(),
-            metadata=work.job_metadata(),
-        ),
+        cluster_for(config, tasks=tasks, join=join, metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
@@ -99,66 +89,37 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         work.tracked.log_dataset(
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
-        result = evaluate(
-            config,
-            samples=samples,
-            dataset=dataset,
-            folder=step.folder.evaluation,
-            progress=work.progress,
-            on_score=lambda score: work.progress.note(str(score)),
-        )
+        folder = step.folder.evaluation
+        result = evaluate(config, samples=samples, dataset=dataset, folder=folder, progress=work.progress)
+        work.progress.note(str(RunningScore(**result.running[-1])))
         _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)
 
 
-def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
-    tracked.log_metrics({**result.metrics, **result.real_metrics})
-    if result.classes is not None:
-        tracked.log_metrics(_by_class(result.classes, extractor))
-        tracked.log_bytes(to_png(confusion_matrix(result.classes)), "confusion.png")
-    for point in result.running:
-        score = RunningScore(**point)
-        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
-    tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})
-    tracked.log_file(result.uri)
+def _tasks(config: Config, manifest: Manifest) -> int:
+    """Number of tasks, if there are workers to share them."""
+    if on_this_machine() and not config.compute.use_gpu:
+        return 1  # this process has all cores: starting Ray would take longer than most evaluations
+    images = max(manifest.count("train"), config.sampling.num_images)
+    return 1 if config.compute.max_workers == 1 else math.ceil(images / TASK_IMAGES)
 
 
-def evaluate(
-    config: Config,
-    *,
-    samples: str,
-    dataset: str,
-    folder: str,
-    progress: Callable[[int, int], None],
-    on_score: Callable[[RunningScore], None] | None = None,
-) -> EvaluateResult:
+def evaluate(config: Config, *, samples: str, dataset: str, folder: str, progress: Progress) -> EvaluateResult:
     """Compute the metrics and write them below `folder`; `run` without its bookkeeping."""
     count = config.sampling.num_images
     manifest = load_manifest(dataset)
-    made = storage.find_json(storage.join(samples, MANIFEST)) or {}
-    _check_shape(samples_shape(samples, num_images=count), manifest, samples)
-    _check_classes(config, samples, manifest, made.get("classes"))
+    _require_same_kind(config, samples, manifest)
     evaluation = evaluation_of(config, manifest)
     num_real = min(count, manifest.count(evaluation.other_split))
-    others = _other_sets(made.get("others", []), evaluation.seeds, count)
-    done = images_to_prepare(config, manifest)
-    total = done + count * (1 + len(others)) + num_real
+    progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
     runner = runner_of(config.compute)
-    evaluator = open_evaluator(config, dataset, runner=runner, on_progress=lambda ready, _: progress(ready, total))
-
-    def on_images(number: int) -> None:
-        nonlocal done
-        done += number
-        progress(done, total)
-
-    name, fingerprint = evaluator.name, evaluator.reference.fingerprint
-    sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=SEED))
-    how: dict[str, Any] = {"near": folder, "runner": runner, "on_images": on_images}
-    generated, real = measure_sets(config, dataset, evaluator, sets, **how, on_score=on_score)
-    distances = set_distances(config, dataset, evaluator, others, **how)
-    generated.metrics.update(seed_metrics([generated.value("fid"), *distances], count))
+    evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
+    sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
+    generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)
     if "score" in generated.metrics:
         generated.metrics["score_ratio"] = Metric(generated.value("score") / real.value("score"), count)
+    name, fingerprint, extractor = evaluator.name, evaluator.reference.fingerprint, evaluator.extractor.name
+    copies, real_copies = generated.metrics["memorised"], real.metrics["memorised"]
     result = EvaluateResult(
         uri=storage.join(folder, f"{name}-n{count}-{fingerprint_of(samples=samples)[:12]}.json"),
         metrics=evaluator.facts | generated.named(name),
@@ -166,59 +127,51 @@ def evaluate(
         fingerprint=fingerprint,
         num_images=count,
         num_real_images=num_real,
-        gate=asdict(_gate(generated, name, fingerprint)),
-        memorisation=asdict(_memorization(generated.metrics["memorised"], real.metrics["memorised"])),
+        gate=asdict(
+            Measurement(
+                name=metric_name("fid", extractor=name, num_images=count),
+                value=generated.value("fid"),
+                uncertainty=generated.value("fid_std"),
+                num_images=count,
+                fingerprint=fingerprint,
+                lower_is_better=True,
+            )
+        ),
+        memorisation=asdict(
+            Memorization(
+                copies=round(copies.value * copies.num_images),
+                num_images=copies.num_images,
+                real_copies=round(real_copies.value * real_copies.num_images),
+                num_real_images=real_copies.num_images,
+            )
+        ),
         running=[asdict(score) for score in generated.running],
-        notes=_notes(count, num_real, extractor=evaluator.extractor.name, real_split=evaluation.other_split),
-        classes=_classes(generated, real, manifest, by_probe=evaluator.extractor.name != "classifier"),
+        notes=list(_notes(count, num_real, extractor=extractor, real_split=evaluation.other_split)),
+        classes=_classes(generated, real, manifest, by_probe=extractor != "classifier"),
     )
     evidence = {"reference_split": evaluation.reference_split, "nearest_training_images": generated.nearest}
-    everything = asdict(result) | {"samples": samples, "dataset": dataset} | evidence
-    storage.write_json(result.uri, everything, indent=1)
+    storage.write_json(result.uri, asdict(result) | {"samples": samples, "dataset": dataset} | evidence, indent=1)
     return result
 
 
-def _other_sets(others: list[str], seeds: int, count: int) -> list[SampleSet]:
-    """The sets of samples with other seeds that lie beside the first one."""
-    if len(others) < seeds - 1:
-        raise UserError(
-            "evaluation.seeds",
-            f"only {1 + len(others)} of them {'have' if others else 'has'} samples",
-            hint="run `ncsn sample` with the same setting first",
-            value=seeds,
-        )
-    return [SampleSet(uri, count) for uri in others[: seeds - 1]]
-
-
-def _tasks(config: Config, dataset: str) -> int:
-    """Number of pieces, if there are workers to share them."""
-    if on_this_machine() and not config.compute.use_gpu:
-        return 1  # this process has all cores: starting Ray would take longer than most evaluations
-    images = max(load_manifest(dataset).count("train"), config.sampling.num_images)
-    return 1 if config.compute.max_workers == 1 else math.ceil(images / PIECE_IMAGES)
-
-
-def _check_shape(shape: tuple[int, ...], manifest: Manifest, samples: str) -> None:
+def _require_same_kind(config: Config, samples: str, manifest: Manifest) -> None:
+    """Refuse to judge images by a dataset of another shape, or by other classes than those that were asked for."""
+    hint = "evaluate them against the dataset that their model was trained on"
+    shape = samples_shape(samples, num_images=config.sampling.num_images)
     if shape != manifest.shape:
-        raise UserError(
-            samples,
-            f"the samples are {_pixels(shape)}, but the dataset has {_pixels(manifest.shape)}",
-            hint="evaluate them against the dataset that their model was trained on",
-        )
-
-
-def _check_classes(config: Config, samples: str, manifest: Manifest, known: list[str] | None) -> None:
-    """Refuse to judge images by other classes than those that they were asked for."""
+        ours, theirs = ("x".join(map(str, each)) for each in (shape, manifest.shape))
+        raise UserError(samples, f"the samples are {ours}, but the dataset has {theirs}", hint=hint)
     if config.data.num_classes is None:
         return
     require_same_classes(config.data.num_classes, manifest.class_names, where=f"the dataset {manifest.name}")
+    known = (storage.find_json(storage.join(samples, MANIFEST)) or {}).get("classes")
     if known is not None and known != list(manifest.class_names):
         changed = next(pair for pair in zip(known, manifest.class_names, strict=True) if pair[0] != pair[1])
         raise UserError(
             "data.num_classes",
             f"the samples {samples} have other classes than the dataset {manifest.name}, such as {changed[0]!r} "
             f"instead of {changed[1]!r}",
-            hint="evaluate them against the dataset that their model was trained on",
+            hint=hint,
             value=config.data.num_classes,
         )
 
@@ -239,6 +192,37 @@ def _classes(generated: Measured, real: Measured, manifest: Manifest, *, by_prob
     }
 
 
+def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str) -> Iterator[str]:
+    if num_real != num_images:
+        yield (
+            f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
+            f"the samples over {num_images}: fewer images alone give a larger Fréchet distance and a smaller score"
+        )
+    if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
+        yield (
+            f"published {PUBLISHED_METRICS[extractor]} are over {PUBLISHED_IMAGES:,} samples; these are over "
+            f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
+        )
+    if extractor == "clusters":
+        yield "there is no classifier score, because the extractor learned clusters instead of labels"
+    elif extractor == "dinov2":
+        yield "there is no score, because DINOv2 has no classes"
+    if few := few_samples(metric_name("fid", extractor=extractor, num_images=num_images)):
+        yield few
+
+
+def _log(tracked: StepRun, result: EvaluateResult, *, samples: str, extractor: str) -> None:
+    tracked.log_metrics({**result.metrics, **result.real_metrics})
+    if result.classes is not None:
+        tracked.log_metrics(_by_class(result.classes, extractor))
+        tracked.log_bytes(to_png(confusion_matrix(result.classes)), "confusion.png")
+    for point in result.running:
+        score = RunningScore(**point)
+        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+    tracked.set_tags({"eval.fingerprint": result.fingerprint, "samples.uri": samples, "evaluation.uri": result.uri})
+    tracked.log_file(result.uri)
+
+
 def _by_class(classes: dict[str, Any], extractor: str) -> dict[str, float]:
     """Metrics of at most 100 classes: `eval/classifier_class_agreement_n51/3-dress`."""
     found = {}
@@ -249,49 +233,3 @@ def _by_class(classes: dict[str, Any], extractor: str) -> dict[str, float]:
                 full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
                 found[f"{full}/{name}"] = line[metric]
     return found
-
-
-def _pixels(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _gate(measured: Measured, extractor: str, fingerprint: str) -> Measurement:
-    distance = measured.metrics["fid"]
-    return Measurement(
-        name=metric_name("fid", extractor=extractor, num_images=distance.num_images),
-        value=distance.value,
-        uncertainty=measured.value("fid_std"),
-        num_images=distance.num_images,
-        fingerprint=fingerprint,
-        lower_is_better=True,
-    )
-
-
-def _memorization(samples: Metric, real: Metric) -> Memorization:
-    return Memorization(
-        copies=round(samples.value * samples.num_images),
-        num_images=samples.num_images,
-        real_copies=round(real.value * real.num_images),
-        num_real_images=real.num_images,
-    )
-
-
-def _notes(num_images: int, num_real: int, *, extractor: str, real_split: str = "test") -> list[str]:
-    notes = []
-    if num_real != num_images:
-        notes.append(
-            f"the {real_split} split has only {num_real} images, so the real metrics are over {num_real} and those of "
-            f"the samples over {num_images}: fewer images alone give a larger Fréchet distance and a smaller score"
-        )
-    if extractor in PUBLISHED_METRICS and num_images != PUBLISHED_IMAGES:
-        notes.append(
-            f"published {PUBLISHED_METRICS[extractor]} are over {PUBLISHED_IMAGES:,} samples; these are over "
-            f"{num_images:,} and not comparable with them: set sampling.num_images = {PUBLISHED_IMAGES}"
-        )
-    if extractor == "clusters":
-        notes.append("there is no classifier score, because the extractor learned clusters instead of labels")
-    elif extractor.startswith("dinov2"):
-        notes.append("there is no score, because DINOv2 has no classes")
-    if few := few_samples(metric_name("fid", extractor=extractor, num_images=num_images)):
-        notes.append(few)
-    return notes

@@ -21,16 +21,15 @@ from ncsn.model.classes import AS_DATA, BALANCED
 from ncsn.report import diagnostics, facts, words
 from ncsn.report.diagnostics import copying_hints, held_out_section
 from ncsn.report.html import look, render
-from ncsn.report.images import GRID_CLASSES, animation, neighbors
-from ncsn.report.page import Animation, Fact, Neighbor, Page, Picture, Scores, Section, Timing
+from ncsn.report.images import GRID_CLASSES, neighbors
+from ncsn.report.page import Fact, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.scores import classes_section, selection_section
-from ncsn.runs.costs import spent
-from ncsn.runs.curves import held_out_curves, loss_names
+from ncsn.runs.costs import account
+from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.runs.records import StepRecord, read_result, read_results
 from ncsn.steps.register import copies_beyond_chance, selection_of
-from ncsn.steps.sample import LEVELS
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
 from ncsn.tracking.registry import settle_guide
@@ -120,7 +119,7 @@ def collect(sources: Sources, tracked: StepRun) -> Page:
     real = words.read_metrics(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
     seconds = sum(record.seconds for record in records.values())
-    costs = spent(config, run=sources.folder.run)
+    costs = account(config, run=sources.folder.run)
     return Page(
         title=config.name,
         run=sources.folder.run,
@@ -137,7 +136,7 @@ def collect(sources: Sources, tracked: StepRun) -> Page:
         ),
         tiles=words.tiles(sources.samples["nfe"], generated, real),
         samples=_grid(sources),
-        animation=_animation(sources),
+        strip=_strip(sources),
         scores=_scores(sources, generated),
         neighbors=_neighbors(sources),
         neighbors_text=_neighbors_text(generated),
@@ -164,9 +163,12 @@ def _grid(sources: Sources) -> Picture | None:
     return Picture(storage.read_bytes(uri), alt="a grid of generated images", caption=caption)
 
 
-def _animation(sources: Sources) -> Animation | None:
-    uri = storage.join(sources.evaluation["samples"], LEVELS)
-    return animation(storage.read_array(uri), sigmas=sources.sigmas) if storage.exists(uri) else None
+def _strip(sources: Sources) -> Picture | None:
+    uri = storage.join(sources.evaluation["samples"], "strip.png")
+    if not storage.exists(uri):
+        return None
+    caption = "One image in each row: at the start, after some of the noise levels, and finished."
+    return Picture(storage.read_bytes(uri), alt="images on their way from noise", caption=caption)
 
 
 def _scores(sources: Sources, generated: Mapping[str, words.Reading]) -> Scores:
@@ -222,15 +224,17 @@ def _sections(sources: Sources) -> Iterator[Section]:
     if (held_out := held_out_curves(history)) is not None:
         yield held_out_section(held_out)
     if history.images_seen:
-        noise = build.training_noise(config)
+        noise, stopped = build.training_noise(config), (sources.result("train") or {}).get("stopped")
         bins = noise.bins.tolist()
         linear = diagnostics.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         yield diagnostics.training_section(
             history.images_seen,
-            history.losses(loss_names(bins)),
+            history.losses(loss_names(config, bins)),
             sigmas=bins,
             linear=linear.reshape(len(bins), -1).mean(axis=1),
+            unit=loss_unit(config),
             hints=[
+                *([f"Training {stopped}, as train.stop asks."] if stopped else []),
                 *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
             ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.evaluation import SEED_STRIDE
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.distributed.cluster import cluster_for, ray_tags
-from ncsn.distributed.sampling import Features, Shard, make_shards, plan_shards, watch_levels
+from ncsn.distributed.sampling import LEVELS, Features, make_shards, plan_shards
 from ncsn.distributed.tasks import runner_of
 from ncsn.evaluation.choice import classes_in_turn, extractor_name
 from ncsn.evaluation.frechet import RunningDistance, RunningScore
@@ -27,17 +25,13 @@ from ncsn.model.classes import require_label
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.guidance import guide_of, sampling_facts
 from ncsn.progress import Progress
-from ncsn.report.images import Stages, denoising_gif, grid_png, images_in_gif, rows_by_class, strip_png
-from ncsn.runs.folder import RunFolder
+from ncsn.report.images import grid_png, rows_by_class, strip_png
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
 
 GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
-STRIP_IMAGES = 8
-LEVELS = "levels.npy"  # next to the strip: its images as an array `[stages, N, H, W, C]` uint8
-MOST_STAGES = 40  # of the strip and of the GIF, however many levels there are
 
 
 @dataclass(frozen=True)
@@ -46,13 +40,11 @@ class SampleResult:
 
     uri: str  # folder of the Parquet shards and their manifest
     grid: str  # URI of a PNG with the first images
-    strip: str  # URI of a PNG that shows some images at every noise level, or at an even choice of them
-    gif: str  # URI of a GIF in which images form
+    strip: str  # URI of a PNG that shows some images at an even choice of the noise levels
     num_images: int
     nfe: int  # score-network evaluations per image
     seconds: float  # of this call's sampling
     checkpoint: str
-    others: list[str] = field(default_factory=list)  # folders of the sets with other seeds, for `evaluation.seeds`
     images_per_second: float | None = None  # of those that this call made; None if it made none
     notes: list[str] = field(default_factory=list)  # for people
 
@@ -79,70 +71,41 @@ def run(
     guide = guide_of(trained, config.sampling)
     facts = sampling_facts(config.sampling, guide)
     uri = step.folder.samples(trained.digest, storage.digest(facts, 12))
-    others = _other_seeds(config, guide, trained.digest, step.folder)
-    inputs = {"uri": uri, "num_images": config.sampling.num_images} | ({"others": [*others]} if others else {})
-    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip, result.gif, *others]):
+    inputs = {"uri": uri, "num_images": config.sampling.num_images}
+    if result := step.found(inputs, needs=lambda result: [result.uri, result.grid, result.strip]):
         return result
     options = {"checkpoint": checkpoint} | ({"score": score} if score else {})
     if result := step.dispatched(config, options):
         return result
-    sets = [(config, plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score))]
-    sets += [(other, plan_shards(other, checkpoint=checkpoint, folder=place)) for place, other in others.items()]
+    shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
     with (
         step.work(config, lease=lease) as work,
-        cluster_for(config, tasks=sum(len(shards) for _, shards in sets), metadata=work.job_metadata()),
+        cluster_for(config, tasks=len(shards), metadata=work.job_metadata()),
     ):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None
-        made, seconds = _make(sets, work.progress, scores)
+        started = time.perf_counter()
+        on_features = None if scores is None else scores.add
+        made = make_shards(config, shards, progress=work.progress, on_features=on_features)
+        seconds = time.perf_counter() - started
         result = SampleResult(
             uri=uri,
             grid=storage.join(uri, "grid.png"),
             strip=storage.join(uri, "strip.png"),
-            gif=storage.join(uri, "denoising.gif"),
             num_images=config.sampling.num_images,
             nfe=evaluations_per_image(config),
             seconds=round(seconds, 3),
             checkpoint=checkpoint,
-            others=[*others],
             images_per_second=round(made / seconds, 3) if made else None,
             notes=build.noise_notes(config, images=trained.images_seen),
         )
-        _publish_pictures(result, config)
+        storage.write_bytes(result.grid, samples_grid(uri, config))
+        storage.write_bytes(result.strip, strip_png(storage.read_array(storage.join(uri, LEVELS))))
         _publish_manifest(result, facts, trained)
         _log(work.tracked, result, trained)
         if scores is not None:
             scores.log(work.tracked)
     return step.done(result)
-
-
-def _other_seeds(
-    config: Config, guide: checkpoints.TrainedNetwork | None, weights: str, folder: RunFolder
-) -> dict[str, Config]:
-    """Folder -> config of each further set of samples that the evaluation asks for."""
-    found = {}
-    for number in range(1, config.evaluation.seeds):
-        sampling = config.sampling.model_copy(update={"seed": (config.sampling.seed + number * SEED_STRIDE) % 2**63})
-        uri = folder.samples(weights, storage.digest(sampling_facts(sampling, guide), 12))
-        found[uri] = config.model_copy(update={"sampling": sampling})
-    return found
-
-
-def _make(
-    sets: Sequence[tuple[Config, list[Shard]]], progress: Callable[[int, int], None], scores: _Scores | None
-) -> tuple[int, float]:
-    """Make sets of equal size; return how many images of the first were made, and in how many seconds."""
-    found = list[tuple[int, float]]()
-
-    def progress_of_all(done: int, total: int) -> None:
-        progress(len(found) * total + done, len(sets) * total)
-
-    for config, shards in sets:
-        on_features = scores.add if scores and not found else None
-        started = time.perf_counter()
-        made = make_shards(config, shards, progress=progress_of_all, on_features=on_features)
-        found.append((made, time.perf_counter() - started))
-    return found[0]
 
 
 class _Scores:
@@ -182,20 +145,6 @@ def samples_grid(uri: str, config: Config) -> bytes:
     return grid_png(images[rows.flatten()], columns=rows.shape[1])
 
 
-def _publish_pictures(result: SampleResult, config: Config) -> None:
-    storage.write_bytes(result.grid, samples_grid(result.uri, config))
-    if storage.exists(result.strip) and storage.exists(result.gif):
-        return
-    in_gif = images_in_gif(config.data.image_size)
-    count = min(max(STRIP_IMAGES, in_gif), result.num_images)
-    few = Shard(config, config.sampling, result.checkpoint, result.uri, first=0, count=count)
-    frames = watch_levels(few, Stages(MOST_STAGES)).frames
-    in_strip = frames[:, :STRIP_IMAGES]
-    storage.write_array(storage.join(result.uri, LEVELS), in_strip)
-    storage.write_bytes(result.strip, strip_png(in_strip))
-    storage.write_bytes(result.gif, denoising_gif(frames[:, :in_gif]))
-
-
 def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: checkpoints.SamplingCheckpoint) -> None:
     manifest = {
         "checkpoint": result.checkpoint,
@@ -204,7 +153,6 @@ def _publish_manifest(result: SampleResult, facts: dict[str, Any], trained: chec
         "nfe": result.nfe,
         **facts,
         **({} if trained.classes is None else {"classes": trained.classes.names}),
-        **({"others": result.others} if result.others else {}),
     }
     storage.write_json(storage.join(result.uri, "manifest.json"), manifest, indent=1)
 
@@ -215,5 +163,5 @@ def _log(tracked: StepRun, result: SampleResult, trained: checkpoints.SamplingCh
     tracked.log_metrics({"sample/nfe": result.nfe})
     if result.images_per_second is not None:
         tracked.log_metrics({"sample/images_per_second": result.images_per_second})
-    for picture in (result.grid, result.strip, result.gif):
+    for picture in (result.grid, result.strip):
         tracked.log_file(picture)

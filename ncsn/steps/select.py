@@ -23,8 +23,9 @@ from ncsn.distributed.sampling import Candidate, sample_features
 from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.choice import evaluation_of
+from ncsn.evaluation.features import SEED
 from ncsn.evaluation.measure import metric_name
-from ncsn.evaluation.reference import SEED, Evaluator, open_evaluator
+from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.model.candidates import Weights, find_weights, keep_copy, parabola_minimum
 from ncsn.report.cards import few_samples

@@ -1,17 +1,20 @@
-"""Images from registered models."""
+"""Registered models: images from them, and their export as plain files."""
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.evaluation import EXTRAPOLATE_RATIO
+from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
@@ -77,7 +80,7 @@ def _config(trained: TrainedNetwork, overrides: Sequence[str], *, origin: str) -
     """The registered config with the changes; refuses those that the model cannot follow."""
     registered = trained.config
     # Nothing is measured here, so that rules of the evaluation do not matter, such as its least number of images.
-    unmeasured = ("evaluation.num_splits=1", "evaluation.extrapolate=false")
+    unmeasured = ("evaluation.num_splits=1",)
     config = from_yaml(to_yaml(registered), overrides=[*unmeasured, *overrides], origin=origin)
     checkpoints.require_same_training(registered, config, origin=origin)
     require_label(config.sampling.label, trained.classes)
@@ -127,6 +130,37 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
     )
 
 
+@dataclass(frozen=True)
+class ExportResult:
+    """A file of weights."""
+
+    uri: str
+    parameters: int
+    source: str  # URI of a checkpoint, or `models:/<name>/<version>`
+
+
+def from_checkpoint(checkpoint: str, *, out: str) -> ExportResult:
+    """Write the EMA weights of a checkpoint to the file `out`."""
+    return _write(checkpoints.load_for_sampling(checkpoint), source=checkpoint, out=out)
+
+
+def from_model(address: str, *, registry: str, out: str) -> ExportResult:
+    """Write the EMA weights of a registered model to the file `out`."""
+    with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
+        version = resolve_version(open_client_at(registry), address)
+        source = f"models:/{version.name}/{version.version}"
+        trained = load_trained(fetch_weights(registry, version, Path(temporary)), origin=source)
+    return _write(trained, source=source, out=out)
+
+
+def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
+    # The names are those of the network, which the config in the metadata builds.
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.network.named_parameters()}
+    uri = storage.absolute(out)
+    storage.write_bytes(uri, save(weights, metadata={"config": to_json(trained.config), "source": source}))
+    return ExportResult(uri=uri, parameters=sum(tensor.numel() for tensor in weights.values()), source=source)
+
+
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """The config to evaluate the images with, in the store `root`, and a run name that no other images have.
 
@@ -136,9 +170,7 @@ def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] =
     text, count = storage.read_text(origin), images.num_images
     registered = from_yaml(text, origin=images.model).evaluation
     fitting = [f"evaluation.num_splits={min(registered.num_splits, count)}"]
-    if count < EXTRAPOLATE_RATIO * registered.num_features:
-        fitting.append("evaluation.extrapolate=false")
-    own = [f"storage.root={root}", "evaluation.seeds=1"]  # one set
+    own = [f"storage.root={root}"]
     config = from_yaml(text, overrides=[*fitting, *overrides, *own], origin=images.model)
     model = re.sub(r"[^a-z0-9]+", "-", images.model.removeprefix("models:/").lower())[:40]
     return config, f"{model.strip('-')}-{images.uri.rpartition('/')[2]}"

@@ -28,9 +28,8 @@ from ncsn.config import Config, from_yaml
 from ncsn.data.format import Rows, from_table, to_table
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import cluster_for, ray_tags, require_resources
-from ncsn.distributed.sampling import Shard, make_shards, plan_shards, watch_levels
+from ncsn.distributed.sampling import LEVELS, make_shards, plan_shards
 from ncsn.model.index import CheckpointError
-from ncsn.report.images import Stages
 from ncsn.steps.evaluate import evaluate
 from ncsn.training.loop import TrainingJob
 
@@ -98,6 +97,15 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
                 assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_the_best_checkpoint_is_kept_beside_the_latest(trained: Path) -> None:
+    (best,) = (path.name for path in (trained / "best").iterdir() if path.is_dir())
+    record = json.loads((trained / "best" / "best.json").read_text())
+    assert record["checkpoint"] == best and 0 < record["loss"] < 2
+    for file in (trained / "checkpoints" / best).iterdir():
+        assert (trained / "best" / best / file.name).read_bytes() == file.read_bytes()
+    assert not list(trained.rglob(".tmp-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
@@ -132,7 +140,7 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
-    assert kill.killed.exists()
+    assert kill.done.exists()
     assert_same_tensors(*(run / "checkpoints" / "images-000000160" for run in (trained, tmp_path)))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]
@@ -256,16 +264,6 @@ def test_an_evaluation_by_tasks_has_the_figures_of_one_process(
     assert not list(copy.glob("reference/.*")) and not list((tmp_path / "shared").glob(".*"))
 
 
-def test_levels_end_with_the_images(cluster: Cluster, sample: Sample, trained: Path, tiny: str, tmp_path: Path) -> None:
-    config = from_yaml(tiny)
-    _, images = sample(tmp_path, config, batch=4)
-    shard = Shard(config, config.sampling, checkpoint_of(trained), "", 0, 4)
-    stages = cluster.driver(watch_levels, shard, Stages(40))
-    assert stages.numbers == [0, 1, 2, 3, 4] and stages.frames.shape == (5, 4, 8, 8, 1)
-    assert np.array_equal(stages.frames[-1], images[:4])
-    assert not np.array_equal(stages.frames[-2], images[:4])
-
-
 def test_a_single_shard_is_the_same_without_a_cluster(
     sample: Sample, trained: Path, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +278,6 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     with cluster_for(config, tasks=1):
         assert ray_tags() == {}  # of no cluster
         assert make_shards(config, [shard], progress=lambda done, total: None) == 10
-        stages = watch_levels(shard, Stages(40))
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before + 1
@@ -288,7 +285,7 @@ def test_a_single_shard_is_the_same_without_a_cluster(
     scored = plan(from_yaml(tiny, overrides=["sampling.batch_size=4"]), dataset="anywhere")
     assert [(shard.first, shard.count, shard.exists) for shard in scored] == [(0, 4, True), (4, 4, True), (8, 2, True)]
     assert np.array_equal(from_table(pq.read_table(shard.uri)).images, images)
-    assert np.array_equal(stages.frames[-1], images)
+    assert np.array_equal(np.load(tmp_path / "here" / LEVELS)[-1], images[:8])
 
 
 def test_a_sampler_that_diverges_is_a_mistake(sample: Sample, tiny: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The network is a small one of the same code, except where its shapes are looked 
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from refused import refused
 from torch import Tensor
 
-from ncsn.config import Config, ConfigError, from_yaml, to_yaml
+from ncsn.config import Config, from_yaml
 from ncsn.config.evaluation import PUBLISHED_SHA256
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
@@ -39,7 +40,7 @@ from ncsn.evaluation.extractors.dinov2 import (
 )
 from ncsn.evaluation.reference import load_manifest
 from ncsn.model.memory import worker_memory
-from ncsn.report.words import extractor_phrase, read_metrics
+from ncsn.progress import Progress
 from ncsn.steps import evaluate
 
 SMALL = Shape(width=64, depth=2, heads=4, grid=37)
@@ -55,13 +56,29 @@ def random_state(shape: Shape = SMALL) -> dict[str, Tensor]:
     }
 
 
+Publish = Callable[[Any], Path]
+
+
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """A file of random weights of the small network, and its SHA-256."""
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Writes a file that counts as the published one, of the small network."""
     monkeypatch.setattr(dinov2, "VIT_L", SMALL)
-    path = tmp_path / "dinov2.pth"
-    torch.save(random_state(), path)
-    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def write(content: Any) -> Path:
+        path = tmp_path / "dinov2.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        monkeypatch.setitem(PUBLISHED_SHA256, "dinov2", hashlib.sha256(path.read_bytes()).hexdigest())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def weights(publish: Publish) -> str:
+    return str(publish(random_state()))
 
 
 def test_the_published_file_has_304_368_640_parameters() -> None:
@@ -139,9 +156,8 @@ def test_images_are_resized_as_pillow_does(size: int) -> None:
     assert np.abs(pixels - expected).max() < 1.5, "Pillow rounds after each direction"
 
 
-def test_features_do_not_depend_on_the_batch(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    extractor = Dinov2Extractor(path, sha256=sha256)
+def test_features_do_not_depend_on_the_batch(weights: str) -> None:
+    extractor = Dinov2Extractor(weights)
     images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
     images.flags.writeable = False
     extracted = extractor.extract(images)
@@ -151,9 +167,8 @@ def test_features_do_not_depend_on_the_batch(weights: tuple[str, str]) -> None:
     assert np.std(extracted.features, axis=0).min() > 1e-3, "other images have other features"
 
 
-def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    extractor = Dinov2Extractor(path, sha256=sha256)
+def test_gray_images_are_repeated_to_rgb(weights: str) -> None:
+    extractor = Dinov2Extractor(weights)
     gray = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
     repeated = extractor.extract(np.repeat(gray, 3, axis=3)).features
     np.testing.assert_allclose(extractor.extract(gray).features, repeated, rtol=1e-5, atol=1e-6)
@@ -177,36 +192,17 @@ def of_other_files() -> list[Any]:
     ]
 
 
-def test_other_files_are_refused_in_one_line(weights: tuple[str, str]) -> None:
-    path = Path(weights[0])
+def test_other_files_are_refused_in_one_line(publish: Publish) -> None:
     for content in of_other_files():
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
+        path = str(publish(content))
         with refused("evaluation.weights") as caught:
-            Dinov2Extractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        assert caught.value.problems[0].value == str(path)
+            Dinov2Extractor(path)
+        assert caught.value.problems[0].value == path
 
 
-def test_half_precision_weights_are_read_as_float32(weights: tuple[str, str]) -> None:
-    path = Path(weights[0])
-    torch.save({name: value.half() for name, value in random_state().items()}, path)
-    extractor = Dinov2Extractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    assert extractor.extract(np.zeros((1, 8, 8, 3), np.uint8)).features.dtype == np.float32
-
-
-def test_only_the_published_weights_give_dinov2_figures(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    assert Dinov2Extractor(path, sha256=sha256).name == "dinov2-unpinned"
-    published, other = dinov2.identity(PUBLISHED_SHA256["dinov2"]), dinov2.identity(sha256)
-    assert published.name == "dinov2" and published.fingerprint != other.fingerprint
-    assert not published.knows_classes
-    with refused("evaluation.weights"):
-        Dinov2Extractor(path, sha256=PUBLISHED_SHA256["dinov2"])
-    phrases = {extractor_phrase(name) for name in ("dinov2", "dinov2-unpinned", "inception", "other")}
-    assert len(phrases) == 4 and all("DINOv2" in extractor_phrase(known.name) for known in (published, other))
-    assert read_metrics({"eval/dinov2-unpinned_fid_std_n20": 1.0})["fid_std"].extractor == "dinov2-unpinned"
+def test_half_precision_weights_are_read_as_float32(publish: Publish) -> None:
+    path = publish({name: value.half() for name, value in random_state().items()})
+    assert Dinov2Extractor(str(path)).extract(np.zeros((1, 8, 8, 3), np.uint8)).features.dtype == np.float32
 
 
 CONFIG = """
@@ -233,54 +229,37 @@ def samples_of(folder: Path, dataset: str, split: str) -> str:
 
 
 def measured(config: Config, samples: str, dataset: str, folder: Path) -> evaluate.EvaluateResult:
-    return evaluate.evaluate(config, samples=samples, dataset=dataset, folder=str(folder), progress=lambda *_: None)
+    return evaluate.evaluate(config, samples=samples, dataset=dataset, folder=str(folder), progress=Progress())
 
 
-def test_the_evaluate_step_measures_with_dinov2(weights: tuple[str, str], tmp_path: Path) -> None:
-    path, sha256 = weights
-    config, dataset = prepared(tmp_path / "store", path, f"evaluation.weights_sha256={sha256}")
+def test_the_evaluate_step_measures_with_dinov2(weights: str, tmp_path: Path) -> None:
+    config, dataset = prepared(tmp_path / "store", weights)
     same = measured(config, samples_of(tmp_path / "train", dataset, "train"), dataset, tmp_path / "out")
-    assert same.metrics["eval/dinov2-unpinned_fid_n20"] == pytest.approx(0, abs=1e-6)
-    assert same.metrics["eval/dinov2-unpinned_recall_n20"] == 1
+    assert same.metrics["eval/dinov2_fid_n20"] == pytest.approx(0, abs=1e-6)
+    assert same.metrics["eval/dinov2_recall_n20"] == 1
     other = measured(config, samples_of(tmp_path / "test", dataset, "test"), dataset, tmp_path / "out")
-    distance = other.metrics["eval/dinov2-unpinned_fid_n20"]
+    distance = other.metrics["eval/dinov2_fid_n20"]
     assert distance > 1e-3, "the test images are others"
-    assert other.real_metrics["eval/real_dinov2-unpinned_fid_n20"] == pytest.approx(distance, rel=1e-6)
-    assert other.gate["name"] == "eval/dinov2-unpinned_fid_n20"
+    assert other.real_metrics["eval/real_dinov2_fid_n20"] == pytest.approx(distance, rel=1e-6)
+    assert other.gate["name"] == "eval/dinov2_fid_n20"
     assert not [name for name in other.metrics if "score" in name or "class" in name or "confidence" in name]
-    assert len(other.notes) == 2, "there is no score, and there are few samples"
-    assert extractor_name(config, load_manifest(dataset)) == "dinov2-unpinned"
+    assert len(other.notes) == 3, "there is no score, and there are few samples"
+    assert extractor_name(config, load_manifest(dataset)) == "dinov2"
 
 
-def test_weights_that_are_not_there_are_named(weights: tuple[str, str], tmp_path: Path) -> None:
+def test_weights_that_are_not_there_are_named(weights: str, tmp_path: Path) -> None:
     nothing = str(tmp_path / "nothing.pth")
     config, dataset = prepared(tmp_path / "store", nothing)
     samples = samples_of(tmp_path / "samples", dataset, "test")
     with refused("evaluation.weights", error=NotFound) as caught:
         measured(config, samples, dataset, tmp_path / "out")
     assert caught.value.problems[0].value == nothing
-    other, _ = prepared(tmp_path / "store", weights[0])
+    Path(weights).write_bytes(b"other")
+    other, _ = prepared(tmp_path / "store", weights)
     with refused("evaluation.weights") as caught:
         measured(other, samples, dataset, tmp_path / "out")
     assert PUBLISHED_SHA256["dinov2"] in caught.value.problems[0].reason
     assert not (tmp_path / "out").exists()
-
-
-def test_the_hash_follows_the_extractor_unless_it_is_given() -> None:
-    def sha256(text: str, *overrides: str) -> str:
-        return from_yaml(text, overrides=list(overrides)).evaluation.weights_sha256
-
-    dinov2_, inception = ("evaluation.extractor=dinov2", "evaluation.weights=w.pth"), "evaluation.extractor=inception"
-    assert sha256(CONFIG) == PUBLISHED_SHA256["inception"]
-    assert sha256(CONFIG, *dinov2_) == PUBLISHED_SHA256["dinov2"]
-    assert sha256(CONFIG, *dinov2_, f"evaluation.weights_sha256={'a' * 64}") == "a" * 64
-    written = to_yaml(from_settings(overrides=[]))
-    assert sha256(written, *dinov2_) == PUBLISHED_SHA256["dinov2"]
-    written = to_yaml(from_settings(overrides=list(dinov2_)))
-    assert sha256(written) == PUBLISHED_SHA256["dinov2"]
-    assert sha256(written, inception) == PUBLISHED_SHA256["inception"]
-    with refused("evaluation.weights", error=ConfigError):
-        from_settings(overrides=["evaluation.extractor=dinov2"])
 
 
 def test_the_memory_of_a_worker_covers_the_network() -> None:

@@ -25,7 +25,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.schema import EvaluationConfig
+from ncsn.config.evaluation import PUBLISHED_SHA256, EvaluationConfig
 from ncsn.data.format import to_table
 from ncsn.data.parquet import read_split, write_dataset
 from ncsn.data.sources.known import open_source
@@ -34,6 +34,7 @@ from ncsn.evaluation.extractors.inception import InceptionExtractor
 from ncsn.evaluation.extractors.weights import obtain_weights
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 from ncsn.evaluation.scores import inception_score, kernel_distance, precision_recall
+from ncsn.progress import Progress
 from ncsn.steps import evaluate
 
 
@@ -44,33 +45,33 @@ class RandomGraph(FeatureExtractorInceptionV3):  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A file of random weights of the right layout, and its SHA-256."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A file of random weights of the right layout, which stands in for the published one."""
     folder = tmp_path_factory.mktemp("inception")
     torch.save({}, folder / "empty.pth")
     torch.manual_seed(0)
     graph = RandomGraph("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
     path = folder / "weights.pth"
     torch.save(graph.state_dict(), path)
-    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PUBLISHED_SHA256, "inception", hashlib.sha256(path.read_bytes()).hexdigest())
+        yield str(path)
 
 
-def test_features_and_probabilities_are_the_ports(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    extractor = InceptionExtractor(path, sha256=sha256)
+def test_features_and_probabilities_are_the_ports(weights: str) -> None:
+    extractor = InceptionExtractor(weights)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     images.flags.writeable = False
     extracted = extractor.extract(images)
-    graph = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+    graph = FeatureExtractorInceptionV3("port", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
     features, logits = graph(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_array_equal(extracted.features, features.numpy())
     np.testing.assert_array_equal(extracted.log_probabilities, logits.double().log_softmax(1).numpy())
     assert (extracted.features.shape, extracted.log_probabilities.shape) == ((2, 2048), (2, 1008))
 
 
-def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    extractor = InceptionExtractor(path, sha256=sha256)
+def test_gray_images_are_repeated_to_rgb(weights: str) -> None:
+    extractor = InceptionExtractor(weights)
     gray = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
     np.testing.assert_array_equal(
         extractor.extract(gray).features, extractor.extract(np.repeat(gray, 3, axis=3)).features
@@ -79,22 +80,16 @@ def test_gray_images_are_repeated_to_rgb(weights: tuple[str, str]) -> None:
         extractor.extract(np.zeros((1, 8, 8, 2), np.uint8))
 
 
-def test_only_the_official_weights_give_inception_figures(weights: tuple[str, str]) -> None:
-    path, sha256 = weights
-    assert InceptionExtractor(path, sha256=sha256).name == "custom_graph"
-    with refused("evaluation.weights"):
-        InceptionExtractor(path)
-
-
-def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(content: Any) -> str:
         path = tmp_path / "other.pth"
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
+        monkeypatch.setitem(PUBLISHED_SHA256, "inception", hashlib.sha256(path.read_bytes()).hexdigest())
         with refused(str(path)) as caught:
-            InceptionExtractor(str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+            InceptionExtractor(str(path))
         return str(caught.value)
 
     for content in (b"not a checkpoint", {"fc.weight": torch.zeros(3)}, Path("an object that must be unpickled")):
@@ -110,7 +105,7 @@ class Prepared(NamedTuple):
 
     def evaluate(self, folder: Path) -> evaluate.EvaluateResult:
         return evaluate.evaluate(
-            self.config, samples=self.samples, dataset=self.dataset, folder=str(folder), progress=lambda *_: None
+            self.config, samples=self.samples, dataset=self.dataset, folder=str(folder), progress=Progress()
         )
 
 
@@ -132,39 +127,35 @@ def prepare(folder: Path, **evaluation: Any) -> Prepared:
     return Prepared(config, str(samples), dataset.uri)
 
 
-def test_the_evaluate_step_refuses_other_weights(weights: tuple[str, str], tmp_path: Path) -> None:
-    path, _ = weights
+def test_the_evaluate_step_refuses_other_weights(weights: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    other.write_bytes(Path(weights).read_bytes() + b"0")
     with refused("evaluation.weights"):
-        prepare(tmp_path, weights=path).evaluate(tmp_path / "evaluation")
+        prepare(tmp_path, weights=str(other)).evaluate(tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
 
 
 @pytest.mark.slow
-def test_the_evaluate_step_measures_with_the_graph(weights: tuple[str, str], tmp_path: Path) -> None:
-    """From the file to the metrics; the random weights stand in for the official ones, so the name is another."""
-    path, sha256 = weights
-    prepared = prepare(tmp_path, weights=path, weights_sha256=sha256)
+def test_the_evaluate_step_measures_with_the_graph(weights: str, tmp_path: Path) -> None:
+    """From the file to the metrics."""
+    prepared = prepare(tmp_path, weights=weights)
     result = prepared.evaluate(tmp_path / "evaluation")
-    extractor = InceptionExtractor(path, sha256=sha256)
+    extractor = InceptionExtractor(weights)
     test, train = (extractor.extract(read_split(prepared.dataset, split).images) for split in ("test", "train"))
     expected = fid_statistics_to_metric(
         *(fid_features_to_statistics(torch.from_numpy(part.features).double()) for part in (test, train)), verbose=False
     )
     fid = expected["frechet_inception_distance"]
-    assert result.metrics["eval/custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
+    assert result.metrics["eval/inception_fid_n6"] == pytest.approx(fid, rel=1e-3)
     expected_score = inception_score(test.log_probabilities, num_splits=1).mean
-    assert result.metrics["eval/custom_graph_score_n6"] == pytest.approx(expected_score, rel=1e-6)
+    assert result.metrics["eval/inception_score_n6"] == pytest.approx(expected_score, rel=1e-6)
     # The samples are the test images, so a perfect model has the same metrics.
-    assert fid > 0 and result.real_metrics["eval/real_custom_graph_fid_n6"] == pytest.approx(fid, rel=1e-3)
+    assert fid > 0 and result.real_metrics["eval/real_inception_fid_n6"] == pytest.approx(fid, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [({"extractor": "inception"}, "weights"), ({"weights_sha256": "abc"}, "weights_sha256")],
-)
-def test_the_config_names_weights_and_hash(settings: dict[str, str], key: str) -> None:
-    with pytest.raises(ValidationError, match=rf"\b{key}\b"):
-        EvaluationConfig.model_validate(settings)
+def test_the_config_names_the_weights() -> None:
+    with pytest.raises(ValidationError, match=r"\bweights\b"):
+        EvaluationConfig.model_validate({"extractor": "inception"})
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Frame, expect
+from playwright.sync_api import Browser, Frame
 
 from ncsn.report.html import render
 from ncsn.report.page import Page
@@ -16,10 +16,6 @@ SCREENSHOTS = "NCSN_SCREENSHOTS"  # folder for the screenshots; the default is p
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
 VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
 <iframe sandbox="allow-scripts" src="report.html"></iframe>"""
-IN_VIEW = """(() => {
-  const box = document.querySelector(".animation").getBoundingClientRect();
-  return box.top < innerHeight && box.bottom > 0;
-})()"""
 
 
 @dataclass
@@ -44,10 +40,8 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
     width, height = SIZES[request.param]
     contexts = []
 
-    def open_page(name: str, *, scheme: str = "light", motion: str = "reduce") -> Visit:
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion=motion
-        )
+    def open_page(name: str, *, scheme: str = "light") -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
         tab = context.new_page()
         tab.set_default_timeout(60_000)  # milliseconds, for a busy machine
@@ -78,7 +72,7 @@ def visit(request: pytest.FixtureRequest, browser: Browser, folder: Path, tmp_pa
 def test_pictures_are_shown_and_nothing_is_requested(visit, folder: Path, page: Page, name: str) -> None:
     seen = visit(name)
     widths = seen.frame.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 5, "grid, animation, two neighbors, inpainting"
+    assert len(widths) == 5, "grid, strip, two neighbors, inpainting"
     assert min(widths) > 0
     plots = seen.frame.evaluate("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().width)")
     assert len(plots) == 3 and min(plots) > 300
@@ -102,34 +96,3 @@ def test_nothing_is_wider_than_the_screen(visit) -> None:
     )
     assert background < 60
     assert ink > 180
-
-
-def test_with_reduced_motion_the_animation_plays_on_request(visit) -> None:
-    animation = visit("viewer.html").frame.locator(".animation")
-    output = animation.locator("output")
-    animation.scroll_into_view_if_needed()
-    animation.page.wait_for_timeout(1000)  # five frames' time
-    assert output.text_content() == "finished" and animation.locator("button").text_content() == "\u25b6"
-    animation.locator("input").fill("2")
-    assert output.text_content() == "sigma 0.3"
-    window = animation.locator(".window").bounding_box()
-    top, height = animation.locator("img").bounding_box()["y"] - window["y"], window["height"]
-    assert top == pytest.approx(-2 * height, rel=0.02), "the third frame fills the window"
-    animation.locator("button").click()
-    # It evaluates no string, which the policy would forbid.
-    expect(output).to_have_text("finished")
-
-
-def test_the_animation_starts_when_it_is_visible_and_stops_at_the_slider(visit) -> None:
-    frame = visit("report.html", motion="no-preference").frame
-    output, button = frame.locator(".animation output"), frame.locator(".animation button")
-    if not frame.evaluate(IN_VIEW):
-        expect(output).to_have_text("finished")
-        expect(button).to_have_text("\u25b6")
-    frame.locator(".animation").scroll_into_view_if_needed()
-    expect(button).to_have_text("\u23f8")
-    expect(output).not_to_have_text("finished")
-    frame.locator(".animation input").fill("2")
-    expect(button).to_have_text("\u25b6")
-    frame.wait_for_timeout(1000)  # five frames' time
-    assert output.text_content() == "sigma 0.3"

@@ -38,11 +38,10 @@ def test_hostile_names_stay_text(page: Page) -> None:
             lead=[HOSTILE],
             tiles=[Tile(HOSTILE, HOSTILE, HOSTILE)],
             config=HOSTILE,
-            animation=page.animation._replace(labels=[HOSTILE, *page.animation.labels[1:]]),
             timings=[page.timings[0]._replace(step=HOSTILE, result=HOSTILE)],
         )
     )
-    assert text.count("<script>") == harmless.count("<script>") == 1
+    assert text.count("<script>") == 0
     assert text.count("<img") == harmless.count("<img")
     assert text.count("{{ 7 * 7 }}") == text.count("&lt;script&gt;alert(1)") > 10
 

@@ -9,16 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from refused import refused
 
-from ncsn.config import Config, ConfigError, from_yaml, to_yaml
+from ncsn.config import Config
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
-from ncsn.evaluation import pieces
-from ncsn.evaluation.extractors.base import Extracted
-from ncsn.evaluation.extractors.classifier import ClassifierExtractor
 from ncsn.evaluation.frechet import RunningScore
+from ncsn.progress import Progress
 from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Measurement, Memorization
@@ -55,9 +53,7 @@ def write_samples(folder: Path, images: np.ndarray, labels: np.ndarray | None = 
 
 
 def evaluate(config: Config, *, samples: str, dataset: str, folder: Path) -> step.EvaluateResult:
-    return step.evaluate(
-        config, samples=samples, dataset=dataset, folder=str(folder), progress=lambda done, total: None
-    )
+    return step.evaluate(config, samples=samples, dataset=dataset, folder=str(folder), progress=Progress())
 
 
 def test_real_images_as_samples_reach_the_real_figures(store: Path, dataset: str) -> None:
@@ -108,39 +104,6 @@ def test_a_second_call_returns_the_first_result(store: Path, dataset: str) -> No
     written = Path(first.uri).stat().st_mtime_ns
     assert step.run(config, run="again", samples=samples, dataset=dataset) == first
     assert Path(first.uri).stat().st_mtime_ns == written
-
-
-def test_an_interrupted_evaluation_looks_at_what_is_missing(
-    store: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "PIECE_IMAGES", 100)
-    images, looked_at = open_cache(dataset, "test").images[:500], list[int]()
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    for first in range(0, 500, 100):
-        rows = Rows(np.ascontiguousarray(images[first : first + 100]), np.full(100, -1))
-        pq.write_table(to_table(rows), folder / f"shard-{first:09d}-{first + 100:09d}.parquet")
-    config = make_config(store)
-    whole = evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "whole")
-
-    extract = ClassifierExtractor.extract
-
-    def counted(self: ClassifierExtractor, images: np.ndarray) -> Extracted:
-        looked_at.append(len(images))
-        return extract(self, images)
-
-    monkeypatch.setattr(ClassifierExtractor, "extract", counted)
-    broken = folder / "shard-000000300-000000400.parquet"
-    content = broken.read_bytes()
-    broken.write_bytes(b"torn")
-    with refused(str(broken)):
-        evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
-    assert sum(looked_at) == 300
-    broken.write_bytes(content)
-    again = evaluate(config, samples=str(folder), dataset=dataset, folder=tmp_path / "again")
-    assert sum(looked_at) == 300 + 200 + 500, "the last two hundred samples and the real images"
-    assert (again.metrics, again.real_metrics) == (whole.metrics, whole.real_metrics)
-    assert not list((tmp_path / "again").glob(".*"))
 
 
 def test_noise_is_told_from_digits(store: Path, dataset: str, tmp_path: Path) -> None:
@@ -210,30 +173,6 @@ def test_few_images_without_labels_are_enough(store: Path, tmp_path: Path) -> No
     assert (result.num_images, result.num_real_images) == (20, 3)
 
 
-def test_the_distance_is_extrapolated_if_asked_for(store: Path, dataset: str, tmp_path: Path) -> None:
-    sampling = {"num_images": 539, "sampler": {"kind": "annealed_langevin"}}
-    config = make_config(store, sampling=sampling, evaluation={"extrapolate": True})
-    samples = write_samples(tmp_path / "all", open_cache(dataset, "test").images)
-    result = evaluate(config, samples=samples, dataset=dataset, folder=tmp_path)
-    infinite, std = (result.metrics[f"eval/classifier_fid_infinity{name}_n539"] for name in ("", "_std"))
-    assert infinite + std < result.metrics["eval/classifier_fid_n539"]
-    assert std > result.metrics["eval/classifier_fid_std_n539"]
-    assert result.real_metrics["eval/real_classifier_fid_infinity_n539"] == pytest.approx(infinite, abs=4 * std)
-    with refused("evaluation.extrapolate", error=ConfigError):
-        from_yaml(to_yaml(config), overrides=["sampling.num_images=511"])
-
-
-def test_results_of_an_explicit_extractor_are_those_of_auto(store: Path, dataset: str) -> None:
-    """Runs from before `auto` are found again."""
-    explicit = make_config(store, evaluation={"extractor": "classifier"})
-    samples = write_samples(store / "explicit", open_cache(dataset, "test").images[:500])
-    first = step.run(explicit, run="explicit", samples=samples, dataset=dataset)
-    record = store / "runs" / "explicit" / "steps" / "evaluate" / "step.json"
-    written = record.stat().st_mtime_ns
-    assert step.run(make_config(store), run="explicit", samples=samples, dataset=dataset) == first
-    assert record.stat().st_mtime_ns == written
-
-
 def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_path: Path) -> None:
     train = open_cache(dataset, "train").images[:600]
     config = make_config(store, sampling={"num_images": 600, "sampler": {"kind": "annealed_langevin"}})
@@ -245,11 +184,11 @@ def test_fewer_test_images_than_samples_is_said(store: Path, dataset: str, tmp_p
 
 
 def test_inception_figures_of_fewer_samples_than_published_ones_say_so() -> None:
-    assert step._notes(50_000, 50_000, extractor="inception") == []
-    (note,) = step._notes(10_000, 10_000, extractor="inception")
+    assert list(step._notes(50_000, 50_000, extractor="inception", real_split="test")) == []
+    (note,) = step._notes(10_000, 10_000, extractor="inception", real_split="test")
     assert "50,000" in note and "10,000" in note and "sampling.num_images" in note
-    (few,) = step._notes(512, 512, extractor="classifier")
-    assert "512" in few and "evaluation.extrapolate" in few
+    (few,) = step._notes(512, 512, extractor="classifier", real_split="test")
+    assert "512" in few
 
 
 def test_bad_input_is_one_clear_line(store: Path, dataset: str, tmp_path: Path) -> None:

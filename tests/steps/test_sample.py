@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
@@ -21,6 +19,8 @@ from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources.known import open_source
 from ncsn.report.images import grid_png
 from ncsn.report.words import read_metrics
+from ncsn.runs.costs import account
+from ncsn.runs.folder import run_folder
 from ncsn.steps import evaluate, sample
 from ncsn.tracking.client import connect
 
@@ -61,7 +61,7 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert (result.num_images, result.nfe, result.checkpoint) == (10, 4 + 1, checkpoint)
     (images,) = read_samples(result.uri, num_images=10, batch_size=10)
     assert images.shape == (10, 8, 8, 1)
-    levels = np.load(Path(result.uri) / sample.LEVELS)
+    levels = np.load(Path(result.uri) / "levels.npy")
     assert levels.shape == (5, 8, 8, 8, 1)
     assert np.array_equal(levels[-1], images[:8])
     assert json.loads((Path(result.uri) / "manifest.json").read_text())["nfe"] == 5
@@ -74,6 +74,16 @@ def test_images_pictures_and_their_score_are_stored_and_found_again(
     assert sample.run(config, run="mine", checkpoint=checkpoint) == result, "its seconds too"
 
 
+def test_a_result_of_a_version_without_its_speed_is_found(config: Config, checkpoint: str) -> None:
+    sample.run(config, run="mine", checkpoint=checkpoint)
+    stored = run_folder(config, "mine").step("sample", "result.json")
+    record = storage.read_json(stored)
+    del record["result"]["images_per_second"]
+    storage.write_text(stored, json.dumps(record))
+    assert sample.run(config, run="mine", checkpoint=checkpoint).images_per_second is None
+    assert "images_per_second" not in storage.read_json(stored)["result"]
+
+
 def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> None:
     result = sample.run(config, run="mine", checkpoint=checkpoint)
     (shard,) = Path(result.uri).glob("shard-*.parquet")
@@ -81,8 +91,10 @@ def test_only_what_is_missing_is_made_again(config: Config, checkpoint: str) -> 
     Path(result.grid).unlink()
     written = shard.stat().st_mtime_ns
     assert result.images_per_second == pytest.approx(10 / result.seconds, rel=0.1)
+    assert account(config, run="mine")["actual"]["steps"]["sample"]["images_per_second"] == result.images_per_second
     again = sample.run(config, run="mine", checkpoint=checkpoint)
     assert again.images_per_second is None, "it made none"
+    assert "images_per_second" not in account(config, run="mine")["actual"]["steps"]["sample"]
     assert Path(result.grid).exists()
     assert shard.stat().st_mtime_ns == written
     Path(result.grid).unlink()
@@ -129,33 +141,6 @@ def test_samples_by_autoguidance_are_those_of_the_guides_weights(
     assert found[0].nfe == 10
     plain = sample.run(config, run="mine", checkpoint=checkpoint)
     assert plain.uri not in {each.uri for each in found}
-
-
-def test_further_seeds_are_sampled_and_evaluated_beside_the_first(
-    config: Config, dataset: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seeded = from_yaml(to_yaml(config), overrides=["evaluation.seeds=3", "sampling.seed=5"])
-    with refused("evaluation.seeds"):
-        one = sample.run(from_yaml(to_yaml(config), overrides=["sampling.seed=5"]), run="mine", checkpoint=checkpoint)
-        evaluate.run(seeded, run="mine", samples=one.uri, dataset=dataset)
-    monkeypatch.setattr(sample, "cluster_for", lambda *_, **__: nullcontext())
-    result = sample.run(seeded, run="mine", checkpoint=checkpoint)
-    assert result.uri == one.uri and len({result.uri, *result.others}) == 3
-    alone = [
-        sample.run(from_yaml(to_yaml(config), overrides=[f"sampling.seed={seed}"]), run="mine", checkpoint=checkpoint)
-        for seed in (5 + 2**32, 5 + 2 * 2**32)
-    ]
-    assert [each.uri for each in alone] == result.others
-    assert storage.read_json(storage.join(result.uri, "manifest.json"))["others"] == result.others
-    found = evaluate.run(seeded, run="mine", samples=result.uri, dataset=dataset).metrics
-    singles = [
-        evaluate.run(config, run="mine", samples=uri, dataset=dataset).metrics["eval/classifier_fid_n10"]
-        for uri in (result.uri, *result.others)
-    ]
-    values = {name: found[f"eval/classifier_fid_{name}_n10"] for name in ("mean", "min", "max")}
-    wanted = {"mean": sum(singles) / 3, "min": min(singles), "max": max(singles)}
-    assert values == pytest.approx(wanted, rel=1e-9)
-    assert found["eval/classifier_fid_n10"] == singles[0]
 
 
 def test_test_images_can_be_the_reference(config: Config, dataset: str, checkpoint: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,10 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which extractor it is, without its weights; see `Extractor`."""
+    """Which extractor it is, without its weights."""
 
-    name: str
-    fingerprint: str
+    name: str  # prefix of metric names: `classifier`, `clusters`, `inception` or `dinov2`
+    fingerprint: str  # hash of kind, weights, resize and preprocessing: if equal, features compare
     num_features: int
     knows_classes: bool = True  # whether the classes of its probabilities mean something, so that there is a score
 
@@ -49,37 +49,21 @@ class Identity:
 class Extractor(Protocol):
     """A fixed function from uint8 images to features and class probabilities, independent of batch composition."""
 
-    @property
-    def name(self) -> str:
-        """Prefix of metric names: `classifier`, `clusters`, `inception`, `dinov2`, or another with other weights."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of kind, weights, resize and preprocessing: equal fingerprints give comparable features."""
-
-    @property
-    def num_features(self) -> int:
-        """D."""
-
     def extract(self, images: Images) -> Extracted:
         """Features and log probabilities of [N, H, W, C] uint8 images."""
 
 
-def extract_all(
-    extractor: Extractor, stream: Iterable[Images], *, on_images: Callable[[int], None] | None = None
-) -> Extracted:
-    """Features and probabilities of a stream of [n, H, W, C] uint8 batches; `on_images(n)` follows each batch."""
-    features: list[npt.NDArray[np.float32]] = []
-    log_probabilities: list[npt.NDArray[np.float64]] = []
-    for batch in stream:
-        extracted = extractor.extract(batch)
-        features.append(extracted.features)
-        log_probabilities.append(extracted.log_probabilities)
-        if on_images is not None:
-            on_images(len(batch))
-    if not features:
-        raise InvalidValue("there are no images to evaluate")
-    return Extracted(features=np.concatenate(features), log_probabilities=np.concatenate(log_probabilities))
+def extract_all(extractor: Extractor, stream: Iterable[Images]) -> Extracted:
+    """Features and probabilities of a stream of [n, H, W, C] uint8 batches."""
+    return joined([extractor.extract(batch) for batch in stream])
+
+
+def joined(parts: Sequence[Extracted]) -> Extracted:
+    """The parts as one, in order."""
+    return Extracted(
+        features=np.concatenate([part.features for part in parts]),
+        log_probabilities=np.concatenate([part.log_probabilities for part in parts]),
+    )
 
 
 def fingerprint_of(**parts: str | int | float | None) -> str:
@@ -87,10 +71,10 @@ def fingerprint_of(**parts: str | int | float | None) -> str:
     return storage.digest(parts, length=64)
 
 
-def batches(images: Images, *, batch_size: int) -> Iterator[Images]:
-    """Consecutive slices of at most `batch_size` images; a memory map is read one slice at a time."""
-    for first in range(0, len(images), batch_size):
-        yield images[first : first + batch_size]
+def batches(rows: npt.NDArray[Any], *, batch_size: int) -> Iterator[npt.NDArray[Any]]:
+    """Consecutive slices of at most `batch_size` rows; a memory map is read one slice at a time."""
+    for first in range(0, len(rows), batch_size):
+        yield rows[first : first + batch_size]
 
 
 def require_images(images: Images, *, height: int | None, width: int | None, channels: int) -> None:

@@ -7,7 +7,7 @@ the features count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -27,6 +27,7 @@ from ncsn.evaluation.extractors.base import (
     full_float32,
     require_images,
 )
+from ncsn.progress import Progress
 
 Labels = npt.NDArray[np.int64]
 
@@ -54,10 +55,7 @@ class ClassifierRecipe:
     @property
     def key(self) -> str:
         """Folder name of this recipe's classifier, 16 hex digits."""
-        parts = asdict(self)
-        if not self.clustered:
-            del parts["clustered"]  # classifiers were stored before there were clusters
-        return fingerprint_of(version=RECIPE_VERSION, **parts)[:16]
+        return fingerprint_of(version=RECIPE_VERSION, **asdict(self))[:16]
 
     @property
     def name(self) -> str:
@@ -126,13 +124,10 @@ def identity(recipe: ClassifierRecipe, *, weights_sha256: str) -> Identity:
 
 
 class ClassifierExtractor:
-    """The classifier as an `Extractor`; see there."""
+    """The classifier as an `Extractor`."""
 
-    num_features = NUM_FEATURES
-
-    def __init__(self, network: ClassifierNetwork, known: Identity) -> None:
+    def __init__(self, network: ClassifierNetwork) -> None:
         self.network = network.eval()
-        self.name, self.fingerprint = known.name, known.fingerprint
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 128] and log probabilities [N, K] of uint8 [N, H, W, C] images."""
@@ -150,14 +145,14 @@ def train_classifier(
     images: Images,
     labels: Labels,
     device: str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ClassifierNetwork:
     """Train by cross-entropy with AdamW and a one-cycle learning rate; deterministic for a seed and a thread count.
 
     Args:
         images: [N, H, W, C] uint8; a memory map is fine.
         labels: [N] class of each image; images of label -1 (no label) are left out.
-        on_progress: Called with (images done, images in all).
+        progress: Advances by the images of each step.
     """
     require_images(images, height=recipe.image_size, width=recipe.image_size, channels=recipe.channels)
     labeled = _labeled(labels, num_classes=recipe.num_classes)
@@ -175,7 +170,7 @@ def train_classifier(
         # Of exactly 5, a fifth would be a rise of one step, and torch divides by its length less one.
         rise = 0.2 if steps != 4 else 0.3
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=rise)
-        for epoch in range(recipe.epochs):
+        for _ in range(recipe.epochs):
             order = labeled[torch.randperm(len(labeled)).numpy()]
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
@@ -185,8 +180,8 @@ def train_classifier(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                if on_progress is not None:
-                    on_progress(epoch * len(order) + first + len(chosen), recipe.epochs * len(order))
+                if progress is not None:
+                    progress.advance(len(chosen))
     return network.eval()
 
 

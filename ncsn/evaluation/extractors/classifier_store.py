@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from ncsn.evaluation.extractors.classifier import (
     train_classifier,
 )
 from ncsn.evaluation.extractors.clusters import cluster_labels
+from ncsn.progress import Progress
 
 LabeledImages = CachedSplit | Rows
 
@@ -65,7 +65,7 @@ def ensure_classifier(
     train: LabeledImages,
     test: LabeledImages,
     device: str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Train and store the classifier of `recipe` for a dataset unless it is stored already; its folder's URI."""
     uri = classifier_uri(dataset_uri, recipe)
@@ -75,7 +75,7 @@ def ensure_classifier(
     labels = train.labels
     if recipe.clustered:
         labels = cluster_labels(train.images, count=recipe.num_classes, seed=recipe.seed)
-    network = train_classifier(recipe, images=train.images, labels=labels, device=device, on_progress=on_progress)
+    network = train_classifier(recipe, images=train.images, labels=labels, device=device, progress=progress)
     test_accuracy = math.nan if recipe.clustered else accuracy(network, images=test.images, labels=test.labels)
     weights = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
     description = {
@@ -105,4 +105,4 @@ def load_classifier(uri: str, *, device: str = "cpu") -> ClassifierExtractor:
     recipe = ClassifierRecipe(**description["recipe"])
     network = ClassifierNetwork(recipe)
     network.load_state_dict(load(weights))
-    return ClassifierExtractor(network.to(device), identity(recipe, weights_sha256=digest))
+    return ClassifierExtractor(network.to(device))

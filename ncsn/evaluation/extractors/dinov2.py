@@ -42,12 +42,13 @@ class Shape:
 VIT_L = Shape(width=1024, depth=24, heads=16, grid=37)
 
 
-def identity(sha256: str) -> Identity:
-    """The DINOv2 extractor with weights of this SHA-256; with other than the published ones its name changes."""
+def identity() -> Identity:
+    """The DINOv2 extractor with the published weights."""
+    weights = PUBLISHED_SHA256["dinov2"]
     return Identity(
-        name="dinov2" if sha256 == PUBLISHED_SHA256["dinov2"] else "dinov2-unpinned",
+        name="dinov2",
         fingerprint=fingerprint_of(
-            kind="dinov2-vitl14", port="torchvision", weights=sha256, resize="bicubic-antialias-224"
+            kind="dinov2-vitl14", port="torchvision", weights=weights, resize="bicubic-antialias-224"
         ),
         num_features=VIT_L.width,
         knows_classes=False,
@@ -60,11 +61,10 @@ class Dinov2Extractor:
     Gray images are repeated to RGB.
     """
 
-    def __init__(self, weights: str, *, sha256: str, device: str = "cpu") -> None:
-        known = identity(sha256)
-        self.name, self.fingerprint, self.num_features = known.name, known.fingerprint, known.num_features
+    def __init__(self, weights: str, *, device: str = "cpu") -> None:
         self._device = device
-        self._network = network_of(_read(obtain_weights(weights, sha256=sha256), weights), VIT_L).to(device)
+        path = obtain_weights(weights, sha256=PUBLISHED_SHA256["dinov2"])
+        self._network = network_of(_read(path, weights), VIT_L).to(device)
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 1024] and log probabilities [N, 1] of uint8 [N, H, W, 1 or 3] images."""

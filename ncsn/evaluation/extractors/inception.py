@@ -14,20 +14,18 @@ from ncsn.errors import UserError
 from ncsn.evaluation.extractors.base import Extracted, Identity, Images, fingerprint_of, full_float32, require_images
 from ncsn.evaluation.extractors.weights import NOT_A_CHECKPOINT, obtain_weights
 
-# Of a conversion of the graph that both original codes use.
-OFFICIAL_SHA256 = PUBLISHED_SHA256["inception"]
-
 NUM_FEATURES = 2048
 FEATURES = str(NUM_FEATURES)
 LOGITS = "logits_unbiased"
 
 
-def identity(sha256: str) -> Identity:
-    """The Inception extractor with weights of this SHA-256; with other than the official ones its name changes."""
+def identity() -> Identity:
+    """The Inception extractor with the published weights, a conversion of the graph that both original codes use."""
+    weights = PUBLISHED_SHA256["inception"]
     return Identity(
-        name="inception" if sha256 == OFFICIAL_SHA256 else "custom_graph",
+        name="inception",
         fingerprint=fingerprint_of(
-            kind="inception-2015-12-05", port="torch-fidelity", weights=sha256, resize="tf1-bilinear-299"
+            kind="inception-2015-12-05", port="torch-fidelity", weights=weights, resize="tf1-bilinear-299"
         ),
         num_features=NUM_FEATURES,
     )
@@ -39,13 +37,9 @@ class InceptionExtractor:
     Images are resized to 299 pixels as TensorFlow 1 did (bilinear, no half-pixel offset), gray ones repeated to RGB.
     """
 
-    num_features = NUM_FEATURES
-
-    def __init__(self, weights: str, *, sha256: str = OFFICIAL_SHA256, device: str = "cpu") -> None:
-        known = identity(sha256)
-        self.name, self.fingerprint = known.name, known.fingerprint
+    def __init__(self, weights: str, *, device: str = "cpu") -> None:
         self._device = device
-        self._graph = _load_graph(obtain_weights(weights, sha256=sha256)).to(device)
+        self._graph = _load_graph(obtain_weights(weights, sha256=PUBLISHED_SHA256["inception"])).to(device)
 
     def extract(self, images: Images) -> Extracted:
         """Features [N, 2048] and log probabilities [N, 1008] of uint8 [N, H, W, 1 or 3] images."""

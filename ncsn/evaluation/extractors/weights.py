@@ -69,6 +69,6 @@ def _check(path: Path, source: str, sha256: str) -> None:
         raise UserError(
             "evaluation.weights",
             f"has SHA-256 {found}, expected {sha256}",
-            hint="get the right file, or set evaluation.weights_sha256 if you mean this one",
+            hint="get the published file",
             value=source,
         )

@@ -1,0 +1,159 @@
+"""Sets of images and their features, which come batch by batch from other processes where there are any.
+
+No batch is cut in two, so the features do not depend on who makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ncsn.config import Config, from_json, to_json
+from ncsn.core.keyed_random import keyed_permutation
+from ncsn.data.format import Manifest, load_manifest
+from ncsn.data.samples import batch_starts, read_labels, read_samples
+from ncsn.data.training_images import open_cache
+from ncsn.evaluation.choice import evaluation_of
+from ncsn.evaluation.extractors import classifier_store, dinov2, inception
+from ncsn.evaluation.extractors.base import Extracted, Extractor, Images, joined
+from ncsn.evaluation.extractors.classifier import ClassifierRecipe
+from ncsn.evaluation.extractors.clusters import num_clusters
+from ncsn.process import keep_freed_memory
+from ncsn.progress import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SEED = 0  # of the classifier and of what is drawn: one for all experiments on a dataset, so that they compare
+
+
+class Runner(Protocol):
+    """Calls a function that is found by name, with arguments that pickle, in this process or in others."""
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:
+        """Each item with `function(item)`, as they are done. `gpu`: on a GPU if the config uses them."""
+
+
+def here(function: Callable[[T], R], items: Sequence[T], *, gpu: bool) -> Iterator[tuple[T, R]]:  # noqa: ARG001
+    """A `Runner` in this process, one call after the other."""
+    return ((item, function(item)) for item in items)
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The first `count` images of a samples folder. No batch holds images of two shards."""
+
+    uri: str
+    count: int
+
+    def starts(self, batch_size: int) -> list[int]:
+        """Index of the first image of each batch, ascending from 0."""
+        return batch_starts(self.uri, num_images=self.count, batch_size=batch_size)
+
+    def read(self, first: int, last: int) -> Images:
+        """Images `first .. last` as [n, H, W, C] uint8."""
+        return np.concatenate(list(read_samples(self.uri, start=first, num_images=last, batch_size=last - first)))
+
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each image, int64 [count], -1 for none."""
+        return read_labels(self.uri, num_images=self.count)
+
+
+@dataclass(frozen=True)
+class SplitSet:
+    """The first `count` images of a split of a dataset, in stored order or, if `drawn`, in the order of `SEED`."""
+
+    dataset: str
+    split: str
+    count: int
+    drawn: bool = False
+
+    def starts(self, batch_size: int) -> list[int]:
+        """See `SampleSet`."""
+        return list(range(0, self.count, batch_size))
+
+    def read(self, first: int, last: int) -> Images:
+        """See `SampleSet`."""
+        images = open_cache(self.dataset, self.split).images
+        return np.asarray(images[self._rows(len(images))[first:last] if self.drawn else slice(first, last)])
+
+    def labels(self) -> NDArray[np.int64]:
+        """See `SampleSet`."""
+        labels = open_cache(self.dataset, self.split).labels
+        return np.asarray(labels[self._rows(len(labels)) if self.drawn else slice(None)][: self.count])
+
+    def _rows(self, size: int) -> NDArray[np.int64]:
+        return keyed_permutation(SEED, epoch=0, size=size)
+
+
+ImageSet = SampleSet | SplitSet
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images `first .. last` of a set, and how their features are made."""
+
+    config: Config  # its evaluation section names the extractor
+    dataset: str  # URI of the dataset whose folder holds the extractor
+    images: ImageSet
+    first: int
+    last: int
+
+
+def extract_set(config: Config, dataset: str, images: ImageSet, *, runner: Runner, progress: Progress) -> Extracted:
+    """Features and probabilities of all images of a set, in order; `progress` counts the images."""
+    starts = images.starts(config.evaluation.batch_size)
+    ends = [*starts[1:], images.count]
+    batches = [_Batch(config, dataset, images, first, last) for first, last in zip(starts, ends, strict=True)]
+    found: dict[int, Extracted] = {}
+    for batch, extracted in runner(_extract, batches, gpu=True):
+        found[batch.first] = extracted
+        progress.advance(batch.last - batch.first)
+    return joined([found.pop(first) for first in starts])
+
+
+def _extract(batch: _Batch) -> Extracted:
+    return extractor_of(batch.config, batch.dataset).extract(batch.images.read(batch.first, batch.last))
+
+
+def extractor_of(config: Config, dataset: str) -> Extractor:
+    """The configured extractor, loaded in this process and kept for the next call."""
+    return _extractor(to_json(config), dataset)
+
+
+@lru_cache(maxsize=1)
+def _extractor(config_json: str, dataset: str) -> Extractor:
+    keep_freed_memory()
+    config = from_json(config_json)
+    settings = config.evaluation
+    if settings.pretrained is not None:
+        assert settings.weights is not None, "the schema asks for weights"
+        kinds: dict[str, Any] = {"inception": inception.InceptionExtractor, "dinov2": dinov2.Dinov2Extractor}
+        extractor: Extractor = kinds[settings.pretrained](settings.weights, device=device_of(config))
+        return extractor
+    uri = classifier_store.classifier_uri(dataset, recipe_of(config, load_manifest(dataset)))
+    return classifier_store.load_classifier(uri, device=device_of(config))
+
+
+def device_of(config: Config) -> str:
+    """`cuda` if the config uses GPUs and this process has one, else `cpu`."""
+    return "cuda" if config.compute.use_gpu and torch.cuda.is_available() else "cpu"
+
+
+def recipe_of(config: Config, manifest: Manifest) -> ClassifierRecipe:
+    """The classifier of the config for a dataset, by its labels or by clusters."""
+    clustered = evaluation_of(config, manifest).extractor == "clusters"
+    return ClassifierRecipe(
+        image_size=manifest.image_size,
+        channels=manifest.channels,
+        num_classes=num_clusters(manifest.count("train")) if clustered else len(manifest.class_names),
+        epochs=config.evaluation.classifier_epochs,
+        seed=SEED,
+        clustered=clustered,
+    )

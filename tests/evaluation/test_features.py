@@ -1,0 +1,89 @@
+"""Features batch by batch: those of one pass, whoever makes them, and in whatever order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ncsn.config import Config, from_yaml
+from ncsn.data.format import Rows, to_table
+from ncsn.data.parquet import write_dataset
+from ncsn.data.samples import read_samples
+from ncsn.data.sources.known import open_source
+from ncsn.data.training_images import open_cache
+from ncsn.evaluation import features as module
+from ncsn.evaluation.extractors.base import Extracted
+from ncsn.evaluation.features import SampleSet, SplitSet, extract_set
+from ncsn.progress import Progress
+
+CONFIG = """
+name: pieces
+data: {source: sklearn_digits, image_size: 8, channels: 1, test_fraction: 0.3, max_images: 120}
+noise: {num_levels: 4}
+network: {kind: unet, widths: [8]}
+train: {num_images: 128, checkpoint_every_images: 128, report_every_images: 128}
+sampling: {sampler: {kind: annealed_langevin}}
+evaluation: {batch_size: 8}
+"""
+
+
+class Brightness:
+    """An extractor whose features show the image and the size of its batch."""
+
+    def extract(self, images: np.ndarray) -> Extracted:
+        features = np.stack([images.mean((1, 2, 3)), np.full(len(images), len(images))], axis=1).astype(np.float32)
+        return Extracted(features=features, log_probabilities=np.log(np.full((len(images), 2), 0.5)))
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return from_yaml(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("data"))
+    return write_dataset(open_source(config.data), folder, name="digits", data=config.data).uri
+
+
+@pytest.fixture
+def samples(dataset: str, tmp_path: Path) -> SampleSet:
+    """Seventy images in shards of 20 and 13, of which 61 are wanted."""
+    images, first = open_cache(dataset, "train").images, 0
+    for count in (20, 13, 20, 17):
+        part = np.ascontiguousarray(images[first : first + count])
+        table = to_table(Rows(part, np.full(count, -1)))
+        pq.write_table(table, tmp_path / f"shard-{first:09d}-{first + count:09d}.parquet")
+        first += count
+    return SampleSet(str(tmp_path), 61)
+
+
+def backwards(function, items, *, gpu):
+    return ((item, function(item)) for item in reversed(items))
+
+
+def test_no_batch_holds_images_of_two_shards(config, dataset, samples, monkeypatch) -> None:
+    monkeypatch.setattr(module, "extractor_of", lambda *_: Brightness())
+    whole = list(read_samples(samples.uri, num_images=61, batch_size=8))
+    assert [len(batch) for batch in whole] == [8, 8, 4, 8, 5, 8, 8, 4, 8]
+    progress = Progress()
+    progress.start(100, "images")
+    extracted = extract_set(config, dataset, samples, runner=backwards, progress=progress)
+    assert progress.done == 61 and extracted.log_probabilities.shape == (61, 2)
+    np.testing.assert_array_equal(extracted.features[:, 0], np.concatenate(whole).mean((1, 2, 3)).astype(np.float32))
+    sizes = [len(batch) for batch in whole]
+    np.testing.assert_array_equal(extracted.features[:, 1], np.repeat(sizes, sizes))
+    np.testing.assert_array_equal(samples.read(0, 30), np.concatenate(whole)[:30])
+
+
+def test_drawn_images_have_their_labels(dataset: str) -> None:
+    drawn, split = SplitSet(dataset, "test", 30, drawn=True), open_cache(dataset, "test")
+    whole = drawn.read(0, 30)
+    np.testing.assert_array_equal(drawn.read(8, 16), whole[8:16])
+    for image, label in zip(whole, drawn.labels(), strict=True):
+        assert label in split.labels[np.flatnonzero((split.images == image).all(axis=(1, 2, 3)))]
+    np.testing.assert_array_equal(SplitSet(dataset, "test", 9).labels(), split.labels[:9])
+    np.testing.assert_array_equal(SplitSet(dataset, "test", 9).read(2, 9), split.images[2:9])
