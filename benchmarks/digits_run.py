@@ -39,7 +39,7 @@ class DigitsRun:
 
     def step(self, name: str) -> dict[str, Any]:
         """The record of a step: `result`, `seconds`."""
-        found: dict[str, Any] = json.loads(Path(self.store, "runs", RUN, "steps", name, "result.json").read_text())
+        found: dict[str, Any] = json.loads(Path(self.store, "runs", RUN, "steps", name, "step.json").read_text())
         return found
 
 

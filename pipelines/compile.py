@@ -1,4 +1,4 @@
-"""Compiles the pipelines to the YAML that KFP runs: `ncsn compile`, or `python -m pipelines.compile [FOLDER]`."""
+"""Compiles the pipelines to the YAML that KFP runs: `python -m pipelines.compile [FOLDER]`."""
 
 import itertools
 import sys

@@ -102,12 +102,19 @@ for _step in PIPELINE:
 @existing_run_options
 @json_option
 def show_config_command(*, experiment: Experiment, as_json: bool) -> None:
-    """Print the resolved config, each setting with its meaning and range. The output is a valid config file."""
+    """Print the resolved config, each setting with its meaning and range. The output is a valid config file.
+
+    Where noise = auto and the run has its dataset, it begins with the levels that were chosen.
+    """
     from ncsn.config import to_json
     from ncsn.tools.draft import documented_yaml
 
-    config = experiment.resolve().config
-    click.echo(to_json(config) if as_json else documented_yaml(config), nl=as_json)
+    target = experiment.resolve()
+    if not as_json and target.config.noise.kind == "auto":
+        from ncsn.tools.plan import chosen_levels
+
+        click.echo("".join(f"# {line}\n" for line in chosen_levels(target.config, target.run)), nl=False)
+    click.echo(to_json(target.config) if as_json else documented_yaml(target.config), nl=as_json)
 
 
 @app.command("ui", cls=ReportingCommand)
@@ -122,9 +129,8 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
 
 
 for _command in (
-    *(setup.plan_command, setup.suggest_noise_command),
-    finished.select_command,
-    *(kubeflow.submit_command, kubeflow.compile_command, kubeflow.doctor_command, kubeflow.cleanup_command),
-    *(registry.promote_command, registry.rollback_command, registry.trace_command, registry.export_command),
+    *(setup.plan_command, finished.select_command),
+    *(kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command),
+    *(registry.promote_command, registry.trace_command),
 ):
     app.add_command(_command)

@@ -33,8 +33,8 @@ from ncsn.process import require_same_python
 from ncsn.runs.folder import RunFolder, claim_run, run_folder
 from ncsn.runs.inputs import default_checkpoint, find_inputs
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepRecord, forget_attempts, read_result, read_results, recorded
-from ncsn.runs.steps import CONTINUING, STEPS_ELSEWHERE
+from ncsn.runs.records import StepRecord, read_result, read_results, recorded
+from ncsn.runs.steps import CONTINUING, STEPS, STEPS_ELSEWHERE
 from ncsn.storage.heartbeat import Lease
 
 _POLL_SECONDS = 0.5
@@ -156,7 +156,8 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
 
 
 def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
-    forget_attempts(folder)
+    for step in STEPS:
+        storage.delete_file(folder.step(step, "progress.json"))
     work = work_folder(folder)
     with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
         supervisor = Supervisor(folder, work, view)

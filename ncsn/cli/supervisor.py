@@ -19,7 +19,7 @@ from ncsn.cli.options import StepFailed
 from ncsn.errors import Problem
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepError, StepRecord, read_error, read_result, read_results
+from ncsn.runs.records import StepError, StepRecord, read_result, read_results, read_step
 from ncsn.runs.steps import STEPS
 
 _POLL_SECONDS = 0.5
@@ -82,7 +82,7 @@ class Supervisor:
         return f"done in {record.seconds:,.1f} s"
 
     def _failure(self, step: str) -> StepFailed:
-        recorded = read_error(self.folder, step)
+        recorded = read_step(self.folder, step).error
         if recorded is None:
             recorded = StepError("", _last_error_line(self.log) or "ended without a result", mistake=False)
         problems = recorded.problems

@@ -111,5 +111,5 @@ def _read_of_run(origin: str, run: str) -> str:
 def _run_of_checkpoint(checkpoint: str, config: Config) -> str | None:
     root, uri = storage.absolute(config.storage.root), storage.absolute(checkpoint)
     folder = RunFolder(root, uri.removeprefix(f"{storage.join(root, 'runs')}/").partition("/")[0])
-    places = (folder.checkpoints, folder.best, folder.selected, folder.averages)
+    places = (folder.checkpoints, folder.selected, folder.averages)
     return folder.run if uri.startswith(tuple(f"{place}/" for place in places)) else None

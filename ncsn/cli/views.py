@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,7 @@ from ncsn.runs.folder import RunFolder
 from ncsn.runs.records import StepRecord
 
 if TYPE_CHECKING:
-    from ncsn.core.noise_schedule import NoiseSuggestion
+    pass
 
 
 _REAL = "eval/real_"
@@ -31,34 +30,6 @@ def describe_result(step: str, result: Mapping[str, Any]) -> str:
     if step == "tune":
         lines = [_trials_table(result), *lines, f"next: ncsn run --config {result['config']}"]
     return "\n".join([*lines, *(f"note: {note}" for note in result.get("notes", ()))])
-
-
-def describe_suggestion(suggestion: NoiseSuggestion, *, sigma_data: float) -> str:
-    """YAML for a config, under comments with the numbers that it comes from."""
-    from ncsn.config.noise import edm_mean
-    from ncsn.config.search import significant
-    from ncsn.data.noise_levels import noise_section
-
-    distances, levels, steps = suggestion.distances, suggestion.num_levels, suggestion.steps_per_level
-    section = {
-        "noise": dict(noise_section(suggestion)),
-        "sampling": {
-            "sampler": {
-                "kind": "annealed_langevin",
-                "steps_per_level": steps,
-                "epsilon": significant(suggestion.epsilon, 3),
-            }
-        },
-    }
-    lines = (
-        f"images     {distances.num_images:,}, {'all' if distances.exact else 'a sample'}",
-        f"distances  at most {distances.maximum:.4g}, 99.9 % of them up to {distances.quantile_999:.4g}",
-        f"levels     {levels} at ratio {suggestion.ratio:.4f}, overlap {suggestion.overlap:.3f}",
-        f"epsilon    for T = {steps}: variance {suggestion.variance_ratio:.4f} of the ideal, "
-        f"{levels * steps:,} evaluations per image",
-        f"sigma_data {sigma_data:.4f}, for networks that have it; noise.training.mean {edm_mean(sigma_data):.2f}",
-    )
-    return "\n".join([*(f"# {line}" for line in lines), yaml.safe_dump(section, sort_keys=False).rstrip()])
 
 
 def print_summary(
@@ -166,86 +137,21 @@ def _outputs(folder: RunFolder, config: Config, records: Mapping[str, StepRecord
 
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    """Time and cost of each step, memory, storage and rates."""
-    currency = plan["prices"]["currency"]
-    table = _table(currency)
+    """Time and cost of training and sampling, and what they are computed from."""
+    table = Table("step", box=SIMPLE_HEAD)
+    names = [name for name in ("cpu_hours", "gpu_hours", "money") if name in plan["steps"]["train"]]
+    for column in ("time", *(name.replace("cpu", "CPU").replace("gpu", "GPU").replace("_", " ") for name in names)):
+        table.add_column(column, justify="right")
     for step, cost in plan["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *_costs(cost))
-    table.add_row("start", duration(plan["start_seconds"]), "", "", "", "")
-    whole = plan["total"]
-    table.add_row("[bold]all", f"[bold]{duration(whole['seconds'] + plan['start_seconds'])}", *_costs(whole))
+        table.add_row(step, duration(cost["seconds"]), *(f"{cost[name]:,.3g}" for name in names))
     console.print(table)
-    memory, store = plan["memory"], plan["storage"]
-    verdict = "fits" if memory["fits"] else "[bold]does not fit[/]: lower train.batch_size or compute.num_workers"
+    flop = plan["gflop"]
     lines = [
-        f"memory   {memory['worker_gb']:.2f} GB per worker, {memory['workers_gb']:.2f} of "
-        f"{memory['machine_gb']:.1f} GB: {verdict}"
-    ]
-    if pods := plan["pods"]:
-        lines.append(
-            f"pods     {pods['count']} of {pods['workers']} workers: {pods['cpus']} CPUs, {pods['gpus']} GPUs and "
-            f"{pods['memory_gb']:.1f} GB each"
-        )
-    rates = plan["rates"]
-    lines += [
-        f"storage  {store['store_gb']:.3f} GB: images {store['dataset_gb']:.3f}, checkpoints "
-        f"{store['checkpoints_gb']:.3f}, samples {store['samples_gb']:.3f}; {store['money_per_month']:.4f} "
-        f"{currency} a month; {store['node_cache_gb']:.3f} GB in each node's cache",
-        f"rates    {1 / rates['train_image']:,.0f} training images/s; one network evaluation of a batch of samples "
-        f"{1000 * rates['sample_evaluation']:,.1f} ms",
-        *(f"note     {note}" for note in plan.get("notes", ())),
+        f"network  {plan['parameters']:,} parameters; {flop['train']:,.3g} GFLOP to train an image, "
+        f"{flop['sample']:,.3g} to evaluate one",
+        f"rate     {plan['images_per_second']:,.0f} training images/s, {plan['basis']}; NFE {plan['nfe']}",
+        f"memory   {plan['worker_gb']:.2f} GB of a worker for weights, optimizer and feature maps",
+        *(f"note     {note}" for note in plan["notes"]),
+        "Reading, evaluation and the start of each step are not counted: a minute or two for a small dataset.",
     ]
     console.print("\n".join(lines), soft_wrap=True)
-
-
-def print_prediction(console: Console, found: Mapping[str, Any]) -> None:
-    """Time and cost of training and sampling at an assumed rate, and what they are computed from."""
-    table = _table(found["prices"]["currency"])
-    for step, cost in found["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *_costs(cost))
-    console.print(table)
-    flop, workers = found["gflop"], found["workers"]
-    console.print(
-        f"network  {found['parameters']:,} parameters; {flop['train']:,.1f} GFLOP to train an image, "
-        f"{flop['sample']:,.1f} to evaluate one\n"
-        f"rate     {found['images_per_second']:,.0f} training images/s by {workers} x {found['tflops']:g} TFLOP/s; "
-        f"NFE {found['nfe']}\n"
-        f"memory   {found['worker_gb']:.1f} GB of a worker for weights, optimizer and feature maps\n"
-        "Predicted, not tried. Ingest, evaluation and start are not counted.",
-        soft_wrap=True,
-    )
-    for note in found["notes"]:
-        console.print(f"note     {note}", soft_wrap=True)
-
-
-def print_account(console: Console, account: Mapping[str, Any]) -> None:
-    """Time and cost that each step took, next to its plan."""
-    plan, actual = account["plan"], account["actual"]
-    table = _table(account["prices"]["currency"])
-    table.add_column("planned", justify="right")
-    table.add_column("actual / planned", justify="right")
-    for step, cost in actual["steps"].items():
-        table.add_row(step, duration(cost["seconds"]), *_costs(cost), *_planned(plan, step, cost["seconds"]))
-    if actual["steps"]:
-        table.add_row("[bold]all", f"[bold]{duration(actual['total']['seconds'])}", *_costs(actual["total"]), "", "")
-        console.print(table)
-    else:
-        console.print("no step of this run has started yet")
-
-
-def _table(currency: str) -> Table:
-    table = Table("step", box=SIMPLE_HEAD)
-    for column in ("time", "CPU hours", "GPU hours", currency, "kWh"):
-        table.add_column(column, justify="right")
-    return table
-
-
-def _costs(cost: Mapping[str, float]) -> list[str]:
-    return [f"{cost[name]:,.3g}" for name in ("cpu_hours", "gpu_hours", "money", "kwh")]
-
-
-def _planned(plan: Mapping[str, Any] | None, step: str, seconds: float) -> list[str]:
-    if plan is None or step not in plan["steps"]:
-        return ["", ""]
-    planned = plan["steps"][step]["seconds"]
-    return [duration(planned), f"{seconds / planned:.2f}"]

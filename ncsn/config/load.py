@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -104,10 +104,24 @@ def parse_override(override: str) -> tuple[str, Any]:
         value = yaml.safe_load(raw)
     except NOT_YAML:
         raise ConfigError("--set", "the value is not valid YAML", value=override) from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a dot, as text
+    # YAML 1.1 reads 1e-3, without a dot, as text.
+    if isinstance(value, str) and not raw.lstrip().startswith(("'", '"')):
         with suppress(ValueError):
             value = float(value)
     return path.strip(), value
+
+
+def overrides_between(one: Config, other: Config) -> list[str]:
+    """The `overrides` that make the other config of the text of one."""
+
+    def changes(left: Any, right: Any, path: str) -> Iterator[str]:
+        if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+            for key, value in right.items():
+                yield from changes(left[key], value, f"{path}.{key}" if path else key)
+        elif left != right:
+            yield f"{path}={json.dumps(right)}"
+
+    return list(changes(one.model_dump(mode="json"), other.model_dump(mode="json"), ""))
 
 
 _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
@@ -117,17 +131,9 @@ _NOT_DECIDING = (
     "data.rows_per_part",
     "train.report_every_images",
     "train.keep_checkpoints",
-    "train.keep_best",
-    "train.keep_every_images",
-    "train.best_by",
-    "train.ema.keep_every_images",
-)
-# What is measured during training decides only whether train.stop ends it.
-_DECIDING_STOP = (
     "train.checkpoint_every_images",
-    "train.validation.every_images",
-    "train.validation.images",
-    "train.validation.samples",
+    "train.keep_every_images",
+    "train.ema.keep_every_images",
 )
 
 
@@ -139,11 +145,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the weights, dotted path -> value. A run belongs to one choice of these."""
     # Not where data and work are, nor how often something is kept or reported.
-    without = _NOT_DECIDING if config.train.stop is not None else (*_NOT_DECIDING, *_DECIDING_STOP)
     return {
         path: value
         for path, value in flatten(config).items()
-        if path.split(".")[0] in _DECIDING and path not in without
+        if path.split(".")[0] in _DECIDING and path not in _NOT_DECIDING
     }
 
 

@@ -107,46 +107,10 @@ EmaSettings = DecayEmaConfig | HalfLifeEmaConfig | PowerEmaConfig
 EmaConfig = Annotated[EmaSettings, Field(discriminator="kind")]
 
 
-class ValidationConfig(Section):
-    """What training measures of its EMA weights as it goes."""
-
-    every_images: int | None = Field(
-        None, ge=1, description="Training images between measurements; null = at checkpoints."
-    )
-    images: int | None = Field(
-        None,
-        ge=0,
-        description="Test images, and as many training images, whose loss is measured; null = as many as take 2 % of "
-        "the time, up to 1,000; 0 = none.",
-    )
-    samples: int = Field(
-        512, ge=2, description="Samples for the Fréchet distance, if train.stop or train.best_by uses it."
-    )
-
-
-Judge = Literal["validation", "fid"]
-
-
-class StopConfig(Section):
-    """When training ends before `train.num_images`."""
-
-    by: Judge = Field(
-        description="What must fall: validation = the held-out loss; fid = the Fréchet distance of a few samples."
-    )
-    patience_images: int = Field(
-        ge=1,
-        description="Stop when it has not fallen for this many training images. The learning-rate schedule stays as "
-        "train.num_images sets it.",
-    )
-    tolerance: float = Field(0.001, ge=0, lt=1, description="A decrease of less than this share does not count.")
-
-
 class TrainConfig(Section):
     """The length of training and its checkpoints."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"best_by", "ema", "init_from", "label_dropout", "trainable", "keep_every_images", "stop", "validation"}
-    )
+    ADDED: ClassVar[frozenset[str]] = frozenset({"ema", "init_from", "label_dropout", "trainable", "keep_every_images"})
 
     batch_size: int = Field(128, ge=1, le=65536, description="Images per optimizer step, over all workers.")
     num_images: int = Field(ge=1, description="Length of training in images, not epochs.")
@@ -188,18 +152,6 @@ class TrainConfig(Section):
         description="Of the older checkpoints, keep the EMA weights of the first one after every N training images, "
         "for `ncsn select`; null = none.",
     )
-    keep_best: bool = Field(
-        True, description="Also keep a copy of the best checkpoint by best_by, in the run's folder best/."
-    )
-    best_by: Literal["training", "validation", "fid"] = Field(
-        "training",
-        description="The best checkpoint has the lowest: training = training loss, which does not always mean the best "
-        "images; validation = held-out loss; fid = Fréchet distance of a few samples.",
-    )
-    validation: ValidationConfig = Field(
-        ValidationConfig(), description="What training measures of its EMA weights as it goes."
-    )
-    stop: StopConfig | None = Field(None, description="When training ends before num_images; null = never.")
 
     @property
     def averaging(self) -> EmaSettings:
@@ -214,42 +166,6 @@ class TrainConfig(Section):
         if not isinstance(self.ema, PowerEmaConfig):
             return None
         return self.ema.keep_every_images or max(1, self.num_images // SNAPSHOTS)
-
-    @property
-    def judges(self) -> dict[str, Judge]:
-        """The keys that ask for a measurement during training, and what they ask for."""
-        found: dict[str, Judge] = {}
-        if self.stop is not None:
-            found["stop.by"] = self.stop.by
-        if self.best_by != "training":
-            found["best_by"] = self.best_by
-        return found
-
-    @property
-    def validate_every(self) -> int:
-        """Training images between measurements."""
-        return self.validation.every_images or min(self.checkpoint_every_images, self.num_images)
-
-    @model_validator(mode="after")
-    def _can_judge(self) -> TrainConfig:
-        every, between = self.validation.every_images, self.checkpoint_every_images
-        for key, judge in self.judges.items():
-            if judge == "validation" and self.validation.images == 0:
-                raise UserError(key, "needs a held-out loss, but validation.images = 0", hint="raise it", value=judge)
-        if self.best_by == "training":
-            return self
-        if not self.keep_best:
-            raise UserError(
-                "best_by", "has no effect with keep_best = false", hint="use training, or true", value=self.best_by
-            )
-        if every is not None and every % between and between % every:
-            raise UserError(
-                "validation.every_images",
-                f"misses checkpoints that best_by = {self.best_by} compares: checkpoint_every_images = {between}",
-                hint="use a multiple or a divisor of that",
-                value=every,
-            )
-        return self
 
     @model_validator(mode="after")
     def _reach_one_step(self) -> TrainConfig:

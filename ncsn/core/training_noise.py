@@ -12,7 +12,7 @@ from ncsn.core.keyed_random import Stream, keyed_permutations, keyed_uniform
 from ncsn.core.losses import Batch
 
 STRATA = 64  # consecutive draws that a stratified distribution spreads evenly
-LOGNORMAL_BINS = 10
+BINS = 10  # of the loss curves, at most
 FEW_DRAWS = 1000  # from which a network learns a range of sigma
 
 
@@ -48,12 +48,15 @@ class LevelNoise:
 
     @property
     def bins(self) -> Tensor:
-        """See `TrainingNoise`: the levels."""
-        return self.sigmas
+        """See `TrainingNoise`: the middle ones of neighboring levels."""
+        return self.spread(1)[:, 0]
 
-    def spread(self, count: int) -> Tensor:  # noqa: ARG002
-        """See `TrainingNoise`: the levels, [L, 1]."""
-        return self.sigmas[:, None]
+    def spread(self, count: int) -> Tensor:
+        """See `TrainingNoise`, [S, count]; of fewer levels some are there twice."""
+        bins = min(BINS, len(self.sigmas))
+        edges = (torch.arange(bins + 1) * len(self.sigmas) + bins - 1) // bins  # the first level of each bin
+        place = (torch.arange(count) + 0.5) / count * edges.diff()[:, None]
+        return self.sigmas[edges[:-1, None] + place.long()]
 
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
         """See `TrainingNoise`."""
@@ -65,7 +68,7 @@ class LevelNoise:
     def bin_of(self, batch: Batch) -> Tensor:
         """See `TrainingNoise`."""
         assert batch.level is not None
-        return batch.level
+        return batch.level * min(BINS, len(self.sigmas)) // len(self.sigmas)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,9 @@ class LognormalNoise:
 
     def spread(self, count: int) -> Tensor:
         """See `TrainingNoise`, [S, count]."""
-        total = LOGNORMAL_BINS * count
+        total = BINS * count
         p = (torch.arange(total, dtype=torch.float64) + 0.5) / total
-        return self.quantile(p).flip(0).view(LOGNORMAL_BINS, count).float()
+        return self.quantile(p).flip(0).view(BINS, count).float()
 
     def draw(self, seed: int, *, first: int, count: int) -> NoiseDraw:
         """See `TrainingNoise`; finite always, since the uniform numbers stay away from 0 and 1."""
@@ -106,8 +109,8 @@ class LognormalNoise:
 
     def bin_of(self, batch: Batch) -> Tensor:
         """See `TrainingNoise`."""
-        edges = self.quantile(torch.arange(1, LOGNORMAL_BINS) / LOGNORMAL_BINS).float()
-        return LOGNORMAL_BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
+        edges = self.quantile(torch.arange(1, BINS) / BINS).float()
+        return BINS - 1 - torch.bucketize(batch.sigma, edges.to(batch.sigma.device))
 
     def largest_seen(self, images: int) -> float:
         """The sigma above which a training of this many `images` draws about `FEW_DRAWS` times; 0 if it draws less."""

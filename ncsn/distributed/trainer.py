@@ -41,7 +41,7 @@ from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import require_resources
 from ncsn.distributed.tasks import run_task
 from ncsn.errors import InvalidValue, NotFound
-from ncsn.model.checkpoint_store import BEST, CHECKPOINTS, NEWEST, CheckpointStore
+from ncsn.model.checkpoint_store import CHECKPOINTS, NEWEST, CheckpointStore
 from ncsn.model.index import DamagedError
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
@@ -152,10 +152,9 @@ def _train(job: TrainingJob, checkpoints: str) -> TrainOutcome:
 
 def _checkpoint_store(job: TrainingJob, uri: str) -> CheckpointStore:
     settings = job.config.train
-    best = storage.join(uri.rpartition("/")[0], BEST) if settings.keep_best else None
     whole = NEWEST if settings.keep_checkpoints == "all" else settings.keep_checkpoints
     every = 1 if settings.keep_checkpoints == "all" else settings.keep_every_images
-    return CheckpointStore(uri, keep=whole, thin_every=every, best=best, best_by=settings.best_by)
+    return CheckpointStore(uri, keep=whole, thin_every=every)
 
 
 class RayContext(WorkerContext):

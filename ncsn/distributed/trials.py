@@ -193,9 +193,7 @@ class SearchPlan:
     def trial_config(self, values: Mapping[str, Any]) -> Config:
         """The experiment of one trial."""
         changed = variant(self.config, values)
-        # Samples score the latest checkpoint, so the best is not kept. The scheduler stops trials, and nothing else.
-        kept = {"keep_checkpoints": 1, "keep_every_images": None, "keep_best": False, "best_by": "training"}
-        train = changed.train.model_copy(update={**kept, "stop": None})
+        train = changed.train.model_copy(update={"keep_checkpoints": 1, "keep_every_images": None})
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:

@@ -13,7 +13,7 @@ from ncsn.model.checkpoint import FOLDER_NAME, images_seen_at
 from ncsn.model.index import INDEX, SAMPLING_FILES, write_index
 
 # Folders of a run with checkpoints; of the same weights the first is taken.
-_PLACES = ("checkpoints", "best", "selected")
+_PLACES = ("checkpoints", "selected")
 _POINTS = 5  # of a parabola, about the best one
 
 

@@ -1,19 +1,8 @@
-"""The checkpoints of a run: the newest ones, and the best.
-
-    <run>/checkpoints/images-000000160/    a checkpoint, complete when `checkpoint.json` is in it
-    <run>/best/images-000000160/           a copy of the best one
-    <run>/best/best.json                   its name, its loss and which loss that is; readers begin here
-
-By default, best means the least loss over the stretch of training that ends in the checkpoint, with each noise level
-counting alike. It guards against a training that goes wrong late. It does not choose the best samples: those need to be
-drawn and measured (`train.best_by: fid`, `ncsn select`).
-"""
+"""The checkpoints of a run: `<run>/checkpoints/images-000000160/`, complete when `checkpoint.json` is in it."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,9 +14,6 @@ from ncsn import storage
 from ncsn.model import checkpoint, index
 
 CHECKPOINTS = "checkpoints"
-BEST = "best"
-BEST_RECORD = "best.json"
-TRAINING_LOSS = "training"  # by which the best one is chosen, as `train.best_by` names it
 NEWEST = 3  # of the checkpoints that stay whole where all are kept
 
 _logger = logging.getLogger(__name__)
@@ -41,22 +27,12 @@ class CheckpointStore:
         keep: How many of the newest stay whole, or None for all.
         thin_every: Training images. Of the older ones, the first after each multiple keeps what images need; None for
             none.
-        best: Folder that keeps a copy of the one with the least loss, or None.
-        best_by: Which loss that is; the loss of a checkpoint that another one chose is not compared.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        *,
-        keep: int | None = None,
-        thin_every: int | None = None,
-        best: str | None = None,
-        best_by: str = TRAINING_LOSS,
-    ) -> None:
+    def __init__(self, uri: str, *, keep: int | None = None, thin_every: int | None = None) -> None:
         self.uri = uri
         self.notes: list[str] = []  # about damaged checkpoints, for people
-        self._keep, self._thin_every, self._best, self._best_by = keep, thin_every, best, best_by
+        self._keep, self._thin_every = keep, thin_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -93,13 +69,12 @@ class CheckpointStore:
         """Context manager: the checkpoint as a local folder."""
         return storage.local_copy(storage.join(self.uri, name))
 
-    def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
+    def publish(self, write: Callable[[Path], None], *, name: str) -> None:
         """Begin to store what `write` writes into an empty local folder.
 
         Waits for the checkpoint before, so that a slow store does not fill this machine's memory, and raises its error.
-        Without a loss this checkpoint is no candidate for the best one.
         """
-        self.later(partial(self._store, write, name, loss))
+        self.later(partial(self._store, write, name))
 
     def later(self, work: Callable[[], None]) -> None:
         """Do work in the thread, after what was begun before; waits for that, and raises its error."""
@@ -112,15 +87,12 @@ class CheckpointStore:
         if pending is not None:
             pending.result()
 
-    def _store(self, write: Callable[[Path], None], name: str, loss: float | None) -> None:
+    def _store(self, write: Callable[[Path], None], name: str) -> None:
         target = storage.join(self.uri, name)
         with storage.scratch_folder(self.uri) as folder:
             write(folder)
             storage.delete_folder(target)  # the rest of an upload that was cut short
             storage.publish_folder(folder, target, marker=index.INDEX)
-            if self._best is not None and loss is not None:
-                local = Path(target) if storage.is_local(target) else folder
-                _offer(self._best, local, name=name, loss=loss, by=self._best_by)
         if self._keep is not None:
             folders, kept = self._folders(), set(islice(self.names(), self._keep))
             # The rest of an upload that was cut short does not count. A newer one is overwritten later.
@@ -147,18 +119,3 @@ class CheckpointStore:
         for what in damaged:
             self.notes.append(f"{what}: training resumed from {resumed_from}")
             _logger.warning(self.notes[-1])
-
-
-def _offer(best: str, folder: Path, *, name: str, loss: float, by: str) -> None:
-    """Copy the checkpoint in the local `folder` to `best` if its loss is less than that of the one there."""
-    record = storage.join(best, BEST_RECORD)
-    found = storage.find_json(record)
-    if found is not None and found.get("by", TRAINING_LOSS) == by and loss >= found["loss"]:
-        return
-    with storage.scratch_folder(best) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
-        storage.publish_folder(copy, storage.join(best, name), marker=index.INDEX, replace=True)
-    storage.write_text(record, json.dumps({"checkpoint": name, "loss": loss, "by": by}))
-    for other in storage.list_names(best):
-        if other not in (name, BEST_RECORD):
-            storage.delete_folder(storage.join(best, other))

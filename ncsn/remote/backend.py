@@ -48,7 +48,7 @@ class RemoteStep:
     @property
     def lease(self) -> str:
         """The object that the backend renews with a `Heartbeat` while it waits for the step."""
-        return storage.join(self.uri, "lease.json")
+        return storage.join(self.uri, "lease")
 
     @property
     def leased_command(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class KubeRay:
             with self._deleted_if_left(name):
                 attempt = attach_or_start(request, start=lambda: self._create(manifest), find=lambda: self._find(name))
                 pods = PodWatch(self._api, f"{ATTEMPT_LABEL}={attempt}")
-                with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "driver.log")) as log:
+                with PodLog(self._api, name, attempt=attempt, uri=storage.join(step.uri, "log.txt")) as log:
                     state = self._watch(name, step, pods)
                     log.finish()
                     cause = _cause(state, pods, log)

@@ -77,7 +77,7 @@ class RayJobs:
                 name = attach_or_start(
                     request, start=lambda: self._submit(step, base, request), find=lambda: self._find(base)
                 )
-                with JobLog(self._impatient, name, uri=storage.join(step.uri, "driver.log")) as log:
+                with JobLog(self._impatient, name, uri=storage.join(step.uri, "log.txt")) as log:
                     job = self._watch(name)
                     log.finish()
                     _require_success(job, log)

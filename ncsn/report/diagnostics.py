@@ -12,13 +12,11 @@ from ncsn.config.samplers import AnnealedLangevinConfig, SamplerConfig
 from ncsn.config.training import TrainConfig, ema_setting
 from ncsn.core.images import DataMoments
 from ncsn.core.noise_schedule import best_epsilon, variance_ratio
-from ncsn.report.images import evenly_spread
 from ncsn.report.page import Picture, Plot, Section
 from ncsn.report.plots import held_out_losses, last_losses, loss_curves, loss_heat_map
 from ncsn.report.style import to_svg
 from ncsn.report.words import Reading
 from ncsn.runs.curves import HeldOutCurves
-from ncsn.runs.gaps import HARMFUL, Alarm
 
 Array = NDArray[np.float64]
 
@@ -41,13 +39,13 @@ def linear_loss(moments: DataMoments, sigmas: Sequence[float]) -> Array:
     return losses
 
 
-def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float], unit: str = "level") -> list[str]:
+def training_hints(losses: Array, *, linear: Array, sigmas: Sequence[float]) -> list[str]:
     """A hint if a linear denoiser beats the network at some levels; the arrays are [L], unknown losses NaN."""
     behind = np.flatnonzero(losses > LINEAR_MARGIN * linear)
     if not len(behind):
         return []
     worst = behind[np.argmax(losses[behind] / linear[behind])]
-    which = f"{_numbered(unit, behind.tolist())} {'is' if len(behind) == 1 else 'are'}"
+    which = f"{_numbered('bin', behind.tolist())} {'is' if len(behind) == 1 else 'are'}"
     return [
         f"{which} undertrained: the best linear denoiser of the training images has a lower loss, most clearly at "
         f"sigma {sigmas[worst]:.3g} ({linear[worst]:.3g} versus {losses[worst]:.3g}). Increase train.num_images or the "
@@ -100,7 +98,6 @@ def _numbered(unit: str, numbers: Sequence[int]) -> str:
 
 
 MOST_POINTS = 150  # of a curve; more are not visible and make the page large
-MOST_CURVES = 24
 
 
 def training_section(
@@ -109,28 +106,25 @@ def training_section(
     *,
     sigmas: Sequence[float],
     linear: Array,
-    unit: str = "level",
     hints: Sequence[str] = (),
 ) -> Section:
     """The normalized losses of training [P, L], P >= 1, NaN where no image had that level; `hints` join its own.
 
-    `sigmas` [L] are the levels, descending, or the middles of bins, as `unit` says; `linear` [L] is the loss there of
-    the best linear denoiser.
+    `sigmas` [L] are the middles of bins, descending; `linear` [L] is the loss there of the best linear denoiser.
     """
     seen, losses = thinned(np.asarray(images_seen, np.float64), level_losses)
-    shown = evenly_spread(len(sigmas), most=MOST_CURVES)
-    heat_map = loss_heat_map(seen, losses, sigmas=sigmas, unit=unit)
-    curves = loss_curves(seen, losses[:, shown], sigmas=np.asarray(sigmas)[shown])
+    heat_map = loss_heat_map(seen, losses, sigmas=sigmas)
+    curves = loss_curves(seen, losses, sigmas=sigmas)
     return Section(
         heading="Training",
         text="The loss at a noise level is the share of the added noise that the network fails to predict: 0 is "
         "perfect, and 1 means a network that always predicts zero. Strong noise is easy to tell from an image. Noise "
         "weaker than the detail of the images cannot be predicted, so the loss stays near 1 there.",
         plots=[
-            Plot(to_svg(heat_map, salt="heat"), alt="Loss of each noise level over training, as a map"),
-            Plot(to_svg(curves, salt="lines"), alt="Loss of each noise level over training, as curves"),
+            Plot(to_svg(heat_map, salt="heat"), alt="Loss of each bin of noise over training, as a map"),
+            Plot(to_svg(curves, salt="lines"), alt="Loss of each bin of noise over training, as curves"),
         ],
-        hints=[*training_hints(last_losses(level_losses), linear=linear, sigmas=sigmas, unit=unit), *hints],
+        hints=[*training_hints(last_losses(level_losses), linear=linear, sigmas=sigmas), *hints],
     )
 
 
@@ -155,32 +149,10 @@ ADVICE = (
 
 
 def overfitting_hints(curves: HeldOutCurves) -> list[str]:
-    """A sentence if the held-out loss at the end says that the model overfits, or begins to."""
-    alarm, last = curves.last.alarm(), curves.last
-    if alarm is None:
+    """A sentence if the held-out loss has risen since its lowest value."""
+    if curves.lowest_at is None:
         return []
-    bins = list(alarm.bins)
-    worst = bins[int(np.argmax(last.gap[bins] / last.held_out[bins]))]
-    example = (
-        f"at sigma {curves.sigmas[worst]:.3g} it is {last.held_out[worst]:.3g} on held-out images and "
-        f"{last.held_out[worst] - last.gap[worst]:.3g} on training images"
-    )
-    if not alarm.harmful:
-        return [
-            f"{_where(curves, alarm)} the loss is higher on held-out images than on training images, by more than "
-            f"chance explains but not by more than {HARMFUL:.0%}: {example}. The model begins to overfit."
-        ]
-    best = int(np.argmin(curves.loss))
-    sooner = f" The held-out loss was lowest at {curves.images_seen[best]:,.0f} images."
-    return [
-        f"The model overfits. {_where(curves, alarm)} its loss is clearly higher on images that it has not seen than "
-        f"on its training images: {example}.{sooner if best < len(curves.loss) - 1 else ''} {ADVICE}"
-    ]
-
-
-def _where(curves: HeldOutCurves, alarm: Alarm) -> str:
-    first, last = curves.sigmas[alarm.bins[0]], curves.sigmas[alarm.bins[-1]]
-    return f"At sigma {first:.3g}" if first == last else f"At sigma {last:.3g} to {first:.3g}"
+    return [f"The held-out loss was lowest at {curves.lowest_at:,} images: longer training memorizes. {ADVICE}"]
 
 
 def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading], *, copies: str) -> list[str]:
@@ -201,23 +173,13 @@ def copying_hints(generated: Mapping[str, Reading], real: Mapping[str, Reading],
 
 
 def held_out_section(curves: HeldOutCurves) -> Section:
-    """The curves of both losses, and the gap at each noise level at the end."""
-    last, alarm = curves.last, curves.last.alarm()
-    figure = held_out_losses(
-        curves.images_seen,
-        curves.loss,
-        curves.loss - curves.gap,
-        sigmas=curves.sigmas,
-        gap=last.gap / last.held_out,
-        error=last.error / last.held_out,
-        alarmed=() if alarm is None else alarm.bins,
-    )
+    """The curves of both losses."""
+    figure = held_out_losses(curves.images_seen, curves.loss, curves.loss - curves.gap)
     return Section(
         heading="Held-out loss",
         text="The loss on test images, which training never uses, and on training images, both with the EMA weights "
         "and without augmentation. A model of the distribution has the same loss on both. One that memorizes its "
-        "training images has a growing gap between the two, and in the end its held-out loss rises. The gap at each "
-        "noise level is that of the last checkpoint, with two standard errors.",
+        "training images has a growing gap between the two, and in the end its held-out loss rises.",
         plots=[Plot(to_svg(figure, salt="held-out"), alt="Loss of held-out and of training images over training")],
         hints=overfitting_hints(curves),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ncsn.report.page import Fact
 from ncsn.report.words import read_metrics
+from ncsn.runs.costs import Cost, total
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
@@ -20,33 +21,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / HOUR:,.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:,.1f} days"
 
 
-def cost_line(account: Mapping[str, Any]) -> str:
-    """The cost of the whole run, from `ncsn.runs.costs.account`; empty if no step has recorded its time."""
-    actual = account["actual"]
-    return _cost(actual["total"], account["prices"]["currency"]) if actual["steps"] else ""
+def cost_line(spent: Mapping[str, Cost]) -> str:
+    """What the steps of a run reserved, together; empty if none has recorded its time."""
+    return _cost(total(spent.values())) if spent else ""
 
 
-def cost_facts(account: Mapping[str, Any], *, num_images: int) -> Iterator[Fact]:
-    """The cost of the run, its plan, and the cost of 1,000 more images; `num_images` are those of the sample step."""
-    currency, steps = account["prices"]["currency"], account["actual"]["steps"]
-    if not steps:
+def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
+    """What the run reserved, and 1,000 more images would; `num_images` are those of the sample step."""
+    if not spent:
         return
     # The times of the steps above are those of their last attempt, without its startup.
-    yield Fact("Actual cost, including startup and earlier attempts", _cost(account["actual"]["total"], currency))
-    if account["plan"] is not None:
-        yield Fact("Planned cost", _cost(account["plan"]["total"], currency))
-    if "sample" in steps and num_images:
-        share = 1000 / num_images
-        per_thousand = {name: share * value for name, value in steps["sample"].items()}
-        yield Fact("Per 1,000 images", _cost(per_thousand, currency))
+    yield Fact("Reserved, with startup and earlier attempts", cost_line(spent))
+    if "sample" in spent and num_images:
+        yield Fact("Per 1,000 images", _cost(spent["sample"].times(1000 / num_images)))
 
 
-def _cost(cost: Mapping[str, float], currency: str) -> str:
-    gpu = f" · {cost['gpu_hours']:,.2g} GPU hours" if cost["gpu_hours"] else ""
-    return (
-        f"{duration(cost['seconds'])} · {cost['cpu_hours']:,.2g} CPU hours{gpu} · {cost['money']:,.2g} {currency} · "
-        f"{cost['kwh']:,.2g} kWh"
-    )
+def _cost(cost: Cost) -> str:
+    gpu = f" · {cost.gpu_hours:,.2g} GPU hours" if cost.gpu_hours else ""
+    return f"{duration(cost.seconds)} · {cost.cpu_hours:,.2g} CPU hours{gpu}"
 
 
 DIGEST_SHOWN = 12

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from ncsn.report.style import HEAT, INK, LEVEL_COLORS, PALETTE, bare, new_figure, styled
@@ -73,8 +73,8 @@ def loss_curves(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike)
 
 
 @styled
-def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike, unit: str = "level") -> Figure:
-    """The same losses as a map, one row per level or other `unit`, with an arrow at each undertrained one."""
+def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLike) -> Figure:
+    """The same losses as a map, one row per bin, with an arrow at each undertrained one."""
     seen, values, levels = (np.asarray(part, np.float64) for part in (images_seen, losses, sigmas))
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
@@ -87,7 +87,7 @@ def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLik
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: _level_name(level, levels)))
-    axes.set(xlabel=SEEN_LABEL, ylabel=f"{unit}: sigma")
+    axes.set(xlabel=SEEN_LABEL, ylabel="bin: sigma")
     _count_axis(axes)
     under_trained = under_trained_levels(last_losses(values))
     for level in under_trained:
@@ -101,38 +101,17 @@ def loss_heat_map(images_seen: ArrayLike, losses: ArrayLike, *, sigmas: ArrayLik
 
 
 @styled
-def held_out_losses(
-    images_seen: ArrayLike,
-    held_out: ArrayLike,
-    training: ArrayLike,
-    *,
-    sigmas: ArrayLike,
-    gap: ArrayLike,
-    error: ArrayLike,
-    alarmed: Sequence[int] = (),
-) -> Figure:
-    """Held-out and training loss [P] over training, and beside them the gap [S] at each noise level at the end.
-
-    The gap is the share of the held-out loss by which it exceeds the training loss, with its standard error, NaN for no
-    error bar. `alarmed` are the positions in `sigmas` to mark.
-    """
-    seen, shares, errors = (np.asarray(part, np.float64) for part in (images_seen, gap, error))
-    figure = new_figure(7.6, 3.4)
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+def held_out_losses(images_seen: ArrayLike, held_out: ArrayLike, training: ArrayLike) -> Figure:
+    """Held-out and training loss [P] over training."""
+    seen = np.asarray(images_seen, np.float64)
+    figure = new_figure(7, 3.4)
+    axes = figure.subplots()
     for number, (name, losses) in enumerate((("training images", training), ("held-out images", held_out))):
-        left.plot(seen, np.asarray(losses), "o-", color=PALETTE[number], markersize=4, label=name)
-    left.set(xlabel=SEEN_LABEL, ylabel="mean normalized loss")
-    _log_scale_where_positive(left, np.concatenate([np.asarray(held_out), np.asarray(training)]))
-    _count_axis(left)
-    left.legend(loc="best")
-    marked = np.isin(np.arange(len(shares)), alarmed)
-    for chosen, color in ((~marked, INK), (marked, PALETTE[1])):
-        at, spread = np.asarray(sigmas)[chosen], 200 * np.nan_to_num(errors[chosen])
-        right.errorbar(at, 100 * shares[chosen], yerr=spread, fmt="o", color=color, markersize=5)
-    right.axhline(0, color=INK, linewidth=0.8)
-    right.set(xlabel=SIGMA_LABEL, ylabel="gap (% of the held-out loss)", xscale="log")
-    _plain_numbers(right.xaxis)
-    right.xaxis.set_minor_formatter(NullFormatter())  # too close on half of the figure
+        axes.plot(seen, np.asarray(losses), "o-", color=PALETTE[number], markersize=4, label=name)
+    axes.set(xlabel=SEEN_LABEL, ylabel="mean normalized loss")
+    _log_scale_where_positive(axes, np.concatenate([np.asarray(held_out), np.asarray(training)]))
+    _count_axis(axes)
+    axes.legend(loc="best")
     return figure
 
 

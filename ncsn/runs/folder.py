@@ -35,13 +35,11 @@ class RunFolder:
     run: str
 
     config = _Below("config.yaml")  # owns the name of the run
-    plan = _Below("plan.json")  # estimated seconds and costs
     status = _Below("status.json")  # how the run ended
     complete = _Below("complete.json")  # what the whole pipeline was done for
     steps = _Below("steps")  # the records of each step
     tracking = _Below("tracking")  # which process opened an MLflow run
     checkpoints = _Below("checkpoints")
-    best = _Below("best")  # a copy of the best checkpoint
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
     history = _Below("history.json")  # the training curves
     previews = _Below("previews")  # images that training made of itself
@@ -66,7 +64,7 @@ class RunFolder:
         return storage.join(self.uri, "samples", checkpoint_digest, sampler_digest)
 
     def step(self, step: str, file: str) -> str:
-        """A file of one step, such as `result.json`; docs/architecture.md lists them."""
+        """A file of one step, `step.json`, `progress.json`, `lease` or `log.txt`."""
         return storage.join(self.steps, step, file)
 
 

@@ -1,7 +1,8 @@
-"""The records of a run's steps in the store: results, errors, seconds, outcome.
+"""What the store knows of a run's steps and of its end.
 
 A step may run in another process or on another machine than the command that waits for it, so all of this travels
-through the store.
+through the store. Each step has one record, `step.json`. One process writes it at a time: the driver of the step while
+it works, else its launcher.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config
@@ -18,16 +19,9 @@ from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.folder import RunFolder, claim_run
 from ncsn.runs.steps import STEPS
+from ncsn.storage.heartbeat import LeaseExpired
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """The stored result of one step."""
-
-    inputs: Mapping[str, Any]
-    result: Mapping[str, Any]
-    seconds: float
-    finished_at: str
+State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
 
 
 @dataclass(frozen=True)
@@ -41,47 +35,49 @@ class StepError:
     kfp_run: str = ""
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """The last attempt of a step, and the result of the last one that finished."""
+
+    state: State = ""
+    error: StepError | None = None  # of the last attempt
+    seconds: float = 0.0  # of all attempts, without those that were killed
+    mlflow: Mapping[str, Any] = field(default_factory=dict)  # the MLflow run, how it ended, and what MLflow knows of it
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
+    result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
+    finished_at: str = ""
+
+
+def read_step(folder: RunFolder, step: str) -> StepRecord:
+    """The record of `step`."""
+    record = storage.find_json(folder.step(step, "step.json")) or {}
+    if error := record.get("error"):
+        record["error"] = StepError(**error | {"problems": tuple(map(Problem.from_json, error["problems"]))})
+    return StepRecord(**record)
+
+
+def update_step(folder: RunFolder, step: str, **changes: Any) -> None:
+    """Change these fields of the record of `step`."""
+    record = replace(read_step(folder, step), **changes)
+    error = record.error and vars(record.error) | {"problems": [each.to_json() for each in record.error.problems]}
+    storage.write_json(folder.step(step, "step.json"), vars(record) | {"error": error}, indent=1)
+
+
 def read_result(folder: RunFolder, step: str) -> StepRecord | None:
-    """The stored result of `step`, or None if it has not finished in this run."""
-    record = storage.find_json(folder.step(step, "result.json"))
-    if record is None:
-        return None
-    return StepRecord(record.get("inputs", {}), record["result"], record["seconds"], record["finished_at"])
-
-
-def write_result(
-    folder: RunFolder, step: str, *, inputs: Mapping[str, Any], result: Mapping[str, Any], seconds: float
-) -> None:
-    """Publish the result of `step` with the inputs that it belongs to."""
-    record = {
-        "step": step,
-        "run": folder.run,
-        "inputs": inputs,
-        "result": result,
-        "seconds": round(seconds, 3),
-        "finished_at": utc_now(),
-    }
-    storage.write_json(folder.step(step, "result.json"), record, indent=1)
+    """The record of `step` if it has finished in this run."""
+    record = read_step(folder, step)
+    return record if record.result else None
 
 
 def read_results(folder: RunFolder) -> dict[str, StepRecord]:
-    """The results of all steps that have finished in this run, in the pipeline's order."""
+    """The records of all steps that have finished in this run, in the pipeline's order."""
     records = {step: read_result(folder, step) for step in STEPS}
     return {step: record for step, record in records.items() if record is not None}
 
 
-def read_error(folder: RunFolder, step: str) -> StepError | None:
-    """The error that ended the last attempt of `step`, or None."""
-    record = storage.find_json(folder.step(step, "error.json"))
-    if record is None:
-        return None
-    problems = tuple(map(Problem.from_json, record.get("problems", ())))
-    return StepError(record["type"], record["message"], record["user"], problems, record.get("kfp_run", ""))
-
-
 def read_mistake(folder: RunFolder, step: str) -> UserError | None:
     """The user's mistake that ended the last attempt of `step`, or None."""
-    error = read_error(folder, step)
+    error = read_step(folder, step).error
     return UserError.of(error.problems) if error is not None and error.mistake and error.problems else None
 
 
@@ -91,47 +87,35 @@ def recorded(config: Config, run: str, step: str) -> Iterator[RunFolder]:
     # Commands and pipeline tasks put a whole step into one such block, so that a failure before its work is recorded.
     # The records of a run that belongs to another config stay as they are.
     folder = claim_run(config, run)
-    storage.delete_file(folder.step(step, "error.json"))
+    before = read_step(folder, step)
+    if before.error is not None:
+        update_step(folder, step, error=None)
     try:
         yield folder
     except BaseException as error:
-        _write_error(folder, step, error)
+        try:
+            now = read_step(folder, step)
+            # What the driver elsewhere wrote says more than what its launcher saw.
+            if now.error is None and now.finished_at == before.finished_at:
+                update_step(folder, step, state=_state_after(error), error=_as_record(error))
+        except OSError as failure:  # a full disk must not hide the first error
+            error.add_note(f"(the error could not be recorded in the store: {failure})")
         raise
 
 
-def _write_error(folder: RunFolder, step: str, error: BaseException) -> None:
+def _state_after(error: BaseException) -> State:
+    return "FAILED" if isinstance(error, Exception) and not isinstance(error, LeaseExpired) else "KILLED"
+
+
+def _as_record(error: BaseException) -> StepError:
     problems = problems_of(error)
-    record = {
-        "type": type(error).__name__,
-        "user": bool(problems),
-        "message": str(error),
-        "problems": [problem.to_json() for problem in problems],
-        "kfp_run": os.environ.get(KFP_RUN_ID, ""),
-    }
-    try:
-        storage.write_json(folder.step(step, "error.json"), record)
-    except OSError as failure:  # a full disk must not hide the first error
-        error.add_note(f"(the error could not be recorded in the store: {failure})")
-
-
-def forget_attempts(folder: RunFolder) -> None:
-    """Delete progress and errors of earlier attempts."""
-    for step in STEPS:
-        for file in ("progress.json", "error.json"):
-            storage.delete_file(folder.step(step, file))
-
-
-def spent_seconds(folder: RunFolder, step: str) -> float | None:
-    """Seconds of all attempts of `step`, without those that were killed; None if it never started."""
-    record = storage.find_json(folder.step(step, "spent.json"))
-    return None if record is None else float(record["seconds"])
+    return StepError(type(error).__name__, str(error), bool(problems), problems, os.environ.get(KFP_RUN_ID, ""))
 
 
 def add_seconds(folder: RunFolder, step: str, seconds: float) -> None:
     """Add the seconds of an attempt of `step`."""
     with suppress(OSError):  # a full disk must not hide the first error
-        whole = (spent_seconds(folder, step) or 0.0) + seconds
-        storage.write_json(folder.step(step, "spent.json"), {"seconds": round(whole, 3)})
+        update_step(folder, step, seconds=round(read_step(folder, step).seconds + seconds, 3))
 
 
 @dataclass(frozen=True)

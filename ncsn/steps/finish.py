@@ -13,7 +13,7 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
-from ncsn.runs.records import Outcome, StepError, read_error, read_result, write_outcome
+from ncsn.runs.records import Outcome, StepError, read_result, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.recorded import RecordedRun, close_run
@@ -115,7 +115,7 @@ def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
 
 def _folders(folder: RunFolder) -> dict[str, RunFolder]:
     """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
-    if read_result(folder, SEARCH) is None and read_error(folder, SEARCH) is None:
+    if read_step(folder, SEARCH).state == "":
         return dict.fromkeys(STEPS, folder)
     found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
     return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
@@ -146,10 +146,10 @@ def _outcome(folders: Mapping[str, RunFolder], state: str, message: str, kfp: Kf
 def _first_open(folders: Mapping[str, RunFolder], kfp: KfpRun | None) -> tuple[str | None, StepError | None]:
     ours = kfp.id if kfp else os.environ.get(KFP_RUN_ID, "")
     for step, folder in folders.items():
-        error = read_error(folder, step)
-        if error is not None and error.kfp_run == ours:
-            return step, error
-        if read_result(folder, step) is None:
+        record = read_step(folder, step)
+        if record.error is not None and record.error.kfp_run == ours:
+            return step, record.error
+        if not record.result:
             return step, None
     return None, None
 

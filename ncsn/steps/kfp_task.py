@@ -11,7 +11,7 @@ from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
-from ncsn.runs.records import Outcome, clear_outcome, read_error, read_mistake, recorded, write_outcome
+from ncsn.runs.records import Outcome, clear_outcome, read_mistake, read_step, recorded, write_outcome
 
 if TYPE_CHECKING:
     from ncsn.remote.kubernetes import KubernetesApi
@@ -45,7 +45,7 @@ def _mistake_before(folder: RunFolder, step: str) -> UserError | None:
     """The mistake that another try would only repeat."""
     if not int(os.environ.get(_TRY) or 0):
         return None
-    error = read_error(folder, step)
+    error = read_step(folder, step).error
     same_run = error is not None and error.kfp_run == os.environ.get(KFP_RUN_ID)
     return read_mistake(folder, step) if same_run else None
 

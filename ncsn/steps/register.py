@@ -24,7 +24,7 @@ from ncsn.report.diagnostics import copying_hints, overfitting_hints
 from ncsn.report.facts import cost_line
 from ncsn.report.images import neighbors_png
 from ncsn.report.words import read_metrics
-from ncsn.runs.costs import account
+from ncsn.runs.costs import spent
 from ncsn.runs.curves import held_out_curves
 from ncsn.runs.folder import run_folder
 from ncsn.runs.history import load_history
@@ -129,7 +129,7 @@ def _candidate(
         images_seen=loaded.images_seen,
         num_parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         nfe=evaluations_per_image(loaded.config),
-        cost=cost_line(account(loaded.config, run=run)),
+        cost=cost_line(spent(loaded.config, run=run)),
         pictures={shown: file for file, shown in PICTURES.items() if file in files},
         warnings=_warnings(measured, loaded.config, run),
         selection=selection_of(loaded.config, run, checkpoint),

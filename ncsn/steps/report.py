@@ -24,8 +24,8 @@ from ncsn.report.html import look, render
 from ncsn.report.images import GRID_CLASSES, neighbors
 from ncsn.report.page import Fact, Neighbor, Page, Picture, Scores, Section, Timing
 from ncsn.report.scores import classes_section, selection_section
-from ncsn.runs.costs import account
-from ncsn.runs.curves import held_out_curves, loss_names, loss_unit
+from ncsn.runs.costs import spent
+from ncsn.runs.curves import held_out_curves, loss_names
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.runs.records import StepRecord, read_result, read_results
@@ -119,7 +119,7 @@ def collect(sources: Sources, tracked: StepRun) -> Page:
     real = words.read_metrics(sources.evaluation["real_metrics"])
     decision, sampled = sources.result("register"), sources.result("sample")
     seconds = sum(record.seconds for record in records.values())
-    costs = account(config, run=sources.folder.run)
+    costs = spent(config, run=sources.folder.run)
     return Page(
         title=config.name,
         run=sources.folder.run,
@@ -224,17 +224,15 @@ def _sections(sources: Sources) -> Iterator[Section]:
     if (held_out := held_out_curves(history)) is not None:
         yield held_out_section(held_out)
     if history.images_seen:
-        noise, stopped = build.training_noise(config), (sources.result("train") or {}).get("stopped")
+        noise = build.training_noise(config)
         bins = noise.bins.tolist()
         linear = diagnostics.linear_loss(sources.checkpoint.moments, noise.spread(16).flatten().tolist())
         yield diagnostics.training_section(
             history.images_seen,
-            history.losses(loss_names(config, bins)),
+            history.losses(loss_names(bins)),
             sigmas=bins,
             linear=linear.reshape(len(bins), -1).mean(axis=1),
-            unit=loss_unit(config),
             hints=[
-                *([f"Training {stopped}, as train.stop asks."] if stopped else []),
                 *diagnostics.average_hints(config.train, images_seen=sources.checkpoint.images_seen),
                 *diagnostics.sampler_hints(config.sampling.sampler, sources.sigmas),
             ],

@@ -7,7 +7,6 @@ a launcher on another machine needs no back-channel.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.errors import UserError
+from ncsn.process import utc_now
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
 from ncsn.runs.folder import RunFolder, claim_run, require_owner
 from ncsn.runs.progress import PublishedProgress
-from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, write_result
+from ncsn.runs.records import add_seconds, clear_outcome, read_mistake, read_result, read_step, update_step
 from ncsn.runs.steps import STEPS_ELSEWHERE
 
 if TYPE_CHECKING:
@@ -66,12 +66,15 @@ class Step(Generic[R]):
         """The config with the levels that `noise: auto` stands for, which the run keeps from now on."""
         from ncsn.data.noise_levels import resolve_noise
 
-        uri = self.folder.config
-        settled, owner = resolve_noise(config, manifest), from_yaml(storage.read_text(uri), origin=uri)
+        settled, owner = resolve_noise(config, manifest), self._owner()
         require_owner(resolve_noise(owner, manifest), settled, self.folder.run)
         if owner.noise != settled.noise:
-            storage.write_text(uri, to_yaml(owner.model_copy(update={"noise": settled.noise})))
+            storage.write_text(self.folder.config, to_yaml(owner.model_copy(update={"noise": settled.noise})))
         return settled
+
+    def _owner(self) -> Config:
+        """The config that the run's name belongs to."""
+        return from_yaml(storage.read_text(self.folder.config), origin=self.folder.config)
 
     def found(self, inputs: Mapping[str, Any], *, needs: Callable[[R], Sequence[str]]) -> R | None:
         """The stored result for these plain values that decide it; None if the work is to be done.
@@ -82,13 +85,12 @@ class Step(Generic[R]):
         stored = self._stored()
         if stored is None:
             return None
-        # A result of an older version may lack a field; without a default the work is done again.
-        fields = dataclasses.fields(self._type)  # type: ignore[arg-type]
-        required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
-        if not required <= stored.keys() <= {field.name for field in fields}:
-            return None
         result = self._type(**stored)
-        return result if all(storage.exists(uri) for uri in needs(result)) else None
+        if not all(storage.exists(uri) for uri in needs(result)):
+            return None
+        if read_step(self.folder, self.name).state != "FINISHED":  # a later attempt had other inputs
+            update_step(self.folder, self.name, state="FINISHED")
+        return result
 
     def dispatched(self, config: Config, options: Mapping[str, str]) -> R | None:
         """The result from where `compute.backend` says; None if the work is to be done here."""
@@ -111,6 +113,7 @@ class Step(Generic[R]):
     def timed(self, *, lease: str | None = None) -> Iterator[PublishedProgress]:
         """Publish progress, which ends the work without the launcher of `lease`; add the seconds to the step's."""
         self._started = time.time()
+        update_step(self.folder, self.name, state="RUNNING")
         try:
             progress = PublishedProgress(self.folder.step(self.name, "progress.json"), lease=lease)
             progress.unit = self._unit
@@ -129,8 +132,8 @@ class Step(Generic[R]):
     def done(self, result: R) -> R:
         """Store the result, which makes the step complete."""
         values = dataclasses.asdict(result)  # type: ignore[call-overload]
-        seconds = time.time() - self._started
-        write_result(self.folder, self.name, inputs=self._inputs, result=values, seconds=seconds)
+        finished = {"state": "FINISHED", "error": None, "finished_at": utc_now()}
+        update_step(self.folder, self.name, inputs=self._inputs, result=values, **finished)
         return result
 
     def _stored(self) -> Mapping[str, Any] | None:
@@ -151,16 +154,25 @@ class Step(Generic[R]):
         backend = open_backend(_sized(config, step, inputs).compute)
         assert backend is not None
         backend.connect()  # before the store is changed
-        uri, digest = _publish_config(config, folder, step)
-        storage.delete_file(folder.step(step, "error.json"))
+        place = {
+            "compute": config.compute.model_copy(update={"backend": "local"}),
+            "storage": config.storage.model_copy(update={"root": folder.root}),
+        }
+        there = config.model_copy(update=place)
+        settings = {f"storage.root={folder.root}", *overrides_between(self._owner(), there)}
+        update_step(folder, step, state="RUNNING", error=None)
         clear_outcome(folder)
         remote = RemoteStep(
             run=folder.run,
             step=step,
             uri=storage.join(folder.steps, step),
-            command=("ncsn", step, "--config", uri, "--run", folder.run, *arguments, "--json"),
+            command=(
+                *("ncsn", step, "--run", folder.run),
+                *(part for setting in sorted(settings) for part in ("--set", setting)),
+                *(*arguments, "--json"),
+            ),
             facts={
-                "ncsn.config": digest,
+                "ncsn.config": storage.digest(to_json(there), 12),
                 "mlflow.experiment": config.tracking.experiment,
                 "mlflow.run_name": f"{folder.run}/{step}",
             },
@@ -189,16 +201,3 @@ def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
     size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"
     kuberay = compute.kuberay.model_copy(update={"memory_per_worker": size})
     return config.model_copy(update={"compute": compute.model_copy(update={"kuberay": kuberay})})
-
-
-def _publish_config(config: Config, folder: RunFolder, step: str) -> tuple[str, str]:
-    """URI and digest of the config for the cluster, named after its content, because other settings are other work."""
-    here = {
-        "compute": config.compute.model_copy(update={"backend": "local"}),
-        "storage": config.storage.model_copy(update={"root": folder.root}),
-    }
-    text = to_yaml(config.model_copy(update=here))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    uri = folder.step(step, f"config-{digest}.yaml")
-    storage.write_text(uri, text)
-    return uri, digest

@@ -9,14 +9,12 @@ from ncsn.config import Config
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.distributed import trainer
 from ncsn.distributed.cluster import ray_cluster, ray_tags
-from ncsn.distributed.validation import sample_distance
 from ncsn.errors import UserError
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
 from ncsn.training.batches import classes_of
-from ncsn.training.held_out import effort_of
 from ncsn.training.loop import TrainingJob
 
 
@@ -31,7 +29,6 @@ class TrainResult:
     seconds: float  # of this call
     dataset: str  # URI
     notes: list[str] = field(default_factory=list)  # for people
-    stopped: str = ""  # why it ended before `train.num_images`, if `train.stop` ended it
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TrainResult:
@@ -66,13 +63,10 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             averages=step.folder.averages,
             lease=Lease(lease) if lease else None,
             start=start.uri,
-            distance=sample_distance(config, dataset),
         )
         outcome = trainer.train(job, run_uri=step.folder.uri)
         checkpoint = storage.join(step.folder.checkpoints, outcome.checkpoint)
         tracked.set_tags({"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)})
-        if outcome.stopped:
-            tracked.set_tags({"train.stopped": outcome.stopped})
         result = TrainResult(
             checkpoint=checkpoint,
             images_seen=outcome.images_seen,
@@ -80,8 +74,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             images_per_second=round(outcome.images_per_second, 1),
             seconds=round(outcome.seconds, 1),
             dataset=dataset,
-            notes=[note for note in (*start.notes, *outcome.notes, outcome.stopped, tracked.send_rest()) if note],
-            stopped=outcome.stopped,
+            notes=[note for note in (*start.notes, *outcome.notes, tracked.send_rest()) if note],
         )
     return step.done(result)
 
@@ -97,25 +90,6 @@ def _require_trainable(config: Config, manifest: Manifest, dataset: str) -> None
             value="classifier",
         )
     require_classes(config, manifest, dataset)
-    _require_held_out(config, manifest, dataset)
-
-
-def _require_held_out(config: Config, manifest: Manifest, dataset: str) -> None:
-    """Refuse a judgment by a held-out loss that is never measured."""
-    counts = manifest.counts
-    held_out, training = counts.get("test", 0), counts["train"]
-    if effort_of(config, held_out=held_out, training=training) is not None:
-        return
-    for key, judge in config.train.judges.items():
-        if judge == "validation":
-            raise UserError(
-                f"train.{key}",
-                f"needs the loss of test images, and {dataset} has none"
-                if held_out == 0
-                else "needs a held-out loss, which in so short a training would take more than 2 % of the time",
-                hint="raise data.test_fraction" if held_out == 0 else "set train.validation.images, such as 200",
-                value=judge,
-            )
 
 
 def require_classes(config: Config, manifest: Manifest, dataset: str) -> None:

@@ -1,1 +1,1 @@
-"""Everything that is not a pipeline step: figures, planning, registered models, preparation, the toy example."""
+"""Everything that is not a pipeline step: first configs, planning, images from registered models."""

@@ -60,7 +60,7 @@ def choose(
     reading = _choose_max_images(draft, found, seconds=_READING * seconds)
     left = max(seconds - _START_SECONDS - reading, seconds / 5)
     _choose_compute(draft, machine, train_images=_train_images(draft, found))
-    speed = _choose_network(draft, found, seconds=_TRAINING * left, machine=machine)
+    speed = _choose_network(draft, found, seconds=_TRAINING * left)
     images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
     choose_noise(draft, images)
@@ -188,13 +188,13 @@ def _choose_compute(draft: Draft, machine: Machine, *, train_images: int) -> Non
     draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
 
 
-def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Machine) -> Speed:
+def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
     """Image size, network and precision: as large as can be trained well in this time."""
     sizes = sizes_for(found.side)
     tried = draft.get("data.image_size", min(32, sizes[-1]))
     if draft.get("network.kind") == "ddpmpp":
         _choose_sizes(draft, "ddpmpp", tried, scale=1)  # to measure with
-    cost = measure_speed(_trial(draft, size=tried), machine).train_image / tried**2
+    cost = measure_speed(_trial(draft, size=tried)).train_image / tried**2
     best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
     reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
     size = draft.choose(
@@ -206,7 +206,7 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float, machine: Mac
     kind = draft.get("network.kind", "unet")
     if kind == "ddpmpp" or draft.section("network", "unet"):
         _choose_sizes(draft, kind, size, scale=scale)
-    speeds = {kind: measure_speed(_trial(draft, precision=kind), machine) for kind in ("float32", "bfloat16")}
+    speeds = {kind: measure_speed(_trial(draft, precision=kind)) for kind in ("float32", "bfloat16")}
     rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
     faster = min(speeds, key=lambda kind: speeds[kind].train_image)
     return speeds.get(draft.choose("train.precision", faster, f"Images/s here: {rates}."), speeds[faster])

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ncsn.config.choices import UnetNetworkConfig
 from ncsn.config.noise import LognormalTraining, edm_mean
 from ncsn.config.search import significant
+from ncsn.core.images import to_unit
 from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
-from ncsn.data.statistics import ImageSample
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft
-from ncsn.tools.preparation import spread_around_gray
 from ncsn.tools.speed import Speed
 
 MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
@@ -76,10 +76,9 @@ def choose_noise(draft: Draft, images: npt.NDArray[np.uint8]) -> None:
     """The noise of training and the weight of its loss, for images [N, H, W, C] as training will see them."""
     takes_any = draft.get("network.kind") in NETWORKS
     if takes_any:
-        sample = ImageSample(len(images))
-        sample.update(images)
-        spread = round(max(0.05, spread_around_gray(sample)), 2)
-        draft.choose("network.sigma_data", spread, "Root mean square of the pixels around mid-gray, measured.")
+        spread = float((to_unit(torch.from_numpy(images)).double() - 0.5).square().mean().sqrt())
+        why = "Root mean square of the pixels around mid-gray, measured."
+        draft.choose("network.sigma_data", round(max(0.05, spread), 2), why)
     if takes_any and _leaves_open(draft) and draft.section("noise", "geometric"):
         draft.choose("noise.training.kind", "lognormal", "Training draws any sigma (Karras et al. 2022).")
         mean = round(edm_mean(_sigma_data(draft)), 3)

@@ -52,7 +52,7 @@ class Written:
             seconds = self.chosen.seconds
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
             yield "estimate", f"{duration(sum(seconds.values()))} on this machine: {steps}"
-            yield "", f"`ncsn plan --config {self.config}` tries every step, in about a minute"
+            yield "", f"`ncsn plan --config {self.config}` measures it again"
         yield "next", f"ncsn run --config {self.config}"
 
     def to_json(self) -> dict[str, Any]:

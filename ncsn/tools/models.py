@@ -1,20 +1,16 @@
-"""Registered models: images from them, and their export as plain files."""
+"""Images from registered models."""
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from ncsn import storage
-from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.distributed.cluster import cluster_for
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.errors import UserError
@@ -128,37 +124,6 @@ def _sample(config: Config, folder: str, *, model: str, progress: Callable[[int,
         seconds=round(time.perf_counter() - started, 1),
         model=model,
     )
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """A file of weights."""
-
-    uri: str
-    parameters: int
-    source: str  # URI of a checkpoint, or `models:/<name>/<version>`
-
-
-def from_checkpoint(checkpoint: str, *, out: str) -> ExportResult:
-    """Write the EMA weights of a checkpoint to the file `out`."""
-    return _write(checkpoints.load_for_sampling(checkpoint), source=checkpoint, out=out)
-
-
-def from_model(address: str, *, registry: str, out: str) -> ExportResult:
-    """Write the EMA weights of a registered model to the file `out`."""
-    with tempfile.TemporaryDirectory(prefix="ncsn-") as temporary, registry_errors(registry):
-        version = resolve_version(open_client_at(registry), address)
-        source = f"models:/{version.name}/{version.version}"
-        trained = load_trained(fetch_weights(registry, version, Path(temporary)), origin=source)
-    return _write(trained, source=source, out=out)
-
-
-def _write(trained: TrainedNetwork, *, source: str, out: str) -> ExportResult:
-    # The names are those of the network, which the config in the metadata builds.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.network.named_parameters()}
-    uri = storage.absolute(out)
-    storage.write_bytes(uri, save(weights, metadata={"config": to_json(trained.config), "source": source}))
-    return ExportResult(uri=uri, parameters=sum(tensor.numel() for tensor in weights.values()), source=source)
 
 
 def run_of_images(images: ModelSamples, *, root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:

@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples a network, by a few steps on noise."""
+"""How fast this machine trains and samples a network, by a few steps on noise; and the FLOP of a network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ncsn.config import Config
 from ncsn.core.losses import Batch
 from ncsn.core.training import train_step
+from ncsn.errors import UserError
 from ncsn.model import build
 
 SECONDS = 0.25  # of one measurement, at least
@@ -59,11 +61,16 @@ class Speed:
     evaluate_image: float  # in one network evaluation of a sampler
 
 
-def measure_speed(config: Config, machine: Machine) -> Speed:
+def measure_speed(config: Config) -> Speed:
     """Time a few training steps and evaluations of one worker's share; the config has noise levels."""
-    device = torch.device("cuda" if config.compute.use_gpu and machine.gpus else "cpu")
-    count = max(1, config.train.batch_size // machine.workers)
-    with torch_threads(machine.cores_per_worker):
+    if config.compute.use_gpu and not torch.cuda.is_available():
+        raise UserError(
+            "compute.use_gpu", "no GPU here to measure", hint="use false, or predict with --tflops N", value=True
+        )
+    workers, cores = config.compute.max_workers, config.compute.cpus_per_worker
+    device = torch.device(config.compute.device)
+    count = max(1, config.train.batch_size // workers)
+    with torch_threads(cores):
         state = build.train_state(config, device=device)
         options = build.step_options(config, world_size=1)
         loss = build.loss(config, state.uncertainty)
@@ -83,10 +90,19 @@ def measure_speed(config: Config, machine: Machine) -> Speed:
                 score: Tensor = state.network(batch.x, **batch.inputs)
             return score
 
-        per_image = machine.workers * count * (TOGETHER if machine.workers > 1 else 1.0)
+        per_image = workers * count * (TOGETHER if workers > 1 else 1.0)
         return Speed(
             train_image=_seconds(train, device) / per_image, evaluate_image=_seconds(evaluate, device) / per_image
         )
+
+
+def forward_flop(network: nn.Module, config: Config) -> int:
+    """FLOP of one image in a network on the device `meta`; a multiplication and its addition are two."""
+    data = config.data
+    image = torch.zeros(1, data.channels, data.image_size, data.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, torch.zeros(1, dtype=torch.int64, device="meta"))
+    return int(counter.get_total_flops())
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

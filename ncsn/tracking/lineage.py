@@ -206,13 +206,14 @@ def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
             yield Link("report", tags["report.uri"])
         case "register":
             for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                yield _version(client.get_model_version(version.name, version.version), tags)
+                yield _version(client, client.get_model_version(version.name, version.version), tags)
 
 
-def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
+def _version(client: MlflowClient, version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
     tags = version.tags
     facts = _known(
         aliases=", ".join(sorted(version.aliases)) or None,
+        files=client.get_model_version_download_uri(version.name, version.version),
         checkpoint=tags.get("ncsn.checkpoint_uri"),
         digest=tags.get("ncsn.checkpoint"),
         evaluation=run_tags.get("evaluation.uri"),

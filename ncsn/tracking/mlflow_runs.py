@@ -13,14 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
-from ncsn.runs.costs import read_plan, step_costs
+from ncsn.runs.costs import cost_of
 from ncsn.runs.folder import RunFolder
 from ncsn.storage.retry import limited
 from ncsn.tracking.client import (
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-PLANNED = "ncsn.planned_at"
 TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
@@ -74,7 +73,7 @@ class StepRun(Connection):
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """What `mlflow.json` says of a step that runs."""
+        """What `step.json` says of a step that runs."""
         return {"run_id": self.run_id, "parent_run_id": self.parent_run_id}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -176,10 +175,6 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     if reason := reconcile(connection.client, folder):
         _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
     parent, adopted = _parent(connection, config, folder)
-    plan = read_plan(folder)
-    if plan is not None and parent.data.tags.get(PLANNED) != plan["made_at"]:
-        connection.client.log_text(parent.info.run_id, json.dumps(plan, indent=1), "plan.json")
-        set_tags(connection.client, parent.info.run_id, {PLANNED: plan["made_at"]})
     child = _child(connection, parent, config, folder, step)
     place = connection.client, connection.uri, child.info.experiment_id
     tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
@@ -196,7 +191,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
                 shown(connection.uri), one_line(error), hint="repeat the command to continue from here"
             ) from error
         raise
-    costs = step_costs(config, plan, step=step, seconds=time.monotonic() - started)
+    cost = cost_of(config, step, time.monotonic() - started)
+    costs = {f"cost/{name}": value for name, value in asdict(cost).items()}, {f"cost/{step}_seconds": cost.seconds}
     _end(tracked, step, "FINISHED", costs, adopted=adopted)
 
 

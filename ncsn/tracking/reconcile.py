@@ -6,7 +6,6 @@ trained again.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from ncsn import storage
 from ncsn.runs.curves import PREVIEW
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
+from ncsn.runs.records import read_step, update_step
 from ncsn.tracking.client import Ignoring, one_line
 from ncsn.tracking.live import PERMANENT, Entry, Sender, log_metrics
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-# The file of a step that names its MLflow run and, when the step has ended, how it ended and what it cost.
-RECORD = "mlflow.json"
 CURVES = "train"  # the step that has curves and previews
 
 _logger = logging.getLogger(__name__)
@@ -59,9 +57,8 @@ def lacks_ends(folder: RunFolder) -> bool:
 
 def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     for step in storage.list_names(folder.steps):
-        record = storage.find_json(folder.step(step, RECORD))
-        if record is not None:
-            yield step, record
+        if record := read_step(folder, step).mlflow:
+            yield step, dict(record)
 
 
 def _find(client: MlflowClient, run_id: str) -> Run | None:
@@ -78,7 +75,7 @@ def _is_open(run: Run) -> bool:
 def send_missing(
     client: MlflowClient, folder: RunFolder, step: str, record: Mapping[str, Any], *, parent: bool = False
 ) -> None:
-    """`reconcile` for one step, of which `record` is the content of `mlflow.json`; with `parent` ends that run too.
+    """`reconcile` for one step, of which `record` is what `step.json` says of it; with `parent` ends that run too.
 
     Raises:
         MlflowException: The server does not take it now.
@@ -107,7 +104,7 @@ def send_missing(
 
 def write_record(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:
     """Record which MLflow run the step has and, when it has ended, how and at what cost."""
-    storage.write_text(folder.step(step, RECORD), json.dumps(record))
+    update_step(folder, step, mlflow=record)
 
 
 def mark_sent(folder: RunFolder, step: str, record: Mapping[str, Any]) -> None:

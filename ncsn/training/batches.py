@@ -78,8 +78,3 @@ def classes_of(config: Config, manifest: Manifest) -> Classes | None:
     if config.data.num_classes is None:
         return None
     return Classes(tuple(manifest.class_names), tuple(manifest.class_counts["train"]))
-
-
-def crossed(images_seen: int, batch_size: int, every: int) -> bool:
-    """Whether the last batch reached or passed a multiple of `every`."""
-    return images_seen // every > (images_seen - batch_size) // every

@@ -17,11 +17,11 @@ from ncsn.training.context import WorkerContext
 
 
 class Curves:
-    """Sums of the losses by bin of sigma over all workers, between two reports and between two checkpoints."""
+    """Sums of the losses by bin of sigma over all workers, between two reports."""
 
     def __init__(self, config: Config, context: WorkerContext) -> None:
         self._context, self._noise = context, build.training_noise(config)
-        self._names = loss_names(config, self._noise.bins.tolist())
+        self._names = loss_names(self._noise.bins.tolist())
         # Of levels, whose distribution the config chooses, the mean says nothing to other trainings.
         self._edm = build.edm_weight(config) if config.noise.training.kind == "lognormal" else None
         # Rows: the normalized loss, the number of images, and, if it is known, the loss with the weight of EDM.
@@ -29,7 +29,6 @@ class Curves:
         self._sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
         self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
         self._started, self._images = time.perf_counter(), 0
-        self._since_checkpoint = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, batch: Batch, step: StepReport, *, images: int) -> None:
         """Add one step: this worker's batch and losses, and the size of the global batch."""
@@ -41,25 +40,19 @@ class Curves:
         self._images += images
 
     def unreported(self) -> dict[str, Any]:
-        """The sums since the last report and the last checkpoint, as JSON values. A collective call."""
+        """The sums since the last report, as JSON values. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone())
-        return {
-            "sums": sums.tolist(),
-            "grad_norm": float(self._grad_norm),
-            "since_checkpoint": self._since_checkpoint.tolist(),
-        }
+        return {"sums": sums.tolist(), "grad_norm": float(self._grad_norm)}
 
     def restore(self, unreported: Mapping[str, Any]) -> None:
         """Add what `unreported` gave; the sums on rank 0 alone, since they are summed over all workers."""
         if self._context.rank == 0:
             self._sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self._sums.device)
         self._grad_norm.fill_(unreported["grad_norm"])
-        self._since_checkpoint += torch.tensor(unreported["since_checkpoint"], dtype=torch.float64)
 
     def take(self) -> dict[str, float]:
         """The curves' next point; its sums start at zero again. A collective call."""
         sums = self._context.sum_over_workers(self._sums.clone()).cpu()
-        self._since_checkpoint += sums
         losses, counts = sums[:2]
         now = time.perf_counter()
         point = {
@@ -75,11 +68,3 @@ class Curves:
         self._grad_norm.zero_()
         self._started, self._images = now, 0
         return point
-
-    def take_checkpoint_loss(self) -> float:
-        """Loss since the checkpoint before, with the same weight for each bin that was drawn; that of EDM if known."""
-        losses, counts = self._since_checkpoint[-1 if self._edm is not None else 0], self._since_checkpoint[1]
-        drawn = counts > 0
-        mean = float((losses[drawn] / counts[drawn]).mean())
-        self._since_checkpoint.zero_()
-        return mean

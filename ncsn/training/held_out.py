@@ -19,8 +19,7 @@ from ncsn.core.training_noise import LevelNoise
 from ncsn.data.format import Rows, load_manifest
 from ncsn.data.training_images import TrainingImages, open_training_images
 from ncsn.model import build
-from ncsn.runs.curves import held_out_point
-from ncsn.runs.gaps import Array, Gaps
+from ncsn.runs.curves import GAP, HELD_OUT_EDM, LOSS, Array
 from ncsn.training.batches import encoded
 from ncsn.training.context import WorkerContext
 
@@ -38,14 +37,8 @@ class Effort(NamedTuple):
 
 
 def effort_of(config: Config, *, held_out: int, training: int) -> Effort | None:
-    """What the config asks for, or else what fits in `SHARE` of the time; None if that is nothing.
-
-    `held_out` and `training` are the sizes of the splits.
-    """
-    wanted, between = config.train.validation.images, config.train.validate_every
-    if wanted is not None:
-        sizes = min(held_out, wanted), min(training, wanted)
-        return Effort(*sizes, every=between) if min(sizes) > 0 else None
+    """What fits in `SHARE` of the time for splits of these sizes; None if that is nothing."""
+    between = min(config.train.checkpoint_every_images, config.train.num_images)
     bins = len(_measured_at(config)[0])
     affordable = SHARE * EVALUATIONS_PER_STEP * between / bins  # images of both sets at each measurement
     held_out, training = min(held_out, MOST_IMAGES), min(training, MOST_IMAGES)
@@ -98,15 +91,15 @@ class Probe:
         Draws from no generator, so that training goes on as without it.
         """
         network = state.averaged()
-        held_out, training = (self._losses(network, each, dtype) for each in self._sets)
+        held_out, training = (self._losses(network, each, dtype).mean(axis=1) for each in self._sets)
         config, sigmas = self._config, self._sigmas.double()
-        edm = build.edm_weight(config) if self._levels is None else None
-        return held_out_point(
-            Gaps.of(held_out, training),
-            sigmas=sigmas.numpy(),
-            weights=build.loss_weight(config)(sigmas).numpy(),
-            edm=None if edm is None else edm(sigmas).numpy(),
-        )
+        weights = build.loss_weight(config)(sigmas).numpy()
+        share = weights / weights.sum()
+        point = {LOSS: float(share @ held_out), GAP: float(share @ (held_out - training))}
+        # The objective of Karras et al., if each of the levels is as probable.
+        if self._levels is None and (edm := build.edm_weight(config)) is not None:
+            point[HELD_OUT_EDM] = float((edm(sigmas).numpy() * held_out).mean())
+        return {name: value for name, value in point.items() if math.isfinite(value)}
 
     def _losses(self, network: nn.Module, share: ImageShare, dtype: torch.dtype | None) -> Array:
         """Loss at each sigma of each image of the whole set, [S, N]."""
@@ -140,7 +133,7 @@ def _measured_at(config: Config) -> tuple[Tensor, list[int] | None]:
     return sigmas[levels], levels
 
 
-def open_probe(config: Config, dataset: str, *, training: TrainingImages, context: WorkerContext) -> Probe | None:
+def open_probe(config: Config, dataset: str, training: TrainingImages, context: WorkerContext) -> Probe | None:
     """The probe of a training, with this worker's share of the images; None if it would take too long."""
     count = load_manifest(dataset).counts.get("test", 0)
     effort = effort_of(config, held_out=count, training=len(training))

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,20 +24,19 @@ from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
 from ncsn.errors import UserError
 from ncsn.model import averages, build, checkpoint
-from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.model.start import start_from
 from ncsn.process import keep_freed_memory, now_ms
+from ncsn.progress import Progress
 from ncsn.runs.curves import PREVIEW
 from ncsn.runs.history import load_history
 from ncsn.storage.heartbeat import Lease, LeaseExpired
-from ncsn.training.batches import augmented, classes_of, crossed, draw_batch, image_moments
+from ncsn.training.batches import augmented, classes_of, draw_batch, image_moments
 from ncsn.training.context import StepTimer, WorkerContext, compile_network
 from ncsn.training.curves import Curves
 from ncsn.training.held_out import open_probe
 from ncsn.training.live import LiveSink, MachineUsage
 from ncsn.training.previews import preview_png
-from ncsn.training.validation import Distance, Validation
 
 
 class DivergedError(UserError):
@@ -51,12 +50,11 @@ class TrainingJob:
     config: Config
     dataset: str  # URI
     sink: LiveSink | None = None  # for the curves and pictures of rank 0
-    progress: Callable[[int, int], None] | None = None  # called on rank 0 with (images_seen, last_image)
+    progress: Progress = field(default_factory=Progress)  # counts the images that all workers have seen
     history: str | None = None  # URI of the file of rank 0's curves
     preview: Callable[[int], str] | None = None  # images seen -> URI of the file of rank 0's preview
     averages: str | None = None  # URI of the folder of snapshots of two running averages
     lease: Lease | None = None  # read on rank 0 at each report: training ends when its launcher is gone
-    distance: Distance | None = None  # measured where `train.validation` says; picklable
     start: str | None = None  # URI of the files of the trained network that `train.init_from` names
     stop_at: int | None = None  # images seen; the schedules go on to `train.num_images`
 
@@ -77,7 +75,6 @@ class TrainOutcome:
     checkpoint: str  # name of the last one
     notes: tuple[str, ...] = ()  # for people
     pauses: tuple[float, ...] = ()  # seconds that each checkpoint stopped training on this worker
-    stopped: str = ""  # why training ended before `train.num_images`, if `train.stop` ended it
 
 
 class Training:
@@ -95,7 +92,9 @@ class Training:
             self.manifest = load_manifest(job.dataset)
             self.classes = classes_of(self.config, self.manifest)
             recorded = job.sink is not None or job.history is not None
-            probe = open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
+            self.probe = (
+                open_probe(self.config, job.dataset, training=self.split, context=context) if recorded else None
+            )
             self.state = build.train_state(self.config, device=context.device)
             self.loss = build.loss(self.config, self.state.uncertainty)
             if newest is not None:
@@ -104,10 +103,6 @@ class Training:
                 start_from(job.start, state=self.state, config=self.config, classes=self.classes)
             kept = job.history if context.rank == 0 else None
             self.history = load_history(kept, until=self.state.images_seen) if kept else None
-        self.validation = Validation(
-            self.config, probe=probe, distance=job.distance, last_image=job.last_image, context=context
-        )
-        self.validation.judge(self.history)
         if self.config.compute.compile:
             compile_network(self.state.network, context)
         self.model = context.wrap(self.state.network)
@@ -118,7 +113,16 @@ class Training:
 
     def ended(self) -> bool:
         """Whether no batch is to follow."""
-        return self.validation.stopped or self.state.images_seen >= self.job.last_image
+        return self.state.images_seen >= self.job.last_image
+
+    def measurement_due(self) -> bool:
+        """Whether the held-out loss is to be measured now."""
+        return self.probe is not None and (self.ended() or self.crossed(self.probe.every))
+
+    def crossed(self, every: int) -> bool:
+        """Whether the last batch reached or passed a multiple of `every` images."""
+        seen = self.state.images_seen
+        return seen // every > (seen - self.config.train.batch_size) // every
 
     def _newest_checkpoint(self) -> str | None:
         """Name of the checkpoint to resume from, which rank 0 finds. A collective call."""
@@ -143,12 +147,6 @@ class Training:
         """See `image_moments`."""
         return image_moments(self.config, self.split)
 
-    @property
-    def trained(self) -> TrainedNetwork:
-        """The present EMA weights, to sample from."""
-        network = self.state.averaged()
-        return TrainedNetwork(config=self.config, network=network, moments=self.moments, classes=self.classes)
-
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, context, state = self.config, self.context, self.state
@@ -164,7 +162,7 @@ class Training:
         self.curves.add(batch, report, images=config.train.batch_size)
 
     def report(self) -> None:
-        """Add a point to the curves, with what is to be measured of the EMA weights. A collective call."""
+        """Add a point to the curves, with the held-out loss if it is due. A collective call."""
         point, images_seen = self.curves.take(), self.state.images_seen
         if not (math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm_max"])):
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -175,8 +173,8 @@ class Training:
                 hint="lower it or set optimizer.grad_clip_norm",
                 value=self.config.optimizer.learning_rate,
             )
-        measured = self.validation.measure(self.state, dtype=self.options.autocast_dtype, trained=lambda: self.trained)
-        point |= measured
+        if self.probe is not None and self.measurement_due():
+            point |= self.probe.measure(self.state, dtype=self.options.autocast_dtype)
         self.point = point | {"train/learning_rate": build.learning_rate(self.config, images_seen)}
         self.reported = now_ms()
         system = self.usage.read() if self.context.rank == 0 else {}
@@ -184,16 +182,13 @@ class Training:
             self.sink.log(system | self.point, images_seen, self.reported)
         if self.history is not None:
             self.history.add(self.point, images_seen, system=system, when=self.reported)
-        if measured:
-            self.validation.judge(self.history)
 
     def save(self) -> None:
         """Publish a checkpoint. A collective call."""
         began = time.perf_counter()
         if self.sink:
             self._preview(self.sink)
-        loss = self.curves.take_checkpoint_loss()
-        self._publish(loss=self.validation.loss_of_checkpoint(self.point, training=loss))
+        self._publish()
         self.pauses.append(time.perf_counter() - began)
 
     def _preview(self, sink: LiveSink) -> None:
@@ -210,7 +205,7 @@ class Training:
         train, seen, uri = self.config.train, self.state.images_seen, self.job.averages
         if train.snapshot_every is None or uri is None or self.context.rank != 0:
             return
-        if self.ended() or crossed(seen, train.batch_size, train.snapshot_every):
+        if self.ended() or self.crossed(train.snapshot_every):
             taken = averages.snapshot(self.config, self.state)
             self.checkpoints.later(partial(averages.publish, uri, taken, images_seen=seen))
 
@@ -236,9 +231,9 @@ class Training:
         # With the curves, so that the points and losses after a resume are those of an undisturbed run.
         curves = self.curves.unreported()
         if math.isfinite(curves["grad_norm"] + sum(map(sum, curves["sums"]))):
-            self._publish(loss=None, curves=curves)
+            self._publish(curves)
 
-    def _publish(self, *, loss: float | None, curves: dict[str, Any] | None = None) -> None:
+    def _publish(self, curves: dict[str, Any] | None = None) -> None:
         self.saved = checkpoint.folder_name(self.state.images_seen)
         if self.context.rank == 0:
             if self.history is not None:
@@ -251,11 +246,11 @@ class Training:
                 classes=self.classes,
                 curves=curves,
             )
-            self.checkpoints.publish(snapshot.write, name=self.saved, loss=loss)
+            self.checkpoints.publish(snapshot.write, name=self.saved)
 
 
 def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: CheckpointStore) -> TrainOutcome:
-    """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches, or to a plateau.
+    """Train from the newest whole checkpoint to the job's last image, rounded up to whole batches.
 
     Raises:
         DivergedError: The loss or a gradient is not finite; on every worker, and nothing is saved.
@@ -266,15 +261,16 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
     keep_freed_memory()
     training = Training(job, context, checkpoints)
     started, first = time.perf_counter(), training.state.images_seen
+    if context.rank == 0:
+        job.progress.start(job.last_image, "images")
+        job.progress.advance(first)
     try:
         while not training.ended():
             training.step()
-            seen = training.state.images_seen
-            save = training.ended() or crossed(seen, train.batch_size, train.checkpoint_every_images)
-            report = save or training.validation.due(seen) or crossed(seen, train.batch_size, train.report_every_images)
+            save = training.ended() or training.crossed(train.checkpoint_every_images)
+            report = save or training.measurement_due() or training.crossed(train.report_every_images)
             if report:
                 training.report()
-            save = save or training.ended()  # what the report measured may have stopped it
             training.keep_averages()
             if save:
                 training.save()
@@ -282,8 +278,8 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
                 training.save_in_time()
             if report and not training.ended():
                 training.end_if_abandoned()
-            if context.rank == 0 and job.progress:
-                job.progress(seen, seen if training.ended() else job.last_image)
+            if context.rank == 0:
+                job.progress.advance(train.batch_size)
     except Exception:
         # MLflow may not have the last points yet, and training may not reach them again.
         if training.history is not None:
@@ -303,5 +299,4 @@ def train_loop(job: TrainingJob, context: WorkerContext, checkpoints: Checkpoint
         checkpoint=training.saved,
         notes=tuple(checkpoints.notes),
         pauses=tuple(training.pauses),
-        stopped=str(training.validation.plateau or ""),
     )

@@ -1,4 +1,4 @@
-"""A small experiment, the command in this process or in a new one, and snapshots of its output."""
+"""A small experiment, and the command in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ sampling: {{num_images: 8, sampler: {{kind: annealed_langevin, steps_per_level: 
 evaluation: {{num_splits: 2}}
 storage: {{root: {root}}}
 """
-SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
 @pytest.fixture
@@ -68,17 +67,3 @@ def require_mistake() -> Callable[..., None]:
         assert done.stdout == ""
 
     return require
-
-
-@pytest.fixture
-def snapshot() -> Callable[[str, str], None]:
-    """Compares a text with a stored one; RENEW_SNAPSHOTS=1 stores it instead."""
-
-    def compare(name: str, text: str) -> None:
-        path = SNAPSHOTS / f"{name}.txt"
-        lines = "".join(f"{line.rstrip()}\n" for line in text.strip("\n").splitlines())
-        if os.environ.get("RENEW_SNAPSHOTS"):
-            path.write_text(lines)
-        assert lines == path.read_text(), f"{path.name}: RENEW_SNAPSHOTS=1 stores the new text"
-
-    return compare

@@ -124,8 +124,8 @@ def test_of_what_a_step_raises_only_mistakes_are_the_users(
         app(["ingest", "--config", str(config_file), "--run", "mine", "--json"])
     printed = capfd.readouterr()
     assert ended.value.code == code and line in printed.err.splitlines()
-    record = json.loads((store / "runs/mine/steps/ingest/error.json").read_text())
-    assert (record["type"], record["user"], bool(record["problems"])) == (type(error).__name__, code == 2, code == 2)
+    record = json.loads((store / "runs/mine/steps/ingest/step.json").read_text())["error"]
+    assert (record["kind"], record["mistake"], bool(record["problems"])) == (type(error).__name__, code == 2, code == 2)
     assert ("error" in json.loads(printed.out or "{}")) == (code == 2)
 
 

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with twelve soft images; the working directory is empty, and speed is known."""
-    monkeypatch.setattr(first_config, "measure_speed", lambda *_: Speed(0.01, 0.003))
+    monkeypatch.setattr(first_config, "measure_speed", lambda _: Speed(0.01, 0.003))
     folder = tmp_path / "My photos"
     folder.mkdir()
     for seed in range(12):

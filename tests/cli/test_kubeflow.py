@@ -1,4 +1,4 @@
-"""`ncsn compile` and `ncsn submit`, in this process, to a server that keeps what it gets."""
+"""`ncsn submit`, in this process, to a server that keeps what it gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from kfp_api import KfpServer
 from ncsn.cli.target import Experiment
 from ncsn.config import from_json
 from ncsn.runs.folder import claim_run
-from pipelines.compile import COMPILED
 
 
 @pytest.fixture
@@ -41,15 +40,6 @@ def cached_tasks(run: dict[str, Any]) -> set[str]:
 def submit(run_in_process, server: KfpServer, config_file: Path) -> Callable[..., Result]:
     """`ncsn submit` of the experiment in `config_file`."""
     return lambda *options: run_in_process("submit", "--config", str(config_file), *options)
-
-
-def test_compile_writes_what_is_committed(run_in_process, tmp_path: Path) -> None:
-    done = run_in_process("compile", "--out", str(tmp_path))
-    assert done.exit_code == 0, done.output
-    assert {Path(line) for line in done.stdout.splitlines()} == set(tmp_path.iterdir())
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        path.name: path.read_text() for path in COMPILED.glob("*.yaml")
-    }
 
 
 def test_submit_sends_the_resolved_config_and_prints_the_page(submit, server: KfpServer, config_file: Path) -> None:
@@ -164,8 +154,9 @@ def test_a_run_name_of_another_config_is_refused_where_the_store_can_be_read(
     assert len(server.runs) == 1
 
 
-def test_compile_sizes_the_pods_for_a_config(run_in_process, config_file: Path, tmp_path: Path) -> None:
+def test_compile_only_writes_the_sized_pipeline_and_starts_nothing(submit, server: KfpServer, tmp_path: Path) -> None:
     gpus = ("--set", "compute.use_gpu=true", "--set", "compute.num_workers=2")
-    done = run_in_process("compile", "--out", str(tmp_path), "--config", str(config_file), *gpus)
-    assert done.exit_code == 0, done.output
-    assert "nvidia.com/gpu" in (tmp_path / "train_pipeline.yaml").read_text()
+    done = submit("--compile-only", str(tmp_path / "mine.yaml"), *gpus)
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path / 'mine.yaml'}\n"
+    assert "nvidia.com/gpu" in (tmp_path / "mine.yaml").read_text()
+    assert server.runs == server.recurring_runs == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -15,11 +14,11 @@ from ncsn.cli.options import BACKENDS
 from ncsn.cli.target import Experiment, default_run
 from ncsn.config import Config, from_yaml
 from ncsn.config.compute import ComputeConfig
-from ncsn.errors import ConfigError, NotFound, Problem
+from ncsn.errors import ConfigError, NotFound
 from ncsn.runs.folder import RUN_PATTERN, RunFolder, claim_run
 from ncsn.runs.inputs import find_inputs
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepError, forget_attempts, read_error, read_results
+from ncsn.runs.records import update_step
 from ncsn.runs.steps import STEPS
 
 
@@ -66,7 +65,7 @@ def test_a_run_brings_its_config(config_file: Path, store: Path) -> None:
 
 def test_a_checkpoint_brings_its_config_and_its_run(config_file: Path, store: Path, tmp_path: Path) -> None:
     own = Experiment(str(config_file)).resolve().run
-    of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "best", "selected", "ema/widths")]
+    of_run = [(store / "runs" / "mine" / name, "mine") for name in ("checkpoints", "selected", "ema/widths")]
     for folder, run in (*of_run, (tmp_path / "a" / "checkpoints", own)):
         checkpoint = folder / "images-000000160"
         storage.write_text(str(checkpoint / "config.yaml"), config_file.read_text())
@@ -103,8 +102,7 @@ def test_any_run_of_a_store(config: Config, store: Path) -> None:
 
 
 def store_result(folder: RunFolder, step: str, result: dict[str, object], *, at: str = "2026-01-01") -> None:
-    record = {"step": step, "inputs": {}, "result": result, "seconds": 1.5, "finished_at": at}
-    storage.write_text(folder.step(step, "result.json"), json.dumps(record))
+    update_step(folder, step, state="FINISHED", result=result, finished_at=at)
 
 
 def test_inputs_are_the_given_ones_else_those_of_the_run(config: Config, folder: RunFolder) -> None:
@@ -166,19 +164,6 @@ def test_a_run_is_complete_only_for_its_config_results_and_outputs(config: Confi
     assert complete_records(folder, config) is not None
     Path(output).unlink()
     assert complete_records(folder, config) is None
-
-
-def test_earlier_attempts_are_forgotten_and_results_kept(folder: RunFolder) -> None:
-    store_result(folder, "ingest", {"uri": "x"})
-    problem = Problem("data.root", "no folder", value="/x")
-    error = {"type": "NotFound", "user": True, "message": str(problem), "problems": [problem.to_json()]}
-    storage.write_text(folder.step("train", "error.json"), json.dumps(error))
-    storage.write_text(folder.step("train", "progress.json"), json.dumps({"done": 1, "total": 2, "unit": "images"}))
-    assert read_error(folder, "train") == StepError("NotFound", str(problem), mistake=True, problems=(problem,))
-    forget_attempts(folder)
-    assert read_error(folder, "train") is None
-    assert read_progress(folder, "train") is None
-    assert list(read_results(folder)) == ["ingest"]
 
 
 @pytest.mark.parametrize("damaged", ["", '{"done": 1, "to'])

@@ -58,8 +58,8 @@ def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: 
         lambda: not place.namespace.pods_at_work(WORKERS), "no worker is left", seconds=LEASE_SECONDS + 240
     )
     assert seconds > LEASE_SECONDS / 2
-    error = place.stored(f"runs/{RUN}/steps/train/error.json")
-    assert error["type"] == "LeaseExpired" and not error["user"]
+    error = place.stored(f"runs/{RUN}/steps/train/step.json")["error"]
+    assert error["kind"] == "LeaseExpired" and not error["mistake"]
 
 
 @pytest.mark.timeout(900)

@@ -39,7 +39,7 @@ def test_images_and_figures_survive_the_loss_of_a_pod(place: Place, dataset: str
     result = evaluation.result()
     assert (result["num_images"], result["num_real_images"]) == (256, 256)
     assert result["gate"]["num_images"] == 256 and result["gate"]["value"] > 0
-    assert place.stored(f"runs/{RUN}/steps/evaluate/error.json") is None
+    assert place.stored(f"runs/{RUN}/steps/evaluate/step.json")["error"] is None
     assert not [name for name in place.files(f"runs/{RUN}/evaluation") if ".features-" in name]
     eventually(place.namespace.is_empty, "the RayJobs and their pods are gone", seconds=120)
 

@@ -20,9 +20,9 @@ def test_it_trains_and_leaves_nothing_behind(place: Place, dataset: str) -> None
     command = place.commands.run("train", "--json", *place.options(), "--run", RUN, "--dataset", dataset, seconds=600)
     result = command.result()
     assert result["images_seen"] == 12800 and 0 < result["loss"] < 1
-    assert result == place.stored(f"runs/{RUN}/steps/train/result.json")["result"]
+    assert result == place.stored(f"runs/{RUN}/steps/train/step.json")["result"]
     assert result["checkpoint"].rpartition("/")[2] in place.checkpoints(RUN)
-    assert f"run {RUN}" in place.text(f"runs/{RUN}/steps/train/driver.log")
+    assert f"run {RUN}" in place.text(f"runs/{RUN}/steps/train/log.txt")
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
 
 
@@ -67,5 +67,5 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
         assert command.wait(1) == 0, command.said[-3000:]
     assert command.result()["images_seen"] == LONG["train.num_images"]
     assert lowest >= kept, "it began anew"
-    assert place.stored(f"runs/{RUN}/steps/train/error.json") is None
+    assert place.stored(f"runs/{RUN}/steps/train/step.json")["error"] is None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)

@@ -34,7 +34,7 @@ from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import Outcome, read_error, read_outcome, write_outcome
+from ncsn.runs.records import Outcome, read_outcome, read_step, write_outcome
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
@@ -71,7 +71,7 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
         )
     assert not Path(model.path).exists()
     folder = run_folder(config, "mine")
-    error = read_error(folder, "train")
+    error = read_step(folder, "train").error
     assert error is not None and error.mistake
     assert read_outcome(folder) == Outcome("FAILED", error.message, "train")
 
@@ -80,7 +80,7 @@ def test_a_task_that_fails_before_its_step_leaves_a_reason(tmp_path: Path) -> No
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
     with pytest.raises(RuntimeError), task("sample", config=to_json(config), run="mine"):
         raise RuntimeError("no such GPU")
-    error = read_error(run_folder(config, "mine"), "sample")
+    error = read_step(run_folder(config, "mine"), "sample").error
     assert error is not None and (error.kind, error.mistake) == ("RuntimeError", False)
 
 

@@ -136,16 +136,6 @@ WRONG = [
     (["network={kind: ncsnv2}", "loss.weighting=edm"], "loss.weighting"),
     (["noise.training={kind: lognormal, std: 0}"], "noise.training.std"),
     (["train.ema={kind: half_life, ramp_up: 0}"], "train.ema.ramp_up"),
-    (["train.best_by=loss"], "train.best_by"),
-    (["train.stop={by: training, patience_images: 1}"], "train.stop.by"),
-    (["train.stop={by: fid}"], "train.stop.patience_images"),
-    (["train.stop={by: validation, patience_images: 1}", "train.validation.images=0"], "train.stop.by"),
-    (["train.best_by=validation", "train.validation.images=0"], "train.best_by"),
-    (["train.best_by=fid", "train.keep_best=false"], "train.best_by"),
-    (
-        ["train.best_by=fid", "train.checkpoint_every_images=100", "train.validation.every_images=150"],
-        "train.validation.every_images",
-    ),
     (["network.widths=[8,8,8,8,8]"], "network.widths"),
     (["network.attention_sizes=[4,5]"], "network.attention_sizes"),
     ([NCSN, "data.image_size=27"], "data.image_size"),
@@ -283,22 +273,12 @@ def test_changed_settings_ignore_where_the_work_happens_and_how_often_something_
             "sampling.seed=3",
             "data.root=/elsewhere",
             "train.keep_checkpoints=1",
+            "train.checkpoint_every_images=777",
         ],
     )
     other = from_yaml(DIGITS, overrides=["seed=5"])
     assert changed_settings(one, elsewhere) == {}
     assert changed_settings(one, other) == {"seed": (0, 5)}
-
-
-def test_what_is_measured_decides_the_weights_only_where_it_stops_the_training() -> None:
-    stop = "train.stop={by: validation, patience_images: 100}"
-    for measuring in ("train.validation.images=100", "train.checkpoint_every_images=777"):
-        assert changed_settings(from_yaml(DIGITS), from_yaml(DIGITS, overrides=[measuring])) == {}
-        changed = changed_settings(*(from_yaml(DIGITS, overrides=[stop, *more]) for more in ([], [measuring])))
-        assert measuring.partition("=")[0] in changed
-    assert changed_settings(from_yaml(DIGITS), from_yaml(DIGITS, overrides=["train.best_by=fid"])) == {}
-    changed = changed_settings(from_yaml(DIGITS), from_yaml(DIGITS, overrides=[stop]))
-    assert {"train.stop.by", "train.stop.patience_images", "train.stop.tolerance"} <= changed.keys()
 
 
 def test_a_background_is_a_word_or_three_bytes() -> None:

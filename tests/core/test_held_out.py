@@ -1,4 +1,4 @@
-"""The held-out loss and its alarm, on images of known distribution."""
+"""The held-out loss, on images of known distribution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from ncsn.core.held_out import losses_at
 from ncsn.core.keyed_random import Stream
-from ncsn.runs.gaps import Alarm, Gaps
 
 SIGMAS = torch.tensor([2, 1, 0.5, 0.25, 0.1, 0.03], dtype=torch.float64)
 SPREAD, SIDE = 0.25, 8  # standard deviation of a pixel, and pixels of a side
@@ -40,28 +39,19 @@ def losses(network, x: torch.Tensor, *, stream: int = Stream.HELD_OUT_NOISE) -> 
     return losses_at(network, x, first=0, sigmas=SIGMAS, levels=LEVELS, stream=stream).double().numpy()
 
 
-def gaps(network, training: torch.Tensor, held_out: torch.Tensor) -> Gaps:
-    return Gaps.of(losses(network, held_out), losses(network, training, stream=Stream.TRAINED_NOISE))
-
-
-def test_a_memorizer_of_16_images_raises_the_alarm() -> None:
+def test_a_memorizer_of_16_images_has_the_losses_of_the_nearest_image() -> None:
     """Loss of training images at sigma 2 ... 0.03, and of others, whose nearest image is the wrong one."""
     training = images(16, seed=0)
     network = Memorizer(training)
-    found = gaps(network, training.repeat(250, 1, 1, 1), images(4000, seed=1))
-    np.testing.assert_allclose(found.held_out, [0.0173, 0.0764, 0.350, 1.463, 9.25, 102.6], rtol=0.03)
-    np.testing.assert_allclose(found.held_out - found.gap, [0.0132, 0.0328, 0.0116, 0, 0, 0], rtol=0.05, atol=1e-4)
-    assert found.alarm() == Alarm((0, 1, 2, 3, 4, 5), harmful=True)
-    # With fewer images, sigma 2 and 1 are left to chance: the noise hides which image it is.
-    alarm = gaps(network, training, images(200, seed=1)).alarm()
-    assert alarm is not None and alarm.harmful and {2, 3, 4, 5} <= set(alarm.bins)
+    held_out = losses(network, images(4000, seed=1)).mean(axis=1)
+    np.testing.assert_allclose(held_out, [0.0173, 0.0764, 0.350, 1.463, 9.25, 102.6], rtol=0.03)
+    trained = losses(network, training.repeat(250, 1, 1, 1), stream=Stream.TRAINED_NOISE).mean(axis=1)
+    np.testing.assert_allclose(trained, [0.0132, 0.0328, 0.0116, 0, 0, 0], rtol=0.05, atol=1e-4)
 
 
-def test_the_best_network_for_the_distribution_raises_none() -> None:
+def test_the_best_network_for_the_distribution_has_its_loss() -> None:
     best = SPREAD**2 / (SPREAD**2 + SIGMAS.numpy() ** 2)
     np.testing.assert_allclose(losses(optimal, images(4000, seed=0)).mean(axis=1), best, rtol=0.02)
-    for seed in range(20):
-        assert gaps(optimal, images(16, seed=2 * seed), images(200, seed=2 * seed + 1)).alarm() is None
 
 
 def test_an_image_has_its_loss_in_any_batch() -> None:

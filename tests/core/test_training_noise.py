@@ -48,6 +48,17 @@ def test_the_bins_are_equally_probable() -> None:
         assert PLAIN.bin_of(batch).tolist() == list(range(first, first + 9))
 
 
+@pytest.mark.parametrize("levels", [1, 4, 10, 12, 18, 232])
+def test_levels_are_counted_in_at_most_ten_bins(levels: int) -> None:
+    noise = LevelNoise(torch.linspace(1, 0.01, levels))
+    empty = torch.zeros(levels, 0)
+    bins = noise.bin_of(Batch(empty, noise.sigmas, empty, torch.arange(levels)))
+    assert bins.unique().tolist() == list(range(min(levels, 10))) and bins.tolist() == sorted(bins)
+    for number, sigmas in enumerate(noise.spread(16)):
+        assert set(sigmas.tolist()) <= set(noise.sigmas[bins == number].tolist())
+    assert len(noise.bins) == min(levels, 10) and (noise.bins.diff() < 0).all()
+
+
 @pytest.mark.parametrize("noise", [PLAIN, STRATIFIED], ids=["plain", "stratified"])
 def test_a_million_draws_have_the_distribution(noise: LognormalNoise) -> None:
     sigma, level = noise.draw(3, first=0, count=1_000_000)

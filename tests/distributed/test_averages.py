@@ -23,8 +23,8 @@ class Killed(Exception):
 
 
 class DiesAfterFirstCheckpoint(CheckpointStore):
-    def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
-        super().publish(write, name=name, loss=loss)
+    def publish(self, write: Callable[[Path], None], *, name: str) -> None:
+        super().publish(write, name=name)
         self.wait()
         raise Killed
 

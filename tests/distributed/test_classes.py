@@ -72,7 +72,7 @@ def test_the_held_out_loss_tells_the_network_the_classes(
     network = build.network(config)
     network.register_forward_pre_hook(lambda _, given, named: seen.append(named["labels"]), with_kwargs=True)
     monkeypatch.setattr(state, "averaged", lambda: network)
-    probe = open_probe(config, dataset, training=training, context=LocalContext())
+    probe = open_probe(config, dataset, training, LocalContext())
     assert probe is not None
     probe.measure(state, dtype=None)
     labels = torch.cat(seen)

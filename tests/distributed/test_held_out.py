@@ -56,7 +56,7 @@ def point(config: Config, dataset: str, context: LocalContext) -> dict[str, floa
     for weight in state.ema.weights.values():
         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     training = open_training_images(dataset, config.data)
-    probe = open_probe(config, dataset, training=training, context=context)
+    probe = open_probe(config, dataset, training, context)
     assert probe is not None
     return probe.measure(state, dtype=None)
 
@@ -73,7 +73,7 @@ def point(config: Config, dataset: str, context: LocalContext) -> dict[str, floa
 )
 def test_it_depends_on_the_weights_and_the_images_only(tiny: str, dataset: str, overrides: list[str]) -> None:
     plain = point(from_yaml(tiny), dataset, LocalContext())
-    assert {"val/loss", "val/gap", "val/loss_sigma_0.01", "val/gap_error_sigma_1"} <= plain.keys()
+    assert plain.keys() == {"val/loss", "val/gap"}
     assert point(from_yaml(tiny, overrides=overrides), dataset, LocalContext()) == pytest.approx(plain, rel=1e-4)
 
 
@@ -149,19 +149,6 @@ def test_it_takes_a_fiftieth_of_the_time(
     if found is not None:
         passes = 4 * (found.held_out + found.training) / found.every
         assert passes <= 0.02 * 3
-
-
-@pytest.mark.parametrize(
-    ("validation", "effort"),
-    [
-        ("{images: 700}", Effort(539, 700, every=80)),
-        ("{images: 10, every_images: 48}", Effort(10, 10, every=48)),
-        ("{images: 0}", None),
-    ],
-)
-def test_or_what_is_asked_for(tiny: str, validation: str, effort: Effort | None) -> None:
-    config = from_yaml(tiny, overrides=[f"train.validation={validation}"])
-    assert effort_of(config, held_out=539, training=1258) == effort
 
 
 def test_rows_of_a_streamed_split_are_those_of_the_data(tiny: str, dataset: str) -> None:

@@ -54,8 +54,8 @@ def test_resume_is_bitwise(overrides: tuple[str, ...], tiny: str, dataset: str, 
     whole = checkpoint_after(tiny, dataset, tmp_path / "whole", *overrides, *short)
 
     class DiesAfterFirstCheckpoint(CheckpointStore):
-        def publish(self, write: Callable[[Path], None], *, name: str, loss: float | None) -> None:
-            super().publish(write, name=name, loss=loss)
+        def publish(self, write: Callable[[Path], None], *, name: str) -> None:
+            super().publish(write, name=name)
             raise KeyboardInterrupt
 
     halves = from_yaml(tiny, overrides=[*overrides, *short, "train.checkpoint_every_images=48"])

@@ -97,15 +97,6 @@ def test_two_workers_follow_one(trained: Path, tiny: str, dataset: str, tmp_path
                 assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5), name
 
 
-def test_the_best_checkpoint_is_kept_beside_the_latest(trained: Path) -> None:
-    (best,) = (path.name for path in (trained / "best").iterdir() if path.is_dir())
-    record = json.loads((trained / "best" / "best.json").read_text())
-    assert record["checkpoint"] == best and 0 < record["loss"] < 2
-    for file in (trained / "checkpoints" / best).iterdir():
-        assert (trained / "best" / best / file.name).read_bytes() == file.read_bytes()
-    assert not list(trained.rglob(".tmp-*"))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_checkpoint_that_cannot_be_stored_is_tried_again_from_the_one_before(
@@ -140,7 +131,7 @@ def test_a_killed_worker_and_a_damaged_checkpoint_change_nothing(
     outcome = cluster.driver(trainer.train, job, run_uri=str(tmp_path))
     (note,) = outcome.notes
     assert all(name in note for name in ("images-000000096", "weights.safetensors", "images-000000048"))
-    assert kill.done.exists()
+    assert kill.killed.exists()
     assert_same_tensors(*(run / "checkpoints" / "images-000000160" for run in (trained, tmp_path)))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"images-{seen:09d}" for seen in (48, 96, 144, 160)]

@@ -94,7 +94,7 @@ class Workplace:
         return self.root / "runs" / run
 
     def result(self, run: str, step: str) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.folder(run) / "steps" / step / "result.json").read_text())
+        record: dict[str, Any] = json.loads((self.folder(run) / "steps" / step / "step.json").read_text())
         result: dict[str, Any] = record["result"]
         return result
 

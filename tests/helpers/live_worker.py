@@ -21,7 +21,7 @@ from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import StepRun
 
 DEAD = "http://127.0.0.1:9"  # Discard's port, on which nothing listens here
-LEVEL, LOSS = "train/loss_level_1", "train/loss"
+LEVEL, LOSS = "train/loss_sigma_0.5", "train/loss"
 
 
 def png() -> bytes:

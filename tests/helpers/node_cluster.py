@@ -11,11 +11,12 @@ import json
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from ncsn.config import from_yaml
 from ncsn.distributed import trainer
+from ncsn.progress import Progress
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
 import ray  # isort: skip  # after ncsn.distributed, which sets its environment
@@ -24,21 +25,25 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 NOTICE_SECONDS = 15
+BATCH = 16
 STEP_SECONDS = 0.6
 ALONE_SECONDS = 5.0  # the same where the lost node is to come back: Ray Train looks for more nodes once a minute
 
 
-@dataclass(frozen=True)
-class Slowly:
+class Slowly(Progress):
     """Progress that takes its time, and notes images seen and the number of workers."""
 
-    file: Path
-    alone: float
+    def __init__(self, file: Path, *, alone: float) -> None:
+        super().__init__()
+        self.file, self.alone = file, alone
 
-    def __call__(self, done: int, total: int) -> None:
+    def advance(self, n: int = 1) -> None:
+        super().advance(n)
+        if n != BATCH:  # what was there when training began
+            return
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         with self.file.open("a") as stream:
-            stream.write(f"{done} {workers}\n")
+            stream.write(f"{self.done} {workers}\n")
         time.sleep(STEP_SECONDS if workers > 1 else self.alone)
 
     def seen(self) -> list[list[int]]:

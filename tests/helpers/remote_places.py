@@ -97,7 +97,7 @@ class Place(ABC):
         return self.folder / "runs" / run / "steps" / "train"
 
     def log(self, run: str) -> str:
-        return (self.step_folder(run) / "driver.log").read_text()
+        return (self.step_folder(run) / "log.txt").read_text()
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The store finds the newest whole checkpoint, keeps the best one, and says what it could not store."""
+"""The store finds the newest whole checkpoint, and says what it could not store."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3_root")
 
 
-def publish(store: CheckpointStore, write: Write, *names: str, loss: float | None = None) -> None:
+def publish(store: CheckpointStore, write: Write, *names: str) -> None:
     for name in names:
-        store.publish(write, name=name, loss=loss)
+        store.publish(write, name=name)
     store.wait()
 
 
@@ -103,30 +103,6 @@ def test_a_checkpoint_of_another_version_stays(tmp_path: Path, write: Write) -> 
     assert file.is_file()
 
 
-def test_the_best_one_is_copied(root: str, write: Write) -> None:
-    uri, best = storage.join(root, "checkpoints"), storage.join(root, "best")
-
-    def kept() -> tuple[str, float]:
-        record = storage.read_json(storage.join(best, "best.json"))
-        assert storage.list_names(best) == ["best.json", record["checkpoint"]]
-        with storage.local_copy(storage.join(best, record["checkpoint"])) as folder:
-            index.verify(folder)
-        return record["checkpoint"], record["loss"]
-
-    store = CheckpointStore(uri, keep=1, best=best)
-    publish(store, write, NAMES[0])
-    assert not storage.exists(best), "without a loss none is the best"
-    publish(store, write, NAMES[1], loss=2.0)
-    assert kept() == (NAMES[1], 2.0)
-    publish(store, write, NAMES[2], loss=1.0)
-    publish(CheckpointStore(uri, keep=1, best=best), write, NAMES[3], loss=1.0)
-    assert kept() == (NAMES[2], 1.0)
-    assert list(store.names()) == [NAMES[3]]
-    # Losses of another kind are not compared.
-    publish(CheckpointStore(uri, keep=1, best=best, best_by="fid"), write, NAMES[3], loss=50.0)
-    assert kept() == (NAMES[3], 50.0)
-
-
 def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path: Path, write: Write) -> None:
     def fail(folder: Path) -> None:
         write(folder)
@@ -134,10 +110,10 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path: Path, write
 
     store = CheckpointStore(str(tmp_path))
     publish(store, write, NAMES[0])
-    store.publish(fail, name=NAMES[1], loss=None)
+    store.publish(fail, name=NAMES[1])
     with pytest.raises(OSError, match="disk full"):
-        store.publish(write, name=NAMES[2], loss=None)
-    store.publish(fail, name=NAMES[1], loss=None)
+        store.publish(write, name=NAMES[2])
+    store.publish(fail, name=NAMES[1])
     with pytest.raises(OSError, match="disk full"):
         store.wait()
     store.wait()
@@ -151,11 +127,11 @@ def test_publishing_waits_for_the_one_before_and_for_nothing_else(tmp_path: Path
         assert go_on.wait(60)
         write(folder)
 
-    store.publish(slowly, name=NAMES[0], loss=None)
+    store.publish(slowly, name=NAMES[0])
     assert list(store.names()) == []
     timer = threading.Timer(0.2, go_on.set)
     timer.start()
-    store.publish(write, name=NAMES[1], loss=None)
+    store.publish(write, name=NAMES[1])
     assert go_on.is_set() and NAMES[0] in list(store.names())
     store.wait()
     timer.join()

@@ -74,7 +74,7 @@ class Emulation:
 
     @property
     def log(self) -> str:
-        return (self.folder / "runs/mine/steps/train/driver.log").read_text()
+        return (self.folder / "runs/mine/steps/train/log.txt").read_text()
 
 
 @pytest.fixture

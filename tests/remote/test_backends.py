@@ -64,7 +64,7 @@ def test_a_step_runs_with_its_lease_and_shows_and_keeps_its_log(place: Place, ru
     )
     launcher = place.launch(run, code)
     assert launcher.ended() == 0, launcher.said
-    line = f"renewed {place.step_folder(run)}/lease.json"
+    line = f"renewed {place.step_folder(run)}/lease"
     assert launcher.said.count(line) == 1
     assert place.log(run).splitlines()[-1] == line
     assert (place.running(run), place.attempts(run)) == ([], 1)
@@ -138,7 +138,7 @@ def test_an_outage_stops_nothing_and_the_log_is_shown_once_and_whole(
     go = tmp_path / "go"
     launcher = place.launch(run, waiting(go))
     launcher.until("running")
-    lease = place.step_folder(run) / "lease.json"
+    lease = place.step_folder(run) / "lease"
     with place.outage():
         launcher.until_about("unavailable")
         before = json.loads(lease.read_text())

@@ -85,12 +85,12 @@ def test_training_runs_as_a_job(jobs: Jobs, config: Path) -> None:
     assert re.fullmatch(r"ncsn-mine-train-[0-9a-f]{8}", name)
     step = f"{settings.storage.root}/runs/mine/steps/train"
     known = job["metadata"]
-    assert f"config-{known['ncsn.config']}.yaml" in storage.list_names(step)
+    assert set(storage.list_names(step)) == {"step.json", "progress.json", "lease", "log.txt"}
     assert (known["mlflow.experiment"], known["mlflow.run_name"]) == ("ncsn", "mine/train")
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}
     assert f"Ray job {name}: SUCCEEDED" in done.stderr
-    assert storage.read_json(f"{step}/lease.json")["renewed_at"] > 0
-    assert "images_seen" in storage.read_text(f"{step}/driver.log")
+    assert storage.read_json(f"{step}/lease")["renewed_at"] > 0
+    assert "images_seen" in storage.read_text(f"{step}/log.txt")
     from ncsn.tracking.client import client_at
 
     client = client_at(jobs.head.nodes.environment["MLFLOW_TRACKING_URI"])
@@ -147,7 +147,7 @@ def test_plain_ray_job_submit_trains_from_a_config_in_s3(jobs: Jobs, config: Pat
     job = jobs.head.nodes.get("/api/jobs/plain-train")
     assert (job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0)
     assert job["metadata"]["mlflow.run_name"] == "plain/train"
-    result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/result.json"))["result"]
+    result = json.loads(storage.read_text(f"{s3_root}/runs/plain/steps/train/step.json"))["result"]
     assert result["images_seen"] == 160
 
 

@@ -10,7 +10,6 @@ from ncsn.report.images import grid_png, neighbors, strip_png
 from ncsn.report.page import Fact, Page, Picture, Scores, Section, Tile, Timing
 from ncsn.report.words import score_rows
 from ncsn.runs.curves import HeldOutCurves
-from ncsn.runs.gaps import Gaps
 
 METRICS = {
     "eval/classifier_score_n64": 1.23,
@@ -50,9 +49,8 @@ def page(images: np.ndarray) -> Page:
     rows, more = score_rows(METRICS, REAL_METRICS)
     losses = np.linspace(0.9, 0.2, 12)[:, None] * np.array([0.1, 0.3, 0.6, 1.0])
     training = training_section(range(100, 1300, 100), losses, sigmas=sigmas, linear=np.full(4, 0.1))
-    gaps = Gaps(np.array([0.1, 0.3, 0.6, 0.9]), np.array([0.01, 0.1, 0.2, 0.01]), np.full(4, 0.01))
     seen = np.arange(300.0, 1300, 300)
-    overfit = HeldOutCurves(seen, np.array([0.7, 0.4, 0.45, 0.5]), seen / 5000, np.array(sigmas), gaps)
+    overfit = HeldOutCurves(seen, np.array([0.7, 0.4, 0.45, 0.5]), seen / 5000)
     inpainting = Picture(grid_png(images[:16]), alt="completions", caption="Half of each image was given.")
     return Page(
         title="digits",
@@ -81,7 +79,7 @@ def page(images: np.ndarray) -> Page:
         ],
         timings=[Timing("train", "100.0 s", "1,000 images", 100.0), Timing("sample", "5.0 s", "64 images", 5.0)],
         total="105.0 s",
-        costs=[Fact("Energy", "0.01 kWh")],
+        costs=[Fact("Reserved", "6.0 min · 0.2 CPU hours")],
         lineage=[
             Fact("Checkpoint", "s3://bucket/" + "a-long-prefix/" * 8 + "checkpoints/images-000001000"),
             Fact("MLflow run", "0123", link="http://127.0.0.1:5000/#/experiments/1/runs/0123"),

@@ -21,6 +21,7 @@ from ncsn.report.diagnostics import (
 )
 from ncsn.report.facts import cost_facts, cost_line, tag_facts
 from ncsn.report.words import read_metrics, score_rows
+from ncsn.runs.costs import Cost
 
 METRICS = {
     "eval/classifier_score_n512": 8.0,
@@ -65,9 +66,9 @@ def test_linear_loss_is_that_of_the_best_linear_denoiser() -> None:
     [
         ([0.9, 0.9, 0.9, 0.9], []),
         ([np.nan] * 4, []),
-        ([3.0, 1.2, 1.0, 1.0], ["Levels 0 to 1 "]),
-        ([1.0, 1.2, 1.0, 1.2], ["Levels 1 and 3 "]),
-        ([1.0, 1.0, 1.0, 1.2], ["Level 3 "]),
+        ([3.0, 1.2, 1.0, 1.0], ["Bins 0 to 1 "]),
+        ([1.0, 1.2, 1.0, 1.2], ["Bins 1 and 3 "]),
+        ([1.0, 1.0, 1.0, 1.2], ["Bin 3 "]),
     ],
 )
 def test_levels_that_a_linear_denoiser_beats_are_named(factors: list[float], hints: list[str]) -> None:
@@ -135,18 +136,12 @@ def test_a_search_shows_what_it_gained() -> None:
     assert "15.5" not in search_section({**result, "baseline": None}, []).text
 
 
-def test_costs_are_next_to_the_plan() -> None:
-    cost = {"seconds": 360.0, "cpu_hours": 0.2, "gpu_hours": 0.0, "money": 0.009, "kwh": 0.0016}
-    account = {
-        "plan": {"total": {**cost, "seconds": 300.0}},
-        "actual": {"steps": {"sample": cost}, "total": cost},
-        "prices": {"currency": "USD"},
-    }
-    actual, planned, thousand = cost_facts(account, num_images=500)
-    assert actual.value == cost_line(account) == "6.0 min · 0.2 CPU hours · 0.009 USD · 0.0016 kWh"
-    assert [fact.value.split(" · ")[0] for fact in (planned, thousand)] == ["5.0 min", "12.0 min"]
-    nothing = {**account, "plan": None, "actual": {"steps": {}, "total": cost}}
-    assert (cost_line(nothing), list(cost_facts(nothing, num_images=500))) == ("", [])
+def test_costs_are_summed_and_scaled() -> None:
+    spent = {step: Cost(360.0, 0.2, 0.0) for step in ("train", "sample")}
+    whole, thousand = cost_facts(spent, num_images=500)
+    assert whole.value == cost_line(spent) == "12.0 min · 0.4 CPU hours"
+    assert thousand.value == "12.0 min · 0.4 CPU hours"
+    assert (cost_line({}), list(cost_facts({}, num_images=500))) == ("", [])
 
 
 def test_lineage_has_each_value_once_and_links_pages_only() -> None:

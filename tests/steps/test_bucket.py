@@ -57,4 +57,4 @@ def test_a_bucket_is_as_good_as_a_folder(config: Config, save_untrained) -> None
     assert "version 1 of ncsn-tiny" in text and registered.reason in text
     assert all(uri.startswith(f"{config.storage.root}/") for uri in (data.uri, figures.uri, page.uri))
     for step in ("ingest", "evaluate", "register", "report"):
-        assert storage.exists(f"{config.storage.root}/runs/{RUN}/steps/{step}/result.json")
+        assert storage.exists(f"{config.storage.root}/runs/{RUN}/steps/{step}/step.json")

@@ -12,7 +12,8 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, from_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.records import StepError, update_step
 from ncsn.steps import finish, ingest
 from ncsn.tracking.client import ServerAwayError
 from ncsn.tracking.mlflow_runs import step_run
@@ -43,6 +44,10 @@ def tags_of_parent(config: Config, run: str) -> dict[str, str]:
     (parent,) = client.search_runs([experiment.experiment_id], query)
     tags: dict[str, str] = parent.data.tags
     return tags
+
+
+def fail(folder: RunFolder, error: StepError) -> None:
+    update_step(folder, "train", state="FAILED", error=error)
 
 
 def stored(config: Config, run: str) -> dict[str, object]:
@@ -80,9 +85,7 @@ def test_a_success_is_finished_everywhere_and_the_page_leads_on(
 def test_a_failed_step_gives_the_reason(config: Config) -> None:
     folder = run_folder(config, "bad")
     ingest.run(config, run="bad")
-    storage.write_text(
-        folder.step("train", "error.json"), json.dumps({"type": "ValueError", "user": True, "message": "loss is NaN"})
-    )
+    fail(folder, StepError("ValueError", "loss is NaN", mistake=True))
     result = finish.run(config, run="bad", state="FAILED", message="Task exit-handler-1 failed.")
     assert (result.status, result.failed_step, result.reason) == ("FAILED", "train", "loss is NaN")
     assert mlflow_statuses(config, "bad")["run"] == "FAILED"
@@ -106,14 +109,13 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
 
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = ingest.run(config, run="searched")
-    record = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
-    storage.write_text(run_folder(config, "searched").step("tune", "result.json"), json.dumps(record))
+    found = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
+    update_step(run_folder(config, "searched"), "tune", state="FINISHED", **found)
     with step_run(config, run="searched-best", step="train") as tracked:
         client, parent_id = tracked.client, tracked.parent_run_id
     client.update_run(parent_id, status="RUNNING")
     best = run_folder(config, "searched-best")
-    error = {"type": "RuntimeError", "user": False, "message": "a node is gone"}
-    storage.write_text(best.step("train", "error.json"), json.dumps(error))
+    fail(best, StepError("RuntimeError", "a node is gone", mistake=False))
     result = finish.run(config, run="searched", state="FAILED")
     assert (result.failed_step, result.reason) == ("train", "a node is gone")
     assert stored(config, "searched-best") == stored(config, "searched")
@@ -165,8 +167,7 @@ def test_the_run_of_another_config_is_not_touched_and_the_page_says_so(config: C
 
 def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> None:
     ingest.run(config, run="again")
-    error = {"type": "ValueError", "user": True, "message": "of yesterday", "kfp_run": "yesterday"}
-    storage.write_text(run_folder(config, "again").step("train", "error.json"), json.dumps(error))
+    fail(run_folder(config, "again"), StepError("ValueError", "of yesterday", mistake=True, kfp_run="yesterday"))
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("today", "ncsn-train-x"))
     assert (result.failed_step, "yesterday" in result.reason) == ("train", False)
     result = finish.run(config, run="again", state="FAILED", kfp=KfpRun("yesterday", "ncsn-train-x"))
@@ -175,7 +176,6 @@ def test_an_error_of_another_pipeline_run_explains_nothing(config: Config) -> No
 
 def test_a_step_that_was_told_to_end_is_terminated(config: Config) -> None:
     ingest.run(config, run="told")
-    error = {"type": "SystemExit", "user": False, "message": "143"}
-    storage.write_text(run_folder(config, "told").step("train", "error.json"), json.dumps(error))
+    fail(run_folder(config, "told"), StepError("SystemExit", "143", mistake=False))
     result = finish.run(config, run="told", state="FAILED")
     assert (result.status, result.failed_step, result.reason) == ("KILLED", "train", "terminated")

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from refused import refused
 
-from ncsn import storage
 from ncsn.data.format import Rows, to_table
 from ncsn.data.parquet import read_split
 from ncsn.errors import NotFound
+from ncsn.model import build
 from ncsn.report.images import grid_png
-from ncsn.runs.curves import held_out_point, level_names
+from ncsn.runs.curves import GAP, LOSS, loss_names
 from ncsn.runs.folder import run_folder
-from ncsn.runs.gaps import Gaps
 from ncsn.runs.history import TrainingHistory
+from ncsn.runs.records import update_step
 from ncsn.steps import ingest, report
 from ncsn.tracking.client import connect
 
@@ -97,19 +97,18 @@ def test_it_is_made_again_only_for_new_results(config, evaluation, made):
 
     folder = run_folder(config, RUN)
     history = TrainingHistory(folder.history)
-    gaps = Gaps(np.array([0.2, 0.5]), np.array([0.1, 0.3]), np.array([0.01, 0.01]))
-    held_out = held_out_point(gaps, sigmas=np.array([1.0, 0.1]), weights=np.ones(2))
-    history.add(dict(zip(level_names(2), (5.0, 0.01), strict=True)) | held_out, 8)
+    names = loss_names(build.training_noise(config).bins.tolist())
+    for seen, loss in ((4, 0.5), (8, 0.6)):
+        history.add(dict(zip(names, (5.0, 0.01), strict=True)) | {LOSS: loss, GAP: 0.1}, seen)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
-    record = {"result": {**decision, "uri": "models:/ncsn-tiny/7"}, "seconds": 1.0, "finished_at": "2026-01-01T00:00"}
-    storage.write_text(folder.step("register", "result.json"), json.dumps(record))
+    update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
     again = report.run(config, run=RUN, evaluation=evaluation)
     assert set(again.sections) - set(made.sections) == {"training", "held-out loss"}
     text = Path(again.uri).read_text()
     assert "version 7 of ncsn-tiny" in text and decision["reason"] in text
-    assert "Level 0" in text
-    assert "The model overfits" in text and "sigma 0.1 to 1" in text
+    assert "Bin 0" in text
+    assert "lowest at 4 images" in text
 
 
 def test_a_missing_evaluation_is_refused(config, root):

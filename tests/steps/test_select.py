@@ -113,7 +113,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(
     # The copies that were kept are no new candidates, and known scores are not measured again.
     monkeypatch.setattr(select, "sample_features", none_is_made)
     assert select.run(config, run="mine", dataset=dataset) == result
-    storage.delete_file(trained.step("select", "result.json"))
+    storage.delete_file(trained.step("select", "step.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     assert select.run(alone, run="mine", dataset=dataset).candidates == result.candidates
     assert len(connection.client.search_logged_models([connection.experiment_id])) == 7

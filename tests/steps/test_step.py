@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ncsn.errors import InvalidValue, UserError, problems_of
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.backend import RemoteLost, RemoteStep
 from ncsn.runs.folder import ForeignRun, claim_run, run_folder
-from ncsn.runs.records import read_error, read_mistake, read_result, recorded
+from ncsn.runs.records import StepRecord, read_mistake, read_result, read_step, recorded
 from ncsn.steps.step import Step
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -74,16 +74,6 @@ def test_work_is_done_again_when_an_output_is_gone(tmp_path: Path) -> None:
     assert make(config, "gone", inputs={}, number=2).number == 2
 
 
-def test_work_is_done_again_when_an_older_version_stored_less(tmp_path: Path) -> None:
-    config = config_at(tmp_path)
-    make(config, "older", inputs={}, number=1)
-    folder = run_folder(config, "older")
-    record = json.loads(storage.read_text(folder.step("train", "result.json")))
-    del record["result"]["number"]
-    storage.write_text(folder.step("train", "result.json"), json.dumps(record))
-    assert make(config, "older", inputs={}, number=2).number == 2
-
-
 class LosingBackend:
     """Loses sight of the step, which may have ended well before."""
 
@@ -134,9 +124,11 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     config = config_at(tmp_path)
     with pytest.raises(type(error)), recorded(config, "fails", "train") as folder:
         raise error
-    assert storage.read_json(folder.step("train", "error.json")) == {
-        "type": type(error).__name__,
-        "user": bool(problems),
+    record = storage.read_json(folder.step("train", "step.json"))
+    assert record["state"] == ("FAILED" if isinstance(error, Exception) else "KILLED")
+    assert record["error"] == {
+        "kind": type(error).__name__,
+        "mistake": bool(problems),
         "message": str(error),
         "problems": problems,
         "kfp_run": "5f3a",
@@ -145,7 +137,46 @@ def test_whatever_ends_a_step_is_recorded_until_it_starts_again(
     assert problems_of(again) == problems_of(error) if again else not problems
     assert read_result(folder, "train") is None
     with recorded(config, "fails", "train"):
-        assert read_error(folder, "train") is None
+        assert read_step(folder, "train").error is None
+
+
+def recorded_attempt(config: Config, run: str, work: Callable[[], object]) -> StepRecord:
+    """The record after an attempt whose launcher is stopped when `work`, its driver, has ended."""
+
+    def launch() -> None:
+        with recorded(config, run, "train"):
+            with suppress(ValueError):
+                work()
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        launch()
+    return read_step(run_folder(config, run), "train")
+
+
+def test_what_the_driver_wrote_is_stronger_than_what_its_launcher_saw(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+
+    def fail() -> None:
+        with recorded(config, "both", "train"):
+            raise ValueError("the cause")
+
+    assert recorded_attempt(config, "both", fail).error.message == "the cause"
+    record = recorded_attempt(config, "both", lambda: make(config, "both", inputs={}))
+    assert (record.state, record.error) == ("FINISHED", None)
+
+
+def test_a_stopped_attempt_with_other_inputs_keeps_the_result(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    made = make(config, "kept", inputs={"a": 1})
+
+    def start() -> None:
+        with Step.claim("train", config, "kept", Made, unit="images").timed():
+            assert read_step(run_folder(config, "kept"), "train").state == "RUNNING"
+
+    assert recorded_attempt(config, "kept", start).state == "KILLED"
+    assert make(config, "kept", inputs={"a": 1}, number=2) == made
+    assert read_step(run_folder(config, "kept"), "train").state == "FINISHED"
 
 
 def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
@@ -154,4 +185,4 @@ def test_the_records_of_another_config_stay_as_they_are(tmp_path: Path) -> None:
         raise RuntimeError("theirs")
     with pytest.raises(ForeignRun), recorded(config.model_copy(update={"seed": 9}), "theirs", "train"):
         pass
-    assert read_error(folder, "train").message == "theirs"
+    assert read_step(folder, "train").error.message == "theirs"

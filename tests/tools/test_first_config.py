@@ -35,7 +35,7 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fir
         cost: float = 0.004,
         machine: Machine = CPU,
     ) -> FirstConfig:
-        def known_speed(config: Config, _machine: Machine) -> Speed:
+        def known_speed(config: Config) -> Speed:
             train = cost * (config.data.image_size / 32) ** 2 * (0.5 if config.train.precision == "bfloat16" else 1)
             return Speed(train, train / 3)
 
@@ -204,7 +204,7 @@ def test_names(place: str, name: str) -> None:
 def test_speed_is_measured_on_the_network_itself(choose) -> None:
     networks = [f"network={{kind: unet, widths: [{width}]}}" for width in (8, 64)]
     configs = [choose(network, "noise={num_levels: 4}", side=16).config for network in networks]
-    small, large = (measure_speed(config, CPU) for config in configs)
+    small, large = map(measure_speed, configs)
     assert 0 < small.evaluate_image < small.train_image < large.train_image
     with pytest.raises(UserError):
-        measure_speed(choose("noise=auto", side=16).config, CPU)  # it has no levels yet
+        measure_speed(choose("noise=auto", side=16).config)  # it has no levels yet

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from refused import refused
-from safetensors import safe_open
 
-from ncsn.config import from_json, from_yaml, to_json, training_settings
-from ncsn.core.ema import Ema, StepDecay
+from ncsn.config import from_yaml, to_json, training_settings
 from ncsn.core.images import fit_moments
-from ncsn.core.training import TrainState
-from ncsn.model import build, checkpoint, index
+from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import Classes
 from ncsn.runs.folder import RUN_PATTERN
@@ -23,32 +20,6 @@ from ncsn.tools.models import ModelSamples, _claim, run_of_images
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 SOURCE = {"model": "models:/digits/1", "seed": 0, "sampler": {"kind": "annealed_langevin", "epsilon": 1e-4}}
-
-
-def test_exported_weights_are_the_ema_and_build_the_network_again(tmp_path: Path) -> None:
-    config = from_yaml(DIGITS, overrides=["network.widths=[8]", "network.blocks_per_resolution=1"])
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    network = build.network(config)
-    state = TrainState(network, build.optimizer(config, network), Ema(network, StepDecay(0.9)), images_seen=8)
-    with torch.no_grad():
-        next(network.parameters()).add_(1)  # the last weights, which are not exported
-    moments = fit_moments(torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    checkpoint.snapshot(config=config, state=state, moments=moments, dataset_digest="d1").write(folder)
-    result = models.from_checkpoint(str(folder), out=str(tmp_path / "new" / "ema.safetensors"))
-    assert (result.source, result.parameters) == (str(folder), sum(each.numel() for each in network.parameters()))
-    with safe_open(result.uri, "pt") as weights:
-        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
-        stored = from_json(weights.metadata()["config"])
-    rebuilt = checkpoint.network_from_weights(stored, tensors, origin=result.uri)
-    for name, tensor in rebuilt.named_parameters():
-        assert torch.equal(tensor, state.ema.weights[name])
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    with refused(str(tmp_path / "nowhere"), error=index.CheckpointError):
-        models.from_checkpoint(str(tmp_path / "nowhere"), out=str(tmp_path / "file"))
-    assert not (tmp_path / "file").exists()
 
 
 def test_a_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:

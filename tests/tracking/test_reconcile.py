@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from live_worker import DEAD, LOSS, Worker, assert_once, history, killed
+from live_worker import DEAD, Worker, assert_once, killed
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
@@ -97,21 +96,6 @@ def test_a_complete_run_sends_the_end_of_its_last_step(config, monkeypatch):
     assert [tracked.client.get_run(each).info.status for each in runs] == ["FINISHED"] * 2
     monkeypatch.setattr(mlflow_runs, "open_client", unreachable)  # MLflow is not asked again
     run_pipeline(Target(config, "last"), as_json=True)
-
-
-def test_a_run_of_an_earlier_version_ends_well(config, root):
-    """Its history has no times, and its curves are in MLflow."""
-    with step_run(config, run="old", step="train") as tracked:
-        for step in range(3):
-            tracked.log_metrics({LOSS: float(step)}, step)
-    points = [{LOSS: float(step)} for step in range(4)]
-    (root / "runs" / "old" / "history.json").write_text(json.dumps({"images_seen": [0, 1, 2, 3], "points": points}))
-    (root / "runs" / "old" / "steps" / "train" / "mlflow.json").unlink()
-    with step_run(config, run="old", step="sample"):
-        assert [step for step, _ in history(tracked)] == [0, 1, 2]
-    with step_run(config, run="old", step="train") as again:
-        assert again.run_id == tracked.run_id
-    assert history(tracked) == [(step, float(step)) for step in range(4)]
 
 
 class Refuses:

@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 from refused import refused
 
 from ncsn.config import flatten, from_yaml
-from ncsn.runs.costs import load_prices
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
@@ -139,7 +137,7 @@ def test_of_many_runs_that_read_one_new_data_set_at_once_none_is_refused(make_co
         assert list(pool.map(read, range(workers))) == [["0", "1", "2", "3", "4"]] * workers
 
 
-def test_time_and_money_are_metrics_of_the_step_and_of_the_whole(make_config):
+def test_reserved_time_is_a_metric_of_the_step_and_of_the_whole(make_config):
     config = make_config("compute.num_workers=2", "compute.cpus_per_worker=3")
     with step_run(config, run="costs", step="train") as tracked:
         time.sleep(0.2)
@@ -147,21 +145,8 @@ def test_time_and_money_are_metrics_of_the_step_and_of_the_whole(make_config):
     assert 0.2 <= metrics["cost/seconds"] < 60
     assert metrics["cost/cpu_hours"] == pytest.approx(6 * metrics["cost/seconds"] / 3600)
     assert metrics["cost/gpu_hours"] == 0
-    assert metrics["cost/money"] == pytest.approx(load_prices().cpu_core_hour * metrics["cost/cpu_hours"])
     whole = tracked.client.get_run(tracked.parent_run_id).data.metrics
     assert whole == {"cost/train_seconds": metrics["cost/seconds"]}
-
-
-def test_plan_stands_beside_what_it_took(config, root, tmp_path):
-    plan = {"made_at": "2030-01-01", "prices": asdict(load_prices()), "steps": {"train": {"seconds": 12.0}}}
-    (root / "runs" / "planned").mkdir(parents=True)
-    (root / "runs" / "planned" / "plan.json").write_text(json.dumps(plan))
-    with step_run(config, run="planned", step="train") as tracked:
-        pass
-    parent = tracked.client.get_run(tracked.parent_run_id)
-    assert parent.data.metrics["plan/train_seconds"] == 12.0
-    logged = tracked.client.download_artifacts(tracked.parent_run_id, "plan.json", str(tmp_path))
-    assert json.loads(Path(logged).read_text()) == plan
 
 
 def test_image_and_pipeline_are_tags_where_the_environment_names_them(config, monkeypatch):

@@ -29,32 +29,6 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 
-@click.command("compile", cls=ReportingCommand, short_help="Write the pipelines as the YAML that KFP runs.")
-@click.option(
-    "--out",
-    "folder",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="Folder for the files; default: pipelines/compiled of the code.",
-)
-@click.option("--config", "config_uri", metavar="PATH|URI", help="Size the pods for this experiment.")
-@click.option(
-    "--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config; repeatable."
-)
-def compile_command(*, folder: Path | None, config_uri: str | None, overrides: tuple[str, ...]) -> None:
-    """Write the pipelines as the YAML that KFP runs, and print the paths.
-
-    NCSN_IMAGE names the image of the tasks. `ncsn submit` compiles by itself; these files are for uploading by hand.
-    """
-    from ncsn.cli.target import Experiment
-    from pipelines.compile import COMPILED, compile_all
-
-    sized = config_uri is not None or overrides
-    config = Experiment(config_uri, overrides).resolve().config if sized else None
-    for path in compile_all(folder or COMPILED, config):
-        click.echo(path)
-
-
 @click.command("submit", cls=ReportingCommand, short_help="Start a pipeline on a Kubeflow cluster.")
 @experiment_options
 @json_option
@@ -75,6 +49,12 @@ def compile_command(*, folder: Path | None, config_uri: str | None, overrides: t
 @click.option("--every", metavar="CRON", help="Run on this schedule, 'minute hour day month weekday' in UTC.")
 @click.option("--wait", "waits", is_flag=True, help="Wait for the end; exit with 1 unless the run succeeds.")
 @click.option("--no-cache", is_flag=True, help="Do not use KFP's cache.")
+@click.option(
+    "--compile-only",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the pipeline as the YAML that KFP's Upload pipeline takes, and start nothing.",
+)
 def submit_command(
     *,
     experiment: Experiment,
@@ -84,6 +64,7 @@ def submit_command(
     every: str | None,
     waits: bool,
     no_cache: bool,
+    compile_only: Path | None,
     **options: Any,
 ) -> None:
     """Start a pipeline on a Kubeflow cluster, or a schedule of it, and print the address of its page.
@@ -96,11 +77,16 @@ def submit_command(
     """
     from ncsn.cli.submission import explain_cache, prepare, why_it_failed
     from pipelines.connection import connect
-    from pipelines.submit import schedule, submit
+    from pipelines.submit import package, schedule, submit
 
     if every and waits:
         raise UserError("--wait", "waits for one run, but --every starts many", hint="leave out one of them")
     submission = prepare(experiment, scheduled=every is not None, cache=not no_cache, **options)
+    if compile_only is not None:
+        with package(submission) as (file, _):
+            compile_only.write_bytes(file.read_bytes())
+        click.echo(compile_only)
+        return
     click.echo(f"cache: {explain_cache(submission)}", err=True)
     connection = connect(host, namespace=namespace)
     started = schedule(connection, submission, every=every) if every else submit(connection, submission)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.options import Decorated, ReportingCommand, experiment_options, json_option, registry_options
+from ncsn.cli.options import Decorated, ReportingCommand, json_option, registry_options
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,44 +18,40 @@ if TYPE_CHECKING:
 
     from ncsn.cli.target import Experiment
     from ncsn.tracking.lineage import Link
-    from ncsn.tracking.promotion import AliasChange
-
-
-def _change_options(command: Decorated) -> Decorated:
-    dry_run = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
-    return dry_run(registry_options(json_option(command)))
 
 
 @click.command("promote", cls=ReportingCommand, short_help="Make a registered version the champion.")
 @click.argument("model")
 @click.option("--version", metavar="N", help="Version to promote; default: the challenger.")
 @click.option("--force", is_flag=True, help="Promote even if the gate objects.")
-@_change_options
-def promote_command(*, model: str, **options: Any) -> None:
+@click.option("--rollback", is_flag=True, help="Restore the previous champion instead; again, the one before that.")
+@click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
+@registry_options
+@json_option
+def promote_command(
+    *,
+    model: str,
+    version: str | None,
+    force: bool,
+    rollback: bool,
+    dry_run: bool,
+    experiment: Experiment,
+    as_json: bool,
+) -> None:
     """Make a version of MODEL the champion, if its recorded metric passes the gate against the current champion."""
-    from ncsn.tracking.promotion import promote_version
-
-    _change(promote_version, name=model, **options)
-
-
-@click.command("rollback", cls=ReportingCommand, short_help="Restore the previous champion.")
-@click.argument("model")
-@_change_options
-def rollback_command(*, model: str, **options: Any) -> None:
-    """Restore the previous champion of MODEL. Run again, it goes further back."""
-    from ncsn.tracking.promotion import roll_back
-
-    _change(roll_back, name=model, **options)
-
-
-def _change(change: Callable[..., AliasChange], experiment: Experiment, *, as_json: bool, **options: Any) -> None:
-    """Call `change` with a client of the registry and these options, and print the result."""
     from ncsn.tracking.client import open_client_at
+    from ncsn.tracking.promotion import promote_version, roll_back
     from ncsn.tracking.versions import registry_errors
 
+    if rollback and (version is not None or force):
+        raise UserError("--rollback", "takes neither --version nor --force", hint="leave them out")
     uri = experiment.registry
     with registry_errors(uri):
-        done = change(open_client_at(uri), **options)
+        client = open_client_at(uri)
+        if rollback:
+            done = roll_back(client, model, dry_run=dry_run)
+        else:
+            done = promote_version(client, model, version=version, force=force, dry_run=dry_run)
     verb = "would become" if done.dry_run and done.changed else "is"
     instead = f" in place of version {done.replaced}" if done.changed and done.replaced else ""
     text = f"{done.model} version {done.version} {verb} champion{instead}: {done.reason}"
@@ -99,52 +95,6 @@ def _tree(link: Link) -> Tree:
     for below in link.links:
         tree.children.append(_tree(below))
     return tree
-
-
-@click.command("export", cls=ReportingCommand, short_help="Write EMA weights as one safetensors file.")
-@click.option("--out", required=True, metavar="FILE", help="The file to write.")
-@click.option("--checkpoint", metavar="URI", help="The weights of this checkpoint.")
-@click.option(
-    "--model",
-    metavar="URI",
-    help="The weights of this registered model: models:/NAME@champion or models:/NAME/VERSION.",
-)
-@experiment_options
-@json_option
-def export_command(
-    *, out: str, checkpoint: str | None, model: str | None, experiment: Experiment, as_json: bool
-) -> None:
-    """Write EMA weights as one safetensors file, with the config as its metadata.
-
-    They come from --checkpoint, from --model, or from --run: the checkpoint that `ncsn select`
-    chose, else the last.
-    """
-    from ncsn import storage
-    from ncsn.runs.folder import run_folder
-    from ncsn.runs.inputs import default_checkpoint
-    from ncsn.runs.records import read_result
-    from ncsn.tools import models
-
-    if checkpoint is not None and model is not None:
-        raise click.UsageError("give --checkpoint or --model, not both")
-    if model is not None:
-        result = models.from_model(model, registry=experiment.registry, out=out)
-    elif checkpoint is not None:
-        result = models.from_checkpoint(storage.absolute(checkpoint), out=out)
-    else:
-        target = experiment.resolve()
-        folder = run_folder(target.config, target.run)
-        trained = read_result(folder, "train")
-        if trained is None:
-            raise UserError(
-                "--checkpoint",
-                f"run {target.run!r} is not trained yet",
-                hint="run `ncsn train` first, or pass --checkpoint URI",
-            )
-        chosen = default_checkpoint(folder, target.config, last=str(trained.result["checkpoint"]))
-        result = models.from_checkpoint(chosen, out=out)
-    text = f"{result.parameters:,} EMA weights: {result.uri}"
-    click.echo(json.dumps(asdict(result), indent=1) if as_json else text)
 
 
 def model_options(command: Decorated) -> Decorated:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +13,7 @@ from ncsn.cli.options import ReportingCommand, experiment_options, json_option
 from ncsn.errors import UserError
 
 if TYPE_CHECKING:
-    from ncsn.cli.target import Experiment, Target
+    from ncsn.cli.target import Experiment
 
 
 _MINUTES = 20.0  # of a run that `init` plans
@@ -68,108 +67,24 @@ def _ask_mirrored() -> bool:
     return asked and click.confirm("Are mirrored images still realistic? (faces yes, text no)", default=False)
 
 
-@click.command("plan", cls=ReportingCommand, short_help="Estimate what a run will take.")
+@click.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
 @experiment_options
-@click.option("--prices", "prices_uri", metavar="PATH|URI", help="A price table; default: the package's prices.yaml.")
-@click.option("--actual", is_flag=True, help="Show what the run took next to its plan, without a trial run.")
 @click.option(
     "--tflops",
     type=click.FloatRange(0, min_open=True),
-    help="Predict training and sampling on workers that achieve this many TFLOP/s each, without a trial run. 40 % of "
-    "an H100's peak is 396.",
+    help="Predict for workers that achieve this many TFLOP/s each; 40 % of an H100's peak is 396.",
 )
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
 @json_option
-def plan_command(
-    *, experiment: Experiment, prices_uri: str | None, actual: bool, tflops: float | None, as_json: bool
-) -> None:
-    """Estimate what a run will take: hours, memory, storage, money and energy of each step.
-
-    It tries every step on a few images in a temporary store, which takes about a minute.
-    """
+def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour: float | None, as_json: bool) -> None:
+    """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
     from ncsn.cli.console import console_on
-    from ncsn.cli.views import print_account, print_plan, print_prediction
+    from ncsn.cli.views import print_plan
+    from ncsn.tools.plan import plan
 
-    if actual and tflops is not None:
-        raise UserError("--tflops", "predicts, and --actual shows what a run took", hint="leave one of them out")
     target = experiment.resolve()
-    if actual:
-        from ncsn.runs.costs import account
-
-        found = account(target.config, run=target.run)
-    elif tflops is not None:
-        found = _predicted(target, prices_uri, tflops)
-    else:
-        found = _estimated(target, prices_uri)
+    found = plan(target.config, target.run, tflops=tflops, price_per_hour=price_per_hour)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        show = print_account if actual else print_plan if tflops is None else print_prediction
-        show(console_on(sys.stdout), found)
-
-
-def _predicted(target: Target, prices_uri: str | None, tflops: float) -> dict[str, Any]:
-    from ncsn.runs.costs import load_prices
-    from ncsn.tools.planning import predict
-    from ncsn.tools.trial_run import settle
-
-    return predict(settle(target.config), load_prices(prices_uri), tflops=tflops)
-
-
-def _estimated(target: Target, prices_uri: str | None) -> dict[str, Any]:
-    from ncsn.cli.console import quiet_libraries
-    from ncsn.cli.execute import work_folder
-    from ncsn.runs.costs import load_prices
-    from ncsn.runs.folder import run_folder
-
-    prices = load_prices(prices_uri)
-    log = work_folder(run_folder(target.config, target.run)) / "plan.log"
-    with quiet_libraries(log) as console:
-        console.print(f"log    {log}\ntrial run", soft_wrap=True)
-        from ncsn.tools import trial_run
-
-        return trial_run.run(
-            target.config, run=target.run, prices=prices, report=lambda part: console.print(f"       {part}")
-        )
-
-
-@click.command("suggest-noise", cls=ReportingCommand, short_help="Choose noise levels and a step size from the images.")
-@click.option("--config", "config_uri", metavar="PATH|URI", help="The experiment whose images are compared.")
-@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Change one value of the config.")
-@click.option("--data", "dataset", metavar="URI", help="An ingested dataset to use instead.")
-@click.option(
-    "--mirrored", is_flag=True, help="Count mirrored images too; with --config, data.horizontal_flip decides."
-)
-@click.option("--sigma-L", "sigma_L", default=0.01, show_default=True, help="Smallest sigma, pixels in [0, 1].")
-@click.option("--overlap", default=0.5, show_default=True, help="Overlap C of neighboring levels; published: 0.567.")
-@click.option("--steps-per-level", default=5, show_default=True, type=click.IntRange(1), help="Langevin steps T.")
-@json_option
-def suggest_noise_command(
-    *,
-    config_uri: str | None,
-    overrides: tuple[str, ...],
-    dataset: str | None,
-    mirrored: bool,
-    as_json: bool,
-    **levels: Any,
-) -> None:
-    """Print YAML for a config, by techniques 1, 2 and 4 of NCSNv2.
-
-    sigma_1 is the largest distance between any two of up to 60,000 images. The ratio of neighboring levels makes them
-    overlap by C. epsilon leaves the right variance after T steps. sigma_data is the spread of the pixels around
-    mid-gray.
-    """
-    from ncsn.cli.target import Experiment
-    from ncsn.cli.views import describe_suggestion
-    from ncsn.tools import preparation
-
-    if (config_uri is None) == (dataset is None):
-        raise UserError("--config", "pass either this or --data", hint="--data takes the URI of an ingested dataset")
-    if dataset is not None:
-        sample = preparation.images_of_dataset(dataset)
-    else:
-        data = Experiment(config_uri, overrides).resolve().config.data
-        sample, mirrored = preparation.images_of_source(data), mirrored or data.horizontal_flip
-    found = preparation.suggest_levels(sample, mirrored=mirrored, **levels)
-    sigma_data = preparation.spread_around_gray(sample)
-    shown = asdict(found) | {"sigma_data": sigma_data}
-    click.echo(json.dumps(shown, indent=1) if as_json else describe_suggestion(found, sigma_data=sigma_data))
+        print_plan(console_on(sys.stdout), found)

@@ -1,0 +1,90 @@
+"""The estimate of `ncsn plan`, and what `noise: auto` stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from refused import refused
+
+from ncsn.config import Config, from_yaml
+from ncsn.runs.costs import cost_of, total
+from ncsn.steps import ingest
+from ncsn.tools.plan import chosen_levels, plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = """
+name: plan
+data: {source: sklearn_digits, image_size: 8, channels: 1, max_images: 50}
+network: {kind: unet, widths: [8], blocks_per_resolution: 1, embedding_features: 8}
+train: {batch_size: 64, num_images: 1000, checkpoint_every_images: 400, report_every_images: 64}
+sampling: {num_images: 100, batch_size: 20, sampler: {kind: annealed_langevin, steps_per_level: 2, epsilon: 1.0e-4}}
+compute: {num_workers: 2, cpus_per_worker: 4}
+"""
+
+
+def config(*overrides: str) -> Config:
+    return from_yaml(TINY, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflop", "rate", "hours", "sample_minutes"),
+    [
+        ("cifar10_edm", 55_733_891, 127.1413, 3_113, 17.8, 3.1),
+        ("celeba64_edm", 61_805_571, 251.17, 1_576, 35.3, 2.8),
+    ],
+)
+def test_the_recipes_are_predicted_by_arithmetic(
+    name: str, parameters: int, gflop: float, rate: float, hours: float, sample_minutes: float
+) -> None:
+    """At 40 % of the 989.4 TFLOP/s of an H100: 17.8 hours of CIFAR-10 are 2.54e19 FLOP."""
+    recipe = from_yaml((CONFIGS / f"{name}.yaml").read_text())
+    found = plan(recipe, "run", tflops=0.4 * 989.4, price_per_hour=2.5)
+    assert found["parameters"] == parameters
+    assert found["gflop"]["train"] == pytest.approx(gflop, rel=1e-4)
+    assert found["images_per_second"] == pytest.approx(rate, rel=1e-3)
+    train, sample = found["steps"]["train"], found["steps"]["sample"]
+    assert train["gpu_hours"] == pytest.approx(hours, abs=0.05)
+    assert train["money"] == pytest.approx(2.5 * train["gpu_hours"])
+    assert sample["seconds"] / 60 == pytest.approx(sample_minutes, abs=0.05)
+    assert 16 * parameters < 1e9 * found["worker_gb"] < 80e9
+
+
+def test_this_machine_is_measured(tmp_path: Path) -> None:
+    found = plan(config(), "run", tflops=None, price_per_hour=None)
+    assert found["steps"]["train"]["seconds"] == pytest.approx(1000 / found["images_per_second"])
+    assert found["nfe"] == 21 and found["steps"]["train"].keys() == {"seconds", "cpu_hours", "gpu_hours"}
+    with refused("compute.use_gpu"):
+        plan(config("compute.use_gpu=true"), "run", tflops=None, price_per_hour=None)
+
+
+def test_a_plan_notes_noise_that_the_network_never_sees() -> None:
+    def notes(*overrides: str) -> list[str]:
+        return plan(config("train.num_images=800000", *overrides), "run", tflops=1, price_per_hour=None)["notes"]
+
+    lognormal = "noise={sigma_1: %s, sigma_L: 0.01, training: {kind: lognormal}}"
+    assert notes() == notes(lognormal % 5) == notes(lognormal % 7.5) == []
+    assert len(notes(lognormal % 8)) == 1
+    # The source of another start has seen more.
+    assert notes(lognormal % 8, "train.init_from=models:/digits@champion") == []
+
+
+def test_the_levels_of_noise_auto_are_known_once_there_is_a_dataset(tmp_path: Path) -> None:
+    auto = config("noise=auto", f"storage.root={tmp_path}")
+    assert chosen_levels(auto, "run") == []
+    with refused("noise"):
+        plan(auto, "run", tflops=1, price_per_hour=None)
+    ingest.run(auto, run="run")
+    levels, epsilon = chosen_levels(auto, "run")
+    assert "sigma_1: " in levels and "2 steps per level" in epsilon
+    assert plan(auto, "run", tflops=1, price_per_hour=None)["nfe"] > 2
+
+
+def test_cost_is_of_what_is_reserved() -> None:
+    training = cost_of(config(), "train", 1800.0)
+    assert (training.cpu_hours, training.gpu_hours) == (4.0, 0.0)
+    gpus = config("compute.use_gpu=true")
+    evaluating, registering = cost_of(gpus, "evaluate", 3600.0), cost_of(gpus, "register", 3600.0)
+    assert (evaluating.cpu_hours, evaluating.gpu_hours) == (8.0, 2.0)
+    assert (registering.cpu_hours, registering.gpu_hours) == (4.0, 0.0)
+    assert total([training, evaluating]).seconds == 5400.0 and total([training, evaluating]).cpu_hours == 12.0
