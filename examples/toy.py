@@ -9,12 +9,12 @@ to each mode. Annealed Langevin dynamics over ten noise levels can.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from small_images import arguments
 from torch import Tensor, nn
 
 from ncsn.core.ema import Ema, StepDecay
@@ -189,13 +189,9 @@ def draw(points: dict[str, Tensor], clean: nn.Module) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="toy.png", help="PNG file")
-    parser.add_argument("--full", action="store_true", help="train as long as for the figure of the docs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are too small to share
-    clean = fit_clean_score(num_steps=10_000 if arguments.full else 3000)
-    noisy = fit_noisy_scores(num_steps=6000 if arguments.full else 1500)
+    given = arguments(__doc__, out="toy.png")
+    clean = fit_clean_score(num_steps=10_000 if given.full else 3000)
+    noisy = fit_noisy_scores(num_steps=6000 if given.full else 1500)
     points = sample_all(clean, noisy)
     for name, x in points.items():
         print(f"{name:34} {share_of_heavy_mode(x):.2f} of the points at (5, 5); 0.80 is right")
@@ -203,7 +199,7 @@ def main() -> None:
     between = 2 * torch.rand(4000, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([-4.0, 3.0])
     print(f"error of the clean score: {relative_error(clean, near):.3f} near the modes, "
           f"{relative_error(clean, between):.3f} between them")  # fmt: skip
-    draw(points, clean).savefig(arguments.out, dpi=110)
+    draw(points, clean).savefig(given.out, dpi=110)
 
 
 if __name__ == "__main__":

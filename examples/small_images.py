@@ -1,0 +1,150 @@
+"""Train a score network on small images with the core of the library alone: no config, store, Ray or MLflow.
+
+The other examples import this one. The digits take half a minute on two cores, Fashion-MNIST (`--full`) half an hour.
+
+    python examples/small_images.py --out digits.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import FashionMNIST
+from torchvision.utils import save_image
+
+from ncsn.core.ema import Ema, HalfLife
+from ncsn.core.images import DataMoments, fit_moments, to_unit
+from ncsn.core.keyed_random import KeyedNoise
+from ncsn.core.losses import Batch, DenoisingScoreMatching, EdmWeight
+from ncsn.core.networks.unet import UnetNetwork
+from ncsn.core.noise_schedule import geometric_sigmas
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.ode import KarrasHeun
+from ncsn.core.training import StepOptions, TrainState, train_step
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels in [0, 1]."""
+
+    train: Tensor  # float32 [N, 1, H, W]
+    test: Tensor
+
+    @property
+    def sigma_data(self) -> float:
+        """Root mean square of the pixels around mid-gray."""
+        return float((self.train - 0.5).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network and what its samplers need beside it."""
+
+    network: UnetNetwork
+    moments: DataMoments  # mean and covariance of the images, for the start of a chain
+
+    def sample(self, count: int, *, seed: int = 0, sampler: Sampler | None = None) -> Tensor:
+        """`count` images [count, 1, H, W] around [0, 1]; image i depends on the seed and i alone."""
+        sampler = sampler or KarrasHeun(num_steps=18, churn=5.0)
+        noise = KeyedNoise(seed, first=0, count=count, shape=self.moments.mean.shape)
+        sigmas = self.network.sigmas
+        x = sampler.start(self.moments, sigma_1=float(sigmas[0]), noise=noise)
+        return sampler(self.network, x=x, sigmas=sigmas, noise=noise)
+
+
+def digits() -> Images:
+    """1,797 handwritten digits of 8x8 pixels with 17 gray values."""
+    images = torch.from_numpy(load_digits().images / 16).float()[:, None]
+    return Images(train=images[:1297], test=images[1297:])
+
+
+def fashion(root: str) -> Images:
+    """70,000 pieces of clothing of 28x28 pixels, below `root/FashionMNIST/raw`."""
+    splits = (FashionMNIST(root, train=part, download=True) for part in (True, False))
+    return Images(*(to_unit(split.data[..., None]) for split in splits))
+
+
+def new_network(images: Images, *, widths: tuple[int, ...]) -> UnetNetwork:
+    return UnetNetwork(
+        channels=1,
+        image_size=images.train.shape[-1],
+        sigmas=geometric_sigmas(5.0, 0.01, 18),  # the first and the last are the sampler's range
+        widths=widths,
+        blocks_per_resolution=1,
+        embedding_features=64,
+        attention_sizes=(),
+        dropout=0.0,
+        sigma_data=images.sigma_data,
+    )
+
+
+def train(
+    images: Images,
+    *,
+    num_images: int,
+    widths: tuple[int, ...] = (32, 64),
+    start: Model | None = None,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> Model:
+    """Denoising score matching with the noise and weight of Karras et al. 2022; the running average of the weights.
+
+    Args:
+        num_images: Length of the training, each image counted as often as it is drawn.
+        widths: Channels of a new network at the images' size and at each half of it.
+        start: A model to continue from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    network = new_network(images, widths=widths) if start is None else copy.deepcopy(start.network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    state = TrainState(network.train(), optimizer, Ema(network, HalfLife(images=num_images / 20, ramp_up=0.05)))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_images // BATCH)
+    loss = DenoisingScoreMatching(weight=EdmWeight(images.sigma_data))
+    mean = math.log(images.sigma_data / 0.25) - 1.89  # that of Karras et al. for these images, pixels in [0, 1]
+    for _ in range(num_images // BATCH):
+        x = images.train[torch.randint(len(images.train), (BATCH,), generator=generator)]
+        sigma = torch.exp(mean + 1.2 * torch.randn(BATCH, generator=generator))
+        z = torch.randn(x.shape, generator=generator)
+        train_step(network, Batch(x, sigma, z), state=state, loss=loss, options=StepOptions())
+        state.images_seen += BATCH
+        decay.step()
+    averaged = state.averaged()
+    assert isinstance(averaged, UnetNetwork)
+    return Model(averaged, fit_moments(images.train[:5000]))
+
+
+def arguments(description: str | None, *, out: str) -> argparse.Namespace:
+    """The command line of the examples."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=out, help="PNG file")
+    parser.add_argument("--full", action="store_true", help="as for the figure of the docs: longer, larger, or both")
+    torch.set_num_threads(1)  # the operations on images this small are not worth sharing
+    return parser.parse_args()
+
+
+def save_grid(images: Tensor, path: str, *, columns: int) -> None:
+    """Draw images [N, 1, H, W] in rows."""
+    scale = max(1, 48 // images.shape[-1])
+    enlarged = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    save_image(enlarged, path, nrow=columns, padding=scale)
+
+
+def main() -> None:
+    given = arguments(__doc__, out="digits.png")
+    images = digits()
+    model = train(images, num_images=140_000 if given.full else 40_000)
+    save_grid(torch.cat([images.train[:32], model.sample(64)]), given.out, columns=16)
+    print(f"{given.out}: two rows of real digits, four of generated ones")
+
+
+if __name__ == "__main__":
+    main()
