@@ -126,6 +126,7 @@ def arguments(description: str | None, *, out: str) -> argparse.Namespace:
     """The command line of the examples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, help="PNG file")
+    parser.add_argument("--data", default="data", help="folder for Fashion-MNIST, which --full of some examples loads")
     parser.add_argument("--full", action="store_true", help="as for the figure of the docs: longer, larger, or both")
     torch.set_num_threads(1)  # the operations on images this small are not worth sharing
     return parser.parse_args()

@@ -1,0 +1,111 @@
+"""The pictures that papers show of a score network.
+
+They are its chain over the noise levels, interpolations, the nearest training images, and the quality of samplers over
+the number of their network evaluations (NFE). Quality is the Fréchet distance of the pixels to the training images, over several sets of samples: a single small set
+says little, so each point has the standard deviation over the sets.
+
+    python examples/paper_figures.py --out figures.png
+"""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from small_images import Images, Model, arguments, digits, train
+from torch import Tensor
+
+from ncsn.core.keyed_random import InterpolatedNoise, KeyedNoise
+from ncsn.core.samplers.base import Sampler
+from ncsn.core.samplers.multistep import DpmSolver
+from ncsn.core.samplers.ode import KarrasHeun
+from ncsn.core.samplers.stochastic import AnnealedLangevin
+from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
+
+HEUN = KarrasHeun(num_steps=18)
+LANGEVIN = AnnealedLangevin(epsilon=3e-5, steps_per_level=10)
+ROWS = 6
+
+
+def chain(model: Model, *, rows: int = ROWS) -> Tensor:
+    """The state of annealed Langevin dynamics after each noise level, [levels + 1, rows, 1, H, W]."""
+    noise = KeyedNoise(0, first=0, count=rows, shape=model.moments.mean.shape)
+    sigmas = model.network.sigmas
+    states = [LANGEVIN.start(model.moments, sigma_1=float(sigmas[0]), noise=noise)]
+    LANGEVIN(model.network, x=states[0], sigmas=sigmas, noise=noise, on_level=lambda _, x: states.append(x.clone()))
+    return torch.stack(states)
+
+
+def interpolations(model: Model, *, rows: int = ROWS, columns: int = 9) -> Tensor:
+    """Images between two samples, by mixing their noise (NCSNv2), [rows, columns, 1, H, W]."""
+    shape, sigmas = model.moments.mean.shape, model.network.sigmas
+    found = []
+    for row in range(rows):
+        ends = [KeyedNoise(0, first=first, count=1, shape=shape) for first in (2 * row, 2 * row + 1)]
+        noise = InterpolatedNoise(*ends, count=columns)
+        x = HEUN.start(model.moments, sigma_1=float(sigmas[0]), noise=noise)
+        found.append(HEUN(model.network, x=x, sigmas=sigmas, noise=noise))
+    return torch.stack(found)
+
+
+def neighbors(model: Model, images: Images, *, rows: int = ROWS, columns: int = 8) -> Tensor:
+    """Samples, each with its nearest training images by pixels, [rows, 1 + columns, 1, H, W]."""
+    samples = model.sample(rows, sampler=HEUN)
+    nearest = torch.cdist(samples.flatten(1), images.train.flatten(1)).topk(columns, largest=False).indices
+    return torch.cat([samples[:, None], images.train[nearest]], dim=1)
+
+
+def statistics(images: Tensor) -> FrechetStatistics:
+    """Of pixels times ten, which makes the distances a few units."""
+    return FrechetStatistics.of(10 * images.clamp(0, 1).flatten(1).numpy())
+
+
+def quality(model: Model, images: Images, *, count: int, sets: int) -> dict[str, dict[int, tuple[float, float]]]:
+    """Sampler -> NFE -> mean and standard deviation of the Fréchet distance over the sets of `count` samples."""
+    levels, real = len(model.network.sigmas), statistics(images.train)
+    samplers: dict[str, list[Sampler]] = {
+        "Heun": [KarrasHeun(num_steps=n) for n in (5, 9, 18)],
+        "DPM-Solver++(2M)": [DpmSolver(num_steps=n) for n in (9, 17, 35)],
+        "annealed Langevin": [AnnealedLangevin(epsilon=3e-5, steps_per_level=n) for n in (2, 5, 10)],
+    }
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, chains in samplers.items():
+        for sampler in chains:
+            made = (model.sample(count, seed=seed, sampler=sampler) for seed in range(sets))
+            distances = [frechet_distance(statistics(x), real) for x in made]
+            nfe = sampler.num_evaluations(levels)
+            found.setdefault(name, {})[nfe] = mean(distances), stdev(distances)
+            print(f"{name:18} NFE {nfe:3d}: {mean(distances):6.2f} +- {stdev(distances):.2f}")
+    return found
+
+
+def show(axes: Axes, images: Tensor, title: str) -> None:
+    """Images [rows, columns, 1, H, W]."""
+    rows = [torch.cat(list(row[:, 0]), dim=1) for row in images]
+    axes.imshow(torch.cat(rows).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[], title=title)
+
+
+def main() -> None:
+    given = arguments(__doc__, out="figures.png")
+    images = digits()
+    model = train(images, num_images=140_000 if given.full else 30_000)
+    print("Fréchet distance of pixels, with the standard deviation over sets of samples")
+    measured = quality(model, images, count=2560 if given.full else 256, sets=5 if given.full else 2)
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    (first, second), (third, fourth) = figure.subplots(2, 2)
+    show(first, chain(model).transpose(0, 1), "annealed Langevin: the start, then the state after each noise level")
+    show(second, interpolations(model), "interpolated noise")
+    show(third, neighbors(model, images), "samples (first column) and their nearest training images")
+    for name, points in measured.items():
+        distances, spreads = zip(*points.values(), strict=True)
+        fourth.errorbar(list(points), distances, yerr=spreads, marker="o", capsize=3, label=name)
+    fourth.set(xscale="log", yscale="log", xlabel="NFE", ylabel="Fréchet distance of pixels", title="quality over cost")
+    fourth.legend()
+    figure.savefig(given.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
