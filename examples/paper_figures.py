@@ -1,8 +1,8 @@
 """The pictures that papers show of a score network.
 
 They are its chain over the noise levels, interpolations, the nearest training images, and the quality of samplers over
-the number of their network evaluations (NFE). Quality is the Fréchet distance of the pixels to the training images, over several sets of samples: a single small set
-says little, so each point has the standard deviation over the sets.
+the number of their network evaluations (NFE). Quality is the Fréchet distance of the pixels to the training images,
+over several sets of samples: a single small set says little, so each point has the standard deviation over the sets.
 
     python examples/paper_figures.py --out figures.png
 """
