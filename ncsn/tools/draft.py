@@ -105,40 +105,6 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
 
-def overridden(text: str, overrides: Sequence[str]) -> str:
-    """The YAML text of a config, one line per setting and two spaces per level, with other values; comments stay."""
-    lines = text.splitlines()
-    for override in overrides:
-        path, value = parse_override(override)
-        *sections, key = path.split(".")
-        first, last = 0, len(lines)
-        for depth, section in enumerate(sections):
-            at = _line_of(section, lines[first:last], depth)
-            if at is None:
-                lines[last:last] = [f"{_INDENT * depth}{section}:"]
-                first = last = last + 1
-            else:
-                first += at + 1
-                last = first + _length_of(lines[first:last], depth + 1)
-        setting = f"{_INDENT * len(sections)}{key}: {_scalar(value)}"
-        at = _line_of(key, lines[first:last], len(sections))
-        if at is None:
-            lines.insert(last, setting)
-        else:
-            at += first
-            lines[at : at + 1 + _length_of(lines[at + 1 : last], len(sections) + 1)] = [setting]
-    return "\n".join([*lines, ""])
-
-
-def _line_of(key: str, lines: Sequence[str], depth: int) -> int | None:
-    return next((n for n, line in enumerate(lines) if line.startswith(f"{_INDENT * depth}{key}:")), None)
-
-
-def _length_of(lines: Sequence[str], depth: int) -> int:
-    """How many of these lines belong to the section above them."""
-    return next((n for n, line in enumerate(lines) if not line.startswith(_INDENT * depth)), len(lines))
-
-
 def documented_yaml(config: Config) -> str:
     """Valid YAML that parses to `config`, each value under a comment with its description, range and default."""
     return "\n".join([*_comment(_first_line(type(config))), *_section(config, ""), ""])

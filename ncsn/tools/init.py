@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncsn.config import from_yaml
 from ncsn.errors import NotFound, Problem, UserError
 from ncsn.report.facts import duration
 from ncsn.report.images import evenly_spread, grid_png
-from ncsn.tools import first_config
-from ncsn.tools.draft import overridden
-from ncsn.tools.first_config import FirstConfig
+from ncsn.tools import choose
+from ncsn.tools.choose import FirstConfig
 from ncsn.tools.speed import Machine
 from ncsn.tools.survey import Survey, percent, survey
 
 _EXAMPLES = Path(__file__).parents[1] / "configs"
 _SHOWN = 32  # images in the picture
 _NAMED = 3  # classes
-_CONVERTED = {  # what is said of a kind of conversion; of others that they become RGB
-    "16-bit": "images with 16 bits per channel, converted to 8",
-    "float": "images of floating-point values, converted to 8 bits",
-    "animated": "animated, of which the first frame is used",
-    "transparent": "transparent, put on the background",
-}
 
 
 @dataclass(frozen=True)
@@ -52,18 +43,19 @@ class Written:
             seconds = self.chosen.seconds
             steps = ", ".join(f"{step} {duration(value)}" for step, value in seconds.items())
             yield "estimate", f"{duration(sum(seconds.values()))} on this machine: {steps}"
-            yield "", f"`ncsn plan --config {self.config}` measures it again"
         yield "next", f"ncsn run --config {self.config}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        record: dict[str, Any] = {"config": str(self.config)}
-        if self.found and self.chosen:
-            record["picture"] = str(self.picture)
-            record["found"] = _facts(self.found)
-            record["reasons"] = {path: reason for path, reason in self.chosen.draft.reasons.items() if reason}
-            record["seconds"] = self.chosen.seconds
-        return record
+        if not (self.found and self.chosen):
+            return {"config": str(self.config)}
+        return {
+            "config": str(self.config),
+            "picture": str(self.picture),
+            "found": [_what(self.found), *_details(self.found)],
+            "reasons": {path: reason for path, reason in self.chosen.draft.reasons.items() if reason},
+            "seconds": self.chosen.seconds,
+        }
 
 
 def is_example(place: str) -> bool:
@@ -76,17 +68,15 @@ def is_example(place: str) -> bool:
         return True
 
 
-def copy_example(name: str, out: str | None, overrides: Sequence[str]) -> Written:
+def copy_example(name: str, out: str | None) -> Written:
     """Write an example to `out`, by default its name."""
     examples = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
     if name not in examples:
         raise NotFound(
             "PLACE", "does not exist, and is no example", hint=f"the examples are {', '.join(examples)}", value=name
         )
-    text = overridden((_EXAMPLES / f"{name}.yaml").read_text(), overrides)
-    from_yaml(text, origin="--set")
     file = _config_file(out or f"{name}.yaml")
-    _write_new(file, text.encode())
+    _write_new(file, (_EXAMPLES / f"{name}.yaml").read_bytes())
     return Written(file)
 
 
@@ -98,14 +88,16 @@ def from_images(
     The default of `out` is the name of the experiment.
     """
     names = [value for key, _, value in (text.partition("=") for text in overrides) if key == "name" and value]
-    file = _config_file(out or f"{(names or [first_config.slug(place)])[-1]}.yaml")
+    file = _config_file(out or f"{(names or [choose.slug(place)])[-1]}.yaml")
     picture = file.with_suffix(".png")
     _require_new(file, picture)
-    with _about_place():
+    try:
         found = survey(place, overrides=overrides)
-        chosen = first_config.choose(
+        chosen = choose.choose(
             found, seconds=seconds, overrides=overrides, machine=Machine.here(), ask_mirrored=ask_mirrored
         )
+    except UserError as error:
+        raise type(error).of(map(_of_place, error.problems)) from error
     heading = [
         f"Written by `ncsn init` for {_what(found)}.",
         f"`ncsn show-config --config {file.name}` explains every setting, also those that are not here.",
@@ -116,16 +108,8 @@ def from_images(
     return Written(file, picture, found, chosen)
 
 
-@contextmanager
-def _about_place() -> Iterator[None]:
-    """Say PLACE where an error names data.root, which the user did not set."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error).of(map(_of_place, error.problems)) from error
-
-
 def _of_place(problem: Problem) -> Problem:
+    """With PLACE where it names data.root, which the user did not set."""
     words = {name: getattr(problem, name).replace("data.root", "PLACE") for name in ("key", "reason", "hint")}
     return replace(problem, **words)
 
@@ -165,14 +149,11 @@ def _what(found: Survey) -> str:
     sizes = sorted({look.size for look in found.looks}, key=lambda size: size[0] * size[1])
     size = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     sample = "" if found.complete else f" ({found.looked_at:,} of them looked at)"
-    classes = f", {_classes(found.class_names)}" if found.class_names else ""
+    names, classes = found.class_names, ""
+    if names:  # some are named: folders called train and val are no classes, which is seen here
+        more = ", ..." if len(names) > _NAMED else ""
+        classes = f", {len(names)} class{'es' * (len(names) > 1)} ({', '.join(names[:_NAMED])}{more})"
     return f"{found.num_images:,} images in {found.root}{sample}: {kinds}, {size} pixels{classes}"
-
-
-def _classes(names: Sequence[str]) -> str:
-    """Some are named: folders called train and val are no classes, which is seen here."""
-    more = ", ..." if len(names) > _NAMED else ""
-    return f"{len(names)} class{'es' * (len(names) > 1)} ({', '.join(names[:_NAMED])}{more})"
 
 
 def _details(found: Survey) -> Iterator[str]:
@@ -181,11 +162,7 @@ def _details(found: Survey) -> Iterator[str]:
     if clear:
         yield f"{percent(clear)} with transparent pixels"
     if converted := found.conversions:
-        yield "; ".join(
-            f"{count:,} {_CONVERTED.get(kind, f'{kind} images, converted to RGB')}" for kind, count in converted.items()
-        )
-    if found.duplicates:
-        yield f"{len(found.duplicates)} the same as another, such as {found.duplicates[0][0]}"
+        yield "converted: " + ", ".join(f"{count:,} {kind}" for kind, count in converted.items())
     if found.bad:
         yield f"{len(found.bad)} cannot be used, such as {found.bad[0].name}: {found.bad[0].reason}"
     if found.unlabeled:
@@ -201,19 +178,3 @@ def _choices(found: Survey, chosen: FirstConfig) -> Iterator[str]:
     if data.background != "none":
         yield f"background {data.background}"
     yield f"extractor {chosen.config.evaluation.extractor}"
-
-
-def _facts(found: Survey) -> dict[str, Any]:
-    return {
-        "source": found.source,
-        "images": found.num_images,
-        "looked_at": found.looked_at,
-        "formats": dict(found.kinds),
-        "shorter_side": found.side,
-        "gray": found.share("gray"),
-        "transparent": found.share("transparent"),
-        "classes": dict(zip(found.class_names, found.class_counts, strict=True)),
-        "conversions": dict(found.conversions),
-        "duplicates": len(found.duplicates),
-        "bad": [{"name": bad.name, "reason": bad.reason} for bad in found.bad],
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import Counter
@@ -35,7 +34,6 @@ _OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.unla
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
 _HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
-_PLAIN = 3.0  # standard deviation of a border in one color
 _MIRROR_SIDE = 16
 _MIRROR_FEWEST = 50
 _MIRROR_FOLDS = 5
@@ -50,7 +48,6 @@ class Look:
     size: tuple[int, int]  # width, height
     thumbnail: Image.Image  # L, RGB or, with transparent pixels, RGBA
     bands: int  # 1 = stored as gray, 3 = as color
-    digest: bytes  # of the pixels
     conversions: tuple[str, ...]
 
     @property
@@ -69,11 +66,6 @@ class Look:
         """Whether it has no color, however it is stored."""
         return self.bands == 1 or not len(self.pixels) or int(np.ptp(self.pixels, axis=1).max()) <= _SAME_GRAY
 
-    @property
-    def flat(self) -> bool:
-        """Whether it is all one color, or all transparent."""
-        return not len(self.pixels) or (not self.transparent and bool((self.pixels == self.pixels[0]).all()))
-
     def fitted(self, fit: Fit) -> Example | SkippedImage:
         """As training would see it, or why it cannot be used."""
         side = min(self.size)
@@ -86,13 +78,6 @@ class Look:
         except BadImageError as error:
             return SkippedImage(self.name, str(error))
         return Example(fitted.image, NO_LABEL)
-
-    @cached_property
-    def border(self) -> float | None:
-        """Gray of a border in one color; None for another border, and a transparent one."""
-        pixels = np.asarray(self.thumbnail.convert("L"), np.float64)
-        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        return None if self.transparent or edge.std() > _PLAIN else float(edge.mean())
 
 
 @dataclass(frozen=True)
@@ -148,13 +133,6 @@ class Survey:
         """Share of the images that are square."""
         return float(np.mean([look.size[0] == look.size[1] for look in self.looks]))
 
-    @cached_property
-    def duplicates(self) -> list[tuple[str, str]]:
-        """Names of images with the same pixels, each with the first such image."""
-        first: dict[bytes, str] = {}
-        pairs = [(look.name, first.setdefault(look.digest, look.name)) for look in self.looks]
-        return [(name, original) for name, original in pairs if name != original]
-
     def fitted(self, data: DataConfig) -> npt.NDArray[np.uint8]:
         """The sample as training would see it, [N, H, W, C]."""
         fit = Fit.of(data)
@@ -162,6 +140,8 @@ class Survey:
         images = [example.image for example in usable]
         if not images:
             raise UserError(self.looks[0].name, "cannot be used with these settings, nor can any other of the sample")
+        if all((image == images[0]).all() for image in images):
+            raise UserError("PLACE", "its images are all alike", hint="add others")
         return np.stack(images)
 
 
@@ -180,11 +160,10 @@ class _Looking(Fit):
         else:
             converted = self._plain(picture)
             plain, conversions = converted.image, converted.conversions
-        digest = hashlib.sha256(f"{plain.mode}{plain.size}".encode() + plain.tobytes())
         gray = plain.mode == "L" or image.mode in ("LA", "La")
         thumbnail = plain.copy() if plain is image else plain
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-        look = Look(name, kind, picture.size, thumbnail, 1 if gray else 3, digest.digest(), conversions)
+        look = Look(name, kind, picture.size, thumbnail, 1 if gray else 3, conversions)
         self.looks.append(look)
         return Fitted(np.zeros((1, 1, 1), np.uint8), conversions)
 
@@ -217,7 +196,8 @@ def survey(place: str, *, overrides: Sequence[str] = ()) -> Survey:
         bad=tuple(bad),
         seconds_per_image=taken / max(1, len(looks) + len(bad)),
     )
-    _require_something(found)
+    if not looks:
+        raise UserError(bad[0].name, f"cannot be used: {bad[0].reason}; nor can any other image that was looked at")
     return found
 
 
@@ -269,19 +249,6 @@ def _parts(splits: Sequence[Split], *, total: int) -> list[Split]:
             first = len(split) * run // _RUNS
             parts.append(split.section(first, first + max(1, MOST_LOOKED_AT * len(split) // (total * _RUNS))))
     return parts
-
-
-def _require_something(found: Survey) -> None:
-    if not found.looks:
-        bad = found.bad[0]
-        raise UserError(bad.name, f"cannot be used: {bad.reason}; nor can any other image that was looked at")
-    if found.num_images == 1:
-        raise UserError(found.looks[0].name, "is the only image", hint="add more")
-    first = found.looks[0]
-    if found.share("flat") == 1:
-        raise UserError(first.name, "is all one color, as is every other image that was looked at")
-    if len(found.duplicates) == len(found.looks) - 1:
-        raise UserError(first.name, f"is the same as {found.looks[-1].name} and every other image that was looked at")
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ncsn.config import from_yaml
-from ncsn.tools import first_config
+from ncsn.tools import choose
 from ncsn.tools.speed import Speed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with twelve soft images; the working directory is empty, and speed is known."""
-    monkeypatch.setattr(first_config, "measure_speed", lambda _: Speed(0.01, 0.003))
+    monkeypatch.setattr(choose, "measure_speed", lambda _: Speed(0.01, 0.003))
     folder = tmp_path / "My photos"
     folder.mkdir()
     for seed in range(12):
@@ -52,10 +52,10 @@ def test_a_config_and_a_picture_are_written_once(place, run_in_process) -> None:
 
 def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
     given = ("--set", "data.horizontal_flip=true", "--set", "data.image_size=8", "--out", "a.yaml")
-    result = run_in_process("init", str(place), "--json", "--hours", "0.5", *given)
+    result = run_in_process("init", str(place), "--json", "--minutes", "30", *given)
     found = json.loads(result.stdout)
     assert (found["config"], found["picture"]) == ("a.yaml", "a.png")
-    assert found["found"]["images"] == found["found"]["looked_at"] == 12 and found["found"]["formats"] == {"PNG": 12}
+    assert found["found"][0].startswith("12 images in ") and "PNG, 20x24" in found["found"][0]
     assert found["reasons"]["data.test_fraction"] and found["seconds"].keys() == {"train", "sample", "other"}
     config = from_yaml(Path("a.yaml").read_text())
     assert config.data.horizontal_flip and config.data.image_size == 8
@@ -64,9 +64,7 @@ def test_json_says_what_was_found_and_why(place, run_in_process) -> None:
 def test_examples(place, run_in_process) -> None:
     assert run_in_process("init", "digits").exit_code == 0
     assert Path("digits.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
-    changed = run_in_process("init", "digits", "--out", "x.yaml", "--set", "train.num_images=640", "--json")
-    assert json.loads(changed.stdout) == {"config": "x.yaml"}
-    assert from_yaml(Path("x.yaml").read_text()).train.num_images == 640
+    assert json.loads(run_in_process("init", "digits", "--out", "x.yaml", "--json").stdout) == {"config": "x.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -80,14 +78,13 @@ def test_examples(place, run_in_process) -> None:
         (("{place}", "--set", "data.crop=21"), "{place}/0.png"),
         (("digits", "--out", "x.png"), "--out 'x.png'"),
         (("digits", "--minutes", "5"), "--minutes"),
-        (("{place}", "--minutes", "5", "--hours", "1"), "--hours 1.0"),
         (("{place}", "--set", "data.image_size=huge"), "--set: data.image_size = 'huge'"),
         (("{place}", "--set", "train.batchsize=3"), "--set: train.batchsize"),
         (("{place}", "--out", "absent/x.yaml"), "--out 'absent/x.yaml'"),
         (("{place}", "--minutes", "nan"), "--minutes nan"),
         (("{place}", "--out", "x.png"), "--out 'x.png'"),
         (("{place}/0.png",), "PLACE = '{place}/0.png'"),
-        (("digits", "--set", "train.batchsize=3"), "--set: train.batchsize"),
+        (("digits", "--set", "seed=3"), "--set"),
     ],
 )
 def test_mistakes_take_one_line_and_write_nothing(place, run_in_process, arguments, subject) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
-from ncsn.config import ConfigError, from_yaml
-from ncsn.tools.draft import Draft, overridden
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from ncsn.config import ConfigError
+from ncsn.tools.draft import Draft
 
 
 def test_what_is_given_is_not_chosen() -> None:
@@ -50,14 +46,3 @@ def test_the_file_has_the_order_of_the_schema_and_the_reasons_above_the_values()
         "train:", "  # Given with --set.", "  num_images: 7",
     ]  # fmt: skip
     assert yaml.safe_load(text) == draft.tree
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_examples_keep_their_comments_when_values_change(path: Path) -> None:
-    text = path.read_text()
-    changes = ["train.num_images=1000000", "noise={kind: auto}", "compute.max_failures=5", "tracking.experiment=x"]
-    changed = overridden(text, changes)
-    assert from_yaml(changed) == from_yaml(text, overrides=changes)
-    assert overridden(text, []) == text
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    assert [line for line in changed.splitlines() if line.startswith("#")] == comments

@@ -23,7 +23,6 @@ _MINUTES = 20.0  # of a run that `init` plans
 @click.argument("place", metavar="PLACE")
 @click.option("--out", metavar="FILE", help="The file to write; default: NAME.yaml here. It must not exist.")
 @click.option("--minutes", type=click.FloatRange(min=1), help=f"Target length of the run; default: {_MINUTES:.0f}.")
-@click.option("--hours", type=click.FloatRange(min=0.02), help="The same in hours.")
 @click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Set one value of the config; repeatable.")
 @json_option
 def init_command(
@@ -31,7 +30,6 @@ def init_command(
     place: str,
     out: str | None,
     minutes: float | None,
-    hours: float | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -43,16 +41,14 @@ def init_command(
     """
     from ncsn.tools import init
 
-    if minutes is not None and hours is not None:
-        raise UserError("--hours", "given together with --minutes", hint="leave one out", value=hours)
     if init.is_example(place):
-        if minutes is not None or hours is not None:
-            raise UserError("--minutes", "an example has its own length", hint="use --set train.num_images=N")
-        written = init.copy_example(place, out, overrides)
+        if given := "--set" if overrides else "--minutes" if minutes else "":
+            raise UserError(given, "an example is copied as it is", hint="edit the copy, or pass --set to `ncsn run`")
+        written = init.copy_example(place, out)
     else:
-        seconds = 60 * (minutes or 60 * (hours or 0) or _MINUTES)
+        seconds = 60 * (minutes or _MINUTES)
         if not seconds < math.inf:
-            raise UserError("--minutes" if minutes else "--hours", "not a length of time", value=minutes or hours)
+            raise UserError("--minutes", "not a length of time", value=minutes)
         written = init.from_images(place, out, seconds=seconds, overrides=overrides, ask_mirrored=_ask_mirrored)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))

@@ -1,4 +1,7 @@
-"""The first config for someone's images, chosen from what they are like, the machine and the time there is."""
+"""The first config for someone's images, chosen from what they are like, the machine and the time there is.
+
+Noise, schedule and sampler are those of Karras et al. 2022 if the network takes any sigma.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,22 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ncsn.config import Config, ConfigError, from_yaml
+from ncsn.config.choices import UnetNetworkConfig
+from ncsn.config.noise import LognormalTraining, edm_mean
+from ncsn.config.search import significant
+from ncsn.core.images import to_unit
+from ncsn.core.training_noise import FEW_DRAWS, LognormalNoise
 from ncsn.errors import UserError
 from ncsn.evaluation.choice import LEAST_TEST_IMAGES
 from ncsn.report.facts import duration
 from ncsn.tools.draft import Draft, any_config
-from ncsn.tools.first_training import NETWORKS, NFE, choose_noise, choose_sampling, choose_training, unet
 from ncsn.tools.speed import Machine, Speed, measure_speed
 from ncsn.tools.survey import Survey, percent, told_from_mirror
 
@@ -24,9 +33,14 @@ ENOUGH_IMAGES = 80_000  # trained on, for a larger size to be worth it
 FEW_IMAGES = 100_000  # trained on, below which a network of half the width is better
 MANY_IMAGES = 1_500_000  # trained on, for a network of twice the width to be worth it
 MIRRORED = 0.65  # `told_from_mirror` up to which mirrored images count as alike
-_FRAMED = 0.8  # share of images on a plain or transparent background that makes it the rule
+MOST_REPEATS = 1000  # of an image in training: more of them only memorize it
+NFE = 35  # of the sampler
 _BRIGHT = 128
 _FEWEST_OF_CLASS = 10
+_LARGEST = 160  # sigma_1 of Karras et al. over sigma_data: 80 over 0.5
+_LEAST = 1.0  # of sigma_1: less would start within the images
+_SMALLEST_MAP = 8  # where the network stops halving, and attends
+_WIDTHS = ((40, 16), (20, 24), (10, 48), (0, 96))  # channels of feature maps of more pixels a side
 
 # How the time is divided.
 _START_SECONDS = 60.0  # for the processes and clusters of all steps
@@ -59,14 +73,16 @@ def choose(
     _choose_images(draft, found)
     reading = _choose_max_images(draft, found, seconds=_READING * seconds)
     left = max(seconds - _START_SECONDS - reading, seconds / 5)
-    _choose_compute(draft, machine, train_images=_train_images(draft, found))
+    train_images = found.train_images(draft.get("data.test_fraction", 0))
+    train_images = min(train_images, draft.get("data.max_images") or train_images)
+    _choose_compute(draft, machine, train_images=train_images)
     speed = _choose_network(draft, found, seconds=_TRAINING * left)
     images = found.fitted(_trial(draft).data)
     _choose_flip(draft, images, ask_mirrored)
-    choose_noise(draft, images)
-    length = choose_training(draft, train_images=_train_images(draft, found), seconds=_TRAINING * left, speed=speed)
-    samples = choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
-    _choose_evaluation(draft, found)
+    _choose_noise(draft, images)
+    length = _choose_training(draft, train_images=train_images, seconds=_TRAINING * left, speed=speed)
+    samples = _choose_sampling(draft, seconds=_SAMPLING * left, speed=speed)
+    _choose_evaluation(draft, found, train_images=train_images)
     taken = {
         "train": length * speed.train_image,
         "sample": samples * NFE * speed.evaluate_image,
@@ -100,12 +116,17 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     draft.choose("data.root", found.root)
     color = 1 - found.share("gray")
     draft.choose("data.channels", 3 if color else 1, f"In color: {percent(color)}." if color else "All are gray.")
-    stored = {look.bands for look in found.looks}
-    if stored != {draft.get("data.channels")}:
-        draft.choose("data.convert_channels", True, "Some are stored with another number of channels.")
-    elif not found.complete:
-        draft.choose("data.convert_channels", True, "Only a sample was looked at.")
-    _choose_background(draft, found)
+    if not found.complete or {look.bands for look in found.looks} != {draft.get("data.channels")}:
+        draft.choose("data.convert_channels", True, "Some are, or may be, stored with another number of channels.")
+    clear = [look for look in found.looks if look.transparent]
+    if clear:
+        gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
+        color_behind = "black" if gray > _BRIGHT else "white"
+        why = f"Transparent pixels: in {percent(found.share('transparent'))}; the rest shows well on {color_behind}."
+        draft.choose("data.background", color_behind, why)
+    if found.square < 1:
+        fit, why = ("pad", "The background grows.") if len(clear) > len(found.looks) / 2 else ("crop", "pad cuts none.")
+        draft.choose("data.fit", fit, f"Not square: {percent(1 - found.square)}. {why}")
     if found.own_train is not None:
         _require_enough(found.own_train, found.num_images - found.own_train)
     else:
@@ -118,30 +139,6 @@ def _choose_images(draft: Draft, found: Survey) -> None:
         draft.choose("data.on_bad_image", "skip", f"{len(found.bad)} cannot be used, such as {bad.name}: {bad.reason}.")
     elif not found.complete:
         draft.choose("data.on_bad_image", "skip", "Only a sample was looked at. The manifest counts bad images.")
-
-
-def _choose_background(draft: Draft, found: Survey) -> None:
-    """What is behind transparent pixels, and what makes other shapes square."""
-    clear = [look for look in found.looks if look.transparent]
-    borders = [look.border for look in found.looks if look.border is not None]
-    # A given data.crop cuts the border off.
-    framed = not draft.get("data.crop") and (len(clear) + len(borders)) / len(found.looks) > _FRAMED
-    if clear:
-        gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
-        color = "black" if gray > _BRIGHT else "white"
-        draft.choose(
-            "data.background",
-            color,
-            f"Transparent pixels: in {percent(len(clear) / len(found.looks))}; what is visible shows well on {color}.",
-        )
-    elif framed and found.square < 1:
-        draft.choose("data.background", "white" if np.median(borders) > _BRIGHT else "black", "Most are on this color.")
-    if found.square < 1:
-        shape = f"Not square: {percent(1 - found.square)}."
-        if framed:
-            draft.choose("data.fit", "pad", f"{shape} Most are on a plain background, which grows.")
-        else:
-            draft.choose("data.fit", "crop", f"{shape} Their centers are taken; pad would keep them whole.")
 
 
 def held_out(num_images: int) -> float:
@@ -164,18 +161,11 @@ def _require_enough(train: int, test: int) -> None:
 def _choose_max_images(draft: Draft, found: Survey, *, seconds: float) -> float:
     """Read no more than this takes; the seconds that it takes."""
     whole = found.num_images * found.seconds_per_image
-    if whole <= seconds:
-        return whole
-    train = int(max(1000, found.num_images * seconds / whole // 1000 * 1000))
+    train = int(max(1000, found.num_images * seconds / max(whole, 1e-9) // 1000 * 1000))
     if train >= found.num_images:
         return whole
     draft.choose("data.max_images", train, f"Of each split. Reading all would take {duration(whole)}.")
     return seconds
-
-
-def _train_images(draft: Draft, found: Survey) -> int:
-    train = found.train_images(draft.get("data.test_fraction", 0))
-    return min(train, draft.get("data.max_images") or train)
 
 
 def _choose_compute(draft: Draft, machine: Machine, *, train_images: int) -> None:
@@ -188,12 +178,22 @@ def _choose_compute(draft: Draft, machine: Machine, *, train_images: int) -> Non
     draft.choose("train.batch_size", min(most, max(16, 2 ** int(math.log2(train_images)))))
 
 
+def unet(size: int, *, scale: float) -> dict[str, Any]:
+    """A U-Net for images of this size, of `scale` times the usual width; its resolutions cost about the same."""
+    maps = [size]
+    while maps[-1] > _SMALLEST_MAP or len(maps) < 2:
+        maps.append((maps[-1] + 1) // 2)
+    return {
+        "widths": [int(scale * next(width for least, width in _WIDTHS if side > least)) for side in maps],
+        "blocks_per_resolution": 1 if scale <= 1 else 2,
+        "attention_sizes": [maps[-1]] if size > _SMALLEST_MAP else [],
+    }
+
+
 def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
     """Image size, network and precision: as large as can be trained well in this time."""
     sizes = sizes_for(found.side)
     tried = draft.get("data.image_size", min(32, sizes[-1]))
-    if draft.get("network.kind") == "ddpmpp":
-        _choose_sizes(draft, "ddpmpp", tried, scale=1)  # to measure with
     cost = measure_speed(_trial(draft, size=tried)).train_image / tried**2
     best = max(size for size in sizes if size in sizes[:2] or seconds >= ENOUGH_IMAGES * cost * size**2)
     reason = f"There is time to train on {seconds / cost / best**2:,.0f} images of this size."
@@ -203,18 +203,13 @@ def _choose_network(draft: Draft, found: Survey, *, seconds: float) -> Speed:
     scale = 1.0 if seconds >= FEW_IMAGES * cost * size**2 else 0.5
     while 1 <= scale < 4 and seconds >= MANY_IMAGES * cost * size**2 * (2 * scale) ** 2:
         scale *= 2
-    kind = draft.get("network.kind", "unet")
-    if kind == "ddpmpp" or draft.section("network", "unet"):
-        _choose_sizes(draft, kind, size, scale=scale)
+    if draft.section("network", "unet"):
+        for key, value in unet(size, scale=scale).items():
+            draft.choose(f"network.{key}", value)
     speeds = {kind: measure_speed(_trial(draft, precision=kind)) for kind in ("float32", "bfloat16")}
     rates = ", ".join(f"{kind} {1 / speed.train_image:,.0f}" for kind, speed in speeds.items())
     faster = min(speeds, key=lambda kind: speeds[kind].train_image)
     return speeds.get(draft.choose("train.precision", faster, f"Images/s here: {rates}."), speeds[faster])
-
-
-def _choose_sizes(draft: Draft, kind: str, size: int, *, scale: float) -> None:
-    for key, value in NETWORKS[kind](size, scale=scale).items():
-        draft.choose(f"network.{key}", value)
 
 
 def sizes_for(side: int) -> list[int]:
@@ -251,7 +246,105 @@ def _choose_flip(draft: Draft, images: npt.NDArray[np.uint8], ask_mirrored: Call
         )
 
 
-def _choose_evaluation(draft: Draft, found: Survey) -> None:
+def _takes_any_sigma(draft: Draft) -> bool:
+    return draft.get("network.kind") in ("unet", "ddpmpp")
+
+
+def _draws_any_sigma(draft: Draft) -> bool:
+    return bool(draft.get("noise.training.kind") == "lognormal" and draft.get("loss.kind", "dsm") == "dsm")
+
+
+def _sigma_data(draft: Draft) -> float:
+    """That of the network, which may be given without it."""
+    return float(draft.get("network.sigma_data", UnetNetworkConfig.model_fields["sigma_data"].default))
+
+
+def _choose_noise(draft: Draft, images: npt.NDArray[np.uint8]) -> None:
+    """The noise of training and the weight of its loss, for images [N, H, W, C] as training will see them."""
+    takes_any = _takes_any_sigma(draft)
+    if takes_any:
+        spread = float((to_unit(torch.from_numpy(images)).double() - 0.5).square().mean().sqrt())
+        why = "Root mean square of the pixels around mid-gray, measured."
+        draft.choose("network.sigma_data", round(max(0.05, spread), 2), why)
+    wanted = {
+        "loss.kind": "dsm",
+        "loss.weighting": "edm",
+        "noise.kind": "geometric",
+        "noise.training.kind": "lognormal",
+    }
+    is_open = draft.get("loss.anneal_power") is None and all(
+        draft.get(path, kind) == kind for path, kind in wanted.items()
+    )
+    if takes_any and is_open and draft.section("noise", "geometric"):
+        draft.choose("noise.training.kind", "lognormal", "Training draws any sigma (Karras et al. 2022).")
+        why = "That of Karras et al. for photographs, moved by ln(sigma_data / 0.25)."
+        draft.choose("noise.training.mean", round(edm_mean(_sigma_data(draft)), 3), why)
+    elif draft.section("noise", "auto", "Levels from the training images, when training starts (NCSNv2)."):
+        draft.choose("noise.sigma_L", 0.01)
+    if takes_any and _draws_any_sigma(draft):
+        draft.choose("loss.weighting", "edm", "The network's own target counts alike at every sigma.")
+    elif takes_any:
+        draft.choose("loss.anneal_power", 2.5, "With 2.5 the levels weigh about as in Karras et al. 2022.")
+
+
+def _choose_training(draft: Draft, *, train_images: int, seconds: float, speed: Speed) -> int:
+    """Length and schedule; the number of images."""
+    affordable, most = seconds / speed.train_image, MOST_REPEATS * train_images
+    every = int(max(significant(min(affordable, most) / 8, 2), 8 * draft.get("train.batch_size")))
+    length = 8 * every
+    why = f"About {duration(length * speed.train_image)} here; each image {length / train_images:,.0f} times."
+    if affordable > most:
+        why = f"Each image {MOST_REPEATS} times; with more, training would only memorize them."
+    length = int(draft.choose("train.num_images", length, why))
+    why = "Half is forgotten over 5 % of the images seen so far, or over 500,000; batch size does not matter."
+    draft.section("train.ema", "half_life", why)
+    draft.choose("train.checkpoint_every_images", every)
+    draft.choose("train.report_every_images", max(draft.get("train.batch_size"), int(significant(length / 100, 2))))
+    is_wide = max(draft.get("network.widths", [0])) > _WIDTHS[-1][1]
+    draft.choose("optimizer.learning_rate", 1e-3 if is_wide else 2e-3)
+    draft.choose("optimizer.warmup_images", int(significant(length / 50, 2)))
+    draft.choose("optimizer.decay", "cosine")
+    if draft.get("noise.kind") == "geometric" and _draws_any_sigma(draft):
+        _choose_levels(draft, length)
+    return length
+
+
+def _choose_levels(draft: Draft, images: int) -> None:
+    """Where the sampler starts and ends, for a training on `images` images."""
+    training = LognormalTraining.model_validate(draft.get("noise.training"))
+    seen = LognormalNoise(training.mean, training.std).largest_seen(images)
+    start = max(_LEAST, min(seen, _LARGEST * _sigma_data(draft)))
+    magnitude = 10 ** (math.floor(math.log10(start)) - 1)
+    why = (
+        f"Where samplers start. Training sees about {FEW_DRAWS:,} draws above {seen:.3g}."
+        if seen >= _LEAST
+        else "Where samplers start. So short a training sees little of it."
+    )
+    draft.choose("noise.sigma_1", round(math.floor(start / magnitude + 1e-9) * magnitude, 6), why)
+    draft.choose("noise.sigma_L", 0.01, "Where they end: less than the eye sees.")
+    draft.choose("noise.num_levels", (NFE + 1) // 2, "For samplers of levels; karras_heun has its own grid.")
+
+
+def _choose_sampling(draft: Draft, *, seconds: float, speed: Speed) -> int:
+    """The sampler; the number of images."""
+    affordable = seconds / (NFE * speed.evaluate_image)
+    count = 2 ** int(math.log2(min(2048, max(64, affordable))))
+    count = draft.choose("sampling.num_images", count, "More make the figures of the evaluation more exact.")
+    draft.choose("sampling.batch_size", min(draft.get("train.batch_size"), count))
+    draft.choose("sampling.precision", draft.get("train.precision"))
+    if draft.get("data.dequantize", True):
+        why = "Gray values as training sees them: k is anything from k/256 to (k + 1)/256."
+        draft.choose("sampling.grays", "exact", why)
+    if not _takes_any_sigma(draft):
+        draft.section("sampling.sampler", "annealed_langevin")
+    elif draft.section("sampling.sampler", "karras_heun"):
+        steps = draft.choose("sampling.sampler.num_steps", (NFE + 1) // 2)
+        draft.reasons["sampling.sampler.kind"] = f"{2 * steps - 1} evaluations of the network."
+        draft.choose("sampling.sampler.churn", 10, "Fresh noise repairs what a short training gets wrong.")
+    return int(count)
+
+
+def _choose_evaluation(draft: Draft, found: Survey, *, train_images: int) -> None:
     classes = [count for count in found.class_counts if count]
     if draft.get("evaluation.weights"):
         extractor, why = "inception", "The weights are given."
@@ -263,4 +356,4 @@ def _choose_evaluation(draft: Draft, found: Survey) -> None:
         labels = "All images are of one class" if classes else "The images have no labels"
         extractor, why = "clusters", f"{labels}: a network trained to tell clusters of them apart."
     draft.choose("evaluation.extractor", extractor, why)
-    draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / _train_images(draft, found)))))
+    draft.choose("evaluation.classifier_epochs", int(min(40, max(4, 100_000 / train_images))))
