@@ -5,7 +5,8 @@
 SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and optionally
 `precision`, `num_images`, `batch_size`, `label`, `guidance` and `levels`. Images stay below --work by what they depend
 on, so a second call makes only the missing ones. Seconds are CPU seconds of one core for 64 images, the median over the
-new batches, so other load on the machine changes them little. For a model with classes, `agreement` is the share of the
+new batches, so other load on the machine changes them little. With --seeds the figures are means over so many sets of
+images, and the distance has its standard deviation over them. For a model with classes, `agreement` is the share of the
 images that the classifier sees as the class that was asked for.
 """
 
@@ -81,16 +82,25 @@ def main() -> None:
     checkpoint = load_for_sampling(options.checkpoint)
     entries = yaml.safe_load(options.settings.read_text())
     common = {"num_images": options.num_images, "batch_size": options.batch_size}
-    settings = settings_of(entries, checkpoint, common=common, work=options.work)
+    settings = [
+        setting
+        for seed in range(options.seeds)
+        for setting in settings_of(entries, checkpoint, common={**common, "seed": seed}, work=options.work)
+    ]
     make_images(options.checkpoint, settings, processes=options.processes)
     rows = measured(options.dataset, checkpoint, settings, num_images=options.num_images)
     print("| sampler | NFE | seconds per 64 images | FID | KID x 1000 | score | recall | agreement | images |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        agreement = "" if row.agreement is None else f"{row.agreement:.3f}"
+    for name, nfe, count in dict.fromkeys((row.name, row.nfe, row.num_images) for row in rows):
+        sets = [row for row in rows if (row.name, row.nfe, row.num_images) == (name, nfe, count)]
+        mean = {key: statistics.fmean(getattr(row, key) for row in sets) for key in ("fid", "kid", "score", "recall")}
+        spread = f" ± {statistics.stdev(row.fid for row in sets):.2f}" if len(sets) > 1 else ""
+        seconds = statistics.median(row.seconds_per_64 for row in sets)
+        known = [row.agreement for row in sets if row.agreement is not None]
+        agreement = f"{statistics.fmean(known):.3f}" if known else ""
         print(
-            f"| {row.name} | {row.nfe} | {row.seconds_per_64:.2f} | {row.fid:.2f} | {1000 * row.kid:.1f} "
-            f"| {row.score:.2f} | {row.recall:.3f} | {agreement} | {row.num_images:,} |"
+            f"| {name} | {nfe} | {seconds:.2f} | {mean['fid']:.2f}{spread} | {1000 * mean['kid']:.1f} "
+            f"| {mean['score']:.2f} | {mean['recall']:.3f} | {agreement} | {len(sets)} x {count:,} |"
         )
     if options.out is not None:
         options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -102,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("dataset", help="folder of the ingested dataset, with labels")
     parser.add_argument("settings", type=Path, help="YAML list of {name, sampler, precision, ...}")
     parser.add_argument("--num-images", type=int, default=10_000, help="images per setting that does not say its own")
+    parser.add_argument("--seeds", type=int, default=1, help="sets of images per setting, of seeds 0, 1, ...")
     parser.add_argument("--batch-size", type=int, default=256, help="images made at once, likewise")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/samplers"), help="where images are kept")
