@@ -49,15 +49,13 @@ def _trials_table(result: Mapping[str, Any]) -> str:
     """The trials of a search, best first, as text."""
     paths = list(result["values"])
     epsilon = ["epsilon"] if "epsilon" in result["sampler"] else []
-    weight = [] if result.get("guidance_weight") is None else ["weight"]
-    table = Table("trial", *(path.rpartition(".")[2] for path in paths), *epsilon, *weight, box=SIMPLE_HEAD)
+    table = Table("trial", *(path.rpartition(".")[2] for path in paths), *epsilon, box=SIMPLE_HEAD)
     for column in ("images", "objective", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("status")
     for row in sorted(result["trials"], key=_rank):
         values = [_short(row["values"][path]) for path in paths]
         sampler = [_short(row["sampler"]["epsilon"]) if row["sampler"] else ""] if epsilon else []
-        sampler += [_short(row["guidance_weight"]) if row["sampler"] else ""] if weight else []
         objective = "" if row["objective"] is None else f"{row['objective']:.4g}"
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         table.add_row(

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ncsn.config.choices import Domain, NetworkConfig, Section
 from ncsn.config.compute import ComputeConfig
 from ncsn.config.evaluation import EvaluationConfig, SelectConfig
-from ncsn.config.guidance import MOST_WEIGHT, GuidanceConfig
+from ncsn.config.guidance import GuidanceConfig
 from ncsn.config.noise import DsmLossConfig, LevelsConfig, LossConfig, NoiseChoice, NoiseConfig
 from ncsn.config.samplers import SamplerConfig
 from ncsn.config.training import OptimizerConfig, TrainConfig, Width
@@ -198,7 +198,6 @@ class SamplingConfig(Section):
 class SearchConfig(Section):
     """A search for better settings, judged by samples, since losses at different noise levels are not comparable."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"guidance_weights"})
     space: dict[str, Domain] | None = Field(
         None,
         description="Dotted path of a setting -> {kind: log, low, high}, {kind: uniform, low, high} or "
@@ -211,12 +210,8 @@ class SearchConfig(Section):
         description="Step sizes to sample every checkpoint with, as epsilon / sigma_L ** 2; trying them needs no "
         "training. null = half, one and two times the config's. For samplers with an epsilon.",
     )
-    guidance_weights: tuple[Annotated[float, Field(ge=0, le=MOST_WEIGHT)], ...] | None = Field(
-        None, min_length=1, description="Weights of guidance to sample every checkpoint with; null = the config's."
-    )
-    num_trials: int = Field(16, ge=1, le=10000, description="Number of trials.")
-    algorithm: Literal["optuna", "random"] = Field(
-        "optuna", description="How to choose settings: by Optuna's tree-structured Parzen estimator, or at random."
+    num_trials: int = Field(
+        16, ge=1, le=10000, description="Number of trials. The first one is the unchanged config, trained to the end."
     )
     seed: int = Field(
         1,
@@ -225,26 +220,14 @@ class SearchConfig(Section):
         description="Seed of the trials and their samples. It should differ from sampling.seed, so that the final "
         "metrics are of samples that the search has not seen.",
     )
-    first_rung_images: int | None = Field(
-        None,
-        ge=1,
-        description="Training images until the first rung, where a trial is judged. Each rung is reduction_factor "
-        "times as far as the one before; the last is train.num_images. null = train.num_images / reduction_factor ** "
-        "2; train.num_images = no early stopping.",
-    )
     reduction_factor: int = Field(
         4,
         ge=2,
         le=100,
-        description="About one in this many trials continues after a rung (asynchronous successive halving).",
+        description="About one in this many trials continues after a rung (asynchronous successive halving). The "
+        "rungs are at train.num_images / reduction_factor ** 2, train.num_images / reduction_factor, and the end.",
     )
     num_samples: int = Field(512, ge=2, le=1_000_000, description="Images to generate at each rung for each epsilon.")
-    nfe: int | None = Field(
-        None, ge=1, description="Network evaluations per image, the same for all trials; null = the config's."
-    )
-    baseline: bool = Field(
-        True, description="Train the unchanged config to the end, as the first trial, for comparison."
-    )
     max_concurrent: int | None = Field(
         None, ge=1, description="Maximum number of trials at a time; null = as many as the cluster has room for."
     )

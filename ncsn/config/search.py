@@ -1,4 +1,4 @@
-"""The settings, rungs and variants of a search, and what is wrong with its space."""
+"""The rungs and the space of a search, and variants of a config."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ncsn.config.schema import Config
 from ncsn.errors import ConfigError, Problem, UserError
 
 EPSILON = "sampling.sampler.epsilon"
-GUIDANCE = "sampling.guidance.weight"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.", "sampling.guidance.")
 _AND = ("data.dequantize", "data.horizontal_flip", "data.augmentation.")
 # Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
 _BUT = (
+    "noise.num_levels",
     "train.num_images",
     "train.checkpoint_every_images",
     "train.report_every_images",
@@ -56,19 +56,8 @@ def searched_space(config: Config) -> dict[str, Domain]:
 
 def rungs(config: Config) -> list[int]:
     """Training images at which trials are judged, ascending; the last is `train.num_images`."""
-    search, last = config.search, config.train.num_images
-    assert search is not None
-    rung = search.first_rung_images or max(1, last // search.reduction_factor**2)
-    found = []
-    while rung < last:
-        found.append(rung)
-        rung *= search.reduction_factor
-    return [*found, last]
-
-
-def untrained_share(config: Config) -> float:
-    """Share in [0, 1] of the initial weights in their moving average at the first rung."""
-    return config.train.averaging.untrained_share(rungs(config)[0], batch_size=config.train.batch_size)
+    assert config.search is not None
+    return sorted({max(1, config.train.num_images // config.search.reduction_factor**power) for power in range(3)})
 
 
 def setting(config: Config, path: str) -> Any:
@@ -96,22 +85,17 @@ def variant(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def swept(config: Config, variant_: Config, *, with_own: bool) -> list[Config]:
-    """A variant of the config with each epsilon and weight of guidance of the search, ascending.
-
-    `with_own` adds the variant's own epsilon and weight.
-    """
+    """A variant of the config with each epsilon of the search, ascending; `with_own` adds the variant's own."""
     search, own = config.search, getattr(variant_.sampling.sampler, "epsilon", None)
     assert search is not None
-    choices: dict[str, set[float]] = {}
-    if own is not None and search.epsilons is None:
-        choices[EPSILON] = {significant(own * factor) for factor in _EPSILON_FACTORS} - {significant(own)} | {own}
-    elif own is not None and search.epsilons is not None:
+    if own is None:
+        return [variant_]
+    if search.epsilons is None:
+        chosen = {significant(own * factor) for factor in _EPSILON_FACTORS} - {significant(own)} | {own}
+    else:
         unit = variant_.levels.sigma_L**2
-        choices[EPSILON] = {significant(ratio * unit) for ratio in search.epsilons} | ({own} if with_own else set())
-    if search.guidance_weights is not None and (guidance := variant_.sampling.guidance) is not None:
-        choices[GUIDANCE] = {*search.guidance_weights} | ({guidance.weight} if with_own else set())
-    points = product(*(sorted(values) for values in choices.values()))
-    return [variant(variant_, dict(zip(choices, point, strict=True))) if choices else variant_ for point in points]
+        chosen = {significant(ratio * unit) for ratio in search.epsilons} | ({own} if with_own else set())
+    return [variant(variant_, {EPSILON: epsilon}) for epsilon in sorted(chosen)]
 
 
 def significant(value: float, digits: int = 6) -> float:
@@ -127,18 +111,12 @@ def space_problems(config: Config) -> list[Problem]:
     search = config.search
     if search is None or config.noise.kind == "auto":
         return []
-    space = searched_space(config)
+    space, kind = searched_space(config), config.sampling.sampler.kind
     found = [problem for path in space for problem in _path_problems(config, path)]
     if search.epsilons is not None and not hasattr(config.sampling.sampler, "epsilon"):
-        kind = config.sampling.sampler.kind
         found.append(
             Problem("search.epsilons", f"sampling.sampler.kind = {kind} has no epsilon", "remove this setting")
         )
-    if search.guidance_weights is not None and config.sampling.guidance is None:
-        hint = "set it, such as to {kind: classifier_free}, or remove this setting"
-        found.append(Problem("search.guidance_weights", "sampling.guidance is not set", hint))
-    if search.guidance_weights is not None and GUIDANCE in space:
-        found.append(Problem(f"search.space.{GUIDANCE}", "searched by search.guidance_weights too", "remove one"))
     if found:
         return found
     for values in _corners(space):
@@ -152,11 +130,16 @@ def space_problems(config: Config) -> list[Problem]:
 
 
 def _path_problems(config: Config, path: str) -> Iterator[Problem]:
-    key, choices = f"search.space.{path}", f"search any of {', '.join(_searchable(config))}"
+    searchable = [
+        path
+        for path, _ in leaves(config.model_dump(mode="json"))
+        if path.startswith((*_SEARCHED, *_AND)) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
+    ]
+    key, choices = f"search.space.{path}", f"search any of {', '.join(searchable)}"
     try:
         value = setting(config, path)
     except (KeyError, TypeError):
-        close = difflib.get_close_matches(path, _searchable(config), n=1)
+        close = difflib.get_close_matches(path, searchable, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         yield Problem(key, "no such setting", f"{hint}{choices}")
         return
@@ -164,28 +147,19 @@ def _path_problems(config: Config, path: str) -> Iterator[Problem]:
         yield Problem(
             key, "needs no training, so each checkpoint is sampled with several values", "use search.epsilons instead"
         )
-    elif path not in _searchable(config) or isinstance(value, dict):
+    elif path not in searchable or isinstance(value, dict):
         yield Problem(key, "cannot be searched", choices)
 
 
-def _searchable(config: Config) -> list[str]:
-    return [
-        path
-        for path, _ in leaves(config.model_dump(mode="json"))
-        if path.startswith((*_SEARCHED, *_AND)) and path not in (*_BUT, EPSILON) and not path.endswith(".kind")
-    ]
-
-
 def _corners(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
-    # The ends of every range and all choices: in combination, and if there are too many of these, alone first.
-    ends = {path: _ends(domain) for path, domain in space.items()}
+    """The ends of every range and all choices: in combination, and if there are too many of these, alone first."""
+    ends: dict[str, Sequence[Any]] = {
+        path: domain.values
+        if isinstance(domain, ChoiceDomain)
+        else [int(end) if end.is_integer() else end for end in (domain.low, domain.high)]
+        for path, domain in space.items()
+    }
     if math.prod(map(len, ends.values())) > _MOST_CORNERS:
         yield from ({path: value} for path, values in ends.items() for value in values)
     for values in islice(product(*ends.values()), _MOST_CORNERS):
         yield dict(zip(ends, values, strict=True))
-
-
-def _ends(domain: Domain) -> Sequence[Any]:
-    if isinstance(domain, ChoiceDomain):
-        return domain.values
-    return [int(end) if end.is_integer() else end for end in (domain.low, domain.high)]

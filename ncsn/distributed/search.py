@@ -1,4 +1,4 @@
-"""Ray Tune around the trials of a search, and Optuna's samplers. The only module that imports ray.tune."""
+"""Ray Tune around the trials of a search, and Optuna's sampler. The only module that imports ray.tune."""
 
 from __future__ import annotations
 
@@ -119,9 +119,8 @@ def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions
     found = Suggestions(
         space,
         whole=[path for path in space if type(setting(plan.config, path)) is int],
-        algorithm=settings.algorithm,
         seed=settings.seed,
-        first=[*unfinished, *([plan.baseline] if settings.baseline else [])],
+        first=[*unfinished, plan.baseline],
     )
     for trial in before:
         if trial.status != "unfinished":
@@ -130,29 +129,26 @@ def _suggestions(plan: SearchPlan, before: Sequence[TrialRecord]) -> Suggestions
 
 
 class Suggestions(Searcher):
-    """Points of a search space by an Optuna sampler, as Ray Tune asks for them; each is suggested once.
+    """Points of a search space by Optuna's tree-structured Parzen estimator, each suggested once.
 
     The same seed and the same results give the same draws. Settings at the paths `whole` are whole numbers. The points
     `first` are suggested before any draw.
     """
 
-    # Not OptunaSearch of Ray: given the earlier trials, it draws the seed's first points again, so a resumed search
-    # would try fewer points than one that was not interrupted; and it refuses a config whose own value is none of a
-    # choice's.
+    # Not OptunaSearch of Ray: it gives a point of a few choices twice, and so the folder of a trial to two of them;
+    # refuses a config whose own value is none of a choice's; and after `Tuner.restore` cannot have more trials.
 
     def __init__(
         self,
         space: Mapping[str, Domain],
         *,
         whole: Iterable[str],
-        algorithm: str,
         seed: int,
         first: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(metric="objective", mode="min")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        kinds = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-        self._study = optuna.create_study(sampler=kinds[algorithm](seed=seed))
+        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         self._space = dict(space)
         self._distributions = {path: _distribution(domain, path in set(whole)) for path, domain in space.items()}
         self._first = [dict(values) for values in first]
@@ -249,16 +245,15 @@ class Halving(ASHAScheduler):
     """
 
     def __init__(self, plan: SearchPlan, *, earlier: Sequence[TrialRecord]) -> None:
-        settings = plan.settings
         super().__init__(
             time_attr="images_seen",
             metric="objective",
             mode="min",
             grace_period=plan.rungs[0],
             max_t=plan.rungs[-1],
-            reduction_factor=settings.reduction_factor,
+            reduction_factor=plan.settings.reduction_factor,
         )
-        self._spared = trial_key(plan.baseline) if settings.baseline else None
+        self._spared = trial_key(plan.baseline)
         for record in earlier:
             # All that the scheduler reads of a trial.
             trial: Any = SimpleNamespace(trial_id=trial_key(record.values), config={"values": record.values})

@@ -27,15 +27,12 @@ from typing import Any, Literal
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.config.samplers import SamplerConfig
 from ncsn.config.schema import SamplingConfig, SearchConfig
 from ncsn.config.search import rungs, searched_space, setting, swept, variant
 from ncsn.distributed import trainer
 from ncsn.distributed.sampling import Candidate, score_samples
 from ncsn.errors import InvalidValue, NotFound, UserError
-from ncsn.model import build
 from ncsn.model.checkpoint_store import CHECKPOINTS
-from ncsn.model.generate import with_evaluations
 from ncsn.model.index import CheckpointError
 from ncsn.training.loop import TrainingJob, TrainOutcome
 
@@ -55,7 +52,6 @@ class Scored:
 
     sampler: dict[str, Any]
     objective: float | None  # less is better; None if a sample is not finite
-    guidance_weight: float | None = None  # where the search tries several
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,6 @@ class Rung:
     loss: float | None  # mean normalized training loss since the last report
     seconds: float  # training and sampling since the rung before, in this attempt
     checkpoint: str  # name of its folder
-    guidance_weight: float | None = None  # of the least, where the search tries several
 
 
 @dataclass(frozen=True)
@@ -197,22 +192,12 @@ class SearchPlan:
         return changed.model_copy(update={"train": train})
 
     def samplings(self, values: Mapping[str, Any]) -> list[SamplingConfig]:
-        """The samplers that score a checkpoint of the trial, all of one NFE."""
-        own, seed = dict(values) == self.baseline, self.settings.seed
+        """The samplings that score a checkpoint of the trial."""
+        own = dict(values) == self.baseline
         return [
-            config.sampling.model_copy(update={"sampler": self._of_equal_length(config), "seed": seed})
+            config.sampling.model_copy(update={"seed": self.settings.seed})
             for config in swept(self.config, variant(self.config, values), with_own=own)
         ]
-
-    def own_sampler(self) -> SamplerConfig:
-        """The config's sampler as the search scores it."""
-        return self._of_equal_length(self.config)
-
-    def _of_equal_length(self, config: Config) -> SamplerConfig:
-        own = build.sampler(self.config.sampling.sampler)
-        nfe = self.settings.nfe or own.num_evaluations(self.config.sampled_levels.num_levels)
-        num_levels = config.sampled_levels.num_levels
-        return with_evaluations(config.sampling.sampler, nfe, num_levels=num_levels, key="search.nfe")
 
 
 def run_trial(plan: SearchPlan, values: Mapping[str, Any], *, report: Report) -> None:
@@ -247,7 +232,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
     candidates = [Candidate(checkpoint, sampling) for sampling in samplings]
     found = score_samples(plan.config, candidates, dataset=plan.dataset, num_images=plan.settings.num_samples)
     sweep = [
-        Scored(sampling.sampler.model_dump(mode="json"), distance, _weight(plan.settings, sampling))
+        Scored(sampling.sampler.model_dump(mode="json"), distance)
         for sampling, distance in zip(samplings, found, strict=True)
     ]
     best = min(sweep, key=lambda scored: math.inf if scored.objective is None else scored.objective)
@@ -264,12 +249,7 @@ def _reach(plan: SearchPlan, values: Mapping[str, Any], folder: TrialFolder, ima
         loss=outcome.loss,
         seconds=round(time.monotonic() - started, 1),
         checkpoint=outcome.checkpoint,
-        guidance_weight=best.guidance_weight,
     )
-
-
-def _weight(search: SearchConfig, sampling: SamplingConfig) -> float | None:
-    return None if search.guidance_weights is None or sampling.guidance is None else sampling.guidance.weight
 
 
 def _train(

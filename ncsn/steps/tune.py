@@ -10,7 +10,7 @@ from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
-from ncsn.config.search import EPSILON, GUIDANCE, require_search, rungs, untrained_share, variant
+from ncsn.config.search import EPSILON, require_search, rungs, variant
 from ncsn.config.training import ema_setting
 from ncsn.data.format import load_manifest
 from ncsn.distributed.cluster import ray_cluster, ray_tags, require_resources
@@ -23,11 +23,10 @@ from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates
 from ncsn.report.style import to_png
-from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.folder import run_folder
 from ncsn.steps.start import start_of
 from ncsn.steps.step import Step, Work
 from ncsn.steps.train import require_classes
-from ncsn.storage.heartbeat import Lease
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.registry import settle_guide
 
@@ -48,13 +47,11 @@ class TuneResult:
     plots: list[str]  # URIs of PNG files
     objective_name: str  # the metric that was minimized, with extractor and sample count
     objective: float  # of the best trial
-    baseline: float | None  # of the config as it stands, after as much training; None if it was not tried
+    baseline: float | None  # of the config as it stands, after as much training; None if it failed
     values: dict[str, Any]  # of the best trial, by dotted path
     sampler: dict[str, Any]  # reached the objective
     images_seen: int  # training images of the best trial
-    # Rows: trial, values, status, images_seen, objective, sampler, guidance_weight, seconds, reason.
-    trials: list[dict[str, Any]]
-    guidance_weight: float | None = None  # reached the objective, where several were tried
+    trials: list[dict[str, Any]]  # rows: trial, values, status, images_seen, objective, sampler, seconds, reason
 
 
 def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> TuneResult:
@@ -65,15 +62,25 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     """
     require_search(config)
     step = Step.claim("tune", config, run, TuneResult, unit="trials")
-    # A run name belongs to one config, and the best config is another one.
-    trained_as = run_folder(config, f"{run}-best").run
+    best_run = run_folder(config, f"{run}-best").run  # a run name belongs to one config, and the best one is another
     manifest = load_manifest(dataset)
-    config = settle_guide(_of_fixed_size(step.settle_noise(config, manifest)), near=step.folder.uri)
+    config = step.settle_noise(config, manifest)
+    # Trials that grew would take the resources of those that wait.
+    compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
+    config = settle_guide(config.model_copy(update={"compute": compute}), near=step.folder.uri)
     require_classes(config, manifest, dataset)
-    evaluation = evaluation_of(config, manifest).model_dump(mode="json")
-    trials_folder = _trials_folder(config, step.folder, dataset, evaluation)
+    assert config.search is not None
+    scored_by = {
+        "dataset": dataset,
+        "rungs": rungs(config),
+        "evaluation": evaluation_of(config, manifest).model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
+        **config.search.model_dump(mode="json", include={"num_samples", "epsilons", "seed"}),
+    }
+    # Trials that are scored alike share a folder: a search with more of them reuses those of an earlier one.
+    folder = storage.join(step.folder.search, "trials", storage.digest(scored_by, 12))
     start = start_of(config, step.folder, manifest)
-    plan = SearchPlan(config=config, dataset=dataset, trials=trials_folder, start=start.uri)
+    plan = SearchPlan(config=config, dataset=dataset, trials=folder, start=start.uri)
     plan.samplings(plan.baseline)  # raises now what every trial would find
     _warn_of_untrained_weights(config)
     inputs = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json", exclude={"max_concurrent"})}
@@ -81,17 +88,17 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    with step.work(config) as work, ray_cluster(config, metadata=work.job_metadata()):
+    with step.work(config, lease=lease) as work, ray_cluster(config, metadata=work.job_metadata()):
         require_resources(config)
         work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
-        follower = _Follower(work, plan, objective, Lease(lease) if lease else None)
+        follower = _Follower(work, plan, objective)
         search(plan, follower)
         trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
         for trial in trials:
             follower.close(trial)  # also those of earlier attempts, which may have been killed in between
-        result = _conclude(plan, trials, step.folder, accidents=follower.accidents, objective=objective, run=trained_as)
+        result = _conclude(plan, trials, step.folder.search, follower, run=best_run)
         work.tracked.log_metrics({objective: result.objective}, result.images_seen)
         for uri in (result.config, result.table, *result.plots):
             work.tracked.log_file(uri)
@@ -104,53 +111,34 @@ def trainable(result: TuneResult, config: Config) -> Config:
     return best.model_copy(update={"compute": config.compute})
 
 
-def _of_fixed_size(config: Config) -> Config:
-    """Trials that grew would take the resources of those that wait."""
-    compute = config.compute.model_copy(update={"num_workers": config.compute.min_workers})
-    return config.model_copy(update={"compute": compute})
-
-
-def _trials_folder(config: Config, folder: RunFolder, dataset: str, evaluation: Mapping[str, Any]) -> str:
-    """The folder of the trials that are scored alike: a search with more trials reuses those of an earlier one."""
-    assert config.search is not None
-    scored_by = {
-        "dataset": dataset,
-        "rungs": rungs(config),
-        "evaluation": evaluation,
-        "sampling": config.sampling.model_dump(mode="json", exclude={"num_images", "batch_size", "seed"}),
-        **config.search.model_dump(mode="json", include={"num_samples", "nfe", "epsilons", "guidance_weights", "seed"}),
-    }
-    digest = storage.digest(scored_by, 12)
-    return storage.join(folder.search, "trials", digest)
-
-
 def _warn_of_untrained_weights(config: Config) -> None:
-    share = 0.0 if config.train.init_from else untrained_share(config)
-    if share > _MUCH:
+    first = rungs(config)[0]
+    share = config.train.averaging.untrained_share(first, batch_size=config.train.batch_size)
+    if share > _MUCH and not config.train.init_from:
         _logger.warning(
             "at the first rung, %d images, the running average is still %.0f %% untrained weights, so it says little; "
-            "lower %s, or raise search.first_rung_images",
-            rungs(config)[0],
+            "lower %s, or raise train.num_images",
+            first,
             100 * share,
             ema_setting(config.train),
         )
 
 
 class _Follower:
-    """Brings what happens in a search to MLflow, each trial as a run below the step's, and to the progress file."""
+    """Brings what happens in a search to MLflow, each trial as a run below the step's, and to the progress."""
 
-    def __init__(self, work: Work, plan: SearchPlan, objective: str, lease: Lease | None) -> None:
-        self._work, self._plan, self._objective, self._lease = work, plan, objective, lease
+    def __init__(self, work: Work, plan: SearchPlan, objective: str) -> None:
+        self._work, self._plan, self.objective = work, plan, objective
         self._runs: dict[str, StepRun] = {}
         self._logged: dict[str, set[int]] = {}  # rungs, by the trial's URI
         self._closed: set[str] = set()
         self.accidents: dict[str, str] = {}  # what ended a trial from outside, by its URI
+        work.progress.start(plan.settings.num_trials, "trials")
 
     def updated(self, trial: TrialRecord) -> None:
         """Log new rungs."""
         self._log(trial)
-        if self._lease is not None:
-            self._lease.require("the trials keep what they have reached")
+        self._work.progress.advance(0)  # ends the search if its launcher is gone
 
     def ended(self, trial: TrialRecord, error: str | None) -> None:
         """Close the trial's run."""
@@ -159,7 +147,7 @@ class _Follower:
         self.close(trial)
         trials = read_trials(self._plan.trials, last_rung=self._plan.rungs[-1])
         over = sum(trial.status != "unfinished" or trial.uri in self.accidents for trial in trials)
-        self._work.progress(over, self._plan.settings.num_trials)
+        self._work.progress.advance(over - self._work.progress.done)
 
     def close(self, trial: TrialRecord) -> None:
         """Log what is missing and close the trial's run, unless it is closed."""
@@ -174,45 +162,34 @@ class _Follower:
         if trial.uri not in self._runs:
             run = self._work.tracked.nested(f"trial-{trial.number:03d}", key=trial.uri)
             run.log_params(trial.values)
-            self._runs[trial.uri], self._logged[trial.uri] = run, run.steps_of(self._objective)
+            self._runs[trial.uri], self._logged[trial.uri] = run, run.steps_of(self.objective)
         run, logged = self._runs[trial.uri], self._logged[trial.uri]
         for rung in trial.rungs:
             if rung.images_seen not in logged:
-                known = {
-                    "train/loss": rung.loss,
-                    "sample/epsilon": rung.sampler.get("epsilon"),
-                    "sample/guidance_weight": rung.guidance_weight,
-                }
+                known = {"train/loss": rung.loss, "sample/epsilon": rung.sampler.get("epsilon")}
                 metrics = {name: value for name, value in known.items() if value is not None}
-                run.log_metrics({**metrics, self._objective: rung.objective}, rung.images_seen)
+                run.log_metrics({**metrics, self.objective: rung.objective}, rung.images_seen)
                 logged.add(rung.images_seen)
         return run
 
 
 def _conclude(
-    plan: SearchPlan,
-    trials: Sequence[TrialRecord],
-    folder: RunFolder,
-    *,
-    accidents: Mapping[str, str],
-    objective: str,
-    run: str,
+    plan: SearchPlan, trials: Sequence[TrialRecord], uri: str, follower: _Follower, *, run: str
 ) -> TuneResult:
+    accidents, objective = follower.accidents, follower.objective
     best = best_trial(trials, accidents=accidents)
     rung = best.rungs[-1]
-    pictures = {
-        "coordinates.png": coordinates_png(trials, objective=objective),
-        "epsilon.png": epsilon_png(best, objective=objective),
-    }
-    plots = {storage.join(folder.search, name): picture for name, picture in pictures.items() if picture is not None}
-    for uri, picture in plots.items():
-        storage.write_bytes(uri, picture)
+    pictures = {"coordinates.png": coordinates_png(trials, objective=objective)}
+    if "epsilon" in rung.sampler:
+        pictures["epsilon.png"] = epsilon_png(best, objective=objective)
+    for name, picture in pictures.items():
+        storage.write_bytes(storage.join(uri, name), picture)
     result = TuneResult(
-        uri=folder.search,
-        config=storage.join(folder.search, "best.yaml"),
+        uri=uri,
+        config=storage.join(uri, "best.yaml"),
         run=run,
-        table=storage.join(folder.search, "trials.json"),
-        plots=list(plots),
+        table=storage.join(uri, "trials.json"),
+        plots=[storage.join(uri, name) for name in pictures],
         objective_name=objective,
         objective=rung.objective,
         baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
@@ -220,7 +197,6 @@ def _conclude(
         sampler=rung.sampler,
         images_seen=rung.images_seen,
         trials=table(trials, accidents=accidents),
-        guidance_weight=rung.guidance_weight,
     )
     everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
     storage.write_json(result.table, everything, indent=1)
@@ -243,29 +219,25 @@ def best_trial(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -
             f"all {len(trials)} trials failed; the first: {reasons[0].strip().splitlines()[-1]}",
             hint="narrow it to settings that train",
         )
-    furthest = max(trial.rungs[-1].images_seen for trial in sound)
-    level = [trial for trial in sound if trial.rungs[-1].images_seen == furthest]
-    return min(level, key=lambda trial: (trial.rungs[-1].objective, trial.number))
+    return min(sound, key=lambda trial: (-trial.rungs[-1].images_seen, trial.rungs[-1].objective, trial.number))
 
 
 def best_config(config: Config, best: TrialRecord) -> Config:
     """The experiment with the best trial's settings and sampler, ready to train, without a search."""
-    rung = best.rungs[-1]
-    weight = {} if rung.guidance_weight is None else {GUIDANCE: rung.guidance_weight}
-    return variant(variant(config, best.values), {"sampling.sampler": rung.sampler, **weight})
+    return variant(variant(config, best.values), {"sampling.sampler": best.rungs[-1].sampler})
 
 
 def baseline_objective(plan: SearchPlan, trials: Sequence[TrialRecord], *, images_seen: int) -> float | None:
-    """What the config as it stands, with its own sampler, reached at that many images; None if it was not tried."""
-    sampler, guidance = plan.own_sampler().model_dump(mode="json"), plan.config.sampling.guidance
-    own = (None, None if guidance is None else guidance.weight)
-    for trial in trials:
-        if trial.values == plan.baseline:
-            for rung in trial.rungs:
-                if rung.images_seen == images_seen:
-                    tried = (each for each in rung.sweep if each.sampler == sampler and each.guidance_weight in own)
-                    return next((scored.objective for scored in tried), None)
-    return None
+    """What the config as it stands, with its own sampler, reached at that many images; None if it failed."""
+    sampler = plan.config.sampling.sampler.model_dump(mode="json")
+    tried = (
+        scored.objective
+        for trial in trials
+        for rung in trial.rungs
+        for scored in rung.sweep
+        if trial.values == plan.baseline and rung.images_seen == images_seen and scored.sampler == sampler
+    )
+    return next(tried, None)
 
 
 def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -281,7 +253,6 @@ def table(trials: Sequence[TrialRecord], *, accidents: Mapping[str, str]) -> lis
                 "images_seen": rung.images_seen if rung else 0,
                 "objective": rung.objective if rung else None,
                 "sampler": rung.sampler if rung else None,
-                "guidance_weight": rung.guidance_weight if rung else None,
                 "seconds": round(sum(rung.seconds for rung in trial.rungs), 1),
                 "reason": trial.failure or accidents.get(trial.uri, ""),
             }
@@ -295,8 +266,6 @@ def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
     last = [trial.rungs[-1] if trial.rungs else None for trial in trials]
     if any(rung and "epsilon" in rung.sampler for rung in last):
         settings[EPSILON] = [rung.sampler["epsilon"] if rung else math.nan for rung in last]
-    if any(rung and rung.guidance_weight is not None for rung in last):
-        settings[GUIDANCE] = [math.nan if not rung else rung.guidance_weight or 0.0 for rung in last]
     settings["images seen"] = [rung.images_seen if rung else math.nan for rung in last]
     quality = [
         rung.objective if rung and trial.failure is None else math.nan for trial, rung in zip(trials, last, strict=True)
@@ -304,15 +273,12 @@ def coordinates_png(trials: Sequence[TrialRecord], *, objective: str) -> bytes:
     return to_png(search_coordinates(settings, quality, quality_label=objective))
 
 
-def epsilon_png(best: TrialRecord, *, objective: str) -> bytes | None:
-    """What each epsilon reached on the best trial's last checkpoint; None for a sampler without one."""
+def epsilon_png(best: TrialRecord, *, objective: str) -> bytes:
+    """What each epsilon reached on the best trial's last checkpoint."""
     rung = best.rungs[-1]
-    if "epsilon" not in rung.sampler:
-        return None
-    sweep = [scored for scored in rung.sweep if scored.guidance_weight == rung.guidance_weight]
     figure = epsilon_versus_quality(
-        [scored.sampler["epsilon"] for scored in sweep],
-        [math.nan if scored.objective is None else scored.objective for scored in sweep],
+        [scored.sampler["epsilon"] for scored in rung.sweep],
+        [math.nan if scored.objective is None else scored.objective for scored in rung.sweep],
         quality_label=objective,
         chosen=rung.sampler["epsilon"],
     )

@@ -8,7 +8,7 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config, ConfigError, changed_settings, from_json, from_yaml, to_json
-from ncsn.config.search import rungs, searched_space, swept, untrained_share, variant
+from ncsn.config.search import rungs, searched_space, swept, variant
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -34,12 +34,9 @@ def test_a_space_that_names_nothing_is_the_noise_around_the_config() -> None:
 
 
 def test_the_first_rung_of_the_example_judges_trained_weights() -> None:
-    """0.998 ^ 125 of them would not be: the average would still be mostly where it started."""
-    example = DIGITS_SEARCH.read_text()
-    assert untrained_share(from_yaml(example)) < 0.1
-    assert untrained_share(from_yaml(example, overrides=["train.ema={kind: decay, per_step: 0.998}"])) == pytest.approx(
-        0.7786, abs=1e-4
-    )
+    example = from_yaml(DIGITS_SEARCH.read_text())
+    share = example.train.averaging.untrained_share(rungs(example)[0], batch_size=example.train.batch_size)
+    assert share == pytest.approx(0.98**121)
 
 
 def test_a_search_does_not_change_whose_run_it_is() -> None:
@@ -94,12 +91,11 @@ def test_epsilons_need_a_sampler_that_has_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "factor", "expected"),
-    [(None, 4, [8750, 35000, 140000]), (10000, 4, [10000, 40000, 140000]), (140000, 4, [140000]), (1, 100, None)],
+    ("images", "factor", "expected"),
+    [(140_000, 4, [8750, 35000, 140_000]), (70_000, 3, [7777, 23333, 70_000]), (128, 100, [1, 128])],
 )
-def test_rungs_end_with_training(first: int | None, factor: int, expected: list[int] | None) -> None:
-    config = digits(f"search={{first_rung_images: {first or 'null'}, reduction_factor: {factor}}}")
-    assert rungs(config) == (expected or [1, 100, 10_000, 140_000])
+def test_rungs_end_with_training(images: int, factor: int, expected: list[int]) -> None:
+    assert rungs(digits(f"train.num_images={images}", f"search.reduction_factor={factor}")) == expected
 
 
 def test_a_variant_is_the_config_with_other_values() -> None:
@@ -129,28 +125,6 @@ def test_the_sweep_is_in_units_of_the_least_noise() -> None:
     assert epsilons(config, 0.02) == pytest.approx([0.05 * 4e-4, 0.2 * 4e-4])
     assert epsilons(config, 0.03, with_own=True) == pytest.approx([0.05 * 9e-4, 9e-5, 0.2 * 9e-4])
     assert epsilons(digits("search={}"), 0.03) == pytest.approx([4.5e-5, 9e-5, 1.8e-4])
-
-
-CLASSES = ("data.num_classes=10", "train.label_dropout=0.1", "network={kind: unet, widths: [8]}")
-FREE = (*CLASSES, "sampling.guidance={kind: classifier_free, weight: 1.5}")
-
-
-def test_weights_of_guidance_are_swept_with_each_epsilon() -> None:
-    config = digits("search={guidance_weights: [2.0, 1.0], epsilons: [0.2]}", *FREE)
-    for with_own, weights in ((False, [1.0, 2.0]), (True, [1.0, 1.5, 2.0])):
-        found = [each.sampling for each in swept(config, variant(config, {}), with_own=with_own)]
-        steps = 2 if with_own else 1
-        assert [each.guidance.weight for each in found] == weights * steps  # type: ignore[union-attr]
-        assert len({each.sampler.epsilon for each in found}) == steps  # type: ignore[union-attr]
-    assert "guidance_weights" not in digits("search={}").model_dump()["search"], "digests are as before"
-
-
-def test_weights_without_guidance_or_twice_are_refused() -> None:
-    with refused("search.guidance_weights", error=ConfigError):
-        digits("search={guidance_weights: [1.0]}", *CLASSES)
-    twice = "search={guidance_weights: [1.0], space: {sampling.guidance.weight: {kind: uniform, low: 1, high: 3}}}"
-    with refused("search.space.sampling.guidance.weight", error=ConfigError):
-        digits(twice, *FREE)
 
 
 def test_a_sampler_without_epsilon_is_not_swept() -> None:

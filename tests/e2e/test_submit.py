@@ -96,9 +96,7 @@ search:
   space:
     noise.sigma_1: {kind: log, low: 0.5, high: 2}
   num_trials: 2
-  algorithm: random
   num_samples: 20
-  first_rung_images: 64
 """
 
 

@@ -167,7 +167,7 @@ def test_a_search_its_best_and_scored_samples_run_as_jobs(jobs: Jobs, config: Pa
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    search = "search={num_trials: 3, num_samples: 20, first_rung_images: 64, reduction_factor: 3}"
+    search = "search={num_trials: 3, num_samples: 20, reduction_factor: 3}"
     found = job("tune", str(config), "sought", "--set", search)
     assert found["config"] == f"{root}/runs/sought/search/best.yaml"
     assert [row["trial"] for row in found["trials"]] == [0, 1, 2]

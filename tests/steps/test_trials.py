@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +85,6 @@ def test_the_best_config_is_complete_and_searches_no_more(config: Config) -> Non
     assert set(changed_settings(config, best)) == {"noise.sigma_1", "noise.sigma_L"}
 
 
-def test_the_weight_of_guidance_that_is_best_is_in_the_best_config_and_the_baseline_has_its_own() -> None:
-    free = ("data.num_classes=10", "train.label_dropout=0.1", "network={kind: unet, widths: [8]}")
-    guided = "sampling.guidance={kind: classifier_free, weight: 1.5}"
-    config = from_yaml(DIGITS, overrides=["search={guidance_weights: [1.0, 2.0]}", *free, guided])
-    sweep = [Scored(sampler(9e-5), 5.0 - weight, weight) for weight in (1.0, 1.5, 2.0)]
-    rung = Rung(40, 3.0, sampler(9e-5), sweep, 0.5, 1.0, "images-000000040", 2.0)
-    found = replace(trial(0), rungs=(rung,))
-    best = best_config(config, found)
-    assert best.sampling.guidance is not None and best.sampling.guidance.weight == 2.0
-    assert changed_settings(config, best) == {}, "it trains the same weights"
-    assert baseline_objective(SearchPlan(config=config, dataset="", trials=""), [found], images_seen=40) == 3.5
-    assert table([found], accidents={})[0]["guidance_weight"] == 2.0
-    for png in (coordinates_png([found, trial(1)], objective=OBJECTIVE), epsilon_png(found, objective=OBJECTIVE)):
-        assert png is not None
-
-
 def test_the_baseline_is_scored_by_its_own_sampler(config: Config) -> None:
     plan = SearchPlan(config=config, dataset="", trials="")
     trials = [trial(0, (10, 5.0), (40, 3.0)), trial(1, (40, 2.0), sigma_1=2.0)]
@@ -124,9 +107,3 @@ def test_plots_are_drawn_also_with_trials_that_failed() -> None:
     for png in (coordinates_png(trials, objective=OBJECTIVE), epsilon_png(trials[0], objective=OBJECTIVE)):
         assert png is not None
         assert np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).std() > 0
-
-
-def test_a_sampler_without_epsilon_has_no_plot_of_it() -> None:
-    rung = Rung(40, 1.0, {"kind": "probability_flow"}, [Scored({"kind": "probability_flow"}, 1.0)], 0.5, 1.0, "x")
-    best = TrialRecord("trial-0", 0, {"noise.sigma_1": 1.0}, (rung,), None, False, 40)
-    assert epsilon_png(best, objective=OBJECTIVE) is None
