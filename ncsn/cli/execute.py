@@ -127,7 +127,6 @@ def _require_start(config: Config, folder: RunFolder) -> None:
 def run_pipeline(target: Target, *, as_json: bool) -> None:
     """Run the steps that are not done, through KFP on one Ray cluster, and print the summary."""
     from ncsn.tracking.client import tracking_uri
-    from ncsn.tracking.mlflow_runs import send_ends
 
     config = target.config
     if config.search is not None:
@@ -145,8 +144,6 @@ def run_pipeline(target: Target, *, as_json: bool) -> None:
     if records is None:
         with _alone(folder, "run"):
             records = _execute(config, folder)
-    else:
-        send_ends(config, folder)
     if as_json:
         results = {step: record.result for step, record in records.items()}
         click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))

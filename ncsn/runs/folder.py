@@ -38,7 +38,6 @@ class RunFolder:
     status = _Below("status.json")  # how the run ended
     complete = _Below("complete.json")  # what the whole pipeline was done for
     steps = _Below("steps")  # the records of each step
-    tracking = _Below("tracking")  # which process opened an MLflow run
     checkpoints = _Below("checkpoints")
     averages = _Below("ema")  # snapshots of two running averages, and averages put together from them
     history = _Below("history.json")  # the training curves

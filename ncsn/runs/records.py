@@ -42,7 +42,7 @@ class StepRecord:
     state: State = ""
     error: StepError | None = None  # of the last attempt
     seconds: float = 0.0  # of all attempts, without those that were killed
-    mlflow: Mapping[str, Any] = field(default_factory=dict)  # the MLflow run, how it ended, and what MLflow knows of it
+    mlflow: Mapping[str, str] = field(default_factory=dict)  # run_id and parent_run_id of its MLflow run
     inputs: Mapping[str, Any] = field(default_factory=dict)  # of the result
     result: Mapping[str, Any] = field(default_factory=dict)  # empty if none has finished
     finished_at: str = ""

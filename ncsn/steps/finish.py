@@ -16,7 +16,7 @@ from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
 from ncsn.runs.records import Outcome, StepError, read_result, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
-from ncsn.tracking.recorded import RecordedRun, close_run
+from ncsn.tracking.mlflow_runs import RecordedRun, close_run
 
 if TYPE_CHECKING:
     from ncsn.remote.pods import Trouble

@@ -31,7 +31,7 @@ from ncsn.runs.history import load_history
 from ncsn.runs.records import StepRecord, read_result, read_results
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.step import Step
-from ncsn.tracking.mlflow_runs import StepRun, step_runs, whole_run
+from ncsn.tracking.mlflow_runs import StepRun, recorded_runs
 from ncsn.tracking.registry import settle_guide
 
 REPORT = "report"
@@ -263,7 +263,7 @@ def _timings(records: Mapping[str, StepRecord]) -> list[Timing]:
 
 
 def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
-    whole, steps = whole_run(tracked), step_runs(tracked)
+    whole, steps = recorded_runs(tracked.client, tracked.uri, tracked.client.get_run(tracked.parent_run_id))
     yield Fact("Run", sources.folder.uri)
     yield Fact("Dataset", sources.evaluation["dataset"])
     yield Fact("Dataset digest", sources.manifest.digest)
@@ -277,6 +277,6 @@ def _lineage(sources: Sources, tracked: StepRun) -> Iterator[Fact]:
     if registered := sources.result("register"):
         yield Fact("Registered model", f"{registered['uri']} ({', '.join(registered['aliases']) or 'no alias'})")
         yield Fact("Decision", registered["reason"])
-    yield Fact("MLflow run", whole.run_id, link=whole.page)
+    yield Fact("MLflow run", whole.run_id, link=whole.place if whole.place.startswith("http") else "")
     yield Fact("MLflow runs by step", " · ".join(f"{step} {run.run_id}" for step, run in steps.items()))
     yield from facts.tag_facts([whole.tags, *(run.tags for run in steps.values())])

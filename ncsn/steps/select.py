@@ -33,7 +33,7 @@ from ncsn.report.scores import selection_png
 from ncsn.runs.folder import RunFolder
 from ncsn.steps.step import Step
 from ncsn.storage.heartbeat import Lease
-from ncsn.tracking.registry import log_candidates, settle_guide
+from ncsn.tracking.registry import settle_guide
 
 LEAST_OF_A_PARABOLA = 5  # points
 
@@ -86,7 +86,6 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             values[weights.digest] = value
             work.progress.advance()
         result = conclude(config, found, values, folder=step.folder, extractor=evaluator.name)
-        log_candidates(work.tracked, config.registered_model, result.candidates, metric=result.figure)
         work.tracked.log_metrics({result.figure: result.value}, result.images_seen)
         for uri in (result.uri, result.plot):
             work.tracked.log_file(uri)

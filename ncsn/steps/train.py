@@ -74,7 +74,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
             images_per_second=round(outcome.images_per_second, 1),
             seconds=round(outcome.seconds, 1),
             dataset=dataset,
-            notes=[note for note in (*start.notes, *outcome.notes, tracked.send_rest()) if note],
+            notes=[*start.notes, *outcome.notes],
         )
     return step.done(result)
 

@@ -6,8 +6,10 @@ our server. Two minutes instead of sixteen for an unreachable server. Files go t
 URLs have the address of S3 in the server's network.
 """
 
+import logging
 import os
 
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt would be a warning
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -26,7 +25,6 @@ from ncsn.errors import UserError
 from ncsn.storage.retry import Retry
 
 if TYPE_CHECKING:
-    from mlflow.entities import Param
     from mlflow.tracking import MlflowClient
 
 
@@ -105,27 +103,23 @@ def server_uri(named: str | None, *, root: str) -> str:
 
 def connect(config: Config, *, patience: float = 0.0) -> Connection:
     """A client of a server that has answered within `patience` seconds, and the experiment, created if it is new."""
-    retry = Retry("MLflow", patience, _unavailable, pauses=(1.0, 1.0))
-    client, uri = retry(partial(open_client, config))
+    client, uri = open_client(config, patience=patience)
     with mlflow_errors(uri):
         return Connection(client, uri, _experiment_id(client, uri, config.tracking.experiment))
 
 
-def open_client(config: Config) -> tuple[MlflowClient, str]:
+def open_client(config: Config, *, patience: float = 0.0) -> tuple[MlflowClient, str]:
     """A client for reading, and its server's URI; creates no experiment."""
     uri = tracking_uri(config)
-    return open_client_at(uri, experiment=config.tracking.experiment), uri
+    retry = Retry("MLflow", patience, lambda error: str(error) if isinstance(error, ServerAwayError) else None)
+    return retry(lambda: open_client_at(uri)), uri
 
 
-def open_client_at(uri: str, *, experiment: str = "Default") -> MlflowClient:
+def open_client_at(uri: str) -> MlflowClient:
     """`open_client` for a known server."""
     if uri.startswith(REMOTE):
-        _probe(uri, experiment)
+        _probe(uri)
     return client_at(uri)
-
-
-def _unavailable(error: Exception) -> str | None:
-    return error.problems[0].reason if isinstance(error, ServerAwayError) else None
 
 
 def client_at(uri: str) -> MlflowClient:
@@ -191,26 +185,18 @@ def mlflow_errors(uri: str, prefix: str = "") -> Iterator[None]:
         raise TrackingError(shown(uri), f"{prefix}{one_line(error)}") from error
 
 
-class Ignoring:
-    """A block that an error of MLflow with one of these codes leaves."""
-
-    def __init__(self, *codes: str) -> None:
-        self._codes = codes
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        return isinstance(error, MlflowException) and error.error_code in self._codes
-
-
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    while (experiment := client.get_experiment_by_name(name)) is None:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         location = _artifacts_uri(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
-        with Ignoring("RESOURCE_ALREADY_EXISTS"):
+        try:
             return client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # by another process meanwhile
+            if experiment is None:
+                raise
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             "tracking.experiment", "deleted in MLflow", hint="restore it or choose another name", value=name
@@ -245,7 +231,7 @@ def _create_database(path: Path) -> None:
                 shutil.copyfile(database, temporary)
 
 
-def _probe(uri: str, experiment: str) -> None:
+def _probe(uri: str) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -255,7 +241,7 @@ def _probe(uri: str, experiment: str) -> None:
             get_default_host_creds(uri),  # type: ignore[no-untyped-call]
             "/api/2.0/mlflow/experiments/get-by-name",
             "GET",
-            params={"experiment_name": experiment},
+            params={"experiment_name": "Default"},
             max_retries=1,
             backoff_factor=0,
             backoff_jitter=0.0,
@@ -280,8 +266,7 @@ def _probe(uri: str, experiment: str) -> None:
         )
 
 
-PARAM_LENGTH = 6000
-BATCH = 100  # parameters, or tags, per request: MLflow's limit
+BATCH = 100  # parameters per request: MLflow's limit
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:
@@ -295,35 +280,19 @@ def quoted(value: str) -> str:
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    """Add the parameters that the run does not have yet; MLflow's do not change."""
+    """Record parameters; MLflow's do not change."""
     from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
 
-    wanted = {key: Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items()}
-    while new := _without_known(client, run_id, wanted):
-        try:
-            client.log_batch(run_id, params=new[:BATCH], synchronous=True)
-        except MlflowException:
-            # Another process may have added some since they were looked up, and MLflow refuses the whole batch.
-            if len(_without_known(client, run_id, wanted)) >= len(new):
-                raise
-
-
-def _without_known(client: MlflowClient, run_id: str, wanted: Mapping[str, Param]) -> list[Param]:
-    known = client.get_run(run_id).data.params
-    return [param for key, param in wanted.items() if key not in known]
+    entries = [Param(key, str(value)) for key, value in params.items()]
+    for first in range(0, len(entries), BATCH):
+        client.log_batch(run_id, params=entries[first : first + BATCH], synchronous=True)
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags."""
     from mlflow.entities import RunTag
 
-    entries = [RunTag(key, str(value)) for key, value in tags.items()]
-    for first in range(0, len(entries), BATCH):
-        client.log_batch(run_id, tags=entries[first : first + BATCH], synchronous=True)
-
-
-_ATTEMPTS = 3
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()], synchronous=True)
 
 
 def insert_or_find(write: Callable[[], object]) -> None:
@@ -332,7 +301,7 @@ def insert_or_find(write: Callable[[], object]) -> None:
     # (BAD_REQUEST).
     from mlflow.exceptions import MlflowException
 
-    for attempts_left in reversed(range(_ATTEMPTS)):
+    for attempts_left in (2, 1, 0):
         try:
             write()
         except MlflowException as error:

@@ -19,7 +19,6 @@ from ncsn import storage
 from ncsn.errors import UserError
 from ncsn.process import CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.tracking.client import quoted, shown, tag_filter
-from ncsn.tracking.recorded import search_runs
 from ncsn.tracking.versions import is_model_address, resolve_version
 
 if TYPE_CHECKING:
@@ -45,6 +44,19 @@ URIS = ("checkpoint.uri", "samples.uri", "evaluation.uri", "dataset.uri")
 ACCEPTED = (
     "an MLflow run id, the name of a run, a KFP run id, a Ray job or submission id, a model version "
     "(models:/NAME/3, models:/NAME@champion), a dataset digest, or the URI of a checkpoint"
+)
+# What a step worked on or made: its kind, the steps it is of (all if empty), tags with its id, tags with facts.
+MADE = (
+    (
+        "Ray job",
+        (),
+        ("ray.submission_id", "ray.job_id"),
+        {"name": "ray.job_name", "session": "ray.session", "dashboard": "ray.dashboard_url"},
+    ),
+    ("checkpoint", ("train",), ("checkpoint.uri",), {"images_seen": "checkpoint.images_seen"}),
+    ("samples", ("sample",), ("samples.uri",), {"checkpoint": "checkpoint.uri", "digest": "checkpoint.digest"}),
+    ("evaluation", ("evaluate",), ("evaluation.uri",), {"samples": "samples.uri", "fingerprint": "eval.fingerprint"}),
+    ("report", ("report",), ("report.uri",), {}),
 )
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _RUN_FOLDER = re.compile(r"(?P<root>.+)/runs/(?P<run>[^/]+)(/.*)?")
@@ -140,80 +152,50 @@ def _top(client: MlflowClient, run: Run) -> Run:
 
 
 def _chain(client: MlflowClient, top: Run) -> Link:
-    tags = top.data.tags
+    tags, params = top.data.tags, top.data.params
     experiment = client.get_experiment(top.info.experiment_id).name
+    inputs = []
+    if "ncsn.root" in tags and "ncsn.run" in tags:
+        uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
+        inputs.append(Link("config", uri, _known(experiment=params.get("name"), seed=params.get("seed"))))
+    if "dataset.digest" in tags:
+        facts = _known(source=params.get("data.source"), uri=tags.get("dataset.uri"))
+        inputs.append(Link("dataset", tags["dataset.digest"], facts))
     facts = {"name": str(top.info.run_name), "experiment": experiment, **_circumstances(top)}
-    run = Link("MLflow run", top.info.run_id, facts, (*_inputs(top), *_steps(client, top)))
+    run = Link("MLflow run", top.info.run_id, facts, (*inputs, *_steps(client, top)))
     if "kfp.pipeline_run_id" not in tags:
         return run
     return Link("KFP run", tags["kfp.pipeline_run_id"], _known(url=tags.get("kfp.pipeline_run_url")), (run,))
 
 
-def _inputs(top: Run) -> Iterator[Link]:
-    """The inputs of the whole pipeline."""
-    tags, params = top.data.tags, top.data.params
-    if "ncsn.root" in tags and "ncsn.run" in tags:
-        uri = storage.join(tags["ncsn.root"], "runs", tags["ncsn.run"], "config.yaml")
-        yield Link("config", uri, _known(experiment=params.get("name"), seed=params.get("seed")))
-    if "dataset.digest" in tags:
-        root = params.get("data.root")
-        root = None if root == "None" else root  # MLflow's text for an empty parameter
-        facts = _known(source=params.get("data.source"), root=root, uri=tags.get("dataset.uri"))
-        yield Link("dataset", tags["dataset.digest"], facts)
-
-
 def _children(client: MlflowClient, parent: Run) -> list[Run]:
-    return search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
+    query, order = tag_filter({PARENT: parent.info.run_id}), ["attributes.start_time ASC"]
+    return list(client.search_runs([parent.info.experiment_id], query, order_by=order))
 
 
 def _steps(client: MlflowClient, parent: Run) -> Iterator[Link]:
+    same = _circumstances(parent) | {"status": ""}
     for child in _children(client, parent):
-        facts = {"run": child.info.run_id, **_circumstances(child), **_known(start=child.data.tags.get(INIT_FROM))}
-        same = {key: value for key, value in _circumstances(parent).items() if key != "status"}
+        tags = child.data.tags
+        facts = {"run": child.info.run_id, **_circumstances(child), **_known(start=tags.get(INIT_FROM))}
         facts = {key: value for key, value in facts.items() if same.get(key) != value}
-        made = (*_ray_job(child), *_outputs(client, child), *_steps(client, child))
-        yield Link("step", child.data.tags.get("ncsn.step", str(child.info.run_name)), facts, made)
+        step = tags.get("ncsn.step", str(child.info.run_name))
+        made = []
+        for kind, steps, ids, of in MADE:
+            found = [tags[tag] for tag in ids if tag in tags]
+            if found and (not steps or step in steps):
+                made.append(Link(kind, found[0], _known(**{name: tags.get(tag) for name, tag in of.items()})))
+        if step == "register":
+            versions = client.search_model_versions(f"run_id = '{child.info.run_id}'")
+            made += [_version(client.get_model_version(each.name, each.version), tags) for each in versions]
+        yield Link("step", step, facts, (*made, *_steps(client, child)))
 
 
-def _ray_job(run: Run) -> Iterator[Link]:
-    tags = run.data.tags
-    identifier = tags.get("ray.submission_id") or tags.get("ray.job_id")
-    if identifier:
-        facts = _known(
-            name=tags.get("ray.job_name"),
-            job=tags["ray.job_id"] if "ray.submission_id" in tags and "ray.job_id" in tags else None,
-            session=tags.get("ray.session"),
-            dashboard=tags.get("ray.dashboard_url"),
-        )
-        yield Link("Ray job", identifier, facts)
-
-
-def _outputs(client: MlflowClient, run: Run) -> Iterator[Link]:
-    """The results of a step."""
-    tags, metrics = run.data.tags, run.data.metrics
-    origin = _known(checkpoint=tags.get("checkpoint.uri"), digest=tags.get("checkpoint.digest"))
-    match tags.get("ncsn.step"):
-        case "train" if "checkpoint.uri" in tags:
-            yield Link("checkpoint", tags["checkpoint.uri"], _known(images_seen=tags.get("checkpoint.images_seen")))
-        case "sample" if "samples.uri" in tags:
-            nfe = metrics.get("sample/nfe")
-            yield Link("samples", tags["samples.uri"], {**origin, **_known(nfe=None if nfe is None else f"{nfe:.0f}")})
-        case "evaluate" if "evaluation.uri" in tags:
-            facts = {name.removeprefix("eval/"): f"{value:.4g}" for name, value in metrics.items() if "_fid_" in name}
-            of = _known(samples=tags.get("samples.uri"), fingerprint=tags.get("eval.fingerprint"))
-            yield Link("evaluation", tags["evaluation.uri"], {**of, **facts})
-        case "report" if "report.uri" in tags:
-            yield Link("report", tags["report.uri"])
-        case "register":
-            for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                yield _version(client, client.get_model_version(version.name, version.version), tags)
-
-
-def _version(client: MlflowClient, version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
+def _version(version: ModelVersion, run_tags: Mapping[str, str]) -> Link:
     tags = version.tags
     facts = _known(
         aliases=", ".join(sorted(version.aliases)) or None,
-        files=client.get_model_version_download_uri(version.name, version.version),
+        files=str(version.source),
         checkpoint=tags.get("ncsn.checkpoint_uri"),
         digest=tags.get("ncsn.checkpoint"),
         evaluation=run_tags.get("evaluation.uri"),

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,23 +22,23 @@ from ncsn.config import Config, flatten, to_yaml
 from ncsn.process import now_ms
 from ncsn.runs.costs import cost_of
 from ncsn.runs.folder import RunFolder
-from ncsn.storage.retry import limited
+from ncsn.runs.records import update_step
 from ncsn.tracking.client import (
-    PARAM_LENGTH,
     Connection,
     TrackingError,
     connect,
     insert_or_find,
     log_params,
+    mlflow_errors,
     one_line,
     open_client,
+    page,
     set_tags,
     shown,
+    tag_filter,
 )
-from ncsn.tracking.lineage import kfp_run, provenance
-from ncsn.tracking.live import Entry, LiveMetrics, log_metrics, request_limits
-from ncsn.tracking.reconcile import lacks_ends, mark_sent, reconcile, send_missing, write_record
-from ncsn.tracking.recorded import RecordedRun, by_step, find_or_create, run_identity, search_runs
+from ncsn.tracking.lineage import PARENT, kfp_run, provenance
+from ncsn.tracking.live import Entry, LiveMetrics, send, send_missing
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 
 TAG_LENGTH = 5000
+PARAM_LENGTH = 6000
 DIGEST_LENGTH = 36
 FIRST_STEP = "ingest"
+CURVES = "train"  # the step that has curves and previews
 PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
 # Sections that a step does not use.
 UNUSED_SECTIONS = {
@@ -56,9 +58,7 @@ UNUSED_SECTIONS = {
     "train": ("search", "select", "sampling", "evaluation"),
     "select": ("search",),
 }
-OUTAGE_SECONDS = 60.0  # how long later steps wait for a server that the first one has reached
-# Retries, and seconds for each, at the end of a step, before the rest is left to the next command.
-RETRIES, TIMEOUT = 2, 10
+OUTAGE_SECONDS = 120.0  # how long a step waits for a server that the first one has reached, at its start and end
 
 _logger = logging.getLogger(__name__)
 
@@ -71,34 +71,18 @@ class StepRun(Connection):
     parent_run_id: str
     folder: RunFolder
 
-    @property
-    def run_ids(self) -> dict[str, str]:
-        """What `step.json` says of a step that runs."""
-        return {"run_id": self.run_id, "parent_run_id": self.parent_run_id}
-
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings that the run does not have yet; MLflow's parameters do not change."""
+        """Record settings; MLflow's parameters do not change."""
         log_params(self.client, self.run_id, params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record results, `area/what` -> number; the step is in images seen, where these are counted."""
         values = {name: float(value) for name, value in metrics.items()}
-        log_metrics(self.client, self.run_id, [Entry("", step, now_ms(), values)])
+        send(self.client, self.run_id, [Entry(step, now_ms(), values)])
 
     def live_metrics(self) -> LiveMetrics:
         """A picklable sender of this run's metrics for a training loop, perhaps in another process."""
         return LiveMetrics(self.uri, self.run_id)
-
-    def send_rest(self) -> str:
-        """Send what MLflow lacks so far; a note for people if the server is unreachable, else empty."""
-        with request_limits(retries=RETRIES, seconds=TIMEOUT):
-            reason = reconcile(self.client, self.folder)
-        if not reason:
-            return ""
-        return (
-            f"the tracking server {shown(self.uri)} lacks metrics of this run ({reason}); the next command of the run "
-            f"sends them from {self.folder.uri}"
-        )
 
     def log_file(self, uri: str, folder: str | None = None, *, to_parent: bool = False) -> None:
         """Copy a file of the store to the run's artifacts, or to those of the parent, below `folder`."""
@@ -118,10 +102,6 @@ class StepRun(Connection):
     def log_text(self, text: str, name: str) -> None:
         """Record the artifact `name`."""
         self.client.log_text(self.run_id, text, name)
-
-    def log_json(self, value: Mapping[str, Any], name: str) -> None:
-        """Record the artifact `name`."""
-        self.log_text(json.dumps(value, indent=1), name)
 
     def log_dataset(
         self, name: str, *, digest: str, uri: str, context: str = "training", profile: Mapping[str, Any] | None = None
@@ -147,8 +127,7 @@ class StepRun(Connection):
 
     def nested(self, name: str, *, key: str) -> StepRun:
         """The run below this one with this `key`, for example of a trial; a new one if there is none."""
-        identity = {"mlflow.parentRunId": self.run_id, "ncsn.key": key}
-        found = find_or_create(self, self.folder, identity, tags={}, name=name)
+        found = _open(self, {PARENT: self.run_id, "ncsn.key": key}, tags={}, name=name)
         return replace(self, run_id=found.info.run_id, parent_run_id=self.run_id)
 
     def steps_of(self, metric: str) -> set[int]:
@@ -165,27 +144,25 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     """The MLflow run of one step, which ends with the block.
 
     It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
-    `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent. What MLflow lacks of earlier steps is
-    sent first.
+    `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent, which stays open.
     """
     from mlflow.exceptions import MlflowException
 
     connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
-    folder = RunFolder(storage.absolute(config.storage.root), run)
-    if reason := reconcile(connection.client, folder):
-        _logger.warning("MLflow still lacks metrics of the run %s: %s", run, reason)
-    parent, adopted = _parent(connection, config, folder)
-    child = _child(connection, parent, config, folder, step)
-    place = connection.client, connection.uri, child.info.experiment_id
-    tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
-    write_record(folder, step, tracked.run_ids)
-    send_missing(tracked.client, folder, step, tracked.run_ids)
+    client, folder = connection.client, RunFolder(storage.absolute(config.storage.root), run)
+    with mlflow_errors(connection.uri):
+        parent = _parent(connection, config, folder)
+        child = _child(connection, parent, config, folder, step)
+        place = client, connection.uri, child.info.experiment_id
+        tracked = StepRun(*place, child.info.run_id, parent.info.run_id, folder)
+        update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
+        if step == CURVES:
+            send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
     started = time.monotonic()
     try:
         yield tracked
     except BaseException as error:
-        with limited(TIMEOUT):
-            _end(tracked, step, "FAILED" if isinstance(error, Exception) else "KILLED", adopted=adopted)
+        _end(tracked, config, step, "FAILED" if isinstance(error, Exception) else "KILLED")
         if isinstance(error, MlflowException):
             raise TrackingError(
                 shown(connection.uri), one_line(error), hint="repeat the command to continue from here"
@@ -193,102 +170,159 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         raise
     cost = cost_of(config, step, time.monotonic() - started)
     costs = {f"cost/{name}": value for name, value in asdict(cost).items()}, {f"cost/{step}_seconds": cost.seconds}
-    _end(tracked, step, "FINISHED", costs, adopted=adopted)
+    _end(tracked, config, step, "FINISHED", costs, patience=OUTAGE_SECONDS)
 
 
 def _end(
-    tracked: StepRun, step: str, status: str, costs: Sequence[Mapping[str, float]] = ({}, {}), *, adopted: bool
+    tracked: StepRun,
+    config: Config,
+    step: str,
+    status: str,
+    costs: Sequence[Mapping[str, float]] = ({}, {}),
+    *,
+    patience: float = 0.0,
 ) -> None:
-    """End the step's run and, unless it was adopted, the parent."""
+    """Send what the step's run lacks, and end it and, unless others have opened it, the parent."""
     from mlflow.exceptions import MlflowException
 
-    cost, run_cost = costs
-    record = {**tracked.run_ids, "status": status, "ended": now_ms(), "cost": cost, "run_cost": run_cost}
+    ended = now_ms()
     try:
-        with suppress(OSError):  # a full disk or an unreachable store
-            write_record(tracked.folder, step, record)
-        with request_limits(retries=RETRIES, seconds=TIMEOUT):
-            send_missing(tracked.client, tracked.folder, step, record, parent=not adopted)
-        mark_sent(tracked.folder, step, record)
-    except (MlflowException, OSError) as error:  # the work itself is done: the next command of the run sends the rest
-        _logger.warning("the MLflow run of the step %s is not complete: %s", step, one_line(error))
+        client = connect(config, patience=patience).client
+        if step == CURVES:
+            send_missing(client, tracked.run_id, tracked.folder)
+        for run_id, cost in zip((tracked.run_id, tracked.parent_run_id), costs, strict=True):
+            # One point per call of the step; its place in the series is the end of the call in seconds since 1970.
+            send(client, run_id, [Entry(ended // 1000, ended, cost)])
+        for run_id in (tracked.run_id,) if _adopted() else (tracked.run_id, tracked.parent_run_id):
+            client.set_terminated(run_id, status, end_time=ended)
+    except (MlflowException, TrackingError, OSError) as error:  # the work itself is done, and the run folder has it
+        where = shown(tracked.uri)
+        _logger.warning("the run of the step %s at %s is not complete: %s", step, where, one_line(error))
 
 
-def send_ends(config: Config, folder: RunFolder) -> None:
-    """Send the ends of steps that MLflow did not take when they ended, for a run that has no step left to do."""
-    if not lacks_ends(folder):  # then MLflow is not even loaded
-        return
-    try:
-        with request_limits(retries=RETRIES, seconds=TIMEOUT):
-            client, _ = open_client(config)
-            reason = reconcile(client, folder, parent="MLFLOW_RUN_ID" not in os.environ)
-    except Exception as error:  # noqa: BLE001 - the run is complete, whatever MLflow or its database does
-        reason = one_line(error)
-    if reason:
-        _logger.warning("MLflow may lack the end of the run %s: %s", folder.run, reason)
+def _adopted() -> str | None:
+    """The run of the whole pipeline, if others have opened it."""
+    return os.environ.get("MLFLOW_RUN_ID")
 
 
-def _parent(connection: Connection, config: Config, folder: RunFolder) -> tuple[Run, bool]:
-    """The run of the whole pipeline, and whether it was opened by others and adopted."""
+def _parent(connection: Connection, config: Config, folder: RunFolder) -> Run:
+    """The run of the whole pipeline."""
     from mlflow.exceptions import MlflowException
 
-    client, identity = connection.client, run_identity(folder)
-    if adopted := os.environ.get("MLFLOW_RUN_ID"):
+    client = connection.client
+    if adopted := _adopted():
         try:
             found = client.get_run(adopted)
         except MlflowException as error:
-            raise TrackingError(
-                "MLFLOW_RUN_ID", f"{one_line(error)} (at {shown(connection.uri)})", value=adopted
-            ) from error
-        set_tags(client, adopted, identity)
-        return found, True
-    identity |= {"ncsn.part": "run"}
-    parent = find_or_create(connection, folder, identity, tags=provenance("ncsn run"), name=folder.run)
+            where = shown(connection.uri)
+            raise TrackingError("MLFLOW_RUN_ID", f"{one_line(error)} (at {where})", value=adopted) from error
+        set_tags(client, adopted, _identity(folder))
+        return found
+    identity = {**_identity(folder), "ncsn.part": "run"}
+    parent = _open(connection, identity, tags=provenance("ncsn run"), name=folder.run)
     _describe(client, parent, config)
-    return parent, False
+    return parent
 
 
 def _child(connection: Connection, parent: Run, config: Config, folder: RunFolder, step: str) -> Run:
     connection = replace(connection, experiment_id=parent.info.experiment_id)
-    identity = run_identity(folder) | {"ncsn.step": step, "ncsn.config": _result_digest(config, step)}
-    tags = {"mlflow.parentRunId": parent.info.run_id, **provenance(f"ncsn {step}")}
-    child = find_or_create(connection, folder, identity, tags=tags, name=step)
+    # A digest of what can change a result: other settings are another run, another machine is not.
+    unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
+    digest = storage.digest(config.model_dump(mode="json", exclude=unused), 16)
+    identity = {**_identity(folder), "ncsn.step": step, "ncsn.config": digest}
+    tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
+    child = _open(connection, identity, tags=tags, name=step)
     _describe(connection.client, child, config)
     return child
 
 
-def _result_digest(config: Config, step: str) -> str:
-    """Digest of what can change a result: other settings are another run, another machine is not."""
-    sections = config.model_dump(mode="json", exclude={*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))})
-    return storage.digest(sections, 16)
+def _identity(folder: RunFolder) -> dict[str, str]:
+    """The tags that all MLflow runs of a pipeline run share."""
+    return {"ncsn.run": folder.run, "ncsn.root": folder.root}
+
+
+def _open(connection: Connection, identity: Mapping[str, str], *, tags: Mapping[str, str], name: str) -> Run:
+    """The first run with the tags `identity`, set to running, or a new one."""
+    client = connection.client
+    found = search_runs(client, connection.experiment_id, identity)
+    if not found:
+        return client.create_run(connection.experiment_id, run_name=name, tags={**identity, **tags})
+    set_tags(client, found[0].info.run_id, tags)
+    client.update_run(found[0].info.run_id, status="RUNNING")
+    return found[0]
+
+
+def search_runs(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> list[Run]:
+    """The runs with these tags, the latest last."""
+    return list(client.search_runs([experiment_id], tag_filter(tags), order_by=["attributes.start_time ASC"]))
 
 
 def _describe(client: MlflowClient, run: Run, config: Config) -> None:
     """Record YAML and parameters of the config, unless an earlier attempt has; what differs then is a tag."""
     params = {path: str(value)[:PARAM_LENGTH] for path, value in flatten(config).items()}
     known = run.data.params
-    if params.keys() - known.keys():
-        if not known:
-            client.log_text(run.info.run_id, to_yaml(config), "config.yaml")
-        log_params(client, run.info.run_id, params)
+    if not known:
+        client.log_text(run.info.run_id, to_yaml(config), "config.yaml")
+    log_params(client, run.info.run_id, {path: value for path, value in params.items() if path not in known})
     changed = [f"{path}: {known[path]} -> {value}" for path, value in params.items() if known.get(path, value) != value]
     if changed:
         set_tags(client, run.info.run_id, {"ncsn.changed": "; ".join(changed)[:TAG_LENGTH]})
 
 
-def whole_run(tracked: StepRun) -> RecordedRun:
-    """The run of the whole pipeline that a step belongs to."""
-    return RecordedRun.of(tracked.client.get_run(tracked.parent_run_id), uri=tracked.uri)
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run in MLflow."""
+
+    run_id: str
+    tags: Mapping[str, str]
+    place: str  # the address of its page; the tracking URI if the runs are not on a server
 
 
-def step_runs(tracked: StepRun) -> dict[str, RecordedRun]:
-    """Step -> its latest run, of the pipeline run that `tracked` belongs to."""
-    found = search_runs(tracked.client, tracked.experiment_id, {"mlflow.parentRunId": tracked.parent_run_id})
-    return by_step(found, uri=tracked.uri)
+def recorded_runs(client: MlflowClient, uri: str, parent: Run) -> tuple[RecordedRun, dict[str, RecordedRun]]:
+    """The run of a whole pipeline, and the latest run of each step."""
+
+    def recorded(run: Run) -> RecordedRun:
+        place = page(uri, run.info.experiment_id, run.info.run_id) or shown(uri)
+        return RecordedRun(run.info.run_id, dict(run.data.tags), place)
+
+    steps = search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id})
+    return recorded(parent), {
+        run.data.tags["ncsn.step"]: recorded(run) for run in steps if "ncsn.step" in run.data.tags
+    }
+
+
+def close_run(
+    config: Config, *, run: str, status: str, tags: Mapping[str, str]
+) -> tuple[RecordedRun, dict[str, RecordedRun]] | None:
+    """Give the run, and steps that ended without reporting, a status of MLflow; the run and its steps.
+
+    None if MLflow has no such run. A run that others have opened, for example KFP's MLflow plugin, stays open.
+    """
+    client, uri = open_client(config)
+    folder = RunFolder(storage.absolute(config.storage.root), run)
+    with mlflow_errors(uri):
+        if adopted := _adopted():
+            parent = client.get_run(adopted)
+        else:
+            experiment = client.get_experiment_by_name(config.tracking.experiment)
+            identity = {**_identity(folder), "ncsn.part": "run"}
+            found = search_runs(client, experiment.experiment_id, identity) if experiment else []
+            if not found:
+                return None
+            parent = found[0]
+        set_tags(client, parent.info.run_id, tags)
+        for step in search_runs(client, parent.info.experiment_id, {PARENT: parent.info.run_id}):
+            if step.info.status == "RUNNING":
+                if step.data.tags.get("ncsn.step") == CURVES:
+                    send_missing(client, step.info.run_id, folder)
+                client.set_terminated(step.info.run_id, "KILLED" if status == "FINISHED" else status)
+        if not adopted:
+            client.set_terminated(parent.info.run_id, status)
+        return recorded_runs(client, uri, parent)
 
 
 def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
     """What Ray's pages show of a Ray job: its step, and its runs in MLflow and KFP."""
-    recorded = RecordedRun.of(tracked.client.get_run(tracked.run_id), uri=tracked.uri)
-    names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id}
-    return names | {"mlflow.run": recorded.place} | kfp_run()
+    place = page(tracked.uri, tracked.experiment_id, tracked.run_id) or shown(tracked.uri)
+    names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id, "mlflow.run": place}
+    return names | kfp_run()

@@ -6,10 +6,10 @@ import importlib.metadata
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ncsn
 from ncsn import storage
@@ -17,11 +17,9 @@ from ncsn.config import Config
 from ncsn.config.guidance import AutoguidanceConfig
 from ncsn.model.checkpoint import SamplingCheckpoint, TrainedNetwork
 from ncsn.model.guidance import sampling_facts
-from ncsn.model.restoration.tasks import Restoration
 from ncsn.model.trained import TRAINED_CONFIG, save_trained
 from ncsn.process import now_ms
 from ncsn.tracking.client import TrackingError, one_line, open_client, open_client_at, shown
-from ncsn.tracking.live import request_limits
 from ncsn.tracking.mlflow_runs import StepRun
 from ncsn.tracking.versions import SCHEME, ensure_model, registry_errors, require_model_name, resolve_version
 
@@ -88,21 +86,13 @@ def _signature(config: Config) -> tuple[Any, Any]:
 
     data = config.data
     images = TensorSpec(np.dtype(np.uint8), (-1, data.image_size, data.image_size, data.channels), "images")
-    # Empty means as in the experiment, because its NFE would not fit another sampler.
     params = ParamSchema(
         [
             ParamSpec("n_images", "long", 16),
             ParamSpec("seed", "long", config.sampling.seed),
             ParamSpec("sampler", "string", ""),
-            ParamSpec("nfe", "long", 0),
             ParamSpec("label", "string", ""),
             ParamSpec("guidance", "double", 0.0),
-            ParamSpec("images", "string", [], shape=(-1,)),
-            ParamSpec("mask", "string", ""),
-            ParamSpec("task", "string", ""),
-            ParamSpec("factor", "long", Restoration.factor),
-            ParamSpec("blur_width", "double", Restoration.blur_width),
-            ParamSpec("sigma_y", "double", Restoration.sigma_y),
         ]
     )
     example = (np.empty(0), {"n_images": EXAMPLE_IMAGES})
@@ -110,8 +100,6 @@ def _signature(config: Config) -> tuple[Any, Any]:
 
 
 DESCRIPTION_LENGTH = 5000  # longest description that MLflow's database keeps
-# Retries of a failed request, with pauses of 2, 4 and 8 seconds, and how long an answer may take.
-DOWNLOAD_RETRIES, DOWNLOAD_SECONDS = 3, 30
 
 # Relative, so that it works at any address of the page.
 _FILES = "ajax-api/2.0/mlflow/logged-models/{model_id}/artifacts/files?artifact_file_path="
@@ -187,6 +175,7 @@ def find_version(client: MlflowClient, name: str, *, digest: str) -> ModelVersio
 
 def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
     """Upload the model's folder as a logged model of the run."""
+    from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
 
     client, checkpoint = tracked.client, candidate.checkpoint
@@ -202,56 +191,12 @@ def _log_model(tracked: StepRun, candidate: Candidate) -> LoggedModel:
         files = {**candidate.files, "model_card.md": candidate.card.encode()}
         write_model(folder, checkpoint, metadata=metadata, files=files, origin=origin)
         client.log_model_artifacts(model_id, str(folder))
-    finish_model(tracked, model_id, checkpoint.images_seen, metrics=candidate.metrics)
+    client.finalize_logged_model(model_id, "READY")
+    client.log_outputs(tracked.run_id, [LoggedModelOutput(model_id, step=checkpoint.images_seen)])
+    now, metrics = now_ms(), candidate.metrics.items()
+    values = [Metric(key, value, now, checkpoint.images_seen, model_id=model_id) for key, value in metrics]
+    client.log_batch(tracked.run_id, metrics=values, synchronous=True)
     return logged
-
-
-def finish_model(
-    tracked: StepRun,
-    model_id: str,
-    images_seen: int,
-    *,
-    metrics: Mapping[str, float],
-    status: Literal["READY", "FAILED"] = "READY",
-) -> None:
-    """Finish a logged model of the run, with its metrics."""
-    from mlflow.entities import LoggedModelOutput, Metric
-
-    client, run_id, now = tracked.client, tracked.run_id, now_ms()
-    client.finalize_logged_model(model_id, status)
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=images_seen)])
-    values = [Metric(name, value, now, images_seen, model_id=model_id) for name, value in metrics.items()]
-    if values:
-        client.log_batch(run_id, metrics=values, synchronous=True)
-
-
-CANDIDATE_KEY = "ncsn.candidate"  # tag with the digest of the weights and the metric
-
-
-def log_candidates(tracked: StepRun, model: str, rows: Sequence[Mapping[str, Any]], *, metric: str) -> None:
-    """Log each candidate of `ncsn select` that this run does not have yet; the weights stay in the store.
-
-    `rows` have uri, digest, images_seen, relative_width, and value of `metric`, None if an image is not finite.
-    """
-    client = tracked.client
-    query = f"source_run_id = '{tracked.run_id}'"
-    known = client.search_logged_models([tracked.experiment_id], filter_string=query, max_results=1000)
-    logged = {each.tags.get(CANDIDATE_KEY) for each in known}
-    for row in rows:
-        key, value = f"{row['digest']} {metric}", row["value"]
-        if key in logged:
-            continue
-        width = {} if row["relative_width"] is None else {"relative_width": f"{row['relative_width']:g}"}
-        created = client.create_logged_model(
-            tracked.experiment_id,
-            name=f"{model}-candidate",
-            source_run_id=tracked.run_id,
-            tags={CANDIDATE_KEY: key, "ncsn.checkpoint": row["digest"], "ncsn.checkpoint_uri": row["uri"]},
-            params={"images_seen": str(row["images_seen"]), **width},
-        )
-        status: Literal["READY", "FAILED"] = "FAILED" if value is None else "READY"
-        metrics = {} if value is None else {metric: value}
-        finish_model(tracked, created.model_id, row["images_seen"], metrics=metrics, status=status)
 
 
 def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
@@ -262,8 +207,7 @@ def fetch_weights(uri: str, version: ModelVersion, into: Path) -> Path:
     try:
         # The source is the artifacts' own address: a name would be looked up in MLflow's global registry.
         source = f"{str(version.source).rstrip('/')}/artifacts"
-        with request_limits(retries=DOWNLOAD_RETRIES, seconds=DOWNLOAD_SECONDS):
-            folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
+        folder = Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri))
         cause = "" if (folder / TRAINED_CONFIG).is_file() else f"there is no {TRAINED_CONFIG}"
     except (MlflowException, OSError) as error:
         # The reason for the first file; MLflow puts headings before it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ncsn.config.schema import MODEL_NAME_PATTERN
 from ncsn.errors import UserError
-from ncsn.tracking.client import Ignoring, insert_or_find, mlflow_errors
+from ncsn.tracking.client import insert_or_find, mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -81,8 +81,13 @@ def has_version(client: MlflowClient, name: str, version: str) -> bool:
 
 def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version that an alias points to, or None."""
-    with Ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    from mlflow.exceptions import MlflowException
+
+    try:
         return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
     return None
 
 
@@ -105,8 +110,13 @@ def tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str
 
 def ensure_model(client: MlflowClient, name: str, *, description: str) -> None:
     """Create a registered model unless there is one."""
-    with Ignoring("RESOURCE_ALREADY_EXISTS"):
+    from mlflow.exceptions import MlflowException
+
+    try:
         client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _require_alias(name: str, alias: str) -> None:

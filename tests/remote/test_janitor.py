@@ -24,7 +24,6 @@ from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
 from ncsn.steps.kfp_task import pipeline_task
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.reconcile import write_record
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
@@ -59,7 +58,6 @@ def begin(config: Config, monkeypatch: pytest.MonkeyPatch, *, step: str = "inges
             ingest.run(config, run="mine")
     with step_run(config, run="mine", step="train") as tracked:
         pass
-    write_record(tracked.folder, "train", {"run_id": tracked.run_id})
     for run_id in (tracked.run_id, tracked.parent_run_id):
         tracked.client.update_run(run_id, status="RUNNING")
 

@@ -17,7 +17,6 @@ from ncsn.runs.records import StepError, update_step
 from ncsn.steps import finish, ingest
 from ncsn.tracking.client import ServerAwayError
 from ncsn.tracking.mlflow_runs import step_run
-from ncsn.tracking.reconcile import write_record
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -100,7 +99,6 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
     run = f"stopped-{bool(message):d}"
     with step_run(config, run=run, step="train") as tracked:
         client, run_id, parent_id = tracked.client, tracked.run_id, tracked.parent_run_id
-    write_record(tracked.folder, "train", {"run_id": run_id})
     for each in (run_id, parent_id):  # as a process leaves them that was killed at work
         client.update_run(each, status="RUNNING")
     assert finish.run(config, run=run, state=state, message=message).status == "KILLED"

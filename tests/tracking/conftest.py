@@ -13,7 +13,7 @@ from ncsn.config import Config, from_yaml
 from ncsn.core.images import fit_moments
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
-from ncsn.tracking import client, mlflow_runs
+from ncsn.tracking import client
 
 EXPERIMENT = """
 name: tiny
@@ -32,7 +32,6 @@ MakeConfig = Callable[..., Config]
 def _slow_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's server may take longer to answer than one that people wait for."""
     monkeypatch.setattr(client, "PROBE_SECONDS", 60)
-    monkeypatch.setattr(mlflow_runs, "TIMEOUT", 60)
 
 
 @pytest.fixture(scope="session")

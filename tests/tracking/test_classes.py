@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ncsn.config import Config
 from ncsn.model import build
 from ncsn.model.checkpoint import SamplingCheckpoint
 from ncsn.model.classes import Classes
-from ncsn.model.generate import complete, generate
+from ncsn.model.generate import generate
 from ncsn.tracking.registry import Candidate, write_model
 
 CLASSES = ("data.num_classes=3", "train.label_dropout=0.1")
 FREE = "sampling.guidance={kind: classifier_free, weight: 2.5, sigma_max: 0.5}"
-GIVEN = np.stack([np.arange(64, dtype=np.uint8).reshape(8, 8) * 3, np.full((8, 8), 200, np.uint8)])
-KNOWN = np.arange(64).reshape(8, 8) < 32
 PETS = Classes(("cat", "dog", "bird"), (1, 2, 3))
 
 
@@ -51,12 +46,6 @@ def model(known, tmp_path_factory):
     return mlflow.pyfunc.load_model(str(folder))
 
 
-def png(pixels: np.ndarray) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
-
-
 def assert_alike(images: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
 
@@ -79,15 +68,6 @@ def test_a_class_and_the_weight_of_guidance_are_params(model, known, make_config
     sampling = make_config(*CLASSES, *overrides).sampling
     expected = generate(known, sampling=sampling, first=0, count=5)
     assert_alike(model.predict(None, params={"n_images": 5, **params}), expected)
-
-
-def test_an_image_without_a_label_is_completed_as_one_without_a_class(model, known):
-    inpainting = {"images": [png(image) for image in GIVEN], "mask": png(KNOWN.astype(np.uint8) * 255)}
-    for params, label in (({}, -1), ({"label": "dog"}, 1)):
-        expected = complete(
-            known, GIVEN[..., None], KNOWN, sampling=known.config.sampling, labels=torch.full((2,), label)
-        )
-        assert_alike(model.predict(None, params={**inpainting, "n_images": 1, **params}), expected)
 
 
 def test_an_unknown_class_is_told_all_names(model):

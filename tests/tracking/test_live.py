@@ -9,18 +9,19 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-import torch
 from live_worker import DEAD, LEVEL, LOSS, Worker, assert_once, history, killed, pictures, png
 from local_training import train_locally
 
 from ncsn import storage
+from ncsn.config import to_yaml
 from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.runs.curves import PREVIEW
 from ncsn.runs.history import load_history
-from ncsn.tracking import live
-from ncsn.tracking.live import LiveMetrics, LiveReport
-from ncsn.tracking.mlflow_runs import step_run
+from ncsn.tracking import live, mlflow_runs
+from ncsn.tracking.client import connect
+from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import close_run, step_run
 from ncsn.training import held_out, previews
 from ncsn.training.loop import TrainingJob
 
@@ -34,6 +35,21 @@ worker.train(range(5, 8))
 worker.save()
 worker.train(range(8, 10))
 os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+DRIVER_DIES = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from live_worker import DEAD, Worker
+from ncsn.config import from_yaml
+from ncsn.tracking.live import LiveMetrics
+from ncsn.tracking.mlflow_runs import step_run
+with step_run(from_yaml(open(sys.argv[2]).read()), run="driver", step="train") as tracked:
+    worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
+    worker.train(range(3))
+    worker.save()
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -53,21 +69,21 @@ def test_copy_in_another_process_sends_everything_in_order(config):
     with step_run(config, run="sink", step="train") as tracked:
         sink = pickle.loads(pickle.dumps(tracked.live_metrics()))
         for step in range(600):
-            sink.log({LEVEL: float("nan"), LOSS: 1 / (step + 1)}, images_seen=128 * step)
-        assert sink.close(seconds=120) == LiveReport(sent=1200, unsent=0)
-        assert tracked.send_rest() == ""
-    assert history(tracked) == [(128 * i, 1 / (i + 1)) for i in range(600)]
-    assert len(history(tracked, LEVEL)) == 600
+            sink.log({LOSS: 1 / (step + 1), LEVEL: float("nan")}, images_seen=128 * step)
+        sink.close(seconds=120)
+        assert history(tracked) == [(128 * i, 1 / (i + 1)) for i in range(600)]
+        assert len(history(tracked, LEVEL)) == 600
 
 
 @pytest.mark.usefixtures("quick")
-def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_config, server, tmp_path):
+def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_config, server, tmp_path, monkeypatch):
     """The server is killed, then the worker; the next worker repeats what came after its checkpoint."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with step_run(make_config(f"tracking.uri={server.url}"), run="killed", step="train") as tracked:
         first = Worker(tracked.live_metrics(), tracked.folder, since=0)
         first.train(range(5))
         first.save()
-        until(lambda: first.sink._sent == 16)
+        until(lambda: len(history(tracked)) == 5)
         first.sink.close()
         with server.away():
             pickled = tmp_path / "worker"
@@ -75,38 +91,69 @@ def test_killed_server_and_killed_worker_lose_nothing_and_double_nothing(make_co
             killed(DIES, pickled)
             second = Worker(tracked.live_metrics(), tracked.folder, since=8)
             second.train(range(8, 12))
-            until(lambda: second.sink._failures)
-            assert second.sink.close(seconds=0.1).unsent == 12
-            assert tracked.folder.uri in tracked.send_rest()
+            second.sink.close()
         third = Worker(tracked.live_metrics(), tracked.folder, since=8)
         third.train(range(8, 13))
         third.save()
-        assert third.sink.close(seconds=60) == LiveReport(sent=16, unsent=0)
+        third.sink.close(seconds=60)
         assert [step for step, _ in history(tracked)] == [*range(5), *range(8, 13)]
-        assert tracked.send_rest() == ""
-        assert_once(tracked, 13, previews={4, 7, 12})
-        assert tracked.send_rest() == ""
     assert_once(tracked, 13, previews={4, 7, 12})
 
 
 @pytest.mark.usefixtures("quick")
 def test_server_that_hangs_loses_nothing_and_doubles_nothing(make_config, server, monkeypatch):
     """A stopped server takes requests into its queue and executes them when it goes on: they come twice or more."""
-    monkeypatch.setattr(live, "REQUEST_SECONDS", 1)
     with step_run(make_config(f"tracking.uri={server.url}"), run="hang", step="train") as tracked:
         worker = Worker(tracked.live_metrics(), tracked.folder, since=0)
         worker.train(range(1))
-        until(lambda: worker.sink._sent == 3)
+        until(lambda: len(history(tracked)) == 1)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         with server.hanging():
             worker.train(range(1, 4))
             worker.save()
-            until(lambda: worker.sink._failures > 1)
             started = time.monotonic()
-            assert worker.sink.close(seconds=1).unsent == 10
+            worker.sink.close(seconds=4)
             assert time.monotonic() - started < 60
-            worker.sink._thread.join(60)  # its last request
-        assert tracked.send_rest() == ""
+        monkeypatch.undo()
+    worker.sink._thread.join(60)  # its last request
     assert_once(tracked, 4, previews={3})
+
+
+def test_a_killed_driver_loses_nothing(config, tmp_path):
+    """The finish step sends what the run folder has and ends the run, and so does the next attempt."""
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    killed(DRIVER_DIES, tmp_path / "config.yaml")
+    closed = close_run(config, run="driver", status="FAILED", tags={})
+    assert closed is not None
+    client, step = connect(config).client, closed[1]["train"].run_id
+    assert [client.get_run(run_id).info.status for run_id in (step, closed[0].run_id)] == ["FAILED"] * 2
+    assert [point.step for point in client.get_metric_history(step, LOSS)] == [0, 1, 2]
+    with step_run(config, run="driver", step="train") as tracked:
+        assert (tracked.run_id, tracked.parent_run_id) == (step, closed[0].run_id)
+        assert_once(tracked, 3, previews={2})
+
+
+def test_the_end_of_a_step_waits_for_the_server(make_config, server):
+    with ExitStack() as outage:
+        starting = threading.Timer(5, outage.close)
+        with step_run(make_config(f"tracking.uri={server.url}"), run="waits", step="train") as tracked:
+            worker = Worker(LiveMetrics(DEAD, tracked.run_id), tracked.folder, since=0)
+            worker.train(range(2))
+            worker.save()
+            outage.enter_context(server.away())
+            starting.start()
+        starting.join()
+    runs = [tracked.client.get_run(run_id) for run_id in (tracked.run_id, tracked.parent_run_id)]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    assert "cost/seconds" in runs[0].data.metrics
+    assert_once(tracked, 2, previews={1})
+
+
+def test_a_step_does_not_fail_without_the_server_at_its_end(make_config, server, monkeypatch, caplog):
+    monkeypatch.setattr(mlflow_runs, "OUTAGE_SECONDS", 0)
+    with ExitStack() as outage, step_run(make_config(f"tracking.uri={server.url}"), run="without", step="train"):
+        outage.enter_context(server.away())
+    assert server.url in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
@@ -172,40 +219,15 @@ def test_pictures_are_a_series_that_the_page_shows(config):
     assert tracked.client.get_run(tracked.run_id).data.tags["mlflow.loggedImages"] == "True"
 
 
-def test_close_gives_up_and_says_what_is_unsent(caplog, monkeypatch):
-    monkeypatch.setattr(live, "MOST_WAITING", 2)
+def test_close_gives_up():
     sink = LiveMetrics(DEAD, "0" * 32)
-    for step in range(5):
-        sink.log({LOSS: 1.0, LEVEL: 1.0}, images_seen=step)
-    assert len(sink._waiting) == 2
-    report = sink.close(seconds=1)
-    assert (report.sent, report.unsent) == (0, 10)
-    assert DEAD in caplog.text
-
-
-def test_deleted_run_is_not_waited_for(config):
-    with step_run(config, run="deleted", step="train") as tracked:
-        tracked.client.delete_run(tracked.run_id)
-        sink = tracked.live_metrics()
-        sink.log({LOSS: 1.0}, images_seen=1)
-        started = time.monotonic()
-        report = sink.close(seconds=120)
-        assert time.monotonic() - started < 60
-        tracked.client.restore_run(tracked.run_id)
-    assert (report.sent, report.unsent) == (0, 1)
-
-
-def test_what_is_no_metric_is_counted_and_costs_no_other(config):
-    with step_run(config, run="bad", step="train") as tracked:
-        sink = tracked.live_metrics()
-        sink.log({LOSS: 1.0, "train/name?": 1.0, "train/text": "high", "train/two": torch.ones(2)}, images_seen=1)  # type: ignore[dict-item]
-        report = sink.close(seconds=120)
-    assert (report.sent, report.unsent) == (1, 3)
-    metrics = tracked.client.get_run(tracked.run_id).data.metrics
-    assert {name: value for name, value in metrics.items() if name.startswith("train/")} == {LOSS: 1.0}
+    sink.log({LOSS: 1.0}, images_seen=1)
+    started = time.monotonic()
+    sink.close(seconds=1)
+    assert time.monotonic() - started < 30
 
 
 def test_nothing_logged_nothing_started():
     sink = LiveMetrics(DEAD, "0" * 32)
-    assert sink.close() == LiveReport(sent=0, unsent=0)
+    sink.close()
     assert sink._thread is None
