@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.measure import Row, own_process
 from ncsn.config.schema import DataConfig
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.base import Example, Source
 
 FEW, MANY, TEST, BLOCK = 60_000, 600_000, 1_000, 10_000

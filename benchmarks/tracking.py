@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ncsn.config import Config, from_yaml
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.model.checkpoint_store import CheckpointStore
 from ncsn.tracking.live import LiveMetrics

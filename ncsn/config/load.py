@@ -128,7 +128,6 @@ _DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "t
 _NOT_DECIDING = (
     "data.root",
     "data.download",
-    "data.rows_per_part",
     "train.report_every_images",
     "train.keep_checkpoints",
     "train.checkpoint_every_images",

@@ -43,10 +43,6 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Which images, and in what shape."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"augmentation", "background", "crop", "fit", "image_column", "label_column", "num_classes", "unlabelled"}
-    )
-
     source: Literal[
         "sklearn_digits", "sklearn_photos", "fashion_mnist", "mnist", "cifar10", "celeba", "image_folder", "parquet"
     ] = Field(description="Source of the images. All but sklearn_digits and sklearn_photos read files in data.root.")
@@ -68,10 +64,7 @@ class DataConfig(Section):
     )
     image_size: int = Field(ge=8, le=1024, description="Height and width in pixels, after center crop and resize.")
     channels: Literal[1, 3] = Field(
-        description="1 = gray, 3 = RGB. Other images are refused unless convert_channels is true."
-    )
-    convert_channels: bool = Field(
-        False, description="Convert gray to RGB, or RGB to gray, instead of refusing the images."
+        description="1 = gray, 3 = RGB. Images with other channels are converted, and the manifest counts them."
     )
     fit: Literal["crop", "pad", "stretch"] = Field(
         "crop",
@@ -98,26 +91,12 @@ class DataConfig(Section):
         description="What to do with an image that cannot be used: fail = stop and name it, skip = leave it out and "
         "count it.",
     )
-    unlabelled: Literal["refuse", "keep", "drop"] = Field(
-        "refuse",
-        description="What to do with images without a label in an image_folder where others have one: refuse = stop; "
-        "keep = use label -1, which the classifier leaves out; drop = leave them out.",
-    )
     num_classes: int | None = Field(
         None,
         ge=1,
         le=100_000,
         description="Number of classes of a class-conditional network, which must be that of the images; null = "
         "unconditional.",
-    )
-    rows_per_part: int = Field(16384, ge=1, description="Rows in each Parquet file.")
-    loader: Literal["cache", "stream"] = Field(
-        "cache",
-        description="How training reads the images: cache = from a copy of all images on each node's disk; stream = "
-        "from windows of images, for datasets that do not fit on the disk, with a weaker shuffle.",
-    )
-    window_images: int = Field(
-        65536, ge=16, description="Images per window of loader: stream; two or three windows must fit on a node's disk."
     )
     dequantize: bool = Field(True, description="Add uniform noise of less than one gray level, new at each use.")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")

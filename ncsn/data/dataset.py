@@ -1,13 +1,19 @@
-"""From the rows of a source to a dataset in the store: what is learned of them, its manifest, and its place."""
+"""From a source to a dataset in the store: its rows as Parquet parts, what is learned of them, and its manifest.
+
+Which images a part holds is decided before any of them is read, so any process can write it, and write it again. The
+parts are read in their order while later ones are written: digest, statistics and sample are those of one pass.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ncsn import storage
 from ncsn.config.schema import DataConfig
@@ -19,22 +25,20 @@ from ncsn.data.format import (
     SplitDigest,
     dataset_digest,
     load_manifest,
+    part_images,
     schema_words,
 )
-from ncsn.data.noise_levels import suggestions
+from ncsn.data.noise_levels import ImageSample, sample_size, suggestions
+from ncsn.data.parquet import PartWriter, block_rows, inspect_part, read_part
+from ncsn.data.pixels import PIXELS_VERSION
 from ncsn.data.sources.base import BadImages, Source, Split, image_shape
-from ncsn.data.statistics import ImageSample, PixelStatistics, sample_size
 from ncsn.errors import UserError
+from ncsn.progress import Progress
 
-Progress = Callable[[int, int], None]
-
-# All other settings of `data`, also those to come, decide which images a dataset has. A setting that a config may lack
-# (`ADDED`) counts only if it is given, so that datasets written before it are found.
-_WITHOUT_EFFECT = {
-    "root", "download", "rows_per_part", "loader", "window_images", "dequantize", "horizontal_flip",
-    "augmentation", "num_classes",
-}  # fmt: skip
+# All other settings of `data`, also those to come, decide which images a dataset has.
+_WITHOUT_EFFECT = {"root", "download", "dequantize", "horizontal_flip", "augmentation", "num_classes"}
 LEAST_IMAGES = 2
+_GRAYS = 256
 
 
 def shaping_settings(data: DataConfig) -> dict[str, Any]:
@@ -51,119 +55,202 @@ class Dataset:
     created: bool  # False if it was there already and nothing was written
 
 
-@dataclass
-class SplitSummary:
-    """What is learned of a split, row by row in its order."""
+@dataclass(frozen=True)
+class PartTask:
+    """A part to write."""
 
-    statistics: PixelStatistics
-    class_counts: np.ndarray
-    sample: ImageSample | None  # of the training images, to compare them
-    digest: SplitDigest = field(default_factory=SplitDigest)
-    parts: list[Part] = field(default_factory=list)
+    images: Split
+    uri: str
+    near: str  # folder on the same disk for scratch files
+    data: DataConfig
 
-    def update(self, rows: Rows) -> None:
-        """Append rows."""
-        self.digest.update(rows)
-        self.statistics.update(rows.images)
-        if self.sample is not None:
-            self.sample.update(rows.images)
-        self.class_counts += np.bincount(rows.labels[rows.labels >= 0], minlength=len(self.class_counts))
+    def write(self, *, cores: int | None = None) -> Iterator[Rows]:
+        """Write the part, and publish it after its last block; gives each block while it is being written."""
+        shape = image_shape(self.data)
+        bad = BadImages(skip=self.data.on_bad_image == "skip")
+        examples = bad.filter(self.images.stream(cores=cores))
+        with storage.scratch_folder(self.near) as scratch:
+            file = scratch / "part.parquet"
+            with PartWriter(file, shape) as writer:
+                while rows := list(itertools.islice(examples, block_rows(shape))):
+                    images = np.stack([example.image for example in rows])
+                    block = Rows(images, np.array([example.label for example in rows], np.int64))
+                    writer.write(block)
+                    yield block
+                writer.note(bad)
+            storage.publish_file(file, self.uri)
 
 
-def publish_dataset(
+WriteParts = Callable[[Iterable[PartTask]], Iterator[object]]
+
+
+def write_dataset(
     source: Source,
     folder: str,
     *,
     name: str,
     data: DataConfig,
-    bad: BadImages,
-    write: Callable[[str, Split, list[Part]], Iterator[Rows]],
-    publish: Callable[[Manifest, str], bool],
-    on_progress: Progress | None,
+    fingerprint: str | None = None,
+    write_parts: WriteParts | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
-    """Write a source's rows and publish them at `<folder>/<digest>`, unless the store holds them already.
+    """Write a source's images as Parquet parts and publish them at `<folder>/<digest>`, unless they are there already.
+
+    The dataset appears whole or not at all.
 
     Args:
         source: The images.
         folder: URI of the folder that holds all versions of this dataset.
         name: Name of the dataset.
         data: The settings that the source was opened with.
-        bad: The images that `write` leaves out or converts.
-        write: Gives the rows of a split block by block while it writes them, and adds its parts to the list.
-        publish: Publishes parts and manifest at a URI; False if a complete dataset was there first.
-        on_progress: Called with (images read, images offered).
+        fingerprint: Of the source's files. With it, an ingestion that was stopped goes on where it was, and files that
+            gave a dataset before are not read again. Every writer then reaches `folder`.
+        write_parts: Writes parts elsewhere, and yields in their order each time that one is in the store; None = here.
+        progress: Is told of images.
     """
-    splits = _summarize(source, data, write, bad=bad, on_progress=on_progress)
-    manifest = _describe(source, splits, name=name, data=data, bad=bad)
-    uri = storage.join(folder, manifest.digest)
-    there = load_manifest(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
-    if there is not None and there.suggested_noise is not None:
-        return Dataset(uri, there, created=False)
-    sample = splits["train"].sample
-    assert sample is not None
-    suggested = {kind: asdict(suggestion) for kind, suggestion in suggestions(sample).items()}
-    if there is not None:
-        there = replace(there, suggested_noise=suggested)
-        storage.write_text(storage.join(uri, MANIFEST), there.to_json())
-        return Dataset(uri, there, created=False)
-    manifest = replace(manifest, suggested_noise=suggested)
-    created = publish(manifest, uri)
-    return Dataset(uri, manifest if created else load_manifest(uri), created)
+    if fingerprint is None:
+        with storage.scratch_folder(folder) as scratch:
+            return _write(source, folder, str(scratch), name, data, write_parts, progress or Progress())
+    key = storage.digest([fingerprint, shaping_settings(data) | {"root": data.root}, PIXELS_VERSION], 16)
+    receipt, staging = storage.join(folder, f".ingested-{key}.json"), storage.join(folder, f".parts-{key}")
+    if (known := _known(folder, receipt)) is not None:
+        return known
+    try:
+        dataset = _write(source, folder, staging, name, data, write_parts, progress or Progress())
+    except FileNotFoundError:
+        # Another process that ingests the same images was faster and moved the parts to their place.
+        if (known := _known(folder, receipt)) is None:
+            raise
+        return known
+    storage.write_json(receipt, {"digest": dataset.manifest.digest})
+    storage.delete_folder(staging)
+    return dataset
 
 
-def _summarize(
+def _known(folder: str, receipt: str) -> Dataset | None:
+    """The dataset that these files gave before, if it is still there."""
+    try:
+        uri = storage.join(folder, storage.read_json(receipt)["digest"])
+        return Dataset(uri, load_manifest(uri), created=False)
+    except FileNotFoundError:
+        return None
+
+
+def _write(
     source: Source,
+    folder: str,
+    staging: str,
+    name: str,
     data: DataConfig,
-    write: Callable[[str, Split, list[Part]], Iterator[Rows]],
-    *,
-    bad: BadImages,
-    on_progress: Progress | None,
-) -> dict[str, SplitSummary]:
-    done, total = 0, sum(map(len, source.splits.values()))
-    report: Progress = on_progress or (lambda _done, _total: None)
-    report(0, total)
-    summaries = {}
-    for name, split in source.splits.items():
-        sample = ImageSample(sample_size(math.prod(image_shape(data)))) if name == "train" else None
-        summary = SplitSummary(PixelStatistics(data.channels), np.zeros(len(source.class_names), np.int64), sample)
-        for block in write(name, split, summary.parts):
-            summary.update(block)
-            done += len(block)
-            report(done, total)
-        if summary.digest.count < LEAST_IMAGES:
+    write_parts: WriteParts | None,
+    progress: Progress,
+) -> Dataset:
+    shape, total = image_shape(data), sum(map(len, source.splits.values()))
+    progress.start(total, "images")
+    bad, sample = BadImages(skip=True), ImageSample(sample_size(math.prod(shape)))
+    histogram = np.zeros((data.channels, _GRAYS), np.int64)
+    counts, class_counts, content, parts = dict[str, int](), dict[str, list[int]](), dict[str, str](), {}
+    for split, images in source.splits.items():
+        digest, labeled = SplitDigest(), np.zeros(len(source.class_names), np.int64)
+        parts[split] = list[Part]()
+        tasks = _tasks(images, folder, staging, split, data)
+        for rows in _rows_of(tasks, staging, split, parts[split], bad, write_parts):
+            digest.update(rows)
+            labeled += np.bincount(rows.labels[rows.labels >= 0], minlength=len(labeled))
+            if split == "train":
+                sample.update(rows.images)
+                _count_grays(histogram, rows.images)
+            progress.advance(len(rows))
+        if digest.count < LEAST_IMAGES:
             skipped = f" ({len(bad.skipped)} could not be used)" if bad.skipped else ""
             raise UserError(
                 "data.source",
-                f"gives {summary.digest.count} image(s) for the {name} split{skipped}; at least {LEAST_IMAGES} are "
-                "needed",
+                f"gives {digest.count} image(s) for the {split} split{skipped}; at least {LEAST_IMAGES} are needed",
                 hint="add images, or change data.test_fraction",
                 value=data.source,
             )
-        summaries[name] = summary
-    report(total, total)
-    return summaries
-
-
-def _describe(
-    source: Source, splits: Mapping[str, SplitSummary], *, name: str, data: DataConfig, bad: BadImages
-) -> Manifest:
-    shape = image_shape(data)
-    content = {split: summary.digest.hexdigest() for split, summary in splits.items()}
-    return Manifest(
+        counts[split], class_counts[split], content[split] = digest.count, labeled.tolist(), digest.hexdigest()
+    progress.advance(total - sum(counts.values()))
+    dataset = dataset_digest(shape=shape, class_names=source.class_names, splits=content)
+    uri = storage.join(folder, dataset)
+    if storage.exists(storage.join(uri, MANIFEST)):
+        return Dataset(uri, load_manifest(uri), created=False)
+    manifest = Manifest(
         name=name,
-        digest=dataset_digest(shape=shape, class_names=source.class_names, splits=content),
+        digest=dataset,
         image_size=data.image_size,
         channels=data.channels,
-        counts={split: summary.digest.count for split, summary in splits.items()},
+        counts=counts,
         class_names=list(source.class_names),
-        class_counts={split: summary.class_counts.tolist() for split, summary in splits.items()},
-        **splits["train"].statistics.facts(),
+        class_counts=class_counts,
+        **_pixel_facts(histogram),
         skipped=list(bad.skipped),
-        parts={split: summary.parts for split, summary in splits.items()},
+        parts=parts,
         content=content,
         schema=schema_words(*shape),
         source=source.description,
         license=source.license,
         settings=shaping_settings(data),
+        suggested_noise={kind: asdict(suggestion) for kind, suggestion in suggestions(sample).items()},
         conversions=dict(sorted(bad.conversions.items())),
     )
+    storage.write_text(storage.join(staging, MANIFEST), manifest.to_json())
+    created = storage.publish_folder(staging, uri, marker=MANIFEST)
+    return Dataset(uri, manifest if created else load_manifest(uri), created)
+
+
+def _tasks(images: Split, folder: str, staging: str, split: str, data: DataConfig) -> dict[str, PartTask]:
+    """Path below `staging` -> what writes it, in their order."""
+    most, near = part_images(image_shape(data)), folder if storage.is_local(folder) else staging
+    return {
+        (path := f"{split}/part-{number:05d}.parquet"): PartTask(
+            images.section(first, first + most), storage.join(staging, path), near, data
+        )
+        for number, first in enumerate(range(0, len(images), most))
+    }
+
+
+def _rows_of(
+    tasks: dict[str, PartTask],
+    staging: str,
+    split: str,
+    parts: list[Part],
+    bad: BadImages,
+    write_parts: WriteParts | None,
+) -> Iterator[Rows]:
+    """The rows of a split: of the parts that this process writes, and of others as soon as they are in the store."""
+    there = {f"{split}/{name}" for name in storage.list_names(storage.join(staging, split))}
+    missing = {path: task for path, task in tasks.items() if path not in there}
+    written: Iterator[object] = write_parts(missing.values()) if write_parts else iter(())
+    for path, task in tasks.items():
+        here = path in missing and write_parts is None
+        if here:
+            yield from task.write()
+        elif path in missing:
+            next(written)
+        rows, of_part = inspect_part(task.uri)
+        if not here:
+            yield from read_part(staging, Part(path, rows), shape=image_shape(task.data))
+        bad.skipped.extend(of_part.skipped)
+        bad.conversions.update(of_part.conversions)
+        if rows:
+            parts.append(Part(path, rows))
+        else:
+            storage.delete_file(task.uri)
+
+
+def _count_grays(histogram: np.ndarray, images: np.ndarray) -> None:
+    """Add the pixels of uint8 images [N, H, W, C] to the counts [C, 256] of each value."""
+    for channel, counts in enumerate(histogram):
+        plane = np.ascontiguousarray(images[..., channel]).reshape(1, -1)
+        # Pillow counts bytes as they are; np.bincount makes an int64 of each first, which takes six times as long.
+        counts += np.array(Image.fromarray(plane).histogram(), np.int64)
+
+
+def _pixel_facts(histogram: np.ndarray) -> dict[str, Any]:
+    """Fields of a manifest; `std` is the standard deviation of the population."""
+    values = np.arange(_GRAYS, dtype=np.float64) / (_GRAYS - 1)
+    pixels, found = histogram.sum(axis=1), np.flatnonzero(histogram.sum(axis=0))
+    mean = histogram @ values / pixels
+    std = np.sqrt(np.maximum(histogram @ values**2 / pixels - mean**2, 0.0))
+    return {"mean": mean.tolist(), "std": std.tolist(), "minimum": int(found[0]), "maximum": int(found[-1])}

@@ -28,8 +28,9 @@ DIGEST_VERSION = 1
 DIGEST_LENGTH = 16
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2  # since then the pixels of an image are bytes; in version 1 they were a tensor of Arrow
-_READABLE_VERSIONS = (1, FORMAT_VERSION)
+FORMAT_VERSION = 1
+# A part has at most so many images and bytes of pixels: enough of them to share the work, and few files.
+PART_IMAGES, PART_BYTES = 16_384, 192 << 20
 _SHAPE = b"shape"
 # Images are decoded once: a JPEG decode per epoch costs more than training a small network, and raw bytes have one
 # digest everywhere. As bytes they take a third of the time that Arrow needs for its tensors.
@@ -62,10 +63,13 @@ def schema_words(height: int, width: int, channels: int) -> dict[str, str]:
     }
 
 
+def part_images(shape: Sequence[int]) -> int:
+    """Images of this shape in a part."""
+    return min(PART_IMAGES, max(1, PART_BYTES // math.prod(shape)))
+
+
 def pixel_shape(field: pa.Field) -> tuple[int, ...] | None:
-    """(H, W, C) of the images of a column: the bytes of our datasets, or tensors of Arrow; None for another column."""
-    if isinstance(field.type, pa.FixedShapeTensorType):
-        return tuple(field.type.shape) if field.type.value_type == pa.uint8() else None
+    """(H, W, C) of the images of a column of a dataset; None for another column."""
     try:
         shape = tuple(json.loads((field.metadata or {}).get(_SHAPE, b"[]")))
     except (ValueError, TypeError):
@@ -90,19 +94,15 @@ def to_table(rows: Rows) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Rows:
-    """Inverse of `to_table`, also for the tensors of format version 1. The result may share the table's memory."""
+    """Inverse of `to_table`. The result may share the table's memory."""
     shape = image_shape_of(table.schema)
-    pieces = [_pixels(chunk, shape) for chunk in table.column(IMAGE).chunks]
+    size = math.prod(shape)
+    pieces = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(-1, *shape)
+        for chunk in table.column(IMAGE).chunks
+    ]
     images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, *shape), np.uint8)])
     return Rows(images, table.column(LABEL).to_numpy())
-
-
-def _pixels(chunk: pa.Array, shape: tuple[int, ...]) -> np.ndarray:
-    if isinstance(chunk, pa.ExtensionArray):
-        flat: np.ndarray = chunk.storage.flatten().to_numpy()
-        return flat.reshape(-1, *shape)
-    size = math.prod(shape)
-    return np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(-1, *shape)
 
 
 def group_lengths(file: pq.ParquetFile) -> list[int]:
@@ -188,9 +188,14 @@ class Manifest:
     license: str
     settings: Mapping[str, Any]  # the data settings that decide the content
     # A `NoiseSuggestion` as plain values, so that reading a manifest does not load torch: for the images as they are
-    # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike, None before it was kept.
-    suggested_noise: Mapping[str, Any] | None = None
-    conversions: Mapping[str, int] = field(default_factory=dict)  # what pixels lost (see `Picture`) -> number of images
+    # (`plain`) and with mirrored ones (`mirrored`). Empty if all images are alike.
+    suggested_noise: Mapping[str, Any]
+    conversions: Mapping[str, int]  # what pixels lost, and had to become (see `Picture`) -> number of images
+
+    @property
+    def unlabeled(self) -> int:
+        """Images without a label, where others have one."""
+        return sum(self.counts.values()) - sum(map(sum, self.class_counts.values())) if self.class_names else 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -199,10 +204,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        fields = asdict(self)
-        if not self.conversions:
-            del fields["conversions"]  # so the same images give the manifest that they gave before conversions
-        return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=1) + "\n"
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     def count(self, split: str) -> int:
         """Images of a split, which must exist."""
@@ -218,11 +220,9 @@ def load_manifest(uri: str) -> Manifest:
     except FileNotFoundError:
         raise NotFound(uri, "no dataset here", hint="run `ncsn ingest` first") from None
     version = fields.pop("format_version", None)
-    if version not in _READABLE_VERSIONS:
+    if version != FORMAT_VERSION:
         raise UserError(
-            uri,
-            f"the dataset has format version {version}, which is not among {_READABLE_VERSIONS}",
-            hint="run `ncsn ingest` again",
+            uri, f"the dataset has format version {version}, not {FORMAT_VERSION}", hint="run `ncsn ingest` again"
         )
     fields["skipped"] = [SkippedImage(**image) for image in fields["skipped"]]
     fields["parts"] = {split: [Part(**part) for part in parts] for split, parts in fields["parts"].items()}

@@ -1,24 +1,79 @@
-"""The noise levels that fit a dataset: what ingest suggests, and what `noise: auto` stands for."""
+"""The noise levels that fit a dataset: the sample they are found by, what ingest suggests, and `noise: auto`."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.noise import AutoNoiseConfig
+from ncsn.core.keyed_random import Stream, keyed_permutation, keyed_uniform
 from ncsn.core.noise_schedule import NoiseSuggestion, PairDistances, largest_distance, pair_distances, suggest_noise
 from ncsn.data.format import Manifest
-from ncsn.data.statistics import ImageSample
 from ncsn.errors import UserError
 
+MOST_IMAGES = 60_000
+_MOST_VALUES = MOST_IMAGES * 32 * 32 * 3  # bytes of the images that are kept for the largest distance
 _MOST_WORK = 2e11  # multiplications for the largest distance: some seconds on two CPU cores; real images need a tenth
 _FEW, _FEW_WORK = 2_000, 6e9  # images compared in pairs for the percentile, and multiplications that this may take
+
+
+class ImageSample:
+    """A random sample of at most `size` images of a stream, a function of their order alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._places: list[tuple[float, int, int]] = []  # minus an image's random number, its index, its row below
+        self._rows = np.empty(0, np.uint8)
+
+    def update(self, images: np.ndarray) -> None:
+        """Offer uint8 images [N, H, W, C]."""
+        if not self.count:
+            self._rows = np.empty((self.size, *images.shape[1:]), np.uint8)  # takes memory where it is written
+        # Each image has a random number; those with the smallest stay.
+        keys = keyed_uniform(0, stream=Stream.SUBSET, first=self.count, count=len(images), size=1)[:, 0].numpy()
+        full = len(self._places) == self.size
+        # Once the sample is full, few images still have a chance.
+        for index in np.flatnonzero(keys < -self._places[0][0]) if full else range(len(keys)):
+            key, number, row = -float(keys[index]), self.count + int(index), len(self._places)
+            if row < self.size:
+                heapq.heappush(self._places, (key, number, row))
+            elif key > self._places[0][0]:
+                row = self._places[0][2]
+                heapq.heapreplace(self._places, (key, number, row))
+            else:
+                continue
+            self._rows[row] = images[index]
+        self.count += len(images)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sample is all images."""
+        return self.count == len(self._places)
+
+    @property
+    def images(self) -> np.ndarray:
+        """The sample, uint8 [N, H, W, C], not in the stream's order."""
+        return self._rows[: len(self._places)]
+
+    def some(self, count: int) -> np.ndarray:
+        """At most `count` of the images, a random choice in the stream's order."""
+        rows = np.array([row for _, _, row in sorted(self._places, key=lambda place: place[1])], np.int64)
+        chosen: np.ndarray = self._rows[rows[np.sort(keyed_permutation(0, epoch=0, size=len(rows))[:count])]]
+        return chosen
+
+
+def sample_size(values_per_image: int) -> int:
+    """How many images ingest keeps to compare them: 60,000, fewer where they are large."""
+    return max(2, min(MOST_IMAGES, _MOST_VALUES // values_per_image))
 
 
 def suggestions(sample: ImageSample) -> dict[str, NoiseSuggestion]:
@@ -56,14 +111,6 @@ def noise_section(suggestion: NoiseSuggestion) -> Mapping[str, Any]:
 
 def _distances(config: Config, manifest: Manifest) -> PairDistances:
     found = manifest.suggested_noise
-    if found is None:
-        raise UserError(
-            "noise",
-            f"needs the distances between the images, and the dataset {manifest.name}/{manifest.digest} was "
-            "ingested before they were kept",
-            hint="`ncsn ingest` under another --run NAME adds them",
-            value="auto",
-        )
     if not found:
         raise UserError(
             "noise",

@@ -1,8 +1,7 @@
-"""Datasets as Parquet parts with a manifest: writing one from a source, and reading it back."""
+"""The Parquet parts of a dataset: writing one block by block, and reading rows back."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -17,10 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncsn import storage
-from ncsn.config.schema import DataConfig
-from ncsn.data.dataset import Dataset, Progress, publish_dataset
 from ncsn.data.format import (
-    MANIFEST,
     PARQUET_OPTIONS,
     Manifest,
     Part,
@@ -34,17 +30,12 @@ from ncsn.data.format import (
     schema,
     to_table,
 )
-from ncsn.data.sources.base import BadImages, Example, Source, Split, image_shape
+from ncsn.data.sources.base import BadImages
 from ncsn.errors import InvalidValue, NotFound, UserError
 
 _BLOCK_BYTES = 2 << 20
 _SKIPPED = b"ncsn.skipped"
 _CONVERSIONS = b"ncsn.conversions"
-
-
-def part_name(split: str, number: int) -> str:
-    """Path of a part below the dataset's folder."""
-    return f"{split}/part-{number:05d}.parquet"
 
 
 class PartWriter:
@@ -88,14 +79,6 @@ class PartWriter:
 def block_rows(shape: Sequence[int]) -> int:
     """Rows of a block, a few megabytes."""
     return max(1, _BLOCK_BYTES // math.prod(shape))
-
-
-def take(examples: Iterator[Example], count: int) -> Rows | None:
-    """The next `count` rows, or as many as are left; None for none."""
-    rows = list(itertools.islice(examples, count))
-    if not rows:
-        return None
-    return Rows(np.stack([example.image for example in rows]), np.array([example.label for example in rows], np.int64))
 
 
 def read_part(uri: str, part: Part, *, shape: tuple[int, int, int], rows: range | None = None) -> Iterator[Rows]:
@@ -184,43 +167,3 @@ def read_rows(uri: str, split: str, rows: np.ndarray, *, manifest: Manifest) -> 
                 held, places = from_table(file.read_row_group(group)), order[of_part][of_group]
                 images[places], labels[places] = held.images[within], held.labels[within]
     return Rows(images, labels)
-
-
-def write_dataset(
-    source: Source, folder: str, *, name: str, data: DataConfig, on_progress: Progress | None = None
-) -> Dataset:
-    """Write a source as Parquet parts, or find that its content is in the store already; see `publish_dataset`.
-
-    The rows go to a scratch folder on the same disk while their digest is computed, so the source is read once; the
-    dataset appears at `<folder>/<digest>` whole or not at all.
-    """
-    bad = BadImages(skip=data.on_bad_image == "skip")
-    with storage.scratch_folder(folder) as scratch:
-
-        def write(split: str, images: Split, parts: list[Part]) -> Iterator[Rows]:
-            return _write_parts(bad.filter(images.stream()), scratch, split, parts, data=data)
-
-        def publish(manifest: Manifest, uri: str) -> bool:
-            (scratch / MANIFEST).write_text(manifest.to_json())
-            return storage.publish_folder(scratch, uri, marker=MANIFEST)
-
-        return publish_dataset(
-            source, folder, name=name, data=data, bad=bad, write=write, publish=publish, on_progress=on_progress
-        )
-
-
-def _write_parts(
-    examples: Iterator[Example], scratch: Path, split: str, parts: list[Part], *, data: DataConfig
-) -> Iterator[Rows]:
-    """Write the parts of a split and add them to `parts`; each block, while it is being written."""
-    shape = image_shape(data)
-    most = min(block_rows(shape), data.rows_per_part)
-    (scratch / split).mkdir()
-    while block := take(examples, most):
-        path = part_name(split, len(parts))
-        with PartWriter(scratch / path, shape) as writer:
-            while block is not None:
-                writer.write(block)
-                yield block
-                block = take(examples, min(most, data.rows_per_part - writer.rows))
-        parts.append(Part(path, writer.rows))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ncsn.config.schema import DataConfig
-from ncsn.errors import InvalidValue, UserError
+from ncsn.errors import InvalidValue
 
 # Pillow widens its filters when it shrinks, so this resize is antialiased. The paper's code uses the same one.
 _FILTER = Image.Resampling.BILINEAR
@@ -27,7 +27,6 @@ _JPEG_BLOCK = 8
 PIXELS_VERSION = 2  # counts the changes after which the same file gave other pixels
 
 _MODES = {1: "L", 3: "RGB"}
-_WORDS = {1: "gray", 3: "RGB"}
 _ALPHA = ("P", "PA", "LA", "La", "RGBA", "RGBa")
 # Pillow has readers for forty more formats. Few people need them, and each can be attacked.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -49,7 +48,7 @@ class Picture(NamedTuple):
     """A decoded image."""
 
     image: Image.Image
-    conversions: tuple[str, ...] = ()  # what it lost: 16-bit, animated, CMYK, YCbCr, float or transparent
+    conversions: tuple[str, ...] = ()  # what it was: 16-bit, animated, CMYK, YCbCr, float, transparent, gray or RGB
     scale: int = 1  # it was decoded this many times smaller
     stored: tuple[int, int] | None = None  # width and height before that, where the scale does not divide them
 
@@ -72,7 +71,6 @@ class Fit:
 
     image_size: int
     channels: int  # 1 = gray, 3 = RGB
-    convert: bool = False  # gray to RGB, or RGB to gray by ITU-R 601 luma, instead of refusing
     crop: int | None = None  # side of the center crop in pixels; None = the shorter side
     method: Literal["crop", "pad", "stretch"] = "crop"  # what makes it square
     background: tuple[int, int, int] | None = None  # RGB under transparent pixels; None = these are bad images
@@ -83,7 +81,6 @@ class Fit:
         return cls(
             data.image_size,
             data.channels,
-            convert=data.convert_channels,
             crop=data.crop or crop,
             method=data.fit,
             background=data.background_color,
@@ -98,16 +95,19 @@ class Fit:
         """Whether arrays [H, W, C] of this shape stay as they are."""
         return shape == (self.image_size, self.image_size, self.channels) and self.crop is None
 
-    def array(self, image: np.ndarray, *, name: str) -> np.ndarray:
+    def array(self, image: np.ndarray) -> Fitted:
         """Fit a uint8 array [H, W, C] with C = 1 or 3."""
         if self.keeps(image.shape):
-            return image
-        return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)), name=name).image
+            return Fitted(image, ())
+        return self.picture(Picture(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)))
 
-    def picture(self, picture: Picture, *, name: str) -> Fitted:
+    def picture(self, picture: Picture, *, name: str = "") -> Fitted:  # noqa: ARG002 - `ncsn init` notes it
         """Fit a decoded image; `BadImageError` for pixels of a kind that is not accepted, or too few for the crop."""
         plain = self._plain(picture)
-        square = self._square(plain._replace(image=self._to_channels(plain.image, name=name)))
+        if len(plain.image.getbands()) != self.channels:  # to gray by ITU-R 601 luma
+            conversions = (*plain.conversions, "RGB" if self.channels == 1 else "gray")
+            plain = plain._replace(image=plain.image.convert(_MODES[self.channels]), conversions=conversions)
+        square = self._square(plain)
         pixels = np.asarray(square, np.uint8).reshape(self.image_size, self.image_size, self.channels)
         return Fitted(pixels, plain.conversions)
 
@@ -142,19 +142,6 @@ class Fit:
         whole = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), whole)
         gray = gray and (self.channels == 1 or len(set(self.background)) == 1)
         return Picture(whole.convert("L" if gray else "RGB"), (*conversions, "transparent"))
-
-    def _to_channels(self, image: Image.Image, *, name: str) -> Image.Image:
-        channels = len(image.getbands())
-        if channels == self.channels:
-            return image
-        if not self.convert:
-            raise UserError(
-                "data.channels",
-                f"{name} is {_WORDS[channels]}",
-                hint=f"set it to {channels}, or data.convert_channels to true",
-                value=self.channels,
-            )
-        return image.convert(_MODES[self.channels])
 
     def _square(self, picture: Picture) -> Image.Image:
         width, height = picture.size

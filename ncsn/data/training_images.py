@@ -1,13 +1,15 @@
-"""The endless order of training images, from a copy of all of them on the node's disk or from windows of them.
+"""The endless order of training images: shuffled as a whole, or window by window where they are large.
 
 Both orders are functions of (seed, place) alone, so any number of workers sees the same global batches and a resumed
-run continues with the right image. Windows shuffle less; see `window_at`.
+run continues with the right image. Which of the two it is depends on the size of the dataset and never on a node.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,13 +20,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ncsn import storage
-from ncsn.config.schema import DataConfig
 from ncsn.core.keyed_random import keyed_permutation
 from ncsn.data.format import Manifest, Rows, SplitDigest, load_manifest
 from ncsn.data.parquet import read_blocks, read_rows, read_split
 from ncsn.errors import UserError
-from ncsn.storage.cache import cache_folder
+from ncsn.storage.cache import CACHE_DIR_VARIABLE, cache_folder
 
+# A split with more bytes of pixels than this is read in windows of so many, which shuffle less; see `window_at`.
+WINDOW_BYTES = 4 << 30
 CHUNKS_PER_WINDOW = 16
 
 _IMAGES, _LABELS = "images.npy", "labels.npy"
@@ -46,11 +49,13 @@ class TrainingImages(Protocol):
         """The images that are stored at `indices` [N], with their labels."""
 
 
-def open_training_images(dataset_uri: str, data: DataConfig, split: str = "train") -> TrainingImages:
-    """A split as `data.loader` says."""
-    if data.loader == "cache":
+def open_training_images(dataset_uri: str, split: str = "train") -> TrainingImages:
+    """A split, from this node's copy of it, or in windows if it is large."""
+    manifest = load_manifest(dataset_uri)
+    image_bytes = math.prod(manifest.shape)
+    if manifest.count(split) * image_bytes <= WINDOW_BYTES:
         return open_cache(dataset_uri, split)
-    return StreamedSplit(dataset_uri, split, window_images=data.window_images)
+    return StreamedSplit(dataset_uri, split, window_images=WINDOW_BYTES // image_bytes)
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -198,7 +203,7 @@ def rows_per_chunk(window_images: int) -> int:
 
 
 class StreamedSplit:
-    """A split of which this node holds two windows: the one that is read and the next, fetched meanwhile.
+    """A split of which this node holds the window that is read and the next, fetched meanwhile; all if there is room.
 
     The workers of a node share the chunks, which are plain arrays of images and labels in memory-mapped files.
     """
@@ -215,6 +220,7 @@ class StreamedSplit:
         self._seed, self._window = -1, Window(0, np.empty(0, np.int64), ())
         self._chunks: dict[int, np.ndarray] = {}
         self._mine: set[int] = set()
+        self._keep_all = self._has_room()
 
     def __len__(self) -> int:
         return self._size
@@ -251,10 +257,23 @@ class StreamedSplit:
         self._chunks = {chunk: self._open(chunk) for chunk in window.chunks}
         self._seed, self._window = seed, window
         following = self._find(seed, window.last).chunks
-        for chunk in self._mine - {*window.chunks, *following}:
+        for chunk in set() if self._keep_all else self._mine - {*window.chunks, *following}:
             self._file(chunk).unlink(missing_ok=True)
         self._mine = {*window.chunks, *following}
         self._ahead = self._thread.submit(self._fetch, following)
+
+    def _has_room(self) -> bool:
+        """Whether the node's disk can hold all chunks; `UserError` if it cannot even hold two windows."""
+        room = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in self._folder.glob("*.npy"))
+        image_bytes = math.prod(self._manifest.shape) + np.dtype(np.int64).itemsize
+        two_windows = 2 * self._window_images * image_bytes
+        if room < min(two_windows, self._size * image_bytes):
+            raise UserError(
+                str(self._folder),
+                f"the disk has room for {room / 2**30:.1f} GiB of images, but training needs {two_windows / 2**30:.1f}",
+                hint=f"free some, or set {CACHE_DIR_VARIABLE} to a folder on a larger disk",
+            )
+        return room >= self._size * image_bytes
 
     def _find(self, seed: int, place: int) -> Window:
         return window_at(seed, place, size=self._size, window_images=self._window_images)

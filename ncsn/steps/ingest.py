@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from ncsn import storage
 from ncsn.config import Config
-from ncsn.data.dataset import Dataset, Progress
+from ncsn.data.dataset import Dataset, write_dataset
 from ncsn.data.format import MANIFEST, Manifest
-from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import fills_several_parts, open_source
 from ncsn.data.sources.listing import source_fingerprint
+from ncsn.progress import Progress
 from ncsn.steps.step import Step
 
 
@@ -36,7 +36,7 @@ def run(config: Config, *, run: str) -> IngestResult:
     with step.work(config) as work:
         # Named after the source, not the experiment, so that experiments on the same images share one dataset.
         datasets = storage.join(step.folder.root, "datasets", config.data.source)
-        dataset = write_images(config, datasets, fingerprint=fingerprint, on_progress=work.progress)
+        dataset = write_images(config, datasets, fingerprint=fingerprint, progress=work.progress)
         manifest = dataset.manifest
         work.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri, profile=manifest.counts)
         work.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
@@ -46,26 +46,34 @@ def run(config: Config, *, run: str) -> IngestResult:
 
 def _notes(manifest: Manifest) -> list[str]:
     notes = [f"{count} images were {what}" for what, count in manifest.conversions.items()]
+    if manifest.unlabeled:
+        notes.append(f"{manifest.unlabeled} images have no label, unlike the others; each is kept with label -1")
     if manifest.skipped:
         notes.append(f"{len(manifest.skipped)} images could not be used; the first is {manifest.skipped[0].name}")
     return notes
 
 
 def write_images(
-    config: Config, folder: str, *, fingerprint: str | None = None, on_progress: Progress | None = None
+    config: Config, folder: str, *, fingerprint: str | None = None, progress: Progress | None = None
 ) -> Dataset:
     """Write the images of the config's source as a dataset below the URI `folder`, on Ray where that is faster."""
     data = config.data
     fingerprint = fingerprint or source_fingerprint(data)
     source = open_source(data)
     if not fills_several_parts(source, data):
-        return write_dataset(source, folder, name=data.source, data=data, on_progress=on_progress)
+        return write_dataset(source, folder, name=data.source, data=data, progress=progress)
     # Imported here: ray takes a second, which a small source need not wait for.
+    from ncsn.distributed import ingest
     from ncsn.distributed.cluster import ray_cluster
-    from ncsn.distributed.ingest import few_cores, write_dataset_in_parts
 
-    here, name = few_cores(), data.source
+    here = ingest.few_cores()
     with nullcontext() if here else ray_cluster(config):
-        return write_dataset_in_parts(
-            source, folder, name=name, data=data, fingerprint=fingerprint, here=here, on_progress=on_progress
+        return write_dataset(
+            source,
+            folder,
+            name=data.source,
+            data=data,
+            fingerprint=fingerprint,
+            write_parts=None if here else ingest.write_parts,
+            progress=progress,
         )

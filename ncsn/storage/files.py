@@ -239,18 +239,33 @@ def remove_scratch(near: str) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def publish_folder(folder: Path, uri: str, *, marker: str, replace: bool = False) -> bool:
-    """Publish a local folder at `uri` unless there is a complete one; whether this call did.
+def publish_folder(folder: Path | str, uri: str, *, marker: str, replace: bool = False) -> bool:
+    """Publish a folder at `uri` unless there is a complete one; whether this call did.
 
-    The file `marker` makes it complete. A local `uri` has to be on the same disk, as with `scratch_folder`. With
+    The file `marker` makes it complete, and is published last. A folder on the same disk is moved, as one of
+    `scratch_folder`; one on a disk is uploaded to S3, and one in S3 is copied there by the server and stays. With
     `replace` it takes the place of a complete one, and for a moment there is none.
     """
     if exists(join(uri, marker)):
         if not replace:
             return False
-        _unpublish(uri, marker=marker)
+        if is_local(uri):
+            with scratch_folder(uri.rpartition("/")[0]) as old:
+                os.rename(uri, old / "old")
+        else:
+            delete_file(join(uri, marker))
+    if not is_local(str(folder)):
+        (remote, source), (_, target) = filesystem(str(folder)), filesystem(uri)
+        for info in remote.get_file_info(fs.FileSelector(source, recursive=True)):
+            if info.type == fs.FileType.File and info.path != join(source, marker):
+                remote.copy_file(info.path, join(target, info.path.removeprefix(source)))
+        return publish_once(join(uri, marker), read_bytes(join(str(folder), marker)))
+    folder = Path(folder)
     if not is_local(uri):
-        return _upload_folder(folder, uri, marker=marker)
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file != folder / marker:
+                s3.put_file(join(uri, file.relative_to(folder).as_posix()), file)
+        return publish_once(join(uri, marker), (folder / marker).read_bytes())
     for file in folder.rglob("*"):
         if file.is_file():
             _flush_to_disk(file)
@@ -261,22 +276,6 @@ def publish_folder(folder: Path, uri: str, *, marker: str, replace: bool = False
             raise
         return False
     return True
-
-
-def publish_staged(staging: str, uri: str, *, marker: str) -> bool:
-    """Publish a folder of the same store at `uri` unless there is a complete one; whether this call did.
-
-    On a disk it is moved; in S3, which cannot move, the server copies its objects and `staging` stays.
-    """
-    if is_local(uri):
-        return publish_folder(Path(staging), uri, marker=marker)
-    if exists(join(uri, marker)):
-        return False
-    (remote, source), (_, target) = filesystem(staging), filesystem(uri)
-    for info in remote.get_file_info(fs.FileSelector(source, recursive=True)):
-        if info.type == fs.FileType.File and info.path != join(source, marker):
-            remote.copy_file(info.path, join(target, info.path.removeprefix(source)))
-    return publish_once(join(uri, marker), read_bytes(join(staging, marker)))
 
 
 @contextmanager
@@ -293,21 +292,6 @@ def local_copy(uri: str) -> Iterator[Path]:
         filesystem_, path = filesystem(uri)
         fs.copy_files(path, name, source_filesystem=filesystem_, destination_filesystem=fs.LocalFileSystem())
         yield Path(name)
-
-
-def _unpublish(uri: str, *, marker: str) -> None:
-    if is_local(uri):
-        with scratch_folder(uri.rpartition("/")[0]) as old:
-            os.rename(uri, old / "old")
-    else:
-        delete_file(join(uri, marker))
-
-
-def _upload_folder(folder: Path, uri: str, *, marker: str) -> bool:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / marker:
-            s3.put_file(join(uri, file.relative_to(folder).as_posix()), file)
-    return publish_once(join(uri, marker), (folder / marker).read_bytes())
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -116,8 +116,6 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     draft.choose("data.root", found.root)
     color = 1 - found.share("gray")
     draft.choose("data.channels", 3 if color else 1, f"In color: {percent(color)}." if color else "All are gray.")
-    if not found.complete or {look.bands for look in found.looks} != {draft.get("data.channels")}:
-        draft.choose("data.convert_channels", True, "Some are, or may be, stored with another number of channels.")
     clear = [look for look in found.looks if look.transparent]
     if clear:
         gray = float(np.median([look.pixels.mean() if len(look.pixels) else 0 for look in clear]))
@@ -132,8 +130,6 @@ def _choose_images(draft: Draft, found: Survey) -> None:
     else:
         fraction = held_out(found.num_images - len(found.bad))
         draft.choose("data.test_fraction", fraction, "Held out: measured with, and not trained on.")
-    if found.unlabeled:
-        draft.choose("data.unlabelled", "keep", f"Images without a label: {found.unlabeled:,}.")
     if found.bad:
         bad = found.bad[0]
         draft.choose("data.on_bad_image", "skip", f"{len(found.bad)} cannot be used, such as {bad.name}: {bad.reason}.")

@@ -30,7 +30,7 @@ MOST_LOOKED_AT = 1024
 FEWEST_LOOKED_AT = 32
 SECONDS = 5.0  # after which no more images are looked at
 THUMBNAIL = 128  # pixels, longer side
-_OF_PLACE = ("data.source", "data.image_column", "data.label_column", "data.unlabelled")
+_OF_PLACE = ("data.source", "data.image_column", "data.label_column")
 _RUNS = 8  # places of a split that the sample is from, since Parquet files are often sorted by class
 _HELD_OUT = 0.4375  # what no test split of the place itself is likely to be; exact in binary
 _SAME_GRAY = 4  # levels by which JPEG moves the channels of a gray image apart
@@ -151,7 +151,7 @@ class _Looking(Fit):
 
     looks: list[Look] = field(default_factory=list)
 
-    def picture(self, picture: Picture, *, name: str) -> Fitted:
+    def picture(self, picture: Picture, *, name: str = "") -> Fitted:
         """Note the image; called in several threads."""
         image, conversions = picture.image, picture.conversions
         kind = image.format or ""
@@ -222,7 +222,7 @@ def _open(root: str, given: Sequence[str]) -> tuple[DataConfig, Source]:
 
 
 def _read_as(source: str, root: str, given: Sequence[str]) -> DataConfig:
-    data = {"source": source, "root": root, "image_size": 8, "channels": 3, "unlabelled": "keep"}
+    data = {"source": source, "root": root, "image_size": 8, "channels": 3}
     return any_config(data={**data, "test_fraction": _HELD_OUT}, overrides=given).data
 
 

@@ -139,7 +139,7 @@ def open_probe(config: Config, dataset: str, training: TrainingImages, context: 
     effort = effort_of(config, held_out=count, training=len(training))
     if effort is None:
         return None
-    held_out = open_training_images(dataset, config.data, "test")
+    held_out = open_training_images(dataset, "test")
     return Probe(
         config,
         _share(held_out, effort.held_out, context, Stream.HELD_OUT_NOISE, Stream.HELD_OUT_DEQUANTIZE),

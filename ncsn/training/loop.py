@@ -88,7 +88,7 @@ class Training:
         self.saved, self.pauses = "", list[float]()
         newest = self._newest_checkpoint()
         with context.mistakes_shared():  # a file may be missing or damaged on one node alone
-            self.split = open_training_images(job.dataset, self.config.data)
+            self.split = open_training_images(job.dataset)
             self.manifest = load_manifest(job.dataset)
             self.classes = classes_of(self.config, self.manifest)
             recorded = job.sink is not None or job.history is not None

@@ -11,7 +11,7 @@ from image_folders import put, rows_of
 from refused import refused
 
 from ncsn.config import Config
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.steps import train
 
@@ -113,42 +113,31 @@ def test_broken_tables_and_labels_are_named(tmp_path, images, data_config):
     both = {kind: table_of(kind, {name: 1}) for kind in ("labels.csv", "metadata.csv")}
     root = put(tmp_path / "both", {**images, **both})
     with refused(f"{root}/metadata.csv"):
-        open_source(data_config("image_folder", root, unlabelled="keep"))
+        open_source(data_config("image_folder", root))
 
 
 @pytest.mark.parametrize("missing", ["", "-1", None])
-def test_images_without_a_label_are_refused_kept_or_dropped(tmp_path, images, data_config, missing):
+def test_images_without_a_label_beside_others_are_kept_and_counted(tmp_path, images, data_config, missing):
     labels = {name: ("cat", "dog")[number % 2] for number, name in enumerate(images)}
-    unlabelled = list(images)[:4]
-    labels |= dict.fromkeys(unlabelled, missing) if missing is not None else {}
-    if missing is None:
-        for name in unlabelled:
-            del labels[name]
+    for name in list(images)[:4]:
+        del labels[name]
+        if missing is not None:
+            labels[name] = missing
     root = put(tmp_path / "images", {**images, "labels.csv": table_of("labels.csv", labels)})
-    with refused(root):
-        open_source(data_config("image_folder", root))
-    kept = open_source(data_config("image_folder", root, unlabelled="keep"))
-    expected = [(n, -1 if n < 4 else n % 2) for n in range(COUNT)]
-    assert kept.class_names == ("cat", "dog") and sorted_rows(kept) == expected
-    assert [label for _, label in rows_of(kept)["test"]].count(-1) == 1  # they give their share as a class does
-    data = data_config("image_folder", root, unlabelled="drop")
-    assert sorted_rows(open_source(data)) == expected[4:]
-    manifest = write_dataset(open_source(data), str(tmp_path / "store"), name="x", data=data).manifest
-    assert manifest.settings["unlabelled"] == "drop" and sum(manifest.counts.values()) == COUNT - 4
-
-
-def test_images_next_to_class_folders_may_be_kept(tmp_path, images, data_config, formats):
-    files = {**images, "stray.png": formats.image(np.full((8, 8), 99, np.uint8))}
-    root = put(tmp_path, files)
-    assert (99, -1) in sorted_rows(open_source(data_config("image_folder", root, unlabelled="keep")))
-    assert len(sorted_rows(open_source(data_config("image_folder", root, unlabelled="drop")))) == COUNT
+    data = data_config("image_folder", root)
+    source = open_source(data)
+    assert source.class_names == ("cat", "dog")
+    assert sorted_rows(source) == [(n, -1 if n < 4 else n % 2) for n in range(COUNT)]
+    assert [label for _, label in rows_of(source)["test"]].count(-1) == 1  # they give their share as a class does
+    assert write_dataset(source, str(tmp_path / "store"), name="x", data=data).manifest.unlabeled == 4
 
 
 def test_images_of_which_none_has_a_label_stay(tmp_path, data_config, formats):
     files = {f"{n}.png": formats.image(np.full((8, 8), n, np.uint8)) for n in range(COUNT)}
-    for unlabelled in ("refuse", "keep", "drop"):
-        source = open_source(data_config("image_folder", put(tmp_path, files), unlabelled=unlabelled))
-        assert sorted_rows(source) == [(n, -1) for n in range(COUNT)] and source.class_names == ()
+    data = data_config("image_folder", put(tmp_path / "images", files))
+    source = open_source(data)
+    assert sorted_rows(source) == [(n, -1) for n in range(COUNT)] and source.class_names == ()
+    assert write_dataset(source, str(tmp_path / "store"), name="x", data=data).manifest.unlabeled == 0
 
 
 @pytest.mark.parametrize("classes", [0, 1, 2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from refused import refused
 from ncsn import storage
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, to_yaml
 from ncsn.core.noise_schedule import num_levels_for, pair_distances, ratio_for_overlap
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.noise_levels import resolve_noise, suggestions
-from ncsn.data.parquet import write_dataset
+from ncsn.data.noise_levels import ImageSample, resolve_noise, suggestions
 from ncsn.data.sources.known import open_source
-from ncsn.data.statistics import ImageSample
 from ncsn.data.training_images import open_cache
 from ncsn.runs.folder import claim_run
 from ncsn.steps.step import Step
@@ -90,20 +88,6 @@ def test_the_run_gets_the_levels_that_were_chosen(dataset: str, tmp_path: Path) 
         step.settle_noise(auto(tmp_path, "noise={num_levels: 3}"), manifest)
     with pytest.raises(ValueError, match=r"noise\.num_levels"):
         step.settle_noise(auto(tmp_path, "noise={kind: auto, overlap: 0.2}"), manifest)
-
-
-def test_a_dataset_of_an_earlier_version_is_named_and_completed(dataset: str, tmp_path: Path) -> None:
-    data = from_yaml(AUTO).data
-    uri = write_dataset(open_source(data), str(tmp_path), name="digits", data=data).uri
-    path = Path(uri) / "manifest.json"
-    fields = json.loads(path.read_text())
-    del fields["suggested_noise"]
-    path.write_text(json.dumps(fields))
-    with refused("noise"):
-        resolve_noise(auto(tmp_path), load_manifest(uri))
-    again = write_dataset(open_source(data), str(tmp_path), name="digits", data=data)
-    assert (again.uri, again.created) == (uri, False)
-    assert load_manifest(uri).suggested_noise == load_manifest(dataset).suggested_noise
 
 
 def test_images_that_are_all_alike_have_no_levels(dataset: str, tmp_path: Path) -> None:

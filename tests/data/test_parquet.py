@@ -19,10 +19,13 @@ from generated_split import GeneratedSplit
 from refused import refused
 
 from ncsn import storage
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, SkippedImage, SplitDigest, from_table, load_manifest, schema, to_table
-from ncsn.data.parquet import read_blocks, read_rows, read_split, write_dataset
+from ncsn.data.noise_levels import ImageSample
+from ncsn.data.parquet import read_blocks, read_split
 from ncsn.data.sources.base import Example, Source
 from ncsn.errors import InvalidValue, NotFound
+from ncsn.progress import Progress
 
 
 @pytest.fixture
@@ -58,9 +61,9 @@ def files_below(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_what_is_written_reads_back(request, tmp_path, images, config, place):
+def test_what_is_written_reads_back(request, tmp_path, images, config, place, monkeypatch):
     folder = str(tmp_path / "noise") if place == "local" else f"{request.getfixturevalue('s3_root')}/datasets/noise"
-    config = config.model_copy(update={"rows_per_part": 16})
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 16)
     dataset = write(images, folder, config)
     assert dataset.created
     assert dataset.uri == f"{folder}/{dataset.manifest.digest}"
@@ -85,8 +88,9 @@ def test_the_lines_of_the_docs_read_a_part(tmp_path, images, config, monkeypatch
     assert np.array_equal(names["images"], images["train"].images)
 
 
-def test_the_manifest_describes_the_dataset(tmp_path, images, config):
-    dataset = write(images, tmp_path, config.model_copy(update={"rows_per_part": 30}))
+def test_the_manifest_describes_the_dataset(tmp_path, images, config, monkeypatch):
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 30)
+    dataset = write(images, tmp_path, config)
     manifest = load_manifest(dataset.uri)
     assert manifest == dataset.manifest
     unit = images["train"].images / 255
@@ -99,7 +103,7 @@ def test_the_manifest_describes_the_dataset(tmp_path, images, config):
     assert manifest.settings["test_fraction"] == 0.25
     assert "root" not in manifest.settings  # where the files lay is no property of their content
     text = json.loads((Path(dataset.uri) / "manifest.json").read_text())
-    assert text["format_version"] == 2
+    assert text["format_version"] == 1
     assert text["schema"]["image"] == "192 bytes: uint8 [8, 8, 3], row by row"
 
 
@@ -111,33 +115,11 @@ def test_any_parquet_reader_sees_the_bytes(tmp_path, images, config):
     assert np.array_equal(rows, images["train"].images[: len(rows)])
 
 
-def as_tensors(rows: Rows) -> pa.Table:
-    """Rows as format version 1 has them."""
-    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows.images))
-    return pa.table({"image": tensors, "label": rows.labels})
-
-
-def test_a_dataset_of_the_format_before_is_read(tmp_path, images, config):
-    uri = write(images, tmp_path, config).uri
-    for path in Path(uri).rglob("*.parquet"):
-        pq.write_table(as_tensors(from_table(pq.read_table(path))), path, row_group_size=7)
-    path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
-    for split, rows in images.items():
-        found = read_split(uri, split, rows=range(3, len(rows)))
-        assert np.array_equal(found.images, rows.images[3:]) and np.array_equal(found.labels, rows.labels[3:])
-    some = np.array([41, 2, 33])
-    found = read_rows(uri, "train", some, manifest=load_manifest(uri))
-    assert np.array_equal(found.images, images["train"].images[some])
-    assert np.array_equal(found.labels, images["train"].labels[some])
-    assert not write(images, tmp_path, config).created
-
-
-def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config):
-    digests = {
-        write(images, tmp_path / str(rows), config.model_copy(update={"rows_per_part": rows})).manifest.digest
-        for rows in (1, 7, 50, 16384)
-    }
+def test_the_digest_is_of_the_content_and_not_of_its_storage(tmp_path, images, config, monkeypatch):
+    digests = set()
+    for rows in (1, 7, 50, 16384):
+        monkeypatch.setattr("ncsn.data.format.PART_IMAGES", rows)
+        digests.add(write(images, tmp_path / str(rows), config).manifest.digest)
     assert len(digests) == 1
     again = write(images, tmp_path / "7", config)
     assert not again.created
@@ -186,7 +168,7 @@ def test_blocks_stay_small(tmp_path, images, config, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatch):
-    monkeypatch.setattr("ncsn.data.statistics.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
+    monkeypatch.setattr("ncsn.data.noise_levels.MOST_IMAGES", 10)  # the sample for the noise levels has its own bound
     image = np.zeros((64, 64, 3), np.uint8)
 
     def peak(count: int) -> int:
@@ -214,13 +196,12 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path, data_config, monkeypatc
 def test_progress_reaches_the_total_and_never_goes_back(tmp_path, images, config, monkeypatch):
     monkeypatch.setattr("ncsn.data.parquet._BLOCK_BYTES", 16 * 192)
     seen = []
-    write_dataset(
-        source_of(images),
-        str(tmp_path),
-        name="noise",
-        data=config,
-        on_progress=lambda done, total: seen.append((done, total)),
-    )
+
+    class Watched(Progress):
+        def _changed(self) -> None:
+            seen.append((self.done, self.total))
+
+    write_dataset(source_of(images), str(tmp_path), name="noise", data=config, progress=Watched())
     assert seen[0] == (0, 70)
     assert seen[-1] == (70, 70)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -288,7 +269,7 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     with refused(part, error=NotFound):
         read_split(uri, "train")
     path = Path(uri) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
     with refused(uri):
         load_manifest(uri)
 
@@ -296,7 +277,7 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
 WRITER = """
 import sys
 from ncsn.config.schema import DataConfig
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
 
 config = DataConfig(source="sklearn_digits", image_size=8, channels=1, max_images=100)
@@ -340,3 +321,15 @@ def test_a_split_digest_does_not_depend_on_the_blocks(images):
         pieces.update(Rows(rows.images[first:last], rows.labels[first:last]))
     assert pieces.hexdigest() == whole.hexdigest()
     assert pieces.count == 50
+
+
+def test_a_small_image_sample_is_a_function_of_the_order_alone():
+    images = np.random.default_rng(0).integers(0, 256, (300, 2, 2, 1), np.uint8)
+    samples = []
+    for size in (1, 7, 300):
+        sample = ImageSample(40)
+        for first in range(0, 300, size):
+            sample.update(images[first : first + size])
+        samples.append({image.tobytes() for image in sample.images})
+        assert not sample.complete and len(sample.some(10)) == 10
+    assert samples[0] == samples[1] == samples[2] and len(samples[0]) == 40

@@ -18,8 +18,9 @@ from PIL import Image
 from refused import refused
 
 from ncsn import storage
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import SkippedImage
-from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.known import open_source
 from ncsn.data.sources.published import files
 from ncsn.data.sources.published.source import place_of
@@ -263,7 +264,7 @@ def test_a_dataset_of_a_store_is_read_as_it_is(tmp_path, data_config, idx_folder
     again = data_config("parquet", first.uri)
     second = write_dataset(open_source(again), str(tmp_path / "store"), name="x", data=again)
     assert (second.manifest.digest, second.created) == (first.manifest.digest, False)
-    larger = data_config("parquet", first.uri, image_size=16, channels=3, convert_channels=True)
+    larger = data_config("parquet", first.uri, image_size=16, channels=3)
     third = write_dataset(open_source(larger), str(tmp_path / "store"), name="x", data=larger)
     assert read_split(third.uri, "test").images.shape == (9, 16, 16, 3)
     assert list(third.manifest.class_names) == list("0123456789")

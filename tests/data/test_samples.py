@@ -9,7 +9,7 @@ import pytest
 from refused import refused
 
 from ncsn.data.format import Rows, to_table
-from ncsn.data.samples import missing_ranges, read_samples, samples_shape, shard_name
+from ncsn.data.samples import missing_ranges, read_samples, samples_shape
 from ncsn.errors import NotFound
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
@@ -69,13 +69,6 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     with refused(str(damaged)) as caught:
         read(tmp_path, 6)
     assert "int64" in caught.value.problems[0].reason
-
-
-def test_shards_of_the_format_before_are_read(tmp_path: Path) -> None:
-    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES)
-    pq.write_table(pa.table({"image": tensors, "label": [-1] * 20}), tmp_path / shard_name(0, 20))
-    np.testing.assert_array_equal(read(tmp_path, 15), IMAGES[:15])
-    assert samples_shape(str(tmp_path), num_images=20) == (4, 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,7 @@ def test_patches_are_the_same_each_time_and_fit_the_photographs(data_config):
         with refused("data.image_size") as caught:
             open_source(data_config("sklearn_photos", **settings))
         assert f"{largest} pixels" in caught.value.problems[0].reason
-    with refused("data.channels"):
-        read(open_source(data_config("sklearn_photos", image_size=32)), "test")
-    gray = open_source(data_config("sklearn_photos", image_size=32, convert_channels=True, max_images=2))
+    gray = open_source(data_config("sklearn_photos", image_size=32, max_images=2))
     assert read(gray, "test")[0].shape == (2, 32, 32, 1)
 
 
@@ -134,10 +132,7 @@ def test_images_are_limited_resized_and_converted(idx_folder, data_config):
     assert np.array_equal(read(few, "train")[0][..., 0], arrays[TRAIN_IMAGES][:7])
     assert [len(few.splits[split]) for split in ("train", "test")] == [7, 5]
     assert read(open_source(data_config("mnist", folder, image_size=14)), "train")[0].shape == (12, 14, 14, 1)
-    with refused("data.channels") as caught:
-        next(open_source(data_config("mnist", folder, channels=3)).splits["train"].stream())
-    assert f"{folder}/{TRAIN_IMAGES}" in caught.value.problems[0].reason
-    converted = open_source(data_config("mnist", folder, channels=3, convert_channels=True))
+    converted = open_source(data_config("mnist", folder, channels=3))
     assert next(converted.splits["train"].stream()).image.shape == (8, 8, 3)
 
 

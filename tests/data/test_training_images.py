@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,18 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data import training_images
-from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.dataset import write_dataset
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.base import Example, Source
 from ncsn.data.sources.known import open_source
-from ncsn.data.training_images import StreamedSplit, image_indices, open_cache, window_at
+from ncsn.data.training_images import (
+    CachedSplit,
+    StreamedSplit,
+    image_indices,
+    open_cache,
+    open_training_images,
+    window_at,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +38,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def dataset(tmp_path, data_config) -> str:
-    config = data_config("sklearn_digits", rows_per_part=500)
+def dataset(tmp_path, data_config, monkeypatch) -> str:
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 500)
+    config = data_config("sklearn_digits")
     return write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
 
 
@@ -104,7 +114,8 @@ def test_a_damaged_copy_is_named(dataset, tmp_path):
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk, tmp_path, data_config, monkeypatch):
     monkeypatch.setenv("NCSN_CACHE_DIR", str(small_disk.folder))
-    config = data_config("sklearn_digits", image_size=64, rows_per_part=100)
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 100)
+    config = data_config("sklearn_digits", image_size=64)
     uri = write_dataset(open_source(config), str(tmp_path / "digits"), name="digits", data=config).uri
     with pytest.raises(OSError, match=r"No space left|File too large") as failure:
         open_cache(uri, "train")
@@ -168,10 +179,10 @@ def test_a_window_mixes_places_of_the_whole_split():
 
 
 @pytest.fixture
-def numbered(tmp_path, data_config):
+def numbered(tmp_path, data_config, monkeypatch):
     """Writes 500 and 20 images whose first two pixels are their number."""
 
-    def make(rows_per_part: int) -> str:
+    def make(in_part: int) -> str:
         def row(number: int) -> Example:
             image = np.zeros((8, 8, 1), np.uint8)
             image[0, :2, 0] = divmod(number, 256)
@@ -182,8 +193,9 @@ def numbered(tmp_path, data_config):
             for split, count in (("train", 500), ("test", 20))
         }
         source = Source("numbers", "none", tuple("0123456789"), splits)
-        data = data_config("image_folder", rows_per_part=rows_per_part)
-        return write_dataset(source, str(tmp_path / f"store-{rows_per_part}"), name="numbers", data=data).uri
+        data = data_config("image_folder")
+        monkeypatch.setattr("ncsn.data.format.PART_IMAGES", in_part)
+        return write_dataset(source, str(tmp_path / f"store-{in_part}"), name="numbers", data=data).uri
 
     return make
 
@@ -227,13 +239,36 @@ def test_workers_resumes_and_part_files_change_nothing(numbered, tmp_path, monke
     assert len(alone) == 500
 
 
-def test_only_windows_are_on_the_disk(numbered, tmp_path):
-    stream = StreamedSplit(numbered(30), "train", window_images=64)
+def disk_with(monkeypatch, free: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=free))
+
+
+def test_only_windows_are_on_the_disk_if_there_is_no_room_for_all(numbered, tmp_path, monkeypatch):
+    uri = numbered(30)
+    disk_with(monkeypatch, 2 * 64 * (8 * 8 + 8) - 1)
+    with refused(str(tmp_path / "cache" / Path(uri).name / "train-labeled-4")):
+        StreamedSplit(uri, "train", window_images=64)
+    disk_with(monkeypatch, 2 * 64 * (8 * 8 + 8))
+    stream = StreamedSplit(uri, "train", window_images=64)
     most = 0
     for first in range(0, 1000, 10):
         stream.ordered(0, first=first, count=10)
         most = max(most, sum(1 for _ in (tmp_path / "cache").rglob("*.npy")))
     assert 16 < most <= 3 * 16  # of 125 chunks
+    disk_with(monkeypatch, 1 << 40)
+    stream = StreamedSplit(uri, "train", window_images=64)
+    for first in range(0, 500, 10):
+        stream.ordered(0, first=first, count=10)
+    assert sum(1 for _ in (tmp_path / "cache").rglob("*.npy")) == 125
+
+
+def test_the_size_of_the_split_decides_how_it_is_read(numbered, monkeypatch):
+    uri = numbered(30)
+    monkeypatch.setattr(training_images, "WINDOW_BYTES", 500 * 64)
+    assert isinstance(open_training_images(uri), CachedSplit)
+    monkeypatch.setattr(training_images, "WINDOW_BYTES", 500 * 64 - 1)
+    assert isinstance(open_training_images(uri), StreamedSplit)
+    assert isinstance(open_training_images(uri, "test"), CachedSplit)
 
 
 def test_a_chunk_that_somebody_deleted_is_fetched_again(numbered, tmp_path):
@@ -252,6 +287,7 @@ def test_a_chunk_on_a_full_disk_is_an_error(small_disk, tmp_path, data_config, r
     splits = {name: GeneratedSplit(400, lambda: (Example(image, 0) for image in noise)) for name in ("train", "test")}
     data = data_config("image_folder", image_size=64, channels=3)
     uri = write_dataset(Source("noise", "none", ("a",), splits), str(tmp_path), name="noise", data=data).uri
+    disk_with(monkeypatch, 1 << 40)
     stream = StreamedSplit(uri, "train", window_images=4096)
     with pytest.raises(OSError, match=r"No space left|File too large|requested and .* written"):
         stream.ordered(0, first=0, count=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.config import from_yaml
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
 
 TINY = """

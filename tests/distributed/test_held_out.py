@@ -11,7 +11,7 @@ from local_training import assert_same_tensors, train_locally
 
 from ncsn.config import Config, from_yaml
 from ncsn.data.parquet import read_split
-from ncsn.data.training_images import open_training_images
+from ncsn.data.training_images import StreamedSplit, open_training_images
 from ncsn.model import build
 from ncsn.runs.curves import held_out_curves
 from ncsn.runs.history import TrainingHistory, load_history
@@ -55,7 +55,7 @@ def point(config: Config, dataset: str, context: LocalContext) -> dict[str, floa
     generator = torch.Generator().manual_seed(1)
     for weight in state.ema.weights.values():
         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    training = open_training_images(dataset, config.data)
+    training = open_training_images(dataset)
     probe = open_probe(config, dataset, training, context)
     assert probe is not None
     return probe.measure(state, dtype=None)
@@ -68,7 +68,7 @@ def point(config: Config, dataset: str, context: LocalContext) -> dict[str, floa
         ["train.batch_size=5"],
         ["compute.microbatch=2"],
         ["data.horizontal_flip=false", "network.dropout=0.5"],
-        ["seed=0", "data.loader=stream", "data.window_images=64"],
+        ["seed=0"],
     ],
 )
 def test_it_depends_on_the_weights_and_the_images_only(tiny: str, dataset: str, overrides: list[str]) -> None:
@@ -151,8 +151,8 @@ def test_it_takes_a_fiftieth_of_the_time(
         assert passes <= 0.02 * 3
 
 
-def test_rows_of_a_streamed_split_are_those_of_the_data(tiny: str, dataset: str) -> None:
-    streamed = open_training_images(dataset, from_yaml(tiny, overrides=["data.loader=stream"]).data, "test")
+def test_rows_of_a_streamed_split_are_those_of_the_data(dataset: str) -> None:
+    streamed = StreamedSplit(dataset, "test", window_images=64)
     every = read_split(dataset, "test")
     rows = np.random.default_rng(0).permutation(len(every))[:100]
     found = streamed.rows(rows)

@@ -23,22 +23,22 @@ from PIL import Image
 from ncsn import storage
 from ncsn.config import from_yaml
 from ncsn.config.schema import DataConfig
-from ncsn.data.dataset import shaping_settings
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.known import open_source
-from ncsn.distributed.ingest import write_dataset_in_parts
+from ncsn.progress import Progress
 
 ON_RAY = """
-import runpy
+import os, runpy
+import ncsn.data.format as format
 import ncsn.distributed.ingest as ingest
-ingest.FEW_CORES = 0
+ingest.FEW_CORES, format.PART_IMAGES = 0, int(os.environ["PART_IMAGES"])
 runpy.run_module("ncsn", run_name="__main__", alter_sys=True)
 """
 EXPERIMENT = """
 name: packed
-data: {{source: {source}, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, rows_per_part: {rows},
-  on_bad_image: skip}}
+data: {{source: {source}, root: {root}, image_size: 8, channels: 1, test_fraction: 0.2, on_bad_image: skip}}
 network: {{kind: unet, widths: [8]}}
 train: {{num_images: 128, checkpoint_every_images: 128, report_every_images: 128}}
 sampling: {{sampler: {{kind: annealed_langevin}}}}
@@ -71,11 +71,11 @@ def shard(first: int, last: int) -> bytes:
 def command(tmp_path):
     """Returns the command `ncsn ingest` for an experiment on Ray, and the experiment's text."""
 
-    def make(run: str, *, source: str = "image_folder", **fields) -> tuple[list[str], str, dict[str, str]]:
+    def make(run: str, *, source: str = "image_folder", rows: int, **fields) -> tuple[list[str], str, dict[str, str]]:
         text = EXPERIMENT.format(source=source, **fields)
         (tmp_path / "config.yaml").write_text(text)
         arguments = ["ingest", "--config", str(tmp_path / "config.yaml"), "--run", run, "--json"]
-        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PART_IMAGES": str(rows)}
         return [sys.executable, "-c", ON_RAY, *arguments], text, environment
 
     return make
@@ -109,8 +109,9 @@ def test_shards_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, co
     assert not [entry["Key"] for entry in objects["Contents"] if "/.parts-" in entry["Key"]]
 
 
-def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path):
+def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_path, monkeypatch):
     """From a copy of the source, as a Ray task gets it."""
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 50)
     for number in range(3):
         rows = range(60 * number, 60 * number + 60)
         images = [{"bytes": b"broken" if row == 7 else png(row), "path": None} for row in rows]
@@ -118,10 +119,10 @@ def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_p
         pq.write_table(table, tmp_path / "shard.parquet", row_group_size=25)
         storage.write_bytes(f"{s3_root}/hub/data/{number}.parquet", (tmp_path / "shard.parquet").read_bytes())
     root, store = f"{s3_root}/hub", f"{s3_root}/store"
-    text = EXPERIMENT.format(source="parquet", root=root, rows=50, store=store)
+    text = EXPERIMENT.format(source="parquet", root=root, store=store)
     data = from_yaml(text).data
     source = pickle.loads(pickle.dumps(open_source(data)))
-    made = write_dataset_in_parts(source, f"{store}/packed", name="packed", data=data, fingerprint="x", here=True)
+    made = write_dataset(source, f"{store}/packed", name="packed", data=data, fingerprint="x")
     assert made.manifest.digest == in_one_pass(text, tmp_path / "one-pass").manifest.digest
     manifest = load_manifest(made.uri)
     assert [image.name for image in manifest.skipped] == [f"{root}/data/0.parquet:row 7"]
@@ -129,26 +130,26 @@ def test_parquet_files_in_a_bucket_become_the_dataset_of_one_pass(s3_root, tmp_p
     assert len(manifest.parts["train"]) == 3  # of 144 images offered, 50 to a part
 
 
-def test_one_process_goes_on_where_it_was(tmp_path):
+def test_one_process_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("ncsn.data.format.PART_IMAGES", 20)
     (tmp_path / "images").mkdir()
     for number in range(2):
         (tmp_path / "images" / f"{number}.tar").write_bytes(shard(60 * number, 60 * number + 60))
     store = tmp_path / "store"
-    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", rows=20, store=store)
+    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", store=store)
     data, folder = from_yaml(text).data, str(store / "datasets" / "image_folder")
 
-    def ingest(on_progress):
+    def ingest(progress):
         source = open_source(data)
-        return write_dataset_in_parts(
-            source, folder, name="image_folder", data=data, fingerprint="x", here=True, on_progress=on_progress
-        )
+        return write_dataset(source, folder, name="image_folder", data=data, fingerprint="x", progress=progress)
 
-    def stop(done: int, _: int) -> None:
-        if done > 45:
-            raise KeyboardInterrupt
+    class Stop(Progress):
+        def _changed(self) -> None:
+            if self.done > 45:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest(stop)
+        ingest(Stop())
     before = parts(store)
     assert len(before) == 2
     dataset = ingest(None)
@@ -167,24 +168,15 @@ def test_another_crop_is_another_dataset(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(12):
         (tmp_path / "images" / f"{number}.png").write_bytes(png(number, side=24))
-    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", rows=20, store=tmp_path)
+    text = EXPERIMENT.format(source="image_folder", root=tmp_path / "images", store=tmp_path)
     whole = from_yaml(text).data
 
     def digest(data: DataConfig) -> str:
         source = open_source(data)
-        return write_dataset_in_parts(
-            source, str(tmp_path / "store"), name="image_folder", data=data, fingerprint="x", here=True
-        ).manifest.digest
+        dataset = write_dataset(source, str(tmp_path / "store"), name="image_folder", data=data, fingerprint="x")
+        return dataset.manifest.digest
 
     assert digest(whole) != digest(whole.model_copy(update={"crop": 12}))
-
-
-def test_settings_that_decide_the_images_are_known():
-    """Receipts of datasets written before would be missed with others."""
-    data = from_yaml(EXPERIMENT.format(source="image_folder", root=".", rows=20, store=".")).data
-    assert set(shaping_settings(data)) == {
-        "source", "image_size", "channels", "convert_channels", "test_fraction", "max_images", "on_bad_image",
-    }  # fmt: skip
 
 
 @pytest.mark.slow

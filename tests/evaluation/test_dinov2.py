@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ncsn.config import Config, from_yaml
 from ncsn.config.evaluation import PUBLISHED_SHA256
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import to_table
-from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation.choice import extractor_name

@@ -26,8 +26,9 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.evaluation import PUBLISHED_SHA256, EvaluationConfig
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import to_table
-from ncsn.data.parquet import read_split, write_dataset
+from ncsn.data.parquet import read_split
 from ncsn.data.sources.known import open_source
 from ncsn.errors import NotFound
 from ncsn.evaluation.extractors.inception import InceptionExtractor

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ncsn.config import Config, from_yaml
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
-from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_samples
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache

@@ -41,6 +41,8 @@ MANIFEST = Manifest(
     source="Handwritten digits.",
     license="CC BY 4.0",
     settings={},
+    suggested_noise={},
+    conversions={},
 )
 EVALUATION = {
     "metrics": {

@@ -10,8 +10,8 @@ import pytest
 from refused import refused
 
 from ncsn.config import Config
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import Rows, to_table
-from ncsn.data.parquet import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound

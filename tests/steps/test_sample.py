@@ -13,8 +13,8 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
+from ncsn.data.dataset import write_dataset
 from ncsn.data.format import load_manifest
-from ncsn.data.parquet import write_dataset
 from ncsn.data.samples import read_labels, read_samples
 from ncsn.data.sources.known import open_source
 from ncsn.report.images import grid_png

@@ -238,14 +238,14 @@ def test_a_write_that_fails_keeps_the_old_file(small_disk):
     assert names_below(small_disk.folder) == ["file"]
 
 
-def test_publish_staged_publishes_once(root, tmp_path):
+def test_a_folder_of_the_store_is_published_once(root, tmp_path):
     file = tmp_path / "file"
     for staging, content in (("first", b"1"), ("second", b"2")):
         file.write_bytes(content)
         files.publish_file(file, f"{root}/{staging}/train/part")
         files.write_bytes(f"{root}/{staging}/marker", content)
-    assert files.publish_staged(f"{root}/first", f"{root}/final", marker="marker")
-    assert not files.publish_staged(f"{root}/second", f"{root}/final", marker="marker")
+    assert files.publish_folder(f"{root}/first", f"{root}/final", marker="marker")
+    assert not files.publish_folder(f"{root}/second", f"{root}/final", marker="marker")
     assert files.read_bytes(f"{root}/final/train/part") == b"1"
     for staging in ("first", "second", "never"):
         files.delete_folder(f"{root}/{staging}")

@@ -14,7 +14,7 @@ from local_training import train_locally
 
 from ncsn import storage
 from ncsn.config import to_yaml
-from ncsn.data.parquet import write_dataset
+from ncsn.data.dataset import write_dataset
 from ncsn.data.sources.known import open_source
 from ncsn.runs.curves import PREVIEW
 from ncsn.runs.history import load_history

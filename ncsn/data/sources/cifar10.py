@@ -45,7 +45,7 @@ def open_cifar10(data: DataConfig) -> Source:
     for split, names in _BATCHES.items():
         images, labels = zip(*(_parse_batch(*batches.pop(name)) for name in names), strict=True)
         channels_last = np.concatenate(images).transpose(0, 2, 3, 1)
-        splits[split] = Arrays(channels_last, np.concatenate(labels), Fit.of(data), f"CIFAR-10 {split}")
+        splits[split] = Arrays(channels_last, np.concatenate(labels), Fit.of(data))
     return Source(
         description="CIFAR-10, A. Krizhevsky 2009, 32x32 RGB",
         license="no licence stated by its authors; collected from the web",

@@ -51,12 +51,7 @@ def open_image_folder(data: DataConfig) -> Source:
     found, from_tables = _find(root)
     found = sorted(found, key=lambda one: name_hash(one.path))
     own_splits = {one.path.partition("/")[0] if "/" in one.path else "" for one in found} == set(SPLITS)
-    class_names, labels = _label(
-        root, found, depth=1 if own_splits else 0, from_tables=from_tables, refuse=data.unlabelled == "refuse"
-    )
-    if data.unlabelled == "drop" and class_names:
-        labeled = [n for n, label in enumerate(labels) if label != NO_LABEL]
-        found, labels = [found[n] for n in labeled], [labels[n] for n in labeled]
+    class_names, labels = _label(found, depth=1 if own_splits else 0, from_tables=from_tables)
     if own_splits:
         chosen = {split: [n for n, one in enumerate(found) if one.path.startswith(f"{split}/")] for split in SPLITS}
     else:
@@ -148,21 +143,11 @@ def _in_archives(root: str, archives: Sequence[str]) -> tuple[list[_Found], list
     return found, tables
 
 
-def _label(
-    root: str, found: Sequence[_Found], *, depth: int, from_tables: bool, refuse: bool
-) -> tuple[tuple[str, ...], list[int]]:
+def _label(found: Sequence[_Found], *, depth: int, from_tables: bool) -> tuple[tuple[str, ...], list[int]]:
     """Class names and each image's label: that of a table, of the file next to it, or the folder at `depth`."""
     from_files = from_tables or any(one.word for one in found)
     words = [one.word or None if from_files else _folder(one.path, depth) for one in found]
     known = {word for word in words if word is not None}
-    if refuse and known and None in words:
-        stray = min(one.path for one, word in zip(found, words, strict=True) if word is None)
-        kind = "labels" if from_files else "class folders"
-        raise UserError(
-            root,
-            f"has {kind} (such as {min(known)!r}) for some images but none for others (such as {stray!r})",
-            hint="give every image a label, or none, or set data.unlabelled to keep or drop",
-        )
     names = class_names_of(known, numbers=from_files)
     places = {name: place for place, name in enumerate(names)}
     return names, [NO_LABEL if word is None else places[word] for word in words]

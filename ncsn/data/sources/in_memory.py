@@ -22,7 +22,6 @@ class Arrays:
     images: np.ndarray  # uint8 [N, H, W, C], of any size
     labels: np.ndarray  # [N]
     fit: Fit
-    name: str  # for messages
     in_tasks: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -38,8 +37,8 @@ class Arrays:
         if self.fit.keeps(self.images.shape[1:]):
             return map(Example, self.images, labels)
         return (
-            Example(self.fit.array(image, name=f"image {number} of {self.name}"), label)
-            for number, (image, label) in enumerate(zip(self.images, labels, strict=True))
+            Example(fitted.image, label, fitted.conversions)
+            for fitted, label in zip(map(self.fit.array, self.images), labels, strict=True)
         )
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ncsn.config.schema import DataConfig
-from ncsn.data.sources.base import Source
+from ncsn.data.format import part_images
+from ncsn.data.sources.base import Source, image_shape
 from ncsn.data.sources.cifar10 import locate_cifar10, open_cifar10
 from ncsn.data.sources.image_folder import locate_celeba, locate_images, open_celeba, open_image_folder
 from ncsn.data.sources.listing import DOWNLOADED
@@ -64,4 +65,6 @@ def locate_source(data: DataConfig) -> str:
 def fills_several_parts(source: Source, data: DataConfig) -> bool:
     """Whether it is worth writing the parts of the dataset in several processes."""
     splits = source.splits.values()
-    return all(split.in_tasks for split in splits) and any(len(split) > data.rows_per_part for split in splits)
+    return all(split.in_tasks for split in splits) and any(
+        len(split) > part_images(image_shape(data)) for split in splits
+    )

@@ -77,7 +77,8 @@ class Patches:
         """Each patch; see `Split`."""
         for photograph, side, top, left in self.patches:
             pixels = self.photographs[photograph][top : top + side, left : left + side]
-            yield Example(self.fit.array(pixels, name="a patch of sklearn_photos"), photograph)
+            fitted = self.fit.array(pixels)
+            yield Example(fitted.image, photograph, fitted.conversions)
 
 
 def locate_package(_data: DataConfig) -> str:
@@ -97,7 +98,7 @@ def open_digits(data: DataConfig) -> Source:
         description="Optical Recognition of Handwritten Digits (test part), E. Alpaydin and C. Kaynak 1998, 8x8 gray",
         license="CC BY 4.0 (UCI Machine Learning Repository); shipped with scikit-learn",
         class_names=tuple(str(name) for name in digits.target_names),
-        splits={split: Arrays(images[rows], labels[rows], Fit.of(data), "digits") for split, rows in chosen.items()},
+        splits={split: Arrays(images[rows], labels[rows], Fit.of(data)) for split, rows in chosen.items()},
     )
 
 
@@ -175,7 +176,7 @@ def _idx_splits(data: DataConfig, *, torchvision_class: str) -> dict[str, Arrays
                 hint="fetch both again, they do not belong together",
             )
         require_labels(labels, num_classes=10, name=str(label_file))
-        splits[split] = Arrays(images[..., None], labels, Fit.of(data), str(image_file))
+        splits[split] = Arrays(images[..., None], labels, Fit.of(data))
     return splits
 
 

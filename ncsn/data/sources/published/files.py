@@ -159,7 +159,7 @@ def _value(scalar: pa.Scalar, kind: ImageKind) -> Any:
     if not scalar.is_valid:
         return None
     if kind == "pixels":
-        return scalar.to_numpy() if isinstance(scalar, pa.ExtensionScalar) else scalar.as_buffer()
+        return scalar.as_buffer()
     return (scalar["bytes"] if kind == "struct" else scalar).as_py()
 
 
