@@ -5,12 +5,11 @@ The data is in the store; a KFP artifact is the step's result as JSON, with the 
 """
 
 import base64
-import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,30 @@ def experiment(config: str, run: str) -> tuple[Any, str]:
     return settings, run or f"{settings.name}-{os.environ[KFP_RUN_ID][:8]}"
 
 
-@contextlib.contextmanager
-def task(
-    step: str, *, config: str, run: str, last: bool = False, task_config: dsl.TaskConfig | None = None
-) -> Iterator[tuple[Any, str]]:
-    """The settings and the run's name, around the step of a task; see `pipeline_task`.
+def run_task(
+    step: str,
+    config: str,
+    run: str,
+    *,
+    last: bool = False,
+    task_config: dsl.TaskConfig | None = None,
+    **inputs: dsl.Artifact,
+) -> Any:
+    """The result of a task's step, of which `config`, `run` and the artifacts are the parameters.
 
-    `config` and `run` are the task's parameters. The pipeline ends with the `last` task. `task_config` is what KFP
-    holds for the pods that the task may start.
+    The pipeline ends with the `last` task. `task_config` is what KFP holds for the pods that the task may start.
     """
     settings, name = experiment(config, run)
-    from ncsn.steps.kfp_task import pipeline_task
+    from ncsn.runs.folder import run_folder
+    from ncsn.runs.inputs import default_checkpoint
+    from ncsn.steps import kfp_task
 
-    with pipeline_task(settings, run=name, step=step, last=last):
-        if task_config is not None:
-            pass_on(task_config, settings)
-        yield settings, name
+    if task_config is not None:
+        pass_on(task_config, settings)
+    given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
+    if step == "sample":  # `ncsn select` may have chosen another one since the task before
+        given["checkpoint"] = default_checkpoint(run_folder(settings, name), settings, last=given["checkpoint"])
+    return kfp_task.run_task(step, settings, run=name, given=given, last=last)
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:

@@ -18,13 +18,9 @@ def evaluate(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Measure the samples, next to real test images."""
-    from components import headline, publish, publish_metrics, publish_scores, task
+    from components import headline, publish, publish_metrics, publish_scores, run_task
 
-    with task("evaluate", config=config, run=run, task_config=task_config) as (settings, name):
-        from ncsn.steps import evaluate
-
-        uris = {"samples": samples.metadata["uri"], "dataset": dataset.metadata["uri"]}
-        result = evaluate.run(settings, run=name, **uris)
-        publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
-        publish_scores(scores, result.metrics, result.real_metrics)
-        publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))
+    result = run_task("evaluate", config, run, samples=samples, dataset=dataset, task_config=task_config)
+    publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
+    publish_scores(scores, result.metrics, result.real_metrics)
+    publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))

@@ -10,12 +10,8 @@ def ingest(
     config: str, run: str, content: str, dataset: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]
 ) -> None:
     """Read the images into the store as Parquet, once per content. KFP's cache looks at `content`."""
-    from components import publish, publish_metrics, task
+    from components import publish, publish_metrics, run_task
 
-    with task("ingest", config=config, run=run) as (settings, name):
-        from ncsn.steps import ingest
-
-        result = ingest.run(settings, run=name)
-        shown = f"{settings.data.source} {result.digest[:8]}"
-        publish(dataset, result, display_name=shown, uri=result.uri, digest=result.digest, content=content)
-        publish_metrics(metrics, {f"ingest/{split}_images": count for split, count in result.counts.items()})
+    result = run_task("ingest", config, run)
+    publish(dataset, result, display_name=result.digest[:8], uri=result.uri, digest=result.digest, content=content)
+    publish_metrics(metrics, {f"ingest/{split}_images": count for split, count in result.counts.items()})

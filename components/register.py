@@ -15,13 +15,9 @@ def register(
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Register the EMA weights; they become champion if they beat the present one."""
-    from components import publish, publish_metrics, task
+    from components import publish, publish_metrics, run_task
 
-    with task("register", config=config, run=run) as (settings, name):
-        from ncsn.steps import register
-
-        uris = {"checkpoint": checkpoint.metadata["uri"], "evaluation": evaluation.metadata["uri"]}
-        result = register.run(settings, run=name, **uris)
-        shown = f"{result.model} version {result.version}"
-        publish(model, result, display_name=shown, uri=f"models:/{result.model}/{result.version}", framework="mlflow")
-        publish_metrics(metrics, {"register/promoted": float(result.promoted)})
+    result = run_task("register", config, run, checkpoint=checkpoint, evaluation=evaluation)
+    shown = f"{result.model} version {result.version}"
+    publish(model, result, display_name=shown, uri=result.uri, framework="mlflow")
+    publish_metrics(metrics, {"register/promoted": float(result.promoted)})

@@ -10,12 +10,9 @@ def report(config: str, run: str, evaluation: dsl.Input[dsl.Artifact], page: dsl
     """Write one self-contained HTML page about the run."""
     from pathlib import Path
 
-    from components import task
+    from components import run_task
+    from ncsn.storage import read_bytes
 
-    with task("report", config=config, run=run, last=True) as (settings, name):
-        from ncsn.steps import report
-        from ncsn.storage import read_bytes
-
-        result = report.run(settings, run=name, evaluation=evaluation.metadata["uri"])
-        Path(page.path).write_bytes(read_bytes(result.uri))
-        page.metadata["uri"] = result.uri
+    result = run_task("report", config, run, evaluation=evaluation, last=True)
+    Path(page.path).write_bytes(read_bytes(result.uri))
+    page.metadata["uri"] = result.uri

@@ -18,17 +18,11 @@ def sample(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Generate images by the configured sampler, from what `ncsn select` chose since, if it did."""
-    from components import publish, publish_metrics, publish_pictures, task
+    from components import publish, publish_metrics, publish_pictures, run_task
+    from ncsn.storage import read_bytes
 
-    with task("sample", config=config, run=run, task_config=task_config) as (settings, name):
-        from ncsn.runs.folder import run_folder
-        from ncsn.runs.inputs import default_checkpoint
-        from ncsn.steps import sample
-        from ncsn.storage import read_bytes
-
-        chosen = default_checkpoint(run_folder(settings, name), settings, last=checkpoint.metadata["uri"])
-        result = sample.run(settings, run=name, checkpoint=chosen)
-        publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
-        publish(sampled, result, display_name="checkpoint of the images", uri=result.checkpoint, framework="pytorch")
-        publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
-        publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})
+    result = run_task("sample", config, run, checkpoint=checkpoint, task_config=task_config)
+    publish(samples, result, display_name=f"{result.num_images:,} images", uri=result.uri)
+    publish(sampled, result, display_name="checkpoint of the images", uri=result.checkpoint, framework="pytorch")
+    publish_pictures(pictures, {"samples": read_bytes(result.grid), "level by level": read_bytes(result.strip)})
+    publish_metrics(metrics, {"sample/num_images": result.num_images, "sample/nfe": result.nfe})

@@ -16,17 +16,10 @@ def train(
     task_config: dsl.TaskConfig,
 ) -> None:
     """Train the score network on Ray, or resume it."""
-    from components import publish, publish_metrics, task
+    from components import publish, publish_metrics, run_task
 
-    with task("train", config=config, run=run, task_config=task_config) as (settings, name):
-        from ncsn.steps import train
-
-        result = train.run(settings, run=name, dataset=dataset.metadata["uri"])
-        shown = f"checkpoint at {result.images_seen:,} images"
-        publish(checkpoint, result, display_name=shown, uri=result.checkpoint, framework="pytorch")
-        figures = {
-            "images_seen": result.images_seen,
-            "loss": result.loss,
-            "images_per_second": result.images_per_second,
-        }
-        publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})
+    result = run_task("train", config, run, dataset=dataset, task_config=task_config)
+    shown = f"checkpoint at {result.images_seen:,} images"
+    publish(checkpoint, result, display_name=shown, uri=result.checkpoint, framework="pytorch")
+    figures = {"images_seen": result.images_seen, "loss": result.loss, "images_per_second": result.images_per_second}
+    publish_metrics(metrics, {f"train/{name}": value for name, value in figures.items()})

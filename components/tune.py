@@ -20,18 +20,18 @@ def tune(
     task_config: dsl.TaskConfig,
 ) -> NamedTuple("Chosen", [("best_config", str), ("best_run", str)]):  # type: ignore[valid-type]
     """Search for better settings; where none is required and the config has no search, hand on what was given."""
-    from components import experiment, publish, publish_metrics, publish_no_search, publish_pictures, task
+    from components import experiment, publish, publish_metrics, publish_no_search, publish_pictures, run_task
 
-    if experiment(config, run)[0].search is None and not required:
+    settings, _ = experiment(config, run)
+    if settings.search is None and not required:
         publish_no_search(search, plots, metrics)
         return (config, run)
-    with task("tune", config=config, run=run, last=required, task_config=task_config) as (settings, name):
-        from ncsn.config import to_json
-        from ncsn.steps import tune
-        from ncsn.storage import read_bytes
+    from ncsn.config import to_json
+    from ncsn.steps.tune import trainable
+    from ncsn.storage import read_bytes
 
-        result = tune.run(settings, run=name, dataset=dataset.metadata["uri"])
-        publish(search, result, uri=result.uri, config=result.config)
-        publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
-        publish_metrics(metrics, {"tune/objective": result.objective, "tune/baseline": result.baseline})
-        return (to_json(tune.trainable(result, settings)), result.run)
+    result = run_task("tune", config, run, dataset=dataset, last=required, task_config=task_config)
+    publish(search, result, uri=result.uri, config=result.config)
+    publish_pictures(plots, {uri.rpartition("/")[2]: read_bytes(uri) for uri in result.plots})
+    publish_metrics(metrics, {"tune/objective": result.objective, "tune/baseline": result.baseline})
+    return (to_json(trainable(result, settings)), result.run)

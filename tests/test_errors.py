@@ -129,7 +129,7 @@ def _command(error: Exception) -> click.Command:
     return ReportingCommand("fail", callback=fail, params=[click.Option(["--json", "as_json"], is_flag=True)])
 
 
-FAILED_STEP = StepFailed("train", TWO, kind="ConfigError", mistake=True, log=Path("/p.log"))
+FAILED_STEP = StepFailed("train", ConfigError.of(TWO), log=Path("/p.log"))
 
 
 @pytest.mark.parametrize("error", [ConfigError.of(TWO), FAILED_STEP], ids=["here", "in-a-step"])

@@ -53,6 +53,7 @@ LIGHT = (
     "ncsn.steps.finish",
     "ncsn.steps.step",
     "ncsn.steps.kfp_task",
+    "ncsn.steps.run",
     "ncsn.cli.app",
     "ncsn.cli.commands.finished",
     "ncsn.cli.commands.kubeflow",
@@ -62,7 +63,6 @@ LIGHT = (
     "ncsn.cli.doctor",
     "ncsn.cli.execute",
     "ncsn.cli.options",
-    "ncsn.cli.supervisor",
     "ncsn.cli.target",
     "ncsn.cli.views",
 )

@@ -75,13 +75,13 @@ def _add_step_command(step: str) -> None:
     info = STEP_INFO[step]
 
     def command(*, experiment: Experiment, as_json: bool, **given: str | None) -> None:
-        from ncsn.cli.execute import run_step
+        from ncsn.cli.execute import run_one
 
         if given.get("model") or given.get("out"):
             registry.sample_from_model(experiment, given, as_json=as_json)
             return
         target = experiment.resolve(checkpoint=given.get("checkpoint"))
-        run_step(step, target, given=given, as_json=as_json)
+        run_one(step, target, given=given, as_json=as_json)
 
     decorated: Decorated = json_option(command)
     if info.elsewhere:

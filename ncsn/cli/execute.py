@@ -1,16 +1,16 @@
-"""Runs one step in this process, or the pipeline in a process that this one supervises."""
+"""Runs one step, or all steps of a run, and shows what they do."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,83 +23,60 @@ from rich.console import Console
 
 from ncsn import storage
 from ncsn.cli.console import ProgressView, console_on, quiet_libraries
-from ncsn.cli.options import TERMINATED, stop_cleanly_on_sigterm
-from ncsn.cli.supervisor import Supervisor
+from ncsn.cli.options import TERMINATED, StepFailed, stop_cleanly_on_sigterm
 from ncsn.cli.target import Target
 from ncsn.cli.views import describe_result, print_summary
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
-from ncsn.process import require_same_python
-from ncsn.runs.folder import RunFolder, claim_run, run_folder
-from ncsn.runs.inputs import default_checkpoint, find_inputs
+from ncsn.runs.folder import RunFolder, claim_run
+from ncsn.runs.inputs import default_checkpoint
 from ncsn.runs.progress import read_progress
-from ncsn.runs.records import StepRecord, read_result, read_results, recorded
+from ncsn.runs.records import StepRecord, folders_of, read_result, read_results, read_step
 from ncsn.runs.steps import CONTINUING, STEPS, STEPS_ELSEWHERE
-from ncsn.storage.heartbeat import Lease
+from ncsn.steps.run import preflight_all, run_all, run_step
 
 _POLL_SECONDS = 0.5
 
 
-def run_step(
-    step: str,
-    target: Target,
-    *,
-    given: Mapping[str, str | None],
-    as_json: bool,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Run one step in this process and print its result; `settings` are its other arguments."""
-    values = perform_step(step, target, given=given, settings=settings)
-    click.echo(json.dumps(values, indent=1) if as_json else describe_result(step, values))
+def run_one(step: str, target: Target, *, given: Mapping[str, str | None], as_json: bool) -> None:
+    """Run one step and print its result."""
+    result = _run_one(step, target, given=given)
+    click.echo(json.dumps(result, indent=1) if as_json else describe_result(step, result))
 
 
-def perform_step(
-    step: str, target: Target, *, given: Mapping[str, str | None], settings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Run one step in this process; the plain values of its result."""
-    folder = run_folder(target.config, target.run)
-    settings = settings or {}
-    _require_valid(step, target.config, folder)
-    inputs = find_inputs(folder, step, given, config=target.config)
+def _run_one(step: str, target: Target, *, given: Mapping[str, str | None]) -> dict[str, Any]:
+
+    @contextmanager
+    def around(step: str, folder: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
+        log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
+        # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
+        with nullcontext() if given.get("lease") else _alone(folder, step), quiet_libraries(log) as console:
+            console.print(f"run {folder.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
+            if not given.get("checkpoint"):
+                _say_if_selected(console, folder, inputs.get("checkpoint"))
+            # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
+            in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
+            with ProgressView(console) as view, _shown(step, folder, view, watched=not in_log), _interruption_by_ray():
+                yield
+
     lease = given.get("lease")
-    leased = {"lease": lease} if lease else {}
-    log = work_folder(folder) / "steps" / step / "log.txt" if sys.stderr.isatty() else None
-    # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
-    with nullcontext() if leased else _alone(folder, step), quiet_libraries(log) as console:
-        console.print(f"run {target.run}" + (f"   log {log}" if log else ""), soft_wrap=True)
-        if "checkpoint" in inputs and not given.get("checkpoint"):
-            _say_if_selected(console, folder, inputs["checkpoint"])
-        storage.delete_file(folder.step(step, "progress.json"))
-        # Without a terminal, the log of a step elsewhere is printed as it comes, with these lines in it.
-        in_log = target.config.compute.backend != "local" and step in STEPS_ELSEWHERE and not console.is_terminal
-        with ProgressView(console) as view, _shown_progress(folder, step, view, watched=not in_log):
-            module = importlib.import_module(f"ncsn.steps.{step}")
-            with recorded(target.config, target.run, step), _interruption_by_ray():
-                if lease:  # the cluster may retry a job whose launcher is gone
-                    Lease(lease).require("nothing was started")
-                require_same_python()
-                result = module.run(target.config, run=target.run, **inputs, **leased, **settings)
-    values: dict[str, Any] = dataclasses.asdict(result)
-    return values
+    result = run_step(step, target.config, run=target.run, given=given, lease=lease, around=around)
+    return dataclasses.asdict(result)
 
 
 def select_best(target: Target, *, given: Mapping[str, str | None], as_json: bool, only_choose: bool) -> None:
     """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless `only_choose`."""
-    found = {"select": perform_step("select", target, given=given)}
-    if not as_json:
-        click.echo(describe_result("select", found["select"]))
+    found = {"select": _run_one("select", target, given=given)}
     if not only_choose:
         sampling = target.config.sampling.model_copy(update={"relative_width": None})  # that of the chosen weights
-        chosen = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
+        target = replace(target, config=target.config.model_copy(update={"sampling": sampling}))
         inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"]["checkpoint"]}
-        for step, name in (("sample", "samples"), ("evaluate", "evaluation"), ("register", ""), ("report", "")):
-            found[step] = perform_step(step, chosen, given=inputs)
-            if name:
-                inputs[name] = found[step]["uri"]
-            if not as_json:
-                click.echo(describe_result(step, found[step]))
+        for step in STEPS[STEPS.index("sample") :]:
+            found[step] = _run_one(step, target, given=inputs)
     if as_json:
         click.echo(json.dumps(found["select"] if only_choose else found, indent=1))
+    else:
+        click.echo("\n".join(describe_result(step, result) for step, result in found.items()))
 
 
 def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None) -> None:
@@ -108,73 +85,55 @@ def _say_if_selected(console: Console, folder: RunFolder, checkpoint: str | None
         console.print(f"checkpoint {checkpoint}, chosen by `ncsn select`", soft_wrap=True)
 
 
-def _require_valid(step: str, config: Config, folder: RunFolder) -> None:
-    """What the step refuses too, but before its inputs are looked for and the run's name is claimed."""
-    _require_start(config, folder)
-    if step == "tune":
-        from ncsn.config.search import require_search
-
-        require_search(config)
-
-
-def _require_start(config: Config, folder: RunFolder) -> None:
-    if config.train.init_from is not None:
-        from ncsn.steps.start import require_start
-
-        require_start(config, folder)
-
-
 def run_pipeline(target: Target, *, as_json: bool) -> None:
-    """Run the steps that are not done, through KFP on one Ray cluster, and print the summary."""
-    from ncsn.tracking.client import tracking_uri
-
+    """Run the steps that are not done, on one Ray cluster, and print the summary."""
     config = target.config
-    if config.search is not None:
-        raise UserError(
-            "search",
-            "`ncsn run` does not search",
-            hint="run `ncsn tune` with the same options, then `ncsn run --config` with the best.yaml that it names; "
-            "or leave the search out with --set search=null",
-        )
-    tracking_uri(config)  # raises now, not in the second step
-    _require_start(config, run_folder(config, target.run))
+    preflight_all(config, run=target.run)
     folder = claim_run(config, target.run)
-    before = read_results(folder)
+    before = read_results(folders_of(folder, config))
     records = complete_records(folder, config)
     if records is None:
         with _alone(folder, "run"):
-            records = _execute(config, folder)
+            _execute(config, folder)
+        records = mark_complete(folder, config)
     if as_json:
         results = {step: record.result for step, record in records.items()}
         click.echo(json.dumps({"run": target.run, "uri": folder.uri, "steps": results}, indent=1))
     else:
         earlier = [step for step, record in records.items() if record == before.get(step)]
-        print_summary(console_on(sys.stdout), folder, config, records, earlier=earlier)
+        trained = folders_of(folder, config)["train"]
+        print_summary(console_on(sys.stdout), trained, config, records, earlier=earlier)
 
 
-def _execute(config: Config, folder: RunFolder) -> dict[str, StepRecord]:
-    for step in STEPS:
-        storage.delete_file(folder.step(step, "progress.json"))
-    work = work_folder(folder)
-    with quiet_libraries(work / "pipeline.log") as console, ProgressView(console) as view:
-        supervisor = Supervisor(folder, work, view)
-        console.print(f"run    {folder.uri}\nlog    {supervisor.log}", soft_wrap=True)
-        _say_if_selected(console, folder, _sampled_next(folder, config))
-        with _interruption_by_ray(), _cluster(config) as address:
-            console.print(f"ray    {address}", soft_wrap=True)
-            supervisor.run(to_json(config))
-    return mark_complete(folder, config)
+def _execute(config: Config, folder: RunFolder) -> None:
+    log = work_folder(folder) / "log.txt"
+    working_on = ""
 
+    @contextmanager
+    def around(step: str, of: RunFolder, inputs: Mapping[str, str]) -> Iterator[None]:
+        nonlocal working_on
+        working_on = step
+        if step == "sample":
+            _say_if_selected(console, of, inputs["checkpoint"])
+        with nullcontext() if of == folder else _alone(of, step), _shown(step, of, view):
+            yield
 
-def _sampled_next(folder: RunFolder, config: Config) -> str | None:
-    """The checkpoint of the run to sample from; None while it is not trained."""
-    trained = read_result(folder, "train")
-    return None if trained is None else default_checkpoint(folder, config, last=str(trained.result["checkpoint"]))
+    with quiet_libraries(log) as console, ProgressView(console) as view:
+        console.print(f"run    {folder.uri}\nlog    {log}", soft_wrap=True)
+        try:
+            with _interruption_by_ray(), _cluster(config) as address:
+                console.print(f"ray    {address}", soft_wrap=True)
+                run_all(config, run=folder.run, around=around)
+        except Exception as error:
+            traceback.print_exc()
+            if not working_on:
+                raise
+            raise StepFailed(working_on, error, log=log) from error
 
 
 def mark_complete(folder: RunFolder, config: Config) -> dict[str, StepRecord]:
     """Record that the whole pipeline of this config is done; returns the records of its steps."""
-    records = read_results(folder)
+    records = read_results(folders_of(folder, config))
     mark = {
         "of": _circumstances(folder, config),
         "finished_at": {step: record.finished_at for step, record in records.items()},
@@ -188,7 +147,7 @@ def complete_records(folder: RunFolder, config: Config) -> dict[str, StepRecord]
     mark = storage.find_json(folder.complete)
     if mark is None or mark["of"] != _circumstances(folder, config):
         return None
-    records = read_results(folder)
+    records = read_results(folders_of(folder, config))
     if {step: record.finished_at for step, record in records.items()} != mark["finished_at"]:
         return None
     values = [value for record in records.values() for value in record.result.values()]
@@ -201,17 +160,19 @@ def _circumstances(folder: RunFolder, config: Config) -> dict[str, str]:
     from ncsn.data.sources.listing import source_fingerprint
     from ncsn.tracking.client import shown, tracking_uri
 
-    selected = _sampled_next(folder, config) if read_result(folder, "select") else None
-    return {
+    known = {
         "config": to_json(config),
         "files": source_fingerprint(config.data),
         "registry": shown(tracking_uri(config)),
-        **({"checkpoint": selected} if selected else {}),
     }
+    trained = folders_of(folder, config)["train"]
+    if (record := read_result(trained, "train")) and read_result(trained, "select"):
+        known["checkpoint"] = default_checkpoint(trained, config, last=str(record.result["checkpoint"]))
+    return known
 
 
 def _cluster(config: Config) -> AbstractContextManager[str]:
-    """The Ray cluster that the steps join; none where each step is a job."""
+    """The Ray cluster of all steps; none where each step is a job."""
     if config.compute.backend != "local":
         return nullcontext(f"one job per step ({config.compute.backend})")
     from ncsn.distributed.cluster import ray_cluster
@@ -234,7 +195,7 @@ def _interruption_by_ray() -> Iterator[None]:
 
 
 @contextmanager
-def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched: bool) -> Iterator[None]:
+def _shown(step: str, folder: RunFolder, view: ProgressView, *, watched: bool = True) -> Iterator[None]:
     """Show when the step starts and ends, and if `watched` the progress that it publishes."""
     ended = threading.Event()
 
@@ -244,7 +205,8 @@ def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched
             if progress is not None:
                 view.update(step, progress)
 
-    started = time.monotonic()
+    before, started = read_step(folder, step).finished_at, time.monotonic()
+    storage.delete_file(folder.step(step, "progress.json"))
     view.start(step)
     watcher = threading.Thread(target=watch, daemon=True)
     if watched:
@@ -255,7 +217,8 @@ def _shown_progress(folder: RunFolder, step: str, view: ProgressView, *, watched
         ended.set()
         if watched:
             watcher.join()
-    view.finish(step, f"done in {time.monotonic() - started:,.1f} s")
+    again = read_step(folder, step).finished_at == before
+    view.finish(step, "already done" if again else f"done in {time.monotonic() - started:,.1f} s")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -39,11 +39,11 @@ _DISK_FULL = f"[Errno {errno.ENOSPC}]"
 
 
 class StepFailed(Exception):
-    """A step failed in another process; `kind` is the class of its error, and `log` has the traceback."""
+    """A step of `ncsn run` failed with `error`; `log` has the traceback."""
 
-    def __init__(self, step: str, problems: Sequence[Problem], *, kind: str, mistake: bool, log: Path) -> None:
-        super().__init__(f"step {step}: " + "\n".join(map(str, problems)))
-        self.step, self.kind, self.problems, self.mistake, self.log = step, kind, tuple(problems), mistake, log
+    def __init__(self, step: str, error: Exception, *, log: Path) -> None:
+        super().__init__(f"step {step}: {error}")
+        self.step, self.error, self.log = step, error, log
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,17 @@ class Failure:
 
 def describe(error: BaseException) -> Failure:
     """The problems and the exit code of an error: a `UserError` or `InvalidValue` is a mistake of the user."""
+    if isinstance(error, StepFailed):
+        failure = describe(error.error)
+        first, *others = failure.problems
+        first = replace(first, origin=": ".join(filter(None, (f"step {error.step}", first.origin))))
+        return Failure((first, *others), failure.code)
     message = str(error).strip()
     first_line = next((line.rstrip() for line in message.splitlines() if line.strip()), "")
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _DISK_FULL in message:
         file = getattr(error, "filename", None)
         place = first_line or "no space left" if file is None else f"no space left to write {file}"
         return Failure((Problem("", f"disk full: {place}"),), FAILURE)
-    if isinstance(error, StepFailed):
-        first, *others = error.problems
-        first = replace(first, origin=": ".join(filter(None, (f"step {error.step}", first.origin))))
-        return Failure((first, *others), MISTAKE if error.mistake else FAILURE)
     if problems := problems_of(error):
         return Failure(problems, MISTAKE)
     return Failure((Problem("", ": ".join(filter(None, (type(error).__name__, first_line)))),), FAILURE)
@@ -131,7 +132,7 @@ def stop_cleanly_on_sigterm() -> Event:
 
 def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
     failure = describe(error)
-    if with_traceback and not isinstance(error, StepFailed):
+    if with_traceback:
         traceback.print_exception(error)
     if as_json and failure.code == MISTAKE:
         click.echo(json.dumps({"error": _as_json(error)}, indent=1))
@@ -146,11 +147,8 @@ def _report(error: Exception, *, with_traceback: bool, as_json: bool) -> int:
 
 
 def _as_json(error: Exception) -> dict[str, Any]:
-    if isinstance(error, StepFailed):
-        kind, problems = error.kind, error.problems
-    else:
-        kind, problems = type(error).__name__, problems_of(error)
-    return {"type": kind, "problems": [problem.to_json() for problem in problems]}
+    cause = error.error if isinstance(error, StepFailed) else error
+    return {"type": type(cause).__name__, "problems": [problem.to_json() for problem in problems_of(cause)]}
 
 
 def _remember_traceback(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order

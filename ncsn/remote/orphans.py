@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from ncsn.process import KfpRun
@@ -35,7 +36,7 @@ class Orphan:
     step: str
     state: str
     silent_seconds: float  # since its launcher last renewed it
-    config: str  # URI of the experiment in the store
+    settings: tuple[str, ...]  # `a.b=value`, of its command; the first one is `storage.root`
     kfp_run: str  # KFP's identifier of the run that started it; empty without one
     pipeline_ended: bool  # it still runs, and its pipeline run has ended or is being ended
     finished: bool
@@ -73,7 +74,7 @@ def _orphan(api: KubernetesApi, rayjob: Resource, now: datetime) -> Orphan:
         step=labels.get(STEP_LABEL, ""),
         state=state.describe(),
         silent_seconds=max(0.0, (now - datetime.fromisoformat(last)).total_seconds()),
-        config=words[words.index("--config") + 1] if "--config" in words[:-1] else "",
+        settings=tuple(value for option, value in pairwise(words) if option == "--set"),
         kfp_run=labels.get(KFP_RUN_LABEL, ""),
         # One that has failed stays for inspection.
         pipeline_ended=workflow is not None and not state.finished and is_ending(api.workflow(workflow)),

@@ -18,7 +18,7 @@ from ncsn.config import Config
 from ncsn.errors import Problem, UserError, problems_of
 from ncsn.process import KFP_RUN_ID, utc_now
 from ncsn.runs.folder import RunFolder, claim_run
-from ncsn.runs.steps import STEPS
+from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.storage.heartbeat import LeaseExpired
 
 State = Literal["", "RUNNING", "FINISHED", "FAILED", "KILLED"]  # as in MLflow; empty before the first attempt
@@ -69,10 +69,18 @@ def read_result(folder: RunFolder, step: str) -> StepRecord | None:
     return record if record.result else None
 
 
-def read_results(folder: RunFolder) -> dict[str, StepRecord]:
-    """The records of all steps that have finished in this run, in the pipeline's order."""
-    records = {step: read_result(folder, step) for step in STEPS}
-    return {step: record for step, record in records.items() if record is not None}
+def folders_of(folder: RunFolder, config: Config) -> dict[str, RunFolder]:
+    """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
+    if config.search is None or not read_step(folder, SEARCH).state:
+        return dict.fromkeys(STEPS, folder)
+    found = replace(folder, run=read_step(folder, SEARCH).result.get("run", folder.run))
+    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
+
+
+def read_results(folders: Mapping[str, RunFolder]) -> dict[str, StepRecord]:
+    """The records of the steps that have finished in these folders."""
+    records = {step: read_step(folder, step) for step, folder in folders.items()}
+    return {step: record for step, record in records.items() if record.result}
 
 
 def read_mistake(folder: RunFolder, step: str) -> UserError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config
@@ -13,7 +13,7 @@ from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.remote import open_backend
 from ncsn.report.cards import run_page
 from ncsn.runs.folder import ForeignRun, RunFolder, claim_run
-from ncsn.runs.records import Outcome, StepError, read_result, read_step, write_outcome
+from ncsn.runs.records import Outcome, StepError, folders_of, read_result, read_step, write_outcome
 from ncsn.runs.steps import SEARCH, STEPS
 from ncsn.tracking.lineage import container_image, kfp_run
 from ncsn.tracking.mlflow_runs import RecordedRun, close_run
@@ -55,7 +55,7 @@ def run(
     the cluster cannot be asked, the error is raised after store and MLflow are updated.
     """
     try:
-        folders = _folders(claim_run(config, run))
+        folders = folders_of(claim_run(config, run), config)
     except ForeignRun as refusal:
         return _refused(config, run, str(refusal), kfp, namespace)
     runs = {folder.run: folder for folder in folders.values()}
@@ -111,14 +111,6 @@ def _look(kfp: KfpRun, namespace: str | None) -> _Seen:
         return _Seen(stopped, {task: trouble for task, trouble in troubles.items() if task in (*STEPS, SEARCH)})
     except (OSError, UserError) as error:
         return _Seen(notes=[f"The cluster could not be asked for the reason: {error}"])
-
-
-def _folders(folder: RunFolder) -> dict[str, RunFolder]:
-    """Step -> the folder of its run. The best trial of a search is trained as another run, which the search names."""
-    if read_step(folder, SEARCH).state == "":
-        return dict.fromkeys(STEPS, folder)
-    found = replace(folder, run=_result(folder, SEARCH).get("run", folder.run))
-    return {STEPS[0]: folder, SEARCH: folder, **dict.fromkeys(STEPS[1:], found)}
 
 
 def _cancel(config: Config, namespace: str | None, *, run: str | None = None, kfp_run: str | None = None) -> list[str]:

@@ -16,7 +16,7 @@ from ncsn.process import KfpRun
 from ncsn.remote.kubernetes import KubernetesApi, Resource
 from ncsn.remote.launcher import is_ending, is_over
 from ncsn.remote.orphans import NotedRun, Orphan, find_orphans, forget_run, noted_runs, state_of_run
-from ncsn.runs.folder import run_folder
+from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import read_outcome
 from ncsn.storage.retry import limited
 
@@ -55,7 +55,7 @@ def clean_up(
     noted = {each.id: each for each in notes if run in (None, each.run)}
     for orphan in find_orphans(api, older_than=older_than, run=run, running=running):
         yield do("delete", orphan.describe(), lambda name=orphan.name: api.delete_rayjob(name))  # type: ignore[misc]
-        if orphan.config and not orphan.finished and orphan.kfp_run not in noted:
+        if orphan.settings and not orphan.finished and orphan.kfp_run not in noted:
             yield do("close", f"run {orphan.run}: KILLED", lambda each=orphan: _close_orphan(each))  # type: ignore[misc]
     for each in noted.values():
         workflow = workflows[each.id]
@@ -96,8 +96,9 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
 
 
 def _close_orphan(orphan: Orphan) -> None:
+    uri = RunFolder(orphan.settings[0].removeprefix("storage.root="), orphan.run).config
     with limited(_STORE_SECONDS):
-        config = from_yaml(storage.read_text(orphan.config), origin=orphan.config)
+        config = from_yaml(storage.read_text(uri), overrides=orphan.settings, origin=uri)
     _finish(config, orphan.run, "CANCELED")
 
 

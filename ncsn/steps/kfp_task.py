@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from ncsn.config import Config, to_json
 from ncsn.errors import UserError
 from ncsn.process import KFP_RUN_ID, this_kfp_run
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import Outcome, clear_outcome, read_mistake, read_step, recorded, write_outcome
+from ncsn.steps.run import run_step
 
 if TYPE_CHECKING:
     from ncsn.remote.kubernetes import KubernetesApi
@@ -21,9 +22,8 @@ _TRY = "KFP_RETRY_INDEX"
 _NOTE_SECONDS = 10.0
 
 
-@contextmanager
-def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) -> Iterator[None]:
-    """Run a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
+def run_task(step: str, config: Config, *, run: str, given: Mapping[str, str], last: bool = False) -> Any:
+    """The result of a task's step; its failure, or the end of the `last` step, becomes the outcome of the run."""
     # The exit handler writes the same outcome again, but after KFP's Retry there is none.
     mistake = _mistake_before(run_folder(config, run), step)
     with recorded(config, run, step) as folder:
@@ -32,13 +32,14 @@ def pipeline_task(config: Config, *, run: str, step: str, last: bool = False) ->
         _note(config, run)
         clear_outcome(folder)
         try:
-            yield
+            result = run_step(step, config, run=run, given=given)
         except Exception as error:
             with suppress(OSError):  # an unreachable store must not hide the first error
                 write_outcome(folder, Outcome("FAILED", str(error), step))
             raise
         if last:
             write_outcome(folder, Outcome("FINISHED"))
+        return result
 
 
 def _mistake_before(folder: RunFolder, step: str) -> UserError | None:

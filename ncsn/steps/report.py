@@ -29,6 +29,7 @@ from ncsn.runs.curves import held_out_curves, loss_names
 from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import load_history
 from ncsn.runs.records import StepRecord, read_result, read_results
+from ncsn.runs.steps import STEPS
 from ncsn.steps.register import copies_beyond_chance, selection_of
 from ncsn.steps.step import Step
 from ncsn.tracking.mlflow_runs import StepRun, recorded_runs
@@ -98,7 +99,7 @@ class Sources:
             evaluation=scores,
             samples=samples,
             manifest=load_manifest(scores["dataset"]),
-            records={step: record for step, record in read_results(folder).items() if step != REPORT},
+            records=read_results({step: folder for step in STEPS if step != REPORT}),
         )
 
     def result(self, step: str) -> Mapping[str, Any] | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ncsn import storage
 from ncsn.config import Config, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.data.format import Manifest, load_manifest
-from ncsn.errors import UserError
 from ncsn.process import utc_now
 from ncsn.remote import open_backend
 from ncsn.remote.backend import RemoteFailure, RemoteLost, RemoteStep
@@ -144,22 +143,13 @@ class Step(Generic[R]):
     def _execute(self, config: Config, arguments: Sequence[str], inputs: Mapping[str, str]) -> None:
         """Run the same command on the cluster, with the local backend and the same store."""
         folder, step = self.folder, self.name
-        if config.compute.starts_pods and storage.is_local(folder.uri):
-            raise UserError(
-                "storage.root",
-                "a folder of this machine, which the pods of a cluster cannot reach",
-                hint="use s3://BUCKET/PREFIX",
-                value=config.storage.root,
-            )
         backend = open_backend(_sized(config, step, inputs).compute)
         assert backend is not None
         backend.connect()  # before the store is changed
-        place = {
-            "compute": config.compute.model_copy(update={"backend": "local"}),
-            "storage": config.storage.model_copy(update={"root": folder.root}),
-        }
-        there = config.model_copy(update=place)
-        settings = {f"storage.root={folder.root}", *overrides_between(self._owner(), there)}
+        root = {"storage": config.storage.model_copy(update={"root": folder.root})}
+        compute = config.compute.model_copy(update={"backend": "local"})
+        there = config.model_copy(update={**root, "compute": compute})
+        changes = overrides_between(self._owner().model_copy(update=root), there)
         update_step(folder, step, state="RUNNING", error=None)
         clear_outcome(folder)
         remote = RemoteStep(
@@ -167,8 +157,8 @@ class Step(Generic[R]):
             step=step,
             uri=storage.join(folder.steps, step),
             command=(
-                *("ncsn", step, "--run", folder.run),
-                *(part for setting in sorted(settings) for part in ("--set", setting)),
+                *("ncsn", step, "--run", folder.run, "--set", f"storage.root={folder.root}"),
+                *(part for change in changes for part in ("--set", change)),
                 *(*arguments, "--json"),
             ),
             facts={

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from ncsn.cli import app
 from ncsn.cli.execute import _interruption_by_ray
 from ncsn.cli.options import ReportingCommand, StepFailed, describe
-from ncsn.errors import InvalidValue, NotFound, Problem, UserError
+from ncsn.errors import InvalidValue, NotFound, UserError
 
 SHOWS_WHERE = "(--traceback or NCSN_TRACEBACK=1 shows where)\n"
 
@@ -26,8 +26,8 @@ def disk_full() -> OSError:
     return caught.value
 
 
-def step_failed(reason: str, *, mistake: bool = False) -> StepFailed:
-    return StepFailed("train", [Problem("", reason)], kind="", mistake=mistake, log=Path("/p.log"))
+def step_failed(error: Exception) -> StepFailed:
+    return StepFailed("train", error, log=Path("/p.log"))
 
 
 NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
@@ -45,9 +45,9 @@ NO_SPACE = "OSError: [Errno 28] No space left on device: '/x'"
         (RuntimeError("first\nsecond"), 1, ("RuntimeError: first",)),
         (KeyError("missing"), 1, ("KeyError: 'missing'",)),
         (TimeoutError(), 1, ("TimeoutError",)),
-        (step_failed("lost"), 1, ("step train: lost",)),
-        (step_failed("no folder", mistake=True), 2, ("step train: no folder",)),
-        (step_failed(NO_SPACE), 1, (f"disk full: step train: {NO_SPACE}",)),
+        (step_failed(RuntimeError("lost")), 1, ("step train: RuntimeError: lost",)),
+        (step_failed(InvalidValue("no folder")), 2, ("step train: no folder",)),
+        (step_failed(RuntimeError(NO_SPACE)), 1, (f"step train: disk full: {NO_SPACE}",)),
     ],
 )
 def test_lines_and_code(error: Exception, code: int, lines: tuple[str, ...]) -> None:
@@ -74,7 +74,7 @@ def command_that_raises(error: BaseException, *, name: str = "fail") -> click.Co
         (InvalidValue("bad value"), 2, "error: bad value\n"),
         (ValueError("a bug"), 1, f"error: ValueError: a bug\n{SHOWS_WHERE}"),
         (RuntimeError("broke"), 1, f"error: RuntimeError: broke\n{SHOWS_WHERE}"),
-        (step_failed("x"), 1, "error: step train: x\n(/p.log says more)\n"),
+        (step_failed(InvalidValue("x")), 2, "error: step train: x\n(/p.log says more)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from components import (
     publish_metrics,
     publish_pictures,
     publish_scores,
-    task,
+    run_task,
 )
 from components.evaluate import evaluate
 from components.ingest import ingest
@@ -30,11 +31,11 @@ from components.sample import sample
 from components.train import train
 from components.tune import tune
 from ncsn.config import from_yaml, to_json
-from ncsn.errors import InvalidValue, NotFound, UserError
+from ncsn.errors import InvalidValue, NotFound
 from ncsn.process import KFP_RUN_ID
 from ncsn.remote.manifest import TASK_CONFIG, task_config
 from ncsn.runs.folder import run_folder
-from ncsn.runs.records import Outcome, read_outcome, read_step, write_outcome
+from ncsn.runs.records import Outcome, read_outcome, read_step
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (ROOT / "configs" / "digits.yaml").read_text()
@@ -76,52 +77,55 @@ def test_a_failed_step_fails_its_component(tmp_path: Path) -> None:
     assert read_outcome(folder) == Outcome("FAILED", error.message, "train")
 
 
-def test_a_task_that_fails_before_its_step_leaves_a_reason(tmp_path: Path) -> None:
-    config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
-    with pytest.raises(RuntimeError), task("sample", config=to_json(config), run="mine"):
-        raise RuntimeError("no such GPU")
-    error = read_step(run_folder(config, "mine"), "sample").error
-    assert error is not None and (error.kind, error.mistake) == ("RuntimeError", False)
+def attempt(config: str, step: Callable[..., object], *, last: bool = False) -> None:
+    """A task of the first step, of which `step` is the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncsn.steps.ingest.run", step)
+        run_task("ingest", config, "mine", last=last)
+
+
+def failing(error: Exception) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_the_outcome_is_that_of_the_last_attempt(tmp_path: Path) -> None:
     """After KFP's Retry the exit handler is not run again (2.17.0): the tasks say themselves how it stands."""
     config = from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"])
     folder = run_folder(config, "mine")
-    write_outcome(folder, Outcome("FAILED", "the disk was full", "train"))
-    with task("train", config=to_json(config), run="mine"):
-        assert read_outcome(folder) is None
+    with pytest.raises(RuntimeError):
+        attempt(to_json(config), failing(RuntimeError("no such GPU")))
+    assert read_outcome(folder) == Outcome("FAILED", "no such GPU", "ingest")
+    attempt(to_json(config), lambda *_, **__: None)
     assert read_outcome(folder) is None
-    with task("report", config=to_json(config), run="mine", last=True):
-        pass
+    attempt(to_json(config), lambda *_, **__: None, last=True)
     assert read_outcome(folder) == Outcome("FINISHED")
 
 
 def test_a_mistake_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KFP's retries are Argo's, which by themselves try every failure again; KFP_RETRY_INDEX counts them."""
     config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
-    monkeypatch.setenv(KFP_RUN_ID, "5f3a0000")
     tried = []
 
-    def attempt(index: str, error: Exception) -> None:
-        monkeypatch.setenv("KFP_RETRY_INDEX", index)
-        with task("train", config=config, run="mine"):
+    def tried_again(run_id: str, index: str, error: Exception) -> bool:
+        def fail(*_: object, **__: object) -> None:
             tried.append(index)
             raise error
 
-    with pytest.raises(RuntimeError):
-        attempt("0", RuntimeError("a node is gone"))
-    with pytest.raises(InvalidValue, match="too large"):
-        attempt("1", InvalidValue("too large"))
-    with pytest.raises(UserError, match="too large"):
-        attempt("2", RuntimeError("nobody comes here"))
-    assert tried == ["0", "1"]
-    with pytest.raises(RuntimeError):  # KFP's Retry, after the cause was mended
-        attempt("0", RuntimeError("again"))
-    monkeypatch.setenv(KFP_RUN_ID, "another")
-    with pytest.raises(RuntimeError):
-        attempt("1", RuntimeError("again"))
-    assert tried == ["0", "1", "0", "1"]
+        monkeypatch.setenv(KFP_RUN_ID, run_id)
+        monkeypatch.setenv("KFP_RETRY_INDEX", index)
+        before = len(tried)
+        with pytest.raises((RuntimeError, InvalidValue)):
+            attempt(config, fail)
+        return len(tried) > before
+
+    assert tried_again("5f3a0000", "0", RuntimeError("a node is gone"))
+    assert tried_again("5f3a0000", "1", InvalidValue("too large"))
+    assert not tried_again("5f3a0000", "2", RuntimeError("nobody comes here"))
+    assert tried_again("5f3a0000", "0", InvalidValue("too large")), "KFP's Retry, after the cause was mended"
+    assert tried_again("another", "1", RuntimeError("again"))
 
 
 def run_tune(tmp_path: Path, config: str, *, required: bool) -> tuple[str, str]:

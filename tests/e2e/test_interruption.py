@@ -43,10 +43,10 @@ def stop(workplace, *, when, what: str, by: signal.Signals) -> tuple[int, str]:
     ],
 )
 def test_a_stopped_run_ends_with_all_that_it_started(workplace, number: signal.Signals, code: int) -> None:
-    def pipeline_works() -> bool:
-        return any("executor_main" in command for command in workplace.processes().values())
+    def works() -> bool:
+        return any("raylet" in command for command in workplace.processes().values())
 
-    returned, stderr = stop(workplace, when=pipeline_works, what="KFP executes a step", by=number)
+    returned, stderr = stop(workplace, when=works, what="Ray has started", by=number)
     assert returned == code, stderr
     assert stderr.splitlines()[-1].startswith("interrupted; ") == (number == signal.SIGINT)
 

@@ -33,7 +33,7 @@ def test_one_line_through_the_whole_stack(
     assert len(errors) == 1
     assert errors[0].startswith(f"error: step {step}: ")
     assert subject in errors[0]
-    assert f"{workplace.folder(run)}/pipeline.log" in done.stderr.splitlines()[-1]
+    assert f"{workplace.folder(run)}/log.txt" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert not json.loads((workplace.folder(run) / "steps" / step / "step.json").read_text())["result"]

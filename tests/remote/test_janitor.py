@@ -20,9 +20,8 @@ from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import Outcome, read_outcome, write_outcome
-from ncsn.steps import ingest
 from ncsn.steps.janitor import clean_up
-from ncsn.steps.kfp_task import pipeline_task
+from ncsn.steps.kfp_task import run_task
 from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"
@@ -49,13 +48,12 @@ def janitor(emulation: Any) -> Callable[[], list[str]]:
     return call
 
 
-def begin(config: Config, monkeypatch: pytest.MonkeyPatch, *, step: str = "ingest") -> None:
+def begin(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first task of a pipeline run, which notes it, and leaves an MLflow run open as a killed process does."""
     with monkeypatch.context() as patch:
         patch.setenv(KFP_RUN_ID, "5f3a")
         patch.setenv(KFP_WORKFLOW, WORKFLOW)
-        with pipeline_task(config, run="mine", step=step):
-            ingest.run(config, run="mine")
+        run_task("ingest", config, run="mine", given={})
     with step_run(config, run="mine", step="train") as tracked:
         pass
     for run_id in (tracked.run_id, tracked.parent_run_id):
@@ -66,13 +64,13 @@ def workflow(emulation: Any, phase: str, **spec: Any) -> None:
     emulation.cluster.create("workflows", {"metadata": {"name": WORKFLOW}, "spec": spec, "status": {"phase": phase}})
 
 
-def rayjob(emulation: Any, name: str, *, config: str = "", **metadata: Any) -> None:
+def rayjob(emulation: Any, name: str, *, root: str = "", **metadata: Any) -> None:
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/run": "mine", "ncsn.dev/step": "train"}
     emulation.cluster.create(
         "rayjobs",
         {
             "metadata": {"name": name, "labels": labels, **metadata},
-            "spec": {"entrypoint": f"ncsn train --config {config} --run mine --json" if config else "ncsn train"},
+            "spec": {"entrypoint": f"ncsn train --run mine --set storage.root={root} --json" if root else "ncsn train"},
             "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
         },
     )
@@ -221,7 +219,7 @@ def test_a_silent_launchers_rayjob_is_ended_and_its_run_closed(
     workflow(emulation, "Running")
     emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])  # a person's run has none
     storage.write_text(str(tmp_path / "config.yaml"), to_yaml(config))
-    rayjob(emulation, "silent", config=str(tmp_path / "config.yaml"), annotations={"ncsn.dev/renewed-at": LONG_AGO})
+    rayjob(emulation, "silent", root=config.storage.root, annotations={"ncsn.dev/renewed-at": LONG_AGO})
     actions = janitor()
     assert [action.split()[0] for action in actions] == ["delete", "close"]
     eventually(lambda: not emulation.jobs, "the RayJob is gone")

@@ -1,0 +1,90 @@
+"""The one way to run a step, for `ncsn <step>`, `ncsn run` and the tasks of KFP."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ncsn import storage
+from ncsn.config import Config
+from ncsn.config.search import require_search
+from ncsn.errors import UserError
+from ncsn.process import require_same_python
+from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.inputs import find_inputs
+from ncsn.runs.records import recorded
+from ncsn.runs.steps import PIPELINE, SEARCH, STEPS, STEPS_ELSEWHERE
+from ncsn.storage.heartbeat import Lease
+from ncsn.tracking.client import tracking_uri
+
+# Gets step, folder and inputs: what the caller has around the work of a step, such as a lock or a console.
+Around = Callable[[str, RunFolder, Mapping[str, str]], AbstractContextManager[object]]
+
+
+def run_step(
+    step: str,
+    config: Config,
+    *,
+    run: str,
+    given: Mapping[str, str | None],
+    lease: str | None = None,
+    around: Around = lambda *_: nullcontext(),
+) -> Any:
+    """Do a step, or find its result, which is a frozen dataclass; an error is recorded.
+
+    `given` are URIs of inputs; those that lack are the run's own. `lease` is the URI of a launcher's heartbeat.
+    """
+    folder = run_folder(config, run)
+    with recorded(config, run, step) if lease else nullcontext():  # a launcher reads there what its driver refuses
+        preflight(step, config, folder)
+        inputs = find_inputs(folder, step, given, config=config)
+    with around(step, folder, inputs), recorded(config, run, step):
+        leased = {}
+        if lease:
+            Lease(lease).require("nothing was started")  # the cluster may retry a job whose launcher is gone
+            require_same_python()
+            leased = {"lease": lease}
+        return importlib.import_module(f"ncsn.steps.{step}").run(config, run=run, **inputs, **leased)
+
+
+def run_all(config: Config, *, run: str, around: Around) -> None:
+    """Do the steps of a run that are not done, with a search first if the config has one."""
+    given: dict[str, str | None] = {}
+
+    def do(step: str) -> Any:
+        return run_step(step, config, run=run, given=given, around=around)
+
+    given["dataset"] = do(STEPS[0]).uri
+    if config.search is not None:
+        found = do(SEARCH)
+        from ncsn.steps.tune import trainable
+
+        config, run = trainable(found, config), found.run
+    for step in STEPS[1:]:
+        do(step)
+
+
+def preflight(step: str, config: Config, folder: RunFolder) -> None:
+    """Refuse what can be refused before the name of the run is claimed and anything is read or started."""
+    tracking_uri(config)
+    if step == SEARCH:
+        require_search(config)
+    if step in STEPS_ELSEWHERE and config.compute.starts_pods and storage.is_local(folder.uri):
+        raise UserError(
+            "storage.root",
+            "a folder of this machine, which the pods of a cluster cannot reach",
+            hint="use s3://BUCKET/PREFIX",
+            value=config.storage.root,
+        )
+    if step in (SEARCH, "train") and config.train.init_from is not None:
+        from ncsn.steps.start import require_start  # loads torch
+
+        require_start(config, folder)
+
+
+def preflight_all(config: Config, *, run: str) -> None:
+    """The same for all steps of a run."""
+    for step in STEPS if config.search is None else PIPELINE:
+        preflight(step, config, run_folder(config, run))

@@ -1,0 +1,52 @@
+"""The train pipeline as KFP runs it, by `kfp.local`: each task in a process of its own, joined to one Ray cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kfp import local
+
+from ncsn.config import from_yaml, to_json
+from ncsn.distributed.cluster import ray_cluster
+from ncsn.runs.steps import STEPS
+from pipelines.train_pipeline import train_pipeline
+
+RUN = "by-kfp"
+
+
+@pytest.mark.timeout(600)
+def test_the_tasks_hand_on_what_the_steps_store(workplace, tmp_path: Path) -> None:
+    config = from_yaml(workplace.config.read_text())
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(tmp_path),
+        workspace_root=str(tmp_path / "workspace"),
+        enable_caching=False,
+        raise_on_error=True,
+    )
+    with ray_cluster(config):
+        train_pipeline(config=to_json(config), run=RUN)
+
+    outputs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("executor_output.json")}
+    assert set(outputs) == {*STEPS, "tune", "finish"}
+    metadata = {
+        (step, name): artifact["artifacts"][0]["metadata"]
+        for step, output in outputs.items()
+        for name, artifact in output["artifacts"].items()
+    }
+    assert metadata["ingest", "dataset"]["uri"] == workplace.result(RUN, "ingest")["uri"]
+    assert metadata["train", "checkpoint"]["uri"] == workplace.result(RUN, "train")["checkpoint"]
+    assert metadata["sample", "samples"]["uri"] == workplace.result(RUN, "sample")["uri"]
+    assert metadata["register", "model"]["uri"] == workplace.result(RUN, "register")["uri"]
+    shown, measured = metadata["evaluate", "metrics"], workplace.result(RUN, "evaluate")
+    assert shown.items() <= (measured["metrics"] | measured["real_metrics"]).items()
+    assert {"eval/classifier_fid_n16", "eval/real_classifier_fid_n16"} <= set(shown)
+    page = outputs["sample"]["artifacts"]["pictures"]["artifacts"][0]["uri"]
+    assert "data:image/png;base64," in Path(page).read_text()
+    assert metadata["finish", "outcome"]["status"] == "FINISHED"
+    page = Path(outputs["finish"]["artifacts"]["page"]["artifacts"][0]["uri"]).read_text()
+    assert f"`{workplace.result(RUN, 'ingest')['digest']}`" in page
+    shown = outputs["report"]["artifacts"]["page"]["artifacts"][0]["uri"]
+    assert Path(shown).read_bytes() == Path(workplace.result(RUN, "report")["uri"]).read_bytes()
