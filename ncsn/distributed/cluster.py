@@ -8,11 +8,10 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray.job_config import JobConfig
 
 from ncsn.config import Config
 from ncsn.errors import UserError
@@ -32,28 +31,28 @@ class TooFewResources(RuntimeError):
 
 
 @contextmanager
-def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) -> Iterator[str]:
+def ray_cluster(config: Config) -> Iterator[str]:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine that ends with the block.
 
     A cluster that it starts listens on loopback only, has the dashboard on and asks for a token. Its address is in the
     environment meanwhile, so that child processes join it. Ray ties its processes to this one: if this process is
     killed, they end too.
 
-    The config decides the size of a cluster that is started. Ray's pages show the `metadata` of this process's job.
+    The config decides the size of a cluster that is started.
     Yields the address of the cluster.
     """
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
     elif address := os.environ.get("RAY_ADDRESS"):
         with _own_sigterm():
-            _join(address, metadata)
+            _join(address)
         try:
             yield address
         finally:
             ray.shutdown()
     else:
         with _own_sigterm():
-            address = _start(config, metadata)
+            address = _start(config)
         os.environ["RAY_ADDRESS"] = os.environ[_OWN] = address
         try:
             yield address
@@ -63,9 +62,7 @@ def ray_cluster(config: Config, *, metadata: Mapping[str, str] | None = None) ->
 
 
 @contextmanager
-def cluster_for(
-    config: Config, *, tasks: int, join: bool = True, metadata: Mapping[str, str] | None = None
-) -> Iterator[None]:
+def cluster_for(config: Config, *, tasks: int, join: bool = True) -> Iterator[None]:
     """A cluster for this many tasks, or none for a single one: starting Ray takes longer than a small task.
 
     With `join`, a single one goes to the cluster at RAY_ADDRESS, if there is one.
@@ -80,7 +77,7 @@ def cluster_for(
                 )
         yield
         return
-    with ray_cluster(config, metadata=metadata):
+    with ray_cluster(config):
         require_resources(config)
         yield
 
@@ -108,11 +105,10 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _join(address: str, metadata: Mapping[str, str] | None) -> None:
+def _join(address: str) -> None:
     try:
         ray.init(
             address=address,
-            job_config=JobConfig(metadata=dict(metadata or {})),
             logging_level=logging.WARNING,
         )
     except ValueError as error:
@@ -120,14 +116,13 @@ def _join(address: str, metadata: Mapping[str, str] | None) -> None:
         raise UserError("RAY_ADDRESS", f"not an address: {error}", hint=hint, value=address) from error
 
 
-def _start(config: Config, metadata: Mapping[str, str] | None) -> str:
+def _start(config: Config) -> str:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # A token for this process alone needs no file in the home folder. A cluster elsewhere has its own.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         ray.init(
             address="local",  # without, Ray would join a cluster that another process started on this machine
-            job_config=JobConfig(metadata=dict(metadata or {})),
             num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
             include_dashboard=True,
             dashboard_host=LOOPBACK,

@@ -17,7 +17,7 @@ from ncsn.distributed.tasks import runner_of
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation.choice import evaluation_of, extractor_name
 from ncsn.evaluation.extractors.base import fingerprint_of
-from ncsn.evaluation.features import SampleSet, SplitSet
+from ncsn.evaluation.features import Runner, SampleSet, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.evaluation.measure import Measured, Metric, measure_sets, metric_name
 from ncsn.evaluation.reference import images_to_prepare, open_evaluator
@@ -77,11 +77,10 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         return result
     if result := step.dispatched(config, {"samples": samples, "dataset": dataset}):
         return result
-    # The head of a cluster has no cores.
-    join, tasks = lease is not None or not on_this_machine(), _tasks(config, manifest)
+    tasks, join = _tasks(config, manifest), lease is not None or not on_this_machine()  # the head has no cores
     with (
         step.work(config, lease=lease) as work,
-        cluster_for(config, tasks=tasks, join=join, metadata=work.job_metadata()),
+        cluster_for(config, tasks=tasks, join=join),
     ):
         work.tracked.set_tags(ray_tags())
         if evaluation.extractor == "dinov2" and not config.compute.use_gpu:
@@ -89,8 +88,9 @@ def run(config: Config, *, run: str, samples: str, dataset: str, lease: str | No
         work.tracked.log_dataset(
             manifest.name, digest=manifest.digest, uri=dataset, context="evaluation", profile=manifest.counts
         )
-        folder = step.folder.evaluation
-        result = evaluate(config, samples=samples, dataset=dataset, folder=folder, progress=work.progress)
+        runner = runner_of(config.compute) if tasks > 1 or join else here
+        what = {"samples": samples, "dataset": dataset, "folder": step.folder.evaluation}
+        result = evaluate(config, **what, progress=work.progress, runner=runner)
         work.progress.note(str(RunningScore(**result.running[-1])))
         _log(work.tracked, result, samples=samples, extractor=extractor_name(config, manifest))
     return step.done(result)
@@ -104,7 +104,9 @@ def _tasks(config: Config, manifest: Manifest) -> int:
     return 1 if config.compute.max_workers == 1 else math.ceil(images / TASK_IMAGES)
 
 
-def evaluate(config: Config, *, samples: str, dataset: str, folder: str, progress: Progress) -> EvaluateResult:
+def evaluate(
+    config: Config, *, samples: str, dataset: str, folder: str, progress: Progress, runner: Runner = here
+) -> EvaluateResult:
     """Compute the metrics and write them below `folder`; `run` without its bookkeeping."""
     count = config.sampling.num_images
     manifest = load_manifest(dataset)
@@ -112,7 +114,6 @@ def evaluate(config: Config, *, samples: str, dataset: str, folder: str, progres
     evaluation = evaluation_of(config, manifest)
     num_real = min(count, manifest.count(evaluation.other_split))
     progress.start(images_to_prepare(config, manifest) + count + num_real, "images")
-    runner = runner_of(config.compute)
     evaluator = open_evaluator(config, dataset, runner=runner, progress=progress)
     sets = (SampleSet(samples, count), SplitSet(dataset, evaluation.other_split, num_real, drawn=True))
     generated, real = measure_sets(config, dataset, evaluator, sets, runner=runner, progress=progress)

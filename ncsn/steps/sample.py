@@ -80,7 +80,7 @@ def run(
     shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
     with (
         step.work(config, lease=lease) as work,
-        cluster_for(config, tasks=len(shards), metadata=work.job_metadata()),
+        cluster_for(config, tasks=len(shards)),
     ):
         work.tracked.set_tags(ray_tags())
         scores = _Scores(config, score, work.progress) if score else None

@@ -75,7 +75,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
     tasks = 1 if config.compute.max_workers == 1 else len(found)  # one at a time needs no cluster
-    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks, metadata=work.job_metadata()):
+    with step.work(config, lease=lease) as work, cluster_for(config, tasks=tasks):
         work.tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
         if lease:

@@ -35,16 +35,8 @@ R = TypeVar("R")
 class Work:
     """A step that runs in this process."""
 
-    step: str
-    run: str
     progress: PublishedProgress
     tracked: StepRun
-
-    def job_metadata(self) -> dict[str, str]:
-        """Metadata that Ray's pages show for the step's job."""
-        from ncsn.tracking.mlflow_runs import job_metadata
-
-        return job_metadata(self.tracked, run=self.run, step=self.step)
 
 
 class Step(Generic[R]):
@@ -126,7 +118,7 @@ class Step(Generic[R]):
         from ncsn.tracking.mlflow_runs import step_run
 
         with self.timed(lease=lease) as progress, step_run(config, run=self.folder.run, step=self.name) as tracked:
-            yield Work(self.name, self.folder.run, progress, tracked)
+            yield Work(progress, tracked)
 
     def done(self, result: R) -> R:
         """Store the result, which makes the step complete."""

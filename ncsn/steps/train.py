@@ -48,7 +48,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     with (
         step.work(config) as work,
-        ray_cluster(config, metadata=work.job_metadata()),
+        ray_cluster(config),
     ):
         tracked = work.tracked
         tracked.set_tags({**ray_tags(), **start.tags})

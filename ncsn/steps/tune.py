@@ -88,7 +88,7 @@ def run(config: Config, *, run: str, dataset: str, lease: str | None = None) -> 
         return result
     if result := step.dispatched(config, {"dataset": dataset}):
         return result
-    with step.work(config, lease=lease) as work, ray_cluster(config, metadata=work.job_metadata()):
+    with step.work(config, lease=lease) as work, ray_cluster(config):
         require_resources(config)
         work.tracked.set_tags({**ray_tags(), **start.tags, "dataset.digest": manifest.digest, "dataset.uri": dataset})
         evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))

@@ -37,7 +37,7 @@ from ncsn.tracking.client import (
     shown,
     tag_filter,
 )
-from ncsn.tracking.lineage import PARENT, kfp_run, provenance
+from ncsn.tracking.lineage import PARENT, provenance
 from ncsn.tracking.live import Entry, LiveMetrics, send, send_missing
 
 if TYPE_CHECKING:
@@ -319,10 +319,3 @@ def close_run(
         if not adopted:
             client.set_terminated(parent.info.run_id, status)
         return recorded_runs(client, uri, parent)
-
-
-def job_metadata(tracked: StepRun, *, run: str, step: str) -> dict[str, str]:
-    """What Ray's pages show of a Ray job: its step, and its runs in MLflow and KFP."""
-    place = page(tracked.uri, tracked.experiment_id, tracked.run_id) or shown(tracked.uri)
-    names = {"ncsn.run": run, "ncsn.step": step, "mlflow.run_id": tracked.run_id, "mlflow.run": place}
-    return names | kfp_run()

@@ -17,7 +17,7 @@ from ncsn.config import flatten, from_yaml
 from ncsn.runs.folder import RunFolder
 from ncsn.tracking.client import TrackingError, client_at, connect, tracking_uri
 from ncsn.tracking.lineage import provenance
-from ncsn.tracking.mlflow_runs import StepRun, job_metadata, step_run
+from ncsn.tracking.mlflow_runs import StepRun, step_run
 
 
 def test_steps_of_a_run_are_children_of_one_parent(config):
@@ -169,19 +169,6 @@ def test_an_image_is_named_only_where_a_container_runs(monkeypatch, variables, i
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert provenance("ncsn train").get("mlflow.docker.image.uri") == image
-
-
-def test_a_ray_job_names_its_runs_in_mlflow_and_kfp(config, monkeypatch):
-    with step_run(config, run="named", step="train") as tracked:
-        names = job_metadata(tracked, run="named", step="train")
-    assert names == {
-        "ncsn.run": "named",
-        "ncsn.step": "train",
-        "mlflow.run_id": tracked.run_id,
-        "mlflow.run": tracked.uri,
-    }
-    monkeypatch.setenv("NCSN_KFP_RUN_ID", "r1")
-    assert job_metadata(tracked, run="named", step="train")["kfp.pipeline_run_id"] == "r1"
 
 
 def test_server_that_goes_away_in_a_step_is_one_line(make_config, monkeypatch):
