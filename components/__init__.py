@@ -54,14 +54,14 @@ def run_task(
     settings, name = experiment(config, run)
     from ncsn.runs.folder import run_folder
     from ncsn.runs.inputs import default_checkpoint
-    from ncsn.steps import kfp_task
+    from ncsn.steps import run as steps
 
     if task_config is not None:
         pass_on(task_config, settings)
     given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
     if step == "sample":  # `ncsn select` may have chosen another one since the task before
         given["checkpoint"] = default_checkpoint(run_folder(settings, name), settings, last=given["checkpoint"])
-    return kfp_task.run_task(step, settings, run=name, given=given, last=last)
+    return steps.run_task(step, settings, run=name, given=given, last=last)
 
 
 def pass_on(task_config: dsl.TaskConfig, settings: Any) -> None:

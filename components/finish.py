@@ -21,7 +21,7 @@ def finish(
     settings, name = experiment(config, run)
     from ncsn.process import this_kfp_run
     from ncsn.steps import finish
-    from ncsn.steps.kfp_task import forget
+    from ncsn.steps.run import forget
 
     result = finish.run(settings, run=name, state=status.state, message=status.error_message or "", kfp=this_kfp_run())
     publish(outcome, result, status=result.status)

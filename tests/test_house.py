@@ -52,7 +52,6 @@ LIGHT = (
     "ncsn.tracking.promotion",
     "ncsn.steps.finish",
     "ncsn.steps.step",
-    "ncsn.steps.kfp_task",
     "ncsn.steps.run",
     "ncsn.cli.app",
     "ncsn.cli.commands.finished",

@@ -21,7 +21,7 @@ from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.runs.folder import run_folder
 from ncsn.runs.records import Outcome, read_outcome, write_outcome
 from ncsn.steps.janitor import clean_up
-from ncsn.steps.kfp_task import run_task
+from ncsn.steps.run import run_task
 from ncsn.tracking.mlflow_runs import step_run
 
 INFRA = Path(__file__).parents[2] / "infra" / "base"

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn import storage
-from ncsn.config import Config, from_yaml
+from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.process import KFP_RUN_ID, KfpRun
 from ncsn.runs.folder import RunFolder, run_folder
 from ncsn.runs.records import StepError, update_step
@@ -107,6 +107,7 @@ def test_a_canceled_run_is_killed_with_the_step_that_could_not_say_so(config: Co
 
 def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = ingest.run(config, run="searched")
+    config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])
     found = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
     update_step(run_folder(config, "searched"), "tune", state="FINISHED", **found)
     with step_run(config, run="searched-best", step="train") as tracked:
