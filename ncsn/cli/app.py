@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from ncsn.cli.commands import finished, kubeflow, registry, setup
+from ncsn.cli import kubeflow, registry
 from ncsn.cli.options import (
     Decorated,
     ReportingCommand,
@@ -18,6 +21,7 @@ from ncsn.cli.options import (
     lease_option,
     score_option,
 )
+from ncsn.errors import UserError
 from ncsn.process import reduce_gc
 from ncsn.runs.steps import PIPELINE, STEP_INFO
 
@@ -55,7 +59,51 @@ def main() -> None:
     app(prog_name="ncsn")
 
 
-app.add_command(setup.init_command)
+_MINUTES = 20.0  # of a run that `init` plans
+
+
+@app.command("init", cls=ReportingCommand, short_help="Write a config for your own images.")
+@click.argument("place", metavar="PLACE")
+@click.option("--out", metavar="FILE", help="The file to write; default: NAME.yaml here. It must not exist.")
+@click.option("--minutes", type=click.FloatRange(min=1), help=f"Target length of the run; default: {_MINUTES:.0f}.")
+@click.option("--set", "overrides", metavar="A.B=VALUE", multiple=True, help="Set one value of the config; repeatable.")
+@json_option
+def init_command(
+    *,
+    place: str,
+    out: str | None,
+    minutes: float | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Look at the images in PLACE, choose every setting, and write a config that `ncsn run` takes.
+
+    PLACE is a folder, an s3:// prefix, a .tar, .zip or .parquet file, or the name of an example, such as digits. The
+    choices fit the images, this machine and the length of the run. Of many images it looks at a sample. The reasons
+    are in the file, and a picture next to it shows what training will see.
+    """
+    from ncsn.tools import init
+
+    if init.is_example(place):
+        if given := "--set" if overrides else "--minutes" if minutes else "":
+            raise UserError(given, "an example is copied as it is", hint="edit the copy, or pass --set to `ncsn run`")
+        written = init.copy_example(place, out)
+    else:
+        seconds = 60 * (minutes or _MINUTES)
+        if not seconds < math.inf:
+            raise UserError("--minutes", "not a length of time", value=minutes)
+        written = init.from_images(place, out, seconds=seconds, overrides=overrides, ask_mirrored=_ask_mirrored)
+    if as_json:
+        click.echo(json.dumps(written.to_json(), indent=1))
+        return
+    for word, text in written.lines:
+        click.echo(f"{word:<9} {text}")
+
+
+def _ask_mirrored() -> bool:
+    """Ask, but only on a terminal."""
+    asked = sys.stdin.isatty() and sys.stdout.isatty()
+    return asked and click.confirm("Are mirrored images still realistic? (faces yes, text no)", default=False)
 
 
 @app.command("run", cls=ReportingCommand, short_help="Run the whole pipeline, or its remaining steps.")
@@ -128,9 +176,48 @@ def ui_command(*, experiment: Experiment, host: str, port: int) -> None:
     serve_ui(experiment.resolve_any().config, host=host, port=port)
 
 
-for _command in (
-    *(setup.plan_command, finished.select_command),
-    *(kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command),
-    *(registry.promote_command, registry.trace_command),
-):
+@app.command("plan", cls=ReportingCommand, short_help="Estimate what training and sampling will take.")
+@experiment_options
+@click.option(
+    "--tflops",
+    type=click.FloatRange(0, min_open=True),
+    help="Predict for workers that achieve this many TFLOP/s each; 40 % of an H100's peak is 396.",
+)
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Of all workers together, for the column money.")
+@json_option
+def plan_command(*, experiment: Experiment, tflops: float | None, price_per_hour: float | None, as_json: bool) -> None:
+    """Estimate the time of training and sampling, and the memory of a worker, by a few steps on this machine."""
+    from ncsn.cli.console import console_on
+    from ncsn.cli.views import print_plan
+    from ncsn.tools.plan import plan
+
+    target = experiment.resolve()
+    found = plan(target.config, target.run, tflops=tflops, price_per_hour=price_per_hour)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        print_plan(console_on(sys.stdout), found)
+
+
+@app.command("select", cls=ReportingCommand, short_help="Find the best checkpoint of a run by samples of each.")
+@experiment_options
+@input_options("select")
+@click.option("--only-choose", is_flag=True, help="Stop after the choice.")
+@lease_option
+@backend_options
+@json_option
+def select_command(*, experiment: Experiment, only_choose: bool, as_json: bool, **given: str | None) -> None:
+    """Score every kept checkpoint and average by a few samples; then sample, evaluate and register the best one.
+
+    The section select of the config says how. Training keeps checkpoints with train.keep_checkpoints=all.
+    """
+    from ncsn.cli.execute import select_best
+
+    only_choose = only_choose or given.get("lease") is not None  # the launcher does the rest
+    select_best(experiment.resolve(), given=given, as_json=as_json, only_choose=only_choose)
+
+
+for _command in (kubeflow.submit_command, kubeflow.doctor_command, kubeflow.cleanup_command):
+    app.add_command(_command)
+for _command in (registry.promote_command, registry.trace_command):
     app.add_command(_command)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import re
 import socket
 import uuid
 from collections.abc import Iterator
@@ -20,13 +18,11 @@ from ncsn import storage
 from ncsn.cli.options import BACKENDS, describe
 from ncsn.config import Config
 from ncsn.errors import NotFound, UserError
-from ncsn.process import IMAGE_VARIABLE
 from ncsn.remote import open_backend
 from ncsn.remote.backend import CHECK_SECONDS, Check, NotConfigured
 from ncsn.storage.retry import limited
 
 WELL, ILL, SKIPPED = "ok", "failed", "not configured"
-SOURCE_TREE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ def _base_checks(config: Config, host: str | None, namespace: str | None) -> Ite
     yield Check("mlflow", lambda: _check_mlflow(config), "export MLFLOW_TRACKING_URI=http://HOST:PORT")
     yield Check("ray", _check_ray, "unset RAY_ADDRESS")
     yield Check("data", lambda: _check_data(config, host), *_data_fixes(config, keys))
-    yield Check("image", _check_image, "make image  # or, here: make")
     forward = "kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80"
     away = f"{forward} & export {ENDPOINT}=http://localhost:8080"
     yield Check("kfp", lambda: _check_kfp(host, namespace), away, {KfpRefusalError: f"export {TOKEN}=..."})
@@ -154,26 +149,6 @@ def _check_data(config: Config, host: str | None) -> str:
         if root is not None and storage.is_local(root) and (host or os.environ.get(ENDPOINT)):
             raise NotConfigured(f"{missing.problems[0].statement}; on Kubeflow a pod reads it") from None
         raise
-
-
-def _check_image() -> str:
-    """Ray and Python here are those of the image that `make image` builds: Ray refuses to mix versions."""
-    dockerfile, constraints = SOURCE_TREE / "Dockerfile", SOURCE_TREE / "constraints.txt"
-    if not dockerfile.is_file() or not constraints.is_file():
-        raise NotConfigured("this is the image, or an installed package without the source tree")
-    python = re.search(r"^ARG BASE_IMAGE=python:(\d+\.\d+)", dockerfile.read_text(), re.MULTILINE)
-    ray = re.search(r"^ray==(\S+)", constraints.read_text(), re.MULTILINE)
-    if python is None or ray is None:
-        raise NotConfigured(f"{dockerfile} or {constraints} does not name the versions")
-    inside = f"Ray {ray[1]} on Python {python[1]}"
-    here = f"Ray {metadata.version('ray')} on Python {'.'.join(platform.python_version_tuple()[:2])}"
-    if inside != here:
-        raise UserError(
-            IMAGE_VARIABLE, f"the image has {inside}, but this environment has {here}; Ray refuses to mix them"
-        )
-    image = os.environ.get(IMAGE_VARIABLE)
-    named = f"{image} itself was not checked" if image else f"{IMAGE_VARIABLE} names no image"
-    return f"the Dockerfile has {inside}, as here; {named}"
 
 
 def _check_kfp(host: str | None, namespace: str | None) -> str:

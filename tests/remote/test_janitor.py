@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from cluster_state import pairs, rules_of
 from mlflow.tracking import MlflowClient
-from refused import refused
 
 from ncsn import storage
-from ncsn.cli.commands.kubeflow import clean_up_orphans
+from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.process import KFP_RUN_ID, KFP_WORKFLOW
 from ncsn.remote.kubernetes import KubernetesApi
@@ -228,7 +228,7 @@ def test_a_silent_launchers_rayjob_is_ended_and_its_run_closed(
 
 
 def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
     begin(config, monkeypatch)
@@ -236,10 +236,10 @@ def test_a_store_that_is_away_keeps_the_note_and_nothing_else(
     labels = {"app.kubernetes.io/managed-by": "ncsn", "ncsn.dev/kfp-run-id": "0000"}
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
     emulation.cluster.create("configmaps", {"metadata": {"name": "ncsn-run-0000", "labels": labels}, "data": data})
-    assert not clean_up_orphans(namespace=None, run=None, older_than="10m", at_work=True, dry_run=False)
+    told = CliRunner().invoke(app, ["cleanup", "--older-than", "10m", "--at-work"])
+    assert told.exit_code == 1
     assert [each["metadata"]["name"] for each in notes(emulation)] == ["ncsn-run-0000"]
-    told = capsys.readouterr()
-    assert "run mine" in told.out and "run mine" in told.err
+    assert "run mine" in told.stdout and "run mine" in told.stderr
     emulation.cluster.delete("configmaps", "ncsn-run-0000")
 
 
@@ -267,16 +267,15 @@ def test_a_run_whose_rayjobs_are_in_a_namespace_of_others_is_closed(
 
 
 def test_cleanup_says_what_it_would_do_and_does_not(
-    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    emulation: Any, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(config, monkeypatch)
     emulation.cluster.rules = rules_of(INFRA / "janitor" / "role.yaml")
-    assert clean_up_orphans(namespace=None, run="another", older_than="2h", at_work=False, dry_run=False) is True
-    assert capsys.readouterr().out.count("\n") == 1
-    with refused("--older-than"):
-        clean_up_orphans(namespace=None, run=None, older_than="2 hours", at_work=False, dry_run=False)
-    assert clean_up_orphans(namespace=None, run=None, older_than="2h", at_work=False, dry_run=True) is True
-    assert "run mine" in capsys.readouterr().out
+    nothing = CliRunner().invoke(app, ["cleanup", "--run", "another"])
+    assert (nothing.exit_code, nothing.stdout.count("\n")) == (0, 1)
+    assert CliRunner().invoke(app, ["cleanup", "--older-than", "2 hours"]).exit_code == 2
+    planned = CliRunner().invoke(app, ["cleanup", "--dry-run"])
+    assert planned.exit_code == 0 and "run mine" in planned.stdout
     assert (outcome(config), len(notes(emulation))) == (None, 1)
     emulation.cluster.delete("configmaps", notes(emulation)[0]["metadata"]["name"])
 

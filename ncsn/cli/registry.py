@@ -110,15 +110,14 @@ def sample_from_model(experiment: Experiment, given: Mapping[str, str | None], *
     from ncsn.runs.progress import StepProgress
     from ncsn.tools import models
 
-    if given.get("score"):
-        raise click.UsageError("--score needs a run; `ncsn evaluate` scores the images of a registered model")
-    if experiment.place:
-        raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
     address = given.get("model")
     if address is None:
         raise click.UsageError("--out goes with --model; the samples of a run are in the run's folder")
-    if given.get("checkpoint"):
-        raise click.UsageError("give --checkpoint or --model, not both")
+    for option, is_given in (("score", given.get("score")), ("checkpoint", given.get("checkpoint"))):
+        if is_given:
+            raise click.UsageError(f"--{option} needs a run, not --model")
+    if experiment.place:
+        raise click.UsageError("--backend and --address need a run; a registered model is sampled here")
     registry = experiment.registry
     with quiet_libraries(None) as console, ProgressView(console) as view:
         view.start("sample")

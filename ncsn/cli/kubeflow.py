@@ -134,18 +134,14 @@ def doctor_command(
 @click.option("--at-work", is_flag=True, help="Keep failed RayJobs, for inspection.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and change nothing.")
 @click.pass_context
-def cleanup_command(ctx: click.Context, /, **options: Any) -> None:
+def cleanup_command(
+    ctx: click.Context, *, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool
+) -> None:
     """Delete RayJobs whose launcher is silent or whose pipeline run has ended, and close their runs.
 
     The store and MLflow then record how the pipeline run ended, or KILLED. The CronJob ncsn-janitor of
     infra/base/janitor does this every minute.
     """
-    if not clean_up_orphans(**options):
-        ctx.exit(FAILURE)
-
-
-def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str, at_work: bool, dry_run: bool) -> bool:
-    """Clean up, or with `dry_run` list the actions, one line each; False if one failed."""
     from ncsn.remote.kubernetes import KubernetesApi
     from ncsn.steps.janitor import clean_up
 
@@ -156,12 +152,12 @@ def clean_up_orphans(*, namespace: str | None, run: str | None, older_than: str,
             click.echo(f"would {action.verb} {action.what}" if dry_run else f"{action.verb}d {action.what}")
         else:
             well = False
-            click.echo(
-                f"error: could not {action.verb} {action.what}: {'; '.join(describe(action.error).lines)}", err=True
-            )
+            why = "; ".join(describe(action.error).lines)
+            click.echo(f"error: could not {action.verb} {action.what}: {why}", err=True)
     if not actions:
         click.echo(f"nothing to do in {api.namespace}")
-    return well
+    if not well:
+        ctx.exit(FAILURE)
 
 
 def _seconds(text: str) -> float:

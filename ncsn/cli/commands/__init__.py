@@ -1,1 +1,0 @@
-"""The commands next to the steps."""
