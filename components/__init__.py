@@ -112,20 +112,3 @@ def publish_pictures(page: dsl.HTML, pictures: Mapping[str, bytes]) -> None:
         for caption, png in pictures.items()
     )
     Path(page.path).write_text(f'<!doctype html><meta charset="utf-8">{"".join(figures)}')
-
-
-def publish_no_search(search: dsl.Artifact, plots: dsl.HTML, metrics: dsl.Metrics) -> None:
-    """Write to each artifact of a search that there was none: KFP's page shows one without a file as broken."""
-    Path(search.path).write_text("null")
-    Path(plots.path).write_text('<!doctype html><meta charset="utf-8"><p>The config has no section search.</p>')
-    publish_metrics(metrics, {})
-
-
-def publish_scores(page: dsl.Markdown, samples: Mapping[str, float], real: Mapping[str, float]) -> None:
-    """Write the scores of the samples and of real images as two tables."""
-    lines = []
-    for title, values in (("samples", samples), ("real test images", real)):
-        lines += [f"| {title} | value |", "|---|---:|"]
-        lines += [f"| `{name}` | {value:.4g} |" for name, value in values.items()]
-        lines += [""]
-    Path(page.path).write_text("\n".join(lines))

@@ -13,14 +13,12 @@ def evaluate(
     dataset: dsl.Input[dsl.Dataset],
     samples: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
-    scores: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
     task_config: dsl.TaskConfig,
 ) -> None:
     """Measure the samples, next to real test images."""
-    from components import headline, publish, publish_metrics, publish_scores, run_task
+    from components import headline, publish, publish_metrics, run_task
 
     result = run_task("evaluate", config, run, samples=samples, dataset=dataset, task_config=task_config)
     publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
-    publish_scores(scores, result.metrics, result.real_metrics)
     publish_metrics(metrics, headline({**result.metrics, **result.real_metrics}))

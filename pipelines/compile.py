@@ -10,15 +10,10 @@ from kfp import compiler
 from ncsn.config import Config
 from pipelines.cluster_fit import fit
 from pipelines.sample_pipeline import sample_pipeline
-from pipelines.search_pipeline import search_pipeline
 from pipelines.train_pipeline import train_pipeline
 
 COMPILED = Path(__file__).parent / "compiled"
-PIPELINES = {
-    "train_pipeline": train_pipeline,
-    "search_pipeline": search_pipeline,
-    "sample_pipeline": sample_pipeline,
-}
+PIPELINES = {"train_pipeline": train_pipeline, "sample_pipeline": sample_pipeline}
 
 
 def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:

@@ -46,12 +46,6 @@ class Credentials:
     cookie: str | None = None  # of a session in the browser
     token_path: Path | None = None  # Kubernetes renews its content
 
-    def headers(self) -> dict[str, str]:
-        """The headers of a request without KFP's client."""
-        token = self.token or (self.token_path.read_text().strip() if self.token_path else None)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return headers | ({"Cookie": self.cookie} if self.cookie else {})
-
 
 @dataclass(frozen=True)
 class Connection:
@@ -144,10 +138,11 @@ def reason_of(error: Exception) -> str:
 def _health(address: str, who: Credentials) -> dict[str, object]:
     """The server's answer to healthz. KFP's client asks too, but for half a minute and without a message."""
     url = f"{address}/apis/v2beta1/healthz"
+    token = who.token or (who.token_path.read_text().strip() if who.token_path else None)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers |= {"Cookie": who.cookie} if who.cookie else {}
     try:
-        response = urllib3.PoolManager().request(
-            "GET", url, headers=who.headers(), timeout=TIMEOUT_SECONDS, retries=False, redirect=False
-        )
+        response = urllib3.request("GET", url, headers=headers, timeout=TIMEOUT_SECONDS, retries=False, redirect=False)
     except urllib3.exceptions.HTTPError as error:
         reason = str(error).rpartition(": ")[2]
         raise KfpError(

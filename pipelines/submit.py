@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +19,6 @@ from ncsn.errors import UserError
 from pipelines.compile import PIPELINES, compile_one
 from pipelines.connection import Connection, KfpError, reason_of
 
-# Of parameters, with what to call a value of each.
-_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
-    "NUMBER_INTEGER": ("an integer", (int,)),
-    "NUMBER_DOUBLE": ("a number", (int, float)),
-    "BOOLEAN": ("true or false", (bool,)),
-    "LIST": ("a list", (list,)),
-    "STRUCT": ("a mapping", (dict,)),
-}
 _FIELDS = 5  # of a schedule as people write it: minute, hour, day, month, weekday
 
 
@@ -108,32 +99,20 @@ def package(submission: Submission) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def arguments_for(spec: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in the types of the parameters of a compiled pipeline."""
+    """The arguments in the types of the parameters of a compiled pipeline; text is YAML where no text is asked for."""
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    for name in (name for name in given if name not in known):
-        close = difflib.get_close_matches(name, known, n=1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        hint = f"{meant}the pipeline takes: {', '.join(sorted(known))}"
-        raise UserError("--param", "unknown parameter", hint=hint, value=name)
+    for name in given.keys() - known.keys():
+        raise UserError("--param", "unknown parameter", hint=f"choose of {', '.join(sorted(known))}", value=name)
     for name, parameter in known.items():
         if name not in given and "defaultValue" not in parameter and not parameter.get("isOptional"):
             hint = f"pass --param {name}=VALUE: {parameter.get('description', '')}"
             raise UserError("--param", f"the pipeline needs {name}", hint=hint)
-    return {name: _typed(name, value, known[name]["parameterType"]) for name, value in given.items()}
-
-
-def _typed(name: str, value: Any, wanted: str) -> Any:
-    if wanted == "STRING":
-        return str(value)
+    texts = {name for name, parameter in known.items() if parameter["parameterType"] == "STRING"}
+    is_yaml = {name: isinstance(value, str) and name not in texts for name, value in given.items()}
     try:
-        parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    except NOT_YAML:
-        parsed = None
-    what, types = _TYPES[wanted]
-    is_flag = isinstance(parsed, bool) and wanted != "BOOLEAN"
-    if is_flag or not isinstance(parsed, types):
-        raise UserError("--param", f"expected {what}", value=f"{name}={value}")
-    return parsed
+        return {name: yaml.safe_load(value) if is_yaml[name] else value for name, value in given.items()}
+    except NOT_YAML as error:
+        raise UserError("--param", f"not valid YAML: {error}", value=dict(given)) from None
 
 
 def _set_caching(spec: dict[str, Any], *, cache: bool, known: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ def train_pipeline(config: str, run: str = "", content: str = "") -> None:
         dataset = ingested.outputs["dataset"]
         # A task and not a branch: only a task that reads the config knows whether it asks for a search.
         tuned = configure_task(
-            tune(config=config, run=run, required=False, dataset=dataset),
+            tune(config=config, run=run, dataset=dataset),
             title="Search settings, if asked",
             cached=True,
         )

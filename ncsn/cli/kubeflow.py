@@ -37,7 +37,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
     "--pipeline",
     default="train",
     show_default=True,
-    type=click.Choice(["train", "search", "sample"]),
+    type=click.Choice(["train", "sample"]),
     help="Pipeline to start.",
 )
 @click.option(

@@ -22,7 +22,6 @@ from components import (
     publish,
     publish_metrics,
     publish_pictures,
-    publish_scores,
     run_task,
 )
 from components.evaluate import evaluate
@@ -128,29 +127,15 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tried_again("another", "1", RuntimeError("again"))
 
 
-def run_tune(tmp_path: Path, config: str, *, required: bool) -> tuple[str, str]:
-    chosen: tuple[str, str] = tune.python_func(
-        config=config,
-        run="",
-        required=required,
-        dataset=dsl.Dataset(uri=str(tmp_path / "dataset"), metadata={"uri": str(tmp_path / "nowhere")}),
-        search=dsl.Artifact(uri=str(tmp_path / "search")),
-        plots=dsl.HTML(uri=str(tmp_path / "plots")),
-        metrics=dsl.Metrics(uri=str(tmp_path / "metrics")),
-        task_config=dsl.TaskConfig(),
-    )
-    return chosen
-
-
 def test_a_search_that_nobody_asked_for_hands_on_what_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also an empty name of the run: KFP's cache would not know the tasks of another run again by a name of its own."""
     monkeypatch.setenv(KFP_RUN_ID, "0123456789")
     config = to_json(from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store"]))
-    assert run_tune(tmp_path, config, required=False) == (config, "")
-    for artifact in ("search", "plots", "metrics"):
-        assert (tmp_path / artifact).read_text(), "KFP's page shows an artifact without a file as broken"
-    with refused("search"):
-        run_tune(tmp_path, config, required=True)
+    kinds = {"dataset": dsl.Dataset, "search": dsl.Artifact, "plots": dsl.HTML, "metrics": dsl.Metrics}
+    artifacts = {name: kind(uri=str(tmp_path / name)) for name, kind in kinds.items()}
+    chosen = tune.python_func(config=config, run="", **artifacts, task_config=dsl.TaskConfig())
+    assert chosen == (config, "")
+    assert all((tmp_path / name).read_text() for name in ("search", "plots", "metrics"))
 
 
 def test_publish_writes_the_result_and_its_uris(tmp_path: Path) -> None:
@@ -172,14 +157,6 @@ def test_pictures_are_inside_the_page(tmp_path: Path) -> None:
     text = Path(page.path).read_text()
     assert "data:image/png;base64,UE5H" in text
     assert "http" not in text
-
-
-def test_scores_are_two_tables(tmp_path: Path) -> None:
-    page = dsl.Markdown(uri=str(tmp_path / "page"))
-    publish_scores(page, {"eval/score": 9.123456}, {"eval/real_score": 10.0})
-    text = Path(page.path).read_text()
-    assert "| `eval/score` | 9.123 |" in text
-    assert "| `eval/real_score` | 10 |" in text
 
 
 def test_a_run_without_a_name_is_named_after_kfps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from kfp_api import KfpServer
 
-from ncsn.config import from_yaml
-
 pytestmark = pytest.mark.slow
 
 
@@ -89,27 +87,3 @@ def test_the_registered_model_is_sampled_and_measured(workplace: Any, server: Kf
     assert list(images.glob("shard-*.parquet"))
     figures = workplace.result(f"ncsn-tiny-1-{images.name}", "evaluate")
     assert "eval/classifier_fid_n8" in figures["metrics"]
-
-
-SEARCH = """
-search:
-  space:
-    noise.sigma_1: {kind: log, low: 0.5, high: 2}
-  num_trials: 2
-  num_samples: 20
-"""
-
-
-@pytest.mark.timeout(700)
-def test_the_search_pipeline_finds_a_config_to_train(workplace: Any, server: KfpServer, tmp_path: Path) -> None:
-    config = tmp_path / "search.yaml"
-    config.write_text(workplace.config.read_text() + SEARCH)
-    command = [sys.executable, "-m", "ncsn", "submit", "--pipeline", "search", "--host", server.url, "--wait"]
-    options = ("--config", str(config), "--run", "searched", "--set", "compute.num_workers=1")
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr + "".join(outputs(server, "log.txt"))
-    found = from_yaml((workplace.folder("searched") / "search" / "best.yaml").read_text())
-    assert found.search is None
-    assert 0.5 <= found.levels.sigma_1 <= 2 or found.levels.sigma_1 == from_yaml(config.read_text()).levels.sigma_1
-    status = json.loads(Path(workplace.folder("searched"), "status.json").read_text())
-    assert status["status"] == "FINISHED"
